@@ -1,0 +1,99 @@
+"""The factory: what every data set promises, and what every mistake is told."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from timm_lt.data import create_dataset, list_datasets, register_dataset
+from timm_lt.data.sources import DATASETS, dataset_from_arrays, encode_bmp
+from timm_lt.registry import UsageError
+
+BUILT_IN = ["digits_lt", "glyph_lt"]
+
+
+@pytest.fixture
+def source():
+    """A data set that is registered for one test; it reports what it was asked for."""
+    calls = []
+
+    @register_dataset("for_this_test")
+    def build(split, *, root=None, size=1):
+        calls.append((split, root, size))
+        return dataset_from_arrays(np.zeros((1, 2, 2, 3), np.uint8), np.array([0]), ["a"])
+
+    yield calls
+    del DATASETS._parts["for_this_test"]
+
+
+def test_built_in_data_sets_are_listed():
+    assert set(BUILT_IN) <= set(list_datasets())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_data_set_has_images_and_named_labels(name):
+    sizes = {}
+    for split in ("train", "val", "test"):
+        dataset = create_dataset(name, split=split)
+        sizes[split] = len(dataset)
+        assert isinstance(dataset, datasets.Dataset)
+        assert dataset.column_names == ["image", "label"]
+        assert isinstance(dataset.features["image"], datasets.Image)
+        assert isinstance(dataset.features["label"], datasets.ClassLabel)
+        assert set(dataset["label"][:]) == set(range(dataset.features["label"].num_classes))
+        assert isinstance(dataset[0]["image"], Image.Image)
+        assert dataset[0]["image"].mode == "RGB"
+    assert sizes["train"] > sizes["val"]
+
+
+def test_split_is_train_unless_told_and_options_arrive(source):
+    create_dataset("for_this_test")
+    create_dataset("for_this_test", split="val", root="here", size=3)
+    assert source == [("train", None, 1), ("val", "here", 3)]
+
+
+def test_unknown_name_lists_the_data_sets():
+    with pytest.raises(UsageError, match=r"did you mean 'glyph_lt'\?.*digits_lt, glyph_lt"):
+        create_dataset("glyph-lt")
+
+
+def test_unknown_split_lists_the_splits():
+    with pytest.raises(UsageError, match=r"'validation'.*one of: train, val, test"):
+        create_dataset("glyph_lt", split="validation")
+
+
+def test_unknown_option_lists_the_options():
+    with pytest.raises(UsageError, match=r"no option 'sede' \(did you mean 'seed'\?\).*: seed"):
+        create_dataset("glyph_lt", sede=1)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_root_is_refused_where_nothing_is_read(name):
+    with pytest.raises(UsageError, match=r"needs no root, got 'somewhere': leave it out"):
+        create_dataset(name, root="somewhere")
+
+
+def test_name_is_registered_once(source):
+    with pytest.raises(UsageError, match="registered already"):
+        register_dataset("for_this_test")
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32, 3), (2, 5, 7, 3), (1, 1, 2, 3), (2, 4, 3, 3)])
+def test_pillow_reads_back_what_was_encoded(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    decoded = [np.asarray(Image.open(io.BytesIO(file.tobytes()))) for file in encode_bmp(images)]
+    assert_array_equal(np.stack(decoded), images)
+
+
+def test_dataset_survives_select_filter_and_disk(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    dataset = dataset_from_arrays(images, np.arange(6) % 2, ["even", "odd"])
+    odd = dataset.select([5, 3, 1])
+    assert_array_equal(np.asarray(odd[0]["image"]), images[5])
+    odd.save_to_disk(str(tmp_path))
+    loaded = datasets.load_from_disk(str(tmp_path))
+    assert loaded.features["label"].names == ["even", "odd"]
+    assert_array_equal(np.asarray(loaded[2]["image"]), images[1])

@@ -1,0 +1,199 @@
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_lt.longtail import (
+    check_no_empty_class,
+    class_counts,
+    describe_shots,
+    long_tailed_counts,
+    shot_groups,
+)
+from timm_lt.registry import UsageError
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(0, 5))
+def test_class_counts_count(labels, spare):
+    num_classes = max(labels) + 1 + spare
+    expected = [labels.count(c) for c in range(num_classes)]
+    for given_labels in (
+        labels,
+        tuple(labels),
+        np.array(labels, dtype=np.uint8),
+        np.array(labels, dtype=object),
+        torch.tensor(labels, dtype=torch.int32),
+        [np.int64(label) for label in labels],
+    ):
+        counts = class_counts(given_labels, num_classes)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == expected
+    assert class_counts(labels).tolist() == expected[: max(labels) + 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1, -2], r"labels\[2\] = -1 is negative"),
+        ([0, 3, 4], r"labels\[1\] = 3 is not below num_classes=3; valid labels are 0 to 2"),
+        (torch.tensor([0, 7]), r"labels\[1\] = 7 is not below num_classes=3"),
+        ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
+        ([0, 1, True], r"labels\[2\] = True is not an integer"),
+        ([0, None], r"labels\[1\] = None is not an integer"),
+        (["cat", "dog"], r"labels\[0\] = 'cat' is not an integer"),
+        (np.array(["cat", "dog"]), r"labels\[0\] = cat is not an integer"),
+        (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
+        (np.array([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*float64"),
+        (torch.tensor([0.0, 0.5]), r"labels\[1\] = 0.5 is not an integer.*torch.float32"),
+        (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
+        (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
+        (np.array([True]), r"labels\[0\] = True is not an integer"),
+        ([], "labels must not be empty"),
+        (np.array([]), "labels must not be empty"),
+        (torch.tensor([]), "labels must not be empty"),
+        ([[0, 1], [1, 0]], "labels must be one-dimensional"),
+        (np.zeros((2, 2), dtype=int), r"labels must be one-dimensional, got shape \(2, 2\)"),
+        (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
+    ],
+)
+def test_class_counts_names_the_culprit(labels, message):
+    with pytest.raises(UsageError, match=message):
+        class_counts(labels, num_classes=3)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, 2.0, True])
+def test_class_counts_refuses_num_classes(num_classes):
+    with pytest.raises(UsageError, match="num_classes must be an integer >= 1"):
+        class_counts([0], num_classes)
+
+
+def test_empty_classes_are_named():
+    check_no_empty_class([1, 2, 3])
+    with pytest.raises(UsageError, match=r"1 of 3 classes have no training image: 1$"):
+        check_no_empty_class(torch.tensor([1, 0, 3]))
+    with pytest.raises(UsageError, match=r"7 of 8 .*: 0, 1, 3, 4, 5, \.\.\.$"):
+        check_no_empty_class([0, 0, 9, 0, 0, 0, 0, 0])
+    with pytest.raises(UsageError, match="all 0"):
+        check_no_empty_class([0, 0])
+    with pytest.raises(UsageError, match=r"class_counts\[1\] = -3 is negative"):
+        check_no_empty_class([4, -3])
+
+
+# The sizes of CIFAR-LT as published by Cao et al. and its successors.
+@pytest.mark.parametrize(
+    ("num_classes", "max_count", "sizes"),
+    [
+        (10, 5000, {10: 20431, 50: 13996, 100: 12406, 200: 11203}),
+        (100, 500, {10: 19573, 50: 12608, 100: 10847, 200: 9502}),
+    ],
+)
+def test_exponential_profile_has_the_published_sizes(num_classes, max_count, sizes):
+    for factor, size in sizes.items():
+        assert sum(long_tailed_counts(num_classes, max_count, factor)) == size
+
+
+@given(
+    num_classes=st.integers(1, 40),
+    smallest=st.integers(1, 50),
+    factor=st.integers(1, 300),
+    profile=st.sampled_from(["exponential", "step", "pareto"]),
+)
+def test_profiles_fall_from_max_count_to_its_imbalanced_part(
+    num_classes, smallest, factor, profile
+):
+    counts = long_tailed_counts(num_classes, smallest * factor, factor, profile)
+    assert len(counts) == num_classes
+    assert all(type(count) is int for count in counts)
+    assert counts[0] == smallest * factor
+    assert counts == sorted(counts, reverse=True)
+    if num_classes > 1:
+        assert counts[-1] == smallest
+
+
+def integer_root_floor(value: Fraction, degree: int) -> int:
+    """The largest k with k ** degree <= value, in exact arithmetic."""
+    k = 0
+    while (k + 1) ** degree <= value:
+        k += 1
+    return k
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "max_count", "factor"), [(7, 640, 64), (4, 500, 8), (12, 300, 100), (3, 77, 7)]
+)
+def test_exponential_profile_is_exact(num_classes, max_count, factor):
+    # n_i = floor(n_max r^(-i/m)) is the largest k with k^m <= n_max^m / r^i.
+    m = num_classes - 1
+    expected = [
+        integer_root_floor(Fraction(max_count**m, factor**i), m) for i in range(num_classes)
+    ]
+    assert long_tailed_counts(num_classes, max_count, factor) == expected
+
+
+def test_profiles_by_hand():
+    assert long_tailed_counts(100, 500, 100)[-1] == 5
+    assert long_tailed_counts(100, 500, 200)[-1] == 2
+    assert long_tailed_counts(5, 5000, 100, "step") == [5000, 5000, 50, 50, 50]
+    assert long_tailed_counts(4, 500, 10, "step") == [500, 500, 50, 50]
+    # r = 2^6: the base falls from 1 to 2 in equal steps, 1, 1.5, 2.
+    assert long_tailed_counts(3, 6400, 64, "pareto") == [6400, int(6400 / 1.5**6), 100]
+    assert long_tailed_counts(6, 12, 1, "pareto") == [12] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 500, 0.01), r"at least 1 .*got 0.01; .* their 0.01 is 100 here"),
+        ((10, 500, 0), r"imbalance_factor must be a number in \(0, inf\), got 0"),
+        ((10, 500, float("nan")), "got nan"),
+        ((10, 50, 100), "would leave the rarest class empty"),
+        ((0, 500, 10), "num_classes must be an integer >= 1, got 0"),
+        ((10, 0, 10), "max_count must be an integer >= 1, got 0"),
+        ((10, 500, 10, "exp"), "unknown profile 'exp'.*exponential, step, pareto"),
+    ],
+)
+def test_profiles_refuse(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        long_tailed_counts(*arguments)
+
+
+def test_groups_of_cifar100_lt_are_the_published_ones():
+    counts = torch.tensor(long_tailed_counts(100, 500, 100))
+    sizes = {
+        rule: [int(mask.sum()) for mask in shot_groups(counts, rule).values()]
+        for rule in ("fb", "oltr")
+    }
+    assert sizes == {"fb": [35, 35, 30], "oltr": [35, 34, 31]}
+    fb50 = shot_groups(long_tailed_counts(100, 500, 50))
+    assert [int(mask.sum()) for mask in fb50.values()] == [41, 41, 18]
+
+
+def test_group_boundaries():
+    counts = [0, 1, 19, 20, 21, 99, 100, 101]
+    letter = {"many_shot": "m", "medium_shot": "d", "few_shot": "f"}
+    for rule, expected in (("fb", "fffddddm"), ("oltr", "ffffddmm")):
+        groups = shot_groups(counts, rule)
+        assert list(groups) == list(letter)
+        assert all(mask.dtype == torch.bool for mask in groups.values())
+        found = ["".join(letter[g] for g in groups if groups[g][c]) for c in range(len(counts))]
+        assert "".join(found) == expected
+
+
+def test_describe_shots_is_what_metrics_json_holds():
+    counts = long_tailed_counts(100, 500, 100)
+    assert json.loads(json.dumps(describe_shots(counts))) == {
+        "many_shot": {"classes": 35, "rule": "> 100"},
+        "medium_shot": {"classes": 35, "rule": "20 to 100"},
+        "few_shot": {"classes": 30, "rule": "< 20"},
+    }
+    assert describe_shots(counts, "oltr")["medium_shot"] == {"classes": 34, "rule": "21 to 99"}
+
+
+def test_unknown_rule_lists_the_rules():
+    for function in (shot_groups, describe_shots):
+        with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
+            function([1, 2], "FB")

@@ -1,0 +1,191 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_lt import losses
+from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
+from timm_lt.registry import UsageError
+
+COUNTS = [500, 120, 30, 8, 5]
+
+
+def batch(seed=0, n=7, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(n, len(COUNTS), generator=generator, dtype=dtype)
+    return logits, torch.randint(len(COUNTS), (n,), generator=generator)
+
+
+# The papers' formulas, in plain Python, one image at a time. ------------------------------------
+
+
+def cross_entropy_by_hand(z, y, smoothing=0.0):
+    log_p = [zj - math.log(sum(math.exp(zk) for zk in z)) for zj in z]
+    soft = [(1 - smoothing) * (j == y) + smoothing / len(z) for j in range(len(z))]
+    return -sum(t * lp for t, lp in zip(soft, log_p, strict=True))
+
+
+def balanced_softmax_by_hand(z, y):
+    terms = [n * math.exp(zj) for n, zj in zip(COUNTS, z, strict=True)]
+    return -math.log(terms[y] / sum(terms))
+
+
+def logit_adjustment_by_hand(z, y, tau=1.0):
+    pi = [n / sum(COUNTS) for n in COUNTS]
+    # The paper's second form: log(1 + sum over the others of (pi_j / pi_y)^tau e^(z_j - z_y)).
+    others = [(pi[j] / pi[y]) ** tau * math.exp(z[j] - z[y]) for j in range(len(z)) if j != y]
+    return math.log(1 + sum(others))
+
+
+BY_HAND = [
+    ("cross_entropy", {}, cross_entropy_by_hand),
+    ("cross_entropy", {"smoothing": 0.1}, cross_entropy_by_hand),
+    ("balanced_softmax", {}, balanced_softmax_by_hand),
+    ("logit_adjustment", {}, logit_adjustment_by_hand),
+    ("logit_adjustment", {"tau": 0.0}, logit_adjustment_by_hand),
+    ("logit_adjustment", {"tau": 2.5}, logit_adjustment_by_hand),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "by_hand"), BY_HAND)
+def test_values(name, options, by_hand):
+    logits, targets = batch()
+    expected = [
+        by_hand(z, y, **options) for z, y in zip(logits.tolist(), targets.tolist(), strict=True)
+    ]
+    results = {
+        reduction: create_loss(name, COUNTS, reduction=reduction, **options)(logits, targets)
+        for reduction in ("none", "sum", "mean")
+    }
+    assert results["none"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert results["sum"].item() == pytest.approx(sum(expected), rel=1e-5)
+    assert results["mean"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert torch.equal(create_loss(name, COUNTS, **options)(logits, targets), results["mean"])
+
+
+def test_every_loss_has_a_value_by_hand():
+    assert {name for name, *_ in BY_HAND} == set(list_losses())
+
+
+@pytest.mark.parametrize(("name", "options", "by_hand"), BY_HAND)
+def test_gradients(name, options, by_hand):
+    logits, targets = batch(seed=1, n=3)
+    logits.requires_grad_()
+    create_loss(name, COUNTS, reduction="sum", **options)(logits, targets).backward()
+    step = 1e-6
+    for i, z in enumerate(logits.tolist()):
+        for j in range(len(z)):
+            high, low = [*z], [*z]
+            high[j] += step
+            low[j] -= step
+            y = int(targets[i])
+            slope = (by_hand(high, y, **options) - by_hand(low, y, **options)) / (2 * step)
+            assert logits.grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=8),
+    tau=st.floats(0, 3),
+    data=st.data(),
+)
+def test_identities(counts, tau, data):
+    row = st.lists(st.floats(-20, 20), min_size=len(counts), max_size=len(counts))
+    logits = torch.tensor([data.draw(row)], dtype=torch.float64)
+    targets = torch.tensor([data.draw(st.integers(0, len(counts) - 1))])
+
+    def loss(name, class_counts=counts, **options):
+        return create_loss(name, class_counts, **options)(logits, targets).item()
+
+    assert loss("logit_adjustment", tau=1.0) == loss("balanced_softmax")
+    assert loss("logit_adjustment", tau=0.0) == loss("cross_entropy")
+    # Only the ratios of the counts matter, and equal counts do not matter at all.
+    close = {"rel": 1e-5, "abs": 1e-5}
+    doubled = [2 * n for n in counts]
+    assert loss("logit_adjustment", doubled, tau=tau) == pytest.approx(
+        loss("logit_adjustment", tau=tau), **close
+    )
+    equal = [3] * len(counts)
+    assert loss("logit_adjustment", equal, tau=tau) == pytest.approx(loss("cross_entropy"), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list_losses())
+def test_half_precision_logits_lose_nothing(name, dtype):
+    # Confident and right: the loss, about 4 e^-8, is lost if it is taken in half precision.
+    logits = torch.tensor([[8.0, 0, 0, 0, 0], [0, 0, 0, 8, 0]], dtype=dtype)
+    targets = torch.tensor([0, 3])
+    loss = create_loss(name, COUNTS, reduction="none")
+    exact = loss(logits.double(), targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(logits, targets)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_extreme_logits_stay_finite(name):
+    logits = torch.tensor([[6e4, -6e4, 0, 0, 0]], dtype=torch.float16, requires_grad=True)
+    loss = create_loss(name, COUNTS)(logits, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(12e4, rel=1e-3)
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_state_dict_is_empty_and_buffers_move(name):
+    loss = create_loss(name, COUNTS)
+    assert loss.state_dict() == {}
+    assert not list(loss.parameters())
+    meta = loss.to("meta")
+    assert meta(torch.zeros(2, 5, device="meta"), torch.zeros(2, device="meta").long()).is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "class_counts", "options", "message"),
+    [
+        ("CE", None, {}, "unknown loss 'CE'.*cross_entropy, balanced_softmax, logit_adjustment"),
+        ("balanced_softmax", None, {}, "loss 'balanced_softmax' needs class_counts"),
+        ("logit_adjustment", None, {}, "loss 'logit_adjustment' needs class_counts"),
+        ("balanced_softmax", [3, 0], {}, "1 of 2 classes have no training image: 1"),
+        ("balanced_softmax", [3, 1.5], {}, r"class_counts\[1\] = 1.5 is not an integer"),
+        ("balanced_softmax", COUNTS, {"tau": 1}, "has no option 'tau'; valid options: reduction"),
+        ("logit_adjustment", COUNTS, {"tau": -1}, r"tau must be a number in \[0, inf\), got -1"),
+        ("cross_entropy", None, {"smoothing": 1}, r"smoothing must be a number in \[0, 1\)"),
+        ("cross_entropy", None, {"reduction": "avg"}, "'avg'.*mean, sum, none"),
+    ],
+)
+def test_bad_options_are_refused(name, class_counts, options, message):
+    with pytest.raises(UsageError, match=message):
+        create_loss(name, class_counts, **options)
+
+
+@pytest.mark.parametrize("name", list_losses())
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (torch.zeros(4, 5), torch.zeros(3).long(), r"logits \(4, 5\) and targets \(3,\)"),
+        (torch.zeros(4, 5), torch.zeros(4, 5).long(), r"\(4, 5\) and targets \(4, 5\)"),
+        (torch.zeros(4, 6), torch.zeros(4).long(), r"class_counts has 5 classes, .*\(4, 6\)"),
+        (torch.zeros(4, 5), torch.zeros(4), "targets must be integers, got torch.float32"),
+    ],
+)
+def test_bad_batches_are_refused(name, logits, targets, message):
+    with pytest.raises(UsageError, match=message):
+        create_loss(name, COUNTS)(logits, targets)
+
+
+def test_a_new_loss_is_a_new_per_example(monkeypatch):
+    # Into a copy of the registry: no other test should meet this loss.
+    monkeypatch.setattr(losses._LOSSES, "_parts", dict(losses._LOSSES._parts))
+
+    @register_loss("zero_one")
+    class ZeroOneLoss(ClassLoss):
+        def per_example(self, logits, targets):
+            return (logits.argmax(1) != targets).float()
+
+    assert "zero_one" in list_losses()
+    loss = create_loss("zero_one", reduction="sum")
+    assert loss(torch.eye(3), torch.tensor([0, 0, 1])).item() == 2

@@ -1,0 +1,35 @@
+"""timm_lt: long-tailed image recognition for timm.
+
+One backbone with many classifier heads, chosen when the model is loaded. Importing this package
+registers the ``lt_*`` architectures with timm.
+"""
+
+from timm_lt import lt_resnet as lt_resnet  # importing it registers the architectures
+from timm_lt.checkpoint import load_head as load_head
+from timm_lt.checkpoint import save_checkpoint as save_checkpoint
+from timm_lt.data import create_dataset as create_dataset
+from timm_lt.data import list_datasets as list_datasets
+from timm_lt.data import make_long_tailed as make_long_tailed
+from timm_lt.features import Features as Features
+from timm_lt.features import extract_features as extract_features
+from timm_lt.fitting import fit_head as fit_head
+from timm_lt.fitting import tau_curve as tau_curve
+from timm_lt.heads import create_head as create_head
+from timm_lt.heads import fold_head as fold_head
+from timm_lt.heads import list_heads as list_heads
+from timm_lt.heads import register_head as register_head
+from timm_lt.heads import set_head as set_head
+from timm_lt.longtail import class_counts as class_counts
+from timm_lt.losses import create_loss as create_loss
+from timm_lt.losses import list_losses as list_losses
+from timm_lt.losses import register_loss as register_loss
+from timm_lt.metrics import ShotReport as ShotReport
+from timm_lt.metrics import evaluate_logits as evaluate_logits
+from timm_lt.metrics import shot_accuracy as shot_accuracy
+from timm_lt.model import create_model as create_model
+from timm_lt.registry import UsageError as UsageError
+from timm_lt.samplers import create_sampler as create_sampler
+from timm_lt.samplers import list_samplers as list_samplers
+from timm_lt.samplers import register_sampler as register_sampler
+
+__version__ = "0.1.0"

@@ -1,0 +1,14 @@
+"""Data sets by name, the means to make a long-tailed one, and images ready for training."""
+
+from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
+from timm_lt.data import glyph_lt as glyph_lt
+from timm_lt.data.augment import create_augmentation as create_augmentation
+from timm_lt.data.augment import list_augmentations as list_augmentations
+from timm_lt.data.augment import register_augmentation as register_augmentation
+from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
+from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed
+from timm_lt.data.sources import create_dataset as create_dataset
+from timm_lt.data.sources import list_datasets as list_datasets
+from timm_lt.data.sources import register_dataset as register_dataset
+from timm_lt.data.splits import Splits as Splits
+from timm_lt.data.splits import create_splits as create_splits

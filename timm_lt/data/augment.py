@@ -1,0 +1,193 @@
+"""Augmentations of small images, batched: each is a function of (seed, epoch, image) alone.
+
+Because an image's random numbers do not depend on its batch, its process or its worker, training is
+the same however the images are shared out, and a resumed epoch repeats exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from timm_lt.registry import Registry, check_integer, check_number
+
+AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
+A = TypeVar("A", bound="type[Augmentation]")
+
+
+def register_augmentation(name: str) -> Callable[[A], A]:
+    """Returns a class decorator that registers an augmentation under a name."""
+
+    def decorate(cls: A) -> A:
+        AUGMENTATIONS.register(name)(cls)
+        return cls
+
+    return decorate
+
+
+def list_augmentations() -> list[str]:
+    """Names the registered augmentations.
+
+    >>> sorted(list_augmentations())
+    ['affine', 'crop', 'none']
+    """
+    return list(AUGMENTATIONS)
+
+
+def create_augmentation(name: str, **options: Any) -> "Augmentation":
+    """Creates an augmentation.
+
+    Raises:
+        UsageError: For an unknown name or option, or a value out of its range.
+    """
+    return AUGMENTATIONS.create(name, **options)
+
+
+def random_uniforms(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
+    """Returns numbers that look uniform in [0, 1) and depend on (seed, epoch, index, place) alone.
+
+    They come from a counter: the finaliser of SplitMix64 over a key per image.
+
+    Args:
+        seed: A non-negative integer.
+        epoch: 0-based epoch.
+        indices: Indices of the images, (B,) int64.
+        count: Numbers per image.
+
+    Shape:
+        (B, count) float32
+
+    References:
+        Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014,
+        https://doi.org/10.1145/2660193.2660195
+    """
+    key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    counter = np.outer(indices.numpy(), np.full(count, count)) + np.arange(count)
+    bits: NDArray[np.uint64] = counter.astype(np.uint64)
+    bits = bits * np.uint64(0x9E3779B97F4A7C15) + key
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = bits ^ (bits >> np.uint64(31))
+    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
+
+
+class Augmentation(nn.Module):
+    """Base of all augmentations.
+
+    Shape:
+        - images: (B, 3, H, W) float
+        - uniforms: (B, count) in [0, 1), from :func:`random_uniforms`
+        - output: (B, 3, H, W)
+    """
+
+    count = 0
+
+    def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Returns the augmented images."""
+        raise NotImplementedError
+
+
+@register_augmentation("none")
+class NoAugmentation(Augmentation):
+    """Leaves the images as they are."""
+
+    def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Returns the images."""
+        return images
+
+
+@register_augmentation("crop")
+class RandomCrop(Augmentation):
+    """Pads by reflection and crops at a random place.
+
+    Args:
+        padding: Pixels on each side, >= 1 and below the image's size.
+    """
+
+    count = 2
+
+    def __init__(self, *, padding: int = 3) -> None:
+        super().__init__()
+        self.padding = check_integer("padding", padding, minimum=1)
+
+    def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Returns the cropped images."""
+        batch, _, height, width = images.shape
+        padded = F.pad(images, (self.padding,) * 4, mode="reflect")
+        top, left = (uniforms * (2 * self.padding + 1)).long().to(images.device).unbind(1)
+        rows = top[:, None] + torch.arange(height, device=images.device)
+        columns = left[:, None] + torch.arange(width, device=images.device)
+        image = torch.arange(batch, device=images.device)[:, None, None]
+        cropped = padded[image, :, rows[:, :, None], columns[:, None, :]]
+        return cropped.permute(0, 3, 1, 2)
+
+
+@register_augmentation("affine")
+class RandomAffine(Augmentation):
+    """Turns, scales, stretches, shears and shifts, with the border reflected.
+
+    Each range is symmetric; scale and aspect are drawn on a logarithmic scale.
+
+    Args:
+        rotation: Largest angle, radians, in [0, pi].
+        scale: Largest |log scale|, in [0, 2].
+        aspect: Largest |log of width / height|, in [0, 2].
+        shear: Largest shear, in [0, 2].
+        shift: Largest shift along each axis, pixels, >= 0.
+    """
+
+    count = 6
+
+    def __init__(
+        self,
+        *,
+        rotation: float = 0.25,
+        scale: float = 0.15,
+        aspect: float = 0.12,
+        shear: float = 0.15,
+        shift: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.rotation = check_number("rotation", rotation, "[0, 3.1416]")
+        self.scale = check_number("scale", scale, "[0, 2]")
+        self.aspect = check_number("aspect", aspect, "[0, 2]")
+        self.shear = check_number("shear", shear, "[0, 2]")
+        self.shift = check_number("shift", shift, "[0, inf)")
+
+    def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Returns the transformed images, bilinear."""
+        angle, scale, aspect, shear, shift_x, shift_y = (2 * uniforms - 1).unbind(1)
+        cos, sin = torch.cos(angle * self.rotation), torch.sin(angle * self.rotation)
+        # The grid says where each output pixel comes from, hence the inverse scale.
+        zoom = torch.exp(-scale * self.scale)
+        stretch = torch.exp(aspect * self.aspect / 2)
+        slant = shear * self.shear
+        height, width = images.shape[-2:]
+        theta = torch.stack(
+            [
+                torch.stack(
+                    [
+                        zoom * stretch * cos,
+                        zoom * (slant * cos - sin) / stretch,
+                        shift_x * (2 * self.shift / width),
+                    ],
+                    dim=1,
+                ),
+                torch.stack(
+                    [
+                        zoom * stretch * sin,
+                        zoom * (slant * sin + cos) / stretch,
+                        shift_y * (2 * self.shift / height),
+                    ],
+                    dim=1,
+                ),
+            ],
+            dim=1,
+        )
+        size = list(images.shape)
+        grid = F.affine_grid(theta.to(images), size, align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -1,0 +1,122 @@
+"""Features: what the backbone hands to the classifier, taken once for every image."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from timm_lt.heads import get_head
+from timm_lt.longtail import check_labels
+from timm_lt.registry import UsageError
+
+
+class _BeforeClassifier(Exception):  # noqa: N818
+    """Ends a forward pass just before the classifier, which may not be fitted yet."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a data set with its labels.
+
+    Args:
+        values: (N, D), floating point.
+        targets: Labels, (N,) int64.
+
+    Raises:
+        UsageError: If the shapes do not match, a value is not finite, or a label is not a
+            non-negative integer; the message names the row.
+
+    >>> Features(torch.zeros(2, 3), torch.tensor([0, 1])).num_features
+    3
+    """
+
+    values: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or not self.values.is_floating_point():
+            raise UsageError(
+                f"feature values must be a floating-point (N, D) matrix, got {self.values.dtype} "
+                f"{tuple(self.values.shape)}"
+            )
+        if self.targets.shape != (len(self.values),):
+            raise UsageError(
+                f"{len(self.values)} feature rows need as many targets, got targets of shape "
+                f"{tuple(self.targets.shape)}"
+            )
+        check_labels(self.targets, noun="targets")
+        # A sum over the row is finite unless a value is not, or the row overflows.
+        suspects = torch.nonzero(~self.values.sum(1).isfinite()).flatten()
+        for row in suspects.tolist():
+            bad = ~self.values[row].isfinite()
+            if bad.any():
+                column = int(bad.nonzero()[0])
+                raise UsageError(
+                    f"feature row {row} has {float(self.values[row, column])} in column {column}; "
+                    "features must be finite"
+                )
+
+    @property
+    def num_features(self) -> int:
+        """Width D."""
+        return self.values.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def extract_features(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    accelerator: Accelerator | None = None,
+) -> Features:
+    """Runs the backbone once over a data set and keeps the input of the classifier.
+
+    The model runs in evaluation mode without gradients and is left in the mode in which it came.
+
+    Args:
+        model: A timm model with a classifier.
+        loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order.
+        accelerator: If the loader is prepared by one, features are gathered from all processes and
+            every process gets all of them, in the order of the data set.
+
+    Returns:
+        Features on the CPU, float32: values (N, D) and targets (N,).
+
+    Raises:
+        UsageError: If the loader is empty, or a feature is not finite.
+    """
+    classifier = get_head(model)
+    device = classifier.weight.device
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        taken.append(inputs[0])
+        raise _BeforeClassifier
+
+    # Not forward_head(pre_logits=True): for some architectures that is not the classifier's input.
+    hook = classifier.register_forward_pre_hook(take)
+    was_training = model.training
+    model.eval()
+    values, targets = [], []
+    try:
+        with torch.inference_mode():
+            for images, labels in loader:
+                with contextlib.suppress(_BeforeClassifier):
+                    model(images.to(device))
+                batch = (taken.pop(), labels.to(device))
+                if accelerator is not None:
+                    batch = accelerator.gather_for_metrics(batch)
+                values.append(batch[0].float().cpu())
+                targets.append(batch[1].cpu())
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if not values:
+        raise UsageError("the loader has no batches, so there are no features to extract")
+    return Features(torch.cat(values), torch.cat(targets))

@@ -1,0 +1,57 @@
+"""Files that are either whole or not there: atomic writes and content hashes."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from timm_lt.registry import UsageError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a crash leaves either the old content or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a run folder is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON atomically; NaN and infinity are refused, since JSON has no word for them."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UsageError: If the file is missing, no JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def sha256(data: bytes) -> str:
+    """Returns the SHA-256 digest as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()

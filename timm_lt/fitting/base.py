@@ -1,0 +1,216 @@
+"""The factory of fitted heads: one fit per head, registered under the head's name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_lt.features import Features
+from timm_lt.heads import HEADS, Head
+from timm_lt.longtail import check_class_counts, check_no_empty_class, class_counts
+from timm_lt.metrics import shot_accuracy
+from timm_lt.registry import Registry, UsageError, check_options
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a fit may use; every field has been checked against the others.
+
+    Attributes:
+        features: Training features, values (N, D).
+        class_counts: Training images per class, (C,), all >= 1.
+        classifier: The joint classifier (C, D), or None.
+        val: Validation features, or None.
+        seed: Seed of whatever is random.
+    """
+
+    features: Features
+    class_counts: Tensor
+    classifier: nn.Linear | None
+    val: Features | None
+    seed: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.class_counts)
+
+    def need_classifier(self, name: str) -> nn.Linear:
+        """Returns the joint classifier, or raises UsageError for a head that starts from it."""
+        if self.classifier is None:
+            raise UsageError(f"head {name!r} starts from the joint classifier: pass classifier=")
+        return self.classifier
+
+    def need_val(self, name: str, option: str) -> Features:
+        """Returns the validation features, or raises UsageError for an option to be selected."""
+        if self.val is None:
+            raise UsageError(
+                f"head {name!r} selects {option} on validation features: pass val=, or {option}="
+            )
+        return self.val
+
+    def new_linear(self) -> nn.Linear:
+        """Returns an ``nn.Linear`` (C, D) as a start: the joint classifier, or zeros."""
+        if self.classifier is not None:
+            return self.classifier
+        linear = nn.Linear(self.features.num_features, self.num_classes)
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
+        return linear
+
+
+class Fit(Protocol):
+    """A function that makes a fitted head; its keyword-only parameters are the fit's options."""
+
+    def __call__(self, data: FitData, /, **options: Any) -> Head:
+        """Returns the fitted head."""
+
+
+F = TypeVar("F", bound=Callable[..., Head])
+H = TypeVar("H", bound=Head)
+FITS: Registry[Callable[..., Head]] = Registry("fit of head")
+
+
+def register_fit(name: str) -> Callable[[F], F]:
+    """Returns a decorator that registers a fit under the name of its head."""
+    HEADS[name]
+
+    def decorate(fit: F) -> F:
+        FITS.register(name)(fit)
+        return fit
+
+    return decorate
+
+
+def check_fit_options(name: str, options: dict[str, Any]) -> None:
+    """Checks the options of a head and its fit without fitting.
+
+    Raises:
+        UsageError: For an unknown head, or an option that neither takes; values are checked by the
+            fit itself.
+    """
+    HEADS[name]
+    check_options(f"head {name!r}", FITS[name], options)
+
+
+def fit_head(
+    name: str,
+    features: Features,
+    /,
+    *,
+    classifier: nn.Linear | None = None,
+    class_counts: Tensor | None = None,
+    val: Features | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Head:
+    """Fits a head on frozen features.
+
+    What is not given as an option is chosen on the validation features by overall accuracy, and
+    ``head.selection`` says how.
+
+    Args:
+        name: One of :func:`timm_lt.list_heads`.
+        features: Training features, values (N, D).
+        classifier: The joint classifier (C, D); needed by the heads that start from it.
+        class_counts: Training images per class (C,); None counts the targets.
+        val: Validation features, values (M, D), with an image of every class.
+        seed: A non-negative integer, for the fits that draw batches.
+        **options: Options of the head and its fit.
+
+    Returns:
+        The head, in evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: For an unknown head or option, shapes that do not match, a class without
+            training or validation images, or missing validation features.
+
+    >>> x = torch.eye(3).repeat(4, 1)
+    >>> head = fit_head("ncm", Features(x, torch.arange(3).repeat(4)))
+    >>> head(x[:3]).argmax(1)
+    tensor([0, 1, 2])
+    """
+    check_fit_options(name, options)
+    data = _checked(features, classifier, class_counts, val, seed)
+    return FITS[name](data, **options).eval()
+
+
+def _checked(
+    features: Features,
+    classifier: nn.Linear | None,
+    counts: Tensor | None,
+    val: Features | None,
+    seed: int,
+) -> FitData:
+    num_classes = classifier.out_features if classifier is not None else None
+    if counts is None:
+        counts = class_counts(features.targets, num_classes)
+    counts = check_class_counts(counts)
+    if num_classes is not None and len(counts) != num_classes:
+        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
+    check_no_empty_class(counts)
+    _check_against(features, "features", len(counts), classifier)
+    check_no_empty_class(class_counts(features.targets, len(counts)))
+    if val is not None:
+        _check_against(val, "val", len(counts), classifier)
+        if val.num_features != features.num_features:
+            raise UsageError(
+                f"val has {val.num_features} features per row, the training features "
+                f"{features.num_features}"
+            )
+        _check_validation(class_counts(val.targets, len(counts)))
+    if classifier is not None:
+        classifier = classifier.cpu()
+    return FitData(features, counts, classifier, val, seed)
+
+
+def _check_against(
+    features: Features, noun: str, num_classes: int, classifier: nn.Linear | None
+) -> None:
+    highest = int(features.targets.max())
+    if highest >= num_classes:
+        raise UsageError(f"{noun} has target {highest}, but there are {num_classes} classes")
+    if classifier is not None and classifier.in_features != features.num_features:
+        raise UsageError(
+            f"{noun} has {features.num_features} features per row, the classifier takes "
+            f"{classifier.in_features}"
+        )
+
+
+def _check_validation(counts: Tensor) -> None:
+    missing = torch.nonzero(counts == 0).flatten().tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise UsageError(
+            f"{len(missing)} classes have no validation image (class {shown}); selecting on such a "
+            "split would ignore them"
+        )
+
+
+def select(candidates: list[tuple[float, H]], data: FitData, val: Features, option: str) -> H:
+    """Returns the head with the best overall validation accuracy and records the choice.
+
+    Args:
+        candidates: Values of the option with the heads that they give; the first best wins.
+        data: The fit's data.
+        val: Validation features.
+        option: Name of what is selected.
+    """
+    scores = []
+    for _, head in candidates:
+        with torch.inference_mode():
+            preds = head(val.values).argmax(1)
+        scores.append(shot_accuracy(preds, val.targets, data.class_counts).all)
+    best = max(range(len(scores)), key=scores.__getitem__)
+    value, head = candidates[best]
+    head.selection = selection_record(option, value, scores[best])
+    values = [value for value, _ in candidates]
+    head.selection["compared"] = [list(pair) for pair in zip(values, scores, strict=True)]
+    return head
+
+
+def selection_record(option: str, value: float, accuracy: float) -> dict[str, Any]:
+    """Returns what a checkpoint records of a selected option."""
+    return {option: value, "objective": "all", "split": "val", "val_accuracy": accuracy}

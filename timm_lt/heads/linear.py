@@ -1,0 +1,95 @@
+"""Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_lt.heads.base import Head, register_head
+from timm_lt.registry import UsageError, check_number
+
+
+@register_head("linear")
+class LinearHead(Head):
+    """The joint classifier of the representation stage: ``w_c·x + b_c``."""
+
+
+@register_head("crt")
+class CRTHead(Head):
+    """A classifier re-trained on class-balanced data over the frozen backbone: ``w_c·x + b_c``.
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, section 4.1, https://arxiv.org/abs/1910.09217
+    """
+
+    own_state = ("weight", "bias")
+
+
+@register_head("logit_adjusted")
+class LogitAdjustedHead(Head):
+    """Post-hoc logit adjustment: ``w_c·x + b_c − tau · log prior_c``.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+        tau: Strength, >= 0; 0 is the joint classifier, 1 removes the training prior.
+        class_counts: Training images per class (C,), all >= 1; the prior is their share. Without
+            them the head cannot be used until a checkpoint that has them is loaded.
+
+    References:
+        Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, equation 9,
+        https://arxiv.org/abs/2007.07314
+    """
+
+    fitted_state = ("log_prior",)
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        *size: Any,
+        tau: float = 1.0,
+        class_counts: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(*size)
+        self.tau = check_number("tau", tau, "[0, inf)")
+        self._set_unfitted("log_prior", self.out_features)
+        if class_counts is not None:
+            self.log_prior.copy_(log_prior(class_counts, self.out_features))
+
+    def options(self) -> dict[str, Any]:
+        """Returns tau; the class counts live on as ``log_prior``."""
+        return {"tau": self.tau}
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight (C, D) and the adjusted bias (C,)."""
+        shift = -self.tau * self.log_prior
+        return self.weight, shift if self.bias is None else self.bias + shift
+
+    def _unfitted_message(self) -> str:
+        return (
+            "head 'logit_adjusted' does not know the class frequencies: pass class_counts=, e.g. "
+            "timm_lt.set_head(model, 'logit_adjusted', class_counts=timm_lt.class_counts(labels))"
+        )
+
+
+def log_prior(class_counts: Tensor | Sequence[int], num_classes: int) -> Tensor:
+    """Returns the logarithm of each class's share of the training images, (C,) float32.
+
+    Raises:
+        UsageError: If the number of counts is not ``num_classes`` or a count is below 1.
+
+    >>> log_prior([3, 1], 2).exp()
+    tensor([0.7500, 0.2500])
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64).detach().cpu()
+    if counts.shape != (num_classes,):
+        raise UsageError(
+            f"class_counts has shape {tuple(counts.shape)}, the classifier needs ({num_classes},)"
+        )
+    empty = torch.nonzero(~(counts >= 1)).flatten().tolist()
+    if empty:
+        raise UsageError(
+            f"class_counts must be >= 1 for every class; class {empty[0]} has {counts[empty[0]]:g}"
+        )
+    return (counts / counts.sum()).log().float()

@@ -1,0 +1,131 @@
+"""Heads that compare directions or distances: nearest class mean and the cosine classifier."""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_lt.heads.base import Head, register_head
+from timm_lt.registry import UsageError, check_choice, check_number
+
+Metric = Literal["cosine", "euclidean"]
+FeatureSpace = Literal["raw", "l2", "centered_l2"]
+
+
+@register_head("ncm")
+class NCMHead(Head):
+    """Nearest class mean: ``weight`` holds the class means m_c of the training features.
+
+    With ``metric="cosine"`` the logit is ``x·m_c / (‖x‖ ‖m_c‖)``. With ``metric="euclidean"`` it is
+    ``2 x·m_c − ‖m_c‖²``, which differs from ``−‖x − m_c‖²`` by a term that is the same for every
+    class.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+        metric: ``"cosine"`` or ``"euclidean"``.
+        features: Space of the features: ``"raw"``, ``"l2"`` (unit length) or ``"centered_l2"``
+            (training mean subtracted, then unit length). The means are those of the transformed
+            features, not normalised again.
+
+    References:
+        Kang et al., ICLR 2020, section 4.1, https://arxiv.org/abs/1910.09217; ``centered_l2`` with
+        ``euclidean`` is the default of its code, after Wang et al., SimpleShot, 2019,
+        https://arxiv.org/abs/1911.04623
+    """
+
+    fitted_state = ("feature_mean",)
+    own_state = ("weight", "feature_mean")
+    fixed_options = ("features",)
+    feature_mean: Tensor
+
+    def __init__(
+        self,
+        *size: Any,
+        metric: Metric = "cosine",
+        features: FeatureSpace = "raw",
+    ) -> None:
+        super().__init__(*size)
+        check_choice("metric of head 'ncm'", metric, get_args(Metric))
+        check_choice("features of head 'ncm'", features, get_args(FeatureSpace))
+        self.metric: str = metric
+        self.features: str = features
+        self._set_unfitted("feature_mean", self.in_features)
+        self._freeze(self.weight, self.bias)
+
+    def options(self) -> dict[str, Any]:
+        """Returns metric and features."""
+        return {"metric": self.metric, "features": self.features}
+
+    def feature_space(self, features: Tensor) -> Tensor:
+        """Maps raw features (..., D) to the space (..., D) in which the class means are taken."""
+        if self.features == "centered_l2":
+            features = features - self.feature_mean
+        return features if self.features == "raw" else F.normalize(features, dim=-1)
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Maps raw features (..., D) to those that are compared with the class means."""
+        features = self.feature_space(features)
+        return F.normalize(features, dim=-1) if self.metric == "cosine" else features
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns (m_c / ‖m_c‖, none) for cosine and (2 m_c, −‖m_c‖²) for Euclidean."""
+        if self.metric == "cosine":
+            return F.normalize(self.weight, dim=1), None
+        return 2 * self.weight, -self.weight.square().sum(dim=1)
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.effective()
+        if self.metric == "euclidean" and self.features != "raw":
+            raise UsageError(
+                f"an ncm head with features={self.features!r} and metric='euclidean' is not linear "
+                "in the features and cannot be folded; fit it with metric='cosine' or with "
+                "features='raw'"
+            )
+        if self.features == "centered_l2":
+            # argmax of m·(x − mean) / ‖x − mean‖ is argmax of m·x − m·mean.
+            bias = -weight @ self.feature_mean
+        return weight, bias
+
+
+@register_head("cosine")
+class CosineHead(Head):
+    """Cosine classifier: ``scale · w_c·x / (‖w_c‖ ‖x‖)``.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+        scale: Factor of the cosines, > 0: the inverse temperature of the softmax.
+        learn_scale: Train the factor with the weights.
+
+    References:
+        Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting, CVPR 2018,
+        https://arxiv.org/abs/1804.09458
+    """
+
+    own_state = ("weight",)
+
+    def __init__(
+        self,
+        *size: Any,
+        scale: float = 16.0,
+        learn_scale: bool = False,
+    ) -> None:
+        super().__init__(*size)
+        value = check_number("scale", scale, "(0, inf)")
+        self.learn_scale = bool(learn_scale)
+        start = self.weight.new_full((), value)
+        self.scale = nn.Parameter(start, requires_grad=self.learn_scale)
+        self._freeze(self.bias)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the present scale and learn_scale."""
+        scale = math.nan if self.scale.is_meta else float(self.scale.detach())
+        return {"scale": scale, "learn_scale": self.learn_scale}
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Scales features (..., D) to unit length."""
+        return F.normalize(features, dim=-1)
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the class weights at length ``scale``, (C, D), and no bias."""
+        return F.normalize(self.weight, dim=1) * self.scale, None

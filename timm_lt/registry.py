@@ -1,0 +1,175 @@
+"""One registry class for every kind of named part: register, create, list."""
+
+import difflib
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+P = TypeVar("P")
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: the message names the culprit and the fix.
+
+    Every error that timm_lt raises about its input is one of these; the command line prints the
+    message without a traceback and exits with status 2.
+    """
+
+
+def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
+    """Builds the error for a name that is not among the choices: it lists them and the closest.
+
+    >>> str(unknown_name("head", "tau_nrom", ["linear", "tau_norm"]))
+    "unknown head 'tau_nrom' (did you mean 'tau_norm'?); choose one of: linear, tau_norm"
+    """
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return UsageError(f"unknown {noun} {name!r}{hint}; choose one of: {', '.join(choices)}")
+
+
+def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Checks that a part takes the given options: its keyword-only parameters are the valid ones.
+
+    Args:
+        owner: Whose options they are, for the message, e.g. ``"loss 'cross_entropy'"``.
+        part: The class or function that will receive them. A ``**kwargs`` in its signature takes
+            any name.
+        options: The options by name.
+
+    Raises:
+        UsageError: If an option is unknown or a required one is missing; lists the valid ones.
+    """
+    parameters = inspect.signature(part).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    valid = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    listing = f"valid options: {', '.join(valid) or 'none'}"
+    for name in options:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UsageError(f"{owner} has no option {name!r}{hint}; {listing}")
+    for name, parameter in valid.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise UsageError(f"{owner} needs the option {name!r}; {listing}")
+
+
+def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
+    """Checks that a value is one of a closed set, usually ``typing.get_args`` of its Literal.
+
+    Raises:
+        UsageError: If it is not; the message lists the choices.
+    """
+    if value not in choices:
+        raise unknown_name(noun, value, list(choices))
+
+
+def check_number(noun: str, value: float, interval: str) -> float:
+    """Returns a number after checking that it lies in an interval; NaN lies in none.
+
+    >>> check_number("q", 0.5, "[0, 1]")
+    0.5
+    >>> check_number("smoothing", 1, "[0, 1)")
+    Traceback (most recent call last):
+    timm_lt.registry.UsageError: smoothing must be a number in [0, 1), got 1
+
+    Args:
+        noun: What the number is called in the message.
+        value: The number.
+        interval: Two bounds in interval notation: a round bracket leaves its bound out, ``inf``
+            stands for no bound.
+
+    Raises:
+        UsageError: If the value is no real number or lies outside.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = operator.ge if interval[0] == "[" else operator.gt
+    below = operator.le if interval[-1] == "]" else operator.lt
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and above(value, low) and below(value, high)):
+        raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
+    return float(value)
+
+
+def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:
+    """Returns an integer after checking its range; NumPy integers are integers, booleans are not.
+
+    >>> check_integer("num_samples", 0, minimum=1)
+    Traceback (most recent call last):
+    timm_lt.registry.UsageError: num_samples must be an integer >= 1, got 0
+
+    Raises:
+        UsageError: If the value is no integer or lies outside ``minimum`` to ``maximum``.
+    """
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not (is_integer and minimum <= operator.index(value) <= maximum):
+        bounds = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+        raise UsageError(f"{noun} must be an integer {bounds}, got {value!r}")
+    return operator.index(value)
+
+
+class Registry(Generic[T]):
+    """Named parts of one kind, in the order in which they were registered.
+
+    Args:
+        noun: What a part is called in messages, e.g. ``"head"``.
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a class or function under a name.
+
+        Raises:
+            UsageError: If the name is taken or is no lower-case identifier.
+        """
+        if not (name.isidentifier() and name == name.lower()):
+            raise UsageError(f"{self.noun} name {name!r} must be a lower-case identifier")
+        if name in self._parts:
+            raise UsageError(
+                f"{self.noun} {name!r} is registered already, by {self._parts[name]!r}"
+            )
+
+        def add(part: T) -> T:
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """Returns the part of that name; a wrong one raises UsageError, listing the right ones."""
+        if name not in self._parts:
+            raise unknown_name(self.noun, name, list(self._parts))
+        return self._parts[name]
+
+    def create(self: "Registry[Callable[..., P]]", name: str, /, *args: Any, **options: Any) -> P:
+        """Builds the part of that name from positional arguments and options.
+
+        The convention for parts: what every part of the kind is given comes first, the part's own
+        options are keyword-only.
+
+        Args:
+            name: The registered name.
+            *args: Passed on as they are.
+            **options: Passed on after :func:`check_options`.
+
+        Raises:
+            UsageError: If the name or an option is unknown, or a required option is missing.
+        """
+        part = self[name]
+        check_options(f"{self.noun} {name!r}", part, options)
+        return part(*args, **options)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

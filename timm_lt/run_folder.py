@@ -1,0 +1,66 @@
+"""The folder of a run: whose it is, whether it may be written, and what goes on in it."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from timm_lt.files import write_atomic
+from timm_lt.registry import UsageError
+
+RECIPE = "recipe.yaml"
+STATE = "state"
+
+
+def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool) -> None:
+    """Checks that a run may use a folder, without touching it.
+
+    Args:
+        folder: The folder; it need not exist.
+        recipe: The run's resolved recipe, YAML.
+        resume: The run goes on with what is there.
+        overwrite: The run deletes what is there.
+
+    Raises:
+        UsageError: If the folder holds another run, or anything else than a run.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose another --output")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RECIPE).is_file():
+        raise UsageError(f"{folder} holds files that are not a run; choose another --output")
+    if overwrite:
+        return
+    if not resume:
+        raise UsageError(
+            f"{folder} holds a run; go on with it with --resume, delete it with --overwrite, or "
+            "choose another --output"
+        )
+    differences = _differences(
+        yaml.safe_load((folder / RECIPE).read_text()), yaml.safe_load(recipe)
+    )
+    if differences:
+        raise UsageError(
+            f"{folder} holds a run of another recipe ({'; '.join(differences)}); use that recipe, "
+            "--overwrite, or another --output"
+        )
+
+
+def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
+    """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it."""
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    write_atomic(folder / RECIPE, recipe)
+
+
+def _differences(there: object, here: object, prefix: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = list(dict.fromkeys([*there, *here]))
+        pairs = [(key, there.get(key), here.get(key)) for key in keys]
+        return [
+            line for key, old, new in pairs for line in _differences(old, new, f"{prefix}{key}.")
+        ]
+    return [] if there == here else [f"{prefix[:-1]} {there!r} there, {here!r} now"]

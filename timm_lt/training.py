@@ -1,0 +1,316 @@
+"""The representation stage: training the backbone with its joint classifier, resumable exactly.
+
+Every epoch is a function of (seed, epoch) and the state at its start: the sampler, the augmentation
+and the global random state are seeded from these two. A run that is killed and resumed therefore
+ends with the same weights, bit for bit on one CPU process with the same number of threads.
+"""
+
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from timm_lt.console import advance, log, progress
+from timm_lt.data.images import ImageTensors, batches
+from timm_lt.files import read_json, write_json
+from timm_lt.metrics import shot_accuracy
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.samplers import ClassSampler
+
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+HISTORY = "history.json"
+SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
+EVAL_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch of training did.
+
+    Attributes:
+        epoch: 1-based.
+        loss: Mean training loss over the epoch's updates.
+        lr: Learning rate at its end.
+        images_per_second: Training images per second, over all processes.
+        seconds: Wall time of the epoch with its validation.
+        val: Accuracy on validation, ``all`` and per shot group, fractions; empty without a
+            validation split.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    images_per_second: float
+    seconds: float
+    val: dict[str, float | None]
+
+
+def create_accelerator(
+    *, mixed_precision: MixedPrecision = "auto", tracker: str = "none", folder: Path | None = None
+) -> Accelerator:
+    """Creates the accelerator of a run: the batch size counts images over all processes.
+
+    Args:
+        mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
+            can, or a CPU with avx512_bf16 or amx) and full precision elsewhere.
+        tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
+        folder: Where a tracker that writes files writes.
+
+    Raises:
+        UsageError: If the tracker is unknown or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if tracker != "none":
+        known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
+        check_choice("tracker", tracker, ("none", *known))
+        if tracker not in [str(kind) for kind in get_available_trackers()]:
+            raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
+    precision = native_precision() if mixed_precision == "auto" else mixed_precision
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+
+
+def native_precision() -> Literal["no", "bf16"]:
+    """Returns ``"bf16"`` where this machine computes it faster than float32, else ``"no"``."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+class TrainingState:
+    """The folder in which a run keeps what it needs to go on: one sub-folder per saved epoch.
+
+    A sub-folder is written under another name and renamed when it is whole, so a kill at any moment
+    leaves at least the last one.
+
+    Args:
+        folder: Where the state lies.
+        accelerator: Saves and loads model, optimiser and scaler.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.accelerator = accelerator
+
+    def saved_epochs(self) -> list[int]:
+        """Returns the epochs after which a whole state was saved, ascending."""
+        names = [path.name for path in self.folder.glob("epoch_*")]
+        return sorted(int(name[6:]) for name in names if re.fullmatch(r"epoch_\d+", name))
+
+    def save(self, history: list[EpochRecord]) -> None:
+        """Saves the state after the last epoch of the history and drops older ones."""
+        epoch = history[-1].epoch
+        partial = self.folder / f".partial_{epoch:04d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(partial / HISTORY, {"epochs": [asdict(record) for record in history]})
+            for path in partial.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            partial.rename(self.folder / f"epoch_{epoch:04d}")
+            for old in self.saved_epochs()[:-1]:
+                shutil.rmtree(self.folder / f"epoch_{old:04d}")
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> list[EpochRecord]:
+        """Loads the last saved state and returns its history; without one, nothing happens."""
+        saved = self.saved_epochs()
+        if not saved:
+            return []
+        folder = self.folder / f"epoch_{saved[-1]:04d}"
+        history = read_json(folder / HISTORY)["epochs"]
+        self.accelerator.load_state(str(folder))
+        return [EpochRecord(**record) for record in history]
+
+
+def train_representation(
+    model: nn.Module,
+    train: ImageTensors,
+    sampler: ClassSampler,
+    loss: nn.Module,
+    *,
+    accelerator: Accelerator,
+    epochs: int,
+    batch_size: int = 128,
+    optimizer: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    val: ImageTensors | None = None,
+    class_counts: Tensor | None = None,
+    state: TrainingState | None = None,
+    seed: int = 0,
+) -> list[EpochRecord]:
+    """Trains a model on all its parameters; the model is changed in place.
+
+    Args:
+        model: A timm model with its joint classifier.
+        train: Training images.
+        sampler: Order of the training images; it defines the length of an epoch.
+        loss: Maps (logits (B, C), targets (B,)) to a scalar.
+        accelerator: From :func:`create_accelerator`.
+        epochs: Number of epochs, >= 1.
+        batch_size: Images per update over all processes; a last batch that is not full is left
+            out.
+        optimizer: Arguments of ``timm.optim.create_optimizer_v2``, e.g. ``{"opt": "sgd", "lr":
+            .1}``.
+        scheduler: Arguments of ``timm.scheduler.create_scheduler_v2``; it steps at every update.
+        val: Validation images, looked at after every epoch; nothing depends on them.
+        class_counts: Training images per class (C,), for the shot groups of validation.
+        state: Where to save after each epoch, and to go on from.
+        seed: Seed of everything random beside the sampler and the augmentation.
+
+    Returns:
+        One record per epoch, including those of a resumed run.
+
+    Raises:
+        UsageError: If the batch size does not fit the data or the processes, or the loss is not
+            finite.
+    """
+    check_integer("epochs", epochs, minimum=1)
+    _check_batch_size(batch_size, len(sampler), accelerator.num_processes)
+    arguments = {"opt": "sgd", "lr": 0.1, **(optimizer or {})}
+    check_optimizer(**arguments)
+    raw_optimizer = create_optimizer_v2(model, **arguments)
+    updates = len(sampler) // batch_size
+    schedule, _ = create_scheduler_v2(
+        raw_optimizer,
+        num_epochs=epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+        **dict(scheduler or {}),
+    )
+    loader = batches(train, batch_size, sampler, drop_last=True)
+    model.to(memory_format=torch.channels_last)
+    prepared, prepared_optimizer, loader = accelerator.prepare(model, raw_optimizer, loader)
+    history = state.load() if state is not None else []
+    if history:
+        log.info("resumed after epoch %d of %d", history[-1].epoch, epochs)
+    with progress("training", epochs * updates, unit="updates") as bar:
+        advance(bar, len(history) * updates)
+        for epoch in range(len(history), epochs):
+            started = time.perf_counter()
+            _seed_epoch(seed, epoch, accelerator.process_index)
+            train.set_epoch(epoch)
+            loader.set_epoch(epoch)
+            prepared.train()
+            losses = []
+            for step, (images, targets) in enumerate(loader):
+                schedule.step_update(epoch * updates + step)
+                value = loss(prepared(images.to(memory_format=torch.channels_last)), targets)
+                prepared_optimizer.zero_grad()
+                accelerator.backward(value)
+                prepared_optimizer.step()
+                losses.append(value.detach())
+                advance(bar)
+            trained = time.perf_counter() - started
+            record = EpochRecord(
+                epoch=epoch + 1,
+                loss=_mean_loss(losses, epoch, accelerator),
+                lr=raw_optimizer.param_groups[0]["lr"],
+                images_per_second=updates * batch_size / trained,
+                val={} if val is None else _validate(prepared, val, accelerator, class_counts),
+                seconds=time.perf_counter() - started,
+            )
+            history.append(record)
+            _report_epoch(record, epochs, accelerator)
+            if state is not None:
+                state.save(history)
+    return history
+
+
+def _mean_loss(losses: list[Tensor], epoch: int, accelerator: Accelerator) -> float:
+    loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+    if not math.isfinite(loss):
+        raise UsageError(
+            f"the loss became {loss} in epoch {epoch + 1}: lower the learning rate (optimizer.lr) "
+            "or use mixed_precision=no"
+        )
+    return loss
+
+
+def _check_batch_size(batch_size: int, num_images: int, num_processes: int) -> None:
+    check_integer("batch_size", batch_size, minimum=1)
+    if batch_size > num_images:
+        raise UsageError(f"batch_size {batch_size} exceeds the {num_images} images of an epoch")
+    if batch_size % num_processes:
+        raise UsageError(
+            f"batch_size {batch_size} counts images over all processes and must be a multiple of "
+            f"their number, {num_processes}"
+        )
+
+
+def check_optimizer(
+    *, opt: str, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, **_: Any
+) -> None:
+    """Checks the arguments of ``timm.optim.create_optimizer_v2`` that a recipe names.
+
+    Raises:
+        UsageError: If the optimiser is unknown or a value is out of its range.
+    """
+    check_choice("optimizer", opt, tuple(str(name) for name in list_optimizers()))
+    check_number("optimizer.lr", lr, "(0, inf)")
+    check_number("optimizer.weight_decay", weight_decay, "[0, inf)")
+    check_number("optimizer.momentum", momentum, "[0, 1)")
+
+
+def _seed_epoch(seed: int, epoch: int, process: int) -> None:
+    # For dropout and the like in the model; each process has its own images, so its own numbers.
+    words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def _validate(
+    model: nn.Module, val: ImageTensors, accelerator: Accelerator, class_counts: Tensor | None
+) -> dict[str, float | None]:
+    loader = accelerator.prepare_data_loader(batches(val, EVAL_BATCH_SIZE))
+    model.eval()
+    preds, targets = [], []
+    with torch.inference_mode():
+        for images, labels in loader:
+            logits = model(images.to(memory_format=torch.channels_last))
+            both = accelerator.gather_for_metrics((logits.argmax(1), labels))
+            preds.append(both[0].cpu())
+            targets.append(both[1].cpu())
+    labels = torch.cat(targets)
+    counts = torch.bincount(labels) if class_counts is None else class_counts
+    report = shot_accuracy(torch.cat(preds), labels, counts)
+    return {name: getattr(report, name) for name in ("all", *SHOT_GROUPS)}
+
+
+def _report_epoch(record: EpochRecord, epochs: int, accelerator: Accelerator) -> None:
+    line = f"epoch {record.epoch:3d}/{epochs}  loss {record.loss:.3f}  lr {record.lr:.4f}"
+    if record.val:
+        groups = [record.val[name] for name in SHOT_GROUPS]
+        shown = " / ".join("-" if a is None else f"{100 * a:.1f}" for a in groups)
+        line += f"  val {100 * (record.val['all'] or 0):.1f} % ({shown})"
+    log.info("%s  %s images/s", line, f"{record.images_per_second:,.0f}")
+    values = {"loss": record.loss, "lr": record.lr, "images_per_second": record.images_per_second}
+    values |= {f"val/{name}": value for name, value in record.val.items() if value is not None}
+    accelerator.log(values, step=record.epoch)
+
+
+def representation_seconds(history: list[EpochRecord]) -> float:
+    """Returns the wall time of training, over all its sessions."""
+    return sum(record.seconds for record in history)

@@ -1,0 +1,323 @@
+"""The main job: train a backbone on long-tailed data, fit every head on it, and compare them.
+
+Run it with ``accelerate launch train_lt.py [RECIPE] [--option value ...]``, or with plain
+``python``; ``--help`` explains every option.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import nn
+
+import timm_lt
+from timm_lt.checkpoint import METRICS, save_checkpoint
+from timm_lt.console import advance, log, progress, start_logging
+from timm_lt.data import Splits, create_augmentation, create_splits
+from timm_lt.data.images import ImageTensors, batches
+from timm_lt.features import Features, extract_features
+from timm_lt.files import sha256, write_json
+from timm_lt.fitting import check_fit_options, fit_head, tau_curve
+from timm_lt.heads import Head, get_head
+from timm_lt.longtail import describe_shots
+from timm_lt.metrics import ShotReport, evaluate_logits
+from timm_lt.recipe import Recipe, RunOptions, parse_command_line
+from timm_lt.registry import UsageError
+from timm_lt.report import save_plots, shot_table, write_model_card
+from timm_lt.run_folder import STATE, check_run_folder, prepare_run_folder
+from timm_lt.training import (
+    EVAL_BATCH_SIZE,
+    TrainingState,
+    check_optimizer,
+    create_accelerator,
+    representation_seconds,
+    train_representation,
+)
+
+
+@dataclass
+class Run:
+    """A recipe turned into objects."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    splits: Splits
+    images: Mapping[str, ImageTensors]
+    model: nn.Module
+    seconds: dict[str, Any]
+
+
+def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
+    """Runs the command line and returns its exit status."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
+        if parsed is not None:
+            run_recipe(*parsed)
+    except UsageError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted; go on with the same command and --resume", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
+    """Runs a recipe and writes its folder.
+
+    Args:
+        name: Name of the recipe.
+        recipe: What to run.
+        options: How to run it.
+
+    Returns:
+        The test figures by head; empty on all processes but the first.
+
+    Raises:
+        UsageError: For whatever is wrong with the recipe, the data or the folder, before training.
+    """
+    run = build(name, recipe, options)
+    train(run)
+    features = extract(run)
+    reports: dict[str, ShotReport] = {}
+    if run.accelerator.is_main_process:
+        heads = fit(run, features)
+        reports = evaluate(run, heads, features["test"])
+        plot_and_describe(run, heads, reports, features["val"])
+        selections = {head: module.selection for head, module in heads.items()}
+        table = shot_table(
+            reports,
+            run.splits.class_counts,
+            seconds={"linear": run.seconds["representation"]} | run.seconds["heads"],
+            selections=selections,
+            title=f"{name}, test accuracy in percent, seed {recipe.seed}",
+        )
+        Console().print(table)
+        log.info("wrote %s", run.folder)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return reports
+
+
+def build(name: str, recipe: Recipe, options: RunOptions) -> Run:
+    """Checks a recipe, makes its data and its model, and claims its folder."""
+    folder = Path(options.output or Path("output") / name)
+    check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
+    if not recipe.heads:
+        raise UsageError("the recipe has no heads to fit")
+    for head, head_options in recipe.heads.items():
+        check_fit_options(head, head_options)
+    check_optimizer(**optimizer_arguments(recipe))
+    accelerator = create_accelerator(
+        mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder
+    )
+    start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    started = time.perf_counter()
+    data = recipe.data
+    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
+    with progress(f"making {data.name}", None):
+        splits = create_splits(data.name, root=data.root, **data.options)
+        torch.manual_seed(recipe.seed)
+        model = timm_lt.create_model(
+            recipe.model.name,
+            recipe.model.pretrained,
+            num_classes=splits.num_classes,
+            **recipe.model.options,
+        )
+        config = timm.data.resolve_data_config(model=model)
+        size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
+        settings = {"size": size, "mean": config["mean"], "std": config["std"]}
+        images = {
+            "train": splits.images(
+                "train", augmentation=augmentation, seed=recipe.seed, **settings
+            ),
+            "val": splits.images("val", **settings),
+            "test": splits.images("test", **settings),
+        }
+    seconds = {"data": time.perf_counter() - started}
+    counts = splits.class_counts
+    log.info(
+        "%s: %s training images of %d classes, %d to %d per class; %s with %s parameters",
+        data.name,
+        f"{int(counts.sum()):,}",
+        len(counts),
+        int(counts.max()),
+        int(counts.min()),
+        recipe.model.name,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+    )
+    if accelerator.is_main_process:
+        prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+    accelerator.wait_for_everyone()
+    if options.tracker != "none":
+        accelerator.init_trackers(name)
+    return Run(name, recipe, folder, accelerator, splits, images, model, seconds)
+
+
+def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Returns timm's arguments for the recipe's optimiser."""
+    optimizer = recipe.optimizer
+    return {
+        "opt": optimizer.name,
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "momentum": optimizer.momentum,
+        **optimizer.options,
+    }
+
+
+def train(run: Run) -> None:
+    """Trains the representation, or goes on with it."""
+    recipe, counts = run.recipe, run.splits.class_counts
+    labels = run.splits.labels["train"]
+    scheduler = recipe.scheduler
+    history = train_representation(
+        run.model,
+        run.images["train"],
+        timm_lt.create_sampler(
+            recipe.sampler.name, labels, seed=recipe.seed, **recipe.sampler.options
+        ),
+        timm_lt.create_loss(recipe.loss.name, class_counts=counts, **recipe.loss.options),
+        accelerator=run.accelerator,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        optimizer=optimizer_arguments(recipe),
+        scheduler={
+            "sched": scheduler.name,
+            "warmup_epochs": scheduler.warmup_epochs,
+            **scheduler.options,
+        },
+        val=run.images["val"],
+        class_counts=counts,
+        state=TrainingState(run.folder / STATE, run.accelerator),
+        seed=recipe.seed,
+    )
+    run.seconds["representation"] = representation_seconds(history)
+
+
+def extract(run: Run) -> dict[str, Features]:
+    """Takes the features of every split once, in the order of its images."""
+    started = time.perf_counter()
+    # As a loaded model has it: another memory format may round differently.
+    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    run.model = model.to(memory_format=torch.contiguous_format)
+    features = {}
+    with progress("extracting features", len(run.images), unit="splits") as bar:
+        for split, images in run.images.items():
+            loader = batches(images.without_augmentation(), EVAL_BATCH_SIZE)
+            features[split] = extract_features(
+                run.model,
+                run.accelerator.prepare_data_loader(loader),
+                accelerator=run.accelerator,
+            )
+            advance(bar)
+    run.seconds["features"] = time.perf_counter() - started
+    return features
+
+
+def fit(run: Run, features: Mapping[str, Features]) -> dict[str, Head]:
+    """Fits the recipe's heads on the training features, tuned on those of validation."""
+    classifier = get_head(run.model)
+    heads, seconds = {}, {}
+    with progress("fitting heads", len(run.recipe.heads), unit="heads") as bar:
+        for name, options in run.recipe.heads.items():
+            advance(bar, 0, f"fitting {name}")
+            started = time.perf_counter()
+            heads[name] = fit_head(
+                name,
+                features["train"],
+                classifier=classifier,
+                class_counts=run.splits.class_counts,
+                val=features["val"],
+                seed=run.recipe.seed,
+                **options,
+            )
+            seconds[name] = time.perf_counter() - started
+            advance(bar)
+    run.seconds["heads"] = seconds
+    return heads
+
+
+def evaluate(run: Run, heads: Mapping[str, Head], test: Features) -> dict[str, ShotReport]:
+    """Evaluates the heads on the test split, once, and writes checkpoint and metrics."""
+    counts, recipe = run.splits.class_counts, run.recipe
+    reports, digests = {}, {}
+    for name, head in heads.items():
+        with torch.inference_mode():
+            # In the batches that the model would see, so that its logits are the same bits.
+            logits = torch.cat([head(part) for part in test.values.split(EVAL_BATCH_SIZE)])
+        reports[name] = evaluate_logits(logits, test.targets, counts, recipe.shot_rule)
+        digests[name] = sha256(logits.numpy().tobytes())
+    save_checkpoint(
+        run.folder,
+        run.model,
+        heads=heads,
+        class_counts=counts,
+        metrics={name: summary(report) for name, report in reports.items()},
+        label_names=run.splits.label_names,
+    )
+    write_json(
+        run.folder / METRICS,
+        {
+            "heads": {name: report.to_dict() for name, report in reports.items()},
+            "class_counts": counts.tolist(),
+            "shots": describe_shots(counts, recipe.shot_rule),
+            "selection": {name: head.selection for name, head in heads.items() if head.selection},
+            "seed": recipe.seed,
+            "seconds": run.seconds,
+            "num_processes": run.accelerator.num_processes,
+            "logits_sha256": digests,
+        },
+    )
+    return reports
+
+
+def summary(report: ShotReport) -> dict[str, Any]:
+    """Returns the figures of a report without those per class."""
+    return {k: v for k, v in report.to_dict().items() if k not in ("per_class", "rule")}
+
+
+def plot_and_describe(
+    run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
+) -> None:
+    """Draws the plots and writes the model card."""
+    counts, classifier = run.splits.class_counts, get_head(run.model)
+    adjust = {"tau_norm": "norm", "logit_adjusted": "prior"}
+    curves = {
+        name: (
+            tau_curve(classifier, val, adjust=adjust[name], class_counts=counts),  # type: ignore[arg-type]
+            float(head.options()["tau"]),
+        )
+        for name, head in heads.items()
+        if name in adjust
+    }
+    plots = save_plots(run.folder / "plots", reports, counts, curves)
+    write_model_card(
+        run.folder / "README.md",
+        name=run.name,
+        architecture=run.recipe.model.name,
+        data=run.recipe.data.name,
+        reports=reports,
+        class_counts=counts,
+        selections={name: head.selection for name, head in heads.items()},
+        recipe=run.recipe.to_yaml(),
+        seed=run.recipe.seed,
+        plots=plots,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
