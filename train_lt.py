@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 import torch
@@ -23,6 +23,7 @@ from timm_lt.checkpoint import METRICS, save_checkpoint
 from timm_lt.console import advance, log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits
 from timm_lt.data.images import ImageTensors, batches
+from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.files import sha256, write_json
 from timm_lt.fitting import check_fit_options, fit_head, tau_curve
@@ -30,13 +31,15 @@ from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, check_integer
 from timm_lt.report import save_plots, shot_table, write_model_card
 from timm_lt.run_folder import STATE, check_run_folder, prepare_run_folder
+from timm_lt.samplers import ClassSampler
 from timm_lt.training import (
     EVAL_BATCH_SIZE,
     TrainingState,
-    check_optimizer,
+    check_batch_size,
+    check_optimization,
     create_accelerator,
     representation_seconds,
     train_representation,
@@ -53,6 +56,8 @@ class Run:
     accelerator: Accelerator
     splits: Splits
     images: Mapping[str, ImageTensors]
+    sampler: ClassSampler
+    loss: nn.Module
     model: nn.Module
     seconds: dict[str, Any]
 
@@ -101,7 +106,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
         table = shot_table(
             reports,
             run.splits.class_counts,
-            seconds={"linear": run.seconds["representation"]} | run.seconds["heads"],
+            seconds=run.seconds["heads"] | {"linear": run.seconds["representation"]},
             selections=selections,
             title=f"{name}, test accuracy in percent, seed {recipe.seed}",
         )
@@ -113,58 +118,76 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
 
 
 def build(name: str, recipe: Recipe, options: RunOptions) -> Run:
-    """Checks a recipe, makes its data and its model, and claims its folder."""
+    """Checks a recipe, makes its parts, and claims its folder when all of them are right."""
     folder = Path(options.output or Path("output") / name)
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
-    if not recipe.heads:
-        raise UsageError("the recipe has no heads to fit")
-    for head, head_options in recipe.heads.items():
-        check_fit_options(head, head_options)
-    check_optimizer(**optimizer_arguments(recipe))
+    check_heads(recipe)
+    check_optimization(optimizer_arguments(recipe), scheduler_arguments(recipe), recipe.epochs)
+    check_integer("seed", recipe.seed, minimum=0)
+    data = recipe.data
+    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder
     )
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
     started = time.perf_counter()
-    data = recipe.data
-    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
     with progress(f"making {data.name}", None):
         splits = create_splits(data.name, root=data.root, **data.options)
-        torch.manual_seed(recipe.seed)
-        model = timm_lt.create_model(
-            recipe.model.name,
-            recipe.model.pretrained,
+        sampler = timm_lt.create_sampler(
+            recipe.sampler.name,
+            splits.labels["train"],
+            seed=recipe.seed,
             num_classes=splits.num_classes,
-            **recipe.model.options,
+            **recipe.sampler.options,
         )
+        check_batch_size(recipe.batch_size, len(sampler), accelerator.num_processes)
+        loss = timm_lt.create_loss(
+            recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
+        )
+        model = create_network(recipe, splits.num_classes)
         config = timm.data.resolve_data_config(model=model)
         size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
         settings = {"size": size, "mean": config["mean"], "std": config["std"]}
-        images = {
-            "train": splits.images(
-                "train", augmentation=augmentation, seed=recipe.seed, **settings
-            ),
-            "val": splits.images("val", **settings),
-            "test": splits.images("test", **settings),
-        }
+        images = {split: splits.images(split, **settings) for split in get_args(Split)}
+    images["train"].augmentation, images["train"].seed = augmentation, recipe.seed
     seconds = {"data": time.perf_counter() - started}
-    counts = splits.class_counts
-    log.info(
-        "%s: %s training images of %d classes, %d to %d per class; %s with %s parameters",
-        data.name,
-        f"{int(counts.sum()):,}",
-        len(counts),
-        int(counts.max()),
-        int(counts.min()),
-        recipe.model.name,
-        f"{sum(p.numel() for p in model.parameters()):,}",
-    )
+    log.info("%s", describe(recipe, splits, model))
     if accelerator.is_main_process:
         prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
     accelerator.wait_for_everyone()
     if options.tracker != "none":
         accelerator.init_trackers(name)
-    return Run(name, recipe, folder, accelerator, splits, images, model, seconds)
+    return Run(name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds)
+
+
+def check_heads(recipe: Recipe) -> None:
+    """Checks the heads of a recipe and their options."""
+    if not recipe.heads:
+        raise UsageError("the recipe has no heads to fit; give at least one under heads:")
+    for name, options in recipe.heads.items():
+        check_fit_options(name, options)
+
+
+def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
+    """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    model = recipe.model
+    try:
+        return timm_lt.create_model(
+            model.name, model.pretrained, num_classes=num_classes, **model.options
+        )
+    except TypeError as error:
+        raise UsageError(f"model.options: {error}") from error
+
+
+def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
+    """Returns a line about data and model for the log."""
+    counts, parameters = splits.class_counts, sum(p.numel() for p in model.parameters())
+    return (
+        f"{recipe.data.name}: {int(counts.sum()):,} training images of {len(counts)} classes, "
+        f"{int(counts.max())} to {int(counts.min())} per class; {recipe.model.name} with "
+        f"{parameters:,} parameters"
+    )
 
 
 def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -179,31 +202,32 @@ def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def scheduler_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Returns timm's arguments for the recipe's learning-rate schedule."""
+    scheduler = recipe.scheduler
+    return {
+        "sched": scheduler.name,
+        "warmup_epochs": scheduler.warmup_epochs,
+        **scheduler.options,
+    }
+
+
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
-    recipe, counts = run.recipe, run.splits.class_counts
-    labels = run.splits.labels["train"]
-    scheduler = recipe.scheduler
     history = train_representation(
         run.model,
         run.images["train"],
-        timm_lt.create_sampler(
-            recipe.sampler.name, labels, seed=recipe.seed, **recipe.sampler.options
-        ),
-        timm_lt.create_loss(recipe.loss.name, class_counts=counts, **recipe.loss.options),
+        run.sampler,
+        run.loss,
         accelerator=run.accelerator,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        optimizer=optimizer_arguments(recipe),
-        scheduler={
-            "sched": scheduler.name,
-            "warmup_epochs": scheduler.warmup_epochs,
-            **scheduler.options,
-        },
+        epochs=run.recipe.epochs,
+        batch_size=run.recipe.batch_size,
+        optimizer=optimizer_arguments(run.recipe),
+        scheduler=scheduler_arguments(run.recipe),
         val=run.images["val"],
-        class_counts=counts,
+        class_counts=run.splits.class_counts,
         state=TrainingState(run.folder / STATE, run.accelerator),
-        seed=recipe.seed,
+        seed=run.recipe.seed,
     )
     run.seconds["representation"] = representation_seconds(history)
 

@@ -6,6 +6,7 @@ plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
 """
 
 import copy
+import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 METRICS = "metrics.json"
+HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ def save_checkpoint(
 ) -> Path:
     """Writes a model with its joint classifier and any number of fitted heads as one folder.
 
-    Each file is written atomically and ``config.json`` last, so a folder with a config is whole.
+    Nothing is written before all is checked. Each file is written atomically and ``config.json``
+    last, an older one being removed first, so a folder with a config is whole.
 
     Args:
         folder: Where to write; made if missing.
         model: The model with its joint classifier: a plain ``nn.Linear`` or a ``linear`` head.
         heads: Fitted heads (C, D) by name. One that starts from the joint classifier must start
-            from this model's.
+            from this model's, one that knows class counts must have these.
         class_counts: Training images per class, (C,).
         metrics: Figures of each head on the test split, by head.
         label_names: Class names in label order, (C,).
@@ -111,9 +114,15 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        UsageError: If a head does not belong to the model, is not fitted, or does not fit the type.
+        UsageError: If a head does not belong to the model, is not fitted or not finite, or does not
+            fit the type; or if metrics name no head or are no JSON.
     """
     folder = Path(folder)
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating-point type, got {dtype}")
+    for name in metrics or {}:
+        if name not in heads:
+            raise unknown_name("head in metrics:", name, list(heads))
     joint = get_head(model)
     if isinstance(joint, Head) and not isinstance(joint, LinearHead):
         raise UsageError(
@@ -127,7 +136,7 @@ def save_checkpoint(
         raise UsageError(f"label_names has {len(label_names)} names for {len(counts)} classes")
     entries, files = {}, {}
     for name, head in heads.items():
-        entries[name], content = _head_entry(name, head, joint, dtype)
+        entries[name], content = _head_entry(name, head, joint, counts, dtype)
         if content is not None:
             files[entries[name]["file"]] = content
         entries[name]["metrics"] = dict((metrics or {}).get(name, {}))
@@ -139,17 +148,18 @@ def save_checkpoint(
     }
     plain = _plain_copy(model)
     files[WEIGHTS] = _to_bytes(plain.state_dict(), dtype, "the model")
+    config = _timm_config(plain, block)
+    (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
         write_atomic(folder / path, content)
-    write_atomic(folder / CONFIG, _timm_config(plain, block))
+    write_atomic(folder / CONFIG, config)
     return folder
 
 
 def _head_entry(
-    name: str, head: nn.Linear, joint: nn.Linear, dtype: torch.dtype
+    name: str, head: nn.Linear, joint: nn.Linear, counts: list[int], dtype: torch.dtype
 ) -> tuple[dict[str, Any], bytes | None]:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise UsageError(f"head name {name!r} may have letters, digits, '_', '-' and '.' only")
+    _check_head_name(f"head name {name!r}", name)
     if not isinstance(head, Head):
         raise UsageError(f"head {name!r} is {type(head).__name__}, not a timm_lt head")
     if head.weight.shape != joint.weight.shape:
@@ -158,16 +168,11 @@ def _head_entry(
             f"classifier {tuple(joint.weight.shape)}"
         )
     head.check_fitted()
-    base = joint.state_dict()
-    for key, value in head.state_dict().items():
-        if key not in base or key in head.own_state:
-            continue
-        if not torch.equal(value.cpu(), base[key].cpu()):
-            raise UsageError(
-                f"head {name!r} has another {key} than the model's joint classifier, from which "
-                f"a {head.kind!r} head is made; fit it with classifier= of this model"
-            )
+    _check_restorable(name, head, joint, counts)
     own = {key: head.state_dict()[key] for key in head.own_state if key in head.state_dict()}
+    for key, value in own.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{key} of head {name!r} has values that are not finite")
     content = _to_bytes(own, dtype, f"head {name!r}") if own else None
     entry = {
         "kind": head.kind,
@@ -178,6 +183,36 @@ def _head_entry(
         "selection": head.selection,
     }
     return entry, content
+
+
+def _check_head_name(where: str, name: str) -> None:
+    if not HEAD_NAME.fullmatch(name):
+        raise UsageError(f"{where} may have ASCII letters, digits, '_', '-' and '.' only")
+
+
+def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]) -> None:
+    """Checks that what a checkpoint leaves out of a head's file comes back when it is loaded."""
+    if head.uses_bias and (head.bias is None) != (joint.bias is None):
+        only, other = ("head", "classifier") if joint.bias is None else ("classifier", "head")
+        raise UsageError(f"head {name!r} and the model differ: only the {only} has a bias")
+    restored = _from_joint(type(head), joint, head.options(), counts).state_dict()
+    for key, value in head.state_dict().items():
+        if key in head.own_state or (key == "bias" and not head.uses_bias):
+            continue
+        if not torch.equal(value.cpu(), restored[key].to(value.dtype).cpu()):
+            origin = "class counts" if key == "log_prior" else "joint classifier"
+            raise UsageError(
+                f"head {name!r} has another {key} than the {origin} of this checkpoint, from "
+                f"which a {head.kind!r} head is made; fit it again with those"
+            )
+
+
+def _from_joint(
+    cls: type[Head], joint: nn.Linear, options: dict[str, Any], counts: list[int]
+) -> Head:
+    if "class_counts" in head_option_names(cls.kind):
+        options = {"class_counts": counts, **options}
+    return cls.from_classifier(joint, **options)
 
 
 def _to_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> bytes:
@@ -210,11 +245,15 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _timm_config(plain: nn.Module, block: dict[str, Any]) -> str:
+    try:
+        json.dumps(block, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"metrics or a head's selection cannot be JSON: {error}") from error
     labels = {"label_names": block["label_names"]} if block["label_names"] else {}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
         save_config_for_hf(plain, str(path), model_config={"timm_lt": block, **labels})
-        return path.read_text() + "\n"
+        return path.read_text(encoding="utf-8") + "\n"
 
 
 def read_checkpoint(folder: str | Path) -> CheckpointInfo:
@@ -248,6 +287,7 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
 
 
 def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
+    _check_head_name(where, name)
     if not isinstance(entry, dict):
         raise UsageError(f"{where} must be an object")
     kind, file, digest = (entry.get(key) for key in ("kind", "file", "sha256"))
@@ -258,6 +298,9 @@ def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
             raise UsageError(f"{where}.{key} must be an object")
     if file is not None and file != f"heads/{name}.safetensors":
         raise UsageError(f"{where}.file must be 'heads/{name}.safetensors' or null, got {file!r}")
+    if (file is None) == bool(HEADS[kind].own_state):
+        needs = "needs a file" if file is None else "has no file of its own"
+        raise UsageError(f"{where}.file is {file!r}, but a {kind!r} head {needs}")
     if file is not None and not isinstance(digest, str):
         raise UsageError(f"{where}.sha256 must be a string")
     return HeadEntry(
@@ -280,7 +323,7 @@ def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: A
     Args:
         folder: The checkpoint's folder.
         name: Name of the head there.
-        classifier: The checkpoint's joint classifier (C, D).
+        classifier: The checkpoint's joint classifier (C, D), or a head that keeps its weight.
         **options: Options that take the place of the stored ones.
 
     Raises:
@@ -294,18 +337,22 @@ def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: A
             free = [key for key in HEADS if not HEADS[key].own_state and key not in info.heads]
             raise unknown_name(f"head of {folder}:", name, [*info.heads, *free])
         entry = HeadEntry(name, name, {}, None, None, {}, {})
+    if isinstance(classifier, Head) and "weight" in classifier.own_state:
+        raise UsageError(
+            f"a {classifier.kind!r} head has taken the place of the joint classifier, from which "
+            f"head {name!r} of {folder} starts; create the model again"
+        )
     cls = HEADS[entry.kind]
+    stored = _from_joint(cls, classifier, entry.options, info.class_counts).options()
     for key, value in options.items():
-        if key in cls.fixed_options and value != entry.options.get(key, value):
+        if key in cls.fixed_options and value != stored[key]:
             raise UsageError(
-                f"head {name!r} was fitted with {key}={entry.options[key]!r}, which cannot change "
+                f"head {name!r} was fitted with {key}={stored[key]!r}, which cannot change "
                 "afterwards; fit it again with timm_lt.fit_head"
             )
-    options = {**entry.options, **options}
-    if cls.fitted_state == ("log_prior",):
-        options.setdefault("class_counts", info.class_counts)
-    head = cls.from_classifier(classifier, **options)
-    head.selection = dict(entry.selection)
+    head = _from_joint(cls, classifier, {**entry.options, **options}, info.class_counts)
+    # A value that the caller chose was not selected the way that the checkpoint records.
+    head.selection = dict(entry.selection) if head.options() == stored else {}
     if entry.file is not None:
         _load_tensors(head, entry, info.folder)
     head.check_fitted()

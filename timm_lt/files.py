@@ -39,16 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        UsageError: If the file is missing, no JSON, or not an object.
+        UsageError: If the file is missing, no JSON, not an object, or has a key twice.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} is not a readable JSON file: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return content
 
 

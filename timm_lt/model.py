@@ -1,14 +1,20 @@
 """Models with a chosen head: any timm architecture, a registered one, or a decoupled checkpoint."""
 
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
+from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
-from timm_lt.checkpoint import load_model_head, read_checkpoint
+from timm_lt.checkpoint import WEIGHTS, load_model_head, read_checkpoint
 from timm_lt.heads import head_option_names, set_head
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, unknown_name
 
 LOCAL_DIR = "local-dir:"
 
@@ -31,7 +37,8 @@ def create_model(
         The model, in training mode as timm's.
 
     Raises:
-        UsageError: For an unknown head, a wrong option, or a checkpoint that is not whole.
+        UsageError: For an unknown architecture or head, a wrong option, or a checkpoint that is not
+            whole.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
@@ -39,14 +46,47 @@ def create_model(
     if name.startswith(LOCAL_DIR):
         return _create_from_folder(name, pretrained is not False, head, options)
     pretrained = bool(pretrained)
-    if head is None:
-        return timm.create_model(name, pretrained=pretrained, **options)
-    if timm.models.is_model(name.partition(".")[0]):
-        entrypoint = timm.models.model_entrypoint(name.partition(".")[0])
-        if entrypoint.__module__.startswith("timm_lt."):
-            return timm.create_model(name, pretrained=pretrained, head=head, **options)
-    ours, theirs = split_options(head, options)
-    return set_head(timm.create_model(name, pretrained=pretrained, **theirs), head, **ours)
+    architecture = name.partition(".")[0]
+    if ":" not in name and not timm.models.is_model(architecture):
+        close = timm.list_models(f"*{architecture}*")[:5] or timm.list_models("lt_*")
+        raise UsageError(f"timm has no architecture {architecture!r}; it has {', '.join(close)}, …")
+    with _named_options(name, head):
+        if head is None:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        if timm.models.is_model(architecture):
+            entrypoint = timm.models.model_entrypoint(architecture)
+            if entrypoint.__module__.startswith("timm_lt."):
+                return timm.create_model(name, pretrained=pretrained, head=head, **options)
+        ours, theirs = split_options(head, options)
+        return set_head(timm.create_model(name, pretrained=pretrained, **theirs), head, **ours)
+
+
+@contextmanager
+def _named_options(name: str, head: str | None) -> Iterator[None]:
+    # timm hands an option that it does not know to the architecture, whose error names neither.
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            raise
+        known = f"; options of the head: {', '.join(head_option_names(head)) or 'none'}"
+        message = f"neither timm nor {name} has an option {found[1]!r}"
+        raise UsageError(message + (known if head else "; is head= missing?")) from error
+
+
+def _check_architecture(name: str) -> None:
+    """Raises UsageError for an architecture or a tag that timm does not know."""
+    if ":" in name:
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.models.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        hint = f"; close to it are {', '.join(close)}" if close else ""
+        raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
+    tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
+    if tag and tag not in tags:
+        raise unknown_name(f"tag of {architecture!r}:", tag, [key for key in tags if key])
 
 
 def split_options(
@@ -63,11 +103,32 @@ def _create_from_folder(
 ) -> nn.Module:
     folder = Path(name.removeprefix(LOCAL_DIR))
     info = read_checkpoint(folder)
+    if pretrained and not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder / WEIGHTS} does not exist")
     if head is None:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        return _create_joint(name, pretrained, None, options)
     if not pretrained:
         raise UsageError(f"head {head!r} of {folder} needs its backbone; leave pretrained as it is")
     kind = info.heads[head].kind if head in info.heads else head
     ours, theirs = split_options(kind, options)
-    model = timm.create_model(name, pretrained=True, **theirs)
+    classes = theirs.get("num_classes", len(info.class_counts))
+    if classes != len(info.class_counts):
+        raise UsageError(
+            f"head {head!r} of {folder} has {len(info.class_counts)} classes, not {classes}: "
+            "create the model without head=, train it, and fit the head again"
+        )
+    model = _create_joint(name, True, head, theirs)
     return load_model_head(folder, model, head, **ours)
+
+
+def _create_joint(
+    name: str, pretrained: bool, head: str | None, options: dict[str, Any]
+) -> nn.Module:
+    with _named_options(name, head):
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+            kind = type(error).__name__
+            raise UsageError(
+                f"the checkpoint {name.removeprefix(LOCAL_DIR)} cannot be loaded: {kind}: {error}"
+            ) from error

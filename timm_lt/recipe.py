@@ -13,9 +13,9 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.registry import UsageError, check_integer, unknown_name
 
-DEFAULT_RECIPE = "lt_test_resnet.glyph_lt.yaml"
+DEFAULT_RECIPE = "lt_test_resnet.glyph_lt"
 DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 PRINT = "--print_config"
 
@@ -39,6 +39,10 @@ class DataRecipe:
     image_size: int | None = None
     augmentation: str = "none"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_integer("data.image_size", self.image_size, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ class SchedulerRecipe:
     warmup_epochs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_integer("scheduler.warmup_epochs", self.warmup_epochs, minimum=0)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -150,6 +157,11 @@ class Recipe:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs, minimum=1)
+        check_integer("batch_size", self.batch_size, minimum=1)
+        check_integer("seed", self.seed, minimum=0)
+
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that reads back to the same recipe."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
@@ -181,6 +193,11 @@ def recipes_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "hub_configs"
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the files of the shipped recipes by name."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
 def find_recipe(name: str | None) -> Path:
     """Returns the file of a recipe.
 
@@ -191,10 +208,9 @@ def find_recipe(name: str | None) -> Path:
     Raises:
         UsageError: If there is no such file; lists the shipped recipes.
     """
-    folder = recipes_folder()
+    shipped = shipped_recipes()
     if name is None:
-        return folder / DEFAULT_RECIPE
-    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        return shipped[DEFAULT_RECIPE]
     if Path(name).is_file():
         return Path(name)
     stem = Path(name).name.removesuffix(".yaml")
@@ -283,7 +299,7 @@ def _parser_for(path: Path, prog: str) -> tuple[ArgumentParser, list[str]]:
     parser = _parser(prog)
     values = _flatten(_read(path))
     # As arguments they are checked against their types; defaults are not, but help shows them.
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+    texts = {key: _as_text(path, key, value) for key, value in values.items()}
     arguments = [f"--{key}={text}" for key, text in texts.items()]
     try:
         _parse(parser, arguments)
@@ -291,6 +307,15 @@ def _parser_for(path: Path, prog: str) -> tuple[ArgumentParser, list[str]]:
         raise UsageError(f"recipe {path}: {error}") from error
     parser.set_defaults(values)
     return parser, arguments
+
+
+def _as_text(path: Path, key: str, value: object) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"recipe {path}: {key} has a value that is no text, number, list or mapping: {error}"
+        ) from error
 
 
 def _known(parser: ArgumentParser, argv: list[str]) -> list[str]:
@@ -313,7 +338,7 @@ def _mappings(options: list[str]) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     """Reads a recipe file and checks its keys, without looking at the types of its values."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
@@ -359,6 +384,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"the key in line {line} must be a word, not a list or mapping")
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1

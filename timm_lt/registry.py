@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import operator
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -65,6 +66,18 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise unknown_name(noun, value, list(choices))
+
+
+def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
+
+    Raises:
+        UsageError: If a value is not in its set; the message lists the set.
+    """
+    hints = typing.get_type_hints(part)
+    for name, value in options.items():
+        if typing.get_origin(hints.get(name)) is typing.Literal:
+            check_choice(f"{name} of {owner}:", value, typing.get_args(hints[name]))
 
 
 def check_number(noun: str, value: float, interval: str) -> float:

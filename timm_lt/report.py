@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -28,15 +29,15 @@ def percent(fraction: float | None) -> str:
 
 
 def describe_selection(selection: Mapping[str, Any]) -> str:
-    """Returns in words how a head's options were chosen.
+    """Returns what was chosen on validation for a head.
 
     >>> describe_selection({"tau": 0.8125, "objective": "all", "split": "val"})
-    'tau 0.812 by all on val'
+    'tau 0.812'
     """
     if not selection:
         return ""
     name, value = next(iter(selection.items()))
-    return f"{name} {value:.3g} by {selection['objective']} on {selection['split']}"
+    return f"{name} {value:.3g}"
 
 
 def shot_table(
@@ -57,24 +58,27 @@ def shot_table(
         title: Line above the table.
     """
     rule = next(iter(reports.values())).rule
-    groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("head")
-    for name in GROUPS:
-        header = f"{name.removesuffix('_shot')}\n{int(groups[name].sum())} classes\n{texts[name]}"
-        table.add_column(header, justify="right")
-    table.add_column("all", justify="right", style="bold")
+    table = Table(
+        title=title,
+        caption=_shot_legend(class_counts, rule),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
-    if not balanced:
-        table.add_column("class\nmean", justify="right")
-    table.add_column("macro\nF1", justify="right")
-    table.add_column("ECE", justify="right")
+    names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
+    table.add_column("head", no_wrap=True)
+    for name in names:
+        style = "bold" if name == "all" else ""
+        table.add_column(name, justify="right", style=style, no_wrap=True)
     table.add_column("seconds", justify="right")
-    table.add_column("selected")
+    table.add_column("selected on val")
     for name, report in reports.items():
         values = [getattr(report, group) for group in GROUPS] + [report.all]
         values += [] if balanced else [report.class_mean]
-        values += [report.macro_f1, report.ece]
+        values += [report.ece]
         table.add_row(
             name,
             *map(percent, values),
@@ -82,6 +86,15 @@ def shot_table(
             describe_selection(selections.get(name, {})),
         )
     return table
+
+
+def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
+    groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
+    parts = [
+        f"{name.removesuffix('_shot')} {texts[name]} ({int(groups[name].sum())} classes)"
+        for name in GROUPS
+    ]
+    return f"training images per class: {', '.join(parts)}"
 
 
 def save_plots(

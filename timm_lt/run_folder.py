@@ -39,9 +39,7 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
             f"{folder} holds a run; go on with it with --resume, delete it with --overwrite, or "
             "choose another --output"
         )
-    differences = _differences(
-        yaml.safe_load((folder / RECIPE).read_text()), yaml.safe_load(recipe)
-    )
+    differences = _differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
     if differences:
         raise UsageError(
             f"{folder} holds a run of another recipe ({'; '.join(differences)}); use that recipe, "
@@ -54,6 +52,16 @@ def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     write_atomic(folder / RECIPE, recipe)
+
+
+def _stored_recipe(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read, so the run cannot be resumed; start it again with "
+            f"--overwrite: {error}"
+        ) from error
 
 
 def _differences(there: object, here: object, prefix: str = "") -> list[str]:

@@ -34,6 +34,7 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 HISTORY = "history.json"
 SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 EVAL_BATCH_SIZE = 256
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,9 @@ def train_representation(
         UsageError: If the batch size does not fit the data or the processes, or the loss is not
             finite.
     """
-    check_integer("epochs", epochs, minimum=1)
-    _check_batch_size(batch_size, len(sampler), accelerator.num_processes)
+    check_batch_size(batch_size, len(sampler), accelerator.num_processes)
     arguments = {"opt": "sgd", "lr": 0.1, **(optimizer or {})}
-    check_optimizer(**arguments)
+    check_optimization(arguments, scheduler or {}, epochs)
     raw_optimizer = create_optimizer_v2(model, **arguments)
     updates = len(sampler) // batch_size
     schedule, _ = create_scheduler_v2(
@@ -250,7 +250,12 @@ def _mean_loss(losses: list[Tensor], epoch: int, accelerator: Accelerator) -> fl
     return loss
 
 
-def _check_batch_size(batch_size: int, num_images: int, num_processes: int) -> None:
+def check_batch_size(batch_size: int, num_images: int, num_processes: int) -> None:
+    """Checks that an epoch has a batch and that the processes can share one.
+
+    Raises:
+        UsageError: If not.
+    """
     check_integer("batch_size", batch_size, minimum=1)
     if batch_size > num_images:
         raise UsageError(f"batch_size {batch_size} exceeds the {num_images} images of an epoch")
@@ -261,18 +266,36 @@ def _check_batch_size(batch_size: int, num_images: int, num_processes: int) -> N
         )
 
 
-def check_optimizer(
-    *, opt: str, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, **_: Any
+def check_optimization(
+    optimizer: Mapping[str, Any], scheduler: Mapping[str, Any], epochs: int
 ) -> None:
-    """Checks the arguments of ``timm.optim.create_optimizer_v2`` that a recipe names.
+    """Checks what :func:`train_representation` will hand to timm, by creating both for nothing.
+
+    Args:
+        optimizer: Arguments of ``timm.optim.create_optimizer_v2``.
+        scheduler: Arguments of ``timm.scheduler.create_scheduler_v2``.
+        epochs: Number of epochs.
 
     Raises:
-        UsageError: If the optimiser is unknown or a value is out of its range.
+        UsageError: If a name or an argument is unknown, or a value is out of its range.
     """
-    check_choice("optimizer", opt, tuple(str(name) for name in list_optimizers()))
-    check_number("optimizer.lr", lr, "(0, inf)")
-    check_number("optimizer.weight_decay", weight_decay, "[0, inf)")
-    check_number("optimizer.momentum", momentum, "[0, 1)")
+    check_integer("epochs", epochs, minimum=1)
+    check_choice("optimizer", optimizer["opt"], tuple(str(name) for name in list_optimizers()))
+    check_number("optimizer.lr", optimizer["lr"], "(0, inf)")
+    check_number("optimizer.weight_decay", optimizer.get("weight_decay", 0.0), "[0, inf)")
+    check_number("optimizer.momentum", optimizer.get("momentum", 0.9), "[0, 1)")
+    check_choice("scheduler", scheduler.get("sched", "cosine"), SCHEDULERS)
+    check_number("scheduler.warmup_epochs", scheduler.get("warmup_epochs", 0), f"[0, {epochs}]")
+    try:
+        dummy = create_optimizer_v2([nn.Parameter(torch.zeros(1))], **optimizer)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer: {error}") from error
+    try:
+        create_scheduler_v2(
+            dummy, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=1, **scheduler
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"scheduler: {error}") from error
 
 
 def _seed_epoch(seed: int, epoch: int, process: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from timm_lt.data import create_dataset, glyph_arrays, glyph_lt, render_glyph_atlas
@@ -62,6 +62,14 @@ def test_arrays_are_rgb_bytes_and_fill_the_range(splits):
     assert len(np.unique(images)) == 256
 
 
+def test_data_are_those_that_results_were_published_on(splits):
+    """A change here invalidates every number quoted for GlyphLT-100; ulps of a platform do not."""
+    images, labels = splits["test"]
+    assert labels[:8].tolist() == [40, 90, 31, 2, 82, 38, 1, 97]
+    sample = images[[0, 1, 4999], 8:24:5, 16].astype(int).sum((1, 2))
+    assert_allclose(sample, [1777, 1034, 1921], atol=6)
+
+
 def test_no_image_occurs_twice_in_or_between_splits_and_seeds(splits):
     images = [image.tobytes() for data in splits.values() for image in data[0]]
     images += [image.tobytes() for image in glyph_arrays("val", seed=1)[0]]
@@ -79,7 +87,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads_nor_on_the_process():
     # OMP_NUM_THREADS must not overrule the request.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     there = subprocess.run(
-        [sys.executable, "-c", DIGEST, "3"],
+        [sys.executable, "-c", DIGEST, "2"],
         capture_output=True,
         text=True,
         check=True,
@@ -90,14 +98,18 @@ def test_bytes_do_not_depend_on_the_number_of_threads_nor_on_the_process():
 
 def test_generation_takes_at_most_five_processor_seconds():
     threads = torch.get_num_threads()
+    seconds = []
     try:
         torch.set_num_threads(1)
-        start = time.process_time()
-        for split in ("train", "val", "test"):
-            create_dataset("glyph_lt", split=split)
-        assert time.process_time() - start < 5
+        # Even processor time grows when other programs fight for the caches: one of three will do.
+        while len(seconds) < 3 and min(seconds, default=5) >= 5:
+            start = time.process_time()
+            for split in ("train", "val", "test"):
+                create_dataset("glyph_lt", split=split)
+            seconds.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
+    assert min(seconds) < 5
 
 
 def test_dataset_decodes_to_the_generated_arrays(splits):
@@ -119,7 +131,9 @@ def test_clean_glyphs_are_recognised_by_the_nearest_atlas_entry(monkeypatch):
     coverage = draw_glyphs(rng, labels, scale=(1, 1), centre=np.zeros((len(labels), 2)))[:, 0]
     sheet = glyph_atlas().reshape(1600, 48, 48)
     reduced = np.stack([np.asarray(Image.fromarray(cell).resize((32, 32))) for cell in sheet])
-    distance = ((coverage[:, None] - reduced[None]) ** 2).sum((2, 3))
+    images, sheet = coverage.reshape(len(labels), -1), reduced.reshape(1600, -1)
+    # The images' own squares do not change which entry is nearest.
+    distance = (sheet**2).sum(1) - 2 * images @ sheet.T
     nearest = distance.argmin(1) // 16
     assert (nearest == labels).mean() > 0.9  # the elastic field remains; chance is 0.01
 

@@ -115,6 +115,9 @@ def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArra
 def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Draws one image per label, from the background to the pixel noise.
 
+    Two background colours, two distractor glyphs at the border, the glyph itself, an occluding bar,
+    blur, noise.
+
     Shape:
         ``labels (N,)``; returns ``(N, 3, 32, 32)``.
     """
@@ -123,13 +126,7 @@ def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[
     mixture = smooth_noise(rng, 0.5, number, 1, 5) + np.float32(0.5)
     image = first + (second - first) * mixture
     for _ in range(2):
-        others = rng.integers(NUM_CLASSES, size=number)
-        present = (rng.random(number) < 0.75).astype(np.float32)[:, None, None, None]
-        angle = rng.uniform(0, 2 * np.pi, number)
-        radius = rng.uniform(0.95, 1.25, number)
-        border = np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None]
-        alpha = draw_glyphs(rng, others, scale=(0.5, 0.9), centre=border) * present
-        image += (draw_colours(rng, number)[2] - image) * alpha
+        image = add_distractor(rng, image)
     centre = rng.uniform(-0.22, 0.22, (number, 2))
     image += (ink - image) * draw_glyphs(rng, labels, scale=(0.73, 1.17), centre=centre)
     image += (draw_colours(rng, number)[0] - image) * draw_bars(rng, number)
@@ -139,6 +136,22 @@ def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[
     image *= np.float32(255)
     image += np.float32(0.5)
     return np.clip(image, 0, 255, out=image).astype(np.uint8)
+
+
+def add_distractor(rng: np.random.Generator, image: Floats) -> Floats:
+    """Draws another glyph across the border of three out of four images.
+
+    Shape:
+        ``image (N, 3, 32, 32)``; returns the same.
+    """
+    number = len(image)
+    others = rng.integers(NUM_CLASSES, size=number)
+    present = (rng.random((number, 1, 1, 1)) < 0.75).astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi, number)
+    radius = rng.uniform(0.95, 1.25, number)
+    border = np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None]
+    alpha = draw_glyphs(rng, others, scale=(0.5, 0.9), centre=border) * present
+    return np.asarray(image + (draw_colours(rng, number)[2] - image) * alpha)
 
 
 def per_image(rng: np.random.Generator, low: float, high: float, number: int) -> Floats:
@@ -262,7 +275,7 @@ def draw_bars(rng: np.random.Generator, number: int) -> Floats:
     angle = rng.uniform(0, np.pi, (number, 1, 1, 1))
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     distance = np.abs(x * cosine + y * sine - per_image(rng, -0.5, 0.5, number))
-    half_width = per_image(rng, 0.04, 0.12, number)
+    half_width = per_image(rng, 0.05, 0.15, number)
     coverage = np.clip((half_width - distance) * np.float32(SIZE / 2) + np.float32(0.5), 0, 1)
     return np.asarray(coverage * (rng.random((number, 1, 1, 1)) < 0.5).astype(np.float32))
 

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.heads import HEADS, Head
+from timm_lt.heads import HEADS, Head, head_option_names
 from timm_lt.longtail import check_class_counts, check_no_empty_class, class_counts
 from timm_lt.metrics import shot_accuracy
-from timm_lt.registry import Registry, UsageError, check_options
+from timm_lt.registry import (
+    Registry,
+    UsageError,
+    check_literals,
+    check_number,
+    check_options,
+)
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,30 @@ def register_fit(name: str) -> Callable[[F], F]:
     return decorate
 
 
+# Ranges of the numbers that fits take, as intervals; the heads check those of their own options.
+FIT_RANGES = {
+    "lr": "(0, inf)",
+    "weight_decay": "[0, inf)",
+    "steps": "[1, inf)",
+    "max_iterations": "[1, inf)",
+}
+
+
 def check_fit_options(name: str, options: dict[str, Any]) -> None:
-    """Checks the options of a head and its fit without fitting.
+    """Checks the options of a head and its fit, names and values, without fitting.
 
     Raises:
-        UsageError: For an unknown head, or an option that neither takes; values are checked by the
-            fit itself.
+        UsageError: For an unknown head, an option that it does not take, or a value out of range.
     """
-    HEADS[name]
+    cls = HEADS[name]
     check_options(f"head {name!r}", FITS[name], options)
+    of_head = {key: options[key] for key in head_option_names(name) if key in options}
+    # None stands for an option that is to be selected.
+    cls(1, 1, **{key: value for key, value in of_head.items() if value is not None})
+    for key, value in options.items():
+        if key in FIT_RANGES and value is not None:
+            check_number(f"{key} of head {name!r}", value, FIT_RANGES[key])
+    check_literals(f"head {name!r}", FITS[name], options)
 
 
 def fit_head(

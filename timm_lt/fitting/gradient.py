@@ -111,7 +111,7 @@ def solve_class_balanced(
         losses = F.cross_entropy(logits, features.targets, reduction="none")
         loss = (share * losses).sum() + weight_decay / 2 * weight.square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(objective)
     return weight.detach(), bias.detach()

@@ -23,9 +23,10 @@ def classifier_name(model: nn.Module) -> str:
         )
     classifier = get_classifier()
     if not isinstance(classifier, nn.Linear):
+        absent = isinstance(classifier, nn.Identity)
         raise UsageError(
             f"the classifier of {type(model).__name__} is {type(classifier).__name__}; a head "
-            "replaces an nn.Linear (create the model with num_classes >= 1)"
+            f"replaces an nn.Linear{' (create the model with num_classes >= 1)' if absent else ''}"
         )
     # The attribute's name differs between architectures; the object does not.
     return next(str(name) for name, module in model.named_modules() if module is classifier)
@@ -104,6 +105,8 @@ def set_head(model: nn.Module, head: str | nn.Linear, **options: Any) -> nn.Modu
         raise UsageError(
             f"options {sorted(options)} go with the name of a head, not with a fitted head"
         )
+    elif not isinstance(head, nn.Linear):
+        raise UsageError(f"a head is a name or an nn.Linear, got {type(head).__name__}")
     else:
         new = head
     if new.weight.shape != present.weight.shape:
@@ -111,7 +114,8 @@ def set_head(model: nn.Module, head: str | nn.Linear, **options: Any) -> nn.Modu
             f"the head is {tuple(new.weight.shape)} (classes, features) but the model's "
             f"classifier is {tuple(present.weight.shape)}"
         )
-    put_head(model, new.to(present.weight.device).train(model.training))
+    weight = present.weight
+    put_head(model, new.to(weight.device, weight.dtype).train(model.training))
     return model
 
 

@@ -41,6 +41,21 @@ def list_heads() -> list[str]:
     return list(HEADS)
 
 
+def check_flag(noun: str, value: bool) -> bool:
+    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true.
+
+    >>> check_flag("keep_bias", "false")
+    Traceback (most recent call last):
+    timm_lt.registry.UsageError: keep_bias must be true or false, got 'false'
+
+    Raises:
+        UsageError: If the value is no boolean.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{noun} must be true or false, got {value!r}")
+    return value
+
+
 def head_option_names(name: str) -> list[str]:
     """Returns the names of the options that a head takes; an unknown head raises UsageError."""
     parameters = inspect.signature(HEADS[name]).parameters.values()
@@ -115,8 +130,17 @@ class Head(nn.Linear):
         Args:
             classifier: The joint classifier, (C, D).
             **options: Options of the head.
+
+        Raises:
+            UsageError: For a wrong option, or a fitted head whose weight is no classifier's.
         """
         check_options(f"head {cls.kind!r}", cls, options)
+        if isinstance(classifier, Head) and classifier.fitted_state and classifier.is_fitted():
+            if "weight" in classifier.own_state:
+                raise UsageError(
+                    f"the weight of a fitted {classifier.kind!r} head is not a classifier that a "
+                    f"{cls.kind!r} head can start from; start from the joint classifier"
+                )
         weight = classifier.weight
         head = cls(
             classifier.in_features,
@@ -131,6 +155,11 @@ class Head(nn.Linear):
             if classifier.bias is not None:
                 head.bias.copy_(classifier.bias)
         return head.train(classifier.training)
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``, which is there as timm expects it."""
+        return True
 
     def options(self) -> dict[str, Any]:
         """Returns the options that would create this head again, ready for JSON."""
@@ -172,12 +201,16 @@ class Head(nn.Linear):
         return self.effective()
 
     @torch.jit.unused
+    def is_fitted(self) -> bool:
+        """Returns whether all state is there; on the meta device nobody knows, and it counts."""
+        states = [getattr(self, name) for name in self.fitted_state]
+        return not any(bool(torch.isnan(state).any()) for state in states if not state.is_meta)
+
+    @torch.jit.unused
     def check_fitted(self) -> None:
         """Raises UsageError if the head has no fitted state yet, and says how to fit it."""
-        for name in self.fitted_state:
-            state = getattr(self, name)
-            if not state.is_meta and bool(torch.isnan(state).any()):
-                raise UsageError(self._unfitted_message())
+        if not self.is_fitted():
+            raise UsageError(self._unfitted_message())
 
     def _unfitted_message(self) -> str:
         return (

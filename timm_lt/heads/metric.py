@@ -1,12 +1,11 @@
 """Heads that compare directions or distances: nearest class mean and the cosine classifier."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head, register_head
+from timm_lt.heads.base import Head, check_flag, register_head
 from timm_lt.registry import UsageError, check_choice, check_number
 
 Metric = Literal["cosine", "euclidean"]
@@ -52,6 +51,11 @@ class NCMHead(Head):
         self.features: str = features
         self._set_unfitted("feature_mean", self.in_features)
         self._freeze(self.weight, self.bias)
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``: never, the class means are all there is."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """Returns metric and features."""
@@ -112,14 +116,20 @@ class CosineHead(Head):
     ) -> None:
         super().__init__(*size)
         value = check_number("scale", scale, "(0, inf)")
-        self.learn_scale = bool(learn_scale)
+        self.learn_scale = check_flag("learn_scale", learn_scale)
+        self._first_scale = value
         start = self.weight.new_full((), value)
         self.scale = nn.Parameter(start, requires_grad=self.learn_scale)
         self._freeze(self.bias)
 
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``: never."""
+        return False
+
     def options(self) -> dict[str, Any]:
         """Returns the present scale and learn_scale."""
-        scale = math.nan if self.scale.is_meta else float(self.scale.detach())
+        scale = self._first_scale if self.scale.is_meta else float(self.scale.detach())
         return {"scale": scale, "learn_scale": self.learn_scale}
 
     def transform(self, features: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head, register_head
+from timm_lt.heads.base import Head, check_flag, register_head
 from timm_lt.registry import check_number
 
 
@@ -34,9 +34,14 @@ class TauNormHead(Head):
     ) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
-        self.keep_bias = bool(keep_bias)
+        self.keep_bias = check_flag("keep_bias", keep_bias)
         if not self.keep_bias:
             self._freeze(self.bias)
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``: only if it is kept."""
+        return self.keep_bias
 
     def options(self) -> dict[str, Any]:
         """Returns tau and keep_bias."""
@@ -74,7 +79,7 @@ class LWSHead(Head):
         scale_bias: bool = True,
     ) -> None:
         super().__init__(*size)
-        self.scale_bias = bool(scale_bias)
+        self.scale_bias = check_flag("scale_bias", scale_bias)
         self._set_unfitted("scale", self.out_features, learned=True)
         self._freeze(self.weight, self.bias)
 

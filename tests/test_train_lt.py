@@ -1,0 +1,263 @@
+"""The real command: what it prints and writes, resuming, several processes, and user's mistakes."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import timm_lt
+import torch
+import train_lt
+from timm_lt.data import create_splits
+
+ROOT = Path(train_lt.__file__).parent
+DIGITS = "hub_configs/lt_test_resnet.digits_lt.yaml"
+HEADS = ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
+# One thread: the bits of a run depend on their number, and the tests run beside others.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def command(folder, *options, recipe=DIGITS):
+    return [sys.executable, "train_lt.py", recipe, "--output", str(folder), *options]
+
+
+def run(arguments, **kwargs):
+    return subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True, **kwargs
+    )
+
+
+def hashes(folder):
+    files = [folder / "model.safetensors", *sorted((folder / "heads").iterdir())]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    return folder, run(command(folder))
+
+
+@pytest.fixture(scope="session")
+def digits_test_images():
+    images = create_splits("digits_lt").images(
+        "test", size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+    )
+    return images.__getitems__(list(range(len(images))))
+
+
+@pytest.mark.slow
+def test_writes_the_folder_and_prints_the_table(digits_run):
+    folder, finished = digits_run
+    for name in ("config.json", "model.safetensors", "metrics.json", "recipe.yaml", "README.md"):
+        assert (folder / name).is_file()
+    assert {path.stem for path in (folder / "heads").iterdir()} == {"crt", "lws", "ncm"}
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in (folder / "plots").iterdir())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["heads"]) == HEADS
+    assert metrics["class_counts"][0] == 120
+    assert metrics["shots"]["few_shot"]["rule"] == "< 20"
+    for head in HEADS:
+        line = next(line for line in finished.stdout.splitlines() if line.strip().startswith(head))
+        shown = [float(number) for number in re.findall(r"\d+\.\d", line)[:4]]
+        figures = metrics["heads"][head]
+        expected = [figures[k] for k in ("many_shot", "medium_shot", "few_shot", "all")]
+        assert shown == [round(100 * value, 1) for value in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_a_loaded_head_gives_the_bits_that_the_run_evaluated(digits_run, digits_test_images, head):
+    folder, _ = digits_run
+    images, targets = digits_test_images
+    model = timm_lt.create_model(f"local-dir:{folder}", head=head).eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(batch) for batch in images.split(256)])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    assert digest == metrics["logits_sha256"][head]
+    preds = logits.numpy().argmax(1)
+    assert metrics["heads"][head]["all"] == pytest.approx(np.mean(preds == targets.numpy()))
+    recalls = [np.mean(preds[targets.numpy() == label] == label) for label in range(10)]
+    few = [r for r, n in zip(recalls, metrics["class_counts"], strict=True) if n < 20]
+    assert metrics["heads"][head]["few_shot"] == pytest.approx(np.mean(few))
+
+
+@pytest.mark.slow
+def test_plain_timm_loads_the_joint_classifier(digits_run, digits_test_images, tmp_path):
+    folder, _ = digits_run
+    images, _ = digits_test_images
+    np.save(tmp_path / "images.npy", images[:8].numpy())
+    script = (
+        "import sys, numpy, timm, torch\n"
+        f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+        f"images = torch.from_numpy(numpy.load(r'{tmp_path}/images.npy'))\n"
+        f"numpy.save(r'{tmp_path}/logits.npy', model(images).detach().numpy())\n"
+        "assert not any(name.startswith('timm_lt') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=ENVIRONMENT)
+    model = timm_lt.create_model(f"local-dir:{folder}", head="linear").eval()
+    with torch.inference_mode():
+        expected = model(images[:8]).numpy()
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(digits_run, tmp_path):
+    whole, _ = digits_run
+    chance = random.Random(0)
+    killed = 0
+    for attempt in range(30):
+        process = subprocess.Popen(
+            command(tmp_path / "run", "--resume"),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        # Kill while it trains: some time after its folder appeared, later with each attempt.
+        while process.poll() is None and not (tmp_path / "run" / "state").is_dir():
+            time.sleep(0.01)
+        try:
+            process.wait(chance.uniform(0.0, 0.5) + (8.0 if killed else 0.0) + attempt)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        if process.wait() == 0:
+            break
+    assert killed >= 2
+    assert hashes(tmp_path / "run") == hashes(whole)
+    first, second = (json.loads((f / "metrics.json").read_text()) for f in (whole, tmp_path / "run"))
+    assert first["heads"] == second["heads"]
+    assert first["logits_sha256"] == second["logits_sha256"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_resumable_folder(digits_run, tmp_path):
+    whole, _ = digits_run
+    process = subprocess.Popen(
+        command(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "run").glob("state/epoch_*")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    run(command(tmp_path / "run", "--resume"))
+    assert hashes(tmp_path / "run") == hashes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
+    whole, _ = digits_run
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    run([sys.executable, *launch, *command(tmp_path / "run")[1:]])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["num_processes"] == 2
+    alone = json.loads((whole / "metrics.json").read_text())["heads"]
+    for head in HEADS:
+        # 300 test images: a difference of .12 is three standard errors.
+        assert metrics["heads"][head]["all"] == pytest.approx(alone[head]["all"], abs=0.12)
+
+
+@pytest.mark.slow
+def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
+    """The default recipe: order and margins of DESIGN section 7, not values."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "train_lt.py"]
+    subprocess.run(
+        [*launch, "--output", str(tmp_path / "run")], cwd=ROOT, env=environment, check=True
+    )
+    heads = json.loads((tmp_path / "run" / "metrics.json").read_text())["heads"]
+    joint = heads.pop("linear")
+    assert joint["all"] == pytest.approx(0.612, abs=0.04)
+    assert list(heads) == HEADS[1:]
+    for figures in heads.values():
+        assert figures["all"] >= joint["all"] + 0.06
+        assert figures["few_shot"] >= joint["few_shot"] + 0.20
+        assert figures["many_shot"] < joint["many_shot"]
+
+
+def failing(capsys, *arguments):
+    """Runs the command in this process; returns its error message."""
+    status = train_lt.main(list(arguments))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--heads", "{'tau_nrom': {}}"], ["tau_nrom", "did you mean 'tau_norm'", "lws"]),
+        (["--heads.tau_norm.tua", "1"], ["tua", "tau", "keep_bias"]),
+        (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
+        (["--heads.lws.steps", "0"], ["steps", "[1, inf)", "0"]),
+        (["--heads.crt.solver", "adam"], ["adam", "lbfgs", "sgd"]),
+        (["--sampler.name", "balanced"], ["balanced", "class_balanced", "square_root"]),
+        (["--loss.name", "CE"], ["CE", "cross_entropy"]),
+        (["--data.name", "cifar"], ["cifar", "glyph_lt", "digits_lt"]),
+        (["--data.augmentation", "flip"], ["flip", "affine", "crop"]),
+        (["--model.name", "lt_resnet51"], ["lt_resnet51"]),
+        (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
+        (["--optimizer.lr", "-1"], ["lr", "(0, inf)"]),
+        (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
+        (["--epochs", "0"], ["epochs", ">= 1"]),
+        (["--epochs", "two"], ["epochs", "int"]),
+        (["--seed", "-1"], ["seed", ">= 0"]),
+        (["--batch_size", "100000"], ["batch_size", "389"]),
+        (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
+        (["--epoch", "2"], ["--epoch", "--epochs"]),
+        (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_written(capsys, tmp_path, arguments, words):
+    folder = tmp_path / "run"
+    message = failing(capsys, DIGITS, "--output", str(folder), *arguments)
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert not folder.exists()
+
+
+def test_a_folder_with_a_run_is_refused(capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("epochs: 3\n")
+    message = failing(capsys, DIGITS, "--output", str(tmp_path))
+    assert "--resume" in message
+    assert "--overwrite" in message
+    message = failing(capsys, DIGITS, "--output", str(tmp_path), "--resume")
+    assert "epochs 3 there, 5 now" in message
+
+
+def test_a_folder_with_something_else_is_refused_even_with_overwrite(capsys, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    message = failing(capsys, DIGITS, "--output", str(tmp_path), "--overwrite")
+    assert "not a run" in message
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_a_tracker_by_one_option(tmp_path):
+    pytest.importorskip("tensorboard")
+    run(command(tmp_path / "run", "--tracker", "tensorboard", "--epochs", "1", "--quiet"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_lt_models_are_registered_with_timm():
+    assert {"lt_test_resnet", "lt_resnet10", "lt_resnet50", "lt_resnext50"} <= set(
+        timm.list_models("lt_*")
+    )
