@@ -193,8 +193,8 @@ def _check_head_name(where: str, name: str) -> None:
 def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]) -> None:
     """Checks that what a checkpoint leaves out of a head's file comes back when it is loaded."""
     if head.uses_bias and (head.bias is None) != (joint.bias is None):
-        only, other = ("head", "classifier") if joint.bias is None else ("classifier", "head")
-        raise UsageError(f"head {name!r} and the model differ: only the {only} has a bias")
+        only = "head" if joint.bias is None else "model's classifier"
+        raise UsageError(f"head {name!r} does not belong to the model: only the {only} has a bias")
     restored = _from_joint(type(head), joint, head.options(), counts).state_dict()
     for key, value in head.state_dict().items():
         if key in head.own_state or (key == "bias" and not head.uses_bias):

@@ -18,13 +18,13 @@ class _BeforeClassifier(Exception):  # noqa: N818
     """Ends a forward pass just before the classifier, which may not be fitted yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Features of a data set with its labels.
 
     Args:
         values: (N, D), floating point.
-        targets: Labels, (N,) int64.
+        targets: Labels, (N,), of any integer type; kept as int64.
 
     Raises:
         UsageError: If the shapes do not match, a value is not finite, or a label is not a
@@ -49,6 +49,7 @@ class Features:
                 f"{tuple(self.targets.shape)}"
             )
         check_labels(self.targets, noun="targets")
+        object.__setattr__(self, "targets", self.targets.long())
         # A sum over the row is finite unless a value is not, or the row overflows.
         suspects = torch.nonzero(~self.values.sum(1).isfinite()).flatten()
         for row in suspects.tolist():
@@ -77,7 +78,8 @@ def extract_features(
 ) -> Features:
     """Runs the backbone once over a data set and keeps the input of the classifier.
 
-    The model runs in evaluation mode without gradients and is left in the mode in which it came.
+    The model runs in evaluation mode without gradients; afterwards each of its modules is in the
+    mode in which it came.
 
     Args:
         model: A timm model with a classifier.
@@ -89,7 +91,8 @@ def extract_features(
         Features on the CPU, float32: values (N, D) and targets (N,).
 
     Raises:
-        UsageError: If the loader is empty, or a feature is not finite.
+        UsageError: If the loader is empty, the model does not call its classifier, or a
+            feature is not finite.
     """
     classifier = get_head(model)
     device = classifier.weight.device
@@ -101,7 +104,8 @@ def extract_features(
 
     # Not forward_head(pre_logits=True): for some architectures that is not the classifier's input.
     hook = classifier.register_forward_pre_hook(take)
-    was_training = model.training
+    # Module by module: a part of a model in training may have been frozen in evaluation mode.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     values, targets = [], []
     try:
@@ -109,6 +113,10 @@ def extract_features(
             for images, labels in loader:
                 with contextlib.suppress(_BeforeClassifier):
                     model(images.to(device))
+                if not taken:
+                    raise UsageError(
+                        f"{type(model).__name__} computes its output without calling its classifier"
+                    )
                 batch = (taken.pop(), labels.to(device))
                 if accelerator is not None:
                     batch = accelerator.gather_for_metrics(batch)
@@ -116,7 +124,8 @@ def extract_features(
                 targets.append(batch[1].cpu())
     finally:
         hook.remove()
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     if not values:
         raise UsageError("the loader has no batches, so there are no features to extract")
     return Features(torch.cat(values), torch.cat(targets))

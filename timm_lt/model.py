@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
 from timm_lt.checkpoint import WEIGHTS, load_model_head, read_checkpoint
-from timm_lt.heads import head_option_names, set_head
+from timm_lt.heads import HEADS, head_option_names, set_head
 from timm_lt.registry import UsageError, unknown_name
 
 LOCAL_DIR = "local-dir:"
@@ -47,9 +47,7 @@ def create_model(
         return _create_from_folder(name, pretrained is not False, head, options)
     pretrained = bool(pretrained)
     architecture = name.partition(".")[0]
-    if ":" not in name and not timm.models.is_model(architecture):
-        close = timm.list_models(f"*{architecture}*")[:5] or timm.list_models("lt_*")
-        raise UsageError(f"timm has no architecture {architecture!r}; it has {', '.join(close)}, …")
+    _check_architecture(name)
     with _named_options(name, head):
         if head is None:
             return timm.create_model(name, pretrained=pretrained, **options)
@@ -70,9 +68,10 @@ def _named_options(name: str, head: str | None) -> Iterator[None]:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None:
             raise
-        known = f"; options of the head: {', '.join(head_option_names(head)) or 'none'}"
-        message = f"neither timm nor {name} has an option {found[1]!r}"
-        raise UsageError(message + (known if head else "; is head= missing?")) from error
+        hint = "is head= missing?"
+        if head is not None and head in HEADS:
+            hint = f"options of head {head!r}: {', '.join(head_option_names(head)) or 'none'}"
+        raise UsageError(f"{name} has no option {found[1]!r}; {hint}") from error
 
 
 def _check_architecture(name: str) -> None:

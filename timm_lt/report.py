@@ -53,7 +53,7 @@ def shot_table(
     Args:
         reports: Test figures by head.
         class_counts: Training images per class, (C,).
-        seconds: Time that each head took.
+        seconds: Time that each head took, if known.
         selections: How each head's options were chosen.
         title: Line above the table.
     """
@@ -82,7 +82,7 @@ def shot_table(
         table.add_row(
             name,
             *map(percent, values),
-            f"{seconds.get(name, 0.0):.1f}",
+            f"{seconds[name]:.1f}" if name in seconds else "-",
             describe_selection(selections.get(name, {})),
         )
     return table
@@ -109,7 +109,7 @@ def save_plots(
         folder: Where to write; made if missing.
         reports: Test figures by head.
         class_counts: Training images per class, (C,).
-        curves: Validation accuracy against tau with the selected tau, by head; may be empty.
+        curves: Validation accuracy against tau with the head's tau, by head; may be empty.
 
     Returns:
         The files.
@@ -144,14 +144,19 @@ def _draw_frequency(
         places = torch.arange(len(windows)) + (width - 1) / 2 + 1
         axes.plot(places, 100 * windows, label=name, linewidth=2.2 if name == "linear" else 1.4)
     axes.set_xlabel("classes, from the most to the least frequent")
-    axes.set_ylabel(f"test accuracy, %\n(mean of {width} neighbours)")
+    smoothing = f"\n(mean of {width} neighbours)" if width > 1 else ""
+    axes.set_ylabel(f"test accuracy, %{smoothing}")
     axes.set_ylim(0, 100)
+    axes.set_xlim(0.5, len(order) + 0.5)
     counts = axes.twinx()
     places = torch.arange(len(order)) + 1
     counts.fill_between(places, class_counts[order], step="mid", alpha=0.12, color="black")
     counts.set_yscale("log")
     counts.set_ylabel("training images (grey)")
-    axes.legend(ncols=3, fontsize="small", loc="lower left", framealpha=0.8)
+    # Outside, where it hides no curve.
+    figure.legend(
+        *axes.get_legend_handles_labels(), fontsize="small", loc="outside upper center", ncols=7
+    )
     axes.set_zorder(counts.get_zorder() + 1)
     axes.patch.set_visible(False)
 
@@ -160,10 +165,15 @@ def _draw_curves(figure: Any, curves: Mapping[str, tuple[AccuracyCurve, float]])
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (name, (curve, tau)) in zip(panels, curves.items(), strict=True):
         edges, accuracy = curve.steps()
+        right = max(2.0, 1.5 * tau)
+        # The accuracy after the last step holds from there on.
+        shown = edges < right
+        edges = torch.cat([edges[shown], torch.tensor([right])])
+        accuracy = torch.cat([accuracy[shown], accuracy[shown][-1:]])
         axes.step(edges, 100 * accuracy, where="post")
         axes.axvline(tau, linestyle="--", color="black", linewidth=1)
-        axes.set_title(f"{name}, selected tau {tau:.2f}", fontsize="medium")
-        axes.set_xlim(0, max(2.0, 1.5 * tau))
+        axes.set_title(f"{name}, tau {tau:.2f} (dashed)", fontsize="medium")
+        axes.set_xlim(0, right)
         axes.set_xlabel("tau")
     panels[0].set_ylabel("validation accuracy, %")
 
@@ -196,7 +206,7 @@ def write_model_card(
         plots: Plots in a folder beside the file.
     """
     rule = next(iter(reports.values())).rule
-    template = Template(CARD_TEMPLATE.read_text())
+    template = Template(CARD_TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(
         name=name,
         architecture=architecture,

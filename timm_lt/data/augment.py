@@ -117,6 +117,7 @@ class RandomCrop(Augmentation):
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the cropped images."""
         batch, _, height, width = images.shape
+        check_integer("padding", self.padding, minimum=1, maximum=min(height, width) - 1)
         padded = F.pad(images, (self.padding,) * 4, mode="reflect")
         top, left = (uniforms * (2 * self.padding + 1)).long().to(images.device).unbind(1)
         rows = top[:, None] + torch.arange(height, device=images.device)
@@ -167,19 +168,21 @@ class RandomAffine(Augmentation):
         stretch = torch.exp(aspect * self.aspect / 2)
         slant = shear * self.shear
         height, width = images.shape[-2:]
+        # Grid coordinates run from -1 to 1 along both axes: a pixel is wider on the shorter one.
+        tall, wide = height / width, width / height
         theta = torch.stack(
             [
                 torch.stack(
                     [
                         zoom * stretch * cos,
-                        zoom * (slant * cos - sin) / stretch,
+                        zoom * (slant * cos - sin) / stretch * tall,
                         shift_x * (2 * self.shift / width),
                     ],
                     dim=1,
                 ),
                 torch.stack(
                     [
-                        zoom * stretch * sin,
+                        zoom * stretch * sin * wide,
                         zoom * (slant * sin + cos) / stretch,
                         shift_y * (2 * self.shift / height),
                     ],

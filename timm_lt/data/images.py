@@ -1,7 +1,7 @@
 """Image data sets in memory: decoded once, then batches at the speed of tensor indexing."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
+from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
 # Beyond this, decoded images do not belong in memory.
@@ -46,7 +47,8 @@ class ImageTensors(TorchDataset[Batch]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+        rgb = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+        if not rgb or len(images) != len(labels):
             raise UsageError(
                 f"images must be (N, 3, H, W) uint8 with N labels, got {tuple(images.shape)} "
                 f"{images.dtype} and {len(labels)} labels"
@@ -98,29 +100,44 @@ def decode_images(dataset: Dataset, size: tuple[int, int] | None = None) -> Tens
         (N, 3, H, W) uint8.
 
     Raises:
-        UsageError: If the data set is empty, or too large to be held in memory.
+        UsageError: If the data set is empty or too large to be held in memory, or an image cannot
+            be decoded; the message names the row.
     """
     if len(dataset) == 0:
         raise UsageError("the data set has no images")
-    first = dataset[0]["image"]
-    height, width = size or (first.height, first.width)
+    if size is None:
+        first = next(_decoded(dataset))
+        size = first.height, first.width
+    height, width = size
     if len(dataset) * height * width * 3 > MAX_BYTES:
         raise UsageError(
             f"{len(dataset):,} images of {height}x{width} need more than "
             f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size"
         )
     images = np.empty((len(dataset), height, width, 3), dtype=np.uint8)
-    for row, example in enumerate(dataset.select_columns(["image"])):
-        image = example["image"].convert("RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        images[row] = np.asarray(image)
+    for row, image in enumerate(_decoded(dataset)):
+        # Of an image that has the size already, this is a copy.
+        images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
+def _decoded(dataset: Dataset) -> Iterator[Image.Image]:
+    """Yields the images of a data set in RGB."""
+    rows = iter(dataset.select_columns(["image"]))
+    for row in range(len(dataset)):
+        try:
+            yield next(rows)["image"].convert("RGB")
+        except OSError as error:
+            raise UsageError(f"image {row} cannot be decoded: {error}") from error
+
+
 def label_tensor(dataset: Dataset) -> Tensor:
-    """Returns the labels of a data set, (N,) int64, without decoding an image."""
-    return torch.from_numpy(np.asarray(dataset.with_format("numpy")["label"][:], dtype=np.int64))
+    """Returns the labels of a data set, (N,) int64, without decoding an image.
+
+    Raises:
+        UsageError: If a label is not a non-negative integer; names its row.
+    """
+    return check_labels(dataset.with_format("numpy")["label"][:])
 
 
 def label_names(dataset: Dataset) -> list[str] | None:

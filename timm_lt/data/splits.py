@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, get_args
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.sources import Split, create_dataset
-from timm_lt.longtail import check_no_empty_class, class_counts
+from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError
 
 
@@ -35,23 +37,30 @@ class Splits:
         """Checks three data sets and counts their classes.
 
         Raises:
-            UsageError: If a split is empty, a label is negative or beyond the classes, or a class
-                has no training or no validation image; the message names split and class.
+            UsageError: If a split is missing or empty, a label is negative or beyond the classes,
+                the splits name their classes differently, or a class has no training or no
+                validation image; the message names split and class.
         """
-        for split, dataset in datasets.items():
-            if len(dataset) == 0:
+        labels = {}
+        for split in get_args(Split):
+            if split not in datasets or len(datasets[split]) == 0:
                 raise UsageError(f"the {split} split has no images")
-        labels = {split: label_tensor(dataset) for split, dataset in datasets.items()}
+            try:
+                labels[split] = label_tensor(datasets[split])
+            except UsageError as error:
+                raise UsageError(f"{split} split: {error}") from error
         names = label_names(datasets["train"])
         num_classes = len(names) if names else int(labels["train"].max()) + 1
         counts = {}
         for split, values in labels.items():
+            _check_same_names(split, label_names(datasets[split]), names)
             try:
                 counts[split] = class_counts(values, num_classes)
-                if split != "test":
-                    check_no_empty_class(counts[split])
             except UsageError as error:
                 raise UsageError(f"{split} split: {error}") from error
+            # A class without a test image has no accuracy; the report says so.
+            if split != "test":
+                _check_every_class(split, counts[split], names)
         return cls(datasets, labels, counts["train"], names)
 
     @property
@@ -77,6 +86,27 @@ class Splits:
             std=std,
             augmentation=augmentation,
             seed=seed,
+        )
+
+
+def _check_same_names(split: str, found: list[str] | None, expected: list[str] | None) -> None:
+    if found and expected and found != expected:
+        differing = zip_longest(found, expected)
+        label, (here, there) = next(
+            (i, pair) for i, pair in enumerate(differing) if len({*pair}) > 1
+        )
+        raise UsageError(
+            f"{split} split: label {label} is class {here!r}, in the train split it is {there!r}"
+        )
+
+
+def _check_every_class(split: str, counts: Tensor, names: list[str] | None) -> None:
+    empty = torch.nonzero(counts == 0).flatten().tolist()
+    if empty:
+        shown = ", ".join(f"{c} ({names[c]})" if names else str(c) for c in empty[:5])
+        raise UsageError(
+            f"{split} split: {len(empty)} of {len(counts)} classes have no image: {shown}"
+            + (", ..." if len(empty) > 5 else "")
         )
 
 

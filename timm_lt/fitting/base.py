@@ -1,5 +1,6 @@
 """The factory of fitted heads: one fit per head, registered under the head's name."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
+from timm_lt.fitting.curves import check_fits, check_joint
 from timm_lt.heads import HEADS, Head, head_option_names
 from timm_lt.longtail import check_class_counts, check_no_empty_class, class_counts
 from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import (
     Registry,
     UsageError,
+    check_integer,
     check_literals,
     check_number,
     check_options,
@@ -25,9 +28,10 @@ class FitData:
     """What a fit may use; every field has been checked against the others.
 
     Attributes:
-        features: Training features, values (N, D).
-        class_counts: Training images per class, (C,), all >= 1.
-        classifier: The joint classifier (C, D), or None.
+        features: Training features, values (N, D) float32 on the CPU, with rows of every class.
+        class_counts: Training images per class, (C,), all >= 1; those of the joint classifier,
+            which need not be those of the features.
+        classifier: A copy of the joint classifier (C, D) in float32 on the CPU, or None.
         val: Validation features, or None.
         seed: Seed of whatever is random.
     """
@@ -91,12 +95,8 @@ def register_fit(name: str) -> Callable[[F], F]:
 
 
 # Ranges of the numbers that fits take, as intervals; the heads check those of their own options.
-FIT_RANGES = {
-    "lr": "(0, inf)",
-    "weight_decay": "[0, inf)",
-    "steps": "[1, inf)",
-    "max_iterations": "[1, inf)",
-}
+FIT_RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)"}
+FIT_MINIMA = {"steps": 1, "max_iterations": 1}
 
 
 def check_fit_options(name: str, options: dict[str, Any]) -> None:
@@ -113,6 +113,8 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     for key, value in options.items():
         if key in FIT_RANGES and value is not None:
             check_number(f"{key} of head {name!r}", value, FIT_RANGES[key])
+        if key in FIT_MINIMA:
+            check_integer(f"{key} of head {name!r}", value, minimum=FIT_MINIMA[key])
     check_literals(f"head {name!r}", FITS[name], options)
 
 
@@ -130,13 +132,17 @@ def fit_head(
     """Fits a head on frozen features.
 
     What is not given as an option is chosen on the validation features by overall accuracy, and
-    ``head.selection`` says how.
+    ``head.selection`` says how. Everything is computed in float32, whatever the type of the
+    features, and what is passed in stays as it is.
 
     Args:
         name: One of :func:`timm_lt.list_heads`.
         features: Training features, values (N, D).
-        classifier: The joint classifier (C, D); needed by the heads that start from it.
-        class_counts: Training images per class (C,); None counts the targets.
+        classifier: The joint classifier (C, D), an ``nn.Linear`` or a ``linear`` head; needed by
+            the heads that start from it.
+        class_counts: Training images per class (C,), on which the joint classifier was trained;
+            None counts the targets. They are the prior of ``logit_adjusted``; what balances classes
+            counts the features that it is given, which may be a part of the training set.
         val: Validation features, values (M, D), with an image of every class.
         seed: A non-negative integer, for the fits that draw batches.
         **options: Options of the head and its fit.
@@ -145,8 +151,9 @@ def fit_head(
         The head, in evaluation mode, on the CPU.
 
     Raises:
-        UsageError: For an unknown head or option, shapes that do not match, a class without
-            training or validation images, or missing validation features.
+        UsageError: For an unknown head or option, a value out of range, shapes that do not match, a
+            class without training or validation images, or a missing classifier or validation
+            features.
 
     >>> x = torch.eye(3).repeat(4, 1)
     >>> head = fit_head("ncm", Features(x, torch.arange(3).repeat(4)))
@@ -165,48 +172,51 @@ def _checked(
     val: Features | None,
     seed: int,
 ) -> FitData:
-    num_classes = classifier.out_features if classifier is not None else None
-    if counts is None:
-        counts = class_counts(features.targets, num_classes)
-    counts = check_class_counts(counts)
-    if num_classes is not None and len(counts) != num_classes:
+    check_integer("seed", seed, minimum=0)
+    if classifier is not None:
+        classifier = _joint_copy(classifier)
+        num_classes = classifier.out_features
+    else:
+        num_classes = int(features.targets.max()) + 1 if counts is None else len(counts)
+    features = _checked_features(features, "features", num_classes, classifier)
+    of_features = class_counts(features.targets, num_classes)
+    check_no_empty_class(of_features)
+    counts = of_features if counts is None else check_class_counts(counts)
+    if len(counts) != num_classes:
         raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     check_no_empty_class(counts)
-    _check_against(features, "features", len(counts), classifier)
-    check_no_empty_class(class_counts(features.targets, len(counts)))
     if val is not None:
-        _check_against(val, "val", len(counts), classifier)
+        val = _checked_features(val, "val", num_classes, classifier)
         if val.num_features != features.num_features:
             raise UsageError(
                 f"val has {val.num_features} features per row, the training features "
                 f"{features.num_features}"
             )
-        _check_validation(class_counts(val.targets, len(counts)))
-    if classifier is not None:
-        classifier = classifier.cpu()
+        _check_validation(class_counts(val.targets, num_classes))
     return FitData(features, counts, classifier, val, seed)
 
 
-def _check_against(
+def _joint_copy(classifier: nn.Linear) -> nn.Linear:
+    """Copies the joint classifier, so that the model from which it comes stays where it is."""
+    check_joint(classifier)
+    return copy.deepcopy(classifier).to("cpu", torch.float32)
+
+
+def _checked_features(
     features: Features, noun: str, num_classes: int, classifier: nn.Linear | None
-) -> None:
-    highest = int(features.targets.max())
-    if highest >= num_classes:
-        raise UsageError(f"{noun} has target {highest}, but there are {num_classes} classes")
-    if classifier is not None and classifier.in_features != features.num_features:
-        raise UsageError(
-            f"{noun} has {features.num_features} features per row, the classifier takes "
-            f"{classifier.in_features}"
-        )
+) -> Features:
+    check_fits(features, noun, num_classes, classifier)
+    values = features.values.detach().to("cpu", torch.float32)
+    return Features(values, features.targets.cpu())
 
 
 def _check_validation(counts: Tensor) -> None:
     missing = torch.nonzero(counts == 0).flatten().tolist()
     if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise UsageError(
-            f"{len(missing)} classes have no validation image (class {shown}); selecting on such a "
-            "split would ignore them"
+            f"{len(missing)} of {len(counts)} classes have no validation image: {shown}; selecting "
+            "on such a split would ignore them"
         )
 
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from timm_lt.fitting.base import FitData, register_fit, selection_record
+from timm_lt.fitting.base import FitData, register_fit, select, selection_record
 from timm_lt.fitting.curves import tau_curve
 from timm_lt.heads import LinearHead, LogitAdjustedHead, NCMHead, TauNormHead
 from timm_lt.heads.metric import FeatureSpace, Metric
+
+# The range that Kang et al. sweep, in steps half as wide.
+TAU_GRID = tuple(step / 20 for step in range(41))
 
 
 @register_fit("linear")
@@ -52,14 +55,20 @@ def fit_tau_norm(
 ) -> TauNormHead:
     """Normalises the joint classifier; tau is the exact maximiser of validation accuracy.
 
-    The curve is that of the classifier without its bias, so with ``keep_bias`` tau must be given.
+    With a bias that is kept, accuracy has no closed form in tau: the best of a grid is taken then.
     """
     classifier = data.need_classifier("tau_norm")
-    if tau is not None or keep_bias:
-        given = {} if tau is None else {"tau": tau}
-        return TauNormHead.from_classifier(classifier, keep_bias=keep_bias, **given)
-    curve = tau_curve(classifier, data.need_val("tau_norm", "tau"))
-    head = TauNormHead.from_classifier(classifier, tau=curve.best_tau)
+    if tau is not None:
+        return TauNormHead.from_classifier(classifier, tau=tau, keep_bias=keep_bias)
+    val = data.need_val("tau_norm", "tau")
+    if keep_bias and classifier.bias is not None:
+        candidates = [
+            (grid_tau, TauNormHead.from_classifier(classifier, tau=grid_tau, keep_bias=True))
+            for grid_tau in TAU_GRID
+        ]
+        return select(candidates, data, val, "tau")
+    curve = tau_curve(classifier, val)
+    head = TauNormHead.from_classifier(classifier, tau=curve.best_tau, keep_bias=keep_bias)
     head.selection = selection_record("tau", head.tau, curve(head.tau))
     return head
 

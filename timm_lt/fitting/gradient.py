@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from timm_lt.features import Features
 from timm_lt.fitting.base import FitData, register_fit, select
 from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead
+from timm_lt.longtail import class_counts
 from timm_lt.registry import check_choice, check_integer, check_number
 from timm_lt.samplers import create_sampler
 
@@ -58,7 +59,7 @@ def train_head(
     sampler = create_sampler(
         "class_balanced", features.targets, num_samples=steps * batch_size, seed=seed
     )
-    rows = torch.tensor(list(sampler)).view(steps, batch_size)
+    rows = sampler.epoch_indices().view(steps, batch_size)
     head.train()
     for step, batch in enumerate(rows):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -70,37 +71,39 @@ def train_head(
 
 def solve_class_balanced(
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     features: Features,
-    class_counts: Tensor,
     *,
     weight_decay: float,
     max_iterations: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Minimises the class-balanced cross-entropy of a linear classifier by L-BFGS.
 
     The objective is ``Σ_i ℓ(W x_i + b, y_i) / (C n_{y_i}) + weight_decay / 2 · ‖W‖²``, the
-    expectation of what class-balanced sampling minimises. It is convex, so nothing is random.
+    expectation of what class-balanced sampling minimises, with ``n_c`` the rows of class c. It is
+    convex, so nothing is random.
 
     Args:
         weight: Start, (C, D).
-        bias: Start, (C,).
-        features: Training features, values (N, D).
-        class_counts: Training images per class, (C,).
-        weight_decay: > 0.
+        bias: Start, (C,), never decayed; None for a classifier without one.
+        features: Training features, values (N, D), with rows of every class.
+        weight_decay: >= 0; at 0, where separable classes have no minimum, the limit ends it.
         max_iterations: Limit on the iterations.
 
     Returns:
-        Weight (C, D) and bias (C,).
+        Weight (C, D) and bias (C,) or None.
     """
     weight = weight.detach().clone().requires_grad_()
-    bias = bias.detach().clone().requires_grad_()
-    share = (1.0 / (len(class_counts) * class_counts)).float()[features.targets]
+    bias = None if bias is None else bias.detach().clone().requires_grad_()
+    num_classes = len(weight)
+    counts = class_counts(features.targets, num_classes)
+    share = (1.0 / (num_classes * counts)).float()[features.targets]
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
+        [weight] if bias is None else [weight, bias],
         max_iter=max_iterations,
         history_size=10,
-        tolerance_grad=1e-5,
+        # The gradient at a class's weight is of the order of its share of the loss, 1 / C.
+        tolerance_grad=min(1e-5, 1e-3 / num_classes),
         tolerance_change=1e-7,
         line_search_fn="strong_wolfe",
     )
@@ -114,7 +117,7 @@ def solve_class_balanced(
         return float(loss.detach())
 
     optimizer.step(objective)
-    return weight.detach(), bias.detach()
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 @register_fit("crt")
@@ -139,7 +142,9 @@ def fit_crt(
     """
     check_choice("solver of head 'crt'", solver, get_args(Solver))
     check_integer("max_iterations", max_iterations, minimum=1)
-    linear = nn.Linear(data.features.num_features, data.num_classes)
+    # With a bias unless the joint classifier, whose place the head takes, has none.
+    with_bias = data.classifier is None or data.classifier.bias is not None
+    linear = nn.Linear(data.features.num_features, data.num_classes, bias=with_bias)
     if solver == "sgd":
         generator = torch.Generator().manual_seed(data.seed)
         bound = 1 / math.sqrt(linear.in_features)
@@ -150,22 +155,23 @@ def fit_crt(
         train_head(head, data.features, seed=data.seed, steps=steps, lr=lr, weight_decay=decay)
         return head
     if weight_decay is not None:
-        check_number("weight_decay", weight_decay, "(0, inf)")
+        check_number("weight_decay", weight_decay, "[0, inf)")
     decays = WEIGHT_DECAYS if weight_decay is None else (weight_decay,)
-    weight, bias = torch.zeros_like(linear.weight), torch.zeros_like(linear.bias)
+    weight = torch.zeros_like(linear.weight)
+    bias = torch.zeros_like(linear.bias) if with_bias else None
     candidates = []
     for decay in decays:
         weight, bias = solve_class_balanced(
             weight,
             bias,
             data.features,
-            data.class_counts,
             weight_decay=decay,
             max_iterations=max_iterations,
         )
         with torch.no_grad():
             linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+            if bias is not None:
+                linear.bias.copy_(bias)
         candidates.append((decay, CRTHead.from_classifier(linear)))
     if weight_decay is not None:
         return candidates[0][1]

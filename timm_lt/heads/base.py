@@ -135,12 +135,16 @@ class Head(nn.Linear):
             UsageError: For a wrong option, or a fitted head whose weight is no classifier's.
         """
         check_options(f"head {cls.kind!r}", cls, options)
-        if isinstance(classifier, Head) and classifier.fitted_state and classifier.is_fitted():
-            if "weight" in classifier.own_state:
-                raise UsageError(
-                    f"the weight of a fitted {classifier.kind!r} head is not a classifier that a "
-                    f"{cls.kind!r} head can start from; start from the joint classifier"
-                )
+        if (
+            isinstance(classifier, Head)
+            and classifier.fitted_state
+            and "weight" in classifier.own_state
+            and classifier.is_fitted()
+        ):
+            raise UsageError(
+                f"the weight of a fitted {classifier.kind!r} head is not a classifier that a "
+                f"{cls.kind!r} head can start from; start from the joint classifier"
+            )
         weight = classifier.weight
         head = cls(
             classifier.in_features,

@@ -1,0 +1,249 @@
+"""The exact curve of accuracy against tau, against the heads themselves, image by image."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from timm_lt.features import Features
+from timm_lt.fitting import curves, fit_head, tau_curve
+from timm_lt.fitting.curves import AccuracyCurve
+from timm_lt.heads import HEADS
+from timm_lt.metrics import shot_accuracy
+from timm_lt.registry import UsageError
+
+TAUS = [0.0, 0.013, 0.2, 0.51, 0.9, 1.03, 1.77, 2.4, 3.9]
+COUNTS = torch.tensor([500, 120, 40, 21, 6, 2])
+
+
+def classifier_of(weight, bias=None):
+    weight = torch.as_tensor(weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(torch.as_tensor(bias))
+    return linear
+
+
+def problem(seed=0, n=300, d=8, c=6):
+    """Float64 weights with norms that shrink from class to class, and features around them."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(c, d, generator=g, dtype=torch.float64)
+    weight *= torch.linspace(1.6, 0.4, c, dtype=torch.float64)[:, None]
+    targets = torch.arange(n) % c
+    noise = torch.randn(n, d, generator=g, dtype=torch.float64)
+    bias = torch.randn(c, generator=g, dtype=torch.float64)
+    return classifier_of(weight, bias), Features(weight[targets] + noise, targets)
+
+
+def right_by_head(name, classifier, features, tau, **options):
+    head = HEADS[name].from_classifier(classifier, tau=tau, **options)
+    with torch.inference_mode():
+        return head(features.values).argmax(1) == features.targets
+
+
+def right_by_curve(curve, tau):
+    return (curve.low <= tau) & (tau <= curve.high)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_every_image_is_right_exactly_where_the_heads_say_so(tau):
+    classifier, features = problem()
+    norm = tau_curve(classifier, features)
+    assert right_by_curve(norm, tau).equal(right_by_head("tau_norm", classifier, features, tau))
+    prior = tau_curve(classifier, features, adjust="prior", class_counts=COUNTS)
+    expected = right_by_head("logit_adjusted", classifier, features, tau, class_counts=COUNTS)
+    assert right_by_curve(prior, tau).equal(expected)
+    assert 0 < expected.sum() < len(features)
+    assert prior(tau) == expected.double().mean()
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_rows_without_a_positive_logit_are_judged_rightly(tau):
+    """With non-negative weights and negative features no logit is positive."""
+    classifier, features = problem()
+    with torch.no_grad():
+        classifier.weight.abs_()
+    features = Features(-features.values.abs(), features.targets)
+    expected = right_by_head("tau_norm", classifier, features, tau)
+    assert right_by_curve(tau_curve(classifier, features), tau).equal(expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0, 3.0])
+def test_zero_rows_and_zero_features_are_judged_rightly(tau):
+    weight = torch.tensor([[0.0, 0.0], [3.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]).double()
+    values = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, -1.0], [1.0, 1.2], [0.0, -1.0]]).double()
+    # Every image with every label.
+    features = Features(values.repeat_interleave(5, 0), torch.arange(5).repeat(5))
+    classifier = classifier_of(weight)
+    expected = right_by_head("tau_norm", classifier, features, tau)
+    assert expected.sum() == 5
+    assert right_by_curve(tau_curve(classifier, features), tau).equal(expected)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_equal_norms_and_equal_rows_are_judged_rightly(tau):
+    """Rows of equal norm keep their order at every tau; equal rows go to the lower index."""
+    weight = torch.tensor([[3.0, 4.0], [4.0, 3.0], [3.0, 4.0], [0.0, 1.0]]).double()
+    g = torch.Generator().manual_seed(0)
+    values = torch.randint(-3, 4, (30, 2), generator=g).double()
+    features = Features(values.repeat_interleave(4, 0), torch.arange(4).repeat(30))
+    classifier = classifier_of(weight)
+    expected = right_by_head("tau_norm", classifier, features, tau)
+    assert right_by_curve(tau_curve(classifier, features), tau).equal(expected)
+
+
+integers = st.integers(-3, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weight=st.lists(st.lists(integers, min_size=3, max_size=3), min_size=2, max_size=5),
+    values=st.lists(st.lists(integers, min_size=3, max_size=3), min_size=1, max_size=6),
+    tau=st.sampled_from([0.0, 0.1, 0.37, 0.83, 1.1, 1.9, 2.7]),
+)
+def test_small_integers_full_of_ties(weight, values, tau):
+    c = len(weight)
+    classifier = classifier_of(torch.tensor(weight).double())
+    features = Features(
+        torch.tensor(values).double().repeat_interleave(c, 0), torch.arange(c).repeat(len(values))
+    )
+    right = right_by_curve(tau_curve(classifier, features), tau).view(len(values), c)
+    # Of all labels of an image one is right: no tie is counted twice, or not at all.
+    assert (right.sum(1) == 1).all()
+    head = HEADS["tau_norm"].from_classifier(classifier, tau=tau)
+    with torch.inference_mode():
+        logits = head(features.values[::c])
+    # Away from tau 0 a tie is one up to rounding.
+    chosen = logits.gather(1, right.int().argmax(1, keepdim=True))
+    torch.testing.assert_close(chosen[:, 0], logits.amax(1), rtol=1e-12, atol=1e-12)
+    if tau == 0:
+        assert right.int().argmax(1).equal(logits.argmax(1))
+
+
+@pytest.mark.parametrize("adjust", ["norm", "prior"])
+@pytest.mark.parametrize("seed", range(4))
+def test_best_tau_is_not_beaten_on_a_dense_grid(seed, adjust):
+    classifier, features = problem(seed, n=60)
+    curve = tau_curve(classifier, features, adjust=adjust, class_counts=COUNTS)
+    name, options = ("tau_norm", {}) if adjust == "norm" else ("logit_adjusted", {})
+    if adjust == "prior":
+        options = {"class_counts": COUNTS}
+    best = right_by_head(name, classifier, features, curve.best_tau, **options).double().mean()
+    swept = [
+        right_by_head(name, classifier, features, step / 200, **options).double().mean()
+        for step in range(800)
+    ]
+    assert best >= max(swept)
+    assert curve(curve.best_tau) == best
+    # The peak may be narrower than the grid, but the grid comes near it.
+    assert best <= max(swept) + 3 / 60
+
+
+def test_steps_are_all_that_the_curve_does():
+    classifier, features = problem()
+    curve = tau_curve(classifier, features)
+    edges, accuracy = curve.steps()
+    assert edges[0] == 0
+    assert (edges.diff() > 0).all()
+    ends = torch.cat([edges[1:], edges[-1:] + 2])
+    for left, right, value in zip(edges.tolist(), ends.tolist(), accuracy.tolist(), strict=True):
+        assert curve((left + right) / 2) == value
+
+
+def test_best_tau_is_in_the_middle_of_the_widest_best_stretch():
+    # Right on [0, 1], [.2, .3] and [.5, .9]: two of three on two stretches, the second is wider.
+    curve = AccuracyCurve(torch.tensor([0.0, 0.2, 0.5]), torch.tensor([1.0, 0.3, 0.9]))
+    assert curve.best_tau == pytest.approx(0.7, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "best"),
+    [
+        ([0.0], [math.inf], 0.5),
+        ([0.0], [1e9], 0.5),
+        ([3.0], [math.inf], 3.5),
+        ([math.inf], [-math.inf], 0.5),
+        # What only taus beyond 10 get right is out of reach.
+        ([0.0, 1e6], [1.0, math.inf], 0.5),
+    ],
+)
+def test_best_tau_is_always_a_usable_number(low, high, best):
+    assert AccuracyCurve(torch.tensor(low), torch.tensor(high)).best_tau == best
+
+
+def test_norms_that_are_equal_up_to_rounding_give_a_tau_that_works():
+    torch.manual_seed(0)
+    weight = nn.functional.normalize(torch.randn(4, 6), dim=1) * 0.05
+    features = Features(torch.randn(200, 6), torch.arange(200) % 4)
+    tau = tau_curve(classifier_of(weight), features).best_tau
+    head = HEADS["tau_norm"].from_classifier(classifier_of(weight), tau=tau)
+    assert head(features.values).isfinite().all()
+
+
+def test_chunks_do_not_show(monkeypatch):
+    classifier, features = problem()
+    whole = tau_curve(classifier, features)
+    monkeypatch.setattr(curves, "CHUNK", 7 * 6)
+    parts = tau_curve(classifier, features)
+    torch.testing.assert_close(parts.low, whole.low)
+    torch.testing.assert_close(parts.high, whole.high)
+
+
+@pytest.mark.parametrize("rule", ["fb", "oltr"])
+@pytest.mark.parametrize("group", ["many_shot", "medium_shot", "few_shot"])
+def test_a_group_has_the_accuracy_that_the_report_gives_it(group, rule):
+    classifier, features = problem()
+    counts = torch.tensor([500, 101, 100, 20, 19, 2])
+    curve = tau_curve(classifier, features, class_counts=counts, group=group, rule=rule)
+    with torch.inference_mode():
+        head = HEADS["tau_norm"].from_classifier(classifier, tau=0.7)
+        preds = head(features.values).argmax(1)
+    report = shot_accuracy(preds, features.targets, counts, rule)
+    assert curve(0.7) == pytest.approx(getattr(report, group), abs=1e-12)
+
+
+def test_float32_and_float16_features_are_taken_as_they_are():
+    classifier, features = problem()
+    half = Features(features.values.half(), features.targets)
+    exact = Features(features.values.half().double(), features.targets)
+    assert tau_curve(classifier, half).low.equal(tau_curve(classifier, exact).low)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjust": "nrom"}, "did you mean 'norm'"),
+        ({"adjust": "prior"}, "class_counts="),
+        ({"group": "few_shot"}, "class_counts="),
+        ({"group": "tail", "class_counts": COUNTS}, "many_shot, medium_shot, few_shot"),
+        ({"adjust": "prior", "class_counts": COUNTS[:4]}, "4 classes, the classifier 6"),
+        ({"group": "few_shot", "class_counts": COUNTS[:4]}, "4 classes, the classifier 6"),
+        ({"group": "few_shot", "class_counts": COUNTS + 50}, "no image belongs to .*few_shot"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        tau_curve(*problem(), **options)
+
+
+def test_features_that_do_not_fit_are_refused():
+    classifier, _ = problem()
+    with pytest.raises(UsageError, match="5 features per row, the classifier takes 8"):
+        tau_curve(classifier, Features(torch.zeros(2, 5), torch.tensor([0, 1])))
+    with pytest.raises(UsageError, match="= 6 is not below num_classes=6"):
+        tau_curve(classifier, Features(torch.zeros(2, 8), torch.tensor([0, 6])))
+
+
+def test_a_head_whose_weight_is_not_its_classifier_is_refused():
+    _, features = problem()
+    for_floats = Features(features.values.float(), features.targets)
+    ncm = fit_head("ncm", for_floats)
+    with pytest.raises(UsageError, match="takes the joint classifier, got a 'ncm' head"):
+        tau_curve(ncm, for_floats)
+    assert 0 < tau_curve(ncm.fold(), for_floats)(0.0) < 1

@@ -1,0 +1,53 @@
+"""README, recipes and licences: what they promise is there and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm_lt
+import train_lt
+import yaml
+from timm_lt.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(train_lt.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_of_the_readme_run(number, capsys):
+    code = blocks("python")[number]
+    packaged = Path(timm_lt.__file__).parent / "checkpoints" / "lt_test_resnet.glyph_lt"
+    # The main job would have written this folder; the packaged checkpoint is one of the same form.
+    code = code.replace("output/lt_test_resnet.glyph_lt", str(packaged))
+    exec(compile(code, f"README block {number}", "exec"), {})  # noqa: S102
+    if "evaluate_logits" in code:
+        assert re.search(r"all \d\d\.\d %", capsys.readouterr().out)
+
+
+def test_the_first_two_shell_blocks_install_and_run():
+    run, test = blocks("bash")[:2]
+    assert run.split("\n")[:2] == ["pip install .", "accelerate launch train_lt.py"]
+    assert test.split("\n")[:2] == ['pip install ".[test]"', "pytest"]
+
+
+def test_the_readme_names_every_part():
+    parts = [*timm_lt.list_heads(), *timm_lt.list_samplers(), *timm_lt.list_losses()]
+    for name in [*parts, *timm_lt.list_datasets()]:
+        assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_recipes_say_their_command_and_load(name):
+    path = shipped_recipes()[name]
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# accelerate launch train_lt.py")
+    assert name == "lt_test_resnet.glyph_lt" or first.endswith(f"hub_configs/{name}.yaml")
+    recipe = load_recipe(path)
+    assert list(recipe.heads)[0] == "linear"
+    assert yaml.safe_load(recipe.to_yaml())["epochs"] == recipe.epochs
+    assert f"`{name}`" in (ROOT / "hub_configs" / "README.md").read_text()
