@@ -42,6 +42,7 @@ from timm_lt.training import (
     check_optimization,
     create_accelerator,
     representation_seconds,
+    set_cpu_threads,
     train_representation,
 )
 
@@ -129,6 +130,7 @@ def build(name: str, recipe: Recipe, options: RunOptions) -> Run:
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder
     )
+    set_cpu_threads(options.threads)
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
     started = time.perf_counter()
     with progress(f"making {data.name}", None):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from timm_lt.heads import create_head
 
 # Options that make a head usable without a fit, and differ from the defaults.

@@ -199,7 +199,7 @@ def test_chunks_do_not_show(monkeypatch):
 @pytest.mark.parametrize("group", ["many_shot", "medium_shot", "few_shot"])
 def test_a_group_has_the_accuracy_that_the_report_gives_it(group, rule):
     classifier, features = problem()
-    counts = torch.tensor([500, 101, 100, 20, 19, 2])
+    counts = torch.tensor([500, 100, 60, 30, 20, 2])
     curve = tau_curve(classifier, features, class_counts=counts, group=group, rule=rule)
     with torch.inference_mode():
         head = HEADS["tau_norm"].from_classifier(classifier, tau=0.7)

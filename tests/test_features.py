@@ -120,7 +120,7 @@ def test_an_empty_loader_is_refused():
 def test_a_model_that_goes_round_its_classifier_is_refused():
     model = small_model()
     model.forward = lambda images: images.mean((2, 3))
-    with pytest.raises(UsageError, match="ResNet .* without calling its classifier"):
+    with pytest.raises(UsageError, match=r"ResNet .* without calling its classifier"):
         extract_features(model, small_batches())
 
 

@@ -4,13 +4,16 @@ import copy
 import io
 import json
 import math
-import pickle
+import pickle  # noqa: TID251
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import HEAD_OPTIONS, fill, usable_head
+from torch import nn
+
 from timm_lt.heads import (
     HEADS,
     Head,
@@ -28,9 +31,6 @@ from timm_lt.heads import (
     set_head,
 )
 from timm_lt.registry import UsageError
-from torch import nn
-
-from conftest import HEAD_OPTIONS, fill, usable_head
 
 NEED_A_FIT = ["ncm", "lws", "logit_adjusted"]
 every_head = pytest.mark.parametrize("name", list_heads())
@@ -84,7 +84,7 @@ def test_copies_and_pickles_compute_the_same(name, features):
     torch.save(head, saved)
     saved.seek(0)
     loaded = torch.load(saved, weights_only=False)  # noqa: TID251
-    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), loaded):  # noqa: TID251
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), loaded):
         assert type(twin) is type(head)
         assert twin.options() == head.options()
         assert twin.selection == head.selection

@@ -175,6 +175,7 @@ class RunOptions:
         output: Folder of the run; None means ``output/<recipe name>``.
         resume: Go on with the run in that folder, or start it if there is none.
         overwrite: Delete the run in that folder first.
+        threads: Threads per process on a CPU; None is this process's share of the cores.
         tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
         quiet: Print the final table only.
     """
@@ -182,6 +183,7 @@ class RunOptions:
     output: str | None = None
     resume: bool = False
     overwrite: bool = False
+    threads: int | None = None
     tracker: str = "none"
     quiet: bool = False
 
@@ -274,6 +276,7 @@ def _parser(prog: str) -> ArgumentParser:
     run.add_argument(
         "--overwrite", action="store_true", help="Delete the run in that folder first."
     )
+    run.add_argument("--threads", type=int | None, help="CPU threads per process; null is all.")
     run.add_argument("--tracker", default="none", help="tensorboard, or any accelerate tracker.")
     run.add_argument("--quiet", action="store_true", help="Print the final table only.")
     run.add_argument(PRINT, action="store_true", help="Print the resolved recipe and exit.")

@@ -65,7 +65,8 @@ def shot_table(
         caption_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        show_edge=False,
+        padding=(0, 0, 0, 1),
     )
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
     names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
@@ -74,7 +75,7 @@ def shot_table(
         style = "bold" if name == "all" else ""
         table.add_column(name, justify="right", style=style, no_wrap=True)
     table.add_column("seconds", justify="right")
-    table.add_column("selected on val")
+    table.add_column("selected")
     for name, report in reports.items():
         values = [getattr(report, group) for group in GROUPS] + [report.all]
         values += [] if balanced else [report.class_mean]
@@ -91,10 +92,9 @@ def shot_table(
 def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
     groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
     parts = [
-        f"{name.removesuffix('_shot')} {texts[name]} ({int(groups[name].sum())} classes)"
-        for name in GROUPS
+        f"{int(groups[name].sum())} {name.removesuffix('_shot')} ({texts[name]})" for name in GROUPS
     ]
-    return f"training images per class: {', '.join(parts)}"
+    return f"classes by training images: {', '.join(parts)}"
 
 
 def save_plots(

@@ -89,6 +89,26 @@ def create_accelerator(
     )
 
 
+def set_cpu_threads(threads: int | None = None) -> int:
+    """Sets the number of threads that torch computes with in this process.
+
+    ``accelerate launch`` gives every process one thread unless told otherwise, which leaves cores
+    idle; under it, the default is this process's share of the cores. Elsewhere it is torch's own.
+
+    Args:
+        threads: The number, >= 1; None is the default.
+
+    Returns:
+        The number.
+    """
+    if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(len(os.sched_getaffinity(0)) // processes, 1)
+    if threads is not None:
+        torch.set_num_threads(check_integer("threads", threads, minimum=1))
+    return torch.get_num_threads()
+
+
 def native_precision() -> Literal["no", "bf16"]:
     """Returns ``"bf16"`` where this machine computes it faster than float32, else ``"no"``."""
     if torch.cuda.is_available():

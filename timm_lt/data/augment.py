@@ -21,9 +21,10 @@ A = TypeVar("A", bound="type[Augmentation]")
 
 def register_augmentation(name: str) -> Callable[[A], A]:
     """Returns a class decorator that registers an augmentation under a name."""
+    add = AUGMENTATIONS.register(name)
 
     def decorate(cls: A) -> A:
-        AUGMENTATIONS.register(name)(cls)
+        add(cls)
         return cls
 
     return decorate
@@ -85,6 +86,10 @@ class Augmentation(nn.Module):
     """
 
     count = 0
+
+    def __init__(self) -> None:
+        # nn.Module would take any option, and fail later.
+        super().__init__()
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the augmented images."""

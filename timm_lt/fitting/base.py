@@ -86,9 +86,10 @@ FITS: Registry[Callable[..., Head]] = Registry("fit of head")
 def register_fit(name: str) -> Callable[[F], F]:
     """Returns a decorator that registers a fit under the name of its head."""
     HEADS[name]
+    add = FITS.register(name)
 
     def decorate(fit: F) -> F:
-        FITS.register(name)(fit)
+        add(fit)
         return fit
 
     return decorate

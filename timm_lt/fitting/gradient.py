@@ -93,7 +93,10 @@ def solve_class_balanced(
     Returns:
         Weight (C, D) and bias (C,) or None.
     """
-    weight = weight.detach().clone().requires_grad_()
+    # In units in which features have root mean square 1: with tiny features the first steps would
+    # be lost in rounding, and taken for convergence.
+    unit = float(features.values.square().mean().sqrt()) or 1.0
+    weight = (weight.detach() * unit).requires_grad_()
     bias = None if bias is None else bias.detach().clone().requires_grad_()
     num_classes = len(weight)
     counts = class_counts(features.targets, num_classes)
@@ -102,7 +105,7 @@ def solve_class_balanced(
         [weight] if bias is None else [weight, bias],
         max_iter=max_iterations,
         history_size=10,
-        # The gradient at a class's weight is of the order of its share of the loss, 1 / C.
+        # The gradient at a class's weight starts at the order of 1 / C.
         tolerance_grad=min(1e-5, 1e-3 / num_classes),
         tolerance_change=1e-7,
         line_search_fn="strong_wolfe",
@@ -110,14 +113,14 @@ def solve_class_balanced(
 
     def objective() -> float:
         optimizer.zero_grad()
-        logits = F.linear(features.values, weight, bias)
+        logits = F.linear(features.values, weight / unit, bias)
         losses = F.cross_entropy(logits, features.targets, reduction="none")
-        loss = (share * losses).sum() + weight_decay / 2 * weight.square().sum()
+        loss = (share * losses).sum() + weight_decay / 2 * (weight / unit).square().sum()
         loss.backward()
         return float(loss.detach())
 
     optimizer.step(objective)
-    return weight.detach(), None if bias is None else bias.detach()
+    return weight.detach() / unit, None if bias is None else bias.detach()
 
 
 @register_fit("crt")

@@ -1,0 +1,279 @@
+"""Augmentation: a function of (seed, epoch, image) alone, and geometrically what it says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import affine
+
+from timm_lt.data.augment import (
+    create_augmentation,
+    list_augmentations,
+    random_uniforms,
+    register_augmentation,
+)
+from timm_lt.registry import UsageError
+
+ZERO = {"rotation": 0.0, "scale": 0.0, "aspect": 0.0, "shear": 0.0, "shift": 0.0}
+# The uniform number that a symmetric range maps to its middle, and nearly to its end.
+MIDDLE, END = 0.5, 1 - 2**-24
+
+
+def smooth_images(n=6, height=24, width=24, seed=0):
+    """Images without high frequencies, on which interpolations differ little."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 6, 6, generator=g) * 255
+    return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+
+
+def uniforms_for(n, **places):
+    """All numbers in the middle but those named, in the order that the class docstring has."""
+    order = ["rotation", "scale", "aspect", "shear", "shift_x", "shift_y"]
+    uniforms = torch.full((n, 6), MIDDLE)
+    for name, value in places.items():
+        uniforms[:, order.index(name)] = value
+    return uniforms
+
+
+# Random numbers ----------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_splitmix64_by_hand():
+    """The reference algorithm in Python integers, on the state that the docstring describes."""
+    mask = 2**64 - 1
+    key = int(np.random.SeedSequence([3, 5]).generate_state(1, np.uint64)[0])
+    expected = []
+    for image in (0, 7):
+        row = []
+        for place in range(4):
+            z = ((image * 4 + place) * 0x9E3779B97F4A7C15 + key) & mask
+            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+            row.append(((z ^ (z >> 31)) >> 40) / 2**24)
+        expected.append(row)
+    assert random_uniforms(3, 5, torch.tensor([0, 7]), 4).tolist() == expected
+
+
+def test_the_numbers_are_uniform():
+    numbers = random_uniforms(0, 0, torch.arange(20_000), 6).double()
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    n = numbers.numel()
+    # Five standard errors.
+    assert abs(numbers.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / n)
+    assert abs(numbers.var() - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
+    for column in numbers.T:
+        counts = np.histogram(column.numpy(), bins=64, range=(0, 1))[0]
+        assert stats.chisquare(counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("seeds", "epochs", "offset"),
+    [((0, 0), (0, 1), 0), ((0, 0), (7, 8), 0), ((0, 1), (0, 0), 0), ((0, 0), (0, 0), 1)],
+    ids=["epochs 0 and 1", "epochs 7 and 8", "seeds", "neighbouring images"],
+)
+def test_streams_are_unrelated(seeds, epochs, offset):
+    images = torch.arange(10_000)
+    one = random_uniforms(seeds[0], epochs[0], images, 6).double().numpy()
+    two = random_uniforms(seeds[1], epochs[1], images + offset, 6).double().numpy()
+    limit = 5 / math.sqrt(len(images))
+    for column in range(6):
+        for other in range(6):
+            assert abs(np.corrcoef(one[:, column], two[:, other])[0, 1]) < limit
+    # Not only uncorrelated: pairs fill the square.
+    cells = np.histogram2d(one[:, 0], two[:, 0], bins=8, range=[(0, 1)] * 2)[0]
+    assert stats.chisquare(cells.ravel()).pvalue > 1e-4
+
+
+def test_the_numbers_of_one_image_are_unrelated():
+    numbers = random_uniforms(0, 0, torch.arange(10_000), 6).double().numpy()
+    correlation = np.corrcoef(numbers.T) - np.eye(6)
+    assert np.abs(correlation).max() < 5 / math.sqrt(10_000)
+
+
+def test_an_image_has_its_numbers_whatever_else_is_in_the_batch():
+    whole = random_uniforms(1, 2, torch.arange(50), 6)
+    some = torch.tensor([40, 3, 3, 17])
+    assert random_uniforms(1, 2, some, 6).equal(whole[some])
+    assert len(whole.unique()) == whole.numel()
+
+
+# Every augmentation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_augmentations())
+def test_an_image_comes_out_the_same_in_every_batch_and_order(name):
+    augmentation = create_augmentation(name)
+    images = smooth_images(12)
+    rows = torch.arange(12)
+
+    def augment(rows):
+        return augmentation(images[rows], random_uniforms(0, 3, rows, augmentation.count))
+
+    whole = augment(rows)
+    assert whole.shape == images.shape
+    shuffled = torch.tensor([7, 0, 11, 3])
+    assert augment(shuffled).equal(whole[shuffled])
+    assert torch.cat([augment(rows[i : i + 1]) for i in range(12)]).equal(whole)
+    assert name == "none" or not whole.allclose(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("afine", {}, "did you mean 'affine'"),
+        ("none", {"padding": 1}, "no option 'padding'"),
+        ("crop", {"padding": 0}, "padding must be an integer >= 1"),
+        ("crop", {"pad": 2}, "did you mean 'padding'"),
+        ("affine", {"rotation": 4.0}, r"rotation must be a number in \[0, 3.1416\]"),
+        ("affine", {"shift": -1}, r"shift must be a number in \[0, inf\)"),
+        ("affine", {"scale": 3}, "scale must be"),
+    ],
+)
+def test_wrong_options_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        create_augmentation(name, **options)
+
+
+def test_a_taken_name_is_refused():
+    with pytest.raises(UsageError, match="registered already"):
+        register_augmentation("crop")
+
+
+def test_none_gives_the_images_back():
+    images = smooth_images()
+    assert create_augmentation("none")(images, images).equal(images)
+
+
+# Crop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 9)])
+def test_crop_is_a_slice_of_the_padded_image(padding, height, width):
+    images = torch.rand(40, 3, height, width)
+    augmentation = create_augmentation("crop", padding=padding)
+    uniforms = random_uniforms(0, 0, torch.arange(40), 2)
+    out = augmentation(images, uniforms).numpy()
+    pad = (padding, padding)
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), pad, pad], mode="reflect")
+    places = set()
+    for i, (u, v) in enumerate(uniforms.tolist()):
+        top, left = int(u * (2 * padding + 1)), int(v * (2 * padding + 1))
+        assert (out[i] == padded[i, :, top : top + height, left : left + width]).all()
+        places |= {("top", top), ("left", left)}
+    assert len(places) == 2 * (2 * padding + 1)
+
+
+def test_crop_in_the_middle_is_the_identity():
+    images = torch.rand(3, 3, 8, 8)
+    assert create_augmentation("crop")(images, torch.full((3, 2), 0.5)).equal(images)
+
+
+def test_a_padding_as_large_as_the_image_is_refused():
+    augmentation = create_augmentation("crop", padding=6)
+    with pytest.raises(UsageError, match="padding must be an integer from 1 to 5, got 6"):
+        augmentation(torch.zeros(1, 3, 6, 8), torch.zeros(1, 2))
+
+
+# Affine ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
+def test_affine_with_zero_ranges_is_the_identity(height, width):
+    images = smooth_images(height=height, width=width)
+    out = create_augmentation("affine", **ZERO)(images, torch.rand(len(images), 6))
+    torch.testing.assert_close(out, images, atol=1e-2, rtol=0)
+
+
+def test_affine_in_the_middle_of_its_ranges_is_the_identity():
+    images = smooth_images()
+    out = create_augmentation("affine")(images, uniforms_for(len(images)))
+    torch.testing.assert_close(out, images, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("angle", [0.25, 1.0])
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24), (24, 16)])
+def test_rotation_is_that_of_torchvision_in_pixels(angle, height, width):
+    """In pixels: an image that is not square keeps its right angles."""
+    images = smooth_images(height=height, width=width)
+    augmentation = create_augmentation("affine", **{**ZERO, "rotation": angle})
+    out = augmentation(images, uniforms_for(len(images), rotation=END))
+    expected = affine(
+        images,
+        angle=-math.degrees(angle),
+        translate=[0, 0],
+        scale=1.0,
+        shear=[0.0],
+        interpolation=InterpolationMode.BILINEAR,
+    )
+    # torchvision fills the corners with zeros: compare what comes from inside.
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    inside = torch.hypot(y - (height - 1) / 2, x - (width - 1) / 2) < min(height, width) / 2 - 1
+    torch.testing.assert_close(out[:, :, inside], expected[:, :, inside], atol=0.1, rtol=0)
+    assert (out - images)[:, :, inside].abs().max() > 10
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
+@pytest.mark.parametrize(("place", "axis"), [("shift_y", 2), ("shift_x", 3)])
+def test_shift_moves_by_whole_pixels_and_reflects_the_border(place, axis, height, width):
+    images = smooth_images(height=height, width=width)
+    augmentation = create_augmentation("affine", **{**ZERO, "shift": 3.0})
+    out = augmentation(images, uniforms_for(len(images), **{place: END})).numpy()
+    pad = [(0, 0)] * 4
+    pad[axis] = (0, 3)
+    # Reflected about the edge of the last pixel, which numpy calls symmetric.
+    padded = np.pad(images.numpy(), pad, mode="symmetric")
+    expected = np.take(padded, np.arange(3, 3 + images.shape[axis]), axis)
+    np.testing.assert_allclose(out, expected, atol=0.05)
+
+
+def naive_bilinear(image, source):
+    """Samples an image (H, W) at source(y, x) in pixel coordinates from the centre, by a loop."""
+    height, width = image.shape
+    out = np.full((height, width), np.nan)
+    for i in range(height):
+        for j in range(width):
+            y, x = source(i - (height - 1) / 2, j - (width - 1) / 2)
+            y, x = y + (height - 1) / 2, x + (width - 1) / 2
+            if 0 <= y <= height - 1.001 and 0 <= x <= width - 1.001:
+                a, b = int(y), int(x)
+                u, v = y - a, x - b
+                rows = (1 - v) * image[a : a + 2, b] + v * image[a : a + 2, b + 1]
+                out[i, j] = (1 - u) * rows[0] + u * rows[1]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "source"),
+    [
+        ({"scale": 0.3}, "scale", lambda y, x: (y / math.exp(0.3), x / math.exp(0.3))),
+        ({"aspect": 0.4}, "aspect", lambda y, x: (y / math.exp(0.2), x * math.exp(0.2))),
+        ({"shear": 0.5}, "shear", lambda y, x: (y, x + 0.5 * y)),
+    ],
+    ids=["scale", "aspect", "shear"],
+)
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
+def test_scale_aspect_and_shear_are_the_explicit_loop(options, place, source, height, width):
+    images = smooth_images(1, height=height, width=width)
+    out = create_augmentation("affine", **{**ZERO, **options})(
+        images, uniforms_for(1, **{place: END})
+    )
+    expected = naive_bilinear(images[0, 0].double().numpy(), source)
+    known = ~np.isnan(expected)
+    assert known.mean() > 0.4
+    np.testing.assert_allclose(out[0, 0].numpy()[known], expected[known], atol=0.1)
+
+
+def test_every_range_is_used_in_both_directions():
+    images = smooth_images(1)
+    for name in ZERO:
+        augmentation = create_augmentation("affine", **{**ZERO, name: 0.3})
+        place = "shift_x" if name == "shift" else name
+        low, high = (augmentation(images, uniforms_for(1, **{place: u})) for u in (0.0, END))
+        assert not low.allclose(images, atol=0.5)
+        assert not low.allclose(high, atol=0.5)

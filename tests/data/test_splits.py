@@ -1,0 +1,135 @@
+"""Splits are checked before training; what is wrong is named by split and class."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Value
+
+from timm_lt.data import create_splits
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.data.splits import Splits
+from timm_lt.registry import UsageError
+
+NAMES = ["ant", "bee", "cat"]
+
+
+def dataset_of(labels, names=NAMES, *, named=True):
+    """A data set whose images have their row in every pixel."""
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    images = np.broadcast_to(images, (len(labels), 4, 6, 3))
+    # A ClassLabel refuses labels beyond its names itself; Value does not.
+    dataset = dataset_from_arrays(np.ascontiguousarray(images), np.array(labels), names)
+    return dataset if named else dataset.cast_column("label", Value("int64"))
+
+
+def three(*, named=True, **changed):
+    labels = {"train": [0, 0, 0, 1, 1, 2], "val": [0, 1, 2], "test": [0, 1, 2, 2], **changed}
+    return {split: dataset_of(values, named=named) for split, values in labels.items()}
+
+
+def test_splits_know_labels_counts_and_names():
+    splits = Splits.from_datasets(three())
+    assert splits.class_counts.tolist() == [3, 2, 1]
+    assert splits.num_classes == 3
+    assert splits.label_names == NAMES
+    assert {split: labels.tolist() for split, labels in splits.labels.items()} == {
+        "train": [0, 0, 0, 1, 1, 2],
+        "val": [0, 1, 2],
+        "test": [0, 1, 2, 2],
+    }
+
+
+def test_without_names_the_training_labels_say_how_many_classes():
+    splits = Splits.from_datasets(three(named=False))
+    assert splits.label_names is None
+    assert splits.num_classes == 3
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_an_empty_split_is_named(split):
+    datasets = three()
+    datasets[split] = datasets[split].select([])
+    with pytest.raises(UsageError, match=f"the {split} split has no images"):
+        Splits.from_datasets(datasets)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_missing_split_is_named(split):
+    datasets = three()
+    del datasets[split]
+    with pytest.raises(UsageError, match=f"the {split} split has no images"):
+        Splits.from_datasets(datasets)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train": [0, 0, 2]}, r"^train split: 1 of 3 classes have no image: 1 \(bee\)$"),
+        ({"train": [1]}, r"^train split: 2 of 3 classes have no image: 0 \(ant\), 2 \(cat\)$"),
+        ({"val": [0, 1]}, r"^val split: 1 of 3 classes have no image: 2 \(cat\)$"),
+    ],
+)
+def test_a_class_without_image_is_named(changed, message):
+    with pytest.raises(UsageError, match=message):
+        Splits.from_datasets(three(**changed))
+
+
+def test_a_class_without_image_is_named_by_number_where_it_has_no_name():
+    with pytest.raises(UsageError, match=r"^val split: 1 of 3 classes have no image: 2$"):
+        Splits.from_datasets(three(named=False, val=[0, 1]))
+
+
+def test_only_the_first_missing_classes_are_named():
+    names = [f"c{i}" for i in range(9)]
+    datasets = {split: dataset_of(range(9), names) for split in ("train", "val", "test")}
+    datasets["val"] = dataset_of([0], names)
+    with pytest.raises(UsageError, match=r"8 of 9 .*: 1 \(c1\).*, 5 \(c5\), \.\.\.$"):
+        Splits.from_datasets(datasets)
+
+
+def test_a_class_without_test_image_is_allowed():
+    assert Splits.from_datasets(three(test=[0, 0])).num_classes == 3
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_label_beyond_the_classes_is_named(split):
+    with pytest.raises(UsageError, match=rf"^{split} split: labels\[1\] = 3 is not below"):
+        Splits.from_datasets(three(named=False, **{split: [0, 3, 1, 2]}))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_negative_label_is_named(split):
+    with pytest.raises(UsageError, match=rf"^{split} split: labels\[0\] = -1 is negative"):
+        Splits.from_datasets(three(named=False, **{split: [-1, 0, 1, 2]}))
+
+
+def test_splits_that_number_their_classes_differently_are_refused():
+    datasets = three()
+    datasets["test"] = dataset_of([0, 1, 2], ["ant", "cat", "bee"])
+    with pytest.raises(UsageError, match=r"test split: label 1 is class 'cat', in .* 'bee'"):
+        Splits.from_datasets(datasets)
+    datasets["test"] = dataset_of([0, 1, 2], [*NAMES, "dog"])
+    with pytest.raises(UsageError, match=r"test split: label 3 is class 'dog', in .* None"):
+        Splits.from_datasets(datasets)
+
+
+def test_images_of_a_split_are_decoded_with_its_labels():
+    splits = Splits.from_datasets(three())
+    images = splits.images("test", size=None, mean=(0, 0, 0), std=(1, 1, 1))
+    assert images.images.shape == (4, 3, 4, 6)
+    assert images.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert images.labels.tolist() == [0, 1, 2, 2]
+    batch, targets = images.__getitems__([3])
+    torch.testing.assert_close(batch, torch.full((1, 3, 4, 6), 3 / 255))
+    assert targets.tolist() == [2]
+
+
+def test_create_splits_makes_all_three_of_a_data_set():
+    splits = create_splits("digits_lt")
+    assert splits.num_classes == 10
+    assert set(splits.datasets) == {"train", "val", "test"}
+    assert splits.class_counts.equal(torch.bincount(splits.labels["train"]))
+    with pytest.raises(UsageError, match="unknown data set 'digitslt'"):
+        create_splits("digitslt")
+    with pytest.raises(UsageError, match="needs no root"):
+        create_splits("digits_lt", root="somewhere")

@@ -1,0 +1,576 @@
+"""The decoupled checkpoint: what is written comes back, and what is wrong is refused."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import HEAD_OPTIONS, fill
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import timm_lt
+from timm_lt.checkpoint import (
+    load_head,
+    load_model_head,
+    read_checkpoint,
+    save_checkpoint,
+)
+from timm_lt.files import sha256
+from timm_lt.heads import HEADS, create_head, get_head, set_head
+from timm_lt.registry import UsageError
+
+COUNTS = [40, 10, 5, 2]
+NAMES = ["ant", "bee", "cat", "dog"]
+KEEP_JOINT = {"linear", "tau_norm", "logit_adjusted"}
+
+
+def joint_model(seed=0, name="lt_test_resnet", **options):
+    torch.manual_seed(seed)
+    model = timm_lt.create_model(name, num_classes=4, **options)
+    with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_mean"):
+                buffer.normal_()
+    return model.eval()
+
+
+def fitted_heads(model, seed=1):
+    """One head of each kind, with random values where a fit would put its own."""
+    torch.manual_seed(seed)
+    joint, heads = get_head(model), {}
+    for name, options in HEAD_OPTIONS.items():
+        given = {"class_counts": COUNTS} if name == "logit_adjusted" else {}
+        head = HEADS[name].from_classifier(joint, **options, **given)
+        for key in head.own_state:
+            torch.nn.init.normal_(getattr(head, key))
+        heads[name] = head if name == "logit_adjusted" else fill(head)
+        heads[name].eval()
+    return heads
+
+
+@pytest.fixture(scope="module")
+def model():
+    return joint_model()
+
+
+@pytest.fixture(scope="module")
+def heads(model):
+    return fitted_heads(model)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def features():
+    return torch.randn(5, 96, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def folder(tmp_path, model, heads):
+    metrics = {"crt": {"all": 0.5, "few_shot": None}}
+    return save_checkpoint(
+        tmp_path / "run",
+        model,
+        heads=heads,
+        class_counts=torch.tensor(COUNTS),
+        metrics=metrics,
+        label_names=NAMES,
+    )
+
+
+def edit_config(folder, *path, **values):
+    """Sets values in config.json, in the object at a path below timm_lt."""
+    config = json.loads((folder / "config.json").read_text())
+    block = config["timm_lt"]
+    for key in path:
+        block = block[key]
+    block.update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def load(folder, head=None, **options):
+    return timm_lt.create_model(f"local-dir:{folder}", head=head, **options).eval()
+
+
+# ---- what is written comes back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEAD_OPTIONS)
+def test_round_trip_is_bit_for_bit(folder, model, heads, images, features, name):
+    loaded = load(folder, name)
+    head = get_head(loaded)
+    assert type(head) is type(heads[name])
+    assert head.options() == heads[name].options()
+    assert torch.equal(head(features), heads[name](features))
+    reference = set_head(copy.deepcopy(model), copy.deepcopy(heads[name])).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), reference(images))
+    assert torch.equal(load_head(folder, name, get_head(model))(features), head(features))
+
+
+def test_files_of_a_folder(folder, heads, model):
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    own = {f"heads/{name}.safetensors" for name in heads if name not in KEEP_JOINT}
+    assert files == {"config.json", "model.safetensors", *own}
+    stored = {path: set(load_file(folder / path)) for path in sorted(own)}
+    assert stored == {
+        "heads/cosine.safetensors": {"weight"},
+        "heads/crt.safetensors": {"weight", "bias"},
+        "heads/lws.safetensors": {"scale"},
+        "heads/ncm.safetensors": {"weight", "feature_mean"},
+    }
+    assert (folder / "heads/lws.safetensors").stat().st_size < 200
+    plain = timm.create_model("test_resnet", num_classes=4)
+    assert set(load_file(folder / "model.safetensors")) == set(plain.state_dict())
+
+
+def test_config_is_timms_with_one_block_more(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "test_resnet"
+    assert config["num_classes"] == 4
+    assert config["label_names"] == NAMES
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert "file" not in config["pretrained_cfg"]
+    block = config["timm_lt"]
+    assert block["version"] == 1
+    assert block["class_counts"] == COUNTS
+    assert block["heads"]["crt"]["metrics"] == {"all": 0.5, "few_shot": None}
+    assert block["heads"]["tau_norm"]["file"] is None
+    content = (folder / "heads/crt.safetensors").read_bytes()
+    assert block["heads"]["crt"]["sha256"] == sha256(content)
+
+
+def test_read_checkpoint(folder):
+    info = read_checkpoint(str(folder))
+    assert info.folder == folder
+    assert info.class_counts == COUNTS
+    assert info.label_names == NAMES
+    assert list(info.heads) == list(HEAD_OPTIONS)
+    assert info.heads["lws"].file == "heads/lws.safetensors"
+    assert info.heads["lws"].options == {"scale_bias": False}
+
+
+def test_plain_timm_loads_the_folder_without_timm_lt(folder, model, images, tmp_path):
+    np.save(tmp_path / "images.npy", images.numpy())
+    program = f"""
+import sys
+import numpy as np, timm, torch
+torch.set_num_threads(1)
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+assert type(model.get_classifier()) is torch.nn.Linear
+with torch.no_grad():
+    logits = model(torch.from_numpy(np.load(r"{tmp_path / "images.npy"}")))
+np.save(r"{tmp_path / "logits.npy"}", logits.numpy())
+assert "timm_lt" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        assert (np.load(tmp_path / "logits.npy") == model(images).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lt_test_resnet", {"layers": [1, 1, 1, 1], "in_chans": 1}),
+        ("lt_resnet10", {"in_chans": 1, "drop_rate": 0.2}),
+        ("test_vit", {"drop_rate": 0.1}),
+        ("test_efficientnet", {}),
+    ],
+)
+def test_model_arguments_come_back(tmp_path, name, options):
+    model = joint_model(name=name, **options)
+    head = HEADS["tau_norm"].from_classifier(get_head(model), tau=0.5)
+    folder = save_checkpoint(tmp_path, model, heads={"half": head}, class_counts=COUNTS)
+    again = load(folder, "half")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    x = torch.randn(2, options.get("in_chans", 3), *model.pretrained_cfg["input_size"][1:])[
+        ..., :160, :160
+    ]
+    with torch.no_grad():
+        assert torch.equal(again(x), set_head(copy.deepcopy(model), head)(x))
+        assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x),
+                           model(x))  # fmt: skip
+    if "layers" in options or name == "lt_resnet10":
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_args"]["layers"] == [1, 1, 1, 1]
+        assert config["architecture"] == ("resnet18" if name == "lt_resnet10" else "test_resnet")
+
+
+def test_a_loaded_model_can_be_saved_again(folder, tmp_path, heads, features):
+    joint = load(folder)
+    heads = {name: load_head(folder, name, get_head(joint)) for name in heads}
+    again = save_checkpoint(tmp_path / "b", joint, heads=heads, class_counts=COUNTS)
+    for name, head in heads.items():
+        assert torch.equal(get_head(load(again, name))(features), head(features))
+    first, second = folder / "model.safetensors", again / "model.safetensors"
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_linear_head_on_the_model_is_saved_as_the_plain_classifier(tmp_path, images):
+    model = joint_model(head="linear")
+    folder = save_checkpoint(tmp_path, model, heads={}, class_counts=COUNTS)
+    assert get_head(model).kind == "linear"
+    loaded = load(folder)
+    assert type(get_head(loaded)) is nn.Linear
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, model, heads, features, dtype):
+    folder = save_checkpoint(tmp_path, model, heads=heads, class_counts=COUNTS, dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {dtype, torch.int64}
+    # As if every stored tensor had been rounded once, and nothing else.
+    joint = load(folder)
+    assert torch.equal(joint.fc.weight, model.fc.weight.to(dtype).float())
+    for name, head in heads.items():
+        rounded = copy.deepcopy(head).to(dtype).float()
+        for key in head.fitted_state:
+            if key not in head.own_state:
+                getattr(rounded, key).copy_(getattr(head, key))
+        loaded = get_head(load(folder, name))
+        assert torch.equal(loaded(features), rounded(features)), name
+
+
+def test_options_take_the_place_of_stored_ones(folder, model, features):
+    head = load_head(folder, "tau_norm", get_head(model), tau=0.0, keep_bias=False)
+    assert torch.equal(head(features), features @ model.fc.weight.T)
+    assert get_head(load(folder, "tau_norm", tau=0.25)).options()["tau"] == 0.25
+    assert get_head(load(folder, "ncm", metric="cosine")).metric == "cosine"
+
+
+def test_free_heads_come_from_every_checkpoint(tmp_path, model, features):
+    folder = save_checkpoint(tmp_path, model, heads={}, class_counts=COUNTS)
+    head = load_head(folder, "logit_adjusted", get_head(model), tau=2.0)
+    prior = torch.tensor(COUNTS).double() / sum(COUNTS)
+    expected = model.fc(features).double() - 2 * prior.log()
+    torch.testing.assert_close(head(features).double(), expected, rtol=1e-5, atol=1e-5)
+    assert get_head(load(folder, "tau_norm")).tau == 1.0
+    with pytest.raises(UsageError, match=r"'lws'.*choose one of: linear, logit_adjusted, tau_norm"):
+        load(folder, "lws")
+
+
+def test_selection_is_kept_unless_the_caller_chooses(tmp_path, model):
+    head = HEADS["tau_norm"].from_classifier(get_head(model), tau=0.5)
+    head.selection = {"tau": 0.5, "split": "val"}
+    folder = save_checkpoint(tmp_path, model, heads={"tau_norm": head}, class_counts=COUNTS)
+    assert load_head(folder, "tau_norm", get_head(model)).selection == head.selection
+    assert load_head(folder, "tau_norm", get_head(model), tau=0.5).selection == head.selection
+    assert load_head(folder, "tau_norm", get_head(model), tau=0.9).selection == {}
+
+
+def test_registered_architecture_loads_the_checkpoint_of_its_configuration(folder, heads, features):
+    overlay = {"file": str(folder / "model.safetensors"), "num_classes": 4}
+    arguments = {"pretrained": True, "num_classes": 4, "pretrained_cfg_overlay": overlay}
+    model = timm.create_model("lt_test_resnet", head="ncm", **arguments).eval()
+    assert torch.equal(get_head(model)(features), heads["ncm"](features))
+    with pytest.raises(UsageError, match="unknown head"):
+        timm.create_model("lt_test_resnet", head="nmc", **arguments)
+    # With other classes the head is a fresh one of that kind.
+    arguments["num_classes"] = 7
+    model = timm.create_model("lt_test_resnet", head="cosine", **arguments)
+    assert get_head(model).weight.shape == (7, 96)
+
+
+def test_heads_can_be_exchanged_while_the_joint_weight_is_there(folder, heads, features):
+    model = load(folder, "lws")
+    load_model_head(folder, model, "crt")
+    assert torch.equal(get_head(model)(features), heads["crt"](features))
+    with pytest.raises(UsageError, match="'crt' head has taken the place of the joint classifier"):
+        load_model_head(folder, model, "tau_norm")
+
+
+def test_a_head_fitted_without_the_classifier_may_have_another_unused_bias(tmp_path, model):
+    values = torch.randn(8, 96)
+    features = timm_lt.Features(values, torch.arange(4).repeat(2))
+    head = timm_lt.fit_head("ncm", features)
+    folder = save_checkpoint(tmp_path, model, heads={"ncm": head}, class_counts=COUNTS)
+    assert torch.equal(load_head(folder, "ncm", get_head(model))(values), head(values))
+
+
+# ---- saving refuses ------------------------------------------------------------------------------
+
+
+def nan_crt(model):
+    head = HEADS["crt"].from_classifier(get_head(model))
+    torch.nn.init.constant_(head.bias, float("nan"))
+    return head
+
+
+def huge_crt(model):
+    head = HEADS["crt"].from_classifier(get_head(model))
+    torch.nn.init.constant_(head.bias, 1e5)
+    return head
+
+
+def with_selection(model):
+    head = HEADS["tau_norm"].from_classifier(get_head(model))
+    head.selection = {"tau": torch.zeros(2)}
+    return head
+
+
+REFUSED = {
+    "unfitted": (lambda m: {"heads": {"lws": HEADS["lws"].from_classifier(m.fc)}}, "not fitted"),
+    "no class means": (lambda m: {"heads": {"a": create_head("ncm", 96, 4)}}, "not fitted"),
+    "nan": (lambda m: {"heads": {"crt": nan_crt(m)}}, "bias of head 'crt' has values .*not finite"),
+    "not a head": (lambda m: {"heads": {"a": nn.Linear(96, 4)}}, "is Linear, not a timm_lt head"),
+    "shape": (lambda m: {"heads": {"a": create_head("crt", 96, 5)}}, r"\(5, 96\).*\(4, 96\)"),
+    "other backbone": (
+        lambda m: {"heads": {"a": HEADS["tau_norm"].from_classifier(joint_model(9).fc)}},
+        "head 'a' has another weight than the joint classifier",
+    ),
+    "other counts": (
+        lambda m: {
+            "heads": {"a": HEADS["logit_adjusted"].from_classifier(m.fc, class_counts=[9, 9, 9, 9])}
+        },
+        "head 'a' has another log_prior than the class counts",
+    ),
+    "bias": (
+        lambda m: {"heads": {"a": HEADS["crt"](96, 4, bias=False)}},
+        "only the model's classifier has a bias",
+    ),
+    "escaping name": (lambda m: {"heads": {"../a": create_head("crt", 96, 4)}}, "ASCII letters"),
+    "empty name": (lambda m: {"heads": {"": create_head("crt", 96, 4)}}, "ASCII letters"),
+    "fp16 range": (
+        lambda m: {"heads": {"crt": huge_crt(m)}, "dtype": torch.float16},
+        "bias of head 'crt' is beyond the range of torch.float16",
+    ),
+    "integer type": (lambda m: {"dtype": torch.int8}, "dtype must be a floating-point type"),
+    "counts": (lambda m: {"class_counts": [1, 2]}, "class_counts has 2 classes, the model 4"),
+    "negative": (lambda m: {"class_counts": [1, 2, 3, -1]}, "class_counts"),
+    "labels": (lambda m: {"label_names": ["a"]}, "1 names for 4 classes"),
+    "metrics": (lambda m: {"metrics": {"ctr": {"all": 1.0}}}, "unknown head in metrics: 'ctr'"),
+    "nan metrics": (
+        lambda m: {"heads": {"c": create_head("crt", 96, 4)}, "metrics": {"c": {"a": np.nan}}},
+        "cannot be JSON",
+    ),
+    "selection": (lambda m: {"heads": {"t": with_selection(m)}}, "cannot be JSON"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_save_refuses_and_writes_nothing(tmp_path, model, case):
+    arguments, message = REFUSED[case]
+    call = {"heads": {}, "class_counts": COUNTS} | arguments(model)
+    with pytest.raises(UsageError, match=message):
+        save_checkpoint(tmp_path / "run", model, **call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_save_refuses_a_model_that_carries_another_head(tmp_path, model):
+    carrying = set_head(copy.deepcopy(model), "tau_norm")
+    with pytest.raises(UsageError, match="carries a 'tau_norm' head"):
+        save_checkpoint(tmp_path / "run", carrying, heads={}, class_counts=COUNTS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_save_leaves_the_old_checkpoint_whole(folder, model):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError):
+        save_checkpoint(folder, model, heads={"crt": nan_crt(model)}, class_counts=COUNTS)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_save_leaves_no_config(folder, model, heads, monkeypatch):
+    def fail(path, content):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("timm_lt.checkpoint.write_atomic", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(folder, model, heads=heads, class_counts=COUNTS)
+    with pytest.raises(UsageError, match=r"config\.json does not exist"):
+        load(folder)
+
+
+def test_saving_does_not_change_the_model(folder, model, images):
+    with torch.no_grad():
+        before = model(images)
+        save_checkpoint(folder, model, heads={}, class_counts=COUNTS, dtype=torch.float16)
+        assert torch.equal(model(images), before)
+    assert model.pretrained_cfg["architecture"] == "lt_test_resnet"
+
+
+# ---- loading refuses -----------------------------------------------------------------------------
+
+BAD_BLOCKS = [
+    ((), {"version": 2}, r"timm_lt\.version is 2, this timm_lt reads 1"),
+    ((), {"version": None}, "version is None"),
+    ((), {"class_counts": "many"}, "class_counts must be a list of integers >= 0"),
+    ((), {"class_counts": []}, "class_counts must be"),
+    ((), {"class_counts": [1, 2, 3, 4.5]}, "class_counts must be"),
+    ((), {"class_counts": [1, 2, 3, -4]}, "class_counts must be"),
+    ((), {"class_counts": [1, 2, 3, True]}, "class_counts must be"),
+    ((), {"label_names": ["a"]}, "label_names must be null or 4 strings"),
+    ((), {"label_names": [1, 2, 3, 4]}, "label_names must be null or 4 strings"),
+    ((), {"heads": []}, "heads must be an object"),
+    ((), {"heads": {"crt": 5}}, r"heads\.crt must be an object"),
+    (("heads", "crt"), {"kind": "ctr"}, r"heads\.crt\.kind: 'ctr'.*did you mean 'crt'"),
+    (("heads", "crt"), {"kind": ["crt"]}, r"heads\.crt\.kind"),
+    (("heads", "crt"), {"kind": "os.system"}, r"heads\.crt\.kind: 'os.system'"),
+    (("heads", "crt"), {"options": [1]}, r"heads\.crt\.options must be an object"),
+    (("heads", "crt"), {"metrics": 1}, r"heads\.crt\.metrics must be an object"),
+    (("heads", "crt"), {"sha256": 5}, r"heads\.crt\.sha256 must be a string"),
+    (("heads", "crt"), {"file": None}, r"a 'crt' head needs a file"),
+    (("heads", "crt"), {"file": "../crt.safetensors"}, r"heads\.crt\.file must be 'heads/crt"),
+    (("heads", "crt"), {"file": "/etc/passwd"}, r"heads\.crt\.file must be"),
+    (("heads", "crt"), {"file": 5}, r"heads\.crt\.file must be"),
+    (
+        ("heads", "tau_norm"),
+        {"file": "heads/tau_norm.safetensors", "sha256": ""},
+        "'tau_norm' head has no file of its own",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "values", "message"), BAD_BLOCKS)
+def test_bad_config_is_refused_and_named(folder, path, values, message):
+    edit_config(folder, *path, **values)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(folder, "linear")
+    assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", ".hidden", "", "a/b"])
+def test_a_head_name_cannot_leave_the_folder(folder, name):
+    entry = read_checkpoint(folder).heads["crt"]
+    values = {"kind": "crt", "file": f"heads/{name}.safetensors", "sha256": entry.sha256}
+    edit_config(folder, "heads", **{name: values})
+    with pytest.raises(UsageError, match="ASCII letters"):
+        load(folder, name)
+
+
+BAD_OPTIONS = [
+    ("tau_norm", {"tau": "big"}, "tau must be a number"),
+    ("tau_norm", {"keep_bias": "no"}, "keep_bias must be true or false"),
+    ("tau_norm", {"taux": 1}, "head 'tau_norm' has no option 'taux'.*valid options: tau"),
+    ("ncm", {"metric": "l1"}, "unknown metric"),
+    ("cosine", {"scale": -1}, "scale must be a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD_OPTIONS)
+def test_bad_options_of_a_config_are_refused(folder, name, options, message):
+    edit_config(folder, "heads", name, options=options)
+    with pytest.raises(UsageError, match=message):
+        load(folder, name)
+
+
+def test_key_given_twice_is_refused(folder):
+    text = (folder / "config.json").read_text()
+    text = text.replace('"crt": {', '"lws": {}, "crt": {', 1)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UsageError, match="key 'lws' is given twice"):
+        load(folder, "crt")
+
+
+def test_plain_timm_checkpoint_and_missing_folder(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    del config["timm_lt"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="plain timm checkpoint without heads"):
+        load(folder, "tau_norm")
+    with pytest.raises(
+        UsageError, match=f"folder {re.escape(str(tmp_path / 'no'))} does not exist"
+    ):
+        load(tmp_path / "no", "tau_norm")
+
+
+def test_unknown_head_lists_those_that_can_be_had(folder):
+    with pytest.raises(UsageError, match=r"'ctr' \(did you mean 'crt'\?\); choose one of: linear"):
+        load(folder, "ctr")
+
+
+def test_altered_head_file_is_refused(folder):
+    path = folder / "heads/crt.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"crt\.safetensors is not the one.*SHA-256 differs"):
+        load(folder, "crt")
+    load(folder, "lws")
+
+
+def test_missing_head_file_is_refused(folder):
+    (folder / "heads/crt.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"crt\.safetensors cannot be read"):
+        load(folder, "crt")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight": torch.zeros(4, 96)},
+        {"weight": torch.zeros(4, 95), "bias": torch.zeros(4)},
+        {"weight": torch.zeros(4, 96), "bias": torch.zeros(4), "scale": torch.zeros(4)},
+    ],
+)
+def test_head_file_with_other_tensors_is_refused(folder, tensors):
+    path = folder / "heads/crt.safetensors"
+    save_file(tensors, path)
+    edit_config(folder, "heads", "crt", sha256=sha256(path.read_bytes()))
+    with pytest.raises(UsageError, match=r"holds .* a 'crt' head here needs \{'weight': \(4, 96\)"):
+        load(folder, "crt")
+
+
+def test_head_file_that_is_no_safetensors_is_refused(folder):
+    path = folder / "heads/crt.safetensors"
+    path.write_bytes(b"\x80\x04no")
+    edit_config(folder, "heads", "crt", sha256=sha256(path.read_bytes()))
+    with pytest.raises(UsageError, match="is no safetensors file"):
+        load(folder, "crt")
+
+
+def test_head_file_with_an_unfitted_state_is_refused(folder):
+    path = folder / "heads/lws.safetensors"
+    save_file({"scale": torch.full((4,), float("nan"))}, path)
+    edit_config(folder, "heads", "lws", sha256=sha256(path.read_bytes()))
+    with pytest.raises(UsageError, match="'lws' is not fitted yet"):
+        load(folder, "lws")
+
+
+@pytest.mark.parametrize("content", [None, b"short", "truncated"])
+def test_missing_or_broken_backbone_is_refused(folder, content):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:-10] if content == "truncated" else content)
+    for head in (None, "tau_norm"):
+        with pytest.raises(UsageError, match=re.escape(str(folder))):
+            load(folder, head)
+
+
+def test_fixed_options_cannot_change(folder, model):
+    with pytest.raises(UsageError, match="fitted with scale_bias=False, which cannot change"):
+        load(folder, "lws", scale_bias=True)
+    with pytest.raises(UsageError, match="fitted with features='centered_l2', which cannot"):
+        load_head(folder, "ncm", get_head(model), features="raw")
+    # A config that leaves an option out means its default.
+    edit_config(folder, "heads", "lws", options={})
+    with pytest.raises(UsageError, match="fitted with scale_bias=True"):
+        load(folder, "lws", scale_bias=False)
+
+
+def test_other_classes_or_no_weights_go_with_no_head(folder):
+    with pytest.raises(UsageError, match="has 4 classes, not 7"):
+        load(folder, "tau_norm", num_classes=7)
+    with pytest.raises(UsageError, match="needs its backbone"):
+        load(folder, "tau_norm", pretrained=False)
+    assert load(folder, num_classes=7).num_classes == 7
+    assert load(folder, pretrained=False).num_classes == 4
+
+
+def test_wrong_option_names_the_options_of_the_head(folder):
+    with pytest.raises(UsageError, match=r"no option 'taux'.*'tau_norm': tau, keep_bias"):
+        load(folder, "tau_norm", taux=0.5)

@@ -1,0 +1,41 @@
+import logging
+
+import pytest
+
+from timm_lt.console import advance, console, log, progress, start_logging
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+def test_the_log_goes_to_standard_error_once(capsys):
+    start_logging()
+    start_logging()
+    log.info("one %d", 1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("one 1") == 1
+
+
+def test_quiet_keeps_warnings(capsys):
+    start_logging(quiet=True)
+    log.info("fine")
+    log.warning("careful")
+    err = capsys.readouterr().err
+    assert "fine" not in err
+    assert "careful" in err
+    assert log.level == logging.WARNING
+
+
+def test_progress_counts_and_shows_nothing_without_a_terminal(capsys):
+    assert not console.is_terminal
+    with progress("counting", 3, unit="steps") as bar:
+        advance(bar)
+        advance(bar, 2, "done")
+        task = bar.tasks[0]
+        assert (task.completed, task.total, task.description) == (3, 3, "done")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,238 @@
+"""Models with a head: timm architectures, the registered lt_* ones, and checkpoint folders."""
+
+import pytest
+import timm
+import torch
+from conftest import HEAD_OPTIONS
+
+import timm_lt
+from timm_lt.heads import classifier_name, get_head
+from timm_lt.model import split_options
+from timm_lt.registry import UsageError
+
+PATHS = {
+    "test_resnet": "fc",
+    "test_vit": "head",
+    "test_efficientnet": "classifier",
+    "test_convnext": "head.fc",
+    "test_nfnet": "head.fc",
+    "test_maxvit": "head.fc",
+}
+TIMM_NAMES = {
+    "lt_test_resnet": ("test_resnet", {}),
+    "lt_resnet10": ("resnet18", {"layers": [1, 1, 1, 1]}),
+    "lt_resnet50": ("resnet50", {}),
+    "lt_resnext50": ("resnext50_32x4d", {}),
+}
+# With 1000 classes; the usual tables have 5.4 M, 25.56 M and 25.03 M.
+PARAMETERS = {"lt_resnet10": 5_418_792, "lt_resnet50": 25_557_032, "lt_resnext50": 25_028_904}
+
+
+def images(model, channels=3, number=2):
+    config = model.pretrained_cfg
+    size = config["input_size"][-1] if config["fixed_input_size"] else 32
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(number, channels, size, size, generator=generator)
+
+
+@pytest.mark.parametrize("architecture", PATHS)
+def test_any_timm_architecture_takes_a_head(architecture):
+    torch.manual_seed(0)
+    plain = timm.create_model(architecture, num_classes=5).eval()
+    torch.manual_seed(0)
+    model = timm_lt.create_model(architecture, num_classes=5, head="tau_norm", tau=0.6).eval()
+    head = get_head(model)
+    assert classifier_name(model) == PATHS[architecture]
+    assert model.get_submodule(PATHS[architecture]) is head
+    assert set(model.state_dict()) == set(plain.state_dict())
+    taken = []
+    get_head(plain).register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(images(plain))
+        plain(images(plain))
+    weight = get_head(plain).weight.detach().double()
+    expected = taken[0].double() @ (weight / weight.norm(dim=1, keepdim=True) ** 0.6).T
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
+def test_folded_model_gives_the_logits_and_timms_keys(architecture):
+    model = timm_lt.create_model(architecture, num_classes=5, head="cosine", scale=4.0).eval()
+    plain = timm.create_model(architecture, num_classes=5).eval()
+    x = images(model, number=4)
+    with torch.no_grad():
+        preds = model(x).argmax(1)
+        timm_lt.fold_head(model)
+        assert torch.equal(model(x).argmax(1), preds)
+    bias = f"{PATHS[architecture]}.bias"
+    assert set(plain.state_dict()) - set(model.state_dict()) == {bias}
+
+
+def test_arguments_of_timm_reach_timm():
+    model = timm_lt.create_model(
+        "test_resnet", num_classes=3, head="cosine", scale=2.0, in_chans=1, drop_rate=0.25
+    )
+    assert model.drop_rate == 0.25
+    assert model.eval()(images(model, channels=1)).shape == (2, 3)
+    assert get_head(model).options() == {"scale": 2.0, "learn_scale": False}
+
+
+def test_no_head_is_timms_own_model():
+    model = timm_lt.create_model("test_resnet", num_classes=3)
+    assert type(get_head(model)) is torch.nn.Linear
+    with pytest.raises(UsageError, match=r"unknown head 'none'"):
+        timm_lt.create_model("test_resnet", head="none")
+
+
+def test_several_classifiers_or_a_convolution_are_refused():
+    with pytest.raises(UsageError, match=r"is tuple; a head replaces an nn.Linear$"):
+        timm_lt.create_model("deit_tiny_distilled_patch16_224", num_classes=3, head="cosine")
+    with torch.device("meta"), pytest.raises(UsageError, match=r"is Conv2d; a head replaces"):
+        timm_lt.create_model("dla34", num_classes=3, head="cosine")
+    with pytest.raises(UsageError, match="num_classes >= 1"):
+        timm_lt.create_model("test_resnet", num_classes=0, head="cosine")
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "lt_test_resnet"])
+def test_wrong_names_list_the_right_ones(architecture):
+    with pytest.raises(UsageError, match=r"did you mean 'tau_norm'\?"):
+        timm_lt.create_model(architecture, head="taunorm")
+    with pytest.raises(UsageError, match=r"no option 'taux'.*head 'tau_norm': tau, keep_bias"):
+        timm_lt.create_model(architecture, head="tau_norm", taux=0.5)
+    with pytest.raises(UsageError, match=r"no option 'tau'; is head= missing"):
+        timm_lt.create_model(architecture, tau=0.5)
+    with pytest.raises(UsageError, match=r"tau must be a number in \[0, inf\)"):
+        timm_lt.create_model(architecture, head="tau_norm", tau=-1)
+    with pytest.raises(UsageError, match=rf"unknown architecture '{architecture}x'"):
+        timm_lt.create_model(f"{architecture}x", head="tau_norm")
+
+
+def test_unknown_tag_lists_the_tags():
+    with pytest.raises(UsageError, match=r"tag of 'lt_test_resnet': 'glyph'.*glyph_lt"):
+        timm_lt.create_model("lt_test_resnet.glyph", head="tau_norm")
+
+
+def test_split_options():
+    assert split_options("lws", {"scale_bias": True, "tau": 1}) == (
+        {"scale_bias": True},
+        {"tau": 1},
+    )
+    assert split_options(None, {"tau": 1}) == ({}, {"tau": 1})
+
+
+# ---- the registered architectures ----------------------------------------------------------------
+
+
+def test_plain_timm_call_takes_head_and_options():
+    torch.manual_seed(0)
+    plain = timm.create_model("test_resnet", num_classes=4).eval()
+    torch.manual_seed(0)
+    model = timm.create_model("lt_test_resnet", num_classes=4, head="tau_norm", tau=0.7).eval()
+    assert get_head(model).options() == {"tau": 0.7, "keep_bias": False}
+    model.load_state_dict(plain.state_dict())
+    x = images(plain)
+    with torch.no_grad():
+        features = plain.forward_head(plain.forward_features(x), pre_logits=True)
+        weight = plain.fc.weight / plain.fc.weight.norm(dim=1, keepdim=True) ** 0.7
+        torch.testing.assert_close(model(x), features @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEAD_OPTIONS)
+def test_every_head_by_the_plain_timm_call(head):
+    model = timm.create_model("lt_test_resnet", num_classes=4, head=head, **HEAD_OPTIONS[head])
+    assert get_head(model).kind == head
+    assert get_head(model).options() == HEAD_OPTIONS[head]
+    model.reset_classifier(2)
+    assert get_head(model).kind == head
+    if head in ("ncm", "lws", "logit_adjusted"):
+        with pytest.raises(UsageError, match=f"'{head}'"):
+            model(images(model))
+
+
+def test_both_create_model_agree_on_registered_architectures():
+    torch.manual_seed(0)
+    ours = timm_lt.create_model("lt_test_resnet", num_classes=3, head="cosine", scale=3.0).eval()
+    torch.manual_seed(0)
+    native = timm.create_model("lt_test_resnet", num_classes=3, head="cosine", scale=3.0).eval()
+    assert torch.equal(ours(images(ours)), native(images(ours)))
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_registered_models_are_timms_resnets(name):
+    architecture, arguments = TIMM_NAMES[name]
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=1000, head="cosine")
+        reference = timm.create_model(architecture, num_classes=1000, **arguments)
+    ours = {key: value.shape for key, value in model.state_dict().items() if key != "fc.scale"}
+    assert ours == {key: value.shape for key, value in reference.state_dict().items()}
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in reference.parameters()) == PARAMETERS[name]
+        blocks = [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)]
+        assert blocks == ([1, 1, 1, 1] if name == "lt_resnet10" else [3, 4, 6, 3])
+    assert model.pretrained_cfg["architecture"] == name
+
+
+def test_same_random_weights_as_timm():
+    torch.manual_seed(3)
+    ours = timm.create_model("lt_test_resnet", num_classes=7, head="cosine").state_dict()
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_resnet", num_classes=7).state_dict()
+    for key, value in theirs.items():
+        if not key.startswith("fc."):
+            assert torch.equal(value, ours[key]), key
+
+
+def test_configuration_of_a_tag():
+    model = timm.create_model("lt_test_resnet.glyph_lt")
+    assert model.num_classes == 100
+    config = timm.data.resolve_data_config(model=model)
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == (0.5, 0.5, 0.5)
+    assert {"lt_resnet10", "lt_resnet50", "lt_resnext50"} < set(timm.list_models("lt_*"))
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.create_model("lt_resnet10", pretrained=True)
+
+
+def test_features_only_and_no_classes_swallow_the_head():
+    model = timm.create_model("lt_test_resnet", features_only=True, head="tau_norm", tau=0.5)
+    plain = timm.create_model("test_resnet", features_only=True)
+    assert model.feature_info.channels() == plain.feature_info.channels()
+    shapes = [tuple(t.shape) for t in model.eval()(images(plain))]
+    assert shapes == [tuple(t.shape) for t in plain.eval()(images(plain))]
+    model = timm.create_model("lt_test_resnet", num_classes=0, head="tau_norm", tau=0.5).eval()
+    assert model(images(model)).shape == (2, 96)
+    with pytest.raises(UsageError, match="unknown head"):
+        timm.create_model("lt_test_resnet", num_classes=0, head="tau")
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+def test_pooling_channels_and_dropout_with_a_head(pool):
+    arguments = {"num_classes": 4, "in_chans": 1, "drop_rate": 0.3, "global_pool": pool}
+    model = timm.create_model("lt_test_resnet", head="cosine", **arguments).eval()
+    plain = timm.create_model("test_resnet", **arguments).eval()
+    state = {k: v for k, v in model.state_dict().items() if k != "fc.scale"}
+    plain.load_state_dict(state)
+    assert model.drop_rate == 0.3
+    x = images(plain, channels=1)
+    with torch.no_grad():
+        features = plain.forward_head(plain.forward_features(x), pre_logits=True)
+        expected = 16 * torch.nn.functional.cosine_similarity(
+            features[:, None], plain.fc.weight[None], dim=-1
+        )
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reset_classifier_can_change_the_pooling():
+    model = timm.create_model("lt_test_resnet", num_classes=4, head="cosine")
+    model.reset_classifier(3, global_pool="max")
+    assert get_head(model).kind == "cosine"
+    assert model.global_pool.pool_type == "max"
+    model.reset_classifier(num_classes=2)
+    assert get_head(model).out_features == 2
+
+
+def test_models_train_with_a_head():
+    model = timm.create_model("lt_test_resnet", num_classes=4, head="cosine", learn_scale=True)
+    model.train()(images(model)).square().mean().backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []

@@ -1,0 +1,86 @@
+import pytest
+
+from timm_lt.recipe import Recipe
+from timm_lt.registry import UsageError
+from timm_lt.run_folder import RECIPE, check_run_folder, prepare_run_folder
+
+FIRST = Recipe(epochs=3).to_yaml()
+OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()
+
+
+def check(folder, recipe=FIRST, *, resume=False, overwrite=False):
+    check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    prepare_run_folder(folder, FIRST, overwrite=False)
+    (folder / "state").mkdir()
+    (folder / "state" / "weights").write_text("1")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_new_and_empty_folders_may_be_used(tmp_path, flags):
+    check(tmp_path / "new" / "run", **flags)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    check(tmp_path / "empty", **flags)
+
+
+def test_prepare_writes_the_recipe(run):
+    assert (run / RECIPE).read_text() == FIRST
+
+
+def test_a_run_is_not_touched_without_a_word(run):
+    with pytest.raises(UsageError, match=r"holds a run; .*--resume.*--overwrite.*--output"):
+        check(run)
+
+
+def test_resume_goes_on_with_the_same_recipe(run):
+    check(run, resume=True)
+    prepare_run_folder(run, FIRST, overwrite=False)
+    assert (run / "state" / "weights").read_text() == "1"
+
+
+def test_resume_refuses_another_recipe_and_names_the_differences(run):
+    with pytest.raises(UsageError, match="run of another recipe") as caught:
+        check(run, OTHER, resume=True)
+    message = str(caught.value)
+    assert "epochs 3 there, 4 now" in message
+    assert "seed 0 there, 1 now" in message
+    assert "heads.ncm.metric None there, 'euclidean' now" in message
+    assert "heads.crt {} there, None now" in message
+    assert "optimizer" not in message
+
+
+def test_overwrite_deletes_only_when_prepared(run):
+    check(run, OTHER, overwrite=True)
+    assert (run / "state" / "weights").exists()
+    prepare_run_folder(run, OTHER, overwrite=True)
+    assert [path.name for path in run.iterdir()] == [RECIPE]
+    assert (run / RECIPE).read_text() == OTHER
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_is_not_a_run_is_refused(tmp_path, flags):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="files that are not a run"):
+        check(tmp_path, **flags)
+    with pytest.raises(UsageError, match="is a file"):
+        check(tmp_path / "thesis.tex", **flags)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(UsageError, match="choose one"):
+        check(tmp_path, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\xff"])
+def test_resume_of_a_broken_recipe_says_so(run, content):
+    (run / RECIPE).write_bytes(content)
+    with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read.*--overwrite"):
+        check(run, resume=True)
+    check(run, overwrite=True)
