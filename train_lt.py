@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import timm_lt
+from timm_lt.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.checkpoint import METRICS, save_checkpoint
 from timm_lt.console import advance, log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits
@@ -40,9 +41,7 @@ from timm_lt.training import (
     TrainingState,
     check_batch_size,
     check_optimization,
-    create_accelerator,
     representation_seconds,
-    set_cpu_threads,
     train_representation,
 )
 

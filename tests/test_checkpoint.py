@@ -386,7 +386,7 @@ def test_an_interrupted_save_leaves_no_config(folder, model, heads, monkeypatch)
     def fail(path, content):
         raise OSError("disk full")
 
-    monkeypatch.setattr("timm_lt.checkpoint.write_atomic", fail)
+    monkeypatch.setattr("timm_lt.checkpoint.save.write_atomic", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(folder, model, heads=heads, class_counts=COUNTS)
     with pytest.raises(UsageError, match=r"config\.json does not exist"):

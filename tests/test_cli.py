@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import timm_lt
 import torch
 from safetensors.torch import load_file
+
+import timm_lt
 from timm_lt.cli import main
 from timm_lt.lt_resnet import CHECKPOINTS
 

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
 import timm_lt
 import train_lt
-import yaml
 from timm_lt.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(train_lt.__file__).parent
@@ -24,7 +25,7 @@ def test_python_blocks_of_the_readme_run(number, capsys):
     packaged = Path(timm_lt.__file__).parent / "checkpoints" / "lt_test_resnet.glyph_lt"
     # The main job would have written this folder; the packaged checkpoint is one of the same form.
     code = code.replace("output/lt_test_resnet.glyph_lt", str(packaged))
-    exec(compile(code, f"README block {number}", "exec"), {})  # noqa: S102
+    exec(compile(code, f"README block {number}", "exec"), {})
     if "evaluate_logits" in code:
         assert re.search(r"all \d\d\.\d %", capsys.readouterr().out)
 
@@ -48,6 +49,6 @@ def test_recipes_say_their_command_and_load(name):
     assert first.startswith("# accelerate launch train_lt.py")
     assert name == "lt_test_resnet.glyph_lt" or first.endswith(f"hub_configs/{name}.yaml")
     recipe = load_recipe(path)
-    assert list(recipe.heads)[0] == "linear"
+    assert next(iter(recipe.heads)) == "linear"
     assert yaml.safe_load(recipe.to_yaml())["epochs"] == recipe.epochs
     assert f"`{name}`" in (ROOT / "hub_configs" / "README.md").read_text()

@@ -130,7 +130,10 @@ def test_what_is_passed_in_stays_as_it_is(name):
 def test_features_of_every_floating_type_give_a_float32_head(name, dtype):
     typed = [Features(f.values.to(dtype), f.targets) for f in (TRAIN, VAL)]
     plain = [Features(f.values.float(), f.targets) for f in typed]
-    head = fit(name, train=typed[0], val=typed[1], classifier=copy.deepcopy(JOINT).to(dtype))
+    classifier = copy.deepcopy(JOINT).to(dtype)
+    head = fit(name, train=typed[0], val=typed[1], classifier=classifier)
+    # Of a model on another device or in another type, it stays there.
+    assert classifier.weight.dtype == dtype
     rounded = copy.deepcopy(JOINT).to(dtype).float()
     expected = fit(name, train=plain[0], val=plain[1], classifier=rounded)
     assert head.weight.dtype == torch.float32

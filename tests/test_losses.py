@@ -179,7 +179,7 @@ def test_bad_batches_are_refused(name, logits, targets, message):
 
 def test_a_new_loss_is_a_new_per_example(monkeypatch):
     # Into a copy of the registry: no other test should meet this loss.
-    monkeypatch.setattr(losses._LOSSES, "_parts", dict(losses._LOSSES._parts))
+    monkeypatch.setattr(losses.LOSSES, "_parts", dict(losses.LOSSES._parts))
 
     @register_loss("zero_one")
     class ZeroOneLoss(ClassLoss):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import timm
-import timm_lt
 import torch
+
+import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.lt_resnet import CHECKPOINTS
 

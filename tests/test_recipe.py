@@ -9,7 +9,6 @@ from timm_lt.heads import list_heads
 from timm_lt.recipe import (
     DEFAULT_HEADS,
     DEFAULT_RECIPE,
-    PRINT,
     DataRecipe,
     OptimizerRecipe,
     Recipe,
@@ -46,7 +45,7 @@ def option_names():
         else:
             yield f"--{field.name}"
     yield from (f"--{field.name}" for field in dataclasses.fields(RunOptions))
-    yield PRINT
+    yield "--print_config"
 
 
 # ---- what a recipe says --------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def test_print_config_reads_back_to_the_same_recipe(read, capsys):
     text = "optimizer: {lr: 3e-5}\nheads: {crt: {weight_decay: 1e-10}, tau_norm:}\nepochs: 2"
     arguments = ["--seed", "5", "--heads.tau_norm.tau", "0.5", "--data.root", "a b: #c"]
     recipe, _ = read(text, *arguments)
-    assert read(text, *arguments, PRINT) is None
+    assert read(text, *arguments, "--print_config") is None
     printed = capsys.readouterr().out
     assert "lr: 3.0e-05" in printed
     assert read(printed)[0] == recipe

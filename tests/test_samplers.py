@@ -295,7 +295,7 @@ def test_samples_per_class_ends_with_the_short_blocks():
 
 def test_a_new_sampler_is_a_new_class_probabilities(monkeypatch):
     # Into a copy of the registry: no other test should meet this sampler.
-    monkeypatch.setattr(samplers._SAMPLERS, "_parts", dict(samplers._SAMPLERS._parts))
+    monkeypatch.setattr(samplers.SAMPLERS, "_parts", dict(samplers.SAMPLERS._parts))
 
     @register_sampler("only_the_last")
     class OnlyTheLast(ClassSampler):

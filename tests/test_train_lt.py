@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import timm_lt
 import torch
+
+import timm_lt
 import train_lt
 from timm_lt.data import create_splits
 
@@ -197,7 +198,7 @@ def failing(capsys, *arguments):
         (["--heads", "{'tau_nrom': {}}"], ["tau_nrom", "did you mean 'tau_norm'", "lws"]),
         (["--heads.tau_norm.tua", "1"], ["tua", "tau", "keep_bias"]),
         (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
-        (["--heads.lws.steps", "0"], ["steps", "[1, inf)", "0"]),
+        (["--heads.lws.steps", "0"], ["steps", ">= 1", "0"]),
         (["--heads.crt.solver", "adam"], ["adam", "lbfgs", "sgd"]),
         (["--sampler.name", "balanced"], ["balanced", "class_balanced", "square_root"]),
         (["--loss.name", "CE"], ["CE", "cross_entropy"]),

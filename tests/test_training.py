@@ -7,21 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm_lt
 import torch
-import train_lt
 from accelerate.state import AcceleratorState
+from torch import nn
+
+import timm_lt
+import train_lt
+from timm_lt.accelerator import create_accelerator, native_precision, set_cpu_threads
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import (
     TrainingState,
     check_batch_size,
     check_optimization,
-    create_accelerator,
-    native_precision,
-    set_cpu_threads,
     train_representation,
 )
-from torch import nn
 
 ROOT = Path(train_lt.__file__).parent
 NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
@@ -86,9 +85,10 @@ def test_follows_a_hand_written_nesterov_loop(accelerator):
             p[range(8), targets] -= 1
             # Weight decay is on the weight and not on the bias.
             gradients = [p.T @ x[rows] / 8 + 0.1 * weight, p.mean(0)]
-            for k, parameter in enumerate((weight, bias)):
+            for k in range(2):
                 velocity[k] = 0.9 * velocity[k] + gradients[k]
-                parameter -= 0.01 * (gradients[k] + 0.9 * velocity[k])
+            weight -= 0.01 * (gradients[0] + 0.9 * velocity[0])
+            bias -= 0.01 * (gradients[1] + 0.9 * velocity[1])
         losses.append(torch.stack(epoch_losses).mean().item())
     assert [record.loss for record in history] == pytest.approx(losses, rel=1e-4)
     torch.testing.assert_close(model[1].weight.double(), weight, atol=1e-5, rtol=1e-4)
@@ -107,21 +107,21 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
     whole = linear_model()
     history = train(accelerator, whole, epochs=4)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class StopsAfterTwo(TrainingState):
         def save(self, history):
             super().save(history)
             if len(history) == 2:
-                raise Stop
+                raise StopError
 
     def state(cls):
         AcceleratorState._reset_state(reset_partial_state=True)
         return cls(tmp_path, create_accelerator(mixed_precision="no"))
 
     interrupted = state(StopsAfterTwo)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(interrupted.accelerator, linear_model(), epochs=4, state=interrupted)
     # A write that was cut off leaves another name, which is not taken for a state.
     (tmp_path / ".partial_0003").mkdir()
@@ -211,7 +211,7 @@ sys.path.insert(0, {tests!r})
 from test_training import NUM_IMAGES, images, linear_model, train
 from timm_lt.data.images import ImageTensors, batches
 from timm_lt.features import extract_features
-from timm_lt.training import create_accelerator
+from timm_lt.accelerator import create_accelerator
 
 seen = []
 take = ImageTensors.__getitems__
@@ -237,7 +237,8 @@ result = dict(
     targets=features.targets.tolist(),
     features=features.values.tolist(),
 )
-with open(f"{folder}/{{accelerator.num_processes}}_{{accelerator.process_index}}.json", "w") as file:
+name = f"{{accelerator.num_processes}}_{{accelerator.process_index}}.json"
+with open("{folder}/" + name, "w") as file:
     json.dump(result, file)
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -71,7 +71,7 @@ class ClassLoss(nn.Module):
         return f"reduction={self.reduction!r}"
 
 
-_LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
+LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
 
 L = TypeVar("L", bound=Callable[..., nn.Module])
 
@@ -83,7 +83,7 @@ def register_loss(name: str) -> Callable[[L], L]:
     """
 
     def add(cls: L) -> L:
-        _LOSSES.register(name)(cls)
+        LOSSES.register(name)(cls)
         return cls
 
     return add
@@ -91,7 +91,7 @@ def register_loss(name: str) -> Callable[[L], L]:
 
 def list_losses() -> list[str]:
     """Returns the names that :func:`create_loss` knows."""
-    return list(_LOSSES)
+    return list(LOSSES)
 
 
 def create_loss(name: str, class_counts: Labels | None = None, **options: Any) -> nn.Module:
@@ -110,10 +110,10 @@ def create_loss(name: str, class_counts: Labels | None = None, **options: Any) -
         UsageError: If the name or an option is unknown, a value is out of range, or the loss needs
             class_counts and has none.
     """
-    loss = _LOSSES[name]
+    loss = LOSSES[name]
     if class_counts is None and getattr(loss, "needs_class_counts", False):
         raise UsageError(f"loss {name!r} needs class_counts, the training images per class")
-    return _LOSSES.create(name, class_counts, **options)
+    return LOSSES.create(name, class_counts, **options)
 
 
 @register_loss("cross_entropy")

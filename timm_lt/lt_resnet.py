@@ -69,7 +69,6 @@ def _create(
     """Builds one of timm's ResNets under our name, loads its weights, and puts the head on it."""
     head_options, timm_options = split_options(head, kwargs)
     entrypoint = model_entrypoint(base.architecture)
-    features_only = timm_options.get("features_only", False)
     model: nn.Module = build_model_with_cfg(
         lambda **options: entrypoint(pretrained=False, **{**base.model_args, **options}),
         variant,
@@ -77,7 +76,7 @@ def _create(
         **timm_options,
     )
     # With features_only or num_classes=0 there is no classifier for a head to replace.
-    if features_only or getattr(model, "num_classes", 0) == 0:
+    if getattr(model, "num_classes", 0) == 0:
         return model
     model.__dict__["timm_base"] = base
     if head is None:

@@ -13,12 +13,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import ClassSampler
 
-MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 HISTORY = "history.json"
 SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 EVAL_BATCH_SIZE = 256
@@ -57,63 +55,6 @@ class EpochRecord:
     images_per_second: float
     seconds: float
     val: dict[str, float | None]
-
-
-def create_accelerator(
-    *, mixed_precision: MixedPrecision = "auto", tracker: str = "none", folder: Path | None = None
-) -> Accelerator:
-    """Creates the accelerator of a run: the batch size counts images over all processes.
-
-    Args:
-        mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
-            can, or a CPU with avx512_bf16 or amx) and full precision elsewhere.
-        tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
-        folder: Where a tracker that writes files writes.
-
-    Raises:
-        UsageError: If the tracker is unknown or not installed.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    if tracker != "none":
-        known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
-        check_choice("tracker", tracker, ("none", *known))
-        if tracker not in [str(kind) for kind in get_available_trackers()]:
-            raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
-    precision = native_precision() if mixed_precision == "auto" else mixed_precision
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-
-
-def set_cpu_threads(threads: int | None = None) -> int:
-    """Sets the number of threads that torch computes with in this process.
-
-    ``accelerate launch`` gives every process one thread unless told otherwise, which leaves cores
-    idle; under it, the default is this process's share of the cores. Elsewhere it is torch's own.
-
-    Args:
-        threads: The number, >= 1; None is the default.
-
-    Returns:
-        The number.
-    """
-    if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(len(os.sched_getaffinity(0)) // processes, 1)
-    if threads is not None:
-        torch.set_num_threads(check_integer("threads", threads, minimum=1))
-    return torch.get_num_threads()
-
-
-def native_precision() -> Literal["no", "bf16"]:
-    """Returns ``"bf16"`` where this machine computes it faster than float32, else ``"no"``."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 class TrainingState:

@@ -7,8 +7,6 @@ a fit in ``timm_lt/fitting``.
 from timm_lt.heads.attach import classifier_name as classifier_name
 from timm_lt.heads.attach import fold_head as fold_head
 from timm_lt.heads.attach import get_head as get_head
-from timm_lt.heads.attach import head_tensors as head_tensors
-from timm_lt.heads.attach import joint_classifier as joint_classifier
 from timm_lt.heads.attach import put_head as put_head
 from timm_lt.heads.attach import set_head as set_head
 from timm_lt.heads.base import HEADS as HEADS

@@ -3,10 +3,9 @@
 import functools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.heads.base import HEADS, Head, create_head
-from timm_lt.heads.linear import LinearHead
 from timm_lt.registry import UsageError
 
 
@@ -137,13 +136,3 @@ def fold_head(model: nn.Module) -> nn.Module:
     if isinstance(head, Head):
         put_head(model, head.fold())
     return model
-
-
-def joint_classifier(classifier: nn.Linear) -> LinearHead:
-    """Returns a ``linear`` head with a copy of a classifier's weight and bias."""
-    return LinearHead.from_classifier(classifier)
-
-
-def head_tensors(head: nn.Linear) -> dict[str, Tensor]:
-    """Returns copies of a head's parameters and buffers on the CPU, by name."""
-    return {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}

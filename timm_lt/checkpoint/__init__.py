@@ -1,0 +1,18 @@
+"""The decoupled checkpoint: one folder with one backbone and many small heads (DESIGN section 4).
+
+``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier;
+plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
+``heads/*.safetensors`` hold what each adds.
+"""
+
+from timm_lt.checkpoint.format import CONFIG as CONFIG
+from timm_lt.checkpoint.format import FORMAT_VERSION as FORMAT_VERSION
+from timm_lt.checkpoint.format import METRICS as METRICS
+from timm_lt.checkpoint.format import WEIGHTS as WEIGHTS
+from timm_lt.checkpoint.format import CheckpointInfo as CheckpointInfo
+from timm_lt.checkpoint.format import HeadEntry as HeadEntry
+from timm_lt.checkpoint.format import TimmBase as TimmBase
+from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
+from timm_lt.checkpoint.load import load_head as load_head
+from timm_lt.checkpoint.load import load_model_head as load_model_head
+from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint

@@ -1,0 +1,179 @@
+"""What a recipe has: dataclasses with the meaning, the type and the default of every key."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from timm_lt.registry import check_integer
+
+DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which images.
+
+    Args:
+        name: A registered data set; `timm-lt list` names them.
+        root: Folder with the files, for data sets that read files.
+        options: Options of the data set.
+        image_size: Height and width in pixels; null takes the model's.
+        augmentation: A registered augmentation of the training images.
+        augmentation_options: Options of the augmentation.
+    """
+
+    name: str = "glyph_lt"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    augmentation: str = "none"
+    augmentation_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_integer("data.image_size", self.image_size, minimum=1)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which network.
+
+    Args:
+        name: Any timm architecture, or an lt_* one; a tag chooses a configuration.
+        pretrained: Start from that configuration's published weights.
+        options: Further arguments of timm.create_model.
+    """
+
+    name: str = "lt_test_resnet"
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplerRecipe:
+    """How often each class is drawn in the representation stage.
+
+    Args:
+        name: A registered sampler.
+        options: Options of the sampler.
+    """
+
+    name: str = "instance_balanced"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """What the representation stage minimises.
+
+    Args:
+        name: A registered loss.
+        options: Options of the loss.
+    """
+
+    name: str = "cross_entropy"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """How the representation stage updates weights.
+
+    Args:
+        name: An optimiser of timm; sgd is with Nesterov momentum there.
+        lr: Peak learning rate, > 0.
+        weight_decay: On all weights but biases and norms, >= 0.
+        momentum: In [0, 1).
+        options: Further arguments of timm.optim.create_optimizer_v2.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SchedulerRecipe:
+    """How the learning rate changes, update by update.
+
+    Args:
+        name: A scheduler of timm.
+        warmup_epochs: Epochs of linear warm-up, counted within the epochs.
+        options: Further arguments of timm.scheduler.create_scheduler_v2.
+    """
+
+    name: str = "cosine"
+    warmup_epochs: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_integer("scheduler.warmup_epochs", self.warmup_epochs, minimum=0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete experiment.
+
+    Args:
+        data: Which images.
+        model: Which network.
+        sampler: How often each class is drawn.
+        loss: What is minimised.
+        optimizer: How weights are updated.
+        scheduler: How the learning rate changes.
+        epochs: Epochs of the representation stage, >= 1.
+        batch_size: Images per update, over all processes, >= 1.
+        heads: Heads to fit, each with its options; timm-lt list names them.
+        shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
+        mixed_precision: auto takes bf16 where the processor computes it natively.
+        seed: Seed of everything random, >= 0.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    sampler: SamplerRecipe = field(default_factory=SamplerRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    scheduler: SchedulerRecipe = field(default_factory=SchedulerRecipe)
+    epochs: int = 30
+    batch_size: int = 128
+    heads: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {name: {} for name in DEFAULT_HEADS}
+    )
+    shot_rule: Literal["fb", "oltr"] = "fb"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs, minimum=1)
+        check_integer("batch_size", self.batch_size, minimum=1)
+        check_integer("seed", self.seed, minimum=0)
+
+    def to_yaml(self) -> str:
+        """Returns the recipe as YAML that reads back to the same recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Attributes:
+        output: Folder of the run; None means ``output/<recipe name>``.
+        resume: Go on with the run in that folder, or start it if there is none.
+        overwrite: Delete the run in that folder first.
+        threads: Threads per process on a CPU; None is this process's share of the cores.
+        tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
+        quiet: Print the final table only.
+    """
+
+    output: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    threads: int | None = None
+    tracker: str = "none"
+    quiet: bool = False

@@ -1,0 +1,182 @@
+"""Samplers between instance-balanced and class-balanced."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from timm_lt.longtail import Labels
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.samplers.base import ClassSampler, blocks, ceil_divide, register_sampler
+
+Schedule = Literal["t/T", "t/(T-1)"]
+
+
+def power_probabilities(class_counts: Tensor, q: float) -> Tensor:
+    """Returns ``p_j = n_j^q / sum_k n_k^q`` over the classes that have images, 0 for the others.
+
+    >>> power_probabilities(torch.tensor([9, 0, 1]), q=0.5)
+    tensor([0.7500, 0.0000, 0.2500], dtype=torch.float64)
+    """
+    # 0^0 is 1: without the mask, q = 0 would draw from empty classes.
+    weights = torch.where(class_counts > 0, class_counts.double() ** q, 0.0)
+    return weights / weights.sum()
+
+
+@register_sampler("instance_balanced")
+class InstanceBalancedSampler(ClassSampler):
+    """Draws every image equally often: ``p_j = n_j / N``, ordinary shuffling.
+
+    With ``num_samples`` = N an epoch is a random permutation of the data set.
+    """
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``n_j / N``."""
+        return power_probabilities(self.class_counts, 1.0)
+
+
+@register_sampler("class_balanced")
+class ClassBalancedSampler(ClassSampler):
+    """Draws every class equally often: ``p_j = 1 / C`` over the C classes that have images.
+
+    With ``samples_per_class`` = k > 1 the order is not uniformly random: an epoch is a sequence of
+    rounds through the classes, in an order shuffled for each round, and a round draws k images of
+    a class in a row. A batch of 512 then holds 128 classes x 4. Where a class's draws are no
+    multiple of k, its last block is shorter.
+
+    Args:
+        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
+        samples_per_class: k, the consecutive draws of one class, at least 1.
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, https://arxiv.org/abs/1910.09217 (their code has k = 4).
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        *,
+        samples_per_class: int = 1,
+    ) -> None:
+        super().__init__(labels, num_samples, seed, num_classes)
+        self.samples_per_class = check_integer("samples_per_class", samples_per_class, minimum=1)
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``1 / C``."""
+        return power_probabilities(self.class_counts, 0.0)
+
+    def _arrange(self, draws: Tensor, generator: torch.Generator) -> Tensor:
+        if self.samples_per_class == 1:
+            return super()._arrange(draws, generator)
+        block_class, round_number = blocks(ceil_divide(draws, self.samples_per_class))
+        size = draws[block_class] - round_number * self.samples_per_class
+        order = torch.randperm(len(block_class), generator=generator)
+        order = order[torch.argsort(round_number[order], stable=True)]
+        return torch.repeat_interleave(
+            block_class[order], size.clamp(max=self.samples_per_class)[order]
+        )
+
+
+@register_sampler("square_root")
+class SquareRootSampler(ClassSampler):
+    """Draws classes by the square root of their size: ``p_j = sqrt(n_j) / sum_k sqrt(n_k)``.
+
+    References:
+        Mahajan et al., Exploring the Limits of Weakly Supervised Pretraining, ECCV 2018,
+        https://arxiv.org/abs/1805.00932
+    """
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``sqrt(n_j) / sum_k sqrt(n_k)``."""
+        return power_probabilities(self.class_counts, 0.5)
+
+
+@register_sampler("power")
+class PowerSampler(ClassSampler):
+    """Draws classes by a power of their size: ``p_j = n_j^q / sum_k n_k^q``.
+
+    ``q`` = 1 is instance-balanced, 1/2 square-root and 0 class-balanced sampling.
+
+    Args:
+        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
+        q: The exponent, in [0, 1].
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, https://arxiv.org/abs/1910.09217 (equation 1).
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        *,
+        q: float,
+    ) -> None:
+        super().__init__(labels, num_samples, seed, num_classes)
+        self.q = check_number("q", q, "[0, 1]")
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``n_j^q / sum_k n_k^q``."""
+        return power_probabilities(self.class_counts, self.q)
+
+
+@register_sampler("progressively_balanced")
+class ProgressivelyBalancedSampler(ClassSampler):
+    """Moves from instance-balanced to class-balanced: ``p_j(t) = (1 - a) n_j / N + a / C``.
+
+    The paper's formula has ``a = t/T``, with t the current and T the total number of epochs. Its
+    code has 0-based ``t/(T-1)``. Here t is 0-based in both:
+
+    - ``"t/T"``: a goes from 0 to (T-1)/T. The first epoch is exactly instance-balanced, the last
+      not quite class-balanced.
+    - ``"t/(T-1)"``: a goes from 0 to 1. The first epoch is exactly instance-balanced, the last
+      exactly class-balanced; a single epoch (T = 1) is instance-balanced.
+
+    Args:
+        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
+        epochs: T, at least 1.
+        schedule: How a grows.
+
+    Raises:
+        UsageError: If a value is out of range; when drawing, if the epoch is not below T.
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, https://arxiv.org/abs/1910.09217 (equation 2).
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        *,
+        epochs: int,
+        schedule: Schedule = "t/T",
+    ) -> None:
+        super().__init__(labels, num_samples, seed, num_classes)
+        check_choice("schedule", schedule, get_args(Schedule))
+        self.epochs = check_integer("epochs", epochs, minimum=1)
+        self.schedule = schedule
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``(1 - a) n_j / N + a / C``."""
+        t = self.epoch if epoch is None else epoch
+        if not 0 <= t < self.epochs:
+            raise UsageError(
+                f"epoch {t} is outside the schedule: epochs={self.epochs} covers 0 to "
+                f"{self.epochs - 1}"
+            )
+        last = self.epochs if self.schedule == "t/T" else max(self.epochs - 1, 1)
+        a = t / last
+        instance_balanced = power_probabilities(self.class_counts, 1.0)
+        class_balanced = power_probabilities(self.class_counts, 0.0)
+        return (1 - a) * instance_balanced + a * class_balanced
