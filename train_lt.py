@@ -16,19 +16,19 @@ import timm.data
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import timm_lt
 from timm_lt.accelerator import create_accelerator, set_cpu_threads
-from timm_lt.checkpoint import METRICS, save_checkpoint
+from timm_lt.checkpoint import CONFIG, METRICS, save_checkpoint
 from timm_lt.console import advance, log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits
 from timm_lt.data.images import ImageTensors, batches
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
-from timm_lt.files import sha256, write_json
-from timm_lt.fitting import check_fit_options, fit_head, tau_curve
-from timm_lt.heads import Head, get_head
+from timm_lt.files import read_json, sha256, write_json
+from timm_lt.fitting import AccuracyCurve, check_fit_options, fit_head, tau_curve
+from timm_lt.heads import Head, LogitAdjustedHead, TauNormHead, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
@@ -319,21 +319,13 @@ def plot_and_describe(
     run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
 ) -> None:
     """Draws the plots and writes the model card."""
-    counts, classifier = run.splits.class_counts, get_head(run.model)
-    adjust = {"tau_norm": "norm", "logit_adjusted": "prior"}
-    curves = {
-        name: (
-            tau_curve(classifier, val, adjust=adjust[name], class_counts=counts),  # type: ignore[arg-type]
-            float(head.options()["tau"]),
-        )
-        for name, head in heads.items()
-        if name in adjust
-    }
+    counts = run.splits.class_counts
+    curves = tau_curves(get_head(run.model), heads, val, counts)
     plots = save_plots(run.folder / "plots", reports, counts, curves)
     write_model_card(
         run.folder / "README.md",
         name=run.name,
-        architecture=run.recipe.model.name,
+        architecture=read_json(run.folder / CONFIG)["architecture"],
         data=run.recipe.data.name,
         reports=reports,
         class_counts=counts,
@@ -342,6 +334,20 @@ def plot_and_describe(
         seed=run.recipe.seed,
         plots=plots,
     )
+
+
+def tau_curves(
+    classifier: nn.Linear, heads: Mapping[str, Head], val: Features, counts: Tensor
+) -> dict[str, tuple[AccuracyCurve, float]]:
+    """Returns validation accuracy against tau with the tau of each head that has one."""
+    curves = {}
+    for name, head in heads.items():
+        if isinstance(head, TauNormHead) and not head.keep_bias:
+            curves[name] = tau_curve(classifier, val), head.tau
+        elif isinstance(head, LogitAdjustedHead):
+            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts)
+            curves[name] = curve, head.tau
+    return curves
 
 
 if __name__ == "__main__":

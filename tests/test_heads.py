@@ -309,7 +309,7 @@ def test_linear_formula(name, features):
     close(head, features, loop(features, 4, lambda x, c: sum(x * w[c]) + b[c]))
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize("keep_bias", [False, True])
 def test_tau_norm_formula(tau, keep_bias, features):
     head = usable_head("tau_norm", tau=tau, keep_bias=keep_bias)
@@ -322,7 +322,7 @@ def test_tau_norm_formula(tau, keep_bias, features):
     close(head, features, loop(features, 4, logit))
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0, 8.0])
 def test_tau_norm_of_a_zero_row_is_zero(tau, features):
     head = usable_head("tau_norm", tau=tau)
     with torch.no_grad():

@@ -94,7 +94,9 @@ def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
     parts = [
         f"{int(groups[name].sum())} {name.removesuffix('_shot')} ({texts[name]})" for name in GROUPS
     ]
-    return f"classes by training images: {', '.join(parts)}"
+    # Lines break between the groups, not inside of one.
+    unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
+    return f"classes by training images: {', '.join(unbroken)}"
 
 
 def save_plots(

@@ -252,7 +252,7 @@ def naive_bilinear(image, source):
     ("options", "place", "source"),
     [
         ({"scale": 0.3}, "scale", lambda y, x: (y / math.exp(0.3), x / math.exp(0.3))),
-        ({"aspect": 0.4}, "aspect", lambda y, x: (y / math.exp(0.2), x * math.exp(0.2))),
+        ({"aspect": 0.2}, "aspect", lambda y, x: (y / math.exp(0.2), x * math.exp(0.2))),
         ({"shear": 0.5}, "shear", lambda y, x: (y, x + 0.5 * y)),
     ],
     ids=["scale", "aspect", "shear"],

@@ -141,7 +141,8 @@ class RandomAffine(Augmentation):
     Args:
         rotation: Largest angle, radians, in [0, pi].
         scale: Largest |log scale|, in [0, 2].
-        aspect: Largest |log of width / height|, in [0, 2].
+        aspect: Largest |log of the factor| by which the width grows and the height shrinks, in
+            [0, 2].
         shear: Largest shear, in [0, 2].
         shift: Largest shift along each axis, pixels, >= 0.
     """
@@ -170,7 +171,7 @@ class RandomAffine(Augmentation):
         cos, sin = torch.cos(angle * self.rotation), torch.sin(angle * self.rotation)
         # The grid says where each output pixel comes from, hence the inverse scale.
         zoom = torch.exp(-scale * self.scale)
-        stretch = torch.exp(aspect * self.aspect / 2)
+        stretch = torch.exp(aspect * self.aspect)
         slant = shear * self.shear
         height, width = images.shape[-2:]
         # Grid coordinates run from -1 to 1 along both axes: a pixel is wider on the shorter one.

@@ -16,7 +16,7 @@ from timm_lt.samplers import create_sampler
 
 Solver = Literal["lbfgs", "sgd"]
 # From strong to weak: each solution is a good start for the next.
-WEIGHT_DECAYS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def train_head(

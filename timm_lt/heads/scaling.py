@@ -50,8 +50,8 @@ class TauNormHead(Head):
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the normalised weight (C, D) and the bias, if kept."""
         norm = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
-        # A class that never got a gradient may have a zero row: 0 / tiny is 0, where 0 / 0 is NaN.
-        weight = self.weight / norm.clamp_min(1e-12).pow(self.tau)
+        # A class that never got a gradient may have a zero row, which stays zero at every tau.
+        weight = self.weight / torch.where(norm > 0, norm, 1.0).pow(self.tau)
         return weight, self.bias if self.keep_bias else None
 
 
