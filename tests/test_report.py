@@ -82,7 +82,7 @@ def test_the_table_has_every_head_with_its_numbers():
     # No time is known of tau_norm: that is not zero seconds.
     assert rows["tau_norm"][-3:] == ["-", "tau", "0.812"]
     assert "a title" in text
-    legend = "2 many (> 100), 2 medium (20 to 100), 0 few (< 20)"
+    legend = "shots: many > 100 (2 classes), medium 20 to 100 (2), few < 20 (0)"
     assert legend in " ".join(text.split())
 
 
@@ -100,7 +100,7 @@ def test_the_other_shot_rule_is_named():
     targets = torch.arange(4)
     report = shot_accuracy(targets, targets, COUNTS, "oltr")
     text = " ".join(table_of({"linear": report}).split())
-    assert "2 many (>= 100), 1 medium (21 to 99), 1 few (<= 20)" in text
+    assert "many >= 100 (2 classes), medium 21 to 99 (1), few <= 20 (1)" in text
 
 
 @pytest.mark.parametrize(

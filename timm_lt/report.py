@@ -91,12 +91,13 @@ def shot_table(
 
 def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
     groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
+    sizes = [f"{int(groups[name].sum())}" for name in GROUPS]
+    sizes[0] += " classes"
     parts = [
-        f"{int(groups[name].sum())} {name.removesuffix('_shot')} ({texts[name]})" for name in GROUPS
+        f"{name.removesuffix('_shot')} {texts[name]} ({size})"
+        for name, size in zip(GROUPS, sizes, strict=True)
     ]
-    # Lines break between the groups, not inside of one.
-    unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
-    return f"classes by training images: {', '.join(unbroken)}"
+    return f"shots: {', '.join(parts)}"
 
 
 def save_plots(
