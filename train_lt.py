@@ -27,19 +27,20 @@ from timm_lt.data.images import ImageTensors, batches
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.files import read_json, sha256, write_json
-from timm_lt.fitting import AccuracyCurve, check_fit_options, fit_head, tau_curve
-from timm_lt.heads import Head, LogitAdjustedHead, TauNormHead, get_head
+from timm_lt.fitting import check_fit_options, fit_head, head_curves
+from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
 from timm_lt.registry import UsageError, check_integer
 from timm_lt.report import save_plots, shot_table, write_model_card
-from timm_lt.run_folder import STATE, check_run_folder, prepare_run_folder
+from timm_lt.run_folder import LOGS, STATE, check_run_folder, prepare_run_folder
 from timm_lt.samplers import ClassSampler
 from timm_lt.training import (
     EVAL_BATCH_SIZE,
     TrainingState,
     check_batch_size,
+    check_model,
     check_optimization,
     representation_seconds,
     train_representation,
@@ -75,8 +76,12 @@ def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
         return 2
     except KeyboardInterrupt:
         if first:
-            print("interrupted; go on with the same command and --resume", file=sys.stderr)  # noqa: T201
+            print("interrupted; --resume instead of --overwrite goes on", file=sys.stderr)  # noqa: T201
         return 130
+    finally:
+        # Left open, gloo may abort when the interpreter ends.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
@@ -94,40 +99,59 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
     Raises:
         UsageError: For whatever is wrong with the recipe, the data or the folder, before training.
     """
-    run = build(name, recipe, options)
+    folder = Path(options.output or Path("output") / name)
+    check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
+    if options.resume and (folder / METRICS).is_file():
+        return show(name, folder)
+    run = build(name, folder, recipe, options)
     train(run)
     features = extract(run)
     reports: dict[str, ShotReport] = {}
     if run.accelerator.is_main_process:
         heads = fit(run, features)
-        reports = evaluate(run, heads, features["test"])
-        plot_and_describe(run, heads, reports, features["val"])
-        selections = {head: module.selection for head, module in heads.items()}
-        table = shot_table(
-            reports,
-            run.splits.class_counts,
-            seconds=run.seconds["heads"] | {"linear": run.seconds["representation"]},
-            selections=selections,
-            title=f"{name}, test accuracy in percent, seed {recipe.seed}",
-        )
-        Console().print(table)
-        log.info("wrote %s", run.folder)
+        logits = test_logits(heads, features["test"])
+        reports = {
+            head: evaluate_logits(
+                values, features["test"].targets, run.splits.class_counts, recipe.shot_rule
+            )
+            for head, values in logits.items()
+        }
+        save(run, heads, reports, features["val"])
+        # Last: a folder with metrics is a finished run.
+        write_metrics(run, heads, reports, logits)
+        show(name, folder)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return reports
 
 
-def build(name: str, recipe: Recipe, options: RunOptions) -> Run:
+def show(name: str, folder: Path) -> dict[str, ShotReport]:
+    """Prints the table of a finished run and returns its figures by head."""
+    metrics = read_json(folder / METRICS)
+    reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
+    seconds = metrics["seconds"]
+    table = shot_table(
+        reports,
+        torch.tensor(metrics["class_counts"]),
+        seconds=seconds["heads"] | {"linear": seconds["representation"]},
+        selections=metrics["selection"],
+        title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
+    )
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table)
+    log.info("wrote %s", folder)
+    return reports
+
+
+def build(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
     """Checks a recipe, makes its parts, and claims its folder when all of them are right."""
-    folder = Path(options.output or Path("output") / name)
-    check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
     check_heads(recipe)
-    check_optimization(optimizer_arguments(recipe), scheduler_arguments(recipe), recipe.epochs)
+    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
     check_integer("seed", recipe.seed, minimum=0)
     data = recipe.data
     augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
     accelerator = create_accelerator(
-        mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder
+        mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder / LOGS
     )
     set_cpu_threads(options.threads)
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
@@ -150,6 +174,7 @@ def build(name: str, recipe: Recipe, options: RunOptions) -> Run:
         size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
         settings = {"size": size, "mean": config["mean"], "std": config["std"]}
         images = {split: splits.images(split, **settings) for split in get_args(Split)}
+        check_model(model, images["val"])
     images["train"].augmentation, images["train"].seed = augmentation, recipe.seed
     seconds = {"data": time.perf_counter() - started}
     log.info("%s", describe(recipe, splits, model))
@@ -191,28 +216,6 @@ def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
     )
 
 
-def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Returns timm's arguments for the recipe's optimiser."""
-    optimizer = recipe.optimizer
-    return {
-        "opt": optimizer.name,
-        "lr": optimizer.lr,
-        "weight_decay": optimizer.weight_decay,
-        "momentum": optimizer.momentum,
-        **optimizer.options,
-    }
-
-
-def scheduler_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Returns timm's arguments for the recipe's learning-rate schedule."""
-    scheduler = recipe.scheduler
-    return {
-        "sched": scheduler.name,
-        "warmup_epochs": scheduler.warmup_epochs,
-        **scheduler.options,
-    }
-
-
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
     history = train_representation(
@@ -223,8 +226,8 @@ def train(run: Run) -> None:
         accelerator=run.accelerator,
         epochs=run.recipe.epochs,
         batch_size=run.recipe.batch_size,
-        optimizer=optimizer_arguments(run.recipe),
-        scheduler=scheduler_arguments(run.recipe),
+        optimizer=run.recipe.optimizer.arguments(),
+        scheduler=run.recipe.scheduler.arguments(),
         val=run.images["val"],
         class_counts=run.splits.class_counts,
         state=TrainingState(run.folder / STATE, run.accelerator),
@@ -276,24 +279,24 @@ def fit(run: Run, features: Mapping[str, Features]) -> dict[str, Head]:
     return heads
 
 
-def evaluate(run: Run, heads: Mapping[str, Head], test: Features) -> dict[str, ShotReport]:
-    """Evaluates the heads on the test split, once, and writes checkpoint and metrics."""
-    counts, recipe = run.splits.class_counts, run.recipe
-    reports, digests = {}, {}
+def test_logits(heads: Mapping[str, Head], test: Features) -> dict[str, Tensor]:
+    """Returns the logits (N, C) of each head on the test split."""
+    logits = {}
     for name, head in heads.items():
         with torch.inference_mode():
             # In the batches that the model would see, so that its logits are the same bits.
-            logits = torch.cat([head(part) for part in test.values.split(EVAL_BATCH_SIZE)])
-        reports[name] = evaluate_logits(logits, test.targets, counts, recipe.shot_rule)
-        digests[name] = sha256(logits.numpy().tobytes())
-    save_checkpoint(
-        run.folder,
-        run.model,
-        heads=heads,
-        class_counts=counts,
-        metrics={name: summary(report) for name, report in reports.items()},
-        label_names=run.splits.label_names,
-    )
+            logits[name] = torch.cat([head(part) for part in test.values.split(EVAL_BATCH_SIZE)])
+    return logits
+
+
+def write_metrics(
+    run: Run,
+    heads: Mapping[str, Head],
+    reports: Mapping[str, ShotReport],
+    logits: Mapping[str, Tensor],
+) -> None:
+    """Writes ``metrics.json``; the digests of the test logits show whether a run is reproduced."""
+    counts, recipe = run.splits.class_counts, run.recipe
     write_json(
         run.folder / METRICS,
         {
@@ -304,10 +307,13 @@ def evaluate(run: Run, heads: Mapping[str, Head], test: Features) -> dict[str, S
             "seed": recipe.seed,
             "seconds": run.seconds,
             "num_processes": run.accelerator.num_processes,
-            "logits_sha256": digests,
+            "threads": torch.get_num_threads(),
+            "mixed_precision": run.accelerator.mixed_precision,
+            "logits_sha256": {
+                name: sha256(values.numpy().tobytes()) for name, values in logits.items()
+            },
         },
     )
-    return reports
 
 
 def summary(report: ShotReport) -> dict[str, Any]:
@@ -315,12 +321,20 @@ def summary(report: ShotReport) -> dict[str, Any]:
     return {k: v for k, v in report.to_dict().items() if k not in ("per_class", "rule")}
 
 
-def plot_and_describe(
+def save(
     run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
 ) -> None:
-    """Draws the plots and writes the model card."""
+    """Writes the checkpoint, the plots and the model card."""
     counts = run.splits.class_counts
-    curves = tau_curves(get_head(run.model), heads, val, counts)
+    save_checkpoint(
+        run.folder,
+        run.model,
+        heads=heads,
+        class_counts=counts,
+        metrics={name: summary(report) for name, report in reports.items()},
+        label_names=run.splits.label_names,
+    )
+    curves = head_curves(get_head(run.model), heads, val, counts)
     plots = save_plots(run.folder / "plots", reports, counts, curves)
     write_model_card(
         run.folder / "README.md",
@@ -334,20 +348,6 @@ def plot_and_describe(
         seed=run.recipe.seed,
         plots=plots,
     )
-
-
-def tau_curves(
-    classifier: nn.Linear, heads: Mapping[str, Head], val: Features, counts: Tensor
-) -> dict[str, tuple[AccuracyCurve, float]]:
-    """Returns validation accuracy against tau with the tau of each head that has one."""
-    curves = {}
-    for name, head in heads.items():
-        if isinstance(head, TauNormHead) and not head.keep_bias:
-            curves[name] = tau_curve(classifier, val), head.tau
-        elif isinstance(head, LogitAdjustedHead):
-            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts)
-            curves[name] = curve, head.tau
-    return curves
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_pack_halves_the_weights_and_keeps_heads_and_reports(tmp_path, capsys):
         assert torch.equal(half[key], tensor)
         assert torch.equal(wide[key], tensor.to(wide[key].dtype))
     assert wide["fc.weight"].dtype == torch.float32
-    for name in ("metrics.json", "recipe.yaml", "README.md", "heads/crt.safetensors"):
+    for name in ("recipe.yaml", "README.md", "heads/crt.safetensors"):
         assert (tmp_path / "half" / name).read_bytes() == (PACKAGED / name).read_bytes()
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config == json.loads((PACKAGED / "config.json").read_text())
@@ -48,6 +48,17 @@ def test_pack_refuses_to_replace_anything_but_a_checkpoint(tmp_path, capsys):
         assert main(["pack", str(PACKAGED), str(tmp_path / "thesis"), *options]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "precious"
+
+
+def test_pack_onto_itself_is_refused_and_keeps_the_run(tmp_path, capsys):
+    assert main(["pack", str(PACKAGED), str(tmp_path / "run")]) == 0
+    files = sorted(tmp_path.rglob("*"))
+    assert main(["pack", str(tmp_path / "run"), str(tmp_path / "run"), "--overwrite"]) == 2
+    assert "same folder" in capsys.readouterr().err
+    (tmp_path / "run" / "photo.jpg").write_bytes(b"precious")
+    assert main(["pack", str(PACKAGED), str(tmp_path / "run"), "--overwrite"]) == 2
+    assert "photo.jpg" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == sorted([*files, tmp_path / "run" / "photo.jpg"])
 
 
 def test_pack_of_nothing_is_one_line(tmp_path, capsys):

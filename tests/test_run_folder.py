@@ -84,3 +84,33 @@ def test_resume_of_a_broken_recipe_says_so(run, content):
     with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read.*--overwrite"):
         check(run, resume=True)
     check(run, overwrite=True)
+
+
+def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    prepare_run_folder(folder, "epochs: 1\n", overwrite=False)
+    (folder / "heads").mkdir()
+    (folder / "heads" / "crt.safetensors").write_bytes(b"")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_run_folder(folder, "epochs: 2\n", overwrite=True)
+    check_run_folder(folder, "epochs: 2\n", resume=False, overwrite=False)
+    # A kill in the middle of the first write leaves a temporary file only.
+    folder.mkdir()
+    (folder / ".recipe.yaml.x1y2").write_text("epo")
+    check_run_folder(folder, "epochs: 2\n", resume=True, overwrite=False)
+    prepare_run_folder(folder, "epochs: 2\n", overwrite=False)
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        prepare_run_folder(tmp_path / "file" / "run", "", overwrite=False)

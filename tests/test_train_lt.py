@@ -115,12 +115,13 @@ def test_plain_timm_loads_the_joint_classifier(digits_run, digits_test_images, t
 def test_a_killed_run_resumes_to_the_same_bits(digits_run, tmp_path):
     whole, _ = digits_run
     folder = tmp_path / "run"
-    # After an epoch, in the middle of writing a state, and while heads are fitted or written.
-    for moment in ("state/epoch_0001", "state/.partial_*", "state/epoch_0005"):
+    # After an epoch, while a state is written, while heads are fitted, and while they are written.
+    for moment in ("state/epoch_0001", "state/.partial_*", "state/epoch_0005", "heads/*"):
+        before = set(folder.glob(moment))
         process = subprocess.Popen(
             command(folder, "--resume"), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
         )
-        while not list(folder.glob(moment)):
+        while not set(folder.glob(moment)) - before:
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
@@ -131,6 +132,24 @@ def test_a_killed_run_resumes_to_the_same_bits(digits_run, tmp_path):
     first, second = (json.loads((f / "metrics.json").read_text()) for f in (whole, folder))
     assert first["heads"] == second["heads"]
     assert first["logits_sha256"] == second["logits_sha256"]
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_shows_its_table_and_touches_nothing(digits_run):
+    folder, finished = digits_run
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = run(command(folder, "--resume"))
+    assert again.stdout == finished.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_the_card_and_config_do_not_claim_the_packaged_checkpoint(digits_run):
+    folder, _ = digits_run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "test_resnet"
+    assert "tag" not in config["pretrained_cfg"]
+    assert config["num_classes"] == 10
 
 
 @pytest.mark.slow
@@ -210,7 +229,14 @@ def failing(capsys, *arguments):
         (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
         (["--epochs", "0"], ["epochs", ">= 1"]),
         (["--epochs", "two"], ["epochs", "int"]),
-        (["--seed", "-1"], ["seed", ">= 0"]),
+        (["--seed", "-1"], ["seed", "from 0"]),
+        (["--seed", "99999999999999999999"], ["seed", "from 0"]),
+        (["--model.name", "resnetv2_18"], ["Conv2d", "nn.Linear"]),
+        (["--model.options", "{'head': 'cosine'}"], ["joint classifier", "model.options"]),
+        (["--heads.lws.lr", "null"], ["lr", "null"]),
+        (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
+        (["--scheduler.options.cooldown_epochs", "3"], ["8 epochs"]),
+        (["--lr", "0.1"], ["--optimizer.lr"]),
         (["--batch_size", "100000"], ["batch_size", "389"]),
         (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--epoch", "2"], ["--epoch", "--epochs"]),
@@ -239,6 +265,10 @@ def test_a_folder_with_something_else_is_refused_even_with_overwrite(capsys, tmp
     (tmp_path / "thesis.tex").write_text("precious")
     message = failing(capsys, DIGITS, "--output", str(tmp_path), "--overwrite")
     assert "not a run" in message
+    # Not even if one of the files has the name of a recipe.
+    (tmp_path / "recipe.yaml").write_text("flour: 500 g")
+    message = failing(capsys, DIGITS, "--output", str(tmp_path), "--overwrite")
+    assert "thesis.tex" in message
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 

@@ -136,6 +136,16 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
     assert resumed.saved_epochs() == [4]
 
 
+def test_a_damaged_state_is_named(accelerator, tmp_path):
+    state = TrainingState(tmp_path, accelerator)
+    train(accelerator, linear_model(), epochs=2, state=state)
+    (tmp_path / "epoch_0002" / "model.safetensors").write_bytes(b"no tensors")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = TrainingState(tmp_path, create_accelerator(mixed_precision="no"))
+    with pytest.raises(timm_lt.UsageError, match=r"epoch_0002 is damaged.*--overwrite"):
+        train(state.accelerator, linear_model(), epochs=2, state=state)
+
+
 def test_validation_is_counted_and_changes_nothing(accelerator):
     with_val, without = linear_model(), linear_model()
     counts = torch.tensor([200, 200, 50, 5])

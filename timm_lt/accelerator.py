@@ -20,7 +20,7 @@ def create_accelerator(
 
     Args:
         mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
-            can, or a CPU with avx512_bf16 or amx) and full precision elsewhere.
+            can, or a CPU with avx512_bf16) and full precision elsewhere.
         tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
         folder: Where a tracker that writes files writes.
 
@@ -57,10 +57,17 @@ def set_cpu_threads(threads: int | None = None) -> int:
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(len(os.sched_getaffinity(0)) // processes, 1)
+        threads = max(available_cores() // processes, 1)
     if threads is not None:
         torch.set_num_threads(check_integer("threads", threads, minimum=1))
     return torch.get_num_threads()
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def native_precision() -> Literal["no", "bf16"]:

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from rich.table import Table
 
 import timm_lt
 import train_lt
-from timm_lt.checkpoint import METRICS, load_head, read_checkpoint, save_checkpoint
+from timm_lt.checkpoint import METRICS, CheckpointInfo, load_head, read_checkpoint, save_checkpoint
 from timm_lt.data import list_augmentations
+from timm_lt.files import read_json, write_json
 from timm_lt.heads import get_head
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError
-from timm_lt.run_folder import RECIPE
+from timm_lt.run_folder import ENTRIES, LOGS, RECIPE, STATE
 
+DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -36,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -93,8 +98,27 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
     if destination.exists():
         if not arguments.overwrite:
             raise UsageError(f"{destination} exists; replace it with --overwrite")
+        if destination.resolve() == source.resolve():
+            raise UsageError("source and destination are the same folder")
         read_checkpoint(destination)  # Refuses to delete anything else than a checkpoint.
-        shutil.rmtree(destination)
+        foreign = {path.name for path in destination.iterdir()} - (ENTRIES - {STATE, LOGS})
+        if foreign:
+            raise UsageError(f"{destination} holds more than a checkpoint: {sorted(foreign)}")
+    with tempfile.TemporaryDirectory(dir=_existing_parent(destination)) as scratch:
+        packed = Path(scratch) / "packed"
+        _pack(source, packed, info, DTYPES[arguments.dtype])
+        if destination.exists():
+            shutil.rmtree(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        packed.rename(destination)
+    print(f"wrote {destination}")  # noqa: T201
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.resolve().parents if parent.is_dir())
+
+
+def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dtype) -> None:
     model = timm_lt.create_model(f"local-dir:{source}")
     classifier = get_head(model)
     save_checkpoint(
@@ -104,11 +128,14 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
         class_counts=info.class_counts,
         metrics={name: entry.metrics for name, entry in info.heads.items()},
         label_names=info.label_names,
-        dtype=DTYPES[arguments.dtype],
+        dtype=dtype,
     )
-    for name in (METRICS, RECIPE, "README.md"):
+    if (source / METRICS).is_file():
+        # The digests are those of the logits in full precision.
+        metrics = read_json(source / METRICS)
+        write_json(destination / METRICS, {k: v for k, v in metrics.items() if k != DIGESTS})
+    for name in (RECIPE, "README.md"):
         if (source / name).is_file():
             shutil.copy2(source / name, destination / name)
     if (source / "plots").is_dir():
         shutil.copytree(source / "plots", destination / "plots")
-    print(f"wrote {destination}")  # noqa: T201

@@ -57,6 +57,12 @@ class ShotReport:
         per_class = [None if math.isnan(a) else a for a in self.per_class.tolist()]
         return fields | {"per_class": per_class}
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ShotReport":
+        """Returns the report that :meth:`to_dict` described."""
+        per_class = [math.nan if a is None else a for a in fields["per_class"]]
+        return cls(**fields | {"per_class": torch.tensor(per_class, dtype=torch.float64)})
+
     def __str__(self) -> str:
         texts = shot_rule_texts(self.rule)
         values: dict[str, float | None] = {"all": self.all}

@@ -82,6 +82,8 @@ def _check_architecture(name: str) -> None:
     if not timm.models.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f"; close to it are {', '.join(close)}" if close else ""
+        if Path(name).is_dir():
+            hint = f"; the checkpoint in that folder is {LOCAL_DIR}{name}"
         raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import numbers
 import operator
 import typing
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def check_number(noun: str, value: float, interval: str) -> float:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_number and above(value, low) and below(value, high)):
         raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
     return float(value)

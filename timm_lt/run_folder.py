@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, whether it may be written, and what goes on in it."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,19 @@ from timm_lt.registry import UsageError
 
 RECIPE = "recipe.yaml"
 STATE = "state"
+LOGS = "logs"
+# Everything that a run writes; a folder with anything else in it is never deleted.
+ENTRIES = {
+    RECIPE,
+    STATE,
+    LOGS,
+    "config.json",
+    "model.safetensors",
+    "heads",
+    "metrics.json",
+    "plots",
+    "README.md",
+}
 
 
 def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool) -> None:
@@ -28,10 +42,15 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose another --output")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    names = _entries(folder)
+    if not names:
         return
-    if not (folder / RECIPE).is_file():
-        raise UsageError(f"{folder} holds files that are not a run; choose another --output")
+    foreign = sorted(names - ENTRIES) or ([] if RECIPE in names else sorted(names))
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise UsageError(
+            f"{folder} holds files that are not a run ({shown}); choose another --output"
+        )
     if overwrite:
         return
     if not resume:
@@ -48,10 +67,38 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
 
 
 def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
-    """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it."""
-    if overwrite and folder.is_dir():
-        shutil.rmtree(folder)
-    write_atomic(folder / RECIPE, recipe)
+    """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it.
+
+    A run that is to be deleted is renamed first, so a kill leaves no half of it in its place.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+    """
+    try:
+        folder = folder.resolve()
+        if overwrite and _entries(folder):
+            doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.deleted."))
+            folder.rename(doomed / folder.name)
+            shutil.rmtree(doomed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in _temporaries(folder):
+            leftover.unlink()
+        write_atomic(folder / RECIPE, recipe)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _temporaries(folder: Path) -> list[Path]:
+    """Returns files of atomic writes that a kill cut off."""
+    patterns = [*(f".{name}.*" for name in ENTRIES), "heads/.*.safetensors.*"]
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
+def _entries(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    temporaries = {path.name for path in _temporaries(folder)}
+    return {path.name for path in folder.iterdir()} - temporaries
 
 
 def _stored_recipe(path: Path) -> object:

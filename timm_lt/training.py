@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from timm_lt.console import advance, log, progress
 from timm_lt.data.images import ImageTensors, batches
 from timm_lt.files import read_json, write_json
+from timm_lt.heads import Head, get_head
 from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import ClassSampler
 
 HISTORY = "history.json"
+# What reading a file that is not what accelerate wrote may raise.
+DAMAGE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
 SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 EVAL_BATCH_SIZE = 256
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -103,9 +107,14 @@ class TrainingState:
         if not saved:
             return []
         folder = self.folder / f"epoch_{saved[-1]:04d}"
-        history = read_json(folder / HISTORY)["epochs"]
-        self.accelerator.load_state(str(folder))
-        return [EpochRecord(**record) for record in history]
+        try:
+            history = [EpochRecord(**record) for record in read_json(folder / HISTORY)["epochs"]]
+            self.accelerator.load_state(str(folder))
+        except DAMAGE as error:
+            raise UsageError(
+                f"the training state {folder} is damaged ({error}); start again with --overwrite"
+            ) from error
+        return history
 
 
 def train_representation(
@@ -252,11 +261,32 @@ def check_optimization(
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer: {error}") from error
     try:
-        create_scheduler_v2(
+        _, total = create_scheduler_v2(
             dummy, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=1, **scheduler
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"scheduler: {error}") from error
+    if total != epochs:
+        raise UsageError(f"this scheduler takes {total} epochs; give epochs: {total}, or lower it")
+
+
+def check_model(model: nn.Module, images: ImageTensors) -> None:
+    """Checks that heads can be put on a model and that it takes images of this size.
+
+    Raises:
+        UsageError: If not.
+    """
+    classifier = get_head(model)
+    if isinstance(classifier, Head) and classifier.kind != "linear":
+        raise UsageError(
+            "the representation stage trains the joint classifier: leave head= out of model.options"
+        )
+    try:
+        with torch.inference_mode():
+            model.eval()(images[0][0][None])
+    except (RuntimeError, AssertionError) as error:
+        size = tuple(images.images.shape[1:])
+        raise UsageError(f"the model does not take images of size {size}: {error}") from error
 
 
 def _seed_epoch(seed: int, epoch: int, process: int) -> None:

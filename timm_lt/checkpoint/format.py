@@ -120,6 +120,8 @@ def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
     kind, file, digest = (entry.get(key) for key in ("kind", "file", "sha256"))
     if not isinstance(kind, str) or kind not in HEADS:
         raise unknown_name(f"head at {where}.kind:", kind, list(HEADS))
+    if entry.get("backbone_statistics", False) is not False:
+        raise UsageError(f"{where}.backbone_statistics: this timm_lt reads only heads without them")
     for key in ("options", "metrics", "selection"):
         if not isinstance(entry.get(key, {}), dict):
             raise UsageError(f"{where}.{key} must be an object")

@@ -161,7 +161,10 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         theirs = {key: value for key, value in recorded.items() if key not in ours}
         config: Any = model.pretrained_cfg
         # timm keeps both as plain instance attributes, which nn.Module's types do not know.
-        plain.__dict__["pretrained_cfg"] = {**config, "architecture": base.architecture}
+        plain.__dict__["pretrained_cfg"] = {
+            **{key: value for key, value in config.items() if key != "tag"},
+            "architecture": base.architecture,
+        }
         plain.__dict__["_model_args"] = {**base.model_args, **theirs}
     return plain
 

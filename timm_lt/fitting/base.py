@@ -1,6 +1,7 @@
 """The factory of fitted heads: one fit per head, registered under the head's name."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -81,15 +82,22 @@ class Fit(Protocol):
 F = TypeVar("F", bound=Callable[..., Head])
 H = TypeVar("H", bound=Head)
 FITS: Registry[Callable[..., Head]] = Registry("fit of head")
+FIT_CHECKS: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {}
 
 
-def register_fit(name: str) -> Callable[[F], F]:
-    """Returns a decorator that registers a fit under the name of its head."""
+def register_fit(name: str, *checks: Callable[[dict[str, Any]], None]) -> Callable[[F], F]:
+    """Returns a decorator that registers a fit under the name of its head.
+
+    Args:
+        name: Name of the head.
+        *checks: Called with the options before anything is fitted; raise UsageError.
+    """
     HEADS[name]
     add = FITS.register(name)
 
     def decorate(fit: F) -> F:
         add(fit)
+        FIT_CHECKS[name] = checks
         return fit
 
     return decorate
@@ -108,6 +116,10 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     """
     cls = HEADS[name]
     check_options(f"head {name!r}", FITS[name], options)
+    defaults = inspect.signature(FITS[name]).parameters
+    for key, value in options.items():
+        if value is None and defaults[key].default is not None:
+            raise UsageError(f"{key} of head {name!r} cannot be null; leave it out for its default")
     of_head = {key: options[key] for key in head_option_names(name) if key in options}
     # None stands for an option that is to be selected.
     cls(1, 1, **{key: value for key, value in of_head.items() if value is not None})
@@ -117,6 +129,8 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
         if key in FIT_MINIMA:
             check_integer(f"{key} of head {name!r}", value, minimum=FIT_MINIMA[key])
     check_literals(f"head {name!r}", FITS[name], options)
+    for check in FIT_CHECKS.get(name, ()):
+        check(options)
 
 
 def fit_head(

@@ -1,6 +1,7 @@
 """Accuracy as an exact function of tau, for tau-normalisation and logit adjustment."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.heads import Head, LinearHead, log_prior
+from timm_lt.heads import Head, LinearHead, LogitAdjustedHead, TauNormHead, log_prior
 from timm_lt.longtail import ShotRule, check_labels, shot_groups
 from timm_lt.registry import UsageError, check_choice
 
@@ -205,3 +206,24 @@ def _winning_interval(scores: Tensor, slopes: Tensor, targets: Tensor) -> tuple[
     parallel = others & (rise == 0) & ((lead > 0) | ((lead == 0) & ~wins_tie))
     hopeless = parallel.any(1) | (own_score.squeeze(1) == -math.inf)
     return low.where(~hopeless, math.inf), high.where(~hopeless, -math.inf)
+
+
+def head_curves(
+    classifier: nn.Linear, heads: Mapping[str, Head], val: Features, counts: Tensor
+) -> dict[str, tuple[AccuracyCurve, float]]:
+    """Returns accuracy against tau, with the chosen tau, for each head that has one.
+
+    Args:
+        classifier: The joint classifier, (C, D).
+        heads: Fitted heads by name.
+        val: Features to be right on, values (N, D).
+        counts: Training images per class, (C,).
+    """
+    curves = {}
+    for name, head in heads.items():
+        if isinstance(head, TauNormHead) and not head.keep_bias:
+            curves[name] = tau_curve(classifier, val), head.tau
+        elif isinstance(head, LogitAdjustedHead):
+            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts)
+            curves[name] = curve, head.tau
+    return curves

@@ -1,7 +1,7 @@
 """Fits by gradients on cached features: cRT, learnable weight scaling and the cosine classifier."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from timm_lt.features import Features
 from timm_lt.fitting.base import FitData, register_fit, select
 from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead
 from timm_lt.longtail import class_counts
-from timm_lt.registry import check_choice, check_integer, check_number
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import create_sampler
 
 Solver = Literal["lbfgs", "sgd"]
@@ -123,7 +123,15 @@ def solve_class_balanced(
     return weight.detach() / unit, None if bias is None else bias.detach()
 
 
-@register_fit("crt")
+def _check_solver_options(options: dict[str, Any]) -> None:
+    """Refuses an option of the solver that was not chosen, which would have no effect."""
+    solver = options.get("solver", "lbfgs")
+    for key in ("steps", "lr") if solver == "lbfgs" else ("max_iterations",):
+        if key in options:
+            raise UsageError(f"{key} of head 'crt' has no effect with solver {solver!r}")
+
+
+@register_fit("crt", _check_solver_options)
 def fit_crt(
     data: FitData,
     *,

@@ -160,7 +160,11 @@ def _known(parser: ArgumentParser, argv: list[str]) -> list[str]:
         # --heads.tau_norm.tau sets one key of the mapping --heads.
         if any(name.startswith(f"{option}.") for option in ("--heads", *_mappings(options))):
             continue
-        raise unknown_name("option", name, [o for o in options if o.startswith("--")])
+        choices = [option for option in options if option.startswith("--")]
+        inner = [option for option in choices if option.endswith(f".{name[2:]}")]
+        if inner:
+            raise UsageError(f"unknown option {name!r}; did you mean {' or '.join(inner)}?")
+        raise unknown_name("option", name, choices)
     return argv
 
 

@@ -95,6 +95,11 @@ class OptimizerRecipe:
     momentum: float = 0.9
     options: dict[str, Any] = field(default_factory=dict)
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``timm.optim.create_optimizer_v2``."""
+        named = {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum}
+        return {"opt": self.name, **named, **self.options}
+
 
 @dataclass(frozen=True)
 class SchedulerRecipe:
@@ -109,6 +114,10 @@ class SchedulerRecipe:
     name: str = "cosine"
     warmup_epochs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``timm.scheduler.create_scheduler_v2``."""
+        return {"sched": self.name, "warmup_epochs": self.warmup_epochs, **self.options}
 
     def __post_init__(self) -> None:
         check_integer("scheduler.warmup_epochs", self.warmup_epochs, minimum=0)
@@ -130,7 +139,7 @@ class Recipe:
         heads: Heads to fit, each with its options; timm-lt list names them.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
-        seed: Seed of everything random, >= 0.
+        seed: Seed of everything random, from 0 to 2^63 - 1.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -151,7 +160,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("batch_size", self.batch_size, minimum=1)
-        check_integer("seed", self.seed, minimum=0)
+        check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that reads back to the same recipe."""
