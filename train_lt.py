@@ -316,11 +316,6 @@ def write_metrics(
     )
 
 
-def summary(report: ShotReport) -> dict[str, Any]:
-    """Returns the figures of a report without those per class."""
-    return {k: v for k, v in report.to_dict().items() if k not in ("per_class", "rule")}
-
-
 def save(
     run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
 ) -> None:
@@ -331,7 +326,7 @@ def save(
         run.model,
         heads=heads,
         class_counts=counts,
-        metrics={name: summary(report) for name, report in reports.items()},
+        metrics={name: report.summary() for name, report in reports.items()},
         label_names=run.splits.label_names,
     )
     curves = head_curves(get_head(run.model), heads, val, counts)

@@ -1,7 +1,11 @@
+import io
 import logging
+import re
 
 import pytest
+from rich.console import Console
 
+import timm_lt.console as console_module
 from timm_lt.console import advance, console, log, progress, start_logging
 
 
@@ -39,3 +43,17 @@ def test_progress_counts_and_shows_nothing_without_a_terminal(capsys):
         task = bar.tasks[0]
         assert (task.completed, task.total, task.description) == (3, 3, "done")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_what_is_done_and_how_far(monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(console_module, "console", terminal)
+    monkeypatch.setattr(console_module.log, "level", logging.INFO)
+    with console_module.progress("training", 4, unit="updates") as bar:
+        console_module.advance(bar)
+        console_module.advance(bar, 2, "fitting crt")
+        bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "fitting crt" in shown
+    assert "3/4 updates" in " ".join(shown.split())

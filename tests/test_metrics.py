@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from timm_lt.metrics import calibration_error, evaluate_logits, shot_accuracy
+from timm_lt.metrics import ShotReport, calibration_error, evaluate_logits, shot_accuracy
 from timm_lt.registry import UsageError
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
@@ -230,3 +230,14 @@ def test_counting_does_not_loop_over_classes_or_images():
     preds, targets = torch.randint(8142, (2, 437_513), generator=generator)
     report = shot_accuracy(preds, targets, [50] * 8142)
     assert report.all == pytest.approx((preds == targets).double().mean().item())
+
+
+def test_a_report_reads_back_from_its_dictionary():
+    counts = torch.tensor([200, 50, 5, 5])
+    report = shot_accuracy([0, 1, 1, 0], [0, 0, 1, 2], counts)
+    again = ShotReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert str(again) == str(report)
+    assert torch.equal(again.per_class.isnan(), torch.tensor([False, False, False, True]))
+    assert again.per_class[:3].tolist() == [0.5, 1.0, 0.0]
+    assert "per_class" not in report.summary()
+    assert report.summary()["many_shot"] == 0.5

@@ -237,6 +237,8 @@ def failing(capsys, *arguments):
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
         (["--scheduler.options.cooldown_epochs", "3"], ["8 epochs"]),
         (["--lr", "0.1"], ["--optimizer.lr"]),
+        (["--heads", "crt"], ["mapping", "{crt: {}"]),
+        (["lt_test_resnet.glyph_lt"], ["RECIPE comes before"]),
         (["--batch_size", "100000"], ["batch_size", "389"]),
         (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--epoch", "2"], ["--epoch", "--epochs"]),

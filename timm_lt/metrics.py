@@ -57,6 +57,10 @@ class ShotReport:
         per_class = [None if math.isnan(a) else a for a in self.per_class.tolist()]
         return fields | {"per_class": per_class}
 
+    def summary(self) -> dict[str, Any]:
+        """Returns the fields of :meth:`to_dict` but those per class and the rule."""
+        return {k: v for k, v in self.to_dict().items() if k not in ("per_class", "rule")}
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ShotReport":
         """Returns the report that :meth:`to_dict` described."""

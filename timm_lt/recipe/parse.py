@@ -16,6 +16,11 @@ DEFAULT_RECIPE = "lt_test_resnet.glyph_lt"
 
 
 PRINT = "--print_config"
+# What to do about the mistakes that jsonargparse only names.
+HINTS = {
+    "unrecognized arguments": "; RECIPE comes before the options",
+    'Parser key "heads"': "; heads are a mapping of names to options, e.g. '{crt: {}, ncm: {}}'",
+}
 
 
 def recipes_folder() -> Path:
@@ -117,7 +122,9 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]
     try:
         parsed = parser.parse_args(_known(parser, argv))
     except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        message = " ".join(str(error).split())
+        hint = next((hint for start, hint in HINTS.items() if message.startswith(start)), "")
+        raise UsageError(message + hint) from error
     hints = get_type_hints(Recipe)
     parts = {field.name: parsed.pop(field.name) for field in dataclasses.fields(Recipe)}
     for name, value in parts.items():
