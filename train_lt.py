@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
         return 2
     except KeyboardInterrupt:
         if first:
-            print("interrupted; --resume instead of --overwrite goes on", file=sys.stderr)  # noqa: T201
+            message = "interrupted; run it again with --resume and without --overwrite to go on"
+            print(message, file=sys.stderr)  # noqa: T201
         return 130
     finally:
         # Left open, gloo may abort when the interpreter ends.
