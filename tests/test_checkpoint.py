@@ -406,7 +406,7 @@ def test_saving_does_not_change_the_model(folder, model, images):
 BAD_BLOCKS = [
     ((), {"version": 2}, r"timm_lt\.version is 2, this timm_lt reads 1"),
     ((), {"version": None}, "version is None"),
-    ((), {"class_counts": "many"}, "class_counts must be a list of integers >= 0"),
+    ((), {"class_counts": "many"}, "class_counts must be null or a list of integers >= 0"),
     ((), {"class_counts": []}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, 4.5]}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, -4]}, "class_counts must be"),

@@ -24,7 +24,6 @@ from timm_lt.heads import (
     head_option_names,
     list_heads,
     log_prior,
-    put_head,
     register_head,
     set_head,
 )
@@ -242,6 +241,151 @@ def test_a_registered_head_is_a_head_like_the_others(features):
         HEADS._parts.pop("doubled", None)
 
 
+# ---- effective weights are kept in evaluation mode ----------------------------------------------
+
+
+def counted(head, monkeypatch):
+    calls, effective = [], type(head).effective
+    monkeypatch.setattr(type(head), "effective", lambda self: calls.append(self) or effective(self))
+    return calls
+
+
+def fresh_logits(head, features):
+    """What a head that has never computed anything says."""
+    other = create_head(head.kind, head.in_features, head.out_features, **head.options())
+    other.load_state_dict(head.state_dict())
+    return other.to(head.weight.dtype).eval()(features)
+
+
+@every_head
+def test_evaluation_computes_the_effective_weights_once(name, features, monkeypatch):
+    head = usable_head(name, **HEAD_OPTIONS[name])
+    expected = head.train()(features).detach()
+    calls = counted(head.eval(), monkeypatch)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(head(features), expected)
+    assert len(calls) == 1
+    # What was kept in inference mode can be used where gradients are wanted.
+    given = features.clone().requires_grad_()
+    for parameter in head.parameters():
+        parameter.requires_grad_(False)
+    head(given).sum().backward()
+    assert given.grad.abs().sum() > 0
+    assert len(calls) == 1
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(twin(features), expected)
+    assert len(calls) == 3
+
+
+def sgd_step(head):
+    head.weight.requires_grad_(True).grad = torch.ones_like(head.weight)
+    torch.optim.SGD([head.weight], lr=0.5).step()
+    head.weight.requires_grad_(False)
+
+
+def replace_weight(head):
+    head.weight = nn.Parameter(head.weight + 1)
+
+
+def replace_weight_twice(head):
+    # Without hold on the first memory, the second could come to lie there.
+    head.weight.data = head.weight.data + 1
+    head.weight.data = head.weight.data - 3
+
+
+def load_state(head):
+    head.load_state_dict({key: value + 1 for key, value in head.state_dict().items()})
+
+
+CHANGES = {
+    "in place": lambda head: head.weight.add_(1),
+    "a row": lambda head: head.weight[2].zero_(),
+    "optimizer": sgd_step,
+    "another parameter": replace_weight,
+    "other data": replace_weight_twice,
+    "loading": load_state,
+    "loading by assignment": lambda head: head.load_state_dict(
+        {key: value + 1 for key, value in head.state_dict().items()}, assign=True
+    ),
+    "type": lambda head: head.double(),
+    "data in place, then eval": lambda head: (head.weight.data.add_(1), head.eval()),
+}
+
+
+@every_head
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_at_once(name, change, features):
+    head = usable_head(name, **HEAD_OPTIONS[name])
+    with torch.no_grad():
+        before = head(features)
+        assert torch.equal(head(features), before)
+        CHANGES[change](head)
+        values = features.to(head.weight.dtype)
+        assert torch.equal(head(values), fresh_logits(head, values))
+        assert change == "type" or not torch.equal(head(values), before)
+
+
+def test_a_changed_option_or_state_is_seen_at_once(features):
+    head = usable_head("tau_norm", tau=0.5)
+    with torch.no_grad():
+        head(features)
+        head.tau = 1.5
+        assert torch.equal(head(features), usable_head("tau_norm", tau=1.5)(features))
+        lws = usable_head("lws")
+        before = lws(features)
+        lws.scale[1] *= 2
+        assert torch.allclose(lws(features)[:, 1], 2 * before[:, 1])
+        ncm = usable_head("ncm", features="centered_l2")
+        before = ncm(features)
+        ncm.feature_mean.add_(1)
+        assert not torch.equal(ncm(features), before)
+
+
+def test_gradients_in_evaluation_mode_reach_the_weight(features):
+    head = usable_head("tau_norm", tau=0.5)
+    with torch.no_grad():
+        head(features)
+    head(features).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_heads_work_under_functional_transforms(features):
+    head = usable_head("tau_norm", tau=0.5)
+    with torch.no_grad():
+        before = head(features)
+        doubled = {"weight": 2 * head.weight, "bias": head.bias}
+        swapped = torch.func.functional_call(head, doubled, (features,))
+        torch.testing.assert_close(swapped, 2**0.5 * before)
+        assert torch.equal(head(features), before)
+        stacked = {"weight": torch.stack([head.weight, 2 * head.weight])}
+
+        def call(parameters, x):
+            return torch.func.functional_call(head, parameters, (x,))
+
+        both = torch.func.vmap(call, in_dims=(0, None))(stacked, features)
+        torch.testing.assert_close(both, torch.stack([before, 2**0.5 * before]))
+        assert torch.equal(head(features), before)
+
+
+def test_another_view_of_the_same_memory_is_another_weight():
+    head = usable_head("tau_norm", 4, 4, tau=0.5)
+    x = torch.eye(4)
+    with torch.no_grad():
+        head(x)
+        turned = torch.func.functional_call(head, {"weight": head.weight.T}, (x,))
+        norms = head.weight.norm(dim=0) ** 0.5
+        torch.testing.assert_close(turned, head.weight / norms)
+
+
+def test_a_head_created_in_inference_mode_works(features):
+    with torch.inference_mode():
+        head = usable_head("tau_norm", tau=0.5)
+        before = head(features)
+        head.weight.mul_(4)
+        torch.testing.assert_close(head(features), 2 * before)
+
+
 # ---- folding ------------------------------------------------------------------------------------
 
 FOLDS = [
@@ -283,7 +427,7 @@ def test_ncm_that_is_not_linear_in_the_features_refuses_to_fold(space):
     with pytest.raises(UsageError, match=f"features='{space}'.*cannot be folded"):
         head.fold()
     model = small_model()
-    put_head(model, usable_head("ncm", get_head(model).in_features, metric="euclidean",
+    set_head(model, usable_head("ncm", get_head(model).in_features, metric="euclidean",
                                 features=space))  # fmt: skip
     with pytest.raises(UsageError, match="cannot be folded"):
         fold_head(model)
@@ -518,7 +662,7 @@ def test_set_head_takes_a_fitted_module_in_the_models_type_and_mode():
 @pytest.mark.parametrize(
     ("head", "options", "message"),
     [
-        (nn.Linear(96, 5), {}, r"the head is \(5, 96\).*classifier is \(4, 96\)"),
+        (nn.Linear(96, 5), {}, r"the head is \(5, 96\).*classifier 'fc' is \(4, 96\)"),
         (nn.Linear(95, 4), {}, r"\(4, 95\)"),
         (nn.Linear(96, 4), {"tau": 1}, r"options \['tau'\] go with the name of a head"),
         ("tau_nrom", {}, "did you mean 'tau_norm'"),

@@ -84,13 +84,9 @@ def test_no_head_is_timms_own_model():
         timm_lt.create_model("test_resnet", head="none")
 
 
-def test_several_classifiers_or_a_convolution_are_refused():
-    with pytest.raises(UsageError, match=r"is tuple; a head replaces an nn.Linear$"):
-        timm_lt.create_model("deit_tiny_distilled_patch16_224", num_classes=3, head="cosine")
-    with torch.device("meta"), pytest.raises(UsageError, match=r"is Conv2d; a head replaces"):
-        timm_lt.create_model("dla34", num_classes=3, head="cosine")
-    with pytest.raises(UsageError, match="num_classes >= 1"):
-        timm_lt.create_model("test_resnet", num_classes=0, head="cosine")
+def test_a_model_without_a_classifier_is_a_type_error():
+    with torch.device("meta"), pytest.raises(TypeError, match="Encoder has no classifier"):
+        timm_lt.create_model("mobilenetv5_300m_enc", head="cosine")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "lt_test_resnet"])

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from timm_lt.heads import get_head
+from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, unknown_name
 
 
 class _BeforeClassifier(Exception):  # noqa: N818
@@ -74,6 +74,7 @@ def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
     *,
+    classifier: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> Features:
     """Runs the backbone once over a data set and keeps the input of the classifier.
@@ -84,6 +85,8 @@ def extract_features(
     Args:
         model: A timm model with a classifier.
         loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order.
+        classifier: Path of the classifier whose input is taken, for a model with several (as
+            ``head_dist`` of a distilled one); None takes the only one.
         accelerator: If the loader is prepared by one, features are gathered from all processes and
             every process gets all of them, in the order of the data set.
 
@@ -91,11 +94,11 @@ def extract_features(
         Features on the CPU, float32: values (N, D) and targets (N,).
 
     Raises:
-        UsageError: If the loader is empty, the model does not call its classifier, or a
-            feature is not finite.
+        UsageError: If the loader is empty, the model does not call its classifier, calls it for
+            more than one vector an image, or has several; or a feature is not finite.
     """
-    classifier = get_head(model)
-    device = classifier.weight.device
+    taken_from = _classifier(model, classifier)
+    device = taken_from.weight.device
     taken: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -103,7 +106,7 @@ def extract_features(
         raise _BeforeClassifier
 
     # Not forward_head(pre_logits=True): for some architectures that is not the classifier's input.
-    hook = classifier.register_forward_pre_hook(take)
+    hook = taken_from.register_forward_pre_hook(take)
     # Module by module: a part of a model in training may have been frozen in evaluation mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -117,7 +120,7 @@ def extract_features(
                     raise UsageError(
                         f"{type(model).__name__} computes its output without calling its classifier"
                     )
-                batch = (taken.pop(), labels.to(device))
+                batch = (_as_rows(taken.pop(), taken_from), labels.to(device))
                 if accelerator is not None:
                     batch = accelerator.gather_for_metrics(batch)
                 values.append(batch[0].float().cpu())
@@ -129,3 +132,29 @@ def extract_features(
     if not values:
         raise UsageError("the loader has no batches, so there are no features to extract")
     return Features(torch.cat(values), torch.cat(targets))
+
+
+def _classifier(model: nn.Module, name: str | None) -> nn.Linear | nn.Conv2d:
+    classifiers = find_classifiers(model)
+    if name is None and len(classifiers) > 1:
+        raise UsageError(
+            f"{type(model).__name__} has {len(classifiers)} classifiers, each with features of its "
+            f"own: pass classifier= with one of {', '.join(classifiers)}"
+        )
+    name = classifier_name(model) if name is None else name
+    if name not in classifiers:
+        raise unknown_name(f"classifier of {type(model).__name__}:", name, list(classifiers))
+    return classifiers[name]
+
+
+def _as_rows(values: Tensor, classifier: nn.Module) -> Tensor:
+    """Returns a classifier's input as (B, D); a 1×1 convolution's is (B, D, 1, 1)."""
+    spatial = isinstance(classifier, nn.Conv2d) or getattr(classifier, "spatial", False)
+    if spatial and values.shape[2:] == (1, 1):
+        values = values.flatten(1)
+    if values.ndim != 2:
+        raise UsageError(
+            f"the classifier's input has shape {tuple(values.shape)}, but features are one vector "
+            "an image, (batch, width)"
+        )
+    return values

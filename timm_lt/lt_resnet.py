@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from timm_lt.checkpoint import CONFIG, WEIGHTS, TimmBase, load_model_head
-from timm_lt.heads import create_head, get_head, put_head, set_head
+from timm_lt.heads import set_absent_head, set_head
 from timm_lt.model import split_options
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -75,9 +75,9 @@ def _create(
         pretrained,
         **timm_options,
     )
-    # With features_only or num_classes=0 there is no classifier for a head to replace.
     if getattr(model, "num_classes", 0) == 0:
-        return model
+        # With features_only or num_classes=0 there is no classifier for a head to replace.
+        return model if head is None else set_absent_head(model, head, **head_options)
     model.__dict__["timm_base"] = base
     if head is None:
         return model
@@ -86,16 +86,7 @@ def _create(
     source = config.get("file")
     if pretrained and same_classes and source and (Path(source).parent / CONFIG).is_file():
         return load_model_head(Path(source).parent, model, head, **head_options)
-    if pretrained and same_classes:
-        return set_head(model, head, **head_options)
-    # A random classifier is nothing to start from: lws and ncm stay unfitted until they are loaded.
-    fresh = get_head(model)
-    size = (fresh.in_features, fresh.out_features)
-    weight = fresh.weight
-    put_head(
-        model, create_head(head, *size, device=weight.device, dtype=weight.dtype, **head_options)
-    )
-    return model
+    return set_head(model, head, **head_options)
 
 
 @register_model

@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
 from timm_lt.checkpoint import WEIGHTS, load_model_head, read_checkpoint
-from timm_lt.heads import HEADS, head_option_names, set_head
+from timm_lt.heads import HEADS, head_option_names, set_absent_head, set_head
 from timm_lt.registry import UsageError, unknown_name
 
 LOCAL_DIR = "local-dir:"
@@ -56,7 +56,10 @@ def create_model(
             if entrypoint.__module__.startswith("timm_lt."):
                 return timm.create_model(name, pretrained=pretrained, head=head, **options)
         ours, theirs = split_options(head, options)
-        return set_head(timm.create_model(name, pretrained=pretrained, **theirs), head, **ours)
+        model = timm.create_model(name, pretrained=pretrained, **theirs)
+        headless = theirs.get("num_classes") == 0 and hasattr(model, "get_classifier")
+        absent = theirs.get("features_only") or headless
+        return (set_absent_head if absent else set_head)(model, head, **ours)
 
 
 @contextmanager
@@ -112,10 +115,10 @@ def _create_from_folder(
         raise UsageError(f"head {head!r} of {folder} needs its backbone; leave pretrained as it is")
     kind = info.heads[head].kind if head in info.heads else head
     ours, theirs = split_options(kind, options)
-    classes = theirs.get("num_classes", len(info.class_counts))
-    if classes != len(info.class_counts):
+    classes = theirs.get("num_classes", info.num_classes)
+    if classes != info.num_classes:
         raise UsageError(
-            f"head {head!r} of {folder} has {len(info.class_counts)} classes, not {classes}: "
+            f"head {head!r} of {folder} has {info.num_classes} classes, not {classes}: "
             "create the model without head=, train it, and fit the head again"
         )
     model = _create_joint(name, True, head, theirs)

@@ -21,6 +21,10 @@ WEIGHTS = "model.safetensors"
 METRICS = "metrics.json"
 
 
+# Before the keys of batch-norm statistics in a head's file.
+STATISTICS = "backbone."
+
+
 HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -47,6 +51,7 @@ class HeadEntry:
         options: Options of the head.
         file: Path of its tensors relative to the folder; None if it needs none.
         sha256: Digest of that file.
+        backbone_statistics: The file also has the backbone's batch-norm statistics.
         metrics: Its figures on the test split, fractions.
         selection: How its options were chosen.
     """
@@ -56,6 +61,7 @@ class HeadEntry:
     options: dict[str, Any]
     file: str | None
     sha256: str | None
+    backbone_statistics: bool
     metrics: dict[str, Any]
     selection: dict[str, Any]
 
@@ -66,15 +72,22 @@ class CheckpointInfo:
 
     Attributes:
         folder: Where the checkpoint lies.
-        class_counts: Training images per class, (C,).
-        label_names: Class names, or None.
+        num_classes: Number of classes C.
+        class_counts: Training images per class, (C,); None if they are not known.
+        label_names: Class names, (C,), or None.
         heads: The heads by name.
     """
 
     folder: Path
-    class_counts: list[int]
+    num_classes: int
+    class_counts: list[int] | None
     label_names: list[str] | None
     heads: dict[str, HeadEntry]
+
+
+def is_statistic(key: str) -> bool:
+    """Returns whether a key of a model's state dict is one of batch norm's statistics."""
+    return key.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
 def check_head_name(where: str, name: str) -> None:
@@ -92,7 +105,8 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"checkpoint folder {folder} does not exist")
-    block = read_json(folder / CONFIG).get("timm_lt")
+    config = read_json(folder / CONFIG)
+    block = config.get("timm_lt")
     where = f"{folder / CONFIG}: timm_lt"
     if not isinstance(block, dict):
         raise UsageError(f"{where}: missing; this is a plain timm checkpoint without heads")
@@ -101,16 +115,20 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
             f"{where}.version is {block.get('version')!r}, this timm_lt reads {FORMAT_VERSION}"
         )
     counts, names = block.get("class_counts"), block.get("label_names")
-    if not (isinstance(counts, list) and counts and all(type(n) is int and n >= 0 for n in counts)):
-        raise UsageError(f"{where}.class_counts must be a list of integers >= 0")
-    named = isinstance(names, list) and len(names) == len(counts)
+    whole = isinstance(counts, list) and counts and all(type(n) is int and n >= 0 for n in counts)
+    if not (counts is None or whole):
+        raise UsageError(f"{where}.class_counts must be null or a list of integers >= 0")
+    num_classes = config.get("num_classes") if counts is None else len(counts)
+    if type(num_classes) is not int or num_classes < 1:
+        raise UsageError(f"{folder / CONFIG}: num_classes must be an integer >= 1")
+    named = isinstance(names, list) and len(names) == num_classes
     if not (names is None or (named and all(isinstance(name, str) for name in names))):
-        raise UsageError(f"{where}.label_names must be null or {len(counts)} strings")
+        raise UsageError(f"{where}.label_names must be null or {num_classes} strings")
     heads = block.get("heads")
     if not isinstance(heads, dict):
         raise UsageError(f"{where}.heads must be an object")
     entries = {key: _read_entry(f"{where}.heads.{key}", key, value) for key, value in heads.items()}
-    return CheckpointInfo(folder, counts, names, entries)
+    return CheckpointInfo(folder, num_classes, counts, names, entries)
 
 
 def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
@@ -120,14 +138,15 @@ def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
     kind, file, digest = (entry.get(key) for key in ("kind", "file", "sha256"))
     if not isinstance(kind, str) or kind not in HEADS:
         raise unknown_name(f"head at {where}.kind:", kind, list(HEADS))
-    if entry.get("backbone_statistics", False) is not False:
-        raise UsageError(f"{where}.backbone_statistics: this timm_lt reads only heads without them")
+    statistics = entry.get("backbone_statistics", False)
+    if not isinstance(statistics, bool):
+        raise UsageError(f"{where}.backbone_statistics must be true or false, got {statistics!r}")
     for key in ("options", "metrics", "selection"):
         if not isinstance(entry.get(key, {}), dict):
             raise UsageError(f"{where}.{key} must be an object")
     if file is not None and file != f"heads/{name}.safetensors":
         raise UsageError(f"{where}.file must be 'heads/{name}.safetensors' or null, got {file!r}")
-    if (file is None) == bool(HEADS[kind].own_state):
+    if (file is None) == bool(HEADS[kind].own_state or statistics):
         needs = "needs a file" if file is None else "has no file of its own"
         raise UsageError(f"{where}.file is {file!r}, but a {kind!r} head {needs}")
     if file is not None and not isinstance(digest, str):
@@ -138,6 +157,7 @@ def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
         entry.get("options", {}),
         file,
         digest,
+        statistics,
         entry.get("metrics", {}),
         entry.get("selection", {}),
     )

@@ -12,10 +12,18 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from timm_lt.checkpoint.format import CONFIG, FORMAT_VERSION, WEIGHTS, TimmBase, check_head_name
+from timm_lt.checkpoint.format import (
+    CONFIG,
+    FORMAT_VERSION,
+    STATISTICS,
+    WEIGHTS,
+    TimmBase,
+    check_head_name,
+    is_statistic,
+)
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.files import sha256, write_atomic
-from timm_lt.heads import Head, LinearHead, get_head, head_option_names, put_head
+from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
 from timm_lt.longtail import check_class_counts
 from timm_lt.registry import UsageError, unknown_name
 
@@ -24,8 +32,8 @@ def save_checkpoint(
     folder: str | Path,
     model: nn.Module,
     *,
-    heads: Mapping[str, nn.Linear],
-    class_counts: Tensor | list[int],
+    heads: Mapping[str, nn.Linear | Mapping[str, nn.Linear]],
+    class_counts: Tensor | list[int] | None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     label_names: list[str] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -37,13 +45,15 @@ def save_checkpoint(
 
     Args:
         folder: Where to write; made if missing.
-        model: The model with its joint classifier: a plain ``nn.Linear`` or a ``linear`` head.
-        heads: Fitted heads (C, D) by name. One that starts from the joint classifier must start
-            from this model's, one that knows class counts must have these.
-        class_counts: Training images per class, (C,).
+        model: The model with its joint classifier: a plain one or a ``linear`` head.
+        heads: Fitted heads (C, D) by name; for a model with several classifiers a mapping of their
+            paths to heads of one kind. A head that starts from the joint classifier must start from
+            this model's, one that knows class counts must have these.
+        class_counts: Training images per class, (C,); None if they are not known.
         metrics: Figures of each head on the test split, by head.
         label_names: Class names in label order, (C,).
-        dtype: Type in which floating-point tensors are stored.
+        dtype: Type in which floating-point tensors are stored; batch-norm statistics of a head are
+            float32.
 
     Returns:
         The folder.
@@ -58,20 +68,16 @@ def save_checkpoint(
     for name in metrics or {}:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
-    joint = get_head(model)
-    if isinstance(joint, Head) and not isinstance(joint, LinearHead):
-        raise UsageError(
-            f"the model carries a {joint.kind!r} head; a checkpoint is saved with the joint "
-            "classifier on the model and the other heads in heads="
-        )
-    counts = [int(n) for n in check_class_counts(class_counts)]
-    if len(counts) != joint.out_features:
-        raise UsageError(f"class_counts has {len(counts)} classes, the model {joint.out_features}")
-    if label_names is not None and len(label_names) != len(counts):
-        raise UsageError(f"label_names has {len(label_names)} names for {len(counts)} classes")
+    joint = get_heads(model)
+    counts = None if class_counts is None else [int(n) for n in check_class_counts(class_counts)]
+    _check_joint(joint, counts, label_names)
     entries, files = {}, {}
     for name, head in heads.items():
-        entries[name], content = _head_entry(name, head, joint, counts, dtype)
+        check_head_name(f"head name {name!r}", name)
+        parts = _by_classifier(name, head, joint)
+        for part, classifier in zip(parts.values(), joint.values(), strict=True):
+            _check_belongs(name, part, classifier, counts)
+        entries[name], content = _head_entry(name, parts, dtype)
         if content is not None:
             files[entries[name]["file"]] = content
         entries[name]["metrics"] = dict((metrics or {}).get(name, {}))
@@ -91,12 +97,51 @@ def save_checkpoint(
     return folder
 
 
-def _head_entry(
-    name: str, head: nn.Linear, joint: nn.Linear, counts: list[int], dtype: torch.dtype
-) -> tuple[dict[str, Any], bytes | None]:
-    check_head_name(f"head name {name!r}", name)
-    if not isinstance(head, Head):
-        raise UsageError(f"head {name!r} is {type(head).__name__}, not a timm_lt head")
+def _check_joint(
+    joint: Mapping[str, nn.Linear], counts: list[int] | None, label_names: list[str] | None
+) -> None:
+    for classifier in joint.values():
+        if isinstance(classifier, Head) and not isinstance(classifier, LinearHead):
+            raise UsageError(
+                f"the model carries a {classifier.kind!r} head; a checkpoint is saved with the "
+                "joint classifier on the model and the other heads in heads="
+            )
+    num_classes = next(iter(joint.values())).out_features
+    if counts is not None and len(counts) != num_classes:
+        raise UsageError(f"class_counts has {len(counts)} classes, the model {num_classes}")
+    if label_names is not None and len(label_names) != num_classes:
+        raise UsageError(f"label_names has {len(label_names)} names for {num_classes} classes")
+
+
+def _by_classifier(
+    name: str, head: nn.Linear | Mapping[str, nn.Linear], joint: Mapping[str, nn.Linear]
+) -> dict[str, Head]:
+    """Returns a head for each joint classifier, by path in their order."""
+    if not isinstance(head, Mapping):
+        if len(joint) > 1:
+            raise UsageError(
+                f"head {name!r} is one head, but the model has the classifiers {', '.join(joint)}: "
+                "pass a mapping of these to heads"
+            )
+        head = dict.fromkeys(joint, head)
+    if set(head) != set(joint):
+        raise UsageError(
+            f"head {name!r} has parts for {', '.join(head)}, the model's classifiers are "
+            f"{', '.join(joint)}"
+        )
+    parts: dict[str, Head] = {}
+    for path in joint:
+        part = head[path]
+        if not isinstance(part, Head):
+            raise UsageError(f"head {name!r} is {type(part).__name__}, not a timm_lt head")
+        parts[path] = part
+    first = next(iter(parts.values()))
+    if any((p.kind, p.options()) != (first.kind, first.options()) for p in parts.values()):
+        raise UsageError(f"head {name!r} differs in kind or options between the classifiers")
+    return parts
+
+
+def _check_belongs(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:
     if head.weight.shape != joint.weight.shape:
         raise UsageError(
             f"head {name!r} is {tuple(head.weight.shape)} (classes, features), the model's "
@@ -104,23 +149,46 @@ def _head_entry(
         )
     head.check_fitted()
     _check_restorable(name, head, joint, counts)
-    own = {key: head.state_dict()[key] for key in head.own_state if key in head.state_dict()}
-    for key, value in own.items():
+
+
+def _head_entry(
+    name: str, parts: dict[str, Head], dtype: torch.dtype
+) -> tuple[dict[str, Any], bytes | None]:
+    head = next(iter(parts.values()))
+    statistics = {
+        f"{STATISTICS}{key}": value
+        for part in parts.values()
+        for key, value in (part.backbone_statistics or {}).items()
+    }
+    if not all(map(is_statistic, statistics)):
+        raise UsageError(f"backbone_statistics of head {name!r} holds more than statistics")
+    own = {
+        f"{path}.{key}" if len(parts) > 1 else key: getattr(part, key)
+        for path, part in parts.items()
+        for key in head.own_state
+        if getattr(part, key) is not None
+    }
+    for key, value in {**own, **statistics}.items():
         if not value.isfinite().all():
             raise UsageError(f"{key} of head {name!r} has values that are not finite")
-    content = _to_bytes(own, dtype, f"head {name!r}") if own else None
+    content = None
+    if own or statistics:
+        stored = _in_type(own, dtype, f"head {name!r}")
+        # In half precision a small variance could become 0.
+        stored |= _in_type(statistics, torch.float32, f"head {name!r}")
+        content = safetensors.torch.save(stored)
     entry = {
         "kind": head.kind,
         "options": head.options(),
-        "file": f"heads/{name}.safetensors" if own else None,
+        "file": None if content is None else f"heads/{name}.safetensors",
         "sha256": None if content is None else sha256(content),
-        "backbone_statistics": False,
+        "backbone_statistics": bool(statistics),
         "selection": head.selection,
     }
     return entry, content
 
 
-def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]) -> None:
+def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:
     """Checks that what a checkpoint leaves out of a head's file comes back when it is loaded."""
     if head.uses_bias and (head.bias is None) != (joint.bias is None):
         only = "head" if joint.bias is None else "model's classifier"
@@ -137,35 +205,37 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
             )
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> bytes:
+def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
     stored = {}
     for key, value in tensors.items():
         tensor = value.detach().cpu().contiguous()
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if not torch.equal(stored[key].isfinite(), tensor.isfinite()):
             raise UsageError(f"{key} of {what} is beyond the range of {dtype}")
-    return safetensors.torch.save(stored)
+    return stored
+
+
+def _to_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> bytes:
+    return safetensors.torch.save(_in_type(tensors, dtype, what))
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """Copies a model as what plain timm knows it: timm's architecture name, an nn.Linear."""
-    plain = copy.deepcopy(model).cpu()
-    joint = get_head(plain)
-    if isinstance(joint, Head):
-        put_head(plain, joint.fold())
+    """Copies a model as what plain timm knows it: timm's architecture name, plain classifiers."""
+    plain = fold_head(copy.deepcopy(model).cpu())
+    recorded: dict[str, Any] = getattr(model, "_model_args", {})
+    head = recorded.get("head")
+    ours = {"head", *(head_option_names(head) if head else ())}
+    arguments = {key: value for key, value in recorded.items() if key not in ours}
+    config: Any = model.pretrained_cfg
+    config = {key: value for key, value in config.items() if key != "state_dict"}
     base: TimmBase | None = getattr(model, "timm_base", None)
     if base is not None:
-        recorded: dict[str, Any] = getattr(model, "_model_args", {})
-        head = recorded.get("head")
-        ours = {"head", *(head_option_names(head) if head else ())}
-        theirs = {key: value for key, value in recorded.items() if key not in ours}
-        config: Any = model.pretrained_cfg
-        # timm keeps both as plain instance attributes, which nn.Module's types do not know.
-        plain.__dict__["pretrained_cfg"] = {
-            **{key: value for key, value in config.items() if key != "tag"},
-            "architecture": base.architecture,
-        }
-        plain.__dict__["_model_args"] = {**base.model_args, **theirs}
+        config.pop("tag", None)
+        config["architecture"] = base.architecture
+        arguments = {**base.model_args, **arguments}
+    # timm keeps both as plain instance attributes, which nn.Module's types do not know.
+    plain.__dict__["pretrained_cfg"] = config
+    plain.__dict__["_model_args"] = arguments
     return plain
 
 

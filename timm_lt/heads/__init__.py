@@ -1,16 +1,20 @@
-"""Classifier heads: drop-in replacements of a model's ``nn.Linear`` classifier (DESIGN section 3).
+"""Classifier heads: drop-in replacements of a model's linear classifier (DESIGN section 3).
 
 A new head is a class in one of these files under ``@register_head("name")`` plus, if it needs one,
 a fit in ``timm_lt/fitting``.
 """
 
+from timm_lt.heads.attach import NoClassifierError as NoClassifierError
 from timm_lt.heads.attach import classifier_name as classifier_name
+from timm_lt.heads.attach import find_classifiers as find_classifiers
 from timm_lt.heads.attach import fold_head as fold_head
 from timm_lt.heads.attach import get_head as get_head
-from timm_lt.heads.attach import put_head as put_head
+from timm_lt.heads.attach import get_heads as get_heads
+from timm_lt.heads.attach import set_absent_head as set_absent_head
 from timm_lt.heads.attach import set_head as set_head
 from timm_lt.heads.base import HEADS as HEADS
 from timm_lt.heads.base import Head as Head
+from timm_lt.heads.base import as_linear as as_linear
 from timm_lt.heads.base import create_head as create_head
 from timm_lt.heads.base import head_option_names as head_option_names
 from timm_lt.heads.base import list_heads as list_heads

@@ -1,138 +1,303 @@
-"""Heads on models: finding a timm model's classifier and putting another one in its place."""
+"""Heads on models: finding a timm model's classifiers and putting others in their place.
+
+Most architectures have one ``nn.Linear``. Some wrap it in a module, some have a 1×1 convolution
+instead, and distilled and multi-scale ones have several classifiers, whose logits they combine.
+"""
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from timm_lt.heads.base import HEADS, Head, create_head
-from timm_lt.registry import UsageError
+from timm_lt.heads.base import HEADS, Head, as_linear, is_pointwise
+from timm_lt.registry import UsageError, check_options
+
+Classifier = nn.Linear | nn.Conv2d
+
+
+class NoClassifierError(UsageError, TypeError):
+    """A model has no linear classifier that a head could replace."""
+
+
+def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
+    """Returns a model's classifiers by path, e.g. ``{"head": ..., "head_dist": ...}``.
+
+    Raises:
+        NoClassifierError: If there is none, or it is neither linear nor a 1×1 convolution.
+
+    >>> import timm
+    >>> list(find_classifiers(timm.create_model("test_resnet")))
+    ['fc']
+    """
+    kind = type(model).__name__
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is None:
+        raise NoClassifierError(
+            f"{kind} has no classifier to put a head on (no get_classifier method)"
+        )
+    roots = _as_modules(get_classifier())
+    num_classes = getattr(model, "num_classes", None)
+    leaves = {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
+    if not leaves:
+        found = ", ".join(type(root).__name__ for root in roots)
+        absent = num_classes == 0 or all(isinstance(root, nn.Identity) for root in roots)
+        raise NoClassifierError(
+            f"the classifier of {kind} is {found}; a head replaces an nn.Linear or a 1×1 "
+            f"convolution{' (create the model with num_classes >= 1)' if absent else ''}"
+        )
+    # A configuration may name more classifiers: VOLO adds the logits of an auxiliary one.
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = {named} if isinstance(named, str) else set(named)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if id(module) in leaves or (path in names and is_classifier(module))
+    }
+
+
+def is_classifier(module: object) -> bool:
+    """Returns whether a module is one that a head can replace."""
+    return isinstance(module, nn.Linear) or is_pointwise(module)
+
+
+def _as_modules(classifier: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.ModuleList):
+        return [classifier]
+    return [module for part in classifier for module in _as_modules(part)]
+
+
+def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Module]:
+    """Yields the last linear module of each branch of a classifier."""
+    if is_classifier(module):
+        yield module
+        return
+    last = None
+    for child in module.children():
+        if not is_classifier(child):
+            yield from _linear_leaves(child, num_classes)
+        elif num_classes in (None, as_linear(child).out_features):  # type: ignore[arg-type]
+            # The hidden layer of an MLP comes before its output.
+            last = child
+    if last is not None:
+        yield last
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Returns the path of the model's classifier, e.g. ``"fc"`` or ``"head.fc"``.
+    """Returns the path of a model's only classifier, e.g. ``"fc"`` or ``"head.fc"``.
 
     Raises:
-        UsageError: If the model has no classifier, or one that is not a plain ``nn.Linear``.
+        UsageError: If the model has no linear classifier, or several.
     """
-    get_classifier = getattr(model, "get_classifier", None)
-    if get_classifier is None:
+    names = list(find_classifiers(model))
+    if len(names) > 1:
         raise UsageError(
-            f"{type(model).__name__} has no classifier to put a head on (no get_classifier method)"
+            f"{type(model).__name__} has {len(names)} classifiers ({', '.join(names)}) where one "
+            "is needed"
         )
-    classifier = get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        absent = isinstance(classifier, nn.Identity)
-        raise UsageError(
-            f"the classifier of {type(model).__name__} is {type(classifier).__name__}; a head "
-            f"replaces an nn.Linear{' (create the model with num_classes >= 1)' if absent else ''}"
-        )
-    # The attribute's name differs between architectures; the object does not.
-    return next(str(name) for name, module in model.named_modules() if module is classifier)
+    return names[0]
 
 
 def get_head(model: nn.Module) -> nn.Linear:
-    """Returns the model's classifier: one of our heads, or timm's own ``nn.Linear``."""
-    classifier = model.get_submodule(classifier_name(model))
-    assert isinstance(classifier, nn.Linear)
-    return classifier
+    """Returns a model's only classifier: one of our heads, or timm's own as an ``nn.Linear``.
+
+    For a 1×1 convolution that is a view of it, with the same memory.
+
+    Raises:
+        UsageError: If the model has no linear classifier, or several.
+    """
+    return as_linear(find_classifiers(model)[classifier_name(model)])
 
 
-def put_head(model: nn.Module, head: nn.Linear) -> None:
-    """Replaces the model's classifier and makes the head's kind survive ``reset_classifier``."""
-    model.set_submodule(classifier_name(model), head)
-    # Undo an earlier stickiness: the class's own method shows again.
+def get_heads(model: nn.Module) -> dict[str, nn.Linear]:
+    """Returns a model's classifiers by path, each as :func:`get_head` returns it."""
+    return {path: as_linear(module) for path, module in find_classifiers(model).items()}
+
+
+def put_heads(model: nn.Module, heads: Mapping[str, Classifier]) -> None:
+    """Replaces a model's classifiers and makes the kinds of heads survive ``reset_classifier``.
+
+    Args:
+        model: The model.
+        heads: The new classifiers by path.
+    """
+    for path, head in heads.items():
+        model.set_submodule(path, head)
+    kept = {path: head for path, head in heads.items() if isinstance(head, Head)}
+    remember_heads(model, {path: (head.kind, head.options()) for path, head in kept.items()})
+
+
+def remember_heads(model: nn.Module, heads: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """Makes ``reset_classifier`` put heads on the new classifiers.
+
+    Args:
+        model: The model.
+        heads: Kind and options by path of the classifier; a path that is not there gets the first.
+            Empty makes the method timm's own again.
+    """
     model.__dict__.pop("reset_classifier", None)
-    if isinstance(head, Head):
+    if heads:
         # A partial on the instance survives deepcopy and pickle, a closure would not.
         model.reset_classifier = functools.partial(  # type: ignore[assignment]
-            _reset_classifier, model, head.kind, head.options()
+            _reset_classifier, model, dict(heads)
         )
 
 
 def _reset_classifier(
     model: nn.Module,
-    kind: str,
-    options: dict[str, Any],
+    heads: dict[str, tuple[str, dict[str, Any]]],
     num_classes: int,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
     if num_classes > 0:
-        fresh = get_head(model)
-        head = create_head(
-            kind,
-            fresh.in_features,
-            fresh.out_features,
-            bias=fresh.bias is not None,
-            device=fresh.weight.device,
-            dtype=fresh.weight.dtype,
-            **options,
-        )
-        put_head(model, head.train(model.training))
+        first = next(iter(heads.values()))
+        fresh = {}
+        for path, classifier in find_classifiers(model).items():
+            kind, options = heads.get(path, first)
+            fresh[path] = HEADS[kind].from_classifier(classifier, **options)
+        put_heads(model, fresh)
 
 
-def set_head(model: nn.Module, head: str | nn.Linear, **options: Any) -> nn.Module:
+def set_head(
+    model: nn.Module, head: str | Classifier | Mapping[str, Classifier], **options: Any
+) -> nn.Module:
     """Puts a head on a model, in place.
 
     A head given by name starts from the weights of the present classifier, so ``tau_norm`` and
     ``logit_adjusted`` work at once; ``lws`` and ``ncm`` must be fitted first and passed as a
-    module.
+    module. A model with several classifiers (distilled, multi-scale) gets the named head on each;
+    fitted ones are passed by the paths of the classifiers.
 
     Args:
-        model: A timm model with an ``nn.Linear`` classifier (C, D).
-        head: Name of a head, or a fitted head (or any ``nn.Linear``) of the same shape.
+        model: A timm model with a classifier (C, D): an ``nn.Linear``, alone or inside of a module,
+            or a 1×1 convolution.
+        head: Name of a head; or a fitted head (or any ``nn.Linear``) of the same shape; or such
+            modules by path, one for each classifier.
         **options: Options of the named head.
 
     Returns:
         The same model.
 
     Raises:
-        UsageError: For an unknown head or option, a head of another shape, or a model without a
-            linear classifier.
+        UsageError: For an unknown head or option, a head of another shape, or one whose batch-norm
+            statistics are not the model's.
+        NoClassifierError: A UsageError and TypeError, for a model without a linear classifier.
 
     >>> import timm
     >>> model = timm.create_model("test_resnet", num_classes=3)
     >>> set_head(model, "tau_norm", tau=0.7).get_classifier()
     TauNormHead(in_features=96, out_features=3, bias=True, tau=0.7, keep_bias=False)
     """
-    present = get_head(model)
+    present = find_classifiers(model)
     if isinstance(head, str):
-        new: nn.Linear = HEADS[head].from_classifier(present, **options)
-    elif options:
+        cls = HEADS[head]
+        put_heads(
+            model, {path: cls.from_classifier(old, **options) for path, old in present.items()}
+        )
+        return model
+    if options:
         raise UsageError(
             f"options {sorted(options)} go with the name of a head, not with a fitted head"
         )
-    elif not isinstance(head, nn.Linear):
-        raise UsageError(f"a head is a name or an nn.Linear, got {type(head).__name__}")
-    else:
-        new = head
-    if new.weight.shape != present.weight.shape:
+    given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
+    if set(given) != set(present):
         raise UsageError(
-            f"the head is {tuple(new.weight.shape)} (classes, features) but the model's "
-            f"classifier is {tuple(present.weight.shape)}"
+            f"{type(model).__name__} has the classifiers {', '.join(present)}, got heads for "
+            f"{', '.join(map(str, given)) or 'none'}"
         )
-    weight = present.weight
-    put_head(model, new.to(weight.device, weight.dtype).train(model.training))
+    for path, new in given.items():
+        _check_replacement(path, new, present[path])
+    statistics = _statistics(given.values(), model)
+    for path, new in given.items():
+        given[path] = _in_place_of(present[path], new)
+    put_heads(model, given)
+    model.load_state_dict(statistics, strict=False)
     return model
 
 
+def _check_replacement(path: str, new: object, old: Classifier) -> None:
+    if not isinstance(new, nn.Module) or not is_classifier(new):
+        raise UsageError(f"a head is a name or an nn.Linear, got {type(new).__name__}")
+    shapes = [tuple(as_linear(part).weight.shape) for part in (new, old)]  # type: ignore[arg-type]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"the head is {shapes[0]} (classes, features) but the model's classifier {path!r} is "
+            f"{shapes[1]}"
+        )
+    if getattr(old, "backbone_statistics", None) and not getattr(new, "backbone_statistics", None):
+        raise UsageError(
+            f"the head {old} has brought its own batch-norm statistics into the backbone, which "
+            "another head does not fit; create the model again"
+        )
+
+
+def _statistics(heads: Iterable[Classifier], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the batch-norm statistics that heads bring along, checked against the model."""
+    state = model.state_dict()
+    statistics: dict[str, Tensor] = {}
+    for head in heads:
+        for key, value in (getattr(head, "backbone_statistics", None) or {}).items():
+            if key not in state or state[key].shape != value.shape:
+                there = f"is {tuple(state[key].shape)}" if key in state else "is missing"
+                raise UsageError(
+                    f"the head's batch-norm statistics are not the model's: {key} is "
+                    f"{tuple(value.shape)} with the head and {there} in {type(model).__name__}"
+                )
+            statistics[key] = value
+    return statistics
+
+
+def _in_place_of(old: Classifier, new: Classifier) -> Classifier:
+    """Returns a classifier with the device, type, mode and form of the one that it replaces."""
+    spatial = old.spatial if isinstance(old, Head) else is_pointwise(old)
+    if isinstance(new, Head):
+        new.spatial = spatial
+    elif spatial != is_pointwise(new):
+        plain = HEADS["linear"].from_classifier(new)
+        plain.spatial = spatial
+        new = plain.fold()
+    return new.to(old.weight.device, old.weight.dtype).train(old.training)
+
+
+def set_absent_head(model: nn.Module, head: str, **options: Any) -> nn.Module:
+    """Makes a model without a classifier get a head when ``reset_classifier`` gives it one.
+
+    Raises:
+        UsageError: For an unknown head or option.
+    """
+    check_options(f"head {head!r}", HEADS[head], options)
+    options = HEADS[head](1, 1, **_without_counts(options)).options()
+    if hasattr(model, "reset_classifier"):
+        remember_heads(model, {"": (head, options)})
+    return model
+
+
+def _without_counts(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "class_counts"}
+
+
 def fold_head(model: nn.Module) -> nn.Module:
-    """Replaces the model's head by a plain ``nn.Linear`` with the same predictions, in place.
+    """Replaces the model's heads by plain classifiers with the same predictions, in place.
+
+    Each becomes what stood there before it: an ``nn.Linear``, or a 1×1 convolution.
 
     Returns:
         The same model; its ``reset_classifier`` is timm's own again.
 
     Raises:
-        UsageError: If the head is not fitted yet, or not linear in the features.
+        UsageError: If a head is not fitted yet, or not linear in the features; nothing is replaced
+            then.
 
     >>> import timm
     >>> model = set_head(timm.create_model("test_resnet", num_classes=3), "tau_norm")
     >>> fold_head(model).get_classifier()
     Linear(in_features=96, out_features=3, bias=False)
     """
-    head = get_head(model)
-    if isinstance(head, Head):
-        put_head(model, head.fold())
+    heads = find_classifiers(model)
+    put_heads(
+        model,
+        {path: head.fold() if isinstance(head, Head) else head for path, head in heads.items()},
+    )
     return model

@@ -7,7 +7,9 @@ functions.
 
 import inspect
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -93,8 +95,54 @@ def create_head(
     return HEADS[name](in_features, num_classes, bias, device, dtype, **options)
 
 
+def is_pointwise(module: object) -> bool:
+    """Returns whether a module is a 1×1 convolution, which some models have as their classifier."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
+    """Returns a 1×1 convolution as the ``nn.Linear`` (C, D) that it is, with the same memory.
+
+    An ``nn.Linear`` is returned as it is.
+
+    >>> as_linear(nn.Conv2d(8, 3, 1))
+    Linear(in_features=8, out_features=3, bias=True)
+    """
+    if isinstance(classifier, nn.Linear):
+        return classifier
+    linear = nn.Linear(1, 1, device="meta")
+    linear.in_features, linear.out_features = classifier.in_channels, classifier.out_channels
+    weight = classifier.weight
+    linear.weight = nn.Parameter(weight.detach().flatten(1), weight.requires_grad)
+    linear.bias = classifier.bias  # type: ignore[assignment]
+    return linear.train(classifier.training)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cached:
+    """Effective weights, and what they were computed from."""
+
+    state: tuple[Tensor, ...]
+    marks: tuple[object, ...]
+    # Keeps the memory of the state alive, so no other tensor can come to lie at its address.
+    memory: tuple[Tensor, ...]
+    weights: tuple[Tensor, Tensor | None]
+
+
 class Head(nn.Linear):
     """Base of all heads: an ``nn.Linear`` whose input and weights pass through a formula.
+
+    In evaluation mode the effective weights are computed once and kept until a parameter, a buffer
+    or an option changes, so inference costs what an ``nn.Linear`` costs. Only writing into a tensor
+    through ``.data`` goes unseen, as torch keeps no track of it: call ``eval()`` again then.
+
+    Attributes:
+        spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
+            features are (N, D, H, W), logits (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the
+            state dict, as timm has it there.
+        backbone_statistics: Batch-norm statistics that belong to the head, by key of the model's
+            state dict: those of a classifier that was trained while the backbone's statistics moved
+            on. :func:`timm_lt.set_head` copies them into the model. None for most heads.
 
     Shape:
         - features: (N, D) or (..., D)
@@ -120,15 +168,17 @@ class Head(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
+        self.spatial = False
+        self.backbone_statistics: dict[str, Tensor] | None = None
         # How the options were chosen, e.g. {"tau": 0.8, "objective": "all", "split": "val"}.
         self.selection: dict[str, Any] = {}
 
     @classmethod
-    def from_classifier(cls, classifier: nn.Linear, **options: Any) -> Self:
+    def from_classifier(cls, classifier: nn.Linear | nn.Conv2d, **options: Any) -> Self:
         """Creates the head from a trained classifier, whose weight and bias it copies.
 
         Args:
-            classifier: The joint classifier, (C, D).
+            classifier: The joint classifier, (C, D) or a 1×1 convolution (C, D, 1, 1).
             **options: Options of the head.
 
         Raises:
@@ -145,6 +195,8 @@ class Head(nn.Linear):
                 f"the weight of a fitted {classifier.kind!r} head is not a classifier that a "
                 f"{cls.kind!r} head can start from; start from the joint classifier"
             )
+        spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
+        classifier = as_linear(classifier)
         weight = classifier.weight
         head = cls(
             classifier.in_features,
@@ -158,6 +210,9 @@ class Head(nn.Linear):
             head.weight.copy_(weight)
             if classifier.bias is not None:
                 head.bias.copy_(classifier.bias)
+        head.spatial = spatial
+        # The copied weight belongs to the statistics that its classifier came with.
+        head.backbone_statistics = getattr(classifier, "backbone_statistics", None)
         return head.train(classifier.training)
 
     @property
@@ -177,10 +232,11 @@ class Head(nn.Linear):
         """Returns the weight (C, D) and bias (C,) or None that act on transformed features."""
         return self.weight, self.bias
 
-    def fold(self) -> nn.Linear:
+    def fold(self) -> nn.Linear | nn.Conv2d:
         """Returns a plain ``nn.Linear`` with the same argmax for every feature vector.
 
-        The logits are the same too, up to rounding, unless the head normalises its input.
+        The logits are the same too, up to rounding, unless the head normalises its input. A
+        ``spatial`` head gives the 1×1 convolution whose place it has taken.
 
         Raises:
             UsageError: If the head is not linear in the features, even up to a positive factor.
@@ -188,18 +244,17 @@ class Head(nn.Linear):
         self.check_fitted()
         weight, bias = (None if t is None else t.detach() for t in self._folded())
         assert weight is not None
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        size = (self.in_features, self.out_features)
+        plain: nn.Linear | nn.Conv2d
+        if self.spatial:
+            plain = nn.Conv2d(*size, 1, bias=bias is not None).to(weight)
+        else:
+            plain = nn.Linear(*size, bias=bias is not None).to(weight)
         with torch.no_grad():
-            linear.weight.copy_(weight)
-            if bias is not None:
-                linear.bias.copy_(bias)
-        return linear.train(self.training)
+            plain.weight.copy_(weight.view_as(plain.weight))
+            if bias is not None and plain.bias is not None:
+                plain.bias.copy_(bias)
+        return plain.train(self.training)
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         return self.effective()
@@ -223,11 +278,60 @@ class Head(nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the logits (..., C) of features (..., D)."""
-        if not (torch.jit.is_scripting() or torch.compiler.is_compiling()):  # type: ignore[attr-defined]
+        """Returns the logits (..., C) of features (..., D); (N, C, H, W) if ``spatial``."""
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            weight, bias = self.effective()
+        else:
+            weight, bias = self._kept_effective()
+        if self.spatial:
+            input = input.movedim(-3, -1)
+        logits = F.linear(self.transform(input), weight, bias)
+        return logits.movedim(-1, -3) if self.spatial else logits
+
+    @torch.jit.unused
+    def _kept_effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns ``effective()``, kept from the last call if nothing has changed since."""
+        every = (*self._parameters.values(), *self._buffers.values())
+        state = tuple(tensor for tensor in every if tensor is not None)
+        learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state)
+        # A trace would take what is kept for a constant.
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        marks = None if self.training or learning or tracing else _marks(state)
+        if marks is None:
             self.check_fitted()
-        weight, bias = self.effective()
-        return F.linear(self.transform(input), weight, bias)
+            return self.effective()
+        kept: _Cached | None = self.__dict__["_cached"]
+        if kept is None or kept.marks != marks or any(map(operator.is_not, kept.state, state)):
+            self.check_fitted()
+            # An inference tensor could not be used outside of inference mode afterwards.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                weights = self.effective()
+            memory = tuple(tensor.detach() for tensor in state)
+            kept = self.__dict__["_cached"] = _Cached(state, marks, memory, weights)
+        return kept.weights
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        # An option such as tau, or the mode.
+        self.__dict__["_cached"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.spatial:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"][..., None, None]
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if self.spatial and weight is not None and weight.shape[2:] == (1, 1):
+            state_dict[f"{prefix}weight"] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Shows the options after what ``nn.Linear`` shows."""
@@ -246,3 +350,13 @@ class Head(nn.Linear):
         for parameter in parameters:
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+
+def _marks(state: tuple[Tensor, ...]) -> tuple[object, ...] | None:
+    """Returns what changes when a tensor is written to; None for tensors that do not tell."""
+    try:
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in state]
+    except RuntimeError:
+        return None
+    # On a GPU autocast computes norms in another type.
+    return (torch.is_autocast_enabled(), *versions)
