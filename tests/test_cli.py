@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.lt_resnet import CHECKPOINTS
+from timm_lt.published import CHECKPOINTS
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 

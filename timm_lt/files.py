@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from timm_lt.registry import UsageError
 
@@ -58,6 +61,57 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return content
+
+
+def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Args:
+        path: The file.
+        noun: What the file is called in messages, e.g. ``"recipe"``.
+
+    Raises:
+        UsageError: If the file is missing, no YAML, no mapping, or has a key twice.
+    """
+    name = f"{noun} {path}".strip()
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{name} must be a mapping of keys to values")
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, and reads 5e-4 as a number as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"the key in line {line} must be a word, not a list or mapping")
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UsageError(f"key {key!r} is given twice, the second time in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
 
 
 def sha256(data: bytes) -> str:

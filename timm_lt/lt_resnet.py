@@ -1,114 +1,196 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's own ResNets, so its weights load into plain timm. ``timm.create_model`` takes
-``head=`` and that head's options beside its usual arguments. The file's name is the module name
-that timm shows, and must differ from timm's own modules.
+Each is one of timm's own ResNets, so its weights load into plain timm, but for the ``lt_resnet32``
+of the CIFAR papers, which timm lacks. ``timm.create_model`` takes ``head=`` and that head's options
+beside its usual arguments. What is published under which name, ``hub_configs/`` says. The file's
+name is the module name that timm shows, and must differ from timm's own modules.
 """
 
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+import torch
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     model_entrypoint,
     register_model,
+    register_model_deprecations,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from timm_lt.checkpoint import CONFIG, WEIGHTS, TimmBase, load_model_head
+from timm_lt.checkpoint import WEIGHTS, TimmBase
+from timm_lt.cifar_resnet import CifarResNet
 from timm_lt.heads import set_absent_head, set_head
 from timm_lt.model import split_options
+from timm_lt.pretrained import PretrainedSource
+from timm_lt.published import PUBLISHED, Published
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a registered name builds.
+
+    Attributes:
+        base: timm's architecture, or None for one that timm lacks.
+        first_conv: Path of the convolution that sees the images.
+        reduction: Image size divided by the size of the last feature map.
+        feature_cfg: timm's settings of ``features_only``.
+    """
+
+    base: TimmBase | None
+    first_conv: str = "conv1"
+    reduction: int = 32
+    feature_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **options: Any) -> nn.Module:
+        """Builds the model with timm's usual arguments, without weights."""
+        if self.base is None:
+            return CifarResNet(**options)
+        entrypoint = model_entrypoint(self.base.architecture)
+        model: nn.Module = entrypoint(pretrained=False, **{**self.base.model_args, **options})
+        return model
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+ARCHITECTURES = {
+    "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
+    "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
+    "lt_resnet32": Architecture(None, reduction=4, feature_cfg={"out_indices": (0, 1, 2, 3)}),
+    "lt_resnet50": Architecture(TimmBase("resnet50", {})),
+    "lt_resnet101": Architecture(TimmBase("resnet101", {})),
+    "lt_resnet152": Architecture(TimmBase("resnet152", {})),
+    "lt_resnext50": Architecture(TimmBase("resnext50_32x4d", {})),
+    "lt_resnext101": Architecture(TimmBase("resnext101_32x4d", {})),
+    "lt_resnext152": Architecture(TimmBase("resnext50_32x4d", {"layers": [3, 8, 36, 3]})),
+}
+
+
+def _cfg(entry: Published) -> dict[str, Any]:
+    architecture = ARCHITECTURES[entry.architecture]
+    _, height, width = entry.input_size
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
+        **entry.pretrained_cfg(),
+        "file": str(entry.folder / WEIGHTS) if entry.folder else None,
+        "first_conv": architecture.first_conv,
         "classifier": "fc",
-        **kwargs,
+        "pool_size": (height // architecture.reduction, width // architecture.reduction),
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "lt_test_resnet.glyph_lt": _cfg(
-            num_classes=100,
-            input_size=(3, 32, 32),
-            pool_size=(1, 1),
-            crop_pct=1.0,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            first_conv="conv1.0",
-            file=str(CHECKPOINTS / "lt_test_resnet.glyph_lt" / WEIGHTS),
-        ),
-        "lt_resnet10.imagenet_lt": _cfg(),
-        "lt_resnet50.imagenet_lt": _cfg(),
-        "lt_resnext50.imagenet_lt": _cfg(),
-    }
-)
+default_cfgs = generate_default_cfgs({name: _cfg(entry) for name, entry in PUBLISHED.items()})
 
 
 def _create(
-    variant: str,
-    base: TimmBase,
-    pretrained: bool = False,
-    *,
-    head: str | None = None,
-    **kwargs: Any,
+    variant: str, pretrained: bool = False, *, head: str | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Builds one of timm's ResNets under our name, loads its weights, and puts the head on it."""
+    """Builds an architecture, loads its weights, and puts the head on it."""
     head_options, timm_options = split_options(head, kwargs)
-    entrypoint = model_entrypoint(base.architecture)
-    model: nn.Module = build_model_with_cfg(
-        lambda **options: entrypoint(pretrained=False, **{**base.model_args, **options}),
-        variant,
-        pretrained,
-        **timm_options,
-    )
+    source = None
+    if pretrained:
+        source = PretrainedSource.find(variant, head, head_options, timm_options)
+        if source.url is not None:
+            # A wrong option shows before anything is downloaded.
+            with torch.device("meta"):
+                _build(variant, False, **timm_options)
+        expected = expected_state(variant, source.config.num_classes)
+        weights = source.read(expected, timm_options.get("cache_dir"))
+        if weights is not None:
+            overlay = timm_options.get("pretrained_cfg_overlay") or {}
+            overlay = {**overlay, "state_dict": weights.tensors}
+            timm_options["pretrained_cfg_overlay"] = overlay
+    model = _build(variant, pretrained, **timm_options)
     if getattr(model, "num_classes", 0) == 0:
         # With features_only or num_classes=0 there is no classifier for a head to replace.
         return model if head is None else set_absent_head(model, head, **head_options)
-    model.__dict__["timm_base"] = base
     if head is None:
         return model
     config: Any = model.pretrained_cfg
-    same_classes = model.num_classes == config["num_classes"]
-    source = config.get("file")
-    if pretrained and same_classes and source and (Path(source).parent / CONFIG).is_file():
-        return load_model_head(Path(source).parent, model, head, **head_options)
-    return set_head(model, head, **head_options)
+    if source is None or model.num_classes != config["num_classes"]:
+        return set_head(model, head, **head_options)
+    return source.put_head(model, head, head_options)
+
+
+def _build(variant: str, pretrained: bool, **options: Any) -> nn.Module:
+    architecture = ARCHITECTURES[variant]
+    feature_cfg = dict(architecture.feature_cfg)
+    model: nn.Module = build_model_with_cfg(
+        architecture.build, variant, pretrained, feature_cfg=feature_cfg, **options
+    )
+    for module in model.modules():
+        # The weights that were loaded from there would stay in memory with it.
+        module.__dict__.get("pretrained_cfg", {}).pop("state_dict", None)
+    if architecture.base is not None:
+        model.__dict__["timm_base"] = architecture.base
+    return model
+
+
+def expected_state(name: str, num_classes: int) -> dict[str, Tensor]:
+    """Returns the state dict of a registered architecture on the meta device: names and shapes.
+
+    Args:
+        name: The architecture, with or without a tag.
+        num_classes: Number of classes of its classifier.
+    """
+    with torch.device("meta"):
+        model = ARCHITECTURES[name.partition(".")[0]].build(num_classes=num_classes)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
 
 
 @register_model
 def lt_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's ``test_resnet`` (0.4 M parameters): the model of the embedded data set."""
-    return _create("lt_test_resnet", TimmBase("test_resnet", {}), pretrained, **kwargs)
+    return _create("lt_test_resnet", pretrained, **kwargs)
 
 
 @register_model
 def lt_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage."""
-    base = TimmBase("resnet18", {"layers": [1, 1, 1, 1]})
-    return _create("lt_resnet10", base, pretrained, **kwargs)
+    return _create("lt_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture."""
+    return _create("lt_resnet32", pretrained, **kwargs)
 
 
 @register_model
 def lt_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-50 as in Kang et al., ICLR 2020."""
-    return _create("lt_resnet50", TimmBase("resnet50", {}), pretrained, **kwargs)
+    return _create("lt_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-101 as in Kang et al., ICLR 2020."""
+    return _create("lt_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-152 as in Kang et al., ICLR 2020."""
+    return _create("lt_resnet152", pretrained, **kwargs)
 
 
 @register_model
 def lt_resnext50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNeXt-50 32x4d as in Kang et al., ICLR 2020."""
-    return _create("lt_resnext50", TimmBase("resnext50_32x4d", {}), pretrained, **kwargs)
+    return _create("lt_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnext101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-101 32x4d as in Kang et al., ICLR 2020."""
+    return _create("lt_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnext152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-152 32x4d as in Kang et al., ICLR 2020: blocks 3, 8, 36 and 3."""
+    return _create("lt_resnext152", pretrained, **kwargs)
+
+
+register_model_deprecations(
+    __name__, {old: entry.name for entry in PUBLISHED.values() for old in entry.formerly}
+)

@@ -15,6 +15,7 @@ from timm_lt.heads.attach import set_head as set_head
 from timm_lt.heads.base import HEADS as HEADS
 from timm_lt.heads.base import Head as Head
 from timm_lt.heads.base import as_linear as as_linear
+from timm_lt.heads.base import check_head_options as check_head_options
 from timm_lt.heads.base import create_head as create_head
 from timm_lt.heads.base import head_option_names as head_option_names
 from timm_lt.heads.base import list_heads as list_heads

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_lt.heads.base import HEADS, Head, as_linear, is_pointwise
-from timm_lt.registry import UsageError, check_options
+from timm_lt.heads.base import HEADS, Head, as_linear, check_head_options, is_pointwise
+from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d
 
@@ -267,15 +267,10 @@ def set_absent_head(model: nn.Module, head: str, **options: Any) -> nn.Module:
     Raises:
         UsageError: For an unknown head or option.
     """
-    check_options(f"head {head!r}", HEADS[head], options)
-    options = HEADS[head](1, 1, **_without_counts(options)).options()
+    options = check_head_options(head, options)
     if hasattr(model, "reset_classifier"):
         remember_heads(model, {"": (head, options)})
     return model
-
-
-def _without_counts(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "class_counts"}
 
 
 def fold_head(model: nn.Module) -> nn.Module:

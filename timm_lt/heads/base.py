@@ -64,6 +64,21 @@ def head_option_names(name: str) -> list[str]:
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
+def check_head_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Checks the options of a head without creating one of any size; returns all of them.
+
+    Raises:
+        UsageError: For an unknown head or option, or a value out of its range.
+
+    >>> check_head_options("tau_norm", {"tau": 0.5})
+    {'tau': 0.5, 'keep_bias': False}
+    """
+    check_options(f"head {name!r}", HEADS[name], options)
+    # These depend on the number of classes.
+    sized = {key: value for key, value in options.items() if key != "class_counts"}
+    return HEADS[name](1, 1, **sized).options()
+
+
 def create_head(
     name: str,
     in_features: int,

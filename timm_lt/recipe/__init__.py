@@ -7,7 +7,6 @@ from timm_lt.recipe.parse import DEFAULT_RECIPE as DEFAULT_RECIPE
 from timm_lt.recipe.parse import find_recipe as find_recipe
 from timm_lt.recipe.parse import load_recipe as load_recipe
 from timm_lt.recipe.parse import parse_command_line as parse_command_line
-from timm_lt.recipe.parse import recipes_folder as recipes_folder
 from timm_lt.recipe.parse import shipped_recipes as shipped_recipes
 from timm_lt.recipe.schema import DEFAULT_HEADS as DEFAULT_HEADS
 from timm_lt.recipe.schema import DataRecipe as DataRecipe

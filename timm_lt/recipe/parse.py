@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from timm_lt.files import read_yaml
+from timm_lt.published import PUBLISHED_BLOCK, hub_configs
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import UsageError, unknown_name
 
@@ -23,16 +23,9 @@ HINTS = {
 }
 
 
-def recipes_folder() -> Path:
-    """Returns the folder of the shipped recipes: in an installed package, or in the repository."""
-    package = Path(__file__).parent.parent
-    inside = package / "hub_configs"
-    return inside if inside.is_dir() else package.parent / "hub_configs"
-
-
 def shipped_recipes() -> dict[str, Path]:
     """Returns the files of the shipped recipes by name."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    return {path.stem: path for path in hub_configs() if set(read_yaml(path)) != {PUBLISHED_BLOCK}}
 
 
 def find_recipe(name: str | None) -> Path:
@@ -181,17 +174,14 @@ def _mappings(options: list[str]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Reads a recipe file and checks its keys, without looking at the types of its values."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except UsageError as error:
-        raise UsageError(f"recipe {path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"recipe {path} must be a mapping of keys to values")
+    values = read_yaml(path, "recipe")
+    # What the file says of published weights is no part of the experiment.
+    values.pop(PUBLISHED_BLOCK, None)
+    if not values:
+        raise UsageError(
+            f"{path} describes published weights and is no recipe to run; load them with "
+            f"timm.create_model({path.stem!r}, pretrained=True)"
+        )
     _check_keys(Recipe, values, f"key of recipe {path}:")
     if isinstance(values.get("heads"), dict):
         # `tau_norm:` with nothing behind it is a head without options.
@@ -220,29 +210,3 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and reads 5e-4 as a number as YAML 1.2 does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"the key in line {line} must be a word, not a list or mapping")
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"key {key!r} is given twice, the second time in line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)

@@ -1,0 +1,565 @@
+"""Published names: the registry, and weights in the layout of Kang et al. over loopback HTTP."""
+
+import dataclasses
+import fnmatch
+import io
+import os
+import pickle  # noqa: TID251
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from loopback import Answer, FileServer
+from timm.models import _registry
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import timm_lt
+import timm_lt.download
+from timm_lt.download import cached_name
+from timm_lt.lt_resnet import ARCHITECTURES, expected_state
+from timm_lt.published import PUBLISHED, hub_configs, read_published
+from timm_lt.registry import UsageError
+
+HOST = "https://dl.fbaipublicfiles.com/classifier-balancing"
+# As the README of the authors' repository lists them.
+OFFICIAL = {
+    "lt_resnext50.imagenet_lt": "ImageNet_LT/models/resnext50_uniform_e90",
+    "lt_resnext50.imagenet_lt_class_balanced": "ImageNet_LT/models/resnext50_balance_e90",
+    "lt_resnext50.imagenet_lt_square_root": "ImageNet_LT/models/resnext50_square_e90",
+    "lt_resnext50.imagenet_lt_progressively_balanced": "ImageNet_LT/models/resnext50_shift_e90",
+    "lt_resnet50.imagenet_lt": "ImageNet_LT/models/resnet50_uniform_e90",
+    "lt_resnet101.imagenet_lt": "ImageNet_LT/models/resnet101_uniform_e90",
+    "lt_resnet152.imagenet_lt": "ImageNet_LT/models/resnet152_uniform_e90",
+    "lt_resnext101.imagenet_lt": "ImageNet_LT/models/resnext101_uniform_e90",
+    "lt_resnext152.imagenet_lt": "ImageNet_LT/models/resnext152_uniform_e90",
+    "lt_resnet50.inat2018_e90": "iNaturalist18/models/resnet50_uniform_e90",
+    "lt_resnet101.inat2018_e90": "iNaturalist18/models/resnet101_uniform_e90",
+    "lt_resnet152.inat2018_e90": "iNaturalist18/models/resnet152_uniform_e90",
+    "lt_resnet50.inat2018": "iNaturalist18/models/resnet50_uniform_e200",
+    "lt_resnet101.inat2018": "iNaturalist18/models/resnet101_uniform_e200",
+    "lt_resnet152.inat2018": "iNaturalist18/models/resnet152_uniform_e200",
+    "lt_resnet152.places_lt": "Places_LT/models/resnet152_uniform",
+}
+OFFICIAL_HEADS = {
+    "lt_resnext50.imagenet_lt": "ImageNet_LT/clslearn/resnext50_{}_uni2bal",
+    "lt_resnet152.inat2018": "iNaturalist18/clslearn/resnet152_{}_uni2bal",
+    "lt_resnet152.places_lt": "Places_LT/clslearn/resnet152_{}_uni2bal",
+}
+WITHOUT_WEIGHTS = ["lt_resnet10.imagenet_lt", "lt_resnet32.cifar10_lt", "lt_resnet32.cifar100_lt"]
+PACKAGED = "lt_test_resnet.glyph_lt"
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def test_every_published_file_has_a_name_and_a_cached_name_of_its_own():
+    urls = {(name, "linear"): f"{HOST}/{path}.pth" for name, path in OFFICIAL.items()}
+    for name, path in OFFICIAL_HEADS.items():
+        urls |= {(name, head): f"{HOST}/{path.format(head)}.pth" for head in ("crt", "lws")}
+    assert {
+        (name, head): url for name, entry in PUBLISHED.items() for head, url in entry.urls.items()
+    } == urls
+    assert len({cached_name(url) for url in urls.values()}) == len(urls) == 22
+    assert len({Path(url).name for url in urls.values()}) < 22
+
+
+def test_the_registry_has_what_hub_configs_states():
+    assert set(PUBLISHED) == {*OFFICIAL, *WITHOUT_WEIGHTS, PACKAGED}
+    assert set(timm.list_models("lt_*")) == set(ARCHITECTURES)
+    assert set(timm.list_pretrained("lt_*")) == {*OFFICIAL, PACKAGED}
+    for name, entry in PUBLISHED.items():
+        config = timm.models.get_pretrained_cfg(name)
+        assert config.url == entry.urls.get("linear")
+        for key in ("num_classes", "input_size", "mean", "std", "crop_pct", "interpolation"):
+            assert getattr(config, key) == getattr(entry, key), (name, key)
+    assert timm.models.get_pretrained_cfg("lt_resnet152").tag == "imagenet_lt"
+    inat = timm.models.get_pretrained_cfg("lt_resnet50.inat2018")
+    assert (inat.num_classes, inat.mean, inat.std) == (
+        8142,
+        (0.466, 0.471, 0.380),
+        (0.195, 0.194, 0.192),
+    )
+
+
+def test_a_wrong_tag_is_timms_error_and_ours_lists_the_tags():
+    with pytest.raises(RuntimeError, match=r"Invalid pretrained tag \(inat\)"):
+        timm.create_model("lt_resnet50.inat")
+    with pytest.raises(UsageError, match="imagenet_lt, inat2018, inat2018_e90"):
+        timm_lt.create_model("lt_resnet50.inat")
+
+
+def test_a_former_name_warns_and_gives_the_new_one():
+    # The names are registered on import, so one is changed before it, in a process of its own.
+    script = """if True:
+        import dataclasses, importlib.util, sys, types, warnings
+        import timm
+        package = types.ModuleType("timm_lt")
+        package.__path__ = importlib.util.find_spec("timm_lt").submodule_search_locations
+        sys.modules["timm_lt"] = package
+        from timm_lt.published import PUBLISHED
+        entry = PUBLISHED["lt_test_resnet.glyph_lt"]
+        PUBLISHED[entry.name] = dataclasses.replace(entry, formerly=("lt_glyph_resnet",))
+        import timm_lt.lt_resnet
+        assert "lt_glyph_resnet" not in timm.list_models("lt_*")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = timm.create_model("lt_glyph_resnet", pretrained=True, head="crt")
+        print(caught[0].message, model.pretrained_cfg["tag"], model.get_classifier().kind)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(timm_lt.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Mapping deprecated model name lt_glyph_resnet to current" in done.stdout
+    assert done.stdout.split()[-2:] == ["glyph_lt", "crt"]
+
+
+def test_files_of_hub_configs_are_checked(tmp_path):
+    path = tmp_path / "lt_resnet50.mine.yaml"
+    good = next(p for p in hub_configs() if p.stem == "lt_resnet50.inat2018").read_text()
+    path.write_text(good)
+    assert dataclasses.asdict(read_published(path)) == {
+        **dataclasses.asdict(PUBLISHED["lt_resnet50.inat2018"]),
+        "name": "lt_resnet50.mine",
+    }
+    for old, new, message in (
+        ("mean:", "means:", "unknown key of .*'means'.*did you mean 'mean'"),
+        ("  num_classes: 8142\n", "", "published.num_classes is missing"),
+        ("      url:", "      link:", "heads.linear: 'link'"),
+        ("architecture: lt_resnet50", "architecture: lt_resnet10", "architecture must be 'lt_re"),
+    ):
+        path.write_text(good.replace(old, new))
+        with pytest.raises(UsageError, match=message):
+            read_published(path)
+
+
+def reference(name):
+    """torchvision's model of the same paper, whose keys are the published files'."""
+    own = {
+        "lt_resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
+        "lt_resnext101": lambda: ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4),
+        "lt_resnext152": lambda: ResNet(Bottleneck, [3, 8, 36, 3], groups=32, width_per_group=4),
+        "lt_resnext50": torchvision.models.resnext50_32x4d,
+    }
+    return own.get(name) or getattr(torchvision.models, name.removeprefix("lt_"))
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"lt_resnet32", "lt_test_resnet"}))
+def test_architectures_are_torchvisions(name):
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in reference(name)().state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in expected_state(name, 1000).items()} == expected
+
+
+def test_the_cifar_resnet_is_registered():
+    model = timm.create_model("lt_resnet32.cifar100_lt", head="tau_norm", tau=0.5)
+    assert model.num_classes == 100
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert model.pretrained_cfg["pool_size"] == (8, 8)
+    levels = timm.create_model("lt_resnet32", features_only=True)
+    assert levels.feature_info.reduction() == [1, 1, 2, 4]
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.create_model("lt_resnet32", pretrained=True)
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+def random_state(architecture, num_classes, seed=0):
+    """A state dict as training leaves it: random weights and statistics."""
+    torch.manual_seed(seed)
+    state = ARCHITECTURES[architecture].build(num_classes=num_classes).state_dict()
+    for key, value in state.items():
+        if key.endswith(("running_mean", "bias")):
+            value.normal_(std=0.1)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith("num_batches_tracked"):
+            value.fill_(90)
+    return state
+
+
+def authors_file(state, scales=None, *, old=False, **changes):
+    """A checkpoint as the authors' code saves it, in bytes."""
+    classifier = {f"module.{key}": state[key] for key in ("fc.weight", "fc.bias")}
+    if scales is not None:
+        classifier["module.scales"] = scales
+    content = {
+        "epoch": 90,
+        "best_epoch": 88,
+        "state_dict_best": {
+            "feat_model": {f"module.{k}": v for k, v in state.items() if not k.startswith("fc.")},
+            "classifier": classifier,
+        },
+        "best_acc": 0.444,
+        "centroids": None,
+        **changes,
+    }
+    buffer = io.BytesIO()
+    # The files are from 2019: before torch saved zip archives.
+    torch.save(content, buffer, _use_new_zipfile_serialization=not old)
+    return buffer.getvalue()
+
+
+def moved(state, seed):
+    """The same backbone after the classifier stage: other statistics, another classifier."""
+    other = random_state_like(state, seed)
+    return {
+        key: other[key] if "running" in key or key.startswith("fc.") else value
+        for key, value in state.items()
+    }
+
+
+def random_state_like(state, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.rand(value.shape, generator=generator) + 0.2
+        if value.is_floating_point()
+        else value
+        for key, value in state.items()
+    }
+
+
+def publish(monkeypatch, name, urls):
+    """Lets a published name point to other URLs, in hub_configs' mirror and timm's registry."""
+    entry = PUBLISHED[name]
+    heads = {
+        head: dataclasses.replace(entry.heads[head], url=url)
+        if head in entry.heads
+        else timm_lt.published.PublishedHead(url=url)
+        for head, url in urls.items()
+    }
+    monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(entry, heads=entry.heads | heads))
+    config = dataclasses.replace(_registry._model_pretrained_cfgs[name], url=urls["linear"])
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, name, config)
+
+
+NAME = "lt_resnet32.cifar10_lt"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(timm_lt.download, "RETRY_DELAY", 0)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints" / "timm_lt"
+
+
+@pytest.fixture
+def small(monkeypatch, cache):
+    """The smallest architecture, published in the authors' layout by a server on loopback."""
+    state = random_state("lt_resnet32", 10)
+    scales = torch.linspace(0.5, 2, 10)
+    lws = {**moved(state, 2), "fc.weight": state["fc.weight"], "fc.bias": state["fc.bias"]}
+    states = {"linear": state, "crt": moved(state, 1), "lws": lws}
+    files = {
+        "/a/models/net.pth": authors_file(state, old=True),
+        "/a/clslearn/crt/net.pth": authors_file(states["crt"], old=True),
+        "/a/clslearn/lws/net.pth": authors_file(lws, scales),
+    }
+    with FileServer(files) as server:
+        paths = dict(zip(states, files, strict=True))
+        publish(monkeypatch, NAME, {head: server.url(path) for head, path in paths.items()})
+        yield server, states, scales, paths
+
+
+def cifar_logits(state, images):
+    """ResNet-32 written out: the oracle."""
+
+    def bn(x, name):
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = F.relu(bn(F.conv2d(images, state["conv1.weight"], padding=1), "bn1"))
+    for stage in (1, 2, 3):
+        for block in range(5):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = F.conv2d(x, state[f"{at}.conv1.weight"], stride=stride, padding=1)
+            y = F.conv2d(F.relu(bn(y, f"{at}.bn1")), state[f"{at}.conv2.weight"], padding=1)
+            y = bn(y, f"{at}.bn2")
+            if stride == 2:
+                zeros = y.shape[1] - x.shape[1]
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, zeros // 2, zeros // 2))
+            x = F.relu(x + y)
+    return x.mean((2, 3))
+
+
+def head_logits(head, state, features, scales):
+    weight, bias = state["fc.weight"], state["fc.bias"]
+    if head == "tau_norm":
+        return features @ (weight / weight.norm(dim=1, keepdim=True) ** 0.7).T
+    logits = features @ weight.T + bias
+    return logits * scales if head == "lws" else logits
+
+
+@pytest.mark.parametrize("head", [None, "linear", "tau_norm", "crt", "lws"])
+def test_a_published_head_computes_what_the_authors_files_say(head, small, cache):
+    server, states, scales, paths = small
+    options = {"tau": 0.7} if head == "tau_norm" else {}
+    model = timm.create_model(NAME, pretrained=True, head=head, **options).eval()
+    own = head if head in paths else "linear"
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = head_logits(head, states[own], cifar_logits(states[own], images), scales)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    # One file went over the wire, and lies under a name of its own.
+    assert [request.path for request in server.requests] == [paths[own]]
+    assert [p.name for p in cache.glob("*.pth")] == [cached_name(server.url(paths[own]))]
+    assert "state_dict" not in model.pretrained_cfg
+    again = timm.create_model(NAME, pretrained=True, head=head, **options).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+    assert len(server.requests) == 1
+
+
+def test_files_with_one_basename_do_not_mix(small, cache):
+    server, states, _, _ = small
+    for head in ("crt", "linear", "lws"):
+        model = timm.create_model(NAME, pretrained=True, head=head)
+        for key in ("bn1.running_mean", "fc.weight"):
+            assert torch.equal(model.state_dict()[key], states[head][key]), head
+    assert len(server.requests) == len(list(cache.glob("*.pth"))) == 3
+
+
+def test_a_head_with_its_own_statistics_is_not_swapped_for_another(small):
+    model = timm.create_model(NAME, pretrained=True, head="crt")
+    joint = timm.create_model(NAME, pretrained=True)
+    other = timm_lt.create_head("linear", 64, 10)
+    with pytest.raises(UsageError, match=r"own batch-norm statistics.*create the model again"):
+        timm_lt.set_head(model, other)
+    crt = model.get_classifier()
+    timm_lt.set_head(joint, crt)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(joint.eval()(images), model.eval()(images))
+
+
+def test_other_uses_of_a_published_name(small):
+    _, states, _, _ = small
+    features = timm.create_model(NAME, pretrained=True, features_only=True, head="lws")
+    mean = features.state_dict()["bn1.running_mean"]
+    assert torch.equal(mean, states["lws"]["bn1.running_mean"])
+    headless = timm.create_model(NAME, pretrained=True, num_classes=0)
+    assert torch.equal(headless.conv1.weight, states["linear"]["conv1.weight"])
+    grey = timm.create_model(NAME, pretrained=True, in_chans=1, head="tau_norm")
+    expected = states["linear"]["conv1.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(grey.conv1.weight, expected)
+    seven = timm.create_model(NAME, pretrained=True, num_classes=7, head="lws")
+    assert seven.get_classifier().weight.shape == (7, 64)
+    with pytest.raises(UsageError, match="not fitted"):
+        seven.eval()(torch.zeros(1, 3, 32, 32))
+    counts = list(range(1, 11))
+    model = timm.create_model(NAME, pretrained=True, head="logit_adjusted", class_counts=counts)
+    assert model.get_classifier().is_fitted()
+
+
+def test_a_mistake_shows_before_anything_is_downloaded(small, monkeypatch):
+    server, _, _, _ = small
+    for options, message in (
+        ({"head": "tau"}, "unknown head 'tau'"),
+        ({"head": "tau_norm", "tau": -1}, "tau must be"),
+        ({"head": "lws", "scale_bias": False}, "published lws head .* scale_bias=True"),
+        ({"head": "tau_norm", "taux": 1}, "'taux'"),
+        ({"colour": 1}, "'colour'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            timm_lt.create_model(NAME, True, **options)
+    publish(monkeypatch, "lt_resnet32.cifar100_lt", {"linear": server.url("/a/models/net.pth")})
+    with pytest.raises(UsageError, match=r"no published crt head \(published: linear\)"):
+        timm.create_model("lt_resnet32.cifar100_lt", pretrained=True, head="crt")
+    assert server.requests == []
+
+
+def test_an_interrupted_download_goes_on(small, cache):
+    server, states, _, _ = small
+    server.answers = [Answer(cut=100_000)]
+    model = timm.create_model(NAME, pretrained=True)
+    assert torch.equal(model.fc.weight, states["linear"]["fc.weight"])
+    assert [request.range for request in server.requests] == [None, "bytes=100000-"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TIMM_LT_EVIL"],)
+
+
+def without(state, key):
+    return {k: v for k, v in state.items() if k != key}
+
+
+def damaged(how, state):
+    """A file that is wrong in one way."""
+    good = authors_file(state, old=True)
+    new = authors_file(state)
+    bad_width = {**state, "fc.weight": torch.zeros(10, 65)}
+    state_100 = {**state, "fc.weight": torch.zeros(100, 64), "fc.bias": torch.zeros(100)}
+    infinite = {**state, "fc.bias": torch.full((10,), torch.inf)}
+    plain = io.BytesIO()
+    torch.save([1, 2], plain)
+    return {
+        "truncated": lambda: good[: len(good) // 2],
+        "truncated zip": lambda: new[: len(new) // 2],
+        "empty": lambda: b"",
+        "a web page": lambda: b"<html>404</html>",
+        "a list": plain.getvalue,
+        "a class": lambda: authors_file(state, best_acc=Evil()),
+        "a class, old": lambda: authors_file(state, best_acc=Evil(), old=True),
+        "bare pickle": lambda: pickle.dumps({"state_dict_best": Evil()}),
+        "another number of classes": lambda: authors_file(state_100),
+        "a missing tensor": lambda: authors_file(without(state, "layer2.0.bn1.running_var")),
+        "a foreign tensor": lambda: authors_file({**state, "layer9.weight": torch.zeros(1)}),
+        "another width": lambda: authors_file(bad_width),
+        "not finite": lambda: authors_file(infinite),
+        "no classifier": lambda: authors_file(state, state_dict_best={"feat_model": state}),
+        "text for a tensor": lambda: authors_file({**state, "conv1.weight": "much"}),
+        "tampered zip": lambda: tampered(new),
+    }[how]()
+
+
+def tampered(content):
+    """A zip archive whose stored tensor was changed after it was written."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    changed = bytearray(content)
+    changed[entry.header_offset + 200 : entry.header_offset + 204] = b"\xff\xff\xff\x7f"
+    return bytes(changed)
+
+
+BAD_FILES = {
+    "truncated": "truncated|no whole checkpoint",
+    "truncated zip": "truncated",
+    "empty": "truncated|no whole",
+    "a web page": "no pickle of only tensors",
+    "a list": "holds a list, not a checkpoint",
+    "a class": "asks for .*mkdir",
+    "a class, old": "asks for .*mkdir",
+    "bare pickle": "asks for .*mkdir|only tensors",
+    "another number of classes": "has 100 classes, lt_resnet32.cifar10_lt 10",
+    "a missing tensor": "lacks layer2.0.bn1.running_var$",
+    "a foreign tensor": "it has layer9.weight$",
+    "another width": r"fc.weight is \(10, 65\), not \(10, 64\)",
+    "not finite": "fc.bias that are not finite",
+    "no classifier": "no state_dict_best with feat_model and classifier",
+    "text for a tensor": "a str under 'module.conv1.weight'",
+    "tampered zip": "not finite|no whole checkpoint",
+}
+
+
+@pytest.mark.parametrize("how", BAD_FILES)
+def test_a_bad_file_is_one_clear_error_and_is_not_kept(how, small, cache, tmp_path, monkeypatch):
+    server, states, _, paths = small
+    monkeypatch.setenv("TIMM_LT_EVIL", str(tmp_path / "evil"))
+    server.files[paths["linear"]] = damaged(how, states["linear"])
+    with pytest.raises(UsageError, match=BAD_FILES[how]) as caught:
+        timm.create_model(NAME, pretrained=True, head="tau_norm")
+    message = str(caught.value)
+    assert server.url(paths["linear"]) in message
+    assert "\n" not in message
+    assert len(message) < 500
+    assert not (tmp_path / "evil").exists()
+    assert not [p for p in cache.iterdir() if not fnmatch.fnmatch(p.name, "*.lock")]
+    # The right file is taken as soon as it is there.
+    server.files[paths["linear"]] = authors_file(states["linear"])
+    timm.create_model(NAME, pretrained=True, head="tau_norm")
+
+
+@pytest.mark.parametrize("how", BAD_FILES)
+def test_a_bad_local_file_is_one_clear_error(how, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_LT_EVIL", str(tmp_path / "evil"))
+    path = tmp_path / "net.pth"
+    path.write_bytes(damaged(how, random_state("lt_resnet32", 10)))
+    overlay = {"file": str(path)}
+    with pytest.raises(UsageError, match=BAD_FILES[how]) as caught:
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_file_damaged_in_the_cache_says_what_to_do(small, cache):
+    timm.create_model(NAME, pretrained=True)
+    (path,) = cache.glob("*.pth")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"delete .*net.* to download it again"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_local_files_of_every_layout(tmp_path):
+    state = random_state("lt_resnet32", 10)
+    layouts = {
+        "authors.pth": authors_file(state),
+        "bare.pth": saved(state),
+        "parallel.pth": saved({f"module.{key}": value for key, value in state.items()}),
+        "timm.pth.tar": saved({"epoch": 3, "arch": "lt_resnet32", "state_dict": state}),
+        "ema.pth": saved(
+            {"state_dict": random_state("lt_resnet32", 10, 5), "state_dict_ema": state}
+        ),
+    }
+    for name, content in layouts.items():
+        (tmp_path / name).write_bytes(content)
+        overlay = {"file": str(tmp_path / name)}
+        model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, head="crt")
+        assert torch.equal(model.fc.weight, state["fc.weight"]), name
+        assert torch.equal(model.bn1.running_var, state["bn1.running_var"]), name
+    (tmp_path / "lws.pth").write_bytes(authors_file(state, torch.ones(10)))
+    overlay = {"file": str(tmp_path / "lws.pth")}
+    for head in (None, "tau_norm", "crt"):
+        with pytest.raises(UsageError, match="learned scales of an lws head: pass head='lws'"):
+            timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, head=head)
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, head="lws")
+    assert torch.equal(model.fc.scale, torch.ones(10))
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def resnext_features(state, images):
+    """ResNeXt-50 32x4d written out: the oracle."""
+
+    def bn(x, name):
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = F.relu(bn(F.conv2d(images, state["conv1.weight"], stride=2, padding=3), "bn1"))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(bn(F.conv2d(x, state[f"{at}.conv1.weight"]), f"{at}.bn1"))
+            y = F.conv2d(y, state[f"{at}.conv2.weight"], stride=stride, padding=1, groups=32)
+            y = F.conv2d(F.relu(bn(y, f"{at}.bn2")), state[f"{at}.conv3.weight"])
+            y = bn(y, f"{at}.bn3")
+            if block == 0:
+                x = F.conv2d(x, state[f"{at}.downsample.0.weight"], stride=stride)
+                x = bn(x, f"{at}.downsample.1")
+            x = F.relu(x + y)
+    return x.mean((2, 3))
+
+
+@pytest.mark.slow
+def test_the_call_of_the_readme_at_full_size(monkeypatch, cache):
+    """``lt_resnext50.imagenet_lt``, 1,000 classes, 100 MB files in the authors' old format."""
+    name, state = "lt_resnext50.imagenet_lt", random_state("lt_resnext50", 1000)
+    states = {"linear": state, "crt": moved(state, 1)}
+    files = {f"/{head}.pth": authors_file(s, old=True) for head, s in states.items()}
+    images = torch.randn(2, 3, 64, 64)
+    with FileServer(files) as server:
+        publish(monkeypatch, name, {head: server.url(f"/{head}.pth") for head in states})
+        for head, options in (("tau_norm", {"tau": 0.7}), ("crt", {})):
+            model = timm.create_model(name, pretrained=True, head=head, **options).eval()
+            used = states["crt" if head == "crt" else "linear"]
+            with torch.no_grad():
+                expected = head_logits(head, used, resnext_features(used, images), None)
+                torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
