@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from authors import authors_file, moved, random_state, saved
 from loopback import Answer, FileServer
 from timm.models import _registry
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -173,61 +174,6 @@ def test_the_cifar_resnet_is_registered():
 
 
 # ---- weights ------------------------------------------------------------------------------------
-
-
-def random_state(architecture, num_classes, seed=0):
-    """A state dict as training leaves it: random weights and statistics."""
-    torch.manual_seed(seed)
-    state = ARCHITECTURES[architecture].build(num_classes=num_classes).state_dict()
-    for key, value in state.items():
-        if key.endswith(("running_mean", "bias")):
-            value.normal_(std=0.1)
-        elif key.endswith("running_var"):
-            value.uniform_(0.5, 1.5)
-        elif key.endswith("num_batches_tracked"):
-            value.fill_(90)
-    return state
-
-
-def authors_file(state, scales=None, *, old=False, **changes):
-    """A checkpoint as the authors' code saves it, in bytes."""
-    classifier = {f"module.{key}": state[key] for key in ("fc.weight", "fc.bias")}
-    if scales is not None:
-        classifier["module.scales"] = scales
-    content = {
-        "epoch": 90,
-        "best_epoch": 88,
-        "state_dict_best": {
-            "feat_model": {f"module.{k}": v for k, v in state.items() if not k.startswith("fc.")},
-            "classifier": classifier,
-        },
-        "best_acc": 0.444,
-        "centroids": None,
-        **changes,
-    }
-    buffer = io.BytesIO()
-    # The files are from 2019: before torch saved zip archives.
-    torch.save(content, buffer, _use_new_zipfile_serialization=not old)
-    return buffer.getvalue()
-
-
-def moved(state, seed):
-    """The same backbone after the classifier stage: other statistics, another classifier."""
-    other = random_state_like(state, seed)
-    return {
-        key: other[key] if "running" in key or key.startswith("fc.") else value
-        for key, value in state.items()
-    }
-
-
-def random_state_like(state, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.rand(value.shape, generator=generator) + 0.2
-        if value.is_floating_point()
-        else value
-        for key, value in state.items()
-    }
 
 
 def publish(monkeypatch, name, urls):
@@ -517,12 +463,6 @@ def test_local_files_of_every_layout(tmp_path):
             timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, head=head)
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, head="lws")
     assert torch.equal(model.fc.scale, torch.ones(10))
-
-
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def resnext_features(state, images):

@@ -1,27 +1,41 @@
 """The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``."""
 
 import argparse
+import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import timm
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 import timm_lt
 import train_lt
-from timm_lt.checkpoint import METRICS, CheckpointInfo, load_head, read_checkpoint, save_checkpoint
+from timm_lt.checkpoint import (
+    CONFIG,
+    METRICS,
+    CheckpointInfo,
+    load_heads,
+    read_checkpoint,
+    save_checkpoint,
+)
+from timm_lt.console import start_logging
+from timm_lt.convert import convert_checkpoint
 from timm_lt.data import list_augmentations
 from timm_lt.files import read_json, write_json
-from timm_lt.heads import get_head
+from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
+from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import shipped_recipes
-from timm_lt.registry import UsageError
-from timm_lt.run_folder import ENTRIES, LOGS, RECIPE, STATE
+from timm_lt.registry import UsageError, unknown_name
+from timm_lt.run_folder import CARD, CHECKPOINT_ENTRIES, RECIPE, new_folder
 
+# argparse has no public name for what add_subparsers returns.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -57,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Names the registered parts. Example: timm-lt list",
     )
     listing.set_defaults(command=list_parts)
+    _add_pack(commands)
+    _add_fold(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_pack(commands: Commands) -> None:
     pack = commands.add_parser(
         "pack",
         help="write a smaller copy of a run's checkpoint",
@@ -70,7 +91,64 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the tensors")
     pack.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
     pack.set_defaults(command=pack_checkpoint)
-    return parser
+
+
+def _add_fold(commands: Commands) -> None:
+    fold = commands.add_parser(
+        "fold",
+        help="write a head as a plain timm checkpoint, or ONNX, to ship",
+        description=(
+            "Folds a head into a plain classifier and writes what plain timm loads, without "
+            "timm_lt. What was written is loaded again and compared. Example: timm-lt fold "
+            "output/lt_test_resnet.glyph_lt ship --head tau_norm --option tau=0.7 --onnx"
+        ),
+    )
+    fold.add_argument("source", help="folder of a decoupled checkpoint, or a pretrained name")
+    fold.add_argument("destination", type=Path, help="folder to write; must not exist")
+    fold.add_argument(
+        "--head",
+        nargs="+",
+        default=["linear"],
+        metavar="NAME",
+        help="head to fold, the joint classifier unless given; several go to DESTINATION/NAME",
+    )
+    fold.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the head that takes the place of the stored one; may be repeated",
+    )
+    fold.add_argument("--onnx", action="store_true", help="write model.onnx as well")
+    fold.add_argument("--overwrite", action="store_true", help="replace a folded checkpoint there")
+    fold.set_defaults(command=fold_checkpoint)
+
+
+def _add_convert(commands: Commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write weights of another project as a decoupled checkpoint",
+        description=(
+            "Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict, and "
+            "writes a decoupled checkpoint. Examples: timm-lt convert lt_resnext50.imagenet_lt "
+            "x50; timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth"
+        ),
+    )
+    convert.add_argument("source", help="a published name, a URL, or a file")
+    convert.add_argument("destination", type=Path, help="folder to write; must not exist")
+    convert.add_argument("--model", help="the architecture; found by itself where it can be")
+    convert.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME=URL_OR_FILE",
+        help="a head from a file with the same backbone; may be repeated",
+    )
+    convert.add_argument(
+        "--class-counts", type=Path, help="JSON list of the training images of each class"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
+    convert.set_defaults(command=convert_weights)
 
 
 def list_parts(_: argparse.Namespace) -> None:
@@ -95,36 +173,23 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
     """Writes a checkpoint again in another type, with its reports but no training state."""
     source, destination = arguments.source, arguments.destination
     info = read_checkpoint(source)
-    if destination.exists():
-        if not arguments.overwrite:
-            raise UsageError(f"{destination} exists; replace it with --overwrite")
-        if destination.resolve() == source.resolve():
-            raise UsageError("source and destination are the same folder")
-        read_checkpoint(destination)  # Refuses to delete anything else than a checkpoint.
-        foreign = {path.name for path in destination.iterdir()} - (ENTRIES - {STATE, LOGS})
-        if foreign:
-            raise UsageError(f"{destination} holds more than a checkpoint: {sorted(foreign)}")
-    with tempfile.TemporaryDirectory(dir=_existing_parent(destination)) as scratch:
-        packed = Path(scratch) / "packed"
-        _pack(source, packed, info, DTYPES[arguments.dtype])
-        if destination.exists():
-            shutil.rmtree(destination)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        packed.rename(destination)
-    print(f"wrote {destination}")  # noqa: T201
+    _check_other_folder(source, destination)
+    with new_folder(destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite) as folder:
+        _pack(source, folder, info, DTYPES[arguments.dtype])
+    _say(f"wrote {destination}")
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.resolve().parents if parent.is_dir())
+def _check_other_folder(source: Path, destination: Path) -> None:
+    if destination.exists() and destination.resolve() == source.resolve():
+        raise UsageError("source and destination are the same folder")
 
 
 def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dtype) -> None:
     model = timm_lt.create_model(f"local-dir:{source}")
-    classifier = get_head(model)
     save_checkpoint(
         destination,
         model,
-        heads={name: load_head(source, name, classifier) for name in info.heads},
+        heads={name: load_heads(source, name, model) for name in info.heads},
         class_counts=info.class_counts,
         metrics={name: entry.metrics for name, entry in info.heads.items()},
         label_names=info.label_names,
@@ -134,8 +199,91 @@ def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dt
         # The digests are those of the logits in full precision.
         metrics = read_json(source / METRICS)
         write_json(destination / METRICS, {k: v for k, v in metrics.items() if k != DIGESTS})
-    for name in (RECIPE, "README.md"):
+    for name in (RECIPE, CARD):
         if (source / name).is_file():
             shutil.copy2(source / name, destination / name)
     if (source / "plots").is_dir():
         shutil.copytree(source / "plots", destination / "plots")
+
+
+def fold_checkpoint(arguments: argparse.Namespace) -> None:
+    """Writes heads of a checkpoint as plain timm checkpoints, each compared after it is read."""
+    source, destination, names = arguments.source, arguments.destination, arguments.head
+    options = _options(arguments.option)
+    is_folder = Path(source).is_dir()
+    if is_folder:
+        _check_other_folder(Path(source), destination)
+    elif source not in timm.list_pretrained("lt_*"):
+        raise unknown_name("checkpoint (and no such folder):", source, timm.list_pretrained("lt_*"))
+    labels = read_checkpoint(source).label_names if is_folder else None
+    name = f"{LOCAL_DIR}{source}" if is_folder else source
+    targets = {head: destination / head for head in names} if len(names) > 1 else {}
+    for head, target in (targets or {names[0]: destination}).items():
+        model = timm_lt.create_model(name, True, head=head, **options)
+        with new_folder(target, FOLDED_ENTRIES, overwrite=arguments.overwrite) as folder:
+            report = write_folded(folder, model, onnx=arguments.onnx, label_names=labels)
+        same = "the same logits" if report.exact else "the same predictions"
+        _say(f"{target}: {head} folded, {same}; {_differences(report)}")
+        architecture = read_json(target / CONFIG)["architecture"]
+        if architecture.startswith("lt_"):
+            _say(f"timm has no {architecture}: import timm_lt before timm loads it")
+
+
+def _differences(report: FoldReport) -> str:
+    text = f"read back by plain timm, logits differ by {report.difference:.1g} of the largest"
+    if report.onnx_difference is not None:
+        text += f", in onnxruntime by {report.onnx_difference:.1g}"
+    return text
+
+
+def _options(texts: list[str]) -> dict[str, object]:
+    """Parses ``KEY=VALUE`` arguments; values are written as in YAML."""
+    options = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise UsageError(f"--option takes KEY=VALUE, e.g. tau=0.7, got {text!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--option {text!r}: the value cannot be read") from error
+    return options
+
+
+def convert_weights(arguments: argparse.Namespace) -> None:
+    """Writes the weights of another project as a decoupled checkpoint."""
+    start_logging()
+    heads = {}
+    for text in arguments.head:
+        name, equals, place = text.partition("=")
+        if not (name and equals and place):
+            raise UsageError(f"--head takes NAME=URL_OR_FILE, got {text!r}")
+        heads[name] = place
+    counts = None
+    if arguments.class_counts is not None:
+        counts = _class_counts(arguments.class_counts)
+    with new_folder(
+        arguments.destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite
+    ) as folder:
+        done = convert_checkpoint(
+            arguments.source, folder, model=arguments.model, heads=heads, class_counts=counts
+        )
+    known = {"given": "as given", "in the file": "as the file says"}.get(done.found, done.found)
+    _say(
+        f"{arguments.destination}: {done.name} ({known}), {done.num_classes} classes, heads "
+        f"{', '.join(done.heads)}"
+    )
+
+
+def _class_counts(path: Path) -> list[int]:
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
+    if not isinstance(counts, list) or not all(type(n) is int for n in counts):
+        raise UsageError(f"--class-counts {path} must hold a JSON list of integers, one a class")
+    return counts
+
+
+def _say(line: str) -> None:
+    print(line)  # noqa: T201

@@ -2,28 +2,34 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
+from timm_lt.checkpoint import CONFIG
 from timm_lt.files import write_atomic
 from timm_lt.registry import UsageError
 
 RECIPE = "recipe.yaml"
 STATE = "state"
 LOGS = "logs"
+CARD = "README.md"
 # Everything that a run writes; a folder with anything else in it is never deleted.
 ENTRIES = {
     RECIPE,
     STATE,
     LOGS,
-    "config.json",
+    CONFIG,
     "model.safetensors",
     "heads",
     "metrics.json",
     "plots",
-    "README.md",
+    CARD,
 }
+# What is left of it without the training state.
+CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
 
 
 def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool) -> None:
@@ -86,6 +92,46 @@ def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
         write_atomic(folder / RECIPE, recipe)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_folder(destination: Path, names: Set[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the destination's place when the block ends well.
+
+    Args:
+        destination: What is written. If it is there, it may hold nothing but what such a command
+            writes.
+        names: Files and folders that such a command writes, ``config.json`` among them.
+        overwrite: The destination may be replaced.
+
+    Raises:
+        UsageError: If the destination is there and may not be replaced, or cannot be written.
+    """
+    if destination.exists():
+        if not overwrite:
+            raise UsageError(f"{destination} exists; replace it with --overwrite")
+        if not destination.is_dir():
+            raise UsageError(f"{destination} is a file, not a folder")
+        inside = {path.name for path in destination.iterdir()}
+        foreign = sorted(inside - names) or (
+            [] if CONFIG in inside or not inside else ["no config"]
+        )
+        if foreign:
+            raise UsageError(
+                f"{destination} holds more than a checkpoint, or none: {', '.join(foreign[:3])}"
+            )
+    parent = next(parent for parent in destination.resolve().parents if parent.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{destination.name}.") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            if destination.exists():
+                destination.rename(Path(scratch) / "old")
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            new.rename(destination)
+    except OSError as error:
+        raise UsageError(f"{destination} cannot be written: {error.strerror or error}") from error
 
 
 def _temporaries(folder: Path) -> list[Path]:

@@ -91,15 +91,14 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         raise UsageError(f"{name} is no whole safetensors file: {error}") from error
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(name, error) from error
-
-
-def _damaged(name: str, error: Exception) -> UsageError:
-    if isinstance(error, UsageError):
-        return error
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UsageError(f"{name} is no whole checkpoint, it may be truncated: {reason[:200]}")
+    except UsageError:
+        raise
+    except Exception as error:
+        # Half a pickle may raise anything.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{name} is no whole checkpoint, it may be truncated: {reason[:200]}"
+        ) from error
 
 
 def _refusal(error: Exception) -> str:

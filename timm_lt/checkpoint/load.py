@@ -44,6 +44,22 @@ def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: A
     return _load_heads(info, name, {"": classifier}, options)[""]
 
 
+def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) -> dict[str, Head]:
+    """Loads a head of a checkpoint for each classifier of a model that has the checkpoint's.
+
+    Returns:
+        Heads by the path of their classifier; the model stays as it is.
+
+    Raises:
+        UsageError: As :func:`load_head`.
+    """
+    classifiers = get_heads(model)
+    if len(classifiers) > 1:
+        return _load_heads(read_checkpoint(folder), name, classifiers, options)
+    path, classifier = next(iter(classifiers.items()))
+    return {path: load_head(folder, name, classifier, **options)}
+
+
 def load_model_head(folder: str | Path, model: nn.Module, name: str, **options: Any) -> nn.Module:
     """Puts a head of a checkpoint on a model that carries the checkpoint's joint classifier.
 
@@ -53,11 +69,7 @@ def load_model_head(folder: str | Path, model: nn.Module, name: str, **options: 
     Raises:
         UsageError: As :func:`load_head`.
     """
-    classifiers = get_heads(model)
-    if len(classifiers) == 1:
-        path, classifier = next(iter(classifiers.items()))
-        return set_head(model, {path: load_head(folder, name, classifier, **options)})
-    return set_head(model, _load_heads(read_checkpoint(folder), name, classifiers, options))
+    return set_head(model, load_heads(folder, name, model, **options))
 
 
 def _load_heads(

@@ -205,10 +205,13 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
             )
 
 
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
 def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
     stored = {}
-    for key, value in tensors.items():
-        tensor = value.detach().cpu().contiguous()
+    for key, tensor in _contiguous(tensors).items():
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if not torch.equal(stored[key].isfinite(), tensor.isfinite()):
             raise UsageError(f"{key} of {what} is beyond the range of {dtype}")
@@ -244,8 +247,49 @@ def _timm_config(plain: nn.Module, block: dict[str, Any]) -> str:
         json.dumps(block, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"metrics or a head's selection cannot be JSON: {error}") from error
-    labels = {"label_names": block["label_names"]} if block["label_names"] else {}
+    return _config_text(plain, block["label_names"], {"timm_lt": block})
+
+
+def _config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str, Any]) -> str:
+    labels = {"label_names": label_names} if label_names else {}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
-        save_config_for_hf(plain, str(path), model_config={"timm_lt": block, **labels})
+        save_config_for_hf(plain, str(path), model_config={**more, **labels})
         return path.read_text(encoding="utf-8") + "\n"
+
+
+def save_plain(
+    folder: str | Path, model: nn.Module, *, label_names: list[str] | None = None
+) -> Path:
+    """Writes a model with its heads folded as an ordinary timm checkpoint, without heads.
+
+    Args:
+        folder: Where to write; made if missing.
+        model: The model, with a head that can be folded.
+        label_names: Class names in label order, (C,).
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: If a head is not fitted or cannot be folded, or needs a bias where timm's model
+            has none; nothing is written then.
+    """
+    folder = Path(folder)
+    plain = _plain_copy(model)
+    for path, head in get_heads(model).items():
+        folded = plain.get_submodule(path)
+        if head.bias is None and folded.bias is not None:
+            raise UsageError(
+                f"the folded head needs a bias, but the classifier {path!r} of timm's "
+                f"{type(model).__name__} has none, so timm could not load it"
+            )
+        if head.bias is not None and folded.bias is None:
+            # timm loads strictly: the key must be there.
+            zeros = torch.zeros(head.out_features, dtype=folded.weight.dtype)
+            folded.register_parameter("bias", nn.Parameter(zeros))
+    content = safetensors.torch.save(_contiguous(plain.state_dict()))
+    config = _config_text(plain, label_names, {})
+    write_atomic(folder / WEIGHTS, content)
+    write_atomic(folder / CONFIG, config)
+    return folder

@@ -1,0 +1,212 @@
+"""Folded models on disk: plain timm and onnxruntime load what ``timm-lt fold`` writes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import fill
+from torch import nn
+
+import timm_lt
+from timm_lt.cli import main
+from timm_lt.folding import write_folded
+from timm_lt.heads import HEADS, find_classifiers, get_heads
+from timm_lt.published import CHECKPOINTS
+from timm_lt.registry import UsageError
+
+PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
+
+
+def images(channels=3, pixels=32, number=5):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(number, channels, pixels, pixels, generator=generator)
+
+
+def plain_logits(folder, x):
+    """By a process that has never heard of timm_lt."""
+    script = (
+        "import sys, numpy, timm, torch\n"
+        f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+        f"x = torch.from_numpy(numpy.load(r'{folder}/x.npy'))\n"
+        f"numpy.save(r'{folder}/y.npy', model(x).detach().numpy())\n"
+        "assert 'timm_lt' not in sys.modules\n"
+    )
+    np.save(folder / "x.npy", x.numpy())
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+    return torch.from_numpy(np.load(folder / "y.npy"))
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_plain_timm_and_onnxruntime_load(tmp_path, capsys):
+    arguments = ["--head", "tau_norm", "--option", "tau=0.4", "--onnx"]
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 0
+    assert "tau_norm folded, the same logits" in capsys.readouterr().out
+    model = timm_lt.create_model(f"local-dir:{PACKAGED}", head="tau_norm", tau=0.4).eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(plain_logits(tmp_path / "ship", x), expected, rtol=1e-4, atol=1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "ship" / "model.onnx")
+    for number in (1, 5):
+        (logits,) = session.run(["logits"], {"images": x[:number].numpy()})
+        np.testing.assert_allclose(logits, expected[:number].numpy(), rtol=1e-3, atol=1e-4)
+    config = json.loads((tmp_path / "ship" / "config.json").read_text())
+    assert "timm_lt" not in config
+    assert len(config["label_names"]) == 100
+
+
+def test_several_heads_get_a_folder_each(tmp_path, capsys):
+    heads = ["crt", "lws", "ncm", "logit_adjusted"]
+    assert main(["fold", "lt_test_resnet.glyph_lt", str(tmp_path), "--head", *heads]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    for head in heads:
+        model = timm_lt.create_model(f"local-dir:{PACKAGED}", head=head).eval()
+        plain = timm.create_model(f"local-dir:{tmp_path / head}", pretrained=True).eval()
+        assert type(plain.fc) is nn.Linear
+        with torch.no_grad():
+            logits, expected = plain(images()), model(images())
+        assert torch.equal(logits.argmax(1), expected.argmax(1))
+        if head != "ncm":
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_head_is_the_joint_classifier(tmp_path, capsys):
+    assert main(["fold", str(PACKAGED), str(tmp_path / "joint")]) == 0
+    with torch.no_grad():
+        found = timm.create_model(f"local-dir:{tmp_path / 'joint'}", pretrained=True).eval()
+        wanted = timm.create_model(f"local-dir:{PACKAGED}", pretrained=True).eval()
+        assert torch.equal(found(images()), wanted(images()))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["fold", str(PACKAGED), str(tmp_path / "joint"), "--head", "crt"]) == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert main(["fold", str(PACKAGED), str(tmp_path / "joint"), "--overwrite"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+SMALL = {"num_classes": 6}
+DISTILLED = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, **SMALL}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("deit_tiny_distilled_patch16_224", DISTILLED),
+        ("repvit_m0_9", {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 1, 1), **SMALL}),
+        ("dla46_c", SMALL),
+        ("resnetv2_18", {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 32), **SMALL}),
+        ("test_vit", SMALL),
+        ("test_resnet", {"in_chans": 1, **SMALL}),
+    ],
+)
+@pytest.mark.parametrize("head", ["tau_norm", "lws", "ncm"])
+def test_every_kind_of_classifier_goes_through_checkpoint_and_fold(
+    name, arguments, head, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    for classifier in find_classifiers(model).values():
+        nn.init.normal_(classifier.weight)
+        nn.init.normal_(classifier.bias)
+    fitted = {
+        path: fill(HEADS[head].from_classifier(classifier))
+        for path, classifier in get_heads(model).items()
+    }
+    only = next(iter(fitted.values())) if len(fitted) == 1 else fitted
+    timm_lt.save_checkpoint(tmp_path / "run", model, heads={"x": only}, class_counts=[5] * 6)
+    timm_lt.set_head(model, fitted)
+    loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'run'}", head="x").eval()
+    pixels = arguments.get("img_size", model.pretrained_cfg["input_size"][-1])
+    x = images(arguments.get("in_chans", 3), pixels, number=2)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(loaded(x), expected)
+        assert main(["fold", str(tmp_path / "run"), str(tmp_path / "ship"), "--head", "x"]) == 0
+        plain = timm.create_model(f"local-dir:{tmp_path / 'ship'}", pretrained=True).eval()
+        if head == "ncm":
+            assert "the same predictions" in capsys.readouterr().out
+            # Cosines of two classifiers are not weighted as their folded logits are.
+            assert len(fitted) > 1 or torch.equal(plain(x).argmax(1), expected.argmax(1))
+        else:
+            torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_difference_is_an_error_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """Breaks the fold on purpose: the command must notice by itself."""
+    fold = HEADS["lws"].fold
+
+    def wrong(self):
+        plain = fold(self)
+        plain.weight.data[0] *= 3
+        return plain
+
+    monkeypatch.setattr(HEADS["lws"], "fold", wrong)
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--head", "lws"]) == 2
+    assert "gives other logits than the model with the head" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_of_a_head_that_normalises_are_compared(tmp_path, capsys, monkeypatch):
+    fold = HEADS["ncm"].fold
+
+    def wrong(self):
+        plain = fold(self)
+        plain.weight.data = plain.weight.data.roll(1, 0)
+        return plain
+
+    monkeypatch.setattr(HEADS["ncm"], "fold", wrong)
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--head", "ncm"]) == 2
+    assert "predicts other classes" in capsys.readouterr().err
+
+
+def test_what_cannot_be_folded_says_so(tmp_path):
+    model = timm_lt.create_model("test_resnet", num_classes=4)
+    head = fill(timm_lt.create_head("ncm", 96, 4, metric="euclidean", features="l2"))
+    with pytest.raises(UsageError, match="not linear in the features"):
+        write_folded(tmp_path, timm_lt.set_head(model, head))
+    with pytest.raises(UsageError, match="not fitted yet"):
+        write_folded(tmp_path, timm_lt.create_model("test_resnet", num_classes=4, head="lws"))
+    # A classifier without a bias cannot hold the adjustment, and timm would not load one.
+    bare = timm.create_model("test_resnet", num_classes=4)
+    bare.fc = nn.Linear(96, 4, bias=False)
+    timm_lt.set_head(bare, "logit_adjusted", class_counts=[1, 2, 3, 4])
+    with pytest.raises(UsageError, match="needs a bias, but the classifier 'fc' of timm's ResNet"):
+        write_folded(tmp_path, bare)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("timm_lt.folding.importlib.util.find_spec", lambda name: None)
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--onnx"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'timm_lt[onnx]'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "x"], ["no such folder", "lt_test_resnet.glyph_lt"]),
+        ([str(PACKAGED), "x", "--head", "nc"], ["did you mean 'ncm'"]),
+        ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau"], ["KEY=VALUE"]),
+        ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=-1"], ["tau must be"]),
+        ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=["], ["cannot be read"]),
+        ([str(PACKAGED), "x", "--head", "crt", "--option", "tau=1"], ["no option 'tau'"]),
+        ([str(PACKAGED), str(PACKAGED), "--overwrite"], ["same folder"]),
+        ([str(PACKAGED), "thesis", "--overwrite"], ["holds more than a checkpoint", "a.tex"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("precious")
+    assert main(["fold", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "a.tex"]

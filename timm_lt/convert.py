@@ -1,0 +1,173 @@
+"""Converting: weights of other projects as a decoupled checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_lt.checkpoint import is_statistic, save_checkpoint
+from timm_lt.download import download
+from timm_lt.heads import HEADS, Head, classifier_name, get_head
+from timm_lt.lt_resnet import ARCHITECTURES, expected_state
+from timm_lt.pretrained import batch_norm_statistics
+from timm_lt.published import PUBLISHED
+from timm_lt.registry import UsageError
+from timm_lt.third_party import Weights, check_weights, read_weights
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        name: The model that the weights were taken for.
+        num_classes: Number of classes C.
+        heads: Heads of the checkpoint, of which ``linear`` is the joint classifier.
+        found: How the name was found: "given", "published", "in the file" or "by shape".
+    """
+
+    name: str
+    num_classes: int
+    heads: list[str]
+    found: str
+
+
+def convert_checkpoint(
+    source: str,
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    heads: Mapping[str, str] | None = None,
+    class_counts: Tensor | list[int] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Conversion:
+    """Writes the weights of another project as a decoupled checkpoint.
+
+    Args:
+        source: A published name (``lt_resnext50.imagenet_lt``: with all of its heads), a URL, or a
+            file, in one of the layouts of :func:`timm_lt.third_party.read_weights`.
+        folder: Where to write; made if missing.
+        model: The architecture, with a tag for its normalisation; None finds it: a published URL
+            says it, and so do files of timm's ``train.py``; the registered ones are known by the
+            shapes of their tensors.
+        heads: Further files with the same backbone and another classifier, URL or path by the name
+            that the head gets: a re-trained classifier (``crt``) or learned scales (``lws``), with
+            the batch-norm statistics of that file if they are others.
+        class_counts: Training images per class, (C,); None if they are not known.
+        cache_dir: Where downloads are kept; None is timm's cache.
+
+    Raises:
+        UsageError: If a file cannot be read, is of another architecture or another number of
+            classes, or a head's file has another backbone; nothing is written then.
+    """
+    published = PUBLISHED.get(source)
+    if published is not None:
+        if not published.urls:
+            where = published.folder or "no weights are published under it"
+            raise UsageError(f"{source} has no files to convert: {where}")
+        model = model or source
+        others = {name: url for name, url in published.urls.items() if name != "linear"}
+        source, heads = published.urls["linear"], {**others, **(heads or {})}
+    weights = _read(source, cache_dir)
+    name, found = (model, "given") if model else _find_name(source, weights)
+    network, expected = _network(name, weights, source)
+    check_weights(weights, expected, source, name)
+    network.load_state_dict(weights.tensors)
+    joint = get_head(network)
+    fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
+    if weights.scale is not None:
+        fitted["lws"] = _scaled(joint, weights.scale)
+    for head, place in (heads or {}).items():
+        other = _read(place, cache_dir)
+        check_weights(other, expected, place, name)
+        fitted[head] = _other_head(head, place, other, weights, network)
+    save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
+    return Conversion(name, joint.out_features, list(fitted), found)
+
+
+def _read(place: str, cache_dir: str | Path | None) -> Weights:
+    if "://" not in place:
+        return read_weights(place)
+    read: list[Weights] = []
+    path = download(
+        place, cache_dir=cache_dir, check=lambda path: read.append(read_weights(path, place))
+    )
+    return read[0] if read else read_weights(path, place)
+
+
+def _find_name(source: str, weights: Weights) -> tuple[str, str]:
+    """Finds the architecture of weights, and the tag with their number of classes."""
+    for entry in PUBLISHED.values():
+        if source in entry.urls.values():
+            return entry.name, "published"
+    if weights.architecture is not None and timm.models.is_model(weights.architecture):
+        return weights.architecture, "in the file"
+    shapes = {key: value.shape for key, value in weights.tensors.items()}
+    num_classes = len(weights.tensors.get("fc.bias", ()))
+    for architecture in ARCHITECTURES if num_classes else ():
+        expected = expected_state(architecture, num_classes)
+        if {key: value.shape for key, value in expected.items()} == shapes:
+            tags = [
+                entry.name
+                for entry in PUBLISHED.values()
+                if (entry.architecture, entry.num_classes) == (architecture, num_classes)
+            ]
+            return next(iter(tags), architecture), "by shape"
+    raise UsageError(
+        f"{source} has the tensors of none of {', '.join(ARCHITECTURES)}: say which model it is "
+        "with --model, e.g. --model convnext_tiny"
+    )
+
+
+def _network(name: str, weights: Weights, source: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Builds the model of weights and returns it with the state dict that it should have."""
+    if not timm.models.is_model(name.partition(".")[0]):
+        raise UsageError(f"unknown architecture {name!r}; timm.list_models() has all")
+    try:
+        with torch.device("meta"):
+            path = classifier_name(timm.create_model(name, num_classes=1))
+    except RuntimeError as error:
+        raise UsageError(f"model {name!r}: {error}") from error
+    rows = weights.tensors.get(f"{path}.weight")
+    if rows is None or rows.ndim == 0:
+        raise UsageError(f"{source} holds no {name}: it lacks {path}.weight")
+    published = PUBLISHED.get(name)
+    num_classes = len(rows) if published is None else published.num_classes
+    network = timm.create_model(name, num_classes=num_classes)
+    expected: dict[str, Tensor] = network.state_dict()
+    return network, expected
+
+
+def _other_head(
+    head: str, place: str, other: Weights, weights: Weights, network: nn.Module
+) -> Head:
+    """Makes a head of a file whose backbone must be that of the checkpoint."""
+    joint, path = get_head(network), classifier_name(network)
+    own = () if other.scale is not None else (f"{path}.weight", f"{path}.bias")
+    for key, value in weights.tensors.items():
+        if not is_statistic(key) and key not in own and not torch.equal(value, other.tensors[key]):
+            raise UsageError(
+                f"head {head!r} of {place} has another {key} than the checkpoint: it is another "
+                "model, convert it on its own"
+            )
+    if other.scale is not None:
+        new: Head = _scaled(joint, other.scale)
+    else:
+        new = HEADS["crt"].from_classifier(joint)
+        parts = {
+            key.removeprefix(f"{path}."): other.tensors[key] for key in own if key in other.tensors
+        }
+        new.load_state_dict({**parts, "weight": parts["weight"].flatten(1)})
+    moved = batch_norm_statistics(other.tensors)
+    if any(not torch.equal(value, weights.tensors[key]) for key, value in moved.items()):
+        new.backbone_statistics = moved
+    return new
+
+
+def _scaled(joint: nn.Linear, scale: Tensor) -> Head:
+    head = HEADS["lws"].from_classifier(joint)
+    head.load_state_dict({**head.state_dict(), "scale": scale})
+    return head

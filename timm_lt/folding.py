@@ -1,0 +1,174 @@
+"""Folded models to ship: plain timm checkpoints and ONNX files, compared after they are read back.
+
+``timm_lt.fold_head`` folds a head in memory.
+"""
+
+import copy
+import importlib.util
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from timm_lt.checkpoint import CONFIG, WEIGHTS, save_plain
+from timm_lt.heads import Head, fold_head, get_heads
+from timm_lt.registry import UsageError
+
+ONNX = "model.onnx"
+FOLDED_ENTRIES = {CONFIG, WEIGHTS, ONNX}
+IMAGES = 4
+# Largest difference of logits that rounding explains, as a share of the largest logit.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """How the written model compares with the one that it was made from, on random images.
+
+    Attributes:
+        exact: The head is linear, so logits are the same; else only the predictions are.
+        difference: Largest difference of the reloaded model's logits, as a share of the largest.
+        onnx_difference: The same for the ONNX file; None if none was written.
+    """
+
+    exact: bool
+    difference: float
+    onnx_difference: float | None = None
+
+
+def write_folded(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    onnx: bool = False,
+    label_names: list[str] | None = None,
+) -> FoldReport:
+    """Writes a model with its heads folded, reads it back with plain timm, and compares.
+
+    Args:
+        folder: Where to write ``config.json``, ``model.safetensors`` and, if asked for,
+            ``model.onnx``, which takes any number of images.
+        model: The model with a head; it stays as it is, but for its evaluation mode.
+        onnx: Write the ONNX file too; needs the packages of ``timm_lt[onnx]``.
+        label_names: Class names in label order, (C,).
+
+    Raises:
+        UsageError: If the head is not fitted or cannot be folded, if packages for ONNX are missing,
+            if the model cannot be exported, or if what was written does not compute the same.
+    """
+    folder = Path(folder)
+    if onnx:
+        _check_onnx_packages()
+    images = torch.randn(IMAGES, *_input_size(model), generator=torch.Generator().manual_seed(0))
+    heads = [head for head in get_heads(model).values() if isinstance(head, Head)]
+    exact = all(_is_linear(head) for head in heads)
+    plain = fold_head(copy.deepcopy(model).cpu().float()).eval()
+    with torch.inference_mode():
+        wanted = copy.deepcopy(model).cpu().float().eval()(images)
+        folded = plain(images)
+    _compare(f"the folded {type(model).__name__}", folded, wanted, exact=exact)
+    save_plain(folder, model, label_names=label_names)
+    try:
+        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"plain timm cannot load the folded model: {reason}") from error
+    with torch.inference_mode():
+        found = reloaded(images)
+    difference = _compare(f"the model in {folder}, loaded by timm,", found, folded, exact=True)
+    if not onnx:
+        return FoldReport(exact, difference)
+    _export(plain, images, folder / ONNX)
+    found = _run_onnx(folder / ONNX, images)
+    return FoldReport(exact, difference, _compare(f"{folder / ONNX}", found, folded, exact=True))
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Returns channels, height and width; arguments of the model come before its configuration."""
+    arguments: dict[str, Any] = getattr(model, "_model_args", {})
+    config: Any = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    height, width = to_2tuple(arguments.get("img_size", (height, width)))
+    return arguments.get("in_chans", channels), height, width
+
+
+def _is_linear(head: Head) -> bool:
+    """Returns whether a head hands its input to its weights as it is."""
+    features = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0))
+    features = features.to(head.weight)
+    return torch.equal(head.transform(features), features)
+
+
+def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool) -> float:
+    """Returns the largest difference as a share of the largest; raises if it is no rounding."""
+    scale = wanted.abs().max().clamp_min(1e-12)
+    difference = float((found - wanted).abs().max() / scale)
+    if not exact:
+        # The best class may only be another one where the two are as good as equal.
+        best, other = wanted.argmax(1, keepdim=True), found.argmax(1, keepdim=True)
+        gap = (wanted.gather(1, best) - wanted.gather(1, other)).max() / scale
+        if gap > TOLERANCE:
+            raise UsageError(f"{what} predicts other classes than the model with the head")
+    elif not difference <= TOLERANCE:
+        raise UsageError(
+            f"{what} gives other logits than the model with the head: they differ by "
+            f"{difference:.1e} of the largest"
+        )
+    return difference
+
+
+def _check_onnx_packages() -> None:
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise UsageError(f"an ONNX file needs {', '.join(missing)}: pip install 'timm_lt[onnx]'")
+
+
+def _export(model: nn.Module, images: Tensor, path: Path) -> None:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        # Its advice is about its own internals.
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+        assert program is not None
+        program.save(path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(path)
+    # One by one as well: the file must take any number of images.
+    (whole,) = session.run(None, {"images": images.numpy()})
+    (first,) = session.run(None, {"images": images[:1].numpy()})
+    _compare(
+        f"{path} for one image", torch.from_numpy(first), torch.from_numpy(whole[:1]), exact=True
+    )
+    return torch.from_numpy(whole)
