@@ -574,3 +574,58 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
 def test_wrong_option_names_the_options_of_the_head(folder):
     with pytest.raises(UsageError, match=r"no option 'taux'.*'tau_norm': tau, keep_bias"):
         load(folder, "tau_norm", taux=0.5)
+
+
+# ---- batch-norm statistics of a head ------------------------------------------------------------
+
+
+def moved_statistics(model):
+    return {
+        key: value + 1
+        for key, value in model.state_dict().items()
+        if key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["crt", "lws", "tau_norm"])
+def test_a_heads_statistics_go_into_the_backbone_and_nowhere_else(model, images, tmp_path, kind):
+    head = HEADS[kind].from_classifier(get_head(model))
+    if kind == "lws":
+        torch.nn.init.constant_(head.scale, 2.0)
+    head.backbone_statistics = moved_statistics(model)
+    joint = HEADS["linear"].from_classifier(get_head(model))
+    heads = {"moved": head, "linear": joint}
+    timm_lt.save_checkpoint(tmp_path, model, heads=heads, class_counts=COUNTS)
+    with torch.no_grad():
+        # By hand: another copy of the backbone with these buffers.
+        other = copy.deepcopy(model)
+        other.load_state_dict({**other.state_dict(), **moved_statistics(model)})
+        loaded = load(tmp_path, "moved").eval()
+        torch.testing.assert_close(loaded(images), timm_lt.set_head(other, head)(images))
+        assert not torch.allclose(loaded.bn1.running_mean, model.bn1.running_mean)
+        assert torch.equal(load(tmp_path, "linear").eval()(images), model(images))
+        assert torch.equal(load(tmp_path).eval()(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "backbone" not in k}, "should hold batch-norm"),
+        (lambda t: {**t, "backbone.fc.weight": torch.zeros(4, 96)}, "should hold batch-norm"),
+        (lambda t: {**t, "backbone.bn9.running_var": torch.ones(3)}, "bn9.running_var .* missing"),
+        (lambda t: {**t, "backbone.bn1.running_mean": torch.ones(3)}, r"bn1.running_mean is \(3,"),
+        (lambda t: {**t, "stray": torch.ones(3)}, "stray"),
+    ],
+)
+def test_statistics_that_are_not_the_models_are_refused(model, tmp_path, change, message):
+    head = HEADS["crt"].from_classifier(get_head(model))
+    head.backbone_statistics = moved_statistics(model)
+    timm_lt.save_checkpoint(tmp_path, model, heads={"crt": head}, class_counts=COUNTS)
+    path = tmp_path / "heads/crt.safetensors"
+    save_file(change(load_file(path)), path)
+    edit_config(tmp_path, "heads", "crt", sha256=sha256(path.read_bytes()))
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path, "crt")
+    edit_config(tmp_path, "heads", "crt", backbone_statistics="yes")
+    with pytest.raises(UsageError, match="backbone_statistics must be true or false, got 'yes'"):
+        load(tmp_path, "crt")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -96,5 +97,12 @@ def test_the_installed_package_needs_no_clone(tmp_path):
     arguments = ["train", "lt_test_resnet.digits_lt", "--epochs", "1", "--output", "run"]
     subprocess.run([*isolated, "-m", "timm_lt", *arguments], cwd=tmp_path, check=True)
     assert (tmp_path / "run" / "metrics.json").is_file()
-    code = "import timm, timm_lt; timm.create_model('lt_test_resnet.glyph_lt', pretrained=True)"
+    # The registry's names are made from hub_configs/, which the wheel has.
+    names = timm.list_pretrained("lt_*")
+    code = (
+        "import timm, timm_lt; timm.create_model('lt_test_resnet.glyph_lt', pretrained=True); "
+        f"assert timm.list_pretrained('lt_*') == {names!r}"
+    )
     subprocess.run([*isolated, "-c", code], cwd=tmp_path, check=True)
+    arguments = ["fold", "lt_test_resnet.glyph_lt", "ship", "--head", "crt"]
+    subprocess.run([*isolated, "-m", "timm_lt", *arguments], cwd=tmp_path, check=True)

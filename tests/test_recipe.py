@@ -271,3 +271,9 @@ def test_help_shows_the_values_of_the_recipe(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         parse_command_line("train_lt.py", [str(tmp_path / "mine.yaml"), "--help"])
     assert "default: 77" in capsys.readouterr().out
+
+
+def test_published_weights_without_a_recipe_say_so(tmp_path):
+    for name in ("lt_resnext50.imagenet_lt", "hub_configs/lt_resnext50.imagenet_lt.yaml"):
+        with pytest.raises(UsageError, match=r"is no recipe to run; load them with timm.create_mo"):
+            parse_command_line("train_lt.py", [name])

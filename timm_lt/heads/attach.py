@@ -93,7 +93,7 @@ def classifier_name(model: nn.Module) -> str:
     if len(names) > 1:
         raise UsageError(
             f"{type(model).__name__} has {len(names)} classifiers ({', '.join(names)}) where one "
-            "is needed"
+            "is needed; heads go on them by path, with timm_lt.set_head(model, {path: head, ...})"
         )
     return names[0]
 

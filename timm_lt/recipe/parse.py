@@ -38,7 +38,8 @@ def find_recipe(name: str | None) -> Path:
     Raises:
         UsageError: If there is no such file; lists the shipped recipes.
     """
-    shipped = shipped_recipes()
+    # With those that only describe published weights: reading one says what to do with it.
+    shipped = {path.stem: path for path in hub_configs()}
     if name is None:
         return shipped[DEFAULT_RECIPE]
     if Path(name).is_file():
@@ -46,7 +47,7 @@ def find_recipe(name: str | None) -> Path:
     stem = Path(name).name.removesuffix(".yaml")
     if stem in shipped and Path(name).parent in (Path(), Path("hub_configs")):
         return shipped[stem]
-    raise unknown_name("recipe (and no such file):", name, list(shipped))
+    raise unknown_name("recipe (and no such file):", name, list(shipped_recipes()))
 
 
 def load_recipe(path: Path) -> Recipe:
