@@ -571,6 +571,30 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
     assert load(folder, pretrained=False).num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"num_classes": 9}}, "has 4 classes, the classifier .* 9"),
+        ({"model_args": ["x"]}, "model_args must be an object"),
+        (
+            {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},
+            "must not have pretrained_cfg_",
+        ),
+        ({"model_args": {"cache_dir": "/"}}, "must not have cache_dir"),
+        ({"model_args": {"layers": "abc"}}, "cannot be loaded"),
+        ({"architecture": 7}, "cannot be loaded"),
+        ({"architecture": ["x"]}, "cannot be loaded"),
+        ({"pretrained_cfg": 5}, "cannot be loaded"),
+    ],
+)
+def test_a_hostile_config_is_one_clear_error(folder, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match=message) as caught:
+        load(folder, "tau_norm")
+    assert "\n" not in str(caught.value)
+
+
 def test_wrong_option_names_the_options_of_the_head(folder):
     with pytest.raises(UsageError, match=r"no option 'taux'.*'tau_norm': tau, keep_bias"):
         load(folder, "tau_norm", taux=0.5)

@@ -147,6 +147,16 @@ def test_other_layouts_and_architectures(tmp_path, capsys):
     assert "--model" in capsys.readouterr().err
 
 
+def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
+    folder, _ = files
+    arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--head"]
+    for name in ("tau_norm", "linear", "lws"):
+        assert main(["convert", *arguments, f"{name}={folder}/crt.pth"]) == 2
+        assert f"cannot be called '{name}'" in capsys.readouterr().err
+    assert main(["convert", *arguments, f"balanced={folder}/crt.pth"]) == 0
+    assert read_checkpoint(tmp_path / "net").heads["balanced"].kind == "crt"
+
+
 def foreign(folder, states):
     other = random_state("lt_resnet32", 10, seed=9)
     return {
@@ -190,6 +200,8 @@ def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, c
         (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], ["has 10 classes", "100"]),
         (["joint.pth", "--head", "crt"], ["NAME=URL_OR_FILE"]),
         (["joint.pth", "--head", "a/b=crt.pth"], ["head name 'a/b'"]),
+        (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], ["given twice"]),
+        ([""], ["the source is empty"]),
         (["joint.pth", "--class-counts", "joint.pth"], ["--class-counts", "cannot be read"]),
         (["joint.pth", "--class-counts", "few.json"], ["class_counts has 3 classes"]),
         (["ftp://host/x.pth"], ["http"]),

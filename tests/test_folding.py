@@ -75,6 +75,19 @@ def test_several_heads_get_a_folder_each(tmp_path, capsys):
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_option_goes_to_the_heads_that_have_it(tmp_path):
+    arguments = ["--head", "crt", "tau_norm", "--option", "tau=0.0"]
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 0
+    joint = timm.create_model(f"local-dir:{PACKAGED}", pretrained=True).eval()
+    tau = timm.create_model(f"local-dir:{tmp_path / 'ship' / 'tau_norm'}", pretrained=True).eval()
+    assert torch.equal(tau.fc.weight, joint.fc.weight)
+    # All or nothing: the second replaces the first as a whole.
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--overwrite"]) == 2
+    again = ["--head", "crt", "tau_norm", "--overwrite"]
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *again]) == 0
+    assert sorted(path.name for path in (tmp_path / "ship").iterdir()) == ["crt", "tau_norm"]
+
+
 def test_no_head_is_the_joint_classifier(tmp_path, capsys):
     assert main(["fold", str(PACKAGED), str(tmp_path / "joint")]) == 0
     with torch.no_grad():
@@ -190,6 +203,13 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"], ["no option 'in_chans'"]),
+        (
+            [str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=2020-99-99"],
+            ["cannot be re"],
+        ),
+        ([str(PACKAGED), "x", "--head", "crt", "nosuch"], ["unknown head"]),
+        ([str(PACKAGED), "x" * 300], ["cannot be written"]),
         (["nowhere", "x"], ["no such folder", "lt_test_resnet.glyph_lt"]),
         ([str(PACKAGED), "x", "--head", "nc"], ["did you mean 'ncm'"]),
         ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau"], ["KEY=VALUE"]),

@@ -350,6 +350,39 @@ def test_gradients_in_evaluation_mode_reach_the_weight(features):
     assert head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_of_a_fused_optimizer_is_seen(optimizer, features):
+    head = usable_head("tau_norm", tau=0.5)
+    with torch.no_grad():
+        before = head(features)
+    step = optimizer(head.parameters(), lr=0.5, fused=True)
+    head(features).square().sum().backward()
+    step.step()
+    with torch.no_grad():
+        assert torch.equal(head(features), fresh_logits(head, features))
+        assert not torch.equal(head(features), before)
+
+
+def test_a_parametrised_weight_is_computed_anew(features):
+    head = usable_head("tau_norm", tau=0.5)
+    torch.nn.utils.parametrizations.weight_norm(head)
+    with torch.no_grad():
+        before = head(features)
+        head.parametrizations.weight.original0.mul_(4)
+        torch.testing.assert_close(head(features), 2 * before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+def test_tracing_leaves_no_placeholder_behind(features):
+    head = usable_head("tau_norm", tau=0.5)
+    with torch.no_grad():
+        graph = torch.fx.symbolic_trace(head)
+        logits = head(features)
+        assert type(logits) is torch.Tensor
+        torch.testing.assert_close(graph(features), logits)
+        torch.testing.assert_close(torch.jit.trace(head, features)(features), logits)
+
+
 def test_heads_work_under_functional_transforms(features):
     head = usable_head("tau_norm", tau=0.5)
     with torch.no_grad():

@@ -283,6 +283,9 @@ def test_a_head_with_its_own_statistics_is_not_swapped_for_another(small):
     other = timm_lt.create_head("linear", 64, 10)
     with pytest.raises(UsageError, match=r"own batch-norm statistics.*create the model again"):
         timm_lt.set_head(model, other)
+    lws = timm.create_model(NAME, pretrained=True, head="lws")
+    with pytest.raises(UsageError, match=r"lws head has brought .*create the model again"):
+        timm_lt.set_head(lws, "tau_norm")
     crt = model.get_classifier()
     timm_lt.set_head(joint, crt)
     images = torch.randn(2, 3, 32, 32)
@@ -365,6 +368,11 @@ def damaged(how, state):
         "a missing tensor": lambda: authors_file(without(state, "layer2.0.bn1.running_var")),
         "a foreign tensor": lambda: authors_file({**state, "layer9.weight": torch.zeros(1)}),
         "another width": lambda: authors_file(bad_width),
+        "other types": lambda: authors_file({**state, "fc.weight": state["fc.weight"].long()}),
+        "complex": lambda: authors_file({**state, "fc.bias": state["fc.bias"] + 1j}),
+        "sparse": lambda: authors_file({**state, "fc.bias": state["fc.bias"].to_sparse()}),
+        "a scalar": lambda: authors_file({**state, "fc.bias": torch.tensor(1.0)}),
+        "a name twice": lambda: authors_file({**state, "module.fc.bias": state["fc.bias"]}),
         "not finite": lambda: authors_file(infinite),
         "no classifier": lambda: authors_file(state, state_dict_best={"feat_model": state}),
         "text for a tensor": lambda: authors_file({**state, "conv1.weight": "much"}),
@@ -394,6 +402,11 @@ BAD_FILES = {
     "a missing tensor": "lacks layer2.0.bn1.running_var$",
     "a foreign tensor": "it has layer9.weight$",
     "another width": r"fc.weight is \(10, 65\), not \(10, 64\)",
+    "other types": "fc.weight is torch.int64, not torch.float32",
+    "complex": "a torch.complex64 tensor",
+    "sparse": "a .*sparse",
+    "a scalar": r"fc.bias is \(\), not \(10,\)",
+    "a name twice": "'fc.bias' twice|it has module.fc.bias",
     "not finite": "fc.bias that are not finite",
     "no classifier": "no state_dict_best with feat_model and classifier",
     "text for a tensor": "a str under 'module.conv1.weight'",
@@ -437,6 +450,14 @@ def test_a_file_damaged_in_the_cache_says_what_to_do(small, cache):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match=r"delete .*net.* to download it again"):
         timm.create_model(NAME, pretrained=True)
+
+
+def test_the_weights_of_a_checkpoint_folder_are_checked_too(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=4)
+    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=[1, 2, 3, 4])
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    with pytest.raises(UsageError, match=r"has 4 classes, lt_test_resnet.glyph_lt 100"):
+        timm.create_model(PACKAGED, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_local_files_of_every_layout(tmp_path):

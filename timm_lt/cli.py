@@ -29,6 +29,7 @@ from timm_lt.convert import convert_checkpoint
 from timm_lt.data import list_augmentations
 from timm_lt.files import read_json, write_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
+from timm_lt.heads import head_option_names
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError, unknown_name
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command(arguments)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        # One line, whatever a message quotes from a file.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         return 130
@@ -173,15 +175,11 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
     """Writes a checkpoint again in another type, with its reports but no training state."""
     source, destination = arguments.source, arguments.destination
     info = read_checkpoint(source)
-    _check_other_folder(source, destination)
-    with new_folder(destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite) as folder:
+    with new_folder(
+        destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite, source=source
+    ) as folder:
         _pack(source, folder, info, DTYPES[arguments.dtype])
     _say(f"wrote {destination}")
-
-
-def _check_other_folder(source: Path, destination: Path) -> None:
-    if destination.exists() and destination.resolve() == source.resolve():
-        raise UsageError("source and destination are the same folder")
 
 
 def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dtype) -> None:
@@ -208,25 +206,49 @@ def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dt
 
 def fold_checkpoint(arguments: argparse.Namespace) -> None:
     """Writes heads of a checkpoint as plain timm checkpoints, each compared after it is read."""
-    source, destination, names = arguments.source, arguments.destination, arguments.head
-    options = _options(arguments.option)
-    is_folder = Path(source).is_dir()
-    if is_folder:
-        _check_other_folder(Path(source), destination)
+    source, destination, heads = arguments.source, arguments.destination, arguments.head
+    kinds, labels, name = dict(zip(heads, heads, strict=True)), None, source
+    if Path(source).is_dir():
+        info = read_checkpoint(source)
+        kinds |= {head: info.heads[head].kind for head in heads if head in info.heads}
+        labels, name = info.label_names, f"{LOCAL_DIR}{source}"
     elif source not in timm.list_pretrained("lt_*"):
         raise unknown_name("checkpoint (and no such folder):", source, timm.list_pretrained("lt_*"))
-    labels = read_checkpoint(source).label_names if is_folder else None
-    name = f"{LOCAL_DIR}{source}" if is_folder else source
-    targets = {head: destination / head for head in names} if len(names) > 1 else {}
-    for head, target in (targets or {names[0]: destination}).items():
-        model = timm_lt.create_model(name, True, head=head, **options)
-        with new_folder(target, FOLDED_ENTRIES, overwrite=arguments.overwrite) as folder:
-            report = write_folded(folder, model, onnx=arguments.onnx, label_names=labels)
-        same = "the same logits" if report.exact else "the same predictions"
-        _say(f"{target}: {head} folded, {same}; {_differences(report)}")
+    options = _options_by_head(arguments.option, kinds)
+    models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
+    single = len(models) == 1
+    entries = FOLDED_ENTRIES if single else set(heads)
+    lines = []
+    with new_folder(
+        destination, entries, overwrite=arguments.overwrite, source=Path(source)
+    ) as folder:
+        for head, model in models.items():
+            target = folder if single else folder / head
+            report = write_folded(target, model, onnx=arguments.onnx, label_names=labels)
+            same = "the same logits" if report.exact else "the same predictions"
+            where = destination if single else destination / head
+            lines.append(f"{where}: {head} folded, {same}; {_differences(report)}")
         architecture = read_json(target / CONFIG)["architecture"]
-        if architecture.startswith("lt_"):
-            _say(f"timm has no {architecture}: import timm_lt before timm loads it")
+    if architecture.startswith("lt_"):
+        lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
+    _say("\n".join(lines))
+
+
+def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, object]]:
+    """Gives each head the options that it takes; one that no head takes raises UsageError."""
+    options = _options(texts)
+    names = {head: head_option_names(kind) for head, kind in kinds.items()}
+    for option in options:
+        if not any(option in accepted for accepted in names.values()):
+            known = sorted({name for accepted in names.values() for name in accepted})
+            raise UsageError(
+                f"no option {option!r} of head {', '.join(kinds)}; valid options: "
+                f"{', '.join(known) or 'none'}"
+            )
+    return {
+        head: {key: value for key, value in options.items() if key in accepted}
+        for head, accepted in names.items()
+    }
 
 
 def _differences(report: FoldReport) -> str:
@@ -245,7 +267,7 @@ def _options(texts: list[str]) -> dict[str, object]:
             raise UsageError(f"--option takes KEY=VALUE, e.g. tau=0.7, got {text!r}")
         try:
             options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UsageError(f"--option {text!r}: the value cannot be read") from error
     return options
 
@@ -258,6 +280,8 @@ def convert_weights(arguments: argparse.Namespace) -> None:
         name, equals, place = text.partition("=")
         if not (name and equals and place):
             raise UsageError(f"--head takes NAME=URL_OR_FILE, got {text!r}")
+        if name in heads:
+            raise UsageError(f"--head {name} is given twice")
         heads[name] = place
     counts = None
     if arguments.class_counts is not None:
@@ -278,9 +302,9 @@ def convert_weights(arguments: argparse.Namespace) -> None:
 def _class_counts(path: Path) -> list[int]:
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
-    if not isinstance(counts, list) or not all(type(n) is int for n in counts):
+    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
         raise UsageError(f"--class-counts {path} must hold a JSON list of integers, one a class")
     return counts
 

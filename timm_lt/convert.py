@@ -63,6 +63,8 @@ def convert_checkpoint(
         UsageError: If a file cannot be read, is of another architecture or another number of
             classes, or a head's file has another backbone; nothing is written then.
     """
+    if not source:
+        raise UsageError("the source is empty: give a published name, a URL, or a file")
     published = PUBLISHED.get(source)
     if published is not None:
         if not published.urls:
@@ -74,7 +76,8 @@ def convert_checkpoint(
     weights = _read(source, cache_dir)
     name, found = (model, "given") if model else _find_name(source, weights)
     network, expected = _network(name, weights, source)
-    check_weights(weights, expected, source, name)
+    path = classifier_name(network)
+    check_weights(weights, expected, source, name, path)
     network.load_state_dict(weights.tensors)
     joint = get_head(network)
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
@@ -82,7 +85,7 @@ def convert_checkpoint(
         fitted["lws"] = _scaled(joint, weights.scale)
     for head, place in (heads or {}).items():
         other = _read(place, cache_dir)
-        check_weights(other, expected, place, name)
+        check_weights(other, expected, place, name, path)
         fitted[head] = _other_head(head, place, other, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
@@ -106,7 +109,8 @@ def _find_name(source: str, weights: Weights) -> tuple[str, str]:
     if weights.architecture is not None and timm.models.is_model(weights.architecture):
         return weights.architecture, "in the file"
     shapes = {key: value.shape for key, value in weights.tensors.items()}
-    num_classes = len(weights.tensors.get("fc.bias", ()))
+    bias = weights.tensors.get("fc.bias")
+    num_classes = bias.shape[0] if bias is not None and bias.ndim == 1 else 0
     for architecture in ARCHITECTURES if num_classes else ():
         expected = expected_state(architecture, num_classes)
         if {key: value.shape for key, value in expected.items()} == shapes:
@@ -164,6 +168,11 @@ def _other_head(
     moved = batch_norm_statistics(other.tensors)
     if any(not torch.equal(value, weights.tensors[key]) for key, value in moved.items()):
         new.backbone_statistics = moved
+    if head in HEADS and head != new.kind:
+        raise UsageError(
+            f"{place} holds a {new.kind} head, which cannot be called {head!r}: give it that name "
+            "or one of your own"
+        )
     return new
 
 

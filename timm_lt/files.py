@@ -45,14 +45,22 @@ def read_json(path: Path) -> dict[str, Any]:
         UsageError: If the file is missing, no JSON, not an object, or has a key twice.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+        )
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not a readable JSON file: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
@@ -131,8 +130,18 @@ def _create_joint(
     with _named_options(name, head):
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
-        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
-            kind = type(error).__name__
-            raise UsageError(
-                f"the checkpoint {name.removeprefix(LOCAL_DIR)} cannot be loaded: {kind}: {error}"
-            ) from error
+        except TypeError as error:
+            if "unexpected keyword argument" in str(error):
+                raise
+            raise _unloadable(name, error) from error
+        except UsageError:
+            raise
+        except Exception as error:
+            # The configuration in the folder may hold anything, and timm does not check it.
+            raise _unloadable(name, error) from error
+
+
+def _unloadable(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())[:300]
+    folder = name.removeprefix(LOCAL_DIR)
+    return UsageError(f"the checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}")

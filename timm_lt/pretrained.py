@@ -94,7 +94,7 @@ class PretrainedSource:
         place = self.url or self.config.file or ""
         if self.url is not None:
             self.weights = load_url(self.url, self.name, expected, cache_dir)
-        elif self.config.file and self.folder is None and not self.config.source:
+        elif self.config.file and not self.config.source:
             self.weights = load_file(self.config.file, self.name, expected)
         if self.weights is not None and self.weights.scale is not None and self.head != "lws":
             raise UsageError(f"{place} has the learned scales of an lws head: pass head='lws'")

@@ -95,43 +95,53 @@ def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(destination: Path, names: Set[str], *, overwrite: bool) -> Iterator[Path]:
+def new_folder(
+    destination: Path, names: Set[str], *, overwrite: bool, source: Path | None = None
+) -> Iterator[Path]:
     """Yields a folder to fill, which takes the destination's place when the block ends well.
 
     Args:
         destination: What is written. If it is there, it may hold nothing but what such a command
-            writes.
-        names: Files and folders that such a command writes, ``config.json`` among them.
+            writes: a checkpoint, or folders that each hold one.
+        names: Files and folders that such a command writes.
         overwrite: The destination may be replaced.
+        source: What is read meanwhile, which the destination must not be.
 
     Raises:
         UsageError: If the destination is there and may not be replaced, or cannot be written.
     """
-    if destination.exists():
-        if not overwrite:
-            raise UsageError(f"{destination} exists; replace it with --overwrite")
-        if not destination.is_dir():
-            raise UsageError(f"{destination} is a file, not a folder")
-        inside = {path.name for path in destination.iterdir()}
-        foreign = sorted(inside - names) or (
-            [] if CONFIG in inside or not inside else ["no config"]
-        )
-        if foreign:
-            raise UsageError(
-                f"{destination} holds more than a checkpoint, or none: {', '.join(foreign[:3])}"
-            )
-    parent = next(parent for parent in destination.resolve().parents if parent.is_dir())
     try:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{destination.name}.") as scratch:
+        # Not a link to it, which would be replaced in its stead.
+        target = destination.resolve()
+        if source is not None and target.exists() and target == source.resolve():
+            raise UsageError("source and destination are the same folder")
+        _check_replaceable(destination, names, overwrite=overwrite)
+        parent = next(parent for parent in target.parents if parent.is_dir())
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".timm_lt.") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
-            if destination.exists():
-                destination.rename(Path(scratch) / "old")
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            new.rename(destination)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            new.rename(target)
     except OSError as error:
         raise UsageError(f"{destination} cannot be written: {error.strerror or error}") from error
+
+
+def _check_replaceable(destination: Path, names: Set[str], *, overwrite: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise UsageError(f"{destination} is a file, not a folder")
+    inside = list(destination.iterdir())
+    if inside and not overwrite:
+        raise UsageError(f"{destination} exists; replace it with --overwrite")
+    foreign = sorted({path.name for path in inside} - names)
+    whole = (destination / CONFIG).is_file() or all((path / CONFIG).is_file() for path in inside)
+    if foreign or not whole:
+        culprits = ", ".join(foreign[:3]) or f"no {CONFIG}"
+        raise UsageError(f"{destination} holds more than a checkpoint, or none: {culprits}")
 
 
 def _temporaries(folder: Path) -> list[Path]:

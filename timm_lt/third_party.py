@@ -23,6 +23,8 @@ from timm_lt.registry import UsageError
 DECOUPLED = "state_dict_best"
 STATE_DICTS = ("state_dict_ema", "state_dict", "model_ema", "model")
 SHOWN = 3
+# Types of weights and counters; other types have no use there.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def read_weights(path: str | Path, name: str | None = None) -> Weights:
     if DECOUPLED in content:
         state = _decoupled(content[DECOUPLED], name)
     else:
-        found = next((content[key] for key in STATE_DICTS if key in content), content)
+        # timm's train.py stores None for a moving average that it does not keep.
+        found = next((content[key] for key in STATE_DICTS if content.get(key)), content)
         state = _state(found, name, "weights")
     scale = state.pop("scales", None)
     for key, value in state.items():
@@ -122,18 +125,42 @@ def _decoupled(content: object, name: str) -> dict[str, Tensor]:
 def _state(content: object, name: str, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{name} has no {what}: found {_kind(content)}")
+    state: dict[str, Tensor] = {}
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str):
+            raise UsageError(f"{name} has {key!r} for a name in its {what}")
+        if not _is_plain(value):
             raise UsageError(f"{name} has {_kind(value)} under {key!r} of its {what}, not a tensor")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+        short = key.removeprefix("module.")
+        if short in state:
+            raise UsageError(f"{name} has {short!r} twice in its {what}")
+        state[short] = value
+    return state
+
+
+def _is_plain(value: object) -> bool:
+    """Returns whether a value is an ordinary tensor in memory, not a sparse or quantized one."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_nested)
+        and value.device.type == "cpu"
+        and value.dtype in DTYPES
+    )
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor, {value.layout}, on {value.device}"
     return "an empty mapping" if value == {} else f"a {type(value).__name__}"
 
 
 def check_weights(
-    weights: Weights, expected: Mapping[str, Tensor], name: str, architecture: str
+    weights: Weights,
+    expected: Mapping[str, Tensor],
+    name: str,
+    architecture: str,
+    classifier: str = "fc",
 ) -> None:
     """Checks that weights are those of an architecture: no tensor missing, foreign or misshapen.
 
@@ -142,17 +169,16 @@ def check_weights(
         expected: The state dict of the architecture, on any device.
         name: What the file is called in messages.
         architecture: What the architecture is called in messages.
+        classifier: Path of the classifier.
 
     Raises:
         UsageError: If they are not; says which tensors.
     """
     found = weights.tensors
-    classifier = [key for key in ("fc.weight", "fc.bias") if key in expected]
-    for key in classifier:
-        if key in found and found[key].shape[1:] == expected[key].shape[1:]:
-            classes = [len(tensors[key]) for tensors in (found, expected)]
-            if classes[0] != classes[1]:
-                raise UsageError(f"{name} has {classes[0]} classes, {architecture} {classes[1]}")
+    rows = expected[f"{classifier}.weight"].shape
+    given = found[f"{classifier}.weight"].shape if f"{classifier}.weight" in found else rows
+    if given[1:] == rows[1:] and given[:1] != rows[:1]:
+        raise UsageError(f"{name} has {given[0]} classes, {architecture} {rows[0]}")
     missing = [key for key in expected if key not in found]
     foreign = [key for key in found if key not in expected]
     if missing or foreign:
@@ -165,12 +191,13 @@ def check_weights(
                 f"{name} holds no {architecture}: {key} is {tuple(value.shape)}, not "
                 f"{tuple(expected[key].shape)}"
             )
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise UsageError(
+                f"{name} holds no {architecture}: {key} is {value.dtype}, not {expected[key].dtype}"
+            )
     scale = weights.scale
-    if scale is not None and scale.shape != expected["fc.weight"].shape[:1]:
-        raise UsageError(
-            f"{name} has scales of shape {tuple(scale.shape)} for {len(expected['fc.weight'])} "
-            "classes"
-        )
+    if scale is not None and scale.shape != rows[:1]:
+        raise UsageError(f"{name} has scales of shape {tuple(scale.shape)} for {rows[0]} classes")
 
 
 def _some(keys: list[str]) -> str:

@@ -25,6 +25,19 @@ METRICS = "metrics.json"
 STATISTICS = "backbone."
 
 
+# Arguments of timm.create_model that are none of the architecture's.
+RESERVED = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "checkpoint_path",
+    "cache_dir",
+    "model_name",
+    "head",
+}
+
+
 HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -106,6 +119,7 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
     if not folder.is_dir():
         raise UsageError(f"checkpoint folder {folder} does not exist")
     config = read_json(folder / CONFIG)
+    _check_model_args(folder / CONFIG, config.get("model_args", {}))
     block = config.get("timm_lt")
     where = f"{folder / CONFIG}: timm_lt"
     if not isinstance(block, dict):
@@ -115,7 +129,11 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
             f"{where}.version is {block.get('version')!r}, this timm_lt reads {FORMAT_VERSION}"
         )
     counts, names = block.get("class_counts"), block.get("label_names")
-    whole = isinstance(counts, list) and counts and all(type(n) is int and n >= 0 for n in counts)
+    whole = (
+        isinstance(counts, list)
+        and counts
+        and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+    )
     if not (counts is None or whole):
         raise UsageError(f"{where}.class_counts must be null or a list of integers >= 0")
     num_classes = config.get("num_classes") if counts is None else len(counts)
@@ -129,6 +147,15 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
         raise UsageError(f"{where}.heads must be an object")
     entries = {key: _read_entry(f"{where}.heads.{key}", key, value) for key, value in heads.items()}
     return CheckpointInfo(folder, num_classes, counts, names, entries)
+
+
+def _check_model_args(path: Path, arguments: object) -> None:
+    """Refuses arguments by which a folder would say where weights come from."""
+    if not isinstance(arguments, dict):
+        raise UsageError(f"{path}: model_args must be an object")
+    reserved = sorted(RESERVED & set(arguments))
+    if reserved:
+        raise UsageError(f"{path}: model_args must not have {', '.join(reserved)}")
 
 
 def _read_entry(where: str, name: str, entry: object) -> HeadEntry:

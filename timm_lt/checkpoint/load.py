@@ -106,6 +106,11 @@ def _load_heads(
 
 
 def _check_is_joint(classifier: nn.Linear, info: CheckpointInfo, name: str) -> None:
+    if classifier.out_features != info.num_classes:
+        raise UsageError(
+            f"{info.folder} has {info.num_classes} classes, the classifier for its head {name!r} "
+            f"{classifier.out_features}"
+        )
     if not isinstance(classifier, Head):
         return
     if "weight" in classifier.own_state or classifier.backbone_statistics is not None:

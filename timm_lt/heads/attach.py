@@ -135,12 +135,12 @@ def remember_heads(model: nn.Module, heads: Mapping[str, tuple[str, dict[str, An
         heads: Kind and options by path of the classifier; a path that is not there gets the first.
             Empty makes the method timm's own again.
     """
+    # A compiled model hands on to the one inside of it.
+    model = getattr(model, "_orig_mod", model)
     model.__dict__.pop("reset_classifier", None)
     if heads:
         # A partial on the instance survives deepcopy and pickle, a closure would not.
-        model.reset_classifier = functools.partial(  # type: ignore[assignment]
-            _reset_classifier, model, dict(heads)
-        )
+        model.reset_classifier = functools.partial(_reset_classifier, model, dict(heads))
 
 
 def _reset_classifier(
@@ -193,6 +193,9 @@ def set_head(
     present = find_classifiers(model)
     if isinstance(head, str):
         cls = HEADS[head]
+        for old in present.values():
+            if isinstance(old, Head) and "weight" not in old.own_state:
+                _check_statistics_stay(old)
         put_heads(
             model, {path: cls.from_classifier(old, **options) for path, old in present.items()}
         )
@@ -226,10 +229,16 @@ def _check_replacement(path: str, new: object, old: Classifier) -> None:
             f"the head is {shapes[0]} (classes, features) but the model's classifier {path!r} is "
             f"{shapes[1]}"
         )
-    if getattr(old, "backbone_statistics", None) and not getattr(new, "backbone_statistics", None):
+    if isinstance(old, Head) and not getattr(new, "backbone_statistics", None):
+        _check_statistics_stay(old)
+
+
+def _check_statistics_stay(old: Head) -> None:
+    """Refuses to replace a head whose statistics are in the backbone by one of the joint weight."""
+    if old.backbone_statistics:
         raise UsageError(
-            f"the head {old} has brought its own batch-norm statistics into the backbone, which "
-            "another head does not fit; create the model again"
+            f"the {old.kind} head has brought its own batch-norm statistics into the backbone, "
+            "which another head does not fit; create the model again"
         )
 
 

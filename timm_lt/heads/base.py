@@ -133,6 +133,10 @@ def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
     return linear.train(classifier.training)
 
 
+# Not a tensor that stands for others: fake ones, proxies, wrappers of transforms.
+PLAIN = (Tensor, nn.Parameter)
+
+
 @dataclass(frozen=True, eq=False)
 class _Cached:
     """Effective weights, and what they were computed from."""
@@ -148,8 +152,9 @@ class Head(nn.Linear):
     """Base of all heads: an ``nn.Linear`` whose input and weights pass through a formula.
 
     In evaluation mode the effective weights are computed once and kept until a parameter, a buffer
-    or an option changes, so inference costs what an ``nn.Linear`` costs. Only writing into a tensor
-    through ``.data`` goes unseen, as torch keeps no track of it: call ``eval()`` again then.
+    or an option changes, so inference costs what an ``nn.Linear`` costs. What torch's version
+    counters miss goes unseen until ``train()`` or ``eval()`` is called or a gradient is wanted:
+    writing into a tensor through ``.data`` or NumPy.
 
     Attributes:
         spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
@@ -297,22 +302,26 @@ class Head(nn.Linear):
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             weight, bias = self.effective()
         else:
-            weight, bias = self._kept_effective()
+            weight, bias = self._kept_effective(input)
         if self.spatial:
             input = input.movedim(-3, -1)
         logits = F.linear(self.transform(input), weight, bias)
         return logits.movedim(-1, -3) if self.spatial else logits
 
     @torch.jit.unused
-    def _kept_effective(self) -> tuple[Tensor, Tensor | None]:
+    def _kept_effective(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns ``effective()``, kept from the last call if nothing has changed since."""
         every = (*self._parameters.values(), *self._buffers.values())
         state = tuple(tensor for tensor in every if tensor is not None)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state)
-        # A trace would take what is kept for a constant.
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        marks = None if self.training or learning or tracing else _marks(state)
+        # A trace would take what is kept for a constant, or leave its placeholders here.
+        tracing = torch.jit.is_tracing() or type(input) not in PLAIN  # type: ignore[attr-defined,no-untyped-call]
+        # A parametrised weight is computed from tensors in a submodule.
+        off = self.training or learning or tracing or bool(self._modules)
+        marks = None if off else _marks(state)
         if marks is None:
+            # A step of an optimizer may follow, and fused ones change no version.
+            self.__dict__["_cached"] = None
             self.check_fitted()
             return self.effective()
         kept: _Cached | None = self.__dict__["_cached"]
