@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from timm_lt.console import log
 from timm_lt.heads import create_head
 
 # Options that make a head usable without a fit, and differ from the defaults.
@@ -19,6 +20,15 @@ HEAD_OPTIONS = {
 def _one_thread():
     # Small tensors, and results that do not depend on the machine's number of cores.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_log():
+    # A command sets up the log; its handler would outlive the output that a test captures.
+    kept = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = kept[:2]
+    log.setLevel(kept[2])
 
 
 def fill(head, seed=0):
