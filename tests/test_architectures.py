@@ -317,6 +317,31 @@ def test_features_are_what_the_classifier_sees(kind, pairs):
         timm_lt.extract_features(plain, loader, classifier="fcc")
 
 
+@pytest.mark.parametrize("kind", ["linear", "in MlpHead", "convolution", "in LinearLayer"])
+def test_heads_are_fitted_on_what_get_classifier_gives(kind, pairs):
+    plain, _, _ = pairs[kind]
+    generator = torch.Generator().manual_seed(0)
+    width = timm_lt.extract_features(plain, [(images(kind), torch.tensor([0, 1]))]).num_features
+    values = torch.randn(40, width, generator=generator)
+    features = timm_lt.Features(values, torch.arange(40) % CLASSES)
+    head = timm_lt.fit_head("tau_norm", features, classifier=plain.get_classifier(), val=features)
+    weight = plain.get_submodule(KINDS[kind][0][0]).weight.flatten(1)
+    assert torch.equal(head.weight, weight)
+    model = timm_lt.set_head(copy.deepcopy(plain), head)
+    expected = weight / weight.norm(dim=1, keepdim=True) ** head.tau
+    torch.testing.assert_close(find_classifiers(model)[KINDS[kind][0][0]].effective()[0], expected)
+    curve = timm_lt.tau_curve(plain.get_classifier(), features)
+    assert curve.best_tau == head.tau
+
+
+def test_one_of_several_classifiers_is_fitted_at_a_time(pairs):
+    plain, _, _ = pairs["distilled"]
+    features = timm_lt.Features(torch.randn(40, 32), torch.arange(40) % CLASSES)
+    with pytest.raises(UsageError, match="got Linear, Linear with 2; of several, pass one"):
+        timm_lt.fit_head("tau_norm", features, classifier=plain.get_classifier(), tau=1.0)
+    assert timm_lt.fit_head("tau_norm", features, classifier=plain.head_dist, tau=1.0).tau == 1
+
+
 def test_features_at_many_positions_are_refused(pairs):
     loader = [(images("with an auxiliary one"), torch.tensor([0, 1]))]
     with pytest.raises(UsageError, match="one vector an image"):

@@ -16,11 +16,11 @@ from timm_lt.checkpoint.format import (
     read_checkpoint,
 )
 from timm_lt.files import sha256
-from timm_lt.heads import HEADS, Head, get_heads, head_option_names, set_head
+from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names, set_head
 from timm_lt.registry import UsageError, unknown_name
 
 
-def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: Any) -> Head:
+def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: Any) -> Head:
     """Loads a head of a checkpoint of a model with one classifier.
 
     A head that needs nothing but the joint classifier (``linear``, ``tau_norm``,
@@ -29,7 +29,8 @@ def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: A
     Args:
         folder: The checkpoint's folder.
         name: Name of the head there.
-        classifier: The checkpoint's joint classifier (C, D), or a head that keeps its weight.
+        classifier: The checkpoint's joint classifier (C, D), as ``model.get_classifier()`` gives
+            it, or a head that keeps its weight.
         **options: Options that take the place of the stored ones.
 
     Returns:
@@ -41,7 +42,7 @@ def load_head(folder: str | Path, name: str, classifier: nn.Linear, **options: A
             head's file is missing, altered, or of another shape; nothing is loaded then.
     """
     info = read_checkpoint(folder)
-    return _load_heads(info, name, {"": classifier}, options)[""]
+    return _load_heads(info, name, {"": as_joint(classifier)}, options)[""]
 
 
 def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) -> dict[str, Head]:

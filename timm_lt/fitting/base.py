@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.heads import HEADS, Head, head_option_names
+from timm_lt.heads import HEADS, Head, as_joint, head_option_names
 from timm_lt.longtail import check_class_counts, check_no_empty_class, class_counts
 from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import (
@@ -138,7 +138,7 @@ def fit_head(
     features: Features,
     /,
     *,
-    classifier: nn.Linear | None = None,
+    classifier: nn.Module | None = None,
     class_counts: Tensor | None = None,
     val: Features | None = None,
     seed: int = 0,
@@ -153,8 +153,9 @@ def fit_head(
     Args:
         name: One of :func:`timm_lt.list_heads`.
         features: Training features, values (N, D).
-        classifier: The joint classifier (C, D), an ``nn.Linear`` or a ``linear`` head; needed by
-            the heads that start from it.
+        classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it (an
+            ``nn.Linear``, alone or inside of a module, or a 1×1 convolution), or a ``linear`` head;
+            needed by the heads that start from it.
         class_counts: Training images per class (C,), on which the joint classifier was trained;
             None counts the targets. They are the prior of ``logit_adjusted``; what balances classes
             counts the features that it is given, which may be a part of the training set.
@@ -176,7 +177,8 @@ def fit_head(
     tensor([0, 1, 2])
     """
     check_fit_options(name, options)
-    data = _checked(features, classifier, class_counts, val, seed)
+    joint = None if classifier is None else as_joint(classifier)
+    data = _checked(features, joint, class_counts, val, seed)
     return FITS[name](data, **options).eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.heads import Head, LinearHead, LogitAdjustedHead, TauNormHead, log_prior
+from timm_lt.heads import Head, LinearHead, LogitAdjustedHead, TauNormHead, as_joint, log_prior
 from timm_lt.longtail import ShotRule, check_labels, shot_groups
 from timm_lt.registry import UsageError, check_choice
 
@@ -73,7 +73,7 @@ class AccuracyCurve:
 
 
 def tau_curve(
-    classifier: nn.Linear,
+    classifier: nn.Module,
     features: Features,
     *,
     adjust: Adjustment = "norm",
@@ -89,7 +89,7 @@ def tau_curve(
     in which its line is the highest.
 
     Args:
-        classifier: The joint classifier, (C, D).
+        classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it.
         features: Features to be right on, values (N, D).
         adjust: ``"norm"`` or ``"prior"``.
         class_counts: Training images per class (C,); for ``"prior"`` and for ``group``.
@@ -104,6 +104,7 @@ def tau_curve(
         Kang et al., ICLR 2020, equation 3; Menon et al., ICLR 2021, equation 9.
     """
     check_choice("adjust", adjust, get_args(Adjustment))
+    classifier = as_joint(classifier)
     check_joint(classifier)
     check_fits(features, "features", classifier.out_features, classifier)
     if class_counts is None and (adjust == "prior" or group is not None):

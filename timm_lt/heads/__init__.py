@@ -5,6 +5,7 @@ a fit in ``timm_lt/fitting``.
 """
 
 from timm_lt.heads.attach import NoClassifierError as NoClassifierError
+from timm_lt.heads.attach import as_joint as as_joint
 from timm_lt.heads.attach import classifier_name as classifier_name
 from timm_lt.heads.attach import find_classifiers as find_classifiers
 from timm_lt.heads.attach import fold_head as fold_head

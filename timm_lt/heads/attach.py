@@ -83,6 +83,28 @@ def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Mo
         yield last
 
 
+def as_joint(classifier: nn.Module | Iterable[nn.Module]) -> nn.Linear:
+    """Returns what a model's ``get_classifier()`` gives as the one ``nn.Linear`` (C, D) that it is.
+
+    A module around it is left out, a 1×1 convolution is viewed as one.
+
+    Raises:
+        UsageError: If there is none in it, or several.
+
+    >>> as_joint(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
+    Linear(in_features=8, out_features=3, bias=True)
+    """
+    modules = _as_modules(classifier)
+    leaves = [leaf for module in modules for leaf in _linear_leaves(module, None)]
+    if len(leaves) != 1:
+        kinds = ", ".join(type(module).__name__ for module in modules)
+        raise UsageError(
+            f"classifier= takes one linear classifier, got {kinds} with {len(leaves)}; of several, "
+            "pass one at a time"
+        )
+    return as_linear(leaves[0])  # type: ignore[arg-type]
+
+
 def classifier_name(model: nn.Module) -> str:
     """Returns the path of a model's only classifier, e.g. ``"fc"`` or ``"head.fc"``.
 
