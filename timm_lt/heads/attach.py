@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_lt.heads.base import HEADS, Head, as_linear, check_head_options, is_pointwise
+from timm_lt.heads.base import Head, as_linear, is_pointwise
+from timm_lt.heads.factory import HEADS, check_head_options
 from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d

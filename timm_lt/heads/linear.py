@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_lt.heads.base import Head, register_head
+from timm_lt.heads.base import Head
+from timm_lt.heads.factory import register_head
 from timm_lt.registry import UsageError, check_number
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head, check_flag, register_head
+from timm_lt.heads.base import Head
+from timm_lt.heads.factory import check_flag, register_head
 from timm_lt.registry import check_number
 
 
