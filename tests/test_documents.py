@@ -8,6 +8,7 @@ import yaml
 
 import timm_lt
 import train_lt
+from timm_lt.published import PUBLISHED
 from timm_lt.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(train_lt.__file__).parent
@@ -52,3 +53,20 @@ def test_recipes_say_their_command_and_load(name):
     assert next(iter(recipe.heads)) == "linear"
     assert yaml.safe_load(recipe.to_yaml())["epochs"] == recipe.epochs
     assert f"`{name}`" in (ROOT / "hub_configs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_catalogue_has_every_published_name_and_its_figures(name):
+    text = (ROOT / "hub_configs" / "README.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line][
+        -1:
+    ]
+    for head in PUBLISHED[name].heads.values():
+        if head.quoted:
+            figures = [head.quoted[key] for key in ("many_shot", "medium_shot", "few_shot", "all")]
+            assert " / ".join(f"{100 * figure:.1f}" for figure in figures) in row
+            assert PUBLISHED[name].quoted_from
+        # What was measured here is in the README's table of results.
+        for key in ("many_shot", "all"):
+            if head.measured:
+                assert f"{100 * head.measured[key]:.1f}" in README
