@@ -22,6 +22,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import timm_lt
 import timm_lt.download
+from timm_lt.cli import main
 from timm_lt.download import cached_name
 from timm_lt.lt_resnet import ARCHITECTURES, expected_state
 from timm_lt.published import PUBLISHED, hub_configs, read_published
@@ -442,6 +443,34 @@ def test_a_bad_local_file_is_one_clear_error(how, tmp_path, monkeypatch):
         timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_published_name_is_converted_with_all_of_its_heads(small, cache, tmp_path, capsys):
+    server, states, scales, paths = small
+    assert main(["convert", NAME, str(tmp_path / "net")]) == 0
+    assert "heads linear, crt, lws" in capsys.readouterr().out
+    assert sorted(request.path for request in server.requests) == sorted(paths.values())
+    images = torch.randn(2, 3, 32, 32)
+    for head in ("linear", "crt", "lws", "tau_norm"):
+        options = {"tau": 0.7} if head == "tau_norm" else {}
+        model = timm_lt.create_model(f"local-dir:{tmp_path / 'net'}", head=head, **options).eval()
+        state = states.get(head, states["linear"])
+        with torch.no_grad():
+            expected = head_logits(head, state, cifar_logits(state, images), scales)
+            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    # The re-trained classifier is no joint one.
+    assert main(["convert", server.url(paths["crt"]), str(tmp_path / "crt")]) == 2
+    assert f"is the crt head of {NAME}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["linear", "crt"])
+def test_a_wrong_file_of_a_published_name_is_not_kept(head, small, cache, tmp_path, capsys):
+    server, _, _, paths = small
+    server.files[paths[head]] = authors_file(random_state("lt_resnet32", 100))
+    assert main(["convert", NAME, str(tmp_path / "net")]) == 2
+    assert "has 100 classes" in capsys.readouterr().err
+    assert cached_name(server.url(paths[head])) not in [path.name for path in cache.iterdir()]
+    assert not (tmp_path / "net").exists()
 
 
 def test_a_file_damaged_in_the_cache_says_what_to_do(small, cache):

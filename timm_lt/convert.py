@@ -1,6 +1,7 @@
 """Converting: weights of other projects as a decoupled checkpoint."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,14 @@ def convert_checkpoint(
         model = model or source
         others = {name: url for name, url in published.urls.items() if name != "linear"}
         source, heads = published.urls["linear"], {**others, **(heads or {})}
-    weights = _read(source, cache_dir)
+    _check_is_joint(source)
+
+    def check_published(weights: Weights) -> None:
+        if model in PUBLISHED:
+            expected = expected_state(model, PUBLISHED[model].num_classes)
+            check_weights(weights, expected, source, model)
+
+    weights = _read(source, cache_dir, check_published)
     name, found = (model, "given") if model else _find_name(source, weights)
     network, expected = _network(name, weights, source)
     path = classifier_name(network)
@@ -84,21 +92,41 @@ def convert_checkpoint(
     if weights.scale is not None:
         fitted["lws"] = _scaled(joint, weights.scale)
     for head, place in (heads or {}).items():
-        other = _read(place, cache_dir)
-        check_weights(other, expected, place, name, path)
+        check = functools.partial(
+            check_weights, expected=expected, name=place, architecture=name, classifier=path
+        )
+        other = _read(place, cache_dir, check)
         fitted[head] = _other_head(head, place, other, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
 
 
-def _read(place: str, cache_dir: str | Path | None) -> Weights:
-    if "://" not in place:
-        return read_weights(place)
+def _check_is_joint(source: str) -> None:
+    """Refuses a published file whose classifier is not the joint one of its backbone."""
+    for entry in PUBLISHED.values():
+        if source == entry.urls.get("crt"):
+            raise UsageError(
+                f"{source} is the crt head of {entry.name}: convert {entry.name}, which has it "
+                "beside the joint classifier"
+            )
+
+
+def _read(place: str, cache_dir: str | Path | None, check: Callable[[Weights], None]) -> Weights:
+    """Reads a file or URL; what is not as it should be does not get into the cache."""
     read: list[Weights] = []
-    path = download(
-        place, cache_dir=cache_dir, check=lambda path: read.append(read_weights(path, place))
-    )
-    return read[0] if read else read_weights(path, place)
+
+    def accept(path: Path) -> None:
+        weights = read_weights(path, place)
+        check(weights)
+        read.append(weights)
+
+    if "://" not in place:
+        accept(Path(place))
+        return read[0]
+    path = download(place, cache_dir=cache_dir, check=accept)
+    if not read:
+        accept(path)
+    return read[0]
 
 
 def _find_name(source: str, weights: Weights) -> tuple[str, str]:
