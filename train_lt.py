@@ -329,6 +329,9 @@ def save(
         class_counts=counts,
         metrics={name: report.summary() for name, report in reports.items()},
         label_names=run.splits.label_names,
+        dataset=run.recipe.data.name,
+        shot_rule=run.recipe.shot_rule,
+        seed=run.recipe.seed,
     )
     curves = head_curves(get_head(run.model), heads, val, counts)
     plots = save_plots(run.folder / "plots", reports, counts, curves)

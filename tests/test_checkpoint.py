@@ -420,7 +420,7 @@ BAD_BLOCKS = [
     (("heads", "crt"), {"kind": "os.system"}, r"heads\.crt\.kind: 'os.system'"),
     (("heads", "crt"), {"options": [1]}, r"heads\.crt\.options must be an object"),
     (("heads", "crt"), {"metrics": 1}, r"heads\.crt\.metrics must be an object"),
-    (("heads", "crt"), {"sha256": 5}, r"heads\.crt\.sha256 must be a string"),
+    (("heads", "crt"), {"sha256": 5}, r"heads\.crt\.sha256 must be the 64"),
     (("heads", "crt"), {"file": None}, r"a 'crt' head needs a file"),
     (("heads", "crt"), {"file": "../crt.safetensors"}, r"heads\.crt\.file must be 'heads/crt"),
     (("heads", "crt"), {"file": "/etc/passwd"}, r"heads\.crt\.file must be"),
@@ -479,11 +479,23 @@ def test_plain_timm_checkpoint_and_missing_folder(folder, tmp_path):
     del config["timm_lt"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="plain timm checkpoint without heads"):
-        load(folder, "tau_norm")
+        read_checkpoint(folder)
+    # It has what needs no fit, like every other timm model.
+    head = get_head(load(folder, "tau_norm", tau=0.5))
+    assert torch.equal(head.weight, load(folder).fc.weight)
+    with pytest.raises(UsageError, match="'lws' is not fitted yet"):
+        load(folder, "lws").forward(torch.zeros(1, 3, 32, 32))
     with pytest.raises(
         UsageError, match=f"folder {re.escape(str(tmp_path / 'no'))} does not exist"
     ):
         load(tmp_path / "no", "tau_norm")
+
+
+def test_weights_of_another_run_are_refused(folder, tmp_path, heads):
+    other = save_checkpoint(tmp_path / "other", joint_model(5), heads={}, class_counts=COUNTS)
+    (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(UsageError, match="is not the one that config.json describes"):
+        load(folder, "lws")
 
 
 def test_unknown_head_lists_those_that_can_be_had(folder):
@@ -574,7 +586,7 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_args": {"num_classes": 9}}, "has 4 classes, the classifier .* 9"),
+        ({"model_args": {"num_classes": 9}}, r"model_args\.num_classes is 9, the checkpoint has 4"),
         ({"model_args": ["x"]}, "model_args must be an object"),
         (
             {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},
@@ -582,9 +594,24 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
         ),
         ({"model_args": {"cache_dir": "/"}}, "must not have cache_dir"),
         ({"model_args": {"layers": "abc"}}, "cannot be loaded"),
-        ({"architecture": 7}, "cannot be loaded"),
-        ({"architecture": ["x"]}, "cannot be loaded"),
-        ({"pretrained_cfg": 5}, "cannot be loaded"),
+        ({"architecture": 7}, "architecture must be a string"),
+        ({"architecture": ["x"]}, "architecture must be a string"),
+        ({"architecture": "os.system"}, "cannot be loaded"),
+        ({"pretrained_cfg": 5}, "pretrained_cfg must be an object"),
+        ({"pretrained_cfg": {"num_classes": 5}}, r"pretrained_cfg\.num_classes is 5"),
+        ({"pretrained_cfg": {"url": "http://127.0.0.1/x"}}, "pretrained_cfg must not have url"),
+        ({"pretrained_cfg": {"label_offset": 1}}, "pretrained_cfg must not have label_offset"),
+        ({"num_classes": 3}, r"json: num_classes is 3, the checkpoint has 4"),
+        (
+            {"model_args": {"layers": [10**7, 1, 1, 1]}},
+            r"model_args\.layers is 10000003, far beyond",
+        ),
+        ({"model_args": {"layers": [900] * 20}}, r"model_args\.layers is 18000, far beyond"),
+        (
+            {"model_args": {"stem_width": 3000}},
+            r"has \(.*\) for conv1.*, the model of config.json \(",
+        ),
+        ({"padding": "x" * (5 * 2**20)}, r"has 5,2\d\d,\d\d\d bytes, more than 4,194,304"),
     ],
 )
 def test_a_hostile_config_is_one_clear_error(folder, change, message):

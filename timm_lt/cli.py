@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -17,8 +17,11 @@ from rich.table import Table
 import timm_lt
 import train_lt
 from timm_lt.checkpoint import (
+    CARD,
     CONFIG,
     METRICS,
+    PLOTS,
+    RECIPE,
     CheckpointInfo,
     load_heads,
     read_checkpoint,
@@ -33,7 +36,7 @@ from timm_lt.heads import head_option_names
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError, unknown_name
-from timm_lt.run_folder import CARD, CHECKPOINT_ENTRIES, RECIPE, new_folder
+from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
 
 # argparse has no public name for what add_subparsers returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -191,6 +194,9 @@ def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dt
         class_counts=info.class_counts,
         metrics={name: entry.metrics for name, entry in info.heads.items()},
         label_names=info.label_names,
+        dataset=info.dataset,
+        shot_rule=info.shot_rule,
+        seed=info.seed,
         dtype=dtype,
     )
     if (source / METRICS).is_file():
@@ -200,8 +206,8 @@ def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dt
     for name in (RECIPE, CARD):
         if (source / name).is_file():
             shutil.copy2(source / name, destination / name)
-    if (source / "plots").is_dir():
-        shutil.copytree(source / "plots", destination / "plots")
+    if (source / PLOTS).is_dir():
+        shutil.copytree(source / PLOTS, destination / PLOTS)
 
 
 def fold_checkpoint(arguments: argparse.Namespace) -> None:
@@ -234,7 +240,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     _say("\n".join(lines))
 
 
-def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, object]]:
+def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Gives each head the options that it takes; one that no head takes raises UsageError."""
     options = _options(texts)
     names = {head: head_option_names(kind) for head, kind in kinds.items()}
@@ -258,9 +264,9 @@ def _differences(report: FoldReport) -> str:
     return text
 
 
-def _options(texts: list[str]) -> dict[str, object]:
+def _options(texts: list[str]) -> dict[str, Any]:
     """Parses ``KEY=VALUE`` arguments; values are written as in YAML."""
-    options = {}
+    options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key.isidentifier() and equals):

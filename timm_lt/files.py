@@ -38,13 +38,19 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     """Reads a JSON object.
 
+    Args:
+        path: The file.
+        limit: Most bytes that it may have; None is no limit.
+
     Raises:
-        UsageError: If the file is missing, no JSON, not an object, or has a key twice.
+        UsageError: If the file is missing, too large, no JSON, not an object, or has a key twice.
     """
     try:
+        if limit is not None and path.stat().st_size > limit:
+            raise UsageError(f"{path} has {path.stat().st_size:,} bytes, more than {limit:,}")
         content = json.loads(
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_refuse_duplicates,
@@ -52,6 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
+    except UsageError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not a readable JSON file: {error}") from error
     if not isinstance(content, dict):
@@ -125,3 +133,9 @@ _StrictLoader.add_implicit_resolver(
 def sha256(data: bytes) -> str:
     """Returns the SHA-256 digest as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 digest of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

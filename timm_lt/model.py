@@ -8,42 +8,71 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_arch_pretrained_cfgs
+import torch
+from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
-from timm_lt.checkpoint import WEIGHTS, load_model_head, read_checkpoint
+from timm_lt.checkpoint import (
+    BLOCK,
+    CONFIG,
+    CheckpointInfo,
+    check_shapes,
+    check_sizes,
+    check_weights_file,
+    load_model_head,
+    read_checkpoint,
+    read_config,
+)
 from timm_lt.heads import HEADS, head_option_names, set_absent_head, set_head
 from timm_lt.registry import UsageError, unknown_name
+from timm_lt.repo import Repo
 
 LOCAL_DIR = "local-dir:"
 
 
 def create_model(
-    name: str, pretrained: bool | None = None, *, head: str | None = None, **options: Any
+    name: str,
+    pretrained: bool | None = None,
+    *,
+    head: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Creates a timm model with a head.
 
+    From the Hub come the config, the backbone and the file of the one head, each once: what is in
+    the cache is not downloaded again, and with ``HF_HUB_OFFLINE=1`` nothing is. No pickle is read.
+
     Args:
-        name: Any timm architecture, a registered ``lt_*`` one, or ``"local-dir:FOLDER"`` with a
-            decoupled checkpoint.
-        pretrained: Load weights; None means yes for a checkpoint folder and no otherwise.
+        name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` with a
+            decoupled checkpoint or one of timm's, or ``"hf-hub:NAMESPACE/NAME"`` with the same,
+            ``@REVISION`` behind it for a branch, tag or commit.
+        pretrained: Load weights; None means yes for a checkpoint and no otherwise.
         head: One of :func:`timm_lt.list_heads`, or the name of a head of the checkpoint; None
             leaves the joint classifier.
+        token: For ``hf-hub:``, as everywhere on the Hub: None takes the one that is logged in or
+            set as ``HF_TOKEN``.
         **options: Options of the head (they take the place of stored ones), and anything that
-            ``timm.create_model`` takes.
+            ``timm.create_model`` takes, such as ``cache_dir``.
 
     Returns:
         The model, in training mode as timm's.
 
     Raises:
-        UsageError: For an unknown architecture or head, a wrong option, or a checkpoint that is not
-            whole.
+        UsageError: For an unknown architecture or head, a wrong option, a checkpoint that is not
+            whole or not what it says, or a repo that cannot be read.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
     """
-    if name.startswith(LOCAL_DIR):
-        return _create_from_folder(name, pretrained is not False, head, options)
+    source, place = _parse_name(name)
+    if source == "hf-hub":
+        repo = Repo.parse(place, cache_dir=options.get("cache_dir"), token=token)
+        return _create_from_hub(repo, pretrained is not False, head, options)
+    if token is not None:
+        raise UsageError(f"token is for names that start with hf-hub:, not for {name!r}")
+    if source == "local-dir":
+        return _create_from_folder(Path(place), pretrained is not False, head, options)
     pretrained = bool(pretrained)
     architecture = name.partition(".")[0]
     _check_architecture(name)
@@ -59,6 +88,16 @@ def create_model(
         headless = theirs.get("num_classes") == 0 and hasattr(model, "get_classifier")
         absent = theirs.get("features_only") or headless
         return (set_absent_head if absent else set_head)(model, head, **ours)
+
+
+def _parse_name(name: str) -> tuple[str | None, str]:
+    try:
+        return parse_model_name(name)
+    except ValueError as error:
+        hint = (
+            f"; the checkpoint in that folder is {LOCAL_DIR}{name}" if Path(name).is_dir() else ""
+        )
+        raise UsageError(f"{error}{hint}") from error
 
 
 @contextmanager
@@ -78,8 +117,6 @@ def _named_options(name: str, head: str | None) -> Iterator[None]:
 
 def _check_architecture(name: str) -> None:
     """Raises UsageError for an architecture or a tag that timm does not know."""
-    if ":" in name:
-        return
     architecture, _, tag = name.partition(".")
     if not timm.models.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
@@ -101,17 +138,34 @@ def split_options(
     return ours, {key: value for key, value in options.items() if key not in names}
 
 
-def _create_from_folder(
-    name: str, pretrained: bool, head: str | None, options: dict[str, Any]
+def _create_from_hub(
+    repo: Repo, pretrained: bool, head: str | None, options: dict[str, Any]
 ) -> nn.Module:
-    folder = Path(name.removeprefix(LOCAL_DIR))
-    info = read_checkpoint(folder)
-    if pretrained and not (folder / WEIGHTS).is_file():
-        raise UsageError(f"{folder / WEIGHTS} does not exist")
+    folder = repo.download(weights=pretrained, head=head)
+    model = _create_from_folder(folder, pretrained, head, options)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict):
+        # As timm has it for a model from the Hub.
+        config |= {"source": "hf-hub", "hf_hub_id": str(repo)}
+        config.pop("file", None)
+    return model
+
+
+def _create_from_folder(
+    folder: Path, pretrained: bool, head: str | None, options: dict[str, Any]
+) -> nn.Module:
+    config = read_config(folder)
+    info = read_checkpoint(folder) if BLOCK in config else None
+    if pretrained:
+        _check_weights(folder, config, info)
     if head is None:
-        return _create_joint(name, pretrained, None, options)
+        return _create_joint(folder, pretrained, None, options)
     if not pretrained:
         raise UsageError(f"head {head!r} of {folder} needs its backbone; leave pretrained as it is")
+    if info is None:
+        # A plain timm checkpoint: any head that needs no fit.
+        ours, theirs = split_options(head, options)
+        return set_head(_create_joint(folder, True, head, theirs), head, **ours)
     kind = info.heads[head].kind if head in info.heads else head
     ours, theirs = split_options(kind, options)
     classes = theirs.get("num_classes", info.num_classes)
@@ -120,28 +174,44 @@ def _create_from_folder(
             f"head {head!r} of {folder} has {info.num_classes} classes, not {classes}: "
             "create the model without head=, train it, and fit the head again"
         )
-    model = _create_joint(name, True, head, theirs)
+    model = _create_joint(folder, True, head, theirs)
     return load_model_head(folder, model, head, **ours)
 
 
+def _check_weights(folder: Path, config: dict[str, Any], info: CheckpointInfo | None) -> None:
+    """Checks a checkpoint's weights and sizes, without memory for more than its file has."""
+    shapes = check_weights_file(folder, info)
+    check_sizes(folder / CONFIG, config, shapes)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = timm.create_model(f"{LOCAL_DIR}{folder}", pretrained=False)
+    except NotImplementedError:
+        # An architecture of somebody's own that cannot be built without memory.
+        return
+    except Exception as error:
+        raise _unloadable(folder, error) from error
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    check_shapes(folder, shapes, wanted, exact=info is not None)
+
+
 def _create_joint(
-    name: str, pretrained: bool, head: str | None, options: dict[str, Any]
+    folder: Path, pretrained: bool, head: str | None, options: dict[str, Any]
 ) -> nn.Module:
+    name = f"{LOCAL_DIR}{folder}"
     with _named_options(name, head):
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:
             if "unexpected keyword argument" in str(error):
                 raise
-            raise _unloadable(name, error) from error
+            raise _unloadable(folder, error) from error
         except UsageError:
             raise
         except Exception as error:
             # The configuration in the folder may hold anything, and timm does not check it.
-            raise _unloadable(name, error) from error
+            raise _unloadable(folder, error) from error
 
 
-def _unloadable(name: str, error: Exception) -> UsageError:
+def _unloadable(folder: Path, error: Exception) -> UsageError:
     reason = " ".join(str(error).split())[:300]
-    folder = name.removeprefix(LOCAL_DIR)
     return UsageError(f"the checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}")

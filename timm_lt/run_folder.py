@@ -8,24 +8,22 @@ from pathlib import Path
 
 import yaml
 
-from timm_lt.checkpoint import CONFIG
+from timm_lt.checkpoint import CARD, CONFIG, METRICS, PLOTS, RECIPE, WEIGHTS
 from timm_lt.files import write_atomic
 from timm_lt.registry import UsageError
 
-RECIPE = "recipe.yaml"
 STATE = "state"
 LOGS = "logs"
-CARD = "README.md"
 # Everything that a run writes; a folder with anything else in it is never deleted.
 ENTRIES = {
     RECIPE,
     STATE,
     LOGS,
     CONFIG,
-    "model.safetensors",
+    WEIGHTS,
     "heads",
-    "metrics.json",
-    "plots",
+    METRICS,
+    PLOTS,
     CARD,
 }
 # What is left of it without the training state.

@@ -5,17 +5,27 @@ plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
 ``heads/*.safetensors`` hold what each adds.
 """
 
+from timm_lt.checkpoint.format import BLOCK as BLOCK
+from timm_lt.checkpoint.format import CARD as CARD
 from timm_lt.checkpoint.format import CONFIG as CONFIG
 from timm_lt.checkpoint.format import FORMAT_VERSION as FORMAT_VERSION
 from timm_lt.checkpoint.format import METRICS as METRICS
+from timm_lt.checkpoint.format import PLOTS as PLOTS
+from timm_lt.checkpoint.format import RECIPE as RECIPE
+from timm_lt.checkpoint.format import TEXT_LIMIT as TEXT_LIMIT
 from timm_lt.checkpoint.format import WEIGHTS as WEIGHTS
 from timm_lt.checkpoint.format import CheckpointInfo as CheckpointInfo
 from timm_lt.checkpoint.format import HeadEntry as HeadEntry
 from timm_lt.checkpoint.format import TimmBase as TimmBase
 from timm_lt.checkpoint.format import is_statistic as is_statistic
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
+from timm_lt.checkpoint.format import read_config as read_config
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
 from timm_lt.checkpoint.load import load_model_head as load_model_head
+from timm_lt.checkpoint.save import head_entry as head_entry
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
 from timm_lt.checkpoint.save import save_plain as save_plain
+from timm_lt.checkpoint.weights import check_shapes as check_shapes
+from timm_lt.checkpoint.weights import check_sizes as check_sizes
+from timm_lt.checkpoint.weights import check_weights_file as check_weights_file

@@ -13,6 +13,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from timm_lt.checkpoint.format import (
+    BLOCK,
     CONFIG,
     FORMAT_VERSION,
     STATISTICS,
@@ -24,7 +25,7 @@ from timm_lt.checkpoint.format import (
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
-from timm_lt.longtail import check_class_counts
+from timm_lt.longtail import ShotRule, check_class_counts
 from timm_lt.registry import UsageError, unknown_name
 
 
@@ -36,6 +37,9 @@ def save_checkpoint(
     class_counts: Tensor | list[int] | None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     label_names: list[str] | None = None,
+    dataset: str | None = None,
+    shot_rule: ShotRule | None = None,
+    seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Writes a model with its joint classifier and any number of fitted heads as one folder.
@@ -52,6 +56,9 @@ def save_checkpoint(
         class_counts: Training images per class, (C,); None if they are not known.
         metrics: Figures of each head on the test split, by head.
         label_names: Class names in label order, (C,).
+        dataset: Name of the training data, for the model card.
+        shot_rule: Rule of the shot groups in the metrics.
+        seed: Seed of the run.
         dtype: Type in which floating-point tensors are stored; batch-norm statistics of a head are
             float32.
 
@@ -68,28 +75,28 @@ def save_checkpoint(
     for name in metrics or {}:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
-    joint = get_heads(model)
     counts = None if class_counts is None else [int(n) for n in check_class_counts(class_counts)]
-    _check_joint(joint, counts, label_names)
+    _check_joint(get_heads(model), counts, label_names)
     entries, files = {}, {}
     for name, head in heads.items():
-        check_head_name(f"head name {name!r}", name)
-        parts = _by_classifier(name, head, joint)
-        for part, classifier in zip(parts.values(), joint.values(), strict=True):
-            _check_belongs(name, part, classifier, counts)
-        entries[name], content = _head_entry(name, parts, dtype)
+        entries[name], content = head_entry(
+            name, head, model, class_counts=counts, metrics=(metrics or {}).get(name), dtype=dtype
+        )
         if content is not None:
             files[entries[name]["file"]] = content
-        entries[name]["metrics"] = dict((metrics or {}).get(name, {}))
+    plain = _plain_copy(model)
+    files[WEIGHTS] = safetensors.torch.save(_in_type(plain.state_dict(), dtype, "the model"))
     block = {
         "version": FORMAT_VERSION,
+        "weights_sha256": sha256(files[WEIGHTS]),
         "class_counts": counts,
         "label_names": label_names,
+        "dataset": dataset,
+        "shot_rule": shot_rule,
+        "seed": seed,
         "heads": entries,
     }
-    plain = _plain_copy(model)
-    files[WEIGHTS] = _to_bytes(plain.state_dict(), dtype, "the model")
-    config = _timm_config(plain, block)
+    config = _config_text(plain, label_names, {BLOCK: block})
     (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
         write_atomic(folder / path, content)
@@ -151,7 +158,46 @@ def _check_belongs(name: str, head: Head, joint: nn.Linear, counts: list[int] | 
     _check_restorable(name, head, joint, counts)
 
 
-def _head_entry(
+def head_entry(
+    name: str,
+    head: nn.Linear | Mapping[str, nn.Linear],
+    model: nn.Module,
+    *,
+    class_counts: list[int] | None,
+    metrics: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Any], bytes | None]:
+    """Makes what a checkpoint has of a head: its entry in the config and the content of its file.
+
+    Args:
+        name: Name in the checkpoint.
+        head: As in :func:`save_checkpoint`.
+        model: The model with the checkpoint's joint classifier.
+        class_counts: Those of the checkpoint, (C,).
+        metrics: Figures of the head on the test split.
+        dtype: Type in which the head's tensors are stored.
+
+    Raises:
+        UsageError: If the head does not belong to the model, is not fitted or not finite, or the
+            metrics or its selection are no JSON.
+    """
+    joint = get_heads(model)
+    parts = _by_classifier(name, head, joint)
+    for part, classifier in zip(parts.values(), joint.values(), strict=True):
+        _check_belongs(name, part, classifier, class_counts)
+    entry, content = _describe(name, parts, dtype)
+    check_head_name(f"head name {name!r}", name, entry["kind"])
+    entry["metrics"] = dict(metrics or {})
+    try:
+        json.dumps(entry, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"metrics or selection of head {name!r} cannot be JSON: {error}"
+        ) from error
+    return entry, content
+
+
+def _describe(
     name: str, parts: dict[str, Head], dtype: torch.dtype
 ) -> tuple[dict[str, Any], bytes | None]:
     head = next(iter(parts.values()))
@@ -218,10 +264,6 @@ def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> di
     return stored
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> bytes:
-    return safetensors.torch.save(_in_type(tensors, dtype, what))
-
-
 def _plain_copy(model: nn.Module) -> nn.Module:
     """Copies a model as what plain timm knows it: timm's architecture name, plain classifiers."""
     plain = fold_head(copy.deepcopy(model).cpu())
@@ -240,14 +282,6 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     plain.__dict__["pretrained_cfg"] = config
     plain.__dict__["_model_args"] = arguments
     return plain
-
-
-def _timm_config(plain: nn.Module, block: dict[str, Any]) -> str:
-    try:
-        json.dumps(block, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"metrics or a head's selection cannot be JSON: {error}") from error
-    return _config_text(plain, block["label_names"], {"timm_lt": block})
 
 
 def _config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str, Any]) -> str:
