@@ -88,7 +88,7 @@ def _create(
     source = None
     if pretrained:
         source = PretrainedSource.find(variant, head, head_options, timm_options)
-        if source.url is not None:
+        if source.remote:
             # A wrong option shows before anything is downloaded.
             with torch.device("meta"):
                 _build(variant, False, **timm_options)
@@ -96,7 +96,8 @@ def _create(
         weights = source.read(expected, timm_options.get("cache_dir"))
         if weights is not None:
             overlay = timm_options.get("pretrained_cfg_overlay") or {}
-            overlay = {**overlay, "state_dict": weights.tensors}
+            # Without a source, by which timm would read the weights once more.
+            overlay = {**overlay, "state_dict": weights.tensors, "source": None}
             timm_options["pretrained_cfg_overlay"] = overlay
     model = _build(variant, pretrained, **timm_options)
     if getattr(model, "num_classes", 0) == 0:

@@ -1,7 +1,7 @@
-"""Weights of a pretrained model: from the URL or the file that its configuration names.
+"""Weights of a pretrained model: from the Hub repo, URL or file that its configuration names.
 
-timm would cache a URL by its last part, which two published files share, and would read a local
-pickle whatever it holds.
+timm would cache a URL by its last part, which two published files share, would read a local pickle
+whatever it holds, and would ask an unreachable Hub for a pickle as well.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,19 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import CONFIG, WEIGHTS, is_statistic, load_model_head
+from timm_lt.checkpoint import (
+    BLOCK,
+    CONFIG,
+    WEIGHTS,
+    is_statistic,
+    load_model_head,
+    read_config,
+)
 from timm_lt.download import download
 from timm_lt.heads import HEADS, Head, LWSHead, check_head_options, get_head, set_head
 from timm_lt.published import PUBLISHED
 from timm_lt.registry import UsageError
+from timm_lt.repo import Repo
 from timm_lt.third_party import Weights, check_weights, read_weights
 
 
@@ -29,7 +37,8 @@ class PretrainedSource:
         head: The head that is wanted.
         url: The file to download; None for a local one, or for one that timm finds.
         own_head: The file is that of the wanted head, not of the joint classifier.
-        folder: The decoupled checkpoint in which a local file lies.
+        repo_id: The Hub repo to download from, in place of a file.
+        folder: The decoupled checkpoint in which the weights lie, once they are there.
         weights: What was read.
     """
 
@@ -38,6 +47,9 @@ class PretrainedSource:
     ) -> None:
         self.name, self.config, self.head = name, config, head
         self.url, self.own_head = url, own_head
+        by_timm = config.state_dict or config.file or config.hf_hub_filename
+        on_hub = not by_timm and config.source in (None, "", "hf-hub")
+        self.repo_id = config.hf_hub_id if on_hub and config.hf_hub_id else None
         file = Path(config.file or "")
         inside = url is None and file.name == WEIGHTS and (file.parent / CONFIG).is_file()
         self.folder = file.parent if inside else None
@@ -78,6 +90,11 @@ class PretrainedSource:
             )
         return cls(name, config, head, url, own_head=False)
 
+    @property
+    def remote(self) -> bool:
+        """Whether something may have to be downloaded."""
+        return self.url is not None or self.repo_id is not None
+
     def read(
         self, expected: Mapping[str, Tensor], cache_dir: str | Path | None = None
     ) -> Weights | None:
@@ -85,14 +102,18 @@ class PretrainedSource:
 
         Args:
             expected: The state dict that they must have, on any device.
-            cache_dir: Where downloads are kept; None is timm's cache.
+            cache_dir: Where downloads are kept; None is timm's cache, for a repo that of the Hub.
 
         Raises:
             UsageError: If they cannot be had or are not those of the architecture, or have learned
                 scales and the head is not theirs.
         """
         place = self.url or self.config.file or ""
-        if self.url is not None:
+        if self.repo_id is not None:
+            folder = Repo.parse(self.repo_id, cache_dir=cache_dir).download(head=self.head)
+            self.folder = folder if BLOCK in read_config(folder) else None
+            self.weights = load_file(folder / WEIGHTS, self.name, expected)
+        elif self.url is not None:
             self.weights = load_url(self.url, self.name, expected, cache_dir)
         elif self.config.file and not self.config.source:
             self.weights = load_file(self.config.file, self.name, expected)

@@ -49,6 +49,8 @@ class Published:
         std: Of each channel, to divide by.
         heads: The heads that are published or quoted; ``linear`` is the joint classifier.
         packaged: The weights are a decoupled checkpoint inside of this package.
+        hf_hub_id: The Hub repo with the decoupled checkpoint, ``namespace/name``, with
+            ``@revision`` for a certain one. It has precedence over URLs.
         origin: Who published the weights.
         quoted_from: Where the quoted figures are from.
         measured_with: How the measured figures were measured.
@@ -67,6 +69,7 @@ class Published:
     std: tuple[float, float, float]
     heads: dict[str, PublishedHead] = field(default_factory=dict)
     packaged: bool = False
+    hf_hub_id: str | None = None
     origin: str | None = None
     quoted_from: str | None = None
     measured_with: str | None = None
@@ -86,6 +89,7 @@ class Published:
         """Returns what timm's registry holds of the name, without the architecture's own facts."""
         return {
             "url": self.urls.get("linear"),
+            "hf_hub_id": self.hf_hub_id,
             "num_classes": self.num_classes,
             "input_size": self.input_size,
             "crop_pct": self.crop_pct,

@@ -30,6 +30,7 @@ from timm_lt.checkpoint import (
     WEIGHTS,
     CheckpointInfo,
     HeadEntry,
+    find_entry,
     read_checkpoint,
     read_config,
 )
@@ -94,21 +95,22 @@ class Repo:
 
         Args:
             weights: Download the backbone with the joint classifier.
-            head: A head whose file is downloaded, if it has one.
+            head: A head whose file is downloaded, if it has one. Of a plain timm repo it has none.
 
         Returns:
             The folder of the commit in the cache; all files are of that commit.
 
         Raises:
-            UsageError: If a file cannot be had or is not the one that the config describes.
+            UsageError: If there is no such head, or a file cannot be had or is not the one that the
+                config describes.
         """
         folder = self._download_config()
         info = read_checkpoint(folder) if BLOCK in read_config(folder) else None
         # The branch may move on between two files.
         commit = Repo(self.repo_id, folder.name, self.cache_dir, self.token)
+        entry = find_entry(info, head, str(self)) if info and head is not None else None
         if weights:
             commit._download_checked(WEIGHTS, info.weights_sha256 if info else None)
-        entry = info.heads.get(head) if info and head is not None else None
         if entry is not None and entry.file is not None:
             commit._download_checked(entry.file, entry.sha256)
         return folder

@@ -20,6 +20,7 @@ from timm_lt.checkpoint.format import TimmBase as TimmBase
 from timm_lt.checkpoint.format import is_statistic as is_statistic
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
 from timm_lt.checkpoint.format import read_config as read_config
+from timm_lt.checkpoint.load import find_entry as find_entry
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
 from timm_lt.checkpoint.load import load_model_head as load_model_head

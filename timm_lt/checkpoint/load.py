@@ -77,12 +77,7 @@ def _load_heads(
     info: CheckpointInfo, name: str, classifiers: dict[str, nn.Linear], options: dict[str, Any]
 ) -> dict[str, Head]:
     """Loads what a head of a checkpoint is for each classifier, by path; "" is an only one."""
-    entry = info.heads.get(name)
-    if entry is None:
-        if name not in HEADS or HEADS[name].own_state:
-            free = [key for key in HEADS if not HEADS[key].own_state and key not in info.heads]
-            raise unknown_name(f"head of {info.folder}:", name, [*info.heads, *free])
-        entry = HeadEntry(name, name, {}, None, None, False, {}, {})
+    entry = find_entry(info, name, str(info.folder))
     for classifier in classifiers.values():
         _check_is_joint(classifier, info, name)
     cls = HEADS[entry.kind]
@@ -104,6 +99,25 @@ def _load_heads(
     for head in heads.values():
         head.check_fitted()
     return heads
+
+
+def find_entry(info: CheckpointInfo, name: str, place: str) -> HeadEntry:
+    """Returns what a checkpoint says of a head, or what every checkpoint has of one without a file.
+
+    Args:
+        info: What the checkpoint says of itself.
+        name: Name of the head.
+        place: What the checkpoint is called in messages.
+
+    Raises:
+        UsageError: If there is no such head; it lists those that there are.
+    """
+    if name in info.heads:
+        return info.heads[name]
+    if name not in HEADS or HEADS[name].own_state:
+        free = [key for key in HEADS if not HEADS[key].own_state and key not in info.heads]
+        raise unknown_name(f"head of {place}:", name, [*info.heads, *free])
+    return HeadEntry(name, name, {}, None, None, False, {}, {})
 
 
 def _check_is_joint(classifier: nn.Linear, info: CheckpointInfo, name: str) -> None:
