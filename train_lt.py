@@ -19,8 +19,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import timm_lt
+from timm_lt import hub
 from timm_lt.accelerator import create_accelerator, set_cpu_threads
-from timm_lt.checkpoint import CONFIG, METRICS, save_checkpoint
+from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import advance, log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits
 from timm_lt.data.images import ImageTensors, batches
@@ -31,9 +32,11 @@ from timm_lt.fitting import check_fit_options, fit_head, head_curves
 from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
+from timm_lt.model_card import write_card
+from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
 from timm_lt.registry import UsageError, check_integer
-from timm_lt.report import save_plots, shot_table, write_model_card
+from timm_lt.report import shot_table
 from timm_lt.run_folder import LOGS, STATE, check_run_folder, prepare_run_folder
 from timm_lt.samplers import ClassSampler
 from timm_lt.training import (
@@ -102,8 +105,11 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
     """
     folder = Path(options.output or Path("output") / name)
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
+    check_push(options)
     if options.resume and (folder / METRICS).is_file():
-        return show(name, folder)
+        shown = show(name, folder)
+        push(folder, options)
+        return shown
     run = build(name, folder, recipe, options)
     train(run)
     features = extract(run)
@@ -123,7 +129,35 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
         show(name, folder)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    push(folder, options)
     return reports
+
+
+def check_push(options: RunOptions) -> None:
+    """Checks before training that the run can be pushed after it."""
+    if options.push_to_hub is not None:
+        hub.check_push(options.push_to_hub)
+    elif options.private or options.license is not None:
+        raise UsageError("--private and --license are for --push_to_hub NAMESPACE/NAME")
+
+
+def push(folder: Path, options: RunOptions) -> None:
+    """Pushes a finished run to the Hub, if it is to be; one process does."""
+    if options.push_to_hub is None or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        pushed = hub.push_to_hub(
+            folder,
+            options.push_to_hub,
+            private=options.private or None,
+            license=options.license,
+        )
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; the run itself is whole in {folder}: push it with timm-lt push {folder} "
+            f"{options.push_to_hub}"
+        ) from error
+    log.info("pushed to %s", pushed.url)
 
 
 def show(name: str, folder: Path) -> dict[str, ShotReport]:
@@ -334,19 +368,8 @@ def save(
         seed=run.recipe.seed,
     )
     curves = head_curves(get_head(run.model), heads, val, counts)
-    plots = save_plots(run.folder / "plots", reports, counts, curves)
-    write_model_card(
-        run.folder / "README.md",
-        name=run.name,
-        architecture=read_json(run.folder / CONFIG)["architecture"],
-        data=run.recipe.data.name,
-        reports=reports,
-        class_counts=counts,
-        selections={name: head.selection for name, head in heads.items()},
-        recipe=run.recipe.to_yaml(),
-        seed=run.recipe.seed,
-        plots=plots,
-    )
+    save_plots(run.folder / PLOTS, reports, counts, curves)
+    write_card(run.folder, name=run.name)
 
 
 if __name__ == "__main__":

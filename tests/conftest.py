@@ -1,8 +1,15 @@
+import time
+import types
+
+import hub_server
 import pytest
 import torch
 
-from timm_lt.console import log
-from timm_lt.heads import create_head
+# Before timm_lt imports huggingface_hub, which reads the environment once.
+LOOPBACK = hub_server.set_environment()
+
+from timm_lt.console import log  # noqa: E402
+from timm_lt.heads import create_head  # noqa: E402
 
 # Options that make a head usable without a fit, and differ from the defaults.
 HEAD_OPTIONS = {
@@ -14,6 +21,11 @@ HEAD_OPTIONS = {
     "cosine": {"scale": 5.5, "learn_scale": True},
     "logit_adjusted": {"tau": 0.8},
 }
+
+
+def pytest_configure(config):
+    # huggingface_hub uploads LFS files with an argument that httpx2 would have another name for.
+    config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +41,59 @@ def _own_log():
     yield
     log.handlers, log.propagate = kept[:2]
     log.setLevel(kept[2])
+
+
+@pytest.fixture(scope="session")
+def _loopback():
+    from huggingface_hub import close_session
+
+    LOOPBACK.start()
+    yield LOOPBACK
+    close_session()
+    LOOPBACK.close()
+
+
+@pytest.fixture
+def loopback_hub(request, monkeypatch):
+    """An empty hub on 127.0.0.1; HF_TOKEN is a writer's of the namespace "me"."""
+    if LOOPBACK is None:
+        pytest.skip("this run is on the real Hub")
+    server = request.getfixturevalue("_loopback")
+    server.reset()
+    monkeypatch.setenv("HF_TOKEN", server.WRITER)
+    yield server
+    if server.errors:
+        raise server.errors[0]
+
+
+@pytest.fixture(params=["loopback", pytest.param("real", marks=pytest.mark.hub)])
+def hub(request, tmp_path):
+    """A new repo id, no repo yet, and an empty cache: on the loopback hub, and on the real one."""
+    cache = tmp_path / "hub_cache"
+    if request.param == "loopback":
+        yield hub_server.Hub("me", cache, request.getfixturevalue("loopback_hub"))
+        return
+    if LOOPBACK is not None:
+        pytest.skip("needs the real Hub: HF_TOKEN=... pytest -m hub")
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    hub = hub_server.Hub(api.whoami()["name"], cache)
+    yield hub
+    api.delete_repo(hub.repo_id, missing_ok=True)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The seconds that huggingface_hub would have waited between tries, as it does them at once."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    waits = []
+    clock = types.SimpleNamespace(**vars(time) | {"sleep": waits.append})
+    monkeypatch.setattr(file_download, "time", clock)
+    monkeypatch.setattr(_http, "time", clock)
+    return waits
 
 
 def fill(head, seed=0):

@@ -483,8 +483,13 @@ def test_plain_timm_checkpoint_and_missing_folder(folder, tmp_path):
     # It has what needs no fit, like every other timm model.
     head = get_head(load(folder, "tau_norm", tau=0.5))
     assert torch.equal(head.weight, load(folder).fc.weight)
-    with pytest.raises(UsageError, match="'lws' is not fitted yet"):
-        load(folder, "lws").forward(torch.zeros(1, 3, 32, 32))
+    counted = get_head(load(folder, "logit_adjusted", class_counts=COUNTS))
+    assert counted.log_prior.argmax() == 0
+    for name in ("lws", "crt", "no"):
+        with pytest.raises(UsageError, match="choose one of linear, logit_adjusted, tau_norm"):
+            load(folder, name)
+    with pytest.raises(UsageError, match="pass class_counts="):
+        load(folder, "logit_adjusted")
     with pytest.raises(
         UsageError, match=f"folder {re.escape(str(tmp_path / 'no'))} does not exist"
     ):
@@ -494,7 +499,7 @@ def test_plain_timm_checkpoint_and_missing_folder(folder, tmp_path):
 def test_weights_of_another_run_are_refused(folder, tmp_path, heads):
     other = save_checkpoint(tmp_path / "other", joint_model(5), heads={}, class_counts=COUNTS)
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(UsageError, match="is not the one that config.json describes"):
+    with pytest.raises(UsageError, match=r"is not the one that config\.json describes"):
         load(folder, "lws")
 
 
@@ -601,7 +606,7 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
         ({"pretrained_cfg": {"num_classes": 5}}, r"pretrained_cfg\.num_classes is 5"),
         ({"pretrained_cfg": {"url": "http://127.0.0.1/x"}}, "pretrained_cfg must not have url"),
         ({"pretrained_cfg": {"label_offset": 1}}, "pretrained_cfg must not have label_offset"),
-        ({"num_classes": 3}, r"json: num_classes is 3, the checkpoint has 4"),
+        ({"num_classes": 3}, "class_counts has 4 classes, num_classes is 3"),
         (
             {"model_args": {"layers": [10**7, 1, 1, 1]}},
             r"model_args\.layers is 10000003, far beyond",

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from timm_lt.metrics import ShotReport, calibration_error, evaluate_logits, shot_accuracy
+from timm_lt.metrics import (
+    ShotReport,
+    calibration_error,
+    evaluate_logits,
+    reliability,
+    shot_accuracy,
+)
 from timm_lt.registry import UsageError
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
@@ -63,6 +69,7 @@ def test_against_loops_and_scikit_learn(case, rule):
     assert report.per_class.tolist() == pytest.approx(expected, nan_ok=True)
     assert report.ece is None
     assert report.ece_per_group is None
+    assert report.reliability is None
     assert report.rule == rule
 
 
@@ -174,6 +181,56 @@ def test_calibration_error_of_few_images(seed):
     right = torch.rand(20, generator=generator) < 0.5
     expected = ece_by_hand(confidences.tolist(), right.tolist())
     assert calibration_error(confidences, right) == pytest.approx(expected)
+
+
+def reliability_by_hand(confidences, right, bins):
+    """The bins (b/M, (b+1)/M], with 0 in the first."""
+    found = []
+    for b in range(bins):
+        inside = [
+            (c, r)
+            for c, r in zip(confidences, right, strict=True)
+            if b / bins < c <= (b + 1) / bins or (b == 0 and c == 0)
+        ]
+        n = len(inside)
+        found.append([n, *(sum(column) / n if n else None for column in zip(*inside, strict=True))])
+        found[-1] += [None] * (3 - len(found[-1]))
+    return found
+
+
+@pytest.mark.parametrize(("seed", "bins"), [(0, 15), (1, 15), (2, 10), (3, 1)])
+def test_reliability_against_a_loop(seed, bins):
+    generator = torch.Generator().manual_seed(seed)
+    confidences = torch.rand(40, generator=generator, dtype=torch.float64)
+    confidences[:2] = torch.tensor([0.0, 1.0])
+    right = torch.rand(40, generator=generator) < 0.5
+    found = reliability(confidences, right, bins)
+    expected = reliability_by_hand(confidences.tolist(), right.tolist(), bins)
+    assert [part["images"] for part in found] == [n for n, _, _ in expected]
+    assert sum(part["images"] for part in found) == 40
+    for part, (_, confidence, accuracy) in zip(found, expected, strict=True):
+        assert part["confidence"] == pytest.approx(confidence)
+        assert part["accuracy"] == pytest.approx(accuracy)
+
+
+def test_a_report_has_the_reliability_of_its_logits():
+    logits, targets = random_logits()
+    report = evaluate_logits(logits, targets, [500, 100, 60, 21, 20, 4])
+    confidences = [softmax_confidence(row) for row in logits.tolist()]
+    right = (logits.argmax(1) == targets).tolist()
+    expected = reliability_by_hand(confidences, right, 15)
+    assert [list(part) for part in report.reliability] == [
+        ["images", "confidence", "accuracy"]
+    ] * 15
+    for part, values in zip(report.reliability, expected, strict=True):
+        assert list(part.values()) == pytest.approx(values, abs=1e-6)
+    # The first bin of six classes is empty: confidence is at least 1/6.
+    assert report.reliability[0] == {"images": 0, "confidence": None, "accuracy": None}
+    as_json = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert ShotReport.from_dict(as_json).reliability == report.reliability
+    assert "reliability" not in report.summary()
+    del as_json["reliability"]
+    assert ShotReport.from_dict(as_json).reliability is None
 
 
 def test_bins_contain_their_upper_end():

@@ -19,6 +19,8 @@ from timm_lt.heads import fold_head as fold_head
 from timm_lt.heads import list_heads as list_heads
 from timm_lt.heads import register_head as register_head
 from timm_lt.heads import set_head as set_head
+from timm_lt.hub import add_head as add_head
+from timm_lt.hub import push_to_hub as push_to_hub
 from timm_lt.longtail import class_counts as class_counts
 from timm_lt.losses import create_loss as create_loss
 from timm_lt.losses import list_losses as list_losses
@@ -28,6 +30,7 @@ from timm_lt.metrics import evaluate_logits as evaluate_logits
 from timm_lt.metrics import shot_accuracy as shot_accuracy
 from timm_lt.model import create_model as create_model
 from timm_lt.registry import UsageError as UsageError
+from timm_lt.repo import list_repo_heads as list_repo_heads
 from timm_lt.samplers import create_sampler as create_sampler
 from timm_lt.samplers import list_samplers as list_samplers
 from timm_lt.samplers import register_sampler as register_sampler

@@ -33,9 +33,12 @@ from timm_lt.data import list_augmentations
 from timm_lt.files import read_json, write_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import head_option_names
+from timm_lt.hub import push_to_hub
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError, unknown_name
+from timm_lt.repo import Repo
+from timm_lt.report import head_table
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
 
 # argparse has no public name for what add_subparsers returns.
@@ -72,14 +75,44 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
     listing = commands.add_parser(
         "list",
-        help="name what there is: models, heads, samplers, losses, data sets, recipes",
-        description="Names the registered parts. Example: timm-lt list",
+        help="name what there is; or the heads of a checkpoint",
+        description=(
+            "Names the registered models, heads, samplers, losses, data sets and recipes; or the "
+            "heads of a checkpoint with options and metrics, without downloading weights. "
+            "Examples: timm-lt list; timm-lt list me/birds; timm-lt list output/birds"
+        ),
+    )
+    listing.add_argument(
+        "checkpoint", nargs="?", help="folder, or Hub repo NAMESPACE/NAME[@REVISION]"
     )
     listing.set_defaults(command=list_parts)
     _add_pack(commands)
+    _add_push(commands)
     _add_fold(commands)
     _add_convert(commands)
     return parser
+
+
+def _add_push(commands: Commands) -> None:
+    push = commands.add_parser(
+        "push",
+        help="push a checkpoint to the Hugging Face Hub",
+        description=(
+            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit, of which only "
+            "what has changed is uploaded. Log in first: hf auth login, or HF_TOKEN. Example: "
+            "timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0"
+        ),
+    )
+    push.add_argument("folder", type=Path, help="folder of a run, or a decoupled checkpoint")
+    push.add_argument("repo", metavar="NAMESPACE/NAME", help="the repo; made if it is missing")
+    push.add_argument("--private", action="store_true", default=None, help="make it private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if missing")
+    push.add_argument("--license", metavar="ID", help="licence for the card, such as apache-2.0")
+    push.add_argument("--message", help="title of the commit")
+    push.add_argument(
+        "--overwrite", action="store_true", help="remove heads that the folder does not have"
+    )
+    push.set_defaults(command=push_checkpoint)
 
 
 def _add_pack(commands: Commands) -> None:
@@ -156,8 +189,31 @@ def _add_convert(commands: Commands) -> None:
     convert.set_defaults(command=convert_weights)
 
 
-def list_parts(_: argparse.Namespace) -> None:
-    """Prints the registered names, one row per kind."""
+def push_checkpoint(arguments: argparse.Namespace) -> None:
+    """Pushes a checkpoint folder to the Hub."""
+    pushed = push_to_hub(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        license=arguments.license,
+        overwrite=arguments.overwrite,
+        commit_message=arguments.message,
+    )
+    done = f"pushed to {pushed.url}" if pushed.changed else f"{pushed.url} has it all already"
+    _say(f"{done}, commit {pushed.commit[:8]}")
+
+
+def list_parts(arguments: argparse.Namespace) -> None:
+    """Prints the registered names, one row per kind; or the heads of a checkpoint."""
+    place = arguments.checkpoint
+    if place is not None:
+        is_folder = Path(place).is_dir()
+        if not is_folder and "/" not in place:
+            raise UsageError(f"{place!r} is no folder here, nor a repo NAMESPACE/NAME of the Hub")
+        info = read_checkpoint(place) if is_folder else Repo.parse(place).read_info()
+        Console().print(head_table(info))
+        return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows: dict[str, Iterable[str]] = {
         "models": [*timm.list_models("lt_*"), "and any other timm architecture"],

@@ -38,6 +38,7 @@ class ShotReport:
         rule: The rule that defines the shot groups.
         ece: Expected calibration error; None without logits.
         ece_per_group: The same over the images of each shot group's classes; None without logits.
+        reliability: The bins of :func:`reliability` over all images; None without logits.
     """
 
     all: float
@@ -50,6 +51,7 @@ class ShotReport:
     rule: ShotRule
     ece: float | None = None
     ece_per_group: dict[str, float | None] | None = None
+    reliability: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every field in types that JSON has; a class that the split lacks is None."""
@@ -58,8 +60,9 @@ class ShotReport:
         return fields | {"per_class": per_class}
 
     def summary(self) -> dict[str, Any]:
-        """Returns the fields of :meth:`to_dict` but those per class and the rule."""
-        return {k: v for k, v in self.to_dict().items() if k not in ("per_class", "rule")}
+        """Returns the fields of :meth:`to_dict` but the rule and those per class and per bin."""
+        long = ("per_class", "rule", "reliability")
+        return {k: v for k, v in self.to_dict().items() if k not in long}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ShotReport":
@@ -184,7 +187,10 @@ def evaluate_logits(
         rows = classes[targets]
         per_group[name] = calibration_error(confidences[rows], right[rows]) if rows.any() else None
     return dataclasses.replace(
-        report, ece=calibration_error(confidences, right), ece_per_group=per_group
+        report,
+        ece=calibration_error(confidences, right),
+        ece_per_group=per_group,
+        reliability=reliability(confidences, right),
     )
 
 
@@ -196,10 +202,52 @@ def _check_finite(logits: Tensor) -> None:
         )
 
 
+def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> list[dict[str, Any]]:
+    """Returns how often predictions of each confidence are right, JSON-ready.
+
+    Bin ``B_b`` has the images with a confidence in ``((b - 1) / 15, b / 15]``, for 15 bins; the
+    first has those of confidence 0 too.
+
+    >>> reliability(torch.tensor([0.25, 1.0, 0.75]), torch.tensor([1, 1, 0]), bins=2)
+    [{'images': 1, 'confidence': 0.25, 'accuracy': 1.0},
+     {'images': 2, 'confidence': 0.875, 'accuracy': 0.5}]
+
+    Args:
+        confidences: Probability of the predicted class, in [0, 1].
+        right: Whether the prediction is right.
+        bins: Number of bins of equal width.
+
+    Shape:
+        confidences (N,), right (N,).
+
+    Returns:
+        For each bin its number of images, their mean confidence and their accuracy; the last two
+        are None for an empty bin.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
+        https://arxiv.org/abs/1706.04599
+    """
+    # Not torchmetrics: it puts a confidence of exactly 1, which well-trained networks often reach
+    # in float32, into a sixteenth bin and so overstates the error.
+    confidences = confidences.double()
+    bin_of = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    images = torch.bincount(bin_of, minlength=bins)
+    # 0 / 0 is NaN: no image in the bin.
+    means = [
+        torch.bincount(bin_of, values, minlength=bins) / images
+        for values in (confidences, right.double())
+    ]
+    return [
+        {"images": n, "confidence": c if n else None, "accuracy": a if n else None}
+        for n, c, a in zip(images.tolist(), *(mean.tolist() for mean in means), strict=True)
+    ]
+
+
 def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> float:
     """Returns the expected calibration error: ``sum_b |B_b| / N |acc(B_b) - conf(B_b)|``.
 
-    Bin ``B_b`` has the images with a confidence in ``((b - 1) / 15, b / 15]``, for 15 bins.
+    The bins are those of :func:`reliability`.
 
     >>> round(calibration_error(torch.tensor([0.9, 0.9, 0.9, 0.5]), torch.tensor([1, 1, 0, 1])), 3)
     0.3
@@ -216,11 +264,9 @@ def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) 
         Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
         https://arxiv.org/abs/1706.04599
     """
-    # Not torchmetrics: it puts a confidence of exactly 1, which well-trained networks often reach
-    # in float32, into a sixteenth bin and so overstates the error.
-    confidences = confidences.double()
-    bin_of = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).scatter_add_(
-        0, bin_of, right.double() - confidences
-    )
-    return float(gaps.abs().sum() / len(confidences))
+    gaps = [
+        part["images"] * abs(part["accuracy"] - part["confidence"])
+        for part in reliability(confidences, right, bins)
+        if part["images"]
+    ]
+    return float(sum(gaps) / len(confidences))

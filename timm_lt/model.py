@@ -23,7 +23,14 @@ from timm_lt.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from timm_lt.heads import HEADS, head_option_names, set_absent_head, set_head
+from timm_lt.heads import (
+    HEADS,
+    Head,
+    get_heads,
+    head_option_names,
+    set_absent_head,
+    set_head,
+)
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 
@@ -163,9 +170,7 @@ def _create_from_folder(
     if not pretrained:
         raise UsageError(f"head {head!r} of {folder} needs its backbone; leave pretrained as it is")
     if info is None:
-        # A plain timm checkpoint: any head that needs no fit.
-        ours, theirs = split_options(head, options)
-        return set_head(_create_joint(folder, True, head, theirs), head, **ours)
+        return _create_from_plain(folder, head, options)
     kind = info.heads[head].kind if head in info.heads else head
     ours, theirs = split_options(kind, options)
     classes = theirs.get("num_classes", info.num_classes)
@@ -176,6 +181,22 @@ def _create_from_folder(
         )
     model = _create_joint(folder, True, head, theirs)
     return load_model_head(folder, model, head, **ours)
+
+
+def _create_from_plain(folder: Path, head: str, options: dict[str, Any]) -> nn.Module:
+    """Puts a head that needs no fit on a checkpoint of timm's own."""
+    free = [name for name in HEADS if not HEADS[name].own_state]
+    if head not in free:
+        raise UsageError(
+            f"{folder} is a plain timm checkpoint without heads: choose one of {', '.join(free)}, "
+            f"or create the model without head= and fit one"
+        )
+    ours, theirs = split_options(head, options)
+    model = set_head(_create_joint(folder, True, head, theirs), head, **ours)
+    for new in get_heads(model).values():
+        assert isinstance(new, Head)
+        new.check_fitted()
+    return model
 
 
 def _check_weights(folder: Path, config: dict[str, Any], info: CheckpointInfo | None) -> None:

@@ -163,7 +163,10 @@ class Repo:
         damaged = f"{file} of {self.repo_id} is not the one that {CONFIG} describes"
         if constants.is_offline_mode():
             raise UsageError(f"{damaged} (SHA-256 differs); load it once while online")
-        path = self.fetch(file, force=True)
+        try:
+            path = self.fetch(file, force=True)
+        except UsageError as error:
+            raise UsageError(f"{damaged} (SHA-256 differs); fetching it again: {error}") from error
         if file_sha256(path) != digest:
             # A link into the store of the cache, where links are supported.
             for place in (path.resolve(), path):
@@ -219,28 +222,31 @@ def hub_errors(
             f"{LOGIN}"
         ) from error
     except LocalEntryNotFoundError as error:
-        reason = _reason(error.__cause__, what)
-        raise UsageError(f"{what} is not in the cache, and {reason}") from error
+        raise UsageError(f"{what} is not in the cache, and {_reason(error, what)}") from error
     except EntryNotFoundError as error:
         raise UsageError(f"{repo_id} has no file {file}") from error
-    except (HTTPError, OSError, ValueError) as error:
-        # The client raises bare ValueError where a forced download fails; its cause says why.
-        raise UsageError(f"{what}: {_reason(error.__cause__ or error, what)}") from error
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{what}: {_reason(error, what)}") from error
 
 
-def _reason(error: BaseException | None, what: str) -> str:
+def _reason(error: BaseException, what: str) -> str:
     """Says why a request failed and what can be done."""
-    if isinstance(error, OfflineModeIsEnabled):
+    known = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, FileMetadataError)
+    cause: BaseException | None = error
+    # The client wraps what happened, for uploads and forced downloads in bare built-in errors.
+    while cause is not None and not isinstance(cause, known):
+        cause = cause.__cause__
+    if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to download"
-    if isinstance(error, HfHubHTTPError):
-        return _status_reason(error)
-    if isinstance(error, HTTPError):
-        return f"{constants.ENDPOINT} cannot be reached ({_line(error)}); try again"
-    if isinstance(error, FileMetadataError):
-        return f"{constants.ENDPOINT} does not answer as the Hub does ({_line(error)})"
+    if isinstance(cause, HfHubHTTPError):
+        return _status_reason(cause)
+    if isinstance(cause, HTTPError):
+        return f"{constants.ENDPOINT} cannot be reached ({_line(cause)}); try again"
+    if isinstance(cause, FileMetadataError):
+        return f"{constants.ENDPOINT} does not answer as the Hub does ({_line(cause)})"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or what} cannot be written: {error.strerror}"
-    return _line(error) if error is not None else "the Hub cannot be reached; try again"
+        return f"{error.filename or what} cannot be read or written: {error.strerror}"
+    return _line(error)
 
 
 def _status_reason(error: HfHubHTTPError) -> str:

@@ -1,22 +1,22 @@
-"""What a run shows: the table of heads, the plots and the model card."""
+"""Tables of a run or a checkpoint; and figures in words, for the model card."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from string import Template
+import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from timm_lt.files import write_atomic
-from timm_lt.fitting import AccuracyCurve
-from timm_lt.longtail import ShotRule, shot_groups, shot_rule_texts
+from timm_lt.checkpoint import CheckpointInfo
+from timm_lt.longtail import ShotRule, describe_shots
 from timm_lt.metrics import ShotReport
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
-CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+# What a record of a selection has beside the selected option.
+SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
 
 
 def percent(fraction: float | None) -> str:
@@ -28,16 +28,70 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
+def known_fraction(value: object) -> float | None:
+    """Returns a figure of unknown origin if it is a fraction in [0, 1], else None.
+
+    >>> known_fraction(0.5), known_fraction(70.1), known_fraction("0.5")
+    (0.5, None, None)
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    # A mean of ones may come out a rounding error above 1.
+    return float(value) if 0 <= value <= 1 + 1e-9 else None
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    r"""Returns a text of unknown origin without control characters, cut to a length.
+
+    >>> one_line(" two\nlines\x1b[2J")
+    'two lines [2J'
+    """
+    # Control and format characters, lone surrogates; line and paragraph separators.
+    odd = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    text = "".join(" " if unicodedata.category(c) in odd else c for c in text[: 4 * limit])
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def brief(value: object, digits: int = 3) -> str:
+    """Returns a JSON value of unknown origin as a few characters.
+
+    >>> brief(0.8125), brief(500), brief("cosine"), brief([1, 2])
+    ('0.812', '500', 'cosine', 'a list')
+
+    Args:
+        value: The value.
+        digits: Significant digits of a number that is not whole.
+    """
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return one_line(str(value), 30)
+
+
+def selected_option(selection: Mapping[str, Any]) -> str | None:
+    """Returns the name of the option that a record says was selected, None if it names none."""
+    return next((key for key in selection if key not in SELECTION_FIELDS), None)
+
+
 def describe_selection(selection: Mapping[str, Any]) -> str:
     """Returns what was chosen on validation for a head.
 
     >>> describe_selection({"tau": 0.8125, "objective": "all", "split": "val"})
     'tau 0.812'
     """
-    if not selection:
-        return ""
-    name, value = next(iter(selection.items()))
-    return f"{name} {value:.3g}"
+    option = selected_option(selection)
+    return "" if option is None else f"{one_line(option, 30)} {brief(selection[option])}"
+
+
+def group_word(group: str) -> str:
+    """Returns the word for a shot group in a table.
+
+    >>> group_word("many_shot")
+    'many'
+    """
+    return group.removesuffix("_shot")
 
 
 def shot_table(
@@ -58,16 +112,7 @@ def shot_table(
         title: Line above the table.
     """
     rule = next(iter(reports.values())).rule
-    table = Table(
-        title=title,
-        caption=_shot_legend(class_counts, rule),
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 0, 0, 1),
-    )
+    table = _new_table(title, _shot_legend(class_counts, rule))
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
     names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
     table.add_column("head", no_wrap=True)
@@ -84,166 +129,53 @@ def shot_table(
             name,
             *map(percent, values),
             f"{seconds[name]:.1f}" if name in seconds else "-",
-            describe_selection(selections.get(name, {})),
+            escape(describe_selection(selections.get(name, {}))),
         )
     return table
 
 
+def head_table(info: CheckpointInfo) -> Table:
+    """Builds the table of a checkpoint's heads: test figures in percent, and options.
+
+    Args:
+        info: What the checkpoint says of itself.
+    """
+    counts, rule = info.class_counts, info.shot_rule
+    legend = _shot_legend(torch.tensor(counts), rule) if counts and rule else None
+    table = _new_table(f"{one_line(info.architecture)}, {info.num_classes} classes", legend)
+    table.add_column("head", no_wrap=True)
+    for name in ("many", "medium", "few", "all"):
+        style = "bold" if name == "all" else ""
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    table.add_column("options")
+    for name, entry in info.heads.items():
+        figures = [entry.metrics.get(key) for key in (*GROUPS, "all")]
+        kind = [] if entry.kind == name else [f"a {entry.kind} head"]
+        options = [f"{key}={brief(value)}" for key, value in entry.options.items()]
+        table.add_row(
+            name,
+            *(percent(known_fraction(value)) for value in figures),
+            escape(", ".join(kind + options)),
+        )
+    return table
+
+
+def _new_table(title: str, caption: str | None) -> Table:
+    return Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+
+
 def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
-    groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
-    sizes = [f"{int(groups[name].sum())}" for name in GROUPS]
-    sizes[0] += " classes"
+    shots = describe_shots(class_counts, rule)
     parts = [
-        f"{name.removesuffix('_shot')} {texts[name]} ({size})"
-        for name, size in zip(GROUPS, sizes, strict=True)
+        f"{group_word(name)} {shot['rule']} ({shot['classes']})" for name, shot in shots.items()
     ]
-    return f"shots: {', '.join(parts)}"
-
-
-def save_plots(
-    folder: Path,
-    reports: Mapping[str, ShotReport],
-    class_counts: Tensor,
-    curves: Mapping[str, tuple[AccuracyCurve, float]],
-) -> list[Path]:
-    """Draws accuracy by class frequency, and accuracy against tau, as PNG.
-
-    Args:
-        folder: Where to write; made if missing.
-        reports: Test figures by head.
-        class_counts: Training images per class, (C,).
-        curves: Validation accuracy against tau with the head's tau, by head; may be empty.
-
-    Returns:
-        The files.
-    """
-    from matplotlib.figure import Figure
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    _draw_frequency(figure, reports, class_counts)
-    paths = [folder / "accuracy_by_frequency.png"]
-    figure.savefig(paths[0], dpi=120)
-    if curves:
-        figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-        _draw_curves(figure, curves)
-        paths.append(folder / "accuracy_by_tau.png")
-        figure.savefig(paths[1], dpi=120)
-    return paths
-
-
-def _draw_frequency(
-    figure: Any,  # noqa: ANN401
-    reports: Mapping[str, ShotReport],
-    class_counts: Tensor,
-) -> None:
-    axes = figure.subplots()
-    order = torch.argsort(class_counts, descending=True, stable=True)
-    width = max(len(order) // 20, 1)
-    for name, report in reports.items():
-        accuracy = report.per_class[order]
-        # A running mean over neighbouring classes: single classes are too noisy to read.
-        windows = accuracy.unfold(0, width, 1).nanmean(1)
-        places = torch.arange(len(windows)) + (width - 1) / 2 + 1
-        axes.plot(places, 100 * windows, label=name, linewidth=2.2 if name == "linear" else 1.4)
-    axes.set_xlabel("classes, from the most to the least frequent")
-    smoothing = f"\n(mean of {width} neighbours)" if width > 1 else ""
-    axes.set_ylabel(f"test accuracy, %{smoothing}")
-    axes.set_ylim(0, 100)
-    axes.set_xlim(0.5, len(order) + 0.5)
-    counts = axes.twinx()
-    places = torch.arange(len(order)) + 1
-    counts.fill_between(places, class_counts[order], step="mid", alpha=0.12, color="black")
-    counts.set_yscale("log")
-    counts.set_ylabel("training images (grey)")
-    # Outside, where it hides no curve.
-    figure.legend(
-        *axes.get_legend_handles_labels(), fontsize="small", loc="outside upper center", ncols=7
-    )
-    axes.set_zorder(counts.get_zorder() + 1)
-    axes.patch.set_visible(False)
-
-
-def _draw_curves(figure: Any, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> None:  # noqa: ANN401
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axes, (name, (curve, tau)) in zip(panels, curves.items(), strict=True):
-        edges, accuracy = curve.steps()
-        right = max(2.0, 1.5 * tau)
-        # The accuracy after the last step holds from there on.
-        shown = edges < right
-        edges = torch.cat([edges[shown], torch.tensor([right])])
-        accuracy = torch.cat([accuracy[shown], accuracy[shown][-1:]])
-        axes.step(edges, 100 * accuracy, where="post")
-        axes.axvline(tau, linestyle="--", color="black", linewidth=1)
-        axes.set_title(f"{name}, tau {tau:.2f} (dashed)", fontsize="medium")
-        axes.set_xlim(0, right)
-        axes.set_xlabel("tau")
-    panels[0].set_ylabel("validation accuracy, %")
-
-
-def write_model_card(
-    path: Path,
-    *,
-    name: str,
-    architecture: str,
-    data: str,
-    reports: Mapping[str, ShotReport],
-    class_counts: Tensor,
-    selections: Mapping[str, Mapping[str, Any]],
-    recipe: str,
-    seed: int,
-    plots: Sequence[Path] = (),
-) -> None:
-    """Writes the ``README.md`` of a checkpoint folder.
-
-    Args:
-        path: The file.
-        name: Name of the run.
-        architecture: Plain timm architecture.
-        data: Name of the data set.
-        reports: Test figures by head.
-        class_counts: Training images per class, (C,).
-        selections: How each head's options were chosen.
-        recipe: The resolved recipe, YAML.
-        seed: The run's seed.
-        plots: Plots in a folder beside the file.
-    """
-    rule = next(iter(reports.values())).rule
-    template = Template(CARD_TEMPLATE.read_text(encoding="utf-8"))
-    text = template.substitute(
-        name=name,
-        architecture=architecture,
-        data=data,
-        num_classes=len(class_counts),
-        num_images=f"{int(class_counts.sum()):,}",
-        largest=int(class_counts.max()),
-        smallest=int(class_counts.min()),
-        imbalance_factor=f"{float(class_counts.max() / class_counts.min()):g}",
-        table=_markdown_table(reports, class_counts, rule, selections),
-        example_head=next((head for head in reports if head != "linear"), "linear"),
-        plots="\n".join(f"![{plot.stem}](plots/{plot.name})" for plot in plots),
-        recipe=recipe.strip(),
-        seed=seed,
-    )
-    write_atomic(path, text)
-
-
-def _markdown_table(
-    reports: Mapping[str, ShotReport],
-    class_counts: Tensor,
-    rule: ShotRule,
-    selections: Mapping[str, Mapping[str, Any]],
-) -> str:
-    groups, texts = shot_groups(class_counts, rule), shot_rule_texts(rule)
-    heads = [
-        f"{name.removesuffix('_shot')} ({texts[name]}, {int(groups[name].sum())} classes)"
-        for name in GROUPS
-    ]
-    rows = [["head", *heads, "all", "macro F1", "ECE", "selected"]]
-    rows.append(["---", *["---:"] * 6, "---"])
-    for name, report in reports.items():
-        values = [getattr(report, group) for group in GROUPS]
-        values += [report.all, report.macro_f1, report.ece]
-        selected = describe_selection(selections.get(name, {}))
-        rows.append([f"`{name}`", *map(percent, values), selected])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"shots: {', '.join(parts).replace(')', ' classes)', 1)}"

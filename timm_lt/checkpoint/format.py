@@ -138,7 +138,19 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
         UsageError: If the folder has no readable ``timm_lt`` block; the message names the field.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    return parse_checkpoint(folder, read_config(folder))
+
+
+def parse_checkpoint(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
+    """Reads what a checkpoint says of itself from its config.
+
+    Args:
+        folder: Where the checkpoint lies, or will lie.
+        config: The config, after :func:`check_config`.
+
+    Raises:
+        UsageError: If a field is not as it should be; the message names it.
+    """
     block, where = config.get(BLOCK), f"{folder / CONFIG}: {BLOCK}"
     if not isinstance(block, dict):
         raise UsageError(f"{where}: missing; this is a plain timm checkpoint without heads")
@@ -174,18 +186,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config of a timm checkpoint, with or without heads.
 
     Raises:
-        UsageError: If there is none, or a field says where else weights should come from.
+        UsageError: If there is none, or it is not as :func:`check_config` wants it.
     """
     if not folder.is_dir():
         raise UsageError(f"checkpoint folder {folder} does not exist")
     path = folder / CONFIG
-    config = read_json(path, limit=TEXT_LIMIT)
+    return check_config(path, read_json(path, limit=TEXT_LIMIT))
+
+
+def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Checks what timm reads of a config, and returns it.
+
+    Raises:
+        UsageError: If a field is of the wrong type, or says where else weights should come from.
+    """
     if not isinstance(config.get("architecture"), str):
         raise UsageError(f"{path}: architecture must be a string")
     arguments, settings = config.get("model_args", {}), config.get("pretrained_cfg", {})
     for key, value in (("model_args", arguments), ("pretrained_cfg", settings)):
         if not isinstance(value, dict):
             raise UsageError(f"{path}: {key} must be an object")
+    classifier = settings.get("classifier")
+    names = classifier if isinstance(classifier, list) else [classifier or ""]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path}: pretrained_cfg.classifier must be a string or a list of them")
     reserved = sorted(RESERVED & set(arguments))
     if reserved:
         raise UsageError(f"{path}: model_args must not have {', '.join(reserved)}")
@@ -204,12 +228,15 @@ def _read_counts(where: str, counts: object) -> list[int] | None:
 
 def _read_num_classes(path: Path, config: dict[str, Any], counts: list[int] | None) -> int:
     """Reads C, on which all parts of the config must agree: timm would drop the classifier."""
-    num_classes = config.get("num_classes") if counts is None else len(counts)
+    num_classes = config.get("num_classes")
     if type(num_classes) is not int or num_classes < 1:
         raise UsageError(f"{path}: num_classes must be an integer >= 1")
+    if counts is not None and len(counts) != num_classes:
+        raise UsageError(
+            f"{path}: {BLOCK}.class_counts has {len(counts)} classes, num_classes is {num_classes}"
+        )
     settings = config.get("pretrained_cfg", {})
     for key, part in (
-        ("num_classes", config),
         ("model_args.num_classes", config.get("model_args", {})),
         ("pretrained_cfg.num_classes", settings),
     ):

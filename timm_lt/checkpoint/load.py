@@ -158,6 +158,10 @@ def _load_tensors(heads: dict[str, Head], entry: HeadEntry, folder: Path) -> Non
         raise UsageError(
             f"head file {path} holds {found}, a {entry.kind!r} head here needs {wanted}"
         )
+    for name, value in {**tensors, **statistics}.items():
+        # NaN stands for a state that is not fitted.
+        if not value.isfinite().all() and not value.isnan().all():
+            raise UsageError(f"{name} in head file {path} has values that are not finite")
     for head in heads.values():
         loaded = {key: tensors[name] for name, (owner, key) in own.items() if owner is head}
         head.load_state_dict({**head.state_dict(), **loaded})

@@ -17,10 +17,14 @@ from timm_lt.checkpoint.format import (
     CONFIG,
     FORMAT_VERSION,
     STATISTICS,
+    TEXT_LIMIT,
     WEIGHTS,
+    CheckpointInfo,
     TimmBase,
+    check_config,
     check_head_name,
     is_statistic,
+    parse_checkpoint,
 )
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.files import sha256, write_atomic
@@ -97,11 +101,26 @@ def save_checkpoint(
         "heads": entries,
     }
     config = _config_text(plain, label_names, {BLOCK: block})
+    check_text(folder, config)
     (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
         write_atomic(folder / path, content)
     write_atomic(folder / CONFIG, config)
     return folder
+
+
+def check_text(folder: Path, text: str) -> CheckpointInfo:
+    """Checks that a config that is about to be written can be read again.
+
+    Returns:
+        What it says.
+
+    Raises:
+        UsageError: If it cannot; the message names the field.
+    """
+    if len(text.encode()) > TEXT_LIMIT:
+        raise UsageError(f"{folder / CONFIG} would have more than {TEXT_LIMIT:,} bytes")
+    return parse_checkpoint(folder, check_config(folder / CONFIG, json.loads(text)))
 
 
 def _check_joint(

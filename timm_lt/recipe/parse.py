@@ -108,6 +108,13 @@ def _parser(prog: str) -> ArgumentParser:
     run.add_argument("--threads", type=int | None, help="CPU threads per process; null is all.")
     run.add_argument("--tracker", default="none", help="tensorboard, or any accelerate tracker.")
     run.add_argument("--quiet", action="store_true", help="Print the final table only.")
+    run.add_argument(
+        "--push_to_hub", type=str | None, help="Repo of the Hub to push to, NAMESPACE/NAME."
+    )
+    run.add_argument("--private", action="store_true", help="Make that repo private.")
+    run.add_argument(
+        "--license", type=str | None, help="Licence for the model card, such as apache-2.0."
+    )
     run.add_argument(PRINT, action="store_true", help="Print the resolved recipe and exit.")
     return parser
 

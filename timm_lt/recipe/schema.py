@@ -178,6 +178,9 @@ class RunOptions:
         threads: Threads per process on a CPU; None is this process's share of the cores.
         tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
         quiet: Print the final table only.
+        push_to_hub: Repo of the Hub to push the finished run to, namespace/name.
+        private: A new repo is private.
+        license: Licence of the weights for the model card, such as apache-2.0.
     """
 
     output: str | None = None
@@ -186,3 +189,6 @@ class RunOptions:
     threads: int | None = None
     tracker: str = "none"
     quiet: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
+    license: str | None = None

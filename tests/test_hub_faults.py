@@ -1,0 +1,291 @@
+"""What goes wrong on the way to a hub, and repos that mean harm: one error, nothing half done."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import timm_lt
+from timm_lt.cli import main
+from timm_lt.heads import get_head
+from timm_lt.published import CHECKPOINTS
+from timm_lt.registry import UsageError
+
+PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
+FILES = {
+    path.relative_to(PACKAGED).as_posix(): path.read_bytes()
+    for path in PACKAGED.rglob("*")
+    if path.is_file()
+}
+WEIGHTS, HEAD = "model.safetensors", "heads/lws.safetensors"
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
+
+@pytest.fixture
+def birds(loopback_hub):
+    loopback_hub.create("me/birds", FILES)
+    return loopback_hub
+
+
+def load(cache, head="lws", name="me/birds", **options):
+    return timm_lt.create_model(f"hf-hub:{name}", head=head, cache_dir=cache, **options).eval()
+
+
+def check_whole(cache, head="lws"):
+    """What loads now is what is packaged."""
+    local = timm_lt.create_model(f"local-dir:{PACKAGED}", head=head).eval()
+    with torch.no_grad():
+        assert torch.equal(load(cache, head)(IMAGES), local(IMAGES))
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+STATUS = {
+    401: "the token is not valid",
+    403: "the token has no permission",
+    429: "had too many requests.*; try again after 7 seconds",
+    500: r"the Hub has an error of its own \(500\)",
+    418: "the Hub answered 418",
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", WEIGHTS, HEAD])
+@pytest.mark.parametrize("status", STATUS)
+def test_a_refusal_says_why_and_is_over_when_it_is_over(birds, tmp_path, status, file):
+    headers = {"Retry-After": "7"} if status == 429 else {}
+    birds.fault("HEAD", f"/resolve/.*/{file}", status=status, headers=headers)
+    with pytest.raises(UsageError, match=STATUS[status]) as caught:
+        load(tmp_path)
+    assert file in str(caught.value)
+    assert "\n" not in str(caught.value)
+    birds.clear_faults()
+    check_whole(tmp_path)
+
+
+def test_a_short_refusal_is_waited_for(birds, tmp_path, no_waiting):
+    birds.fault("HEAD", WEIGHTS, status=429, headers={"Retry-After": "7"}, times=2)
+    birds.fault("GET", HEAD, status=429, headers={"Retry-After": "3"}, times=1)
+    check_whole(tmp_path)
+    assert no_waiting
+
+
+def test_repos_revisions_and_files_that_are_not_there(birds, tmp_path, monkeypatch):
+    birds.create("me/empty")
+    with pytest.raises(UsageError, match="there is no model repo me/nobody"):
+        load(tmp_path, name="me/nobody")
+    with pytest.raises(UsageError, match=r"me/birds has no branch, tag or commit 'v2'"):
+        load(tmp_path, name="me/birds@v2")
+    with pytest.raises(UsageError, match=r"me/empty has no file config\.json"):
+        load(tmp_path, name="me/empty")
+    birds.create("me/gated", FILES, gated=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UsageError, match="me/gated is gated: ask for access at http"):
+        load(tmp_path, name="me/gated")
+    monkeypatch.setenv("HF_TOKEN", "hf_nonsense")
+    with pytest.raises(UsageError, match=r"the token is not valid .*hf auth login"):
+        load(tmp_path)
+    for name in ("birds", "me/", "me/birds@", "a/b/c", "me/bi rds", "../x", "me/..", "/etc"):
+        with pytest.raises(UsageError, match=r"is no repo"):
+            load(tmp_path, name=name)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD, "config.json"])
+def test_a_cut_connection_is_resumed(birds, tmp_path, file):
+    cut = len(FILES[file]) // 2
+    birds.fault("GET", f"/resolve/.*/{file}", cut=cut, times=1)
+    check_whole(tmp_path)
+
+
+def test_a_file_that_ends_too_early_every_time_is_not_kept(birds, tmp_path):
+    birds.fault("GET", WEIGHTS, cut=0)
+    with pytest.raises(UsageError, match=rf"{WEIGHTS} of me/birds: .* cannot be reached"):
+        load(tmp_path)
+    assert not list(tmp_path.rglob(WEIGHTS))
+    birds.clear_faults()
+    check_whole(tmp_path)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD])
+def test_wrong_bytes_are_fetched_once_more(birds, tmp_path, file):
+    birds.fault("GET", file, corrupt=True, times=1)
+    check_whole(tmp_path)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD])
+def test_wrong_bytes_do_not_stay_in_the_cache(birds, tmp_path, file):
+    birds.fault("GET", file, corrupt=True)
+    with pytest.raises(UsageError, match=r"not the one that config\.json describes .*not kept"):
+        load(tmp_path)
+    assert not list(tmp_path.rglob(file.rpartition("/")[2]))
+    birds.clear_faults()
+    check_whole(tmp_path)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, HEAD])
+def test_a_cache_that_was_damaged_heals(birds, tmp_path, file):
+    load(tmp_path)
+    (path,) = tmp_path.rglob(f"snapshots/*/{file}")
+    path.resolve().write_bytes(b"damaged")
+    check_whole(tmp_path)
+
+
+def test_a_push_between_two_downloads_mixes_nothing(birds, tmp_path):
+    load(tmp_path, None)
+    # The next commit has other weights and heads under the same names.
+    birds.commit("me/birds", {path: content + b" " for path, content in FILES.items()})
+    commit = birds.commits("me/birds")[1].id
+    check = load(tmp_path, "crt", name=f"me/birds@{commit}")
+    assert get_head(check).kind == "crt"
+    with pytest.raises(UsageError, match="not the one"):
+        load(tmp_path, "crt")
+
+
+# ---- repos that mean harm ------------------------------------------------------------------------
+
+
+def block(**values):
+    config = json.loads(FILES["config.json"])
+    config["timm_lt"] |= values
+    return config
+
+
+def with_head(**values):
+    config = json.loads(FILES["config.json"])
+    config["timm_lt"]["heads"]["lws"] |= values
+    return config
+
+
+def with_arguments(**values):
+    config = json.loads(FILES["config.json"])
+    config["model_args"] |= values
+    return config
+
+
+HARM = {
+    "path out of the repo": (with_head(file="../../evil.safetensors"), r"heads\.lws\.file"),
+    "absolute path": (with_head(file="/etc/passwd"), r"heads\.lws\.file"),
+    "name out of the repo": (block(heads={"../lws": {"kind": "linear"}}), r"heads\.\.\./lws"),
+    "unknown kind": (with_head(kind="os.system"), r"heads\.lws\.kind"),
+    "option of the wrong type": (with_head(options={"scale_bias": "no"}), r"heads\.lws\.options"),
+    "unknown option": (with_head(options={"__class__": 1}), r"heads\.lws\.options"),
+    "digest": (with_head(sha256="0" * 63), r"heads\.lws\.sha256"),
+    "other version": (block(version=2), r"timm_lt\.version is 2"),
+    "class counts": (block(class_counts=[1, "2"]), r"timm_lt\.class_counts"),
+    "a billion classes": (block(class_counts=None) | {"num_classes": 10**9}, "num_classes is"),
+    "a million layers": (with_arguments(layers=[10**6] * 4), r"model_args\.layers"),
+    "weights from elsewhere": (with_arguments(pretrained_cfg={"url": "x"}), "pretrained_cfg"),
+    "a cache elsewhere": (with_arguments(cache_dir="/tmp/x"), "cache_dir"),
+    "unknown architecture": (json.loads(FILES["config.json"]) | {"architecture": "os"}, "Unknown"),
+    "ten megabytes": (block(label_names=["x" * 10**5] * 100), "has 10,0.* bytes, more than"),
+    "no object": ([1, 2], "must hold a JSON object"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), HARM.values(), ids=HARM)
+def test_harm_is_refused_and_named(birds, tmp_path, config, message):
+    birds.commit("me/birds", {"config.json": json.dumps(config).encode()})
+    before = birds.commits("me/birds")
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "cache")
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    assert birds.commits("me/birds") == before
+
+
+def test_a_key_given_twice_is_refused(birds, tmp_path):
+    text = FILES["config.json"].replace(b'"version": 1', b'"version": 1, "version": 1')
+    birds.commit("me/birds", {"config.json": text})
+    with pytest.raises(UsageError, match="key 'version' is given twice"):
+        load(tmp_path)
+
+
+def test_ten_megabytes_are_not_even_downloaded(birds, tmp_path):
+    birds.commit("me/birds", {"config.json": b" " * 10**7})
+    birds.forget()
+    with pytest.raises(UsageError, match=r"config\.json of me/birds has 10,000,000 bytes"):
+        timm_lt.list_repo_heads("me/birds", cache_dir=tmp_path)
+    assert birds.downloads() == []
+
+
+def test_no_pickle_is_read_in_place_of_missing_weights(loopback_hub, tmp_path):
+    files = {path: content for path, content in FILES.items() if path != WEIGHTS}
+    loopback_hub.create("me/birds", {**files, "pytorch_model.bin": b"\x80\x04."})
+    with pytest.raises(UsageError, match=rf"me/birds has no file {WEIGHTS}"):
+        load(tmp_path)
+    assert "pytorch_model.bin" not in loopback_hub.downloads()
+
+
+def test_an_unknown_head_is_refused_before_the_backbone_is_downloaded(birds, tmp_path):
+    with pytest.raises(UsageError, match=r"unknown head of me/birds: 'lsw' \(did you mean 'lws'"):
+        load(tmp_path, "lsw")
+    assert birds.downloads() == ["config.json"]
+
+
+# ---- pushing -------------------------------------------------------------------------------------
+
+PUSH_FAULTS = {
+    "no permission": ({"status": 403}, "the token has no permission"),
+    "not valid": ({"status": 401}, "the token is not valid"),
+    "error of the hub": ({"status": 500}, "the Hub has an error of its own"),
+    "bad request": ({"status": 400}, "the Hub answered 400"),
+    "connection lost": ({"drop": "request"}, "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("step", ["/preupload/", "/info/lfs/objects/batch", "PUT", "/commit/"])
+@pytest.mark.parametrize(("fault", "message"), PUSH_FAULTS.values(), ids=PUSH_FAULTS)
+def test_an_interrupted_push_changes_nothing_and_the_next_completes_it(
+    birds, tmp_path, step, fault, message
+):
+    folder = shutil.copytree(PACKAGED, tmp_path / "run")
+    model = timm_lt.create_model(f"local-dir:{folder}")
+    with torch.no_grad():
+        model.fc.bias += 1
+    timm_lt.save_checkpoint(folder, model, heads={}, class_counts=range(1, 101), dataset="birds")
+    before, commits = birds.files("me/birds"), birds.commits("me/birds")
+    birds.fault(*(("PUT", "") if step == "PUT" else ("POST", step)), **fault)
+    with pytest.raises(UsageError, match=message):
+        timm_lt.push_to_hub(folder, "me/birds", overwrite=True)
+    assert (birds.files("me/birds"), birds.commits("me/birds")) == (before, commits)
+    birds.clear_faults()
+    timm_lt.push_to_hub(folder, "me/birds", overwrite=True)
+    now = birds.files("me/birds")
+    assert now[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert HEAD not in now
+    assert len(birds.commits("me/birds")) == len(commits) + 1
+
+
+def test_a_commit_that_nobody_heard_of_is_found_by_the_next_push(birds):
+    birds.commit("me/birds", {"recipe.yaml": b"epochs: 1\n"})
+    birds.fault("POST", "/commit/", drop="answer")
+    with pytest.raises(UsageError, match="cannot be reached"):
+        timm_lt.push_to_hub(PACKAGED, "me/birds")
+    birds.clear_faults()
+    assert not timm_lt.push_to_hub(PACKAGED, "me/birds").changed
+    assert birds.files("me/birds")["recipe.yaml"] == FILES["recipe.yaml"]
+
+
+def test_mistakes_at_the_command_line_are_one_line(loopback_hub, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        ("push", str(tmp_path / "no"), "me/birds"): "does not exist",
+        ("push", str(tmp_path / "empty"), "me/birds"): "config.json does not exist",
+        ("push", str(PACKAGED), "birds"): "write namespace/name",
+        ("push", str(PACKAGED), "me/bi--rds"): "is no repo of the Hub",
+        ("push", str(PACKAGED), "you/birds"): "you/birds: the token has no permission",
+        ("list", "me/nothing"): "there is no model repo me/nothing",
+        ("list", "nothing"): "is no folder here, nor a repo",
+    }
+    for arguments, message in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), error
+        assert message in error, error
+        assert error.count("\n") == 1, error
+    monkeypatch.delenv("HF_TOKEN")
+    assert main(["push", str(PACKAGED), "me/birds"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert loopback_hub.uploads() == []

@@ -1,0 +1,144 @@
+"""The plots of a run: what is drawn is what was measured."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from reports import COUNTS, balanced_reports
+
+from timm_lt.features import Features
+from timm_lt.fitting import AccuracyCurve, tau_curve
+from timm_lt.metrics import ShotReport, evaluate_logits, shot_accuracy
+from timm_lt.plots import _draw_calibration, _draw_curves, _draw_frequency, _styles, save_plots
+from timm_lt.report import percent
+
+
+def some_curves():
+    g = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(5, 4)
+    features = Features(torch.randn(80, 5, generator=g), torch.arange(80) % 4)
+    norm = tau_curve(linear, features)
+    prior = tau_curve(linear, features, adjust="prior", class_counts=COUNTS)
+    return {"tau_norm": (norm, norm.best_tau), "logit_adjusted": (prior, 3.0)}
+
+
+@pytest.mark.parametrize("with_curves", [True, False])
+def test_plots_are_pngs_of_a_sane_size(tmp_path, with_curves):
+    paths = save_plots(
+        tmp_path / "plots", balanced_reports(), COUNTS, some_curves() if with_curves else {}
+    )
+    names = ["accuracy_by_frequency.png", "accuracy_by_tau.png", "calibration.png"]
+    assert [path.name for path in paths] == [n for n in names if with_curves or "tau" not in n]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert 600 <= image.width <= 1600
+            assert 300 <= image.height <= 1000
+            # Curves in several colours, not an empty page.
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
+        assert path.stat().st_size < 300_000
+
+
+def test_plots_of_classes_without_test_images_and_of_one_class(tmp_path):
+    counts = torch.tensor([300, 5])
+    report = shot_accuracy(torch.tensor([0, 0]), torch.tensor([0, 0]), counts)
+    # Without logits there is no calibration.
+    assert len(save_plots(tmp_path, {"linear": report}, counts, {})) == 1
+    one = shot_accuracy(torch.tensor([0]), torch.tensor([0]), torch.tensor([7]))
+    assert len(save_plots(tmp_path, {"linear": one}, torch.tensor([7]), {})) == 1
+
+
+def test_curves_with_far_and_without_steps_are_drawn(tmp_path):
+    far = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([1e300, torch.inf]).double())
+    flat = AccuracyCurve(torch.tensor([torch.inf]), torch.tensor([-torch.inf]))
+    curves = {"tau_norm": (far, 0.5), "logit_adjusted": (flat, 0.5)}
+    assert len(save_plots(tmp_path, balanced_reports(), COUNTS, curves)) == 3
+
+
+def test_the_frequency_plot_orders_the_classes_by_their_counts():
+    from matplotlib.figure import Figure
+
+    counts = torch.tensor([20, 300, 60])
+    targets = torch.tensor([0, 0, 1, 1, 2, 2])
+    report = shot_accuracy(torch.tensor([0, 1, 1, 1, 0, 1]), targets, counts)
+    figure = Figure()
+    _draw_frequency(figure, {"linear": report}, counts)
+    # Between the groups of 300 and of 60 and 20 there is a mark.
+    line, mark = figure.axes[0].get_lines()
+    assert list(mark.get_xdata()) == [1.5, 1.5]
+    assert list(line.get_xdata()) == [1, 2, 3]
+    # Class 1 has two of two right, class 2 none, class 0 one.
+    assert list(line.get_ydata()) == [100, 0, 50]
+
+
+def test_the_curve_plot_holds_the_last_accuracy_to_its_end():
+    from matplotlib.figure import Figure
+
+    curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([0.25, torch.inf]))
+    figure = Figure()
+    _draw_curves(figure, {"tau_norm": (curve, 0.4)})
+    line, marker, point = figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [0.0, 0.25, 0.5, 2.0]
+    assert list(line.get_ydata()) == [50, 0, 50, 50]
+    assert list(marker.get_xdata()) == [0.4, 0.4]
+    # At .4 the first image is wrong again and the second not yet right.
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([0.4], [0])
+    assert "0.0 % at tau = 0.40\n(50.0 % at tau = 0)" in figure.axes[0].get_title()
+
+
+def calibration_axes(reports):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    _draw_calibration(figure, reports)
+    return figure, figure.axes[0]
+
+
+def test_the_calibration_plot_has_the_bins_that_have_images():
+    # Softmax of (log 3, 0) is (.75, .25), of (log 9, 0) it is (.9, .1).
+    logits = torch.tensor([[3.0, 1.0]] * 5 + [[9.0, 1.0]]).log()
+    report = evaluate_logits(logits, [0, 0, 1, 1, 1, 1], [50, 50])
+    figure, axes = calibration_axes({"crt": report})
+    diagonal, line, _ = axes.get_lines()
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
+    assert line.get_xdata() == pytest.approx([75, 90])
+    assert line.get_ydata() == pytest.approx([40, 0])
+    (points,) = axes.collections
+    large, small = points.get_sizes()
+    assert large > 2 * small
+    # A bin of one image in a thousand is a point, but nothing that the line goes through.
+    many = evaluate_logits(
+        logits.repeat_interleave(torch.tensor([200] * 5 + [1]), 0), [0] * 1001, [5, 5]
+    )
+    _, crowded = calibration_axes({"crt": many})
+    assert crowded.get_lines()[1].get_xdata() == pytest.approx([75])
+    assert len(crowded.collections[0].get_offsets()) == 2
+    # ECE: 5/6 · |2/5 − .75| + 1/6 · .9 = .4417
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["perfectly calibrated", "crt (ECE 44.2 %)"]
+
+
+def test_each_head_has_a_look_of_its_own_in_all_plots():
+
+    names = ["linear", *(f"head_{i}" for i in range(10))]
+    styles = _styles(dict.fromkeys(names))
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(names)
+    report = balanced_reports()["crt"]
+    _, axes = calibration_axes(dict.fromkeys(names, report))
+    drawn = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    assert [drawn[f"{n} (ECE {percent(report.ece)} %)"] for n in names] == [
+        styles[n]["color"] for n in names
+    ]
+
+
+def test_metrics_of_before_the_calibration_plot_still_draw_the_others(tmp_path):
+    fields = {name: report.to_dict() for name, report in balanced_reports().items()}
+    for report in fields.values():
+        del report["reliability"]
+    old = json.loads(json.dumps(fields))
+    reports = {name: ShotReport.from_dict(report) for name, report in old.items()}
+    assert [p.name for p in save_plots(tmp_path, reports, COUNTS, {})] == [
+        "accuracy_by_frequency.png"
+    ]
