@@ -1,6 +1,6 @@
 """The recipe: a complete experiment as typed data, from YAML and the command line.
 
-Only ``train_lt.py`` and ``timm_lt/cli.py`` know recipes; everything below takes plain arguments.
+Only ``train_lt.py`` and ``timm_lt/cli`` know recipes; everything below takes plain arguments.
 """
 
 from timm_lt.recipe.parse import DEFAULT_RECIPE as DEFAULT_RECIPE

@@ -1,0 +1,42 @@
+"""The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import timm_lt
+import train_lt
+from timm_lt.cli import convert, fold, listing, pack, push
+from timm_lt.registry import UsageError
+from timm_lt.report import one_line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        # Its arguments are those of a recipe, which has its own parser.
+        return train_lt.main(argv[1:], prog="timm-lt train")
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except UsageError as error:
+        # One line without control characters, whatever a message quotes from a file or a repo.
+        print(f"error: {one_line(str(error), 5000)}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="timm-lt", description="Long-tailed image recognition on timm."
+    )
+    parser.add_argument("--version", action="version", version=f"timm_lt {timm_lt.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
+    for module in (listing, pack, push, fold, convert):
+        module.add_parser(commands)
+    return parser

@@ -1,0 +1,76 @@
+"""``timm-lt convert``: weights of another project as a decoupled checkpoint."""
+
+import argparse
+import json
+from pathlib import Path
+
+from timm_lt.cli.common import Commands, say
+from timm_lt.console import start_logging
+from timm_lt.convert import convert_checkpoint
+from timm_lt.registry import UsageError
+from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    convert = commands.add_parser(
+        "convert",
+        help="write weights of another project as a decoupled checkpoint",
+        description=(
+            "Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict, and "
+            "writes a decoupled checkpoint. Examples: timm-lt convert lt_resnext50.imagenet_lt "
+            "x50; timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth"
+        ),
+    )
+    convert.add_argument("source", help="a published name, a URL, or a file")
+    convert.add_argument("destination", type=Path, help="folder to write; must not exist")
+    convert.add_argument("--model", help="the architecture; found by itself where it can be")
+    convert.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME=URL_OR_FILE",
+        help="a head from a file with the same backbone; may be repeated",
+    )
+    convert.add_argument(
+        "--class-counts", type=Path, help="JSON list of the training images of each class"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
+    convert.set_defaults(command=convert_weights)
+
+
+def convert_weights(arguments: argparse.Namespace) -> None:
+    """Writes the weights of another project as a decoupled checkpoint."""
+    start_logging()
+    heads = {}
+    for text in arguments.head:
+        name, equals, place = text.partition("=")
+        if not (name and equals and place):
+            raise UsageError(f"--head takes NAME=URL_OR_FILE, got {text!r}")
+        if name in heads:
+            raise UsageError(f"--head {name} is given twice")
+        heads[name] = place
+    counts = None
+    if arguments.class_counts is not None:
+        counts = _class_counts(arguments.class_counts)
+    with new_folder(
+        arguments.destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite
+    ) as folder:
+        done = convert_checkpoint(
+            arguments.source, folder, model=arguments.model, heads=heads, class_counts=counts
+        )
+    known = {"given": "as given", "in the file": "as the file says"}.get(done.found, done.found)
+    say(
+        f"{arguments.destination}: {done.name} ({known}), {done.num_classes} classes, heads "
+        f"{', '.join(done.heads)}"
+    )
+
+
+def _class_counts(path: Path) -> list[int]:
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
+    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
+        raise UsageError(f"--class-counts {path} must hold a JSON list of integers, one a class")
+    return counts

@@ -1,0 +1,118 @@
+"""``timm-lt fold``: a head as a plain timm checkpoint, or ONNX."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+import timm_lt
+from timm_lt.checkpoint import CONFIG, read_checkpoint
+from timm_lt.cli.common import Commands, say
+from timm_lt.files import read_json
+from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
+from timm_lt.heads import head_option_names
+from timm_lt.model import LOCAL_DIR
+from timm_lt.registry import UsageError, unknown_name
+from timm_lt.run_folder import new_folder
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    fold = commands.add_parser(
+        "fold",
+        help="write a head as a plain timm checkpoint, or ONNX, to ship",
+        description=(
+            "Folds a head into a plain classifier and writes what plain timm loads, without "
+            "timm_lt. What was written is loaded again and compared. Example: timm-lt fold "
+            "output/lt_test_resnet.glyph_lt ship --head tau_norm --option tau=0.7 --onnx"
+        ),
+    )
+    fold.add_argument("source", help="folder of a decoupled checkpoint, or a pretrained name")
+    fold.add_argument("destination", type=Path, help="folder to write; must not exist")
+    fold.add_argument(
+        "--head",
+        nargs="+",
+        default=["linear"],
+        metavar="NAME",
+        help="head to fold, the joint classifier unless given; several go to DESTINATION/NAME",
+    )
+    fold.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the head that takes the place of the stored one; may be repeated",
+    )
+    fold.add_argument("--onnx", action="store_true", help="write model.onnx as well")
+    fold.add_argument("--overwrite", action="store_true", help="replace a folded checkpoint there")
+    fold.set_defaults(command=fold_checkpoint)
+
+
+def fold_checkpoint(arguments: argparse.Namespace) -> None:
+    """Writes heads of a checkpoint as plain timm checkpoints, each compared after it is read."""
+    source, destination, heads = arguments.source, arguments.destination, arguments.head
+    kinds, labels, name = dict(zip(heads, heads, strict=True)), None, source
+    if Path(source).is_dir():
+        info = read_checkpoint(source)
+        kinds |= {head: info.heads[head].kind for head in heads if head in info.heads}
+        labels, name = info.label_names, f"{LOCAL_DIR}{source}"
+    elif source not in timm.list_pretrained("lt_*"):
+        raise unknown_name("checkpoint (and no such folder):", source, timm.list_pretrained("lt_*"))
+    options = _options_by_head(arguments.option, kinds)
+    models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
+    single = len(models) == 1
+    entries = FOLDED_ENTRIES if single else set(heads)
+    lines = []
+    with new_folder(
+        destination, entries, overwrite=arguments.overwrite, source=Path(source)
+    ) as folder:
+        for head, model in models.items():
+            target = folder if single else folder / head
+            report = write_folded(target, model, onnx=arguments.onnx, label_names=labels)
+            same = "the same logits" if report.exact else "the same predictions"
+            where = destination if single else destination / head
+            lines.append(f"{where}: {head} folded, {same}; {_differences(report)}")
+        architecture = read_json(target / CONFIG)["architecture"]
+    if architecture.startswith("lt_"):
+        lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
+    say("\n".join(lines))
+
+
+def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Gives each head the options that it takes; one that no head takes raises UsageError."""
+    options = _options(texts)
+    names = {head: head_option_names(kind) for head, kind in kinds.items()}
+    for option in options:
+        if not any(option in accepted for accepted in names.values()):
+            known = sorted({name for accepted in names.values() for name in accepted})
+            raise UsageError(
+                f"no option {option!r} of head {', '.join(kinds)}; valid options: "
+                f"{', '.join(known) or 'none'}"
+            )
+    return {
+        head: {key: value for key, value in options.items() if key in accepted}
+        for head, accepted in names.items()
+    }
+
+
+def _differences(report: FoldReport) -> str:
+    text = f"read back by plain timm, logits differ by {report.difference:.1g} of the largest"
+    if report.onnx_difference is not None:
+        text += f", in onnxruntime by {report.onnx_difference:.1g}"
+    return text
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    """Parses ``KEY=VALUE`` arguments; values are written as in YAML."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise UsageError(f"--option takes KEY=VALUE, e.g. tau=0.7, got {text!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UsageError(f"--option {text!r}: the value cannot be read") from error
+    return options

@@ -1,0 +1,45 @@
+"""``timm-lt push``: a checkpoint to the Hub."""
+
+import argparse
+from pathlib import Path
+
+from timm_lt.cli.common import Commands, say
+from timm_lt.hub import push_to_hub
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    push = commands.add_parser(
+        "push",
+        help="push a checkpoint to the Hugging Face Hub",
+        description=(
+            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit, of which only "
+            "what has changed is uploaded. Log in first: hf auth login, or HF_TOKEN. Example: "
+            "timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0"
+        ),
+    )
+    push.add_argument("folder", type=Path, help="folder of a run, or a decoupled checkpoint")
+    push.add_argument("repo", metavar="NAMESPACE/NAME", help="the repo; made if it is missing")
+    push.add_argument("--private", action="store_true", default=None, help="make it private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if missing")
+    push.add_argument("--license", metavar="ID", help="licence for the card, such as apache-2.0")
+    push.add_argument("--message", help="title of the commit")
+    push.add_argument(
+        "--overwrite", action="store_true", help="remove heads that the folder does not have"
+    )
+    push.set_defaults(command=push_checkpoint)
+
+
+def push_checkpoint(arguments: argparse.Namespace) -> None:
+    """Pushes a checkpoint folder to the Hub."""
+    pushed = push_to_hub(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        license=arguments.license,
+        overwrite=arguments.overwrite,
+        commit_message=arguments.message,
+    )
+    done = f"pushed to {pushed.url}" if pushed.changed else f"{pushed.url} has it all already"
+    say(f"{done}, commit {pushed.commit[:8]}")
