@@ -152,7 +152,9 @@ def test_a_branch_a_tag_and_a_commit(pushed, folder):
 def test_heads_of_the_repo_are_not_removed_by_the_way(pushed, folder, capsys):
     with_one_more(folder)
     timm_lt.push_to_hub(folder, pushed.repo_id)
-    with pytest.raises(UsageError, match=r"has heads that the folder lacks \(mine\)"):
+    tau = HEADS["tau_norm"].from_classifier(load(pushed).fc, tau=0.25)
+    timm_lt.add_head(pushed.repo_id, "without_a_file", tau, cache_dir=pushed.cache)
+    with pytest.raises(UsageError, match=r"the folder lacks \(mine, without_a_file\)"):
         timm_lt.push_to_hub(PACKAGED, pushed.repo_id)
     pushed.files()
     assert main(["push", str(PACKAGED), pushed.repo_id, "--overwrite", "--message", "Less"]) == 0

@@ -88,16 +88,20 @@ def push_to_hub(
     folder = Path(folder)
     if Repo.parse(repo_id).revision is not None:
         raise UsageError(f"{repo_id!r} has a revision in it; pass revision= (--revision)")
-    files = checkpoint_files(folder, read_checkpoint(folder))
+    info = read_checkpoint(folder)
+    files = checkpoint_files(folder, info)
     api = HfApi(token=token, library_name="timm_lt")
     with hub_errors(repo_id, revision):
         before, there = _open_repo(api, repo_id, private=private, revision=revision)
-    stale = _stale(repo_id, there, files, overwrite=overwrite)
-    old = _remote_text(Repo(repo_id, before, token=token), CARD, there)
+    repo = Repo(repo_id, before, token=token)
+    if not overwrite:
+        _check_no_head_is_lost(repo, there, info)
+    old = _remote_text(repo, CARD, there)
     card = _card_to_push(folder, repo_id, old, license)
     additions: dict[str, Path | bytes] = {CARD: card.encode(), **files}
     message = commit_message or f"Push {repo_id.rpartition('/')[2]} with timm_lt"
-    return _commit(api, repo_id, revision, additions, stale, before=before, message=message)
+    gone = _stale(there, files)
+    return _commit(api, repo_id, revision, additions, gone, before=before, message=message)
 
 
 def add_head(
@@ -232,23 +236,31 @@ def _open_repo(
     return info.sha, [sibling.rfilename for sibling in info.siblings or []]
 
 
-def _stale(
-    repo_id: str, there: Iterable[str], files: Mapping[str, Path], *, overwrite: bool
-) -> list[str]:
-    """Returns the files of a checkpoint that the repo has and the folder has not."""
-    ours = (f"{PLOTS}/", HEADS)
-    stale = [
-        path
-        for path in there
-        if path not in files and (path.startswith(ours) or path in (METRICS, RECIPE))
-    ]
-    heads = [Path(path).stem for path in stale if path.startswith(HEADS)]
-    if heads and not overwrite:
+def _check_no_head_is_lost(repo: Repo, there: Iterable[str], info: CheckpointInfo) -> None:
+    """Refuses a push that would take heads away that somebody has added to the repo."""
+    if CONFIG not in there:
+        return
+    config = repo.fetch(CONFIG, limit=TEXT_LIMIT)
+    try:
+        lost = [name for name in read_checkpoint(config.parent).heads if name not in info.heads]
+    except UsageError:
+        # No decoupled checkpoint, or none that this version reads.
+        return
+    if lost:
         raise UsageError(
-            f"{repo_id} has heads that the folder lacks ({', '.join(heads)}); pass overwrite "
+            f"{repo.repo_id} has heads that the folder lacks ({', '.join(lost)}); pass overwrite "
             "(--overwrite) to remove them"
         )
-    return stale
+
+
+def _stale(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
+    """Returns the files of a checkpoint that the repo has and the folder has not."""
+    return [
+        path
+        for path in there
+        if path not in files
+        and (path.startswith((f"{PLOTS}/", HEADS)) or path in (METRICS, RECIPE))
+    ]
 
 
 def _remote_text(repo: Repo, path: str, there: Iterable[str]) -> str | None:
