@@ -456,6 +456,7 @@ BAD_OPTIONS = [
     ("tau_norm", {"taux": 1}, "head 'tau_norm' has no option 'taux'.*valid options: tau"),
     ("ncm", {"metric": "l1"}, "unknown metric"),
     ("cosine", {"scale": -1}, "scale must be a number"),
+    ("cosine", {"scale": 10**400}, "scale must be a number"),
 ]
 
 
@@ -616,6 +617,7 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
             {"model_args": {"stem_width": 3000}},
             r"has \(.*\) for conv1.*, the model of config.json \(",
         ),
+        ({"model_args": {"x": json.loads("[" * 700 + "]" * 700)}}, "model_args is nested too deep"),
         ({"padding": "x" * (5 * 2**20)}, r"has 5,2\d\d,\d\d\d bytes, more than 4,194,304"),
     ],
 )

@@ -103,9 +103,16 @@ def check_number(noun: str, value: float, interval: str) -> float:
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and above(value, low) and below(value, high)):
+    if not (is_number and above(value, low) and below(value, high) and _fits_float(value)):
         raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
     return float(value)
+
+
+def _fits_float(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:

@@ -50,16 +50,21 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
 
     Raises:
         UsageError: If a number is larger than ten times all sizes in the weights; it is named.
+            If a value is nested too deeply to look for numbers.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     limit = max(ORDINARY, 10 * largest, len(shapes))
-    parts = {key: config.get(key, {}) for key in ("model_args", "pretrained_cfg")}
-    for name, size in _integers(parts):
-        if abs(size) > limit:
-            raise UsageError(f"{path}: {name[1:]} is {size}, far beyond the sizes in {WEIGHTS}")
+    for key in ("model_args", "pretrained_cfg"):
+        try:
+            integers = list(_integers(config.get(key, {}), key))
+        except RecursionError as error:
+            raise UsageError(f"{path}: {key} is nested too deeply") from error
+        for name, size in integers:
+            if abs(size) > limit:
+                raise UsageError(f"{path}: {name} is {size}, far beyond the sizes in {WEIGHTS}")
 
 
-def _integers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
+def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:
     """Yields the integers in nested objects by path, and the sum of those in each list."""
     if isinstance(value, dict):
         for key, part in value.items():
