@@ -5,6 +5,7 @@ Run it with ``accelerate launch train_lt.py [RECIPE] [--option value ...]``, or 
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -136,7 +137,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
 def check_push(options: RunOptions) -> None:
     """Checks before training that the run can be pushed after it."""
     if options.push_to_hub is not None:
-        hub.check_push(options.push_to_hub)
+        hub.check_push(options.push_to_hub, private=options.private or None)
     elif options.private or options.license is not None:
         raise UsageError("--private and --license are for --push_to_hub NAMESPACE/NAME")
 
@@ -153,9 +154,11 @@ def push(folder: Path, options: RunOptions) -> None:
             license=options.license,
         )
     except UsageError as error:
+        again = ["timm-lt", "push", str(folder), options.push_to_hub]
+        again += ["--private"] if options.private else []
+        again += ["--license", options.license] if options.license else []
         raise UsageError(
-            f"{error}; the run itself is whole in {folder}: push it with timm-lt push {folder} "
-            f"{options.push_to_hub}"
+            f"{error}; the run itself is whole in {folder}: push it with {shlex.join(again)}"
         ) from error
     log.info("pushed to %s", pushed.url)
 

@@ -612,7 +612,11 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
             {"model_args": {"layers": [10**7, 1, 1, 1]}},
             r"model_args\.layers is 10000003, far beyond",
         ),
-        ({"model_args": {"layers": [900] * 20}}, r"model_args\.layers is 18000, far beyond"),
+        ({"model_args": {"layers": [900] * 80}}, r"model_args\.layers is 72000, far beyond"),
+        (
+            {"model_args": {"layers": [60000, 1, 1, 1]}},
+            "has far more layers than model",
+        ),
         (
             {"model_args": {"stem_width": 3000}},
             r"has \(.*\) for conv1.*, the model of config.json \(",
@@ -627,6 +631,45 @@ def test_a_hostile_config_is_one_clear_error(folder, change, message):
     with pytest.raises(UsageError, match=message) as caught:
         load(folder, "tau_norm")
     assert "\n" not in str(caught.value)
+
+
+def test_without_weights_sizes_are_bounded_too(folder):
+    for change, message in (
+        ({"layers": [60000, 1, 1, 1]}, "far more layers"),
+        ({"layers": [10**6, 1, 1, 1]}, r"model_args\.layers is 1000003"),
+        ({"stem_width": 20000}, "numbers, more than 1,073,741,824"),
+    ):
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["model_args"] = {"num_classes": 4, **change}
+        path.write_text(json.dumps(config))
+        with pytest.raises(UsageError, match=message):
+            load(folder, pretrained=False)
+
+
+def test_a_tensor_without_elements_lifts_no_limit(folder):
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), "huge": torch.zeros(10**12, 0)}, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["layers"] = [10**6, 1, 1, 1]
+    config["timm_lt"]["weights_sha256"] = sha256(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"model_args\.layers is 1000003, far beyond"):
+        load(folder)
+
+
+def test_buffers_that_are_not_stored_are_bounded(tmp_path):
+    sizes = {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 1), "img_size": 32}
+    name = "swin_tiny_patch4_window7_224"
+    model = timm.create_model(name, num_classes=4, window_size=4, **sizes)
+    save_checkpoint(tmp_path, model, heads={}, class_counts=COUNTS)
+    assert load(tmp_path).num_classes == 4
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["window_size"] = 150
+    config["model_args"]["img_size"] = 1200
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"has buffers of [\d,]+ numbers, far more than"):
+        load(tmp_path)
 
 
 def test_wrong_option_names_the_options_of_the_head(folder):

@@ -40,7 +40,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def folder(tmp_path):
     """The packaged checkpoint as a run leaves it: with what must never be pushed beside it."""
     run = shutil.copytree(PACKAGED, tmp_path / "run")
-    for path in ("state/random.pkl", "logs/events", "photo.jpg", "heads/old.bin", "plots/a.svg"):
+    for path in ("state/random.pkl", "logs/events", "photo.jpg", "heads/old.bin", "plots/a.png"):
         (run / path).parent.mkdir(exist_ok=True)
         (run / path).write_bytes(b"secret")
     return run
@@ -172,6 +172,75 @@ def test_a_repo_is_as_private_as_was_asked_for(hub):
     assert set(hub.files()) == {".gitattributes"}
 
 
+def test_a_public_repo_is_not_taken_for_a_private_one(loopback_hub):
+    loopback_hub.create("me/birds")
+    with pytest.raises(UsageError, match="exists and is public; change that in its settings"):
+        timm_lt.push_to_hub(PACKAGED, "me/birds", private=True)
+    assert loopback_hub.uploads() == []
+
+
+def test_an_ignore_file_that_would_leave_files_out_is_refused(loopback_hub, tmp_path):
+    loopback_hub.create("me/birds", {".gitignore": b"*.safetensors\n"})
+    with pytest.raises(UsageError, match=r"has a \.gitignore, which may keep files out"):
+        timm_lt.push_to_hub(PACKAGED, "me/birds")
+    assert loopback_hub.uploads() == []
+
+
+@pytest.mark.parametrize("path", ["metrics.json", CARD, "plots/calibration.png", "plots"])
+def test_links_to_elsewhere_are_not_followed(loopback_hub, folder, tmp_path, path):
+    elsewhere = tmp_path / "elsewhere"
+    (folder / path).rename(elsewhere)
+    (folder / path).symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="is a link to a file outside of the folder"):
+        timm_lt.push_to_hub(folder, "me/birds")
+    assert loopback_hub.repos == {}
+
+
+def test_what_is_in_the_cache_can_be_pushed_on(pushed):
+    load(pushed, "crt")
+    (snapshot,) = pushed.cache.glob("models--*/snapshots/*")
+    for name in ("lws", "ncm"):
+        load(pushed, name)
+    assert any(path.is_symlink() for path in snapshot.rglob("*"))
+    done = timm_lt.push_to_hub(snapshot, pushed.repo_id, revision="copy")
+    assert done.changed
+
+
+def test_plots_metrics_and_recipe_that_are_gone_here_go_there(pushed, folder):
+    for path in ("plots/calibration.png", "metrics.json", "recipe.yaml"):
+        (folder / path).unlink()
+    HfApi().upload_file(
+        path_or_fileobj=b"mine", path_in_repo="plots/mine.txt", repo_id=pushed.repo_id
+    )
+    pushed.files()
+    timm_lt.push_to_hub(folder, pushed.repo_id)
+    assert pushed.changed() == sorted(
+        [CARD, "plots/calibration.png", "metrics.json", "recipe.yaml"]
+    )
+
+
+def test_a_licence_for_a_card_of_somebodys_own_is_refused(loopback_hub, folder):
+    (folder / CARD).write_text("---\nlibrary_name: timm\n---\n# Mine\n")
+    with pytest.raises(UsageError, match="is somebody's own: state the licence 'mit' in it"):
+        timm_lt.push_to_hub(folder, "me/birds", license="mit")
+    assert loopback_hub.repos == {}
+    timm_lt.push_to_hub(folder, "me/birds")
+    assert loopback_hub.files("me/birds")[CARD] == (folder / CARD).read_bytes()
+
+
+def test_a_token_can_be_given(loopback_hub, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    token = {"token": loopback_hub.WRITER}
+    timm_lt.push_to_hub(PACKAGED, "me/birds", private=True, **token)
+    timm_lt.push_to_hub(PACKAGED, "me/birds", **token)
+    model = timm_lt.create_model("hf-hub:me/birds", cache_dir=tmp_path, **token)
+    tau = HEADS["tau_norm"].from_classifier(model.fc, tau=0.25)
+    timm_lt.add_head("me/birds", "mine", tau, cache_dir=tmp_path, **token)
+    assert "mine" in timm_lt.list_repo_heads("me/birds", cache_dir=tmp_path, **token)
+    with pytest.raises(UsageError, match="token is for names that start with hf-hub:"):
+        timm_lt.create_model("lt_test_resnet", **token)
+
+
 def test_what_a_person_wrote_into_the_card_stays(pushed, folder):
     card = ModelCard.load(pushed.repo_id)
     card.text += "\nPhotographed by us.\n"
@@ -184,12 +253,17 @@ def test_what_a_person_wrote_into_the_card_stays(pushed, folder):
     assert "birds" in card.data.tags
     assert card.data.license == "apache-2.0"
     assert "`mine`" in card.text
+    tau = HEADS["tau_norm"].from_classifier(load(pushed).fc, tau=0.25)
+    timm_lt.add_head(pushed.repo_id, "quarter", tau, cache_dir=pushed.cache)
+    text = ModelCard.load(pushed.repo_id).text
+    assert "Photographed by us." in text
+    assert "`quarter`" in text
 
 
 BAD_FOLDERS = {
     "altered weights": (WEIGHTS, b"x", "is not the one that config.json describes"),
     "altered head": ("heads/crt.safetensors", b"x", "file of head 'crt' .* missing or altered"),
-    "a picture that is none": ("plots/evil.png", b"#!/bin/sh", "is no PNG file"),
+    "a picture that is none": ("plots/calibration.png", b"#!/bin/sh", "is no PNG file"),
     "metrics": ("metrics.json", b"{", "is not a readable JSON file"),
     "recipe": ("recipe.yaml", b"a: [", "is not valid YAML"),
     "card": (CARD, b"---\n: [\n---\n<!-- timm_lt:use -->\n<!-- /timm_lt:use -->\n", CARD),
@@ -331,6 +405,16 @@ def test_a_published_name_resolves_through_its_repo(published):
         "lt_test_resnet.birds", pretrained=True, head="tau_norm", tau=0.3, cache_dir=published.cache
     )
     assert torch.equal(logits(model.eval()), local_logits("tau_norm", tau=0.3))
+    tau = HEADS["tau_norm"].from_classifier(load(published).fc, tau=0.25)
+    timm_lt.add_head(published.repo_id, "quarter", tau, cache_dir=published.cache)
+    model = timm.create_model(
+        "lt_test_resnet.birds",
+        pretrained=True,
+        head="quarter",
+        keep_bias=True,
+        cache_dir=published.cache,
+    )
+    assert get_head(model).options() == {"tau": 0.25, "keep_bias": True}
     with pytest.raises(UsageError, match=r"unknown head of .*'cosine'"):
         timm.create_model(
             "lt_test_resnet.birds", pretrained=True, head="cosine", cache_dir=published.cache
@@ -395,6 +479,16 @@ ADD_REFUSED = {
     "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
     "taken": (
         lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"
+    ),
+    "percent": (
+        lambda m: HEADS["linear"].from_classifier(m.fc),
+        {"metrics": {"all": 70.1}},
+        r"all of head 'mine' in metrics must be a number in \[0, 1\]",
+    ),
+    "dtype": (
+        lambda m: fill(HEADS["lws"].from_classifier(m.fc)),
+        {"dtype": torch.int8},
+        "dtype must be a floating-point type",
     ),
     "other rule": (
         lambda m: HEADS["linear"].from_classifier(m.fc),
@@ -479,6 +573,8 @@ def test_the_main_job_asks_the_hub_before_it_trains(loopback_hub, tmp_path, caps
         (loopback_hub.READER, "me/birds", "the token may only read"),
         ("hf_nonsense", "me/birds", "the token is not valid"),
         (loopback_hub.WRITER, "birds", "write namespace/name"),
+        (loopback_hub.WRITER, "me/birds@dev", "must be NAMESPACE/NAME"),
+        (loopback_hub.WRITER, "you/birds", "you/birds: the token is for me"),
     ]
     for token, repo_id, message in cases:
         monkeypatch.setenv("HF_TOKEN", token)

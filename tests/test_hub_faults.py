@@ -11,6 +11,7 @@ from timm_lt.cli import main
 from timm_lt.heads import get_head
 from timm_lt.published import CHECKPOINTS
 from timm_lt.registry import UsageError
+from timm_lt.repo import Repo
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 FILES = {
@@ -133,15 +134,32 @@ def test_a_cache_that_was_damaged_heals(birds, tmp_path, file):
     check_whole(tmp_path)
 
 
-def test_a_push_between_two_downloads_mixes_nothing(birds, tmp_path):
-    load(tmp_path, None)
-    # The next commit has other weights and heads under the same names.
-    birds.commit("me/birds", {path: content + b" " for path, content in FILES.items()})
-    commit = birds.commits("me/birds")[1].id
-    check = load(tmp_path, "crt", name=f"me/birds@{commit}")
-    assert get_head(check).kind == "crt"
+def test_a_push_between_two_downloads_mixes_nothing(birds, tmp_path, monkeypatch):
+    fetch = Repo.fetch
+
+    def fetch_then_commit(self, file, **options):
+        path = fetch(self, file, **options)
+        # Other weights and heads under the same names, once the config is here.
+        birds.commit("me/birds", {WEIGHTS: b"other", HEAD: b"other"})
+        return path
+
+    monkeypatch.setattr(Repo, "fetch", fetch_then_commit)
+    check_whole(tmp_path)
+
+
+def test_a_broken_commit_takes_nothing_from_one_that_is_in_the_cache(birds, tmp_path):
+    good = birds.commits("me/birds")[0].id
+    load(tmp_path, name=f"me/birds@{good}")
+    config = FILES["config.json"].replace(b'"weights_sha256": "', b'"weights_sha256": "0')
+    config = config.replace(
+        json.loads(FILES["config.json"])["timm_lt"]["weights_sha256"].encode(), b"1" * 63
+    )
+    birds.commit("me/birds", {"config.json": config})
     with pytest.raises(UsageError, match="not the one"):
-        load(tmp_path, "crt")
+        load(tmp_path)
+    birds.fault("GET", WEIGHTS, status=500)
+    check = load(tmp_path, name=f"me/birds@{good}")
+    assert get_head(check).kind == "lws"
 
 
 # ---- repos that mean harm ------------------------------------------------------------------------
@@ -167,6 +185,7 @@ def with_arguments(**values):
 
 HARM = {
     "path out of the repo": (with_head(file="../../evil.safetensors"), r"heads\.lws\.file"),
+    "path out by a detour": (with_head(file="heads/../../x.safetensors"), r"heads\.lws\.file"),
     "absolute path": (with_head(file="/etc/passwd"), r"heads\.lws\.file"),
     "name out of the repo": (block(heads={"../lws": {"kind": "linear"}}), r"heads\.\.\./lws"),
     "unknown kind": (with_head(kind="os.system"), r"heads\.lws\.kind"),

@@ -597,5 +597,21 @@ def test_words_written_here_are_what_is_pushed(fresh):
     assert "Theirs." not in pushed
     own = "# Birds\n\nNothing generated here.\n"
     assert merge_cards(own, remote, fresh) == own
-    # A card that somebody wrote on the Hub from nothing has no parts to update.
-    assert merge_cards(None, own, fresh) == fresh
+    # What somebody wrote on the Hub from nothing is theirs; a licence alone is metadata.
+    assert merge_cards(None, own, fresh) == own
+    assert merge_cards(fresh, own, fresh) == own
+    merged = ModelCard(merge_cards(None, "---\nlicense: gpl\nlanguage: en\n---\n", fresh))
+    assert (merged.data.license, merged.data.language) == ("mit", "en")
+    assert headings(str(merged)) == headings(fresh)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["a: &a [1]\nb: *a", "a: &a {x: 1}\nb: {<<: *a}", "x: !!bool foo", "x: !!int ''",
+     "x: 2020-99-99", "x: " + "[" * 2000, "x: " + "y" * 2**18, "x: 0x" + "f" * 6000],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_metadata_that_mean_harm_are_refused(fresh, metadata):
+    card = re.sub(r"\A---\n.*?\n---\n", lambda _: f"---\n{metadata}\n---\n", fresh, flags=re.DOTALL)
+    with pytest.raises(UsageError, match=r"metadata of the model card \(README\.md\)"):
+        update_card(card, fresh)

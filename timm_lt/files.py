@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -11,6 +12,21 @@ from typing import Any
 import yaml
 
 from timm_lt.registry import UsageError
+
+# What PyYAML raises for text that is no YAML, and for values that are none of their type.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+def read_text(path: Path) -> str | None:
+    """Reads a file in UTF-8; None if there is none.
+
+    Raises:
+        UsageError: If it is no text in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8") from error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -55,6 +71,7 @@ def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
@@ -71,11 +88,19 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is beyond all numbers")
+    return number
+
+
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"key {key[:80]!r} is given twice")
+        content[key] = value
     return content
 
 
@@ -97,7 +122,7 @@ def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except YAML_ERRORS as error:
         raise UsageError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{name} must be a mapping of keys to values")

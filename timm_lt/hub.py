@@ -25,10 +25,17 @@ from timm_lt.checkpoint import (
     head_entry,
     read_checkpoint,
 )
-from timm_lt.files import file_sha256, read_json, read_yaml
+from timm_lt.files import file_sha256, read_json, read_text, read_yaml
 from timm_lt.metrics import ShotReport
 from timm_lt.model import create_model
-from timm_lt.model_card import folder_card, merge_cards, render_card, update_card
+from timm_lt.model_card import (
+    folder_card,
+    merge_cards,
+    render_card,
+    stated_license,
+    update_card,
+)
+from timm_lt.plots import PLOT_FILES
 from timm_lt.registry import UsageError
 from timm_lt.repo import HF_HUB, LOGIN, Repo, hub_errors
 
@@ -65,9 +72,10 @@ def push_to_hub(
     """Pushes a checkpoint folder to a model repo of the Hub in one commit.
 
     The repo is made if it is missing. Only safetensors, JSON, YAML, Markdown and PNG files of the
-    checkpoint are pushed, and of these only what has changed. Until the commit is there, the repo
-    stays as it was. The model card gets the repo's name in its examples; where a person has written
-    into it, here or on the Hub, only the generated parts change.
+    checkpoint are pushed, and of these only what has changed; what stands in the recipe, paths
+    included, can be read there. Until the commit is there, a repo stays as it was, a new one empty.
+    The model card gets the repo's name in its examples; where a person has written into it, only
+    the generated parts change, and where that was done here and on the Hub, the card here counts.
 
     Args:
         folder: A decoupled checkpoint, such as the folder of a run.
@@ -82,22 +90,22 @@ def push_to_hub(
         token: As everywhere on the Hub: None takes the one that is logged in or set.
 
     Raises:
-        UsageError: If the folder is not whole, the repo has heads that the folder lacks, or the Hub
-            refuses or cannot be reached; the repo is as it was then.
+        UsageError: If the folder is not whole, the repo has heads that the folder lacks or a
+            ``.gitignore``, or the Hub refuses or cannot be reached; the repo is as it was then.
     """
     folder = Path(folder)
-    if Repo.parse(repo_id).revision is not None:
-        raise UsageError(f"{repo_id!r} has a revision in it; pass revision= (--revision)")
+    _check_name(repo_id)
     info = read_checkpoint(folder)
     files = checkpoint_files(folder, info)
+    # All that lies here is looked at before anything is made there.
+    _card_to_push(folder, repo_id, None, license)
     api = HfApi(token=token, library_name="timm_lt")
     with hub_errors(repo_id, revision):
         before, there = _open_repo(api, repo_id, private=private, revision=revision)
     repo = Repo(repo_id, before, token=token)
     if not overwrite:
         _check_no_head_is_lost(repo, there, info)
-    old = _remote_text(repo, CARD, there)
-    card = _card_to_push(folder, repo_id, old, license)
+    card = _card_to_push(folder, repo_id, _remote_text(repo, CARD, there), license)
     additions: dict[str, Path | bytes] = {CARD: card.encode(), **files}
     message = commit_message or f"Push {repo_id.rpartition('/')[2]} with timm_lt"
     gone = _stale(there, files)
@@ -161,6 +169,7 @@ def add_head(
     api = HfApi(token=token, library_name="timm_lt")
     with hub_errors(repo.repo_id, repo.revision):
         there = api.list_repo_files(repo.repo_id, revision=folder.name)
+    _check_nothing_is_ignored(repo.repo_id, there)
     if content is not None:
         additions[entry["file"]] = content
     additions[CARD] = _card_with_head(pinned, check_text(folder, text), there).encode()
@@ -172,19 +181,45 @@ def add_head(
     )
 
 
-def check_push(repo_id: str, token: str | bool | None = None) -> None:
-    """Checks that a push can be tried: the repo has a name, and somebody with write access is in.
+def check_push(
+    repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+) -> None:
+    """Checks, without pushing, that :func:`push_to_hub` may write the repo.
+
+    Args:
+        repo_id: ``namespace/name``.
+        private: As for the push.
+        token: As everywhere on the Hub.
 
     Raises:
-        UsageError: If not, or if the Hub cannot be reached.
+        UsageError: If it may not, or the Hub cannot be reached.
     """
+    _check_name(repo_id)
     api = HfApi(token=token, library_name="timm_lt")
     with hub_errors(repo_id):
         # The client checks the name, before the Hub is asked.
-        api.repo_exists(Repo.parse(repo_id).repo_id)
-        access = api.whoami().get("auth", {}).get("accessToken", {})
-    if access.get("role") == "read":
+        there = api.repo_exists(repo_id)
+        user = api.whoami()
+        now = api.model_info(repo_id).private if there else private
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UsageError(f"the token may only read: {LOGIN} with one that may write")
+    spaces = [user.get("name"), *(org.get("name") for org in user.get("orgs", []))]
+    if repo_id.partition("/")[0] not in spaces:
+        raise UsageError(f"{repo_id}: the token is for {', '.join(map(str, spaces))}")
+    _check_private(repo_id, private, now=now)
+
+
+def _check_name(repo_id: str) -> None:
+    if repo_id.startswith(HF_HUB) or Repo.parse(repo_id).revision is not None:
+        raise UsageError(f"{repo_id!r} must be NAMESPACE/NAME; a branch is given by revision")
+
+
+def _check_private(repo_id: str, private: bool | None, *, now: bool | None) -> None:
+    if private is not None and bool(now) != private:
+        raise UsageError(
+            f"{repo_id} exists and is {'private' if now else 'public'}; change that in its "
+            "settings on the Hub"
+        )
 
 
 def checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
@@ -213,12 +248,27 @@ def checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
         if (folder / path).is_file():
             check(folder / path)
             files[path] = folder / path
-    for plot in sorted((folder / PLOTS).glob("*.png")):
+    for name in PLOT_FILES:
+        plot = folder / PLOTS / name
+        if not plot.is_file():
+            continue
         with plot.open("rb") as file:
             if file.read(len(PNG)) != PNG:
                 raise UsageError(f"{plot} is no PNG file")
         files[f"{PLOTS}/{plot.name}"] = plot
+    for place in [*files.values(), folder / CARD]:
+        _check_stays_inside(folder, place)
     return files
+
+
+def _check_stays_inside(folder: Path, path: Path) -> None:
+    """Refuses a link to elsewhere, but for those of the Hub's cache: its target would be public."""
+    root, target = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise UsageError(
+            f"{path} is a link to a file outside of the folder; copy it in, or delete it"
+        )
 
 
 def _open_repo(
@@ -229,11 +279,17 @@ def _open_repo(
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     info = api.model_info(repo_id, revision=revision)
-    if private is not None and bool(info.private) != private:
-        now = "private" if info.private else "public"
-        raise UsageError(f"{repo_id} exists and is {now}; change that in its settings on the Hub")
+    _check_private(repo_id, private, now=info.private)
+    there = [sibling.rfilename for sibling in info.siblings or []]
+    _check_nothing_is_ignored(repo_id, there)
     assert info.sha is not None
-    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+    return info.sha, there
+
+
+def _check_nothing_is_ignored(repo_id: str, there: Iterable[str]) -> None:
+    if ".gitignore" in there:
+        # The client would leave out what it names, and say nothing.
+        raise UsageError(f"{repo_id} has a .gitignore, which may keep files out; delete it there")
 
 
 def _check_no_head_is_lost(repo: Repo, there: Iterable[str], info: CheckpointInfo) -> None:
@@ -248,36 +304,38 @@ def _check_no_head_is_lost(repo: Repo, there: Iterable[str], info: CheckpointInf
         return
     if lost:
         raise UsageError(
-            f"{repo.repo_id} has heads that the folder lacks ({', '.join(lost)}); pass overwrite "
-            "(--overwrite) to remove them"
+            f"{repo.repo_id} has heads that the folder lacks ({', '.join(lost)}); remove them with "
+            "overwrite=True, or --overwrite of timm-lt push"
         )
 
 
 def _stale(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     """Returns the files of a checkpoint that the repo has and the folder has not."""
+    ours = {METRICS, RECIPE, *(f"{PLOTS}/{name}" for name in PLOT_FILES)}
     return [
         path
         for path in there
         if path not in files
-        and (path.startswith((f"{PLOTS}/", HEADS)) or path in (METRICS, RECIPE))
+        and (path in ours or (path.startswith(HEADS) and path.endswith(".safetensors")))
     ]
 
 
 def _remote_text(repo: Repo, path: str, there: Iterable[str]) -> str | None:
     if path not in there:
         return None
-    try:
-        return repo.fetch(path, limit=TEXT_LIMIT).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} of {repo} is no text in UTF-8") from error
+    return read_text(repo.fetch(path, limit=TEXT_LIMIT))
 
 
 def _card_to_push(folder: Path, repo_id: str, old: str | None, license_id: str | None) -> str:
     """Renders the card for the repo, into what a person has written here or there."""
     name = repo_id.rpartition("/")[2]
     fresh = folder_card(folder, name=name, repo_id=repo_id, license=license_id)
-    local = folder / CARD
-    return merge_cards(local.read_text(encoding="utf-8") if local.is_file() else None, old, fresh)
+    card = merge_cards(read_text(folder / CARD), old, fresh)
+    if license_id is not None and stated_license(card) != license_id:
+        raise UsageError(
+            f"the model card ({CARD}) is somebody's own: state the licence {license_id!r} in it"
+        )
+    return card
 
 
 def _card_with_head(repo: Repo, info: CheckpointInfo, there: list[str]) -> str:

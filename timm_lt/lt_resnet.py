@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.cifar_resnet import CifarResNet
-from timm_lt.heads import set_absent_head, set_head
+from timm_lt.heads import HEADS, set_absent_head, set_head
 from timm_lt.model import split_options
 from timm_lt.pretrained import PretrainedSource
 from timm_lt.published import PUBLISHED, Published
@@ -84,7 +84,10 @@ def _create(
     variant: str, pretrained: bool = False, *, head: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """Builds an architecture, loads its weights, and puts the head on it."""
-    head_options, timm_options = split_options(head, kwargs)
+    kind = head
+    if pretrained and head is not None and head not in HEADS:
+        kind = PretrainedSource.kind(variant, head, kwargs)
+    head_options, timm_options = split_options(kind, kwargs)
     source = None
     if pretrained:
         source = PretrainedSource.find(variant, head, head_options, timm_options)
@@ -102,12 +105,12 @@ def _create(
     model = _build(variant, pretrained, **timm_options)
     if getattr(model, "num_classes", 0) == 0:
         # With features_only or num_classes=0 there is no classifier for a head to replace.
-        return model if head is None else set_absent_head(model, head, **head_options)
-    if head is None:
+        return model if kind is None else set_absent_head(model, kind, **head_options)
+    if head is None or kind is None:
         return model
     config: Any = model.pretrained_cfg
     if source is None or model.num_classes != config["num_classes"]:
-        return set_head(model, head, **head_options)
+        return set_head(model, kind, **head_options)
     return source.put_head(model, head, head_options)
 
 

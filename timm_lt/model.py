@@ -16,6 +16,8 @@ from timm_lt.checkpoint import (
     BLOCK,
     CONFIG,
     CheckpointInfo,
+    bounded_build,
+    check_memory,
     check_shapes,
     check_sizes,
     check_weights_file,
@@ -163,8 +165,7 @@ def _create_from_folder(
 ) -> nn.Module:
     config = read_config(folder)
     info = read_checkpoint(folder) if BLOCK in config else None
-    if pretrained:
-        _check_weights(folder, config, info)
+    _check_build(folder, config, info, pretrained=pretrained)
     if head is None:
         return _create_joint(folder, pretrained, None, options)
     if not pretrained:
@@ -199,20 +200,30 @@ def _create_from_plain(folder: Path, head: str, options: dict[str, Any]) -> nn.M
     return model
 
 
-def _check_weights(folder: Path, config: dict[str, Any], info: CheckpointInfo | None) -> None:
+def _check_build(
+    folder: Path, config: dict[str, Any], info: CheckpointInfo | None, *, pretrained: bool
+) -> None:
     """Checks a checkpoint's weights and sizes, without memory for more than its file has."""
-    shapes = check_weights_file(folder, info)
+    shapes = check_weights_file(folder, info) if pretrained else {}
     check_sizes(folder / CONFIG, config, shapes)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+            bounded_build(folder, shapes),
+        ):
             model = timm.create_model(f"{LOCAL_DIR}{folder}", pretrained=False)
     except NotImplementedError:
         # An architecture of somebody's own that cannot be built without memory.
         return
+    except UsageError:
+        raise
     except Exception as error:
         raise _unloadable(folder, error) from error
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    check_shapes(folder, shapes, wanted, exact=info is not None)
+    check_memory(folder, shapes, model)
+    if pretrained:
+        wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        check_shapes(folder, shapes, wanted, exact=info is not None)
 
 
 def _create_joint(

@@ -16,6 +16,7 @@ from timm_lt.report import group_word, percent
 FREQUENCY_PLOT = "accuracy_by_frequency.png"
 TAU_PLOT = "accuracy_by_tau.png"
 CALIBRATION_PLOT = "calibration.png"
+PLOT_FILES = (FREQUENCY_PLOT, TAU_PLOT, CALIBRATION_PLOT)
 # Share of the images from which on a bin of confidences says something.
 SURE_SHARE = 0.005
 # Colours that are told apart on white, and from the grey of the training images.

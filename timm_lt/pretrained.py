@@ -16,14 +16,16 @@ from timm_lt.checkpoint import (
     BLOCK,
     CONFIG,
     WEIGHTS,
+    find_entry,
     is_statistic,
     load_model_head,
+    read_checkpoint,
     read_config,
 )
 from timm_lt.download import download
 from timm_lt.heads import HEADS, Head, LWSHead, check_head_options, get_head, set_head
 from timm_lt.published import PUBLISHED
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 from timm_lt.third_party import Weights, check_weights, read_weights
 
@@ -89,6 +91,24 @@ class PretrainedSource:
                 "timm_lt.fit_head('crt', ...)"
             )
         return cls(name, config, head, url, own_head=False)
+
+    @classmethod
+    def kind(cls, variant: str, head: str, options: dict[str, Any]) -> str:
+        """Returns the registered head behind a name that a model's checkpoint has for one.
+
+        Raises:
+            UsageError: If the model has no decoupled checkpoint, or that has no head of that name.
+        """
+        config = resolve_pretrained_cfg(
+            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
+        )
+        source = cls(variant, config, head, None, own_head=False)
+        if source.repo_id is not None:
+            repo = Repo.parse(source.repo_id, cache_dir=options.get("cache_dir"))
+            return find_entry(repo.read_info(), head, str(repo)).kind
+        if source.folder is not None:
+            return find_entry(read_checkpoint(source.folder), head, str(source.folder)).kind
+        raise unknown_name("head", head, list(HEADS))
 
     @property
     def remote(self) -> bool:

@@ -70,7 +70,7 @@ class Repo:
             UsageError: If it is neither.
         """
         repo_id, at, revision = name.removeprefix(HF_HUB).partition("@")
-        if not repo_id or "/" not in repo_id or (at and not revision):
+        if "/" not in repo_id or (at and not revision) or ".." in revision:
             raise UsageError(
                 f"{name!r} is no repo; write namespace/name or namespace/name@revision"
             )
@@ -168,9 +168,11 @@ class Repo:
         except UsageError as error:
             raise UsageError(f"{damaged} (SHA-256 differs); fetching it again: {error}") from error
         if file_sha256(path) != digest:
-            # A link into the store of the cache, where links are supported.
-            for place in (path.resolve(), path):
-                place.unlink(missing_ok=True)
+            blob = path.resolve()
+            path.unlink(missing_ok=True)
+            # What has its own digest as its name is whole, and may be another commit's.
+            if blob.is_file() and file_sha256(blob) != blob.name:
+                blob.unlink()
             raise UsageError(f"{damaged} (SHA-256 differs); it was not kept in the cache")
 
 
@@ -237,7 +239,7 @@ def _reason(error: BaseException, what: str) -> str:
     while cause is not None and not isinstance(cause, known):
         cause = cause.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to download"
+        return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
     if isinstance(cause, HfHubHTTPError):
         return _status_reason(cause)
     if isinstance(cause, HTTPError):

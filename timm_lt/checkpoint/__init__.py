@@ -28,6 +28,8 @@ from timm_lt.checkpoint.save import check_text as check_text
 from timm_lt.checkpoint.save import head_entry as head_entry
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
 from timm_lt.checkpoint.save import save_plain as save_plain
+from timm_lt.checkpoint.weights import bounded_build as bounded_build
+from timm_lt.checkpoint.weights import check_memory as check_memory
 from timm_lt.checkpoint.weights import check_shapes as check_shapes
 from timm_lt.checkpoint.weights import check_sizes as check_sizes
 from timm_lt.checkpoint.weights import check_weights_file as check_weights_file

@@ -30,7 +30,10 @@ from timm_lt.checkpoint.load import from_joint
 from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
 from timm_lt.longtail import ShotRule, check_class_counts
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.registry import UsageError, check_number, unknown_name
+
+# Metrics that are fractions, as a ShotReport has them.
+FRACTIONS = {"all", "class_mean", "many_shot", "medium_shot", "few_shot", "macro_f1"}
 
 
 def save_checkpoint(
@@ -74,8 +77,6 @@ def save_checkpoint(
             fit the type; or if metrics name no head or are no JSON.
     """
     folder = Path(folder)
-    if not dtype.is_floating_point:
-        raise UsageError(f"dtype must be a floating-point type, got {dtype}")
     for name in metrics or {}:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
@@ -207,6 +208,9 @@ def head_entry(
     entry, content = _describe(name, parts, dtype)
     check_head_name(f"head name {name!r}", name, entry["kind"])
     entry["metrics"] = dict(metrics or {})
+    for key in FRACTIONS & set(entry["metrics"]):
+        if entry["metrics"][key] is not None:
+            check_number(f"{key} of head {name!r} in metrics", entry["metrics"][key], "[0, 1]")
     try:
         json.dumps(entry, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -275,6 +279,8 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating-point type, got {dtype}")
     stored = {}
     for key, tensor in _contiguous(tensors).items():
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor

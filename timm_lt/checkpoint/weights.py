@@ -1,20 +1,29 @@
 """The file with backbone and joint classifier: is it the one that the config describes."""
 
+import itertools
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from timm_lt.checkpoint.format import CONFIG, WEIGHTS, CheckpointInfo
 from timm_lt.files import file_sha256
 from timm_lt.registry import UsageError
 
 Shapes = dict[str, tuple[int, ...]]
-# An integer argument up to this is built without a look at the weights: the width of a layer, say.
-ORDINARY = 4096
+# An integer argument up to this is ordinary: a width, a number of classes or layers.
+ORDINARY = 2**16
+# Of a model without weights to compare with: parameters, and their elements.
+MOST_PARAMETERS, MOST_ELEMENTS = 20_000, 2**30
+# Elements of buffers that are not stored, beyond four for each that is: tables of positions, say.
+FREE_BUFFERS = 2**24
 
 
 def check_weights_file(folder: Path, info: CheckpointInfo | None) -> Shapes:
@@ -45,15 +54,21 @@ def check_weights_file(folder: Path, info: CheckpointInfo | None) -> Shapes:
 def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     """Refuses a config whose numbers are far beyond what its weights can have.
 
-    A model of a billion classes or a million layers would fill the memory before its weights are
-    compared; a list of numbers counts as their sum, for it may be layers by stage.
+    A list of numbers counts as their sum, for it may be layers by stage.
+
+    Args:
+        path: The config.
+        config: Its content.
+        shapes: Shapes in the weights; empty if there are none.
 
     Raises:
-        UsageError: If a number is larger than ten times all sizes in the weights; it is named.
-            If a value is nested too deeply to look for numbers.
+        UsageError: If a number is neither ordinary nor within the sizes of the weights; it is
+            named. If a value is nested too deeply to look for numbers.
     """
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
-    limit = max(ORDINARY, 10 * largest, len(shapes))
+    # A tensor without elements costs nothing, whatever its other sizes are.
+    limit = max(
+        [ORDINARY, *(size for shape in shapes.values() if 0 not in shape for size in shape)]
+    )
     for key in ("model_args", "pretrained_cfg"):
         try:
             integers = list(_integers(config.get(key, {}), key))
@@ -62,6 +77,58 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
         for name, size in integers:
             if abs(size) > limit:
                 raise UsageError(f"{path}: {name} is {size}, far beyond the sizes in {WEIGHTS}")
+
+
+@contextmanager
+def bounded_build(folder: Path, shapes: Shapes) -> Iterator[None]:
+    """Stops a build that registers far more parameters than the weights have.
+
+    Args:
+        folder: The checkpoint folder.
+        shapes: Shapes in the weights; empty if there are none.
+
+    Raises:
+        UsageError: As soon as it does: a million layers are never built.
+    """
+    limit = 2 * len(shapes) + 1000 if shapes else MOST_PARAMETERS
+    builder, count = threading.get_ident(), itertools.count(1)
+
+    def count_parameter(*_: object) -> None:
+        # Other threads may build what they like.
+        if threading.get_ident() == builder and next(count) > limit:
+            raise UsageError(f"the model of {folder / CONFIG} has far more layers than {WEIGHTS}")
+
+    handle = register_module_parameter_registration_hook(count_parameter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_memory(folder: Path, shapes: Shapes, model: nn.Module) -> None:
+    """Checks that a model needs memory in proportion to its weights, its buffers included.
+
+    Args:
+        folder: The checkpoint folder.
+        shapes: Shapes in the weights; empty if there are none.
+        model: The model, on the meta device.
+
+    Raises:
+        UsageError: If it needs far more.
+    """
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    if not shapes:
+        elements = buffers + sum(parameter.numel() for parameter in model.parameters())
+        if elements > MOST_ELEMENTS:
+            raise UsageError(
+                f"the model of {folder / CONFIG} has {elements:,} numbers, more than "
+                f"{MOST_ELEMENTS:,}; create it with its weights, or by the architecture's name"
+            )
+    elif buffers > 4 * sum(map(math.prod, shapes.values())) + FREE_BUFFERS:
+        raise UsageError(
+            f"the model of {folder / CONFIG} has buffers of {buffers:,} numbers, far more than "
+            f"{WEIGHTS}"
+        )
 
 
 def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         command(arguments)
     except UsageError as error:
         # One line without control characters, whatever a message quotes from a file or a repo.
-        print(f"error: {one_line(str(error), 5000)}", file=sys.stderr)  # noqa: T201
+        print(f"error: {one_line(str(error), 2000)}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         return 130

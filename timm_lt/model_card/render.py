@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_lt.checkpoint import CheckpointInfo, HeadEntry
 from timm_lt.longtail import describe_shots, shot_groups, shot_rule_texts
 from timm_lt.model_card.markdown import code, fenced, plain, table
-from timm_lt.plots import CALIBRATION_PLOT, FREQUENCY_PLOT, TAU_PLOT
+from timm_lt.plots import PLOT_FILES
 from timm_lt.report import (
     GROUPS,
     brief,
@@ -76,7 +76,7 @@ def render_card(
         results=_results(info),
         seed=info.seed,
         shots=_shots(info),
-        plots=[plot for plot in (FREQUENCY_PLOT, TAU_PLOT, CALIBRATION_PLOT) if plot in plots],
+        plots=[plot for plot in PLOT_FILES if plot in plots],
         data=_data(info),
         class_list=_class_list(info),
         selections=_selections(info),

@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 
 from timm_lt.checkpoint import CARD, PLOTS, RECIPE, read_checkpoint
-from timm_lt.files import write_atomic
+from timm_lt.files import YAML_ERRORS, read_text, write_atomic
 from timm_lt.model_card.markdown import PART, part
 from timm_lt.model_card.render import licence_text, render_card
 from timm_lt.registry import UsageError
 
 OURS = ("library_name", "pipeline_tag", "model-index", "datasets", "license")
+# Characters; results of a hundred heads fit.
+METADATA_LIMIT = 2**17
 TITLE = re.compile(r"^# .*$", re.MULTILINE)
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)")
 
@@ -41,7 +43,7 @@ def folder_card(
         name=name,
         repo_id=repo_id,
         plots=[path.name for path in (folder / PLOTS).glob("*.png")],
-        recipe=_read_text(folder / RECIPE),
+        recipe=read_text(folder / RECIPE),
         license=license,
     )
 
@@ -58,7 +60,7 @@ def write_card(folder: str | Path, *, name: str, license: str | None = None) -> 
         UsageError: If the folder has no readable checkpoint, or its card is broken.
     """
     path = Path(folder) / CARD
-    fresh, old = folder_card(folder, name=name, license=license), _read_text(path)
+    fresh, old = folder_card(folder, name=name, license=license), read_text(path)
     text = fresh if old is None else update_card(old, fresh)
     if text != old:
         write_atomic(path, text)
@@ -84,7 +86,7 @@ def update_card(text: str, fresh: str) -> str:
     old, new = _read_metadata(front), _read_metadata(_split(fresh)[0])
     merged = _merge(old, new)
     if merged != old:
-        front = f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).strip()}\n---\n"
+        front = _front(merged)
     parts = {match[1]: match[0] for match in PART.finditer(fresh)}
     if "license" not in new:
         # Of the metadata that is kept; the fresh card knows of none.
@@ -101,7 +103,7 @@ def merge_cards(local: str | None, remote: str | None, fresh: str) -> str:
     """Chooses the card to push where there is one here and one on the Hub, and updates it.
 
     A local card in which nobody has written gives way to that of the Hub, in which somebody may
-    have.
+    have. Where somebody has written into both, it is the local one that is pushed.
 
     Args:
         local: The card beside the checkpoint.
@@ -111,15 +113,34 @@ def merge_cards(local: str | None, remote: str | None, fresh: str) -> str:
     Raises:
         UsageError: If the metadata of the chosen card cannot be read.
     """
-    untouched = local is None or _own_words(local) == _own_words(fresh)
-    kept = remote if untouched and remote is not None and PART.search(remote) else local
-    return fresh if kept is None else update_card(kept, fresh)
+    mine = fresh if local is None else update_card(local, fresh)
+    if remote is None or (local is not None and _own_words(local) != _own_words(fresh)):
+        return mine
+    if _own_words(remote) or PART.search(remote):
+        # Metadata of a card without anything to read, such as a licence, goes with what is here.
+        return update_card(remote, mine)
+    theirs = _read_metadata(_split(remote)[0])
+    front, body = _split(mine)
+    return _front({**theirs, **_read_metadata(front)}) + body
+
+
+def stated_license(card: str) -> object:
+    """Returns the licence in the metadata of a card, None if it states none."""
+    return _read_metadata(_split(card)[0]).get("license")
 
 
 def _own_words(card: str) -> str:
     """Returns what stands in a card outside of its metadata, its title and its generated parts."""
     _, body = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"))
     return "".join(PART.sub("", TITLE.sub("", body, count=1)).split())
+
+
+def _front(metadata: dict[str, Any]) -> str:
+    try:
+        text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
+    except YAML_ERRORS as error:
+        raise UsageError(f"the metadata of the model card ({CARD}) is no YAML: {error}") from error
+    return f"---\n{text}\n---\n"
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -131,10 +152,19 @@ def _split(text: str) -> tuple[str, str]:
 
 def _read_metadata(front: str) -> dict[str, Any]:
     match = FRONT_MATTER.match(front)
+    text = match[1] if match else ""
+    if len(text) > METADATA_LIMIT:
+        raise UsageError(
+            f"the metadata of the model card ({CARD}) is longer than {METADATA_LIMIT:,}"
+        )
     try:
-        content = yaml.safe_load(match[1]) if match else None
-    # A date that is none is a bare ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Aliases of aliases grow without bound when they are written out.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UsageError(f"the metadata of the model card ({CARD}) must not have aliases")
+        content = yaml.safe_load(text)
+    except UsageError:
+        raise
+    except YAML_ERRORS as error:
         raise UsageError(f"the metadata of the model card ({CARD}) is no YAML: {error}") from error
     if not (content is None or isinstance(content, dict)):
         raise UsageError(f"the metadata of the model card ({CARD}) is no mapping of keys to values")
@@ -147,11 +177,4 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     tags = old.get("tags")
     tags = tags if isinstance(tags, list) else [] if tags is None else [tags]
     tags = [*tags, *(tag for tag in new["tags"] if tag not in tags)]
-    return {**old, **{key: new[key] for key in OURS if key in new}, "tags": tags}
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text in UTF-8") from error
+    return {**new, **old, **{key: new[key] for key in OURS if key in new}, "tags": tags}
