@@ -658,6 +658,24 @@ def test_a_tensor_without_elements_lifts_no_limit(folder):
         load(folder)
 
 
+def test_an_architecture_of_ones_own_may_read_its_tensors(folder, images, monkeypatch):
+    def own_resnet(pretrained=False, **options):
+        assert torch.linspace(0, 1, 2)[1].item() == 1
+        return timm.models.model_entrypoint("test_resnet")(pretrained, **options)
+
+    entrypoints = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(entrypoints, "own_resnet", own_resnet)
+    expected = load(folder, "lws")(images)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"test_resnet"', '"own_resnet"'))
+    with torch.no_grad():
+        assert torch.equal(load(folder, "lws")(images), expected)
+    # timm's own are built without memory, whatever the error.
+    own_resnet.__module__ = "timm.models.resnet"
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load(folder, "lws")
+
+
 def test_buffers_that_are_not_stored_are_bounded(tmp_path):
     sizes = {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 1), "img_size": 32}
     name = "swin_tiny_patch4_window7_224"

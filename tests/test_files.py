@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from timm_lt.files import read_json, sha256, write_atomic, write_json
+from timm_lt.files import read_json, read_yaml, sha256, write_atomic, write_json
 from timm_lt.registry import UsageError
 
 
@@ -107,3 +107,30 @@ def test_utf8_whatever_the_locale(tmp_path, monkeypatch):
 def test_sha256_of_the_standard_example():
     assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(b"x") == hashlib.sha256(b"x").hexdigest()
+
+
+def test_numbers_beyond_all_numbers_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1e999}')
+    with pytest.raises(UsageError, match="1e999 is beyond all numbers"):
+        read_json(path)
+
+
+def test_a_hundred_thousand_keys_are_looked_at_once(tmp_path):
+    path = tmp_path / "a.json"
+    keys = ", ".join(f'"{i}": 0' for i in range(110_000))
+    path.write_text(f'{{{keys}, "109999": 1}}')
+    with pytest.raises(UsageError, match="key '109999' is given twice"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: 2020-99-99", "a: !!bool foo", "a: !!int ''", "a: !!timestamp foo", "a: " + "[" * 3000],
+    ids=lambda text: text[:14],
+)
+def test_values_that_are_none_of_their_yaml_type_are_refused(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        read_yaml(path)

@@ -308,3 +308,15 @@ def test_mistakes_at_the_command_line_are_one_line(loopback_hub, tmp_path, capsy
     assert main(["push", str(PACKAGED), "me/birds"]) == 2
     assert "hf auth login" in capsys.readouterr().err
     assert loopback_hub.uploads() == []
+
+
+def test_what_a_repo_says_cannot_write_on_the_terminal(birds, capsys):
+    evil = "\x1b]0;pwn\x07\x1b[2J"
+    config = with_arguments(**{evil: 10**9})
+    config["timm_lt"]["heads"][evil] = {"kind": "linear"}
+    birds.commit("me/birds", {"config.json": json.dumps(config).encode()})
+    assert main(["list", "me/birds"]) == 2
+    error = capsys.readouterr().err
+    assert "ASCII letters" in error
+    assert "\x1b" not in error
+    assert "\x07" not in error

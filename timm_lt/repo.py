@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from httpx2 import HTTPError
 from huggingface_hub import constants, hf_hub_download
@@ -126,32 +127,18 @@ class Repo:
         Raises:
             UsageError: If it cannot be had.
         """
+        options: dict[str, Any] = {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "library_name": "timm_lt",
+        }
         with hub_errors(self.repo_id, self.revision, file):
             if limit is not None:
-                found = hf_hub_download(
-                    self.repo_id,
-                    file,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    library_name="timm_lt",
-                    dry_run=True,
-                )
-                if found.file_size is not None and found.file_size > limit:
-                    raise UsageError(
-                        f"{file} of {self} has {found.file_size:,} bytes, more than {limit:,}"
-                    )
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    file,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    library_name="timm_lt",
-                    force_download=force,
-                )
-            )
+                size = hf_hub_download(self.repo_id, file, dry_run=True, **options).file_size
+                if size is not None and size > limit:
+                    raise UsageError(f"{file} of {self} has {size:,} bytes, more than {limit:,}")
+            return Path(hf_hub_download(self.repo_id, file, force_download=force, **options))
 
     def _download_config(self) -> Path:
         return self.fetch(CONFIG, limit=TEXT_LIMIT).parent
