@@ -1,13 +1,16 @@
 """Samplers between instance-balanced and class-balanced."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.longtail import Labels
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
-from timm_lt.samplers.base import ClassSampler, blocks, ceil_divide, register_sampler
+from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
+from timm_lt.samplers.base import CHUNK, ClassSampler, Plan, class_numbers, register_sampler
 
 Schedule = Literal["t/T", "t/(T-1)"]
 
@@ -69,16 +72,30 @@ class ClassBalancedSampler(ClassSampler):
         """Returns ``1 / C``."""
         return power_probabilities(self.class_counts, 0.0)
 
-    def _arrange(self, draws: Tensor, generator: torch.Generator) -> Tensor:
+    def _num_chunks(self, draws: Integers) -> int:
         if self.samples_per_class == 1:
-            return super()._arrange(draws, generator)
-        block_class, round_number = blocks(ceil_divide(draws, self.samples_per_class))
-        size = draws[block_class] - round_number * self.samples_per_class
-        order = torch.randperm(len(block_class), generator=generator)
-        order = order[torch.argsort(round_number[order], stable=True)]
-        return torch.repeat_interleave(
-            block_class[order], size.clamp(max=self.samples_per_class)[order]
-        )
+            return super()._num_chunks(draws)
+        return -(-int(draws.max()) // self._draws_per_chunk())
+
+    def _drawn_before(self, plan: Plan, chunk: int) -> Integers:
+        if self.samples_per_class == 1:
+            return super()._drawn_before(plan, chunk)
+        return np.minimum(plan.draws, chunk * self._draws_per_chunk())
+
+    def _draws_per_chunk(self) -> int:
+        """Returns how often a class is drawn in a chunk: in whole rounds, at least one."""
+        k = self.samples_per_class
+        return k * max(CHUNK // (k * len(self.class_counts)), 1)
+
+    def _arrange(self, amounts: Integers, generator: torch.Generator) -> NDArray[Any]:
+        if self.samples_per_class == 1:
+            return super()._arrange(amounts, generator)
+        block_class, round_number = blocks(-(-amounts // self.samples_per_class))
+        size = amounts[block_class] - round_number * self.samples_per_class
+        order = torch.randperm(len(block_class), generator=generator).numpy()
+        order = order[sort_order(round_number[order])]
+        classes = class_numbers(len(amounts))[block_class[order]]
+        return np.repeat(classes, np.minimum(size, self.samples_per_class)[order])
 
 
 @register_sampler("square_root")
