@@ -1,10 +1,11 @@
 """What every sampler is: the registry, the factory and the stream of an epoch."""
 
 import bisect
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from timm_lt.samplers.arithmetic import (
 )
 from timm_lt.samplers.cycles import ImageCycles
 
-# Draws that are made at once, and turned into Python integers at once.
-CHUNK = 2**18
+# Draws that are turned into Python integers at once.
 PIECE = 2**12
 # What a random number is for, so that no two uses share a stream.
 ARRANGEMENT, SHARES = 1, 2
@@ -73,6 +73,9 @@ class ClassSampler(Sampler[int]):
     Raises:
         UsageError: If a label or value is out of range.
     """
+
+    # Draws that are made at once, unless there are more than a quarter as many classes.
+    chunk_size: ClassVar[int] = 2**18
 
     def __init__(
         self,
@@ -146,25 +149,28 @@ class ClassSampler(Sampler[int]):
         start = self._start
         self._rewind(0)
         self._cursor = _Cursor(start, self.num_replicas)
-        return self._stream(plan, self._cursor, self.rank)
+        # A generator that yields every draw would take longer than making them.
+        return itertools.chain.from_iterable(self._pieces(plan, self._cursor, self.rank))
 
     def _rewind(self, position: int) -> None:
         self._start = position
         self._cursor = _Cursor(position)
 
-    def _stream(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[int]:
-        """Yields one rank's draws from the cursor on, which moves along."""
+    def _pieces(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[Iterator[int]]:
+        """Yields one rank's draws from the cursor on, which moves along, piece by piece."""
         start, stride = cursor.end, cursor.stride
         at = start + rank
         for begin, images in self._chunks(plan, start):
             mine = images[at - begin :: stride]
             at += len(mine) * stride
             for low in range(0, len(mine), PIECE):
-                yield from cursor.over(mine[low : low + PIECE].tolist())
+                yield cursor.over(mine[low : low + PIECE].tolist())
         # A rank that comes out one short goes on at the beginning.
-        if -(-(self.num_samples - start) // stride) * stride + start > at:
-            _, images = next(self._chunks(plan, 0))
-            yield from cursor.over([int(images[at % self.num_samples])])
+        ranks_end = start - (start - self.num_samples) // stride * stride
+        if at < ranks_end:
+            place = at % self.num_samples
+            begin, images = next(self._chunks(plan, place))
+            yield cursor.over([int(images[place - begin])])
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the last iteration is: how much all ranks have drawn of which stream.
@@ -261,7 +267,7 @@ class ClassSampler(Sampler[int]):
 
     def _num_chunks(self, draws: Integers) -> int:
         """Returns the number of chunks of an epoch."""
-        return -(-self.num_samples // max(CHUNK, 4 * len(draws)))
+        return -(-self.num_samples // max(self.chunk_size, 4 * len(draws)))
 
     def _drawn_before(self, plan: "Plan", chunk: int) -> Integers:
         """Returns how often each class (C,) is drawn in the epoch before a chunk."""
