@@ -247,7 +247,7 @@ def test_bad_options_are_refused(name, options, message):
 
 @pytest.fixture(params=[False, True], ids=["one_chunk", "small_chunks"])
 def chunks(request, monkeypatch):
-    """Small data are one chunk; here also several, with classes too large to be sorted with others."""
+    """Small data are one chunk; here also several, with classes that are shuffled in place."""
     if request.param:
         monkeypatch.setattr(ClassSampler, "chunk_size", 25)
         monkeypatch.setattr(cycles, "BLOCK", 8)
