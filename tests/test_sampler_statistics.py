@@ -43,7 +43,7 @@ def without_mixing(monkeypatch):
 def the_same_in_every_epoch(monkeypatch):
     generator = base.torch_generator
     monkeypatch.setattr(
-        base, "torch_generator", lambda seed, epoch, *rest: generator(seed, 0, *rest)
+        base, "torch_generator", lambda seed, purpose, _, *rest: generator(seed, purpose, 0, *rest)
     )
 
 
@@ -58,7 +58,7 @@ def without_arranging(monkeypatch):
     monkeypatch.setattr(
         ClassSampler,
         "_arrange",
-        lambda self, amounts, _: np.repeat(np.arange(len(amounts)), amounts),
+        lambda self, plan, chunk, amounts, _: np.repeat(np.arange(len(amounts)), amounts),
     )
 
 

@@ -286,7 +286,7 @@ def test_iterators_do_not_disturb_each_other(name, options):
 
 
 def test_shares_of_chunks_follow_the_definition():
-    draws, num_chunks, key = np.array([3, 0, 17, 1, 8]), 7, arithmetic.seed_word(5)
+    draws, num_chunks, key = np.array([3, 0, 17, 1, 8]), 7, np.array([5], np.uint64)
     numbers = range(int(draws.sum()))
     shift = [int(arithmetic.keyed(key, np.array([i // num_chunks]))[0]) for i in numbers]
     chunk_of = [(i - h) % num_chunks for i, h in zip(numbers, shift, strict=True)]
@@ -498,6 +498,7 @@ def test_samples_per_class_ends_with_the_short_blocks():
         assert len(set(classes[start : start + length])) == 1
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("schedule", ["t/T", "t/(T-1)"])
 def test_progressively_balanced_per_step(schedule):
     epochs, steps, n = 3, 5, 370

@@ -1,5 +1,6 @@
 """Integer arithmetic that all samplers share: keys, rounding, and shares of an epoch."""
 
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,30 @@ def keyed(key: Words, numbers: NDArray[Any]) -> Words:
     return mix(numbers.astype(np.uint64) * GOLDEN + key)
 
 
-def seed_word(*numbers: int) -> Words:
-    """Mixes non-negative integers of any size into one 64-bit word of shape (1,)."""
-    # SeedSequence mixes well: (0, 1) and (1, 0), or neighbouring epochs, have unrelated words.
-    return np.random.SeedSequence(numbers).generate_state(1, np.uint64).astype(np.uint64)
+class Purpose(IntEnum):
+    """What a random number is for, so that no two uses share a stream."""
+
+    ROUNDING = 0
+    CYCLES = 1
+    SHUFFLING = 2
+    SHARES = 3
+    ARRANGEMENT = 4
 
 
-def torch_generator(*numbers: int) -> torch.Generator:
-    """Returns a generator seeded by non-negative integers of any size."""
-    return torch.Generator().manual_seed(int(seed_word(*numbers)[0]))
+def seed_sequence(seed: int, purpose: Purpose, *numbers: int) -> np.random.SeedSequence:
+    """Mixes a seed of any size with what it is for and, say, epoch and chunk."""
+    return np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
+
+
+def seed_word(seed: int, purpose: Purpose, *numbers: int) -> Words:
+    """Returns one random 64-bit word of shape (1,)."""
+    words = seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64)
+    return words.astype(np.uint64)
+
+
+def torch_generator(seed: int, purpose: Purpose, *numbers: int) -> torch.Generator:
+    """Returns a generator of its own for each purpose and its numbers."""
+    return torch.Generator().manual_seed(int(seed_word(seed, purpose, *numbers)[0]))
 
 
 def blocks(sizes: Integers) -> tuple[Integers, Integers]:

@@ -85,9 +85,11 @@ class ClassBalancedSampler(ClassSampler):
         k = self.samples_per_class
         return k * max(self.chunk_size // (k * len(self.class_counts)), 1)
 
-    def _arrange(self, amounts: Integers, generator: torch.Generator) -> NDArray[Any]:
+    def _arrange(
+        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
+    ) -> NDArray[Any]:
         if self.samples_per_class == 1:
-            return super()._arrange(amounts, generator)
+            return super()._arrange(plan, chunk, amounts, generator)
         block_class, round_number = blocks(-(-amounts // self.samples_per_class))
         size = amounts[block_class] - round_number * self.samples_per_class
         order = torch.randperm(len(block_class), generator=generator).numpy()

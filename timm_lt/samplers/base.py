@@ -18,6 +18,7 @@ from timm_lt.longtail import Labels
 from timm_lt.registry import Registry, UsageError, check_integer
 from timm_lt.samplers.arithmetic import (
     Integers,
+    Purpose,
     drawn_before,
     round_systematically,
     seed_word,
@@ -28,8 +29,6 @@ from timm_lt.samplers.cycles import ImageCycles
 
 # Draws that are turned into Python integers at once.
 PIECE = 2**12
-# What a random number is for, so that no two uses share a stream.
-ARRANGEMENT, SHARES = 1, 2
 
 
 class ClassSampler(Sampler[int]):
@@ -237,8 +236,11 @@ class ClassSampler(Sampler[int]):
     def _round(self, epoch: int) -> Integers:
         """Returns how often each class (C,) is drawn in an epoch."""
         probabilities = self.class_probabilities(epoch)
-        generator = torch_generator(self.seed, epoch)
-        return round_systematically(probabilities, self.num_samples, generator).numpy()
+        generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
+        draws: Integers = round_systematically(probabilities, self.num_samples, generator).numpy()
+        if (draws[self._images.counts == 0] > 0).any():
+            raise UsageError("class_probabilities gives a class without images more than 0")
+        return draws
 
     def _chunks(self, plan: "Plan", start: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yields the chunks of an epoch from a place on, each with the place at which it begins."""
@@ -257,9 +259,9 @@ class ClassSampler(Sampler[int]):
             following = before(chunk + 1)
             amounts = following - drawn
             images = self._images.draw(plan.seed, plan.drawn + drawn, amounts)
-            generator = torch_generator(plan.seed, plan.epoch, ARRANGEMENT, chunk)
+            generator = torch_generator(plan.seed, Purpose.ARRANGEMENT, plan.epoch, chunk)
             # Places of the first class, in order, then of the next: they take the images in order.
-            order = sort_order(self._arrange(amounts, generator))
+            order = sort_order(self._arrange(plan, chunk, amounts, generator))
             arranged = np.empty_like(images)
             arranged[order] = images
             yield int(drawn.sum()), arranged
@@ -271,10 +273,12 @@ class ClassSampler(Sampler[int]):
 
     def _drawn_before(self, plan: "Plan", chunk: int) -> Integers:
         """Returns how often each class (C,) is drawn in the epoch before a chunk."""
-        key = seed_word(plan.seed, plan.epoch, SHARES)
+        key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
         return drawn_before(plan.draws, chunk, self._num_chunks(plan.draws), key)
 
-    def _arrange(self, amounts: Integers, generator: torch.Generator) -> NDArray[Any]:
+    def _arrange(
+        self, plan: "Plan", chunk: int, amounts: Integers, generator: torch.Generator
+    ) -> NDArray[Any]:
         """Returns the class of each draw of a chunk, class ``j`` exactly ``amounts[j]`` times."""
         order = torch.randperm(int(amounts.sum()), generator=generator).numpy()
         classes: NDArray[Any] = np.repeat(class_numbers(len(amounts)), amounts)[order]

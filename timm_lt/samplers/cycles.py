@@ -11,9 +11,11 @@ from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError
 from timm_lt.samplers.arithmetic import (
     Integers,
+    Purpose,
     blocks,
     keyed,
     places,
+    seed_sequence,
     seed_word,
     sort_order,
 )
@@ -70,7 +72,7 @@ class ImageCycles:
             amounts: Images of each class (C,) to draw; 0 where it has none.
         """
         if seed != self._seed:
-            self._seed, self._key = seed, seed_word(seed)
+            self._seed, self._key = seed, seed_word(seed, Purpose.CYCLES)
             self._cycles.fill(-1)
         images = np.empty(amounts.sum(), dtype=self._images.dtype)
         begin = amounts.cumsum() - amounts
@@ -154,7 +156,7 @@ class ImageCycles:
             if self._cycles[c] != cycle:
                 self._cycles[c] = -1
                 home.sort()
-                bits = np.random.SeedSequence([self._seed or 0, c, cycle])
+                bits = seed_sequence(self._seed or 0, Purpose.SHUFFLING, c, cycle)
                 np.random.Generator(np.random.Philox(bits)).shuffle(home)
                 self._cycles[c] = cycle
             part = home[place : place + len(images) - done]

@@ -1,16 +1,17 @@
 """Samplers whose class probabilities change during training."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.longtail import Labels
 from timm_lt.registry import UsageError, check_choice, check_integer
-from timm_lt.samplers.arithmetic import Integers, keyed, seed_word
+from timm_lt.samplers.arithmetic import Integers, Purpose, keyed, seed_word, sort_order
 from timm_lt.samplers.balanced import power_probabilities
-from timm_lt.samplers.base import SHARES, ClassSampler, Plan, register_sampler
+from timm_lt.samplers.base import ClassSampler, Plan, class_numbers, register_sampler
 
 Schedule = Literal["t/T", "t/(T-1)"]
 
@@ -30,8 +31,8 @@ class ProgressivelyBalancedSampler(ClassSampler):
     With ``steps_per_epoch`` = S > 1, t and T count steps, of which an epoch has S:
     :meth:`class_probabilities` is their mean. A class's draws in any number of steps are within one
     of their expectation. Steps are therefore only about ``num_samples / S`` long: they begin within
-    about ``sqrt(C)`` draws of their place. A step is arranged uniformly at random; it costs time
-    in proportion to C.
+    about ``sqrt(C)`` draws of their place. A step is arranged uniformly at random; an epoch costs
+    time in proportion to S C beside its draws.
 
     Args:
         labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
@@ -82,34 +83,79 @@ class ProgressivelyBalancedSampler(ClassSampler):
             )
         return t * self.steps_per_epoch
 
+    def _last_step(self) -> int:
+        """Returns the step at which a would be 1."""
+        total = self.epochs * self.steps_per_epoch
+        return total if self.schedule == "t/T" else max(total - 1, 1)
+
     def _mean_probabilities(self, t: int, steps: int) -> Tensor:
         """Returns the mean of the probabilities from step t on."""
-        total = self.epochs * self.steps_per_epoch
-        last = total if self.schedule == "t/T" else max(total - 1, 1)
-        a = (t + (steps - 1) / 2) / last
+        a = (t + (steps - 1) / 2) / self._last_step()
         instance_balanced = power_probabilities(self.class_counts, 1.0)
         class_balanced = power_probabilities(self.class_counts, 0.0)
         return (1 - a) * instance_balanced + a * class_balanced
 
+    # With several steps in an epoch, what is arranged together is a tick: a step or, if that is
+    # more than a chunk, an equal part of one. A chunk is as many ticks as fit.
+
+    def _ticks_per_step(self) -> int:
+        return -(-self.num_samples // (self.steps_per_epoch * self.chunk_size))
+
+    def _ticks(self, first_chunk: int, chunks: int) -> Integers:
+        """Returns the ticks at which some chunks begin and end, and those between."""
+        total = self.steps_per_epoch * self._ticks_per_step()
+        draws = self.chunk_size * total // self.num_samples
+        numbers = 4 * self.chunk_size // len(self.class_counts)
+        per_chunk = max(min(draws, numbers), 1)
+        first = min(first_chunk * per_chunk, total)
+        return np.arange(first, min((first_chunk + chunks) * per_chunk, total) + 1)
+
     def _num_chunks(self, draws: Integers) -> int:
         if self.steps_per_epoch == 1:
             return super()._num_chunks(draws)
-        return self.steps_per_epoch * self._chunks_per_step()
-
-    def _chunks_per_step(self) -> int:
-        return -(-self.num_samples // (self.steps_per_epoch * self.chunk_size))
+        total = self.steps_per_epoch * self._ticks_per_step()
+        return -(-total // int(self._ticks(0, 1)[-1]))
 
     def _drawn_before(self, plan: Plan, chunk: int) -> Integers:
         if self.steps_per_epoch == 1:
             return super()._drawn_before(plan, chunk)
-        step, part = divmod(chunk, self._chunks_per_step())
-        first = self._first_step(plan.epoch)
-        expected = step * self._mean_probabilities(first, step)
-        expected += part / self._chunks_per_step() * self._mean_probabilities(first + step, 1)
-        total = self.steps_per_epoch * self.class_probabilities(plan.epoch)
-        share = torch.where(total > 0, expected / total, 0.0).numpy()
+        drawn: Integers = self._drawn_before_ticks(plan, self._ticks(chunk, 0))[0]
+        return drawn
+
+    def _drawn_before_ticks(self, plan: Plan, ticks: Integers) -> Integers:
+        """Returns how often each class is drawn in the epoch before some ticks (ticks, C)."""
+        share = self._expected_before(plan, ticks)
+        total = self._expected_before(plan, self._ticks(0, self._num_chunks(plan.draws))[-1:])
+        share /= np.where(total > 0, total, 1)
         # Each class is rounded by an offset of its own, again in the middle of one of 2^18 steps.
-        key = seed_word(plan.seed, plan.epoch, SHARES)
-        offset = keyed(key, np.arange(len(share))) >> np.uint64(64 - 18)
-        before: Integers = np.floor(plan.draws * share + (offset + 0.5) / 2**18).astype(np.int64)
-        return before
+        key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
+        offset = keyed(key, np.arange(share.shape[1])) >> np.uint64(64 - 18)
+        share *= plan.draws
+        share += (offset + 0.5) / 2**18
+        return share.astype(np.int64)
+
+    def _expected_before(self, plan: Plan, ticks: Integers) -> NDArray[np.float64]:
+        """Returns the sum of the probabilities of the steps before some ticks (ticks, C)."""
+        steps = ticks / self._ticks_per_step()
+        whole = np.floor(steps)
+        # The sum of a, which is constant within a step.
+        a = self._first_step(plan.epoch) * steps + whole * (whole - 1) / 2 + (steps - whole) * whole
+        a /= self._last_step()
+        instance_balanced = power_probabilities(self.class_counts, 1.0).numpy()
+        class_balanced = power_probabilities(self.class_counts, 0.0).numpy()
+        expected: NDArray[np.float64] = np.outer(steps - a, instance_balanced)
+        expected += np.outer(a, class_balanced)
+        return expected
+
+    def _arrange(
+        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
+    ) -> NDArray[Any]:
+        if self.steps_per_epoch == 1:
+            return super()._arrange(plan, chunk, amounts, generator)
+        of_tick = np.diff(self._drawn_before_ticks(plan, self._ticks(chunk, 1)), axis=0)
+        tick = np.repeat(np.arange(len(of_tick), dtype=np.int32), of_tick.sum(axis=1))
+        order = torch.randperm(len(tick), generator=generator).numpy()
+        order = order[sort_order(tick[order])]
+        classes = np.tile(class_numbers(len(amounts)), len(of_tick))
+        arranged: NDArray[Any] = np.repeat(classes, of_tick.ravel())[order]
+        return arranged
