@@ -224,11 +224,31 @@ def test_every_image_is_equally_likely_at_every_place_of_every_chunk(name, optio
     assert p_values_of_places(name, **options).min() > PLAUSIBLE
 
 
-@pytest.mark.parametrize("breaking", [without_arranging, shares_without_shift])
-def test_broken_arrangements_are_not_equally_likely(breaking, monkeypatch):
+def test_without_arranging_places_are_not_equally_likely(monkeypatch):
     several_chunks(monkeypatch, chunk_size=20)
-    breaking(monkeypatch)
-    assert p_values_of_places("reversed", 500).min() < ABSURD
+    without_arranging(monkeypatch)
+    assert p_values_of_places("class_balanced", 500).min() < ABSURD
+
+
+def p_value_of_the_place_of_one(runs=2000):
+    """Where the only image of a class is drawn, in an epoch of two chunks."""
+    sampler = create_sampler("instance_balanced", [0] * 9 + [1])
+    observed = collections.Counter()
+    for seed in range(runs):
+        sampler.seed = seed
+        observed[sampler.epoch_indices(0).tolist().index(9)] += 1
+    return p_value(observed, dict.fromkeys(range(10), 1))
+
+
+def test_a_single_draw_is_as_likely_in_every_chunk(monkeypatch):
+    several_chunks(monkeypatch, chunk_size=8)
+    assert p_value_of_the_place_of_one() > PLAUSIBLE
+
+
+def test_without_shift_a_single_draw_is_not_as_likely_in_every_chunk(monkeypatch):
+    several_chunks(monkeypatch, chunk_size=8)
+    shares_without_shift(monkeypatch)
+    assert p_value_of_the_place_of_one(500) < ABSURD
 
 
 # Over ranks ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from timm_lt.longtail import Labels
 from timm_lt.registry import check_integer, check_number
 from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
-from timm_lt.samplers.base import ClassSampler, Plan, class_numbers, register_sampler
+from timm_lt.samplers.base import ClassSampler, Plan, small_integers, register_sampler
 
 
 def power_probabilities(class_counts: Tensor, q: float) -> Tensor:
@@ -94,7 +94,7 @@ class ClassBalancedSampler(ClassSampler):
         size = amounts[block_class] - round_number * self.samples_per_class
         order = torch.randperm(len(block_class), generator=generator).numpy()
         order = order[sort_order(round_number[order])]
-        classes = class_numbers(len(amounts))[block_class[order]]
+        classes = small_integers(len(amounts))[block_class[order]]
         return np.repeat(classes, np.minimum(size, self.samples_per_class)[order])
 
 

@@ -281,7 +281,7 @@ class ClassSampler(Sampler[int]):
     ) -> NDArray[Any]:
         """Returns the class of each draw of a chunk, class ``j`` exactly ``amounts[j]`` times."""
         order = torch.randperm(int(amounts.sum()), generator=generator).numpy()
-        classes: NDArray[Any] = np.repeat(class_numbers(len(amounts)), amounts)[order]
+        classes: NDArray[Any] = np.repeat(small_integers(len(amounts)), amounts)[order]
         return classes
 
 
@@ -313,9 +313,9 @@ class Plan:
     drawn: Integers
 
 
-def class_numbers(num_classes: int) -> NDArray[Any]:
-    """Returns 0, ..., C - 1 as the smallest integers, which are the fastest to sort."""
-    return np.arange(num_classes, dtype=np.int16 if num_classes < 2**15 else np.int32)
+def small_integers(stop: int) -> NDArray[Any]:
+    """Returns 0, ..., stop - 1 as the smallest integers that hold them: the fastest to sort."""
+    return np.arange(stop, dtype=np.int16 if stop <= 2**15 else np.int32)
 
 
 SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")

@@ -11,7 +11,7 @@ from timm_lt.longtail import Labels
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers.arithmetic import Integers, Purpose, keyed, seed_word, sort_order
 from timm_lt.samplers.balanced import power_probabilities
-from timm_lt.samplers.base import ClassSampler, Plan, class_numbers, register_sampler
+from timm_lt.samplers.base import ClassSampler, Plan, small_integers, register_sampler
 
 Schedule = Literal["t/T", "t/(T-1)"]
 
@@ -153,9 +153,9 @@ class ProgressivelyBalancedSampler(ClassSampler):
         if self.steps_per_epoch == 1:
             return super()._arrange(plan, chunk, amounts, generator)
         of_tick = np.diff(self._drawn_before_ticks(plan, self._ticks(chunk, 1)), axis=0)
-        tick = np.repeat(np.arange(len(of_tick), dtype=np.int32), of_tick.sum(axis=1))
+        tick = np.repeat(small_integers(len(of_tick)), of_tick.sum(axis=1))
         order = torch.randperm(len(tick), generator=generator).numpy()
         order = order[sort_order(tick[order])]
-        classes = np.tile(class_numbers(len(amounts)), len(of_tick))
+        classes = np.tile(small_integers(len(amounts)), len(of_tick))
         arranged: NDArray[Any] = np.repeat(classes, of_tick.ravel())[order]
         return arranged
