@@ -2,25 +2,43 @@
 
 import collections
 import itertools
+import json
 import math
+import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
 from timm_lt.registry import UsageError
-from timm_lt.samplers import ClassSampler, create_sampler, list_samplers, register_sampler
+from timm_lt.samplers import (
+    ClassSampler,
+    arithmetic,
+    base,
+    create_sampler,
+    cycles,
+    list_samplers,
+    register_sampler,
+)
 
 # A sampler with required options, or whose other options deserve the contract too, has rows here.
 OPTIONS = {
     "class_balanced": [{}, {"samples_per_class": 4}],
     "power": [{"q": 0.3}],
-    "progressively_balanced": [{"epochs": 9, "schedule": s} for s in ("t/T", "t/(T-1)")],
+    "progressively_balanced": [
+        *({"epochs": 9, "schedule": s} for s in ("t/T", "t/(T-1)")),
+        {"epochs": 9, "steps_per_epoch": 4, "schedule": "t/(T-1)"},
+    ],
+    "effective_number": [{"beta": 0.9}],
+    "under_sampled": [{}, {"target": 6}],
+    "over_sampled": [{"target": 6}],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}{options or ''}")
@@ -28,9 +46,10 @@ VARIANTS = [
     for options in OPTIONS.get(name, [{}])
 ]
 contract = pytest.mark.parametrize(("name", "options"), VARIANTS)
-# Blocks of one class are no uniformly random arrangement; they have tests of their own.
+# Blocks of one class, and steps, are no uniformly random arrangement; they have their own tests.
 contract_on_order = pytest.mark.parametrize(
-    ("name", "options"), [v for v in VARIANTS if "samples_per_class" not in v.values[1]]
+    ("name", "options"),
+    [v for v in VARIANTS if not {"samples_per_class", "steps_per_epoch"} & set(v.values[1])],
 )
 
 # Shuffled, with the empty classes 2 and 5.
@@ -59,16 +78,35 @@ def check_epoch(sampler, labels):
         assert c in images_of or p[c] == 0
         drawn, size = drawn_of[c], len(images_of[c])
         assert abs(len(drawn) - n * p[c].item()) < 1
-        for start in range(0, len(drawn), max(size, 1)):
-            cycle = drawn[start : start + size]
-            assert len(set(cycle)) == len(cycle), "an image came twice before another came once"
+        assert at_cycle_ends(drawn, size), "an image came twice before another came once"
+
+
+def default_length(name, options):
+    if name == "under_sampled":
+        return sum(min(n, options.get("target", 1)) for n in COUNTS)
+    if name == "over_sampled":
+        return sum(max(n, options["target"]) for n in COUNTS if n)
+    return len(LABELS)
+
+
+def at_cycle_ends(drawn, size):
+    """Whether a class's draws are cycles, of which the first may be the rest of one."""
+
+    def distinct(images):
+        return len(set(images)) == len(images)
+
+    return size == 0 or any(
+        distinct(drawn[:rest])
+        and all(distinct(drawn[i : i + size]) for i in range(rest, len(drawn), size))
+        for rest in range(size)
+    )
 
 
 @contract
 @pytest.mark.parametrize("num_samples", [None, 1, 3, 36, 1000])
 def test_every_epoch_keeps_the_contract(name, options, num_samples):
     sampler = create_sampler(name, LABELS, num_samples=num_samples, num_classes=6, **options)
-    assert len(sampler) == (num_samples or len(LABELS))
+    assert len(sampler) == (num_samples or default_length(name, options))
     assert sampler.class_probabilities().shape == (6,)
     for epoch in range(9):
         sampler.set_epoch(epoch)
@@ -193,11 +231,178 @@ def test_bad_arguments_are_refused(name, options):
         ("class_balanced", {"samples_per_class": 0}, "samples_per_class must be an integer >= 1"),
         ("progressively_balanced", {"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ("progressively_balanced", {"epochs": 3, "schedule": "t"}, r"one of: t/T, t/\(T-1\)"),
+        ("progressively_balanced", {"epochs": 3, "steps_per_epoch": 0}, "steps_per_epoch must be"),
+        ("effective_number", {}, "sampler 'effective_number' needs the option 'beta'"),
+        ("effective_number", {"beta": 1.0}, r"beta must be a number in \[0, 1\), got 1.0"),
+        ("under_sampled", {"target": 0}, "target must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(name, options, message):
     with pytest.raises(UsageError, match=message):
         create_sampler(name, LABELS, **options)
+
+
+# Cycles and chunks --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["one_chunk", "small_chunks"])
+def chunks(request, monkeypatch):
+    """Small data are one chunk; here also several, with classes that are shuffled in place."""
+    if request.param:
+        monkeypatch.setattr(ClassSampler, "chunk_size", 25)
+        monkeypatch.setattr(cycles, "BLOCK", 8)
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_samples", [1, 7, 100, 331])
+def test_cycles_go_on_across_epochs(name, options, num_samples):
+    sampler = create_sampler(name, LABELS, num_samples=num_samples, seed=3, **options)
+    drawn_of = collections.defaultdict(list)
+    for epoch in range(9):
+        sampler.set_epoch(epoch)
+        check_epoch(sampler, LABELS)
+        for index in sampler:
+            drawn_of[LABELS[index]].append(index)
+        # Without having drawn the epochs before, it is the same.
+        fresh = create_sampler(name, LABELS, num_samples=num_samples, seed=3, **options)
+        assert torch.equal(fresh.epoch_indices(epoch), sampler.epoch_indices(epoch))
+    for label, drawn in drawn_of.items():
+        for start in range(0, len(drawn), COUNTS[label]):
+            cycle = drawn[start : start + COUNTS[label]]
+            assert len(set(cycle)) == len(cycle)
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+def test_iterators_do_not_disturb_each_other(name, options):
+    sampler = create_sampler(name, LABELS, num_samples=200, **options)
+    expected = [sampler.epoch_indices(epoch).tolist() for epoch in range(2)]
+    first = iter(sampler)
+    drawn = [next(first) for _ in range(110)]
+    sampler.set_epoch(1)
+    assert list(sampler) == expected[1]
+    assert drawn + list(first) == expected[0]
+
+
+def test_shares_of_chunks_follow_the_definition():
+    draws, num_chunks, key = np.array([3, 0, 17, 1, 8]), 7, np.array([5], np.uint64)
+    numbers = range(int(draws.sum()))
+    shift = [int(arithmetic.keyed(key, np.array([i // num_chunks]))[0]) for i in numbers]
+    chunk_of = [(i - h) % num_chunks for i, h in zip(numbers, shift, strict=True)]
+    label_of = np.repeat(range(5), draws)
+    for chunk in range(num_chunks + 1):
+        naive = [0] * 5
+        for number in numbers:
+            naive[label_of[number]] += chunk_of[number] < chunk
+        assert arithmetic.drawn_before(draws, chunk, num_chunks, key).tolist() == naive
+
+
+def test_no_label_needs_more_than_four_bytes():
+    sampler = create_sampler("instance_balanced", torch.zeros(10_000, dtype=torch.long))
+    assert [
+        value.nbytes
+        for value in vars(sampler._images).values()
+        if isinstance(value, np.ndarray) and value.nbytes > 1000
+    ] == [40_000]
+
+
+# Ranks and states ---------------------------------------------------------------------------------
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 8, 150])
+def test_ranks_share_the_same_stream(name, options, num_replicas):
+    n = 100
+    stream = create_sampler(name, LABELS, num_samples=n, **options).epoch_indices(2).tolist()
+    ranks = []
+    for rank in range(num_replicas):
+        sampler = create_sampler(
+            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
+        )
+        sampler.set_epoch(2)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler) == math.ceil(n / num_replicas)
+    together = [index for turn in zip(*ranks, strict=True) for index in turn]
+    # The padding is the beginning.
+    assert together == (stream + stream)[: len(together)]
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 3), (4, 1)])
+def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after):
+    n = 96
+
+    def create(rank, num_replicas):
+        return create_sampler(
+            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
+        )
+
+    stream = create(0, 1).epoch_indices(5).tolist()
+    following = create(0, 1).epoch_indices(6).tolist()
+    for consumed in (0, 1, 12, n // before):
+        old = create(before - 1, before)
+        old.set_epoch(5)
+        iterator = iter(old)
+        for _ in range(consumed):
+            next(iterator)
+        state = json.loads(json.dumps(old.state_dict()))
+        assert state["position"] == consumed * before
+        rest = []
+        for rank in range(after):
+            new = create(rank, after)
+            new.load_state_dict(state)
+            assert new.state_dict() == state
+            # As accelerate does.
+            new.set_epoch(5)
+            rest.append(list(new))
+            assert new.state_dict()["position"] == n
+            # Only the first iteration is a rest.
+            new.set_epoch(6)
+            assert list(new) == (following + following)[rank : n - n % -after : after]
+        left = stream[consumed * before :]
+        together = [index for turn in zip(*rest, strict=True) for index in turn]
+        assert together[: len(left)] == left
+        assert len(together) == math.ceil(len(left) / after) * after
+
+
+def test_a_state_of_another_stream_is_refused():
+    state = create_sampler("class_balanced", LABELS, seed=1).state_dict()
+    assert state == {"seed": 1, "epoch": 0, "num_samples": len(LABELS), "position": 0}
+    with pytest.raises(UsageError, match=r"the state has seed 1, the sampler 2: .*this stream"):
+        create_sampler("class_balanced", LABELS, seed=2).load_state_dict(state)
+    with pytest.raises(UsageError, match="the state has num_samples 37, the sampler 5"):
+        create_sampler("class_balanced", LABELS, num_samples=5, seed=1).load_state_dict(state)
+    with pytest.raises(UsageError, match="position must be an integer from 0 to 37, got 38"):
+        create_sampler("class_balanced", LABELS, seed=1).load_state_dict(state | {"position": 38})
+
+
+@pytest.mark.parametrize(("rank", "num_replicas"), [(2, 2), (-1, 2), (0, 0)])
+def test_wrong_ranks_are_refused(rank, num_replicas):
+    with pytest.raises(UsageError, match=r"(rank|num_replicas) must be an integer"):
+        create_sampler("class_balanced", LABELS, rank=rank, num_replicas=num_replicas)
+
+
+def test_a_sharded_sampler_is_refused_beside_accelerate(monkeypatch):
+    sharded = create_sampler("class_balanced", LABELS, rank=1, num_replicas=2)
+    whole = create_sampler("class_balanced", LABELS)
+    monkeypatch.setattr(base, "is_initialized", lambda: True)
+    monkeypatch.setattr(base, "PartialState", lambda: types.SimpleNamespace(num_processes=2))
+    assert len(list(whole)) == len(LABELS)
+    with pytest.raises(UsageError, match=r"rank 1 of 2.*2 processes too: create it without rank="):
+        iter(sharded)
+
+
+@contract
+def test_accelerate_shares_the_batches_of_one_stream(name, options):
+    stream = create_sampler(name, LABELS, num_samples=40, **options).epoch_indices(0)
+    batches = stream.view(8, 5).tolist()
+    for rank in range(2):
+        sampler = create_sampler(name, LABELS, num_samples=40, **options)
+        shard = BatchSamplerShard(BatchSampler(sampler, 5, drop_last=False), 2, rank)
+        assert list(shard) == batches[rank::2]
 
 
 # Probabilities, against the formulas worked out in plain Python. ---------------------------------
@@ -291,6 +496,89 @@ def test_samples_per_class_ends_with_the_short_blocks():
     starts = itertools.accumulate(lengths, initial=0)
     for start, length in zip(starts, lengths, strict=False):
         assert len(set(classes[start : start + length])) == 1
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("schedule", ["t/T", "t/(T-1)"])
+def test_progressively_balanced_per_step(schedule):
+    epochs, steps, n = 3, 5, 370
+    sampler = create_sampler(
+        "progressively_balanced",
+        LABELS,
+        num_samples=n,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        schedule=schedule,
+    )
+    last = epochs * steps - (schedule == "t/(T-1)")
+    counts = [count for count in COUNTS[:5] if count]
+    for epoch in range(epochs):
+        mean, expected_so_far, drawn = [0] * 4, [0] * 4, 0
+        stream = [LABELS[index] for index in sampler.epoch_indices(epoch)]
+        for step in range(steps):
+            a = (epoch * steps + step) / last
+            p = [(1 - a) * count / len(LABELS) + a / 4 for count in counts]
+            found = sampler.step_probabilities(step, epoch)
+            assert found[[0, 1, 3, 4]].tolist() == pytest.approx(p, abs=1e-15)
+            mean = [m + x / steps for m, x in zip(mean, p, strict=True)]
+            expected_so_far = [e + x * n / steps for e, x in zip(expected_so_far, p, strict=True)]
+            # A step ends within C / 2 draws of its place; until there, classes are as they should.
+            ends = range((step + 1) * n // steps - 4, (step + 1) * n // steps + 5)
+            drawn = [[stream[:end].count(c) for c in (0, 1, 3, 4)] for end in ends]
+            assert any(
+                all(abs(d - e) < 2 for d, e in zip(counted, expected_so_far, strict=True))
+                for counted in drawn
+            )
+        p = sampler.class_probabilities(epoch)[[0, 1, 3, 4]]
+        assert p.tolist() == pytest.approx(mean, abs=1e-15)
+
+
+def test_reversed():
+    # BBN's code: w = n_max / n, normalised.
+    weights = [max(COUNTS) / n if n else 0 for n in COUNTS]
+    p = create_sampler("reversed", LABELS, num_classes=6).class_probabilities()
+    assert p.tolist() == pytest.approx([w / sum(weights) for w in weights], abs=1e-15)
+
+
+@pytest.mark.parametrize("beta", ["0", "0.9", "0.9999", "0.999999999"])
+def test_effective_number(beta):
+    # Exact fractions: E = 1 + beta + ... + beta^(n - 1); an image weighs 1 / E.
+    effective = [sum(Fraction(beta) ** i for i in range(n)) for n in COUNTS]
+    of_class = [n / e if n else 0 for n, e in zip(COUNTS, effective, strict=True)]
+    sampler = create_sampler("effective_number", LABELS, num_classes=6, beta=float(beta))
+    expected = [float(w / sum(of_class)) for w in of_class]
+    assert sampler.class_probabilities().tolist() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+def test_effective_number_ends():
+    near_one = create_sampler("effective_number", LABELS, num_classes=6, beta=1 - 1e-12)
+    assert near_one.class_probabilities().tolist() == pytest.approx(power_by_hand(0), abs=1e-10)
+    zero = create_sampler("effective_number", LABELS, num_classes=6, beta=0.0)
+    assert zero.class_probabilities().tolist() == pytest.approx(power_by_hand(1), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("under_sampled", None, [1, 1, 0, 1, 1, 0]),
+        ("under_sampled", 5, [5, 5, 0, 4, 1, 0]),
+        ("over_sampled", None, [23, 23, 0, 23, 23, 0]),
+        ("over_sampled", 5, [23, 9, 0, 5, 5, 0]),
+    ],
+)
+def test_targets_are_met_exactly(name, target, expected):
+    sampler = create_sampler(name, LABELS, num_classes=6, target=target)
+    assert len(sampler) == sum(expected)
+    for epoch in range(20):
+        drawn = torch.tensor(LABELS)[sampler.epoch_indices(epoch)]
+        assert torch.bincount(drawn, minlength=6).tolist() == expected
+
+
+def test_under_sampling_loses_no_image():
+    sampler = create_sampler("under_sampled", LABELS, target=4)
+    seen = {index for epoch in range(6) for index in sampler.epoch_indices(epoch).tolist()}
+    # The largest class has 23 images and gives 4 of them per epoch.
+    assert seen == set(range(len(LABELS)))
 
 
 def test_a_new_sampler_is_a_new_class_probabilities(monkeypatch):

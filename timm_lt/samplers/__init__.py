@@ -6,3 +6,10 @@ from timm_lt.samplers.base import ClassSampler as ClassSampler
 from timm_lt.samplers.base import create_sampler as create_sampler
 from timm_lt.samplers.base import list_samplers as list_samplers
 from timm_lt.samplers.base import register_sampler as register_sampler
+from timm_lt.samplers.progressive import (
+    ProgressivelyBalancedSampler as ProgressivelyBalancedSampler,
+)
+from timm_lt.samplers.resampled import OverSampledSampler as OverSampledSampler
+from timm_lt.samplers.resampled import UnderSampledSampler as UnderSampledSampler
+from timm_lt.samplers.weighted import EffectiveNumberSampler as EffectiveNumberSampler
+from timm_lt.samplers.weighted import ReversedSampler as ReversedSampler

@@ -1,15 +1,16 @@
 """Samplers between instance-balanced and class-balanced."""
 
-from typing import Literal, get_args
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
-from timm_lt.samplers.base import ClassSampler, blocks, ceil_divide, register_sampler
-
-Schedule = Literal["t/T", "t/(T-1)"]
+from timm_lt.registry import check_integer, check_number
+from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
+from timm_lt.samplers.base import ClassSampler, Plan, register_sampler, small_integers
 
 
 def power_probabilities(class_counts: Tensor, q: float) -> Tensor:
@@ -69,16 +70,32 @@ class ClassBalancedSampler(ClassSampler):
         """Returns ``1 / C``."""
         return power_probabilities(self.class_counts, 0.0)
 
-    def _arrange(self, draws: Tensor, generator: torch.Generator) -> Tensor:
+    def _num_chunks(self, draws: Integers) -> int:
         if self.samples_per_class == 1:
-            return super()._arrange(draws, generator)
-        block_class, round_number = blocks(ceil_divide(draws, self.samples_per_class))
-        size = draws[block_class] - round_number * self.samples_per_class
-        order = torch.randperm(len(block_class), generator=generator)
-        order = order[torch.argsort(round_number[order], stable=True)]
-        return torch.repeat_interleave(
-            block_class[order], size.clamp(max=self.samples_per_class)[order]
-        )
+            return super()._num_chunks(draws)
+        return -(-int(draws.max()) // self._draws_per_chunk())
+
+    def _drawn_before(self, plan: Plan, chunk: int) -> Integers:
+        if self.samples_per_class == 1:
+            return super()._drawn_before(plan, chunk)
+        return np.minimum(plan.draws, chunk * self._draws_per_chunk())
+
+    def _draws_per_chunk(self) -> int:
+        """Returns how often a class is drawn in a chunk: in whole rounds, at least one."""
+        k = self.samples_per_class
+        return k * max(self.chunk_size // (k * len(self.class_counts)), 1)
+
+    def _arrange(
+        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
+    ) -> NDArray[Any]:
+        if self.samples_per_class == 1:
+            return super()._arrange(plan, chunk, amounts, generator)
+        block_class, round_number = blocks(-(-amounts // self.samples_per_class))
+        size = amounts[block_class] - round_number * self.samples_per_class
+        order = torch.randperm(len(block_class), generator=generator).numpy()
+        order = order[sort_order(round_number[order])]
+        classes = small_integers(len(amounts))[block_class[order]]
+        return np.repeat(classes, np.minimum(size, self.samples_per_class)[order])
 
 
 @register_sampler("square_root")
@@ -125,58 +142,3 @@ class PowerSampler(ClassSampler):
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns ``n_j^q / sum_k n_k^q``."""
         return power_probabilities(self.class_counts, self.q)
-
-
-@register_sampler("progressively_balanced")
-class ProgressivelyBalancedSampler(ClassSampler):
-    """Moves from instance-balanced to class-balanced: ``p_j(t) = (1 - a) n_j / N + a / C``.
-
-    The paper's formula has ``a = t/T``, with t the current and T the total number of epochs. Its
-    code has 0-based ``t/(T-1)``. Here t is 0-based in both:
-
-    - ``"t/T"``: a goes from 0 to (T-1)/T. The first epoch is exactly instance-balanced, the last
-      not quite class-balanced.
-    - ``"t/(T-1)"``: a goes from 0 to 1. The first epoch is exactly instance-balanced, the last
-      exactly class-balanced; a single epoch (T = 1) is instance-balanced.
-
-    Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
-        epochs: T, at least 1.
-        schedule: How a grows.
-
-    Raises:
-        UsageError: If a value is out of range; when drawing, if the epoch is not below T.
-
-    References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
-        2020, https://arxiv.org/abs/1910.09217 (equation 2).
-    """
-
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        epochs: int,
-        schedule: Schedule = "t/T",
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        check_choice("schedule", schedule, get_args(Schedule))
-        self.epochs = check_integer("epochs", epochs, minimum=1)
-        self.schedule = schedule
-
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``(1 - a) n_j / N + a / C``."""
-        t = self.epoch if epoch is None else epoch
-        if not 0 <= t < self.epochs:
-            raise UsageError(
-                f"epoch {t} is outside the schedule: epochs={self.epochs} covers 0 to "
-                f"{self.epochs - 1}"
-            )
-        last = self.epochs if self.schedule == "t/T" else max(self.epochs - 1, 1)
-        a = t / last
-        instance_balanced = power_probabilities(self.class_counts, 1.0)
-        class_balanced = power_probabilities(self.class_counts, 0.0)
-        return (1 - a) * instance_balanced + a * class_balanced

@@ -1,15 +1,34 @@
 """What every sampler is: the registry, the factory and the stream of an epoch."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+import bisect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from accelerate.state import PartialState, is_initialized
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from timm_lt.longtail import Labels, check_labels
-from timm_lt.registry import Registry, check_integer
+from timm_lt.longtail import Labels
+from timm_lt.registry import Registry, UsageError, check_integer
+from timm_lt.samplers.arithmetic import (
+    Integers,
+    Purpose,
+    drawn_before,
+    round_systematically,
+    seed_word,
+    sort_order,
+    torch_generator,
+)
+from timm_lt.samplers.cycles import ImageCycles
+
+# Draws that are turned into Python integers at once.
+PIECE = 2**12
 
 
 class ClassSampler(Sampler[int]):
@@ -21,16 +40,31 @@ class ClassSampler(Sampler[int]):
     - class ``j`` is drawn ``floor(n * p_j)`` or ``ceil(n * p_j)`` times, ``n * p_j`` on average
       (systematic rounding with a random offset, so that epochs do not wander as with independent
       draws);
-    - within a class every image is drawn once before any is drawn again;
-    - the order is a uniformly random arrangement;
+    - within a class every image is drawn once before any is drawn again, over all epochs: an epoch
+      goes on in the class's cycle of images where the one before it ended;
     - the stream is a function of (seed, epoch) and nothing else, least of all the global random
       state: every process draws the same one, and accelerate can give each its share.
+
+    How it works. How often each class was drawn in all earlier epochs is the sum of their rounded
+    numbers: C integers per epoch and no images. It says where in its cycles a class stands. An
+    epoch is cut into K chunks of about 2^18 draws (or four per class, if more), whose sizes differ
+    by at most one; every class's draws are shared evenly among them. Any chunk can be made without
+    the others: the images that each class is to give are taken from its cycles, in order, and the
+    classes are arranged uniformly at random.
+
+    An epoch of one chunk is a uniformly random arrangement. In a longer one every draw still has
+    the same probability at every place, but a class's draws are spread over the chunks more evenly
+    than chance would, within two of ``1 / K`` of them in each.
 
     Args:
         labels: Integer labels, one per image of the data set that the indices are for.
         num_samples: Length of an epoch, at least 1; None takes the number of labels.
         seed: A non-negative integer.
         num_classes: Number of classes; None takes the largest label plus one.
+
+    Attributes:
+        epoch: The epoch that the next iteration draws.
+        class_counts: Images of each class (C,).
 
     Shape:
         labels (N,); an epoch is ``num_samples`` integers in [0, N).
@@ -39,6 +73,9 @@ class ClassSampler(Sampler[int]):
         UsageError: If a label or value is out of range.
     """
 
+    # Draws that are made at once, unless there are more than a quarter as many classes.
+    chunk_size: ClassVar[int] = 2**18
+
     def __init__(
         self,
         labels: Labels,
@@ -46,14 +83,16 @@ class ClassSampler(Sampler[int]):
         seed: int = 0,
         num_classes: int | None = None,
     ) -> None:
-        values = check_labels(labels, num_classes)
+        self._images = ImageCycles(labels, num_classes)
+        self.class_counts = torch.from_numpy(self._images.counts)
         if num_samples is None:
-            num_samples = len(values)
+            num_samples = int(self.class_counts.sum())
         self.num_samples = check_integer("num_samples", num_samples, minimum=1)
         self.seed = check_integer("seed", seed, minimum=0)
         self.epoch = 0
-        self.class_counts = torch.bincount(values, minlength=num_classes or 0)
-        self._images_by_class = torch.argsort(values, stable=True)
+        self.rank, self.num_replicas = 0, 1
+        self._rewind(0)
+        self._last_plan: Plan | None = None
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns the probability that a draw is of each class.
@@ -67,17 +106,109 @@ class ClassSampler(Sampler[int]):
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the 0-based epoch that the next iteration draws."""
-        self.epoch = check_integer("epoch", epoch, minimum=0)
+        """Chooses the 0-based epoch that the next iteration draws, from its beginning.
+
+        After :meth:`load_state_dict`, setting the epoch of the state leaves its position.
+        """
+        epoch = check_integer("epoch", epoch, minimum=0)
+        if epoch != self.epoch:
+            self._rewind(0)
+        self.epoch = epoch
+
+    def shard(self, rank: int, num_replicas: int) -> None:
+        """Makes this the sampler of one of several processes, for use without accelerate.
+
+        Of the stream, which is the same whatever the number of processes, rank ``r`` of ``R`` draws
+        places ``r``, ``r + R``, ... As in torch's DistributedSampler, all ranks draw equally many:
+        if R does not divide the length, the first draws of the epoch are drawn again at its end.
+        Every rank makes the whole stream, a chunk at a time, and keeps its own.
+
+        Args:
+            rank: From 0 to ``num_replicas`` - 1.
+            num_replicas: Number of processes, at least 1.
+
+        Raises:
+            UsageError: If a value is out of range; when iterating, if accelerate runs several
+                processes, for it shares the batches among them itself.
+        """
+        self.num_replicas = check_integer("num_replicas", num_replicas, minimum=1)
+        self.rank = check_integer("rank", rank, minimum=0, maximum=num_replicas - 1)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return (self.num_samples + self.num_replicas - 1) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.epoch_indices().tolist())
+        if self.num_replicas > 1 and is_initialized() and PartialState().num_processes > 1:
+            raise UsageError(
+                f"this sampler is sharded (rank {self.rank} of {self.num_replicas}), and "
+                f"accelerate shares batches among its {PartialState().num_processes} processes "
+                "too: create it without rank= and num_replicas="
+            )
+        plan = self._plan(self.epoch)
+        start = self._start
+        self._rewind(0)
+        self._cursor = _Cursor(start, self.num_replicas)
+        # A generator that yields every draw would take longer than making them.
+        return itertools.chain.from_iterable(self._pieces(plan, self._cursor, self.rank))
+
+    def _rewind(self, position: int) -> None:
+        self._start = position
+        self._cursor = _Cursor(position)
+
+    def _pieces(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[Iterator[int]]:
+        """Yields one rank's draws from the cursor on, which moves along, piece by piece."""
+        start, stride = cursor.end, cursor.stride
+        at = start + rank
+        for begin, images in self._chunks(plan, start):
+            mine = images[at - begin :: stride]
+            at += len(mine) * stride
+            for low in range(0, len(mine), PIECE):
+                yield cursor.over(mine[low : low + PIECE].tolist())
+        # A rank that comes out one short goes on at the beginning.
+        ranks_end = start - (start - self.num_samples) // stride * stride
+        if at < ranks_end:
+            place = at % self.num_samples
+            begin, images = next(self._chunks(plan, place))
+            yield cursor.over([int(images[place - begin])])
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns where the last iteration is: how much all ranks have drawn of which stream.
+
+        A DataLoader with workers draws ahead of what it has given. Count its batches then, and put
+        their images, over all ranks, in ``"position"``.
+
+        Returns:
+            ``seed``, ``epoch``, ``num_samples`` and ``position``, a place in the stream.
+        """
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "num_samples": self.num_samples,
+            "position": min(self._cursor.position(), self.num_samples),
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Lets the next iteration, and only that, go on from a state.
+
+        The number of ranks need not be what it was, as long as the batches over all ranks have
+        the same size: the stream is the same.
+
+        Raises:
+            UsageError: If the state is not of this stream, or its values are out of range.
+        """
+        for name in ("seed", "num_samples"):
+            if state.get(name) != getattr(self, name):
+                raise UsageError(
+                    f"the state has {name} {state.get(name)}, the sampler {getattr(self, name)}: "
+                    "it is not of this stream"
+                )
+        epoch = check_integer("epoch", state["epoch"], minimum=0)
+        position = check_integer("position", state["position"], 0, self.num_samples)
+        self.epoch = epoch
+        self._rewind(position)
 
     def epoch_indices(self, epoch: int | None = None) -> Tensor:
-        """Returns the indices of a whole epoch in the order in which they are drawn.
+        """Returns the indices of a whole epoch in the order in which they are drawn, by all ranks.
 
         Args:
             epoch: 0-based epoch; None means the one that :meth:`set_epoch` set.
@@ -86,76 +217,105 @@ class ClassSampler(Sampler[int]):
             (num_samples,) int64.
         """
         epoch = self.epoch if epoch is None else check_integer("epoch", epoch, minimum=0)
-        generator = _epoch_generator(self.seed, epoch)
-        draws = _round_systematically(self.class_probabilities(epoch), self.num_samples, generator)
-        images = self._draw_images(draws, generator)
-        classes = self._arrange(draws, generator)
-        # Places where class 0 is drawn, in order, then class 1, ...: they take the images in order.
-        places = torch.argsort(classes, stable=True)
-        return torch.empty_like(images).scatter_(0, places, images)
+        indices = np.empty(self.num_samples, dtype=np.int64)
+        for begin, images in self._chunks(self._plan(epoch), 0):
+            indices[begin : begin + len(images)] = images
+        return torch.from_numpy(indices)
 
-    def _draw_images(self, draws: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns ``draws[j]`` images of each class, class after class, from shuffled cycles."""
-        counts = self.class_counts
-        cycle_class, repeat = blocks(ceil_divide(draws, counts.clamp(min=1)))
-        size = counts[cycle_class]
-        taken = (draws[cycle_class] - repeat * size).clamp(max=size)
-        cycle, place = blocks(size)
-        # Sorted by cycle and, within, by a random permutation: each cycle is shuffled uniformly.
-        key = cycle * len(cycle) + torch.randperm(len(cycle), generator=generator)
-        used = place < taken[cycle]
-        order, cycle = torch.argsort(key)[used], cycle[used]
-        # From a place among all cycles to one among the images sorted by class.
-        shift = (counts.cumsum(0) - counts)[cycle_class] - (size.cumsum(0) - size)
-        return self._images_by_class[order + shift[cycle]]
+    def _plan(self, epoch: int) -> "Plan":
+        """Sums up what earlier epochs drew of each class, from the epoch planned last if it can."""
+        plan = self._last_plan
+        if plan is None or plan.seed != self.seed or plan.epoch > epoch:
+            plan = Plan(self.seed, 0, self._round(0), np.zeros_like(self._images.counts))
+        while plan.epoch < epoch:
+            following = plan.epoch + 1
+            plan = Plan(self.seed, following, self._round(following), plan.drawn + plan.draws)
+        self._last_plan = plan
+        return plan
 
-    def _arrange(self, draws: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the class of each draw of the epoch, class ``j`` exactly ``draws[j]`` times."""
-        order = torch.randperm(self.num_samples, generator=generator)
-        return torch.repeat_interleave(draws)[order]
+    def _round(self, epoch: int) -> Integers:
+        """Returns how often each class (C,) is drawn in an epoch."""
+        probabilities = self.class_probabilities(epoch)
+        generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
+        draws: Integers = round_systematically(probabilities, self.num_samples, generator).numpy()
+        if (draws[self._images.counts == 0] > 0).any():
+            raise UsageError("class_probabilities gives a class without images more than 0")
+        return draws
+
+    def _chunks(self, plan: "Plan", start: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yields the chunks of an epoch from a place on, each with the place at which it begins."""
+        num_chunks = self._num_chunks(plan.draws)
+
+        def before(chunk: int) -> Integers:
+            if chunk == 0:
+                return np.zeros_like(plan.draws)
+            return plan.draws if chunk == num_chunks else self._drawn_before(plan, chunk)
+
+        # bisect_right gives the first chunk that begins after the place.
+        chunks = range(1, num_chunks)
+        first = bisect.bisect_right(chunks, start, key=lambda chunk: int(before(chunk).sum()))
+        drawn = before(first)
+        for chunk in range(first, num_chunks):
+            following = before(chunk + 1)
+            amounts = following - drawn
+            images = self._images.draw(plan.seed, plan.drawn + drawn, amounts)
+            generator = torch_generator(plan.seed, Purpose.ARRANGEMENT, plan.epoch, chunk)
+            # Places of the first class, in order, then of the next: they take the images in order.
+            order = sort_order(self._arrange(plan, chunk, amounts, generator))
+            arranged = np.empty_like(images)
+            arranged[order] = images
+            yield int(drawn.sum()), arranged
+            drawn = following
+
+    def _num_chunks(self, draws: Integers) -> int:
+        """Returns the number of chunks of an epoch."""
+        return -(-self.num_samples // max(self.chunk_size, 4 * len(draws)))
+
+    def _drawn_before(self, plan: "Plan", chunk: int) -> Integers:
+        """Returns how often each class (C,) is drawn in the epoch before a chunk."""
+        key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
+        return drawn_before(plan.draws, chunk, self._num_chunks(plan.draws), key)
+
+    def _arrange(
+        self, plan: "Plan", chunk: int, amounts: Integers, generator: torch.Generator
+    ) -> NDArray[Any]:
+        """Returns the class of each draw of a chunk, class ``j`` exactly ``amounts[j]`` times."""
+        order = torch.randperm(int(amounts.sum()), generator=generator).numpy()
+        classes: NDArray[Any] = np.repeat(small_integers(len(amounts)), amounts)[order]
+        return classes
 
 
-def blocks(sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Lays blocks end to end; returns, for each place, its block and its number in the block.
+class _Cursor:
+    """How far an iteration is, without counting: a list iterator knows what it has left."""
 
-    >>> blocks(torch.tensor([2, 0, 3]))
-    (tensor([0, 0, 2, 2, 2]), tensor([0, 1, 0, 1, 2]))
-    """
-    block = torch.repeat_interleave(sizes)
-    return block, torch.arange(len(block)) - (sizes.cumsum(0) - sizes)[block]
+    def __init__(self, end: int, stride: int = 1) -> None:
+        self.end, self.stride = end, stride
+        self.piece: Iterator[int] = iter(())
 
+    def over(self, piece: list[int]) -> Iterator[int]:
+        """Returns an iterator over the next draws of one rank, which the cursor follows."""
+        self.end += len(piece) * self.stride
+        self.piece = iter(piece)
+        return self.piece
 
-def ceil_divide(dividend: Tensor, divisor: Tensor | int) -> Tensor:
-    """Divides integers (N,) and rounds up, exactly: a quotient of tensors is only float32."""
-    return -(-dividend // divisor)
-
-
-def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    # SeedSequence mixes well: (0, 1) and (1, 0), or neighbouring epochs, have unrelated streams.
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed[0]))
+    def position(self) -> int:
+        """Returns how much all ranks have drawn."""
+        return self.end - operator.length_hint(self.piece) * self.stride
 
 
-def _round_systematically(
-    probabilities: Tensor, num_samples: int, generator: torch.Generator
-) -> Tensor:
-    """Rounds ``n * p_j`` to integers (C,) that sum to n, each up or down and right on average.
+@dataclass(frozen=True)
+class Plan:
+    """What an epoch draws of each class (C,), and what was drawn before it."""
 
-    Marks lie at distance 1, offset by one uniform number; class ``j`` owns a stretch of length
-    ``n * p_j`` and gets the marks in it.
-    """
-    # In a fixed order, neighbouring classes would never round up together.
-    order = torch.randperm(len(probabilities), generator=generator)
-    ends = probabilities[order].cumsum(0)
-    # Dividing by the last sum puts the last end on n exactly.
-    ends = ends / ends[-1] * num_samples
-    # In the middle of one of 2^18 steps: no closer to 0 or 1 than 2^-19, far more than the rounding
-    # errors of `ends`, so that a whole n * p_j is never off by one.
-    offset = (torch.randint(2**18, (1,), generator=generator).double() + 0.5) / 2**18
-    marks = torch.floor(ends + offset).long()
-    draws = torch.empty_like(marks)
-    draws[order] = torch.diff(marks, prepend=torch.zeros(1, dtype=torch.long))
-    return draws
+    seed: int
+    epoch: int
+    draws: Integers
+    drawn: Integers
+
+
+def small_integers(stop: int) -> NDArray[Any]:
+    """Returns 0, ..., stop - 1 as the smallest integers that hold them: the fastest to sort."""
+    return np.arange(stop, dtype=np.int16 if stop <= 2**15 else np.int32)
 
 
 SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")
@@ -190,6 +350,8 @@ def create_sampler(
     num_samples: int | None = None,
     seed: int = 0,
     num_classes: int | None = None,
+    rank: int = 0,
+    num_replicas: int = 1,
     **options: Any,
 ) -> ClassSampler:
     """Creates a sampler by name; see :class:`ClassSampler` for what all of them guarantee.
@@ -201,12 +363,16 @@ def create_sampler(
     Args:
         name: One of :func:`list_samplers`.
         labels: Integer labels (N,), one per image.
-        num_samples: Length of an epoch, at least 1; None takes N.
+        num_samples: Length of an epoch over all processes, at least 1; None takes N.
         seed: A non-negative integer.
         num_classes: Number of classes; None takes the largest label plus one.
+        rank: Number of this process, without accelerate; see :meth:`ClassSampler.shard`.
+        num_replicas: Number of processes, without accelerate. With it, leave both out.
         **options: The sampler's own options.
 
     Raises:
         UsageError: If the name or an option is unknown, or a value is out of range.
     """
-    return SAMPLERS.create(name, labels, num_samples, seed, num_classes, **options)
+    sampler = SAMPLERS.create(name, labels, num_samples, seed, num_classes, **options)
+    sampler.shard(rank, num_replicas)
+    return sampler
