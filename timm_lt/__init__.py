@@ -8,6 +8,8 @@ from timm_lt import lt_resnet as lt_resnet  # importing it registers the archite
 from timm_lt.checkpoint import load_head as load_head
 from timm_lt.checkpoint import save_checkpoint as save_checkpoint
 from timm_lt.data import create_dataset as create_dataset
+from timm_lt.data import create_loader as create_loader
+from timm_lt.data import dataset_labels as dataset_labels
 from timm_lt.data import list_datasets as list_datasets
 from timm_lt.data import make_long_tailed as make_long_tailed
 from timm_lt.features import Features as Features
@@ -34,5 +36,8 @@ from timm_lt.repo import list_repo_heads as list_repo_heads
 from timm_lt.samplers import create_sampler as create_sampler
 from timm_lt.samplers import list_samplers as list_samplers
 from timm_lt.samplers import register_sampler as register_sampler
+from timm_lt.timm_train_hook import install_from_environment as _install_from_environment
 
 __version__ = "0.1.0"
+
+_install_from_environment()

@@ -1,0 +1,612 @@
+"""timm's loader over any sampler: the images that it shows, in one process and in two."""
+
+import collections
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from PIL import Image
+from timm.data import FastCollateMixup, IterableImageDataset
+from timm.data import create_loader as timm_create_loader
+from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+
+import timm_lt
+import train_lt
+from timm_lt.data import loader as loader_module
+from timm_lt.data.sharing import SETTINGS
+from timm_lt.samplers import create_sampler
+
+ROOT = Path(train_lt.__file__).parent
+LABELS = [0] * 23 + [1] * 9 + [2] * 4 + [3]
+# Pixels come back as they are.
+RAW = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "num_workers": 0}
+TRAINING = {**RAW, "is_training": True, "color_jitter": 0.0}
+
+
+class Plain(Dataset):
+    """Image ``i`` is of one colour, (i, label, 0), which survives resizing, cropping and flips."""
+
+    def __init__(self, labels=LABELS, noise=False):
+        self.labels, self.noise, self.transform, self.epochs = list(labels), noise, None, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __getitem__(self, index):
+        pixels = np.full((8, 8, 3), (index, self.labels[index], 0), np.uint8)
+        if self.noise:
+            pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def indices(batch):
+    images, targets = batch
+    # Without the prefetcher they come by way of fractions.
+    images = images.float().round()
+    assert (images == images[:, :, :1, :1]).all()
+    assert images[:, 1, 0, 0].tolist() == targets.tolist()
+    return [int(value) for value in images[:, 0, 0, 0].tolist()]
+
+
+def flat(batches):
+    return [index for batch in batches for index in batch]
+
+
+def shown(loader):
+    return [indices(batch) for batch in loader]
+
+
+def chunks(stream, size):
+    return [stream[i : i + size] for i in range(0, len(stream), size)]
+
+
+def stream(sampler, epoch):
+    return sampler.epoch_indices(epoch).tolist()
+
+
+def balanced(**options):
+    return create_sampler("class_balanced", LABELS, **{"num_samples": 40, **options})
+
+
+@pytest.fixture
+def one_process():
+    """Makes an accelerator of one process."""
+
+    def create(**options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = DataLoaderConfiguration(**options)
+        return Accelerator(cpu=True, dataloader_config=config)
+
+    yield create
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("use_prefetcher", [True, False])
+def test_an_epoch_is_the_stream_of_the_sampler(use_prefetcher, num_workers):
+    sampler = balanced()
+    options = {**TRAINING, "num_workers": num_workers, "use_prefetcher": use_prefetcher}
+    data = Plain()
+    loader = timm_lt.create_loader(data, 8, 8, sampler=sampler, **options)
+    assert isinstance(loader.loader, PrefetchLoader if use_prefetcher else DataLoader)
+    assert len(loader) == 5
+    for epoch in (0, 1, 5, 0):
+        loader.set_epoch(epoch)
+        assert shown(loader) == chunks(stream(sampler, epoch), 8)
+    assert data.epochs == [0, 1, 5, 0]
+    assert loader.sampler is sampler
+    assert loader.dataset is data
+
+
+def test_every_class_is_shown_equally_often():
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=balanced(), **TRAINING)
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        seen = collections.Counter(LABELS[index] for batch in shown(loader) for index in batch)
+        assert seen == {0: 10, 1: 10, 2: 10, 3: 10}
+
+
+def test_pixels_are_those_of_timm_for_the_same_images():
+    sampler = balanced(num_samples=22)
+    order = list(sampler)
+    data = Plain(noise=True)
+    loader = timm_lt.create_loader(data, 16, 5, sampler=sampler, num_workers=0)
+
+    # timm's own over the same images in that order: it has no other way to choose them.
+    class Permuted(Dataset):
+        transform = None
+
+        def __len__(self):
+            return len(order)
+
+        def __getitem__(self, row):
+            image, label = Plain(noise=True)[order[row]]
+            return self.transform(image), label
+
+    device = torch.device("cpu")
+    expected = timm_create_loader(Permuted(), 16, 5, num_workers=0, device=device)
+    for (images, targets), (images_, targets_) in zip(loader, expected, strict=True):
+        assert images.equal(images_)
+        assert targets.equal(targets_)
+
+
+def test_augmentation_is_that_of_timm():
+    sampler = balanced(num_samples=12)
+    options = {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5, "hflip": 0.5, "num_workers": 0}
+    data = Plain(noise=True)
+    loader = timm_lt.create_loader(data, 16, 12, sampler=sampler, is_training=True, **options)
+
+    def seed():
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002 - timm draws from it
+        torch.manual_seed(1)
+
+    seed()
+    ((images, _),) = loader
+    seed()
+    torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws a seed for its workers
+    expected = torch.stack([torch.from_numpy(np.array(data[i][0])) for i in sampler]).float()
+    mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    expected = loader.loader.random_erasing((expected - mean) / std)
+    torch.testing.assert_close(images, expected)
+    assert (images == 0).any()
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 1, "persistent_workers": True, "worker_seeding": "part"},
+        {"num_workers": 1, "persistent_workers": False, "pin_memory": True},
+        {"num_workers": 0, "is_training": False},
+        {"num_workers": 1, "use_multi_epochs_loader": True},
+        {"num_workers": 1, "use_prefetcher": False},
+    ],
+)
+def test_every_other_setting_stays_and_no_worker_starts(options):
+    before = multiprocessing.active_children()
+    options = {"is_training": True, **options}
+    ours = timm_lt.create_loader(Plain(), 8, 4, sampler=balanced(), **options).loader
+    theirs = timm_create_loader(Plain(), 8, 4, device=torch.device("cpu"), **options)
+    assert multiprocessing.active_children() == before
+    assert type(ours) is type(theirs)
+    if isinstance(ours, PrefetchLoader):
+        assert ours.device == theirs.device
+        assert ours.mean.equal(theirs.mean)
+        ours, theirs = ours.loader, theirs.loader
+    assert type(ours) is type(theirs)
+    for name in (*SETTINGS, "batch_size", "drop_last"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if name == "worker_init_fn":
+            mine, other = ((f.func, f.keywords) for f in (mine, other))
+        assert mine == other, name
+
+
+def test_evaluation_shows_every_draw_and_timm_keeps_its_own_order_without_a_sampler():
+    sampler = create_sampler("instance_balanced", LABELS)
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **RAW)
+    assert shown(loader) == chunks(list(sampler), 8)
+    assert shown(timm_lt.create_loader(Plain(), 8, 8, **RAW)) == chunks(list(range(37)), 8)
+    random_order = timm_lt.create_loader(Plain(), 8, 8, **TRAINING)
+    random_order.set_epoch(3)
+    first, second = (flat(shown(random_order)) for _ in range(2))
+    assert first != second
+    assert len(set(first)) == 32
+
+
+def test_any_sampler_of_torch_will_do():
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=SequentialSampler(range(10)), **RAW)
+    assert shown(loader) == [list(range(8)), [8, 9]]
+    loader = timm_lt.create_loader(Plain(), 8, 2, sampler=[4, 2, 4, 0], **RAW)
+    assert shown(loader) == [[4, 2], [4, 0]]
+
+
+def test_rows_of_a_hugging_face_data_set():
+    rows = datasets.Dataset.from_dict(
+        {"labels": LABELS, "picture": [Plain()[i][0] for i in range(len(LABELS))]},
+        datasets.Features({"labels": datasets.Value("int64"), "picture": datasets.Image()}),
+    )
+    sampler = balanced()
+    loader = timm_lt.create_loader(rows, 8, 8, sampler=sampler, **TRAINING)
+    assert shown(loader) == chunks(list(sampler), 8)
+    assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
+    with pytest.raises(timm_lt.UsageError, match="no column of images, only labels"):
+        timm_lt.create_loader(rows.select_columns(["labels"]), 8, 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_mixup_can_be_turned_off(num_workers):
+    mixup = FastCollateMixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=4)
+    options = {**TRAINING, "collate_fn": mixup, "num_workers": num_workers}
+    sampler = balanced()
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **options)
+    assert loader.mixup_enabled
+    mixed = 0
+    for (images, targets), drawn in zip(loader, chunks(list(sampler), 8), strict=True):
+        hard = torch.nn.functional.one_hot(torch.tensor([LABELS[i] for i in drawn]), 4).float()
+        # One weight for the batch, which images and targets share.
+        other, differs = hard.flip(0), (hard != hard.flip(0)).any(1)
+        if not differs.any():
+            continue
+        row = int(differs.int().argmax())
+        weight = targets[row, hard[row].argmax()].item()
+        mixed += 0.01 < weight < 0.99
+        torch.testing.assert_close(targets, weight * hard + (1 - weight) * other)
+        first = torch.tensor(drawn).float()
+        found = images[:, 0, 0, 0]
+        expected = weight * first + (1 - weight) * first.flip(0)
+        torch.testing.assert_close(found, expected, atol=0.51, rtol=0)
+    assert mixed
+    loader.mixup_enabled = False
+    assert not loader.mixup_enabled
+    for (images, targets), drawn in zip(loader, chunks(list(sampler), 8), strict=True):
+        assert images[:, 0, 0, 0].tolist() == drawn
+        assert targets.argmax(1).tolist() == [LABELS[i] for i in drawn]
+        assert targets.max(1).values.tolist() == [1.0] * 8
+    assert not timm_lt.create_loader(Plain(), 8, 8, **TRAINING).mixup_enabled
+
+
+def test_use_multi_epochs_loader_goes_on_by_itself():
+    sampler = balanced()
+    options = {**TRAINING, "use_multi_epochs_loader": True}
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **options)
+    loader.set_epoch(2)
+    for epoch in (2, 3, 4):
+        assert shown(loader) == chunks(stream(sampler, epoch), 8)
+        loader.set_epoch(epoch + 1)
+
+
+SCHEDULED = {"input_size_choices": [8, 16, 24], "batch_size_choices": [9, 4, 3]}
+
+
+def by_hand(order, epoch, **options):
+    """The scheduled batches of a list of images: (images, side) each."""
+    batches = ScheduledBatchSampler(order, [9, 4, 3], seed=5, **options)
+    batches.set_epoch(epoch)
+    return [([i for i, _ in batch], [8, 16, 24][batch[0][1]]) for batch in batches]
+
+
+def shown_with_sides(loader):
+    return [(indices(batch), batch[0].shape[-1]) for batch in loader]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_batches": 9}, {"batch_choice_schedule": "progressive", "batch_schedule_epochs": 3}],
+)
+def test_scheduled_sizes(options):
+    sampler = balanced()
+    loader = timm_lt.create_loader(
+        Plain(), 8, 8, sampler=sampler, batch_choice_seed=5, **SCHEDULED, **options, **TRAINING
+    )
+    names = {"batch_choice_schedule": "choice_schedule", "batch_schedule_epochs": "schedule_epochs"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    sides = set()
+    for epoch in (0, 2, 1):
+        loader.set_epoch(epoch)
+        batches = shown_with_sides(loader)
+        assert batches == by_hand(stream(sampler, epoch), epoch, **options)
+        assert len(loader) == len(batches)
+        sides |= {side for _, side in batches}
+    assert sides == {8, 16, 24}
+    assert loader.sampler is sampler
+
+
+def test_iterable_data_sets_load_as_in_timm():
+    class Reader:
+        epochs = ()
+
+        def __iter__(self):
+            return iter([Plain()[i] for i in range(6)])
+
+        def __len__(self):
+            return 6
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    data = IterableImageDataset(None, reader=Reader())
+    loader = timm_lt.create_loader(data, 8, 4, **RAW)
+    loader.set_epoch(1)
+    assert data.reader.epochs == (1,)
+    assert shown(loader) == [[0, 1, 2, 3], [4, 5]]
+    with pytest.raises(timm_lt.UsageError, match="IterableImageDataset is read in its own order"):
+        timm_lt.create_loader(data, 8, 4, sampler=balanced(), **RAW)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_trainig": True}, r"unknown option .*'is_trainig' \(did you mean 'is_training'\?\)"),
+        ({"num_aug_repeats": 3}, "num_aug_repeats is a sampler of timm's own"),
+        ({"distributed": True}, r"needs torch.distributed.init_process_group first"),
+        ({"sampler": create_sampler("reversed", [0, 1])}, "from 2 labels, but the data set has 37"),
+        (
+            {"batch_size": 41, "is_training": True},
+            "an epoch has 40 images, fewer than batch_size=4",
+        ),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    options = {"sampler": balanced(), "batch_size": 8, **options}
+    with pytest.raises(timm_lt.UsageError, match=message):
+        timm_lt.create_loader(Plain(), 8, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distributed": True}, "leave out distributed=True"),
+        ({"use_multi_epochs_loader": True}, "take persistent_workers=True"),
+        ({"device": "meta"}, "device=meta is not the accelerator's, cpu"),
+        ({"num_aug_repeats": 3}, "leave out sampler= and accelerator="),
+    ],
+)
+def test_mistakes_with_accelerate_are_named(one_process, options, message):
+    with pytest.raises(timm_lt.UsageError, match=message):
+        timm_lt.create_loader(Plain(), 8, 8, accelerator=one_process(), **options)
+
+
+def test_several_processes_need_the_accelerator(monkeypatch):
+    before = timm_lt.create_loader(Plain(), 8, 8, sampler=balanced(), **RAW)
+    monkeypatch.setattr(loader_module, "is_initialized", lambda: True)
+    state = types.SimpleNamespace(num_processes=2)
+    monkeypatch.setattr(loader_module, "PartialState", lambda: state)
+    message = "accelerate runs 2 processes, and each of them would show all images: pass accel"
+    with pytest.raises(timm_lt.UsageError, match=message):
+        timm_lt.create_loader(Plain(), 8, 8, sampler=balanced(), **RAW)
+    with pytest.raises(timm_lt.UsageError, match=message):
+        next(iter(before))
+
+
+@pytest.mark.parametrize("use_prefetcher", [True, False])
+@pytest.mark.parametrize("split_batches", [True, False])
+def test_accelerate_in_one_process(one_process, split_batches, use_prefetcher):
+    options = {**TRAINING, "accelerator": one_process(split_batches=split_batches)}
+    options["use_prefetcher"] = use_prefetcher
+    sampler = balanced()
+    loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **options)
+    assert len(loader) == 5
+    # Accelerate counts by itself, and from any epoch that is set.
+    assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (0, 1)]
+    loader.set_epoch(7)
+    assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (7, 8)]
+
+
+def test_scheduled_sizes_with_accelerate_in_one_process(one_process):
+    for split_batches in (True, False):
+        options = {**SCHEDULED, **TRAINING, "batch_choice_seed": 5}
+        options["accelerator"] = one_process(split_batches=split_batches)
+        sampler = balanced()
+        loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **options)
+        for epoch in (4, 0):
+            loader.set_epoch(epoch)
+            assert shown_with_sides(loader) == by_hand(stream(sampler, epoch), epoch)
+
+
+@pytest.mark.parametrize("num_images", [1, 7, 8, 9, 16])
+def test_gather_for_metrics_gives_every_image_once(one_process, num_images):
+    accelerator = one_process()
+    data = Plain(LABELS[:num_images])
+    loader = timm_lt.create_loader(data, 8, 4, accelerator=accelerator, **RAW)
+    for _ in range(2):
+        gathered = [indices(accelerator.gather_for_metrics(batch)) for batch in loader]
+        assert gathered == chunks(list(range(num_images)), 4)
+
+
+@pytest.mark.parametrize("num_samples", [5, 8, 10, 45])
+def test_gather_for_metrics_counts_draws_not_images(one_process, num_samples):
+    accelerator = one_process()
+    sampler = balanced(num_samples=num_samples)
+    loader = timm_lt.create_loader(Plain(), 8, 4, sampler=sampler, accelerator=accelerator, **RAW)
+    gathered = [indices(accelerator.gather_for_metrics(batch)) for batch in loader]
+    assert gathered == chunks(list(sampler), 4)
+
+
+def test_gradients_are_accumulated_to_the_last_batch(one_process):
+    accelerator = one_process()
+    accelerator.gradient_accumulation_steps = 3
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    loader = timm_lt.create_loader(
+        Plain(), 8, 8, sampler=balanced(), accelerator=accelerator, **TRAINING
+    )
+    steps = []
+    for _ in loader:
+        with accelerator.accumulate(model):
+            steps.append(accelerator.sync_gradients)
+    assert steps == [False, False, True, False, True]
+
+
+# A plain DataLoader. -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent": True}]
+)
+def test_a_plain_data_loader(options):
+    sampler = balanced()
+    options = {"persistent_workers": options.pop("persistent", False), **options}
+    loader = DataLoader(range(len(LABELS)), 8, sampler=sampler, **options)
+    for epoch in (0, 1, 4):
+        sampler.set_epoch(epoch)
+        assert [batch.tolist() for batch in loader] == chunks(stream(sampler, epoch), 8)
+
+
+def test_a_plain_data_loader_with_accelerate(one_process):
+    sampler = balanced()
+    loader = one_process().prepare(DataLoader(range(len(LABELS)), 8, sampler=sampler))
+    for epoch in (0, 3):
+        loader.set_epoch(epoch)
+        assert [batch.tolist() for batch in loader] == chunks(stream(sampler, epoch), 8)
+
+
+# Two processes. ----------------------------------------------------------------------------------
+
+RANKS = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_loader import ranks_of_accelerate, ranks_of_torch
+{function}({folder!r})
+"""
+
+
+def ranks_of_accelerate(folder):
+    found = {}
+    for split in (True, False):
+        accelerator = Accelerator(
+            cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=split)
+        )
+        assert accelerator.num_processes == 2
+        found["rank"] = accelerator.process_index
+        options = {**TRAINING, "accelerator": accelerator, "sampler": balanced()}
+        loader = timm_lt.create_loader(Plain(), 8, 8, **options)
+        found[f"training {split}"] = epochs_of(loader, shown)
+        options.update(SCHEDULED, batch_size_choices=[10, 4, 2], batch_choice_seed=5)
+        loader = timm_lt.create_loader(Plain(), 8, 8, **options)
+        found[f"scheduled {split}"] = epochs_of(loader, shown_with_sides)
+        gathered = found[f"evaluation {split}"] = {}
+        for num_images in range(1, 22):
+            data = Plain((LABELS * 2)[:num_images])
+            loader = timm_lt.create_loader(data, 8, 4, accelerator=accelerator, **RAW)
+            gathered[num_images] = gather(accelerator, loader)
+        for num_samples in (5, 8, 11):
+            sampler = balanced(num_samples=num_samples)
+            loader = timm_lt.create_loader(
+                Plain(), 8, 4, sampler=sampler, accelerator=accelerator, **RAW
+            )
+            gathered[f"draws {num_samples}"] = gather(accelerator, loader)
+        plain = accelerator.prepare(DataLoader(range(len(LABELS)), 8, sampler=balanced()))
+        found[f"plain {split}"] = epochs_of(plain, lambda loader: [b.tolist() for b in loader])
+        found[f"errors {split}"] = [
+            error_of(sampler=balanced()),
+            error_of(accelerator=accelerator, batch_size=3),
+            error_of(accelerator=accelerator, **SCHEDULED, is_training=True),
+        ]
+        AcceleratorState._reset_state(reset_partial_state=False)
+    (Path(folder) / f"{found['rank']}.json").write_text(json.dumps(found))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def epochs_of(loader, show):
+    found = {}
+    for epoch in (0, 1, 6):
+        loader.set_epoch(epoch)
+        found[epoch] = show(loader)
+    return found
+
+
+def gather(accelerator, loader):
+    return [index for batch in loader for index in indices(accelerator.gather_for_metrics(batch))]
+
+
+def error_of(batch_size=8, **options):
+    try:
+        timm_lt.create_loader(Plain(), 8, batch_size, **options)
+    except timm_lt.UsageError as error:
+        return str(error)
+    return ""
+
+
+def ranks_of_torch(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    options = {**TRAINING, "distributed": True}
+    loader = timm_lt.create_loader(Plain(), 8, 4, sampler=balanced(num_samples=41), **options)
+    found = {"training": epochs_of(loader, shown)}
+    found["timm"] = epochs_of(timm_lt.create_loader(Plain(), 8, 4, **options), shown)
+    loader = timm_lt.create_loader(Plain(), 8, 4, **{**RAW, "distributed": True})
+    found["evaluation"] = shown(loader)
+    found["error"] = error_of(sampler=RandomSampler(range(37)), distributed=True)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(function, folder):
+    script = folder / "ranks.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(RANKS.format(tests=tests, function=function, folder=str(folder)))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run([sys.executable, *launch], env=environment, cwd=folder, check=True)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_of_accelerate(tmp_path):
+    ranks = run_ranks("ranks_of_accelerate", tmp_path)
+    for epoch in (0, 1, 6):
+        batches = chunks(stream(balanced(), epoch), 8)
+        split = [rank["training True"][str(epoch)] for rank in ranks]
+        assert split == [[b[:4] for b in batches], [b[4:] for b in batches]]
+        assert split == [rank["plain True"][str(epoch)] for rank in ranks]
+        # Five batches: in training the last has no partner and is left out.
+        whole = [rank["training False"][str(epoch)] for rank in ranks]
+        assert whole == [batches[0:4:2], batches[1:4:2]]
+        assert [rank["plain False"][str(epoch)][:2] for rank in ranks] == whole
+        for split_batches, sizes in (("True", [10, 4, 2]), ("False", [20, 8, 4])):
+            schedule = ScheduledBatchSampler(stream(balanced(), epoch), sizes, seed=5)
+            schedule.set_epoch(epoch)
+            found = [rank[f"scheduled {split_batches}"][str(epoch)] for rank in ranks]
+            for batch, *parts in zip(schedule, *found, strict=True):
+                side = [8, 16, 24][batch[0][1]]
+                assert [part[1] for part in parts] == [side, side]
+                assert parts[0][0] + parts[1][0] == [index for index, _ in batch]
+                assert len(parts[0][0]) == len(parts[1][0])
+    for split_batches in ("True", "False"):
+        for rank in ranks:
+            evaluation = rank[f"evaluation {split_batches}"]
+            for num_images in range(1, 22):
+                assert evaluation[str(num_images)] == list(range(num_images))
+            for n in (5, 8, 11):
+                assert evaluation[f"draws {n}"] == stream(balanced(num_samples=n), 0)
+            without, odd, unseeded = rank[f"errors {split_batches}"]
+            assert "accelerate runs 2 processes" in without
+            assert ("batch_size 3 is shared by 2 processes" in odd) == (split_batches == "True")
+            assert "input_size_choices over several processes needs a sampler" in unseeded
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_of_torch(tmp_path):
+    ranks = run_ranks("ranks_of_torch", tmp_path)
+    for epoch in (0, 1, 6):
+        drawn = stream(balanced(num_samples=41), epoch)
+        drawn.append(drawn[0])
+        for rank in range(2):
+            assert ranks[rank]["training"][str(epoch)] == chunks(drawn[rank::2], 4)[:5]
+        images = [index for rank in ranks for batch in rank["timm"][str(epoch)] for index in batch]
+        assert len(images) == 2 * 16
+        assert len(set(images)) >= 31
+    assert ranks[0]["timm"]["0"] != ranks[0]["timm"]["1"]
+    evaluation = [flat(rank["evaluation"]) for rank in ranks]
+    assert evaluation == [list(range(0, 37, 2)), [*range(1, 37, 2), 0]]
+    for rank in ranks:
+        assert "every process would draw the same from a RandomSampler" in rank["error"]

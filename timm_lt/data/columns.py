@@ -1,0 +1,65 @@
+"""A ``datasets.Dataset`` of images as timm's loader wants one: pairs, and a transform to be set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+from PIL import Image
+from torch.utils.data import Dataset
+
+from timm_lt.registry import UsageError
+
+
+class ImageRows(Dataset[tuple[Any, int]]):
+    """The rows of a ``datasets.Dataset`` as pairs of a transformed image and its label.
+
+    Args:
+        rows: With a column of images and one of labels.
+
+    Attributes:
+        transform: Applied to each image, RGB; None leaves it a PIL image.
+
+    Raises:
+        UsageError: If there is no such column; lists those that there are.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._image, self._label = image_column(rows), label_column(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        row = self.rows[index]
+        image = row[self._image].convert("RGB")
+        return (self.transform(image) if self.transform else image), row[self._label]
+
+
+def image_column(rows: datasets.Dataset) -> str:
+    """Returns the name of the first column of images.
+
+    Raises:
+        UsageError: If there is none; lists the columns that there are.
+    """
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            return str(name)
+    raise UsageError(f"the data set has no column of images, only {', '.join(rows.column_names)}")
+
+
+def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
+    """Returns the name of the column of labels: ``"label"``, else ``"labels"``, or the one given.
+
+    Raises:
+        UsageError: If there is no such column; lists those that there are.
+    """
+    names = ["label", "labels"] if column is None else [column]
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise UsageError(
+        f"the data set has no column {' or '.join(map(repr, names))}, only "
+        f"{', '.join(rows.column_names)}"
+    )

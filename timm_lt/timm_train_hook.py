@@ -1,0 +1,110 @@
+"""A sampler for timm's own train.py, chosen by the environment variable ``TIMM_LT_SAMPLER``.
+
+``TIMM_LT_SAMPLER=class_balanced python train.py DATA --device-modules timm_lt ...``: train.py
+imports timm_lt after ``create_loader``, and this puts another in its place. Options are YAML:
+``TIMM_LT_SAMPLER='{name: power, q: 0.5, seed: 1}'``. Without the variable nothing is touched.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import timm.data
+import torch.distributed as dist
+import yaml
+from timm.data import create_loader as timm_create_loader
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Sampler
+
+from timm_lt.console import log
+from timm_lt.data.labels import dataset_labels
+from timm_lt.data.loader import create_loader
+from timm_lt.registry import UsageError, check_options
+from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
+
+VARIABLE = "TIMM_LT_SAMPLER"
+# Options that every sampler takes, and that make sense for train.py.
+COMMON = ("num_samples", "seed", "num_classes")
+
+
+class EpochsInTurn(Sampler[int]):
+    """A sampler that goes on to the next epoch whenever it is iterated again.
+
+    train.py sets the epoch only if it runs several processes.
+
+    Attributes:
+        epoch: The epoch that the next iteration draws.
+    """
+
+    def __init__(self, sampler: ClassSampler) -> None:
+        self.sampler = sampler
+        self.num_replicas = sampler.num_replicas
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration draws; the one after it draws the next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        # A generator: an iterator that is made and thrown away, as DataLoader does, moves nothing.
+        self.sampler.set_epoch(self.epoch)
+        self.epoch += 1
+        yield from self.sampler
+
+
+def install_from_environment() -> None:
+    """Puts a ``create_loader`` with a sampler in timm's place, if ``TIMM_LT_SAMPLER`` is set.
+
+    Raises:
+        UsageError: If its value is no name of a sampler with options that it has.
+    """
+    value = os.environ.get(VARIABLE)
+    if not value:
+        return
+    name, options = _parse(value)
+
+    @functools.wraps(timm_create_loader)
+    def with_our_sampler(*args: Any, **kwargs: Any) -> PrefetchLoader | DataLoader[Any]:
+        call = inspect.signature(timm_create_loader).bind(*args, **kwargs).arguments
+        loader: PrefetchLoader | DataLoader[Any]
+        if not call.get("is_training"):
+            loader = timm_create_loader(**call)
+            return loader
+        sampler = create_sampler(name, dataset_labels(call["dataset"]), **options)
+        if call.get("distributed"):
+            sampler.shard(dist.get_rank(), dist.get_world_size())
+        log.info("timm_lt: training images are drawn by %s %s", name, options or "")
+        loader = create_loader(**call, sampler=EpochsInTurn(sampler)).loader
+        return loader
+
+    for module in (timm.data, timm.data.loader, sys.modules["__main__"]):
+        if getattr(module, "create_loader", None) is timm_create_loader:
+            module.create_loader = with_our_sampler  # type: ignore[attr-defined]
+
+
+def _parse(value: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the options that the variable states."""
+    try:
+        stated = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{VARIABLE}={value!r} is not YAML: {error}") from error
+    options = {"name": stated} if isinstance(stated, str) else stated
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise UsageError(
+            f"{VARIABLE}={value!r} must be the name of a sampler or a mapping with its name and "
+            "options, as {name: power, q: 0.5}"
+        )
+    name = options.pop("name")
+    try:
+        part = SAMPLERS[name]
+        own = {key: option for key, option in options.items() if key not in COMMON}
+        check_options(f"sampler {name!r}", part, own)
+    except UsageError as error:
+        raise UsageError(f"{VARIABLE}: {error}") from error
+    return name, options
