@@ -46,21 +46,20 @@ def create_accelerator(
         if tracker not in [str(kind) for kind in get_available_trackers()]:
             raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
     precision = native_precision() if mixed_precision == "auto" else mixed_precision
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
+    check_integer("accumulation_steps", accumulation_steps, minimum=1)
     try:
         return Accelerator(
             mixed_precision=precision,
-            gradient_accumulation_steps=check_integer(
-                "accumulation_steps", accumulation_steps, minimum=1
-            ),
+            gradient_accumulation_steps=accumulation_steps,
             dynamo_backend="inductor" if compiled else None,
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
     except ValueError as error:
-        if isinstance(error, UsageError) or mixed_precision == "auto":
-            raise
-        raise UsageError(f"mixed_precision {mixed_precision}: {error}") from error
+        raise UsageError(f"mixed_precision {precision}: {error}") from error
 
 
 def set_cpu_threads(threads: int | None = None) -> int:

@@ -20,6 +20,17 @@ from timm_lt.data.loader import Loader, create_loader
 from timm_lt.data.reading import UNREADABLE, Unreadable, read_image
 from timm_lt.registry import UsageError
 
+# Options of create_loader that training sets.
+OURS = (
+    "sampler",
+    "accelerator",
+    "is_training",
+    "num_workers",
+    "pin_memory",
+    "device",
+    "distributed",
+)
+
 
 class StoredImages(TorchDataset[tuple[Any, int]]):
     """An image-classification data set whose images go through timm's transforms one by one.
@@ -61,6 +72,19 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         self._workers = workers
         # Shared with the workers, which find them.
         self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._check()
+
+    def _check(self) -> None:
+        for name in OURS:
+            if name in self._augmentation:
+                raise UsageError(f"augmentation option {name!r} is set elsewhere: leave it out")
+        options = self._preprocessing | self._augmentation
+        try:
+            create_loader(copy.copy(self), (3, *self.size), 1, is_training=True, **options)
+        except UsageError:
+            raise
+        except (AssertionError, TypeError, ValueError, KeyError) as error:
+            raise UsageError(f"augmentation options of timm: {error!r}") from error
 
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator

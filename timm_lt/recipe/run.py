@@ -23,7 +23,7 @@ from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import UsageError, check_integer
 from timm_lt.run_folder import LOGS, prepare_run_folder
 from timm_lt.samplers import ClassSampler, create_sampler
-from timm_lt.training import check_batch_size, check_model, check_optimization
+from timm_lt.training import check_batch_size, check_model, check_optimization, check_update
 
 # The augmentation that is timm's: images are decoded when they are drawn.
 TIMM = "timm"
@@ -94,6 +94,15 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         )
         loss = create_loss(
             recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
+        )
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        check_update(
+            loss,
+            batch=recipe.batch_size // parts,
+            mixup=recipe.mixup.arguments(),
+            ema=recipe.ema.arguments(),
+            clip_grad=recipe.clip_grad,
+            clip_mode=recipe.clip_mode,
         )
         model = create_network(recipe, splits.num_classes)
         images = create_images(recipe, splits, model, workers=options.workers)

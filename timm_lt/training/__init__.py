@@ -9,5 +9,5 @@ from timm_lt.training.history import describe_history as describe_history
 from timm_lt.training.history import representation_seconds as representation_seconds
 from timm_lt.training.loop import train_representation as train_representation
 from timm_lt.training.state import TrainingState as TrainingState
-from timm_lt.training.update import ClipMode as ClipMode
+from timm_lt.training.update import check_update as check_update
 from timm_lt.training.validate import EVAL_BATCH_SIZE as EVAL_BATCH_SIZE

@@ -34,7 +34,7 @@ from timm_lt.training.update import (
     ClipMode,
     Losses,
     Update,
-    check_clipping,
+    check_update,
     cpu_copy,
     create_ema,
     create_mixup,
@@ -117,7 +117,6 @@ def train_representation(
         UsageError: If the batch size does not fit the data or the processes, an option is unknown,
             an image cannot be read, or the loss is not finite.
     """
-    check_clipping(clip_grad, clip_mode)
     check_choice("keep", keep, get_args(Keep))
     check_integer("validate_every", validate_every, minimum=1)
     loop = _Loop(
@@ -134,10 +133,10 @@ def train_representation(
         class_counts=class_counts,
         seed=seed,
     )
+    batch = loop.batch_size // accelerator.num_processes
+    check_update(loss, batch=batch, mixup=mixup, ema=ema, clip_grad=clip_grad, clip_mode=clip_mode)
     num_classes = int(train.labels.max()) + 1 if class_counts is None else len(class_counts)
-    mixing = create_mixup(mixup, num_classes, loop.batch_size // accelerator.num_processes)
-    if mixing is not None and not getattr(loss, "takes_soft_targets", False):
-        raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
+    mixing = create_mixup(mixup, num_classes, batch)
     update = Update(
         loop.model,
         loop.optimizer,

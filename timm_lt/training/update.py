@@ -80,11 +80,35 @@ def _check_names(owner: str, part: type, options: Mapping[str, Any]) -> None:
             raise unknown_name(f"option of {owner}:", name, names)
 
 
-def check_clipping(clip_grad: float | None, clip_mode: str) -> None:
-    """Checks the threshold and the mode of gradient clipping."""
+def check_update(
+    loss: nn.Module,
+    *,
+    batch: int,
+    mixup: Mapping[str, Any] | None = None,
+    ema: Mapping[str, Any] | None = None,
+    clip_grad: float | None = None,
+    clip_mode: str = "norm",
+) -> None:
+    """Checks what an update is made of; see :func:`train_representation` for the arguments.
+
+    Args:
+        loss: What is minimised.
+        batch: Images that a process takes at once.
+        mixup: As there.
+        ema: As there.
+        clip_grad: As there.
+        clip_mode: As there.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or the loss takes no mixed targets.
+    """
     check_choice("clip_mode", clip_mode, get_args(ClipMode))
     if clip_grad is not None:
         check_number("clip_grad", clip_grad, "(0, inf)")
+    create_ema(ema, nn.Linear(1, 1))
+    mixed = create_mixup(mixup, num_classes=1, batch=batch) is not None
+    if mixed and not getattr(loss, "takes_soft_targets", False):
+        raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
 
 
 class Update:
