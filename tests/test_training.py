@@ -517,3 +517,31 @@ def test_threads(monkeypatch):
 
 def test_auto_precision_is_one_that_this_machine_computes():
     assert native_precision() in ("no", "bf16")
+
+
+def test_a_compiled_model_trains_and_resumes_to_the_same_weights(
+    accelerator, tmp_path, monkeypatch
+):
+    """As ``accelerate config`` may ask for it; this backend only traces, so it is fast."""
+    whole = linear_model()
+    train(accelerator, whole, ema={"decay": 0.5}, val=images())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+
+    class StopError(Exception):
+        pass
+
+    class Stops(TrainingState):
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
+            raise StopError
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = Stops(tmp_path, create_accelerator(mixed_precision="no"))
+    assert state.accelerator.state.dynamo_plugin.backend == "EAGER"
+    options = {"ema": {"decay": 0.5}, "val": images(), "state": state}
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), **options)
+    state, model = new_state(tmp_path), linear_model()
+    train(state.accelerator, model, **options | {"state": state})
+    torch.testing.assert_close(weights(model), weights(whole))
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]

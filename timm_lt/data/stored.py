@@ -84,7 +84,9 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         except UsageError:
             raise
         except (AssertionError, TypeError, ValueError, KeyError) as error:
-            raise UsageError(f"augmentation options of timm: {error!r}") from error
+            raise UsageError(
+                f"timm takes no augmentation {self._augmentation}: {error or type(error).__name__}"
+            ) from error
 
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
