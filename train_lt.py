@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import advance, log, progress
+from timm_lt.exits import run_to_exit
 from timm_lt.features import Features, extract_features
 from timm_lt.files import read_json, sha256, write_json
 from timm_lt.fitting import fit_head, head_curves
@@ -42,25 +44,18 @@ from timm_lt.training import (
 
 def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
     """Runs the command line and returns its exit status."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
+
+    def command() -> None:
         parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
         if parsed is not None:
             run_recipe(*parsed)
-    except UsageError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except KeyboardInterrupt:
-        if first:
-            message = "interrupted; run it again with --resume and without --overwrite to go on"
-            print(message, file=sys.stderr)  # noqa: T201
-        return 130
+
+    try:
+        return run_to_exit(command)
     finally:
         # Left open, gloo may abort when the interpreter ends.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
@@ -84,7 +79,14 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
         shown = show(name, folder)
         push(folder, options)
         return shown
-    run = create_run(name, folder, recipe, options)
+    with closing(create_run(name, folder, recipe, options)) as run:
+        reports = work(run)
+    push(folder, options)
+    return reports
+
+
+def work(run: Run) -> dict[str, ShotReport]:
+    """Does what a run does, and returns its figures; on the main process alone."""
     train(run)
     features = extract(run)
     reports: dict[str, ShotReport] = {}
@@ -93,17 +95,22 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
         logits = test_logits(heads, features["test"])
         reports = {
             head: evaluate_logits(
-                values, features["test"].targets, run.splits.class_counts, recipe.shot_rule
+                values, features["test"].targets, run.splits.class_counts, run.recipe.shot_rule
             )
             for head, values in logits.items()
         }
-        save(run, heads, reports, features["val"])
-        # Last: a folder with metrics is a finished run.
-        write_metrics(run, heads, reports, logits)
-        show(name, folder)
+        try:
+            save(run, heads, reports, features["val"])
+            # Last: a folder with metrics is a finished run.
+            write_metrics(run, heads, reports, logits)
+        except OSError as error:
+            raise UsageError(
+                f"the results cannot be written ({error}); the training state is whole: make room "
+                "and go on with --resume"
+            ) from error
+        show(run.name, run.folder)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    push(folder, options)
     return reports
 
 

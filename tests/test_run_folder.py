@@ -2,7 +2,7 @@ import pytest
 
 from timm_lt.recipe import Recipe
 from timm_lt.registry import UsageError
-from timm_lt.run_folder import RECIPE, check_run_folder, prepare_run_folder
+from timm_lt.run_folder import LOCK, RECIPE, check_run_folder, prepare_run_folder
 
 FIRST = Recipe(epochs=3).to_yaml()
 OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()
@@ -59,7 +59,7 @@ def test_overwrite_deletes_only_when_prepared(run):
     check(run, OTHER, overwrite=True)
     assert (run / "state" / "weights").exists()
     prepare_run_folder(run, OTHER, overwrite=True)
-    assert [path.name for path in run.iterdir()] == [RECIPE]
+    assert {path.name for path in run.iterdir()} == {RECIPE, LOCK}
     assert (run / RECIPE).read_text() == OTHER
 
 
@@ -107,7 +107,7 @@ def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
     (folder / ".recipe.yaml.x1y2").write_text("epo")
     check_run_folder(folder, "epochs: 2\n", resume=True, overwrite=False)
     prepare_run_folder(folder, "epochs: 2\n", overwrite=False)
-    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in folder.iterdir()} == {RECIPE, LOCK}
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):

@@ -94,3 +94,10 @@ def native_precision() -> Literal["no", "bf16"]:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Tells whether torch reports that another process of the run is gone."""
+    if not torch.distributed.is_available() or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

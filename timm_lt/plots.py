@@ -1,5 +1,6 @@
 """The plots of a run: accuracy by class frequency, accuracy against tau, calibration."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_lt.files import write_atomic
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.longtail import ShotRule, describe_shots
 from timm_lt.metrics import ShotReport
@@ -52,7 +54,9 @@ def save_plots(
         figures[CALIBRATION_PLOT] = Figure(figsize=(7.5, 4.8), layout="constrained")
         _draw_calibration(figures[CALIBRATION_PLOT], reports)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120, bbox_inches="tight")
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120, bbox_inches="tight")
+        write_atomic(folder / name, image.getvalue())
     return [folder / name for name in figures]
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from timm_lt.checkpoint import CARD, CONFIG, METRICS, PLOTS, RECIPE, WEIGHTS
 from timm_lt.files import write_atomic
@@ -14,6 +15,10 @@ from timm_lt.registry import UsageError
 
 STATE = "state"
 LOGS = "logs"
+# Held by the process that runs in the folder, as long as it lives.
+LOCK = ".lock"
+# What a resumed run may have otherwise: as long as all images were read, it changed nothing.
+MAY_DIFFER = {"data.unreadable"}
 # Everything that a run writes; a folder with anything else in it is never deleted.
 ENTRIES = {
     RECIPE,
@@ -62,7 +67,11 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
             f"{folder} holds a run; go on with it with --resume, delete it with --overwrite, or "
             "choose another --output"
         )
-    differences = _differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
+    differences = [
+        line
+        for line in _differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
+        if line.split()[0] not in MAY_DIFFER
+    ]
     if differences:
         raise UsageError(
             f"{folder} holds a run of another recipe ({'; '.join(differences)}); use that recipe, "
@@ -70,26 +79,52 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
         )
 
 
-def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> None:
+def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> FileLock:
     """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it.
 
     A run that is to be deleted is renamed first, so a kill leaves no half of it in its place.
 
+    Returns:
+        The lock on the folder, for :func:`release_run_folder`; it ends with this process, too.
+
     Raises:
-        UsageError: If the folder cannot be written.
+        UsageError: If the folder cannot be written, or another process runs in it.
     """
     try:
         folder = folder.resolve()
+        lock = _lock(folder)
         if overwrite and _entries(folder):
             doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.deleted."))
             folder.rename(doomed / folder.name)
             shutil.rmtree(doomed)
-        folder.mkdir(parents=True, exist_ok=True)
+            lock.release()
+            lock = _lock(folder)
         for leftover in _temporaries(folder):
             leftover.unlink()
         write_atomic(folder / RECIPE, recipe)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return lock
+
+
+def release_run_folder(lock: FileLock) -> None:
+    """Lets another process run in a folder."""
+    # While it is held: nobody waits for it, and whoever comes later makes a new one.
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    """Makes a folder and locks it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(
+            f"another process runs in {folder}: wait for it, or choose another --output"
+        ) from error
+    return lock
 
 
 @contextmanager
@@ -135,7 +170,7 @@ def _check_replaceable(destination: Path, names: Set[str], *, overwrite: bool) -
     inside = list(destination.iterdir())
     if inside and not overwrite:
         raise UsageError(f"{destination} exists; replace it with --overwrite")
-    foreign = sorted({path.name for path in inside} - names)
+    foreign = sorted({path.name for path in inside} - names - {LOCK})
     whole = (destination / CONFIG).is_file() or all((path / CONFIG).is_file() for path in inside)
     if foreign or not whole:
         culprits = ", ".join(foreign[:3]) or f"no {CONFIG}"
@@ -152,7 +187,7 @@ def _entries(folder: Path) -> set[str]:
     if not folder.is_dir():
         return set()
     temporaries = {path.name for path in _temporaries(folder)}
-    return {path.name for path in folder.iterdir()} - temporaries
+    return {path.name for path in folder.iterdir()} - temporaries - {LOCK}
 
 
 def _stored_recipe(path: Path) -> object:

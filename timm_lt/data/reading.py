@@ -75,15 +75,28 @@ def loaded(batches: Iterable[T]) -> Iterator[T]:
     except UsageError as error:
         raise UsageError(_last_line(error)) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_worker_death(error):
             raise
-        raise UsageError(
-            f"a data worker died ({_last_line(error)}): out of memory? Fewer --workers need less"
-        ) from error
+        raise UsageError(describe_worker_death(error)) from error
     except Exception as error:
         if not str(error).startswith("Caught "):
             raise
-        raise UsageError(f"a data worker failed: {_last_line(error)}") from error
+        raise UsageError(
+            f"a data worker failed: {_last_line(error)}; mend it and go on with --resume"
+        ) from error
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Tells whether torch reports the death of a worker: wherever the main process just was."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def describe_worker_death(error: BaseException) -> str:
+    """Returns what to do about the death of a worker."""
+    return (
+        f"a data worker died ({_last_line(error)}): out of memory? Fewer --workers need less; go "
+        "on with --resume"
+    )
 
 
 def _last_line(error: BaseException) -> str:

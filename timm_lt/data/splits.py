@@ -103,7 +103,8 @@ class Splits:
 
     def stored_images(self, split: Split, **options: Any) -> StoredImages:
         """Returns a split that is decoded image by image; see :class:`StoredImages`."""
-        return StoredImages(self.datasets[split], self.labels[split], **options)
+        name = f"{split} split"
+        return StoredImages(self.datasets[split], self.labels[split], name=name, **options)
 
 
 def _check_same_names(split: str, found: list[str] | None, expected: list[str] | None) -> None:

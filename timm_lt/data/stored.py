@@ -47,6 +47,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         seed: Seed of the augmentation.
         workers: Processes that decode, for each process that trains; 0 decodes in that one.
         unreadable: What happens to an image that cannot be read.
+        name: What the data set is called in messages.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         seed: int = 0,
         workers: int = 0,
         unreadable: Unreadable = "raise",
+        name: str = "data set",
     ) -> None:
         self.dataset = dataset
+        self.name = name
         self.labels = labels
         self.size = size
         self.unreadable: Unreadable = unreadable
@@ -131,9 +134,9 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         target = int(self.labels[row])
         try:
             image = read_image(self.dataset, row)
-        except UsageError:
+        except UsageError as error:
             if self.unreadable == "raise":
-                raise
+                raise UsageError(f"{self.name}: {error}") from error
             self._missing[row] = True
             image, target = Image.new("RGB", self.size[::-1]), UNREADABLE
         if self.transform is None:

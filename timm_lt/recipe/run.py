@@ -9,6 +9,7 @@ from typing import Any, get_args
 import timm.data
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import nn
 
 from timm_lt.accelerator import available_cores, create_accelerator, set_cpu_threads
@@ -21,7 +22,7 @@ from timm_lt.losses import create_loss
 from timm_lt.model import create_model
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import UsageError, check_integer
-from timm_lt.run_folder import LOGS, prepare_run_folder
+from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
 from timm_lt.samplers import ClassSampler, create_sampler
 from timm_lt.training import check_batch_size, check_model, check_optimization, check_update
 
@@ -37,6 +38,7 @@ class Run:
         seconds: Wall time of what was done.
         kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
         unreadable: How many images of each split could not be read.
+        lock: Held on the folder by the main process.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Run:
     seconds: dict[str, Any]
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
+    lock: FileLock | None = None
+
+    def close(self) -> None:
+        """Lets another process run in the folder."""
+        if self.lock is not None:
+            release_run_folder(self.lock)
 
 
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
@@ -109,12 +117,15 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         check_model(model, images["val"])
     seconds = {"data": time.perf_counter() - started}
     log.info("%s", describe(recipe, splits, model))
+    lock = None
     if accelerator.is_main_process:
-        prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+        lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
     accelerator.wait_for_everyone()
     if options.tracker != "none":
         accelerator.init_trackers(name)
-    return Run(name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds)
+    return Run(
+        name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds, lock=lock
+    )
 
 
 def check_heads(recipe: Recipe) -> None:

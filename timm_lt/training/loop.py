@@ -35,6 +35,7 @@ from timm_lt.training.update import (
     Losses,
     Update,
     check_update,
+    check_weights,
     cpu_copy,
     create_ema,
     create_mixup,
@@ -258,6 +259,7 @@ class _Loop:
             if (number + 1) % self.batches_per_update == 0:
                 advance(bar)
         loss = losses.mean()
+        check_weights(self.model, epoch + 1, self.accelerator)
         trained = time.perf_counter() - started
         record = EpochRecord(
             epoch=epoch + 1,

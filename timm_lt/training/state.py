@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from timm_lt.accelerator import is_lost_process
 from timm_lt.console import log
+from timm_lt.data.reading import is_worker_death
 from timm_lt.files import file_sha256, read_json, write_json
 from timm_lt.registry import UsageError
 from timm_lt.training.history import EpochRecord
@@ -84,6 +86,8 @@ class TrainingState:
                 _flush(self.folder)
                 self._drop(self.saved_epochs()[:-KEPT])
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_lost_process(error) or is_worker_death(error):
+                raise
             shutil.rmtree(partial, ignore_errors=True)
             saved = self.saved_epochs()
             there = f"the one after epoch {saved[-1]} is whole" if saved else "there is no other"
@@ -99,6 +103,7 @@ class TrainingState:
         Raises:
             UsageError: If there are states and all of them are damaged.
         """
+        self._clean()
         for epoch in reversed(self._shared(self.saved_epochs)):
             folder = self._path(epoch)
             problem = self._shared(bind(find_damage, folder))
@@ -125,11 +130,16 @@ class TrainingState:
         return self.folder / f"epoch_{epoch:04d}"
 
     def _prepare(self, partial: Path) -> None:
+        self._clean()
+        if self.accelerator.is_main_process:
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+    def _clean(self) -> None:
+        """Removes what kills left."""
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".partial_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
 
     def _complete(
         self,

@@ -18,6 +18,11 @@ from timm_lt.registry import UsageError, check_choice, check_number, unknown_nam
 ClipMode = Literal["norm", "value", "agc"]
 # Batches after which losses are looked at: it waits for the device.
 LOOK_EVERY = 50
+# What to do about numbers that are not finite.
+ADVICE = (
+    "lower the learning rate (optimizer.lr), clip gradients (clip_grad), or use "
+    "mixed_precision=no; the state after the last epoch before it is kept"
+)
 
 
 def create_mixup(options: Mapping[str, Any] | None, num_classes: int, batch: int) -> Mixup | None:
@@ -213,9 +218,24 @@ class Losses:
             update = (first + int(wrong[0])) // self._per_update + 1
             raise UsageError(
                 f"the loss became {float(values[wrong[0]])} in epoch {self._epoch}, update "
-                f"{update}: lower the learning rate (optimizer.lr), clip gradients (clip_grad), or "
-                "use mixed_precision=no; the state after the last epoch before it is kept"
+                f"{update}: {ADVICE}"
             )
+
+
+def check_weights(model: nn.Module, epoch: int, accelerator: Accelerator) -> None:
+    """Checks the weights after the last update of an epoch, whose effect no loss has shown yet.
+
+    Raises:
+        UsageError: On every process, if one of them has a weight that is not finite.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    # Under FSDP a process has a part of each.
+    parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
+    broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
+    if accelerator.reduce(broken, "sum") > 0:
+        raise UsageError(
+            f"weights are no longer finite after the last update of epoch {epoch}: {ADVICE}"
+        )
 
 
 def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
