@@ -1,0 +1,55 @@
+"""Digits of which some cannot be read, and the main job on them, on any number of processes."""
+
+import io
+import sys
+
+import datasets
+
+import timm_lt.data
+import train_lt
+
+# What is wrong with which image of a split.
+DAMAGE = {
+    "train": {3: "cut", 130: "empty", 388: "text"},
+    "val": {7: "cut"},
+    "test": {0: "empty", 250: "text"},
+}
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@timm_lt.data.register_dataset("damaged_digits")
+def damaged_digits(split, *, damaged="train,val,test"):
+    """The images of digits_lt as files."""
+    digits = timm_lt.data.create_dataset("digits_lt", split=split)
+    files = [png(image) for image in digits["image"]]
+    if split in damaged:
+        for row, how in DAMAGE[split].items():
+            files[row] = {"cut": files[row][:60], "empty": b"", "text": b"no image"}[how]
+    images = [{"bytes": file, "path": f"{split}_{row}.png"} for row, file in enumerate(files)]
+    return datasets.Dataset.from_dict(
+        {"image": images, "label": digits["label"]}, features=digits.features
+    )
+
+
+@timm_lt.data.register_dataset("failing_digits")
+def failing_digits(split, *, row=-1):
+    """The images of digits_lt, of which one makes the code that reads it fail."""
+    digits = timm_lt.data.create_dataset("digits_lt", split=split)
+    # Not seen through a transform.
+    rows = digits.add_column("row", list(range(len(digits))))
+
+    def read(batch):
+        if split == "train" and row in batch["row"]:
+            raise LookupError("a mistake in somebody's code")
+        return batch
+
+    return rows.with_transform(read)
+
+
+if __name__ == "__main__":
+    sys.exit(train_lt.main())

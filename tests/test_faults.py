@@ -1,0 +1,454 @@
+"""The real command among faults: kills, full disks, lost processes, damaged images, NaN."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forks
+import pytest
+import torch
+from damaged import DAMAGE
+
+import timm_lt
+import train_lt
+from timm_lt.data import create_splits
+from timm_lt.training.state import find_damage
+
+RECIPE = "hub_configs/lt_test_resnet.digits_lt.yaml"
+KILLS, SEED = 20, 0
+RESULTS = ("config.json", "metrics.json", "README.md", "model.safetensors")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = forks.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finish(server, folder)
+    return folder
+
+
+def options(folder, *more):
+    return RECIPE, "--output", folder, *more
+
+
+def finish(server, folder, *more):
+    run = server.run(*options(folder, "--resume", *more))
+    assert run.status == 0, run.err
+    return run
+
+
+def failed(run, *words):
+    """Checks that a run says in one line what is wrong."""
+    errors = [line for line in run.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert run.status == 2, run.err
+    assert len(errors) == 1, run.err
+    assert errors[0].startswith("error: ")
+    for word in words:
+        assert word in errors[0]
+    return errors[0]
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def bits(folder):
+    """What an uninterrupted run has to the last bit."""
+    files = [folder / "model.safetensors", *sorted((folder / "heads").iterdir())]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return digests | {key: metrics(folder)[key] for key in ("heads", "logits_sha256")}
+
+
+def saved(folder):
+    """The epochs whose state would be believed; checks that none of them is damaged."""
+    states = sorted((folder / "state").glob("epoch_*"))
+    assert [find_damage(state) for state in states] == [None] * len(states)
+    return [int(state.name[6:]) for state in states]
+
+
+def wait_for(condition, seconds=60):
+    """Waits until something holds and returns it."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return found
+
+
+# Kills -------------------------------------------------------------------------------------------
+
+# What a run is about to touch when it is killed.
+MOMENTS = (
+    "*/recipe.yaml",
+    "*/state/.partial_0001",
+    "*/state/.partial_*/optimizer.bin",
+    "*/state/.partial_*/manifest.json",
+    "*/state/epoch_0004",
+    "*/heads/.lws.*",
+    "*/model.safetensors",
+    "*/metrics.json",
+)
+
+
+def test_twenty_kills_change_nothing(server, whole, tmp_path):
+    """Most at random moments of all that a run has still to do, some in the middle of a write."""
+    rng = random.Random(SEED)
+    started = time.monotonic()
+    finish(server, tmp_path / "timed")
+    seconds = time.monotonic() - started
+    per_epoch = metrics(tmp_path / "timed")["seconds"]["representation"] / 5
+    assert bits(tmp_path / "timed") == bits(whole)
+
+    aimed = [*MOMENTS, *[None] * (KILLS - len(MOMENTS))]
+    rng.shuffle(aimed)
+    folders = [tmp_path / "0"]
+    kills = in_folder = 0
+    while kills < KILLS:
+        folder = folders[-1]
+        moment = aimed[kills]
+        run = server.start(*options(folder, "--resume"), at=moment)
+        if moment is None:
+            done = max(saved(folder), default=0)
+            time.sleep(rng.uniform(0, seconds - done * per_epoch))
+            run.kill()
+        run.wait()
+        assert run.status in (0, -signal.SIGKILL), run.err
+        saved(folder)
+        if run.status == -signal.SIGKILL:
+            kills += 1
+            in_folder += 1
+            assert not (folder / "metrics.json").exists()
+        if run.status == 0 or in_folder == KILLS // 5:
+            folders.append(tmp_path / str(len(folders)))
+            in_folder = 0
+    for folder in folders:
+        finish(server, folder)
+        assert bits(folder) == bits(whole)
+        leftovers = [path.name for path in folder.rglob(".*")]
+        assert leftovers == []
+
+
+# Full disks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "limit", "words"),
+    [
+        (None, 100, ["recipe.yaml", "cannot be written"]),
+        (None, 10_000, ["state after epoch 1", "there is no other"]),
+        ("*/state/.partial_0003", 1_000_000, ["state after epoch 3", "after epoch 2 is whole"]),
+        ("*/state/.partial_0003/history.json", 100, ["state after epoch 3", "history.json"]),
+        ("*/heads/.crt*", 3000, ["results", "crt.safetensors"]),
+        ("*/heads/.crt*", 5000, ["results", "model.safetensors"]),
+        ("*/run/.config.json*", 500, ["results", "config.json"]),
+        ("*/plots", 20_000, ["results", "accuracy_by_frequency.png"]),
+        ("*/run/.README.md*", 5000, ["results", "README.md"]),
+        ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
+    ],
+)
+def test_a_full_disk_is_one_line_and_no_loss(server, whole, tmp_path, at, limit, words):
+    folder = tmp_path / "run"
+    run = server.run(*options(folder), at=at, limit=limit)
+    message = failed(run, *words, "File too large")
+    assert "Traceback" not in run.err
+    assert not (folder / "metrics.json").exists()
+    assert saved(folder) == saved(folder)[-2:]
+    assert [path for path in folder.rglob(".*") if path.is_file()] == []
+    assert not list(folder.glob("state/.partial_*"))
+    if "recipe.yaml" not in message:
+        assert "make room and go on with --resume" in message
+    finish(server, folder)
+    assert bits(folder) == bits(whole)
+
+
+def test_a_state_folder_that_cannot_be_made(server, whole, tmp_path):
+    folder = tmp_path / "run"
+    server.run(*options(folder), at="*/state/.partial_0001")
+    shutil.rmtree(folder / "state")
+    (folder / "state").write_text("")
+    run = server.run(*options(folder, "--resume"))
+    failed(run, "state after epoch 1", str(folder / "state"))
+    (folder / "state").unlink()
+    finish(server, folder)
+    assert bits(folder) == bits(whole)
+
+
+# Data workers ------------------------------------------------------------------------------------
+
+DECODED = ("--data.augmentation", "timm", "--epochs", "3")
+
+
+@pytest.fixture(scope="module")
+def decoded(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "decoded"
+    finish(server, folder, *DECODED, "--workers", "0")
+    return folder
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_worker_is_named(server, decoded, tmp_path):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *DECODED, "--workers", "1"))
+    wait_for(lambda: (folder / "state" / "epoch_0001").exists())
+    # Whatever the main process does at that moment.
+    time.sleep(random.Random(SEED).uniform(0, 0.3))
+    os.kill(wait_for(lambda: children(run.pid))[0], signal.SIGKILL)
+    failed(run.wait(), "data worker", "Killed", "--workers", "--resume")
+    assert saved(folder)
+    finish(server, folder, *DECODED, "--workers", "1")
+    assert bits(folder) == bits(decoded)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_that_raises_is_quoted(server, tmp_path, workers):
+    broken = ("--data.name", "failing_digits", *DECODED, "--workers", workers)
+    run = server.run(*options(tmp_path / "run", *broken, "--data.options", "{row: 20}"))
+    if workers:
+        failed(run, "data worker failed", "a mistake in somebody's code", "--resume")
+    else:
+        # A mistake in code in this process: its author wants to see where.
+        assert run.status == 1
+        assert run.err.endswith("LookupError: a mistake in somebody's code\n")
+
+
+# Images that cannot be read ----------------------------------------------------------------------
+
+DAMAGED = ("--data.name", "damaged_digits", "--epochs", "2")
+TIMM = ("--data.augmentation", "timm", "--workers")
+PATHS = [(), (*TIMM, "0"), (*TIMM, "1")]
+COUNTS = {split: len(rows) for split, rows in DAMAGE.items()}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("split", DAMAGE)
+def test_a_damaged_image_is_named(server, tmp_path, path, split):
+    folder = tmp_path / "run"
+    only = f"{{damaged: {split}}}"
+    run = server.run(*options(folder, *DAMAGED, "--data.options", only, *path))
+    message = failed(run, f"{split} split: image", "cannot be decoded", "--data.unreadable skip")
+    named = re.search(r"image (\d+) \((\w+)\.png\)", message)
+    assert int(named[1]) in DAMAGE[split]
+    assert named[2] == f"{split}_{named[1]}"
+    if not path:
+        assert not folder.exists()
+    assert not any((folder / name).exists() for name in RESULTS)
+    # What the message says to do.
+    finish(server, folder, *DAMAGED, "--data.options", only, *path, "--data.unreadable", "skip")
+    expected = {name: len(rows) if name == split else 0 for name, rows in DAMAGE.items()}
+    assert metrics(folder)["unreadable_images"] == expected
+
+
+@pytest.fixture(scope="module")
+def skipped(server, tmp_path_factory):
+    """Runs by path over images of which some cannot be read."""
+    parent = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for number, path in enumerate(PATHS):
+        folder = parent / str(number)
+        skip = (*DAMAGED, "--data.unreadable", "skip", *path)
+        runs[path] = folder, server.run(*options(folder, *skip))
+    return runs
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_damaged_images_are_left_out_and_counted(skipped, path):
+    folder, run = skipped[path]
+    assert run.status == 0, run.err
+    assert metrics(folder)["unreadable_images"] == COUNTS
+    for split, rows in DAMAGE.items():
+        shown = ", ".join(map(str, rows))
+        assert re.search(rf"{COUNTS[split]} of \d+ {split} images .* rows {shown}\n", run.err)
+
+
+def test_workers_leave_out_the_same(skipped):
+    assert bits(skipped[PATHS[1]][0]) == bits(skipped[PATHS[2]][0])
+
+
+def test_accuracy_is_over_the_images_that_can_be_read(server, tmp_path):
+    clean, damaged = tmp_path / "clean", tmp_path / "damaged"
+    finish(server, clean, "--epochs", "2")
+    skip = ("--data.unreadable", "skip", "--data.options", "{damaged: test}")
+    finish(server, damaged, *DAMAGED, *skip)
+    # Of what is trained nothing is missing.
+    weights = "model.safetensors"
+    assert bits(damaged)[weights] == bits(clean)[weights]
+    images = create_splits("digits_lt").images(
+        "test", size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+    )
+    readable = [row for row in range(len(images)) if row not in DAMAGE["test"]]
+    inputs, targets = images.__getitems__(readable)
+    for head, figures in metrics(damaged)["heads"].items():
+        model = timm_lt.create_model(f"local-dir:{clean}", head=head).eval()
+        with torch.inference_mode():
+            right = (model(inputs).argmax(1) == targets).double()
+        assert figures["all"] == pytest.approx(right.mean().item(), abs=1e-9)
+        first = right[targets == 0].mean().item()
+        assert figures["per_class"][0] == pytest.approx(first)
+
+
+# Losses that are not finite ----------------------------------------------------------------------
+
+# The second epoch has a rate of 1e20.
+SOARS = (
+    *("--mixed_precision", "no", "--epochs", "3", "--scheduler.name", "step"),
+    *("--scheduler.warmup_epochs", "0", "--scheduler.options"),
+    "{decay_epochs: 1, decay_rate: 1e21}",
+)
+
+
+def test_a_loss_that_is_not_finite_stops_every_time(server, tmp_path):
+    folder = tmp_path / "run"
+    first = failed(
+        server.run(*options(folder, *SOARS)),
+        *("loss became nan in epoch 2, update ", "optimizer.lr", "before it is kept"),
+    )
+    assert saved(folder) == [1]
+    assert not any((folder / name).exists() for name in RESULTS)
+    state = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()
+    again = failed(server.run(*options(folder, "--resume", *SOARS)), "loss became nan in epoch 2")
+    assert again == first
+    assert saved(folder) == [1]
+    kept = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()
+    assert kept == state
+
+
+def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
+    """The last update of an epoch breaks them, after its loss."""
+    folder = tmp_path / "run"
+    once = ("--mixed_precision", "no", "--batch_size", "389", "--optimizer.lr", "1e38")
+    run = server.run(*options(folder, *once, "--scheduler.name", "constant"))
+    failed(run, "no longer finite", "epoch 1", "optimizer.lr")
+    assert saved(folder) == []
+
+
+# Signals and locks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [(), (*TIMM, "1")])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_in_one_line(server, tmp_path, path, number, status):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *path))
+    wait_for(lambda: (folder / "state" / "epoch_0002").exists())
+    # As a terminal and a scheduler do: to all processes of the run.
+    os.killpg(run.pid, number)
+    run.wait()
+    assert run.status == status, run.err
+    assert "--resume" in run.err.splitlines()[-1]
+    assert "Traceback" not in run.err
+    assert 2 in saved(folder)
+
+
+def test_one_run_at_a_time_in_a_folder(server, whole, tmp_path):
+    folder = tmp_path / "run"
+    first = server.start(*options(folder))
+    wait_for(lambda: (folder / "state" / "epoch_0001").exists())
+    for more in ("--resume", "--overwrite"):
+        failed(server.run(*options(folder, more)), "another process runs in", "--output")
+    assert first.wait().status == 0, first.err
+    assert bits(folder) == bits(whole)
+    assert not (folder / ".lock").exists()
+
+
+def test_workers_of_a_killed_run_do_not_keep_its_folder(server, decoded, tmp_path):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *DECODED, "--workers", "1"))
+    wait_for(lambda: (folder / "state" / "epoch_0001").exists())
+    workers = wait_for(lambda: children(run.pid))
+    run.kill()
+    run.wait()
+    assert any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert (folder / ".lock").exists()
+    finish(server, folder, *DECODED, "--workers", "1")
+    assert bits(folder) == bits(decoded)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def launch(folder, *more, processes=2, script="tests/damaged.py"):
+    """Starts the command on several processes."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes]
+    arguments = [sys.executable, *launcher, script, *options(folder, "--resume", *more)]
+    root = Path(train_lt.__file__).parent
+    return subprocess.Popen(
+        list(map(str, arguments)),
+        cwd=root,
+        env=ENVIRONMENT | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process, seconds=120):
+    """Waits for a launcher; returns its status and its standard error."""
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
+
+
+@pytest.mark.multiprocess
+def test_one_of_two_processes_is_killed(server, tmp_path):
+    folder, untouched = tmp_path / "run", tmp_path / "whole"
+    assert ended(launch(untouched))[0] == 0
+    process = launch(folder)
+    wait_for(lambda: (folder / "state" / "epoch_0001").exists())
+    victim = next(pid for pid in children(process.pid) if rank_of(pid) == 1)
+    os.kill(victim, signal.SIGKILL)
+    status, errors = ended(process, seconds=60)
+    assert status != 0
+    assert errors.count("error: another process of this run has ended") == 1
+    assert "train_lt.py" not in errors
+    assert saved(folder)
+    assert not (folder / "metrics.json").exists()
+    shutil.copytree(folder, tmp_path / "alone")
+    status, errors = ended(launch(folder))
+    assert status == 0, errors
+    assert bits(folder) == bits(untouched)
+    finish(server, tmp_path / "alone")
+    alone, both = metrics(tmp_path / "alone"), metrics(folder)
+    assert (alone["num_processes"], both["num_processes"]) == (1, 2)
+    for head, figures in both["heads"].items():
+        # 300 test images: a difference of .12 is three standard errors.
+        assert alone["heads"][head]["all"] == pytest.approx(figures["all"], abs=0.12)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_name_a_damaged_image_once_and_count_it_once(tmp_path):
+    timm = (*DAMAGED, *TIMM, "1")
+    status, errors = ended(launch(tmp_path / "raises", *timm))
+    assert status != 0
+    # Each process may meet one of its own.
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(lines) == len(set(lines)) <= 2
+    assert all("split: image" in line and ".png" in line for line in lines)
+    status, errors = ended(launch(tmp_path / "skips", *timm, "--data.unreadable", "skip"))
+    assert status == 0, errors
+    assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS
