@@ -18,6 +18,8 @@ from timm_lt.registry import UsageError
 
 LOST_PROCESS = "another process of this run has ended; go on with --resume and without --overwrite"
 INTERRUPTED = "interrupted; run it again with --resume and without --overwrite to go on"
+# How torch reports SIGTERM to a data worker.
+WORKER_TERMINATED = "killed by signal: Terminated"
 # Where the processes count what they have said.
 PREFIX = "timm_lt/exits"
 
@@ -39,11 +41,11 @@ def run_to_exit(command: Callable[[], object]) -> int:
     try:
         with _terminable():
             command()
-    except UsageError as error:
-        _say(f"error: {error}")
     except KeyboardInterrupt as error:
         _say(INTERRUPTED)
         return 143 if isinstance(error, Terminated) else 130
+    except UsageError as error:
+        _say(f"error: {error}")
     except RuntimeError as error:
         if is_worker_death(error):
             _say(f"error: {describe_worker_death(error)}")
@@ -61,7 +63,8 @@ def _terminable() -> Iterator[None]:
     """Turns SIGTERM into :class:`Terminated`.
 
     Not among several processes: one that waits for another in a collective would not notice, and
-    their launcher wants them to end.
+    their launcher wants them to end. A scheduler ends the data workers as well, and torch may
+    report that first.
     """
     alone = _num_processes() == 1
     if not alone or threading.current_thread() is not threading.main_thread():
@@ -69,11 +72,18 @@ def _terminable() -> Iterator[None]:
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
+        # Not in the middle of ending: a second one, and the death of a worker.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except (UsageError, RuntimeError) as error:
+        if WORKER_TERMINATED in str(error):
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -103,7 +103,7 @@ def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> FileLoc
             leftover.unlink()
         write_atomic(folder / RECIPE, recipe)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{folder} cannot be written: {error}") from error
     return lock
 
 

@@ -1,5 +1,6 @@
 """Reading images that may be damaged, in processes that may die."""
 
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeVar
 
@@ -79,6 +80,8 @@ def loaded(batches: Iterable[T]) -> Iterator[T]:
             raise
         raise UsageError(describe_worker_death(error)) from error
     except Exception as error:
+        if _is_cut_off(error):
+            raise UsageError(describe_worker_death(error)) from error
         if not str(error).startswith("Caught "):
             raise
         raise UsageError(
@@ -93,9 +96,19 @@ def is_worker_death(error: BaseException) -> bool:
 
 def describe_worker_death(error: BaseException) -> str:
     """Returns what to do about the death of a worker."""
+    # The first that torch noticed says by which signal.
+    first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
     return (
-        f"a data worker died ({_last_line(error)}): out of memory? Fewer --workers need less; go "
-        "on with --resume"
+        f"a data worker died ({_last_line(first).strip()}): out of memory? Fewer --workers need "
+        "less; go on with --resume"
+    )
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Tells whether a worker went away in the middle of handing over a batch."""
+    frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, OSError | EOFError) and any(
+        name.startswith("multiprocessing.") for name in frames
     )
 
 
