@@ -163,7 +163,7 @@ def test_augmentation_is_that_of_timm():
     ((images, _),) = loader
     seed()
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws a seed for its workers
-    expected = torch.stack([torch.from_numpy(np.array(data[i][0])) for i in sampler]).float()
+    expected = torch.stack([torch.as_tensor(data[i][0]) for i in sampler]).float()
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     expected = loader.loader.random_erasing((expected - mean) / std)
     torch.testing.assert_close(images, expected)
