@@ -9,62 +9,35 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
-import timm.data
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-import timm_lt
 from timm_lt import hub
-from timm_lt.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.console import advance, log, progress, start_logging
-from timm_lt.data import Splits, create_augmentation, create_splits
-from timm_lt.data.images import ImageTensors, batches
-from timm_lt.data.sources import Split
+from timm_lt.console import advance, log, progress
 from timm_lt.features import Features, extract_features
 from timm_lt.files import read_json, sha256, write_json
-from timm_lt.fitting import check_fit_options, fit_head, head_curves
+from timm_lt.fitting import fit_head, head_curves
 from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
-from timm_lt.recipe import Recipe, RunOptions, parse_command_line
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
+from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
-from timm_lt.run_folder import LOGS, STATE, check_run_folder, prepare_run_folder
-from timm_lt.samplers import ClassSampler
+from timm_lt.run_folder import STATE, check_run_folder
 from timm_lt.training import (
     EVAL_BATCH_SIZE,
     TrainingState,
-    check_batch_size,
-    check_model,
-    check_optimization,
+    describe_history,
     representation_seconds,
     train_representation,
 )
-
-
-@dataclass
-class Run:
-    """A recipe turned into objects."""
-
-    name: str
-    recipe: Recipe
-    folder: Path
-    accelerator: Accelerator
-    splits: Splits
-    images: Mapping[str, ImageTensors]
-    sampler: ClassSampler
-    loss: nn.Module
-    model: nn.Module
-    seconds: dict[str, Any]
 
 
 def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
@@ -111,7 +84,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
         shown = show(name, folder)
         push(folder, options)
         return shown
-    run = build(name, folder, recipe, options)
+    run = create_run(name, folder, recipe, options)
     train(run)
     features = extract(run)
     reports: dict[str, ShotReport] = {}
@@ -181,117 +154,66 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
     return reports
 
 
-def build(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
-    """Checks a recipe, makes its parts, and claims its folder when all of them are right."""
-    check_heads(recipe)
-    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
-    check_integer("seed", recipe.seed, minimum=0)
-    data = recipe.data
-    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
-    accelerator = create_accelerator(
-        mixed_precision=recipe.mixed_precision, tracker=options.tracker, folder=folder / LOGS
-    )
-    set_cpu_threads(options.threads)
-    start_logging(quiet=options.quiet or not accelerator.is_main_process)
-    started = time.perf_counter()
-    with progress(f"making {data.name}", None):
-        splits = create_splits(data.name, root=data.root, **data.options)
-        sampler = timm_lt.create_sampler(
-            recipe.sampler.name,
-            splits.labels["train"],
-            seed=recipe.seed,
-            num_classes=splits.num_classes,
-            **recipe.sampler.options,
-        )
-        check_batch_size(recipe.batch_size, len(sampler), accelerator.num_processes)
-        loss = timm_lt.create_loss(
-            recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
-        )
-        model = create_network(recipe, splits.num_classes)
-        config = timm.data.resolve_data_config(model=model)
-        size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
-        settings = {"size": size, "mean": config["mean"], "std": config["std"]}
-        images = {split: splits.images(split, **settings) for split in get_args(Split)}
-        check_model(model, images["val"])
-    images["train"].augmentation, images["train"].seed = augmentation, recipe.seed
-    seconds = {"data": time.perf_counter() - started}
-    log.info("%s", describe(recipe, splits, model))
-    if accelerator.is_main_process:
-        prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
-    accelerator.wait_for_everyone()
-    if options.tracker != "none":
-        accelerator.init_trackers(name)
-    return Run(name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds)
-
-
-def check_heads(recipe: Recipe) -> None:
-    """Checks the heads of a recipe and their options."""
-    if not recipe.heads:
-        raise UsageError("the recipe has no heads to fit; give at least one under heads:")
-    for name, options in recipe.heads.items():
-        check_fit_options(name, options)
-
-
-def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    model = recipe.model
-    try:
-        return timm_lt.create_model(
-            model.name, model.pretrained, num_classes=num_classes, **model.options
-        )
-    except TypeError as error:
-        raise UsageError(f"model.options: {error}") from error
-
-
-def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
-    """Returns a line about data and model for the log."""
-    counts, parameters = splits.class_counts, sum(p.numel() for p in model.parameters())
-    return (
-        f"{recipe.data.name}: {int(counts.sum()):,} training images of {len(counts)} classes, "
-        f"{int(counts.max())} to {int(counts.min())} per class; {recipe.model.name} with "
-        f"{parameters:,} parameters"
-    )
-
-
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
-    history = train_representation(
+    recipe = run.recipe
+    training = train_representation(
         run.model,
         run.images["train"],
         run.sampler,
         run.loss,
         accelerator=run.accelerator,
-        epochs=run.recipe.epochs,
-        batch_size=run.recipe.batch_size,
-        optimizer=run.recipe.optimizer.arguments(),
-        scheduler=run.recipe.scheduler.arguments(),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        optimizer=recipe.optimizer.arguments(),
+        scheduler=recipe.scheduler.arguments(),
+        clip_grad=recipe.clip_grad,
+        clip_mode=recipe.clip_mode,
+        mixup=recipe.mixup.arguments(),
+        mixup_off_epoch=recipe.mixup.off_epoch,
+        ema=recipe.ema.arguments(),
         val=run.images["val"],
+        validate_every=recipe.validate_every,
+        keep=recipe.keep,
         class_counts=run.splits.class_counts,
         state=TrainingState(run.folder / STATE, run.accelerator),
-        seed=run.recipe.seed,
+        seed=recipe.seed,
     )
-    run.seconds["representation"] = representation_seconds(history)
+    # As a loaded model has it: another memory format may round differently.
+    run.model = training.model.to(memory_format=torch.contiguous_format)
+    run.kept_epoch = training.kept
+    run.seconds["representation"] = representation_seconds(training.history)
+    log.info("%s", describe_history(training.history, training.kept))
 
 
 def extract(run: Run) -> dict[str, Features]:
     """Takes the features of every split once, in the order of its images."""
     started = time.perf_counter()
-    # As a loaded model has it: another memory format may round differently.
-    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    run.model = model.to(memory_format=torch.contiguous_format)
     features = {}
     with progress("extracting features", len(run.images), unit="splits") as bar:
         for split, images in run.images.items():
-            loader = batches(images.without_augmentation(), EVAL_BATCH_SIZE)
             features[split] = extract_features(
                 run.model,
-                run.accelerator.prepare_data_loader(loader),
+                images.eval_loader(EVAL_BATCH_SIZE, run.accelerator),
                 accelerator=run.accelerator,
             )
             advance(bar)
     run.seconds["features"] = time.perf_counter() - started
+    count_unreadable(run)
     return features
+
+
+def count_unreadable(run: Run) -> None:
+    """Counts the images that no process could read, and says which."""
+    for split, images in run.images.items():
+        rows = sorted(set(gather_object(images.unreadable_rows())))
+        run.unreadable[split] = len(rows)
+        if rows:
+            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+            log.warning(
+                "%d of %d %s images cannot be read and were left out: rows %s",
+                *(len(rows), len(images), split, shown),
+            )
 
 
 def fit(run: Run, features: Mapping[str, Features]) -> dict[str, Head]:
@@ -344,6 +266,8 @@ def write_metrics(
             "selection": {name: head.selection for name, head in heads.items() if head.selection},
             "seed": recipe.seed,
             "seconds": run.seconds,
+            "kept_epoch": run.kept_epoch,
+            "unreadable_images": run.unreadable,
             "num_processes": run.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "mixed_precision": run.accelerator.mixed_precision,

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from timm_lt import losses
 from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
 from timm_lt.registry import UsageError
 
 COUNTS = [500, 120, 30, 8, 5]
+SOFT = [name for name in list_losses() if losses.LOSSES[name].takes_soft_targets]
 
 
 def batch(seed=0, n=7, dtype=torch.float64):
@@ -160,6 +162,18 @@ def test_state_dict_is_empty_and_buffers_move(name):
 def test_bad_options_are_refused(name, class_counts, options, message):
     with pytest.raises(UsageError, match=message):
         create_loss(name, class_counts, **options)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_a_soft_target_is_a_mean_of_losses(name):
+    """A loss that is linear in a distribution over the labels, as mixup needs it."""
+    loss = create_loss(name, class_counts=COUNTS, reduction="none")
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    first, second = torch.arange(6) % 5, torch.arange(6) * 3 % 5
+    soft = 0.3 * F.one_hot(first, 5) + 0.7 * F.one_hot(second, 5)
+    expected = 0.3 * loss(logits, first) + 0.7 * loss(logits, second)
+    torch.testing.assert_close(loss(logits, soft), expected)
+    torch.testing.assert_close(loss(logits, F.one_hot(first, 5).double()), loss(logits, first))
 
 
 @pytest.mark.parametrize("name", list_losses())

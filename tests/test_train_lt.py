@@ -202,6 +202,9 @@ def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
         assert figures["many_shot"] < joint["many_shot"]
 
 
+TIMM = ["--data.augmentation", "timm"]
+
+
 def failing(capsys, *arguments):
     """Runs the command in this process; returns its error message."""
     status = train_lt.main(list(arguments))
@@ -244,6 +247,26 @@ def failing(capsys, *arguments):
         (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--epoch", "2"], ["--epoch", "--epochs"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+        (["--resume", "always"], ["--resume", "auto"]),
+        (["--mixup.mixup_alpha", "-1"], ["mixup_alpha", "[0, inf)"]),
+        (["--mixup.cutmix_alpha", "1", "--mixup.options.mode", "al"], ["mode", "elem"]),
+        (["--mixup.options.porb", "1"], ["porb", "prob"]),
+        (["--mixup.cutmix_alpha", "1", "--batch_size", "49"], ["even", "49"]),
+        (["--ema.decay", "1"], ["ema.decay", "[0, 1)"]),
+        (["--ema.options.dcay", "1"], ["dcay", "decay"]),
+        (["--clip_grad", "0"], ["clip_grad", "(0, inf)"]),
+        (["--clip_mode", "all"], ["clip_mode", "agc"]),
+        (["--accumulation_steps", "3"], ["accumulation_steps", "multiple of 3"]),
+        (["--accumulation_steps", "0"], ["accumulation_steps", ">= 1"]),
+        (["--validate_every", "0"], ["validate_every", ">= 1"]),
+        (["--keep", "first"], ["keep", "best", "last"]),
+        (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
+        (["--mixed_precision", "fp16"], ["fp16", "GPU"]),
+        (["--workers", "2"], ["--workers", "augmentation timm"]),
+        ([*TIMM, "--workers", "-1"], ["workers", "from 0"]),
+        ([*TIMM, "--data.augmentation_options.auto_augmet", "x"], ["auto_augmet", "auto_augment"]),
+        ([*TIMM, "--data.augmentation_options.auto_augment", "x"], ["augmentation", "x"]),
+        ([*TIMM, "--data.augmentation_options.num_workers", "2"], ["num_workers", "elsewhere"]),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(capsys, tmp_path, arguments, words):

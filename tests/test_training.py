@@ -1,18 +1,16 @@
 """The training loop against a hand-written one, over processes, and across a restart."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import math
+import re
+import resource
 
 import pytest
+import timm.optim
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
 import timm_lt
-import train_lt
 from timm_lt.accelerator import create_accelerator, native_precision, set_cpu_threads
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import (
@@ -22,7 +20,6 @@ from timm_lt.training import (
     train_representation,
 )
 
-ROOT = Path(train_lt.__file__).parent
 NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
 
 
@@ -46,21 +43,27 @@ def linear_model():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, NUM_CLASSES))
 
 
-def train(accelerator, model, epochs=3, batch_size=8, state=None, **options):
-    data = images()
+def train(accelerator, model, epochs=3, batch_size=8, **options):
+    """Returns the history; the model is trained in place."""
+    data = options.pop("data", None) or images()
+    settings = {
+        "optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9},
+        "scheduler": {"sched": "cosine"},
+    }
     return train_representation(
         model,
         data,
         timm_lt.create_sampler("instance_balanced", data.labels, seed=0),
-        timm_lt.create_loss("cross_entropy"),
+        options.pop("loss", None) or timm_lt.create_loss("cross_entropy"),
         accelerator=accelerator,
         epochs=epochs,
         batch_size=batch_size,
-        optimizer={"opt": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9},
-        scheduler=options.pop("scheduler", {"sched": "cosine"}),
-        state=state,
-        **options,
-    )
+        **settings | options,
+    ).history
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_follows_a_hand_written_nesterov_loop(accelerator):
@@ -111,8 +114,8 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
         pass
 
     class StopsAfterTwo(TrainingState):
-        def save(self, history):
-            super().save(history)
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
             if len(history) == 2:
                 raise StopError
 
@@ -133,17 +136,75 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
     assert torch.equal(model[1].weight, whole[1].weight)
     assert torch.equal(model[1].bias, whole[1].bias)
     assert [record.loss for record in after] == [record.loss for record in history]
-    assert resumed.saved_epochs() == [4]
+    # The one before is kept, in case the last is damaged.
+    assert resumed.saved_epochs() == [3, 4]
 
 
-def test_a_damaged_state_is_named(accelerator, tmp_path):
+def new_state(folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return TrainingState(folder, create_accelerator(mixed_precision="no"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
+def test_a_damaged_state_is_not_believed(accelerator, tmp_path, caplog, damage):
+    whole = linear_model()
+    state = TrainingState(tmp_path, accelerator)
+    history = train(accelerator, whole, epochs=4, state=state)
+    file = tmp_path / "epoch_0004" / "optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "cut":
+        file.write_bytes(content[:-9])
+    elif damage == "flipped":
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (tmp_path / "epoch_0004" / "manifest.json").write_text("{")
+    # Goes on from the state before it, to the same weights.
+    state, model = new_state(tmp_path), linear_model()
+    with caplog.at_level("WARNING", "timm_lt"):
+        again = train(state.accelerator, model, epochs=4, state=state)
+    assert "epoch_0004 is damaged" in caplog.text
+    assert weights(model).equal(weights(whole))
+    assert [record.loss for record in again] == [record.loss for record in history]
+
+
+def test_with_nothing_but_damaged_states_the_run_stops(accelerator, tmp_path):
     state = TrainingState(tmp_path, accelerator)
     train(accelerator, linear_model(), epochs=2, state=state)
-    (tmp_path / "epoch_0002" / "model.safetensors").write_bytes(b"no tensors")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    state = TrainingState(tmp_path, create_accelerator(mixed_precision="no"))
-    with pytest.raises(timm_lt.UsageError, match=r"epoch_0002 is damaged.*--overwrite"):
+    for path in tmp_path.glob("epoch_*/model.safetensors"):
+        path.write_bytes(b"no tensors")
+    state = new_state(tmp_path)
+    with pytest.raises(timm_lt.UsageError, match=r"every training state .*damaged.*--overwrite"):
         train(state.accelerator, linear_model(), epochs=2, state=state)
+
+
+def test_a_full_disk_leaves_the_state_before(accelerator, tmp_path):
+    """The operating system refuses to write on, in the middle of a file."""
+    whole = linear_model()
+    train(accelerator, whole, epochs=3)
+
+    class DiskFills(TrainingState):
+        def save(self, history, **kwargs):
+            if len(history) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            super().save(history, **kwargs)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = create_accelerator(mixed_precision="no")
+    state = DiskFills(tmp_path, accelerator)
+    message = r"after epoch 2 cannot be written.*after epoch 1 is whole.*--resume"
+    try:
+        with pytest.raises(timm_lt.UsageError, match=message):
+            train(accelerator, linear_model(), epochs=3, state=state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_0001"]
+    state, model = new_state(tmp_path), linear_model()
+    train(state.accelerator, model, epochs=3, state=state)
+    assert weights(model).equal(weights(whole))
 
 
 def test_validation_is_counted_and_changes_nothing(accelerator):
@@ -165,8 +226,252 @@ def test_a_loss_that_is_not_finite_stops_the_run(accelerator):
     model = linear_model()
     with torch.no_grad():
         model[1].weight.fill_(float("inf"))
-    with pytest.raises(timm_lt.UsageError, match=r"loss became nan in epoch 1.*optimizer\.lr"):
+    with pytest.raises(timm_lt.UsageError, match=r"loss became nan in epoch 1, update 1:.*lr"):
         train(accelerator, model)
+
+
+def test_the_first_update_whose_loss_is_not_finite_is_named(accelerator, tmp_path):
+    class Bursts(nn.Module):
+        batches = 0
+
+        def forward(self, logits, targets):
+            self.batches += 1
+            # Two batches an update, five updates an epoch: the ninth is of update 5 of epoch 2.
+            return logits.mean() * (math.inf if self.batches == 10 + 9 else 1.0)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = create_accelerator(mixed_precision="no", accumulation_steps=2)
+    state = TrainingState(tmp_path, accelerator)
+    with pytest.raises(timm_lt.UsageError, match=r"inf in epoch 2, update 5:.*is kept"):
+        train(accelerator, linear_model(), state=state, loss=Bursts())
+    assert state.saved_epochs() == [1]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(accelerator):
+    whole, parts = linear_model(), linear_model()
+    train(accelerator, whole)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accumulating = create_accelerator(mixed_precision="no", accumulation_steps=4)
+    history = train(accumulating, parts)
+    torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
+    assert len(history) == 3
+    AcceleratorState._reset_state(reset_partial_state=True)
+    three = create_accelerator(mixed_precision="no", accumulation_steps=3)
+    with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3 on 1 processes.*of 3"):
+        train(three, linear_model())
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_clipping_bounds_the_first_step(accelerator, mode):
+    """Plain SGD at rate 1: the step is the clipped gradient."""
+    model, free = small_network(), small_network()
+    before = weights(model)
+    options = {
+        "optimizer": {"opt": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0},
+        "scheduler": {"sched": "constant"},
+        "epochs": 1,
+        "batch_size": NUM_IMAGES,
+    }
+    train(accelerator, free, **options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = create_accelerator(mixed_precision="no")
+    train(accelerator, model, clip_grad=0.01, clip_mode=mode, **options)
+    step, unclipped = weights(model) - before, weights(free) - before
+    if mode == "norm":
+        expected = unclipped * (0.01 / unclipped.norm())
+    elif mode == "value":
+        expected = unclipped.clamp(-0.01, 0.01)
+    else:
+        rows = [p.detach() for p in small_network().parameters()]
+        parts = unclipped.split([p.numel() for p in rows])
+        expected = []
+        for index, (flat, row) in enumerate(zip(parts, rows, strict=True)):
+            part = flat.view_as(row)
+            if index < 2:  # the classifier is left alone
+                dims = tuple(range(1, row.ndim)) if row.ndim > 1 else None
+                norm = part.norm() if dims is None else part.norm(dim=dims, keepdim=True)
+                size = row.norm() if dims is None else row.norm(dim=dims, keepdim=True)
+                limit = size.clamp(min=1e-3) * 0.01
+                part *= torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+            expected.append(part.flatten())
+        expected = torch.cat(expected)
+    torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4)
+
+
+def small_network():
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(3 * SIDE * SIDE, 5)
+            self.fc = nn.Linear(5, NUM_CLASSES)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(self.hidden(x.flatten(1)).relu())
+
+    return Network()
+
+
+def test_averaged_weights_go_on(accelerator, tmp_path):
+    """The average by its formula, from the weights after every update."""
+    seen = []
+
+    class Notes(nn.Module):
+        def forward(self, logits, targets):
+            seen.append(weights(model))
+            return nn.functional.cross_entropy(logits, targets)
+
+    model = linear_model()
+    train(accelerator, model, loss=Notes(), ema={"decay": 0.8}, keep="last")
+    averaged = weights(model)
+    # What the loss sees is before each update; the weights after the last are those of a plain run.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = linear_model()
+    train(create_accelerator(mixed_precision="no"), plain)
+    expected = seen[0]
+    for update, after in enumerate([*seen[1:], weights(plain)]):
+        # timm's average begins with the weights after the second update.
+        decay = 0.8 if update > 1 else 0.0
+        expected = decay * expected + (1 - decay) * after
+    torch.testing.assert_close(averaged, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_averages_and_the_best_epoch_survive_a_restart(accelerator, tmp_path):
+    """Learning rates that grow, so that an early epoch is the best on validation."""
+    options = {
+        "val": images(seed=1),
+        "ema": {"decay": 0.5},
+        "optimizer": {"opt": "adamw", "lr": 0.3},
+        "scheduler": {"sched": "constant", "warmup_epochs": 6, "warmup_lr": 1e-4},
+        "epochs": 6,
+    }
+    whole = linear_model()
+    history = train(accelerator, whole, **options)
+    best = max(history, key=lambda record: record.val["all"])
+    assert best.epoch < 6
+
+    class StopError(Exception):
+        pass
+
+    class Stops(TrainingState):
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
+            if len(history) == 5:
+                raise StopError
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = Stops(tmp_path, create_accelerator(mixed_precision="no"))
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), state=state, **options)
+    state, model = new_state(tmp_path), linear_model()
+    again = train(state.accelerator, model, state=state, **options)
+    assert [record.val for record in again] == [record.val for record in history]
+    assert weights(model).equal(weights(whole))
+    # What goes on is what was best.
+    data = options["val"]
+    with torch.inference_mode():
+        x = (data.images.float() / 255 - 0.5) / 0.25
+        accuracy = (model(x).argmax(1) == data.labels).double().mean().item()
+    assert accuracy == pytest.approx(best.val["all"])
+
+
+def test_validation_every_other_epoch_and_at_the_end(accelerator):
+    history = train(accelerator, linear_model(), epochs=5, val=images(), validate_every=2)
+    assert [bool(record.val) for record in history] == [False, True, False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+def test_plateau_lowers_the_rate_when_validation_stops_to_improve(accelerator):
+    # Nothing is learnt at this rate: every epoch after the first is one of patience.
+    scheduler = {"sched": "plateau", "patience_epochs": 1, "decay_rate": 0.1}
+    history = train(
+        accelerator,
+        linear_model(),
+        epochs=5,
+        val=images(),
+        scheduler=scheduler,
+        optimizer={"opt": "sgd", "lr": 1e-12},
+    )
+    rates = [record.lr for record in history]
+    assert rates[0] == pytest.approx(1e-12)
+    assert rates[-1] == pytest.approx(1e-13)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(timm_lt.UsageError, match="plateau needs a validation split"):
+        train(create_accelerator(mixed_precision="no"), linear_model(), scheduler=scheduler)
+
+
+@pytest.mark.parametrize("mixup", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0, "mode": "elem"}])
+def test_mixed_images_have_mixed_targets(accelerator, mixup):
+    """Whatever is mixed, each image is a combination of two with its target's proportions."""
+    batches = []
+
+    class Notes(nn.Module):
+        takes_soft_targets = True
+
+        def forward(self, logits, targets):
+            batches.append(targets)
+            return nn.functional.cross_entropy(logits, targets)
+
+    train(accelerator, linear_model(), loss=Notes(), mixup=mixup, mixup_off_epoch=2)
+    soft = torch.cat(batches[:10])
+    assert soft.shape == (80, NUM_CLASSES)
+    torch.testing.assert_close(soft.sum(1), torch.ones(80))
+    assert ((soft > 0).sum(1) <= 2).all()
+    assert ((soft > 0).sum(1) == 2).any()
+    # After two epochs, images are as they are.
+    assert (torch.cat(batches[10:]).max(1).values == 1).all()
+
+
+def test_mixing_needs_an_even_batch_and_a_loss_for_it(accelerator):
+    mixup = {"mixup_alpha": 0.2}
+    with pytest.raises(timm_lt.UsageError, match=r"even number of images .* not 5"):
+        train(accelerator, linear_model(), mixup=mixup, batch_size=5)
+    with pytest.raises(timm_lt.UsageError, match="CrossEntropyLoss takes no soft targets"):
+        train(accelerator, linear_model(), mixup=mixup, loss=nn.CrossEntropyLoss())
+    with pytest.raises(timm_lt.UsageError, match="unknown option of mixup: 'alpha'"):
+        train(accelerator, linear_model(), mixup={"alpha": 0.2})
+    with pytest.raises(timm_lt.UsageError, match=r"ema.decay must be a number in \[0, 1\)"):
+        train(accelerator, linear_model(), ema={"decay": 1.0})
+    with pytest.raises(timm_lt.UsageError, match=r"ema.use_warmup has no effect"):
+        train(accelerator, linear_model(), ema={"use_warmup": True})
+
+
+def test_images_that_cannot_be_read_give_their_place_to_others(accelerator):
+    data = images()
+    missing = ImageTensors(data.images, data.labels, missing=[3, 4])
+    seen = []
+
+    class Notes(nn.Module):
+        def forward(self, logits, targets):
+            seen.append(targets)
+            return nn.functional.cross_entropy(logits, targets)
+
+    history = train(accelerator, linear_model(), data=missing, val=missing, loss=Notes())
+    counts = torch.bincount(torch.cat(seen), minlength=NUM_CLASSES)
+    assert int(counts.sum()) == 3 * NUM_IMAGES
+    # Labels 3 and 0 are drawn once less an epoch; others of the same batch stand in.
+    assert all(len(targets) == 8 for targets in seen)
+    assert history[-1].val["all"] * 38 == pytest.approx(round(history[-1].val["all"] * 38))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph", "ignore:It is highly")
+@pytest.mark.parametrize("name", sorted({str(n) for n in timm.optim.list_optimizers()}))
+def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name):
+    optimizer = {"opt": name, "lr": 1e-3, "weight_decay": 0.01, "momentum": 0.9}
+    try:
+        check_optimization(optimizer, {}, epochs=1)
+    except timm_lt.UsageError as error:
+        assert re.search("install|CUDA|apex", str(error)), error  # noqa: PT017
+        return
+    model = small_network()
+    before = weights(model)
+    train(accelerator, model, epochs=1, optimizer=optimizer)
+    assert weights(model).isfinite().all()
+    assert not weights(model).equal(before)
 
 
 @pytest.mark.parametrize(
@@ -214,78 +519,29 @@ def test_auto_precision_is_one_that_this_machine_computes():
     assert native_precision() in ("no", "bf16")
 
 
-RANKS = """
-import json, sys
-import torch
-sys.path.insert(0, {tests!r})
-from test_training import NUM_IMAGES, images, linear_model, train
-from timm_lt.data.images import ImageTensors, batches
-from timm_lt.features import extract_features
-from timm_lt.accelerator import create_accelerator
+def test_a_compiled_model_trains_and_resumes_to_the_same_weights(
+    accelerator, tmp_path, monkeypatch
+):
+    """As ``accelerate config`` may ask for it; this backend only traces, so it is fast."""
+    whole = linear_model()
+    train(accelerator, whole, ema={"decay": 0.5}, val=images())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
 
-seen = []
-take = ImageTensors.__getitems__
-def noting(self, indices):
-    seen.append([self.epoch, *indices])
-    return take(self, indices)
-ImageTensors.__getitems__ = noting
+    class StopError(Exception):
+        pass
 
-accelerator = create_accelerator(mixed_precision="no")
-model = linear_model()
-history = train(accelerator, model, epochs=2)
-training = list(seen)
-model = accelerator.unwrap_model(model)
-model.get_classifier = lambda: model[1]
-# A last batch of 40 - 3 * 12 = 4 images, padded among the ranks and cut again.
-loader = accelerator.prepare_data_loader(batches(images(), 12))
-features = extract_features(model, loader, accelerator=accelerator)
-result = dict(
-    num_processes=accelerator.num_processes,
-    losses=[record.loss for record in history],
-    weight=model[1].weight.tolist(),
-    seen=training,
-    targets=features.targets.tolist(),
-    features=features.values.tolist(),
-)
-name = f"{{accelerator.num_processes}}_{{accelerator.process_index}}.json"
-with open("{folder}/" + name, "w") as file:
-    json.dump(result, file)
-accelerator.wait_for_everyone()
-accelerator.end_training()
-"""
+    class Stops(TrainingState):
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
+            raise StopError
 
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes_are_one_training_run(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        subprocess.run(
-            [sys.executable, *launch, str(script)], env=environment, cwd=tmp_path, check=True
-        )
-    one = json.loads((tmp_path / "1_0.json").read_text())
-    ranks = [json.loads((tmp_path / f"2_{rank}.json").read_text()) for rank in (0, 1)]
-    assert one["num_processes"] == 1
-    assert [rank["num_processes"] for rank in ranks] == [2, 2]
-    # Each global batch is the same images, half of them on each rank; none is seen twice.
-    for alone, first, second in zip(one["seen"], *(rank["seen"] for rank in ranks), strict=True):
-        assert alone[0] == first[0] == second[0]
-        assert len(first) == len(second) == 1 + 4
-        assert sorted(first[1:] + second[1:]) == sorted(alone[1:])
-    for rank in ranks:
-        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        torch.testing.assert_close(
-            torch.tensor(rank["weight"]), torch.tensor(one["weight"]), atol=1e-6, rtol=1e-5
-        )
-        assert rank["targets"] == images().labels.tolist() == one["targets"]
-        torch.testing.assert_close(
-            torch.tensor(rank["features"]), torch.tensor(one["features"]), atol=1e-6, rtol=0
-        )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = Stops(tmp_path, create_accelerator(mixed_precision="no"))
+    assert state.accelerator.state.dynamo_plugin.backend == "EAGER"
+    options = {"ema": {"decay": 0.5}, "val": images(), "state": state}
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), **options)
+    state, model = new_state(tmp_path), linear_model()
+    train(state.accelerator, model, **options | {"state": state})
+    torch.testing.assert_close(weights(model), weights(whole))
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]

@@ -14,18 +14,29 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def create_accelerator(
-    *, mixed_precision: MixedPrecision = "auto", tracker: str = "none", folder: Path | None = None
+    *,
+    mixed_precision: MixedPrecision = "auto",
+    accumulation_steps: int = 1,
+    compiled: bool = False,
+    tracker: str = "none",
+    folder: Path | None = None,
 ) -> Accelerator:
     """Creates the accelerator of a run: the batch size counts images over all processes.
+
+    Whatever is not given here is as ``accelerate config`` left it: processes, machines, FSDP, a
+    compiler.
 
     Args:
         mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
             can, or a CPU with avx512_bf16) and full precision elsewhere.
+        accumulation_steps: Batches over which the gradient of an update is summed, >= 1.
+        compiled: Compile the model with torch.compile.
         tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
         folder: Where a tracker that writes files writes.
 
     Raises:
-        UsageError: If the tracker is unknown or not installed.
+        UsageError: If the tracker is unknown or not installed, or the precision is not one of this
+            machine's.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -35,12 +46,20 @@ def create_accelerator(
         if tracker not in [str(kind) for kind in get_available_trackers()]:
             raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
     precision = native_precision() if mixed_precision == "auto" else mixed_precision
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
+    check_integer("accumulation_steps", accumulation_steps, minimum=1)
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=accumulation_steps,
+            dynamo_backend="inductor" if compiled else None,
+            log_with=None if tracker == "none" else tracker,
+            project_dir=folder,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+    except ValueError as error:
+        raise UsageError(f"mixed_precision {precision}: {error}") from error
 
 
 def set_cpu_threads(threads: int | None = None) -> int:

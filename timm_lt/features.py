@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from timm_lt.data.reading import UNREADABLE, loaded
 from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError, unknown_name
@@ -84,7 +85,8 @@ def extract_features(
 
     Args:
         model: A timm model with a classifier.
-        loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order.
+        loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order. Images with target -1,
+            which could not be read, are left out.
         classifier: Path of the classifier whose input is taken, for a model with several (as
             ``head_dist`` of a distilled one); None takes the only one.
         accelerator: If the loader is prepared by one, features are gathered from all processes and
@@ -113,7 +115,7 @@ def extract_features(
     values, targets = [], []
     try:
         with torch.inference_mode():
-            for images, labels in loader:
+            for images, labels in loaded(loader):
                 with contextlib.suppress(_BeforeClassifier):
                     model(images.to(device))
                 if not taken:
@@ -131,7 +133,9 @@ def extract_features(
             module.training = mode
     if not values:
         raise UsageError("the loader has no batches, so there are no features to extract")
-    return Features(torch.cat(values), torch.cat(targets))
+    labels = torch.cat(targets)
+    readable = labels != UNREADABLE
+    return Features(torch.cat(values)[readable], labels[readable])
 
 
 def _classifier(model: nn.Module, name: str | None) -> nn.Linear | nn.Conv2d:

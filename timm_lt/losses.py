@@ -16,9 +16,11 @@ Reduction = Literal["mean", "sum", "none"]
 class ClassLoss(nn.Module):
     """Computes one loss per image from its logits, and reduces them: the base of all losses.
 
-    A loss is defined by :meth:`per_example`. It is computed in float32 at least, whatever autocast
-    gives: in float16 the log-softmax of confident logits loses its tail. Whatever a loss derives
-    from the class counts moves with ``.to(device)`` and stays out of the state dict.
+    A loss is defined by :meth:`per_example`. Targets are labels or, for a loss that says so in
+    ``takes_soft_targets``, a distribution over the classes, as mixup makes them. It is computed in
+    float32 at least, whatever autocast gives: in float16 the log-softmax of confident logits loses
+    its tail. Whatever a loss derives from the class counts moves with ``.to(device)`` and stays out
+    of the state dict.
 
     Args:
         class_counts: Training images per class; None if unknown. A loss that needs no counts
@@ -26,8 +28,8 @@ class ClassLoss(nn.Module):
         reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"`` for one loss per image.
 
     Shape:
-        class_counts (C,); logits (N, C), targets (N,) integers in [0, C); returns a scalar, or (N,)
-        for ``reduction="none"``.
+        class_counts (C,); logits (N, C); targets (N,) integers in [0, C), or (N, C) floating point;
+        returns a scalar, or (N,) for ``reduction="none"``.
 
     Raises:
         UsageError: If the counts are missing where they are needed, or a class is empty there; if
@@ -35,6 +37,7 @@ class ClassLoss(nn.Module):
     """
 
     needs_class_counts = False
+    takes_soft_targets = False
 
     def __init__(
         self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"
@@ -45,24 +48,31 @@ class ClassLoss(nn.Module):
         self.num_classes = None if class_counts is None else len(check_class_counts(class_counts))
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the losses (N,) of logits (N, C), float32 or float64, and targets (N,)."""
+        """Returns the losses (N,) of logits (N, C), float32 or float64, and targets.
+
+        Targets are (N,) int64 or, if the loss takes them, (N, C) floating point.
+        """
         raise NotImplementedError
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the reduced loss of a batch."""
         self._check_shapes(logits, targets)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = self.per_example(logits, targets.long())
+        targets = targets.to(logits.dtype) if targets.ndim == 2 else targets.long()
+        losses = self.per_example(logits, targets)
         if self.reduction == "none":
             return losses
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
-        if logits.ndim != 2 or targets.ndim != 1 or len(logits) != len(targets):
-            raise UsageError(f"{type(self).__name__} needs (N, C) and (N,), got {shapes}")
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise UsageError(f"targets must be integers, got {targets.dtype}")
+        soft = self.takes_soft_targets and targets.ndim == 2
+        if logits.ndim != 2 or targets.shape != (logits.shape if soft else logits.shape[:1]):
+            also = " or (N, C)" if self.takes_soft_targets else ""
+            raise UsageError(f"{type(self).__name__} needs (N, C) and (N,){also}, got {shapes}")
+        if soft != targets.is_floating_point() or targets.dtype == torch.bool:
+            kind = "floating point where they are distributions" if soft else "integers"
+            raise UsageError(f"targets must be {kind}, got {targets.dtype}, {shapes}")
         if self.num_classes not in {None, logits.shape[1]}:
             raise UsageError(f"class_counts has {self.num_classes} classes, but got {shapes}")
 
@@ -131,6 +141,8 @@ class CrossEntropyLoss(ClassLoss):
         https://arxiv.org/abs/1512.00567 (label smoothing).
     """
 
+    takes_soft_targets = True
+
     def __init__(
         self,
         class_counts: Labels | None = None,
@@ -150,6 +162,7 @@ class _PriorLoss(ClassLoss):
     """Cross-entropy of logits to which a function of the class frequencies is added."""
 
     needs_class_counts = True
+    takes_soft_targets = True
     adjustment: Tensor
 
     def __init__(self, class_counts: Labels | None, tau: float, reduction: Reduction) -> None:

@@ -130,18 +130,21 @@ def test_one_item_is_its_row_of_a_batch():
     assert data[5][0].equal(images[1])
     assert data[5][1] == targets[1]
     assert len(data) == 7
-    with pytest.raises(IndexError):
-        data[7]
+    # Any integer is a draw; going through the data set ends all the same.
+    assert not data[7 + 5][0].equal(images[1])
+    assert [int(target) for _, target in data] == data.labels.tolist()
 
 
-def test_epoch_and_seed_choose_the_augmentation():
+def test_draw_and_seed_choose_the_augmentation():
     one, two = (tensors(augmentation=create_augmentation("affine"), seed=s) for s in (0, 1))
     rows = list(range(7))
-    first = one.__getitems__(rows)[0]
+    first, targets = one.__getitems__(rows)
     assert not first.equal(two.__getitems__(rows)[0])
-    one.set_epoch(1)
-    assert not first.equal(one.__getitems__(rows)[0])
-    one.set_epoch(0)
+    # Draws 21 to 27 are the same images again.
+    later, later_targets = one.__getitems__([21 + row for row in rows])
+    assert later_targets.equal(targets)
+    for row in rows:
+        assert not first[row].equal(later[row])
     assert first.equal(one.__getitems__(rows)[0])
 
 

@@ -1,7 +1,7 @@
-"""Augmentations of small images, batched: each is a function of (seed, epoch, image) alone.
+"""Augmentations of small images, batched: each is a function of (seed, draw) alone.
 
-Because an image's random numbers do not depend on its batch, its process or its worker, training is
-the same however the images are shared out, and a resumed epoch repeats exactly.
+Because the random numbers of a draw do not depend on its batch, its process or its worker, training
+is the same however the images are shared out, and a resumed epoch repeats exactly.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from timm_lt.registry import Registry, check_integer, check_number
+from timm_lt.samplers.arithmetic import keyed
 
 AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
 A = TypeVar("A", bound="type[Augmentation]")
@@ -48,16 +48,15 @@ def create_augmentation(name: str, **options: Any) -> "Augmentation":
     return AUGMENTATIONS.create(name, **options)
 
 
-def random_uniforms(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
-    """Returns numbers that look uniform in [0, 1) and depend on (seed, epoch, index, place) alone.
+def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
+    """Returns numbers that look uniform in [0, 1) and depend on (seed, draw, place) alone.
 
-    They come from a counter: the finaliser of SplitMix64 over a key per image.
+    They come from a counter: the finaliser of SplitMix64 over a key per draw.
 
     Args:
         seed: A non-negative integer.
-        epoch: 0-based epoch.
-        indices: Indices of the images, (B,) int64.
-        count: Numbers per image.
+        draws: Which draws, (B,) int64; see :class:`~timm_lt.data.draws.NumberedSampler`.
+        count: Numbers per draw.
 
     Shape:
         (B, count) float32
@@ -66,13 +65,9 @@ def random_uniforms(seed: int, epoch: int, indices: Tensor, count: int) -> Tenso
         Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014,
         https://doi.org/10.1145/2660193.2660195
     """
-    key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    counter = np.outer(indices.numpy(), np.full(count, count)) + np.arange(count)
-    bits: NDArray[np.uint64] = counter.astype(np.uint64)
-    bits = bits * np.uint64(0x9E3779B97F4A7C15) + key
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits = bits ^ (bits >> np.uint64(31))
+    key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
+    first = draws.numpy().astype(np.uint64) * np.uint64(count)
+    bits = keyed(key, first[:, None] + np.arange(count, dtype=np.uint64))
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
 
 

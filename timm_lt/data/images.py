@@ -1,11 +1,12 @@
 """Image data sets in memory: decoded once, then batches at the speed of tensor indexing."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
+from timm_lt.data.reading import UNREADABLE, Unreadable, read_image
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -20,6 +22,47 @@ from timm_lt.registry import UsageError
 MAX_BYTES = 8 * 2**30
 
 Batch = tuple[Tensor, Tensor]
+
+
+class TrainLoader(Protocol):
+    """Yields the batches of an epoch on the device, normalised."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the 0-based epoch of the next iteration."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields (images (B, 3, H, W), targets (B,))."""
+
+
+class Images(Protocol):
+    """What training needs of an image data set, in memory or not.
+
+    Attributes:
+        labels: (N,) int64.
+        size: (H, W) of the images in a batch.
+        unreadable: What happens to an image that cannot be read. With ``"skip"`` its target is -1.
+    """
+
+    labels: Tensor
+    size: tuple[int, int]
+    unreadable: Unreadable
+
+    def __len__(self) -> int:
+        """Returns N."""
+
+    def train_loader(
+        self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
+    ) -> TrainLoader:
+        """Creates a loader of augmented images, in whole batches over all processes.
+
+        The sampler yields draws, ``t N + i``, or images i.
+        """
+
+    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
+        """Creates a loader of all images as they are, in order."""
+
+    def unreadable_rows(self) -> list[int]:
+        """Returns the rows of the images that this process could not read so far."""
 
 
 class ImageTensors(TorchDataset[Batch]):
@@ -32,6 +75,7 @@ class ImageTensors(TorchDataset[Batch]):
         std: Standard deviation of each channel, (3,).
         augmentation: Applied to each batch before normalisation.
         seed: Seed of the augmentation.
+        missing: Rows of images that could not be read; their target is -1.
 
     Shape:
         A batch is (images (B, 3, H, W) float32, targets (B,) int64).
@@ -46,6 +90,7 @@ class ImageTensors(TorchDataset[Batch]):
         std: Sequence[float] = (0.25, 0.25, 0.25),
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        missing: Sequence[int] = (),
     ) -> None:
         rgb = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
         if not rgb or len(images) != len(labels):
@@ -55,15 +100,17 @@ class ImageTensors(TorchDataset[Batch]):
             )
         self.images = images
         self.labels = labels
+        self.size = (images.shape[2], images.shape[3])
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose augmentation the next batches show."""
-        self.epoch = epoch
+        self.missing = list(missing)
+        self.unreadable: Unreadable = "skip" if self.missing else "raise"
+        self._targets = labels
+        if self.missing:
+            self._targets = labels.clone()
+            self._targets[self.missing] = UNREADABLE
 
     def without_augmentation(self) -> "ImageTensors":
         """Returns the same images as they are, sharing their memory."""
@@ -71,64 +118,106 @@ class ImageTensors(TorchDataset[Batch]):
         plain.augmentation = NoAugmentation()
         return plain
 
+    def train_loader(
+        self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
+    ) -> TrainLoader:
+        """Creates a loader of augmented images, in whole batches over all processes."""
+        loader: TrainLoader = accelerator.prepare_data_loader(
+            batches(self, batch_size, sampler, drop_last=True)
+        )
+        return loader
+
+    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
+        """Creates a loader of all images as they are, in order."""
+        loader: Iterable[Batch] = accelerator.prepare_data_loader(
+            batches(self.without_augmentation(), batch_size)
+        )
+        return loader
+
+    def unreadable_rows(self) -> list[int]:
+        """Returns the rows of the images that could not be read."""
+        return self.missing
+
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
+    def __iter__(self) -> Iterator[Batch]:
+        # Without it, Python would count on an IndexError, and every integer is a draw.
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, draw: int) -> Batch:
+        images, labels = self.__getitems__([draw])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Returns a whole batch; torch's loader calls this instead of one call per image."""
-        chosen = torch.tensor(indices)
+    def __getitems__(self, draws: list[int]) -> Batch:
+        """Returns a whole batch; torch's loader calls this instead of one call per image.
+
+        Args:
+            draws: Indices of images, or draws out of a
+                :class:`~timm_lt.data.draws.NumberedSampler`, which are augmented independently.
+        """
+        draw = torch.tensor(draws)
+        chosen = draw % len(self)
         images = self.images[chosen].float()
         count = self.augmentation.count
-        uniforms = random_uniforms(self.seed, self.epoch, chosen, count) if count else images
+        uniforms = random_uniforms(self.seed, draw, count) if count else images
         images = self.augmentation(images, uniforms)
-        return (images - self.mean) / self.std, self.labels[chosen]
+        return (images - self.mean) / self.std, self._targets[chosen]
 
 
-def decode_images(dataset: Dataset, size: tuple[int, int] | None = None) -> Tensor:
+def decode_images(
+    dataset: Dataset, size: tuple[int, int] | None = None, *, missing: list[int] | None = None
+) -> Tensor:
     """Decodes every image of a data set into one tensor.
 
     Args:
         dataset: With a column ``image`` that decodes to PIL images.
         size: (H, W) to which images of another size are resized, bilinear; None takes the size of
-            the first.
+            the first that can be read.
+        missing: Takes the rows of images that cannot be decoded, which are black then; with None
+            such an image is an error.
 
     Returns:
         (N, 3, H, W) uint8.
 
     Raises:
         UsageError: If the data set is empty or too large to be held in memory, or an image cannot
-            be decoded; the message names the row.
+            be decoded; the message names the row. Also if no image can be.
     """
     if len(dataset) == 0:
         raise UsageError("the data set has no images")
-    if size is None:
-        first = next(_decoded(dataset))
-        size = first.height, first.width
-    height, width = size
-    if len(dataset) * height * width * 3 > MAX_BYTES:
-        raise UsageError(
-            f"{len(dataset):,} images of {height}x{width} need more than "
-            f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size"
-        )
-    images = np.empty((len(dataset), height, width, 3), dtype=np.uint8)
-    for row, image in enumerate(_decoded(dataset)):
+    images: np.ndarray[Any, Any] | None = None
+    rejected = []
+    for row in range(len(dataset)):
+        try:
+            image = read_image(dataset, row)
+        except UsageError:
+            if missing is None:
+                raise
+            rejected.append(row)
+            continue
+        if images is None:
+            size = size or (image.height, image.width)
+            images = _empty_images(len(dataset), size)
+        height, width = images.shape[1:3]
         # Of an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if images is None:
+        raise UsageError(f"none of the {len(dataset)} images can be read")
+    if missing is not None:
+        missing += rejected
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _decoded(dataset: Dataset) -> Iterator[Image.Image]:
-    """Yields the images of a data set in RGB."""
-    rows = iter(dataset.select_columns(["image"]))
-    for row in range(len(dataset)):
-        try:
-            yield next(rows)["image"].convert("RGB")
-        except OSError as error:
-            raise UsageError(f"image {row} cannot be decoded: {error}") from error
+def _empty_images(number: int, size: tuple[int, int]) -> "np.ndarray[Any, Any]":
+    height, width = size
+    if number * height * width * 3 > MAX_BYTES:
+        raise UsageError(
+            f"{number:,} images of {height}x{width} need more than "
+            f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size, or decode them "
+            "when they are drawn with --data.augmentation timm"
+        )
+    return np.zeros((number, height, width, 3), dtype=np.uint8)
 
 
 def label_tensor(dataset: Dataset) -> Tensor:
@@ -158,7 +247,7 @@ def batches(
     Args:
         data: The images.
         batch_size: Images per batch, over all processes.
-        sampler: Order of the images; None is the order of the data set.
+        sampler: Draws of images, in order; None is the order of the data set.
         drop_last: Leave out a last batch that is not full.
     """
     return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_it_is)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
+from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import Split, create_dataset
+from timm_lt.data.stored import StoredImages
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError
 
@@ -77,16 +79,31 @@ class Splits:
         std: Sequence[float],
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        unreadable: Unreadable = "raise",
     ) -> ImageTensors:
-        """Decodes a split into memory; see :class:`~timm_lt.data.images.ImageTensors`."""
+        """Decodes a split into memory; see :class:`~timm_lt.data.images.ImageTensors`.
+
+        Raises:
+            UsageError: If an image cannot be read, unless such images are to be skipped.
+        """
+        missing: list[int] | None = None if unreadable == "raise" else []
+        try:
+            images = decode_images(self.datasets[split], size, missing=missing)
+        except UsageError as error:
+            raise UsageError(f"{split} split: {error}") from error
         return ImageTensors(
-            decode_images(self.datasets[split], size),
+            images,
             self.labels[split],
             mean=mean,
             std=std,
             augmentation=augmentation,
             seed=seed,
+            missing=missing or (),
         )
+
+    def stored_images(self, split: Split, **options: Any) -> StoredImages:
+        """Returns a split that is decoded image by image; see :class:`StoredImages`."""
+        return StoredImages(self.datasets[split], self.labels[split], **options)
 
 
 def _check_same_names(split: str, found: list[str] | None, expected: list[str] | None) -> None:

@@ -101,11 +101,22 @@ def _parser(prog: str) -> ArgumentParser:
     parser.add_class_arguments(Recipe)
     run = parser.add_argument_group("How to run")
     run.add_argument("--output", type=str | None, help="Folder; null is output/<recipe name>.")
-    run.add_argument("--resume", action="store_true", help="Go on with the run in that folder.")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default="no",
+        choices=("auto", "no"),
+        help="Go on with the run in that folder from its last whole state, or start it.",
+    )
     run.add_argument(
         "--overwrite", action="store_true", help="Delete the run in that folder first."
     )
     run.add_argument("--threads", type=int | None, help="CPU threads per process; null is all.")
+    run.add_argument(
+        "--workers", type=int | None, help="Processes that decode images; null is by the cores."
+    )
+    run.add_argument("--compile", action="store_true", help="Compile the model.")
     run.add_argument("--tracker", default="none", help="tensorboard, or any accelerate tracker.")
     run.add_argument("--quiet", action="store_true", help="Print the final table only.")
     run.add_argument(
@@ -132,6 +143,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]
         if isinstance(value, Namespace):
             parts[name] = hints[name](**value.as_dict())
     run = {field.name: parsed[field.name] for field in dataclasses.fields(RunOptions)}
+    run["resume"] = run["resume"] == "auto"
     return Recipe(**parts), RunOptions(**run)
 
 

@@ -20,8 +20,12 @@ class DataRecipe:
         root: Folder with the files, for data sets that read files.
         options: Options of the data set.
         image_size: Height and width in pixels; null takes the model's.
-        augmentation: A registered augmentation of the training images.
-        augmentation_options: Options of the augmentation.
+        augmentation: A registered augmentation of the training images, which are held in memory
+            then; or timm, which decodes each image when it is drawn and transforms it as timm does.
+        augmentation_options: Options of the augmentation; for timm those of its create_loader,
+            e.g. auto_augment, scale, hflip, color_jitter, re_prob.
+        unreadable: What happens to an image that cannot be read, raise or skip; those that are
+            skipped are counted.
     """
 
     name: str = "glyph_lt"
@@ -30,6 +34,7 @@ class DataRecipe:
     image_size: int | None = None
     augmentation: str = "none"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
+    unreadable: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
@@ -106,7 +111,7 @@ class SchedulerRecipe:
     """How the learning rate changes, update by update.
 
     Args:
-        name: A scheduler of timm.
+        name: A scheduler of timm; plateau follows the accuracy on validation.
         warmup_epochs: Epochs of linear warm-up, counted within the epochs.
         options: Further arguments of timm.scheduler.create_scheduler_v2.
     """
@@ -124,6 +129,49 @@ class SchedulerRecipe:
 
 
 @dataclass(frozen=True)
+class MixupRecipe:
+    """How images are mixed with each other; without an alpha they are not.
+
+    Args:
+        mixup_alpha: Of the Beta distribution of mixup, >= 0.
+        cutmix_alpha: Of the Beta distribution of cutmix, >= 0.
+        off_epoch: Epochs after which images are no longer mixed; null is never.
+        options: Further arguments of timm.data.Mixup, e.g. prob, switch_prob, mode.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    off_epoch: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.off_epoch is not None:
+            check_integer("mixup.off_epoch", self.off_epoch, minimum=0)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``timm.data.Mixup``."""
+        alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
+        return alphas | self.options
+
+
+@dataclass(frozen=True)
+class EmaRecipe:
+    """Whether the weights that go on are a moving average.
+
+    Args:
+        decay: In [0, 1), e.g. 0.9998; null is no average.
+        options: Further arguments of timm.utils.ModelEmaV3, e.g. use_warmup.
+    """
+
+    decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``timm.utils.ModelEmaV3``."""
+        return ({} if self.decay is None else {"decay": self.decay}) | self.options
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A complete experiment.
 
@@ -134,8 +182,15 @@ class Recipe:
         loss: What is minimised.
         optimizer: How weights are updated.
         scheduler: How the learning rate changes.
+        mixup: How images are mixed.
+        ema: Whether weights are averaged.
         epochs: Epochs of the representation stage, >= 1.
         batch_size: Images per update, over all processes, >= 1.
+        accumulation_steps: Parts in which a process takes its share of the batch, >= 1.
+        clip_grad: Threshold of the gradient, > 0; null does not clip.
+        clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
+        validate_every: Epochs from one validation to the next, >= 1.
+        keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
         heads: Heads to fit, each with its options; timm-lt list names them.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
@@ -148,8 +203,15 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     scheduler: SchedulerRecipe = field(default_factory=SchedulerRecipe)
+    mixup: MixupRecipe = field(default_factory=MixupRecipe)
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
     epochs: int = 30
     batch_size: int = 128
+    accumulation_steps: int = 1
+    clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    validate_every: int = 1
+    keep: Literal["best", "last"] = "best"
     heads: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in DEFAULT_HEADS}
     )
@@ -160,6 +222,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("batch_size", self.batch_size, minimum=1)
+        check_integer("accumulation_steps", self.accumulation_steps, minimum=1)
+        check_integer("validate_every", self.validate_every, minimum=1)
         check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
 
     def to_yaml(self) -> str:
@@ -176,6 +240,8 @@ class RunOptions:
         resume: Go on with the run in that folder, or start it if there is none.
         overwrite: Delete the run in that folder first.
         threads: Threads per process on a CPU; None is this process's share of the cores.
+        workers: Processes that decode images, for each that trains; None is its share of the cores.
+        compile: Compile the model with torch.compile.
         tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
         quiet: Print the final table only.
         push_to_hub: Repo of the Hub to push the finished run to, namespace/name.
@@ -187,6 +253,8 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     threads: int | None = None
+    workers: int | None = None
+    compile: bool = False
     tracker: str = "none"
     quiet: bool = False
     push_to_hub: str | None = None

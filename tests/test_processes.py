@@ -1,0 +1,192 @@
+"""One training run, whatever the number of processes: 1, 2 and 4 CPU ranks at one global batch."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_lt
+
+ROOT = Path(train_lt.__file__).parent
+
+# What every rank runs: train in float64, note which draws it took and what they cost, and take the
+# features of data sets of awkward sizes.
+SCRIPT = """
+import json
+import sys
+
+import datasets
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import timm_lt
+from timm_lt.accelerator import create_accelerator
+from timm_lt.data import create_augmentation
+from timm_lt.data.images import ImageTensors
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.data.stored import StoredImages
+from timm_lt.training import train_representation
+
+N, C, SIDE = 42, 4, 32
+arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
+labels = torch.arange(N) % C
+labels[labels == 3] = (torch.arange(N)[labels == 3] > 30).long() * 3
+
+
+class InFloat64(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        # A transformer: no batch normalisation, which depends on a process's share of the batch.
+        self.model = timm.create_model("test_vit", img_size=SIDE, num_classes=C).double()
+
+    def get_classifier(self):
+        return self.model.get_classifier()
+
+    def forward(self, images):
+        return self.model(images.double())
+
+
+def in_memory(labels=labels):
+    images = torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()[: len(labels)]
+    return ImageTensors(images, labels, augmentation=create_augmentation("affine"), seed=5)
+
+
+def decoded(labels=labels):
+    rows = dataset_from_arrays(arrays[: len(labels)], labels.numpy(), [str(c) for c in range(N)])
+    return StoredImages(
+        rows,
+        labels,
+        size=(SIDE, SIDE),
+        preprocessing={"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
+        augmentation={"auto_augment": "rand-m9-mstd0.5", "scale": (0.5, 1.0)},
+        seed=5,
+        workers=1,
+    )
+
+
+def run(data, **options):
+    seen, losses = [], []
+
+    class Noting(type(data)):
+        def __getitems__(self, draws):
+            seen.append(sorted(draws))
+            return super().__getitems__(draws)
+
+    class Loss(nn.Module):
+        def forward(self, logits, targets):
+            value = nn.functional.cross_entropy(logits, targets)
+            losses.append(value.item())
+            return value
+
+    if isinstance(data, ImageTensors):
+        data.__class__ = Noting
+    accelerator.free_memory()
+    model = InFloat64()
+    train_representation(
+        model,
+        data,
+        timm_lt.create_sampler("class_balanced", data.labels, seed=3),
+        Loss(),
+        accelerator=accelerator,
+        epochs=3,
+        batch_size=8,
+        optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
+        **options,
+    )
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {"seen": seen, "losses": losses, "norm": weights.norm().item()}
+
+
+accelerator = create_accelerator(mixed_precision="no")
+result = {"num_processes": accelerator.num_processes}
+result["in_memory"] = run(in_memory())
+result["decoded"] = run(decoded())
+result["targets"] = []
+for number in (1, 3, 8, 13, 42):
+    for make in (in_memory, decoded):
+        # Every image has a label of its own.
+        loader = make(torch.arange(number)).eval_loader(8, accelerator)
+        model = InFloat64().model.float()
+        features = timm_lt.extract_features(model, loader, accelerator=accelerator)
+        result["targets"].append(features.targets.tolist())
+with open(f"{sys.argv[1]}/{accelerator.num_processes}_{accelerator.process_index}.json", "w") as f:
+    json.dump(result, f)
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank noted, by number of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "ranks.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
+    for processes in (1, 2, 4):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launch, str(script), str(folder)]
+        subprocess.run(command, env=environment, cwd=folder, check=True)
+    return {
+        processes: [
+            json.loads((folder / f"{processes}_{rank}.json").read_text())
+            for rank in range(processes)
+        ]
+        for processes in (1, 2, 4)
+    }
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_there_are_as_many_processes(results, processes):
+    assert [rank["num_processes"] for rank in results[processes]] == [processes] * processes
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_global_batch_is_the_same_images(results, processes):
+    alone = results[1][0]["in_memory"]["seen"]
+    ranks = [rank["in_memory"]["seen"] for rank in results[processes]]
+    # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
+    assert len(alone) == 3 * 5
+    for batch, *parts in zip(alone, *ranks, strict=True):
+        assert [len(part) for part in parts] == [8 // processes] * processes
+        assert sorted(itertools.chain(*parts)) == batch
+        # Numbered draws: one image twice in a batch is two draws.
+        assert len(set(batch)) == 8
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("kind", ["in_memory", "decoded"])
+def test_the_loss_curve_is_the_same(results, processes, kind):
+    """In float64 and without batch normalisation the runs differ by rounding only.
+
+    The augmentation is part of it: it would show if a draw's depended on its process.
+    """
+    alone = results[1][0][kind]
+    ranks = [rank[kind] for rank in results[processes]]
+    means = [sum(losses) / processes for losses in zip(*(r["losses"] for r in ranks), strict=True)]
+    assert means == pytest.approx(alone["losses"], abs=1e-9)
+    assert [rank["norm"] for rank in ranks] == pytest.approx([alone["norm"]] * processes, rel=1e-9)
+    # The runs are not trivially equal: the curve moves.
+    assert max(means) - min(means) > 0.01
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_image_is_evaluated_once_and_in_order(results, processes):
+    expected = [list(range(number)) for number in (1, 3, 8, 13, 42) for _ in range(2)]
+    for rank in results[processes]:
+        assert rank["targets"] == expected

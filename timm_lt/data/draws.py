@@ -1,0 +1,47 @@
+"""Numbered draws: which image, and which of all draws of the training it is."""
+
+import itertools
+import operator
+from collections.abc import Iterator
+
+from torch.utils.data import Sampler
+
+from timm_lt.samplers import ClassSampler
+
+
+class NumberedSampler(Sampler[int]):
+    """Gives every draw of a sampler a number, so that its augmentation can depend on it.
+
+    A class-balanced epoch draws a rare image many times: each of these draws is to be augmented
+    differently, but the same on every process and after a restart. A draw is one integer, ``t N +
+    i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
+
+    Args:
+        sampler: The order of the images.
+        num_images: N.
+        length: Draws per epoch; the rest of each epoch of the sampler is left out.
+
+    >>> from timm_lt.samplers import create_sampler
+    >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
+    >>> sampler.set_epoch(5)
+    >>> [draw // 3 for draw in sampler]
+    [10, 11]
+    """
+
+    def __init__(self, sampler: ClassSampler, num_images: int, length: int) -> None:
+        self.sampler = sampler
+        self.num_images = num_images
+        self.length = length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the 0-based epoch that the next iteration draws."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.sampler.epoch * self.length * self.num_images
+        numbers = itertools.count(first, self.num_images)
+        images = itertools.islice(self.sampler, self.length)
+        return map(operator.add, images, numbers)

@@ -1,0 +1,94 @@
+"""Reading images that may be damaged, in processes that may die."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, TypeVar
+
+import torch
+from datasets import Dataset
+from datasets import Image as ImageColumn
+from PIL import Image
+from torch import Tensor
+
+from timm_lt.registry import UsageError
+
+# What to do about an image that cannot be read.
+Unreadable = Literal["raise", "skip"]
+# The target of an image that could not be read and is left out.
+UNREADABLE = -1
+# What Pillow raises for files that are damaged, or no images.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+T = TypeVar("T")
+
+
+def read_image(dataset: Dataset, row: int) -> Image.Image:
+    """Returns one image of a data set in RGB.
+
+    Raises:
+        UsageError: If it cannot be decoded; names its row and, if known, its file.
+    """
+    try:
+        image: Image.Image = dataset[row]["image"].convert("RGB")
+    except DAMAGE as error:
+        raise UsageError(
+            f"{image_name(dataset, row)} cannot be decoded: {error}; repair it, or leave such "
+            "images out with --data.unreadable skip"
+        ) from error
+    return image
+
+
+def image_name(dataset: Dataset, row: int) -> str:
+    """Returns what to call an image in a message: its row and, if it has one, its file."""
+    stored = dataset.cast_column("image", ImageColumn(decode=False))[row]["image"]
+    path = stored.get("path") if isinstance(stored, dict) else None
+    return f"image {row}" + (f" ({path})" if path else "")
+
+
+def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts other images of the same batch in the places of those that could not be read.
+
+    Shape:
+        images (B, ...), targets (B,), -1 for an image that could not be read.
+
+    Raises:
+        UsageError: If no image of the batch could be read.
+    """
+    missing = targets == UNREADABLE
+    if not missing.any():
+        return images, targets
+    readable = torch.nonzero(~missing).flatten()
+    if len(readable) == 0:
+        raise UsageError(f"none of the {len(targets)} images of a batch can be read")
+    places = torch.arange(len(targets), device=targets.device)
+    rows = torch.where(missing, readable[places % len(readable)], places)
+    return images[rows], targets[rows]
+
+
+def loaded(batches: Iterable[T]) -> Iterator[T]:
+    """Yields batches; what goes wrong in a worker process is a UsageError in one line.
+
+    Raises:
+        UsageError: If a worker process failed or died.
+    """
+    try:
+        yield from batches
+    except UsageError as error:
+        raise UsageError(_last_line(error)) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UsageError(
+            f"a data worker died ({_last_line(error)}): out of memory? Fewer --workers need less"
+        ) from error
+    except Exception as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise UsageError(f"a data worker failed: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Returns what an error of a worker says, without the traceback that torch puts before it."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.strip().rpartition("\n")[2].removeprefix("timm_lt.registry.UsageError: ")

@@ -1,0 +1,185 @@
+"""From a recipe to objects: everything is checked and made before anything is written."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import timm.data
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from timm_lt.accelerator import available_cores, create_accelerator, set_cpu_threads
+from timm_lt.console import log, progress, start_logging
+from timm_lt.data import Splits, create_augmentation, create_splits
+from timm_lt.data.images import Images
+from timm_lt.data.sources import Split
+from timm_lt.fitting import check_fit_options
+from timm_lt.losses import create_loss
+from timm_lt.model import create_model
+from timm_lt.recipe.schema import Recipe, RunOptions
+from timm_lt.registry import UsageError, check_integer
+from timm_lt.run_folder import LOGS, prepare_run_folder
+from timm_lt.samplers import ClassSampler, create_sampler
+from timm_lt.training import check_batch_size, check_model, check_optimization, check_update
+
+# The augmentation that is timm's: images are decoded when they are drawn.
+TIMM = "timm"
+
+
+@dataclass
+class Run:
+    """A recipe turned into objects, and what is noted while it runs.
+
+    Attributes:
+        seconds: Wall time of what was done.
+        kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
+        unreadable: How many images of each split could not be read.
+    """
+
+    name: str
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    splits: Splits
+    images: Mapping[str, Images]
+    sampler: ClassSampler
+    loss: nn.Module
+    model: nn.Module
+    seconds: dict[str, Any]
+    kept_epoch: int = 0
+    unreadable: dict[str, int] = field(default_factory=dict)
+
+
+def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
+    """Checks a recipe, makes its parts, and claims its folder when all of them are right.
+
+    Args:
+        name: Name of the recipe.
+        folder: Folder of the run.
+        recipe: What to run.
+        options: How to run it.
+
+    Raises:
+        UsageError: For whatever is wrong with the recipe, the data or the folder.
+    """
+    check_heads(recipe)
+    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
+    accelerator = create_accelerator(
+        mixed_precision=recipe.mixed_precision,
+        accumulation_steps=recipe.accumulation_steps,
+        compiled=options.compile,
+        tracker=options.tracker,
+        folder=folder / LOGS,
+    )
+    set_cpu_threads(options.threads)
+    start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    started = time.perf_counter()
+    with progress(f"making {recipe.data.name}", None):
+        splits = create_splits(recipe.data.name, root=recipe.data.root, **recipe.data.options)
+        sampler = create_sampler(
+            recipe.sampler.name,
+            splits.labels["train"],
+            seed=recipe.seed,
+            num_classes=splits.num_classes,
+            **recipe.sampler.options,
+        )
+        check_batch_size(
+            recipe.batch_size,
+            len(sampler),
+            accelerator.num_processes,
+            accelerator.gradient_accumulation_steps,
+        )
+        loss = create_loss(
+            recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
+        )
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        check_update(
+            loss,
+            batch=recipe.batch_size // parts,
+            mixup=recipe.mixup.arguments(),
+            ema=recipe.ema.arguments(),
+            clip_grad=recipe.clip_grad,
+            clip_mode=recipe.clip_mode,
+        )
+        model = create_network(recipe, splits.num_classes)
+        images = create_images(recipe, splits, model, workers=options.workers)
+        check_model(model, images["val"])
+    seconds = {"data": time.perf_counter() - started}
+    log.info("%s", describe(recipe, splits, model))
+    if accelerator.is_main_process:
+        prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+    accelerator.wait_for_everyone()
+    if options.tracker != "none":
+        accelerator.init_trackers(name)
+    return Run(name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds)
+
+
+def check_heads(recipe: Recipe) -> None:
+    """Checks the heads of a recipe and their options."""
+    if not recipe.heads:
+        raise UsageError("the recipe has no heads to fit; give at least one under heads:")
+    for name, options in recipe.heads.items():
+        check_fit_options(name, options)
+
+
+def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
+    """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    model = recipe.model
+    try:
+        return create_model(model.name, model.pretrained, num_classes=num_classes, **model.options)
+    except TypeError as error:
+        raise UsageError(f"model.options: {error}") from error
+
+
+def create_images(
+    recipe: Recipe, splits: Splits, model: nn.Module, *, workers: int | None
+) -> dict[str, Images]:
+    """Returns the images of every split as the model takes them; only train is augmented."""
+    data = recipe.data
+    config = timm.data.resolve_data_config(model=model)
+    size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
+    images: dict[str, Images] = {}
+    if data.augmentation == TIMM:
+        # As many for each process that trains as there are cores for it.
+        number = torch.get_num_threads() if workers is None else workers
+        check_integer("workers", number, minimum=0, maximum=64 * available_cores())
+        preprocessing = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        for split in get_args(Split):
+            images[split] = splits.stored_images(
+                split,
+                size=size,
+                preprocessing=preprocessing,
+                augmentation=data.augmentation_options if split == "train" else None,
+                seed=recipe.seed,
+                workers=number,
+                unreadable=data.unreadable,
+            )
+        return images
+    if workers:
+        raise UsageError("--workers decode images for data.augmentation timm; leave it out")
+    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
+    for split in get_args(Split):
+        images[split] = splits.images(
+            split,
+            size=size,
+            mean=config["mean"],
+            std=config["std"],
+            augmentation=augmentation if split == "train" else None,
+            seed=recipe.seed,
+            unreadable=data.unreadable,
+        )
+    return images
+
+
+def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
+    """Returns a line about data and model for the log."""
+    counts, parameters = splits.class_counts, sum(p.numel() for p in model.parameters())
+    return (
+        f"{recipe.data.name}: {int(counts.sum()):,} training images of {len(counts)} classes, "
+        f"{int(counts.max())} to {int(counts.min())} per class; {recipe.model.name} with "
+        f"{parameters:,} parameters"
+    )

@@ -1,0 +1,13 @@
+"""The representation stage: training the backbone with its joint classifier, resumable exactly."""
+
+from timm_lt.training.checks import check_batch_size as check_batch_size
+from timm_lt.training.checks import check_model as check_model
+from timm_lt.training.checks import check_optimization as check_optimization
+from timm_lt.training.history import EpochRecord as EpochRecord
+from timm_lt.training.history import best_record as best_record
+from timm_lt.training.history import describe_history as describe_history
+from timm_lt.training.history import representation_seconds as representation_seconds
+from timm_lt.training.loop import train_representation as train_representation
+from timm_lt.training.state import TrainingState as TrainingState
+from timm_lt.training.update import check_update as check_update
+from timm_lt.training.validate import EVAL_BATCH_SIZE as EVAL_BATCH_SIZE

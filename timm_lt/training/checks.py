@@ -1,0 +1,99 @@
+"""What is checked before training starts, so that no hour is lost to a typing error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from timm_lt.data.images import Images
+from timm_lt.heads import Head, get_head
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+
+STEPPED_PER_UPDATE = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+SCHEDULERS = (*STEPPED_PER_UPDATE, "plateau")
+LOOKAHEAD = "lookahead_"
+
+
+def check_batch_size(
+    batch_size: int, num_images: int, num_processes: int, accumulation_steps: int = 1
+) -> None:
+    """Checks that an epoch has a batch and that processes and accumulation can share one.
+
+    Raises:
+        UsageError: If not.
+    """
+    check_integer("batch_size", batch_size, minimum=1)
+    if batch_size > num_images:
+        raise UsageError(f"batch_size {batch_size} exceeds the {num_images} images of an epoch")
+    if batch_size % num_processes:
+        raise UsageError(
+            f"batch_size {batch_size} counts images over all processes and must be a multiple of "
+            f"their number, {num_processes}"
+        )
+    if batch_size % (num_processes * accumulation_steps):
+        raise UsageError(
+            f"batch_size {batch_size} counts images per update: with accumulation_steps "
+            f"{accumulation_steps} on {num_processes} processes it must be a multiple of "
+            f"{num_processes * accumulation_steps}"
+        )
+
+
+def check_optimization(
+    optimizer: Mapping[str, Any], scheduler: Mapping[str, Any], epochs: int
+) -> None:
+    """Checks what :func:`train_representation` will hand to timm, by creating both for nothing.
+
+    Args:
+        optimizer: Arguments of ``timm.optim.create_optimizer_v2``.
+        scheduler: Arguments of ``timm.scheduler.create_scheduler_v2``.
+        epochs: Number of epochs.
+
+    Raises:
+        UsageError: If a name or an argument is unknown, or a value is out of its range.
+    """
+    check_integer("epochs", epochs, minimum=1)
+    known = tuple(str(name) for name in list_optimizers())
+    check_choice("optimizer", str(optimizer["opt"]).removeprefix(LOOKAHEAD), known)
+    check_number("optimizer.lr", optimizer["lr"], "(0, inf)")
+    check_number("optimizer.weight_decay", optimizer.get("weight_decay", 0.0), "[0, inf)")
+    check_number("optimizer.momentum", optimizer.get("momentum", 0.9), "[0, 1)")
+    check_choice("scheduler", scheduler.get("sched", "cosine"), SCHEDULERS)
+    check_number("scheduler.warmup_epochs", scheduler.get("warmup_epochs", 0), f"[0, {epochs}]")
+    try:
+        dummy = create_optimizer_v2(nn.Linear(1, 1), **optimizer)
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise UsageError(f"optimizer: {error}") from error
+    try:
+        _, total = create_scheduler_v2(
+            dummy,
+            num_epochs=epochs,
+            step_on_epochs=scheduler.get("sched") == "plateau",
+            updates_per_epoch=1,
+            **scheduler,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"scheduler: {error}") from error
+    if total != epochs:
+        raise UsageError(f"this scheduler takes {total} epochs; give epochs: {total}, or lower it")
+
+
+def check_model(model: nn.Module, images: Images) -> None:
+    """Checks that heads can be put on a model and that it takes images of this size.
+
+    Raises:
+        UsageError: If not.
+    """
+    classifier = get_head(model)
+    if isinstance(classifier, Head) and classifier.kind != "linear":
+        raise UsageError(
+            "the representation stage trains the joint classifier: leave head= out of model.options"
+        )
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, *images.size))
+    except (RuntimeError, AssertionError) as error:
+        size = (3, *images.size)
+        raise UsageError(f"the model does not take images of size {size}: {error}") from error

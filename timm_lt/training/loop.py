@@ -1,0 +1,312 @@
+"""The loop of the representation stage.
+
+Every epoch is a function of (seed, epoch) and the state at its start: the sampler, the augmentation
+and the global random state are seeded from these two. A run that is killed and resumed therefore
+ends with the same weights, bit for bit on one CPU process with the same number of threads.
+"""
+
+import copy
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from rich.progress import Progress
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from timm_lt.console import advance, log, progress
+from timm_lt.data.draws import NumberedSampler
+from timm_lt.data.images import Images
+from timm_lt.data.reading import loaded, without_unreadable
+from timm_lt.registry import UsageError, check_choice, check_integer
+from timm_lt.samplers import ClassSampler
+from timm_lt.training.checks import check_batch_size, check_optimization
+from timm_lt.training.history import EpochRecord, best_record, log_epoch
+from timm_lt.training.state import BEST, EMA, TrainingState
+from timm_lt.training.update import (
+    ClipMode,
+    Losses,
+    Update,
+    check_update,
+    cpu_copy,
+    create_ema,
+    create_mixup,
+)
+from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
+
+Keep = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the representation stage leaves.
+
+    Attributes:
+        model: The trained model, not wrapped for several processes.
+        history: One record per epoch, including those of a resumed run.
+        kept: The epoch whose weights the model has, 1-based.
+    """
+
+    model: nn.Module
+    history: list[EpochRecord]
+    kept: int
+
+
+def train_representation(
+    model: nn.Module,
+    train: Images,
+    sampler: ClassSampler,
+    loss: nn.Module,
+    *,
+    accelerator: Accelerator,
+    epochs: int,
+    batch_size: int = 128,
+    optimizer: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    clip_grad: float | None = None,
+    clip_mode: ClipMode = "norm",
+    mixup: Mapping[str, Any] | None = None,
+    mixup_off_epoch: int | None = None,
+    ema: Mapping[str, Any] | None = None,
+    val: Images | None = None,
+    validate_every: int = 1,
+    keep: Keep = "best",
+    class_counts: Tensor | None = None,
+    state: TrainingState | None = None,
+    seed: int = 0,
+) -> Training:
+    """Trains a model on all its parameters.
+
+    Args:
+        model: A timm model with its joint classifier; it is changed in place, except under FSDP.
+        train: Training images.
+        sampler: Order of the training images; it defines the length of an epoch.
+        loss: Maps (logits (B, C), targets (B,)) to a scalar; with mixup, targets are (B, C).
+        accelerator: From :func:`create_accelerator`, which also says over how many batches the
+            gradient of an update is summed.
+        epochs: Number of epochs, >= 1.
+        batch_size: Images per update over all processes; a last batch that is not full is left
+            out.
+        optimizer: Arguments of ``timm.optim.create_optimizer_v2``, e.g. ``{"opt": "sgd", "lr":
+            .1}``.
+        scheduler: Arguments of ``timm.scheduler.create_scheduler_v2``; it steps at every update,
+            the one called plateau after every validation.
+        clip_grad: Threshold of the gradient, > 0; None does not clip.
+        clip_mode: Of what: ``"norm"`` of all gradients, each ``"value"``, or ``"agc"``, the norm of
+            each unit relative to that of its weights.
+        mixup: Arguments of ``timm.data.Mixup``; without an alpha above 0, images are not mixed.
+        mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
+        ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are what
+            is validated and what goes on.
+        val: Validation images.
+        validate_every: Epochs from one validation to the next, >= 1; the last is always validated.
+        keep: Whose weights go on: those of the ``"best"`` overall accuracy on validation (the first
+            such epoch) or of the ``"last"`` epoch. Without ``val`` they are the last.
+        class_counts: Training images per class (C,), for the shot groups of validation.
+        state: Where to save after each epoch, and to go on from.
+        seed: Seed of everything random beside the sampler and the augmentation.
+
+    Raises:
+        UsageError: If the batch size does not fit the data or the processes, an option is unknown,
+            an image cannot be read, or the loss is not finite.
+    """
+    check_choice("keep", keep, get_args(Keep))
+    check_integer("validate_every", validate_every, minimum=1)
+    loop = _Loop(
+        model,
+        train,
+        sampler,
+        accelerator,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer={"opt": "sgd", "lr": 0.1, **(optimizer or {})},
+        scheduler=dict(scheduler or {}),
+        ema=ema,
+        val=val,
+        class_counts=class_counts,
+        seed=seed,
+    )
+    batch = loop.batch_size // accelerator.num_processes
+    check_update(loss, batch=batch, mixup=mixup, ema=ema, clip_grad=clip_grad, clip_mode=clip_mode)
+    num_classes = int(train.labels.max()) + 1 if class_counts is None else len(class_counts)
+    mixing = create_mixup(mixup, num_classes, batch)
+    update = Update(
+        loop.model,
+        loop.optimizer,
+        loss.to(accelerator.device),
+        accelerator,
+        mixup=mixing,
+        ema=loop.ema,
+        clip_grad=clip_grad,
+        clip_mode=clip_mode,
+    )
+    best: dict[str, Tensor] | None = None
+    history = loop.resume(state)
+    if state is not None and history and keep == "best":
+        best = loop.saved_best(state, history)
+    with progress("training", epochs * loop.updates, unit="updates") as bar:
+        advance(bar, len(history) * loop.updates)
+        for epoch in range(len(history), epochs):
+            if mixing is not None and mixup_off_epoch is not None:
+                mixing.mixup_enabled = epoch < mixup_off_epoch
+            validated = (epoch + 1) % validate_every == 0 or epoch + 1 == epochs
+            history.append(loop.epoch(epoch, update, bar, validated=validated))
+            log_epoch(history, epochs, accelerator)
+            improved = keep == "best" and best_record(history) is history[-1]
+            if improved:
+                best = loop.weights()
+            if state is not None:
+                averaged = None if loop.ema is None else cpu_copy(loop.ema.module.state_dict())
+                state.save(history, ema=averaged, best=best if improved else None)
+    chosen = best_record(history) if keep == "best" else None
+    weights = loop.weights() if best is None else best
+    return Training(loop.finish(weights), history, (chosen or history[-1]).epoch)
+
+
+class _Loop:
+    """What is prepared once and used in every epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Images,
+        sampler: ClassSampler,
+        accelerator: Accelerator,
+        *,
+        epochs: int,
+        batch_size: int,
+        optimizer: Mapping[str, Any],
+        scheduler: dict[str, Any],
+        ema: Mapping[str, Any] | None,
+        val: Images | None,
+        class_counts: Tensor | None,
+        seed: int,
+    ) -> None:
+        steps = accelerator.gradient_accumulation_steps
+        check_batch_size(batch_size, len(sampler), accelerator.num_processes, steps)
+        check_optimization(optimizer, scheduler, epochs)
+        self.accelerator, self.seed = accelerator, seed
+        self.skips = train.unreadable == "skip"
+        self.class_counts = class_counts
+        self.updates = len(sampler) // batch_size
+        self.batch_size, self.batches_per_update = batch_size // steps, steps
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        # Wrapped by FSDP, a model cannot be unwrapped again.
+        self._unwrapped = copy.deepcopy(model) if self.sharded else None
+        self.ema = create_ema(ema, model)
+        if self.ema is not None:
+            if self.sharded:
+                raise UsageError("ema.decay does not work under FSDP: leave it out")
+            self.ema.to(accelerator.device).to(memory_format=torch.channels_last)
+        raw_optimizer = create_optimizer_v2(model, **optimizer)
+        self.plateau = scheduler.get("sched") == "plateau"
+        if self.plateau and val is None:
+            raise UsageError("scheduler plateau needs a validation split")
+        self.schedule, _ = create_scheduler_v2(
+            raw_optimizer,
+            num_epochs=epochs,
+            step_on_epochs=self.plateau,
+            updates_per_epoch=self.updates,
+            **scheduler,
+        )
+        draws = NumberedSampler(sampler, len(train), self.updates * batch_size)
+        self.loader = train.train_loader(self.batch_size, draws, accelerator)
+        self.val_loader = None if val is None else val.eval_loader(EVAL_BATCH_SIZE, accelerator)
+        model.to(memory_format=torch.channels_last)
+        self.model, self.optimizer = accelerator.prepare(model, raw_optimizer)
+
+    def resume(self, state: TrainingState | None) -> list[EpochRecord]:
+        """Loads the last state, if there is one, and returns its history."""
+        history = [] if state is None else state.load()
+        if state is None or not history:
+            return []
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.load_weights(EMA, history[-1].epoch))
+        if self.plateau:
+            for record in history:
+                self._step_plateau(record)
+        log.info("resumed after epoch %d", history[-1].epoch)
+        return history
+
+    def saved_best(
+        self, state: TrainingState, history: list[EpochRecord]
+    ) -> dict[str, Tensor] | None:
+        """Returns the best weights so far, if an epoch was validated."""
+        found = best_record(history) is not None
+        return state.load_weights(BEST, history[-1].epoch) if found else None
+
+    def epoch(self, epoch: int, update: Update, bar: Progress, *, validated: bool) -> EpochRecord:
+        """Trains for one epoch, 0-based."""
+        started = time.perf_counter()
+        _seed_epoch(self.seed, epoch, self.accelerator.process_index)
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        losses = Losses(epoch + 1, self.batches_per_update, self.accelerator)
+        for number, batch in enumerate(loaded(self.loader)):
+            step = epoch * self.updates + number // self.batches_per_update
+            if not self.plateau and number % self.batches_per_update == 0:
+                self.schedule.step_update(step)
+            images, targets = without_unreadable(*batch) if self.skips else batch
+            losses.add(update(images, targets, step))
+            if (number + 1) % self.batches_per_update == 0:
+                advance(bar)
+        loss = losses.mean()
+        trained = time.perf_counter() - started
+        record = EpochRecord(
+            epoch=epoch + 1,
+            loss=loss,
+            lr=self.optimizer.param_groups[0]["lr"],
+            images_per_second=self.updates * self.batch_size * self.batches_per_update / trained,
+            val=self._validate() if validated else {},
+            seconds=time.perf_counter() - started,
+        )
+        if self.plateau:
+            self._step_plateau(record)
+        return record
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns a copy of the weights that would go on now, on the CPU."""
+        if self.ema is not None:
+            return cpu_copy(self.ema.module.state_dict())
+        if self.sharded:
+            return cpu_copy(self.accelerator.get_state_dict(self.model))
+        raw = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return cpu_copy(raw.state_dict())
+
+    def finish(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Returns the model, unwrapped, with these weights."""
+        if self._unwrapped is not None:
+            # Only the main process has them.
+            weights = broadcast_object_list([weights])[0]
+            model = self._unwrapped.to(self.accelerator.device)
+        else:
+            model = self.accelerator.unwrap_model(
+                self.model, keep_fp32_wrapper=False, keep_torch_compile=False
+            )
+        model.load_state_dict(weights)
+        return model
+
+    def _validate(self) -> dict[str, float | None]:
+        if self.val_loader is None:
+            return {}
+        model = self.model if self.ema is None else self.ema.module
+        return validate(model, self.val_loader, self.accelerator, self.class_counts)
+
+    def _step_plateau(self, record: EpochRecord) -> None:
+        if record.val:
+            self.schedule.step(record.epoch, record.score)
+
+
+def _seed_epoch(seed: int, epoch: int, process: int) -> None:
+    # For dropout, mixup and the like; each process has its own images, so its own numbers.
+    words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002
+    random.seed(int(words[0]))

@@ -1,0 +1,191 @@
+"""The state of a training run on disk: whole or not there, and checked before it is believed."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial as bind
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from timm_lt.console import log
+from timm_lt.files import file_sha256, read_json, write_json
+from timm_lt.registry import UsageError
+from timm_lt.training.history import EpochRecord
+
+HISTORY = "history.json"
+MANIFEST = "manifest.json"
+EMA = "ema.safetensors"
+BEST = "best.safetensors"
+# What reading a file that is not what accelerate wrote may raise.
+DAMAGE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
+# States that are kept: if the last is damaged, there is one before it.
+KEPT = 2
+
+Weights = Mapping[str, Tensor]
+T = TypeVar("T")
+
+
+class TrainingState:
+    """The folder in which a run keeps what it needs to go on: one sub-folder per saved epoch.
+
+    A sub-folder is written under another name, with the digests of its files, and renamed when it
+    is whole and on the disk: a kill at any moment leaves the one before it, and a file that was
+    damaged since is noticed.
+
+    Args:
+        folder: Where the state lies; over several machines, a folder that they share.
+        accelerator: Saves and loads model, optimiser and scaler.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self.folder = folder
+        self.accelerator = accelerator
+
+    def saved_epochs(self) -> list[int]:
+        """Returns the epochs after which a state was saved, ascending."""
+        names = [path.name for path in self.folder.glob("epoch_*")]
+        return sorted(int(name[6:]) for name in names if re.fullmatch(r"epoch_\d+", name))
+
+    def save(
+        self,
+        history: Sequence[EpochRecord],
+        *,
+        ema: Weights | None = None,
+        best: Weights | None = None,
+    ) -> None:
+        """Saves the state after the last epoch of the history and drops all but the one before.
+
+        Args:
+            history: Every epoch so far.
+            ema: Averaged weights, if there are.
+            best: The best weights so far, if they are this epoch's; None keeps those of the state
+                before it.
+
+        Raises:
+            UsageError: If it cannot be written; what was written of it is removed.
+        """
+        epoch = history[-1].epoch
+        partial = self.folder / f".partial_{epoch:04d}"
+        try:
+            self._prepare(partial)
+            self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                self._complete(partial, history, ema, best)
+                partial.rename(self._path(epoch))
+                _flush(self.folder)
+                self._drop(self.saved_epochs()[:-KEPT])
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            saved = self.saved_epochs()
+            there = f"the one after epoch {saved[-1]} is whole" if saved else "there is no other"
+            raise UsageError(
+                f"the training state after epoch {epoch} cannot be written to {self.folder} "
+                f"({error}); {there}: make room and go on with --resume"
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> list[EpochRecord]:
+        """Loads the last state that is whole and returns its history; without any, [].
+
+        Raises:
+            UsageError: If there are states and all of them are damaged.
+        """
+        for epoch in reversed(self._shared(self.saved_epochs)):
+            folder = self._path(epoch)
+            problem = self._shared(bind(find_damage, folder))
+            try:
+                if problem is None:
+                    self.accelerator.load_state(str(folder))
+                    stored = read_json(folder / HISTORY)["epochs"]
+                    self._drop([later for later in self.saved_epochs() if later > epoch])
+                    return [EpochRecord(**record) for record in stored]
+            except DAMAGE as error:
+                problem = str(error)
+            log.warning("the training state %s is damaged (%s)", folder, problem)
+        if self._shared(self.saved_epochs):
+            raise UsageError(
+                f"every training state in {self.folder} is damaged; start again with --overwrite"
+            )
+        return []
+
+    def load_weights(self, name: str, epoch: int) -> dict[str, Tensor]:
+        """Loads the averaged or the best weights that were saved after an epoch."""
+        return load_file(self._path(epoch) / name)
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch_{epoch:04d}"
+
+    def _prepare(self, partial: Path) -> None:
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".partial_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+    def _complete(
+        self,
+        partial: Path,
+        history: Sequence[EpochRecord],
+        ema: Weights | None,
+        best: Weights | None,
+    ) -> None:
+        """Adds what accelerate does not know, and puts all of it on the disk."""
+        write_json(partial / HISTORY, {"epochs": [asdict(record) for record in history]})
+        if ema is not None:
+            save_file(dict(ema), partial / EMA)
+        if best is not None:
+            save_file(dict(best), partial / BEST)
+        elif self.saved_epochs():
+            before = self._path(self.saved_epochs()[-1]) / BEST
+            if before.is_file():
+                shutil.copyfile(before, partial / BEST)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        digests = {str(path.relative_to(partial)): file_sha256(path) for path in sorted(files)}
+        write_json(partial / MANIFEST, digests)
+        for path in [*files, partial]:
+            _flush(path)
+
+    def _drop(self, epochs: Sequence[int]) -> None:
+        """Removes saved states."""
+        if not self.accelerator.is_main_process:
+            return
+        for epoch in epochs:
+            # Under another name first: half of it is not to be taken for a state.
+            doomed = self.folder / f".partial_{epoch:04d}"
+            self._path(epoch).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _shared(self, look: Callable[[], T]) -> T:
+        """Returns what the main process sees, on every process: they must agree."""
+        seen: list[T | None] = [look() if self.accelerator.is_main_process else None]
+        shared: list[T] = broadcast_object_list(seen)
+        return shared[0]
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compares the files of a saved state with their digests; returns what is wrong, or None."""
+    try:
+        digests = read_json(folder / MANIFEST)
+        for name, digest in digests.items():
+            if file_sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (UsageError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

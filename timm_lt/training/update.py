@@ -1,0 +1,226 @@
+"""One update of the weights: mixup, loss, gradients, clipping, and their moving average."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.data import Mixup
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+
+from timm_lt.registry import UsageError, check_choice, check_number, unknown_name
+
+ClipMode = Literal["norm", "value", "agc"]
+# Batches after which losses are looked at: it waits for the device.
+LOOK_EVERY = 50
+
+
+def create_mixup(options: Mapping[str, Any] | None, num_classes: int, batch: int) -> Mixup | None:
+    """Creates timm's mixup and cutmix; None if neither has an alpha.
+
+    Args:
+        options: Arguments of ``timm.data.Mixup``, of which label smoothing is the loss's.
+        num_classes: C; targets become (B, C).
+        batch: Images that are mixed with each other.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or the batch is odd.
+    """
+    given = dict(options or {})
+    _check_names("mixup", Mixup, given)
+    for name in ("label_smoothing", "num_classes"):
+        if name in given:
+            raise UsageError(f"mixup.{name} is not set here: smoothing is an option of the loss")
+    for name, interval in {
+        "mixup_alpha": "[0, inf)",
+        "cutmix_alpha": "[0, inf)",
+        "prob": "[0, 1]",
+        "switch_prob": "[0, 1]",
+    }.items():
+        check_number(f"mixup.{name}", given.get(name, 0.0), interval)
+    check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
+    mixup_alpha = given.setdefault("mixup_alpha", 0.0)
+    if not mixup_alpha and not given.get("cutmix_alpha") and not given.get("cutmix_minmax"):
+        return None
+    if batch % 2:
+        raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
+    return Mixup(label_smoothing=0.0, num_classes=num_classes, **given)
+
+
+def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
+    """Creates timm's moving average of all weights; None without options or without a decay.
+
+    Args:
+        options: Arguments of ``timm.utils.ModelEmaV3``.
+        model: The model before it is prepared.
+
+    Raises:
+        UsageError: If an option is unknown or the decay is out of range.
+    """
+    given = dict(options or {})
+    _check_names("ema", ModelEmaV3, given)
+    if given.get("decay") is None:
+        if given:
+            raise UsageError(f"ema.{next(iter(given))} has no effect without ema.decay")
+        return None
+    check_number("ema.decay", given["decay"], "[0, 1)")
+    return ModelEmaV3(model, **given)
+
+
+def _check_names(owner: str, part: type, options: Mapping[str, Any]) -> None:
+    """Checks that the constructor of a class of timm takes some options."""
+    names = list(inspect.signature(part).parameters)
+    for name in options:
+        if name not in names:
+            raise unknown_name(f"option of {owner}:", name, names)
+
+
+def check_update(
+    loss: nn.Module,
+    *,
+    batch: int,
+    mixup: Mapping[str, Any] | None = None,
+    ema: Mapping[str, Any] | None = None,
+    clip_grad: float | None = None,
+    clip_mode: str = "norm",
+) -> None:
+    """Checks what an update is made of; see :func:`train_representation` for the arguments.
+
+    Args:
+        loss: What is minimised.
+        batch: Images that a process takes at once.
+        mixup: As there.
+        ema: As there.
+        clip_grad: As there.
+        clip_mode: As there.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or the loss takes no mixed targets.
+    """
+    check_choice("clip_mode", clip_mode, get_args(ClipMode))
+    if clip_grad is not None:
+        check_number("clip_grad", clip_grad, "(0, inf)")
+    create_ema(ema, nn.Linear(1, 1))
+    mixed = create_mixup(mixup, num_classes=1, batch=batch) is not None
+    if mixed and not getattr(loss, "takes_soft_targets", False):
+        raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
+
+
+class Update:
+    """Computes gradients batch by batch and moves the weights when enough have been summed.
+
+    Args:
+        model: The prepared model.
+        optimizer: The prepared optimiser.
+        loss: Maps (logits, targets) to a scalar.
+        accelerator: Knows how many batches make an update.
+        mixup: Mixes the images of a batch, or None.
+        ema: Follows the weights, or None.
+        clip_grad: Threshold of the gradient, or None.
+        clip_mode: What the threshold is of: the norm of all, each value, or the norm of each unit
+            relative to its weights (adaptive gradient clipping).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        loss: nn.Module,
+        accelerator: Accelerator,
+        *,
+        mixup: Mixup | None,
+        ema: ModelEmaV3 | None,
+        clip_grad: float | None,
+        clip_mode: ClipMode,
+    ) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.accelerator, self.mixup, self.ema = accelerator, mixup, ema
+        self.clip_grad, self.clip_mode = clip_grad, clip_mode
+        self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
+        self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Takes one batch; returns its loss. ``step`` counts updates from the beginning."""
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        images = images.to(memory_format=torch.channels_last)
+        with self.accelerator.accumulate(self.model):
+            value: Tensor = self.loss(self.model(images), targets)
+            options = {"create_graph": True} if self._second_order else {}
+            self.accelerator.backward(value, **options)
+            if self.accelerator.sync_gradients and self.clip_grad is not None:
+                self._clip(self.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients and self.ema is not None:
+                self.ema.update(self._raw, step=step)
+        return value.detach()
+
+    def _clip(self, threshold: float) -> None:
+        if self.clip_mode == "norm":
+            self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
+        elif self.clip_mode == "value":
+            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
+        else:
+            self.accelerator.unscale_gradients()
+            # As Brock et al. (2021) have it, the classifier is left alone.
+            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
+
+
+class Losses:
+    """The losses of an epoch, on the device until somebody looks.
+
+    Args:
+        epoch: 1-based, for the message.
+        per_update: Batches per update.
+        accelerator: Gathers from all processes, so that all of them stop.
+    """
+
+    def __init__(self, epoch: int, per_update: int, accelerator: Accelerator) -> None:
+        self._epoch, self._per_update, self._accelerator = epoch, per_update, accelerator
+        self._values: list[Tensor] = []
+        self._looked_at: list[Tensor] = []
+
+    def add(self, value: Tensor) -> None:
+        """Takes the loss of the next batch.
+
+        Raises:
+            UsageError: If a loss is not finite.
+        """
+        self._values.append(value)
+        if len(self._values) == LOOK_EVERY:
+            self._look()
+
+    def mean(self) -> float:
+        """Returns the mean over the epoch and all processes."""
+        self._look()
+        return float(torch.cat(self._looked_at).mean())
+
+    def _look(self) -> None:
+        if not self._values:
+            return
+        values = self._accelerator.reduce(torch.stack(self._values), "mean").double().cpu()
+        first = sum(map(len, self._looked_at))
+        self._looked_at.append(values)
+        self._values = []
+        wrong = torch.nonzero(~values.isfinite()).flatten()
+        if len(wrong):
+            update = (first + int(wrong[0])) // self._per_update + 1
+            raise UsageError(
+                f"the loss became {float(values[wrong[0]])} in epoch {self._epoch}, update "
+                f"{update}: lower the learning rate (optimizer.lr), clip gradients (clip_grad), or "
+                "use mixed_precision=no; the state after the last epoch before it is kept"
+            )
+
+
+def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copy of weights on the CPU."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
