@@ -343,7 +343,7 @@ def test_iterable_data_sets_load_as_in_timm():
         ({"sampler": create_sampler("reversed", [0, 1])}, "from 2 labels, but the data set has 37"),
         (
             {"batch_size": 41, "is_training": True},
-            "an epoch has 40 images, fewer than batch_size=4",
+            "the 40 images of an epoch do not fill a batch of 41",
         ),
     ],
 )
@@ -501,6 +501,7 @@ def ranks_of_accelerate(folder):
             error_of(sampler=balanced()),
             error_of(accelerator=accelerator, batch_size=3),
             error_of(accelerator=accelerator, **SCHEDULED, is_training=True),
+            error_of(accelerator=accelerator, batch_size=32, is_training=True),
         ]
         AcceleratorState._reset_state(reset_partial_state=False)
     (Path(folder) / f"{found['rank']}.json").write_text(json.dumps(found))
@@ -587,10 +588,14 @@ def test_two_processes_of_accelerate(tmp_path):
                 assert evaluation[str(num_images)] == list(range(num_images))
             for n in (5, 8, 11):
                 assert evaluation[f"draws {n}"] == stream(balanced(num_samples=n), 0)
-            without, odd, unseeded = rank[f"errors {split_batches}"]
+            without, odd, unseeded, short = rank[f"errors {split_batches}"]
             assert "accelerate runs 2 processes" in without
             assert ("batch_size 3 is shared by 2 processes" in odd) == (split_batches == "True")
             assert "input_size_choices over several processes needs a sampler" in unseeded
+            # 37 images fill one batch of 32, but not one in each of two processes.
+            assert ("37 images of an epoch do not fill a batch of 32" in short) == (
+                split_batches == "False"
+            )
 
 
 @pytest.mark.slow
