@@ -1,6 +1,7 @@
 """timm's loader over any sampler: the images that it shows, in one process and in two."""
 
 import collections
+import inspect
 import json
 import multiprocessing
 import os
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 import timm_lt
 import train_lt
 from timm_lt.data import loader as loader_module
-from timm_lt.data.sharing import SETTINGS
 from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent
@@ -195,7 +195,9 @@ def test_every_other_setting_stays_and_no_worker_starts(options):
         assert ours.mean.equal(theirs.mean)
         ours, theirs = ours.loader, theirs.loader
     assert type(ours) is type(theirs)
-    for name in (*SETTINGS, "batch_size", "drop_last"):
+    # Whatever a DataLoader has, in this version of torch.
+    settings = set(inspect.signature(DataLoader).parameters)
+    for name in settings - {"dataset", "shuffle", "sampler", "batch_sampler"}:
         mine, other = getattr(ours, name), getattr(theirs, name)
         if name == "worker_init_fn":
             mine, other = ((f.func, f.keywords) for f in (mine, other))
@@ -391,6 +393,18 @@ def test_accelerate_in_one_process(one_process, split_batches, use_prefetcher):
     assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (0, 1)]
     loader.set_epoch(7)
     assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (7, 8)]
+
+
+def test_pixels_with_accelerate_are_those_without(one_process):
+    options = {"num_workers": 0, "img_dtype": torch.float64}
+    loader, prepared = (
+        timm_lt.create_loader(Plain(noise=True), 16, 5, accelerator=accelerator, **options)
+        for accelerator in (None, one_process())
+    )
+    for (images, targets), (images_, targets_) in zip(loader, prepared, strict=True):
+        assert images_.dtype == torch.float64
+        assert images.equal(images_)
+        assert targets.equal(targets_)
 
 
 def test_scheduled_sizes_with_accelerate_in_one_process(one_process):
