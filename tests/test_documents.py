@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 
 import timm_lt
 import train_lt
@@ -30,7 +31,10 @@ def test_python_blocks_of_the_readme_run(number, capsys, request):
     packaged = CHECKPOINTS / "lt_test_resnet.glyph_lt"
     # The main job would have written this folder; the packaged checkpoint is one of the same form.
     code = code.replace("output/lt_test_resnet.glyph_lt", str(packaged))
-    exec(compile(code, f"README block {number}", "exec"), {})
+    try:
+        exec(compile(code, f"README block {number}", "exec"), {})
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     if "evaluate_logits" in code:
         assert re.search(r"all \d\d\.\d %", capsys.readouterr().out)
 

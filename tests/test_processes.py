@@ -89,7 +89,7 @@ def run(data, **options):
         data.__class__ = Noting
     accelerator.free_memory()
     model = InFloat64()
-    train_representation(
+    training = train_representation(
         model,
         data,
         timm_lt.create_sampler("class_balanced", data.labels, seed=3),
@@ -101,7 +101,8 @@ def run(data, **options):
         **options,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return {"seen": seen, "losses": losses, "norm": weights.norm().item()}
+    epochs = [record.loss for record in training.history]
+    return {"seen": seen, "losses": losses, "epochs": epochs, "norm": weights.norm().item()}
 
 
 accelerator = create_accelerator(mixed_precision="no")
@@ -180,6 +181,8 @@ def test_the_loss_curve_is_the_same(results, processes, kind):
     ranks = [rank[kind] for rank in results[processes]]
     means = [sum(losses) / processes for losses in zip(*(r["losses"] for r in ranks), strict=True)]
     assert means == pytest.approx(alone["losses"], abs=1e-9)
+    epochs = [sum(means[first : first + 5]) / 5 for first in (0, 5, 10)]
+    assert ranks[0]["epochs"] == pytest.approx(epochs, abs=1e-9)
     assert [rank["norm"] for rank in ranks] == pytest.approx([alone["norm"]] * processes, rel=1e-9)
     # The runs are not trivially equal: the curve moves.
     assert max(means) - min(means) > 0.01

@@ -79,7 +79,8 @@ def install_from_environment() -> None:
         sampler = create_sampler(name, dataset_labels(call["dataset"]), **options)
         if call.get("distributed"):
             sampler.shard(dist.get_rank(), dist.get_world_size())
-        log.info("timm_lt: training images are drawn by %s %s", name, options or "")
+        if sampler.rank == 0:
+            log.info("training images are drawn by timm_lt's sampler %s", value)
         loader = create_loader(**call, sampler=EpochsInTurn(sampler)).loader
         return loader
 

@@ -1,6 +1,7 @@
 """timm's loader over any sampler: the images that it shows, in one process and in two."""
 
 import collections
+import inspect
 import json
 import multiprocessing
 import os
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 import timm_lt
 import train_lt
 from timm_lt.data import loader as loader_module
-from timm_lt.data.sharing import SETTINGS
 from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent
@@ -163,7 +163,7 @@ def test_augmentation_is_that_of_timm():
     ((images, _),) = loader
     seed()
     torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws a seed for its workers
-    expected = torch.stack([torch.from_numpy(np.array(data[i][0])) for i in sampler]).float()
+    expected = torch.stack([torch.as_tensor(data[i][0]) for i in sampler]).float()
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     expected = loader.loader.random_erasing((expected - mean) / std)
     torch.testing.assert_close(images, expected)
@@ -195,7 +195,9 @@ def test_every_other_setting_stays_and_no_worker_starts(options):
         assert ours.mean.equal(theirs.mean)
         ours, theirs = ours.loader, theirs.loader
     assert type(ours) is type(theirs)
-    for name in (*SETTINGS, "batch_size", "drop_last"):
+    # Whatever a DataLoader has, in this version of torch.
+    settings = set(inspect.signature(DataLoader).parameters)
+    for name in settings - {"dataset", "shuffle", "sampler", "batch_sampler"}:
         mine, other = getattr(ours, name), getattr(theirs, name)
         if name == "worker_init_fn":
             mine, other = ((f.func, f.keywords) for f in (mine, other))
@@ -343,7 +345,7 @@ def test_iterable_data_sets_load_as_in_timm():
         ({"sampler": create_sampler("reversed", [0, 1])}, "from 2 labels, but the data set has 37"),
         (
             {"batch_size": 41, "is_training": True},
-            "an epoch has 40 images, fewer than batch_size=4",
+            "the 40 images of an epoch do not fill a batch of 41",
         ),
     ],
 )
@@ -391,6 +393,18 @@ def test_accelerate_in_one_process(one_process, split_batches, use_prefetcher):
     assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (0, 1)]
     loader.set_epoch(7)
     assert [flat(shown(loader)) for _ in range(2)] == [stream(sampler, e) for e in (7, 8)]
+
+
+def test_pixels_with_accelerate_are_those_without(one_process):
+    options = {"num_workers": 0, "img_dtype": torch.float64}
+    loader, prepared = (
+        timm_lt.create_loader(Plain(noise=True), 16, 5, accelerator=accelerator, **options)
+        for accelerator in (None, one_process())
+    )
+    for (images, targets), (images_, targets_) in zip(loader, prepared, strict=True):
+        assert images_.dtype == torch.float64
+        assert images.equal(images_)
+        assert targets.equal(targets_)
 
 
 def test_scheduled_sizes_with_accelerate_in_one_process(one_process):
@@ -501,6 +515,7 @@ def ranks_of_accelerate(folder):
             error_of(sampler=balanced()),
             error_of(accelerator=accelerator, batch_size=3),
             error_of(accelerator=accelerator, **SCHEDULED, is_training=True),
+            error_of(accelerator=accelerator, batch_size=32, is_training=True),
         ]
         AcceleratorState._reset_state(reset_partial_state=False)
     (Path(folder) / f"{found['rank']}.json").write_text(json.dumps(found))
@@ -587,10 +602,14 @@ def test_two_processes_of_accelerate(tmp_path):
                 assert evaluation[str(num_images)] == list(range(num_images))
             for n in (5, 8, 11):
                 assert evaluation[f"draws {n}"] == stream(balanced(num_samples=n), 0)
-            without, odd, unseeded = rank[f"errors {split_batches}"]
+            without, odd, unseeded, short = rank[f"errors {split_batches}"]
             assert "accelerate runs 2 processes" in without
             assert ("batch_size 3 is shared by 2 processes" in odd) == (split_batches == "True")
             assert "input_size_choices over several processes needs a sampler" in unseeded
+            # 37 images fill one batch of 32, but not one in each of two processes.
+            assert ("37 images of an epoch do not fill a batch of 32" in short) == (
+                split_batches == "False"
+            )
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ class Loader:
 
         It reaches the sampler, the schedule of sizes and the data set, where they have epochs, and
         accelerate, which otherwise goes on counting by itself. ``use_multi_epochs_loader`` draws
-        ahead: its epochs follow one another from the one that was set first.
+        ahead: its epochs follow one another from the one that was set first. Persistent workers
+        have copies of the data set, which are not reached.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         parts: tuple[Any, ...] = (self.sampler, self.batch_sampler, self.dataset, self.loader)
@@ -157,14 +158,14 @@ def create_loader(
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     if sampler is not None:
         inner = with_sampler(inner, sampler, options.get("num_batches"))
-    order: Any = sampler_of(inner)
-    if not isinstance(images, IterableDataset) and len(inner) == 0:
-        raise UsageError(
-            f"an epoch has {len(order)} images, fewer than batch_size={batch_size}: in "
-            "training only full batches are shown"
-        )
     prefetcher = loader if isinstance(loader, PrefetchLoader) else None
-    return Loader(inner, prefetcher, accelerator, options.get("num_batches"))
+    shown = Loader(inner, prefetcher, accelerator, options.get("num_batches"))
+    if not isinstance(images, IterableDataset) and len(shown) == 0:
+        raise UsageError(
+            f"the {len(shown.sampler)} images of an epoch do not fill a batch of {batch_size} in "
+            "every process, and in training only full batches are shown"
+        )
+    return shown
 
 
 def _check_options(

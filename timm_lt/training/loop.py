@@ -220,7 +220,9 @@ class _Loop:
         draws = NumberedSampler(sampler, len(train), self.updates * batch_size)
         self.loader = train.train_loader(self.batch_size, draws, accelerator)
         self.val_loader = None if val is None else val.eval_loader(EVAL_BATCH_SIZE, accelerator)
-        model.to(memory_format=torch.channels_last)
+        if not self.sharded:
+            # FSDP takes contiguous parameters only.
+            model.to(memory_format=torch.channels_last)
         self.model, self.optimizer = accelerator.prepare(model, raw_optimizer)
 
     def resume(self, state: TrainingState | None) -> list[EpochRecord]:

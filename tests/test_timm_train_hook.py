@@ -1,0 +1,198 @@
+"""TIMM_LT_SAMPLER, in scripts that import as timm's train.py does."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_lt
+from timm_lt.registry import UsageError
+from timm_lt.samplers import create_sampler
+from timm_lt.timm_train_hook import VARIABLE, EpochsInTurn, install_from_environment
+
+ROOT = Path(train_lt.__file__).parent
+COUNTS = (15, 6, 3)
+LABELS = [label for label, count in enumerate(COUNTS) for _ in range(count)]
+
+# Image i is of one colour, (i, label, 0): what is shown is read off the pixels.
+SCRIPT = """
+import importlib, json, os, sys
+import torch
+import timm.data
+from timm.data import create_dataset, create_loader
+from timm import utils
+import argparse
+
+original = create_loader
+
+
+def epochs(loader, distributed):
+    found = []
+    for epoch in range(3):
+        if distributed and hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        found.append([])
+        for images, targets in loader:
+            assert images[:, 1, 0, 0].tolist() == targets.tolist()
+            found[-1] += [int(pixel) for pixel in images[:, 0, 0, 0].tolist()]
+    return found
+
+
+def main():
+    importlib.import_module("timm_lt")
+    args = argparse.Namespace(device="cpu")
+    device = utils.init_distributed_device(args)
+    options = dict(
+        input_size=(3, 8, 8), batch_size=4, mean=(0, 0, 0), std=(1 / 255,) * 3, device=device,
+        distributed=args.distributed, color_jitter=0.0,
+    )
+    data = create_dataset("", root=sys.argv[1], split="train", is_training=True)
+    evaluation = create_loader(data, is_training=False, num_workers=0, **options)
+    training = [
+        create_loader(data, is_training=True, **options, **own) for own in json.loads(sys.argv[2])
+    ]
+    result = dict(
+        rank=args.rank,
+        kept=[name is original for name in (create_loader, timm.data.create_loader)],
+        kinds=[type(loader).__name__ for loader in training],
+        evaluation=epochs(evaluation, False)[0],
+        training=[epochs(loader, args.distributed) for loader in training],
+    )
+    with open(f"rank_{args.rank}.json", "w") as file:
+        json.dump(result, file)
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    index = 0
+    for label, count in enumerate(COUNTS):
+        root = tmp_path / "images" / "train" / f"class_{label}"
+        root.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (index, label, 0)).save(root / f"{i:02d}.png")
+            index += 1
+    return tmp_path / "images"
+
+
+WORKERS = (
+    {"num_workers": 0},
+    {"num_workers": 1, "persistent_workers": True},
+    {"num_workers": 1, "persistent_workers": False},
+    {"num_workers": 0, "use_multi_epochs_loader": True},
+    {"num_workers": 1, "use_multi_epochs_loader": True},
+)
+
+
+def launch(folder, sampler, processes=1, loaders=WORKERS):
+    script = folder.parent / "train.py"
+    script.write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if sampler is not None:
+        environment[VARIABLE] = sampler
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*python, str(script), str(folder), json.dumps(loaders)],
+        env=environment,
+        cwd=folder.parent,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+def results(folder, sampler, processes=1, **options):
+    done = launch(folder, sampler, processes, **options)
+    assert done.returncode == 0, done.stderr
+    ranks = [folder.parent / f"rank_{rank}.json" for rank in range(processes)]
+    return [json.loads(rank.read_text()) for rank in ranks]
+
+
+@pytest.mark.slow
+def test_train_py_draws_from_the_sampler(folder):
+    (found,) = results(folder, "class_balanced")
+    assert found["kept"] == [False, False]
+    assert set(found["kinds"]) == {"PrefetchLoader"}
+    assert found["evaluation"] == list(range(24))
+    expected = create_sampler("class_balanced", LABELS)
+    # The script does not set the epoch: each goes on to the next.
+    for training in found["training"]:
+        assert training == [expected.epoch_indices(epoch).tolist() for epoch in range(3)]
+    seen = collections.Counter(LABELS[i] for i in found["training"][0][1])
+    assert seen == {0: 8, 1: 8, 2: 8}
+
+
+@pytest.mark.slow
+def test_without_the_variable_nothing_is_touched(folder):
+    (found,) = results(folder, None)
+    assert found["kept"] == [True, True]
+    for training in found["training"]:
+        assert all(sorted(epoch) == list(range(24)) for epoch in training)
+
+
+@pytest.mark.slow
+def test_a_wrong_name_is_an_error_before_anything_is_loaded(folder):
+    done = launch(folder, "clas_balanced")
+    assert done.returncode != 0
+    assert "did you mean 'class_balanced'?" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_share_each_epoch(folder):
+    variable = "{name: power, q: 0.5, seed: 3, num_samples: 40}"
+    ranks = results(folder, variable, processes=2, loaders=WORKERS[:2])
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    expected = create_sampler("power", LABELS, q=0.5, seed=3, num_samples=40)
+    for loader in range(2):
+        for epoch in range(3):
+            drawn = expected.epoch_indices(epoch).tolist()
+            shown = [rank["training"][loader][epoch] for rank in ranks]
+            assert shown == [drawn[0::2], drawn[1::2]]
+    assert [rank["evaluation"] for rank in ranks] == [list(range(r, 24, 2)) for r in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("balanced", "TIMM_LT_SAMPLER: unknown sampler 'balanced'.*instance_balanced, class"),
+        ("{name: power}", "TIMM_LT_SAMPLER: sampler 'power' needs the option 'q'"),
+        ("{name: power, p: 1}", "TIMM_LT_SAMPLER: sampler 'power' has no option 'p'"),
+        ("{q: 0.5}", "must be the name of a sampler or a mapping"),
+        ("3", "must be the name of a sampler or a mapping"),
+        ("[power]", "must be the name of a sampler or a mapping"),
+        ("{name: power", "is not YAML"),
+    ],
+)
+def test_wrong_values_are_named(monkeypatch, value, message):
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(UsageError, match=message):
+        install_from_environment()
+
+
+def test_epochs_in_turn():
+    sampler = create_sampler("class_balanced", LABELS)
+    turns = EpochsInTurn(sampler)
+    stream = [sampler.epoch_indices(epoch).tolist() for epoch in range(6)]
+    assert len(turns) == 24
+    assert [list(turns), list(turns)] == stream[:2]
+    turns.set_epoch(4)
+    iter(turns)
+    assert [list(turns), list(turns)] == stream[4:]
+    turns.set_epoch(1)
+    turns.set_epoch(1)
+    assert list(turns) == stream[1]
