@@ -1,12 +1,10 @@
-"""Digits of which some cannot be read, and the main job on them, on any number of processes."""
+"""Digits of which some cannot be read."""
 
 import io
-import sys
 
 import datasets
 
 import timm_lt.data
-import train_lt
 
 # What is wrong with which image of a split.
 DAMAGE = {
@@ -51,7 +49,3 @@ def failing_digits(split, *, row=-1):
 
     features = datasets.Features({**digits.features, "row": datasets.Value("int64")})
     return datasets.Dataset.from_dict(columns, features=features).with_transform(read)
-
-
-if __name__ == "__main__":
-    sys.exit(train_lt.main())

@@ -7,9 +7,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import forks
@@ -18,7 +20,6 @@ import torch
 from damaged import DAMAGE
 
 import timm_lt
-import train_lt
 from timm_lt.data import create_splits
 from timm_lt.data.reading import loaded
 from timm_lt.exits import run_to_exit
@@ -236,29 +237,24 @@ def test_killed_workers_are_named(server, decoded, tmp_path):
     assert bits(folder) == bits(decoded)
 
 
-class Dies(torch.utils.data.Dataset):
+class Ends(torch.utils.data.Dataset):
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
         if index == 1:
-            # The first image is on its way, as a file that its receiver has to ask for.
+            # The first batch is on its way, as a file that its receiver has to ask for.
             time.sleep(0.2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            resource_sharer.stop()
         return torch.zeros(1000)
 
 
-def test_a_worker_killed_as_it_hands_over_a_batch_is_named():
-    # Else torch's handler comes first.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    try:
-        batches = iter(torch.utils.data.DataLoader(Dies(), num_workers=1))
-        time.sleep(1)
-        with pytest.raises(timm_lt.UsageError, match=r"data worker died \(.*--resume"):
-            list(loaded(batches))
-        batches._shutdown_workers()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named():
+    """Its connections are closed a moment before its parent can see that it is dead."""
+    batches = iter(torch.utils.data.DataLoader(Ends(), num_workers=1))
+    time.sleep(1)
+    with pytest.raises(timm_lt.UsageError, match=r"data worker died \(.*--resume"):
+        list(loaded(batches))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -450,17 +446,37 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 def launch(folder, *more):
     """Starts the command on two processes."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    script = "tests/damaged.py"
-    arguments = [sys.executable, *launcher, script, *options(folder, "--resume", *more)]
-    root = Path(train_lt.__file__).parent
+    arguments = [sys.executable, *launcher, "train_lt.py", *options(folder, "--resume", *more)]
     return subprocess.Popen(
         list(map(str, arguments)),
-        cwd=root,
-        env=ENVIRONMENT | {"PYTHONPATH": str(root)},
+        cwd=forks.ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def on_two(server, folder, *more):
+    """Runs the command on two processes, as a launcher does, which would import all again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = [
+        server.start(
+            *options(folder, "--resume", *more),
+            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    return [run.wait() for run in runs]
+
+
+def errors_of(runs):
+    lines = [line for run in runs for line in run.err.splitlines()]
+    return [line for line in lines if line.startswith("error: ")]
 
 
 def ended(process, seconds=120):
@@ -477,8 +493,9 @@ def rank_of(pid):
 @pytest.mark.multiprocess
 def test_one_of_two_processes_is_killed(server, tmp_path):
     folder, untouched = tmp_path / "run", tmp_path / "whole"
-    fast = ("--epochs", "4", "--heads", "{linear: {}, crt: {}, ncm: {}}")
-    assert ended(launch(untouched, *fast))[0] == 0
+    fast = ("--threads", "1", "--epochs", "4", "--heads", "{linear: {}, crt: {}, ncm: {}}")
+    for run in on_two(server, untouched, *fast):
+        assert run.status == 0, run.err
     process = launch(folder, *fast)
     wait_for((folder / "state" / "epoch_0001").exists)
     victim = next(pid for pid in children(process.pid) if rank_of(pid) == 1)
@@ -486,12 +503,12 @@ def test_one_of_two_processes_is_killed(server, tmp_path):
     status, errors = ended(process, seconds=60)
     assert status != 0
     assert errors.count("error: another process of this run has ended") == 1
-    assert "train_lt.py" not in errors
+    assert 'train_lt.py", line' not in errors
     assert saved(folder)
     assert not (folder / "metrics.json").exists()
     shutil.copytree(folder, tmp_path / "alone")
-    status, errors = ended(launch(folder, *fast))
-    assert status == 0, errors
+    for run in on_two(server, folder, *fast):
+        assert run.status == 0, run.err
     assert bits(folder) == bits(untouched)
     finish(server, tmp_path / "alone", *fast)
     alone, both = metrics(tmp_path / "alone"), metrics(folder)
@@ -502,23 +519,23 @@ def test_one_of_two_processes_is_killed(server, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_name_a_damaged_image_once_and_count_it_once(tmp_path):
+def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_path):
     timm = (*DAMAGED, *TIMM, "1")
     only = ("--data.options", "{damaged: test}")
-    status, errors = ended(launch(tmp_path / "raises", *timm, *only))
-    assert status != 0
+    runs = on_two(server, tmp_path / "raises", *timm, *only)
     # Not by the first process, which loses the other and says nothing.
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "test split: image 130 (test_130.png) cannot be decoded" in lines[0]
-    status, errors = ended(launch(tmp_path / "skips", *timm, "--data.unreadable", "skip"))
-    assert status == 0, errors
+    assert [run.status for run in runs] == [2, 2]
+    (line,) = errors_of(runs)
+    assert "test split: image 130 (test_130.png) cannot be decoded" in line
+    for run in on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip"):
+        assert run.status == 0, run.err
     assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS
 
 
 @pytest.mark.multiprocess
-def test_two_processes_say_once_what_is_wrong_for_both(tmp_path):
-    status, errors = ended(launch(tmp_path / "run", *DAMAGED))
-    assert status != 0
-    assert errors.count("error: train split: image 3 (train_3.png)") == 1
+def test_two_processes_say_once_what_is_wrong_for_both(server, tmp_path):
+    runs = on_two(server, tmp_path / "run", *DAMAGED)
+    assert [run.status for run in runs] == [2, 2]
+    (line,) = errors_of(runs)
+    assert line.startswith("error: train split: image 3 (train_3.png)")
     assert not (tmp_path / "run").exists()
