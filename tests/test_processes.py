@@ -109,6 +109,16 @@ accelerator = create_accelerator(mixed_precision="no")
 result = {"num_processes": accelerator.num_processes}
 result["in_memory"] = run(in_memory())
 result["decoded"] = run(decoded())
+accelerator.free_memory()
+model = timm.create_model("test_resnet", num_classes=C)
+options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
+sampler = timm_lt.create_sampler("instance_balanced", labels)
+loss = timm_lt.create_loss("cross_entropy")
+training = train_representation(
+    model, in_memory(), sampler, loss, ema={"decay": 0.5}, **options
+)
+state = training.model.state_dict()
+result["batch_norm"] = [float(tensor.double().sum()) for tensor in state.values()]
 result["targets"] = []
 for number in (1, 3, 8, 13, 42):
     for make in (in_memory, decoded):
@@ -193,3 +203,10 @@ def test_every_image_is_evaluated_once_and_in_order(results, processes):
     expected = [list(range(number)) for number in (1, 3, 8, 13, 42) for _ in range(2)]
     for rank in results[processes]:
         assert rank["targets"] == expected
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_process_ends_with_the_same_model(results, processes):
+    """Averaged batch-norm statistics too, which each process takes of its own images."""
+    first, *others = (rank["batch_norm"] for rank in results[processes])
+    assert all(other == first for other in others)

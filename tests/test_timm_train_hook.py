@@ -31,10 +31,13 @@ import argparse
 original = create_loader
 
 
-def epochs(loader, distributed):
+def epochs(loader, distributed, data=None, first=0):
     found = []
-    for epoch in range(3):
-        if distributed and hasattr(loader.sampler, "set_epoch"):
+    for epoch in range(first, first + 3):
+        # As train.py does, whatever the number of processes.
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(epoch)
+        elif distributed and hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
         found.append([])
         for images, targets in loader:
@@ -62,6 +65,7 @@ def main():
         kinds=[type(loader).__name__ for loader in training],
         evaluation=epochs(evaluation, False)[0],
         training=[epochs(loader, args.distributed) for loader in training],
+        resumed=epochs(training[0], args.distributed, data, first=7)[:2],
     )
     with open(f"rank_{args.rank}.json", "w") as file:
         json.dump(result, file)
@@ -132,6 +136,8 @@ def test_train_py_draws_from_the_sampler(folder):
     # The script does not set the epoch: each goes on to the next.
     for training in found["training"]:
         assert training == [expected.epoch_indices(epoch).tolist() for epoch in range(3)]
+    # With a data set that has epochs, a restarted script goes on where it was.
+    assert found["resumed"] == [expected.epoch_indices(epoch).tolist() for epoch in (7, 8)]
     seen = collections.Counter(LABELS[i] for i in found["training"][0][1])
     assert seen == {0: 8, 1: 8, 2: 8}
 
@@ -163,6 +169,8 @@ def test_two_processes_share_each_epoch(folder):
             drawn = expected.epoch_indices(epoch).tolist()
             shown = [rank["training"][loader][epoch] for rank in ranks]
             assert shown == [drawn[0::2], drawn[1::2]]
+    drawn = expected.epoch_indices(7).tolist()
+    assert [rank["resumed"][0] for rank in ranks] == [drawn[0::2], drawn[1::2]]
     assert [rank["evaluation"] for rank in ranks] == [list(range(r, 24, 2)) for r in (0, 1)]
 
 

@@ -179,6 +179,7 @@ def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
         assert figures["many_shot"] < joint["many_shot"]
 
 
+PROGRESSIVE = ["--sampler.name", "progressively_balanced"]
 TIMM = ["--data.augmentation", "timm"]
 
 
@@ -216,7 +217,7 @@ def failing(capsys, *arguments):
         (["--model.options", "{'head': 'cosine'}"], ["joint classifier", "model.options"]),
         (["--heads.lws.lr", "null"], ["lr", "null"]),
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
-        (["--scheduler.options.cooldown_epochs", "3"], ["8 epochs"]),
+        (["--scheduler.options.cooldown_epochs", "6"], ["cooldown", "longer than 5 epochs"]),
         (["--lr", "0.1"], ["--optimizer.lr"]),
         (["--heads", "crt"], ["mapping", "{crt: {}"]),
         (["lt_test_resnet.glyph_lt"], ["RECIPE comes before"]),
@@ -239,6 +240,18 @@ def failing(capsys, *arguments):
         (["--keep", "first"], ["keep", "best", "last"]),
         (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
         (["--mixed_precision", "fp16"], ["fp16", "GPU"]),
+        (["--clip_mode", "agc"], ["clip_mode agc", "no effect without clip_grad"]),
+        (["--mixup.off_epoch", "1"], ["off_epoch", "no effect"]),
+        (["--mixup.mixup_alpha", "1", "--mixup.off_epoch", "0"], ["off_epoch", ">= 1"]),
+        (["--sampler.options.seed", "2"], ["sampler.options", "seed", "elsewhere"]),
+        (["--sampler.options.num_replicas", "2"], ["num_replicas", "elsewhere"]),
+        (["--optimizer.options.lr", "0.001"], ["optimizer.options", "lr", "elsewhere"]),
+        (["--loss.options.reduction", "sum"], ["reduction", "elsewhere"]),
+        (["--optimizer.name", "adamw", "--optimizer.options.betas", "[0.9]"], ["optimizer"]),
+        ([*PROGRESSIVE, "--sampler.options.epochs", "3"], ["epochs is 3", "5 epochs"]),
+        (["--data.augmentation", "rand"], ["rand", "timm", "affine"]),
+        ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "elsewhere"]),
+        ([*TIMM, "--data.augmentation_options.num_aug_splits", "2"], ["num_aug_splits"]),
         (["--workers", "2"], ["--workers", "augmentation timm"]),
         ([*TIMM, "--workers", "-1"], ["workers", "from 0"]),
         ([*TIMM, "--data.augmentation_options.auto_augmet", "x"], ["auto_augmet", "auto_augment"]),

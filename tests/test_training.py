@@ -400,24 +400,98 @@ def test_validation_every_other_epoch_and_at_the_end(accelerator):
     assert [bool(record.val) for record in history] == [False, True, False, True, True]
 
 
-@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
-def test_plateau_lowers_the_rate_when_validation_stops_to_improve(accelerator):
-    # Nothing is learnt at this rate: every epoch after the first is one of patience.
-    scheduler = {"sched": "plateau", "patience_epochs": 1, "decay_rate": 0.1}
-    history = train(
-        accelerator,
-        linear_model(),
-        epochs=5,
-        val=images(),
-        scheduler=scheduler,
-        optimizer={"opt": "sgd", "lr": 1e-12},
-    )
+def plateau_rates_by_hand(scores, *, warmup, epochs, lr, decay, patience):
+    """Rates at the ends of epochs: linear warm-up, then lower after too many bad epochs."""
+    rates, best, bad, rate = [], -1.0, 0, lr
+    for epoch in range(1, epochs + 1):
+        if epoch <= warmup:
+            # The last of five updates an epoch.
+            rates.append(1e-5 + (lr - 1e-5) * (5 * epoch - 1) / (5 * warmup))
+            continue
+        rates.append(rate)
+        score = scores[epoch - 1]
+        if score is None:
+            continue
+        best, bad = (score, 0) if score > best * (1 + 1e-4) else (best, bad + 1)
+        if bad > patience:
+            rate, bad = rate * decay, 0
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+@pytest.mark.parametrize("validate_every", [1, 2])
+def test_plateau_follows_validation_and_survives_a_restart(
+    accelerator, tmp_path, warmup, validate_every
+):
+    scheduler = {
+        "sched": "plateau",
+        "patience_epochs": 1,
+        "decay_rate": 0.5,
+        "warmup_epochs": warmup,
+    }
+    options = {
+        "epochs": 9,
+        "val": images(seed=1),
+        "validate_every": validate_every,
+        "scheduler": scheduler,
+        # Nothing is learnt at this rate: every epoch after the first is one of patience.
+        "optimizer": {"opt": "sgd", "lr": 1e-6},
+    }
+    history = train(accelerator, linear_model(), **options)
     rates = [record.lr for record in history]
-    assert rates[0] == pytest.approx(1e-12)
-    assert rates[-1] == pytest.approx(1e-13)
+    scores = [record.val.get("all") for record in history]
+    by_hand = plateau_rates_by_hand(scores, warmup=warmup, epochs=9, lr=1e-6, decay=0.5, patience=1)
+    assert rates == pytest.approx(by_hand, rel=1e-6)
+    assert rates[-1] < 1e-6
+
+    class StopError(Exception):
+        pass
+
+    class Stops(TrainingState):
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
+            if len(history) == 6:
+                raise StopError
+
     AcceleratorState._reset_state(reset_partial_state=True)
+    state = Stops(tmp_path, create_accelerator(mixed_precision="no"))
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), state=state, **options)
+    state = new_state(tmp_path)
+    again = train(state.accelerator, linear_model(), state=state, **options)
+    assert [record.lr for record in again] == rates
+
+
+def test_plateau_needs_validation(accelerator):
     with pytest.raises(timm_lt.UsageError, match="plateau needs a validation split"):
-        train(create_accelerator(mixed_precision="no"), linear_model(), scheduler=scheduler)
+        train(accelerator, linear_model(), scheduler={"sched": "plateau"})
+
+
+def test_a_schedule_ends_with_training(accelerator):
+    """Cooldown and the epochs before it make up the epochs, all at the lowest rate in the end."""
+    scheduler = {"sched": "cosine", "cooldown_epochs": 2, "min_lr": 1e-4}
+    history = train(accelerator, linear_model(), epochs=5, scheduler=scheduler)
+    rates = [record.lr for record in history]
+    expected = [
+        1e-4 + (0.01 - 1e-4) * (1 + math.cos(math.pi * (5 * epoch - 1) / 15)) / 2
+        for epoch in (1, 2, 3)
+    ]
+    assert rates == pytest.approx([*expected, 1e-4, 1e-4])
+
+
+def test_a_library_user_is_told(accelerator, tmp_path):
+    with pytest.raises(timm_lt.UsageError, match="train is a list, not ImageTensors"):
+        train_representation(
+            linear_model(),
+            [],
+            timm_lt.create_sampler("instance_balanced", [0, 1]),
+            nn.CrossEntropyLoss(),
+            accelerator=accelerator,
+            epochs=1,
+        )
+    train(accelerator, linear_model())
+    with pytest.raises(timm_lt.UsageError, match="make a new one"):
+        train(accelerator, linear_model(), state=TrainingState(tmp_path, accelerator))
 
 
 @pytest.mark.parametrize("mixup", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0, "mode": "elem"}])
@@ -452,7 +526,7 @@ def test_mixing_needs_an_even_batch_and_a_loss_for_it(accelerator):
         train(accelerator, linear_model(), mixup={"alpha": 0.2})
     with pytest.raises(timm_lt.UsageError, match=r"ema.decay must be a number in \[0, 1\)"):
         train(accelerator, linear_model(), ema={"decay": 1.0})
-    with pytest.raises(timm_lt.UsageError, match=r"ema.use_warmup has no effect"):
+    with pytest.raises(timm_lt.UsageError, match=r"ema option use_warmup has no effect"):
         train(accelerator, linear_model(), ema={"use_warmup": True})
 
 

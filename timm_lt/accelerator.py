@@ -1,12 +1,13 @@
 """The processes and processors of a run: accelerate, threads and numerical precision."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
 from timm_lt.registry import UsageError, check_choice, check_integer
 
@@ -28,7 +29,8 @@ def create_accelerator(
 
     Args:
         mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
-            can, or a CPU with avx512_bf16) and full precision elsewhere.
+            can, or a CPU with avx512_bf16) and full precision elsewhere, unless ``accelerate
+            launch`` asks for another than its default, ``"no"``.
         accumulation_steps: Batches over which the gradient of an update is summed, >= 1.
         compiled: Compile the model with torch.compile.
         tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
@@ -45,7 +47,10 @@ def create_accelerator(
         check_choice("tracker", tracker, ("none", *known))
         if tracker not in [str(kind) for kind in get_available_trackers()]:
             raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
-    precision = native_precision() if mixed_precision == "auto" else mixed_precision
+    precision = mixed_precision
+    if mixed_precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = native_precision() if launched == "no" else launched  # type: ignore[assignment]
     if precision == "fp16" and not torch.accelerator.is_available():
         raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
@@ -57,6 +62,8 @@ def create_accelerator(
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
+            # The main process fits heads while the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
     except ValueError as error:
         raise UsageError(f"mixed_precision {precision}: {error}") from error

@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm.data
@@ -33,7 +33,8 @@ COMMON = ("num_samples", "seed", "num_classes")
 class EpochsInTurn(Sampler[int]):
     """A sampler that goes on to the next epoch whenever it is iterated again.
 
-    train.py sets the epoch only if it runs several processes.
+    train.py sets the epoch of a sampler only if it runs several processes, older ones that of no
+    data set.
 
     Attributes:
         epoch: The epoch that the next iteration draws.
@@ -56,6 +57,17 @@ class EpochsInTurn(Sampler[int]):
         self.sampler.set_epoch(self.epoch)
         self.epoch += 1
         yield from self.sampler
+
+
+class _SetEpochs:
+    """What train.py calls before each epoch, on any number of processes, if a data set has it."""
+
+    def __init__(self, parts: list[Callable[[int], object]]) -> None:
+        self.parts = parts
+
+    def __call__(self, epoch: int) -> None:
+        for part in self.parts:
+            part(epoch)
 
 
 def install_from_environment() -> None:
@@ -81,7 +93,12 @@ def install_from_environment() -> None:
             sampler.shard(dist.get_rank(), dist.get_world_size())
         if sampler.rank == 0:
             log.info("training images are drawn by timm_lt's sampler %s", value)
-        loader = create_loader(**call, sampler=EpochsInTurn(sampler)).loader
+        order = EpochsInTurn(sampler)
+        loader = create_loader(**call, sampler=order).loader
+        dataset = call["dataset"]
+        dataset.set_epoch = _SetEpochs(
+            [*filter(None, [getattr(dataset, "set_epoch", None)]), order.set_epoch]
+        )
         return loader
 
     for module in (timm.data, timm.data.loader, sys.modules["__main__"]):

@@ -22,13 +22,9 @@ from timm_lt.registry import UsageError
 
 # Options of create_loader that training sets.
 OURS = (
-    "sampler",
-    "accelerator",
-    "is_training",
-    "num_workers",
-    "pin_memory",
-    "device",
-    "distributed",
+    *("dataset", "input_size", "batch_size", "sampler", "accelerator", "is_training"),
+    *("num_workers", "pin_memory", "device", "distributed"),
+    *("mean", "std", "crop_pct", "num_aug_splits", "num_aug_repeats"),
 )
 
 

@@ -1,5 +1,6 @@
 """From a recipe to objects: everything is checked and made before anything is written."""
 
+import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,18 +15,30 @@ from torch import nn
 
 from timm_lt.accelerator import available_cores, create_accelerator, set_cpu_threads
 from timm_lt.console import log, progress, start_logging
-from timm_lt.data import Splits, create_augmentation, create_splits
+from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.fitting import check_fit_options
 from timm_lt.losses import create_loss
 from timm_lt.model import create_model
 from timm_lt.recipe.schema import Recipe, RunOptions
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
-from timm_lt.samplers import ClassSampler, create_sampler
+from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import check_batch_size, check_model, check_optimization, check_update
 
+# Options that have another place in a recipe, or are not for it to set.
+SET_ELSEWHERE = {
+    "sampler": ("labels", "seed", "num_classes", "rank", "num_replicas"),
+    "loss": ("class_counts", "reduction"),
+    "optimizer": ("model_or_params", "opt", "lr", "weight_decay", "momentum"),
+    "scheduler": (
+        *("optimizer", "sched", "warmup_epochs"),
+        *("num_epochs", "step_on_epochs", "updates_per_epoch"),
+    ),
+    "mixup": ("mixup_alpha", "cutmix_alpha", "num_classes", "label_smoothing"),
+    "ema": ("model", "decay", "device"),
+}
 # The augmentation that is timm's: images are decoded when they are drawn.
 TIMM = "timm"
 
@@ -74,6 +87,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         UsageError: For whatever is wrong with the recipe, the data or the folder.
     """
     check_heads(recipe)
+    check_options_of_parts(recipe)
     check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -92,7 +106,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             splits.labels["train"],
             seed=recipe.seed,
             num_classes=splits.num_classes,
-            **recipe.sampler.options,
+            **sampler_options(recipe),
         )
         check_batch_size(
             recipe.batch_size,
@@ -126,6 +140,28 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     return Run(
         name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds, lock=lock
     )
+
+
+def check_options_of_parts(recipe: Recipe) -> None:
+    """Checks that no part has an option that is set elsewhere, or has no effect."""
+    for part, names in SET_ELSEWHERE.items():
+        for name in getattr(recipe, part).options:
+            if name in names:
+                raise UsageError(f"{part}.options: {name} is set elsewhere; leave it out")
+    if recipe.mixup.off_epoch is not None and not recipe.mixup.mixes():
+        raise UsageError("mixup.off_epoch has no effect without mixup_alpha or cutmix_alpha")
+
+
+def sampler_options(recipe: Recipe) -> dict[str, Any]:
+    """Returns the options of the sampler; a schedule is as long as the training."""
+    options = dict(recipe.sampler.options)
+    scheduled = "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters
+    if scheduled and options.setdefault("epochs", recipe.epochs) != recipe.epochs:
+        raise UsageError(
+            f"sampler.options.epochs is {options['epochs']}, but training has {recipe.epochs} "
+            "epochs: leave it out"
+        )
+    return options
 
 
 def check_heads(recipe: Recipe) -> None:
@@ -172,6 +208,7 @@ def create_images(
         return images
     if workers:
         raise UsageError("--workers decode images for data.augmentation timm; leave it out")
+    check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
     augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
     for split in get_args(Split):
         images[split] = splits.images(

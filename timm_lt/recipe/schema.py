@@ -146,7 +146,11 @@ class MixupRecipe:
 
     def __post_init__(self) -> None:
         if self.off_epoch is not None:
-            check_integer("mixup.off_epoch", self.off_epoch, minimum=0)
+            check_integer("mixup.off_epoch", self.off_epoch, minimum=1)
+
+    def mixes(self) -> bool:
+        """Returns whether images are mixed at all."""
+        return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of ``timm.data.Mixup``."""

@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, get_head
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.training.schedule import SCHEDULERS, Schedule
 
-STEPPED_PER_UPDATE = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-SCHEDULERS = (*STEPPED_PER_UPDATE, "plateau")
 LOOKAHEAD = "lookahead_"
 
 
@@ -64,20 +62,9 @@ def check_optimization(
     check_number("scheduler.warmup_epochs", scheduler.get("warmup_epochs", 0), f"[0, {epochs}]")
     try:
         dummy = create_optimizer_v2(nn.Linear(1, 1), **optimizer)
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError, IndexError, RuntimeError) as error:
         raise UsageError(f"optimizer: {error}") from error
-    try:
-        _, total = create_scheduler_v2(
-            dummy,
-            num_epochs=epochs,
-            step_on_epochs=scheduler.get("sched") == "plateau",
-            updates_per_epoch=1,
-            **scheduler,
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"scheduler: {error}") from error
-    if total != epochs:
-        raise UsageError(f"this scheduler takes {total} epochs; give epochs: {total}, or lower it")
+    Schedule(dummy, scheduler, epochs=epochs, updates_per_epoch=1)
 
 
 def check_model(model: nn.Module, images: Images) -> None:

@@ -51,7 +51,7 @@ def representation_seconds(history: Sequence[EpochRecord]) -> float:
 def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelerator) -> None:
     """Logs the last epoch of a history, and tells the trackers."""
     record = history[-1]
-    line = f"epoch {record.epoch:3d}/{epochs}  loss {record.loss:.3f}  lr {record.lr:.4f}"
+    line = f"epoch {record.epoch:3d}/{epochs}  loss {record.loss:.3f}  lr {record.lr:.3g}"
     if record.val:
         line += f"  val {shown_accuracies(record)}" + ("*" if _is_best(history) else "")
     left = (epochs - record.epoch) * representation_seconds(history) / len(history)

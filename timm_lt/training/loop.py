@@ -15,10 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from rich.progress import Progress
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from timm_lt.console import advance, log, progress
@@ -29,6 +28,7 @@ from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import check_batch_size, check_optimization
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
+from timm_lt.training.schedule import Schedule
 from timm_lt.training.state import BEST, EMA, TrainingState
 from timm_lt.training.update import (
     ClipMode,
@@ -110,7 +110,8 @@ def train_representation(
         validate_every: Epochs from one validation to the next, >= 1; the last is always validated.
         keep: Whose weights go on: those of the ``"best"`` overall accuracy on validation (the first
             such epoch) or of the ``"last"`` epoch. Without ``val`` they are the last.
-        class_counts: Training images per class (C,), for the shot groups of validation.
+        class_counts: Training images per class (C,), for the shot groups of validation; None counts
+            the labels.
         state: Where to save after each epoch, and to go on from.
         seed: Seed of everything random beside the sampler and the augmentation.
 
@@ -118,6 +119,12 @@ def train_representation(
         UsageError: If the batch size does not fit the data or the processes, an option is unknown,
             an image cannot be read, or the loss is not finite.
     """
+    if not hasattr(train, "train_loader"):
+        raise UsageError(
+            f"train is a {type(train).__name__}, not ImageTensors or StoredImages of timm_lt.data"
+        )
+    if state is not None and state.accelerator._models:
+        raise UsageError("an accelerator saves one run: make a new one for each")
     check_choice("keep", keep, get_args(Keep))
     check_integer("validate_every", validate_every, minimum=1)
     loop = _Loop(
@@ -127,7 +134,7 @@ def train_representation(
         accelerator,
         epochs=epochs,
         batch_size=batch_size,
-        optimizer={"opt": "sgd", "lr": 0.1, **(optimizer or {})},
+        optimizer={"opt": "sgd", "lr": 0.1} if optimizer is None else optimizer,
         scheduler=dict(scheduler or {}),
         ema=ema,
         val=val,
@@ -136,8 +143,7 @@ def train_representation(
     )
     batch = loop.batch_size // accelerator.num_processes
     check_update(loss, batch=batch, mixup=mixup, ema=ema, clip_grad=clip_grad, clip_mode=clip_mode)
-    num_classes = int(train.labels.max()) + 1 if class_counts is None else len(class_counts)
-    mixing = create_mixup(mixup, num_classes, batch)
+    mixing = create_mixup(mixup, len(loop.class_counts), batch)
     update = Update(
         loop.model,
         loop.optimizer,
@@ -195,7 +201,9 @@ class _Loop:
         check_optimization(optimizer, scheduler, epochs)
         self.accelerator, self.seed = accelerator, seed
         self.skips = train.unreadable == "skip"
-        self.class_counts = class_counts
+        width = getattr(model, "num_classes", 0)
+        counted = torch.bincount(train.labels, minlength=width)
+        self.class_counts = counted if class_counts is None else class_counts
         self.updates = len(sampler) // batch_size
         self.batch_size, self.batches_per_update = batch_size // steps, steps
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -207,16 +215,11 @@ class _Loop:
                 raise UsageError("ema.decay does not work under FSDP: leave it out")
             self.ema.to(accelerator.device).to(memory_format=torch.channels_last)
         raw_optimizer = create_optimizer_v2(model, **optimizer)
-        self.plateau = scheduler.get("sched") == "plateau"
-        if self.plateau and val is None:
-            raise UsageError("scheduler plateau needs a validation split")
-        self.schedule, _ = create_scheduler_v2(
-            raw_optimizer,
-            num_epochs=epochs,
-            step_on_epochs=self.plateau,
-            updates_per_epoch=self.updates,
-            **scheduler,
+        self.schedule = Schedule(
+            raw_optimizer, scheduler, epochs=epochs, updates_per_epoch=self.updates
         )
+        if self.schedule.plateau and val is None:
+            raise UsageError("scheduler plateau needs a validation split")
         draws = NumberedSampler(sampler, len(train), self.updates * batch_size)
         self.loader = train.train_loader(self.batch_size, draws, accelerator)
         self.val_loader = None if val is None else val.eval_loader(EVAL_BATCH_SIZE, accelerator)
@@ -232,9 +235,7 @@ class _Loop:
             return []
         if self.ema is not None:
             self.ema.module.load_state_dict(state.load_weights(EMA, history[-1].epoch))
-        if self.plateau:
-            for record in history:
-                self._step_plateau(record)
+        self.schedule.replay(history)
         log.info("resumed after epoch %d", history[-1].epoch)
         return history
 
@@ -254,14 +255,15 @@ class _Loop:
         losses = Losses(epoch + 1, self.batches_per_update, self.accelerator)
         for number, batch in enumerate(loaded(self.loader)):
             step = epoch * self.updates + number // self.batches_per_update
-            if not self.plateau and number % self.batches_per_update == 0:
-                self.schedule.step_update(step)
+            if number % self.batches_per_update == 0:
+                self.schedule.before_update(step)
             images, targets = without_unreadable(*batch) if self.skips else batch
             losses.add(update(images, targets, step))
             if (number + 1) % self.batches_per_update == 0:
                 advance(bar)
         loss = losses.mean()
         check_weights(self.model, epoch + 1, self.accelerator)
+        self._share_buffers()
         trained = time.perf_counter() - started
         record = EpochRecord(
             epoch=epoch + 1,
@@ -271,8 +273,7 @@ class _Loop:
             val=self._validate() if validated else {},
             seconds=time.perf_counter() - started,
         )
-        if self.plateau:
-            self._step_plateau(record)
+        self.schedule.after_epoch(record)
         return record
 
     def weights(self) -> dict[str, Tensor]:
@@ -303,9 +304,14 @@ class _Loop:
         model = self.model if self.ema is None else self.ema.module
         return validate(model, self.val_loader, self.accelerator, self.class_counts)
 
-    def _step_plateau(self, record: EpochRecord) -> None:
-        if record.val:
-            self.schedule.step(record.epoch, record.score)
+    def _share_buffers(self) -> None:
+        """Gives every process the main one's buffers, such as the statistics of batch norm."""
+        if self.accelerator.num_processes == 1:
+            return
+        averaged = [] if self.ema is None else self.ema.module.buffers()
+        with torch.no_grad():
+            for buffer in [*self.model.buffers(), *averaged]:
+                buffer.copy_(broadcast(buffer))
 
 
 def _seed_epoch(seed: int, epoch: int, process: int) -> None:

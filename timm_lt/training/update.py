@@ -20,8 +20,9 @@ ClipMode = Literal["norm", "value", "agc"]
 LOOK_EVERY = 50
 # What to do about numbers that are not finite.
 ADVICE = (
-    "lower the learning rate (optimizer.lr), clip gradients (clip_grad), or use "
-    "mixed_precision=no; the state after the last epoch before it is kept"
+    "start again, in another folder or with --overwrite, with a lower learning rate "
+    "(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no; the state after the last "
+    "epoch before it is kept"
 )
 
 
@@ -71,7 +72,7 @@ def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV
     _check_names("ema", ModelEmaV3, given)
     if given.get("decay") is None:
         if given:
-            raise UsageError(f"ema.{next(iter(given))} has no effect without ema.decay")
+            raise UsageError(f"ema option {next(iter(given))} has no effect without ema.decay")
         return None
     check_number("ema.decay", given["decay"], "[0, 1)")
     return ModelEmaV3(model, **given)
@@ -110,6 +111,8 @@ def check_update(
     check_choice("clip_mode", clip_mode, get_args(ClipMode))
     if clip_grad is not None:
         check_number("clip_grad", clip_grad, "(0, inf)")
+    elif clip_mode != "norm":
+        raise UsageError(f"clip_mode {clip_mode} has no effect without clip_grad")
     create_ema(ema, nn.Linear(1, 1))
     mixed = create_mixup(mixup, num_classes=1, batch=batch) is not None
     if mixed and not getattr(loss, "takes_soft_targets", False):

@@ -15,7 +15,7 @@ EVAL_BATCH_SIZE = 256
 
 
 def validate(
-    model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator, counts: Tensor | None
+    model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator, counts: Tensor
 ) -> dict[str, float | None]:
     """Returns the accuracy over all images and per shot group; every image counts once.
 
@@ -23,7 +23,7 @@ def validate(
         model: Left in evaluation mode.
         loader: Prepared by the accelerator.
         accelerator: Gathers from all processes.
-        counts: Training images per class (C,); None takes those of the loader.
+        counts: Training images per class (C,).
     """
     model.eval()
     preds, targets = [], []
@@ -36,6 +36,5 @@ def validate(
     labels = torch.cat(targets)
     readable = labels != UNREADABLE
     labels = labels[readable]
-    counts = torch.bincount(labels) if counts is None else counts
     report = shot_accuracy(torch.cat(preds)[readable], labels, counts)
     return {name: getattr(report, name) for name in ("all", *SHOT_GROUPS)}
