@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.data import create_transform
+from timm.data.loader import fast_collate
 
 from timm_lt import create_sampler
 from timm_lt.accelerator import create_accelerator
@@ -85,6 +86,59 @@ def test_a_draw_is_augmented_the_same_in_every_batch_and_worker(accelerator):
     later, _ = epoch(stored(augmentation=RANDOM), accelerator, number=1)
     other, _ = epoch(stored(augmentation=RANDOM, seed=2), accelerator)
     assert len(torch.cat([first, later, other]).flatten(1).unique(dim=0)) == 3 * 24
+
+
+def test_batches_are_those_of_timms_collate_function(accelerator):
+    sampler = NumberedSampler(create_sampler("class_balanced", LABELS, num_samples=8), N, 8)
+    kept = list(stored(augmentation=RANDOM).train_loader(4, sampler, accelerator))
+    options = RANDOM | {"collate_fn": fast_collate}
+    moved = list(stored(augmentation=options).train_loader(4, sampler, accelerator))
+    for (images, targets), (expected, labels) in zip(kept, moved, strict=True):
+        assert images.equal(expected)
+        assert targets.equal(labels)
+        assert targets.dtype == labels.dtype
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert expected.is_contiguous()
+
+
+def test_a_batch_is_its_draws_one_by_one():
+    data = stored()
+    data.transform = create_transform((3, SIDE, SIDE), is_training=True, **RANDOM)
+    draws = [3, 3 + 5 * N, 0, 2**40 * N + 7]
+    images, targets = zip(*data.__getitems__(draws), strict=True)
+    assert list(targets) == [LABELS[draw % N] for draw in draws]
+    for image, draw in zip(images, draws, strict=True):
+        assert image.equal(data[draw][0])
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+@pytest.mark.parametrize("mode", [None, "RGB", "L"])
+def test_images_are_decoded_as_datasets_does(tmp_path, mode, by_path):
+    files = []
+    turned = Image.Exif()
+    turned[Image.ExifTags.Base.Orientation] = 6
+    saved = [
+        ("RGB", {}),
+        ("L", {}),
+        ("RGBA", {}),
+        ("P", {}),
+        ("CMYK", {}),
+        ("RGB", {"exif": turned}),
+    ]
+    for number, (stored_mode, options) in enumerate(saved):
+        image = Image.open(io.BytesIO(png(number))).convert(stored_mode)
+        path = tmp_path / f"{number}.{'jpg' if stored_mode == 'CMYK' else 'png'}"
+        image.save(path, **options)
+        content = None if by_path else path.read_bytes()
+        files.append({"bytes": content, "path": str(path) if by_path else None})
+    columns = datasets.Features({"image": datasets.Image(mode), "label": datasets.Value("int64")})
+    labels = torch.zeros(len(files), dtype=torch.int64)
+    dataset = datasets.Dataset.from_dict({"image": files, "label": labels}, columns)
+    sizes = set()
+    for row, image in enumerate(StoredImages(dataset, labels, size=(8, 8), preprocessing={})):
+        assert np.array_equal(image[0], dataset[row]["image"].convert("RGB"))
+        sizes.add(image[0].size)
+    assert sizes == {(40, 30), (30, 40)}
 
 
 def test_augmenting_leaves_the_random_state_alone(accelerator):

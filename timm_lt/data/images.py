@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
-from timm_lt.data.reading import UNREADABLE, Unreadable, read_image
+from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -188,9 +188,10 @@ def decode_images(
         raise UsageError("the data set has no images")
     images: np.ndarray[Any, Any] | None = None
     rejected = []
-    for row in range(len(dataset)):
+    column = dataset.features["image"]
+    for row, encoded in enumerate(encoded_images(dataset)):
         try:
-            image = read_image(dataset, row)
+            image = read_image(encoded["image"], row, column)
         except UsageError:
             if missing is None:
                 raise

@@ -11,14 +11,16 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
+from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
-from timm_lt.data.reading import UNREADABLE, Unreadable, read_image
+from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
 from timm_lt.registry import UsageError
+from timm_lt.samplers.arithmetic import keyed
 
 # Options of create_loader that training sets.
 OURS = (
@@ -65,9 +67,10 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         self.size = size
         self.unreadable: Unreadable = unreadable
         self.transform: Any = None
+        self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
         self._preprocessing = dict(preprocessing)
         self._augmentation = dict(augmentation or {})
-        self._seed = seed
+        self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
         # Shared with the workers, which find them.
         self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
@@ -102,6 +105,8 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         )
 
     def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
+        if options.get("use_prefetcher", True):
+            options.setdefault("collate_fn", _collate)
         # create_loader gives the data set its transform.
         return create_loader(
             copy.copy(self),
@@ -126,40 +131,67 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, draw: int) -> tuple[Any, int]:
-        row = draw % len(self)
-        target = int(self.labels[row])
-        try:
-            image = read_image(self.dataset, row)
-        except UsageError as error:
-            if self.unreadable == "raise":
-                raise UsageError(f"{self.name}: {error}") from error
-            self._missing[row] = True
-            image, target = Image.new("RGB", self.size[::-1]), UNREADABLE
-        if self.transform is None:
-            return image, target
-        with _seeded(self._seed, draw):
-            return self.transform(image), target
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[int]) -> list[tuple[Any, int]]:
+        """Returns the images of a batch; torch's loader calls this instead of one call per image.
+
+        Args:
+            draws: Rows, or draws out of a :class:`~timm_lt.data.draws.NumberedSampler`, which are
+                augmented independently.
+        """
+        number = len(self)
+        rows = [draw % number for draw in draws]
+        targets = self.labels[rows].tolist()
+        seeds = keyed(self._key, np.array(draws, np.int64)).tolist()
+        pairs = []
+        with _random_states_kept():
+            for place, encoded in enumerate(self._encoded[rows]["image"]):
+                try:
+                    image = read_image(encoded, rows[place], self._column)
+                except UsageError as error:
+                    if self.unreadable == "raise":
+                        raise UsageError(f"{self.name}: {error}") from error
+                    self._missing[rows[place]] = True
+                    image, targets[place] = Image.new("RGB", self.size[::-1]), UNREADABLE
+                if self.transform is not None:
+                    _seed(seeds[place])
+                    image = self.transform(image)
+                pairs.append((image, targets[place]))
+        return pairs
+
+
+def _collate(batch: list[tuple[Any, int]]) -> Batch:
+    """Returns what timm's collate function does, with the channels last in memory."""
+    if not isinstance(batch[0][0], Tensor):
+        # Of a transform that is not timm's.
+        collated: Batch = fast_collate(batch)
+        return collated
+    # Pillow has the channels last, and so has the model: they are never moved.
+    images = torch.stack([image.permute(1, 2, 0) for image, _ in batch])
+    return images.permute(0, 3, 1, 2), torch.tensor([target for _, target in batch])
+
+
+def _seed(word: int) -> None:
+    """Makes all that timm's transforms draw a function of a 64-bit word."""
+    random.seed(word)
+    # Given the same 32 bits, NumPy and torch would draw the same.
+    np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002
+    torch.default_generator.manual_seed(word >> 32)
 
 
 @contextmanager
-def _seeded(seed: int, draw: int) -> Iterator[None]:
-    """Makes all that timm's transforms draw from a function of (seed, draw)."""
-    alone = get_worker_info() is None
-    # A worker has its random state for nothing else.
-    kept = _random_states() if alone else None
-    words = np.random.SeedSequence([seed, draw]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])  # noqa: NPY002
-    torch.default_generator.manual_seed(int(words[2]))
+def _random_states_kept() -> Iterator[None]:
+    """Restores the global states that timm's transforms draw from."""
+    if get_worker_info() is not None:
+        # A worker has them for nothing else.
+        yield
+        return
+    of_python, of_torch = random.getstate(), torch.get_rng_state()
+    of_numpy = np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
-        if kept is not None:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
-            torch.set_rng_state(kept[2])
-
-
-def _random_states() -> tuple[Any, Any, Tensor]:
-    """Returns the global states that timm's transforms draw from."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        random.setstate(of_python)
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -13,7 +13,12 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from timm_lt.accelerator import available_cores, create_accelerator, set_cpu_threads
+from timm_lt.accelerator import (
+    available_cores,
+    create_accelerator,
+    keep_freed_memory,
+    set_cpu_threads,
+)
 from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.images import Images
@@ -97,6 +102,8 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         folder=folder / LOGS,
     )
     set_cpu_threads(options.threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
     started = time.perf_counter()
     with progress(f"making {recipe.data.name}", None):
