@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -216,6 +217,7 @@ def children(pid):
 def test_killed_workers_are_named(server, decoded, tmp_path):
     """Whatever the main process and the worker do at that moment."""
     folder, rng = tmp_path / "run", random.Random(SEED)
+    named = 0
     for _ in range(8):
         run = server.start(*options(folder, *DECODED, "--workers", "1", "--resume"))
         worker = wait_for(lambda run=run: children(run.pid))[0]
@@ -224,7 +226,11 @@ def test_killed_workers_are_named(server, decoded, tmp_path):
         if worker in children(run.pid):
             os.kill(worker, signal.SIGKILL)
             run.wait()
+            if run.status == 0:
+                # Its last batch was taken a moment before.
+                break
             assert run.status == 2, run.err
+            named += 1
             # When torch hears of it in a callback of Python, Python reports that as well.
             (message,) = re.findall(r"^error: .*", run.err, re.MULTILINE)
             assert message.startswith("error: a data worker died")
@@ -233,26 +239,32 @@ def test_killed_workers_are_named(server, decoded, tmp_path):
             run.kill()
             run.wait()
         saved(folder)
+    assert named
     finish(server, folder, *DECODED, "--workers", "1")
     assert bits(folder) == bits(decoded)
 
 
 class Ends(torch.utils.data.Dataset):
+    def __init__(self):
+        self.ended = multiprocessing.Event()
+
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
         if index == 1:
             # The first batch is on its way, as a file that its receiver has to ask for.
-            time.sleep(0.2)
+            time.sleep(1)
             resource_sharer.stop()
+            self.ended.set()
         return torch.zeros(1000)
 
 
 def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named():
     """Its connections are closed a moment before its parent can see that it is dead."""
-    batches = iter(torch.utils.data.DataLoader(Ends(), num_workers=1))
-    time.sleep(1)
+    data = Ends()
+    batches = iter(torch.utils.data.DataLoader(data, num_workers=1))
+    assert data.ended.wait(60)
     with pytest.raises(timm_lt.UsageError, match=r"data worker died \(.*--resume"):
         list(loaded(batches))
 
@@ -394,12 +406,16 @@ def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
 @pytest.mark.parametrize("path", [(), (*TIMM, "1")])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_in_one_line(server, tmp_path, path, number, status):
-    folder = tmp_path / "run"
-    run = server.start(*options(folder, *path))
-    wait_for((folder / "state" / "epoch_0002").exists)
-    # As a terminal and a scheduler do: to all processes of the run.
-    os.killpg(run.pid, number)
-    run.wait()
+    for attempt in range(3):
+        folder = tmp_path / f"run_{attempt}"
+        run = server.start(*options(folder, *path))
+        wait_for((folder / "state" / "epoch_0002").exists)
+        # As a terminal and a scheduler do: to all processes of the run.
+        os.killpg(run.pid, number)
+        run.wait()
+        # Python drops an exception in a callback, so a signal at that moment has no effect.
+        if "Exception ignored" not in run.err:
+            break
     assert run.status == status, run.err
     assert "--resume" in run.err.splitlines()[-1]
     assert "Traceback" not in run.err
