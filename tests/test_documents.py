@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 import timm_lt
 import train_lt
+from timm_lt.data.sources import DATASETS
 from timm_lt.published import CHECKPOINTS, PUBLISHED
 from timm_lt.recipe import load_recipe, shipped_recipes
 
@@ -47,7 +48,9 @@ def test_the_first_two_shell_blocks_install_and_run():
 
 def test_the_readme_names_every_part():
     parts = [*timm_lt.list_heads(), *timm_lt.list_samplers(), *timm_lt.list_losses()]
-    for name in [*parts, *timm_lt.list_datasets()]:
+    # Other tests register data sets of their own.
+    own = [name for name in DATASETS if DATASETS[name].__module__.startswith("timm_lt.")]
+    for name in [*parts, *own]:
         assert f"`{name}`" in README, name
 
 

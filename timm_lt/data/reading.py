@@ -24,13 +24,19 @@ T = TypeVar("T")
 
 
 def encoded_images(dataset: Dataset) -> Dataset:
-    """Returns a data set of its images alone, as they are stored: bytes, or the path of a file."""
+    """Returns a data set of its images as they are stored: bytes, or the path of a file.
+
+    One with a transform of its own stays as it is: its images come decoded.
+    """
+    if dataset.format["type"] == "custom":
+        # Somebody's own transform has to see the rows.
+        return dataset
     # Reading a row that is decoded costs as much again as decoding a small image.
     images = dataset.with_format(None).select_columns("image")
     return images.cast_column("image", ImageColumn(decode=False))
 
 
-def read_image(encoded: dict[str, Any], row: int, column: ImageColumn) -> Image.Image:
+def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
     """Returns an image in RGB.
 
     Args:
@@ -50,8 +56,10 @@ def read_image(encoded: dict[str, Any], row: int, column: ImageColumn) -> Image.
         ) from error
 
 
-def _decoded(encoded: dict[str, Any], column: ImageColumn) -> Image.Image:
+def _decoded(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
     """Returns what ``column.decode_example`` does, in less time for bytes and local files."""
+    if isinstance(encoded, Image.Image):
+        return encoded
     path, content = encoded["path"], encoded["bytes"]
     if content is None and (path is None or "://" in path):
         decoded: Image.Image = column.decode_example(encoded)
@@ -61,9 +69,9 @@ def _decoded(encoded: dict[str, Any], column: ImageColumn) -> Image.Image:
     return image if column.mode in (None, image.mode) else image.convert(column.mode)
 
 
-def image_name(encoded: dict[str, Any], row: int) -> str:
+def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
     """Returns what to call an image in a message: its row and, if it has one, its file."""
-    path = encoded["path"]
+    path = encoded["path"] if isinstance(encoded, dict) else None
     return f"image {row}" + (f" ({path})" if path else "")
 
 
