@@ -594,3 +594,12 @@ def test_a_new_sampler_is_a_new_class_probabilities(monkeypatch):
     assert isinstance(sampler, OnlyTheLast)
     check_epoch(sampler, LABELS)
     assert {LABELS[index] for index in sampler} == {4}
+
+
+def test_more_images_than_a_float_counts():
+    """torch.multinomial, and with it WeightedRandomSampler, ends at 2^24."""
+    labels = torch.zeros(2**24 + 5, dtype=torch.long)
+    labels[2**24 :] = 1
+    sampler = create_sampler("class_balanced", labels, num_samples=20, seed=1)
+    rare = sorted(index - 2**24 for index in sampler if index >= 2**24)
+    assert rare == sorted(2 * list(range(5)))

@@ -10,7 +10,8 @@ from torch import Tensor
 from timm_lt.longtail import Labels
 from timm_lt.registry import check_integer, check_number
 from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
-from timm_lt.samplers.base import ClassSampler, Plan, register_sampler, small_integers
+from timm_lt.samplers.base import ClassSampler, Plan, small_integers
+from timm_lt.samplers.factory import register_sampler
 
 
 def power_probabilities(class_counts: Tensor, q: float) -> Tensor:

@@ -11,7 +11,8 @@ from timm_lt.longtail import Labels
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers.arithmetic import Integers, Purpose, keyed, seed_word, sort_order
 from timm_lt.samplers.balanced import power_probabilities
-from timm_lt.samplers.base import ClassSampler, Plan, register_sampler, small_integers
+from timm_lt.samplers.base import ClassSampler, Plan, small_integers
+from timm_lt.samplers.factory import register_sampler
 
 Schedule = Literal["t/T", "t/(T-1)"]
 

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from timm_lt.longtail import Labels
 from timm_lt.registry import check_integer
-from timm_lt.samplers.base import ClassSampler, register_sampler
+from timm_lt.samplers.base import ClassSampler
+from timm_lt.samplers.factory import register_sampler
 
 
 class _TargetSampler(ClassSampler):

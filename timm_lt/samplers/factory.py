@@ -1,0 +1,67 @@
+"""The samplers by name."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from timm_lt.longtail import Labels
+from timm_lt.registry import Registry
+from timm_lt.samplers.base import ClassSampler
+
+SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")
+
+S = TypeVar("S", bound=type[ClassSampler])
+
+
+def register_sampler(name: str) -> Callable[[S], S]:
+    """Returns a class decorator that registers a :class:`ClassSampler` under a name.
+
+    Its constructor takes ``(labels, num_samples, seed, num_classes)`` and, keyword-only, its own
+    options.
+    """
+
+    def add(cls: S) -> S:
+        SAMPLERS.register(name)(cls)
+        return cls
+
+    return add
+
+
+def list_samplers() -> list[str]:
+    """Returns the names that :func:`create_sampler` knows."""
+    return list(SAMPLERS)
+
+
+def create_sampler(
+    name: str,
+    labels: Labels,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    rank: int = 0,
+    num_replicas: int = 1,
+    **options: Any,
+) -> ClassSampler:
+    """Creates a sampler by name; see :class:`ClassSampler` for what all of them guarantee.
+
+    >>> import torch
+    >>> sampler = create_sampler("class_balanced", [0] * 90 + [1] * 10, num_samples=40)
+    >>> torch.bincount(torch.tensor(list(sampler)) // 90)
+    tensor([20, 20])
+
+    Args:
+        name: One of :func:`list_samplers`.
+        labels: Integer labels (N,), one per image.
+        num_samples: Length of an epoch over all processes, at least 1; None takes N.
+        seed: A non-negative integer.
+        num_classes: Number of classes; None takes the largest label plus one.
+        rank: Number of this process, without accelerate; see :meth:`ClassSampler.shard`.
+        num_replicas: Number of processes, without accelerate. With it, leave both out.
+        **options: The sampler's own options.
+
+    Raises:
+        UsageError: If the name or an option is unknown, or a value is out of range.
+    """
+    sampler = SAMPLERS.create(name, labels, num_samples, seed, num_classes, **options)
+    sampler.shard(rank, num_replicas)
+    return sampler
