@@ -18,12 +18,6 @@ from timm_lt.registry import UsageError, check_choice, check_number, unknown_nam
 ClipMode = Literal["norm", "value", "agc"]
 # Batches after which losses are looked at: it waits for the device.
 LOOK_EVERY = 50
-# What to do about numbers that are not finite.
-ADVICE = (
-    "start again, in another folder or with --overwrite, with a lower learning rate "
-    "(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no; the state after the last "
-    "epoch before it is kept"
-)
 
 
 def create_mixup(options: Mapping[str, Any] | None, num_classes: int, batch: int) -> Mixup | None:
@@ -221,7 +215,7 @@ class Losses:
             update = (first + int(wrong[0])) // self._per_update + 1
             raise UsageError(
                 f"the loss became {float(values[wrong[0]])} in epoch {self._epoch}, update "
-                f"{update}: {ADVICE}"
+                f"{update}: {_advice(self._epoch)}"
             )
 
 
@@ -237,8 +231,17 @@ def check_weights(model: nn.Module, epoch: int, accelerator: Accelerator) -> Non
     broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
     if accelerator.reduce(broken, "sum") > 0:
         raise UsageError(
-            f"weights are no longer finite after the last update of epoch {epoch}: {ADVICE}"
+            f"weights are no longer finite after the last update of epoch {epoch}: {_advice(epoch)}"
         )
+
+
+def _advice(epoch: int) -> str:
+    """Returns what to do about numbers that are not finite in an epoch, 1-based."""
+    kept = f"; the state after epoch {epoch - 1} is kept" if epoch > 1 else ""
+    return (
+        "start again, in another folder or with --overwrite, with a lower learning rate "
+        f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}"
+    )
 
 
 def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
