@@ -1,15 +1,12 @@
 """Writing a checkpoint folder: everything is checked first, the config is written last."""
 
-import copy
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from timm_lt.checkpoint.format import (
@@ -20,15 +17,15 @@ from timm_lt.checkpoint.format import (
     TEXT_LIMIT,
     WEIGHTS,
     CheckpointInfo,
-    TimmBase,
     check_config,
     check_head_name,
     is_statistic,
     parse_checkpoint,
 )
 from timm_lt.checkpoint.load import from_joint
+from timm_lt.checkpoint.plain import config_text, contiguous, plain_copy
 from timm_lt.files import sha256, write_atomic
-from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
+from timm_lt.heads import Head, LinearHead, get_heads
 from timm_lt.longtail import ShotRule, check_class_counts
 from timm_lt.registry import UsageError, check_number, unknown_name
 
@@ -89,7 +86,7 @@ def save_checkpoint(
         )
         if content is not None:
             files[entries[name]["file"]] = content
-    plain = _plain_copy(model)
+    plain = plain_copy(model)
     files[WEIGHTS] = safetensors.torch.save(_in_type(plain.state_dict(), dtype, "the model"))
     block = {
         "version": FORMAT_VERSION,
@@ -101,7 +98,7 @@ def save_checkpoint(
         "seed": seed,
         "heads": entries,
     }
-    config = _config_text(plain, label_names, {BLOCK: block})
+    config = config_text(plain, label_names, {BLOCK: block})
     check_text(folder, config)
     (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
@@ -274,81 +271,12 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
             )
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-
-
 def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a floating-point type, got {dtype}")
     stored = {}
-    for key, tensor in _contiguous(tensors).items():
+    for key, tensor in contiguous(tensors).items():
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if not torch.equal(stored[key].isfinite(), tensor.isfinite()):
             raise UsageError(f"{key} of {what} is beyond the range of {dtype}")
     return stored
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """Copies a model as what plain timm knows it: timm's architecture name, plain classifiers."""
-    plain = fold_head(copy.deepcopy(model).cpu())
-    recorded: dict[str, Any] = getattr(model, "_model_args", {})
-    head = recorded.get("head")
-    ours = {"head", *(head_option_names(head) if head else ())}
-    arguments = {key: value for key, value in recorded.items() if key not in ours}
-    config: Any = model.pretrained_cfg
-    config = {key: value for key, value in config.items() if key != "state_dict"}
-    base: TimmBase | None = getattr(model, "timm_base", None)
-    if base is not None:
-        config.pop("tag", None)
-        config["architecture"] = base.architecture
-        arguments = {**base.model_args, **arguments}
-    # timm keeps both as plain instance attributes, which nn.Module's types do not know.
-    plain.__dict__["pretrained_cfg"] = config
-    plain.__dict__["_model_args"] = arguments
-    return plain
-
-
-def _config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str, Any]) -> str:
-    labels = {"label_names": label_names} if label_names else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / CONFIG
-        save_config_for_hf(plain, str(path), model_config={**more, **labels})
-        return path.read_text(encoding="utf-8") + "\n"
-
-
-def save_plain(
-    folder: str | Path, model: nn.Module, *, label_names: list[str] | None = None
-) -> Path:
-    """Writes a model with its heads folded as an ordinary timm checkpoint, without heads.
-
-    Args:
-        folder: Where to write; made if missing.
-        model: The model, with a head that can be folded.
-        label_names: Class names in label order, (C,).
-
-    Returns:
-        The folder.
-
-    Raises:
-        UsageError: If a head is not fitted or cannot be folded, or needs a bias where timm's model
-            has none; nothing is written then.
-    """
-    folder = Path(folder)
-    plain = _plain_copy(model)
-    for path, head in get_heads(model).items():
-        folded = plain.get_submodule(path)
-        if head.bias is None and folded.bias is not None:
-            raise UsageError(
-                f"the folded head needs a bias, but the classifier {path!r} of timm's "
-                f"{type(model).__name__} has none, so timm could not load it"
-            )
-        if head.bias is not None and folded.bias is None:
-            # timm loads strictly: the key must be there.
-            zeros = torch.zeros(head.out_features, dtype=folded.weight.dtype)
-            folded.register_parameter("bias", nn.Parameter(zeros))
-    content = safetensors.torch.save(_contiguous(plain.state_dict()))
-    config = _config_text(plain, label_names, {})
-    write_atomic(folder / WEIGHTS, content)
-    write_atomic(folder / CONFIG, config)
-    return folder
