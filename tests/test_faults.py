@@ -214,6 +214,28 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+EVERYTHING = (
+    *("--data.augmentation", "timm", "--workers", "1"),
+    *("--data.augmentation_options", "{auto_augment: rand-m5, re_prob: 0.3, hflip: 0}"),
+    *("--mixup.mixup_alpha", "0.2", "--mixup.cutmix_alpha", "1", "--mixup.off_epoch", "4"),
+    *("--optimizer.name", "adamw", "--optimizer.lr", "0.003", "--clip_grad", "1"),
+    *("--ema.decay", "0.9", "--accumulation_steps", "2", "--loss.options.smoothing", "0.1"),
+    *("--sampler.name", "progressively_balanced", "--validate_every", "2"),
+)
+
+
+def test_a_run_with_every_option_resumes_to_the_same_bits(server, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(server, whole, *EVERYTHING)
+    for epoch in (1, 3):
+        run = server.start(*options(folder, *EVERYTHING, "--resume"))
+        wait_for((folder / "state" / f"epoch_000{epoch}").exists)
+        run.kill()
+        run.wait()
+    finish(server, folder, *EVERYTHING)
+    assert bits(folder) == bits(whole)
+
+
 def test_killed_workers_are_named(server, decoded, tmp_path):
     """Whatever the main process and the worker do at that moment."""
     folder, rng = tmp_path / "run", random.Random(SEED)

@@ -277,3 +277,9 @@ def test_published_weights_without_a_recipe_say_so(tmp_path):
     for name in ("lt_resnext50.imagenet_lt", "hub_configs/lt_resnext50.imagenet_lt.yaml"):
         with pytest.raises(UsageError, match=r"is no recipe to run; load them with timm.create_mo"):
             parse_command_line("train_lt.py", [name])
+
+
+def test_resume_is_a_flag_or_auto():
+    for arguments, resumes in ((["--resume"], True), (["--resume", "auto"], True), ([], False)):
+        _, _, options = parse_command_line("train_lt.py", arguments)
+        assert options.resume is resumes

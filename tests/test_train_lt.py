@@ -75,6 +75,23 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
 
 
 @pytest.mark.slow
+def test_the_log_has_times_rates_and_a_summary(digits_run):
+    folder, finished = digits_run
+    history = json.loads((folder / "state" / "epoch_0005" / "history.json").read_text())["epochs"]
+    lines = [line for line in finished.stderr.splitlines() if "  loss " in line]
+    assert len(lines) == len(history) == 5
+    for line, record in zip(lines, history, strict=True):
+        assert f"loss {record['loss']:.3f}" in line
+        assert f"val {100 * record['val']['all']:.1f} %" in line
+        assert f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s" in line
+    scores = [record["val"]["all"] for record in history]
+    best = scores.index(max(scores)) + 1
+    assert json.loads((folder / "metrics.json").read_text())["kept_epoch"] == best
+    (summary,) = (line for line in finished.stderr.splitlines() if "trained 5 epochs in" in line)
+    assert f"best on validation: epoch {best} with {100 * max(scores):.1f} %" in summary
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_a_loaded_head_gives_the_bits_that_the_run_evaluated(digits_run, digits_test_images, head):
     folder, _ = digits_run

@@ -554,7 +554,7 @@ def test_images_that_cannot_be_read_give_their_place_to_others(accelerator):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph", "ignore:It is highly")
-@pytest.mark.parametrize("name", sorted({str(n) for n in timm.optim.list_optimizers()}))
+@pytest.mark.parametrize("name", sorted({*map(str, timm.optim.list_optimizers()), "lookahead_sgd"}))
 def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name):
     optimizer = {"opt": name, "lr": 1e-3, "weight_decay": 0.01, "momentum": 0.9}
     try:
