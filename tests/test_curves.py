@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import curves, fit_head, tau_curve
+from timm_lt.fitting import fit_head, intervals, tau_curve
 from timm_lt.fitting.curves import AccuracyCurve
 from timm_lt.heads import HEADS
 from timm_lt.metrics import shot_accuracy
@@ -189,7 +189,7 @@ def test_norms_that_are_equal_up_to_rounding_give_a_tau_that_works():
 def test_chunks_do_not_show(monkeypatch):
     classifier, features = problem()
     whole = tau_curve(classifier, features)
-    monkeypatch.setattr(curves, "CHUNK", 7 * 6)
+    monkeypatch.setattr(intervals, "PART", 7 * 6)
     parts = tau_curve(classifier, features)
     torch.testing.assert_close(parts.low, whole.low)
     torch.testing.assert_close(parts.high, whole.high)
