@@ -92,8 +92,8 @@ def tau_curve(
     With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
     ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. Either way the label of an image
     wins on one interval of tau, which :mod:`timm_lt.fitting.intervals` finds from one product of
-    features and weight. Logits have the type that a head's have, float32 at least; from there on
-    the interval is exact up to rounding in float64. Features may lie in a mapped file: they are
+    features and weight. The ends are exact up to the rounding of the logits, which have the
+    type that a head's have, float32 at least. Features may lie in a mapped file: they are
     read block by block.
 
     Args:

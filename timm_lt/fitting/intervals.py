@@ -26,20 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Entries of the logits that one product gives; with too few rows a product is slow.
+# Entries of the logits that one product gives; with few rows a product is slow.
 BLOCK, BLOCK_ROWS = 2**21, 128
 # Entries of the logits that are judged at a time, in a few matrices of this size.
-PART = 2**17
-# On a tie the class of lower index wins, as with argmax: its line is taken to lie higher by this
-# share. It exceeds the rounding of float64 and is far below that of float32 logits.
-TIE = 1e-14
-# Stands for ratios that are not positive, whose logarithm would be slow; ratios of float32 numbers
-# do not come near it.
-SMALLEST, LOG_SMALLEST = 1e-300, -690.0
+PART = 2**18
+# Ratios of logits below this count as not positive, and as this, since the logarithm of zero and
+# less is slow. It is the smallest difference between lines, too.
+SMALLEST, LOG_SMALLEST = 1e-35, -80.0
 
 
 class IntervalFinder:
     """Finds the taus at which labels win, for a few rows of logits at a time.
+
+    All is computed in the type of the logits: each bound is right for logits that differ from the
+    given ones by a few of their roundings, and right at ``tau = 0`` for the given ones.
 
     Args:
         slopes: What tau counts against each class: ``log‖w_c‖`` or ``log prior_c``, (C,) float64.
@@ -50,79 +50,82 @@ class IntervalFinder:
     def __init__(self, slopes: Tensor, *, logarithmic: bool, dtype: torch.dtype) -> None:
         self.slopes = slopes
         self.logarithmic = logarithmic
-        self.classes = torch.arange(len(slopes), dtype=torch.float64)
-        # They differ where slopes do, and are exact in float32.
+        self.classes = torch.arange(len(slopes)).to(dtype)
+        # They differ where slopes do; float32 counts exactly up to 16 million.
         self.ranks = slopes.unique(return_inverse=True)[1].to(dtype)
+        # By this share of its lead a class that wins ties lies higher: it exceeds the rounding of
+        # the bounds, and no order at tau = 0 depends on it.
+        self.tie = 4 * torch.finfo(dtype).eps
+        self.largest = torch.finfo(dtype).max
         self.max_rows = max(PART // len(slopes), 1)
         # Fresh memory for each step would take longer than the step.
-        size = (self.max_rows, len(slopes))
-        self.scratch = torch.empty(2, *size, dtype=dtype)
-        self.work = torch.empty(3, *size, dtype=torch.float64)
+        self.work = torch.empty(4, self.max_rows, len(slopes), dtype=dtype)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the first and the last tau >= 0 at which each label wins; (inf, -inf) if none.
 
         Shape:
-            logits (B, C) with B <= ``max_rows``, targets (B,); (B,) float64 each.
+            logits (B, C) with B <= ``max_rows``, targets (B,); (B,) each.
         """
-        low = torch.full((len(logits),), math.inf, dtype=torch.float64)
+        low = torch.full((len(logits),), math.inf, dtype=logits.dtype)
         high = -low
         alive = (~self._hopeless(logits, targets)).nonzero().flatten()
-        if len(alive):
-            low[alive], high[alive] = self._bounds(logits[alive], targets[alive])
+        low[alive], high[alive] = self._bounds(logits, targets[alive], alive)
         return low, high
 
     def _hopeless(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns which labels (B,) surely win at no tau >= 0, from comparisons alone."""
         column = targets[:, None]
         own = logits.gather(1, column)
-        above, lighter = self.scratch[:, : len(logits)]
+        above, lighter = self.work[:2, : len(logits)]
         torch.sub(logits, own, out=above)
         torch.sub(self.ranks[column], self.ranks, out=lighter)
-        # The smaller of the two is positive where both are: some class is lighter and lies higher.
+        # The smaller of the two is positive where both are: a lighter class lies higher.
         beaten = torch.minimum(above, lighter, out=lighter).amax(1) > 0
         if not self.logarithmic:
             return beaten
         return torch.where(own[:, 0] > 0, beaten, logits.amax(1) > 0)
 
-    def _bounds(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _bounds(self, logits: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the interval of the labels (B,) of some rows of the logits."""
+        lead, rise, heavier, lighter = self.work[:, : len(rows)]
+        torch.index_select(logits, 0, rows, out=lead)
         column = targets[:, None]
-        lead, heavier, lighter = self.work[:, : len(logits)]
-        lead.copy_(logits)
         own = lead.gather(1, column)
+        # The difference in float64, or norms that are almost equal would count as equal.
+        torch.sub(self.slopes, self.slopes[column], out=rise)
         if self.logarithmic:
-            sign = own.sign()
-            self._log_ratios(lead, own, sign)
-            slopes, tie = torch.mul(self.slopes, sign, out=lighter), torch.tensor(TIE)
+            _log_ratios(lead, rise, own)
         else:
-            slopes = lighter.copy_(self.slopes)
-            scale = torch.maximum(lead.amax(1), -lead.amin(1))[:, None]
-            tie = (TIE * scale).clamp_min(SMALLEST)
             lead -= own
         # Classes before the label win ties, those after it lose them.
-        before = torch.sub(column, self.classes, out=heavier).clamp_(-1, 1)
-        lead += before.mul_(tie)
+        before = torch.sub(column.to(lead.dtype), self.classes, out=heavier).clamp_(-1, 1)
+        size = torch.abs(lead, out=lighter).clamp_(max=self.largest)
+        lead += size.mul_(self.tie).add_(SMALLEST).mul_(before)
         # The label itself sets no bound.
         lead.scatter_(1, column, -1.0)
-        own_slope = slopes.gather(1, column)
-        torch.sub(slopes, own_slope, out=heavier).clamp_min_(0)
-        torch.sub(own_slope, slopes, out=lighter).clamp_min_(0)
-        # Division by the zero of a class that is not heavier: -inf, no bound, if it lies below the
-        # label, and inf, no tau at all, if it lies above.
+        torch.clamp(rise, min=0, out=heavier)
+        torch.sub(heavier, rise, out=lighter)
+        # Divided by the 0 of a class that is not heavier, a lead below 0 gives -inf, no bound, and
+        # one above 0 inf, no tau at all.
         low = torch.div(lead, heavier, out=heavier).amax(1).clamp_min_(0)
-        # Here a class that is not lighter gives inf, no bound: the numerator is positive.
-        high = torch.div(lead.neg_().clamp_min_(SMALLEST), lighter, out=lighter).amin(1)
+        # A class that is not lighter gives -inf, no bound.
+        high = -torch.div(lead.clamp_max_(-SMALLEST), lighter, out=lighter).amax(1)
         return low, high.masked_fill_(low == math.inf, -math.inf)
 
-    @staticmethod
-    def _log_ratios(logits: Tensor, own: Tensor, sign: Tensor) -> None:
-        """Turns logits (B, C) into their leads over the label's, in place."""
-        zero = (sign == 0).flatten().nonzero().flatten()
-        signs = logits[zero].sign()
-        logits.div_(own).clamp_min_(SMALLEST).log_()
-        F.threshold(logits, LOG_SMALLEST, -math.inf, inplace=True)
+
+def _log_ratios(logits: Tensor, rise: Tensor, own: Tensor) -> None:
+    """Turns logits (B, C) into their leads over the label's, in place, and rises with them."""
+    sign = own.sign()
+    zero = (own[:, 0] == 0).nonzero().flatten()
+    signs = logits[zero].sign()
+    logits.div_(own).clamp_min_(SMALLEST).log_()
+    F.threshold(logits, LOG_SMALLEST, -math.inf, inplace=True)
+    if (sign != 1).any():
         logits.mul_(sign)
-        logits[zero] = signs
+        # Adding 0 turns -0 into 0, which division tells apart.
+        rise.mul_(sign).add_(0.0)
+    logits[zero] = signs
 
 
 def winning_intervals(
