@@ -1,9 +1,9 @@
 """Cost of ``tau_curve``, as a ratio to one product of features and weight plus argmax.
 
-``python benchmarks/tau_curve.py``: one thread, CPU time, interleaved, median of the ratios. ``norm``
-and ``prior`` include the best tau. ``sweep`` evaluates 21 taus directly, one product each. Both the
-sweep and the reference take the features in the blocks that ``tau_curve`` takes. ``alive`` is the
-share of images that are right at some tau, the others are given up early; ``differ`` is the largest
+``python benchmarks/tau_curve.py``: one thread, CPU time, interleaved, median of the ratios.
+``norm`` and ``prior`` include the best tau. ``sweep`` evaluates 21 taus directly, one product each.
+Sweep and reference take the features in the blocks that ``tau_curve`` takes. ``alive`` is the share
+of images that are right at some tau, the others are given up early; ``differ`` is the largest
 number of images, over the 21 taus, by which curve and sweep differ.
 """
 
@@ -70,7 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(
-        f"{'classes':>7} {'images':>6} {'alive':>6} {'norm':>7} {'prior':>7} {'sweep':>7} {'differ':>7}"
+        f"{'classes':>7} {'images':>6} {'alive':>6} "
+        + " ".join(f"{name:>7}" for name in ("norm", "prior", "sweep", "differ"))
     )
     for num_classes, num_images in SIZES.items():
         for noise in arguments.noise:
