@@ -357,6 +357,24 @@ def test_one_image_and_one_class():
     assert wrong.steps()[1].tolist() == [0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_logit_that_is_not_positive_never_wins_however_light_its_class(dtype):
+    weight = torch.tensor([[1.0, 0.0], [-0.5, 0.0], [0.0, 0.25]], dtype=dtype)
+    features = Features(torch.tensor([[1.0, 0.0]], dtype=dtype), torch.tensor([0]))
+    curve = tau_curve(classifier_of(weight), features)
+    assert curve.low.tolist() == [0.0]
+    assert curve.high.tolist() == [math.inf]
+
+
+def test_the_interval_of_an_image_that_is_never_right_is_empty():
+    """A class of the same norm lies higher, and no class is lighter."""
+    features = Features(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    curve = tau_curve(classifier_of([[1.0, 0.0], [0.0, 1.0]]), features)
+    assert curve.low.tolist() == [math.inf]
+    assert curve.high.tolist() == [-math.inf]
+    assert curve.steps()[0].tolist() == [0.0]
+
+
 def test_very_many_classes():
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(100_000, 3, generator=g)

@@ -119,7 +119,8 @@ def _log_ratios(logits: Tensor, rise: Tensor, own: Tensor) -> None:
     sign = own.sign()
     zero = (own[:, 0] == 0).nonzero().flatten()
     signs = logits[zero].sign()
-    logits.div_(own).clamp_min_(SMALLEST).log_()
+    # Not by 0: the logarithms of what comes out are slow.
+    logits.div_(own.masked_fill(own == 0, 1)).clamp_min_(SMALLEST).log_()
     F.threshold(logits, LOG_SMALLEST, -math.inf, inplace=True)
     if (sign != 1).any():
         logits.mul_(sign)
