@@ -1,5 +1,6 @@
 """The exact curve of accuracy against tau, against the heads themselves, image by image."""
 
+import copy
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import curves, fit_head, tau_curve
+from timm_lt.fitting import fit_head, intervals, tau_curve
 from timm_lt.fitting.curves import AccuracyCurve
+from timm_lt.fitting.intervals import logit_blocks
 from timm_lt.heads import HEADS
 from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import UsageError
@@ -98,30 +100,130 @@ def test_equal_norms_and_equal_rows_are_judged_rightly(tau):
     assert right_by_curve(tau_curve(classifier, features), tau).equal(expected)
 
 
+def judged_naively(classifier, features, adjust, counts, tau):
+    """Returns by how much each label's line is the highest, relative to the logits; float64.
+
+    Written image by image, class by class; NaN if the label is right or wrong by a tie.
+    """
+    classifier = copy.deepcopy(classifier).double().requires_grad_(False)
+    weight, values = classifier.weight, features.values.double()
+    margins = []
+    for x, target in zip(values, features.targets.tolist(), strict=True):
+        scores = []
+        for c, w in enumerate(weight):
+            if adjust == "norm":
+                norm = float((w * w).sum()) ** 0.5
+                scores.append(float(w @ x) / (norm or 1.0) ** tau)
+            else:
+                prior = math.log(float(counts[c]) / float(counts.sum()))
+                scores.append(float(w @ x) + float(classifier.bias[c]) - tau * prior)
+        others = max(scores[:target] + scores[target + 1 :])
+        size = max(abs(others), abs(scores[target]))
+        margins.append((scores[target] - others) / size if size else math.nan)
+    return torch.tensor(margins)
+
+
+@pytest.mark.parametrize("adjust", ["norm", "prior"])
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_is_right_wherever_the_margin_is_above_its_rounding(adjust, seed):
+    classifier, features = problem(seed, n=80)
+    classifier, features = classifier.float(), Features(features.values.float(), features.targets)
+    curve = tau_curve(classifier, features, adjust=adjust, class_counts=COUNTS)
+    judged = 0
+    for tau in [0.0, 0.11, 0.3, 0.77, 1.0, 1.31, 2.0, 3.3, 5.0, 9.0]:
+        margins = judged_naively(classifier, features, adjust, COUNTS, tau)
+        clear = margins.abs() > 3e-6
+        assert right_by_curve(curve, tau)[clear].equal((margins > 0)[clear])
+        judged += int(clear.sum())
+    assert judged > 790
+
+
+def test_norms_that_differ_by_a_rounding_are_not_equal():
+    """Two heavier classes: the bound of one is 1 up to rounding, that of the other is 1.2."""
+    log_norm = torch.tensor([0.0, 3e-7, 1.0], dtype=torch.float64)
+    norms = log_norm.exp().float()
+    lead = torch.tensor([0.0, 3e-7, 1.2], dtype=torch.float64).exp().float()
+    # The norm of each row lies in the second column, the logit is the first.
+    weight = torch.stack([lead / 64, (norms**2 - (lead / 64) ** 2).sqrt()], 1)
+    features = Features(torch.tensor([[64.0, 0.0]]), torch.tensor([0]))
+    curve = tau_curve(classifier_of(weight), features)
+    assert not right_by_curve(curve, 1.15)
+    assert right_by_curve(curve, 5.0)
+    assert curve.low == pytest.approx(1.2, abs=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_that_differ_by_one_rounding_are_told_apart_at_tau_0(sign):
+    base = torch.tensor(1.5)
+    steps = [base, torch.nextafter(base, torch.tensor(2.0)), torch.nextafter(base, base - 1), base]
+    logits = sign * torch.stack(steps)
+    weight = torch.stack([logits, torch.tensor([0.0, 1.0, 2.0, 0.5])], 1)
+    features = Features(torch.tensor([[1.0, 0.0]]).expand(4, 2), torch.arange(4))
+    for order in (torch.arange(4), torch.tensor([2, 0, 3, 1]), torch.tensor([3, 2, 1, 0])):
+        for adjust in ("norm", "prior"):
+            classifier = classifier_of(weight[order], torch.zeros(4))
+            curve = tau_curve(classifier, features, adjust=adjust, class_counts=COUNTS[:4])
+            right = right_by_curve(curve, 0.0)
+            assert right.nonzero().tolist() == [[int(logits[order].argmax())]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_ties_at_tau_1_go_to_the_lower_index(dtype, scale):
+    """Logits that are as their norms, 1, 4, 2, tie at tau = 1, where all divisions are exact."""
+    weight = torch.tensor([[1.0], [4.0], [2.0]], dtype=dtype)
+    for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1], [1, 0, 2]):
+        features = Features(torch.full((3, 1), scale, dtype=dtype), torch.arange(3))
+        classifier = classifier_of(weight[order])
+        curve = tau_curve(classifier, features)
+        for tau in (0.0, 0.999, 1.0, 1.001, 2.0):
+            expected = right_by_head("tau_norm", classifier, features, tau)
+            assert right_by_curve(curve, tau).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_that_is_the_log_prior_ties_at_tau_1(dtype):
+    log_prior = (COUNTS / COUNTS.sum()).double().log().float().to(dtype)
+    classifier = classifier_of(torch.zeros(6, 2, dtype=dtype), log_prior)
+    features = Features(torch.ones(6, 2, dtype=dtype), torch.arange(6))
+    curve = tau_curve(classifier, features, adjust="prior", class_counts=COUNTS)
+    for tau, winner in ((0.0, 0), (0.99, 0), (1.0, 0), (1.01, 5), (3.0, 5)):
+        assert right_by_curve(curve, tau).nonzero().tolist() == [[winner]]
+
+
 integers = st.integers(-3, 3)
 
 
+@pytest.mark.parametrize("adjust", ["norm", "prior"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(max_examples=60, deadline=None)
 @given(
     weight=st.lists(st.lists(integers, min_size=3, max_size=3), min_size=2, max_size=5),
     values=st.lists(st.lists(integers, min_size=3, max_size=3), min_size=1, max_size=6),
+    bias=st.lists(integers, min_size=5, max_size=5) | st.none(),
+    counts=st.lists(st.integers(1, 3), min_size=5, max_size=5),
     tau=st.sampled_from([0.0, 0.1, 0.37, 0.83, 1.1, 1.9, 2.7]),
 )
-def test_small_integers_full_of_ties(weight, values, tau):
+def test_small_integers_full_of_ties(adjust, dtype, weight, values, bias, counts, tau):
     c = len(weight)
-    classifier = classifier_of(torch.tensor(weight).double())
-    features = Features(
-        torch.tensor(values).double().repeat_interleave(c, 0), torch.arange(c).repeat(len(values))
-    )
-    right = right_by_curve(tau_curve(classifier, features), tau).view(len(values), c)
+    bias = None if bias is None else torch.tensor(bias[:c], dtype=dtype)
+    classifier = classifier_of(torch.tensor(weight, dtype=dtype), bias)
+    counts = torch.tensor(counts[:c])
+    rows = torch.tensor(values, dtype=dtype)
+    features = Features(rows.repeat_interleave(c, 0), torch.arange(c).repeat(len(values)))
+    curve = tau_curve(classifier, features, adjust=adjust, class_counts=counts)
+    right = right_by_curve(curve, tau).view(len(values), c)
     # Of all labels of an image one is right: no tie is counted twice, or not at all.
     assert (right.sum(1) == 1).all()
-    head = HEADS["tau_norm"].from_classifier(classifier, tau=tau)
+    name = "tau_norm" if adjust == "norm" else "logit_adjusted"
+    options = {} if adjust == "norm" else {"class_counts": counts}
+    head = HEADS[name].from_classifier(classifier, tau=tau, **options)
     with torch.inference_mode():
-        logits = head(features.values[::c])
+        logits = head(rows)
     # Away from tau 0 a tie is one up to rounding.
-    chosen = logits.gather(1, right.int().argmax(1, keepdim=True))
-    torch.testing.assert_close(chosen[:, 0], logits.amax(1), rtol=1e-12, atol=1e-12)
+    chosen = logits.gather(1, right.int().argmax(1, keepdim=True))[:, 0]
+    rounding = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(chosen, logits.amax(1), rtol=rounding, atol=4 * rounding)
     if tau == 0:
         assert right.int().argmax(1).equal(logits.argmax(1))
 
@@ -186,13 +288,34 @@ def test_norms_that_are_equal_up_to_rounding_give_a_tau_that_works():
     assert head(features.values).isfinite().all()
 
 
-def test_chunks_do_not_show(monkeypatch):
+@pytest.mark.parametrize(("block", "part"), [(1, 2**18), (2**21, 7 * 6), (1, 1)])
+def test_blocks_do_not_show(monkeypatch, block, part):
     classifier, features = problem()
     whole = tau_curve(classifier, features)
-    monkeypatch.setattr(curves, "CHUNK", 7 * 6)
+    monkeypatch.setattr(intervals, "BLOCK", block)
+    monkeypatch.setattr(intervals, "BLOCK_ROWS", 9)
+    monkeypatch.setattr(intervals, "PART", part)
     parts = tau_curve(classifier, features)
     torch.testing.assert_close(parts.low, whole.low)
     torch.testing.assert_close(parts.high, whole.high)
+
+
+def test_features_in_a_mapped_file_are_read_block_by_block(tmp_path, monkeypatch):
+    classifier, features = problem(n=1000)
+    classifier, values = classifier.float(), features.values.float()
+    path = tmp_path / "features.bin"
+    values.numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=values.numel()).view(values.shape)
+    monkeypatch.setattr(intervals, "BLOCK", 8 * 200)
+    sizes = [len(block) for block in logit_blocks(mapped, classifier.weight.detach(), None)]
+    assert sizes == [200] * 5
+    few = torch.arange(0, 1000, 2)
+    sizes = [len(block) for block in logit_blocks(mapped, classifier.weight.detach(), None, few)]
+    assert sizes == [200, 200, 100]
+    curve = tau_curve(classifier, Features(mapped, features.targets))
+    expected = tau_curve(classifier, Features(values, features.targets))
+    assert curve.low.equal(expected.low)
+    assert curve.high.equal(expected.high)
 
 
 @pytest.mark.parametrize("rule", ["fb", "oltr"])
@@ -206,6 +329,77 @@ def test_a_group_has_the_accuracy_that_the_report_gives_it(group, rule):
         preds = head(features.values).argmax(1)
     report = shot_accuracy(preds, features.targets, counts, rule)
     assert curve(0.7) == pytest.approx(getattr(report, group), abs=1e-12)
+
+
+def test_one_pass_gives_the_curve_of_every_group():
+    classifier, features = problem()
+    counts = torch.tensor([500, 110, 60, 30, 20, 20])
+    for adjust in ("norm", "prior"):
+        curve = tau_curve(classifier, features, adjust=adjust, class_counts=counts)
+        assert list(curve.groups) == ["many_shot", "medium_shot", "few_shot"]
+        assert curve.groups["few_shot"] is None
+        for name in ("many_shot", "medium_shot"):
+            alone = tau_curve(classifier, features, adjust=adjust, class_counts=counts, group=name)
+            torch.testing.assert_close(curve.groups[name].low, alone.low)
+            torch.testing.assert_close(curve.groups[name].high, alone.high)
+            assert alone.groups == {}
+    assert tau_curve(classifier, features).groups == {}
+
+
+def test_one_image_and_one_class():
+    features = Features(torch.tensor([[-1.0, 2.0]]), torch.tensor([0]))
+    one_class = tau_curve(classifier_of([[1.0, 0.0]]), features)
+    assert one_class.low.tolist() == [0.0]
+    assert one_class.high.tolist() == [math.inf]
+    assert one_class(3.0) == 1.0
+    wrong = tau_curve(classifier_of([[1.0, 0.0], [0.0, 1.0]]), features)
+    assert wrong(0.0) == wrong(5.0) == 0.0
+    assert wrong.steps()[1].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_logit_that_is_not_positive_never_wins_however_light_its_class(dtype):
+    weight = torch.tensor([[1.0, 0.0], [-0.5, 0.0], [0.0, 0.25]], dtype=dtype)
+    features = Features(torch.tensor([[1.0, 0.0]], dtype=dtype), torch.tensor([0]))
+    curve = tau_curve(classifier_of(weight), features)
+    assert curve.low.tolist() == [0.0]
+    assert curve.high.tolist() == [math.inf]
+
+
+def test_the_interval_of_an_image_that_is_never_right_is_empty():
+    """A class of the same norm lies higher, and no class is lighter."""
+    features = Features(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
+    curve = tau_curve(classifier_of([[1.0, 0.0], [0.0, 1.0]]), features)
+    assert curve.low.tolist() == [math.inf]
+    assert curve.high.tolist() == [-math.inf]
+    assert curve.steps()[0].tolist() == [0.0]
+
+
+def test_very_many_classes():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(100_000, 3, generator=g)
+    features = Features(torch.randn(40, 3, generator=g), torch.zeros(40).long())
+    winners = [
+        HEADS["tau_norm"].from_classifier(classifier_of(weight), tau=tau)(features.values).argmax(1)
+        for tau in (0.0, 0.5, 2.0)
+    ]
+    # Each image has the label that wins at one of three taus.
+    features = Features(
+        features.values, torch.stack(winners)[torch.arange(40) % 3, torch.arange(40)]
+    )
+    curve = tau_curve(classifier_of(weight), features)
+    for tau, winner in zip((0.0, 0.5, 2.0), winners, strict=True):
+        assert right_by_curve(curve, tau).equal(winner == features.targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    classifier, features = problem()
+    half = Features(features.values.to(dtype), features.targets)
+    single = Features(half.values.float(), features.targets)
+    expected = tau_curve(classifier.to(dtype).float(), single)
+    assert tau_curve(classifier.to(dtype), half).low.equal(expected.low)
+    assert expected.low.unique().numel() > 20
 
 
 def test_float32_and_float16_features_are_taken_as_they_are():
@@ -238,6 +432,14 @@ def test_features_that_do_not_fit_are_refused():
         tau_curve(classifier, Features(torch.zeros(2, 5), torch.tensor([0, 1])))
     with pytest.raises(UsageError, match="= 6 is not below num_classes=6"):
         tau_curve(classifier, Features(torch.zeros(2, 8), torch.tensor([0, 6])))
+
+
+def test_a_classifier_that_is_not_finite_is_refused():
+    classifier, features = problem()
+    with torch.no_grad():
+        classifier.weight[4, 2] = math.nan
+    with pytest.raises(UsageError, match="weight of class 4 is not finite"):
+        tau_curve(classifier, features)
 
 
 def test_a_head_whose_weight_is_not_its_classifier_is_refused():

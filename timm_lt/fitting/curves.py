@@ -1,25 +1,29 @@
 """Accuracy as an exact function of tau, for tau-normalisation and logit adjustment."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.heads import Head, LinearHead, LogitAdjustedHead, TauNormHead, as_joint, log_prior
+from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
+from timm_lt.heads import (
+    Head,
+    LinearHead,
+    LogitAdjustedHead,
+    TauNormHead,
+    as_joint,
+    log_prior,
+    nonzero_norm,
+)
 from timm_lt.longtail import ShotRule, check_labels, shot_groups
 from timm_lt.registry import UsageError, check_choice
 
 Adjustment = Literal["norm", "prior"]
-# Entries of a (rows, C) matrix per step, which holds about ten of them in float64.
-CHUNK = 2**21
 # Beyond it, powers of small norms leave float32; the taus of the papers lie below 2.
 LARGEST_TAU = 10.0
-# Stands for a logit of 0 where a logarithm is taken.
-SMALLEST = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +31,21 @@ class AccuracyCurve:
     """Accuracy as a step function of tau >= 0.
 
     An image is right for the taus of one interval ``[low, high]``; it is empty if low > high. Where
-    an end is a tie that the image loses, the end is the next number inside.
+    an end is a tie that the image loses, the end lies a rounding further inside.
 
     Args:
         low: First tau at which each image is right, (N,) float64.
         high: Last such tau, (N,) float64; may be infinite.
+        groups: The curve of each shot group, if known; None for a group without images.
 
-    >>> curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.inf]))
+    >>> curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([1.0, torch.inf]))
     >>> curve(0.0), curve(0.7), curve(2.0), curve.best_tau
     (0.5, 1.0, 0.5, 0.75)
     """
 
     low: Tensor
     high: Tensor
+    groups: Mapping[str, "AccuracyCurve | None"] = field(default_factory=dict)
 
     def __call__(self, tau: float) -> float:
         """Returns the accuracy at one tau."""
@@ -83,22 +89,25 @@ def tau_curve(
 ) -> AccuracyCurve:
     """Computes the accuracy of tau-normalisation or logit adjustment at every tau >= 0 at once.
 
-    With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias. Where it is
-    positive its logarithm ``log(w_c·x) − tau·log‖w_c‖`` is a line in tau; with ``adjust="prior"``
-    the logit ``w_c·x + b_c − tau·log prior_c`` is one itself. The label wins on the interval of tau
-    in which its line is the highest.
+    With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
+    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. Either way the label of an image
+    wins on one interval of tau, which :mod:`timm_lt.fitting.intervals` finds from one product of
+    features and weight. The ends are exact up to the rounding of the logits, which have the
+    type that a head's have, float32 at least. Features may lie in a mapped file: they are
+    read block by block.
 
     Args:
         classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it.
         features: Features to be right on, values (N, D).
         adjust: ``"norm"`` or ``"prior"``.
-        class_counts: Training images per class (C,); for ``"prior"`` and for ``group``.
-        group: Take the images of this shot group only; each image counts the same.
+        class_counts: Training images per class (C,); for ``"prior"`` and for the shot groups.
+        group: Take the images of this shot group only; each image counts the same. Without it the
+            curve of every group is in ``groups``, if there are class counts.
         rule: Where the shot groups have their boundaries.
 
     Raises:
         UsageError: If shapes do not match, class counts are missing, the group has no images, or
-            the classifier is a head other than ``linear``.
+            the classifier is a head other than ``linear`` or not finite.
 
     References:
         Kang et al., ICLR 2020, equation 3; Menon et al., ICLR 2021, equation 9.
@@ -106,43 +115,55 @@ def tau_curve(
     check_choice("adjust", adjust, get_args(Adjustment))
     classifier = as_joint(classifier)
     check_joint(classifier)
-    check_fits(features, "features", classifier.out_features, classifier)
+    num_classes = classifier.out_features
+    check_fits(features, "features", num_classes, classifier)
     if class_counts is None and (adjust == "prior" or group is not None):
         raise UsageError("tau_curve needs class_counts= for adjust='prior' and for group=")
-    if class_counts is not None and len(class_counts) != classifier.out_features:
+    if class_counts is not None and len(class_counts) != num_classes:
         raise UsageError(
-            f"class_counts has {len(class_counts)} classes, the classifier "
-            f"{classifier.out_features}"
+            f"class_counts has {len(class_counts)} classes, the classifier {num_classes}"
         )
+    targets = features.targets.cpu()
+    members = _members(targets, class_counts, rule)
+    rows = None
     if group is not None:
-        assert class_counts is not None
-        groups = shot_groups(class_counts, rule)
-        check_choice("group", group, tuple(groups))
-        rows = groups[group][features.targets.cpu()].to(features.values.device)
-        if not rows.any():
+        check_choice("group", group, tuple(members))
+        rows, members = members[group], {}
+        if not len(rows):
             raise UsageError(f"no image belongs to the group {group!r}")
-        features = Features(features.values[rows], features.targets[rows])
-    weight = classifier.weight.detach().double().cpu()
-    bias = None if classifier.bias is None else classifier.bias.detach().double().cpu()
-    if adjust == "prior":
-        assert class_counts is not None
-        slopes = log_prior(class_counts, len(weight)).double()
+        targets = targets[rows]
+    weight, bias = _weights(classifier, features)
+    if adjust == "norm":
+        bias, slopes = None, nonzero_norm(weight).flatten().double().log()
     else:
-        slopes = torch.linalg.vector_norm(weight, dim=1).clamp_min(1e-12).log()
-    lows, highs = [], []
-    rows_per_step = max(CHUNK // len(weight), 1)
-    for start in range(0, len(features), rows_per_step):
-        rows_now = slice(start, start + rows_per_step)
-        logits = features.values[rows_now].detach().cpu().double() @ weight.T
-        if adjust == "prior":
-            scores = logits if bias is None else logits + bias
-            lines = scores, slopes.expand_as(scores)
-        else:
-            lines = _log_lines(logits, slopes)
-        low, high = _winning_interval(*lines, features.targets[rows_now].cpu())
-        lows.append(low)
-        highs.append(high)
-    return AccuracyCurve(torch.cat(lows), torch.cat(highs))
+        assert class_counts is not None
+        slopes = log_prior(class_counts, num_classes).double()
+    blocks = logit_blocks(features.values, weight, bias, rows)
+    find = IntervalFinder(slopes, logarithmic=adjust == "norm", dtype=weight.dtype)
+    low, high = winning_intervals(blocks, targets, find)
+    groups = {
+        name: AccuracyCurve(low[rows], high[rows]) if len(rows) else None
+        for name, rows in members.items()
+    }
+    return AccuracyCurve(low, high, groups)
+
+
+def _members(targets: Tensor, class_counts: Tensor | None, rule: ShotRule) -> dict[str, Tensor]:
+    """Returns the indices of the images of each shot group."""
+    shots = {} if class_counts is None else shot_groups(class_counts, rule)
+    return {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
+
+
+def _weights(classifier: nn.Linear, features: Features) -> tuple[Tensor, Tensor | None]:
+    """Returns weight and bias on the CPU in the type of the wider of classifier and features."""
+    dtype = torch.promote_types(features.values.dtype, classifier.weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    weight = classifier.weight.detach().to("cpu", dtype)
+    bias = None if classifier.bias is None else classifier.bias.detach().to("cpu", dtype)
+    bad = (~weight.sum(1).isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise UsageError(f"the classifier's weight of class {bad[0]} is not finite")
+    return weight, bias
 
 
 def check_joint(classifier: nn.Linear) -> None:
@@ -172,41 +193,6 @@ def check_fits(
             f"{noun} has {features.num_features} features per row, the classifier takes "
             f"{classifier.in_features}"
         )
-
-
-def _log_lines(logits: Tensor, log_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns lines (N, C) in tau whose order is that of ``logits / norm^tau`` at every tau."""
-    positive = logits > 0
-    magnitude = logits.abs().clamp_min(SMALLEST).log()
-    # Where a row has a positive logit, only those can win. Where it has none, the least negative
-    # wins: the order of -exp(m - tau * l) is that of -(m - tau * l).
-    any_positive = positive.any(1, keepdim=True)
-    scores = torch.where(any_positive, magnitude, -magnitude)
-    # A logit of 0 stays 0 at every tau.
-    slopes = torch.where(any_positive, log_norm, -log_norm).where(logits != 0, 0.0)
-    return scores.masked_fill(any_positive & ~positive, -math.inf), slopes
-
-
-def _winning_interval(scores: Tensor, slopes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns [low, high] of tau (N,) where ``score − tau·slope`` is highest at the target.
-
-    On ties the class of lower index wins, as with argmax.
-    """
-    column = targets[:, None]
-    classes = torch.arange(scores.shape[1])
-    own_score, own_slope = scores.gather(1, column), slopes.gather(1, column)
-    # The target beats class c where tau * rise >= lead.
-    lead, rise = scores - own_score, slopes - own_slope
-    others = classes != column
-    wins_tie = classes > column
-    bound = lead / rise
-    # Where the target loses the tie, the bound itself is outside.
-    bound = bound.where(wins_tie | bound.isinf(), torch.nextafter(bound, rise.sign() * math.inf))
-    low = bound.where(others & (rise > 0), -math.inf).amax(1).clamp_min(0)
-    high = bound.where(others & (rise < 0), math.inf).amin(1)
-    parallel = others & (rise == 0) & ((lead > 0) | ((lead == 0) & ~wins_tie))
-    hopeless = parallel.any(1) | (own_score.squeeze(1) == -math.inf)
-    return low.where(~hopeless, math.inf), high.where(~hopeless, -math.inf)
 
 
 def head_curves(

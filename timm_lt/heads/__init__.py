@@ -29,3 +29,4 @@ from timm_lt.heads.metric import CosineHead as CosineHead
 from timm_lt.heads.metric import NCMHead as NCMHead
 from timm_lt.heads.scaling import LWSHead as LWSHead
 from timm_lt.heads.scaling import TauNormHead as TauNormHead
+from timm_lt.heads.scaling import nonzero_norm as nonzero_norm

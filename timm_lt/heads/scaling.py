@@ -50,10 +50,20 @@ class TauNormHead(Head):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the normalised weight (C, D) and the bias, if kept."""
-        norm = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
-        # A class that never got a gradient may have a zero row, which stays zero at every tau.
-        weight = self.weight / torch.where(norm > 0, norm, 1.0).pow(self.tau)
+        weight = self.weight / nonzero_norm(self.weight).pow(self.tau)
         return weight, self.bias if self.keep_bias else None
+
+
+def nonzero_norm(weight: Tensor) -> Tensor:
+    """Returns the norm of each row of a weight (C, D) as (C, 1), and 1 for a row of zeros.
+
+    A class that never got a gradient may have such a row, which stays zero at every tau.
+
+    >>> nonzero_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[5.0], [1.0]]
+    """
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
 
 
 @register_head("lws")
