@@ -13,7 +13,9 @@ import timm_lt
 from timm_lt.features import Features
 from timm_lt.fitting import FITS, check_fit_options, fit_head, tau_curve
 from timm_lt.fitting.base import register_fit
-from timm_lt.fitting.gradient import WEIGHT_DECAYS, solve_class_balanced, train_head
+from timm_lt.fitting.gradient import WEIGHT_DECAYS
+from timm_lt.fitting.lbfgs import solve_linear
+from timm_lt.fitting.sgd import train_head
 from timm_lt.heads import HEADS, LWSHead, list_heads
 from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
@@ -256,7 +258,7 @@ def test_crt_converges_with_many_classes_and_small_features(scale):
     x, y = torch.randn(200, 4, generator=g), torch.arange(200)
     start = torch.zeros(200, 4), torch.zeros(200)
     decay = 1e-3 * scale**2
-    weight, bias = solve_class_balanced(
+    weight, bias = solve_linear(
         *start, Features(scale * x, y), weight_decay=decay, max_iterations=100
     )
     weight = weight * scale

@@ -1,10 +1,12 @@
 """Fits without an optimiser: class means, the joint classifier as it is, and one selected tau."""
 
 import torch
-from torch import Tensor
 
-from timm_lt.fitting.base import FitData, register_fit, select, selection_record
+from timm_lt.fitting.base import register_fit
+from timm_lt.fitting.class_means import class_means, feature_mean
 from timm_lt.fitting.curves import tau_curve
+from timm_lt.fitting.data import FitData
+from timm_lt.fitting.selection import select, selection_record
 from timm_lt.heads import LinearHead, LogitAdjustedHead, NCMHead, TauNormHead
 from timm_lt.heads.metric import FeatureSpace, Metric
 
@@ -20,40 +22,26 @@ def fit_linear(data: FitData) -> LinearHead:
 
 @register_fit("ncm")
 def fit_ncm(data: FitData, *, metric: Metric = "cosine", features: FeatureSpace = "raw") -> NCMHead:
-    """Takes the class means of the training features, in float64.
+    """Takes the class means of the training features, in one pass over them.
 
     ``feature_mean`` is the mean over training images, not over classes, as in the code of Kang et
     al.
     """
-    linear = data.new_linear()
-    head = NCMHead.from_classifier(linear, metric=metric, features=features)
+    head = NCMHead.from_classifier(data.new_linear(), metric=metric, features=features)
     values, targets = data.features.values, data.features.targets
+    mean = feature_mean(values)
+    means = class_means(values, targets, data.num_classes, (features,), mean)
     with torch.no_grad():
-        head.feature_mean.copy_(values.double().mean(0))
-        means = class_means(head.feature_space(values), targets, data.num_classes)
-        head.weight.copy_(means)
+        head.feature_mean.copy_(mean)
+        head.weight.copy_(means[features])
     return head
-
-
-def class_means(values: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Returns the mean of the rows of each class.
-
-    Shape:
-        values (N, D), targets (N,); the means are (C, D) float64, NaN for a class without rows.
-
-    >>> class_means(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2).tolist()
-    [[2.0], [5.0]]
-    """
-    sums = torch.zeros(num_classes, values.shape[1], dtype=torch.float64)
-    sums.index_add_(0, targets, values.double())
-    return sums / torch.bincount(targets, minlength=num_classes)[:, None]
 
 
 @register_fit("tau_norm")
 def fit_tau_norm(
     data: FitData, *, tau: float | None = None, keep_bias: bool = False
 ) -> TauNormHead:
-    """Normalises the joint classifier; tau is the exact maximiser of validation accuracy.
+    """Normalises the joint classifier; tau is the exact maximiser on validation.
 
     With a bias that is kept, accuracy has no closed form in tau: the best of a grid is taken then.
     """
@@ -67,21 +55,23 @@ def fit_tau_norm(
             for grid_tau in TAU_GRID
         ]
         return select(candidates, data, val, "tau")
-    curve = tau_curve(classifier, val)
-    head = TauNormHead.from_classifier(classifier, tau=curve.best_tau, keep_bias=keep_bias)
-    head.selection = selection_record("tau", head.tau, curve(head.tau))
+    curve = tau_curve(classifier, val, class_counts=data.class_counts, rule=data.rule)
+    tau, accuracy = curve.maximise(data.objective)
+    head = TauNormHead.from_classifier(classifier, tau=tau, keep_bias=keep_bias)
+    head.selection = selection_record("tau", tau, accuracy, data)
     return head
 
 
 @register_fit("logit_adjusted")
 def fit_logit_adjusted(data: FitData, *, tau: float | None = None) -> LogitAdjustedHead:
-    """Subtracts tau times the log prior; tau is the exact maximiser of validation accuracy."""
+    """Subtracts tau times the log prior; tau is the exact maximiser on validation."""
     classifier = data.need_classifier("logit_adjusted")
     counts = data.class_counts
     if tau is not None:
         return LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)
     val = data.need_val("logit_adjusted", "tau")
-    curve = tau_curve(classifier, val, adjust="prior", class_counts=counts)
-    head = LogitAdjustedHead.from_classifier(classifier, tau=curve.best_tau, class_counts=counts)
-    head.selection = selection_record("tau", head.tau, curve(head.tau))
+    curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=data.rule)
+    tau, accuracy = curve.maximise(data.objective)
+    head = LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)
+    head.selection = selection_record("tau", tau, accuracy, data)
     return head

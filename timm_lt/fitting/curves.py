@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
+from timm_lt.fitting.objective import Objective
+from timm_lt.fitting.steps import objective_steps, weighted_steps
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -37,6 +39,8 @@ class AccuracyCurve:
         low: First tau at which each image is right, (N,) float64.
         high: Last such tau, (N,) float64; may be infinite.
         groups: The curve of each shot group, if known; None for a group without images.
+        targets: Class of each image, (N,), if known.
+        shots: Whether each class belongs to a shot group, (C,) bool by group, if known.
 
     >>> curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([1.0, torch.inf]))
     >>> curve(0.0), curve(0.7), curve(2.0), curve.best_tau
@@ -46,6 +50,8 @@ class AccuracyCurve:
     low: Tensor
     high: Tensor
     groups: Mapping[str, "AccuracyCurve | None"] = field(default_factory=dict)
+    targets: Tensor | None = None
+    shots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, tau: float) -> float:
         """Returns the accuracy at one tau."""
@@ -53,14 +59,7 @@ class AccuracyCurve:
 
     def steps(self) -> tuple[Tensor, Tensor]:
         """Returns where the accuracy changes, (K,) ascending from 0, and its value after each."""
-        real = self.low <= self.high
-        low, high = self.low[real].clamp_min(0), self.high[real]
-        low, high = low[high >= 0], high[high >= 0]
-        edges = torch.cat([torch.zeros(1, dtype=low.dtype), low, high[high.isfinite()]]).unique()
-        # An image counts from its low edge on, up to and including its high edge.
-        started = torch.searchsorted(low.sort().values, edges, right=True)
-        ended = torch.searchsorted(high.sort().values, edges, right=True)
-        return edges, (started - ended).double() / len(self.low)
+        return weighted_steps(self.low, self.high, torch.ones(len(self.low)))
 
     @property
     def best_tau(self) -> float:
@@ -69,13 +68,28 @@ class AccuracyCurve:
         In the middle, rounding cannot tip an image over the edge. A stretch of more than one unit,
         which may go on for ever, is cut there: the least of the taus that do the same will do.
         """
-        edges, accuracy = self.steps()
+        return self.maximise("all")[0]
+
+    def maximise(self, objective: Objective = "all") -> tuple[float, float]:
+        """Returns the best tau for an objective, and the objective's value there.
+
+        Args:
+            objective: As of :func:`timm_lt.fit_head`.
+
+        Raises:
+            UsageError: If the curve was made without the class counts that the objective needs, or
+                the split has no image of the shot group.
+        """
+        edges, values = objective_steps(
+            self.low, self.high, objective, targets=self.targets, shots=self.shots
+        )
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
-        edges, accuracy, ends = edges[near], accuracy[near], ends[near]
-        width = torch.where(accuracy == accuracy.max(), ends - edges, -1.0)
+        edges, values, ends = edges[near], values[near], ends[near]
+        # Sums in another order may differ by a rounding.
+        width = torch.where(values >= values.max() - 1e-12, ends - edges, -1.0)
         best = int(width.argmax())
-        return float((edges[best] + ends[best]) / 2)
+        return float((edges[best] + ends[best]) / 2), float(values[best])
 
 
 def tau_curve(
@@ -124,7 +138,8 @@ def tau_curve(
             f"class_counts has {len(class_counts)} classes, the classifier {num_classes}"
         )
     targets = features.targets.cpu()
-    members = _members(targets, class_counts, rule)
+    shots = {} if class_counts is None else shot_groups(class_counts, rule)
+    members = {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
     rows = None
     if group is not None:
         check_choice("group", group, tuple(members))
@@ -145,13 +160,7 @@ def tau_curve(
         name: AccuracyCurve(low[rows], high[rows]) if len(rows) else None
         for name, rows in members.items()
     }
-    return AccuracyCurve(low, high, groups)
-
-
-def _members(targets: Tensor, class_counts: Tensor | None, rule: ShotRule) -> dict[str, Tensor]:
-    """Returns the indices of the images of each shot group."""
-    shots = {} if class_counts is None else shot_groups(class_counts, rule)
-    return {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
+    return AccuracyCurve(low, high, groups, targets, shots)
 
 
 def _weights(classifier: nn.Linear, features: Features) -> tuple[Tensor, Tensor | None]:

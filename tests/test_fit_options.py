@@ -1,0 +1,341 @@
+"""Options of the fits: losses, lengths, SMOTE, what is kept; features in a file; objectives."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.test_fitting import (
+    COUNTS,
+    JOINT,
+    TEST,
+    TRAIN,
+    VAL,
+    C,
+    D,
+    accuracy,
+    few_shot,
+    fit,
+    naive_sgd,
+    tensors,
+)
+from timm_lt.features import Features
+from timm_lt.fitting import check_fit_options, rows, sgd, smote
+from timm_lt.fitting.gradient import WEIGHT_DECAYS
+from timm_lt.fitting.sgd import number_of_steps
+from timm_lt.fitting.smote import add_smote_rows
+from timm_lt.metrics import shot_accuracy
+from timm_lt.registry import UsageError
+from timm_lt.samplers import create_sampler
+
+LOG_COUNTS = COUNTS.double().log()
+
+# Balanced softmax --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [1e-1, 1e-3])
+def test_balanced_softmax_ends_at_the_minimum_of_its_definition(decay):
+    head = fit("crt", loss="balanced_softmax", weight_decay=decay)
+    weight, bias = (p.detach().double().requires_grad_() for p in (head.weight, head.bias))
+    logits = TRAIN.values.double() @ weight.T + bias + LOG_COUNTS
+    loss = nn.functional.cross_entropy(logits, TRAIN.targets)
+    (loss + decay / 2 * weight.square().sum()).backward()
+    assert weight.grad.norm() < 2e-3
+    assert bias.grad.norm() < 2e-3
+    # Unlike the head of cross-entropy, which the many-shot classes draw to them.
+    assert few_shot(head) > few_shot(fit("linear"))
+
+
+def test_balanced_softmax_by_sgd_draws_rows_as_they_are_distributed():
+    options = {"solver": "sgd", "loss": "balanced_softmax", "steps": 30, "lr": 0.1, "seed": 3}
+    head = fit("crt", **options)
+    generator = torch.Generator().manual_seed(3)
+    bound = D**-0.5
+    weight = ((torch.rand(C, D, generator=generator) * 2 - 1) * bound).double().requires_grad_()
+    bias = ((torch.rand(C, generator=generator) * 2 - 1) * bound).double().requires_grad_()
+    x, y = TRAIN.values.double(), TRAIN.targets
+
+    def loss(batch):
+        logits = x[batch] @ weight.T + bias + LOG_COUNTS
+        return nn.functional.cross_entropy(logits, y[batch])
+
+    stream = create_sampler("instance_balanced", y, num_samples=30 * 512, seed=3)
+    batches = torch.tensor(list(stream)).view(30, 512)
+    naive_sgd([weight, bias], loss, batches, lr=0.1, weight_decay=5e-4)
+    torch.testing.assert_close(head.weight.double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+
+# Length and what is kept -------------------------------------------------------------------------
+
+
+def test_the_length_goes_by_epochs_on_large_data_and_by_steps_on_small():
+    # ImageNet-LT has 115,846 images: 226 updates of 512.
+    assert number_of_steps(None, None, 115_846, usual=(10, 1000)) == 2260
+    assert number_of_steps(None, 3, 115_846, usual=(10, 1000)) == 678
+    assert number_of_steps(None, None, 100, usual=(10, 1000)) == 1000
+    assert number_of_steps(None, 3, 100, usual=(10, 1000)) == 3
+    assert number_of_steps(7, None, 115_846, usual=(10, 1000)) == 7
+
+
+def test_epochs_are_as_many_steps():
+    more = Features(TRAIN.values.repeat(9, 1), TRAIN.targets.repeat(9))  # 1,620 rows
+    one, two = fit("lws", train=more, steps=None, epochs=2), fit("lws", train=more, steps=6)
+    assert one.scale.equal(two.scale)
+
+
+@pytest.mark.parametrize("name", ["crt", "lws"])
+def test_the_best_of_ten_looks_is_kept(name):
+    options = {"steps": 50, "lr": 2.0} | ({"solver": "sgd"} if name == "crt" else {})
+    best, last = fit(name, keep="best", **options), fit(name, **options)
+    compared = dict(best.selection["compared"])
+    assert list(compared) == [5, 10, 15, 20, 25, 30, 35, 40, 45, 50]
+    assert compared[50] == accuracy(last, VAL)
+    assert accuracy(best, VAL) == best.selection["val_accuracy"] == max(compared.values())
+    assert compared[best.selection["steps"]] == max(compared.values())
+    assert last.selection == {}
+
+
+def test_a_training_that_blows_up_is_an_error():
+    with pytest.raises(UsageError, match=r"head 'crt' did not stay finite .* lower lr than 1e"):
+        fit("crt", solver="sgd", steps=20, lr=1e30)
+
+
+# SMOTE -------------------------------------------------------------------------------------------
+
+
+def test_smote_rows_lie_between_a_row_and_one_of_its_nearest_in_the_class():
+    grown = add_smote_rows(TRAIN, C, 60, seed=1)
+    assert torch.bincount(grown.targets).tolist() == [120, 60, 60, 60]
+    assert grown.values[: len(TRAIN)].equal(TRAIN.values)
+    for label, n in enumerate(COUNTS.tolist()):
+        real = TRAIN.values[TRAIN.targets == label].double()
+        distance = torch.cdist(real, real).fill_diagonal_(math.inf)
+        nearest = distance.argsort(1)[:, : min(5, n - 1)]
+        made = grown.values[len(TRAIN) :][grown.targets[len(TRAIN) :] == label].double()
+        for row in made:
+            # On the segment a to b the distances to the two ends add up to its length.
+            excess = min(
+                float((row - real[a]).norm() + (row - real[b]).norm() - distance[a, b])
+                for a in range(n)
+                for b in nearest[a].tolist()
+            )
+            assert excess < 1e-5
+
+
+def test_smote_fills_up_to_the_largest_class_and_repeats_a_row_that_is_alone():
+    features = Features(torch.arange(10.0).view(5, 2), torch.tensor([0, 0, 0, 1, 2]))
+    grown = add_smote_rows(features, 4, "largest", seed=0)
+    assert torch.bincount(grown.targets).tolist() == [3, 3, 3]
+    assert grown.values[grown.targets == 1].equal(torch.tensor([[6.0, 7.0]]).repeat(3, 1))
+    again = add_smote_rows(features, 4, "largest", seed=0)
+    assert again.values.equal(grown.values)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
+def test_crt_with_smote_is_crt_on_the_rows_that_it_adds(solver):
+    options = {"solver": solver, "weight_decay": 1e-2}
+    options |= {"steps": 20} if solver == "sgd" else {}
+    head = fit("crt", smote=50, seed=3, **options)
+    expected = fit("crt", train=add_smote_rows(TRAIN, C, 50, seed=3), seed=3, **options)
+    assert head.weight.equal(expected.weight)
+    assert not head.weight.equal(fit("crt", seed=3, **options).weight)
+
+
+def test_a_large_set_of_smote_rows_lies_in_a_file(monkeypatch):
+    expected = add_smote_rows(TRAIN, C, 50, seed=1)
+    monkeypatch.setattr(smote, "MAX_BYTES", 0)
+    assert add_smote_rows(TRAIN, C, 50, seed=1).values.equal(expected.values)
+
+
+def test_smote_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "imblearn.over_sampling", None)
+    with pytest.raises(UsageError, match=r"pip install 'timm_lt\[smote\]'"):
+        fit("crt", smote=50)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("crt", {"smote": "all"}, "a number of rows or 'largest'"),
+        ("crt", {"smote": 0}, "smote must be an integer >= 1"),
+        ("crt", {"loss": "focal"}, "choose one of: cross_entropy, balanced_softmax"),
+        ("crt", {"solver": "sgd", "steps": 5, "epochs": 5}, "give one of them"),
+        ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
+        ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer >= 1"),
+        ("crt", {"epochs": 3}, "epochs of head 'crt' has no effect with solver 'lbfgs'"),
+        ("crt", {"keep": "best"}, "keep of head 'crt' has no effect with solver 'lbfgs'"),
+        ("lws", {"keep": "worst"}, "choose one of: last, best"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_fitted(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        check_fit_options(name, options)
+
+
+def test_keeping_the_best_asks_for_validation_features():
+    with pytest.raises(UsageError, match="pass val=, or keep='last'"):
+        fit("lws", keep="best", val=None)
+
+
+# Features that lie in a file, read in blocks -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ncm", {"features": "raw"}),
+        ("ncm", {"features": "centered_l2"}),
+        ("crt", {"weight_decay": 1e-2}),
+        ("crt", {"solver": "sgd", "steps": 20}),
+        ("crt", {"weight_decay": 1e-2, "smote": 50}),
+        ("lws", {"steps": 20}),
+        ("lws", {"steps": 20, "scale_bias": False}),
+        ("cosine", {"steps": 20}),
+        ("tau_norm", {}),
+        ("logit_adjusted", {}),
+    ],
+)
+def test_blocks_of_features_in_a_file_give_the_same_head(name, options, tmp_path, monkeypatch):
+    half = Features(TRAIN.values.half(), TRAIN.targets)
+    expected = fit(name, train=half, **options)
+    (tmp_path / "values").write_bytes(half.values.numpy().tobytes())
+    shape = half.values.shape
+    mapped = torch.from_file(str(tmp_path / "values"), size=half.values.numel(), dtype=torch.half)
+    monkeypatch.setattr(rows, "ENTRIES", 7 * D)
+    monkeypatch.setattr(sgd, "MAX_BYTES", 0)  # lws recomputes its logits
+    head = fit(name, train=Features(mapped.view(shape), TRAIN.targets), **options)
+    # L-BFGS ends near the minimum, by a way that depends on every rounding.
+    tolerance = 3e-3 if "weight_decay" in options else 1e-4
+    for key, value in tensors(head).items():
+        torch.testing.assert_close(value, tensors(expected)[key], rtol=1e-3, atol=tolerance)
+
+
+# Objectives --------------------------------------------------------------------------------------
+
+
+def by_hand(head, objective):
+    """An objective on validation, from its definition."""
+    preds = head(VAL.values).argmax(1).numpy()
+    targets = VAL.targets.numpy()
+    recalls = [float((preds[targets == c] == c).mean()) for c in range(C)]
+    groups = [recalls[0], recalls[1], (recalls[2] + recalls[3]) / 2]  # 120 | 40 | 15, 5 images
+    return {
+        "all": float((preds == targets).mean()),
+        "class_mean": float(np.mean(recalls)),
+        "few_shot": groups[2],
+        "harmonic_mean": 3 / sum(1 / g for g in groups) if all(groups) else 0.0,
+        "worst_class": min(recalls),
+    }[objective]
+
+
+OBJECTIVES = ["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_weight_decay_is_chosen_by_the_objective(objective):
+    head = fit("crt", objective=objective)
+    values = [by_hand(fit("crt", weight_decay=decay), objective) for decay in WEIGHT_DECAYS]
+    assert head.selection["objective"] == objective
+    assert head.selection["val_accuracy"] == pytest.approx(by_hand(head, objective))
+    assert by_hand(head, objective) >= max(values) - 1 / 20 - 1e-9
+    assert head.selection["val_accuracy"] == max(value for _, value in head.selection["compared"])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", ["tau_norm", "logit_adjusted"])
+def test_tau_is_chosen_by_the_objective(name, objective):
+    head = fit(name, objective=objective)
+    swept = [by_hand(fit(name, tau=tau), objective) for tau in np.linspace(0, 4, 401).tolist()]
+    assert by_hand(head, objective) >= max(swept) - 1e-9
+    assert head.selection["val_accuracy"] == pytest.approx(by_hand(head, objective))
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(UsageError, match="choose one of: all, class_mean, few_shot"):
+        fit("tau_norm", objective="f1")
+
+
+def test_few_shot_needs_a_few_shot_class():
+    with pytest.raises(UsageError, match="few_shot"):
+        fit("tau_norm", objective="few_shot", class_counts=torch.tensor([500, 400, 300, 200]))
+    with pytest.raises(UsageError, match="few_shot"):
+        fit("crt", objective="few_shot", class_counts=torch.tensor([500, 400, 300, 200]))
+
+
+def test_the_rule_moves_the_groups_of_an_objective():
+    counts = torch.tensor([120, 40, 20, 20])  # few-shot by oltr alone
+    head = fit("tau_norm", objective="few_shot", class_counts=counts, rule="oltr")
+    preds = head(VAL.values).argmax(1)
+    report = shot_accuracy(preds, VAL.targets, counts, "oltr")
+    assert head.selection["val_accuracy"] == pytest.approx(report.few_shot)
+    assert accuracy(head, TEST) > 0.5
+    assert JOINT.weight.shape == (C, D)
+
+
+FITS_IN_LITTLE_MEMORY = """
+import threading, time, torch
+from timm_lt import Features, fit_head
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.005)
+
+N, D, C = 120_000, 512, 20
+values = torch.from_file("values", shared=True, size=N * D).view(N, D)
+targets = torch.arange(N) % C
+for start in range(0, N, 10_000):
+    part = slice(start, start + 10_000)
+    values[part] = torch.randn(10_000, D) + targets[part, None]
+features = Features(values, targets)
+joint = torch.nn.Linear(D, C)
+val = Features(values[:1000].clone(), targets[:1000])
+options = {"val": val, "classifier": joint}
+fit_head("tau_norm", Features(values[:40].clone(), targets[:40]), **options)  # warm up
+threading.Thread(target=watch, daemon=True).start()
+before = anonymous()
+for name, more in FITS:
+    peak = 0
+    head = fit_head(name, features, **options, **more)
+    print(name, (peak - before) // 1024)
+"""
+
+
+def test_fits_on_features_larger_than_memory_hold_some_blocks_of_them(tmp_path):
+    """240 MB of features in a file; what a process holds beside the file is measured."""
+    fits = [
+        ("ncm", {"features": "centered_l2"}),
+        ("lws", {"steps": 20}),
+        ("crt", {"solver": "sgd", "steps": 20}),
+        ("crt", {"weight_decay": 1e-2, "max_iterations": 2}),
+        ("cosine", {"steps": 20}),
+        ("logit_adjusted", {}),
+    ]
+    (tmp_path / "values").write_bytes(b"")
+    with (tmp_path / "values").open("r+b") as file:
+        file.truncate(120_000 * 512 * 4)
+    output = subprocess.run(
+        [sys.executable, "-c", FITS_IN_LITTLE_MEMORY.replace("FITS", repr(fits))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    ).stdout
+    held = {line.split()[0]: int(line.split()[1]) for line in output.splitlines()}
+    assert set(held) == {"ncm", "lws", "crt", "cosine", "logit_adjusted"}
+    # Two blocks of 16 MiB and what is made of them.
+    assert max(held.values()) < 110, held

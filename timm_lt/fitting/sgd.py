@@ -1,0 +1,217 @@
+"""Training a head by minibatch SGD on cached features, with the settings of Kang et al."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_lt.features import Features
+from timm_lt.fitting.rows import row_blocks, take_rows
+from timm_lt.heads import Head, LWSHead
+from timm_lt.registry import UsageError, check_integer, check_number
+from timm_lt.samplers import create_sampler
+
+BATCH_SIZE = 512
+# Largest number of bytes that cached logits may take; beyond it they are computed when drawn.
+MAX_BYTES = 4 * 2**30
+# How often during training validation is looked at, if it is.
+LOOKS = 10
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class BestStep:
+    """The step after which a head was best on validation.
+
+    Attributes:
+        step: Number of updates.
+        score: Value of the objective then.
+        compared: (updates, value) of every look.
+    """
+
+    step: int
+    score: float
+    compared: list[tuple[int, float]]
+
+
+def number_of_steps(
+    steps: int | None, epochs: int | None, images: int, *, usual: tuple[int, int]
+) -> int:
+    """Returns for how many updates to train, of 512 rows each.
+
+    >>> number_of_steps(None, None, 115_846, usual=(10, 1000))
+    2260
+    >>> number_of_steps(None, None, 10_847, usual=(10, 1000))
+    1000
+
+    Args:
+        steps: Given as such, or None.
+        epochs: Given as epochs, or None.
+        images: Images of an epoch.
+        usual: Epochs of the paper, and the least number of updates: an epoch of a small data set is
+            a handful of them.
+    """
+    if steps is not None:
+        return steps
+    updates = max(images // BATCH_SIZE, 1)
+    return max(usual[0] * updates, usual[1]) if epochs is None else epochs * updates
+
+
+def check_length(options: dict[str, Any]) -> None:
+    """Refuses a length in steps and in epochs at once."""
+    if options.get("steps") is not None and options.get("epochs") is not None:
+        raise UsageError("steps and epochs both say how long to train: give one of them")
+
+
+def train_head(
+    head: Head,
+    features: Features,
+    *,
+    seed: int,
+    steps: int,
+    lr: float,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    batch_size: int = BATCH_SIZE,
+    sampler: Literal["class_balanced", "instance_balanced"] = "class_balanced",
+    log_prior: Tensor | None = None,
+    backward: Backward | None = None,
+    score: Callable[[], float] | None = None,
+) -> BestStep | None:
+    """Trains what is trainable in a head by SGD on batches of features.
+
+    The settings of Kang et al.: momentum 0.9, weight decay 5e-4 on all that is trained (the scales
+    of lws too), batch 512, learning rate falling to zero along a cosine. They train 10 epochs of
+    ImageNet-LT; on small data an epoch is a handful of steps, so the length is given in steps.
+
+    Args:
+        head: The head; trained in place.
+        features: Training features, values (N, D).
+        seed: Seed of the sampler.
+        steps: Number of updates, >= 1.
+        lr: Learning rate at the start, > 0.
+        weight_decay: >= 0.
+        momentum: In [0, 1).
+        batch_size: Rows per update, >= 1.
+        sampler: How rows are drawn.
+        log_prior: Added to the logits before the cross-entropy, (C,): balanced softmax.
+        backward: Sets the gradients for some rows, given their indices; None differentiates the
+            cross-entropy of the head's logits.
+        score: Looked at after each tenth of the training; the head keeps the state of the highest
+            value, the first such. None keeps the last state.
+
+    Returns:
+        Where the score was best, None without one.
+
+    Raises:
+        UsageError: If a number is out of range, or the weights do not stay finite.
+    """
+    check_integer("steps", steps, minimum=1)
+    check_integer("batch_size", batch_size, minimum=1)
+    check_number("lr", lr, "(0, inf)")
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    check_number("momentum", momentum, "[0, 1)")
+    trained = [p for p in head.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        trained, lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+    if backward is None:
+        backward = _cross_entropy(head, features, log_prior)
+    drawn = create_sampler(sampler, features.targets, num_samples=steps * batch_size, seed=seed)
+    best = None if score is None else _Best(head, score, steps)
+    head.train()
+    for step, batch in enumerate(drawn.epoch_indices().view(steps, batch_size)):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        backward(batch)
+        optimizer.step()
+        if best is not None:
+            best.after(step + 1)
+    if not all(parameter.isfinite().all() for parameter in trained):
+        raise UsageError(
+            f"head {head.kind!r} did not stay finite while it was trained: take a lower lr than "
+            f"{lr:g}"
+        )
+    return None if best is None else best.restore()
+
+
+class _Best:
+    """Keeps the state of a head that scores highest."""
+
+    def __init__(self, head: Head, score: Callable[[], float], steps: int) -> None:
+        self.head, self.score = head, score
+        self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
+        self.compared: list[tuple[int, float]] = []
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+
+    def after(self, step: int) -> None:
+        """Looks at the head after some updates, if it is time."""
+        if step not in self.looks:
+            return
+        self.head.eval()
+        score = self.score()
+        self.head.train()
+        self.compared.append((step, score))
+        if self.best is None or score > self.best[0]:
+            self.best = score, step, copy.deepcopy(self.head.state_dict())
+
+    def restore(self) -> BestStep:
+        """Gives the head its best state."""
+        assert self.best is not None
+        score, step, state = self.best
+        self.head.load_state_dict(state)
+        return BestStep(step, score, self.compared)
+
+
+def _cross_entropy(head: Head, features: Features, log_prior: Tensor | None) -> Backward:
+    """Returns the derivative of the mean cross-entropy of a head's logits."""
+
+    def backward(rows: Tensor) -> None:
+        logits = head(take_rows(features.values, rows))
+        if log_prior is not None:
+            logits = logits + log_prior
+        F.cross_entropy(logits, features.targets[rows]).backward()
+
+    return backward
+
+
+def scale_gradient(head: LWSHead, features: Features) -> Backward:
+    """Returns the derivative of the mean cross-entropy in the scales of an lws head.
+
+    With ``u`` the logits of the frozen classifier, those of the head are ``s ∘ u`` (and ``u`` has
+    the bias) or ``s ∘ u + b``; the gradient is the mean of ``(p − y) ∘ u``. The logits ``u`` of all
+    rows are computed once, unless they would take more than 4 GiB.
+    """
+    weight, bias = head.weight, head.bias
+    inside, outside = (bias, None) if head.scale_bias else (None, bias)
+    num_classes = head.out_features
+
+    def compute(values: Tensor) -> Tensor:
+        return F.linear(values, weight, inside)
+
+    cached: Tensor | None = None
+    if 4 * len(features) * num_classes <= MAX_BYTES:
+        cached = torch.empty(len(features), num_classes)
+        start = 0
+        with torch.no_grad():
+            for block in row_blocks(features.values, num_classes):
+                cached[start : start + len(block)] = compute(block)
+                start += len(block)
+
+    @torch.no_grad()
+    def backward(rows: Tensor) -> None:
+        frozen = compute(take_rows(features.values, rows)) if cached is None else cached[rows]
+        logits = frozen * head.scale
+        if outside is not None:
+            logits += outside
+        wrong = logits.softmax(1)
+        wrong[torch.arange(len(rows)), features.targets[rows]] -= 1
+        head.scale.grad = wrong.mul_(frozen).mean(0)
+
+    return backward

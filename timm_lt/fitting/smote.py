@@ -1,0 +1,105 @@
+"""Synthetic features of rare classes, between neighbours of the same class (SMOTE)."""
+
+import tempfile
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from timm_lt.features import Features
+from timm_lt.fitting.rows import row_blocks, take_rows
+from timm_lt.longtail import class_counts
+from timm_lt.registry import UsageError, check_integer
+
+SmoteTarget: TypeAlias = int | Literal["largest"]
+NEIGHBORS = 5
+# Beyond it, the enlarged features go to a file.
+MAX_BYTES = 4 * 2**30
+
+
+def check_smote(target: SmoteTarget | None) -> None:
+    """Checks to how many rows classes are to be filled up, and that the library is there."""
+    if target is None:
+        return
+    if target != "largest":
+        if isinstance(target, str):
+            raise UsageError(
+                f"smote must be a number of rows or 'largest', the rows of the largest class; got "
+                f"{target!r}"
+            )
+        check_integer("smote", target, minimum=1)
+    _import_smote()
+
+
+def _import_smote() -> Any:  # noqa: ANN401
+    try:
+        from imblearn.over_sampling import SMOTE
+    except ImportError as error:
+        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
+    return SMOTE
+
+
+def add_smote_rows(
+    features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
+) -> Features:
+    """Adds synthetic rows behind the given ones, until each class has enough.
+
+    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
+    of the same class, of ``n``, and ``u`` is uniform in [0, 1]. A class of one row has no
+    neighbour: its row is repeated.
+
+    Args:
+        features: Values (N, D).
+        num_classes: C.
+        target: Rows that each class has afterwards, if it has not more; ``"largest"`` is those of
+            the largest class.
+        seed: Seed of the draws.
+
+    Raises:
+        UsageError: If the target is no positive number, or imbalanced-learn is not installed.
+
+    References:
+        Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
+        https://arxiv.org/abs/1106.1813
+    """
+    check_smote(target)
+    counts = class_counts(features.targets, num_classes)
+    wanted = int(counts.max()) if target == "largest" else target
+    missing = (wanted - counts).clamp_min(0)
+    missing[counts == 0] = 0
+    values = _new_matrix(len(features) + int(missing.sum()), features.num_features)
+    end = 0
+    for block in row_blocks(features.values, 1):
+        values[end : end + len(block)] = block
+        end += len(block)
+    for label in missing.nonzero().flatten().tolist():
+        rows = take_rows(features.values, (features.targets == label).nonzero().flatten())
+        added = int(missing[label])
+        values[end : end + added] = _synthetic(rows, added, seed + label)
+        end += added
+    labels = torch.repeat_interleave(torch.arange(num_classes), missing)
+    return Features(values, torch.cat([features.targets.cpu(), labels]))
+
+
+def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
+    """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
+    if len(rows) == 1:
+        return rows.expand(number, -1)
+    smote = _import_smote()(
+        sampling_strategy={1: len(rows) + number},
+        k_neighbors=min(NEIGHBORS, len(rows) - 1),
+        random_state=seed % 2**32,
+    )
+    # imbalanced-learn wants a second class, of which it adds nothing.
+    labels = [1] * len(rows) + [0]
+    resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
+    return torch.from_numpy(resampled[len(labels) :])
+
+
+def _new_matrix(rows: int, columns: int) -> Tensor:
+    """Returns an empty float32 matrix, in a file that goes away with it if it is large."""
+    if rows * columns * 4 <= MAX_BYTES:
+        return torch.empty(rows, columns)
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(rows * columns * 4)
+        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
