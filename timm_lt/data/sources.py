@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
-Source = TypeVar("Source", bound="Callable[..., Dataset]")
+Source = TypeVar("Source", bound="Callable[..., Dataset | None]")
 
-DATASETS: "Registry[Callable[..., Dataset]]" = Registry("data set")
+DATASETS: "Registry[Callable[..., Dataset | None]]" = Registry("data set")
 
 
 def register_dataset(name: str) -> Callable[[Source], Source]:
@@ -25,8 +25,8 @@ def register_dataset(name: str) -> Callable[[Source], Source]:
 
     The decorated function is called as ``function(split, **options)`` and returns a
     ``datasets.Dataset`` with the columns ``image`` (a ``datasets.Image``) and ``label`` (a
-    ``datasets.ClassLabel``); its keyword-only parameters are the options. One that reads files has
-    a keyword-only parameter ``root``.
+    ``datasets.ClassLabel``), or None for ``"val"`` if there is no such split; its keyword-only
+    parameters are the options. One that reads files has a keyword-only parameter ``root``.
 
     Raises:
         UsageError: If the name is taken or is no lower-case identifier.
@@ -70,8 +70,22 @@ def create_dataset(
 
     Raises:
         UsageError: If the name, the split or an option is unknown; the message lists the valid
-            ones. Also if a root is given to a data set that needs none.
+            ones. Also if a root is given to a data set that needs none, or the data set has no
+            validation split.
     """
+    dataset = find_split(name, split=split, root=root, **options)
+    if dataset is None:
+        raise UsageError(
+            f"data set {name!r} has no {split} split: hold out a part of train with "
+            "timm_lt.data.hold_out, as a run does"
+        )
+    return dataset
+
+
+def find_split(
+    name: str, *, split: Split, root: str | Path | None = None, **options: Any
+) -> "Dataset | None":
+    """Builds one split as :func:`create_dataset` does; None if there is no such split."""
     source = DATASETS[name]
     owner = f"data set {name!r}"
     check_choice(f"split of {owner}", split, get_args(Split))

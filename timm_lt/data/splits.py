@@ -3,16 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
+from timm_lt.data.holdout import hold_out
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.reading import Unreadable
-from timm_lt.data.sources import Split, create_dataset
+from timm_lt.data.sources import Split, find_split
 from timm_lt.data.stored import StoredImages
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError
@@ -27,22 +28,35 @@ class Splits:
         labels: Their labels, (N,) int64, by name.
         class_counts: Training images per class, (C,).
         label_names: Class names, (C,), if known.
+        val_source: The split from which validation comes: its own, ``"val"``, or ``"train"``.
     """
 
     datasets: Mapping[str, Dataset]
     labels: Mapping[str, Tensor]
     class_counts: Tensor
     label_names: list[str] | None
+    val_source: Literal["val", "train"] = "val"
 
     @classmethod
-    def from_datasets(cls, datasets: Mapping[str, Dataset]) -> "Splits":
+    def from_datasets(
+        cls, datasets: Mapping[str, Dataset], *, val_fraction: float = 0.2
+    ) -> "Splits":
         """Checks three data sets and counts their classes.
+
+        Args:
+            datasets: The splits by name. Without ``"val"``, a part of ``"train"`` is held out for
+                it: the same one whatever the seed of a run.
+            val_fraction: That part, of each class, in (0, 1); see
+                :func:`~timm_lt.data.holdout.hold_out`.
 
         Raises:
             UsageError: If a split is missing or empty, a label is negative or beyond the classes,
                 the splits name their classes differently, or a class has no training or no
                 validation image; the message names split and class.
         """
+        val_source: Literal["val", "train"] = "val"
+        if "val" not in datasets and "train" in datasets:
+            datasets, val_source = _held_out(datasets, val_fraction), "train"
         labels = {}
         for split in get_args(Split):
             if split not in datasets or len(datasets[split]) == 0:
@@ -63,7 +77,7 @@ class Splits:
             # A class without a test image has no accuracy; the report says so.
             if split != "test":
                 _check_every_class(split, counts[split], names)
-        return cls(datasets, labels, counts["train"], names)
+        return cls(datasets, labels, counts["train"], names, val_source)
 
     @property
     def num_classes(self) -> int:
@@ -107,6 +121,18 @@ class Splits:
         return StoredImages(self.datasets[split], self.labels[split], name=name, **options)
 
 
+def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dataset]:
+    """Returns the splits with one for validation, taken out of that for training."""
+    whole = datasets["train"]
+    if len(whole) == 0:
+        raise UsageError("the train split has no images")
+    try:
+        train, val = hold_out(label_tensor(whole), fraction)
+    except UsageError as error:
+        raise UsageError(f"train split: {error}") from error
+    return {**datasets, "train": whole.select(train.tolist()), "val": whole.select(val.tolist())}
+
+
 def _check_same_names(split: str, found: list[str] | None, expected: list[str] | None) -> None:
     if found and expected and found != expected:
         differing = zip_longest(found, expected)
@@ -128,14 +154,24 @@ def _check_every_class(split: str, counts: Tensor, names: list[str] | None) -> N
         )
 
 
-def create_splits(name: str, *, root: str | None = None, **options: Any) -> Splits:
+def create_splits(
+    name: str, *, root: str | None = None, val_fraction: float = 0.2, **options: Any
+) -> Splits:
     """Creates the three splits of a registered data set.
+
+    Args:
+        name: A name out of :func:`timm_lt.list_datasets`.
+        root: The folder with the files, for data sets that read files.
+        val_fraction: Part of the training images that is held out for validation where the data set
+            has no split for it.
+        options: The data set's own options.
 
     Raises:
         UsageError: As :func:`~timm_lt.data.sources.create_dataset` and
             :meth:`Splits.from_datasets`.
     """
-    splits = get_args(Split)
-    return Splits.from_datasets(
-        {split: create_dataset(name, split=split, root=root, **options) for split in splits}
-    )
+    found = {
+        split: find_split(name, split=split, root=root, **options) for split in get_args(Split)
+    }
+    datasets = {split: dataset for split, dataset in found.items() if dataset is not None}
+    return Splits.from_datasets(datasets, val_fraction=val_fraction)

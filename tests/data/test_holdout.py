@@ -1,0 +1,89 @@
+"""Validation held out of the training images, class by class."""
+
+import datasets
+import pytest
+import torch
+
+from timm_lt.data import Splits, create_dataset, create_splits, hold_out, register_dataset
+from timm_lt.data.sources import DATASETS
+from timm_lt.registry import UsageError
+
+COUNTS = [100, 30, 8, 3, 2]
+LABELS = torch.repeat_interleave(torch.arange(5), torch.tensor(COUNTS))[torch.randperm(143)]
+
+
+def test_every_class_gives_its_share_and_keeps_an_image():
+    train, val = hold_out(LABELS, 0.2, seed=1)
+    # 0.2 n, rounded: 20, 6, 1.6, 0.6, 0.4 (but at least one).
+    assert torch.bincount(LABELS[val]).tolist() == [20, 6, 2, 1, 1]
+    assert torch.bincount(LABELS[train]).tolist() == [80, 24, 6, 2, 1]
+    assert sorted(train.tolist() + val.tolist()) == list(range(143))
+    assert torch.bincount(LABELS[hold_out(LABELS, 0.9)[0]]).tolist() == [10, 3, 1, 1, 1]
+
+
+def test_it_depends_on_the_seed_alone_and_on_every_image_alike():
+    one, again, other = (hold_out(LABELS, seed=seed)[1] for seed in (3, 3, 4))
+    assert one.equal(again)
+    assert not one.equal(other)
+    hits = torch.zeros(143)
+    for seed in range(500):
+        hits[hold_out(LABELS, 0.2, seed=seed)[1]] += 1
+    # Each image of the largest class is held out with probability 1 / 5: sd 8.9 of 500.
+    assert (hits[LABELS == 0] - 100).abs().max() < 4.5 * 8.95
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "message"),
+    [
+        ([0, 0, 1, 2, 2, 3], 0.2, "2 of 4 classes have one training image.*: 1, 3; give a val"),
+        ([0, 0], 0.0, r"fraction must be a number in \(0, 1\)"),
+        ([0, 0], 1.0, r"fraction must be a number in \(0, 1\)"),
+        ([], 0.2, "must not be empty"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(labels, fraction, message):
+    with pytest.raises(UsageError, match=message):
+        hold_out(labels, fraction)
+
+
+@pytest.fixture
+def without_val():
+    """A registered data set that has no validation split."""
+
+    @register_dataset("without_val")
+    def source(split, *, rows=40):
+        if split == "val":
+            return None
+        column = datasets.Features(
+            {"image": datasets.Value("int64"), "label": datasets.ClassLabel(2)}
+        )
+        given = {"image": list(range(rows)), "label": [i % 2 for i in range(rows)]}
+        return datasets.Dataset.from_dict(given, column)
+
+    yield "without_val"
+    del DATASETS._parts["without_val"]
+
+
+def test_a_data_set_without_validation_split_gives_a_part_of_train(without_val):
+    splits = create_splits(without_val, val_fraction=0.25)
+    assert splits.val_source == "train"
+    rows = {split: splits.datasets[split]["image"][:] for split in ("train", "val", "test")}
+    assert len(rows["val"]) == 10
+    assert sorted(rows["train"] + rows["val"]) == list(range(40)) == rows["test"]
+    # Class counts are those that are trained on.
+    assert splits.class_counts.tolist() == [15, 15]
+    assert splits.labels["val"].tolist() == [row % 2 for row in rows["val"]]
+    with pytest.raises(UsageError, match="has no val split: hold out a part of train"):
+        create_dataset(without_val, split="val")
+
+
+def test_a_split_that_is_there_is_not_touched():
+    splits = create_splits("digits_lt")
+    assert splits.val_source == "val"
+    assert len(splits.datasets["val"]) == 200
+    assert isinstance(splits, Splits)
+
+
+def test_the_message_of_a_class_of_one_image_says_whose_it_is(without_val):
+    with pytest.raises(UsageError, match="train split: 2 of 2 classes have one training image"):
+        create_splits(without_val, rows=2)

@@ -1,0 +1,49 @@
+"""Holding out images for validation where a data set has no split of its own for it."""
+
+import torch
+from torch import Tensor
+
+from timm_lt.longtail import Labels, check_labels
+from timm_lt.registry import UsageError, check_integer, check_number
+
+
+def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Deals the images of each class out to training and to validation.
+
+    Of the ``n`` images of a class, ``fraction * n`` go to validation, rounded, but at least one and
+    not all: the split is stratified.
+
+    >>> train, val = hold_out([0] * 10 + [1] * 2, 0.2)
+    >>> len(train), len(val), (val < 10).sum().item()
+    (9, 3, 2)
+
+    Args:
+        labels: Integer labels, one per image.
+        fraction: In (0, 1).
+        seed: A non-negative integer.
+
+    Shape:
+        labels (N,); two index tensors, ascending, that together are all images.
+
+    Raises:
+        UsageError: If a class has one image only, which cannot be in both; names the classes.
+    """
+    check_number("fraction", fraction, "(0, 1)")
+    check_integer("seed", seed, minimum=0)
+    values = check_labels(labels)
+    counts = torch.bincount(values)
+    single = (counts == 1).nonzero().flatten().tolist()
+    if single:
+        shown = ", ".join(map(str, single[:5])) + (", ..." if len(single) > 5 else "")
+        raise UsageError(
+            f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
+            f"out for validation: {shown}; give a validation split, or leave these classes out"
+        )
+    held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(values), generator=generator)
+    # By class, in random order within it.
+    order = order[values[order].sort(stable=True).indices]
+    place = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
+    chosen = place < held[values[order]]
+    return order[~chosen].sort().values, order[chosen].sort().values
