@@ -107,7 +107,10 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
     started = time.perf_counter()
     with progress(f"making {recipe.data.name}", None):
-        splits = create_splits(recipe.data.name, root=recipe.data.root, **recipe.data.options)
+        data = recipe.data
+        splits = create_splits(
+            data.name, root=data.root, val_fraction=data.val_fraction, **data.options
+        )
         sampler = create_sampler(
             recipe.sampler.name,
             splits.labels["train"],

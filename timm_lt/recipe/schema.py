@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from timm_lt.registry import check_integer
+from timm_lt.registry import check_integer, check_number
 
 DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 
@@ -26,6 +26,8 @@ class DataRecipe:
             e.g. auto_augment, scale, hflip, color_jitter, re_prob.
         unreadable: What happens to an image that cannot be read, raise or skip; those that are
             skipped are counted.
+        val_fraction: Part of the training images of each class that is held out for validation
+            where the data set has no split for it, in (0, 1).
     """
 
     name: str = "glyph_lt"
@@ -35,8 +37,10 @@ class DataRecipe:
     augmentation: str = "none"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
     unreadable: Literal["raise", "skip"] = "raise"
+    val_fraction: float = 0.2
 
     def __post_init__(self) -> None:
+        check_number("data.val_fraction", self.val_fraction, "(0, 1)")
         if self.image_size is not None:
             check_integer("data.image_size", self.image_size, minimum=1)
 
@@ -195,7 +199,11 @@ class Recipe:
         clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
-        heads: Heads to fit, each with its options; timm-lt list names them.
+        heads: Heads to fit, each with its options; timm-lt list names them. One called auto is the
+            best of the others on validation.
+        objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
+            class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
+            class_mean where validation is as long-tailed as train, from which it was held out.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
         seed: Seed of everything random, from 0 to 2^63 - 1.
@@ -218,6 +226,9 @@ class Recipe:
     keep: Literal["best", "last"] = "best"
     heads: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in DEFAULT_HEADS}
+    )
+    objective: Literal["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"] | None = (
+        None
     )
     shot_rule: Literal["fb", "oltr"] = "fb"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
