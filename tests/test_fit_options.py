@@ -337,5 +337,5 @@ def test_fits_on_features_larger_than_memory_hold_some_blocks_of_them(tmp_path):
     ).stdout
     held = {line.split()[0]: int(line.split()[1]) for line in output.splitlines()}
     assert set(held) == {"ncm", "lws", "crt", "cosine", "logit_adjusted"}
-    # Two blocks of 16 MiB and what is made of them.
-    assert max(held.values()) < 110, held
+    # A few blocks of 16 MiB and what is made of them, for all that the allocator keeps.
+    assert max(held.values()) < 150, held

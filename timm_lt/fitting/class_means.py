@@ -1,21 +1,20 @@
 """Class means in every feature space, from one pass over the features."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_lt.fitting.rows import row_blocks
+from timm_lt.fitting.rows import row_blocks, take_rows
 from timm_lt.heads.metric import FeatureSpace
 from timm_lt.longtail import class_counts
 
-# Rows whose distances to the mean are taken at a time.
-ROWS = 256
-# Classes whose rows are added up at a time: fresh memory for all of them would take longer.
-CLASSES = 512
-# Rows of a block for each class: with few, adding up the sums of blocks costs as much as they do.
-ROWS_PER_CLASS = 4
+# Rows that are summed at a time: in three spaces, they are to come from the processor's cache.
+ROWS = 512
+# Rows among which those of a class are brought together. With few of each class, adding up the sums
+# would cost as much as they do; with many, reading is no longer sequential.
+STRETCH, STRETCH_PER_CLASS = 2**14, 16
 
 
 def class_means(
@@ -28,9 +27,9 @@ def class_means(
     """Returns the mean of the rows of each class in each space, from one pass over the rows.
 
     In every space the sum over a class is a weighted sum of its rows: with ``m`` the mean,
-    ``Σ x``, ``Σ x / ‖x‖`` and ``Σ x / ‖x − m‖ − m Σ 1 / ‖x − m‖``. So a block of rows is sorted by
-    class once and summed three times. Beside the answer and the sums of each class, memory is that
-    of two blocks.
+    ``Σ x``, ``Σ x / ‖x‖`` and ``Σ x / ‖x − m‖ − m Σ 1 / ‖x − m‖``. So each row is fetched once, and
+    those of a class that lie near each other are fetched and added up together. Memory is that of
+    the sums and of a few hundred rows.
 
     Args:
         values: Features, which may lie in a mapped file.
@@ -50,14 +49,15 @@ def class_means(
     sums = torch.zeros(len(spaces), num_classes, values.shape[1])
     # Of 1 / ‖x − m‖ in each class; in the other spaces nothing is subtracted.
     inverse_norms = torch.zeros(num_classes)
-    start = 0
-    for block in row_blocks(values, 1, at_least=ROWS_PER_CLASS * num_classes):
-        labels, order = targets[start : start + len(block)].sort(stable=True)
-        start += len(block)
-        for number, space in enumerate(spaces):
+    for rows, labels in _by_class(targets, num_classes):
+        block = take_rows(values, rows)
+        present, sizes = labels.unique_consecutive(return_counts=True)
+        offsets = sizes.cumsum(0) - sizes
+        order = torch.arange(len(rows))
+        for total, space in zip(sums, spaces, strict=True):
             weights = _weights(block, space, feature_mean)
-            weights = None if weights is None else weights[order]
-            _add_by_class(sums[number], block, labels, order, weights)
+            part = F.embedding_bag(order, block, offsets, mode="sum", per_sample_weights=weights)
+            total.index_add_(0, present, part)
             if space == "centered_l2" and weights is not None:
                 inverse_norms.index_add_(0, labels, weights)
     counts = class_counts(targets, num_classes)[:, None]
@@ -69,40 +69,22 @@ def class_means(
     return means
 
 
-def _add_by_class(
-    sums: Tensor, block: Tensor, labels: Tensor, order: Tensor, weights: Tensor | None
-) -> None:
-    """Adds up the rows ``order`` of a block, whose labels ascend, times their weights."""
-    present, sizes = labels.unique_consecutive(return_counts=True)
-    first = 0
-    for classes, lengths in zip(present.split(CLASSES), sizes.split(CLASSES), strict=True):
-        rows = slice(first, first + int(lengths.sum()))
-        part = F.embedding_bag(
-            order[rows],
-            block,
-            lengths.cumsum(0) - lengths,
-            mode="sum",
-            per_sample_weights=None if weights is None else weights[rows],
-        )
-        sums.index_add_(0, classes, part)
-        first = rows.stop
+def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields all rows, some at a time, ordered by class within a stretch; with their classes."""
+    stretch = max(STRETCH, STRETCH_PER_CLASS * num_classes)
+    for start in range(0, len(targets), stretch):
+        labels, order = targets[start : start + stretch].sort(stable=True)
+        yield from zip((order + start).split(ROWS), labels.split(ROWS), strict=True)
 
 
 def _weights(block: Tensor, space: FeatureSpace, mean: Tensor | None) -> Tensor | None:
     """Returns the inverse lengths (B,) that rows have in a space, None if they stay as they are."""
     if space == "raw":
         return None
-    if space == "l2":
-        norms: Tensor = torch.linalg.vector_norm(block, dim=1)
-        return norms.clamp_min_(1e-12).reciprocal_()
-    assert mean is not None
-    mean, away = mean.float(), torch.empty(ROWS, block.shape[1])
-    norms = torch.cat(
-        [
-            torch.linalg.vector_norm(torch.sub(rows, mean, out=away[: len(rows)]), dim=1)
-            for rows in block.split(ROWS)
-        ]
-    )
+    if space == "centered_l2":
+        assert mean is not None
+        block = block - mean.float()
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
     return norms.clamp_min_(1e-12).reciprocal_()
 
 

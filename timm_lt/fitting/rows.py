@@ -9,19 +9,19 @@ from torch import Tensor
 ENTRIES = 2**22
 
 
-def row_blocks(values: Tensor, width: int, *, at_least: int = 1) -> Iterator[Tensor]:
+def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
     """Yields features in order, a block at a time, as float32 on the CPU.
 
     Args:
         values: Features (N, D) of any floating type, which may lie in a mapped file.
         width: Entries that are made of a row; with the row's own they size the blocks.
-        at_least: Rows of a block, whatever their width.
     """
-    step = max(ENTRIES // max(width, values.shape[1]), at_least)
+    step = max(ENTRIES // max(width, values.shape[1]), 1)
     for start in range(0, len(values), step):
         yield values[start : start + step].detach().to("cpu", torch.float32)
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """Returns some rows of features as float32 on the CPU."""
-    return values[rows.to(values.device)].detach().to("cpu", torch.float32)
+    # Several times as fast as indexing with them.
+    return values.detach().index_select(0, rows.to(values.device)).to("cpu", torch.float32)

@@ -1,0 +1,134 @@
+"""Cost of the fits on cached features, each as a ratio to the arithmetic that it cannot do without.
+
+``python benchmarks/fits.py``: one thread, CPU time, in turn, median of the ratios. Features are
+random, of the width of a ResNeXt-50, in a mapped file.
+
+- ``crt``: an epoch of SGD in batches of 512, to the two products of each batch with the weight.
+- ``lws``: an epoch on cached logits, to computing the logits of the epoch.
+- ``ncm``: the class means in all three feature spaces from one pass, to a bare read of the file,
+  block by block into memory; the mean of all features is known, as that of a cache is. ``sum`` is
+  the same to a sum over the mapped file, the least that touches every value.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from timing import ratio
+from torch import Tensor, nn
+
+from timm_lt import Features
+from timm_lt.accelerator import keep_freed_memory
+from timm_lt.fitting.class_means import class_means, feature_mean
+from timm_lt.fitting.sgd import BATCH_SIZE, scale_gradient, train_head
+from timm_lt.heads import CRTHead, LWSHead
+
+WIDTH = 2048
+SPACES = ("raw", "l2", "centered_l2")
+BLOCK = 2**24  # bytes of a bare read
+
+
+def features_in_a_file(path: Path, num_images: int, num_classes: int) -> Features:
+    """Writes random features and returns them, mapped."""
+    with path.open("wb") as file:
+        for start in range(0, num_images, 4096):
+            block = torch.randn(min(4096, num_images - start), WIDTH).relu_()
+            file.write(block.numpy().tobytes())
+    values = torch.from_file(str(path), size=num_images * WIDTH).view(-1, WIDTH)
+    return Features(values, torch.randperm(num_images) % num_classes)
+
+
+def crt_row(features: Features, num_classes: int, rounds: int) -> float:
+    """Returns the cost of an epoch of crt to that of its products."""
+    head = CRTHead.from_classifier(nn.Linear(WIDTH, num_classes))
+    steps = len(features) // BATCH_SIZE
+    batch = features.values[:BATCH_SIZE].clone()
+    gradient = torch.randn(BATCH_SIZE, num_classes)
+    weight = head.weight.detach()
+
+    def products() -> None:
+        for _ in range(steps):
+            F.linear(batch, weight)
+            gradient.t() @ batch
+
+    def epoch() -> None:
+        train_head(head, features, seed=0, steps=steps, lr=0.01)
+
+    return ratio(epoch, products, rounds)
+
+
+def lws_row(features: Features, num_classes: int, rounds: int) -> float:
+    """Returns the cost of an epoch of lws to that of its logits."""
+    head = LWSHead.from_classifier(nn.Linear(WIDTH, num_classes))
+    with torch.no_grad():
+        head.scale.fill_(1.0)
+    steps = len(features) // BATCH_SIZE
+    batch = features.values[:BATCH_SIZE].clone()
+    backward = scale_gradient(head, features)
+
+    def logits() -> None:
+        for _ in range(steps):
+            F.linear(batch, head.weight, head.bias)
+
+    def epoch() -> None:
+        train_head(head, features, seed=0, steps=steps, lr=0.01, backward=backward)
+
+    return ratio(epoch, logits, rounds)
+
+
+def ncm_rows(features: Features, path: Path, num_classes: int, rounds: int) -> tuple[float, float]:
+    """Returns the cost of the class means to that of a bare read, and of a sum."""
+    mean: Tensor = feature_mean(features.values)
+    buffer = bytearray(BLOCK)
+
+    def means() -> None:
+        class_means(features.values, features.targets, num_classes, SPACES, mean)
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    def add_up() -> None:
+        for block in features.values.split(BLOCK // (4 * WIDTH)):
+            block.sum()
+
+    return ratio(means, read, rounds), ratio(means, add_up, rounds)
+
+
+def rows(rounds: int = 5, num_images: int = 20_000) -> Iterator[tuple[str, int, str, float, str]]:
+    """Yields what was measured, the number of classes, to what, the ratio and the bound."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # As a run does.
+    keep_freed_memory()
+    for num_classes in (1000, 8142):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "values"
+            features = features_in_a_file(path, num_images, num_classes)
+            crt = crt_row(features, num_classes, rounds)
+            yield "an epoch of crt", num_classes, "its two products", crt, "<= 1.3"
+            # An epoch in which every row has its logits cached once.
+            lws = 1 / lws_row(features, num_classes, rounds)
+            yield "the logits of an epoch", num_classes, "an epoch of lws", lws, ">= 15"
+            to_read, to_sum = ncm_rows(features, path, num_classes, rounds)
+            yield "ncm in all spaces", num_classes, "a bare read", to_read, "<= 5"
+            yield "ncm in all spaces", num_classes, "a sum", to_sum, "-"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=20_000)
+    arguments = parser.parse_args()
+    print(f"{'what':24} {'classes':>7}  {'to':18} {'ratio':>6}  bound")
+    for what, classes, to, value, bound in rows(arguments.rounds, arguments.images):
+        print(f"{what:24} {classes:7}  {to:18} {value:6.2f}  {bound}")
+
+
+if __name__ == "__main__":
+    main()
