@@ -2,19 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
-
-from timm_lt.features import Features
-from timm_lt.fitting.data import FitData, check_fit_data
-from timm_lt.fitting.objective import Objective
-from timm_lt.heads import HEADS, Head, as_joint, head_option_names
-from timm_lt.longtail import ShotRule
+from timm_lt.fitting.data import FitData
+from timm_lt.heads import HEADS, Head, head_option_names
 from timm_lt.registry import (
     Registry,
     UsageError,
-    check_choice,
     check_integer,
     check_literals,
     check_number,
@@ -80,62 +74,3 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     check_literals(f"head {name!r}", FITS[name], options)
     for check in FIT_CHECKS.get(name, ()):
         check(options)
-
-
-def fit_head(
-    name: str,
-    features: Features,
-    /,
-    *,
-    classifier: nn.Module | None = None,
-    class_counts: Tensor | None = None,
-    val: Features | None = None,
-    seed: int = 0,
-    objective: Objective = "all",
-    rule: ShotRule = "fb",
-    **options: Any,
-) -> Head:
-    """Fits a head on frozen features.
-
-    What is not given as an option is chosen on the validation features, and ``head.selection`` says
-    how. Everything is computed in float32, whatever the type of the features, and what is passed in
-    stays as it is. Features are read some rows at a time: they may lie in a mapped file that is
-    larger than memory. Those of several views of each image are so many more rows.
-
-    Args:
-        name: One of :func:`timm_lt.list_heads`.
-        features: Training features, values (N, D).
-        classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it (an
-            ``nn.Linear``, alone or inside of a module, or a 1×1 convolution), or a ``linear`` head;
-            needed by the heads that start from it.
-        class_counts: Training images per class (C,), on which the joint classifier was trained;
-            None counts the targets. They are the prior of ``logit_adjusted``; what balances classes
-            counts the features that it is given, which may be a part of the training set.
-        val: Validation features, values (M, D), with an image of every class.
-        seed: A non-negative integer, for the fits that draw batches.
-        objective: What is maximised on validation: ``"all"``, accuracy over the images;
-            ``"class_mean"``, the mean over the classes, which is the same on a balanced split;
-            ``"few_shot"``; ``"harmonic_mean"`` of the shot groups; or ``"worst_class"``.
-        rule: Where the shot groups have their boundaries.
-        **options: Options of the head and its fit.
-
-    Returns:
-        The head, in evaluation mode, on the CPU.
-
-    Raises:
-        UsageError: For an unknown head or option, a value out of range, shapes that do not match, a
-            class without training or validation images, or a missing classifier or validation
-            features.
-
-    >>> x = torch.eye(3).repeat(4, 1)
-    >>> head = fit_head("ncm", Features(x, torch.arange(3).repeat(4)))
-    >>> head(x[:3]).argmax(1)
-    tensor([0, 1, 2])
-    """
-    check_fit_options(name, options)
-    joint = None if classifier is None else as_joint(classifier)
-    check_choice("objective", objective, get_args(Objective))
-    data = check_fit_data(
-        features, joint, class_counts, val, seed=seed, objective=objective, rule=rule
-    )
-    return FITS[name](data, **options).eval()

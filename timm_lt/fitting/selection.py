@@ -7,10 +7,9 @@ from torch import Tensor
 
 from timm_lt.features import Features
 from timm_lt.fitting.data import FitData
-from timm_lt.fitting.objective import objective_value
+from timm_lt.fitting.objective import validation_value
 from timm_lt.fitting.rows import row_blocks
 from timm_lt.heads import Head
-from timm_lt.metrics import shot_accuracy
 
 H = TypeVar("H", bound=Head)
 
@@ -24,8 +23,9 @@ def predictions(head: Head, features: Features) -> Tensor:
 
 def validation_score(head: Head, data: FitData, val: Features) -> float:
     """Returns the value of the fit's objective on validation."""
-    report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
-    return objective_value(report, data.objective)
+    return validation_value(
+        predictions(head, val), val.targets, data.class_counts, data.rule, data.objective
+    )
 
 
 def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option: str) -> H:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from timm_lt.fitting.objective import Objective
+from timm_lt.fitting.objective import Objective, check_group
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError
 
@@ -93,9 +93,7 @@ def objective_steps(
             groups[name] = weighted_steps(low[rows], high[rows], weights[rows])
     if objective == "harmonic_mean":
         return _harmonic_mean(list(groups.values()))
-    if objective not in groups:
-        raise UsageError(f"the split has no image of the objective {objective!r}")
-    return groups[objective]
+    return groups[check_group(objective, groups)]
 
 
 def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 import yaml
 
+from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.registry import check_integer, check_number
-
-DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 
 
 @dataclass(frozen=True)
