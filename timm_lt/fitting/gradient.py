@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.base import FitData, register_fit, select
-from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead
+from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import create_sampler
@@ -155,12 +155,10 @@ def fit_crt(
     check_integer("max_iterations", max_iterations, minimum=1)
     # With a bias unless the joint classifier, whose place the head takes, has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
-    linear = nn.Linear(data.features.num_features, data.num_classes, bias=with_bias)
+    linear = seeded_linear(
+        data.features.num_features, data.num_classes, bias=with_bias, seed=data.seed
+    )
     if solver == "sgd":
-        generator = torch.Generator().manual_seed(data.seed)
-        bound = 1 / math.sqrt(linear.in_features)
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
         head = CRTHead.from_classifier(linear)
         decay = 5e-4 if weight_decay is None else weight_decay
         train_head(head, data.features, seed=data.seed, steps=steps, lr=lr, weight_decay=decay)

@@ -195,7 +195,8 @@ class Recipe:
         clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
-        heads: Heads to fit, each with its options; timm-lt list names them.
+        heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
+            on what, features or images; the latter trains crt and lws as their paper does.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
         seed: Seed of everything random, from 0 to 2^63 - 1.
