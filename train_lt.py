@@ -20,16 +20,17 @@ from torch import Tensor
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import advance, log, progress
+from timm_lt.data.images import Images
 from timm_lt.exits import run_to_exit
 from timm_lt.features import Features, extract_features
 from timm_lt.files import read_json, sha256, write_json
 from timm_lt.fitting import fit_head, head_curves
-from timm_lt.heads import Head, get_head
+from timm_lt.heads import Head, get_head, head_statistics
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
-from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
+from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line, stage_heads
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
 from timm_lt.run_folder import STATE, check_run_folder
@@ -38,6 +39,7 @@ from timm_lt.training import (
     TrainingState,
     describe_history,
     representation_seconds,
+    train_head_on_images,
     train_representation,
 )
 
@@ -89,10 +91,12 @@ def work(run: Run) -> dict[str, ShotReport]:
     """Does what a run does, and returns its figures; on the main process alone."""
     train(run)
     features = extract(run)
+    trained = train_heads(run)
+    tests = extract_for_heads(run, trained)
     reports: dict[str, ShotReport] = {}
     if run.accelerator.is_main_process:
-        heads = fit(run, features)
-        logits = test_logits(heads, features["test"])
+        heads = fit(run, features, trained)
+        logits = test_logits(heads, {name: tests.get(name, features["test"]) for name in heads})
         reports = {
             head: evaluate_logits(
                 values, features["test"].targets, run.splits.class_counts, run.recipe.shot_rule
@@ -199,14 +203,45 @@ def extract(run: Run) -> dict[str, Features]:
     features = {}
     with progress("extracting features", len(run.images), unit="splits") as bar:
         for split, images in run.images.items():
-            features[split] = extract_features(
-                run.model,
-                images.eval_loader(EVAL_BATCH_SIZE, run.accelerator),
-                accelerator=run.accelerator,
-            )
+            features[split] = extract_split(run, images)
             advance(bar)
     run.seconds["features"] = time.perf_counter() - started
     count_unreadable(run)
+    return features
+
+
+def extract_split(run: Run, images: Images) -> Features:
+    """Takes the features of the images as they are, in their order."""
+    loader = images.eval_loader(EVAL_BATCH_SIZE, run.accelerator)
+    return extract_features(run.model, loader, accelerator=run.accelerator)
+
+
+def train_heads(run: Run) -> dict[str, Head]:
+    """Trains the heads of stage images, on all processes."""
+    heads: dict[str, Head] = {}
+    run.seconds["heads"] = {}
+    for name, options in stage_heads(run.recipe, "images").items():
+        started = time.perf_counter()
+        heads[name] = train_head_on_images(
+            name,
+            run.model,
+            run.images["train"],
+            accelerator=run.accelerator,
+            seed=run.recipe.seed,
+            **options,
+        )
+        run.seconds["heads"][name] = time.perf_counter() - started
+    return heads
+
+
+def extract_for_heads(run: Run, heads: Mapping[str, Head]) -> dict[str, Features]:
+    """Takes the test features again for the heads that have batch-norm statistics of their own."""
+    started, features = time.perf_counter(), {}
+    for name, head in heads.items():
+        if head.backbone_statistics:
+            with head_statistics(run.model, head):
+                features[name] = extract_split(run, run.images["test"])
+    run.seconds["features"] += time.perf_counter() - started
     return features
 
 
@@ -223,12 +258,13 @@ def count_unreadable(run: Run) -> None:
             )
 
 
-def fit(run: Run, features: Mapping[str, Features]) -> dict[str, Head]:
-    """Fits the recipe's heads on the training features, tuned on those of validation."""
+def fit(run: Run, features: Mapping[str, Features], trained: Mapping[str, Head]) -> dict[str, Head]:
+    """Fits the recipe's other heads on the training features, tuned on those of validation."""
     classifier = get_head(run.model)
-    heads, seconds = {}, {}
-    with progress("fitting heads", len(run.recipe.heads), unit="heads") as bar:
-        for name, options in run.recipe.heads.items():
+    heads, seconds = dict(trained), run.seconds["heads"]
+    fitted = stage_heads(run.recipe, "features")
+    with progress("fitting heads", len(fitted), unit="heads") as bar:
+        for name, options in fitted.items():
             advance(bar, 0, f"fitting {name}")
             started = time.perf_counter()
             heads[name] = fit_head(
@@ -242,17 +278,17 @@ def fit(run: Run, features: Mapping[str, Features]) -> dict[str, Head]:
             )
             seconds[name] = time.perf_counter() - started
             advance(bar)
-    run.seconds["heads"] = seconds
-    return heads
+    return {name: heads[name] for name in run.recipe.heads}
 
 
-def test_logits(heads: Mapping[str, Head], test: Features) -> dict[str, Tensor]:
-    """Returns the logits (N, C) of each head on the test split."""
+def test_logits(heads: Mapping[str, Head], tests: Mapping[str, Features]) -> dict[str, Tensor]:
+    """Returns the logits (N, C) of each head on its features of the test split."""
     logits = {}
     for name, head in heads.items():
         with torch.inference_mode():
             # In the batches that the model would see, so that its logits are the same bits.
-            logits[name] = torch.cat([head(part) for part in test.values.split(EVAL_BATCH_SIZE)])
+            parts = tests[name].values.split(EVAL_BATCH_SIZE)
+            logits[name] = torch.cat([head(part) for part in parts])
     return logits
 
 
@@ -271,6 +307,7 @@ def write_metrics(
             "class_counts": counts.tolist(),
             "shots": describe_shots(counts, recipe.shot_rule),
             "selection": {name: head.selection for name, head in heads.items() if head.selection},
+            "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
             "seed": recipe.seed,
             "seconds": run.seconds,
             "kept_epoch": run.kept_epoch,

@@ -31,7 +31,7 @@ from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
-from timm_lt.training import train_representation
+from timm_lt.training import train_head_on_images, train_representation
 
 N, C, SIDE = 42, 4, 32
 arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
@@ -119,6 +119,13 @@ training = train_representation(
 )
 state = training.model.state_dict()
 result["batch_norm"] = [float(tensor.double().sum()) for tensor in state.values()]
+options = {"accelerator": accelerator, "steps": 6, "batch_size": 8}
+head = train_head_on_images("crt", InFloat64(), in_memory(), **options)
+result["head"] = head.weight.flatten().tolist()
+model = training.model
+head = train_head_on_images("lws", model, in_memory(), bn="shift", **options)
+moved = head.backbone_statistics.values()
+result["moved"] = [float(tensor.double().sum()) for tensor in moved] + head.scale.tolist()
 result["targets"] = []
 for number in (1, 3, 8, 13, 42):
     for make in (in_memory, decoded):
@@ -210,3 +217,18 @@ def test_every_process_ends_with_the_same_model(results, processes):
     """Averaged batch-norm statistics too, which each process takes of its own images."""
     first, *others = (rank["batch_norm"] for rank in results[processes])
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_head_on_images_is_the_same(results, processes):
+    alone = results[1][0]["head"]
+    for rank in results[processes]:
+        # Trained in float64 and returned in float32.
+        assert rank["head"] == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_process_has_the_same_moved_statistics(results, processes):
+    first, *others = (rank["moved"] for rank in results[processes])
+    assert all(other == first for other in others)
+    assert first != pytest.approx(results[1][0]["moved"], rel=1e-6)

@@ -1,6 +1,5 @@
 """Fits by gradients on cached features: cRT, learnable weight scaling and the cosine classifier."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +18,7 @@ from timm_lt.fitting.sgd import (
     train_head,
 )
 from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote
-from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead
+from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 
@@ -75,13 +74,13 @@ def fit_crt(
     check_choice("solver of head 'crt'", solver, get_args(Solver))
     # With a bias unless the joint classifier, whose place the head takes, has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
-    linear = nn.Linear(data.features.num_features, data.num_classes, bias=with_bias)
+    width, num_classes = data.features.num_features, data.num_classes
+    linear = seeded_linear(width, num_classes, bias=with_bias, seed=data.seed)
     features = data.features
     if smote is not None:
         features = add_smote_rows(features, data.num_classes, smote, seed=data.seed)
     if solver == "lbfgs":
         return _solve_crt(data, features, linear, loss, weight_decay, max_iterations)
-    initialize_classifier(linear, data.seed)
     head = CRTHead.from_classifier(linear)
     balanced = loss == "balanced_softmax"
     best = train_head(
@@ -97,14 +96,6 @@ def fit_crt(
     )
     _record(head, best, data)
     return head
-
-
-def initialize_classifier(linear: nn.Linear, seed: int) -> None:
-    """Draws the start of a classifier as ``nn.Linear`` does, from a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    bound = 1 / math.sqrt(linear.in_features)
-    for parameter in linear.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def _solve_crt(

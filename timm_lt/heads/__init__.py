@@ -25,8 +25,10 @@ from timm_lt.heads.linear import CRTHead as CRTHead
 from timm_lt.heads.linear import LinearHead as LinearHead
 from timm_lt.heads.linear import LogitAdjustedHead as LogitAdjustedHead
 from timm_lt.heads.linear import log_prior as log_prior
+from timm_lt.heads.linear import seeded_linear as seeded_linear
 from timm_lt.heads.metric import CosineHead as CosineHead
 from timm_lt.heads.metric import NCMHead as NCMHead
 from timm_lt.heads.scaling import LWSHead as LWSHead
 from timm_lt.heads.scaling import TauNormHead as TauNormHead
 from timm_lt.heads.scaling import nonzero_norm as nonzero_norm
+from timm_lt.heads.statistics import head_statistics as head_statistics

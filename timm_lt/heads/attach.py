@@ -8,10 +8,11 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.heads.base import Head, as_linear, is_pointwise
 from timm_lt.heads.factory import HEADS, check_head_options
+from timm_lt.heads.statistics import check_statistics_stay, statistics_of
 from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d
@@ -218,7 +219,7 @@ def set_head(
         cls = HEADS[head]
         for old in present.values():
             if isinstance(old, Head) and "weight" not in old.own_state:
-                _check_statistics_stay(old)
+                check_statistics_stay(old)
         put_heads(
             model, {path: cls.from_classifier(old, **options) for path, old in present.items()}
         )
@@ -235,7 +236,7 @@ def set_head(
         )
     for path, new in given.items():
         _check_replacement(path, new, present[path])
-    statistics = _statistics(given.values(), model)
+    statistics = statistics_of(given.values(), model)
     for path, new in given.items():
         given[path] = _in_place_of(present[path], new)
     put_heads(model, given)
@@ -253,32 +254,7 @@ def _check_replacement(path: str, new: object, old: Classifier) -> None:
             f"{shapes[1]}"
         )
     if isinstance(old, Head) and not getattr(new, "backbone_statistics", None):
-        _check_statistics_stay(old)
-
-
-def _check_statistics_stay(old: Head) -> None:
-    """Refuses to replace a head whose statistics are in the backbone by one of the joint weight."""
-    if old.backbone_statistics:
-        raise UsageError(
-            f"the {old.kind} head has brought its own batch-norm statistics into the backbone, "
-            "which another head does not fit; create the model again"
-        )
-
-
-def _statistics(heads: Iterable[Classifier], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the batch-norm statistics that heads bring along, checked against the model."""
-    state = model.state_dict()
-    statistics: dict[str, Tensor] = {}
-    for head in heads:
-        for key, value in (getattr(head, "backbone_statistics", None) or {}).items():
-            if key not in state or state[key].shape != value.shape:
-                there = f"is {tuple(state[key].shape)}" if key in state else "is missing"
-                raise UsageError(
-                    f"the head's batch-norm statistics are not the model's: {key} is "
-                    f"{tuple(value.shape)} with the head and {there} in {type(model).__name__}"
-                )
-            statistics[key] = value
-    return statistics
+        check_statistics_stay(old)
 
 
 def _in_place_of(old: Classifier, new: Classifier) -> Classifier:

@@ -1,10 +1,11 @@
 """Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import register_head
@@ -94,3 +95,28 @@ def log_prior(class_counts: Tensor | Sequence[int], num_classes: int) -> Tensor:
             f"class_counts must be >= 1 for every class; class {empty[0]} has {counts[empty[0]]:g}"
         )
     return (counts / counts.sum()).log().float()
+
+
+def seeded_linear(
+    in_features: int, num_classes: int, *, bias: bool = True, seed: int = 0
+) -> nn.Linear:
+    """Returns a fresh classifier with the distribution of a new ``nn.Linear``, from a seed alone.
+
+    Args:
+        in_features: Width D of the features.
+        num_classes: Number of classes C.
+        bias: Whether it has a bias.
+        seed: A non-negative integer; the global random state is neither read nor moved.
+
+    Returns:
+        Weight (C, D) and bias (C,), uniform in ±1/√D.
+
+    >>> bool(seeded_linear(4, 9, seed=1).weight.abs().max() <= 0.5)
+    True
+    """
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, num_classes, bias)
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(in_features)
+    for parameter in linear.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return linear

@@ -11,6 +11,7 @@ from timm_lt.recipe.parse import parse_command_line as parse_command_line
 from timm_lt.recipe.parse import shipped_recipes as shipped_recipes
 from timm_lt.recipe.run import Run as Run
 from timm_lt.recipe.run import create_run as create_run
+from timm_lt.recipe.run import stage_heads as stage_heads
 from timm_lt.recipe.schema import DataRecipe as DataRecipe
 from timm_lt.recipe.schema import LossRecipe as LossRecipe
 from timm_lt.recipe.schema import ModelRecipe as ModelRecipe

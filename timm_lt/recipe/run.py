@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import timm.data
 import torch
@@ -30,7 +30,15 @@ from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
-from timm_lt.training import check_batch_size, check_model, check_optimization, check_update
+from timm_lt.training import (
+    HeadPlan,
+    check_batch_size,
+    check_image_options,
+    check_model,
+    check_optimization,
+    check_update,
+    plan_head_on_images,
+)
 
 # Options that have another place in a recipe, or are not for it to set.
 SET_ELSEWHERE = {
@@ -46,6 +54,8 @@ SET_ELSEWHERE = {
 }
 # The augmentation that is timm's: images are decoded when they are drawn.
 TIMM = "timm"
+# What a head is fitted on: features that are taken once, or images through the frozen backbone.
+Stage = Literal["features", "images"]
 
 
 @dataclass
@@ -54,6 +64,7 @@ class Run:
 
     Attributes:
         seconds: Wall time of what was done.
+        plans: How the heads of stage images are trained, by name.
         kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
         unreadable: How many images of each split could not be read.
         lock: Held on the folder by the main process.
@@ -69,6 +80,7 @@ class Run:
     loss: nn.Module
     model: nn.Module
     seconds: dict[str, Any]
+    plans: Mapping[str, HeadPlan] = field(default_factory=dict)
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
     lock: FileLock | None = None
@@ -139,6 +151,10 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         model = create_network(recipe, splits.num_classes)
         images = create_images(recipe, splits, model, workers=options.workers)
         check_model(model, images["val"])
+        plans = {
+            head: plan_head_on_images(head, model, images["train"], accelerator, **given)
+            for head, given in stage_heads(recipe, "images").items()
+        }
     seconds = {"data": time.perf_counter() - started}
     log.info("%s", describe(recipe, splits, model))
     lock = None
@@ -148,7 +164,18 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     if options.tracker != "none":
         accelerator.init_trackers(name)
     return Run(
-        name, recipe, folder, accelerator, splits, images, sampler, loss, model, seconds, lock=lock
+        name,
+        recipe,
+        folder,
+        accelerator,
+        splits,
+        images,
+        sampler,
+        loss,
+        model,
+        seconds,
+        plans=plans,
+        lock=lock,
     )
 
 
@@ -179,7 +206,28 @@ def check_heads(recipe: Recipe) -> None:
     if not recipe.heads:
         raise UsageError("the recipe has no heads to fit; give at least one under heads:")
     for name, options in recipe.heads.items():
+        check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
+    for name, options in stage_heads(recipe, "images").items():
+        check_image_options(name, options)
+    for name, options in stage_heads(recipe, "features").items():
+        if "bn" in options:
+            raise UsageError(
+                f"bn of head {name!r} is for stage images, where the backbone runs again: leave it "
+                "out, or add stage: images"
+            )
         check_fit_options(name, options)
+
+
+def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Returns the heads of a recipe that are fitted on features, or on images, with their options.
+
+    The stage itself is no option of a fit and is left out.
+    """
+    return {
+        name: {key: value for key, value in options.items() if key != "stage"}
+        for name, options in recipe.heads.items()
+        if options.get("stage", "features") == stage
+    }
 
 
 def create_network(recipe: Recipe, num_classes: int) -> nn.Module:

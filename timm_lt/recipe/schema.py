@@ -198,8 +198,9 @@ class Recipe:
         clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
-        heads: Heads to fit, each with its options; timm-lt list names them. One called auto is the
-            best of the others on validation.
+        heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
+            on what, features or images; the latter trains crt and lws as their paper does. One
+            called auto is the best of the others on validation.
         objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
             class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
             class_mean where validation is as long-tailed as train, from which it was held out.

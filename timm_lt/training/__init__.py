@@ -1,8 +1,12 @@
-"""The representation stage: training the backbone with its joint classifier, resumable exactly."""
+"""Training on images: the backbone with its joint classifier, resumable exactly; single heads."""
 
 from timm_lt.training.checks import check_batch_size as check_batch_size
 from timm_lt.training.checks import check_model as check_model
 from timm_lt.training.checks import check_optimization as check_optimization
+from timm_lt.training.head import train_head_on_images as train_head_on_images
+from timm_lt.training.head_plan import HeadPlan as HeadPlan
+from timm_lt.training.head_plan import check_image_options as check_image_options
+from timm_lt.training.head_plan import plan_head_on_images as plan_head_on_images
 from timm_lt.training.history import EpochRecord as EpochRecord
 from timm_lt.training.history import best_record as best_record
 from timm_lt.training.history import describe_history as describe_history

@@ -6,16 +6,14 @@ ends with the same weights, bit for bit on one CPU process with the same number 
 """
 
 import copy
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -23,10 +21,10 @@ from torch import Tensor, nn
 from timm_lt.console import advance, log, progress
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
-from timm_lt.data.reading import loaded, without_unreadable
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import check_batch_size, check_optimization
+from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.state import BEST, EMA, TrainingState
@@ -249,21 +247,23 @@ class _Loop:
     def epoch(self, epoch: int, update: Update, bar: Progress, *, validated: bool) -> EpochRecord:
         """Trains for one epoch, 0-based."""
         started = time.perf_counter()
-        _seed_epoch(self.seed, epoch, self.accelerator.process_index)
+        seed_epoch(self.seed, epoch, self.accelerator.process_index)
         self.loader.set_epoch(epoch)
         self.model.train()
         losses = Losses(epoch + 1, self.batches_per_update, self.accelerator)
-        for number, batch in enumerate(loaded(self.loader)):
-            step = epoch * self.updates + number // self.batches_per_update
-            if number % self.batches_per_update == 0:
-                self.schedule.before_update(step)
-            images, targets = without_unreadable(*batch) if self.skips else batch
-            losses.add(update(images, targets, step))
-            if (number + 1) % self.batches_per_update == 0:
-                advance(bar)
-        loss = losses.mean()
+        loss = run_updates(
+            self.loader,
+            update,
+            self.schedule,
+            losses,
+            first=epoch * self.updates,
+            batches_per_update=self.batches_per_update,
+            skips=self.skips,
+            bar=bar,
+        )
         check_weights(self.model, epoch + 1, self.accelerator)
-        self._share_buffers()
+        averaged = [] if self.ema is None else self.ema.module.buffers()
+        share_buffers([*self.model.buffers(), *averaged], self.accelerator)
         trained = time.perf_counter() - started
         record = EpochRecord(
             epoch=epoch + 1,
@@ -303,20 +303,3 @@ class _Loop:
             return {}
         model = self.model if self.ema is None else self.ema.module
         return validate(model, self.val_loader, self.accelerator, self.class_counts)
-
-    def _share_buffers(self) -> None:
-        """Gives every process the main one's buffers, such as the statistics of batch norm."""
-        if self.accelerator.num_processes == 1:
-            return
-        averaged = [] if self.ema is None else self.ema.module.buffers()
-        with torch.no_grad():
-            for buffer in [*self.model.buffers(), *averaged]:
-                buffer.copy_(broadcast(buffer))
-
-
-def _seed_epoch(seed: int, epoch: int, process: int) -> None:
-    # For dropout, mixup and the like; each process has its own images, so its own numbers.
-    words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0] >> np.uint64(1)))
-    np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002
-    random.seed(int(words[0]))

@@ -181,10 +181,14 @@ class Losses:
         epoch: 1-based, for the message.
         per_update: Batches per update.
         accelerator: Gathers from all processes, so that all of them stop.
+        head: Name of the head that is trained by itself, for the message.
     """
 
-    def __init__(self, epoch: int, per_update: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, epoch: int, per_update: int, accelerator: Accelerator, *, head: str | None = None
+    ) -> None:
         self._epoch, self._per_update, self._accelerator = epoch, per_update, accelerator
+        self._head = head
         self._values: list[Tensor] = []
         self._looked_at: list[Tensor] = []
 
@@ -213,9 +217,15 @@ class Losses:
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
             update = (first + int(wrong[0])) // self._per_update + 1
+            value = float(values[wrong[0]])
+            if self._head is not None:
+                raise UsageError(
+                    f"the loss of head {self._head!r} became {value} in update {update}: lower its "
+                    "lr, or take mixed_precision no"
+                )
             raise UsageError(
-                f"the loss became {float(values[wrong[0]])} in epoch {self._epoch}, update "
-                f"{update}: {_advice(self._epoch)}"
+                f"the loss became {value} in epoch {self._epoch}, update {update}: "
+                f"{_advice(self._epoch)}"
             )
 
 

@@ -1,0 +1,218 @@
+"""The classifier stage on images: cRT and LWS through the frozen backbone, as Kang et al. train."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from timm_lt.checkpoint import is_statistic
+from timm_lt.console import log, progress
+from timm_lt.data.draws import NumberedSampler
+from timm_lt.data.images import Images
+from timm_lt.heads import CRTHead, Head, LWSHead, get_head, seeded_linear, set_head
+from timm_lt.registry import UsageError, check_integer
+from timm_lt.samplers import create_sampler
+from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
+from timm_lt.training.head_plan import BatchNorm, HeadPlan, plan_head_on_images
+from timm_lt.training.schedule import Schedule
+from timm_lt.training.update import Losses, Update, cpu_copy
+
+
+def train_head_on_images(
+    name: str,
+    model: nn.Module,
+    train: Images,
+    *,
+    accelerator: Accelerator,
+    bn: BatchNorm = "frozen",
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float = 0.2,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    sampler: str = "class_balanced",
+    sampler_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Head:
+    """Trains a head on augmented images, through a backbone whose weights are frozen.
+
+    The reference way: ``crt`` starts from a fresh classifier, ``lws`` from the joint one with
+    scales of 1; SGD with plain momentum minimises the cross-entropy on class-balanced batches; all
+    that is trained decays, the bias and the scales too; the learning rate falls to zero along a
+    cosine, update by update. :func:`timm_lt.fit_head` with ``solver="sgd"`` does the same on
+    features that were taken once.
+
+    With ``bn="frozen"`` the backbone is in evaluation mode. With ``bn="shift"`` it is in training
+    mode, as in the reference code: batch norm normalises by the statistics of a process's batch,
+    and its running statistics move to those of the sampler's classes; dropout and drop path, which
+    the paper's networks lack, are active. These statistics are the head's ``backbone_statistics``.
+
+    What is random is a function of the seed, so on one CPU process a second call gives the same
+    bits. A call that is interrupted starts again; there is no state to resume from.
+
+    Args:
+        name: ``"crt"`` or ``"lws"``.
+        model: A timm model with its joint classifier (C, D). It stays as it is; a copy is trained.
+        train: Training images with their augmentation, an image of every class.
+        accelerator: From :func:`timm_lt.accelerator.create_accelerator`.
+        bn: What batch norm does, ``"frozen"`` or ``"shift"``.
+        epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
+            updates. The last N mod ``batch_size`` images of each pass are left out.
+        steps: Number of updates, >= 1, in place of ``epochs``.
+        batch_size: Images per update over all processes, from 1 to N; None takes 512, or as many as
+            there are.
+        lr: Learning rate at the start, > 0.
+        weight_decay: >= 0.
+        momentum: In [0, 1).
+        sampler: One of :func:`timm_lt.list_samplers`, over all draws of the training as one epoch.
+        sampler_options: Its options. The reference code draws 4 images of a class in succession:
+            ``{"samples_per_class": 4}``.
+        seed: Seed of the fresh classifier, the sampler and dropout; the augmentation has that of
+            ``train``.
+        **options: Options of the head.
+
+    Returns:
+        The head in evaluation mode, float32 on the CPU; the same on every process.
+
+    Raises:
+        UsageError: If the head is another, an option is unknown, out of range or without effect,
+            the model carries a head already, a class has no image, or the loss is not finite.
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, sections 4.1 and 4.2, https://arxiv.org/abs/1910.09217
+    """
+    plan = plan_head_on_images(
+        name,
+        model,
+        train,
+        accelerator,
+        bn=bn,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        sampler=sampler,
+        sampler_options=sampler_options,
+        **options,
+    )
+    check_integer("seed", seed, minimum=0)
+    frozen, head = _frozen_copy(name, model, bn, seed, options)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr, momentum=momentum, weight_decay=weight_decay)
+    draws = create_sampler(
+        sampler,
+        train.labels,
+        num_samples=plan.updates * plan.batch_size,
+        seed=seed,
+        num_classes=head.out_features,
+        **dict(sampler_options or {}),
+    )
+    seed_epoch(seed, 0, accelerator.process_index)
+    with _forgotten(accelerator):
+        numbered = NumberedSampler(draws, len(train), len(draws))
+        _train(name, frozen, optimizer, train, numbered, plan, accelerator)
+    share_buffers(frozen.buffers(), accelerator)
+    return _finished(name, frozen, head, bn)
+
+
+def _train(
+    name: str,
+    frozen: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Images,
+    draws: NumberedSampler,
+    plan: HeadPlan,
+    accelerator: Accelerator,
+) -> None:
+    """Makes the updates."""
+    schedule = Schedule(optimizer, {"sched": "cosine"}, epochs=1, updates_per_epoch=plan.updates)
+    parts = accelerator.gradient_accumulation_steps
+    loader = train.train_loader(plan.batch_size // parts, draws, accelerator)
+    prepared, moved = accelerator.prepare(frozen, optimizer)
+    update = Update(
+        prepared,
+        moved,
+        nn.CrossEntropyLoss(),
+        accelerator,
+        mixup=None,
+        ema=None,
+        clip_grad=None,
+        clip_mode="norm",
+    )
+    loader.set_epoch(0)
+    with progress(f"training {name} on images", plan.updates, unit="updates") as bar:
+        loss = run_updates(
+            loader,
+            update,
+            schedule,
+            Losses(1, parts, accelerator, head=name),
+            first=0,
+            batches_per_update=parts,
+            skips=train.unreadable == "skip",
+            bar=bar,
+        )
+    log.info("trained %s on images: %d updates, mean loss %.3f", name, plan.updates, loss)
+
+
+def _finished(name: str, frozen: nn.Module, head: Head, bn: BatchNorm) -> Head:
+    """Takes the head off the trained copy, with the statistics that belong to it."""
+    state = frozen.state_dict()
+    if bn == "shift":
+        head.backbone_statistics = cpu_copy({k: v for k, v in state.items() if is_statistic(k)})
+    # No loss has shown the effect of the last update.
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UsageError(
+            f"head {name!r} is no longer finite after its last update: lower its lr, or take "
+            "mixed_precision no"
+        )
+    # On features it takes vectors, whatever the classifier whose place it had.
+    head.spatial = False
+    return head.to("cpu", torch.float32).eval()
+
+
+def _frozen_copy(
+    name: str, model: nn.Module, bn: BatchNorm, seed: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, Head]:
+    """Returns a copy of the model that carries the head, and the head: all that asks for gradients.
+
+    Nothing before it does, so autograd keeps nothing of the backbone, as under ``no_grad``.
+    """
+    joint = get_head(model)
+    head: Head
+    if name == "crt":
+        fresh = seeded_linear(
+            joint.in_features, joint.out_features, bias=joint.bias is not None, seed=seed
+        )
+        head = CRTHead.from_classifier(fresh)
+    else:
+        head = LWSHead.from_classifier(joint, **options)
+        with torch.no_grad():
+            head.scale.fill_(1.0)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    # Before the optimiser is made: it may move the head to another device or type.
+    set_head(frozen, head)
+    frozen.to(memory_format=torch.channels_last)
+    frozen.train(bn == "shift")
+    head.train()
+    return frozen, head
+
+
+@contextmanager
+def _forgotten(accelerator: Accelerator) -> Iterator[None]:
+    """Makes the accelerator forget what is prepared in the block: it would keep every copy."""
+    prepared = (accelerator._models, accelerator._optimizers, accelerator._dataloaders)
+    before = [len(parts) for parts in prepared]
+    try:
+        yield
+    finally:
+        for parts, number in zip(prepared, before, strict=True):
+            del parts[number:]
