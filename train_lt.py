@@ -7,39 +7,35 @@ Run it with ``accelerate launch train_lt.py [RECIPE] [--option value ...]``, or 
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.console import advance, log, progress
-from timm_lt.data.images import Images
+from timm_lt.console import log
 from timm_lt.exits import run_to_exit
-from timm_lt.features import Features, extract_features
+from timm_lt.features import Features
 from timm_lt.files import read_json, sha256, write_json
-from timm_lt.fitting import fit_head, head_curves
-from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.fitting import AUTO, head_curves
+from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, evaluate_logits
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
-from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line, stage_heads
+from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
+from timm_lt.recipe.classifier import extract, extract_for_heads, fit, logits_of, train_heads
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
 from timm_lt.run_folder import STATE, check_run_folder
 from timm_lt.training import (
-    EVAL_BATCH_SIZE,
     TrainingState,
     describe_history,
     representation_seconds,
-    train_head_on_images,
     train_representation,
 )
 
@@ -92,19 +88,18 @@ def work(run: Run) -> dict[str, ShotReport]:
     train(run)
     features = extract(run)
     trained = train_heads(run)
-    tests = extract_for_heads(run, trained)
+    extract_for_heads(run, trained, features)
     reports: dict[str, ShotReport] = {}
     if run.accelerator.is_main_process:
         heads = fit(run, features, trained)
-        logits = test_logits(heads, {name: tests.get(name, features["test"]) for name in heads})
+        logits = {name: logits_of(head, features.of(name, "test")) for name, head in heads.items()}
+        targets = features.shared["test"].targets
         reports = {
-            head: evaluate_logits(
-                values, features["test"].targets, run.splits.class_counts, run.recipe.shot_rule
-            )
+            head: evaluate_logits(values, targets, run.splits.class_counts, run.recipe.shot_rule)
             for head, values in logits.items()
         }
         try:
-            save(run, heads, reports, features["val"])
+            save(run, heads, reports, features.shared["val"])
             # Last: a folder with metrics is a finished run.
             write_metrics(run, heads, reports, logits)
         except OSError as error:
@@ -197,101 +192,6 @@ def train(run: Run) -> None:
     log.info("%s", describe_history(training.history, training.kept))
 
 
-def extract(run: Run) -> dict[str, Features]:
-    """Takes the features of every split once, in the order of its images."""
-    started = time.perf_counter()
-    features = {}
-    with progress("extracting features", len(run.images), unit="splits") as bar:
-        for split, images in run.images.items():
-            features[split] = extract_split(run, images)
-            advance(bar)
-    run.seconds["features"] = time.perf_counter() - started
-    count_unreadable(run)
-    return features
-
-
-def extract_split(run: Run, images: Images) -> Features:
-    """Takes the features of the images as they are, in their order."""
-    loader = images.eval_loader(EVAL_BATCH_SIZE, run.accelerator)
-    return extract_features(run.model, loader, accelerator=run.accelerator)
-
-
-def train_heads(run: Run) -> dict[str, Head]:
-    """Trains the heads of stage images, on all processes."""
-    heads: dict[str, Head] = {}
-    run.seconds["heads"] = {}
-    for name, options in stage_heads(run.recipe, "images").items():
-        started = time.perf_counter()
-        heads[name] = train_head_on_images(
-            name,
-            run.model,
-            run.images["train"],
-            accelerator=run.accelerator,
-            seed=run.recipe.seed,
-            **options,
-        )
-        run.seconds["heads"][name] = time.perf_counter() - started
-    return heads
-
-
-def extract_for_heads(run: Run, heads: Mapping[str, Head]) -> dict[str, Features]:
-    """Takes the test features again for the heads that have batch-norm statistics of their own."""
-    started, features = time.perf_counter(), {}
-    for name, head in heads.items():
-        if head.backbone_statistics:
-            with head_statistics(run.model, head):
-                features[name] = extract_split(run, run.images["test"])
-    run.seconds["features"] += time.perf_counter() - started
-    return features
-
-
-def count_unreadable(run: Run) -> None:
-    """Counts the images that no process could read, and says which."""
-    for split, images in run.images.items():
-        rows = sorted(set(gather_object(images.unreadable_rows())))
-        run.unreadable[split] = len(rows)
-        if rows:
-            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-            log.warning(
-                "%d of %d %s images cannot be read and were left out: rows %s",
-                *(len(rows), len(images), split, shown),
-            )
-
-
-def fit(run: Run, features: Mapping[str, Features], trained: Mapping[str, Head]) -> dict[str, Head]:
-    """Fits the recipe's other heads on the training features, tuned on those of validation."""
-    classifier = get_head(run.model)
-    heads, seconds = dict(trained), run.seconds["heads"]
-    fitted = stage_heads(run.recipe, "features")
-    with progress("fitting heads", len(fitted), unit="heads") as bar:
-        for name, options in fitted.items():
-            advance(bar, 0, f"fitting {name}")
-            started = time.perf_counter()
-            heads[name] = fit_head(
-                name,
-                features["train"],
-                classifier=classifier,
-                class_counts=run.splits.class_counts,
-                val=features["val"],
-                seed=run.recipe.seed,
-                **options,
-            )
-            seconds[name] = time.perf_counter() - started
-            advance(bar)
-    return {name: heads[name] for name in run.recipe.heads}
-
-
-def test_logits(heads: Mapping[str, Head], tests: Mapping[str, Features]) -> dict[str, Tensor]:
-    """Returns the logits (N, C) of each head on its features of the test split."""
-    logits = {}
-    for name, head in heads.items():
-        with torch.inference_mode():
-            # In the batches that the model would see, so that its logits are the same bits.
-            parts = tests[name].values.split(EVAL_BATCH_SIZE)
-            logits[name] = torch.cat([head(part) for part in parts])
-    return logits
-
-
 def write_metrics(
     run: Run,
     heads: Mapping[str, Head],
@@ -338,7 +238,8 @@ def save(
         shot_rule=run.recipe.shot_rule,
         seed=run.recipe.seed,
     )
-    curves = head_curves(get_head(run.model), heads, val, counts)
+    own = {name: head for name, head in heads.items() if name != AUTO}
+    curves = head_curves(get_head(run.model), own, val, counts)
     save_plots(run.folder / PLOTS, reports, counts, curves)
     write_card(run.folder, name=run.name)
 

@@ -442,6 +442,10 @@ def test_figures_that_are_no_fractions_are_left_out(info, value):
             {"tau": 1, "objective": "few_shot"},
             "tau = 1, the best of all values for few-shot accuracy",
         ),
+        (
+            {"head": "crt", "compared": [["crt", 0.2], ["ncm", 0.1]], "objective": "worst_class"},
+            "head = crt, the best of 2 heads for the accuracy of the worst class",
+        ),
         ({"tau": 2.0, "compared": [[1.0, 0.1], [2.0, 0.2]]}, "tau = 2, the best of 2 values"),
         ({"tau": 10**400, "val_accuracy": 10**400}, "the best of all values"),
         ({"tau": {"a": [1]}}, "tau = an object, the best of all values"),

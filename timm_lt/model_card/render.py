@@ -35,6 +35,12 @@ HEADINGS = {group: group_word(group) for group in GROUPS} | {
     "ece": "ECE",
 }
 OBJECTIVES = {"all": "overall accuracy"} | {g: f"{group_word(g)}-shot accuracy" for g in GROUPS}
+# What options may be selected for.
+SELECTED_FOR = OBJECTIVES | {
+    "class_mean": "the mean accuracy of the classes",
+    "harmonic_mean": "the harmonic mean of the shot groups",
+    "worst_class": "the accuracy of the worst class",
+}
 
 
 def render_card(
@@ -244,10 +250,10 @@ def _selection(entry: HeadEntry) -> str:
     compared, objective = record.get("compared"), record.get("objective")
     how = "the best of all values" if entry.kind in EXACT else "selected"
     if isinstance(compared, list) and len(compared) > 1:
-        how = f"the best of {len(compared):,} values"
+        how = f"the best of {len(compared):,} {'heads' if option == 'head' else 'values'}"
     text = f"{code(entry.name)}: {plain(option)} = {plain(brief(record[option], 4))}, {how}"
     if isinstance(objective, str):
-        text += f" for {OBJECTIVES.get(objective) or code(objective)}"
+        text += f" for {SELECTED_FOR.get(objective) or code(objective)}"
     if isinstance(record.get("split"), str):
         text += f" on {plain(record['split'])}"
     accuracy = known_fraction(record.get("val_accuracy"))

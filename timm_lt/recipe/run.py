@@ -23,7 +23,7 @@ from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
-from timm_lt.fitting import check_fit_options
+from timm_lt.fitting import AUTO, Objective, check_fit_options
 from timm_lt.losses import create_loss
 from timm_lt.model import create_model
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -75,7 +75,7 @@ class Run:
     folder: Path
     accelerator: Accelerator
     splits: Splits
-    images: Mapping[str, Images]
+    images: Mapping[Split, Images]
     sampler: ClassSampler
     loss: nn.Module
     model: nn.Module
@@ -84,6 +84,13 @@ class Run:
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
     lock: FileLock | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """What is maximised on validation."""
+        # Of a split as long-tailed as train, the accuracy over the images is that of large classes.
+        usual: Objective = "all" if self.splits.val_source == "val" else "class_mean"
+        return self.recipe.objective or usual
 
     def close(self) -> None:
         """Lets another process run in the folder."""
@@ -205,6 +212,11 @@ def check_heads(recipe: Recipe) -> None:
     """Checks the heads of a recipe and their options."""
     if not recipe.heads:
         raise UsageError("the recipe has no heads to fit; give at least one under heads:")
+    if AUTO in recipe.heads:
+        if recipe.heads[AUTO]:
+            raise UsageError("head 'auto' is the best of the recipe's others and takes no options")
+        if len(recipe.heads) == 1:
+            raise UsageError("head 'auto' is the best of the recipe's others: give at least one")
     for name, options in recipe.heads.items():
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
     for name, options in stage_heads(recipe, "images").items():
@@ -226,7 +238,7 @@ def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
     return {
         name: {key: value for key, value in options.items() if key != "stage"}
         for name, options in recipe.heads.items()
-        if options.get("stage", "features") == stage
+        if name != AUTO and options.get("stage", "features") == stage
     }
 
 
@@ -242,12 +254,12 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
 
 def create_images(
     recipe: Recipe, splits: Splits, model: nn.Module, *, workers: int | None
-) -> dict[str, Images]:
+) -> dict[Split, Images]:
     """Returns the images of every split as the model takes them; only train is augmented."""
     data = recipe.data
     config = timm.data.resolve_data_config(model=model)
     size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
-    images: dict[str, Images] = {}
+    images: dict[Split, Images] = {}
     if data.augmentation == TIMM:
         # As many for each process that trains as there are cores for it.
         number = torch.get_num_threads() if workers is None else workers

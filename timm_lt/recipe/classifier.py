@@ -1,0 +1,158 @@
+"""The classifier stage of a run: features are taken once, then every head is made of them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from timm_lt.console import advance, log, progress
+from timm_lt.data.images import Images
+from timm_lt.data.sources import Split
+from timm_lt.features import Features, extract_features
+from timm_lt.fitting import AUTO, fit_head, take_best
+from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.recipe.run import Run, stage_heads
+from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
+
+
+@dataclass(frozen=True)
+class RunFeatures:
+    """Features of the splits.
+
+    Attributes:
+        shared: By split, of the backbone as it was trained.
+        own: By head and split, of heads that have batch-norm statistics of their own.
+    """
+
+    shared: Mapping[Split, Features]
+    own: dict[str, dict[Split, Features]] = field(default_factory=dict)
+
+    def of(self, head: str, split: Split) -> Features:
+        """Returns the features that a head takes."""
+        return self.own.get(head, self.shared)[split]
+
+
+def extract(run: Run) -> RunFeatures:
+    """Takes the features of every split once, in the order of its images."""
+    started = time.perf_counter()
+    features: dict[Split, Features] = {}
+    with progress("extracting features", len(run.images), unit="splits") as bar:
+        for split, images in run.images.items():
+            features[split] = extract_split(run, images)
+            advance(bar)
+    run.seconds["features"] = time.perf_counter() - started
+    count_unreadable(run)
+    return RunFeatures(features)
+
+
+def extract_split(run: Run, images: Images) -> Features:
+    """Takes the features of the images as they are, in their order."""
+    loader = images.eval_loader(EVAL_BATCH_SIZE, run.accelerator)
+    return extract_features(run.model, loader, accelerator=run.accelerator)
+
+
+def count_unreadable(run: Run) -> None:
+    """Counts the images that no process could read, and says which."""
+    for split, images in run.images.items():
+        rows = sorted(set(gather_object(images.unreadable_rows())))
+        run.unreadable[split] = len(rows)
+        if rows:
+            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+            log.warning(
+                "%d of %d %s images cannot be read and were left out: rows %s",
+                *(len(rows), len(images), split, shown),
+            )
+
+
+def train_heads(run: Run) -> dict[str, Head]:
+    """Trains the heads of stage images, on all processes."""
+    heads: dict[str, Head] = {}
+    run.seconds["heads"] = {}
+    for name, options in stage_heads(run.recipe, "images").items():
+        started = time.perf_counter()
+        heads[name] = train_head_on_images(
+            name,
+            run.model,
+            run.images["train"],
+            accelerator=run.accelerator,
+            seed=run.recipe.seed,
+            **options,
+        )
+        run.seconds["heads"][name] = time.perf_counter() - started
+    return heads
+
+
+def extract_for_heads(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> None:
+    """Takes features again for the heads that have batch-norm statistics of their own."""
+    started = time.perf_counter()
+    splits: tuple[Split, ...] = ("val", "test")
+    for name, head in heads.items():
+        if head.backbone_statistics:
+            with head_statistics(run.model, head):
+                features.own[name] = {s: extract_split(run, run.images[s]) for s in splits}
+    run.seconds["features"] += time.perf_counter() - started
+
+
+def fit(run: Run, features: RunFeatures, trained: Mapping[str, Head]) -> dict[str, Head]:
+    """Fits the recipe's other heads on the training features, tuned on those of validation."""
+    classifier = get_head(run.model)
+    heads, seconds = dict(trained), run.seconds["heads"]
+    fitted = stage_heads(run.recipe, "features")
+    with progress("fitting heads", len(fitted), unit="heads") as bar:
+        for name, options in fitted.items():
+            advance(bar, 0, f"fitting {name}")
+            started = time.perf_counter()
+            heads[name] = fit_head(
+                name,
+                features.shared["train"],
+                classifier=classifier,
+                class_counts=run.splits.class_counts,
+                val=features.shared["val"],
+                seed=run.recipe.seed,
+                objective=run.objective,
+                rule=run.recipe.shot_rule,
+                **options,
+            )
+            seconds[name] = time.perf_counter() - started
+            advance(bar)
+    if AUTO in run.recipe.heads:
+        started = time.perf_counter()
+        heads[AUTO] = choose(run, heads, features)
+        seconds[AUTO] = time.perf_counter() - started
+    for head in heads.values():
+        if head.selection and run.splits.val_source != "val":
+            head.selection["split"] = f"{run.splits.val_source}, held out"
+    return {name: heads[name] for name in run.recipe.heads}
+
+
+def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
+    """Returns the head that is best on validation."""
+    val = features.shared["val"]
+    preds = {
+        name: logits_of(head, features.of(name, "val")).argmax(1) for name, head in heads.items()
+    }
+    best = take_best(
+        heads, preds, val.targets, run.splits.class_counts, run.objective, run.recipe.shot_rule
+    )
+    record = best.selection
+    if record["head"] in features.own:
+        features.own[AUTO] = features.own[record["head"]]
+    for name, value in record["compared"]:
+        (low, high), (least, most) = record["intervals"][name], record["behind"][name]
+        log.info(
+            "%s on validation: %s %.1f %% (%.1f to %.1f), %.1f to %.1f behind %s",
+            *(record["objective"], name, 100 * value, 100 * low, 100 * high),
+            *(100 * least, 100 * most, record["head"]),
+        )
+    return best
+
+
+def logits_of(head: Head, features: Features) -> Tensor:
+    """Returns the logits (N, C) of a head."""
+    with torch.inference_mode():
+        # In the batches that the model would see, so that its logits are the same bits.
+        parts = features.values.split(EVAL_BATCH_SIZE)
+        return torch.cat([head(part.float()) for part in parts])
