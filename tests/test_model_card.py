@@ -454,7 +454,7 @@ def test_figures_that_are_no_fractions_are_left_out(info, value):
 def test_selections_of_any_kind_have_a_line(info, selection, words):
     heads = {"tau_norm": replace(info.heads["tau_norm"], selection=selection)}
     lines = part(render_card(replace(info, heads=heads), name="x"), "selection").splitlines()
-    assert lines[-1].startswith("- `tau_norm`: tau = ")
+    assert lines[-1].startswith(("- `tau_norm`: tau = ", "- `tau_norm`: head = "))
     assert lines[-1].endswith(words)
 
 
