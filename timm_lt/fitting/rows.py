@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries of what is made of the rows at a time.
-ENTRIES = 2**22
+# Entries of what is made of the rows at a time,
+# but at least so many rows, or products would be slow.
+ENTRIES, ROWS = 2**22, 64
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
@@ -16,7 +17,7 @@ def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
         values: Features (N, D) of any floating type, which may lie in a mapped file.
         width: Entries that are made of a row; with the row's own they size the blocks.
     """
-    step = max(ENTRIES // max(width, values.shape[1]), 1)
+    step = max(ENTRIES // max(width, values.shape[1]), ROWS)
     for start in range(0, len(values), step):
         yield values[start : start + step].detach().to("cpu", torch.float32)
 
