@@ -78,7 +78,7 @@ class FeatureFile:
             tensors, metadata = map_file(self.path)
             if metadata.get("key") != self.key or not {"values", "targets"} <= tensors.keys():
                 raise ValueError("it is not the file of its name")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s): features are extracted anew", self.path, error)
