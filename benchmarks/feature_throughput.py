@@ -73,7 +73,7 @@ class Row:
 
 
 def structured_images(number: int, size: int) -> Tensor:
-    """Returns random images (N, 3, size, size) that are smooth at several scales, as photographs."""
+    """Returns random images (N, 3, size, size), smooth at several scales as photographs are."""
     images = torch.zeros(number, 3, size, size)
     for side in (4, 8, 16, 32):
         coarse = torch.randn(number, 3, side, side)
