@@ -434,7 +434,8 @@ def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
 def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
     size = 10000 * 4096 * 4
     assert faults["cache"] < size / 2
-    assert faults["memory"] < 1.25 * size
+    # A second copy would be twice the size; torch itself takes 20 to 60 MB in a new process.
+    assert faults["memory"] < 1.6 * size
 
 
 def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
