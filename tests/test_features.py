@@ -1,5 +1,6 @@
 """Features are what the classifier really gets, for every architecture, fitted or not."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 import timm_lt
 from timm_lt.features import Features, extract_features
+from timm_lt.features import values as values_module
 from timm_lt.heads import get_head
 from timm_lt.registry import UsageError
 
@@ -169,3 +171,137 @@ def test_targets_of_any_integer_type_become_int64():
     features = Features(torch.eye(2), torch.tensor([0, 1], dtype=torch.uint8))
     assert features.targets.dtype == torch.int64
     assert (len(features), features.num_features) == (2, 2)
+
+
+def test_the_mean_of_the_columns_and_the_first_bad_row_are_found_across_blocks(monkeypatch):
+    monkeypatch.setattr(values_module, "BLOCK", 12)
+    values = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).half()
+    features = Features(values, torch.zeros(10).long())
+    expected = values.numpy().astype(np.float64).mean(0)
+    np.testing.assert_allclose(features.feature_mean.numpy(), expected, rtol=1e-14)
+    unread = Features.from_checked(values, torch.zeros(10).long())
+    assert unread.feature_mean.equal(features.feature_mean)
+    values[7, 2] = float("inf")
+    with pytest.raises(UsageError, match="row 7 has inf in column 2"):
+        Features(values, torch.zeros(10).long())
+
+
+def test_values_are_not_copied():
+    values = torch.randn(4, 3).bfloat16()
+    features = Features(values, torch.arange(4))
+    assert features.values is values
+    views = Features(values, torch.tensor([0, 1, 0, 1]), views=2)
+    assert views.first_views(1).values.data_ptr() == values.data_ptr()
+
+
+def test_views_are_rows_of_the_same_images():
+    values, targets = torch.arange(12.0).view(6, 2), torch.tensor([4, 5, 4, 5, 4, 5])
+    features = Features(values, targets, views=3)
+    assert (len(features), features.num_images, features.views) == (6, 2, 3)
+    first = features.first_views(2)
+    assert (first.values.tolist(), first.targets.tolist()) == (values[:4].tolist(), [4, 5, 4, 5])
+    assert (first.views, first.num_images) == (2, 2)
+    with pytest.raises(UsageError, match=r"views must be .*3, got 4"):
+        features.first_views(4)
+    with pytest.raises(UsageError, match="6 feature rows are not 4 views"):
+        Features(values, targets, views=4)
+    with pytest.raises(UsageError, match=r"target 9 of row 3 is not that .* view 0, 5"):
+        Features(values, torch.tensor([4, 5, 4, 9, 4, 5]), views=3)
+
+
+class Channels(nn.Module):
+    """Its features are the means of the channels, times 1000."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, images):
+        return self.fc(1000 * images.mean((2, 3)))
+
+
+def channels(*values):
+    images = torch.tensor(values)[:, :, None, None].repeat(1, 3, 2, 2)
+    return [(images[:1], torch.tensor([0])), (images[1:], torch.zeros(len(images) - 1).long())]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_feature_beyond_float16_is_an_error_that_names_it(cached, tmp_path):
+    options = {"cache_dir": tmp_path, "key": "a"} if cached else {}
+    loader = channels([1.0], [2.0], [65.5], [65.6])
+    message = r"row 3 has 65600.0 in column 0, beyond the largest float16, 65504"
+    with pytest.raises(UsageError, match=message):
+        extract_features(Channels(), loader, dtype="float16", **options)
+    assert not list(tmp_path.glob("*.safetensors"))
+    kept = extract_features(Channels(), loader[:1], dtype="float16")
+    assert kept.values.tolist() == [[1000.0] * 3]
+    for dtype in ("float32", "bfloat16"):
+        features = extract_features(Channels(), loader, dtype=dtype, **options)
+        expected = torch.tensor([1000.0, 2000.0, 65500.0, 65600.0]).to(features.values.dtype)
+        torch.testing.assert_close(features.values[:, 0], expected)
+    loader[1][0][0] = float("nan")
+    with pytest.raises(UsageError, match="row 1 has nan in column 0"):
+        extract_features(Channels(), loader, dtype="float16", **options | {"key": "b"})
+
+
+def test_a_bad_label_is_named_as_the_row_it_is_in(tmp_path):
+    loader = channels([1.0], [2.0], [3.0])
+    loader[1][1][1] = -2
+    with pytest.raises(UsageError, match=r"targets\[1:\]\[1\] = -2 is negative"):
+        extract_features(Channels(), loader, cache_dir=tmp_path, key="a")
+
+
+def test_bfloat16_is_close_and_leaves_the_model_as_it_was():
+    model = small_model("resnet18")
+    generator = torch.Generator().manual_seed(1)
+    # Smooth, as photographs are.
+    coarse = torch.randn(24, 3, 8, 8, generator=generator)
+    images = nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    loader = [(images[16:], torch.arange(8))]
+    model.train()
+    with torch.no_grad():
+        # Statistics of images: with those of a new model, features would explode.
+        for _ in range(6):
+            model(images[:16])
+    weights = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    strides = {name: weight.stride() for name, weight in model.named_parameters()}
+    exact = extract_features(model, loader).values
+    low = extract_features(model, loader, compute_dtype="bfloat16").values
+    assert low.dtype == torch.float32
+    assert not low.equal(exact)
+    assert float(((low - exact).norm(dim=1) / exact.norm(dim=1)).median()) < 0.005
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == weights
+    assert {name: weight.stride() for name, weight in model.named_parameters()} == strides
+    assert all(module.training for module in model.modules())
+    assert extract_features(model, loader).values.equal(exact)
+
+
+def test_float32_is_float32_within_autocast():
+    model, loader = small_model(), small_batches()
+    expected = extract_features(model, loader).values
+    with torch.autocast("cpu", torch.bfloat16):
+        assert extract_features(model, loader).values.equal(expected)
+
+
+def test_a_loader_of_unknown_length_is_read_whole():
+    model = small_model()
+    expected = extract_features(model, small_batches((8,)))
+    features = extract_features(model, iter(small_batches((2, 1, 2, 2, 1))))
+    torch.testing.assert_close(features.values, expected.values)
+    assert features.targets.equal(expected.targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, r"dtype of extract_features: .*float64.*float16"),
+        ({"compute_dtype": "float16"}, r"compute_dtype of extract_features: .*bfloat16"),
+        ({"views": 0}, "views must be"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        extract_features(small_model(), small_batches(), **options)

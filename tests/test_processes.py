@@ -134,6 +134,25 @@ for number in (1, 3, 8, 13, 42):
         model = InFloat64().model.float()
         features = timm_lt.extract_features(model, loader, accelerator=accelerator)
         result["targets"].append(features.targets.tolist())
+# In a cache: two views of every image, by one process's hand.
+result["cached"], result["equal"] = [], []
+folder = f"{sys.argv[1]}/cache_{accelerator.num_processes}"
+for number in (13,):
+    for make in (in_memory, decoded):
+        data, model = make(torch.arange(number)), InFloat64().model.float()
+        options = {"accelerator": accelerator, "views": 2}
+        there = [
+            timm_lt.extract_features(model, data.views_loader(8, accelerator), **options, **more)
+            for more in ({}, {"cache_dir": folder}, {"cache_dir": folder})
+        ]
+        result["equal"].append([there[0].values.equal(other.values) for other in there])
+        result["cached"].append([there[1].targets.tolist(), there[1].values.norm(dim=1).tolist()])
+# What one process cannot do, all say.
+try:
+    timm_lt.extract_features(model, data.eval_loader(8, accelerator), accelerator=accelerator,
+                             cache_dir=__file__)
+except timm_lt.registry.UsageError as error:
+    result["error"] = str(error)
 with open(f"{sys.argv[1]}/{accelerator.num_processes}_{accelerator.process_index}.json", "w") as f:
     json.dump(result, f)
 accelerator.wait_for_everyone()
@@ -232,3 +251,16 @@ def test_every_process_has_the_same_moved_statistics(results, processes):
     first, *others = (rank["moved"] for rank in results[processes])
     assert all(other == first for other in others)
     assert first != pytest.approx(results[1][0]["moved"], rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results, processes):
+    alone = results[1][0]["cached"]
+    for rank in results[processes]:
+        assert rank["equal"] == [[True] * 3] * 2
+        for (targets, norms), (_, expected) in zip(rank["cached"], alone, strict=True):
+            assert targets == [*range(13)] * 2
+            assert norms == pytest.approx(expected, rel=1e-7)
+            # The two views are not the same.
+            assert norms[:13] != pytest.approx(norms[13:], rel=1e-6)
+        assert "ranks.py cannot be written" in rank["error"]

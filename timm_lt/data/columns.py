@@ -7,6 +7,7 @@ import datasets
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_lt.data.fingerprint import digest, images_fingerprint, stable_repr
 from timm_lt.registry import UsageError
 
 
@@ -35,6 +36,14 @@ class ImageRows(Dataset[tuple[Any, int]]):
         row = self.rows[index]
         image = row[self._image].convert("RGB")
         return (self.transform(image) if self.transform else image), row[self._label]
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        images = self.rows.select_columns(self._image)
+        if self._image != "image":
+            images = images.rename_column(self._image, "image")
+        labels = [int(label) for label in self.rows.with_format("numpy")[self._label][:]]
+        return digest(images_fingerprint(images), labels, stable_repr(self.transform))
 
 
 def image_column(rows: datasets.Dataset) -> str:

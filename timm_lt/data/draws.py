@@ -45,3 +45,34 @@ class NumberedSampler(Sampler[int]):
         numbers = itertools.count(first, self.num_images)
         images = itertools.islice(self.sampler, self.length)
         return map(operator.add, images, numbers)
+
+
+class InOrder(Sampler[int]):
+    """Shows every image once, in the order of the data set; each epoch is another view of them.
+
+    View v of image i, of N, is draw ``v N + i``, whatever came before: its augmentation depends on
+    nothing else.
+
+    Args:
+        num_images: N.
+
+    >>> sampler = InOrder(3)
+    >>> sampler.set_epoch(2)
+    >>> list(sampler)
+    [6, 7, 8]
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self.view = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the 0-based view that the next iteration shows."""
+        self.view = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.view * self.num_images
+        return iter(range(first, first + self.num_images))

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
+from timm_lt.data.draws import InOrder
+from timm_lt.data.fingerprint import digest, stable_repr, tensor_fingerprint
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
@@ -60,6 +62,15 @@ class Images(Protocol):
 
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
         """Creates a loader of all images as they are, in order."""
+
+    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
+        """Creates a loader of all images in order, augmented; each epoch is another view.
+
+        View v of image i is draw ``v N + i``, whatever the batches and the processes.
+        """
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
 
     def unreadable_rows(self) -> list[int]:
         """Returns the rows of the images that this process could not read so far."""
@@ -133,6 +144,23 @@ class ImageTensors(TorchDataset[Batch]):
             batches(self.without_augmentation(), batch_size)
         )
         return loader
+
+    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
+        """Creates a loader of all images in order, augmented; each epoch is another view."""
+        loader: TrainLoader = accelerator.prepare_data_loader(
+            batches(self, batch_size, InOrder(len(self)))
+        )
+        return loader
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        tensors = (self.images, self._targets, self.mean, self.std)
+        parts = [digest(*map(tensor_fingerprint, tensors))]
+        if self.augmentation.count:
+            options = vars(self.augmentation).items()
+            shown = {name: value for name, value in options if not name.startswith("_")}
+            parts += [type(self.augmentation).__name__, stable_repr(shown), str(self.seed)]
+        return digest(*parts)
 
     def unreadable_rows(self) -> list[int]:
         """Returns the rows of the images that could not be read."""

@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
+from timm_lt.data.draws import InOrder
+from timm_lt.data.fingerprint import digest, images_fingerprint, stable_repr, tensor_fingerprint
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
@@ -67,6 +69,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         self.size = size
         self.unreadable: Unreadable = unreadable
         self.transform: Any = None
+        self.augmented = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
         self._preprocessing = dict(preprocessing)
         self._augmentation = dict(augmentation or {})
@@ -103,6 +106,36 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         return self._loader(
             batch_size, accelerator, persistent_workers=False, **self._preprocessing
         )
+
+    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
+        """Creates a loader of all images in order, augmented; each epoch is another view."""
+        if self._augmentation.get("input_size_choices"):
+            raise UsageError("views of images of several sizes: leave out input_size_choices")
+        options = self._preprocessing | self._augmentation
+        if options.get("re_prob"):
+            # Beside the transform, what is erased would not be a function of the draw.
+            options["use_prefetcher"] = False
+        size = (3, *self.size)
+        augmented = create_loader(copy.copy(self), size, 1, is_training=True, **options)
+        # Not in training, where a last batch that is not full would be left out.
+        loader = self._loader(
+            batch_size,
+            accelerator,
+            sampler=InOrder(len(self)),
+            persistent_workers=False,
+            **options,
+        )
+        shown: Any = loader.dataset
+        shown.transform, shown.augmented = cast(Any, augmented.dataset).transform, True
+        return loader
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        parts = [images_fingerprint(self.dataset), tensor_fingerprint(self.labels), *self.size]
+        parts += [self._preprocessing, stable_repr(self.transform)]
+        if self.augmented:
+            parts += [self._augmentation, str(self._key)]
+        return digest(*parts)
 
     def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
         if options.get("use_prefetcher", True):

@@ -1,0 +1,661 @@
+"""A feature cache: what makes it anew, kills, two processes, damage, and several views."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+from timm.data import ImageDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
+
+import timm_lt
+from timm_lt.accelerator import create_accelerator
+from timm_lt.data import create_augmentation, create_loader
+from timm_lt.data.augment import random_uniforms
+from timm_lt.data.images import ImageTensors
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.data.stored import StoredImages
+from timm_lt.features import cache, extract_features
+from timm_lt.features.mapped import map_file
+from timm_lt.heads import get_head
+from timm_lt.registry import UsageError
+
+ROOT = Path(timm_lt.__file__).parents[1]
+N, SIDE, C = 11, 32, 4
+PIXELS = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
+LABELS = torch.arange(N) % C
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield create_accelerator(mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C)
+    model.images = []
+    model.conv1.register_forward_hook(lambda _, images, __: model.images.append(len(images[0])))
+    return model
+
+
+def in_memory(pixels=PIXELS, labels=LABELS, **options):
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageTensors(images, labels, **{"seed": 5} | options)
+
+
+def stored(pixels=PIXELS, labels=LABELS, rows=None, **options):
+    names = [str(label) for label in range(C)]
+    rows = dataset_from_arrays(pixels, labels.numpy(), names) if rows is None else rows
+    settings = {"size": (SIDE, SIDE), "preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3}}
+    return StoredImages(rows, labels, **settings | {"seed": 5} | options)
+
+
+def tensors(number=N, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(number, 3, SIDE, SIDE, generator=generator), LABELS[:number])
+
+
+def ran(model, loader, folder, **options):
+    """How many images the backbone saw."""
+    model.images.clear()
+    timm_lt.extract_features(model, loader, cache_dir=folder, **options)
+    return sum(model.images)
+
+
+# What is in it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_cache_has_the_bits_of_features_in_memory_and_is_a_safetensors_file(tmp_path, dtype):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader).values.to(getattr(torch, dtype))
+    for _ in range(2):
+        features = extract_features(model, loader, cache_dir=tmp_path, dtype=dtype)
+        assert features.values.equal(expected)
+        assert features.targets.equal(LABELS)
+        assert extract_features(model, loader, dtype=dtype).values.equal(expected)
+    assert sum(model.images) == 4 * N
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("values").equal(expected)
+        assert file.get_tensor("targets").equal(LABELS)
+        assert file.metadata()["dtype"] == dtype
+        assert file.metadata()["key"] == path.stem
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".lock"}
+
+
+def test_rows_of_an_odd_number_of_bytes_leave_the_targets_aligned(tmp_path):
+    class Narrow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 2)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, images):
+            return self.fc(images.mean((2, 3)))
+
+    data = DataLoader(tensors(), 4)
+    features = extract_features(Narrow(), data, cache_dir=tmp_path, dtype="float16")
+    assert features.values.equal(extract_features(Narrow(), data).values.half())
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("targets").equal(LABELS)
+
+
+def test_what_is_written_to_the_values_stays_in_memory(tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    kept = extract_features(model, loader, cache_dir=tmp_path).values
+    expected = kept.clone()
+    kept.zero_()
+    assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected)
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path):
+    model = small_model()
+    data = in_memory(missing=[0, 1, 2, 3, 9])
+    loader = DataLoader(data, 4, collate_fn=lambda batch: batch)
+    features = extract_features(model, loader, cache_dir=tmp_path)
+    assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
+    assert features.values.equal(extract_features(model, loader).values)
+    nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=lambda batch: batch)
+    with pytest.raises(UsageError, match="no images that can be read"):
+        extract_features(model, nothing, cache_dir=tmp_path)
+
+
+# Its key ------------------------------------------------------------------------------------------
+
+
+def test_what_changes_the_model_makes_another_file_and_its_classifier_does_not(tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    assert ran(model, loader, tmp_path) == N
+    with torch.no_grad():
+        get_head(model).weight.zero_()
+        timm_lt.set_head(model, "ncm")
+        assert ran(model, loader, tmp_path) == 0
+        model.layer2[0].conv1.weight.view(-1)[7] += 1e-3
+        assert ran(model, loader, tmp_path) == N
+        model.layer2[0].bn1.running_var[1] += 1e-3
+        assert ran(model, loader, tmp_path) == N
+        # In no tensor.
+        model.layer2[0].act1 = torch.nn.GELU()
+        assert ran(model, loader, tmp_path) == N
+    assert ran(model, loader, tmp_path) == 0
+    assert ran(model, loader, tmp_path, dtype="float16") == N
+    assert ran(model, loader, tmp_path, compute_dtype="bfloat16") == N
+    assert ran(model, loader, tmp_path, views=2) == 2 * N
+    assert ran(model, loader, tmp_path, key="mine") == N
+    assert ran(model, loader, tmp_path, key="mine") == 0
+    assert len(list(tmp_path.glob("*.safetensors"))) == 8
+
+
+def changed(pixels=PIXELS, labels=LABELS):
+    """The same images with one value, the order of two, or a label changed."""
+    one = pixels.copy()
+    one[4, 3, 2, 1] ^= 1
+    order = np.array([1, 0, *range(2, N)])
+    other = labels.clone()
+    other[6] = (other[6] + 1) % C
+    return [(one, labels), (pixels[order], labels[order]), (pixels, other)]
+
+
+@pytest.mark.parametrize("make", [in_memory, stored])
+def test_what_changes_the_images_makes_another_file_and_how_they_are_loaded_does_not(
+    make, tmp_path, accelerator
+):
+    model = small_model()
+
+    def again(data, batch_size=4):
+        loader = data.eval_loader(batch_size, accelerator)
+        return ran(model, loader, tmp_path, accelerator=accelerator)
+
+    assert again(make()) == N
+    assert again(make(), batch_size=3) == 0
+    assert again(make(seed=6)) == 0
+    if make is stored:
+        assert again(make(workers=1)) == 0
+        assert again(make(augmentation={"color_jitter": 0.3})) == 0
+        options = {"preprocessing": {"mean": (0.5, 0.5, 0.4), "std": (0.2,) * 3}}
+        crop = {"preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.5}}
+        assert again(make(**crop)) == N
+    else:
+        assert again(make(augmentation=create_augmentation("crop"))) == 0
+        options = {"mean": (0.5, 0.5, 0.4)}
+    assert again(make(**options)) == N
+    for pixels, labels in changed():
+        assert again(make(pixels, labels)) == N
+    assert again(make()) == 0
+
+
+def test_folders_of_timm_and_of_torchvision(tmp_path):
+    for row in range(4):
+        file = tmp_path / "images" / f"class_{row % 2}" / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[row]).save(file)
+    folder, store, model = str(tmp_path / "images"), tmp_path / "cache", small_model()
+
+    def of_timm(**options):
+        return ran(model, create_loader(ImageDataset(folder), SIDE, 2, **options), store)
+
+    def of_torchvision(**options):
+        data = ImageFolder(folder, transform=ToTensor())
+        return ran(model, DataLoader(data, 2, **options), store)
+
+    def of_rows(**options):
+        rows = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=str(tmp_path / "hf"))
+        return ran(model, create_loader(rows["train"], SIDE, 2, **options), store)
+
+    for again in (of_timm, of_torchvision, of_rows):
+        assert again() == 4
+        assert again(num_workers=0) == 0
+    assert of_timm(mean=(0.4, 0.5, 0.5)) == 4
+    assert of_timm(interpolation="nearest") == 4
+    # Bytes that are no other image, in a file that is not read: the time of change is another.
+    os.utime(file, ns=(1, 1))
+    assert (of_timm(), of_torchvision(), of_rows()) == (4, 4, 4)
+
+
+def test_a_subset_is_known_by_its_indices(tmp_path):
+    model, data = small_model(), tensors()
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2), tmp_path) == 3
+    assert ran(model, DataLoader(Subset(data, [1, 3, 2]), 2), tmp_path) == 3
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 3), tmp_path) == 0
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2, drop_last=True), tmp_path) == 2
+
+
+def test_samples_that_are_not_known_need_a_key(tmp_path):
+    model, batches = small_model(), list(DataLoader(tensors(), 4))
+    with pytest.raises(UsageError, match=r"what a list shows is not known: pass key="):
+        extract_features(model, batches, cache_dir=tmp_path)
+
+    pairs = [*zip(*tensors().tensors, strict=True)]
+    with pytest.raises(UsageError, match="is not known: pass key="):
+        extract_features(model, DataLoader(pairs, 4), cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert ran(model, batches, tmp_path, key="a") == N
+    assert ran(model, batches, tmp_path, key="a") == 0
+
+
+def test_a_transform_that_does_not_say_what_it_does_needs_a_key(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
+    data = ImageFolder(tmp_path, transform=lambda image: ToTensor()(image.copy()))
+    with pytest.raises(UsageError, match=r"does not say what it does: .* pass key="):
+        extract_features(small_model(), DataLoader(data, 2), cache_dir=tmp_path / "cache")
+
+
+def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
+    for loader in (
+        DataLoader(tensors(), 4, shuffle=True),
+        create_loader(in_memory(), SIDE, 4, is_training=True, use_prefetcher=False),
+        create_loader(in_memory(), SIDE, 4, sampler=timm_lt.create_sampler("reversed", LABELS)),
+    ):
+        with pytest.raises(UsageError, match=r"in the order of the data set, not as a \w*Sampler"):
+            extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
+
+
+# Kills and faults ---------------------------------------------------------------------------------
+
+# Forks of one process that imported all: each takes the features of 11 images, two at a time.
+SCRIPT = """
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_lt.features import cache, extract_features
+from timm_lt.registry import UsageError
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = timm.create_model("test_resnet", num_classes=4)
+images = torch.randn(11, 3, 32, 32)
+cache.SYNC_SECONDS = 0
+
+
+def run(folder, moment=0, limit=None):
+    return in_child(folder, lambda: extract(folder, moment, limit))
+
+
+def in_child(folder, act):
+    '''Returns the status of a child, and what it returned or what was wrong.'''
+    notes = folder.with_suffix(".json")
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = act()
+        except UsageError as error:
+            answer = str(error)
+        # The limit is on this file, too, but it is small.
+        notes.write_text(json.dumps(answer))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, json.loads(notes.read_text()) if status == 0 else None
+
+
+def extract(folder, moment, limit):
+    read, events = [], 0
+
+    class Noting(TensorDataset):
+        def __getitem__(self, row):
+            read.append(row)
+            return super().__getitem__(row)
+
+    def note(event, arguments):
+        # Before each file of the cache is opened, renamed or removed.
+        nonlocal events
+        touched = event in ("open", "os.rename", "os.remove", "os.truncate")
+        if touched and str(arguments[0]).startswith(str(folder)):
+            events += 1
+            if events == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(note)
+    if limit is not None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    loader = DataLoader(Noting(images, torch.arange(11) % 4), 2)
+    extract_features(model, loader, cache_dir=folder, key="a")
+    return {"read": read, "events": events}
+
+
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4096, 2)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, images):
+        return self.fc(images.flatten(1).repeat(1, 4096))
+
+
+def growth(folder):
+    '''Bytes by which 160 MB of features, in batches of 4 MB, make the largest size grow.'''
+    data = TensorDataset(torch.arange(10000.0).view(-1, 1), torch.zeros(10000).long())
+    loader = DataLoader(data, 250)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features = extract_features(Wide(), loader, cache_dir=folder)
+    assert features.values.shape == (10000, 4096)
+    assert features.values[-1, 7] == 9999
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def finished(folder):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")]
+
+
+root = Path(sys.argv[1])
+_, whole = run(root / "whole")
+results = {"events": whole["events"], "bits": finished(root / "whole"), "kills": []}
+for moment in range(1, whole["events"] + 1, 3):
+    folder = root / str(moment)
+    status, _ = run(folder, moment)
+    before = finished(folder)
+    results["kills"].append([status, before, run(folder)[1]["read"], finished(folder)])
+folder = root / "full"
+# Room for six rows of width 96 and a part of the seventh.
+results["full"] = run(folder, limit=cache.HEADER + 6 * 4 * 96 + 100)[1]
+results["before"], results["rest"] = finished(folder), run(folder)[1]["read"]
+results["after"] = finished(folder)
+for name in ("cache", "memory"):
+    large = root / "large" if name == "cache" else None
+    results[name] = in_child(root / name, lambda: growth(large))[1]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """What came of a kill at every third access to a file, and of a full disk."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("faults"))]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
+    assert len(faults["bits"]) == 1
+    assert len(faults["kills"]) >= 8
+    read = []
+    for status, before, rows, after in faults["kills"]:
+        assert status == -signal.SIGKILL
+        # Whole or not there.
+        assert before in ([], faults["bits"])
+        assert after == faults["bits"]
+        # Behind the last whole batch: what is skipped is not even read.
+        assert rows == list(range(N - len(rows), N))
+        read.append(len(rows))
+    assert sorted(read, reverse=True) == read
+    # Before the first batch, behind the last one, and between.
+    assert (read[0], read[-1]) == (N, 0)
+    assert len(set(read)) >= 5
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
+    assert "partial cannot be written: File too large; what is whole is kept" in faults["full"]
+    assert faults["before"] == []
+    assert faults["rest"] == list(range(6, N))
+    assert faults["after"] == faults["bits"]
+
+
+@pytest.mark.slow
+def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
+    size = 10000 * 4096 * 4
+    assert faults["cache"] < size / 2
+    # A second copy would be twice the size; torch itself takes 20 to 60 MB in a new process.
+    assert faults["memory"] < 1.6 * size
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    width = 2**20
+    rows = 2 * memory // (4 * width)
+    header = {
+        "values": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, 4 * rows * width]}
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text.ljust(len(text)))
+        try:
+            # Without blocks on the disk.
+            file.truncate(8 + len(text) + 4 * rows * width)
+        except OSError:
+            pytest.skip("no file of this length can be here")
+    tensors, _ = map_file(path)
+    assert tensors["values"].shape == (rows, width)
+    assert float(tensors["values"][-1, -1]) == 0
+    path.unlink()
+
+
+class Broken(DataLoader):
+    """Fails after some batches."""
+
+    after = 2
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == self.after:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A folder with an unfinished cache: two batches of three."""
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(small_model(), Broken(tensors(), 4), cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    return tmp_path
+
+
+def test_an_interrupted_cache_is_gone_on_with_in_the_same_batches(interrupted):
+    model = small_model()
+    expected = extract_features(model, DataLoader(tensors(), 4))
+    assert ran(model, DataLoader(tensors(), 4), interrupted) == N - 8
+    assert extract_features(model, DataLoader(tensors(), 4), cache_dir=interrupted).values.equal(
+        expected.values
+    )
+
+
+def test_in_other_batches_it_is_started_anew(interrupted):
+    assert ran(small_model(), DataLoader(tensors(), 3), interrupted) == N
+
+
+@pytest.mark.parametrize("end", ["partial", "targets", "journal"])
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_a_partial_file_that_is_damaged_is_started_anew(interrupted, end, damage):
+    (path,) = interrupted.glob(f"*.{end}")
+    if damage == "shorter":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    model = small_model()
+    assert ran(model, DataLoader(tensors(), 4), interrupted) == N
+    expected = extract_features(model, DataLoader(tensors(), 4))
+    found = extract_features(model, DataLoader(tensors(), 4), cache_dir=interrupted)
+    assert found.values.equal(expected.values)
+
+
+def test_a_partial_file_of_another_layout_is_started_anew(interrupted):
+    (path,) = interrupted.glob("*.journal")
+    journal = json.loads(path.read_text())
+    journal["settings"]["layout"] += 1
+    path.write_text(json.dumps(journal))
+    assert ran(small_model(), DataLoader(tensors(), 4), interrupted) == N
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, cache.HEADER, -1])
+def test_a_damaged_file_is_made_anew(tmp_path, keep, caplog):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader, cache_dir=tmp_path).values.clone()
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    assert ran(model, loader, tmp_path) == N
+    assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected)
+
+
+def test_the_file_of_another_key_is_not_taken(tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    for key in ("a", "b"):
+        extract_features(model, loader, cache_dir=tmp_path / key, key=key)
+    (of_a,), (of_b,) = ((tmp_path / key).glob("*.safetensors") for key in ("a", "b"))
+    shutil.copy(of_a, of_b)
+    assert ran(model, loader, tmp_path / "b", key="b") == N
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cache_dir .*file cannot be written"):
+        extract_features(small_model(), DataLoader(tensors(), 4), cache_dir=tmp_path / "file")
+
+
+def test_a_second_process_waits_and_reads(tmp_path):
+    """A thread stands for it: the lock is of the file, not of the process."""
+    first, second = small_model(), small_model()
+    loader = DataLoader(tensors(), 4)
+    started, results = threading.Event(), []
+
+    class Slow(DataLoader):
+        def __iter__(self):
+            started.set()
+            time.sleep(0.3)
+            return super().__iter__()
+
+    def work(model, loader):
+        results.append(extract_features(model, loader, cache_dir=tmp_path).values)
+
+    threads = [threading.Thread(target=work, args=(first, Slow(tensors(), 4)))]
+    threads += [threading.Thread(target=work, args=(second, loader))]
+    threads[0].start()
+    started.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert (sum(first.images), sum(second.images)) == (N, 0)
+    assert results[0].equal(results[1])
+
+
+# Views --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ["in_memory", "stored"])
+def test_views_are_those_of_their_draws_whatever_the_batches_and_the_start(
+    make, tmp_path, accelerator
+):
+    if make == "in_memory":
+        data = in_memory(augmentation=create_augmentation("affine"))
+    else:
+        data = stored(augmentation={"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5})
+    model = small_model()
+
+    def take(batch_size=4, **options):
+        loader = data.views_loader(batch_size, accelerator)
+        return extract_features(model, loader, accelerator=accelerator, **options)
+
+    features = take(views=3)
+    assert (len(features), features.num_images) == (3 * N, N)
+    assert features.targets.equal(LABELS.repeat(3))
+    first, second, third = features.values.split(N)
+    assert not first.allclose(second, atol=1e-3)
+    assert not second.allclose(third, atol=1e-3)
+    torch.testing.assert_close(take(5, views=3).values, features.values)
+    assert take(views=2).values.equal(features.first_views(2).values)
+    assert take(views=3, cache_dir=tmp_path).values.equal(features.values)
+    assert take(views=1, cache_dir=tmp_path).values.equal(first)
+    # By hand, image by image.
+    loader = data.views_loader(4, accelerator)
+    shown = getattr(loader, "dataset", data)
+    draw = 2 * N + 7
+    loader.set_epoch(2)
+    image = [images for images, _ in loader][1][3]
+    if make == "in_memory":
+        uniforms = random_uniforms(5, torch.tensor([draw]), data.augmentation.count)
+        expected = data.augmentation(data.images[7:8].float(), uniforms)
+        expected = ((expected - data.mean) / data.std)[0]
+    else:
+        expected = shown[draw][0]
+    torch.testing.assert_close(image, expected)
+
+
+def test_views_are_gone_on_with_in_the_middle(tmp_path, monkeypatch, accelerator):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    model = small_model()
+    data = in_memory(augmentation=create_augmentation("affine"))
+
+    def take(loader, **options):
+        return extract_features(model, loader, accelerator=accelerator, views=3, **options)
+
+    expected = take(data.views_loader(4, accelerator)).values
+
+    class Failing(ImageTensors):
+        def __getitems__(self, draws):
+            if draws[0] >= N + 8:
+                raise KeyboardInterrupt
+            return super().__getitems__(draws)
+
+    failing = in_memory(augmentation=create_augmentation("affine"))
+    failing.__class__ = Failing
+    with pytest.raises(KeyboardInterrupt):
+        take(failing.views_loader(4, accelerator), cache_dir=tmp_path)
+    model.images.clear()
+    features = take(data.views_loader(4, accelerator), cache_dir=tmp_path)
+    # Accelerate reads ahead: when the third batch of a view cannot be read, the first is whole.
+    assert model.images == [4, 3, 4, 4, 3]
+    assert features.values.equal(expected)
+    # Another seed is another augmentation.
+    data.seed += 1
+    assert ran(model, data.views_loader(4, accelerator), tmp_path, views=3) == 3 * N
+
+
+def test_a_loader_that_shows_other_images_in_each_view_is_refused(tmp_path):
+    torch.manual_seed(0)
+    loader = DataLoader(tensors(), 4, shuffle=True)
+    with pytest.raises(UsageError, match="every view must have the same images"):
+        extract_features(small_model(), loader, views=2)
+
+    class Moving(TensorDataset):
+        def set_epoch(self, epoch):
+            self.tensors = tuple(tensor.roll(epoch, 0) for tensor in self.tensors)
+
+    class Loader(DataLoader):
+        def set_epoch(self, epoch):
+            self.dataset.set_epoch(epoch)
+
+    with pytest.raises(UsageError, match="every view must have the same images"):
+        extract_features(
+            small_model(), Loader(Moving(*tensors().tensors), 4), views=2, cache_dir=tmp_path
+        )

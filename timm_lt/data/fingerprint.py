@@ -1,0 +1,125 @@
+"""Fingerprints: digests of all that decides what a data set shows, equal in every process."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import DatasetFolder
+
+from timm_lt.data.reading import encoded_images
+from timm_lt.registry import UsageError
+
+# Rows of a data set that are read together.
+ROWS = 1000
+
+
+def dataset_fingerprint(data: object) -> str:
+    """Returns a digest of the samples of a data set in their order, and of its transform.
+
+    It is known for data sets that have a method ``fingerprint() -> str``, timm's ``ImageDataset``
+    of a folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them.
+    A file counts as another when its path, its size or its time of change is another.
+
+    Raises:
+        UsageError: If the data set is none of these, or a file is missing.
+    """
+    if hasattr(data, "fingerprint"):
+        return str(data.fingerprint())
+    if isinstance(data, Subset):
+        return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
+    if isinstance(data, TensorDataset):
+        return digest(*map(tensor_fingerprint, data.tensors))
+    if isinstance(data, ImageDataset) and isinstance(data.reader, ReaderImageFolder):
+        options = [data.transform, data.target_transform, data.input_img_mode]
+        return digest(_files(data.reader.samples), map(stable_repr, options))
+    if isinstance(data, DatasetFolder):
+        options = [data.transform, data.target_transform, data.transforms, data.loader.__name__]
+        return digest(_files(data.samples), map(stable_repr, options))
+    raise UsageError(
+        f"what a {type(data).__name__} shows is not known: pass key= with a word that stands for "
+        "its samples and their transform"
+    )
+
+
+def images_fingerprint(dataset: Dataset) -> str:
+    """Returns a digest of the images of a data set as they are stored: bytes, or files.
+
+    Raises:
+        UsageError: If the data set has a transform of its own, or a file is missing.
+    """
+    encoded = encoded_images(dataset)
+    if encoded.format["type"] == "custom":
+        raise UsageError(
+            "what the data set's own transform shows is not known: pass key= with a word that "
+            "stands for its samples and their transform"
+        )
+    state = sha256()
+    for rows in encoded.with_format("arrow").iter(batch_size=ROWS):
+        for image in rows.column("image").to_pylist():
+            content = image["bytes"]
+            if content is None:
+                content = _file(image["path"]).encode()
+            state.update(len(content).to_bytes(8, "little") + content)
+    return digest(state.hexdigest(), stable_repr(dataset.features["image"]))
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Returns a digest of a tensor's values, type and shape."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    content = sha256(flat.view(torch.uint8).numpy().data)
+    return digest(content.hexdigest(), str(tensor.dtype), list(tensor.shape))
+
+
+def stable_repr(thing: object) -> str:
+    """Returns the description of a transform.
+
+    Raises:
+        UsageError: If it names a place in memory, which is another in every process.
+    """
+    text = repr(thing)
+    if re.search(r" at 0x[0-9a-fA-F]+", text):
+        raise UsageError(
+            f"{text[:80]} does not say what it does: give it a __repr__ that does, or pass key= "
+            "with a word that stands for the samples and their transform"
+        )
+    return text
+
+
+def digest(*parts: object) -> str:
+    """Returns a digest of texts, numbers, and lists and mappings of them.
+
+    >>> digest("a", [1]) == digest("a", [1]) != digest("a", [2])
+    True
+    """
+    plain = [_plain(part) for part in parts]
+    return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(part: object) -> object:
+    if isinstance(part, Mapping):
+        return {str(name): stable_repr(value) for name, value in part.items()}
+    return list(part) if isinstance(part, Iterable) and not isinstance(part, str) else part
+
+
+def _files(samples: Iterable[tuple[str, int]]) -> list[list[Any]]:
+    return [[_file(path), int(target)] for path, target in samples]
+
+
+def _file(path: str) -> str:
+    """Returns what says whether a file is the same: its path, its size and its time of change."""
+    if "://" in path:
+        return path
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return f"{path} {status.st_size} {status.st_mtime_ns}"

@@ -1,0 +1,4 @@
+"""Features: what the backbone hands to the classifier, taken once for every image."""
+
+from timm_lt.features.extract import extract_features as extract_features
+from timm_lt.features.values import Features as Features

@@ -1,0 +1,260 @@
+"""Takes the features of every image once, into memory or into a cache."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from timm_lt.data.fingerprint import digest
+from timm_lt.data.reading import UNREADABLE, loaded
+from timm_lt.features.backbone import ComputeDtype, backbone, chosen_classifier
+from timm_lt.features.cache import LAYOUT, FeatureFile, Journal, Writer
+from timm_lt.features.fingerprint import backbone_fingerprint, samples_fingerprint
+from timm_lt.features.order import check_order, images_at_once, num_images, without_first
+from timm_lt.features.values import Features, check_finite
+from timm_lt.longtail import check_labels
+from timm_lt.registry import UsageError, check_integer, check_literals
+
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+NO_BATCHES = "the loader has no batches, so there are no features to extract"
+T = TypeVar("T")
+
+
+def extract_features(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    classifier: str | None = None,
+    accelerator: Accelerator | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: StoredDtype = "float32",
+    compute_dtype: ComputeDtype = "float32",
+    views: int = 1,
+    key: str | None = None,
+) -> Features:
+    """Runs the backbone once over a data set and keeps the input of the classifier.
+
+    The model runs in evaluation mode without gradients; afterwards it is as it came, each module in
+    its mode.
+
+    With ``cache_dir`` the features are written to a safetensors file as they come and read from it
+    as a mapped file: the memory holds a batch of them, however many there are. The file's name is a
+    digest of the backbone (not of the classifier), of the samples in their order with their
+    transform, and of the options here, so that whatever changes one of them makes another file;
+    batch size, processes and workers do not. A file that is there is opened without running the
+    model. One that a killed process left unfinished is gone on with, behind its last whole batch,
+    if batch size and number of processes are the same. Two processes may ask for the same: one
+    extracts, the other waits.
+
+    Args:
+        model: A timm model with a classifier.
+        loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order. Images with target -1,
+            which could not be read, are left out.
+        classifier: Path of the classifier whose input is taken, for a model with several (as
+            ``head_dist`` of a distilled one); None takes the only one.
+        accelerator: If the loader is prepared by one, features are gathered from all processes and
+            every process gets all of them, in the order of the data set. They share ``cache_dir``.
+        cache_dir: A folder for files of features; it is made if need be. None keeps the features in
+            memory.
+        dtype: How the values are kept. float16 has 11 significant bits up to 65,504, bfloat16 has
+            8.
+        compute_dtype: What the backbone computes in. ``"bfloat16"`` is fast where
+            :func:`~timm_lt.accelerator.native_precision` says so and slow elsewhere; the features
+            of a ResNet-50 are then about 0.4 % from those in float32.
+        views: Passes over the loader, K >= 1, each of which shows other augmented views of the same
+            images. Before each, ``loader.set_epoch(view)`` is called if there is such a method. The
+            loaders of ``views_loader`` give view v of an image the same augmentation whatever came
+            before; of another loader, it is the one that random numbers happen to give.
+        key: Stands for the samples and their transform where they are not known, as for a list of
+            batches; see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must be another
+            for other samples.
+
+    Returns:
+        Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
+
+    Raises:
+        UsageError: If the loader is empty, the model does not call its classifier, calls it for
+            more than one vector an image, or has several; or a feature is not finite, or too large
+            for ``dtype``. With ``cache_dir``, also if the loader draws its images, its samples are
+            not known and there is no key, or the folder cannot be written.
+    """
+    options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
+    check_literals("extract_features", extract_features, options)
+    check_integer("views", views, minimum=1)
+    name = chosen_classifier(model, classifier)
+    job = _Pass(model, name, loader, accelerator, getattr(torch, dtype), compute_dtype, views)
+    if cache_dir is None:
+        return _in_memory(job)
+    return _cached(job, Path(cache_dir), key)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass over a data set: what to run on which batches, and how."""
+
+    model: nn.Module
+    classifier: str
+    loader: Any
+    accelerator: Accelerator | None
+    dtype: torch.dtype
+    compute_dtype: ComputeDtype
+    views: int
+
+    def batches(
+        self, view: int = 0, skipped: int = 0, row: int = 0, *, in_order: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yields values (B, D), targets (B,) and the view of each batch, of all processes.
+
+        Args:
+            view: The first view.
+            skipped: Batches of that view that are left out.
+            row: Number of the first row, for messages.
+            in_order: Have even the only view begin at epoch 0.
+        """
+        with backbone(self.model, self.classifier, self.compute_dtype) as features:
+            for number in range(view, self.views):
+                if hasattr(self.loader, "set_epoch") and (in_order or self.views > 1):
+                    self.loader.set_epoch(number)
+                with without_first(self.loader, skipped if number == view else 0) as rest:
+                    for images, labels in loaded(rest):
+                        values, targets = self._gathered(features, images, labels)
+                        values, targets = _kept(values, targets, self.dtype, row)
+                        row += len(values)
+                        yield values, targets, number
+
+    def _gathered(
+        self, features: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            values = features(images)
+            batch = (values, labels.to(values.device))
+            if self.accelerator is not None:
+                batch = self.accelerator.gather_for_metrics(batch)
+            return batch[0].float().cpu(), batch[1].cpu()
+
+
+def _kept(values: Tensor, targets: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
+    """Leaves out what could not be read, and checks what is kept."""
+    readable = targets != UNREADABLE
+    if not readable.all():
+        values, targets = values[readable], targets[readable]
+    if len(targets):
+        targets = check_labels(targets, noun=f"targets[{first}:]" if first else "targets")
+    kept = values.to(dtype)
+    if not kept.isfinite().all():
+        check_finite(values, first)
+        row, column = (~kept.isfinite()).nonzero()[0].tolist()
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"feature row {first + row} has {float(values[row, column])} in column {column}, "
+            f"beyond the largest {name}, {torch.finfo(dtype).max:g}: take dtype='float32'"
+        )
+    return kept, targets
+
+
+def _in_memory(job: _Pass) -> Features:
+    expected = (num_images(job.loader) or 0) * job.views
+    values, targets, rows = torch.empty(0, 0), torch.empty(0, dtype=torch.int64), 0
+    seen = False
+    for new_values, new_targets, _ in job.batches():
+        if not seen:
+            values = torch.empty(expected, new_values.shape[1], dtype=job.dtype)
+            targets, seen = torch.empty(expected, dtype=torch.int64), True
+        end = rows + len(new_values)
+        if end > len(values):
+            # Twice as many each time, so that a row is copied about once.
+            values, targets = _longer(values, rows + end), _longer(targets, rows + end)
+        values[rows:end], targets[rows:end] = new_values, new_targets
+        rows = end
+    if not seen:
+        raise UsageError(NO_BATCHES)
+    return Features(values[:rows], targets[:rows], job.views)
+
+
+def _longer(tensor: Tensor, length: int) -> Tensor:
+    longer = tensor.new_empty(length, *tensor.shape[1:])
+    longer[: len(tensor)] = tensor
+    return longer
+
+
+def _cached(job: _Pass, folder: Path, key: str | None) -> Features:
+    """Opens the file of a pass; if there is none, one process makes it, with the help of all."""
+    file = _on_main(job.accelerator, _file, job, folder, key)
+    writer: Writer | None = None
+
+    def begin() -> Journal | None:
+        nonlocal writer
+        if file.open() is not None:
+            return None
+        held.enter_context(file.locked())
+        # Made while this process waited?
+        if file.open() is not None:
+            return None
+        writer = Writer(file, job.dtype, _settings(job))
+        held.callback(writer.close)
+        return writer.journal
+
+    with ExitStack() as held:
+        journal = _on_main(job.accelerator, begin)
+        if journal is not None:
+            append, finish = (writer.append, writer.finish) if writer else (_nothing, _nothing)
+            rest = job.batches(journal.view, journal.batches, journal.rows, in_order=True)
+            for batch in rest:
+                _on_main(job.accelerator, append, *batch)
+            _on_main(job.accelerator, finish)
+    features = file.open()
+    if features is None:
+        raise UsageError(f"{file.path} is not there: all processes must share one cache_dir")
+    return features
+
+
+def _nothing(*_: Any) -> None:
+    """What a process does that is not the main one."""
+
+
+def _settings(job: _Pass) -> dict[str, Any]:
+    """Returns what decides into which batches the images are divided, and so the rounding."""
+    processes = 1 if job.accelerator is None else job.accelerator.num_processes
+    batch_size = images_at_once(job.loader)
+    return {"batch_size": batch_size, "processes": processes, "views": job.views}
+
+
+def _file(job: _Pass, folder: Path, key: str | None) -> FeatureFile:
+    """Returns the file of a pass, after checking that there can be one."""
+    check_order(job.loader)
+    samples = samples_fingerprint(job.loader) if key is None else f"key {key}"
+    description = {
+        "architecture": type(job.model).__name__,
+        "backbone": backbone_fingerprint(job.model, job.classifier),
+        "classifier": job.classifier,
+        "samples": samples,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "compute_dtype": job.compute_dtype,
+        "views": str(job.views),
+        "layout": str(LAYOUT),
+    }
+    return FeatureFile(folder, digest(description), description)
+
+
+def _on_main(accelerator: Accelerator | None, act: Callable[..., T], *arguments: Any) -> T:
+    """Does something on the main process; all get what it returns, or raise what it raises."""
+    outcome: list[Any] = [None, None]
+    if accelerator is None or accelerator.is_main_process:
+        try:
+            outcome[0] = act(*arguments)
+        except UsageError as error:
+            if accelerator is None or accelerator.num_processes == 1:
+                raise
+            outcome[1] = str(error)
+    if accelerator is not None and accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UsageError(outcome[1])
+    result: T = outcome[0]
+    return result

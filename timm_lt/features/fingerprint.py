@@ -1,0 +1,67 @@
+"""The key of a feature cache: a digest of all that decides the bits of the features, but rounding.
+
+Not part of it: how many images a batch has, how many processes and workers there are, and where the
+cache lies.
+"""
+
+from typing import Any
+
+from timm.data.loader import PrefetchLoader
+from torch import nn
+
+from timm_lt.data.fingerprint import dataset_fingerprint, digest, tensor_fingerprint
+from timm_lt.data.loader import Loader
+from timm_lt.features.order import num_images
+from timm_lt.registry import UsageError
+
+
+def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
+    """Returns a digest of a model without its classifier: weights, buffers, and what its parts are.
+
+    Args:
+        model: The model.
+        classifier: Path of the classifier; it may be any, fitted or not.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {
+        name: tensor_fingerprint(tensor)
+        for name, tensor in tensors
+        if not _within(name, classifier)
+    }
+    # Strides and the like are in no tensor.
+    parts = {
+        name: f"{type(part).__name__}({part.extra_repr()})"
+        for name, part in model.named_modules()
+        if not _within(name, classifier)
+    }
+    return digest(state, parts)
+
+
+def _within(name: str, classifier: str) -> bool:
+    return name == classifier or name.startswith(f"{classifier}.")
+
+
+def samples_fingerprint(loader: object) -> str:
+    """Returns a digest of what a loader shows: the samples in their order, and their transform.
+
+    Raises:
+        UsageError: If it is not known; see
+            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+    """
+    data = getattr(loader, "dataset", None)
+    if data is None:
+        raise UsageError(
+            f"what a {type(loader).__name__} shows is not known: pass key= with a word that stands "
+            "for its samples and their transform"
+        )
+    return digest(dataset_fingerprint(data), num_images(loader), _normalization(loader))
+
+
+def _normalization(loader: object) -> list[Any]:
+    """Returns what timm's prefetcher does to the images beside their transform."""
+    inner: Any = loader.loader if isinstance(loader, Loader) else loader
+    inner = getattr(inner, "base_dataloader", inner)
+    if not isinstance(inner, PrefetchLoader):
+        return []
+    erasing = getattr(inner.random_erasing, "probability", 0.0)
+    return [inner.mean.tolist(), inner.std.tolist(), str(inner.img_dtype), erasing]

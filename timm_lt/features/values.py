@@ -1,0 +1,148 @@
+"""A matrix of features with its labels, in memory or in a mapped file."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from timm_lt.longtail import check_labels
+from timm_lt.registry import UsageError, check_integer
+
+# Values that are looked at together: what is held of a mapped file at a time.
+BLOCK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of a data set with its labels.
+
+    They may lie in a mapped file and be larger than the memory: values are read block by block.
+
+    Args:
+        values: (N, D), floating point. With K views (K N, D), view by view: row ``v N + i`` is view
+            v of image i.
+        targets: Labels, one a row, of any integer type; kept as int64.
+        views: Augmented views of each image, K >= 1.
+
+    Raises:
+        UsageError: If the shapes do not match, a value is not finite, a label is not a
+            non-negative integer, or the views are not of the same images; the message names the
+            row.
+
+    >>> features = Features(torch.eye(4, 3), torch.tensor([0, 1, 0, 1]), views=2)
+    >>> features.num_features, features.num_images, len(features.first_views(1))
+    (3, 2, 2)
+    """
+
+    values: Tensor
+    targets: Tensor
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or not self.values.is_floating_point():
+            raise UsageError(
+                f"feature values must be a floating-point (N, D) matrix, got {self.values.dtype} "
+                f"{tuple(self.values.shape)}"
+            )
+        if self.targets.shape != (len(self.values),):
+            raise UsageError(
+                f"{len(self.values)} feature rows need as many targets, got targets of shape "
+                f"{tuple(self.targets.shape)}"
+            )
+        check_labels(self.targets, noun="targets")
+        object.__setattr__(self, "targets", self.targets.long())
+        check_views(self.targets, self.views)
+        self.__dict__["feature_mean"] = _checked_mean(self.values)
+
+    @classmethod
+    def from_checked(cls, values: Tensor, targets: Tensor, views: int = 1) -> "Features":
+        """Returns features that were checked before, without reading their values."""
+        features = object.__new__(cls)
+        for name, value in (("values", values), ("targets", targets), ("views", views)):
+            object.__setattr__(features, name, value)
+        return features
+
+    @cached_property
+    def feature_mean(self) -> Tensor:
+        """Mean of each column over all rows, (D,) float64; read once, block by block."""
+        return _checked_mean(self.values)
+
+    @property
+    def num_features(self) -> int:
+        """Width D."""
+        return self.values.shape[1]
+
+    @property
+    def num_images(self) -> int:
+        """Images N; each has one row per view."""
+        return len(self.targets) // self.views
+
+    def first_views(self, views: int) -> "Features":
+        """Returns the first views of every image, sharing their memory.
+
+        Raises:
+            UsageError: If there are fewer.
+        """
+        rows = check_integer("views", views, minimum=1, maximum=self.views) * self.num_images
+        return Features.from_checked(self.values[:rows], self.targets[:rows], views)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def check_views(targets: Tensor, views: int) -> None:
+    """Checks that the views are of the same images, in the same order.
+
+    Raises:
+        UsageError: If the views have different labels; names the first such row.
+    """
+    check_integer("views", views, minimum=1)
+    if len(targets) % views:
+        raise UsageError(f"{len(targets)} feature rows are not {views} views of the same images")
+    by_view = targets.view(views, -1)
+    if not (by_view == by_view[0]).all():
+        view, image = (by_view != by_view[0]).nonzero()[0].tolist()
+        raise UsageError(
+            f"target {int(by_view[view, image])} of row {view * by_view.shape[1] + image} is not "
+            f"that of the same image in view 0, {int(by_view[0, image])}: every view must have the "
+            "same images in the same order"
+        )
+
+
+def _checked_mean(values: Tensor) -> Tensor:
+    """Returns the mean of the columns, (D,) float64, after checking that every value is finite."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for first, block in _blocks(values.detach()):
+        # In float64 the sum of finite values is finite, but for values that need float64.
+        sums = block.double().sum(0)
+        if not sums.isfinite().all():
+            check_finite(block, first)
+        total += sums
+    return total / len(values)
+
+
+def _blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    rows = max(BLOCK // max(values.shape[1], 1), 1)
+    for first in range(0, len(values), rows):
+        yield first, values[first : first + rows]
+
+
+def check_finite(values: Tensor, first: int = 0) -> None:
+    """Checks that every value is finite.
+
+    Args:
+        values: (B, D).
+        first: Number of the first row, for the message.
+
+    Raises:
+        UsageError: If one is not; names its row and column.
+    """
+    bad = ~values.isfinite()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise UsageError(
+            f"feature row {first + row} has {float(values[row, column])} in column {column}; "
+            "features must be finite"
+        )
