@@ -18,11 +18,11 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from timing import ratio
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt import Features
 from timm_lt.accelerator import keep_freed_memory
-from timm_lt.fitting.class_means import class_means, feature_mean
+from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.sgd import BATCH_SIZE, scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
 
@@ -81,7 +81,7 @@ def lws_row(features: Features, num_classes: int, rounds: int) -> float:
 
 def ncm_rows(features: Features, path: Path, num_classes: int, rounds: int) -> tuple[float, float]:
     """Returns the cost of the class means to that of a bare read, and of a sum."""
-    mean: Tensor = feature_mean(features.values)
+    mean = features.feature_mean
     buffer = bytearray(BLOCK)
 
     def means() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_lt.fitting.rows import row_blocks, take_rows
+from timm_lt.fitting.rows import take_rows
 from timm_lt.heads.metric import FeatureSpace
 from timm_lt.longtail import class_counts
 
@@ -86,11 +86,3 @@ def _weights(block: Tensor, space: FeatureSpace, mean: Tensor | None) -> Tensor 
         block = block - mean.float()
     norms: Tensor = torch.linalg.vector_norm(block, dim=1)
     return norms.clamp_min_(1e-12).reciprocal_()
-
-
-def feature_mean(values: Tensor) -> Tensor:
-    """Returns the mean of all rows, (D,) float64."""
-    total = torch.zeros(values.shape[1], dtype=torch.float64)
-    for block in row_blocks(values, 1):
-        total += block.sum(0)
-    return total / len(values)

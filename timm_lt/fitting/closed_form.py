@@ -3,7 +3,7 @@
 import torch
 
 from timm_lt.fitting.base import register_fit
-from timm_lt.fitting.class_means import class_means, feature_mean
+from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.curves import tau_curve
 from timm_lt.fitting.data import FitData
 from timm_lt.fitting.selection import select, selection_record
@@ -29,7 +29,7 @@ def fit_ncm(data: FitData, *, metric: Metric = "cosine", features: FeatureSpace 
     """
     head = NCMHead.from_classifier(data.new_linear(), metric=metric, features=features)
     values, targets = data.features.values, data.features.targets
-    mean = feature_mean(values)
+    mean = data.features.feature_mean
     means = class_means(values, targets, data.num_classes, (features,), mean)
     with torch.no_grad():
         head.feature_mean.copy_(mean)

@@ -87,7 +87,7 @@ def fit_crt(
         head,
         features,
         seed=data.seed,
-        steps=number_of_steps(steps, epochs, len(features), usual=CRT_LENGTH),
+        steps=number_of_steps(steps, epochs, features.num_images, usual=CRT_LENGTH),
         lr=lr,
         weight_decay=5e-4 if weight_decay is None else weight_decay,
         sampler="instance_balanced" if balanced else "class_balanced",
@@ -162,7 +162,7 @@ def fit_lws(
         head,
         data.features,
         seed=data.seed,
-        steps=number_of_steps(steps, epochs, len(data.features), usual=LWS_LENGTH),
+        steps=number_of_steps(steps, epochs, data.features.num_images, usual=LWS_LENGTH),
         lr=lr,
         weight_decay=weight_decay,
         backward=scale_gradient(head, data.features),
@@ -187,7 +187,7 @@ def fit_cosine(
     if data.classifier is None:
         nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
     head = CosineHead.from_classifier(linear, scale=scale, learn_scale=learn_scale)
-    length = number_of_steps(steps, epochs, len(data.features), usual=CRT_LENGTH)
+    length = number_of_steps(steps, epochs, data.features.num_images, usual=CRT_LENGTH)
     train_head(head, data.features, seed=data.seed, steps=length, lr=lr)
     return head
 

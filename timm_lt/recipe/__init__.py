@@ -13,6 +13,7 @@ from timm_lt.recipe.run import Run as Run
 from timm_lt.recipe.run import create_run as create_run
 from timm_lt.recipe.run import stage_heads as stage_heads
 from timm_lt.recipe.schema import DataRecipe as DataRecipe
+from timm_lt.recipe.schema import FeaturesRecipe as FeaturesRecipe
 from timm_lt.recipe.schema import LossRecipe as LossRecipe
 from timm_lt.recipe.schema import ModelRecipe as ModelRecipe
 from timm_lt.recipe.schema import OptimizerRecipe as OptimizerRecipe

@@ -1,8 +1,9 @@
 """The classifier stage of a run: features are taken once, then every head is made of them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -41,29 +42,42 @@ def extract(run: Run) -> RunFeatures:
     features: dict[Split, Features] = {}
     with progress("extracting features", len(run.images), unit="splits") as bar:
         for split, images in run.images.items():
-            features[split] = extract_split(run, images)
+            views = run.recipe.features.views if split == "train" else None
+            features[split] = extract_split(run, images, views)
             advance(bar)
     run.seconds["features"] = time.perf_counter() - started
-    count_unreadable(run)
+    count_unreadable(run, features)
     return RunFeatures(features)
 
 
-def extract_split(run: Run, images: Images) -> Features:
-    """Takes the features of the images as they are, in their order."""
-    loader = images.eval_loader(EVAL_BATCH_SIZE, run.accelerator)
-    return extract_features(run.model, loader, accelerator=run.accelerator)
+def extract_split(run: Run, images: Images, views: int | None = None) -> Features:
+    """Takes the features of the images as they are, or of augmented views, in their order."""
+    loader: Iterable[Any]
+    if views is None:
+        loader = images.eval_loader(EVAL_BATCH_SIZE, run.accelerator)
+    else:
+        loader = images.views_loader(EVAL_BATCH_SIZE, run.accelerator)
+    return extract_features(
+        run.model,
+        loader,
+        accelerator=run.accelerator,
+        views=views or 1,
+        **run.recipe.features.arguments(),
+    )
 
 
-def count_unreadable(run: Run) -> None:
+def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
     """Counts the images that no process could read, and says which."""
     for split, images in run.images.items():
+        left_out = len(images) - features[split].num_images
+        run.unreadable[split] = left_out
+        # Of a split whose features were in the cache, no image was read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
-        run.unreadable[split] = len(rows)
-        if rows:
+        if left_out:
             shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             log.warning(
-                "%d of %d %s images cannot be read and were left out: rows %s",
-                *(len(rows), len(images), split, shown),
+                "%d of %d %s images cannot be read and were left out%s",
+                *(left_out, len(images), split, f": rows {shown}" if rows else ""),
             )
 
 

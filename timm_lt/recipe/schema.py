@@ -179,6 +179,33 @@ class EmaRecipe:
 
 
 @dataclass(frozen=True)
+class FeaturesRecipe:
+    """How the features of all images are taken for the classifier stage.
+
+    Args:
+        views: Augmented views of each training image; null is the image as it is.
+        dtype: How features are kept; float16 and bfloat16 take half the room.
+        compute_dtype: What the backbone computes in; bfloat16 is fast where it is native.
+        cache_dir: Folder for files of features, which later runs with the same backbone and images
+            read; null keeps features in memory.
+    """
+
+    views: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.views is not None:
+            check_integer("features.views", self.views, minimum=1)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``timm_lt.extract_features``."""
+        dtypes = {"dtype": self.dtype, "compute_dtype": self.compute_dtype}
+        return {"cache_dir": self.cache_dir, **dtypes}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A complete experiment.
 
@@ -198,6 +225,7 @@ class Recipe:
         clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
+        features: How features are taken for the heads.
         heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
             on what, features or images; the latter trains crt and lws as their paper does. One
             called auto is the best of the others on validation.
@@ -224,6 +252,7 @@ class Recipe:
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     validate_every: int = 1
     keep: Literal["best", "last"] = "best"
+    features: FeaturesRecipe = field(default_factory=FeaturesRecipe)
     heads: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in DEFAULT_HEADS}
     )
