@@ -9,10 +9,10 @@ number of images, over the 21 taus, by which curve and sweep differ.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from timing import seconds
 from torch import Tensor, nn
 
 from timm_lt.features import Features
@@ -53,13 +53,6 @@ def sweep(classifier: nn.Linear, features: Features) -> list[float]:
     ]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Returns the CPU time of a call."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -67,25 +60,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.15, 0.35])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     print(
         f"{'classes':>7} {'images':>6} {'alive':>6} "
         + " ".join(f"{name:>7}" for name in ("norm", "prior", "sweep", "differ"))
     )
-    for num_classes, num_images in SIZES.items():
+    for num_classes in SIZES:
         for noise in arguments.noise:
-            data = long_tailed(num_classes, num_images, arguments.features, noise)
-            print(f"{num_classes:7} {num_images:6} " + row(*data, arguments.rounds))
+            row = measure(num_classes, noise, arguments.rounds, arguments.features)
+            print(
+                f"{num_classes:7} {SIZES[num_classes]:6} {row.alive:6.2f} {row.norm:7.3f} "
+                f"{row.prior:7.3f} {row.sweep:7.3f} {row.differ:7}"
+            )
 
 
-def row(classifier: nn.Linear, counts: Tensor, features: Features, rounds: int) -> str:
-    """Returns the ratios of one problem as text."""
+class Row(NamedTuple):
+    """Ratios of one problem; the share of images with an interval, and those that differ."""
+
+    alive: float
+    norm: float
+    prior: float
+    sweep: float
+    differ: int
+
+
+def measure(num_classes: int, noise: float, rounds: int, width: int = 2048) -> Row:
+    """Returns the ratios of one problem."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    classifier, counts, features = long_tailed(num_classes, SIZES[num_classes], width, noise)
     curve = tau_curve(classifier, features)
-    alive = float((curve.low <= curve.high).double().mean())
-    start = time.process_time()
-    swept = sweep(classifier, features)
-    of_sweep = time.process_time() - start
+    swept: list[float] = []
+    of_sweep = seconds(lambda: swept.extend(sweep(classifier, features)))
     pairs = zip(TAUS, swept, strict=True)
     differ = round(len(features) * max(abs(curve(tau) - value) for tau, value in pairs))
     calls = {
@@ -101,8 +106,8 @@ def row(classifier: nn.Linear, counts: Tensor, features: Features, rounds: int) 
         after = seconds(lambda: argmax(features.values, classifier.weight))
         for name, took in times.items():
             ratios[name].append(2 * took / (before + after))
-    medians = " ".join(f"{statistics.median(values):7.3f}" for values in ratios.values())
-    return f"{alive:6.2f} {medians} {differ:7}"
+    alive = float((curve.low <= curve.high).double().mean())
+    return Row(alive, *(statistics.median(values) for values in ratios.values()), differ)
 
 
 if __name__ == "__main__":

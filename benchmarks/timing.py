@@ -3,6 +3,17 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Ratio(NamedTuple):
+    """A row of a table: what was measured, of which size, relative to what."""
+
+    what: str
+    size: str
+    to: str
+    ratio: float
+    bound: str
 
 
 def seconds(work: Callable[[], object]) -> float:
