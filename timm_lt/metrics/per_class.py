@@ -16,7 +16,7 @@ from timm_lt.metrics.shot_report import ShotReport
 from timm_lt.registry import UsageError
 
 # A spreadsheet takes a cell that begins with one of these for a formula, or drops the apostrophe.
-FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")  # noqa: RUF001
+FORMULA_STARTS = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")
 
 
 def per_class_table(
@@ -58,9 +58,9 @@ def per_class_table(
         next(name for name, mask in groups.items() if mask[c]) for c in columns["class"]
     ]
     columns["test_images"] = images.tolist()
-    columns["accuracy"] = _known(right / images)
-    columns["precision"] = _known(right / predicted)
-    columns["f1"] = _known(2 * right / (predicted + images))
+    columns["accuracy"] = _quotients(right, images)
+    columns["precision"] = _quotients(right, predicted)
+    columns["f1"] = _quotients(2 * right, predicted + images)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -74,9 +74,11 @@ def _checked_names(label_names: Sequence[str], num_classes: int) -> list[str]:
     return names
 
 
-def _known(quotients: Tensor) -> list[float | None]:
-    """Returns quotients as a list; 0 / 0 is None."""
-    return [None if math.isnan(value) else value for value in quotients.double().tolist()]
+def _quotients(numerators: Tensor, denominators: Tensor) -> list[float | None]:
+    """Returns the quotients of integers; 0 / 0 is None."""
+    # In float64: torch divides integers in float32.
+    quotients = numerators.double() / denominators
+    return [None if math.isnan(value) else value for value in quotients.tolist()]
 
 
 def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
