@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from timm_lt.metrics import ShotReport, per_class_table, shot_accuracy, write_per_class
+from timm_lt.metrics import (
+    ShotReport,
+    compare_per_class,
+    per_class_table,
+    shot_accuracy,
+    write_per_class,
+)
 from timm_lt.registry import UsageError
 
 COUNTS = [500, 50, 19, 5, 3]
@@ -89,6 +95,23 @@ def test_bad_rows_write_nothing(tmp_path, path, content, message):
     with pytest.raises(UsageError, match=message):
         write_per_class(tmp_path / path, content)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_classifiers_side_by_side():
+    reports = {
+        name: shot_accuracy(p, TARGETS, COUNTS) for name, p in (("a", PREDS), ("b", TARGETS))
+    }
+    found = compare_per_class(reports, COUNTS, NAMES)
+    for row, single in zip(found, rows(), strict=True):
+        assert row["accuracy_a"] == single["accuracy"]
+        assert row["accuracy_b"] == (1.0 if single["test_images"] else None)
+        assert {**row, **single} == {**single, **row}
+        assert list(row)[:5] == ["class", "name", "training_images", "shot_group", "test_images"]
+    reports["c"] = shot_accuracy([0], [0], COUNTS)
+    with pytest.raises(UsageError, match="reports of 'a' and 'c' are not of one split"):
+        compare_per_class(reports, COUNTS)
+    with pytest.raises(UsageError, match="reports must not be empty"):
+        compare_per_class({}, COUNTS)
 
 
 def test_bad_tables_are_refused():

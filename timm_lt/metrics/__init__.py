@@ -6,6 +6,7 @@ from timm_lt.metrics.calibration import reliability as reliability
 from timm_lt.metrics.intervals import PairedDifference as PairedDifference
 from timm_lt.metrics.intervals import confidence_intervals as confidence_intervals
 from timm_lt.metrics.intervals import paired_difference as paired_difference
+from timm_lt.metrics.per_class import compare_per_class as compare_per_class
 from timm_lt.metrics.per_class import per_class_table as per_class_table
 from timm_lt.metrics.per_class import write_per_class as write_per_class
 from timm_lt.metrics.shifted import ShiftDirection as ShiftDirection

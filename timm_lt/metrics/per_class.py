@@ -15,6 +15,8 @@ from timm_lt.longtail import Labels, check_class_counts, shot_groups
 from timm_lt.metrics.shot_report import ShotReport
 from timm_lt.registry import UsageError
 
+# The columns that depend on the classifier.
+FIGURES = ("accuracy", "precision", "f1")
 # A spreadsheet takes a cell that begins with one of these for a formula, or drops the apostrophe.
 FORMULA_STARTS = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")
 
@@ -62,6 +64,45 @@ def per_class_table(
     columns["precision"] = _quotients(right, predicted)
     columns["f1"] = _quotients(2 * right, predicted + images)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def compare_per_class(
+    reports: Mapping[str, ShotReport],
+    class_counts: Labels,
+    label_names: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Returns one row per class with the accuracy of each of several classifiers.
+
+    >>> from timm_lt.metrics import shot_accuracy
+    >>> report = shot_accuracy([0, 1], [0, 0], class_counts=[500, 5])
+    >>> compare_per_class({"crt": report}, [500, 5])[0]
+    {'class': 0, 'training_images': 500, 'shot_group': 'many_shot', 'test_images': 2,
+     'accuracy_crt': 0.5}
+
+    Args:
+        reports: Figures of one split by classifier, at least one.
+        class_counts: Training images per class, as for the reports, (C,).
+        label_names: Names of the classes, C of them; without, the rows have no name.
+
+    Raises:
+        UsageError: As :func:`per_class_table`; or if there are no reports, or they are of different
+            splits.
+    """
+    if not reports:
+        raise UsageError("reports must not be empty")
+    tables = {
+        name: per_class_table(report, class_counts, label_names) for name, report in reports.items()
+    }
+    first, *others = tables
+    shared = [{k: v for k, v in row.items() if k not in FIGURES} for row in tables[first]]
+    for other in others:
+        pairs = zip(shared, tables[other], strict=True)
+        if not all(row.items() <= found.items() for row, found in pairs):
+            raise UsageError(f"the reports of {first!r} and {other!r} are not of one split")
+    for name, table in tables.items():
+        for row, found in zip(shared, table, strict=True):
+            row[f"accuracy_{name}"] = found["accuracy"]
+    return shared
 
 
 def _checked_names(label_names: Sequence[str], num_classes: int) -> list[str]:
