@@ -24,14 +24,14 @@ from timm_lt.files import read_json, sha256, write_json
 from timm_lt.fitting import AUTO, head_curves
 from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
-from timm_lt.metrics import ShotReport, evaluate_logits
+from timm_lt.metrics import ShotReport, compare_per_class, evaluate_logits, write_per_class
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
 from timm_lt.recipe.classifier import extract, extract_for_heads, fit, logits_of, train_heads
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
-from timm_lt.run_folder import STATE, check_run_folder
+from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
 from timm_lt.training import (
     TrainingState,
     describe_history,
@@ -225,7 +225,7 @@ def write_metrics(
 def save(
     run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
 ) -> None:
-    """Writes the checkpoint, the plots and the model card."""
+    """Writes the checkpoint, the table of classes, the plots and the model card."""
     counts = run.splits.class_counts
     save_checkpoint(
         run.folder,
@@ -238,6 +238,8 @@ def save(
         shot_rule=run.recipe.shot_rule,
         seed=run.recipe.seed,
     )
+    rows = compare_per_class(reports, counts, run.splits.label_names)
+    write_per_class(run.folder / PER_CLASS, rows)
     own = {name: head for name, head in heads.items() if name != AUTO}
     curves = head_curves(get_head(run.model), own, val, counts)
     save_plots(run.folder / PLOTS, reports, counts, curves)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from scipy.stats import gmean, hmean
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from timm_lt.metrics import (
+    OBJECTIVES,
     ShotReport,
     calibration_error,
     evaluate_logits,
+    objective_value,
     reliability,
     shot_accuracy,
 )
@@ -59,9 +62,18 @@ def test_against_loops_and_scikit_learn(case, rule):
         assert getattr(report, name) == pytest.approx(by_hand[name])
     assert report.all == pytest.approx(accuracy_score(targets, preds))
     assert report.macro_f1 == pytest.approx(f1_score(targets, preds, average="macro"))
+    precision = precision_score(targets, preds, average="macro", zero_division=0)
+    assert report.macro_precision == pytest.approx(precision)
     present = sorted(set(targets))
     recall = recall_score(targets, preds, labels=present, average=None)
     assert report.class_mean == pytest.approx(recall.mean())
+    assert report.worst_class == min(recall)
+    assert report.harmonic_mean == pytest.approx(hmean(recall) if all(recall) else 0)
+    assert report.geometric_mean == pytest.approx(gmean(recall) if all(recall) else 0)
+    figures = [by_hand[name] for name in GROUPS if by_hand[name] is not None]
+    assert report.group_harmonic_mean == pytest.approx(hmean(figures) if all(figures) else 0)
+    assert report.test_images.tolist() == [targets.count(c) for c in range(len(class_counts))]
+    assert report.predicted.tolist() == [preds.count(c) for c in range(len(class_counts))]
     expected = [math.nan] * len(class_counts)
     for c, value in zip(present, recall, strict=True):
         expected[c] = value
@@ -70,6 +82,7 @@ def test_against_loops_and_scikit_learn(case, rule):
     assert report.ece is None
     assert report.ece_per_group is None
     assert report.reliability is None
+    assert report.top5 is None
     assert report.rule == rule
 
 
@@ -281,6 +294,35 @@ def test_logits_of_a_wrong_shape_are_refused():
         evaluate_logits(logits, targets, [9] * 5)
 
 
+def in_top5(row, target):
+    """Sorted by logit, then by class."""
+    return target in sorted(range(len(row)), key=lambda c: (-row[c], c))[:5]
+
+
+@pytest.mark.parametrize(("num_classes", "values"), [(12, 100), (12, 4), (6, 3), (3, 2), (1, 2)])
+def test_top5_against_sorting(num_classes, values):
+    # Few values: most rows have ties, also around the fifth.
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = torch.randint(values, (200, num_classes), generator=generator).float()
+    targets = torch.randint(num_classes, (200,), generator=generator)
+    expected = [in_top5(*row) for row in zip(logits.tolist(), targets.tolist(), strict=True)]
+    report = evaluate_logits(logits, targets, [9] * num_classes)
+    assert report.top5 == np.mean(expected)
+    assert report.top5 >= report.all
+    assert num_classes > 5 or report.top5 == 1
+
+
+def test_top5_against_torchmetrics():
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    logits, targets = random_logits(num_classes=30)
+    expected = functional.multiclass_accuracy(
+        logits, targets, num_classes=30, top_k=5, average="micro"
+    )
+    found = evaluate_logits(logits, targets, [9] * 30).top5
+    assert found == pytest.approx(expected.item())
+    assert 0.1 < found < 0.3
+
+
 def test_counting_does_not_loop_over_classes_or_images():
     # As many images and classes as iNaturalist 2018; quadratic code would take minutes.
     generator = torch.Generator().manual_seed(0)
@@ -298,3 +340,80 @@ def test_a_report_reads_back_from_its_dictionary():
     assert again.per_class[:3].tolist() == [0.5, 1.0, 0.0]
     assert "per_class" not in report.summary()
     assert report.summary()["many_shot"] == 0.5
+
+
+def test_a_report_of_before_the_new_fields_still_reads():
+    fields = shot_accuracy([0, 1], [0, 0], [200, 5]).to_dict()
+    old = ("all", "class_mean", *GROUPS, "macro_f1", "per_class", "rule", "ece")
+    report = ShotReport.from_dict({name: fields[name] for name in old})
+    assert report.all == 0.5
+    assert report.worst_class is report.test_images is report.predicted is None
+    assert report.to_dict()["test_images"] is None
+    with pytest.raises(UsageError, match=r"no test_images.*evaluate again"):
+        report.right_and_images()
+    with pytest.raises(UsageError, match=r"'worst_class', since an older version wrote it.*all"):
+        objective_value(report, "worst_class")
+
+
+def test_counts_read_back_from_a_report():
+    generator = torch.Generator().manual_seed(0)
+    preds, targets = torch.randint(40, (2, 3000), generator=generator).square() // 40
+    report = shot_accuracy(preds, targets, [9] * 40)
+    right, images = report.right_and_images()
+    by_class = [[(preds[targets == c] == c).sum(), (targets == c).sum()] for c in range(40)]
+    assert torch.stack([right, images], 1).tolist() == [list(map(int, row)) for row in by_class]
+    assert 0 in images
+    again = ShotReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert torch.equal(again.test_images, report.test_images)
+    assert torch.equal(again.predicted, report.predicted)
+    assert again.test_images.dtype == torch.int64
+    assert {"test_images", "predicted"}.isdisjoint(report.summary())
+    assert {"worst_class", "top5", "macro_precision"} <= set(report.summary())
+
+
+def test_objectives():
+    # Per class 1, 1/2, 1/2 and 1/4: many 1, medium 1/2, few 3/8.
+    targets = torch.arange(4).repeat_interleave(4)
+    preds = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 2, 2, 0, 0, 3, 0, 0, 0])
+    report = shot_accuracy(preds, targets, [500, 50, 5, 3])
+    found = [objective_value(report, objective) for objective in OBJECTIVES]
+    assert OBJECTIVES == ("all", "few_shot", "harmonic_mean", "worst_class")
+    assert found == pytest.approx([9 / 16, 3 / 8, 3 / (1 + 2 + 8 / 3), 1 / 4])
+    assert report.harmonic_mean == pytest.approx(4 / (1 + 2 + 2 + 4))
+    assert report.geometric_mean == pytest.approx((1 / 16) ** 0.25)
+
+
+def test_an_objective_without_images_names_the_others():
+    report = shot_accuracy([0], [0], [500, 5])
+    words = "no image of a few-shot class; take one of: all, harmonic_mean, worst_class"
+    with pytest.raises(UsageError, match=words):
+        objective_value(report, "few_shot")
+    with pytest.raises(UsageError, match=r"unknown objective 'few'.*choose one of: all, few_shot"):
+        objective_value(report, "few")
+
+
+@pytest.mark.parametrize("preds", [[0], [1]])
+def test_one_image_of_one_class(preds):
+    report = shot_accuracy(preds, [0], [5, 5])
+    hit = float(preds == [0])
+    assert (report.all, report.worst_class, report.harmonic_mean) == (hit, hit, hit)
+    # Class 1 counts in the macro figures where it is predicted.
+    assert (report.macro_f1, report.macro_precision) == (hit, hit)
+    alone = shot_accuracy([0], [0], [7])
+    assert (alone.all, alone.few_shot, alone.macro_f1) == (1.0, 1.0, 1.0)
+
+
+def test_a_class_without_training_images_is_few_shot():
+    report = shot_accuracy([0, 1], [0, 1], [500, 0])
+    assert (report.many_shot, report.few_shot) == (1.0, 1.0)
+
+
+def test_a_hundred_thousand_classes():
+    targets = torch.arange(200_000) // 2
+    preds = targets.clone()
+    preds[1::2] = 7
+    report = shot_accuracy(preds, targets, torch.arange(1, 100_001))
+    # Of two images of each class one is right; of class 7 both are.
+    assert report.worst_class == 0.5
+    assert report.all == pytest.approx(0.5 + 0.5 / 100_000)
+    assert report.predicted[7] == 100_001

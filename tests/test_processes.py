@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_lt
+from timm_lt.metrics import evaluate_logits
 
 ROOT = Path(train_lt.__file__).parent
 
@@ -153,6 +155,15 @@ try:
                              cache_dir=__file__)
 except timm_lt.registry.UsageError as error:
     result["error"] = str(error)
+# Every process counts the images that are its own, in batches of its own size.
+generator = torch.Generator().manual_seed(1)
+logits, classes = torch.randn(301, 7, generator=generator), torch.arange(301) % 6
+share = slice(accelerator.process_index, None, accelerator.num_processes)
+metrics = timm_lt.ShotMetrics([500, 200, 100, 60, 15, 3, 1])
+for part in zip(logits[share].split(16), classes[share].split(16)):
+    metrics.update(*part)
+result["metrics"] = metrics.reduce(accelerator).compute().to_dict()
+result["own_images"] = metrics.compute().test_images.sum().item()
 with open(f"{sys.argv[1]}/{accelerator.num_processes}_{accelerator.process_index}.json", "w") as f:
     json.dump(result, f)
 accelerator.wait_for_everyone()
@@ -264,3 +275,13 @@ def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results,
             # The two views are not the same.
             assert norms[:13] != pytest.approx(norms[13:], rel=1e-6)
         assert "ranks.py cannot be written" in rank["error"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, processes):
+    generator = torch.Generator().manual_seed(1)
+    logits, classes = torch.randn(301, 7, generator=generator), torch.arange(301) % 6
+    expected = evaluate_logits(logits, classes, [500, 200, 100, 60, 15, 3, 1]).to_dict()
+    assert all(rank["metrics"] == expected for rank in results[processes])
+    assert sum(rank["own_images"] for rank in results[processes]) == 301
+    assert 0 < expected["ece"] < 1

@@ -1,5 +1,6 @@
 """The real command: what it prints and writes, resuming, several processes, and user's mistakes."""
 
+import csv
 import hashlib
 import json
 import os
@@ -72,6 +73,12 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
         figures = metrics["heads"][head]
         expected = [figures[k] for k in ("many_shot", "medium_shot", "few_shot", "all")]
         assert shown == [round(100 * value, 1) for value in expected]
+    with (folder / "per_class.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["training_images"]) for row in rows] == metrics["class_counts"]
+    for head in HEADS:
+        found = [float(row[f"accuracy_{head}"]) for row in rows]
+        assert found == metrics["heads"][head]["per_class"]
 
 
 @pytest.mark.slow

@@ -27,9 +27,16 @@ from timm_lt.longtail import class_counts as class_counts
 from timm_lt.losses import create_loss as create_loss
 from timm_lt.losses import list_losses as list_losses
 from timm_lt.losses import register_loss as register_loss
+from timm_lt.metrics import ShotMetrics as ShotMetrics
 from timm_lt.metrics import ShotReport as ShotReport
+from timm_lt.metrics import confidence_intervals as confidence_intervals
 from timm_lt.metrics import evaluate_logits as evaluate_logits
+from timm_lt.metrics import paired_difference as paired_difference
+from timm_lt.metrics import per_class_table as per_class_table
+from timm_lt.metrics import shifted_accuracies as shifted_accuracies
+from timm_lt.metrics import shifted_accuracy as shifted_accuracy
 from timm_lt.metrics import shot_accuracy as shot_accuracy
+from timm_lt.metrics import write_per_class as write_per_class
 from timm_lt.model import create_model as create_model
 from timm_lt.registry import UsageError as UsageError
 from timm_lt.repo import list_repo_heads as list_repo_heads

@@ -15,6 +15,7 @@ from timm_lt.registry import UsageError
 
 STATE = "state"
 LOGS = "logs"
+PER_CLASS = "per_class.csv"
 # Held by the process that runs in the folder, as long as it lives.
 LOCK = ".lock"
 # What a resumed run may have otherwise: as long as all images were read, it changed nothing.
@@ -28,6 +29,7 @@ ENTRIES = {
     WEIGHTS,
     "heads",
     METRICS,
+    PER_CLASS,
     PLOTS,
     CARD,
 }

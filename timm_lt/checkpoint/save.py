@@ -30,7 +30,10 @@ from timm_lt.longtail import ShotRule, check_class_counts
 from timm_lt.registry import UsageError, check_number, unknown_name
 
 # Metrics that are fractions, as a ShotReport has them.
-FRACTIONS = {"all", "class_mean", "many_shot", "medium_shot", "few_shot", "macro_f1"}
+FRACTIONS = {
+    *("all", "class_mean", "many_shot", "medium_shot", "few_shot", "macro_f1", "worst_class"),
+    *("harmonic_mean", "geometric_mean", "group_harmonic_mean", "macro_precision", "top5"),
+}
 
 
 def save_checkpoint(

@@ -1,0 +1,129 @@
+"""The table of classes and its file."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import precision_recall_fscore_support
+
+from timm_lt.metrics import (
+    ShotReport,
+    compare_per_class,
+    per_class_table,
+    shot_accuracy,
+    write_per_class,
+)
+from timm_lt.registry import UsageError
+
+COUNTS = [500, 50, 19, 5, 3]
+NAMES = ["cat", 'a "comma", here', "two\nlines", "=1+1", "ü"]
+PREDS, TARGETS = [0, 0, 1, 2, 2, 0, 4], [0, 0, 0, 1, 2, 2, 1]
+
+
+def rows():
+    return per_class_table(shot_accuracy(PREDS, TARGETS, COUNTS), COUNTS, NAMES)
+
+
+def test_rows_against_scikit_learn():
+    precision, recall, f1, support = precision_recall_fscore_support(
+        TARGETS, PREDS, labels=range(5), zero_division=np.nan
+    )
+    found = rows()
+    assert [row["class"] for row in found] == [0, 1, 2, 3, 4]
+    assert [row["name"] for row in found] == NAMES
+    assert [row["training_images"] for row in found] == COUNTS
+    groups = ["many_shot", "medium_shot", "few_shot", "few_shot", "few_shot"]
+    assert [row["shot_group"] for row in found] == groups
+    assert [row["test_images"] for row in found] == support.tolist()
+    for name, values in (("accuracy", recall), ("precision", precision), ("f1", f1)):
+        expected = [None if math.isnan(value) else pytest.approx(value) for value in values]
+        assert [row[name] for row in found] == expected
+    # Class 3 is nowhere, class 4 is predicted but has no image.
+    assert [found[3][key] for key in ("accuracy", "precision", "f1")] == [None] * 3
+    assert [found[4][key] for key in ("accuracy", "precision", "f1")] == [None, 0.0, 0.0]
+
+
+def test_csv_reads_back(tmp_path):
+    write_per_class(tmp_path / "classes.csv", rows())
+    data = (tmp_path / "classes.csv").read_bytes()
+    with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["name"].removeprefix("'") for row in found] == NAMES
+    assert found[3]["name"] == "'=1+1"
+    assert (found[3]["accuracy"], found[3]["training_images"]) == ("", "5")
+    # To the last bit.
+    assert [float(row["accuracy"] or "nan") for row in found] == pytest.approx(
+        [2 / 3, 0.0, 0.5, math.nan, math.nan], nan_ok=True, rel=0, abs=0
+    )
+    assert "ü".encode() in data
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.csv"]
+
+
+@pytest.mark.parametrize(
+    "name", ["=A1", "+1", "-1", "@SUM(A1)", "\t=A1", "\r=A1", "\n=A1", "\uff1dA1", "'n sync"]
+)
+def test_no_name_is_a_formula_in_csv(tmp_path, name):
+    write_per_class(tmp_path / "names.csv", [{"name": name}, {"name": "a=b"}])
+    with (tmp_path / "names.csv").open(encoding="utf-8", newline="") as file:
+        _, first, second = csv.reader(file)
+    # One apostrophe more, which is to be taken away.
+    assert first == [f"'{name}"]
+    assert second == ["a=b"]
+
+
+def test_json_reads_back(tmp_path):
+    write_per_class(tmp_path / "classes.json", rows())
+    assert json.loads((tmp_path / "classes.json").read_text(encoding="utf-8")) == rows()
+
+
+def test_without_names():
+    assert "name" not in per_class_table(shot_accuracy(PREDS, TARGETS, COUNTS), COUNTS)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("classes.xlsx", [{"class": 0}], r"must end in \.csv or \.json"),
+        ("classes.csv", [], "there are no rows"),
+        ("classes.csv", [{"class": 0}, {"name": "a"}], r"row 1 has the columns \['name'\]"),
+        ("classes.csv", [{"name": "\ud800"}], "which UTF-8 cannot hold"),
+    ],
+)
+def test_bad_rows_write_nothing(tmp_path, path, content, message):
+    with pytest.raises(UsageError, match=message):
+        write_per_class(tmp_path / path, content)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classifiers_side_by_side():
+    reports = {
+        name: shot_accuracy(p, TARGETS, COUNTS) for name, p in (("a", PREDS), ("b", TARGETS))
+    }
+    found = compare_per_class(reports, COUNTS, NAMES)
+    for row, single in zip(found, rows(), strict=True):
+        assert row["accuracy_a"] == single["accuracy"]
+        assert row["accuracy_b"] == (1.0 if single["test_images"] else None)
+        assert {**row, **single} == {**single, **row}
+        assert list(row)[:5] == ["class", "name", "training_images", "shot_group", "test_images"]
+    reports["c"] = shot_accuracy([0], [0], COUNTS)
+    with pytest.raises(UsageError, match="reports of 'a' and 'c' are not of one split"):
+        compare_per_class(reports, COUNTS)
+    with pytest.raises(UsageError, match="reports must not be empty"):
+        compare_per_class({}, COUNTS)
+
+
+def test_bad_tables_are_refused():
+    report = shot_accuracy(PREDS, TARGETS, COUNTS)
+    with pytest.raises(UsageError, match="class_counts has 2 classes, the report has 5"):
+        per_class_table(report, [5, 5])
+    with pytest.raises(UsageError, match="label_names must be 5 names, got 1"):
+        per_class_table(report, COUNTS, ["cat"])
+    with pytest.raises(UsageError, match="label_names must be 5 names"):
+        per_class_table(report, COUNTS, "abcde")
+    with pytest.raises(UsageError, match=r"label_names\[4\] = 7 is not a text"):
+        per_class_table(report, COUNTS, [*NAMES[:4], 7])
+    fields = report.to_dict() | {"test_images": None, "predicted": None}
+    with pytest.raises(UsageError, match="an older version wrote it"):
+        per_class_table(ShotReport.from_dict(fields), COUNTS)

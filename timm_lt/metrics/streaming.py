@@ -1,0 +1,284 @@
+"""The accumulator of a split's images, batch by batch and over processes, and its two shortcuts."""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from timm_lt.longtail import Labels, ShotRule, check_labels, shot_groups
+from timm_lt.metrics.calibration import ECE_BINS, bin_error, describe_bins
+from timm_lt.metrics.counting import (
+    CONFIDENCE_UNITS,
+    MAX_SCORED,
+    accuracy_figures,
+    check_finite,
+    count_bins,
+    count_classes,
+    judge,
+)
+from timm_lt.metrics.shot_report import ShotReport
+from timm_lt.registry import UsageError
+
+
+class ShotMetrics:
+    """Counts a split's images batch by batch, and reports on all of them together.
+
+    All that is kept are integers, four per class and 45 per shot group: the report is the same to
+    the last bit for any order of the images, any batches and any number of processes.
+
+    Images are counted as they come. With several processes, drop the duplicates that fill up the
+    last batch (``accelerator.gather_for_metrics`` does) and images that could not be read (target
+    -1) first: the former would be counted twice, the latter are refused. After gathering every
+    process has all images and nothing is to be reduced; :meth:`reduce` is for processes that each
+    count their own.
+
+    >>> metrics = ShotMetrics(class_counts=[500, 50, 5])
+    >>> metrics.update([0, 0, 1], [0, 0, 1])
+    >>> metrics.update([1], [2])
+    >>> print(metrics.compute())
+    all 75.0 %, many_shot (> 100) 100.0 %, medium_shot (20 to 100) 100.0 %,
+    few_shot (< 20) 0.0 %, class mean 66.7 %, macro F1 55.6 %, ECE none
+
+    Args:
+        class_counts: Training images per class, (C,).
+        rule: Where the shot groups have their boundaries.
+
+    Raises:
+        UsageError: If the counts are not counts or the rule is unknown.
+    """
+
+    # Not a torchmetrics.Metric: importing torchmetrics takes a third of the time of importing
+    # timm_lt, and one sum over the processes is all that it would do.
+
+    def __init__(self, class_counts: Labels, rule: ShotRule = "fb") -> None:
+        groups = shot_groups(class_counts, rule)
+        self.rule = rule
+        self._group_names = list(groups)
+        self._groups = torch.stack(list(groups.values()))
+        # By row: images of the class that are wrong, those that are right, images that are taken
+        # for it, images of the class that have it in their top 5.
+        self._counts = torch.zeros(4, self.num_classes, dtype=torch.long)
+        # By group and bin: images, those that are right, sum of their confidences.
+        self._bins = torch.zeros(len(groups), 3, ECE_BINS, dtype=torch.long)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return self._groups.shape[1]
+
+    def update(self, outputs: Labels, targets: Labels) -> None:
+        """Counts some images; a mistake in them leaves the counts as they were.
+
+        Args:
+            outputs: Predicted classes or, for calibration and top-5 too, logits: a floating-point
+                tensor with two dimensions, on any device.
+            targets: True classes, integers in [0, C).
+
+        Shape:
+            outputs (N,) or (N, C), targets (N,); N may be 0.
+
+        Raises:
+            UsageError: If the shapes do not fit together, a label is not an integer in [0, C), a
+                logit is not finite, or one update has predictions and another logits.
+        """
+        if len(outputs) == len(targets) == 0:
+            return
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point():
+            self._update_logits(outputs, targets)
+        else:
+            self._update_preds(outputs, targets)
+
+    def _update_preds(self, preds: Labels, targets: Labels) -> None:
+        preds = check_labels(preds, self.num_classes, noun="preds")
+        targets = check_labels(targets, self.num_classes, noun="targets")
+        if preds.shape != targets.shape:
+            raise UsageError(
+                f"preds {tuple(preds.shape)} and targets {tuple(targets.shape)} must have one shape"
+            )
+        self._check_kind(scored=False)
+        count_classes(self._counts, preds, targets)
+
+    def _update_logits(self, logits: Tensor, targets: Labels) -> None:
+        targets = check_labels(targets, self.num_classes, noun="targets")
+        if logits.shape != (len(targets), self.num_classes):
+            raise UsageError(
+                f"logits must be (N, C) = {(len(targets), self.num_classes)} as targets and "
+                f"class_counts have it, got {tuple(logits.shape)}"
+            )
+        check_finite(logits)
+        self._check_kind(scored=True)
+        preds, confidences, in_top = judge(logits, targets)
+        count_classes(self._counts, preds, targets)
+        self._counts[3].scatter_add_(0, targets, in_top.long())
+        group_of = self._groups.int().argmax(0)[targets]
+        count_bins(self._bins, confidences, preds == targets, group_of)
+
+    def _check_kind(self, scored: bool) -> None:
+        """Checks that all images come with logits or none: half a calibration is none."""
+        had_logits = bool(self._bins.any())
+        if had_logits != scored and (had_logits or self._counts.any()):
+            raise UsageError(
+                "some updates have logits and others predictions: give logits in all of them or in "
+                "none"
+            )
+
+    def merge(self, other: "ShotMetrics") -> None:
+        """Counts the images that another accumulator counted.
+
+        Raises:
+            UsageError: If the two differ in their shot groups.
+        """
+        if self.rule != other.rule or not torch.equal(self._groups, other._groups):
+            raise UsageError("only metrics with the same shot groups can be merged")
+        self._counts += other._counts
+        self._bins += other._bins
+
+    def reduce(self, accelerator: Accelerator) -> "ShotMetrics":
+        """Returns the metrics of the images that all processes have counted, the same on each.
+
+        Every process must call it. This accumulator keeps what this process has counted.
+
+        Args:
+            accelerator: Adds up over the processes.
+        """
+        both = torch.cat([self._counts.flatten(), self._bins.flatten()])
+        sums = accelerator.reduce(both.to(accelerator.device), reduction="sum").cpu()
+        whole = object.__new__(type(self))
+        vars(whole).update(vars(self))
+        whole._counts = sums[: self._counts.numel()].view_as(self._counts)
+        whole._bins = sums[self._counts.numel() :].view_as(self._bins)
+        return whole
+
+    def compute(self) -> ShotReport:
+        """Returns the report on all images that were counted.
+
+        Raises:
+            UsageError: If there are none; if some came with logits and others, from another process
+                or accumulator, without; or if more than 2^31 came with logits.
+        """
+        wrong, right, predicted, _ = self._counts.double()
+        images = wrong + right
+        if not images.any():
+            raise UsageError("no images have been counted: call update with some first")
+        present = images > 0
+        columns = (right, images, self._groups.double())
+        in_split = columns if present.all() else [values[..., present] for values in columns]
+        figures: dict[str, Any] = {k: _known(v) for k, v in accuracy_figures(*in_split).items()}
+        # TP = right, FP = predicted - right, FN = images - right. Of 0 / 0 nothing is right.
+        either = predicted + images
+        f1, precision = (part.nan_to_num(0) for part in (2 * right / either, right / predicted))
+        num_either = (either > 0).sum()
+        return ShotReport(
+            **figures,
+            macro_f1=float(f1.sum() / num_either),
+            macro_precision=float(precision.sum() / num_either),
+            # 0 / 0 is NaN: no such class in the split.
+            per_class=right / images,
+            rule=self.rule,
+            test_images=self._counts[:2].sum(0),
+            predicted=self._counts[2].clone(),
+            **self._scores(),
+        )
+
+    def _scores(self) -> dict[str, Any]:
+        """Returns the fields that need logits; none without them."""
+        images, scored = int(self._counts[:2].sum()), int(self._bins[:, 0].sum())
+        if scored == 0:
+            return {}
+        if scored != images:
+            raise UsageError(
+                f"{scored} of {images} images have logits, the others only predictions: give "
+                "logits in all updates, on all processes, or in none"
+            )
+        if scored > MAX_SCORED:
+            raise UsageError(
+                f"{scored} images have logits, calibration is for {MAX_SCORED} or less"
+            )
+        groups = {
+            name: _described(bins) for name, bins in zip(self._group_names, self._bins, strict=True)
+        }
+        bins = _described(self._bins.sum(0))
+        return {
+            "top5": int(self._counts[3].sum()) / images,
+            "ece": bin_error(bins),
+            "ece_per_group": {
+                name: bin_error(of_group) if any(part["images"] for part in of_group) else None
+                for name, of_group in groups.items()
+            },
+            "reliability": bins,
+        }
+
+
+def _described(bins: Tensor) -> list[dict[str, Any]]:
+    images, right, units = bins
+    return describe_bins(images, right, units.double() / CONFIDENCE_UNITS)
+
+
+def _known(value: Tensor) -> float | None:
+    """Returns a figure, None if it is NaN: there is nothing to take it of."""
+    figure = float(value)
+    return None if math.isnan(figure) else figure
+
+
+def shot_accuracy(
+    preds: Labels, targets: Labels, class_counts: Labels, rule: ShotRule = "fb"
+) -> ShotReport:
+    """Computes the accuracy over all images, per shot group and per class, and the macro F1.
+
+    A group's accuracy is the mean of ``a_c``, the accuracy on class c, over the group's classes
+    that the split has. Macro F1 is the mean of ``2 TP_c / (2 TP_c + FP_c + FN_c)`` over the classes
+    in the targets or the predictions, macro precision that of ``TP_c / (TP_c + FP_c)``, taken as 0
+    where nothing is predicted. The cost is O(N + C).
+
+    >>> print(shot_accuracy([0, 0, 1, 1], [0, 0, 1, 2], class_counts=[500, 50, 5]))
+    all 75.0 %, many_shot (> 100) 100.0 %, medium_shot (20 to 100) 100.0 %,
+    few_shot (< 20) 0.0 %, class mean 66.7 %, macro F1 55.6 %, ECE none
+
+    Args:
+        preds: Predicted classes, integers in [0, C).
+        targets: True classes, integers in [0, C).
+        class_counts: Training images per class.
+        rule: Where the shot groups have their boundaries.
+
+    Shape:
+        preds (N,), targets (N,), class_counts (C,).
+
+    Raises:
+        UsageError: If the shapes differ or a label is not an integer in [0, C).
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, https://arxiv.org/abs/1910.09217
+    """
+    metrics = ShotMetrics(class_counts, rule)
+    metrics._update_preds(preds, targets)
+    return metrics.compute()
+
+
+def evaluate_logits(
+    logits: Tensor, targets: Labels, class_counts: Labels, rule: ShotRule = "fb"
+) -> ShotReport:
+    """Computes :func:`shot_accuracy` of the largest logits, top-5, and the calibration.
+
+    The expected calibration error is that of :func:`~timm_lt.metrics.calibration_error` for the
+    softmax of the logits, over all images and over those whose true class is in each shot group;
+    confidences are rounded to multiples of 2^-32.
+
+    Args:
+        logits: Finite scores.
+        targets: True classes, integers in [0, C).
+        class_counts: Training images per class.
+        rule: Where the shot groups have their boundaries.
+
+    Shape:
+        logits (N, C), targets (N,), class_counts (C,).
+
+    Raises:
+        UsageError: If the shapes do not fit together, a logit is not finite (names the row), or a
+            target is not an integer in [0, C).
+    """
+    metrics = ShotMetrics(class_counts, rule)
+    metrics._update_logits(logits, targets)
+    return metrics.compute()
