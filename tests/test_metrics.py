@@ -377,18 +377,18 @@ def test_objectives():
     preds = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 2, 2, 0, 0, 3, 0, 0, 0])
     report = shot_accuracy(preds, targets, [500, 50, 5, 3])
     found = [objective_value(report, objective) for objective in OBJECTIVES]
-    assert OBJECTIVES == ("all", "few_shot", "harmonic_mean", "worst_class")
-    assert found == pytest.approx([9 / 16, 3 / 8, 3 / (1 + 2 + 8 / 3), 1 / 4])
+    assert OBJECTIVES == ("all", "class_mean", "few_shot", "harmonic_mean", "worst_class")
+    assert found == pytest.approx([9 / 16, 9 / 16, 3 / 8, 3 / (1 + 2 + 8 / 3), 1 / 4])
     assert report.harmonic_mean == pytest.approx(4 / (1 + 2 + 2 + 4))
     assert report.geometric_mean == pytest.approx((1 / 16) ** 0.25)
 
 
 def test_an_objective_without_images_names_the_others():
     report = shot_accuracy([0], [0], [500, 5])
-    words = "no image of a few-shot class; take one of: all, harmonic_mean, worst_class"
+    words = "no image of a few-shot class; take one of: all, class_mean, harmonic_mean, worst_class"
     with pytest.raises(UsageError, match=words):
         objective_value(report, "few_shot")
-    with pytest.raises(UsageError, match=r"unknown objective 'few'.*choose one of: all, few_shot"):
+    with pytest.raises(UsageError, match=r"unknown objective 'few'.*choose one of: all, class_mean"):
         objective_value(report, "few")
 
 

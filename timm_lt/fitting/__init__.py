@@ -13,4 +13,3 @@ from timm_lt.fitting.fit import AUTO as AUTO
 from timm_lt.fitting.fit import DEFAULT_HEADS as DEFAULT_HEADS
 from timm_lt.fitting.fit import fit_head as fit_head
 from timm_lt.fitting.fit import take_best as take_best
-from timm_lt.fitting.objective import Objective as Objective

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
-from timm_lt.fitting.objective import Objective
 from timm_lt.fitting.steps import objective_steps, weighted_steps
 from timm_lt.heads import (
     Head,
@@ -21,6 +20,7 @@ from timm_lt.heads import (
     nonzero_norm,
 )
 from timm_lt.longtail import ShotRule, check_labels, shot_groups
+from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_choice
 
 Adjustment = Literal["norm", "prior"]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.fitting.objective import Objective
 from timm_lt.longtail import ShotRule, check_class_counts, check_no_empty_class, class_counts
+from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_integer
 
 

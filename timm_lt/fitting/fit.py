@@ -10,10 +10,10 @@ from timm_lt.features import Features
 from timm_lt.fitting.base import FITS, check_fit_options
 from timm_lt.fitting.comparison import compare_heads
 from timm_lt.fitting.data import FitData, check_fit_data
-from timm_lt.fitting.objective import Objective
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, as_joint
 from timm_lt.longtail import ShotRule
+from timm_lt.metrics import Objective
 from timm_lt.registry import check_choice, check_options
 
 AUTO = "auto"

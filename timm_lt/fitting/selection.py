@@ -7,9 +7,9 @@ from torch import Tensor
 
 from timm_lt.features import Features
 from timm_lt.fitting.data import FitData
-from timm_lt.fitting.objective import validation_value
 from timm_lt.fitting.rows import row_blocks
 from timm_lt.heads import Head
+from timm_lt.metrics import objective_value, shot_accuracy
 
 H = TypeVar("H", bound=Head)
 
@@ -23,9 +23,8 @@ def predictions(head: Head, features: Features) -> Tensor:
 
 def validation_score(head: Head, data: FitData, val: Features) -> float:
     """Returns the value of the fit's objective on validation."""
-    return validation_value(
-        predictions(head, val), val.targets, data.class_counts, data.rule, data.objective
-    )
+    report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
+    return objective_value(report, data.objective)
 
 
 def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option: str) -> H:

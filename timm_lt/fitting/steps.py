@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from timm_lt.fitting.objective import Objective, check_group
 from timm_lt.longtail import class_counts
+from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError
 
 # Entries of the (edges, C) matrices from which the worst class is taken at a time.
@@ -93,7 +93,11 @@ def objective_steps(
             groups[name] = weighted_steps(low[rows], high[rows], weights[rows])
     if objective == "harmonic_mean":
         return _harmonic_mean(list(groups.values()))
-    return groups[check_group(objective, groups)]
+    if objective not in groups:
+        raise UsageError(
+            f"the split has no image of a few-shot class: take another objective than {objective!r}"
+        )
+    return groups[objective]
 
 
 def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

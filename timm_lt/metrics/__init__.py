@@ -15,6 +15,7 @@ from timm_lt.metrics.shifted import shifted_accuracy as shifted_accuracy
 from timm_lt.metrics.shot_report import OBJECTIVES as OBJECTIVES
 from timm_lt.metrics.shot_report import Objective as Objective
 from timm_lt.metrics.shot_report import ShotReport as ShotReport
+from timm_lt.metrics.shot_report import objective_field as objective_field
 from timm_lt.metrics.shot_report import objective_value as objective_value
 from timm_lt.metrics.streaming import ShotMetrics as ShotMetrics
 from timm_lt.metrics.streaming import evaluate_logits as evaluate_logits

@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_lt.longtail import ShotRule, shot_rule_texts
 from timm_lt.registry import UsageError, check_choice
 
-Objective = Literal["all", "few_shot", "harmonic_mean", "worst_class"]
+Objective = Literal["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
@@ -138,9 +138,9 @@ def objective_value(report: ShotReport, objective: Objective) -> float:
 
     Args:
         report: Figures on validation.
-        objective: ``"all"`` is the accuracy over the images, ``"few_shot"`` the few-shot figure,
-            ``"harmonic_mean"`` the harmonic mean of the many-, medium- and few-shot figures,
-            ``"worst_class"`` the least per-class accuracy.
+        objective: ``"all"`` is the accuracy over the images, ``"class_mean"`` the mean over the
+            classes, ``"few_shot"`` the few-shot figure, ``"harmonic_mean"`` the harmonic mean of
+            the many-, medium- and few-shot figures, ``"worst_class"`` the least per-class accuracy.
 
     Raises:
         UsageError: If the objective is unknown, or the report has no such figure; says which to

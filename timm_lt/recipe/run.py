@@ -23,8 +23,9 @@ from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
-from timm_lt.fitting import AUTO, Objective, check_fit_options
+from timm_lt.fitting import AUTO, check_fit_options
 from timm_lt.losses import create_loss
+from timm_lt.metrics import Objective
 from timm_lt.model import create_model
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import UsageError, check_choice, check_integer
