@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from timm_lt.metrics import ShotMetrics, ShotReport, evaluate_logits, shot_accuracy
 from timm_lt.registry import UsageError
@@ -69,6 +71,26 @@ def test_computing_does_not_end_the_counting():
     assert metrics.compute().to_dict() == evaluate_logits(logits, targets, COUNTS).to_dict()
     # A report keeps what it has.
     assert early.test_images.sum() == early.predicted.sum() == 100
+
+
+@pytest.fixture
+def accelerator():
+    """One of a single process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_reducing_over_one_process_gives_a_copy(accelerator):
+    logits, targets = cases()
+    metrics = streamed(logits[:400], targets[:400], 50)
+    before = metrics.compute().to_dict()
+    whole = metrics.reduce(accelerator)
+    assert whole.compute().to_dict() == before
+    whole.update(logits[400:], targets[400:])
+    assert whole.compute().to_dict() == evaluate_logits(logits, targets, COUNTS).to_dict()
+    # What this process has counted is still its own.
+    assert metrics.compute().to_dict() == before
 
 
 def test_a_batch_may_be_empty():
