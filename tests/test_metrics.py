@@ -388,7 +388,9 @@ def test_an_objective_without_images_names_the_others():
     words = "no image of a few-shot class; take one of: all, class_mean, harmonic_mean, worst_class"
     with pytest.raises(UsageError, match=words):
         objective_value(report, "few_shot")
-    with pytest.raises(UsageError, match=r"unknown objective 'few'.*choose one of: all, class_mean"):
+    with pytest.raises(
+        UsageError, match=r"unknown objective 'few'.*choose one of: all, class_mean"
+    ):
         objective_value(report, "few")
 
 
