@@ -210,6 +210,7 @@ def write_metrics(
             "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
             "seed": recipe.seed,
             "seconds": run.seconds,
+            "validation": run.val_name,
             "kept_epoch": run.kept_epoch,
             "unreadable_images": run.unreadable,
             "num_processes": run.accelerator.num_processes,

@@ -27,7 +27,7 @@ def test_the_best_of_the_heads_is_one_more_head(tmp_path):
     metrics = run(tmp_path / "run", "--heads", heads, "--objective", "worst_class")
     record = metrics["selection"]["auto"]
     compared = dict(record["compared"])
-    assert list(compared) == ["crt", "linear", "ncm"]
+    assert list(compared) == ["linear", "ncm", "crt"]
     assert record["objective"] == "worst_class"
     assert compared[record["head"]] == max(compared.values())
     # Its test figures are those of the head that it is.
@@ -92,6 +92,8 @@ def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, d
     for record in metrics["selection"].values():
         assert record["objective"] == "class_mean"
         assert record["split"] == "train, held out"
+        assert record.get("options", record)["split"] == "train, held out"
+    assert metrics["validation"] == "train, held out"
     assert "on train, held out" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -103,6 +105,11 @@ def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, d
         (["--objective", "f1"], ["objective", "worst_class"]),
         (["--features.views", "0"], ["features.views", ">= 1"]),
         (["--features.dtype", "float64"], ["features.dtype", "bfloat16"]),
+        (
+            ["--features.views", "2", "--data.augmentation", "none"],
+            ["features.views has no effect", "none"],
+        ),
+        (["--features.cache_dir", "pyproject.toml/x"], ["pyproject.toml/x cannot be written"]),
         (["--data.val_fraction", "1"], ["data.val_fraction", "(0, 1)"]),
     ],
 )
@@ -112,3 +119,46 @@ def test_mistakes_are_named_before_training(tmp_path, capsys, arguments, words):
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert not folder.exists()
+
+
+def test_a_cache_within_the_folder_of_the_run_is_refused(tmp_path, capsys):
+    folder = tmp_path / "run"
+    inside = str(folder / "features")
+    arguments = [*DIGITS, "--output", str(folder), "--features.cache_dir", inside]
+    assert train_lt.main(arguments) == 2
+    assert "lies in the folder of the run" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_an_objective_that_the_data_cannot_answer_is_named_before_training(
+    tmp_path, capsys, digits_without_few_shot
+):
+    arguments = [*DIGITS, "--data.name", digits_without_few_shot, "--objective", "few_shot"]
+    assert train_lt.main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert "no few-shot class" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def digits_without_few_shot():
+    @register_dataset("digits_without_few_shot")
+    def source(split):
+        return create_dataset("digits_lt", split="test")
+
+    yield "digits_without_few_shot"
+    del DATASETS._parts["digits_without_few_shot"]
+
+
+@pytest.mark.slow
+def test_what_comes_after_training_can_be_mended_and_gone_on_with(tmp_path):
+    """A run that stopped after training goes on with other heads; a finished one does not."""
+    folder = tmp_path / "run"
+    run(folder, "--heads", "{linear: {}, ncm: {}}")
+    trained = (folder / "model.safetensors").read_bytes()
+    mended = ["--heads", "{linear: {}, tau_norm: {}}", "--objective", "class_mean"]
+    arguments = [*DIGITS, "--output", str(folder), "--resume", *mended]
+    assert train_lt.main(arguments) == 2
+    (folder / "metrics.json").unlink()
+    metrics = run(folder, "--resume", *mended)
+    assert list(metrics["heads"]) == ["linear", "tau_norm"]
+    assert (folder / "model.safetensors").read_bytes() == trained

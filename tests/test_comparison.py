@@ -69,6 +69,8 @@ def test_auto_compares_the_heads_that_it_is_given_by_the_objective():
     head = fit("auto", heads=heads, objective="few_shot")
     assert [name for name, _ in head.selection["compared"]] == list(heads)
     assert head.selection["objective"] == "few_shot"
+    named = fit("auto", heads=["linear", "tau_norm"]).selection["compared"]
+    assert named == fit("auto", heads={"linear": None, "tau_norm": {}}).selection["compared"]
     assert set(dict(fit("auto", classifier=None).selection["compared"])) == {"crt", "ncm"}
 
 
@@ -89,6 +91,8 @@ def test_a_choice_keeps_what_was_selected_before_and_the_heads_as_they_are():
         ({"val": None}, "head 'auto' selects a head on validation features: pass val="),
         ({"heads": {}}, "there are no heads to choose from"),
         ({"heads": {"crtt": {}}}, "did you mean 'crt'"),
+        ({"heads": "linear"}, "must be names of heads, or map each to its options; got 'linear'"),
+        ({"heads": {"linear": 3}}, "must be names of heads, or map each to its options"),
         ({"heads": {"lws": {"tau": 1}}}, "head 'lws' has no option 'tau'"),
         ({"tau": 1.0}, "head 'auto' has no option 'tau'.*heads"),
         ({"classifier": None, "heads": {"tau_norm": {}}}, "starts from the joint classifier"),

@@ -27,6 +27,7 @@ from tests.test_fitting import (
 )
 from timm_lt.features import Features
 from timm_lt.fitting import check_fit_options, rows, sgd, smote
+from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.sgd import number_of_steps
 from timm_lt.fitting.smote import add_smote_rows
@@ -164,11 +165,13 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
     ("name", "options", "message"),
     [
         ("crt", {"smote": "all"}, "a number of rows or 'largest'"),
-        ("crt", {"smote": 0}, "smote must be an integer >= 1"),
+        ("crt", {"smote": 0}, "smote must be an integer from 1"),
+        ("crt", {"smote": 10**13}, "smote must be an integer from 1"),
+        ("crt", {"solver": "sgd", "steps": 10**12}, "steps of head 'crt' must be an integer from"),
         ("crt", {"loss": "focal"}, "choose one of: cross_entropy, balanced_softmax"),
         ("crt", {"solver": "sgd", "steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
-        ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer >= 1"),
+        ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer from 1"),
         ("crt", {"epochs": 3}, "epochs of head 'crt' has no effect with solver 'lbfgs'"),
         ("crt", {"keep": "best"}, "keep of head 'crt' has no effect with solver 'lbfgs'"),
         ("lws", {"keep": "worst"}, "choose one of: last, best"),
@@ -339,3 +342,86 @@ def test_fits_on_features_larger_than_memory_hold_some_blocks_of_them(tmp_path):
     assert set(held) == {"ncm", "lws", "crt", "cosine", "logit_adjusted"}
     # A few blocks of 16 MiB and what is made of them, for all that the allocator keeps.
     assert max(held.values()) < 150, held
+
+
+# Found by review ---------------------------------------------------------------------------------
+
+
+def float64_means(values, targets, space):
+    x = values.double()
+    x = x - x.mean(0) if space == "centered_l2" else x
+    x = x if space == "raw" else x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return torch.stack([x[targets == c].mean(0) for c in range(int(targets.max()) + 1)])
+
+
+@pytest.mark.parametrize("space", ["raw", "l2", "centered_l2"])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+def test_class_means_are_right_far_from_the_origin(space, offset):
+    values = TRAIN.values + offset
+    means = class_means(values, TRAIN.targets, C, (space,), values.double().mean(0))[space]
+    expected = float64_means(values, TRAIN.targets, space)
+    torch.testing.assert_close(means.double(), expected, rtol=1e-5, atol=2e-7 * max(offset, 10))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_features_that_are_all_the_same_have_centered_means_of_zero(rows):
+    features = Features(torch.full((rows, 3), 0.7), torch.zeros(rows, dtype=torch.int64))
+    head = fit(
+        "ncm", train=features, val=None, classifier=None, features="centered_l2", class_counts=None
+    )
+    assert head.weight.abs().max() < 1e-5
+
+
+def test_features_whose_norm_is_beyond_float32_are_an_error():
+    with pytest.raises(UsageError, match="too large"):
+        fit("ncm", train=Features(TRAIN.values * 1e30, TRAIN.targets), features="l2")
+
+
+def test_crt_takes_features_of_any_size():
+    for scale in (1e-25, 1e25):
+        head = fit(
+            "crt",
+            train=Features(TRAIN.values * scale, TRAIN.targets),
+            weight_decay=0.0,
+            max_iterations=20,
+            val=None,
+        )
+        preds = (TEST.values * scale @ head.weight.T + head.bias).argmax(1)
+        assert (preds == TEST.targets).double().mean() > 0.6
+
+
+def test_views_are_of_the_same_images_and_count_once():
+    views = Features(TRAIN.values.repeat(3, 1), TRAIN.targets.repeat(3), views=3)
+    one, three = (
+        fit("logit_adjusted", train=train, class_counts=None, objective="few_shot")
+        for train in (TRAIN, views)
+    )
+    assert three.log_prior.equal(one.log_prior)
+    assert three.selection == one.selection
+
+
+def test_where_an_objective_is_the_same_for_all_the_mean_over_the_classes_decides():
+    """No image of class 3 is ever right, so the worst class is 0 at every tau and decay."""
+    targets = VAL.targets.clone()
+    targets[targets == 3] = 2
+    targets[:1] = 3
+    val = Features(-VAL.values.where(targets[:, None] == 3, -VAL.values), targets)
+    for name in ("tau_norm", "logit_adjusted", "crt", "auto"):
+        worst = fit(name, val=val, objective="worst_class")
+        if worst.selection["val_accuracy"] == 0:
+            mean = fit(name, val=val, objective="class_mean")
+            report = [
+                shot_accuracy(h(val.values).argmax(1), targets, COUNTS) for h in (worst, mean)
+            ]
+            assert report[0].class_mean == pytest.approx(report[1].class_mean)
+
+
+def test_a_disk_without_room_for_smote_is_an_error(monkeypatch):
+    monkeypatch.setattr(smote, "MAX_BYTES", 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(smote.os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match=r"No space left on device.*TMPDIR"):
+        add_smote_rows(TRAIN, C, 50)

@@ -45,6 +45,7 @@ def test_resume_goes_on_with_the_same_recipe(run):
 
 
 def test_resume_refuses_another_recipe_and_names_the_differences(run):
+    (run / "metrics.json").touch()  # finished: its heads are made
     with pytest.raises(UsageError, match="run of another recipe") as caught:
         check(run, OTHER, resume=True)
     message = str(caught.value)

@@ -20,6 +20,8 @@ PER_CLASS = "per_class.csv"
 LOCK = ".lock"
 # What a resumed run may have otherwise: as long as all images were read, it changed nothing.
 MAY_DIFFER = {"data.unreadable"}
+# And what comes after training, which may have stopped there, as long as nothing is made of it.
+AFTER_TRAINING = ("features", "heads", "objective")
 # Everything that a run writes; a folder with anything else in it is never deleted.
 ENTRIES = {
     RECIPE,
@@ -72,13 +74,19 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
     differences = [
         line
         for line in _differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
-        if line.split()[0] not in MAY_DIFFER
+        if not _may_differ(line.split()[0], finished=METRICS in names)
     ]
     if differences:
         raise UsageError(
             f"{folder} holds a run of another recipe ({'; '.join(differences)}); use that recipe, "
             "--overwrite, or another --output"
         )
+
+
+def _may_differ(key: str, *, finished: bool) -> bool:
+    """Returns whether a resumed run may have another value of a key of the recipe."""
+    after = key.split(".")[0] in AFTER_TRAINING
+    return key in MAY_DIFFER or (after and not finished)
 
 
 def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> FileLock:

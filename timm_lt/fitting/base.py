@@ -49,6 +49,8 @@ def register_fit(name: str, *checks: Callable[[dict[str, Any]], None]) -> Callab
 # Ranges of the numbers that fits take, as intervals; the heads check those of their own options.
 FIT_RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)"}
 FIT_MINIMA = {"steps": 1, "epochs": 1, "max_iterations": 1}
+# Beyond it, the draws of a training would not fit into memory.
+FIT_MAXIMUM = 10_000_000
 
 
 def check_fit_options(name: str, options: dict[str, Any]) -> None:
@@ -70,7 +72,8 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
         if key in FIT_RANGES and value is not None:
             check_number(f"{key} of head {name!r}", value, FIT_RANGES[key])
         if key in FIT_MINIMA and value is not None:
-            check_integer(f"{key} of head {name!r}", value, minimum=FIT_MINIMA[key])
+            lowest = FIT_MINIMA[key]
+            check_integer(f"{key} of head {name!r}", value, lowest, FIT_MAXIMUM)
     check_literals(f"head {name!r}", FITS[name], options)
     for check in FIT_CHECKS.get(name, ()):
         check(options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from timm_lt.fitting.rows import take_rows
 from timm_lt.heads.metric import FeatureSpace
 from timm_lt.longtail import class_counts
+from timm_lt.registry import UsageError
 
 # Rows that are summed at a time: in three spaces, they are to come from the processor's cache.
 ROWS = 512
@@ -26,10 +27,9 @@ def class_means(
 ) -> dict[FeatureSpace, Tensor]:
     """Returns the mean of the rows of each class in each space, from one pass over the rows.
 
-    In every space the sum over a class is a weighted sum of its rows: with ``m`` the mean,
-    ``Σ x``, ``Σ x / ‖x‖`` and ``Σ x / ‖x − m‖ − m Σ 1 / ‖x − m‖``. So each row is fetched once, and
-    those of a class that lie near each other are fetched and added up together. Memory is that of
-    the sums and of a few hundred rows.
+    Each row is fetched once, for all spaces; those of a class that lie near each other are fetched
+    and added up together, weighted with their inverse norms. Memory is that of the sums and of a
+    few hundred rows.
 
     Args:
         values: Features, which may lie in a mapped file.
@@ -47,26 +47,19 @@ def class_means(
     [[2.0], [5.0]]
     """
     sums = torch.zeros(len(spaces), num_classes, values.shape[1])
-    # Of 1 / ‖x − m‖ in each class; in the other spaces nothing is subtracted.
-    inverse_norms = torch.zeros(num_classes)
     for rows, labels in _by_class(targets, num_classes):
         block = take_rows(values, rows)
         present, sizes = labels.unique_consecutive(return_counts=True)
         offsets = sizes.cumsum(0) - sizes
         order = torch.arange(len(rows))
         for total, space in zip(sums, spaces, strict=True):
-            weights = _weights(block, space, feature_mean)
-            part = F.embedding_bag(order, block, offsets, mode="sum", per_sample_weights=weights)
+            values_there, weights = _in_space(block, space, feature_mean)
+            part = F.embedding_bag(
+                order, values_there, offsets, mode="sum", per_sample_weights=weights
+            )
             total.index_add_(0, present, part)
-            if space == "centered_l2" and weights is not None:
-                inverse_norms.index_add_(0, labels, weights)
     counts = class_counts(targets, num_classes)[:, None]
-    means = {}
-    for space, total in zip(spaces, sums, strict=True):
-        if space == "centered_l2" and feature_mean is not None:
-            total.addcmul_(inverse_norms[:, None], feature_mean.float(), value=-1)
-        means[space] = total.div_(counts)
-    return means
+    return {space: total.div_(counts) for space, total in zip(spaces, sums, strict=True)}
 
 
 def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,12 +70,16 @@ def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tenso
         yield from zip((order + start).split(ROWS), labels.split(ROWS), strict=True)
 
 
-def _weights(block: Tensor, space: FeatureSpace, mean: Tensor | None) -> Tensor | None:
-    """Returns the inverse lengths (B,) that rows have in a space, None if they stay as they are."""
+def _in_space(
+    block: Tensor, space: FeatureSpace, mean: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns rows (B, D) and their weights (B,), which make them what they are in a space."""
     if space == "raw":
-        return None
+        return block, None
     if space == "centered_l2":
         assert mean is not None
         block = block - mean.float()
     norms: Tensor = torch.linalg.vector_norm(block, dim=1)
-    return norms.clamp_min_(1e-12).reciprocal_()
+    if not norms.isfinite().all():
+        raise UsageError("features are too large: the norm of a row is beyond float32")
+    return block, norms.clamp_min_(1e-12).reciprocal_()

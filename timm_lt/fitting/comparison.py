@@ -39,7 +39,7 @@ def compare_heads(
         rule: Where the shot groups have their boundaries.
 
     Returns:
-        A record as of a selected option: ``head``, the first with the highest value; ``objective``,
+        A record as of a selected option: ``head``, the one with the highest value; ``objective``,
         ``split`` and ``val_accuracy``, that value; ``compared``, each head with its value;
         ``intervals`` of the values and ``behind``, intervals of how far each head lies behind the
         best.
@@ -51,7 +51,8 @@ def compare_heads(
         raise UsageError("there are no heads to choose from")
     reports = {name: shot_accuracy(given, targets, counts, rule) for name, given in preds.items()}
     values = {name: objective_value(report, objective) for name, report in reports.items()}
-    best = max(values, key=values.__getitem__)
+    # Of equals, as where all have a class with no image right, the mean over the classes decides.
+    best = max(values, key=lambda name: (values[name], reports[name].class_mean))
     field = objective_field(objective)
     intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}
     behind = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
-from timm_lt.fitting.steps import objective_steps, weighted_steps
+from timm_lt.fitting.steps import objective_steps, on_common_edges, weighted_steps
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -73,6 +73,9 @@ class AccuracyCurve:
     def maximise(self, objective: Objective = "all") -> tuple[float, float]:
         """Returns the best tau for an objective, and the objective's value there.
 
+        Where it is highest on several stretches of tau, as an objective that is often 0 may be, the
+        mean over the classes decides; then the width of the stretch.
+
         Args:
             objective: As of :func:`timm_lt.fit_head`.
 
@@ -80,16 +83,25 @@ class AccuracyCurve:
             UsageError: If the curve was made without the class counts that the objective needs, or
                 the split has no image of the shot group.
         """
-        edges, values = objective_steps(
-            self.low, self.high, objective, targets=self.targets, shots=self.shots
-        )
+        edges, values = self._steps(objective)
+        order = [values]
+        if objective != "all":
+            edges, order = on_common_edges([(edges, values), self._steps("class_mean")])
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
-        edges, values, ends = edges[near], values[near], ends[near]
-        # Sums in another order may differ by a rounding.
-        width = torch.where(values >= values.max() - 1e-12, ends - edges, -1.0)
+        edges, ends, order = edges[near], ends[near], [values[near] for values in order]
+        best_so_far = torch.ones(len(edges), dtype=torch.bool)
+        for values in order:
+            # Sums in another order may differ by a rounding.
+            best_so_far &= values >= values[best_so_far].max() - 1e-12
+        width = torch.where(best_so_far, ends - edges, -1.0)
         best = int(width.argmax())
-        return float((edges[best] + ends[best]) / 2), float(values[best])
+        return float((edges[best] + ends[best]) / 2), float(order[0][best])
+
+    def _steps(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        return objective_steps(
+            self.low, self.high, objective, targets=self.targets, shots=self.shots
+        )
 
 
 def tau_curve(

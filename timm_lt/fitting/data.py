@@ -87,7 +87,7 @@ def check_fit_data(
     check_fits(features, "features", num_classes, classifier)
     of_features = class_counts(features.targets, num_classes)
     check_no_empty_class(of_features)
-    counts = of_features if counts is None else check_class_counts(counts)
+    counts = of_features // features.views if counts is None else check_class_counts(counts)
     if len(counts) != num_classes:
         raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     check_no_empty_class(counts)

@@ -1,7 +1,7 @@
 """Fitting one head, or the best of several."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, as_joint
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import Objective
-from timm_lt.registry import check_choice, check_options
+from timm_lt.registry import UsageError, check_choice, check_options
 
 AUTO = "auto"
 DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
@@ -43,16 +43,17 @@ def fit_head(
 
     Args:
         name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several of them and
-            takes the one with the highest objective on validation. Its option ``heads`` gives them
-            by name with their options; without it they are those of :data:`DEFAULT_HEADS` that can
-            be fitted from what is passed.
+            takes the one with the highest objective on validation. Its option ``heads`` gives
+            their names, or maps each to its options; without it they are those of
+            :data:`DEFAULT_HEADS` that can be fitted from what is passed.
         features: Training features, values (N, D).
         classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it (an
             ``nn.Linear``, alone or inside of a module, or a 1×1 convolution), or a ``linear`` head;
             needed by the heads that start from it.
         class_counts: Training images per class (C,), on which the joint classifier was trained;
-            None counts the targets. They are the prior of ``logit_adjusted``; what balances classes
-            counts the features that it is given, which may be a part of the training set.
+            None counts the images by their targets. They are the prior of ``logit_adjusted``; what
+            balances classes counts the features that it is given, which may be a part of the
+            training set.
         val: Validation features, values (M, D), with an image of every class.
         seed: A non-negative integer, for the fits that draw batches.
         objective: What is maximised on validation: ``"all"``, accuracy over the images;
@@ -87,17 +88,35 @@ def fit_head(
     return _fit_best(data, **options) if name == AUTO else FITS[name](data, **options).eval()
 
 
-def _fit_best(data: FitData, *, heads: Mapping[str, dict[str, Any]] | None = None) -> Head:
+def _fit_best(
+    data: FitData, *, heads: Mapping[str, dict[str, Any] | None] | Sequence[str] | None = None
+) -> Head:
     """Fits several heads and returns the one with the highest objective on validation."""
     val = data.need_val(AUTO, "a head", "the name of one")
     if heads is None:
-        names = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
-        heads = {name: {} for name in names}
-    for name, options in heads.items():
+        heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
+    candidates = _candidates(heads)
+    for name, options in candidates.items():
         check_fit_options(name, options)
-    fitted = {name: FITS[name](data, **options).eval() for name, options in heads.items()}
+    fitted = {name: FITS[name](data, **options).eval() for name, options in candidates.items()}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
+
+
+def _candidates(
+    heads: Mapping[str, dict[str, Any] | None] | Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Returns the heads that are compared, each with its options."""
+    if isinstance(heads, Mapping):
+        options = {name: {} if given is None else given for name, given in heads.items()}
+    else:
+        options = {} if isinstance(heads, str) else {name: {} for name in heads}
+    if isinstance(heads, str) or not all(isinstance(given, dict) for given in options.values()):
+        raise UsageError(
+            f"heads of head {AUTO!r} must be names of heads, or map each to its options; got "
+            f"{heads!r}"
+        )
+    return options
 
 
 def take_best(

@@ -36,7 +36,7 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     solver = options.get("solver", "lbfgs")
     of_others = ("steps", "epochs", "lr", "keep") if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
-        if key in options:
+        if options.get(key) is not None:
             raise UsageError(f"{key} of head 'crt' has no effect with solver {solver!r}")
     check_length(options)
     check_smote(options.get("smote"))

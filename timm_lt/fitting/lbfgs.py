@@ -101,14 +101,17 @@ def solve_linear(
             # Block by block, or the graph would hold all of them.
             value.backward()
             total += float(value.detach())
-        decay = weight_decay / 2 * (weight / unit).square().sum()
-        decay.backward()
-        return total + float(decay.detach())
+        if weight_decay > 0:
+            decay = weight_decay / 2 / unit**2 * weight.square().sum()
+            decay.backward()
+            total += float(decay.detach())
+        return total
 
     optimizer.step(objective)
     return weight.detach() / unit, None if bias is None else bias.detach()
 
 
 def _root_mean_square(values: Tensor) -> float:
-    total = sum(float(block.square().sum(dtype=torch.float64)) for block in row_blocks(values, 1))
+    # In float64 the square of a float32 is finite, and not 0.
+    total = sum(float(block.double().square().sum()) for block in row_blocks(values, 1))
     return float((total / values.numel()) ** 0.5)

@@ -21,10 +21,13 @@ def predictions(head: Head, features: Features) -> Tensor:
         return torch.cat([head(block).argmax(1) for block in blocks])
 
 
-def validation_score(head: Head, data: FitData, val: Features) -> float:
-    """Returns the value of the fit's objective on validation."""
+def validation_score(head: Head, data: FitData, val: Features) -> tuple[float, float]:
+    """Returns the value of the fit's objective on validation, and what decides between equals.
+
+    That is the mean over the classes: an objective such as the worst class is often 0 for all.
+    """
     report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
-    return objective_value(report, data.objective)
+    return objective_value(report, data.objective), report.class_mean
 
 
 def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option: str) -> H:
@@ -39,9 +42,10 @@ def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option
     scores = [validation_score(head, data, val) for _, head in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     value, head = candidates[best]
-    head.selection = selection_record(option, value, scores[best], data)
-    values = [value for value, _ in candidates]
-    head.selection["compared"] = [list(pair) for pair in zip(values, scores, strict=True)]
+    head.selection = selection_record(option, value, scores[best][0], data)
+    head.selection["compared"] = [
+        [value, score] for (value, _), (score, _) in zip(candidates, scores, strict=True)
+    ]
     return head
 
 

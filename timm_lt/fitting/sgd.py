@@ -23,6 +23,8 @@ MAX_BYTES = 4 * 2**30
 LOOKS = 10
 
 Backward = Callable[[Tensor], None]
+# An objective, and what decides between equals.
+Score = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def train_head(
     sampler: Literal["class_balanced", "instance_balanced"] = "class_balanced",
     log_prior: Tensor | None = None,
     backward: Backward | None = None,
-    score: Callable[[], float] | None = None,
+    score: Callable[[], Score] | None = None,
 ) -> BestStep | None:
     """Trains what is trainable in a head by SGD on batches of features.
 
@@ -144,11 +146,11 @@ def train_head(
 class _Best:
     """Keeps the state of a head that scores highest."""
 
-    def __init__(self, head: Head, score: Callable[[], float], steps: int) -> None:
+    def __init__(self, head: Head, score: Callable[[], Score], steps: int) -> None:
         self.head, self.score = head, score
         self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
         self.compared: list[tuple[int, float]] = []
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.best: tuple[Score, int, dict[str, Tensor]] | None = None
 
     def after(self, step: int) -> None:
         """Looks at the head after some updates, if it is time."""
@@ -157,7 +159,7 @@ class _Best:
         self.head.eval()
         score = self.score()
         self.head.train()
-        self.compared.append((step, score))
+        self.compared.append((step, score[0]))
         if self.best is None or score > self.best[0]:
             self.best = score, step, copy.deepcopy(self.head.state_dict())
 
@@ -166,7 +168,7 @@ class _Best:
         assert self.best is not None
         score, step, state = self.best
         self.head.load_state_dict(state)
-        return BestStep(step, score, self.compared)
+        return BestStep(step, score[0], self.compared)
 
 
 def _cross_entropy(head: Head, features: Features, log_prior: Tensor | None) -> Backward:

@@ -1,5 +1,6 @@
 """Synthetic features of rare classes, between neighbours of the same class (SMOTE)."""
 
+import os
 import tempfile
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +14,8 @@ from timm_lt.registry import UsageError, check_integer
 
 SmoteTarget: TypeAlias = int | Literal["largest"]
 NEIGHBORS = 5
+# Rows of a class, at most.
+MAX_ROWS = 10_000_000
 # Beyond it, the enlarged features go to a file.
 MAX_BYTES = 4 * 2**30
 
@@ -27,7 +30,7 @@ def check_smote(target: SmoteTarget | None) -> None:
                 f"smote must be a number of rows or 'largest', the rows of the largest class; got "
                 f"{target!r}"
             )
-        check_integer("smote", target, minimum=1)
+        check_integer("smote", target, minimum=1, maximum=MAX_ROWS)
     _import_smote()
 
 
@@ -56,7 +59,8 @@ def add_smote_rows(
         seed: Seed of the draws.
 
     Raises:
-        UsageError: If the target is no positive number, or imbalanced-learn is not installed.
+        UsageError: If the target is no positive number, imbalanced-learn is not installed, or there
+            is no room for the rows.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
@@ -72,8 +76,9 @@ def add_smote_rows(
     for block in row_blocks(features.values, 1):
         values[end : end + len(block)] = block
         end += len(block)
+    by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
     for label in missing.nonzero().flatten().tolist():
-        rows = take_rows(features.values, (features.targets == label).nonzero().flatten())
+        rows = take_rows(features.values, by_class[label])
         added = int(missing[label])
         values[end : end + added] = _synthetic(rows, added, seed + label)
         end += added
@@ -98,8 +103,16 @@ def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
 
 def _new_matrix(rows: int, columns: int) -> Tensor:
     """Returns an empty float32 matrix, in a file that goes away with it if it is large."""
-    if rows * columns * 4 <= MAX_BYTES:
+    size = rows * columns * 4
+    if size <= MAX_BYTES:
         return torch.empty(rows, columns)
-    with tempfile.NamedTemporaryFile() as file:
-        file.truncate(rows * columns * 4)
-        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            # All of it now: a full disk would end the process when a page is written.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
+    except OSError as error:
+        raise UsageError(
+            f"smote makes {rows:,} rows, {size / 2**30:.1f} GiB, for which {tempfile.gettempdir()} "
+            f"has no room ({error}): take fewer rows, or set TMPDIR to a folder on another disk"
+        ) from error

@@ -100,12 +100,18 @@ def objective_steps(
     return groups[objective]
 
 
-def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns the harmonic mean of step functions, 0 where one of them is 0."""
+def on_common_edges(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Returns the edges of all of some step functions, and the values of each after them."""
     edges = torch.cat([edges for edges, _ in steps]).unique()
     values = [
         values[torch.searchsorted(own_edges, edges, right=True) - 1] for own_edges, values in steps
     ]
+    return edges, values
+
+
+def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns the harmonic mean of step functions, 0 where one of them is 0."""
+    edges, values = on_common_edges(steps)
     inverse = torch.stack(values).clamp_min(0).reciprocal().mean(0)
     return edges, inverse.reciprocal()
 

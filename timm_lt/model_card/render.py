@@ -248,8 +248,9 @@ def _selection(entry: HeadEntry) -> str:
     """Says how an option was selected."""
     record, option = entry.selection, selected_option(entry.selection) or ""
     compared, objective = record.get("compared"), record.get("objective")
-    how = "the best of all values" if entry.kind in EXACT else "selected"
-    if isinstance(compared, list) and len(compared) > 1:
+    exact = entry.kind in EXACT and option == "tau"
+    how = "the best of all values" if exact else "selected"
+    if isinstance(compared, list) and (len(compared) > 1 or option == "head"):
         how = f"the best of {len(compared):,} {'heads' if option == 'head' else 'values'}"
     text = f"{code(entry.name)}: {plain(option)} = {plain(brief(record[option], 4))}, {how}"
     if isinstance(objective, str):

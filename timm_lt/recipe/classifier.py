@@ -14,6 +14,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.fitting import AUTO, fit_head, take_best
+from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, get_head, head_statistics
 from timm_lt.recipe.run import Run, stage_heads
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
@@ -132,26 +133,26 @@ def fit(run: Run, features: RunFeatures, trained: Mapping[str, Head]) -> dict[st
             )
             seconds[name] = time.perf_counter() - started
             advance(bar)
+    heads = {name: heads[name] for name in run.recipe.heads if name != AUTO}
+    for head in heads.values():
+        if head.selection:
+            head.selection["split"] = run.val_name
     if AUTO in run.recipe.heads:
         started = time.perf_counter()
         heads[AUTO] = choose(run, heads, features)
         seconds[AUTO] = time.perf_counter() - started
-    for head in heads.values():
-        if head.selection and run.splits.val_source != "val":
-            head.selection["split"] = f"{run.splits.val_source}, held out"
     return {name: heads[name] for name in run.recipe.heads}
 
 
 def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
     """Returns the head that is best on validation."""
     val = features.shared["val"]
-    preds = {
-        name: logits_of(head, features.of(name, "val")).argmax(1) for name, head in heads.items()
-    }
+    preds = {name: predictions(head, features.of(name, "val")) for name, head in heads.items()}
     best = take_best(
         heads, preds, val.targets, run.splits.class_counts, run.objective, run.recipe.shot_rule
     )
-    record = best.selection
+    record = best.selection | {"split": run.val_name}
+    best.selection = record
     if record["head"] in features.own:
         features.own[AUTO] = features.own[record["head"]]
     for name, value in record["compared"]:
@@ -167,6 +168,6 @@ def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
 def logits_of(head: Head, features: Features) -> Tensor:
     """Returns the logits (N, C) of a head."""
     with torch.inference_mode():
-        # In the batches that the model would see, so that its logits are the same bits.
+        # In the batches that the model would see: from float32 features come the same bits.
         parts = features.values.split(EVAL_BATCH_SIZE)
         return torch.cat([head(part.float()) for part in parts])

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal, get_args
 
 import timm.data
@@ -24,6 +25,7 @@ from timm_lt.data import Splits, create_augmentation, create_splits, list_augmen
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.fitting import AUTO, check_fit_options
+from timm_lt.longtail import shot_groups
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.model import create_model
@@ -93,6 +95,11 @@ class Run:
         usual: Objective = "all" if self.splits.val_source == "val" else "class_mean"
         return self.recipe.objective or usual
 
+    @property
+    def val_name(self) -> str:
+        """Where validation comes from, as records of what was selected have it."""
+        return "val" if self.splits.val_source == "val" else "train, held out"
+
     def close(self) -> None:
         """Lets another process run in the folder."""
         if self.lock is not None:
@@ -125,12 +132,14 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    check_features(recipe, folder)
     started = time.perf_counter()
     with progress(f"making {recipe.data.name}", None):
         data = recipe.data
         splits = create_splits(
             data.name, root=data.root, val_fraction=data.val_fraction, **data.options
         )
+        check_objective(recipe, splits)
         sampler = create_sampler(
             recipe.sampler.name,
             splits.labels["train"],
@@ -165,6 +174,10 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         }
     seconds = {"data": time.perf_counter() - started}
     log.info("%s", describe(recipe, splits, model))
+    if splits.val_source == "train":
+        log.info(
+            "no validation split: %d of the training images are held out", len(splits.labels["val"])
+        )
     lock = None
     if accelerator.is_main_process:
         lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
@@ -229,6 +242,42 @@ def check_heads(recipe: Recipe) -> None:
                 "out, or add stage: images"
             )
         check_fit_options(name, options)
+
+
+def check_objective(recipe: Recipe, splits: Splits) -> None:
+    """Checks that validation has images of the classes that are to be judged by."""
+    if recipe.objective != "few_shot":
+        return
+    few = shot_groups(splits.class_counts, recipe.shot_rule)["few_shot"]
+    if not few[splits.labels["val"]].any():
+        raise UsageError(
+            "objective few_shot: the data have no few-shot class; take class_mean, or worst_class"
+        )
+
+
+def check_features(recipe: Recipe, folder: Path) -> None:
+    """Checks before training that features can be taken as the recipe has it."""
+    features = recipe.features
+    if features.views is not None and recipe.data.augmentation == "none":
+        raise UsageError(
+            "features.views has no effect with data.augmentation none: every view would be the same"
+        )
+    if features.cache_dir is None:
+        return
+    cache = Path(features.cache_dir).resolve()
+    if cache.is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"features.cache_dir {features.cache_dir} lies in the folder of the run, which holds "
+            "nothing but the run: choose another"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"features.cache_dir {features.cache_dir} cannot be written: {error}"
+        ) from error
 
 
 def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
