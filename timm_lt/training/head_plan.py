@@ -122,8 +122,20 @@ def plan_head_on_images(
         parts = accelerator.num_processes * steps
         batch_size = max(min(BATCH_SIZE, number) // parts, 1) * parts
     check_batch_size(batch_size, number, accelerator.num_processes, steps)
+    if bn == "shift":
+        _check_shared(name, batch_size, accelerator)
     updates = _updates(name, number // batch_size, options.get("epochs"), options.get("steps"))
     return HeadPlan(bn, batch_size, updates)
+
+
+def _check_shared(name: str, batch_size: int, accelerator: Accelerator) -> None:
+    """Refuses batches of one image, which have no variance to normalise by."""
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if batch_size // (processes * steps) < 2:
+        raise UsageError(
+            f"bn shift of head {name!r} needs 2 images or more in each batch, and batch_size "
+            f"{batch_size} leaves 1: take {2 * processes * steps} or more, or bn frozen"
+        )
 
 
 def _check_model(name: str, model: nn.Module, bn: BatchNorm) -> nn.Linear:
