@@ -80,7 +80,7 @@ def seed_epoch(seed: int, epoch: int, process: int) -> None:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Gives Python, NumPy and torch, on the CPU and GPUs, back their random states afterwards."""
+    """Gives Python, NumPy and torch (CPU and CUDA) back their random states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     # To ask for the state of a GPU would start CUDA, and only for that.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
