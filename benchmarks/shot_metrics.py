@@ -10,13 +10,12 @@ that are right. ``counting`` is ``ShotMetrics.update`` with its checks, ``report
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timing import seconds
 from torch import Tensor
 
 from timm_lt.metrics import ShotMetrics, shot_accuracy
@@ -68,16 +67,9 @@ def lean_scan(preds: NDArray, targets: NDArray, num_classes: int) -> list[tuple[
     return rows
 
 
-def seconds(call: Callable[[], object], repeats: int = 1) -> float:
-    """Returns the CPU time of a call, the mean of some in a row."""
-    start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
-
-
 def measure(rounds: int = 9) -> list[Row]:
-    """Returns the times at each size."""
+    """Returns the times at each size, of things that are checked to give the same."""
+    check_equal()
     return [_measure(*size, rounds) for size in SIZES.items()]
 
 
@@ -116,7 +108,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    check_equal()
     names = ("scan", "lean", "counting", "report")
     ratios = ("scan/counting", "required", "lean/counting", "scan/report")
     print(

@@ -16,11 +16,12 @@ class Ratio(NamedTuple):
     bound: str
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Returns the CPU time of some work."""
+def seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    """Returns the CPU time of some work, the mean of some times in a row."""
     started = time.process_time()
-    work()
-    return time.process_time() - started
+    for _ in range(repeats):
+        work()
+    return (time.process_time() - started) / repeats
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> float:

@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -216,6 +218,57 @@ def test_the_same_seed_gives_the_same_bits(pixels, accelerator, kind):
     assert not torch.allclose(first.weight, other.weight, rtol=0.1)
 
 
+def test_global_random_states_stay_as_they_are(pixels, accelerator):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C, drop_rate=0.3)
+    drawn = []
+    for trains in (False, True):
+        random.seed(5), np.random.seed(6), torch.manual_seed(7)  # noqa: NPY002
+        if trains:
+            data = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"))
+            train("crt", model, data, accelerator, bn="shift", steps=1)
+            with pytest.raises(timm_lt.UsageError, match="'crt'"):
+                train("crt", model, data, accelerator, lr=1e38, steps=2, weight_decay=1e10)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+
+
+def test_an_update_that_was_cut_short_is_forgotten(model, data, accelerator):
+    del accelerator
+    accelerator = new_accelerator(accumulation_steps=3)
+    fresh = train("crt", model, data, accelerator, steps=3, batch_size=6)
+
+    class CutShort:
+        """Images whose third batch never comes: the update has two of its three parts."""
+
+        def __getattr__(self, name):
+            return getattr(data, name)
+
+        def __len__(self):
+            return len(data)
+
+        def train_loader(self, *args):
+            loader = data.train_loader(*args)
+
+            class Two:
+                set_epoch = loader.set_epoch
+
+                def __iter__(self):
+                    yield from itertools.islice(loader, 2)
+                    raise KeyboardInterrupt
+
+            return Two()
+
+    # As inside of an update of the caller's own, which goes on afterwards.
+    accelerator.step = 1
+    with pytest.raises(KeyboardInterrupt):
+        train("crt", model, CutShort(), accelerator, steps=3, batch_size=6)
+    assert accelerator.step == 1
+    again = train("crt", model, data, accelerator, steps=3, batch_size=6)
+    assert torch.equal(again.weight, fresh.weight)
+    assert accelerator.step == 1
+
+
 def test_images_are_augmented(model, data, pixels, accelerator):
     moved = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
     heads = [train("crt", model, images, accelerator) for images in (data, moved)]
@@ -388,6 +441,20 @@ def test_wrong_models_and_data_are_named(model, data, accelerator):
         timm.create_model("test_resnet", num_classes=5), data
     )
     assert "train is a list" in message(model, [])
+    assert "batch_size 1 leaves 1: take 2 or more" in message(model, data, bn="shift", batch_size=1)
+
+
+def test_shifting_statistics_need_two_images_in_a_batch(model, accelerator):
+    del accelerator
+    parts = new_accelerator()
+    single = timm.create_model("test_resnet", num_classes=1)
+    with pytest.raises(timm_lt.UsageError, match="bn shift of head 'lws' needs 2 images"):
+        plan_head_on_images("lws", single, many(1), parts, bn="shift")
+    plan_head_on_images("lws", single, many(1), parts)
+    parts = new_accelerator(accumulation_steps=4)
+    with pytest.raises(timm_lt.UsageError, match="batch_size 4 leaves 1: take 8 or more"):
+        plan_head_on_images("crt", model, many(9), parts, bn="shift", batch_size=4)
+    assert plan_head_on_images("crt", model, many(9), parts, bn="shift").batch_size == 8
 
 
 @pytest.mark.parametrize("lr", [1e20, 1e38])

@@ -17,6 +17,7 @@ from torch import nn
 from timm_lt.heads import (
     HEADS,
     Head,
+    as_joint,
     classifier_name,
     create_head,
     fold_head,
@@ -27,6 +28,7 @@ from timm_lt.heads import (
     register_head,
     set_head,
 )
+from timm_lt.heads.statistics import statistics_of
 from timm_lt.registry import UsageError
 
 NEED_A_FIT = ["ncm", "lws", "logit_adjusted"]
@@ -725,6 +727,39 @@ def test_a_model_without_a_linear_classifier_is_refused():
     headless = timm.create_model("test_resnet", num_classes=0)
     with pytest.raises(UsageError, match=r"is Identity.*num_classes >= 1"):
         classifier_name(headless)
+
+
+@pytest.mark.parametrize("wrong", ["fc", None, 3, nn.Linear, (nn.Linear(6, 4), "fc")])
+def test_a_classifier_that_is_no_module_is_refused(wrong):
+    with pytest.raises(UsageError, match=r"takes a module, such as model\.get_classifier\(\), got"):
+        as_joint(wrong)
+
+    class Model(nn.Module):
+        def get_classifier(self):
+            return wrong[1] if isinstance(wrong, tuple) else wrong
+
+    with pytest.raises(UsageError, match="the classifier of Model is "):
+        get_head(Model())
+
+
+def test_the_classifier_in_a_list_is_found():
+    linear = nn.Linear(6, 4)
+    for listed in ([linear], (linear,), nn.ModuleList([linear]), [[nn.Sequential(linear)]]):
+        assert as_joint(listed) is linear
+
+
+def test_heads_with_different_statistics_do_not_go_on_one_model():
+    model = small_model()
+    heads = [usable_head("crt", 96, 4), usable_head("crt", 96, 4), usable_head("ncm", 96, 4)]
+    moved = {"bn1.running_mean": torch.arange(32.0), "bn1.running_var": torch.ones(32)}
+    for head in heads[:2]:
+        head.backbone_statistics = {key: value.clone() for key, value in moved.items()}
+    found = statistics_of(heads, model)
+    assert list(found) == list(moved)
+    assert all(torch.equal(found[key], value) for key, value in moved.items())
+    heads[1].backbone_statistics["bn1.running_var"][-1] = 2.0
+    with pytest.raises(UsageError, match=r"different batch-norm.*instance bn1\.running_var"):
+        statistics_of(heads, model)
 
 
 def test_a_head_copies_the_classifier():

@@ -246,6 +246,35 @@ def test_a_report_has_the_reliability_of_its_logits():
     assert ShotReport.from_dict(as_json).reliability is None
 
 
+@pytest.mark.parametrize(
+    ("confidences", "right", "bins", "message"),
+    [
+        ([], [], 15, r"confidences must be a tensor \(N,\) with N >= 1, got Tensor \(0,\)"),
+        ([[0.5]], [[1]], 15, r"confidences must be .*got Tensor \(1, 1\)"),
+        ([0.5, 0.5], [1], 15, r"confidences \(2,\) and right \(1,\) must have one shape"),
+        ([0.5], [1], 0, "bins must be an integer >= 1, got 0"),
+        ([0.5], [1], 1.5, r"bins must be an integer >= 1, got 1\.5"),
+        ([0.5, 2.0], [1, 1], 15, r"confidences must be in \[0, 1\]: confidences\[1\] = 2\.0"),
+        ([0.5, -0.1], [1, 1], 15, r"confidences\[1\] = -0\.1"),
+        ([0.5, 0.5, math.nan], [1, 1, 1], 15, r"confidences\[2\] = nan"),
+        ([0.5, 0.5], [1, 2], 15, r"right must be 0 or 1, true or false: right\[1\] = 2"),
+        ([0.5], [0.5], 15, r"right\[0\] = 0\.5"),
+    ],
+)
+@pytest.mark.parametrize("function", [calibration_error, reliability])
+def test_confidences_that_are_none_are_refused(function, confidences, right, bins, message):
+    arguments = torch.tensor(confidences, dtype=torch.float64), torch.tensor(right), bins
+    with pytest.raises(UsageError, match=message):
+        function(*arguments)
+
+
+def test_confidences_are_a_tensor():
+    with pytest.raises(UsageError, match=r"confidences must be a tensor .*got list"):
+        reliability([0.5], torch.tensor([1]))
+    with pytest.raises(UsageError, match=r"right must be a tensor .*got ndarray \(1,\)"):
+        calibration_error(torch.tensor([0.5]), np.ones(1))
+
+
 def test_bins_contain_their_upper_end():
     # .6 = 9/15 and .58 lie in one bin, (8/15, 9/15]: |-.6 + .42| / 2.
     confidences = torch.tensor([0.6, 0.58], dtype=torch.float64)
@@ -282,6 +311,21 @@ def test_logits_that_are_not_finite_are_refused(bad):
     logits[17, 2] = logits[17, 3] = logits[30, 0] = bad
     with pytest.raises(UsageError, match=r"row 17 is not \(2 of 400 rows\)"):
         evaluate_logits(logits, targets, [9] * 6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "found"),
+    [
+        (np.eye(2), "ndarray"),
+        ([[1.0, 0.0], [0.0, 1.0]], "list"),
+        (torch.eye(2).bool(), r"a tensor \(2, 2\) of torch\.bool"),
+        (torch.eye(2).long(), r"a tensor \(2, 2\) of torch\.int64"),
+        (torch.ones(2), r"a tensor \(2,\) of torch\.float32"),
+    ],
+)
+def test_logits_that_are_none_are_refused(logits, found):
+    with pytest.raises(UsageError, match=rf"logits must be a floating-point .* got {found}"):
+        evaluate_logits(logits, [0, 1], [5, 5])
 
 
 def test_logits_of_a_wrong_shape_are_refused():

@@ -89,6 +89,9 @@ def test_without_names():
         ("classes.csv", [], "there are no rows"),
         ("classes.csv", [{"class": 0}, {"name": "a"}], r"row 1 has the columns \['name'\]"),
         ("classes.csv", [{"name": "\ud800"}], "which UTF-8 cannot hold"),
+        ("classes.json", [{"f1": 0.5}, {"f1": math.nan}], "row 1 has nan in the column 'f1'"),
+        ("classes.json", [{"f1": math.inf}], "row 0 has inf in the column 'f1'.*JSON"),
+        ("classes.json", [{"class": np.int64(3)}], r"row 0 has np\.int64\(3\) .*a Python number"),
     ],
 )
 def test_bad_rows_write_nothing(tmp_path, path, content, message):

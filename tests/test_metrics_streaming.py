@@ -54,6 +54,24 @@ def test_many_classes_are_judged_in_blocks(monkeypatch):
     assert evaluate_logits(logits, targets, COUNTS).to_dict() == whole
 
 
+def test_the_most_images_with_logits_are_summed_exactly():
+    def sure_and_right(number):
+        metrics = ShotMetrics([5, 5])
+        metrics.update(torch.tensor([[200.0, -200.0]]), [0])
+        metrics._counts *= number
+        metrics._bins *= number
+        return metrics
+
+    assert sure_and_right(2**31 - 1).compute().reliability[-1] == {
+        "images": 2**31 - 1,
+        "confidence": 1.0,
+        "accuracy": 1.0,
+    }
+    # 2^31 confidences in units of 2^-32 are 2^63, one more than the largest int64.
+    with pytest.raises(UsageError, match=r"2147483648 images have logits.*2147483647 or less"):
+        sure_and_right(2**31).compute()
+
+
 def test_the_sum_of_confidences_does_not_drift():
     # In float32 the sum of 200,000 confidences of 0.1 is wrong in the fourth digit.
     logits = torch.zeros(200_000, 10)

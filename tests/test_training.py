@@ -276,6 +276,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accelerator):
         train(three, linear_model())
 
 
+def test_an_update_that_was_cut_short_is_forgotten(accelerator):
+    class Breaks(nn.Module):
+        batches = 0
+
+        def forward(self, logits, targets):
+            self.batches += 1
+            if self.batches == 2:
+                raise KeyboardInterrupt
+            return logits.sum() + targets.sum()
+
+    del accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = create_accelerator(mixed_precision="no", accumulation_steps=4)
+    fresh, again = linear_model(), linear_model()
+    train(accelerator, fresh)
+    with pytest.raises(KeyboardInterrupt):
+        train(accelerator, again, loss=Breaks())
+    # Two of the four parts were begun; no update was made, so the weights are those of the start.
+    assert accelerator.step == 2
+    torch.testing.assert_close(weights(again), weights(linear_model()), rtol=0, atol=0)
+    assert again[1].weight.grad is not None
+    train(accelerator, again)
+    torch.testing.assert_close(weights(again), weights(fresh), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
 def test_clipping_bounds_the_first_step(accelerator, mode):
     """Plain SGD at rate 1: the step is the clipped gradient."""

@@ -5,7 +5,7 @@ instead, and distilled and multi-scale ones have several classifiers, whose logi
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,16 +63,18 @@ def is_classifier(module: object) -> bool:
     return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
-def _as_modules(classifier: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.ModuleList):
-        return [classifier]
-    return [module for part in classifier for module in _as_modules(part)]
+def _as_modules(classifier: object) -> list[Any]:
+    """Returns the parts of nested lists of modules; what is neither stays, to be refused."""
+    if isinstance(classifier, list | tuple | nn.ModuleList):
+        return [module for part in classifier for module in _as_modules(part)]
+    return [classifier]
 
 
 def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Module]:
-    """Yields the last linear module of each branch of a classifier."""
+    """Yields the last linear module of each branch of a classifier; of what is no module, none."""
     if is_classifier(module):
         yield module
+    if is_classifier(module) or not isinstance(module, nn.Module):
         return
     last = None
     for child in module.children():
@@ -85,18 +87,25 @@ def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Mo
         yield last
 
 
-def as_joint(classifier: nn.Module | Iterable[nn.Module]) -> nn.Linear:
+def as_joint(classifier: nn.Module | Sequence[nn.Module]) -> nn.Linear:
     """Returns what a model's ``get_classifier()`` gives as the one ``nn.Linear`` (C, D) that it is.
 
     A module around it is left out, a 1×1 convolution is viewed as one.
 
     Raises:
-        UsageError: If there is none in it, or several.
+        UsageError: If it is neither a module nor a list, tuple or ``nn.ModuleList`` of modules, or
+            there is no linear classifier in it, or several.
 
     >>> as_joint(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
     Linear(in_features=8, out_features=3, bias=True)
     """
     modules = _as_modules(classifier)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise UsageError(
+                "classifier= takes a module, such as model.get_classifier(), got "
+                f"{type(module).__name__} {module!r}"
+            )
     leaves = [leaf for module in modules for leaf in _linear_leaves(module, None)]
     if len(leaves) != 1:
         kinds = ", ".join(type(module).__name__ for module in modules)

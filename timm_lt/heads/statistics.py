@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
@@ -19,7 +20,11 @@ def check_statistics_stay(old: Head) -> None:
 
 
 def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the batch-norm statistics that heads bring along, checked against the model."""
+    """Returns the batch-norm statistics that heads bring along, checked against the model.
+
+    Raises:
+        UsageError: If they are not the model's, or two heads bring different ones.
+    """
     state = model.state_dict()
     statistics: dict[str, Tensor] = {}
     for head in heads:
@@ -29,6 +34,11 @@ def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Ten
                 raise UsageError(
                     f"the head's batch-norm statistics are not the model's: {key} is "
                     f"{tuple(value.shape)} with the head and {there} in {type(model).__name__}"
+                )
+            if key in statistics and not torch.equal(statistics[key], value):
+                raise UsageError(
+                    f"two heads bring different batch-norm statistics, for instance {key}: a "
+                    "backbone has one of them; put on heads that were trained with the same"
                 )
             statistics[key] = value
     return statistics

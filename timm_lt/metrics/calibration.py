@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_lt.registry import UsageError, check_integer
+
 ECE_BINS = 15
 
 
@@ -24,21 +26,50 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
         bins: Number of bins of equal width.
 
     Shape:
-        confidences (N,), right (N,).
+        confidences (N,), right (N,) with N >= 1.
 
     Returns:
         For each bin its number of images, their mean confidence and their accuracy; the last two
         are None for an empty bin.
 
+    Raises:
+        UsageError: If there are no images, the shapes differ, a confidence is not in [0, 1], a
+            value of ``right`` is not 0 or 1, or ``bins`` is not an integer >= 1.
+
     References:
         Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
         https://arxiv.org/abs/1706.04599
     """
+    check_integer("bins", bins, minimum=1)
+    _check_confidences(confidences, right)
     confidences = confidences.double()
     bin_of = confidence_bins(confidences, bins)
     images = torch.bincount(bin_of, minlength=bins)
     sums = [torch.bincount(bin_of, v, minlength=bins) for v in (right.double(), confidences)]
     return describe_bins(images, *sums)
+
+
+def _check_confidences(confidences: Tensor, right: Tensor) -> None:
+    for noun, values in (("confidences", confidences), ("right", right)):
+        if not isinstance(values, Tensor) or values.ndim != 1 or len(values) == 0:
+            shape = tuple(getattr(values, "shape", ()))
+            raise UsageError(
+                f"{noun} must be a tensor (N,) with N >= 1, got {type(values).__name__} {shape}"
+            )
+    if confidences.shape != right.shape:
+        raise UsageError(
+            f"confidences {tuple(confidences.shape)} and right {tuple(right.shape)} must have one "
+            "shape"
+        )
+    # Of NaN both comparisons are false.
+    _check_all((confidences >= 0) & (confidences <= 1), confidences, "confidences", "in [0, 1]")
+    _check_all((right == 0) | (right == 1), right, "right", "0 or 1, true or false")
+
+
+def _check_all(valid: Tensor, values: Tensor, noun: str, wanted: str) -> None:
+    if not valid.all():
+        index = int((~valid).nonzero()[0])
+        raise UsageError(f"{noun} must be {wanted}: {noun}[{index}] = {values[index].item()}")
 
 
 def confidence_bins(confidences: Tensor, bins: int = ECE_BINS) -> Tensor:
@@ -81,6 +112,10 @@ def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) 
 
     Shape:
         confidences (N,), right (N,) with N >= 1.
+
+    Raises:
+        UsageError: If there are no images, the shapes differ, a confidence is not in [0, 1], a
+            value of ``right`` is not 0 or 1, or ``bins`` is not an integer >= 1.
 
     References:
         Guo et al., On Calibration of Modern Neural Networks, ICML 2017,

@@ -1,6 +1,6 @@
 """Counting: integers per class and per bin of confidence, and the figures that follow from them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from timm_lt.registry import UsageError
 
 TOP = 5
 # Confidences are summed as integers, in units of 2^-32: a sum of integers does not depend on its
-# order, and that of 2^31 confidences fits int64.
-CONFIDENCE_UNITS, MAX_SCORED = 2**32, 2**31
+# order, and that of 2^31 - 1 confidences of 1 fits int64, whose largest number is 2^63 - 1.
+CONFIDENCE_UNITS, MAX_SCORED = 2**32, 2**31 - 1
 # Entries of the logits that are judged at a time.
 BLOCK = 2**22
 
@@ -42,6 +42,23 @@ def count_classes(counts: Tensor, preds: Tensor, targets: Tensor) -> None:
     cells += targets.numpy()
     counts.view(-1).scatter_add_(0, torch.from_numpy(cells), ones)
     counts[2].scatter_add_(0, preds, ones)
+
+
+def are_logits(outputs: object) -> TypeGuard[Tensor]:
+    """Returns whether outputs are logits: a floating-point tensor with two dimensions."""
+    return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point()
+
+
+def check_logits(logits: object) -> None:
+    """Refuses what :func:`are_logits` denies."""
+    if not are_logits(logits):
+        kind = type(logits).__name__
+        if isinstance(logits, Tensor):
+            kind = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
+        raise UsageError(
+            f"logits must be a floating-point tensor (N, C), got {kind}; torch.as_tensor makes a "
+            "tensor of an array"
+        )
 
 
 def check_finite(logits: Tensor) -> None:

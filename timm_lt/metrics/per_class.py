@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,8 +137,8 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         rows: At least one; all have the same keys, the columns.
 
     Raises:
-        UsageError: If the suffix is another, rows have other keys or there are none, or a text has
-            no UTF-8.
+        UsageError: If the suffix is another, rows have other keys or there are none, a text has no
+            UTF-8, or JSON has no word for a value, such as NaN or a number of NumPy's.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
@@ -149,6 +150,7 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         if list(row) != columns:
             raise UsageError(f"row {number} has the columns {list(row)}, row 0 has {columns}")
     if path.suffix == ".json":
+        _check_json(rows)
         write_json(path, [dict(row) for row in rows])
         return
     text = io.StringIO(newline="")
@@ -161,6 +163,18 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         bad = error.object[error.start : error.end]
         raise UsageError(f"a text of the rows has {bad!r}, which UTF-8 cannot hold") from error
     write_atomic(path, content)
+
+
+def _check_json(rows: Sequence[Mapping[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        for column, value in row.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UsageError(
+                    f"row {number} has {value!r} in the column {column!r}, which JSON cannot hold: "
+                    "take a Python number that is finite, a text or None"
+                ) from error
 
 
 def _cell(value: object) -> object:

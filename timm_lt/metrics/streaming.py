@@ -13,7 +13,9 @@ from timm_lt.metrics.counting import (
     CONFIDENCE_UNITS,
     MAX_SCORED,
     accuracy_figures,
+    are_logits,
     check_finite,
+    check_logits,
     count_bins,
     count_classes,
     judge,
@@ -85,7 +87,7 @@ class ShotMetrics:
         """
         if len(outputs) == len(targets) == 0:
             return
-        if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point():
+        if are_logits(outputs):
             self._update_logits(outputs, targets)
         else:
             self._update_preds(outputs, targets)
@@ -101,6 +103,7 @@ class ShotMetrics:
         count_classes(self._counts, preds, targets)
 
     def _update_logits(self, logits: Tensor, targets: Labels) -> None:
+        check_logits(logits)
         targets = check_labels(targets, self.num_classes, noun="targets")
         if logits.shape != (len(targets), self.num_classes):
             raise UsageError(
@@ -156,7 +159,7 @@ class ShotMetrics:
 
         Raises:
             UsageError: If there are none; if some came with logits and others, from another process
-                or accumulator, without; or if more than 2^31 came with logits.
+                or accumulator, without; or if 2^31 or more came with logits.
         """
         wrong, right, predicted, _ = self._counts.double()
         images = wrong + right
@@ -276,8 +279,8 @@ def evaluate_logits(
         logits (N, C), targets (N,), class_counts (C,).
 
     Raises:
-        UsageError: If the shapes do not fit together, a logit is not finite (names the row), or a
-            target is not an integer in [0, C).
+        UsageError: If the logits are not a floating-point tensor, the shapes do not fit together, a
+            logit is not finite (names the row), or a target is not an integer in [0, C).
     """
     metrics = ShotMetrics(class_counts, rule)
     metrics._update_logits(logits, targets)

@@ -16,12 +16,13 @@ from timm_lt.data.images import Images
 from timm_lt.heads import CRTHead, Head, LWSHead, get_head, seeded_linear, set_head
 from timm_lt.registry import UsageError, check_integer
 from timm_lt.samplers import create_sampler
-from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
+from timm_lt.training.epoch import kept_random_state, run_updates, seed_epoch, share_buffers
 from timm_lt.training.head_plan import BatchNorm, HeadPlan, plan_head_on_images
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.update import Losses, Update, cpu_copy
 
 
+@kept_random_state()
 def train_head_on_images(
     name: str,
     model: nn.Module,
@@ -54,7 +55,8 @@ def train_head_on_images(
     the paper's networks lack, are active. These statistics are the head's ``backbone_statistics``.
 
     What is random is a function of the seed, so on one CPU process a second call gives the same
-    bits. A call that is interrupted starts again; there is no state to resume from.
+    bits; the random states of Python, NumPy and torch are afterwards what they were. A call that is
+    interrupted starts again; there is no state to resume from.
 
     Args:
         name: ``"crt"`` or ``"lws"``.
@@ -208,11 +210,15 @@ def _frozen_copy(
 
 @contextmanager
 def _forgotten(accelerator: Accelerator) -> Iterator[None]:
-    """Makes the accelerator forget what is prepared in the block: it would keep every copy."""
+    """Makes the accelerator forget what is prepared in the block: it would keep every copy.
+
+    It goes on counting the batches of its caller's update where it was.
+    """
     prepared = (accelerator._models, accelerator._optimizers, accelerator._dataloaders)
-    before = [len(parts) for parts in prepared]
+    before, step = [len(parts) for parts in prepared], accelerator.step
     try:
         yield
     finally:
         for parts, number in zip(prepared, before, strict=True):
             del parts[number:]
+        accelerator.step = step

@@ -11,15 +11,14 @@ from torch import nn
 from timm_lt.checkpoint import is_statistic
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, check_head_options, get_head, head_option_names
+from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import check_no_empty_class, class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number, unknown_name
 from timm_lt.samplers import create_sampler
 from timm_lt.training.checks import check_batch_size
 
 BatchNorm = Literal["frozen", "shift"]
-# Epochs of the reference code on ImageNet-LT, and the least updates on small data.
-LENGTHS = {"crt": (10, 1000), "lws": (5, 500)}
-BATCH_SIZE = 512
+LENGTHS = {"crt": CRT_LENGTH, "lws": LWS_LENGTH}
 RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)", "momentum": "[0, 1)"}
 COUNTS = ("epochs", "steps", "batch_size")
 OPTIONS = ("bn", *COUNTS, *RANGES, "sampler", "sampler_options")
@@ -122,8 +121,22 @@ def plan_head_on_images(
         parts = accelerator.num_processes * steps
         batch_size = max(min(BATCH_SIZE, number) // parts, 1) * parts
     check_batch_size(batch_size, number, accelerator.num_processes, steps)
-    updates = _updates(name, number // batch_size, options.get("epochs"), options.get("steps"))
+    if bn == "shift":
+        _check_shared(name, batch_size, accelerator)
+    updates = LENGTHS[name].updates(
+        number, batch_size=batch_size, epochs=options.get("epochs"), steps=options.get("steps")
+    )
     return HeadPlan(bn, batch_size, updates)
+
+
+def _check_shared(name: str, batch_size: int, accelerator: Accelerator) -> None:
+    """Refuses batches of one image, which have no variance to normalise by."""
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if batch_size // (processes * steps) < 2:
+        raise UsageError(
+            f"bn shift of head {name!r} needs 2 images or more in each batch, and batch_size "
+            f"{batch_size} leaves 1: take {2 * processes * steps} or more, or bn frozen"
+        )
 
 
 def _check_model(name: str, model: nn.Module, bn: BatchNorm) -> nn.Linear:
@@ -139,12 +152,3 @@ def _check_model(name: str, model: nn.Module, bn: BatchNorm) -> nn.Linear:
             "batch-norm statistics: leave it out"
         )
     return classifier
-
-
-def _updates(name: str, per_epoch: int, epochs: int | None, steps: int | None) -> int:
-    if steps is not None:
-        return steps
-    if epochs is not None:
-        return epochs * per_epoch
-    reference, least = LENGTHS[name]
-    return max(reference * per_epoch, least)

@@ -83,6 +83,8 @@ def train_representation(
 ) -> Training:
     """Trains a model on all its parameters.
 
+    The global random states of Python, NumPy and torch are seeded at every epoch and stay so.
+
     Args:
         model: A timm model with its joint classifier; it is changed in place, except under FSDP.
         train: Training images.
@@ -212,6 +214,8 @@ class _Loop:
             if self.sharded:
                 raise UsageError("ema.decay does not work under FSDP: leave it out")
             self.ema.to(accelerator.device).to(memory_format=torch.channels_last)
+        # Of an update that was cut short, or of its owner: the first update would add to them.
+        model.zero_grad()
         raw_optimizer = create_optimizer_v2(model, **optimizer)
         self.schedule = Schedule(
             raw_optimizer, scheduler, epochs=epochs, updates_per_epoch=self.updates
