@@ -23,8 +23,9 @@ from torch import nn
 from timm_lt import Features
 from timm_lt.accelerator import keep_freed_memory
 from timm_lt.fitting.class_means import class_means
-from timm_lt.fitting.sgd import BATCH_SIZE, scale_gradient, train_head
+from timm_lt.fitting.sgd import scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
+from timm_lt.heads.lengths import BATCH_SIZE
 
 WIDTH = 2048
 SPACES = ("raw", "l2", "centered_l2")

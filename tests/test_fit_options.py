@@ -29,8 +29,8 @@ from timm_lt.features import Features
 from timm_lt.fitting import check_fit_options, rows, sgd, smote
 from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
-from timm_lt.fitting.sgd import number_of_steps
 from timm_lt.fitting.smote import add_smote_rows
+from timm_lt.heads.lengths import CRT_LENGTH
 from timm_lt.metrics import shot_accuracy
 from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
@@ -78,11 +78,11 @@ def test_balanced_softmax_by_sgd_draws_rows_as_they_are_distributed():
 
 def test_the_length_goes_by_epochs_on_large_data_and_by_steps_on_small():
     # ImageNet-LT has 115,846 images: 226 updates of 512.
-    assert number_of_steps(None, None, 115_846, usual=(10, 1000)) == 2260
-    assert number_of_steps(None, 3, 115_846, usual=(10, 1000)) == 678
-    assert number_of_steps(None, None, 100, usual=(10, 1000)) == 1000
-    assert number_of_steps(None, 3, 100, usual=(10, 1000)) == 3
-    assert number_of_steps(7, None, 115_846, usual=(10, 1000)) == 7
+    assert CRT_LENGTH.updates(115_846) == 2260
+    assert CRT_LENGTH.updates(115_846, epochs=3) == 678
+    assert CRT_LENGTH.updates(100) == 1000
+    assert CRT_LENGTH.updates(100, epochs=3) == 3
+    assert CRT_LENGTH.updates(115_846, steps=7) == 7
 
 
 def test_epochs_are_as_many_steps():

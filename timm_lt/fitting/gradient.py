@@ -13,12 +13,12 @@ from timm_lt.fitting.selection import select, selection_record, validation_score
 from timm_lt.fitting.sgd import (
     BestStep,
     check_length,
-    number_of_steps,
     scale_gradient,
     train_head,
 )
 from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote
 from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
+from timm_lt.heads.lengths import CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 
@@ -27,8 +27,6 @@ Loss = Literal["cross_entropy", "balanced_softmax"]
 Keep = Literal["last", "best"]
 # From strong to weak: each solution is a good start for the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-# Epochs of Kang et al. on ImageNet-LT, and updates that small data need.
-CRT_LENGTH, LWS_LENGTH = (10, 1000), (5, 500)
 
 
 def _check_crt_options(options: dict[str, Any]) -> None:
@@ -87,7 +85,7 @@ def fit_crt(
         head,
         features,
         seed=data.seed,
-        steps=number_of_steps(steps, epochs, features.num_images, usual=CRT_LENGTH),
+        steps=CRT_LENGTH.updates(features.num_images, epochs=epochs, steps=steps),
         lr=lr,
         weight_decay=5e-4 if weight_decay is None else weight_decay,
         sampler="instance_balanced" if balanced else "class_balanced",
@@ -162,7 +160,7 @@ def fit_lws(
         head,
         data.features,
         seed=data.seed,
-        steps=number_of_steps(steps, epochs, data.features.num_images, usual=LWS_LENGTH),
+        steps=LWS_LENGTH.updates(data.features.num_images, epochs=epochs, steps=steps),
         lr=lr,
         weight_decay=weight_decay,
         backward=scale_gradient(head, data.features),
@@ -187,7 +185,7 @@ def fit_cosine(
     if data.classifier is None:
         nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
     head = CosineHead.from_classifier(linear, scale=scale, learn_scale=learn_scale)
-    length = number_of_steps(steps, epochs, data.features.num_images, usual=CRT_LENGTH)
+    length = CRT_LENGTH.updates(data.features.num_images, epochs=epochs, steps=steps)
     train_head(head, data.features, seed=data.seed, steps=length, lr=lr)
     return head
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks, take_rows
 from timm_lt.heads import Head, LWSHead
+from timm_lt.heads.lengths import BATCH_SIZE
 from timm_lt.registry import UsageError, check_integer, check_number
 from timm_lt.samplers import create_sampler
 
-BATCH_SIZE = 512
 # Largest number of bytes that cached logits may take; beyond it they are computed when drawn.
 MAX_BYTES = 4 * 2**30
 # How often during training validation is looked at, if it is.
@@ -40,29 +40,6 @@ class BestStep:
     step: int
     score: float
     compared: list[tuple[int, float]]
-
-
-def number_of_steps(
-    steps: int | None, epochs: int | None, images: int, *, usual: tuple[int, int]
-) -> int:
-    """Returns for how many updates to train, of 512 rows each.
-
-    >>> number_of_steps(None, None, 115_846, usual=(10, 1000))
-    2260
-    >>> number_of_steps(None, None, 10_847, usual=(10, 1000))
-    1000
-
-    Args:
-        steps: Given as such, or None.
-        epochs: Given as epochs, or None.
-        images: Images of an epoch.
-        usual: Epochs of the paper, and the least number of updates: an epoch of a small data set is
-            a handful of them.
-    """
-    if steps is not None:
-        return steps
-    updates = max(images // BATCH_SIZE, 1)
-    return max(usual[0] * updates, usual[1]) if epochs is None else epochs * updates
 
 
 def check_length(options: dict[str, Any]) -> None:
