@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
+from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
-from timm_lt.data.fingerprint import digest, images_fingerprint, stable_repr, tensor_fingerprint
+from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
@@ -132,7 +133,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
         parts = [images_fingerprint(self.dataset), tensor_fingerprint(self.labels), *self.size]
-        parts += [self._preprocessing, stable_repr(self.transform)]
+        parts += [self._preprocessing, described(self.transform), self.unreadable]
         if self.augmented:
             parts += [self._augmentation, str(self._key)]
         return digest(*parts)

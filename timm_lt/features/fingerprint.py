@@ -9,7 +9,8 @@ from typing import Any
 from timm.data.loader import PrefetchLoader
 from torch import nn
 
-from timm_lt.data.fingerprint import dataset_fingerprint, digest, tensor_fingerprint
+from timm_lt.data.described import plain_options, qualified_name, tensor_fingerprint
+from timm_lt.data.fingerprint import dataset_fingerprint, digest
 from timm_lt.data.loader import Loader
 from timm_lt.features.order import num_images
 from timm_lt.registry import UsageError
@@ -28,9 +29,9 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
         for name, tensor in tensors
         if not _within(name, classifier)
     }
-    # Strides and the like are in no tensor.
+    # Strides, the kind of pooling and the like are in no tensor.
     parts = {
-        name: f"{type(part).__name__}({part.extra_repr()})"
+        name: [qualified_name(type(part)), part.extra_repr(), plain_options(part)]
         for name, part in model.named_modules()
         if not _within(name, classifier)
     }
