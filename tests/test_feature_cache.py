@@ -27,7 +27,7 @@ import timm_lt
 from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
-from timm_lt.data.images import ImageTensors
+from timm_lt.data.images import ImageTensors, batches
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
 from timm_lt.features import cache, extract_features
@@ -133,11 +133,11 @@ def test_what_is_written_to_the_values_stays_in_memory(tmp_path):
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
     model = small_model()
     data = in_memory(missing=[0, 1, 2, 3, 9])
-    loader = DataLoader(data, 4, collate_fn=lambda batch: batch)
+    loader = batches(data, 4)
     features = extract_features(model, loader, cache_dir=tmp_path)
     assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
     assert features.values.equal(extract_features(model, loader).values)
-    nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=lambda batch: batch)
+    nothing = batches(in_memory(missing=range(N)), 4)
     with pytest.raises(UsageError, match="no images that can be read"):
         extract_features(model, nothing, cache_dir=tmp_path)
 

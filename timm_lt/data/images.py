@@ -278,9 +278,9 @@ def batches(
         sampler: Draws of images, in order; None is the order of the data set.
         drop_last: Leave out a last batch that is not full.
     """
-    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_it_is)
+    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=as_it_is)
 
 
-def _as_it_is(batch: list[Any]) -> list[Any]:
-    # What __getitems__ returned is a batch already.
+def as_it_is(batch: list[Any]) -> list[Any]:
+    """Returns what ``__getitems__`` returned: it is a batch already."""
     return batch

@@ -140,7 +140,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
 
     def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
         if options.get("use_prefetcher", True):
-            options.setdefault("collate_fn", _collate)
+            options.setdefault("collate_fn", collate)
         # create_loader gives the data set its transform.
         return create_loader(
             copy.copy(self),
@@ -195,7 +195,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         return pairs
 
 
-def _collate(batch: list[tuple[Any, int]]) -> Batch:
+def collate(batch: list[tuple[Any, int]]) -> Batch:
     """Returns what timm's collate function does, with the channels last in memory."""
     if not isinstance(batch[0][0], Tensor):
         # Of a transform that is not timm's.
