@@ -27,7 +27,7 @@ import timm_lt
 from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
-from timm_lt.data.images import ImageTensors
+from timm_lt.data.images import ImageTensors, batches
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
 from timm_lt.features import cache, extract_features
@@ -51,8 +51,8 @@ def accelerator():
 def small_model():
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=C)
-    model.images = []
-    model.conv1.register_forward_hook(lambda _, images, __: model.images.append(len(images[0])))
+    model._seen = []
+    model.conv1.register_forward_hook(lambda _, images, __: model._seen.append(len(images[0])))
     return model
 
 
@@ -75,9 +75,9 @@ def tensors(number=N, seed=1):
 
 def ran(model, loader, folder, **options):
     """How many images the backbone saw."""
-    model.images.clear()
+    model._seen.clear()
     timm_lt.extract_features(model, loader, cache_dir=folder, **options)
-    return sum(model.images)
+    return sum(model._seen)
 
 
 # What is in it ------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_a_cache_has_the_bits_of_features_in_memory_and_is_a_safetensors_file(tm
         assert features.values.equal(expected)
         assert features.targets.equal(LABELS)
         assert extract_features(model, loader, dtype=dtype).values.equal(expected)
-    assert sum(model.images) == 4 * N
+    assert sum(model._seen) == 4 * N
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, "pt") as file:
         assert file.get_tensor("values").equal(expected)
@@ -133,11 +133,11 @@ def test_what_is_written_to_the_values_stays_in_memory(tmp_path):
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
     model = small_model()
     data = in_memory(missing=[0, 1, 2, 3, 9])
-    loader = DataLoader(data, 4, collate_fn=lambda batch: batch)
+    loader = batches(data, 4)
     features = extract_features(model, loader, cache_dir=tmp_path)
     assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
     assert features.values.equal(extract_features(model, loader).values)
-    nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=lambda batch: batch)
+    nothing = batches(in_memory(missing=range(N)), 4)
     with pytest.raises(UsageError, match="no images that can be read"):
         extract_features(model, nothing, cache_dir=tmp_path)
 
@@ -565,7 +565,7 @@ def test_a_second_process_waits_and_reads(tmp_path):
     threads[1].start()
     for thread in threads:
         thread.join()
-    assert (sum(first.images), sum(second.images)) == (N, 0)
+    assert (sum(first._seen), sum(second._seen)) == (N, 0)
     assert results[0].equal(results[1])
 
 
@@ -631,10 +631,10 @@ def test_views_are_gone_on_with_in_the_middle(tmp_path, monkeypatch, accelerator
     failing.__class__ = Failing
     with pytest.raises(KeyboardInterrupt):
         take(failing.views_loader(4, accelerator), cache_dir=tmp_path)
-    model.images.clear()
+    model._seen.clear()
     features = take(data.views_loader(4, accelerator), cache_dir=tmp_path)
     # Accelerate reads ahead: when the third batch of a view cannot be read, the first is whole.
-    assert model.images == [4, 3, 4, 4, 3]
+    assert model._seen == [4, 3, 4, 4, 3]
     assert features.values.equal(expected)
     # Another seed is another augmentation.
     data.seed += 1

@@ -7,7 +7,8 @@ import datasets
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_lt.data.fingerprint import digest, images_fingerprint, stable_repr
+from timm_lt.data.described import described
+from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.registry import UsageError
 
 
@@ -43,7 +44,7 @@ class ImageRows(Dataset[tuple[Any, int]]):
         if self._image != "image":
             images = images.rename_column(self._image, "image")
         labels = [int(label) for label in self.rows.with_format("numpy")[self._label][:]]
-        return digest(images_fingerprint(images), labels, stable_repr(self.transform))
+        return digest(images_fingerprint(images), labels, described(self.transform))
 
 
 def image_column(rows: datasets.Dataset) -> str:

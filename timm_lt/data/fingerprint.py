@@ -1,20 +1,19 @@
 """Fingerprints: digests of all that decides what a data set shows, equal in every process."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-import torch
 from datasets import Dataset
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
+from timm_lt.data.described import described, qualified_name, stable_repr, tensor_fingerprint
 from timm_lt.data.reading import encoded_images
 from timm_lt.registry import UsageError
 
@@ -26,28 +25,49 @@ def dataset_fingerprint(data: object) -> str:
     """Returns a digest of the samples of a data set in their order, and of its transform.
 
     It is known for data sets that have a method ``fingerprint() -> str``, timm's ``ImageDataset``
-    of a folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them.
-    A file counts as another when its path, its size or its time of change is another.
+    of a folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them;
+    not for a class derived from one of these that has a ``__getitem__`` of its own. A file counts
+    as another when its path, its size or its time of change is another.
 
     Raises:
-        UsageError: If the data set is none of these, or a file is missing.
+        UsageError: If the data set is none of these, its transform does not say what it does, or a
+            file is missing.
     """
-    if hasattr(data, "fingerprint"):
-        return str(data.fingerprint())
-    if isinstance(data, Subset):
+    fingerprint = getattr(data, "fingerprint", None)
+    if callable(fingerprint):
+        return str(fingerprint())
+    if isinstance(data, Subset) and _reads_as(data, Subset):
         return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
-    if isinstance(data, TensorDataset):
+    if isinstance(data, TensorDataset) and _reads_as(data, TensorDataset):
         return digest(*map(tensor_fingerprint, data.tensors))
-    if isinstance(data, ImageDataset) and isinstance(data.reader, ReaderImageFolder):
-        options = [data.transform, data.target_transform, data.input_img_mode]
-        return digest(_files(data.reader.samples), map(stable_repr, options))
-    if isinstance(data, DatasetFolder):
-        options = [data.transform, data.target_transform, data.transforms, data.loader.__name__]
-        return digest(_files(data.samples), map(stable_repr, options))
+    if isinstance(data, ImageDataset) and _reads_as(data, ImageDataset):
+        # Of other readers it is not known what they read.
+        if type(data.reader) is ReaderImageFolder:
+            options = [data.transform, data.target_transform, data.input_img_mode, data.load_bytes]
+            return digest(_files(data.reader.samples), map(described, options))
+    elif isinstance(data, DatasetFolder) and _reads_as(data, DatasetFolder):
+        options = [data.transform, data.target_transform, data.transforms, _function(data.loader)]
+        return digest(_files(data.samples), map(described, options))
     raise UsageError(
         f"what a {type(data).__name__} shows is not known: pass key= with a word that stands for "
         "its samples and their transform"
     )
+
+
+def _reads_as(data: object, known: type) -> bool:
+    """Tells whether a data set reads its samples as the known class that it is derived from."""
+    methods = ("__getitem__", "__getitems__")
+    return all(getattr(type(data), name, None) is getattr(known, name, None) for name in methods)
+
+
+def _function(loader: object) -> str:
+    """Returns the name of a folder's function that reads a file."""
+    if not isinstance(loader, FunctionType) or "<" in loader.__qualname__:
+        raise UsageError(
+            f"what the loader {loader!r} of a folder does is not known: make it a function of a "
+            "module, or pass key= with a word that stands for the samples and their transform"
+        )
+    return qualified_name(loader)
 
 
 def images_fingerprint(dataset: Dataset) -> str:
@@ -70,28 +90,6 @@ def images_fingerprint(dataset: Dataset) -> str:
                 content = _file(image["path"]).encode()
             state.update(len(content).to_bytes(8, "little") + content)
     return digest(state.hexdigest(), stable_repr(dataset.features["image"]))
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """Returns a digest of a tensor's values, type and shape."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    content = sha256(flat.view(torch.uint8).numpy().data)
-    return digest(content.hexdigest(), str(tensor.dtype), list(tensor.shape))
-
-
-def stable_repr(thing: object) -> str:
-    """Returns the description of a transform.
-
-    Raises:
-        UsageError: If it names a place in memory, which is another in every process.
-    """
-    text = repr(thing)
-    if re.search(r" at 0x[0-9a-fA-F]+", text):
-        raise UsageError(
-            f"{text[:80]} does not say what it does: give it a __repr__ that does, or pass key= "
-            "with a word that stands for the samples and their transform"
-        )
-    return text
 
 
 def digest(*parts: object) -> str:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
+from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
-from timm_lt.data.fingerprint import digest, stable_repr, tensor_fingerprint
+from timm_lt.data.fingerprint import digest
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
@@ -155,11 +156,9 @@ class ImageTensors(TorchDataset[Batch]):
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
         tensors = (self.images, self._targets, self.mean, self.std)
-        parts = [digest(*map(tensor_fingerprint, tensors))]
-        if self.augmentation.count:
-            options = vars(self.augmentation).items()
-            shown = {name: value for name, value in options if not name.startswith("_")}
-            parts += [type(self.augmentation).__name__, stable_repr(shown), str(self.seed)]
+        parts = [digest(*map(tensor_fingerprint, tensors)), self.unreadable]
+        if type(self.augmentation) is not NoAugmentation:
+            parts += [described(self.augmentation), str(self.seed)]
         return digest(*parts)
 
     def unreadable_rows(self) -> list[int]:
@@ -279,9 +278,9 @@ def batches(
         sampler: Draws of images, in order; None is the order of the data set.
         drop_last: Leave out a last batch that is not full.
     """
-    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_it_is)
+    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=as_it_is)
 
 
-def _as_it_is(batch: list[Any]) -> list[Any]:
-    # What __getitems__ returned is a batch already.
+def as_it_is(batch: list[Any]) -> list[Any]:
+    """Returns what ``__getitems__`` returned: it is a batch already."""
     return batch

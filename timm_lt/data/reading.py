@@ -95,8 +95,15 @@ def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return images[rows], targets[rows]
 
 
-def loaded(batches: Iterable[T]) -> Iterator[T]:
+def loaded(
+    batches: Iterable[T], *, again: str = "go on with --resume", fewer: str = "Fewer --workers"
+) -> Iterator[T]:
     """Yields batches; what goes wrong in a worker process is a UsageError in one line.
+
+    Args:
+        batches: A loader.
+        again: What to do when the cause is removed, for messages.
+        fewer: What needs less memory, for messages.
 
     Raises:
         UsageError: If a worker process failed or died.
@@ -108,14 +115,14 @@ def loaded(batches: Iterable[T]) -> Iterator[T]:
     except RuntimeError as error:
         if not is_worker_death(error):
             raise
-        raise UsageError(describe_worker_death(error)) from error
+        raise UsageError(describe_worker_death(error, again, fewer)) from error
     except Exception as error:
         if _is_cut_off(error):
-            raise UsageError(describe_worker_death(error)) from error
+            raise UsageError(describe_worker_death(error, again, fewer)) from error
         if not str(error).startswith("Caught "):
             raise
         raise UsageError(
-            f"a data worker failed: {_last_line(error)}; mend it and go on with --resume"
+            f"a data worker failed: {_last_line(error)}; mend it and {again}"
         ) from error
 
 
@@ -124,13 +131,15 @@ def is_worker_death(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def describe_worker_death(error: BaseException) -> str:
-    """Returns what to do about the death of a worker."""
+def describe_worker_death(
+    error: BaseException, again: str = "go on with --resume", fewer: str = "Fewer --workers"
+) -> str:
+    """Returns what to do about the death of a worker; see :func:`loaded`."""
     # The first that torch noticed says by which signal.
     first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
     return (
-        f"a data worker died ({_last_line(first).strip()}): out of memory? Fewer --workers need "
-        "less; go on with --resume"
+        f"a data worker died ({_last_line(first).strip()}): out of memory? {fewer} need "
+        f"less; {again}"
     )
 
 

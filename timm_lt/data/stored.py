@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
+from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
-from timm_lt.data.fingerprint import digest, images_fingerprint, stable_repr, tensor_fingerprint
+from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
@@ -132,14 +133,14 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
         parts = [images_fingerprint(self.dataset), tensor_fingerprint(self.labels), *self.size]
-        parts += [self._preprocessing, stable_repr(self.transform)]
+        parts += [self._preprocessing, described(self.transform), self.unreadable]
         if self.augmented:
             parts += [self._augmentation, str(self._key)]
         return digest(*parts)
 
     def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
         if options.get("use_prefetcher", True):
-            options.setdefault("collate_fn", _collate)
+            options.setdefault("collate_fn", collate)
         # create_loader gives the data set its transform.
         return create_loader(
             copy.copy(self),
@@ -194,7 +195,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         return pairs
 
 
-def _collate(batch: list[tuple[Any, int]]) -> Batch:
+def collate(batch: list[tuple[Any, int]]) -> Batch:
     """Returns what timm's collate function does, with the channels last in memory."""
     if not isinstance(batch[0][0], Tensor):
         # Of a transform that is not timm's.

@@ -43,6 +43,8 @@ def backbone(
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yields a function from images (B, 3, H, W) to features (B, D), float32.
 
+    Images get the type of the model's weights, so that a model in bfloat16, float16 or float64
+    computes in it. Of a model that accelerate prepared, the mixed precision is off.
     Meanwhile the model is in evaluation mode; afterwards it is as it came, each module in its mode
     and each weight where it lay in memory.
 
@@ -53,12 +55,20 @@ def backbone(
             over the image is summed and kept in float32.
 
     Raises:
-        UsageError: By the function, if the model does not call its classifier, or calls it for more
-            than one vector an image.
+        UsageError: If the weights are float16 or float64 and ``compute_dtype`` is ``"bfloat16"``.
+            By the function, if the model does not call its classifier, or calls it for more than
+            one vector an image.
     """
     taken_from = find_classifiers(model)[classifier]
     device = taken_from.weight.device
     low = compute_dtype == "bfloat16"
+    dtypes = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    dtype = next(dtypes, None)
+    if low and dtype in (torch.float16, torch.float64):
+        raise UsageError(
+            f"compute_dtype='bfloat16' is for a model with float32 weights, and these are {dtype}: "
+            "pass compute_dtype='float32', which then computes in the type of the weights"
+        )
     taken: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -66,7 +76,7 @@ def backbone(
         raise _BeforeClassifier
 
     def features(images: Tensor) -> Tensor:
-        images = images.to(device)
+        images = images.to(device, dtype if images.is_floating_point() else None)
         if low and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with _autocast(device, enabled=low), contextlib.suppress(_BeforeClassifier):
@@ -79,6 +89,7 @@ def backbone(
 
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(_own_precision(model))
         # Not forward_head(pre_logits=True): for some architectures that is not the classifier's
         # input.
         stack.callback(taken_from.register_forward_pre_hook(take).remove)
@@ -110,6 +121,20 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _own_precision(model: nn.Module) -> Iterator[None]:
+    """Calls the ``forward`` that accelerate's mixed precision is wrapped around."""
+    wrapped = [module for module in model.modules() if "_original_forward" in vars(module)]
+    forwards = [vars(module).get("forward") for module in wrapped]
+    try:
+        for module in wrapped:
+            vars(module)["forward"] = vars(module)["_original_forward"]
+        yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            vars(module)["forward"] = forward
 
 
 @contextmanager

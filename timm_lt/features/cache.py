@@ -18,18 +18,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.console import log
 from timm_lt.features.mapped import NAMES, content, map_file
+from timm_lt.features.order import check_shown
 from timm_lt.features.values import Features, check_views
 from timm_lt.files import read_json, write_atomic
 from timm_lt.registry import UsageError
 
 # Layout of all files: another number, and they are made anew.
-LAYOUT = 1
+LAYOUT = 2
 # A safetensors header is padded with spaces: its room is there before its content is known.
 HEADER = 16384
+NO_IMAGES = "the loader has no images that can be read: no features to extract"
 # Longest word of a description in the header.
 WORD = 1000
 # What a kill may cost beside the batch that it cut off.
@@ -45,6 +48,7 @@ class Journal:
         view: View that is being taken.
         batches: Whole batches of that view.
         rows: Rows of all whole batches, over all views.
+        shown: Images of all whole batches, with those that could not be read.
         width: Columns D; 0 as long as there is no row.
     """
 
@@ -52,6 +56,7 @@ class Journal:
     view: int = 0
     batches: int = 0
     rows: int = 0
+    shown: int = 0
     width: int = 0
 
 
@@ -136,8 +141,14 @@ class Writer:
             self._values, self._targets = self._resume() or self._start()
         self._synced = time.monotonic()
 
-    def append(self, values: Tensor, targets: Tensor, view: int) -> None:
+    def append(self, values: Tensor, targets: Tensor, view: int, shown: int) -> None:
         """Adds the rows of the next batch, (B, D) and (B,); there may be none.
+
+        Args:
+            values: Of the images that could be read.
+            targets: Theirs.
+            view: View of the batch.
+            shown: Images of the batch, with those that could not be read.
 
         Raises:
             UsageError: If they cannot be written, or have another width than those before.
@@ -152,22 +163,24 @@ class Writer:
             journal.batches = journal.batches + 1 if view == journal.view else 1
             journal.view, journal.width = view, width
             journal.rows += len(values)
+            journal.shown += shown
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
 
-    def finish(self) -> None:
+    def finish(self, expected: int | None = None) -> None:
         """Gives the file its header and its name.
 
+        Args:
+            expected: Images over all views, if known.
+
         Raises:
-            UsageError: If it cannot be written, there are no rows, or the views are not of the same
-                images.
+            UsageError: If it cannot be written, there are no rows, the number of images is another,
+                or the views are not of the same images. But for the first, it is to be started
+                anew.
         """
-        if self.journal.rows == 0:
-            raise UsageError("the loader has no images that can be read: no features to extract")
         with self._writing():
             self._sync()
-            targets = np.fromfile(self._names[1], np.int64, self.journal.rows)
-            check_views(torch.from_numpy(targets), self.journal.settings["views"])
+            targets = self._checked_targets(expected)
             # Integers lie at a multiple of their size.
             padding = -self._row_bytes() % 8
             self._values.write(bytes(padding) + targets.tobytes())
@@ -178,8 +191,26 @@ class Writer:
             self.close()
             self._names[0].replace(self.file.path)
             _sync_folder(self.file.folder)
-            for leftover in (self._names[1], self._journal_path):
-                leftover.unlink(missing_ok=True)
+            self._discard()
+
+    def _checked_targets(self, expected: int | None) -> NDArray[np.int64]:
+        """Returns the targets of all rows; if the rows are not as they should be, removes them."""
+        try:
+            if self.journal.rows == 0:
+                raise UsageError(NO_IMAGES)
+            check_shown(self.journal.shown, expected)
+            targets = np.fromfile(self._names[1], np.int64, self.journal.rows)
+            check_views(torch.from_numpy(targets), self.journal.settings["views"])
+        except UsageError:
+            # Else the next call would go on behind them, to the same error.
+            self.close()
+            self._discard()
+            raise
+        return targets
+
+    def _discard(self) -> None:
+        for leftover in (self._journal_path, *self._names):
+            leftover.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the files, which are gone on with later."""

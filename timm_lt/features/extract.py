@@ -1,7 +1,7 @@
 """Takes the features of every image once, into memory or into a cache."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,15 +14,23 @@ from torch import Tensor, nn
 from timm_lt.data.fingerprint import digest
 from timm_lt.data.reading import UNREADABLE, loaded
 from timm_lt.features.backbone import ComputeDtype, backbone, chosen_classifier
-from timm_lt.features.cache import LAYOUT, FeatureFile, Journal, Writer
+from timm_lt.features.cache import LAYOUT, NO_IMAGES, FeatureFile, Journal, Writer
 from timm_lt.features.fingerprint import backbone_fingerprint, samples_fingerprint
-from timm_lt.features.order import check_order, images_at_once, num_images, without_first
+from timm_lt.features.order import (
+    check_order,
+    check_shown,
+    images_at_once,
+    is_prepared,
+    num_images,
+    without_first,
+)
 from timm_lt.features.values import Features, check_finite
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError, check_integer, check_literals
 
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 NO_BATCHES = "the loader has no batches, so there are no features to extract"
+AGAIN = "extract the features again (with cache_dir=, it goes on behind what is whole)"
 T = TypeVar("T")
 
 
@@ -71,27 +79,40 @@ def extract_features(
             images. Before each, ``loader.set_epoch(view)`` is called if there is such a method. The
             loaders of ``views_loader`` give view v of an image the same augmentation whatever came
             before; of another loader, it is the one that random numbers happen to give.
-        key: Stands for the samples and their transform where they are not known, as for a list of
-            batches; see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must be another
-            for other samples.
+        key: Stands for the samples in their order and all that is done to them, where that is not
+            known, as for a list of batches; see
+            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must be another for other
+            samples.
 
     Returns:
         Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
 
     Raises:
-        UsageError: If the loader is empty, the model does not call its classifier, calls it for
-            more than one vector an image, or has several; or a feature is not finite, or too large
-            for ``dtype``. With ``cache_dir``, also if the loader draws its images, its samples are
-            not known and there is no key, or the folder cannot be written.
+        UsageError: If the loader is empty, shows another number of images than it has, or is not
+            prepared where there are several processes; the model does not call its classifier,
+            calls it for more than one vector an image, or has several; or a feature is not finite,
+            or too large for ``dtype``. With ``cache_dir``, also if the loader
+            draws its images; its samples, their order or its ``collate_fn`` are not known and there
+            is no key; or the folder cannot be written.
     """
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)
     check_integer("views", views, minimum=1)
+    _check_processes(accelerator, loader)
     name = chosen_classifier(model, classifier)
     job = _Pass(model, name, loader, accelerator, getattr(torch, dtype), compute_dtype, views)
     if cache_dir is None:
         return _in_memory(job)
     return _cached(job, Path(cache_dir), key)
+
+
+def _check_processes(accelerator: Accelerator | None, loader: object) -> None:
+    if accelerator is not None and accelerator.num_processes > 1 and not is_prepared(loader):
+        raise UsageError(
+            f"accelerate runs {accelerator.num_processes} processes, and each of them would show "
+            "all images of this loader: prepare it with the accelerator, as "
+            "timm_lt.data.create_loader(..., accelerator=accelerator) does"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,10 +127,19 @@ class _Pass:
     compute_dtype: ComputeDtype
     views: int
 
+    @property
+    def num_images(self) -> int | None:
+        """Images that are shown over all views, if known."""
+        number = num_images(self.loader)
+        return None if number is None else number * self.views
+
     def batches(
         self, view: int = 0, skipped: int = 0, row: int = 0, *, in_order: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Yields values (B, D), targets (B,) and the view of each batch, of all processes.
+    ) -> Generator[tuple[Tensor, Tensor, int, int]]:
+        """Yields values (B, D), targets (B,), view and images of each batch, of all processes.
+
+        Images that cannot be read have no row, but count. To be closed: until then the model has
+        hooks.
 
         Args:
             view: The first view.
@@ -122,11 +152,12 @@ class _Pass:
                 if hasattr(self.loader, "set_epoch") and (in_order or self.views > 1):
                     self.loader.set_epoch(number)
                 with without_first(self.loader, skipped if number == view else 0) as rest:
-                    for images, labels in loaded(rest):
+                    for images, labels in loaded(rest, again=AGAIN, fewer="fewer workers"):
                         values, targets = self._gathered(features, images, labels)
+                        shown = len(targets)
                         values, targets = _kept(values, targets, self.dtype, row)
                         row += len(values)
-                        yield values, targets, number
+                        yield values, targets, number, shown
 
     def _gathered(
         self, features: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
@@ -159,21 +190,23 @@ def _kept(values: Tensor, targets: Tensor, dtype: torch.dtype, first: int) -> tu
 
 
 def _in_memory(job: _Pass) -> Features:
-    expected = (num_images(job.loader) or 0) * job.views
+    expected = job.num_images or 0
     values, targets, rows = torch.empty(0, 0), torch.empty(0, dtype=torch.int64), 0
-    seen = False
-    for new_values, new_targets, _ in job.batches():
-        if not seen:
-            values = torch.empty(expected, new_values.shape[1], dtype=job.dtype)
-            targets, seen = torch.empty(expected, dtype=torch.int64), True
-        end = rows + len(new_values)
-        if end > len(values):
-            # Twice as many each time, so that a row is copied about once.
-            values, targets = _longer(values, rows + end), _longer(targets, rows + end)
-        values[rows:end], targets[rows:end] = new_values, new_targets
-        rows = end
-    if not seen:
-        raise UsageError(NO_BATCHES)
+    seen = 0
+    with closing(job.batches()) as batches:
+        for new_values, new_targets, _, shown in batches:
+            if not seen:
+                values = torch.empty(expected, new_values.shape[1], dtype=job.dtype)
+                targets = torch.empty(expected, dtype=torch.int64)
+            end = rows + len(new_values)
+            if end > len(values):
+                # Twice as many each time, so that a row is copied about once.
+                values, targets = _longer(values, rows + end), _longer(targets, rows + end)
+            values[rows:end], targets[rows:end] = new_values, new_targets
+            rows, seen = end, seen + shown
+    if not rows:
+        raise UsageError(NO_IMAGES if seen else NO_BATCHES)
+    check_shown(seen, job.num_images)
     return Features(values[:rows], targets[:rows], job.views)
 
 
@@ -204,10 +237,11 @@ def _cached(job: _Pass, folder: Path, key: str | None) -> Features:
         journal = _on_main(job.accelerator, begin)
         if journal is not None:
             append, finish = (writer.append, writer.finish) if writer else (_nothing, _nothing)
-            rest = job.batches(journal.view, journal.batches, journal.rows, in_order=True)
-            for batch in rest:
-                _on_main(job.accelerator, append, *batch)
-            _on_main(job.accelerator, finish)
+            begun = (journal.view, journal.batches, journal.rows)
+            with closing(job.batches(*begun, in_order=True)) as rest:
+                for batch in rest:
+                    _on_main(job.accelerator, append, *batch)
+            _on_main(job.accelerator, finish, job.num_images)
     features = file.open()
     if features is None:
         raise UsageError(f"{file.path} is not there: all processes must share one cache_dir")
@@ -227,7 +261,7 @@ def _settings(job: _Pass) -> dict[str, Any]:
 
 def _file(job: _Pass, folder: Path, key: str | None) -> FeatureFile:
     """Returns the file of a pass, after checking that there can be one."""
-    check_order(job.loader)
+    check_order(job.loader, key)
     samples = samples_fingerprint(job.loader) if key is None else f"key {key}"
     description = {
         "architecture": type(job.model).__name__,
@@ -245,15 +279,19 @@ def _file(job: _Pass, folder: Path, key: str | None) -> FeatureFile:
 def _on_main(accelerator: Accelerator | None, act: Callable[..., T], *arguments: Any) -> T:
     """Does something on the main process; all get what it returns, or raise what it raises."""
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if accelerator is None or accelerator.is_main_process:
         try:
             outcome[0] = act(*arguments)
-        except UsageError as error:
-            if accelerator is None or accelerator.num_processes == 1:
-                raise
-            outcome[1] = str(error)
+        except Exception as error:  # noqa: BLE001 - else the other processes wait for ever
+            failure = error
     if accelerator is not None and accelerator.num_processes > 1:
+        if failure is not None:
+            unknown = f"the main process failed with {type(failure).__name__}: {failure}"
+            outcome[1] = str(failure) if isinstance(failure, UsageError) else unknown
         outcome = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if outcome[1] is not None:
         raise UsageError(outcome[1])
     result: T = outcome[0]

@@ -6,13 +6,19 @@ cache lies.
 
 from typing import Any
 
-from timm.data.loader import PrefetchLoader
+from timm.data.loader import PrefetchLoader, fast_collate
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
-from timm_lt.data.fingerprint import dataset_fingerprint, digest, tensor_fingerprint
-from timm_lt.data.loader import Loader
-from timm_lt.features.order import num_images
+from timm_lt.data.described import described, plain_options, qualified_name, tensor_fingerprint
+from timm_lt.data.fingerprint import dataset_fingerprint, digest
+from timm_lt.data.images import as_it_is
+from timm_lt.data.stored import collate
+from timm_lt.features.order import layers_of, num_images
 from timm_lt.registry import UsageError
+
+# Functions that make a batch of the samples as they are.
+COLLATING = (default_collate, fast_collate, collate, as_it_is)
 
 
 def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
@@ -28,9 +34,9 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
         for name, tensor in tensors
         if not _within(name, classifier)
     }
-    # Strides and the like are in no tensor.
+    # Strides, the kind of pooling and the like are in no tensor.
     parts = {
-        name: f"{type(part).__name__}({part.extra_repr()})"
+        name: [qualified_name(type(part)), part.extra_repr(), plain_options(part)]
         for name, part in model.named_modules()
         if not _within(name, classifier)
     }
@@ -45,8 +51,9 @@ def samples_fingerprint(loader: object) -> str:
     """Returns a digest of what a loader shows: the samples in their order, and their transform.
 
     Raises:
-        UsageError: If it is not known; see
-            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+        UsageError: If it is not known, see
+            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`, or the loader has a
+            ``collate_fn`` of its own.
     """
     data = getattr(loader, "dataset", None)
     if data is None:
@@ -54,14 +61,21 @@ def samples_fingerprint(loader: object) -> str:
             f"what a {type(loader).__name__} shows is not known: pass key= with a word that stands "
             "for its samples and their transform"
         )
+    inner = layers_of(loader)[-1]
+    if isinstance(inner, DataLoader) and inner.collate_fn not in COLLATING:
+        raise UsageError(
+            f"what collate_fn={inner.collate_fn!r} does to the images is not known: leave it out, "
+            "or pass key= with a word that stands for the samples and what is done to them"
+        )
     return digest(dataset_fingerprint(data), num_images(loader), _normalization(loader))
 
 
 def _normalization(loader: object) -> list[Any]:
     """Returns what timm's prefetcher does to the images beside their transform."""
-    inner: Any = loader.loader if isinstance(loader, Loader) else loader
-    inner = getattr(inner, "base_dataloader", inner)
-    if not isinstance(inner, PrefetchLoader):
+    found = [part for part in layers_of(loader) if isinstance(part, PrefetchLoader)]
+    if not found:
         return []
-    erasing = getattr(inner.random_erasing, "probability", 0.0)
-    return [inner.mean.tolist(), inner.std.tolist(), str(inner.img_dtype), erasing]
+    inner = found[0]
+    erasing = {} if inner.random_erasing is None else vars(inner.random_erasing)
+    shown = {name: value for name, value in erasing.items() if name != "device"}
+    return [inner.mean.tolist(), inner.std.tolist(), str(inner.img_dtype), described(shown)]

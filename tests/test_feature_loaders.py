@@ -1,0 +1,302 @@
+"""Loaders and models whose features would be wrong without a word: each is refused, or right."""
+
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset
+from timm.data.loader import fast_collate
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Sampler, TensorDataset, default_collate
+
+from timm_lt.accelerator import create_accelerator
+from timm_lt.data import create_loader
+from timm_lt.data.draws import InOrder
+from timm_lt.data.reading import loaded
+from timm_lt.features import cache, extract, extract_features
+from timm_lt.features.fingerprint import samples_fingerprint
+from timm_lt.registry import UsageError
+
+N = 11
+IMAGES = torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(N) % 4
+DATA = TensorDataset(IMAGES, LABELS)
+
+
+@pytest.fixture
+def accelerators():
+    """Makes accelerators of other settings in one process."""
+
+    def make(create=create_accelerator, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return create(**options)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for row in range(4):
+        Image.new("RGB", (32, 32), (9 * row,) * 3).save(tmp_path / "images" / "a" / f"{row}.png")
+    return str(tmp_path / "images")
+
+
+def small_model():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=4)
+
+
+# The order and the batches ------------------------------------------------------------------------
+
+
+class Batches(Sampler):
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_batches_of_an_own_sampler_need_a_key(tmp_path):
+    for number, batches in enumerate(([[0, 1], [2, 3]], [[3, 2, 1], [0, 5, 6]])):
+        loader = DataLoader(DATA, batch_sampler=Batches(*batches))
+        with pytest.raises(UsageError, match=r"the order in which .* is not known.*: pass key="):
+            extract_features(small_model(), loader, cache_dir=tmp_path)
+        features = extract_features(small_model(), loader, cache_dir=tmp_path, key=str(number))
+        assert features.targets.tolist() == [int(LABELS[row]) for batch in batches for row in batch]
+
+
+def test_loaders_that_draw_behind_other_batches_are_refused(tmp_path, folder, accelerators):
+    repeated = create_loader(
+        ImageDataset(folder),
+        32,
+        2,
+        is_training=True,
+        no_aug=True,
+        use_multi_epochs_loader=True,
+        num_workers=0,
+    )
+    dispatching = DataLoaderConfiguration(dispatch_batches=True)
+    accelerator = accelerators(Accelerator, cpu=True, dataloader_config=dispatching)
+    dispatched = accelerator.prepare(DataLoader(DATA, 2, shuffle=True))
+    for loader in (repeated, dispatched, DataLoader(DATA, batch_size=None, shuffle=True)):
+        with pytest.raises(UsageError, match=r"in the order of the data set, not as a Random"):
+            extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
+    in_order = accelerator.prepare(DataLoader(DATA, 2))
+    with pytest.raises(UsageError, match=r"the order in which .* is not known"):
+        extract_features(small_model(), in_order, cache_dir=tmp_path / "b")
+    features = extract_features(small_model(), in_order, cache_dir=tmp_path / "b", key="a")
+    assert features.targets.equal(LABELS)
+
+
+def test_a_collate_function_of_its_own_needs_a_key(tmp_path):
+    def doubled(batch):
+        images, targets = default_collate(batch)
+        return 2 * images, targets
+
+    known = samples_fingerprint(DataLoader(DATA, 4))
+    assert known == samples_fingerprint(DataLoader(DATA, 4, collate_fn=default_collate))
+    samples_fingerprint(DataLoader(DATA, 4, collate_fn=fast_collate))
+    for collate in (doubled, FastCollateMixup(mixup_alpha=1.0)):
+        with pytest.raises(UsageError, match=r"what collate_fn=.* is not known.* pass key="):
+            samples_fingerprint(DataLoader(DATA, 4, collate_fn=collate))
+    loader = DataLoader(DATA, 4, collate_fn=doubled)
+    features = extract_features(small_model(), loader, cache_dir=tmp_path, key="doubled")
+    expected = extract_features(small_model(), [(2 * IMAGES, LABELS)]).values
+    torch.testing.assert_close(features.values, expected)
+
+
+def test_what_the_prefetcher_erases_is_in_the_key(folder):
+    def fingerprint(**options):
+        options |= {"is_training": True, "sampler": InOrder(4), "num_workers": 0, "re_prob": 0.5}
+        return samples_fingerprint(create_loader(ImageDataset(folder), 32, 2, **options))
+
+    variants = [{}, {"re_mode": "pixel"}, {"re_count": 3}]
+    assert len({fingerprint(**options) for options in variants}) == len(variants)
+    assert fingerprint() == fingerprint()
+
+
+# How many images ----------------------------------------------------------------------------------
+
+
+def test_several_processes_need_a_prepared_loader(accelerators):
+    two = SimpleNamespace(num_processes=2)
+    for loader in (DataLoader(DATA, 4), [(IMAGES, LABELS)], create_loader(DATA, 32, 4)):
+        with pytest.raises(UsageError, match=r"runs 2 processes, .* prepare it"):
+            extract_features(small_model(), loader, accelerator=two)
+    accelerator = accelerators(mixed_precision="no")
+    prepared = [accelerator.prepare(DataLoader(DATA, 4))]
+    prepared += [create_loader(DATA, 32, 4, accelerator=accelerator, use_prefetcher=False)]
+    for loader in prepared:
+        # Behind the check, there is no such device.
+        with pytest.raises(AttributeError, match="gather_for_metrics"):
+            extract_features(small_model(), loader, accelerator=two)
+
+
+class Ending(DataLoader):
+    """Ends before its last batch."""
+
+    whole = False
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter(batches if self.whole else batches[:-1])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_loader_that_shows_another_number_of_images_is_refused(tmp_path, monkeypatch, cached):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    options = {"cache_dir": tmp_path} if cached else {}
+    loader = Ending(DATA, 4)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="showed 16 images in all and should have shown 22"):
+            extract_features(small_model(), loader, views=2, **options)
+    loader.whole = True
+    features = extract_features(small_model(), loader, views=2, **options)
+    assert features.targets.equal(LABELS.repeat(2))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_loader_without_an_image_that_can_be_read_is_refused(tmp_path, cached):
+    options = {"cache_dir": tmp_path, "key": "a"} if cached else {}
+    with pytest.raises(UsageError, match="the loader has no images that can be read"):
+        extract_features(small_model(), [(IMAGES, torch.full((N,), -1))], **options)
+
+
+# Precision ----------------------------------------------------------------------------------------
+
+
+def test_the_mixed_precision_of_accelerate_is_off_in_float32(accelerators):
+    expected = extract_features(small_model(), DataLoader(DATA, 4)).values
+    accelerator = accelerators(Accelerator, cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(small_model())
+    forward = model.forward
+    assert extract_features(model, DataLoader(DATA, 4)).values.equal(expected)
+    assert model.forward == forward
+    low = extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16").values
+    assert 1e-4 < float((low - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)]
+)
+def test_a_model_computes_in_the_type_of_its_weights(dtype, tolerance):
+    expected = extract_features(small_model(), DataLoader(DATA, 4)).values
+    model = small_model().to(dtype)
+    values = extract_features(model, DataLoader(DATA, 4)).values
+    assert values.dtype == torch.float32
+    assert float((values - expected).norm() / expected.norm()) < tolerance
+    if dtype != torch.bfloat16:
+        with pytest.raises(UsageError, match=r"these are torch\.float\d\d: pass compute_dtype"):
+            extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16")
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+class Views:
+    """Shows the images of the second view in another order, as long as it is broken."""
+
+    broken = True
+
+    def set_epoch(self, epoch):
+        self.order = torch.arange(N).flip(0) if self.broken and epoch else torch.arange(N)
+
+    def __iter__(self):
+        return ((IMAGES[rows], LABELS[rows]) for rows in self.order.split(4))
+
+
+def test_views_that_do_not_fit_leave_nothing_to_go_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    loader = Views()
+    with pytest.raises(UsageError, match="every view must have the same images"):
+        extract_features(small_model(), loader, views=2, cache_dir=tmp_path, key="a")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
+    loader.broken = False
+    features = extract_features(small_model(), loader, views=2, cache_dir=tmp_path, key="a")
+    assert features.targets.equal(LABELS.repeat(2))
+
+
+def test_the_model_is_as_it_was_after_an_error_that_is_kept(tmp_path, monkeypatch):
+    def full(*_):
+        raise UsageError("the disk is full")
+
+    def late():
+        yield IMAGES, LABELS
+        yield IMAGES, LABELS.double() + 0.5
+
+    monkeypatch.setattr(cache.Writer, "append", full)
+    model = small_model().train()
+    for loader, options in (
+        (DataLoader(DATA, 4), {"cache_dir": tmp_path}),
+        (late(), {}),
+    ):
+        # The frames in which the batches are made live as long as the error.
+        with pytest.raises(UsageError, match=r"disk is full|is not an integer") as kept:
+            extract_features(model, loader, **options)
+        assert kept.value.__traceback__ is not None
+        assert model.training
+        assert not model.fc._forward_pre_hooks
+
+
+def test_any_error_of_the_main_process_reaches_the_others(monkeypatch):
+    sent = []
+
+    def send(words):
+        sent.append(words)
+        return words
+
+    main = SimpleNamespace(num_processes=2, is_main_process=True)
+
+    def fail(error):
+        raise error
+
+    for error, words in (
+        (UsageError("no room"), "no room"),
+        (MemoryError("too much"), "the main process failed with MemoryError: too much"),
+    ):
+        monkeypatch.setattr(extract, "broadcast_object_list", send)
+        with pytest.raises(type(error)) as raised:
+            extract._on_main(main, fail, error)
+        assert raised.value is error
+        assert sent.pop() == [None, words]
+        # What another process gets of it.
+        other = SimpleNamespace(num_processes=2, is_main_process=False)
+        monkeypatch.setattr(extract, "broadcast_object_list", lambda _, words=words: [None, words])
+        with pytest.raises(UsageError, match=words):
+            extract._on_main(other, fail, error)
+
+
+def failing():
+    """What torch's loader raises when a worker does, without the seconds that a process takes."""
+    try:
+        raise LookupError("no such row")
+    except LookupError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    wrapped.reraise()
+    yield
+
+
+def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
+    with pytest.raises(UsageError, match="no such row; mend it and extract the features again"):
+        extract_features(small_model(), failing())
+    with pytest.raises(UsageError, match="mend it and go on with --resume"):
+        list(loaded(failing()))
+    death = RuntimeError("DataLoader worker (pid 7) is killed")
+
+    def dying():
+        raise death
+        yield
+
+    with pytest.raises(UsageError, match=r"out of memory\? fewer workers need less; extract"):
+        extract_features(small_model(), dying())
