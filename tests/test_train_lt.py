@@ -225,7 +225,7 @@ def failing(capsys, *arguments):
         (["--heads", "{'tau_nrom': {}}"], ["tau_nrom", "did you mean 'tau_norm'", "lws"]),
         (["--heads.tau_norm.tua", "1"], ["tua", "tau", "keep_bias"]),
         (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
-        (["--heads.lws.steps", "0"], ["steps", ">= 1", "0"]),
+        (["--heads.lws.steps", "0"], ["steps", "from 1", "0"]),
         (["--heads.crt.solver", "adam"], ["adam", "lbfgs", "sgd"]),
         (["--sampler.name", "balanced"], ["balanced", "class_balanced", "square_root"]),
         (["--loss.name", "CE"], ["CE", "cross_entropy"]),
