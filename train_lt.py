@@ -13,22 +13,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import log
 from timm_lt.exits import run_to_exit
 from timm_lt.features import Features
-from timm_lt.files import read_json, sha256, write_json
+from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
 from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
-from timm_lt.metrics import ShotReport, compare_per_class, evaluate_logits, write_per_class
+from timm_lt.metrics import ShotReport, compare_per_class, write_per_class
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
-from timm_lt.recipe.classifier import extract, extract_for_heads, fit, logits_of, train_heads
+from timm_lt.recipe.classifier import evaluate, extract, extract_for_heads, fit, train_heads
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
 from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
@@ -92,16 +91,13 @@ def work(run: Run) -> dict[str, ShotReport]:
     reports: dict[str, ShotReport] = {}
     if run.accelerator.is_main_process:
         heads = fit(run, features, trained)
-        logits = {name: logits_of(head, features.of(name, "test")) for name, head in heads.items()}
-        targets = features.shared["test"].targets
-        reports = {
-            head: evaluate_logits(values, targets, run.splits.class_counts, run.recipe.shot_rule)
-            for head, values in logits.items()
-        }
+        evaluated = {name: evaluate(run, name, head, features) for name, head in heads.items()}
+        reports = {name: report for name, (report, _) in evaluated.items()}
         try:
             save(run, heads, reports, features.shared["val"])
             # Last: a folder with metrics is a finished run.
-            write_metrics(run, heads, reports, logits)
+            digests = {name: digest for name, (_, digest) in evaluated.items()}
+            write_metrics(run, heads, reports, digests)
         except OSError as error:
             raise UsageError(
                 f"the results cannot be written ({error}); the training state is whole: make room "
@@ -196,7 +192,7 @@ def write_metrics(
     run: Run,
     heads: Mapping[str, Head],
     reports: Mapping[str, ShotReport],
-    logits: Mapping[str, Tensor],
+    digests: Mapping[str, str],
 ) -> None:
     """Writes ``metrics.json``; the digests of the test logits show whether a run is reproduced."""
     counts, recipe = run.splits.class_counts, run.recipe
@@ -216,9 +212,7 @@ def write_metrics(
             "num_processes": run.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "mixed_precision": run.accelerator.mixed_precision,
-            "logits_sha256": {
-                name: sha256(values.numpy().tobytes()) for name, values in logits.items()
-            },
+            "logits_sha256": digests,
         },
     )
 

@@ -6,12 +6,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from gaussian_features import (
+    COUNTS,
+    JOINT,
+    TEST,
+    TRAIN,
+    VAL,
+    C,
+    accuracy,
+    few_shot,
+    fit,
+    naive_sgd,
+    sklearn_classifier,
+    start_of_a_linear_layer,
+    tensors,
+)
 from torch import nn
 
 import timm_lt
 from timm_lt.features import Features
-from timm_lt.fitting import FITS, check_fit_options, fit_head, tau_curve
+from timm_lt.fitting import FITS, check_fit_options, tau_curve
 from timm_lt.fitting.base import register_fit
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.lbfgs import solve_linear
@@ -20,57 +34,7 @@ from timm_lt.heads import HEADS, LWSHead, list_heads
 from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
 
-COUNTS = torch.tensor([120, 40, 15, 5])
-C, D = len(COUNTS), 6
-# What makes the fits by SGD quick.
-QUICK = {"lws": {"steps": 100}, "cosine": {"steps": 60}}
 contract = pytest.mark.parametrize("name", list_heads())
-
-
-def gaussians(counts, seed):
-    """Classes are Gaussians around fixed means, rows shuffled."""
-    means = 1.3 * torch.randn(C, D, generator=torch.Generator().manual_seed(0))
-    g = torch.Generator().manual_seed(seed)
-    targets = torch.repeat_interleave(torch.arange(C), counts)
-    targets = targets[torch.randperm(len(targets), generator=g)]
-    return Features(means[targets] + 1.2 * torch.randn(len(targets), D, generator=g), targets)
-
-
-TRAIN = gaussians(COUNTS, 1)
-VAL = gaussians(torch.full((C,), 20), 2)
-TEST = gaussians(torch.full((C,), 100), 3)
-
-
-def sklearn_classifier(features=TRAIN, c=1.0, **options):
-    """A joint classifier that none of our code made."""
-    model = LogisticRegression(C=c, tol=1e-10, max_iter=10_000, **options)
-    model.fit(features.values.double().numpy(), features.targets.numpy())
-    linear = nn.Linear(D, C)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(model.coef_))
-        linear.bias.copy_(torch.from_numpy(model.intercept_))
-    return linear
-
-
-JOINT = sklearn_classifier()
-
-
-def fit(name, /, *, train=TRAIN, **options):
-    given = {"classifier": JOINT, "class_counts": COUNTS, "val": VAL, **QUICK.get(name, {})}
-    return fit_head(name, train, **{**given, **options})
-
-
-def accuracy(head, features=TEST):
-    with torch.inference_mode():
-        return (head(features.values).argmax(1) == features.targets).double().mean().item()
-
-
-def few_shot(head):
-    return accuracy(head, Features(TEST.values[TEST.targets == 3], TEST.targets[TEST.targets == 3]))
-
-
-def tensors(head):
-    return dict(head.state_dict())
 
 
 # The contract ------------------------------------------------------------------------------------
@@ -289,18 +253,6 @@ def test_crt_selects_the_best_weight_decay_and_says_so():
     assert fit("crt", weight_decay=1e-3).selection == {}
 
 
-def naive_sgd(parameters, loss, rows, lr, weight_decay, momentum=0.9):
-    """Textbook SGD with momentum and a cosine, in float64."""
-    velocity = [torch.zeros_like(p) for p in parameters]
-    for step, batch in enumerate(rows):
-        gradients = torch.autograd.grad(loss(batch), parameters)
-        now = lr * 0.5 * (1 + math.cos(math.pi * step / len(rows)))
-        with torch.no_grad():
-            for p, v, g in zip(parameters, velocity, gradients, strict=True):
-                v.mul_(momentum).add_(g + weight_decay * p)
-                p.sub_(now * v)
-
-
 def class_balanced_rows(steps, seed, batch_size=512):
     stream = create_sampler(
         "class_balanced", TRAIN.targets, num_samples=steps * batch_size, seed=seed
@@ -338,10 +290,7 @@ def test_lws_nearly_minimises_the_class_balanced_loss():
 
 def test_crt_by_sgd_is_naive_sgd_from_the_default_start_of_a_linear_layer():
     head = fit("crt", solver="sgd", steps=30, lr=0.1, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    bound = D**-0.5
-    weight = ((torch.rand(C, D, generator=generator) * 2 - 1) * bound).double().requires_grad_()
-    bias = ((torch.rand(C, generator=generator) * 2 - 1) * bound).double().requires_grad_()
+    weight, bias = start_of_a_linear_layer(seed=3)
     x, y = TRAIN.values.double(), TRAIN.targets
 
     def loss(batch):

@@ -1,5 +1,6 @@
 """Fits by gradients on cached features: cRT, learnable weight scaling and the cosine classifier."""
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from timm_lt.fitting.lbfgs import Softmax, solve_linear
 from timm_lt.fitting.selection import select, selection_record, validation_score
 from timm_lt.fitting.sgd import (
     BestStep,
+    Score,
     check_length,
     scale_gradient,
     train_head,
@@ -190,7 +192,7 @@ def fit_cosine(
     return head
 
 
-def _score(head: Head, data: FitData, keep: Keep) -> Any:  # noqa: ANN401
+def _score(head: Head, data: FitData, keep: Keep) -> Callable[[], Score] | None:
     """Returns what is looked at during training, None if it is not."""
     check_choice(f"keep of head {head.kind!r}", keep, get_args(Keep))
     if keep == "last":

@@ -1,13 +1,16 @@
 """Reading features some rows at a time: they may lie in a file that is larger than memory."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Entries of what is made of the rows at a time,
-# but at least so many rows, or products would be slow.
+# Entries of what is made of the rows at a time; but at least so many rows, or products are slow.
 ENTRIES, ROWS = 2**22, 64
+# Bytes beyond which a scratch matrix lies in a file.
+MAX_BYTES = 4 * 2**30
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
@@ -26,3 +29,17 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """Returns some rows of features as float32 on the CPU."""
     # Several times as fast as indexing with them.
     return values.detach().index_select(0, rows.to(values.device)).to("cpu", torch.float32)
+
+
+def scratch_matrix(rows: int, columns: int) -> Tensor:
+    """Returns a float32 matrix to be filled; a large one lies in a file that goes away with it.
+
+    Raises:
+        OSError: If there is no room for the file.
+    """
+    if 4 * rows * columns <= MAX_BYTES:
+        return torch.empty(rows, columns)
+    with tempfile.NamedTemporaryFile() as file:
+        # All of it now: a full disk would end the process when a page is written.
+        os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
+        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)

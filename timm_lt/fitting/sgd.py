@@ -1,5 +1,6 @@
 """Training a head by minibatch SGD on cached features, with the settings of Kang et al."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -11,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_lt.features import Features
-from timm_lt.fitting.rows import row_blocks, take_rows
+from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
 from timm_lt.heads import Head, LWSHead
 from timm_lt.heads.lengths import BATCH_SIZE
 from timm_lt.registry import UsageError, check_integer, check_number
 from timm_lt.samplers import create_sampler
 
-# Largest number of bytes that cached logits may take; beyond it they are computed when drawn.
-MAX_BYTES = 4 * 2**30
 # How often during training validation is looked at, if it is.
 LOOKS = 10
 
@@ -165,7 +164,8 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
 
     With ``u`` the logits of the frozen classifier, those of the head are ``s ∘ u`` (and ``u`` has
     the bias) or ``s ∘ u + b``; the gradient is the mean of ``(p − y) ∘ u``. The logits ``u`` of all
-    rows are computed once, unless they would take more than 4 GiB.
+    rows are computed once; more than 4 GiB of them go to a temporary file, and only where there is
+    no room for it are they computed when they are drawn.
     """
     weight, bias = head.weight, head.bias
     inside, outside = (bias, None) if head.scale_bias else (None, bias)
@@ -175,17 +175,18 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
         return F.linear(values, weight, inside)
 
     cached: Tensor | None = None
-    if 4 * len(features) * num_classes <= MAX_BYTES:
-        cached = torch.empty(len(features), num_classes)
+    with contextlib.suppress(OSError), torch.no_grad():
+        cached = scratch_matrix(len(features), num_classes)
         start = 0
-        with torch.no_grad():
-            for block in row_blocks(features.values, num_classes):
-                cached[start : start + len(block)] = compute(block)
-                start += len(block)
+        for block in row_blocks(features.values, num_classes):
+            cached[start : start + len(block)] = compute(block)
+            start += len(block)
 
     @torch.no_grad()
     def backward(rows: Tensor) -> None:
-        frozen = compute(take_rows(features.values, rows)) if cached is None else cached[rows]
+        frozen = (
+            compute(take_rows(features.values, rows)) if cached is None else take_rows(cached, rows)
+        )
         logits = frozen * head.scale
         if outside is not None:
             logits += outside

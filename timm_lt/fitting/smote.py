@@ -1,6 +1,5 @@
 """Synthetic features of rare classes, between neighbours of the same class (SMOTE)."""
 
-import os
 import tempfile
 from typing import Any, Literal, TypeAlias
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.features import Features
-from timm_lt.fitting.rows import row_blocks, take_rows
+from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
 from timm_lt.longtail import class_counts
 from timm_lt.registry import UsageError, check_integer
 
@@ -16,8 +15,6 @@ SmoteTarget: TypeAlias = int | Literal["largest"]
 NEIGHBORS = 5
 # Rows of a class, at most.
 MAX_ROWS = 10_000_000
-# Beyond it, the enlarged features go to a file.
-MAX_BYTES = 4 * 2**30
 
 
 def check_smote(target: SmoteTarget | None) -> None:
@@ -71,16 +68,23 @@ def add_smote_rows(
     wanted = int(counts.max()) if target == "largest" else target
     missing = (wanted - counts).clamp_min(0)
     missing[counts == 0] = 0
-    values = _new_matrix(len(features) + int(missing.sum()), features.num_features)
+    rows = len(features) + int(missing.sum())
+    try:
+        values = scratch_matrix(rows, features.num_features)
+    except OSError as error:
+        raise UsageError(
+            f"smote makes {rows:,} rows, for which {tempfile.gettempdir()} has no room ({error}): "
+            "take fewer rows, or set TMPDIR to a folder on another disk"
+        ) from error
     end = 0
     for block in row_blocks(features.values, 1):
         values[end : end + len(block)] = block
         end += len(block)
     by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
     for label in missing.nonzero().flatten().tolist():
-        rows = take_rows(features.values, by_class[label])
         added = int(missing[label])
-        values[end : end + added] = _synthetic(rows, added, seed + label)
+        of_class = take_rows(features.values, by_class[label])
+        values[end : end + added] = _synthetic(of_class, added, seed + label)
         end += added
     labels = torch.repeat_interleave(torch.arange(num_classes), missing)
     return Features(values, torch.cat([features.targets.cpu(), labels]))
@@ -99,20 +103,3 @@ def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
     labels = [1] * len(rows) + [0]
     resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
     return torch.from_numpy(resampled[len(labels) :])
-
-
-def _new_matrix(rows: int, columns: int) -> Tensor:
-    """Returns an empty float32 matrix, in a file that goes away with it if it is large."""
-    size = rows * columns * 4
-    if size <= MAX_BYTES:
-        return torch.empty(rows, columns)
-    try:
-        with tempfile.NamedTemporaryFile() as file:
-            # All of it now: a full disk would end the process when a page is written.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
-    except OSError as error:
-        raise UsageError(
-            f"smote makes {rows:,} rows, {size / 2**30:.1f} GiB, for which {tempfile.gettempdir()} "
-            f"has no room ({error}): take fewer rows, or set TMPDIR to a folder on another disk"
-        ) from error

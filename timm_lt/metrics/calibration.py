@@ -106,19 +106,14 @@ def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) 
     0.3
 
     Args:
-        confidences: Probability of the predicted class, in [0, 1].
-        right: Whether the prediction is right.
-        bins: Number of bins of equal width.
-
-    Shape:
-        confidences (N,), right (N,) with N >= 1.
+        confidences: As there, (N,) in [0, 1].
+        right: As there, (N,).
+        bins: As there.
 
     Raises:
-        UsageError: If there are no images, the shapes differ, a confidence is not in [0, 1], a
-            value of ``right`` is not 0 or 1, or ``bins`` is not an integer >= 1.
+        UsageError: As there.
 
     References:
-        Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
-        https://arxiv.org/abs/1706.04599
+        Guo et al., ICML 2017, equation 3, https://arxiv.org/abs/1706.04599
     """
     return bin_error(reliability(confidences, right, bins))

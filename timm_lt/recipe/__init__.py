@@ -4,6 +4,7 @@ Only ``train_lt.py`` and ``timm_lt/cli`` know recipes; everything below takes pl
 """
 
 from timm_lt.fitting import DEFAULT_HEADS as DEFAULT_HEADS
+from timm_lt.recipe.checks import stage_heads as stage_heads
 from timm_lt.recipe.parse import DEFAULT_RECIPE as DEFAULT_RECIPE
 from timm_lt.recipe.parse import find_recipe as find_recipe
 from timm_lt.recipe.parse import load_recipe as load_recipe
@@ -11,7 +12,6 @@ from timm_lt.recipe.parse import parse_command_line as parse_command_line
 from timm_lt.recipe.parse import shipped_recipes as shipped_recipes
 from timm_lt.recipe.run import Run as Run
 from timm_lt.recipe.run import create_run as create_run
-from timm_lt.recipe.run import stage_heads as stage_heads
 from timm_lt.recipe.schema import DataRecipe as DataRecipe
 from timm_lt.recipe.schema import FeaturesRecipe as FeaturesRecipe
 from timm_lt.recipe.schema import LossRecipe as LossRecipe

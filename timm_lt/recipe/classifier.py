@@ -1,5 +1,6 @@
 """The classifier stage of a run: features are taken once, then every head is made of them."""
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from timm_lt.console import advance, log, progress
 from timm_lt.data.images import Images
@@ -16,7 +16,9 @@ from timm_lt.features import Features, extract_features
 from timm_lt.fitting import AUTO, fit_head, take_best
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.recipe.run import Run, stage_heads
+from timm_lt.metrics import ShotMetrics, ShotReport
+from timm_lt.recipe.checks import stage_heads
+from timm_lt.recipe.run import Run
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
 
 
@@ -165,9 +167,16 @@ def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
     return best
 
 
-def logits_of(head: Head, features: Features) -> Tensor:
-    """Returns the logits (N, C) of a head."""
-    with torch.inference_mode():
-        # In the batches that the model would see: from float32 features come the same bits.
-        parts = features.values.split(EVAL_BATCH_SIZE)
-        return torch.cat([head(part.float()) for part in parts])
+def evaluate(run: Run, name: str, head: Head, features: RunFeatures) -> tuple[ShotReport, str]:
+    """Returns the test figures of a head, and the SHA-256 of its logits; batch by batch."""
+    test = features.of(name, "test")
+    metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
+    digest = hashlib.sha256()
+    # In the batches that the model would see: from float32 features come the same bits.
+    batches = (part.split(EVAL_BATCH_SIZE) for part in (test.values, test.targets))
+    for values, targets in zip(*batches, strict=True):
+        with torch.inference_mode():
+            logits = head(values.float())
+        metrics.update(logits, targets)
+        digest.update(logits.numpy().tobytes())
+    return metrics.compute(), digest.hexdigest()

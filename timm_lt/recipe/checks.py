@@ -1,0 +1,107 @@
+"""What can be wrong with a recipe and is found before anything is trained or written."""
+
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal, get_args
+
+from timm_lt.data import Splits
+from timm_lt.fitting import AUTO, check_fit_options
+from timm_lt.longtail import shot_groups
+from timm_lt.recipe.schema import Recipe
+from timm_lt.registry import UsageError, check_choice
+from timm_lt.training import check_image_options
+
+# Options that have another place in a recipe, or are not for it to set.
+SET_ELSEWHERE = {
+    "sampler": ("labels", "seed", "num_classes", "rank", "num_replicas"),
+    "loss": ("class_counts", "reduction"),
+    "optimizer": ("model_or_params", "opt", "lr", "weight_decay", "momentum"),
+    "scheduler": (
+        *("optimizer", "sched", "warmup_epochs"),
+        *("num_epochs", "step_on_epochs", "updates_per_epoch"),
+    ),
+    "mixup": ("mixup_alpha", "cutmix_alpha", "num_classes", "label_smoothing"),
+    "ema": ("model", "decay", "device"),
+}
+# What a head is fitted on: features that are taken once, or images through the frozen backbone.
+Stage = Literal["features", "images"]
+
+
+def check_options_of_parts(recipe: Recipe) -> None:
+    """Checks that no part has an option that is set elsewhere, or has no effect."""
+    for part, names in SET_ELSEWHERE.items():
+        for name in getattr(recipe, part).options:
+            if name in names:
+                raise UsageError(f"{part}.options: {name} is set elsewhere; leave it out")
+    if recipe.mixup.off_epoch is not None and not recipe.mixup.mixes():
+        raise UsageError("mixup.off_epoch has no effect without mixup_alpha or cutmix_alpha")
+
+
+def check_heads(recipe: Recipe) -> None:
+    """Checks the heads of a recipe and their options."""
+    if not recipe.heads:
+        raise UsageError("the recipe has no heads to fit; give at least one under heads:")
+    if AUTO in recipe.heads:
+        if recipe.heads[AUTO]:
+            raise UsageError("head 'auto' is the best of the recipe's others and takes no options")
+        if len(recipe.heads) == 1:
+            raise UsageError("head 'auto' is the best of the recipe's others: give at least one")
+    for name, options in recipe.heads.items():
+        check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
+    for name, options in stage_heads(recipe, "images").items():
+        check_image_options(name, options)
+    for name, options in stage_heads(recipe, "features").items():
+        if "bn" in options:
+            raise UsageError(
+                f"bn of head {name!r} is for stage images, where the backbone runs again: leave it "
+                "out, or add stage: images"
+            )
+        check_fit_options(name, options)
+
+
+def check_objective(recipe: Recipe, splits: Splits) -> None:
+    """Checks that validation has images of the classes that are to be judged by."""
+    if recipe.objective != "few_shot":
+        return
+    few = shot_groups(splits.class_counts, recipe.shot_rule)["few_shot"]
+    if not few[splits.labels["val"]].any():
+        raise UsageError(
+            "objective few_shot: the data have no few-shot class; take class_mean, or worst_class"
+        )
+
+
+def check_features(recipe: Recipe, folder: Path) -> None:
+    """Checks before training that features can be taken as the recipe has it."""
+    features = recipe.features
+    if features.views is not None and recipe.data.augmentation == "none":
+        raise UsageError(
+            "features.views has no effect with data.augmentation none: every view would be the same"
+        )
+    if features.cache_dir is None:
+        return
+    cache = Path(features.cache_dir).resolve()
+    if cache.is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"features.cache_dir {features.cache_dir} lies in the folder of the run, which holds "
+            "nothing but the run: choose another"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"features.cache_dir {features.cache_dir} cannot be written: {error}"
+        ) from error
+
+
+def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Returns the heads of a recipe that are fitted on features, or on images, with their options.
+
+    The stage itself is no option of a fit and is left out.
+    """
+    return {
+        name: {key: value for key, value in options.items() if key != "stage"}
+        for name, options in recipe.heads.items()
+        if name != AUTO and options.get("stage", "features") == stage
+    }
