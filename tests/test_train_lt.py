@@ -186,6 +186,7 @@ def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 30 epochs: 70 s with two free cores, ten times that with one busy one
 def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
     """The default recipe: order and margins of DESIGN section 7, not values."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import timm.data
 import torch
@@ -81,8 +81,8 @@ class Run:
     def objective(self) -> Objective:
         """What is maximised on validation."""
         # Of a split as long-tailed as train, the accuracy over the images is that of large classes.
-        usual: Objective = "all" if self.splits.val_source == "val" else "class_mean"
-        return self.recipe.objective or usual
+        usual = "all" if self.splits.val_source == "val" else "class_mean"
+        return cast(Objective, self.recipe.objective or usual)
 
     @property
     def val_name(self) -> str:
