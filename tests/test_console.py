@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import timm_lt.console as console_module
-from timm_lt.console import advance, console, log, progress, start_logging
+from timm_lt.console import advance, console, error_text, log, progress, start_logging
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,7 @@ def test_a_terminal_shows_what_is_done_and_how_far(monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "fitting crt" in shown
     assert "3/4 updates" in " ".join(shown.split())
+
+
+def test_an_error_keeps_its_lines_and_loses_what_moves_the_cursor():
+    assert error_text("2 problems\n- a\x1b[2J\rb\n\n- c") == "2 problems\n- a [2J b\n- c"

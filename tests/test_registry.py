@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from timm_lt.registry import (
+    Problems,
     Registry,
     UsageError,
     check_choice,
@@ -145,3 +146,28 @@ def test_check_choice():
     check_choice("rule", "fb", ("fb", "oltr"))
     with pytest.raises(UsageError, match=r"unknown rule 'ofb'.*choose one of: fb, oltr"):
         check_choice("rule", "ofb", ("fb", "oltr"))
+
+
+def test_problems_are_raised_together_and_merge():
+    inner = Problems()
+    inner.add("one")
+    inner.add("two")
+    outer = Problems("all of it")
+    with outer.collected("inside, "):
+        inner.check()
+    with outer.collected():
+        raise UsageError("three")
+    with pytest.raises(UsageError) as caught:
+        outer.check()
+    assert caught.value.problems == ["inside, one", "inside, two", "three"]
+    assert str(caught.value) == "all of it: 3 problems\n- inside, one\n- inside, two\n- three"
+
+
+def test_one_problem_is_a_sentence_and_none_is_no_error():
+    problems = Problems("it")
+    problems.check()
+    problems.add("is wrong")
+    with pytest.raises(UsageError, match=r"^it: is wrong$"):
+        problems.check()
+    with pytest.raises(ZeroDivisionError), problems.collected():
+        1 / 0  # noqa: B018

@@ -1,6 +1,7 @@
 """What a person sees while something runs: a console on standard error, logs, progress bars."""
 
 import logging
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,3 +54,26 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
 def advance(bar: Progress, steps: int = 1, description: str | None = None) -> None:
     """Moves the bar on, and changes its description if one is given."""
     bar.update(bar.task_ids[0], advance=steps, description=description)
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    r"""Returns a text of unknown origin without control characters, cut to a length.
+
+    >>> one_line(" two\nlines\x1b[2J")
+    'two lines [2J'
+    """
+    # Control and format characters, lone surrogates; line and paragraph separators.
+    odd = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    text = "".join(" " if unicodedata.category(c) in odd else c for c in text[: 4 * limit])
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def error_text(message: str) -> str:
+    r"""Returns a message as it may go to a terminal, whatever it quotes from a file or a repo.
+
+    >>> error_text("two problems\n- a\x1b[2J\n- b")
+    'two problems\n- a [2J\n- b'
+    """
+    lines = [one_line(line, 2000) for line in message.split("\n")[:100]]
+    return "\n".join(line for line in lines if line)

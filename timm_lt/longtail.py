@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number, shown_names
 
 Labels: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 Profile = Literal["exponential", "step", "pareto"]
@@ -159,8 +159,9 @@ def check_no_empty_class(class_counts: Labels) -> None:
     counts = check_class_counts(class_counts)
     empty: list[int] = (counts == 0).nonzero().flatten().tolist()
     if empty:
-        names = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise UsageError(f"{len(empty)} of {len(counts)} classes have no training image: {names}")
+        raise UsageError(
+            f"{len(empty)} of {len(counts)} classes have no training image: {shown_names(empty)}"
+        )
 
 
 def long_tailed_counts(

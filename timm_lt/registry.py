@@ -6,7 +6,8 @@ import math
 import numbers
 import operator
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,7 +19,71 @@ class UsageError(ValueError):
 
     Every error that timm_lt raises about its input is one of these; the command line prints the
     message without a traceback and exits with status 2.
+
+    Attributes:
+        problems: What is wrong, one sentence each; see :class:`Problems`.
     """
+
+    def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems) or [message]
+
+
+class Problems:
+    """Collects what is wrong with some input, so that all of it is reported together.
+
+    >>> problems = Problems("2 files")
+    >>> problems.add("a.png is empty")
+    >>> with problems.collected():
+    ...     check_integer("seed", -1, minimum=0)
+    >>> problems.check()
+    Traceback (most recent call last):
+    timm_lt.registry.UsageError: 2 files: 2 problems
+    - a.png is empty
+    - seed must be an integer >= 0, got -1
+
+    Args:
+        owner: Whose problems they are, for the message; may be empty.
+    """
+
+    def __init__(self, owner: str = "") -> None:
+        self.owner = owner
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Notes a problem: what is wrong, and how to mend it."""
+        self.found.append(problem)
+
+    @contextmanager
+    def collected(self, prefix: str = "") -> Iterator[None]:
+        """Notes the :class:`UsageError` of a block, which ends there, instead of raising it."""
+        try:
+            yield
+        except UsageError as error:
+            self.found += [prefix + problem for problem in error.problems]
+
+    def check(self) -> None:
+        """Raises what was noted, if anything was.
+
+        Raises:
+            UsageError: With all problems, also as ``problems``; one is a sentence, several a list.
+        """
+        if not self.found:
+            return
+        owner = f"{self.owner}: " if self.owner else ""
+        if len(self.found) == 1:
+            raise UsageError(owner + self.found[0])
+        lines = "".join(f"\n- {problem}" for problem in self.found)
+        raise UsageError(f"{owner}{len(self.found)} problems{lines}", problems=self.found)
+
+
+def shown_names(names: Sequence[object], limit: int = 5) -> str:
+    """Returns the first of many names, for messages.
+
+    >>> shown_names(["a", "b", "c"], 2)
+    'a, b, ...'
+    """
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:

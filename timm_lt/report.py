@@ -1,6 +1,5 @@
 """Tables of a run or a checkpoint; and figures in words, for the model card."""
 
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from timm_lt.checkpoint import CheckpointInfo
+from timm_lt.console import one_line
 from timm_lt.longtail import ShotRule, describe_shots
 from timm_lt.metrics import ShotReport
 
@@ -38,19 +38,6 @@ def known_fraction(value: object) -> float | None:
         return None
     # A mean of ones may come out a rounding error above 1.
     return float(value) if 0 <= value <= 1 + 1e-9 else None
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    r"""Returns a text of unknown origin without control characters, cut to a length.
-
-    >>> one_line(" two\nlines\x1b[2J")
-    'two lines [2J'
-    """
-    # Control and format characters, lone surrogates; line and paragraph separators.
-    odd = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    text = "".join(" " if unicodedata.category(c) in odd else c for c in text[: 4 * limit])
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def brief(value: object, digits: int = 3) -> str:

@@ -9,7 +9,13 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from timm_lt.data import create_dataset, list_datasets, register_dataset
-from timm_lt.data.sources import DATASETS, dataset_from_arrays, encode_bmp
+from timm_lt.data.sources import (
+    DATASETS,
+    dataset_from_arrays,
+    dataset_from_files,
+    encode_bmp,
+    find_splits,
+)
 from timm_lt.registry import UsageError
 
 BUILT_IN = ["digits_lt", "glyph_lt"]
@@ -27,6 +33,43 @@ def source():
 
     yield calls
     del DATASETS._parts["for_this_test"]
+
+
+@pytest.fixture
+def whole_source():
+    """A data set that makes both of its splits together; it counts how often."""
+    calls = []
+
+    @register_dataset("for_this_test")
+    def build(*, root, size=1):
+        calls.append((root, size))
+        images = np.arange(2 * size * 12, dtype=np.uint8).reshape(-1, 2, 2, 3)
+        both = dataset_from_arrays(images, np.zeros(len(images), np.int64), ["a"])
+        return {"train": both.select(range(size)), "test": both.select(range(size, 2 * size))}
+
+    yield calls
+    del DATASETS._parts["for_this_test"]
+
+
+def test_a_data_set_that_makes_all_splits_together_is_asked_once(whole_source):
+    found = find_splits("for_this_test", root="here", size=3)
+    assert {split: len(dataset) for split, dataset in found.items()} == {"train": 3, "test": 3}
+    assert whole_source == [("here", 3)]
+    test = create_dataset("for_this_test", split="test", root="here", size=3)
+    assert_array_equal(np.asarray(test[0]["image"]), np.arange(36, 48).reshape(2, 2, 3))
+    with pytest.raises(UsageError, match="no val split: hold out"):
+        create_dataset("for_this_test", split="val", root="here")
+    with pytest.raises(UsageError, match="needs the option 'root'"):
+        create_dataset("for_this_test")
+
+
+def test_files_become_a_data_set_that_opens_them_when_drawn(tmp_path):
+    Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
+    rows = dataset_from_files([str(tmp_path / "grey.png"), "not there"], np.array([1, 0]), None)
+    assert rows["label"][:] == [1, 0]
+    assert_array_equal(np.asarray(rows[0]["image"]), np.full((2, 3, 3), 7))
+    named = dataset_from_files(["x"], np.array([1]), ["a", "b"])
+    assert named.features["label"].names == ["a", "b"]
 
 
 def test_built_in_data_sets_are_listed():

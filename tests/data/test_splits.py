@@ -133,3 +133,12 @@ def test_create_splits_makes_all_three_of_a_data_set():
         create_splits("digitslt")
     with pytest.raises(UsageError, match="needs no root"):
         create_splits("digits_lt", root="somewhere")
+
+
+def test_the_problems_of_all_splits_are_reported_together():
+    with pytest.raises(UsageError) as caught:
+        Splits.from_datasets(three(train=[0, 1], val=[2]))
+    assert caught.value.problems == [
+        "train split: 1 of 3 classes have no image: 2 (cat)",
+        "val split: 2 of 3 classes have no image: 0 (ant), 1 (bee)",
+    ]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import timm_lt
 import train_lt
 from timm_lt.cli import convert, fold, listing, pack, push
+from timm_lt.console import error_text
 from timm_lt.registry import UsageError
-from timm_lt.report import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command(arguments)
     except UsageError as error:
-        # One line without control characters, whatever a message quotes from a file or a repo.
-        print(f"error: {one_line(str(error), 2000)}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error_text(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         return 130

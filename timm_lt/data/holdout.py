@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.longtail import Labels, check_labels
-from timm_lt.registry import UsageError, check_integer, check_number
+from timm_lt.registry import UsageError, check_integer, check_number, shown_names
 
 
 def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,10 @@ def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[T
     counts = torch.bincount(values)
     single = (counts == 1).nonzero().flatten().tolist()
     if single:
-        shown = ", ".join(map(str, single[:5])) + (", ..." if len(single) > 5 else "")
         raise UsageError(
             f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
-            f"out for validation: {shown}; give a validation split, or leave these classes out"
+            f"out for validation: {shown_names(single)}; give a validation split, or leave these "
+            "classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,8 @@
 """Data sets by name: each is a function that returns one split as a ``datasets.Dataset``."""
 
+import inspect
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
-Source = TypeVar("Source", bound="Callable[..., Dataset | None]")
+Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
-DATASETS: "Registry[Callable[..., Dataset | None]]" = Registry("data set")
+DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
 
 
 def register_dataset(name: str) -> Callable[[Source], Source]:
@@ -27,6 +28,9 @@ def register_dataset(name: str) -> Callable[[Source], Source]:
     ``datasets.Dataset`` with the columns ``image`` (a ``datasets.Image``) and ``label`` (a
     ``datasets.ClassLabel``), or None for ``"val"`` if there is no such split; its keyword-only
     parameters are the options. One that reads files has a keyword-only parameter ``root``.
+
+    One that makes all of its splits together, because files are listed once, has no parameter
+    ``split``: it is called as ``function(**options)`` and returns them by name.
 
     Raises:
         UsageError: If the name is taken or is no lower-case identifier.
@@ -86,9 +90,32 @@ def find_split(
     name: str, *, split: Split, root: str | Path | None = None, **options: Any
 ) -> "Dataset | None":
     """Builds one split as :func:`create_dataset` does; None if there is no such split."""
+    source = _checked_source(name, root, options)
+    check_choice(f"split of data set {name!r}", split, get_args(Split))
+    if not _takes_split(source):
+        found: Dataset | None = source(**options).get(split)
+        return found
+    dataset: Dataset | None = source(split, **options)
+    return dataset
+
+
+def find_splits(
+    name: str, *, root: str | Path | None = None, **options: Any
+) -> "dict[str, Dataset]":
+    """Builds all splits that a data set has, as :func:`create_dataset` builds one."""
+    source = _checked_source(name, root, options)
+    if not _takes_split(source):
+        return dict(source(**options))
+    found = {split: source(split, **options) for split in get_args(Split)}
+    return {split: dataset for split, dataset in found.items() if dataset is not None}
+
+
+def _checked_source(
+    name: str, root: str | Path | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Returns the function of a data set; puts the root into its options and checks them."""
     source = DATASETS[name]
     owner = f"data set {name!r}"
-    check_choice(f"split of {owner}", split, get_args(Split))
     if root is not None:
         options["root"] = root
     try:
@@ -97,7 +124,33 @@ def find_split(
         if "root" in options and "no option 'root'" in str(error):
             raise UsageError(f"{owner} needs no root, got {str(root)!r}: leave it out") from None
         raise
-    return source(split, **options)
+    return source
+
+
+def _takes_split(source: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(source).parameters.values()
+    return any(p.kind is not p.KEYWORD_ONLY for p in parameters)
+
+
+def dataset_from_files(
+    paths: "Sequence[str] | pa.Array", labels: NDArray[np.int64], names: list[str] | None
+) -> "Dataset":
+    """Makes a data set of image files, which are opened when they are drawn.
+
+    Args:
+        paths: The files, (N,).
+        labels: Their labels, (N,).
+        names: Class names, (C,); None leaves the classes without names.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    label = Value("int64") if names is None else ClassLabel(names=names)
+    features = Features({"image": Image(mode="RGB"), "label": label})
+    files = pa.array(paths, pa.string())
+    content = pa.nulls(len(files), pa.binary())
+    column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
+    table = pa.table({"image": column, "label": pa.array(labels, pa.int64())})
+    return Dataset(table.cast(features.arrow_schema))
 
 
 def dataset_from_arrays(

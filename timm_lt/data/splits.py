@@ -13,10 +13,10 @@ from timm_lt.data.augment import Augmentation
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.reading import Unreadable
-from timm_lt.data.sources import Split, find_split
+from timm_lt.data.sources import Split, find_splits
 from timm_lt.data.stored import StoredImages
 from timm_lt.longtail import class_counts
-from timm_lt.registry import UsageError
+from timm_lt.registry import Problems, UsageError, shown_names
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,31 @@ class Splits:
         Raises:
             UsageError: If a split is missing or empty, a label is negative or beyond the classes,
                 the splits name their classes differently, or a class has no training or no
-                validation image; the message names split and class.
+                validation image; the message names split and class, of all such problems.
         """
         val_source: Literal["val", "train"] = "val"
         if "val" not in datasets and "train" in datasets:
             datasets, val_source = _held_out(datasets, val_fraction), "train"
-        labels = {}
+        problems = Problems()
+        labels: dict[str, Tensor] = {}
         for split in get_args(Split):
             if split not in datasets or len(datasets[split]) == 0:
-                raise UsageError(f"the {split} split has no images")
-            try:
+                problems.add(f"the {split} split has no images")
+                continue
+            with problems.collected(f"{split} split: "):
                 labels[split] = label_tensor(datasets[split])
-            except UsageError as error:
-                raise UsageError(f"{split} split: {error}") from error
+        problems.check()
         names = label_names(datasets["train"])
         num_classes = len(names) if names else int(labels["train"].max()) + 1
         counts = {}
         for split, values in labels.items():
-            _check_same_names(split, label_names(datasets[split]), names)
-            try:
+            with problems.collected(f"{split} split: "):
+                _check_same_names(label_names(datasets[split]), names)
                 counts[split] = class_counts(values, num_classes)
-            except UsageError as error:
-                raise UsageError(f"{split} split: {error}") from error
-            # A class without a test image has no accuracy; the report says so.
-            if split != "test":
-                _check_every_class(split, counts[split], names)
+                # A class without a test image has no accuracy; the report says so.
+                if split != "test":
+                    _check_every_class(counts[split], names)
+        problems.check()
         return cls(datasets, labels, counts["train"], names, val_source)
 
     @property
@@ -133,25 +133,20 @@ def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dat
     return {**datasets, "train": whole.select(train.tolist()), "val": whole.select(val.tolist())}
 
 
-def _check_same_names(split: str, found: list[str] | None, expected: list[str] | None) -> None:
+def _check_same_names(found: list[str] | None, expected: list[str] | None) -> None:
     if found and expected and found != expected:
         differing = zip_longest(found, expected)
         label, (here, there) = next(
             (i, pair) for i, pair in enumerate(differing) if len({*pair}) > 1
         )
-        raise UsageError(
-            f"{split} split: label {label} is class {here!r}, in the train split it is {there!r}"
-        )
+        raise UsageError(f"label {label} is class {here!r}, in the train split it is {there!r}")
 
 
-def _check_every_class(split: str, counts: Tensor, names: list[str] | None) -> None:
+def _check_every_class(counts: Tensor, names: list[str] | None) -> None:
     empty = torch.nonzero(counts == 0).flatten().tolist()
     if empty:
-        shown = ", ".join(f"{c} ({names[c]})" if names else str(c) for c in empty[:5])
-        raise UsageError(
-            f"{split} split: {len(empty)} of {len(counts)} classes have no image: {shown}"
-            + (", ..." if len(empty) > 5 else "")
-        )
+        shown = shown_names([f"{c} ({names[c]})" if names else c for c in empty])
+        raise UsageError(f"{len(empty)} of {len(counts)} classes have no image: {shown}")
 
 
 def create_splits(
@@ -170,8 +165,5 @@ def create_splits(
         UsageError: As :func:`~timm_lt.data.sources.create_dataset` and
             :meth:`Splits.from_datasets`.
     """
-    found = {
-        split: find_split(name, split=split, root=root, **options) for split in get_args(Split)
-    }
-    datasets = {split: dataset for split, dataset in found.items() if dataset is not None}
+    datasets = find_splits(name, root=root, **options)
     return Splits.from_datasets(datasets, val_fraction=val_fraction)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from timm_lt.report import one_line
+from timm_lt.console import one_line
 
 # An underscore at the edge of a word could be emphasis.
 SIMPLE = re.compile(r"(?:(?!\b_|_\b)[\w .,+=%/-])*")

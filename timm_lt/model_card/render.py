@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_lt.checkpoint import CheckpointInfo, HeadEntry
+from timm_lt.console import one_line
 from timm_lt.longtail import describe_shots, shot_groups, shot_rule_texts
 from timm_lt.model_card.markdown import code, fenced, plain, table
 from timm_lt.plots import PLOT_FILES
@@ -16,7 +17,6 @@ from timm_lt.report import (
     describe_selection,
     group_word,
     known_fraction,
-    one_line,
     percent,
     selected_option,
 )
