@@ -233,6 +233,9 @@ class Recipe:
         objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
             class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
             class_mean where validation is as long-tailed as train, from which it was held out.
+        protocol: standard selects on validation, and reads the test split once, at the end. paper
+            has the test split for validation and holds nothing out; it is only there for data where
+            a paper selected so, to compare with it, and whatever is written says so.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
         seed: Seed of everything random, from 0 to 2^63 - 1.
@@ -259,6 +262,7 @@ class Recipe:
     )
     # Not a Literal: the parser's message for one or null is a riddle.
     objective: str | None = None
+    protocol: Literal["standard", "paper"] = "standard"
     shot_rule: Literal["fb", "oltr"] = "fb"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0
