@@ -179,6 +179,8 @@ def train(run: Run) -> None:
         validate_every=recipe.validate_every,
         keep=recipe.keep,
         class_counts=run.splits.class_counts,
+        trained=recipe.model.trained,
+        bn=recipe.model.bn,
         state=TrainingState(run.folder / STATE, run.accelerator),
         seed=recipe.seed,
     )

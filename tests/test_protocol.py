@@ -1,4 +1,4 @@
-"""The protocol "paper": the test split is what is selected on, where a paper did so, and all say so."""
+"""The protocol "paper": the test split is selected on where a paper did so, and all say so."""
 
 import json
 
@@ -46,9 +46,9 @@ def test_it_is_refused_where_no_paper_did_so(name, digits_of_a_paper):
 
 
 def test_wrong_names_list_the_right_ones():
-    with pytest.raises(UsageError, match="unknown protocol 'papers'.*standard, paper"):
+    with pytest.raises(UsageError, match=r"unknown protocol 'papers'.*standard, paper"):
         create_splits("digits_lt", protocol="papers")
-    with pytest.raises(UsageError, match="unknown data set 'digits'.*digits_lt"):
+    with pytest.raises(UsageError, match=r"unknown data set 'digits'.*digits_lt"):
         create_splits("digits", protocol="paper")
     assert Recipe().protocol == "standard"
 
@@ -86,7 +86,11 @@ def test_a_standard_run_says_nothing_of_it(tmp_path, capsys):
     assert train_lt.main(arguments) == 0
     assert NOTE not in " ".join(capsys.readouterr().out.split())
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["protocol"], metrics["validation"], metrics["note"]) == ("standard", "val", None)
+    assert (metrics["protocol"], metrics["validation"], metrics["note"]) == (
+        "standard",
+        "val",
+        None,
+    )
     assert read_checkpoint(folder).protocol == "standard"
     assert NOTE not in (folder / "README.md").read_text()
     assert train_lt.main([*arguments, "--overwrite", "--protocol", "paper"]) == 2

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
-# What hyper-parameters and the epoch are selected on: validation, or the test split, as a paper did.
+# Selection is on validation, or on the test split as a paper did it.
 SelectionProtocol = Literal["standard", "paper"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
@@ -83,8 +83,8 @@ def check_protocol(name: str, protocol: str) -> None:
         return
     known = [f"{key} ({paper})" for key, paper in SELECTED_ON_TEST.items() if key in DATASETS]
     raise UsageError(
-        "protocol paper selects hyper-parameters and the epoch on the test split, and is there only "
-        f"where a paper did so, which none is known to have done for {name!r}: take protocol "
+        "protocol paper selects hyper-parameters and the epoch on the test split, and is there "
+        f"only where a paper did so, which none is known to have done for {name!r}: take protocol "
         f"standard; it is there for: {', '.join(known) or 'no data set'}"
     )
 

@@ -18,7 +18,6 @@ from timm_lt.data.stored import StoredImages
 from timm_lt.longtail import class_counts
 from timm_lt.registry import Problems, UsageError, shown_names
 
-
 ValSource = Literal["val", "train", "test"]
 
 

@@ -43,6 +43,7 @@ from timm_lt.training import (
     check_batch_size,
     check_model,
     check_optimization,
+    check_trained,
     check_update,
     plan_head_on_images,
 )
@@ -161,6 +162,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             clip_mode=recipe.clip_mode,
         )
         model = create_network(recipe, splits.num_classes)
+        check_trained(model, recipe.model.trained, recipe.model.bn)
         images = create_images(recipe, splits, model, workers=options.workers)
         check_model(model, images["val"])
         plans = {

@@ -52,11 +52,17 @@ class ModelRecipe:
     Args:
         name: Any timm architecture, or an lt_* one; a tag chooses a configuration.
         pretrained: Start from that configuration's published weights.
+        trained: Modules that the representation stage trains beside the classifier, e.g.
+            [layer4.2]; the others are frozen. null trains all.
+        bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
+            shift (training mode, they move).
         options: Further arguments of timm.create_model.
     """
 
     name: str = "lt_test_resnet"
     pretrained: bool = False
+    trained: list[str] | None = None
+    bn: Literal["frozen", "shift"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)
 
 
