@@ -274,7 +274,7 @@ def test_help_shows_the_values_of_the_recipe(capsys, tmp_path, monkeypatch):
 
 
 def test_published_weights_without_a_recipe_say_so(tmp_path):
-    for name in ("lt_resnext50.imagenet_lt", "hub_configs/lt_resnext50.imagenet_lt.yaml"):
+    for name in ("lt_resnet32.cifar10_lt", "hub_configs/lt_resnet32.cifar10_lt.yaml"):
         with pytest.raises(UsageError, match=r"is no recipe to run; load them with timm.create_mo"):
             parse_command_line("train_lt.py", [name])
 

@@ -101,10 +101,11 @@ def save_checkpoint(
         "label_names": label_names,
         "dataset": dataset,
         "shot_rule": shot_rule,
-        "protocol": protocol,
         "seed": seed,
         "heads": entries,
     }
+    if protocol is not None:
+        block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
     check_text(folder, config)
     (folder / CONFIG).unlink(missing_ok=True)
