@@ -8,6 +8,8 @@ from timm_lt.data.augment import register_augmentation as register_augmentation
 from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.holdout import hold_out as hold_out
 from timm_lt.data.labels import dataset_labels as dataset_labels
+from timm_lt.data.lists import ImageList as ImageList
+from timm_lt.data.lists import read_image_list as read_image_list
 from timm_lt.data.loader import Loader as Loader
 from timm_lt.data.loader import create_loader as create_loader
 from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed
