@@ -2,7 +2,10 @@
 
 from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
 from timm_lt.data import glyph_lt as glyph_lt
+from timm_lt.data import imagenet_lt as imagenet_lt
+from timm_lt.data import inat2018 as inat2018
 from timm_lt.data import listed as listed
+from timm_lt.data import places_lt as places_lt
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
@@ -14,6 +17,7 @@ from timm_lt.data.lists import read_image_list as read_image_list
 from timm_lt.data.loader import Loader as Loader
 from timm_lt.data.loader import create_loader as create_loader
 from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed
+from timm_lt.data.published_lists import check_image_list as check_image_list
 from timm_lt.data.sources import create_dataset as create_dataset
 from timm_lt.data.sources import list_datasets as list_datasets
 from timm_lt.data.sources import register_dataset as register_dataset
