@@ -230,6 +230,17 @@ def test_the_download_is_named_and_what_was_found(tmp_path):
     assert "needs ILSVRC2012_img_val.tar (6.3 GiB)" in test
 
 
+def test_the_right_root_is_named(tmp_path):
+    put(tmp_path, "imagenet_lt", "flat", "data/ILSVRC2012")
+    write_lists(tmp_path, "imagenet_lt", "flat")
+    right = f"{tmp_path}/data/ILSVRC2012"
+    given = {split: tmp_path / file for split, file in FILES["imagenet_lt"].items()}
+    for problem in problems_of("imagenet_lt", tmp_path / "data", **given):
+        assert problem.endswith(
+            "ILSVRC2012/ with 2 folders; they are in " + right + ": give that as root"
+        )
+
+
 def test_some_missing_images_are_counted(tmp_path):
     put(tmp_path, "places_lt", "v2")
     write_lists(tmp_path, "places_lt", "v1")

@@ -59,6 +59,7 @@ class Published:
         lists: By split.
         folders: Where below the root the lists are looked for.
         other_lists: What has another number of lines.
+        where: Where the lists are published, for messages.
         source: Whose lists they are.
         verified: How what is known became known.
     """
@@ -71,6 +72,7 @@ class Published:
     lists: Mapping[Split, PublishedList]
     folders: tuple[str, ...]
     other_lists: Mapping[int, str]
+    where: str = ""
     source: str = ""
     verified: str = ""
 

@@ -98,8 +98,7 @@ def _find(known: Published, split: Split, root: str) -> Path:
         folders = ", ".join(f"{folder}/" for folder in known.folders if folder)
         raise UsageError(
             f"there is no {' nor '.join(names)} in the root nor in its folders {folders}: put it "
-            f"there, or name it with the option {split!r}; the lists are published with the code "
-            "of Liu et al. (OLTR) and of Kang et al. (classifier-balancing)"
+            f"there, or name it with the option {split!r}; it is published {known.where}"
         )
     return found
 
@@ -111,15 +110,19 @@ def _on_disk(
     expected = known.lists[split]
     rows = np.unique(np.linspace(0, len(listed.labels) - 1, SAMPLE).astype(np.int64))
     sample = ImageList(listed.paths.take(rows), listed.labels[rows])
-    hits = {
-        layout: sum(map(os.path.isfile, _laid_out(known, layout, sample, root)))
-        for layout in (None, *expected.layouts)
-    }
-    layout = max(hits, key=lambda layout: hits[layout])
-    if hits[layout] == 0:
+    layouts = (None, *expected.layouts)
+
+    def hits(layout: str | None, folder: str) -> int:
+        return sum(map(os.path.isfile, _laid_out(known, layout, sample, folder)))
+
+    layout = max(layouts, key=lambda layout: hits(layout, root))
+    if hits(layout, root) == 0:
+        below = sorted(path for path in Path(root).iterdir() if path.is_dir())[:SHOWN]
+        right = next((path for path in below for one in layouts if hits(one, str(path))), None)
+        hint = f"; they are in {right}: give that as root" if right else ""
         problems.add(
             f"the images of the {split} split are not there, e.g. {listed.paths[0]}: "
-            f"{known.title} needs {expected.needs}; found in {root}: {contents(root)}"
+            f"{known.title} needs {expected.needs}; found in {root}: {contents(root)}{hint}"
         )
         return None
     files = _laid_out(known, layout, listed, root)
