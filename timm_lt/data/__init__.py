@@ -2,6 +2,7 @@
 
 from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
 from timm_lt.data import glyph_lt as glyph_lt
+from timm_lt.data import hub_data as hub_data
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
