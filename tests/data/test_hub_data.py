@@ -433,10 +433,14 @@ def test_missing_and_empty_images_are_found_before_training_all_together(local):
     assert found["train"]["label"][:] == [0, 1, 1]
 
 
-def test_a_wrong_split_and_wrong_columns_are_reported_together(tmp_path):
-    datasets.DatasetDict(ALL).save_to_disk(tmp_path)
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_wrong_split_and_wrong_columns_are_reported_together(local, tmp_path, saved):
+    wrong = {"test": "tests", "image": "picture", "label": "clas"}
+    if saved:
+        datasets.DatasetDict(ALL).save_to_disk(tmp_path / "root")
+    files = {} if saved else {"train.parquet": ALL["train"]}
     with pytest.raises(UsageError) as caught:
-        find_splits("hub", root=tmp_path, test="tests", image="picture", label="clas")
+        local(files, **wrong)
     assert len(caught.value.problems) == 3
 
 
@@ -487,7 +491,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub):
         hub({"README.md": b"---\nlicense: mit\n---\n"}, "me/empty")
     with pytest.raises(UsageError, match=r"me/code is a loading script.*code@refs/convert/parquet"):
         hub({"code.py": b"raise SystemExit"}, "me/code")
-    with pytest.raises(UsageError, match="me/bad: Parquet magic bytes not found"):
+    with pytest.raises(UsageError, match=r"me/bad.*train\.parquet is damaged, or no parquet file"):
         hub({"train.parquet": b"PAR1 and no more", "test.parquet": b"PAR1"}, "me/bad")
     hub.server.create("datasets/you/gated", sharded(**ALL), gated=True)
     with pytest.raises(UsageError, match=r"gated: ask for access at http.*/datasets/you/gated and"):

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from timm_lt.data.hub_splits import USUAL_NAMES
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, shown_names, unknown_name
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
+    from huggingface_hub import HfFileSystem
 
 SAVED = ("state.json", "dataset_dict.json")
 FORMATS = ("parquet", "arrow")
@@ -103,7 +106,9 @@ def open_local(root: Path, config: str | None, cache_dir: str | Path | None) -> 
     def read(names: list[str]) -> "dict[str, Dataset]":
         return {name: _read_files(kind, splits[name], cache_dir) for name in names}
 
-    return StoredTables(str(root), list(splits), None, read)
+    first = next(iter(splits.values()))[0]
+    features = _parquet_features(first) if kind == "parquet" else None
+    return StoredTables(str(root), list(splits), features, read)
 
 
 def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
@@ -167,7 +172,7 @@ def _read_files(kind: str, files: list[Path], cache_dir: str | Path | None) -> "
     from datasets.exceptions import DatasetsError
 
     if kind == "parquet":
-        _check_same_schemas(files)
+        _check_class_names({str(file): _parquet_features(file) for file in files})
     # What is a pattern to the library is a name here.
     patterns = {"train": [glob.escape(str(file.absolute())) for file in files]}
     try:
@@ -180,25 +185,23 @@ def _read_files(kind: str, files: list[Path], cache_dir: str | Path | None) -> "
         ) from error
 
 
-def _check_same_schemas(files: list[Path]) -> None:
-    """Checks class names file by file: the library gives all files those of the first."""
+def _parquet_features(file: Path | str, filesystem: "HfFileSystem | None" = None) -> "Features":
     import pyarrow.parquet as pq
+    from datasets import Features
 
-    schemas = {}
-    for file in files:
-        try:
-            schemas[str(file)] = pq.read_schema(file)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{file} is damaged, or no parquet file: {_line(error)}") from error
-    _check_schemas(schemas)
+    try:
+        return Features.from_arrow_schema(pq.read_schema(file, filesystem=filesystem))
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"{file} is damaged, or no parquet file: {_line(error)}") from error
 
 
-def _check_schemas(schemas: dict[str, Any]) -> None:
-    from datasets import ClassLabel, Features
+def _check_class_names(tables: "dict[str, Features]") -> None:
+    """Checks class names file by file: the library gives all files those of the first."""
+    from datasets import ClassLabel
 
     known: dict[str, tuple[str, list[str]]] = {}
-    for file, schema in schemas.items():
-        for column, feature in Features.from_arrow_schema(schema).items():
+    for file, features in tables.items():
+        for column, feature in features.items():
             if not isinstance(feature, ClassLabel):
                 continue
             first, names = known.setdefault(column, (file, feature.names))
@@ -211,7 +214,6 @@ def _check_schemas(schemas: dict[str, Any]) -> None:
 
 def _check_same_classes(name: str, builder: "DatasetBuilder") -> None:
     """Checks the class names of the first parquet file of each split, before all are downloaded."""
-    import pyarrow.parquet as pq
     from huggingface_hub import HfFileSystem
 
     files = dict(builder.config.data_files or {})
@@ -220,7 +222,7 @@ def _check_same_classes(name: str, builder: "DatasetBuilder") -> None:
         return
     if len(firsts) > 1:
         system = HfFileSystem()
-        _check_schemas({file: pq.read_schema(file, filesystem=system) for file in firsts})
+        _check_class_names({file: _parquet_features(file, system) for file in firsts})
 
 
 def _commit(repo_id: str, revision: str | None) -> tuple[str | None, UsageError | None]:
