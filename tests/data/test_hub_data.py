@@ -262,7 +262,7 @@ def test_a_test_split_is_dealt_out_of_each_class(local):
 
 
 def test_a_class_of_one_image_cannot_be_dealt_out(local):
-    with pytest.raises(UsageError, match="held out for testing: 2; give a split for testing"):
+    with pytest.raises(UsageError, match="held out for test: 2; give a test split"):
         local({"train.parquet": table([0, 0, 1, 1, 2])})
 
 

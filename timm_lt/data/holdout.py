@@ -14,9 +14,9 @@ def hold_out(
     fraction: float = 0.2,
     *,
     seed: int = 0,
-    purpose: Literal["validation", "testing"] = "validation",
+    purpose: Literal["validation", "test"] = "validation",
 ) -> tuple[Tensor, Tensor]:
-    """Deals the images of each class out to training and to validation or testing.
+    """Deals the images of each class out to training and to validation or test.
 
     Of the ``n`` images of a class, ``fraction * n`` are held out, rounded, but at least one and
     not all: the split is stratified.
@@ -45,7 +45,7 @@ def hold_out(
     if single:
         raise UsageError(
             f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
-            f"out for {purpose}: {shown_names(single)}; give a split for {purpose}, or leave these "
+            f"out for {purpose}: {shown_names(single)}; give a {purpose} split, or leave these "
             "classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)

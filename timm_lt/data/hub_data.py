@@ -236,6 +236,6 @@ def _dealt(
     splits = {split: found[name] for split, name in names.items()}
     if names["test"] == names["train"]:
         whole = splits["train"]
-        kept, dealt = hold_out(label_tensor(whole), test_fraction, purpose="testing")
+        kept, dealt = hold_out(label_tensor(whole), test_fraction, purpose="test")
         splits |= {"train": whole.select(kept), "test": whole.select(dealt)}
     return splits
