@@ -122,9 +122,8 @@ def test_words_as_labels_mean_the_same_in_every_list(root):
 def test_everything_wrong_is_found_together(root):
     with (root / "train.txt").open("a") as file:
         file.write("".join(f"all photos/ant/gone {i}.png 0\n" for i in range(7)))
-        file.write(
-            "all photos/ant/train 0.png 1\nall photos/ant/train 0.png 2\nall photos/bee/../ant/./train 1.png 4\n"
-        )
+        file.write("all photos/ant/train 0.png 1\nall photos/ant/train 0.png 2\n")
+        file.write("all photos/bee/../ant/./train 1.png 4\n")
         file.write("all photos/ant 0\n")
     with (root / "test.txt").open("a") as file:
         file.write("no such folder/x.png 1\nall photos/./cat//train 2.png 2\n")

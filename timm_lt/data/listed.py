@@ -184,7 +184,7 @@ def _datasets(
     }
     if "test" not in datasets:
         whole = datasets["train"]
-        train, test = hold_out(labels["train"], test_fraction, seed=seed)
+        train, test = hold_out(labels["train"], test_fraction, seed=seed, purpose="test")
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets
