@@ -20,6 +20,9 @@ Split = Literal["train", "val", "test"]
 SelectionProtocol = Literal["standard", "paper"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
+# Files in a column of paths: more with the longest paths would not fit 2 GiB.
+FILES = 500_000
+
 DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
 # Data sets by name on whose test split a paper selected, and which paper.
 SELECTED_ON_TEST: dict[str, str] = {}
@@ -159,6 +162,8 @@ def _checked_source(
     except UsageError as error:
         if "root" in options and "no option 'root'" in str(error):
             raise UsageError(f"{owner} needs no root, got {str(root)!r}: leave it out") from None
+        if "needs the option 'root'" in str(error):
+            raise UsageError(f"{owner} reads files: give their folder with --data.root") from None
         raise
     return source
 
@@ -182,11 +187,14 @@ def dataset_from_files(
 
     label = Value("int64") if names is None else ClassLabel(names=names)
     features = Features({"image": Image(mode="RGB"), "label": label})
-    files = pa.array(paths, pa.string())
-    content = pa.nulls(len(files), pa.binary())
-    column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
-    table = pa.table({"image": column, "label": pa.array(labels, pa.int64())})
-    return Dataset(table.cast(features.arrow_schema))
+    tables = []
+    for start in range(0, max(len(paths), 1), FILES):
+        files = pa.array(paths[start : start + FILES], pa.string())
+        content = pa.nulls(len(files), pa.binary())
+        column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
+        part = pa.array(labels[start : start + FILES], pa.int64())
+        tables.append(pa.table({"image": column, "label": part}).cast(features.arrow_schema))
+    return Dataset(pa.concat_tables(tables))
 
 
 def dataset_from_arrays(
