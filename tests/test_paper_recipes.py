@@ -21,10 +21,16 @@ from torch import nn
 
 import train_lt
 from timm_lt.data import register_dataset
-from timm_lt.data.sources import DATASETS, SELECTED_ON_TEST, dataset_from_files
+from timm_lt.data.sources import (
+    DATASETS,
+    SELECTED_ON_TEST,
+    check_protocol,
+    dataset_from_files,
+)
 from timm_lt.files import read_yaml
 from timm_lt.published import PUBLISHED
 from timm_lt.recipe import RunOptions, create_run, load_recipe, shipped_recipes
+from timm_lt.registry import check_options
 from timm_lt.training.schedule import Schedule
 
 CATALOGUE = (Path(train_lt.__file__).parent / "hub_configs" / "README.md").read_text()
@@ -206,6 +212,11 @@ def test_recipes_of_a_family_differ_in_nothing_else(data):
 def test_the_test_split_is_selected_on_where_the_paper_did_so(name):
     paper = DATA[name] in SELECTED_BY_THE_PAPERS_ON_TEST
     assert load(name).protocol == ("paper" if paper else "standard")
+    # The data set itself permits it, or not, and takes the recipe's options.
+    check_protocol(DATA[name], load(name).protocol)
+    assert (DATA[name] in SELECTED_ON_TEST) is paper
+    options = {"root": "FOLDER", **load(name).data.options}
+    check_options(DATA[name], DATASETS[DATA[name]], options)
 
 
 # The learning rate --------------------------------------------------------------------------------

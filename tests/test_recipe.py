@@ -125,7 +125,16 @@ def test_overrides_take_the_place_of_single_values(read):
         "epochs: 5\nheads: {tau_norm: {tau: .5}, lws:}\ndata: {options: {a: 1, b: 2}}",
         *["--epochs=7", "--seed", "3", "--seed", "4"],
         *["--heads.tau_norm.tau", "0.7", "--heads.crt.steps=9", "--data.options.a", "5"],
-        *["--model.name", "test_vit", "--model.trained", "[blocks.5]", "--output", "x/y", "--quiet", "--resume"],
+        *[
+            "--model.name",
+            "test_vit",
+            "--model.trained",
+            "[blocks.5]",
+            "--output",
+            "x/y",
+            "--quiet",
+            "--resume",
+        ],
     )
     assert (recipe.epochs, recipe.seed, recipe.model.name) == (7, 4, "test_vit")
     assert recipe.model.trained == ["blocks.5"]
