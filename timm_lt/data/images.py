@@ -17,7 +17,16 @@ from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
 from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
 from timm_lt.data.fingerprint import digest
-from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
+from timm_lt.data.reading import (
+    DAMAGE,
+    UNREADABLE,
+    Unreadable,
+    damage_of,
+    decode_image,
+    encoded_images,
+    image_name,
+    unreadable_images,
+)
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -209,20 +218,18 @@ def decode_images(
 
     Raises:
         UsageError: If the data set is empty or too large to be held in memory, or an image cannot
-            be decoded; the message names the row. Also if no image can be.
+            be decoded; the message names all such rows. Also if no image can be.
     """
     if len(dataset) == 0:
         raise UsageError("the data set has no images")
     images: np.ndarray[Any, Any] | None = None
-    rejected = []
+    rejected: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
     for row, encoded in enumerate(encoded_images(dataset)):
         try:
-            image = read_image(encoded["image"], row, column)
-        except UsageError:
-            if missing is None:
-                raise
-            rejected.append(row)
+            image = decode_image(encoded["image"], column)
+        except DAMAGE as error:
+            rejected[row] = image_name(encoded["image"], row), damage_of(error)
             continue
         if images is None:
             size = size or (image.height, image.width)
@@ -230,6 +237,8 @@ def decode_images(
         height, width = images.shape[1:3]
         # Of an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if rejected and missing is None:
+        raise unreadable_images(dict(rejected.values()), len(dataset))
     if images is None:
         raise UsageError(f"none of the {len(dataset)} images can be read")
     if missing is not None:
