@@ -1,6 +1,7 @@
 """Data sets by name, the means to make a long-tailed one, and images ready for training."""
 
 from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
+from timm_lt.data import folder as folder
 from timm_lt.data import glyph_lt as glyph_lt
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset
@@ -263,7 +264,13 @@ def label_tensor(dataset: Dataset) -> Tensor:
     Raises:
         UsageError: If a label is not a non-negative integer; names its row.
     """
-    return check_labels(dataset.with_format("numpy")["label"][:])
+    column = dataset.data.column("label")
+    if column.null_count or not pa.types.is_integer(column.type):
+        return check_labels(dataset.with_format("numpy")["label"][:])
+    # Formatting the rows takes ten times as long.
+    if dataset._indices is not None:
+        column = column.take(dataset._indices.column(0))
+    return check_labels(column.to_numpy())
 
 
 def label_names(dataset: Dataset) -> list[str] | None:
