@@ -8,6 +8,8 @@ from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
 from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.holdout import hold_out as hold_out
+from timm_lt.data.inspection import Inspection as Inspection
+from timm_lt.data.inspection import inspect_splits as inspect_splits
 from timm_lt.data.labels import dataset_labels as dataset_labels
 from timm_lt.data.loader import Loader as Loader
 from timm_lt.data.loader import create_loader as create_loader

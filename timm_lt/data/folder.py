@@ -67,6 +67,8 @@ def folder(
     if min_images is not None:
         leave_out_small(images, check_integer("min_images", min_images, minimum=1))
     check_folder(images, other_files)
+    if images.problems.found:
+        _check_content(images)
     images.problems.check()
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
@@ -111,8 +113,6 @@ def check_folder(images: ImageFolder, other_files: OtherFiles = "raise") -> None
         _check_same_classes(images)
         _check_loose(images, other_files)
     _check_files(images, other_files)
-    if images.problems.found:
-        _check_content(images)
 
 
 def _check_loose(images: ImageFolder, other_files: OtherFiles) -> None:

@@ -111,6 +111,38 @@ class Opened(NamedTuple):
         return os.fdopen(self.descriptor, "rb", closefd=False)
 
 
+class StoredFiles:
+    """The images of a data set as they are stored, without copying what is in memory.
+
+    Args:
+        dataset: With a column ``image``.
+        rows: Rows that are looked at.
+
+    Attributes:
+        paths: Their files, None for an image that has none.
+        in_memory: Whether their bytes are in memory, or in a mapped file.
+    """
+
+    def __init__(self, dataset: "Dataset", rows: range) -> None:
+        self.rows = rows
+        images = dataset.with_format(None).data.column("image")
+        places = pa.array(rows, pa.int64())
+        if dataset._indices is not None:
+            places = dataset._indices.column(0).take(places).combine_chunks()
+        self._places = places.to_numpy()
+        self._contents = pc.struct_field(images, "bytes")
+        self.paths: list[str | None] = pc.struct_field(images, "path").take(places).to_pylist()
+        self.in_memory: list[bool] = pc.is_valid(self._contents).take(places).to_pylist()
+
+    def name(self, number: int) -> str:
+        """Returns what an image is called in messages."""
+        return image_name({"path": self.paths[number]}, self.rows[number])
+
+    def view(self, number: int) -> memoryview:
+        """Returns the bytes of an image in memory: of a mapped file, no page is read yet."""
+        return memoryview(self._contents[int(self._places[number])].as_buffer())
+
+
 def find_damaged(dataset: "Dataset", *, first: int = 0, step: int = 1) -> list[Damage]:
     """Finds the images that no decoder will read: empty files, no images, files that are cut off.
 
@@ -126,30 +158,21 @@ def find_damaged(dataset: "Dataset", *, first: int = 0, step: int = 1) -> list[D
     Returns:
         What was found, by ascending row.
     """
-    images = encoded_images(dataset)
-    if images.format["type"] == "custom":
+    if encoded_images(dataset).format["type"] == "custom":
         return []
-    # Not row by row: of images in a mapped file, only the pages of both ends are read.
-    column = images.data.column("image")
-    rows = range(first, len(images), step)
-    places = pa.array(rows, pa.int64())
-    if images._indices is not None:
-        places = images._indices.column(0).take(places).combine_chunks()
-    paths = pc.struct_field(column, "path").take(places).to_pylist()
-    contents = pc.struct_field(column, "bytes")
-    in_memory = pc.is_valid(contents).take(places).to_pylist()
+    files = StoredFiles(dataset, range(first, len(dataset), step))
 
     def look(number: int) -> str | None:
-        path = paths[number]
-        if in_memory[number]:
-            return reason_of(Stored(memoryview(contents[places[number].as_py()].as_buffer())))
+        if files.in_memory[number]:
+            return reason_of(Stored(files.view(number)))
+        path = files.paths[number]
         if path is None:
             return "there is no image"
         return None if is_remote(path) else reason_of_file(path)
 
     return [
-        Damage(rows[number], image_name({"path": paths[number]}, rows[number]), reason)
-        for number, reason in enumerate(in_threads(look, range(len(rows))))
+        Damage(files.rows[number], files.name(number), reason)
+        for number, reason in enumerate(in_threads(look, range(len(files.rows))))
         if reason is not None
     ]
 
@@ -265,9 +288,11 @@ CHECKS: list[tuple["re.Pattern[bytes]", Callable[[Content, bytes], bool]]] = [
 ]
 
 
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], rows: int = ROWS
+) -> Iterator[Result]:
     """Yields what a function returns for each item, in order; several threads call it."""
-    parts = [items[start : start + ROWS] for start in range(0, len(items), ROWS)]
+    parts = [items[start : start + rows] for start in range(0, len(items), rows)]
     threads = ThreadPoolExecutor(THREADS)
     try:
         for results in threads.map(lambda part: [function(item) for item in part], parts):
