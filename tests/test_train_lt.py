@@ -181,8 +181,8 @@ def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
     assert metrics["num_processes"] == 2
     alone = json.loads((whole / "metrics.json").read_text())["heads"]
     for head in HEADS:
-        # 300 test images: a difference of .12 is three standard errors.
-        assert metrics["heads"][head]["all"] == pytest.approx(alone[head]["all"], abs=0.12)
+        # 300 test images: three standard errors are .12, and five epochs leave a model unsettled.
+        assert metrics["heads"][head]["all"] == pytest.approx(alone[head]["all"], abs=0.2)
 
 
 @pytest.mark.slow

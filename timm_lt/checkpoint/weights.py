@@ -24,6 +24,12 @@ ORDINARY = 2**16
 MOST_PARAMETERS, MOST_ELEMENTS = 20_000, 2**30
 # Elements of buffers that are not stored, beyond four for each that is: tables of positions, say.
 FREE_BUFFERS = 2**24
+# Levels of lists and objects in a config; no architecture's arguments have ten.
+MOST_LEVELS = 100
+
+
+class _NestingError(Exception):
+    """Raised for values that are nested too deeply to be looked into."""
 
 
 def check_weights_file(folder: Path, info: CheckpointInfo | None) -> Shapes:
@@ -72,7 +78,7 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     for key in ("model_args", "pretrained_cfg"):
         try:
             integers = list(_integers(config.get(key, {}), key))
-        except RecursionError as error:
+        except _NestingError as error:
             raise UsageError(f"{path}: {key} is nested too deeply") from error
         for name, size in integers:
             if abs(size) > limit:
@@ -131,13 +137,15 @@ def check_memory(folder: Path, shapes: Shapes, model: nn.Module) -> None:
         )
 
 
-def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:
+def _integers(value: object, name: str, level: int = 0) -> Iterator[tuple[str, int]]:
     """Yields the integers in nested objects by path, and the sum of those in each list."""
+    if level > MOST_LEVELS:
+        raise _NestingError
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _integers(part, f"{name}.{key}")
+            yield from _integers(part, f"{name}.{key}", level + 1)
     elif isinstance(value, list):
-        inside = [pair for part in value for pair in _integers(part, name)]
+        inside = [pair for part in value for pair in _integers(part, name, level + 1)]
         yield name, sum(abs(size) for _, size in inside)
         yield from inside
     elif type(value) is int:

@@ -123,6 +123,8 @@ def _checked_source(
     except UsageError as error:
         if "root" in options and "no option 'root'" in str(error):
             raise UsageError(f"{owner} needs no root, got {str(root)!r}: leave it out") from None
+        if "needs the option 'root'" in str(error):
+            raise UsageError(f"{owner} reads files: give their folder with --data.root") from None
         raise
     return source
 
