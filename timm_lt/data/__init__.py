@@ -3,6 +3,7 @@
 from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
 from timm_lt.data import folder as folder
 from timm_lt.data import glyph_lt as glyph_lt
+from timm_lt.data import listed as listed
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
@@ -11,6 +12,8 @@ from timm_lt.data.holdout import hold_out as hold_out
 from timm_lt.data.inspection import Inspection as Inspection
 from timm_lt.data.inspection import inspect_splits as inspect_splits
 from timm_lt.data.labels import dataset_labels as dataset_labels
+from timm_lt.data.lists import ImageList as ImageList
+from timm_lt.data.lists import read_image_list as read_image_list
 from timm_lt.data.loader import Loader as Loader
 from timm_lt.data.loader import create_loader as create_loader
 from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed

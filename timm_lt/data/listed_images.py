@@ -1,0 +1,145 @@
+"""What is checked of images that lists name, of all splits together."""
+
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from timm_lt.data.lists import Paths
+from timm_lt.data.lists.presence import missing_rows
+from timm_lt.data.sources import Split
+from timm_lt.registry import Problems, shown_names
+
+Labels = NDArray[np.int64]
+# What makes two spellings of one path possible.
+UNTIDY = r"(^|/)\.{0,2}/|/\.{1,2}$"
+
+
+def joined(root: str, paths: Paths) -> Paths:
+    """Returns the files that paths stand for: relative ones start at the root."""
+    import pyarrow.compute as pc
+
+    listed = paths.arrow
+    absolute = pc.starts_with(listed, "/")
+    start = pa.scalar(root.rstrip("/"), listed.type)
+    return Paths(pc.if_else(absolute, listed, pc.binary_join_element_wise(start, listed, "/")))
+
+
+def tidy(files: Paths) -> Paths:
+    """Returns absolute paths in one spelling each, to be compared."""
+    import pyarrow.compute as pc
+
+    if not pc.any(
+        pc.match_substring_regex(pc.utf8_slice_codeunits(files.arrow, 1), UNTIDY)
+    ).as_py():
+        return files
+    return Paths([os.path.normpath(path) for path in files])
+
+
+def note_missing(problems: Problems, split: str, files: Paths, root: str) -> None:
+    """Notes files that are not there."""
+    with problems.collected(f"{split} list: "):
+        rows = missing_rows(files)
+        if len(rows):
+            shown = shown_names(list(files.take(rows[:6])))
+            hint = f"; relative paths start at the root {root}" if len(rows) == len(files) else ""
+            problems.add(
+                f"{split} list: {len(rows):,} of {len(files):,} files are not there: {shown}{hint}"
+            )
+
+
+def note_conflicts(problems: Problems, split: str, files: Paths, labels: Labels) -> None:
+    """Notes images that are in one list several times with different labels."""
+    coded = files.arrow.dictionary_encode()
+    if len(coded.dictionary) == len(files):
+        return
+    codes = coded.indices.to_numpy()
+    first = np.empty(len(coded.dictionary), np.int64)
+    first[codes[::-1]] = labels[::-1]
+    rows = np.flatnonzero(labels != first[codes])
+    if len(rows) == 0:
+        return
+    # One line for each image, however often it is repeated.
+    rows = rows[np.sort(np.unique(codes[rows], return_index=True)[1])]
+    shown = [f"{files[row]} ({first[codes[row]]}, {labels[row]})" for row in rows[:6].tolist()]
+    problems.add(
+        f"{split} list: {len(rows):,} images have different labels on different lines: "
+        f"{shown_names(shown)}"
+    )
+
+
+def note_overlaps(problems: Problems, files: Mapping[Split, Paths]) -> None:
+    """Notes images that are in two lists."""
+    import pyarrow.compute as pc
+
+    arrays = {split: paths.arrow.cast(pa.large_string()) for split, paths in files.items()}
+    for one, other in combinations(arrays, 2):
+        both = pc.unique(arrays[other].filter(pc.is_in(arrays[other], value_set=arrays[one])))
+        if len(both):
+            problems.add(
+                f"{len(both):,} images are in both the {one} list and the {other} list: "
+                f"{shown_names(both[:6].to_pylist())}"
+            )
+
+
+def note_gaps(
+    problems: Problems,
+    labels: Mapping[Split, Labels],
+    num_classes: int,
+    names: Sequence[str] | None,
+    held_out: int,
+) -> None:
+    """Notes classes that have too few images.
+
+    Args:
+        problems: Takes the notes.
+        labels: By split.
+        num_classes: C; the labels are below.
+        names: Class names, (C,), if known.
+        held_out: Splits that are made of training images.
+    """
+    present, counts = np.unique(labels["train"], return_counts=True)
+    if len(present) < num_classes:
+        # Among so many labels there are the first six gaps, however large a wrong label is.
+        start = np.arange(min(num_classes, len(present) + 6))
+        problems.add(
+            f"train list: {num_classes - len(present):,} of {num_classes:,} classes have no image: "
+            f"{_shown_classes(np.setdiff1d(start, present), names)}; labels must be 0 to C - 1"
+        )
+    few = present[counts <= held_out]
+    if len(few):
+        problems.add(
+            f"train list: {len(few)} of {num_classes} classes have fewer than {held_out + 1} "
+            f"images, one for each split: {_shown_classes(few, names)}; give lists for val and test"
+        )
+    if "val" in labels:
+        lacking = np.setdiff1d(present, labels["val"])
+        if len(lacking):
+            problems.add(
+                f"val list: {len(lacking)} of {num_classes} classes have no image: "
+                f"{_shown_classes(lacking, names)}"
+            )
+
+
+def _shown_classes(classes: Labels, names: Sequence[str] | None) -> str:
+    known = len(names) if names else 0
+    return shown_names(
+        [f"{c} ({names[c]})" if names and c < known else str(c) for c in classes[:6].tolist()]
+    )
+
+
+def note_alike(problems: Problems, names: Sequence[str]) -> None:
+    """Notes class names that differ in case, blanks or composed letters only."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", " ".join(name.split())).casefold()
+        alike.setdefault(key, []).append(name)
+    same = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if same:
+        problems.add(
+            f"{len(same)} class names differ in nothing but case or blanks: {shown_names(same)}"
+        )

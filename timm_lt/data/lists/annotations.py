@@ -1,0 +1,178 @@
+"""Lists as JSON: BBN's annotations, and those of COCO and iNaturalist."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from timm_lt.registry import UsageError, shown_names
+
+PATH_KEYS = ("fpath", "im_path", "image_path", "path", "file_name", "filename")
+LABEL_KEYS = ("category_id", "label", "target")
+Entry = Mapping[str, Any]
+
+
+class Annotations(NamedTuple):
+    """What a file of annotations says; see :class:`~timm_lt.data.lists.ImageList`."""
+
+    paths: list[str]
+    labels: NDArray[np.int64]
+    names: list[str] | None
+    num_classes: int | None
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Reads JSON annotations; see :func:`~timm_lt.data.lists.read_image_list`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{path}, line {error.lineno}, column {error.colno}: no JSON: {error.msg}"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}, line {line}: no UTF-8 text: {error.reason}") from error
+    if isinstance(content, list):
+        content = {"annotations": content}
+    if not isinstance(content, dict) or "annotations" not in content:
+        found = f"keys {', '.join(content)}" if isinstance(content, dict) else repr(content)[:40]
+        raise UsageError(f"{path} has no 'annotations', which give the labels; found {found}")
+    if "images" in content:
+        return _of_images(path, content)
+    return _of_paths(path, content)
+
+
+def _of_paths(path: Path, content: Entry) -> Annotations:
+    """Reads annotations that have paths and labels, as BBN's."""
+    entries = _entries(path, content, "annotations")
+    if not entries:
+        return Annotations([], np.empty(0, np.int64), None, None)
+    path_key = _key(path, entries[0], PATH_KEYS, "annotations")
+    label_key = _key(path, entries[0], LABEL_KEYS, "annotations")
+    paths = _values(path, entries, path_key, "annotations", str)
+    labels = np.array(_values(path, entries, label_key, "annotations", int), np.int64)
+    num_classes = content.get("num_classes")
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise UsageError(f"{path}: num_classes is {num_classes!r}, not an integer of 1 or more")
+    limit = num_classes or np.iinfo(np.int64).max
+    bad = (labels < 0) | (labels >= limit)
+    if bad.any():
+        row = int(bad.argmax())
+        raise UsageError(
+            f"{path}: annotations[{row}] ({paths[row]}) has {label_key} {labels[row]}, "
+            + ("which is negative" if labels[row] < 0 else f"but num_classes is {num_classes}")
+        )
+    return Annotations(paths, labels, None, num_classes)
+
+
+def _of_images(path: Path, content: Entry) -> Annotations:
+    """Joins annotations with the images and categories that they point to."""
+    images = _entries(path, content, "images")
+    annotations = _entries(path, content, "annotations")
+    image_ids = _unique(path, _ids(path, images, "id", "images"), "images")
+    paths = _values(path, images, "file_name", "images", str)
+    rows = _positions(path, _ids(path, annotations, "image_id", "annotations"), image_ids, "image")
+    categories, names = _categories(path, content, annotations)
+    found = _positions(
+        path, _ids(path, annotations, "category_id", "annotations"), categories, "category"
+    )
+    labels = np.full(len(images), -1, np.int64)
+    labels[rows] = found
+    # Of an image with several annotations, the last stays; the others differ from it or not.
+    several = np.flatnonzero(labels[rows] != found)
+    if len(several):
+        places = list(dict.fromkeys(rows[several].tolist()))
+        raise UsageError(
+            f"{path}: {len(places)} images have annotations of different categories: "
+            f"{shown_names([paths[place] for place in places])}"
+        )
+    bare = np.flatnonzero(labels < 0)
+    if len(bare):
+        raise UsageError(
+            f"{path}: {len(bare)} of {len(images)} images have no annotation: "
+            f"{shown_names([paths[place] for place in bare[:6]])}"
+        )
+    return Annotations(paths, labels, names, len(categories) if names else None)
+
+
+def _categories(
+    path: Path, content: Entry, annotations: list[Entry]
+) -> tuple[dict[Any, int], list[str] | None]:
+    """Returns the label of each category id, and the names by label.
+
+    Without categories, the ids in the annotations are the labels themselves.
+    """
+    if "categories" not in content:
+        ids = _ids(path, annotations, "category_id", "annotations")
+        if negative := [number for number in ids if number < 0]:
+            raise UsageError(f"{path}: category_id {negative[0]} is negative")
+        return {number: number for number in ids}, None
+    entries = _entries(path, content, "categories")
+    ids = _ids(path, entries, "id", "categories")
+    _unique(path, ids, "categories")
+    names = dict(zip(ids, _values(path, entries, "name", "categories", str), strict=True))
+    if len({*names.values()}) < len(names):
+        first: dict[str, int] = {}
+        twice = [name for number, name in names.items() if first.setdefault(name, number) != number]
+        raise UsageError(f"{path}: several categories are named {shown_names(twice)}")
+    return {number: label for label, number in enumerate(sorted(ids))}, [
+        names[number] for number in sorted(ids)
+    ]
+
+
+def _entries(path: Path, content: Entry, key: str) -> list[Entry]:
+    entries = content[key]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError(f"{path}: {key!r} must be a list of objects")
+    return entries
+
+
+def _key(path: Path, entry: Entry, keys: Iterable[str], where: str) -> str:
+    for key in keys:
+        if key in entry:
+            return key
+    raise UsageError(
+        f"{path}: {where} have none of {', '.join(keys)}; the first has {', '.join(entry)}"
+    )
+
+
+def _values(path: Path, entries: list[Entry], key: str, where: str, kind: type) -> list[Any]:
+    """Returns a value of every entry."""
+    values = [entry.get(key) for entry in entries]
+    for row, value in enumerate(values):
+        if type(value) is not kind:
+            raise UsageError(
+                f"{path}: {where}[{row}] has {key} {value!r}, not "
+                f"{'an integer' if kind is int else 'a text'}"
+            )
+    return values
+
+
+def _ids(path: Path, entries: list[Entry], key: str, where: str) -> list[int]:
+    return _values(path, entries, key, where, int)
+
+
+def _unique(path: Path, ids: list[int], where: str) -> dict[int, int]:
+    """Returns the place of each id."""
+    places = {number: place for place, number in enumerate(ids)}
+    if len(places) < len(ids):
+        twice = [number for place, number in enumerate(ids) if places[number] != place]
+        raise UsageError(f"{path}: {where} have an id more than once: {shown_names(twice)}")
+    return places
+
+
+def _positions(
+    path: Path, ids: list[int], places: Mapping[int, int], noun: str
+) -> NDArray[np.int64]:
+    """Returns the place of what each annotation points to."""
+    found = np.array([places.get(number, -1) for number in ids], np.int64)
+    unknown = np.flatnonzero(found < 0)
+    if len(unknown):
+        shown = shown_names([ids[row] for row in unknown[:6]])
+        raise UsageError(
+            f"{path}: {len(unknown)} annotations have a {noun}_id that is in no {noun}: {shown}"
+        )
+    return found
