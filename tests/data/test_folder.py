@@ -188,7 +188,7 @@ def test_many_culprits_are_counted_and_five_are_named(tmp_path):
 
 
 def test_a_root_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="needs the option 'root'"):
+    with pytest.raises(UsageError, match=r"reads files: give their folder with --data\.root"):
         create_dataset("folder")
     with pytest.raises(UsageError, match=r"root .*/none does not exist"):
         create_dataset("folder", root=tmp_path / "none")

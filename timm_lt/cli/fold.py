@@ -101,4 +101,3 @@ def _differences(report: FoldReport) -> str:
     if report.onnx_difference is not None:
         text += f", in onnxruntime by {report.onnx_difference:.1g}"
     return text
-

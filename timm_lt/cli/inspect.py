@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,8 +13,7 @@ from rich.console import Console
 from timm_lt.cli.common import Commands, parse_options
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.console import advance, progress
-from timm_lt.data.folder import check_folder, folder
-from timm_lt.data.image_folder import read_folder
+from timm_lt.data.folder import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
@@ -77,9 +75,9 @@ def inspect_data(arguments: argparse.Namespace) -> None:
             name=name,
             quick=arguments.quick,
             shot_rule=arguments.shot_rule,
+            problems=problems,
             on_image=lambda: advance(bar),
         )
-    found = replace(found, problems=list(dict.fromkeys([*problems, *found.problems])))
     output = arguments.output or Path(f"inspect_{name}")
     written = write_files(output, found)
     if arguments.json is not None:
@@ -116,18 +114,17 @@ def _folder(path: Path, options: dict[str, Any]) -> "tuple[Mapping[str, Dataset]
     check_options(f"data set {FOLDER!r}", folder, {"root": path, **options})
     try:
         return find_splits(FOLDER, root=path, **options), []
-    except UsageError as error:
-        images = read_folder(path)
-        check_folder(images, "skip" if options.get("other_files") == "skip" else "raise")
-        # Else it is an option that is wrong.
-        if not (images.names and any(images.images["train"].values()) and images.problems.found):
+    except UsageError:
+        listed = {key: options[key] for key in ("min_images", "other_files") if key in options}
+        images = list_folder(path, **listed)
+        # Else it is another option that is wrong, or there is nothing to look at.
+        if not (images.problems.found and any(images.images.get("train", {}).values())):
             raise
-        files = {split: images.files(split) for split in images.images}
-        datasets = {
-            split: dataset_from_files(paths, labels, images.names)
-            for split, (paths, labels) in files.items()
-        }
-        return datasets, error.problems
+        datasets: dict[str, Dataset] = {}
+        for split in images.images:
+            paths, labels = images.files(split)
+            datasets[split] = dataset_from_files(paths, labels, images.names)
+        return datasets, images.problems.found
 
 
 def _list(
@@ -138,7 +135,9 @@ def _list(
     try:
         return find_splits(LIST, root=start, train=path.resolve(), **options), []
     except UsageError as error:
-        check_options(f"data set {LIST!r}", DATASETS[LIST], {"root": start, "train": path} | options)
+        check_options(
+            f"data set {LIST!r}", DATASETS[LIST], {"root": start, "train": path} | options
+        )
         found = read_image_list(path)
         files = [str(start.absolute() / file) for file in found.paths]
         return {"train": dataset_from_files(files, found.labels, found.names)}, error.problems

@@ -65,9 +65,13 @@ def _splits_table(found: Inspection) -> Table:
     table = _table("split", "images", "classes", "largest", "smallest")
     for split, counts in found.class_counts.items():
         present = [count for count in counts if count]
-        held_out = split == "val" and found.val_source == "train"
+        words = split
+        if split == "val" and found.val_source == "train":
+            words = "val (held out of train by a run)"
+        elif split == "train" and len(found.class_counts) == 1:
+            words = "train (nothing is held out yet)"
         table.add_row(
-            "val (held out of train by a run)" if held_out else split,
+            words,
             f"{sum(counts):,}",
             f"{len(present):,}",
             f"{max(present, default=0):,}",

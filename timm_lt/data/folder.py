@@ -61,12 +61,8 @@ def folder(
             differ in their classes, there are other files; then also images that are damaged.
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
-    check_choice("other_files", other_files, get_args(OtherFiles))
     check_integer("seed", seed, minimum=0)
-    images = read_folder(root)
-    if min_images is not None:
-        leave_out_small(images, check_integer("min_images", min_images, minimum=1))
-    check_folder(images, other_files)
+    images = list_folder(root, min_images=min_images, other_files=other_files)
     if images.problems.found:
         _check_content(images)
     images.problems.check()
@@ -80,6 +76,29 @@ def folder(
         split: dataset_from_files(paths, labels, images.names)
         for split, (paths, labels) in sorted(files.items(), key=lambda item: ORDER.index(item[0]))
     }
+
+
+def list_folder(
+    root: str | Path, *, min_images: int | None = None, other_files: OtherFiles = "raise"
+) -> ImageFolder:
+    """Lists a folder of images, and notes all that would keep a run from training on it.
+
+    Args:
+        root: The folder.
+        min_images: As of :func:`folder`.
+        other_files: As of :func:`folder`.
+
+    Raises:
+        UsageError: If it is missing, or no folder, or an option is wrong.
+    """
+    check_choice("other_files", other_files, get_args(OtherFiles))
+    if min_images is not None:
+        check_integer("min_images", min_images, minimum=1)
+    images = read_folder(root)
+    if min_images is not None:
+        leave_out_small(images, min_images)
+    check_folder(images, other_files)
+    return images
 
 
 def leave_out_small(images: ImageFolder, min_images: int) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median_low
@@ -121,6 +121,7 @@ def inspect_splits(
     name: str = "data set",
     quick: bool = False,
     shot_rule: ShotRule = "fb",
+    problems: Sequence[str] = (),
     on_image: Callable[[], None] = lambda: None,
 ) -> Inspection:
     """Looks at all splits of a data set: class counts, duplicates, damaged images, image sizes.
@@ -132,16 +133,19 @@ def inspect_splits(
         name: What the data set is called.
         quick: Decode no image and compare no contents.
         shot_rule: Of the shot groups.
+        problems: What is known to be wrong with it. Then no validation split is held out.
         on_image: Called for each image that has been decoded.
 
     Returns:
         What was found; whatever would keep a run from training is among its problems.
     """
-    problems = Problems()
+    wrong = Problems()
+    wrong.found += problems
     names, val_source = None, "val" if "val" in datasets else None
-    with problems.collected():
-        splits = Splits.from_datasets(datasets)
-        datasets, names, val_source = splits.datasets, splits.label_names, splits.val_source
+    if not problems:
+        with wrong.collected():
+            splits = Splits.from_datasets(datasets)
+            datasets, names, val_source = splits.datasets, splits.label_names, splits.val_source
     labels: dict[str, Tensor] = {}
     for split, dataset in datasets.items():
         names = names or label_names(dataset)
@@ -153,7 +157,7 @@ def inspect_splits(
     found = _look_quickly(datasets) if quick else _look(datasets, labels, on_image)
     for split, damaged in found["unreadable"].items():
         if damaged:
-            with problems.collected(f"{split} split: "):
+            with wrong.collected(f"{split} split: "):
                 raise unreadable_images(
                     {one.name: one.reason for one in damaged}, len(datasets[split])
                 )
@@ -164,7 +168,7 @@ def inspect_splits(
         val_source=val_source,
         shot_rule=shot_rule,
         is_quick=quick,
-        problems=problems.found,
+        problems=wrong.found,
         **_imbalance(counts.get("train"), shot_rule),
         **found,
     )
