@@ -60,6 +60,15 @@ def test_a_folder_is_looked_at_as_a_run_takes_it(photos, capsys):
     assert figures["class_counts"]["train"] == [4, 8, 1]
 
 
+def test_the_source_folder_is_looked_at_as_its_root_is(photos, capsys):
+    assert inspect(capsys, "folder", "--root", "photos") == inspect(capsys, "photos")
+    (photos / "empty").mkdir()
+    assert "1 problem would" in inspect(capsys, "folder", "--root", "photos", "--quick")
+    photos.rename("folder")
+    assert "folder: 21 images of 4 classes" in inspect(capsys, "folder", "--quick")
+    assert "does not exist" in inspect(capsys, "folder", "--root", "gone", status=2)
+
+
 def test_a_bad_folder_is_looked_at_and_its_problems_come_last(photos, capsys):
     (photos / "empty").mkdir()
     (photos / "cat" / "1.png").write_bytes(b"no image")

@@ -98,9 +98,11 @@ def find_data(
         UsageError: If there is no such thing, or it has no images that could be looked at.
     """
     path = Path(data).expanduser()
-    if data in DATASETS:
+    if data == FOLDER and root is not None:
+        path, root = Path(root).expanduser(), None
+    elif data in DATASETS and not (data == FOLDER and path.is_dir()):
         return data, find_splits(data, root=root, **options), []
-    if path.is_dir():
+    if path.is_dir() or data == FOLDER:
         if root is not None:
             raise UsageError("--root is for lists and data sets: a folder is its own root")
         return path.resolve().name, *_folder(path, options)
