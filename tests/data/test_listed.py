@@ -122,7 +122,8 @@ def test_words_as_labels_mean_the_same_in_every_list(root):
 def test_everything_wrong_is_found_together(root):
     with (root / "train.txt").open("a") as file:
         file.write("".join(f"all photos/ant/gone {i}.png 0\n" for i in range(7)))
-        file.write("all photos/ant/train 0.png 1\nall photos/bee/../ant/./train 1.png 4\n")
+        file.write("all photos/ant/train 0.png 1\nall photos/ant/train 0.png 2\n")
+        file.write("all photos/bee/../ant/./train 1.png 4\n")
         file.write("all photos/ant 0\n")
     with (root / "test.txt").open("a") as file:
         file.write("no such folder/x.png 1\nall photos/./cat//train 2.png 2\n")
@@ -131,7 +132,7 @@ def test_everything_wrong_is_found_together(root):
     twice = f"{root}/all photos/ant/train 0.png (0, 1), {root}/all photos/ant/train 1.png (0, 4)"
     assert problems_of(root, val="val.txt", test="test.txt", label_names="none.txt") == [
         f"val list: {root}/val.txt, line 1: label '0.png' is not a non-negative integer",
-        f"train list: 8 of 23 files are not there: {gone}, ...",
+        f"train list: 8 of 24 files are not there: {gone}, ...",
         f"test list: 1 of 5 files are not there: {root}/no such folder/x.png",
         f"1 images are in both the train list and the test list: {root}/all photos/cat/train 2.png",
         f"train list: 2 images have different labels on different lines: {twice}",

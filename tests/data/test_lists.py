@@ -39,12 +39,18 @@ names = st.text(st.sampled_from("ab 7/.é\t"), min_size=1, max_size=12).filter(
 )
 labels = st.integers(0, 10**18 - 1) | st.integers(0, 11_000)
 lines = st.tuples(names, st.sampled_from([" ", "\t", "  ", " \t"]), labels, st.just("\n"))
+windows_lines = st.tuples(names, st.just(" "), labels, st.just("\r\n"))
 odd_lines = st.tuples(
     names, st.just(" "), labels, st.sampled_from([" \n", "\r\n", "\n\n", "\n \r\n"])
 )
 
 
-@given(st.lists(lines, min_size=1) | st.lists(lines | odd_lines, min_size=1), st.integers(40, 90))
+@given(
+    st.lists(lines, min_size=1)
+    | st.lists(windows_lines, min_size=1)
+    | st.lists(lines | odd_lines, min_size=1),
+    st.integers(40, 90),
+)
 @example([("a", " ", 5, "\n")], 40)
 def test_text_is_read_as_line_by_line(tmp_path_factory, parts, block):
     content = "".join(f"{path}{blank}{label}{end}" for path, blank, label, end in parts)
@@ -155,6 +161,8 @@ def test_annotations_of_images_and_categories(tmp_path):
 FAULTS = {
     "no label": ("a 1\nb.jpg\nc 2\n", "line 2: 'b.jpg' has no label"),
     "no path": ("a 1\n\n 7\n", "line 3: ' 7' has no label"),
+    "no path behind a mark": ("\ufeff 7\n", "line 1: ' 7' has no label"),
+    "other blank": ("a\u30007\n", "line 1: .* has no label"),
     "word": ("a 1\nb 2\n\nc/d.jpg x7\n", "line 4: label 'x7' is not a non-negative integer"),
     "negative": ("a -1\n", "line 1: label '-1' is not"),
     "fraction": ("a 1.0\n", "line 1: label '1.0' is not"),
@@ -184,6 +192,8 @@ def test_the_line_of_a_fault_is_counted_across_blocks(tmp_path, monkeypatch):
         read(tmp_path, content + "a b\n")
     with pytest.raises(UsageError, match="line 61: byte 0xfe"):
         read(tmp_path, content.encode() + b"a\xfe 1\n")
+    with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
+        read(tmp_path, content.replace("\n", "\r"))
     with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
         read(tmp_path, content + "a" * 200)
 

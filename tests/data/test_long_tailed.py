@@ -5,9 +5,13 @@ import random
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from timm_lt.data import make_long_tailed
+from timm_lt.data.long_tailed import long_tailed_indices
+from timm_lt.longtail import long_tailed_counts
 from timm_lt.registry import UsageError
 
 
@@ -89,11 +93,66 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_data_set_without_labels_is_refused():
-    with pytest.raises(UsageError, match=r"no column 'label'; it has \['target'\]"):
-        make_long_tailed(datasets.Dataset.from_dict({"target": [0, 1]}), imbalance_factor=2)
+    rows = datasets.Dataset.from_dict({"target": [0, 1]})
+    with pytest.raises(UsageError, match="no column 'label' or 'labels', only target"):
+        make_long_tailed(rows, imbalance_factor=2)
+    with pytest.raises(UsageError, match="no column 'labl', only target"):
+        make_long_tailed(rows, imbalance_factor=2, column="labl")
 
 
-def test_unbalanced_data_set_is_refused():
-    dataset = datasets.Dataset.from_dict({"label": [0] * 3 + [1] * 20})
-    with pytest.raises(UsageError, match="class 0 has 3 images, fewer than the 20"):
+def test_the_column_of_labels_can_be_named():
+    rows = datasets.Dataset.from_dict({"fine": [1, 0] * 10, "labels": [0] * 20})
+    subset = make_long_tailed(rows, imbalance_factor=5, column="fine")
+    assert subset["fine"][:] == [0] * 10 + [1] * 2
+    assert len(make_long_tailed(rows, imbalance_factor=1)) == 20
+
+
+def test_unbalanced_data_set_is_refused_with_all_its_short_classes():
+    dataset = datasets.Dataset.from_dict({"label": [0] * 3 + [1] * 20 + [2] * 20 + [3]})
+    # int(20 * 2^(-i/3)) = 20, 15, 12, 10
+    message = "2 of 4 classes .*: class 0 has 3, not 20, class 3 has 1, not 10; .* largest has, 20"
+    with pytest.raises(UsageError, match=message):
         make_long_tailed(dataset, imbalance_factor=2)
+
+
+def test_a_stream_and_a_set_of_splits_are_refused():
+    stream = balanced(3, 10).to_iterable_dataset()
+    with pytest.raises(UsageError, match="IterableDataset is a stream: it has no length"):
+        make_long_tailed(stream, imbalance_factor=2)
+    both = datasets.DatasetDict(train=balanced(3, 10), test=balanced(3, 10))
+    with pytest.raises(UsageError, match="pass one of its splits, train, test"):
+        make_long_tailed(both, imbalance_factor=2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(10, 30),
+    st.floats(1, 10),
+    st.sampled_from(["exponential", "step", "pareto"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_rows_are_distinct_of_the_right_class_and_as_many_as_the_profile_says(
+    num_classes, per_class, factor, profile, seed
+):
+    labels = np.random.default_rng(seed).permutation(np.arange(num_classes * per_class))
+    labels %= num_classes
+    chosen = long_tailed_indices(labels, imbalance_factor=factor, profile=profile, seed=seed)
+    counts = long_tailed_counts(num_classes, per_class, factor, profile)
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert labels[chosen].tolist() == [c for c, n in enumerate(counts) for _ in range(n)]
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("factor", [10, 20, 50, 100, 200])
+@pytest.mark.parametrize("profile", ["exponential", "step"])
+def test_subset_of_a_set_as_large_as_cifar_is_that_of_ldam_drw(num_classes, factor, profile):
+    labels = np.random.default_rng(7).permutation(np.arange(50_000) % num_classes)
+    n_max, mu = 50_000 // num_classes, 1 / factor
+    if profile == "exponential":
+        counts = [int(n_max * mu ** (i / (num_classes - 1.0))) for i in range(num_classes)]
+    else:
+        counts = [n_max] * (num_classes // 2)
+        counts += [int(n_max * mu)] * (num_classes - num_classes // 2)
+    chosen = long_tailed_indices(labels, imbalance_factor=factor, profile=profile)
+    assert chosen.tolist() == naive_subset(labels, counts)

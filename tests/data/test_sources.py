@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from timm_lt.data import create_dataset, list_datasets, register_dataset
+from timm_lt.data import create_dataset, list_datasets, register_dataset, sources
 from timm_lt.data.sources import (
     DATASETS,
     dataset_from_arrays,
@@ -70,6 +70,15 @@ def test_files_become_a_data_set_that_opens_them_when_drawn(tmp_path):
     assert_array_equal(np.asarray(rows[0]["image"]), np.full((2, 3, 3), 7))
     named = dataset_from_files(["x"], np.array([1]), ["a", "b"])
     assert named.features["label"].names == ["a", "b"]
+
+
+def test_more_files_than_a_column_holds(monkeypatch):
+    monkeypatch.setattr(sources, "FILES", 2)
+    rows = dataset_from_files([f"{row}.png" for row in range(5)], np.arange(5), None)
+    stored = rows.with_format("arrow")[:]["image"].to_pylist()
+    assert [image["path"] for image in stored] == [f"{row}.png" for row in range(5)]
+    assert rows["label"][:] == [0, 1, 2, 3, 4]
+    assert len(dataset_from_files([], np.arange(0), None)) == 0
 
 
 def test_built_in_data_sets_are_listed():

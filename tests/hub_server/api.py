@@ -1,4 +1,7 @@
-"""The endpoints of the Hub's HTTP API that huggingface_hub asks for models."""
+"""The endpoints of the Hub's HTTP API that huggingface_hub asks for models and data sets.
+
+A data set is a repo of the id ``datasets/NAMESPACE/NAME``; it has a model's endpoints, elsewhere.
+"""
 
 import base64
 import hashlib
@@ -11,6 +14,7 @@ from urllib.parse import parse_qs, unquote
 from hub_server.repos import ATTRIBUTES, Blob, RefusedError, Reply, is_lfs, read_card
 
 ROUTES = []
+DATASETS = "datasets/"
 
 
 def route(methods, pattern):
@@ -59,12 +63,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send(reply if isinstance(reply, Reply) else Reply(reply), fault)
 
     def routed(self, path):
+        plain = re.sub(r"^/api/datasets/|^/datasets/", self._of_model, path)
+        self.prefix = DATASETS if plain != path else ""
+        path = plain
         for methods, pattern, function in ROUTES:
             found = pattern.fullmatch(path)
             if found and self.command in methods:
                 groups = {name: unquote(value or "") for name, value in found.groupdict().items()}
                 return function(self, **groups)
         raise RefusedError(404, f"Loopback hub: no endpoint for {self.command} {path}")
+
+    @staticmethod
+    def _of_model(found):
+        return "/api/models/" if found[0].startswith("/api/") else "/"
 
     def send(self, reply, fault):
         body, status, headers = reply.body, reply.status, dict(reply.headers)
@@ -121,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         The client takes any 401 from https://HOST/api/models for a missing repo; here, where it
         is http, the code makes it do the same.
         """
-        user, repo = self.user(), self.hub.repos.get(repo_id)
+        user, repo = self.user(), self.hub.repos.get(self.prefix + repo_id)
         owner = user == repo_id.split("/")[0]
         if repo is None or (repo.private and not owner):
             raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
@@ -333,9 +344,10 @@ class Handler(BaseHTTPRequestHandler):
     @route("GET|HEAD", "/{repo}/resolve/{rev}/{path}")
     def resolve(self, repo, rev, path):
         repo = self.repo(repo)
-        if repo.gated and self.user() != repo.id.split("/")[0]:
+        name = repo.id.removeprefix(DATASETS)
+        if repo.gated and self.user() != name.split("/")[0]:
             status = 403 if self.user() else 401
-            raise RefusedError(status, f"Access to model {repo.id} is restricted", "GatedRepo")
+            raise RefusedError(status, f"Access to {name} is restricted", "GatedRepo")
         commit = repo.find(rev)
         headers = {"X-Repo-Commit": commit.id}
         if path not in commit.blobs:
@@ -358,9 +370,10 @@ class Handler(BaseHTTPRequestHandler):
         tags = [*card.get("tags", [])]
         if "license" in card:
             tags.append(f"license:{card['license']}")
+        name = repo.id.removeprefix(DATASETS)
         return {
-            "id": repo.id,
-            "author": repo.id.split("/")[0],
+            "id": name,
+            "author": name.split("/")[0],
             "sha": commit.id,
             "lastModified": commit.date,
             "private": repo.private,

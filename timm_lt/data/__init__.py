@@ -1,12 +1,18 @@
 """Data sets by name, the means to make a long-tailed one, and images ready for training."""
 
-from timm_lt.data import digits_lt as digits_lt  # importing a source registers it
+from timm_lt.data import cifar_lt as cifar_lt  # importing a source registers it
+from timm_lt.data import digits_lt as digits_lt
 from timm_lt.data import folder as folder
 from timm_lt.data import glyph_lt as glyph_lt
+from timm_lt.data import hub_data as hub_data
+from timm_lt.data import imagenet_lt as imagenet_lt
+from timm_lt.data import inat2018 as inat2018
 from timm_lt.data import listed as listed
+from timm_lt.data import places_lt as places_lt
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
+from timm_lt.data.cifar_lt import cifar_manifest as cifar_manifest
 from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.holdout import hold_out as hold_out
 from timm_lt.data.inspection import Inspection as Inspection
@@ -17,6 +23,8 @@ from timm_lt.data.lists import read_image_list as read_image_list
 from timm_lt.data.loader import Loader as Loader
 from timm_lt.data.loader import create_loader as create_loader
 from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed
+from timm_lt.data.manifest import subset_manifest as subset_manifest
+from timm_lt.data.published_lists import check_image_list as check_image_list
 from timm_lt.data.sources import create_dataset as create_dataset
 from timm_lt.data.sources import list_datasets as list_datasets
 from timm_lt.data.sources import register_dataset as register_dataset

@@ -47,6 +47,23 @@ class ImageRows(Dataset[tuple[Any, int]]):
         return digest(images_fingerprint(images), labels, described(self.transform))
 
 
+def check_random_access(dataset: object) -> None:
+    """Checks that a data set is no stream, nor a set of several splits.
+
+    Raises:
+        UsageError: If it is one; says why, and what to pass.
+    """
+    if isinstance(dataset, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise UsageError(
+            f"{type(dataset).__name__} is a stream: it has no length, no class counts and no "
+            "random access, which samplers and heads need; load the data set without streaming=True"
+        )
+    if isinstance(dataset, datasets.DatasetDict):
+        raise UsageError(
+            f"a DatasetDict is several data sets: pass one of its splits, {', '.join(dataset)}"
+        )
+
+
 def image_column(rows: datasets.Dataset) -> str:
     """Returns the name of the first column of images.
 

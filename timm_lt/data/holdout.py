@@ -1,5 +1,7 @@
 """Holding out images for validation where a data set has no split of its own for it."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,16 @@ from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError, check_integer, check_number, shown_names
 
 
-def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Deals the images of each class out to training and to validation.
+def hold_out(
+    labels: Labels,
+    fraction: float = 0.2,
+    *,
+    seed: int = 0,
+    purpose: Literal["validation", "test"] = "validation",
+) -> tuple[Tensor, Tensor]:
+    """Deals the images of each class out to training and to validation or test.
 
-    Of the ``n`` images of a class, ``fraction * n`` go to validation, rounded, but at least one and
+    Of the ``n`` images of a class, ``fraction * n`` are held out, rounded, but at least one and
     not all: the split is stratified.
 
     >>> train, val = hold_out([0] * 10 + [1] * 2, 0.2)
@@ -21,6 +29,7 @@ def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[T
         labels: Integer labels, one per image.
         fraction: In (0, 1).
         seed: A non-negative integer.
+        purpose: What the images are held out for, for messages.
 
     Shape:
         labels (N,); two index tensors, ascending, that together are all images.
@@ -36,7 +45,7 @@ def hold_out(labels: Labels, fraction: float = 0.2, *, seed: int = 0) -> tuple[T
     if single:
         raise UsageError(
             f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
-            f"out for validation: {shown_names(single)}; give a validation split, or leave these "
+            f"out for {purpose}: {shown_names(single)}; give a {purpose} split, or leave these "
             "classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)

@@ -12,7 +12,7 @@ from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from timm_lt.data.columns import ImageRows, label_column
+from timm_lt.data.columns import ImageRows, check_random_access, label_column
 from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError
 
@@ -42,8 +42,9 @@ def dataset_labels(dataset: Dataset[Any] | datasets.Dataset, column: str | None 
 
     Raises:
         UsageError: If the labels are not to be had without decoding, or one is not a non-negative
-            integer; names its row.
+            integer; names its row. Also if the data set is a stream.
     """
+    check_random_access(dataset)
     return check_labels(_raw_labels(dataset, column))
 
 

@@ -1,6 +1,5 @@
 """list: images that are named by a list for each split, of any format that is read."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,9 @@ from numpy.typing import NDArray
 
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.listed_images import (
+    absolute_root,
     joined,
+    located,
     note_alike,
     note_conflicts,
     note_gaps,
@@ -67,7 +68,7 @@ def listed(
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
     check_integer("seed", seed, minimum=0)
-    folder = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - links stay as they are
+    folder = absolute_root(root)
     problems = Problems(f"lists of images in {folder}")
     is_there = Path(folder).is_dir()
     if not is_there:
@@ -78,7 +79,7 @@ def listed(
     for split, path in given.items():
         if path is not None:
             with problems.collected(f"{split} list: "):
-                lists[split] = read_image_list(_located(path, folder))
+                lists[split] = read_image_list(located(path, folder))
     files = {split: joined(folder, found.paths) for split, found in lists.items()}
     if is_there:
         for split, paths in files.items():
@@ -88,22 +89,12 @@ def listed(
         note_conflicts(problems, split, tidy(paths), lists[split].labels)
     names, labels = None, {split: found.labels for split, found in lists.items()}
     with problems.collected():
-        names = None if label_names is None else _read_names(_located(label_names, folder))
+        names = None if label_names is None else _read_names(located(label_names, folder))
     if "train" in lists:
         names, labels = _numbered(problems, lists, names)
         _note_classes(problems, lists, labels, names, held_out=given)
     problems.check()
     return _datasets(files, labels, names, test_fraction, seed)
-
-
-def _located(path: str | Path, root: str) -> Path:
-    """Returns where a file is that the user names."""
-    path = Path(path).expanduser()
-    places = list(dict.fromkeys([Path(root) / path, Path.cwd() / path]))
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise UsageError(f"there is no file {' nor '.join(map(str, places))}")
-    return found
 
 
 def _read_names(path: Path) -> list[str]:
@@ -193,7 +184,7 @@ def _datasets(
     }
     if "test" not in datasets:
         whole = datasets["train"]
-        train, test = hold_out(labels["train"], test_fraction, seed=seed)
+        train, test = hold_out(labels["train"], test_fraction, seed=seed, purpose="test")
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets

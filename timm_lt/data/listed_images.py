@@ -4,6 +4,7 @@ import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,30 @@ from numpy.typing import NDArray
 from timm_lt.data.lists import Paths
 from timm_lt.data.lists.presence import missing_rows
 from timm_lt.data.sources import Split
-from timm_lt.registry import Problems, shown_names
+from timm_lt.registry import Problems, UsageError, shown_names
 
 Labels = NDArray[np.int64]
 # What makes two spellings of one path possible.
 UNTIDY = r"(^|/)\.{0,2}/|/\.{1,2}$"
+
+
+def absolute_root(root: str | Path) -> str:
+    """Returns the absolute path of the folder that relative paths start at."""
+    return os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - links stay as they are
+
+
+def located(path: str | Path, root: str) -> Path:
+    """Returns where a file is that the user names: in the root, or in the working directory.
+
+    Raises:
+        UsageError: If it is in neither.
+    """
+    path = Path(path).expanduser()
+    places = list(dict.fromkeys([Path(root) / path, Path.cwd() / path]))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UsageError(f"there is no file {' nor '.join(map(str, places))}")
+    return found
 
 
 def joined(root: str, paths: Paths) -> Paths:

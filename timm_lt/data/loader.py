@@ -16,7 +16,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_lt.data.columns import ImageRows
+from timm_lt.data.columns import ImageRows, check_random_access
 from timm_lt.data.sharing import prepare, sampler_of, with_sampler
 from timm_lt.registry import UsageError, check_integer, unknown_name
 from timm_lt.samplers import ClassSampler
@@ -162,8 +162,10 @@ def create_loader(
 
     Raises:
         UsageError: If an option is unknown or does not go with another, the sampler is not of this
-            data set, not shared among the processes, or too short for one batch.
+            data set, not shared among the processes, or too short for one batch; or the data set is
+            a stream of the ``datasets`` library.
     """
+    check_random_access(dataset)
     _check_options(options, sampler, accelerator)
     options["device"] = _device(options.get("device"), accelerator)
     images: Any = ImageRows(dataset) if isinstance(dataset, datasets.Dataset) else dataset

@@ -3,9 +3,13 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from timm_lt.longtail import Profile, class_counts, long_tailed_counts
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.longtail import Labels, Profile, check_labels, class_counts, long_tailed_counts
+from timm_lt.registry import UsageError, check_integer, shown_names
+
+from .columns import check_random_access, label_column
+from .labels import dataset_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,47 +21,90 @@ def make_long_tailed(
     imbalance_factor: float,
     profile: Profile = "exponential",
     seed: int = 0,
+    column: str | None = None,
 ) -> "Dataset":
     """Takes a long-tailed subset: class 0 keeps every image, the last class the fewest.
 
-    The counts are those of :func:`timm_lt.longtail.long_tailed_counts` with ``n_max`` the largest
-    class of the data set. The images are chosen as LDAM-DRW chooses them: for each class in order,
-    shuffle its indices and take the first ``n_c``. With seed 0 the subset of CIFAR is therefore the
-    one that most papers report on. Imbalance factor 1 keeps as many images as there are.
+    The images are those of :func:`long_tailed_indices`. With seed 0 the subset of CIFAR is
+    therefore the one that most papers report on, if the rows are in the official order. Imbalance
+    factor 1 keeps as many images as there are.
 
     Args:
-        dataset: A data set with a ``label`` column; a class without images is an error.
+        dataset: A ``datasets.Dataset`` with a column of labels; a class without images is an error.
         imbalance_factor: Largest class over smallest class, at least 1.
         profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
         seed: Of the choice of images, a non-negative integer below 2^32.
+        column: The column of labels; None takes ``"label"``, else ``"labels"``.
 
     Returns:
         The subset, class by class.
 
     Raises:
-        UsageError: If there is no ``label`` column, a class has fewer images than it should keep,
-            or an option is out of range.
+        UsageError: If the data set is a stream or has no such column, a class has fewer images than
+            it should keep, or an option is out of range.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
         2019, https://arxiv.org/abs/1906.07413
     """
-    if "label" not in dataset.column_names:
-        raise UsageError(f"the data set has no column 'label'; it has {dataset.column_names}")
+    check_random_access(dataset)
+    column = label_column(dataset, column)
+    indices = long_tailed_indices(
+        dataset_labels(dataset, column),
+        imbalance_factor=imbalance_factor,
+        profile=profile,
+        seed=seed,
+        num_classes=getattr(dataset.features[column], "num_classes", None),
+    )
+    return dataset.select(indices)
+
+
+def long_tailed_indices(
+    labels: Labels,
+    *,
+    imbalance_factor: float,
+    profile: Profile = "exponential",
+    seed: int = 0,
+    num_classes: int | None = None,
+) -> NDArray[np.int64]:
+    """Chooses the images of a long-tailed subset as LDAM-DRW chooses them.
+
+    The counts are those of :func:`timm_lt.longtail.long_tailed_counts` with ``n_max`` the largest
+    class. For each class in order, its indices are shuffled and the first ``n_c`` taken.
+
+    >>> long_tailed_indices([0, 1] * 4, imbalance_factor=4).tolist()
+    [4, 6, 2, 0, 1]
+
+    Args:
+        labels: Integer labels, one per image.
+        imbalance_factor: Largest class over smallest class, at least 1.
+        profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
+        seed: A non-negative integer below 2^32.
+        num_classes: Number of classes; None takes the largest label plus one.
+
+    Shape:
+        labels (N,); returns indices into them, class by class.
+
+    Raises:
+        UsageError: As :func:`make_long_tailed`.
+    """
     check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
-    labels = np.asarray(dataset.with_format("numpy")["label"][:], np.int64)
-    available = class_counts(labels, getattr(dataset.features["label"], "num_classes", None))
+    available = class_counts(labels, num_classes)
     counts = long_tailed_counts(len(available), int(available.max()), imbalance_factor, profile)
+    pairs = zip(available.tolist(), counts, strict=True)
+    short = [f"class {c} has {n}, not {k}" for c, (n, k) in enumerate(pairs) if n < k]
+    if short:
+        raise UsageError(
+            f"{len(short)} of {len(counts)} classes have fewer images than they should keep: "
+            f"{shown_names(short)}; make_long_tailed needs a balanced data set, and a class keeps "
+            f"up to as many as the largest has, {int(available.max())}"
+        )
+    values = check_labels(labels).numpy()
     # LDAM-DRW's generator, so that the subset is the published one.
     shuffler = np.random.RandomState(seed)
     kept = []
     for label, count in enumerate(counts):
-        if available[label] < count:
-            raise UsageError(
-                f"class {label} has {int(available[label])} images, fewer than the {count} it "
-                f"should keep: make_long_tailed needs a balanced data set"
-            )
-        indices = np.flatnonzero(labels == label)
+        indices = np.flatnonzero(values == label)
         shuffler.shuffle(indices)
         kept.append(indices[:count])
-    return dataset.select(np.concatenate(kept))
+    return np.concatenate(kept)

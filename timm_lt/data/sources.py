@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Split = Literal["train", "val", "test"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
+# Files in a column of paths: more with the longest paths would not fit 2 GiB.
+FILES = 500_000
+
 DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
 
 
@@ -148,11 +151,14 @@ def dataset_from_files(
 
     label = Value("int64") if names is None else ClassLabel(names=names)
     features = Features({"image": Image(mode="RGB"), "label": label})
-    files = pa.array(paths, pa.string())
-    content = pa.nulls(len(files), pa.binary())
-    column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
-    table = pa.table({"image": column, "label": pa.array(labels, pa.int64())})
-    return Dataset(table.cast(features.arrow_schema))
+    tables = []
+    for start in range(0, max(len(paths), 1), FILES):
+        files = pa.array(paths[start : start + FILES], pa.string())
+        content = pa.nulls(len(files), pa.binary())
+        column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
+        part = pa.array(labels[start : start + FILES], pa.int64())
+        tables.append(pa.table({"image": column, "label": part}).cast(features.arrow_schema))
+    return Dataset(pa.concat_tables(tables))
 
 
 def dataset_from_arrays(

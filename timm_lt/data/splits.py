@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
+from timm_lt.data.columns import check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.reading import Unreadable
@@ -50,10 +51,12 @@ class Splits:
                 :func:`~timm_lt.data.holdout.hold_out`.
 
         Raises:
-            UsageError: If a split is missing or empty, a label is negative or beyond the classes,
-                the splits name their classes differently, or a class has no training or no
-                validation image; the message names split and class, of all such problems.
+            UsageError: If a split is a stream, missing or empty, a label is negative or beyond the
+                classes, the splits name their classes differently, or a class has no training or
+                no validation image; the message names split and class, of all such problems.
         """
+        for dataset in datasets.values():
+            check_random_access(dataset)
         val_source: Literal["val", "train"] = "val"
         if "val" not in datasets and "train" in datasets:
             datasets, val_source = _held_out(datasets, val_fraction), "train"

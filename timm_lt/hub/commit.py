@@ -10,8 +10,9 @@ from timm_lt.checkpoint import (
     TEXT_LIMIT,
 )
 from timm_lt.files import read_text
+from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError
-from timm_lt.repo import Repo, hub_errors
+from timm_lt.repo import Repo
 
 
 @dataclass(frozen=True)

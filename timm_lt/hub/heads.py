@@ -22,6 +22,7 @@ from timm_lt.checkpoint import (
 )
 from timm_lt.files import read_json
 from timm_lt.hub.commit import Pushed, check_nothing_is_ignored, commit, remote_text
+from timm_lt.hub_errors import HF_HUB, hub_errors
 from timm_lt.metrics import ShotReport
 from timm_lt.model import create_model
 from timm_lt.model_card import (
@@ -29,7 +30,7 @@ from timm_lt.model_card import (
     update_card,
 )
 from timm_lt.registry import UsageError
-from timm_lt.repo import HF_HUB, Repo, hub_errors
+from timm_lt.repo import Repo
 
 
 def add_head(

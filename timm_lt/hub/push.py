@@ -18,6 +18,7 @@ from timm_lt.checkpoint import (
 from timm_lt.files import read_text
 from timm_lt.hub.commit import Pushed, check_nothing_is_ignored, commit, remote_text
 from timm_lt.hub.files import checkpoint_files
+from timm_lt.hub_errors import HF_HUB, LOGIN, hub_errors
 from timm_lt.model_card import (
     folder_card,
     merge_cards,
@@ -25,7 +26,7 @@ from timm_lt.model_card import (
 )
 from timm_lt.plots import PLOT_FILES
 from timm_lt.registry import UsageError
-from timm_lt.repo import HF_HUB, LOGIN, Repo, hub_errors
+from timm_lt.repo import Repo
 
 
 def push_to_hub(

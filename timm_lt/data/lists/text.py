@@ -53,6 +53,7 @@ def read_text(path: Path) -> tuple[Paths, Integers]:
     labels = [np.empty(0, np.int64)]
     start, line = MARGIN, 1
     if content[start : start + len(BOM)].tobytes() == BOM:
+        content[start : start + len(BOM)] = NEWLINE
         start += len(BOM)
     while start < len(content):
         lines = _read_block(content, start, path, line)
@@ -102,9 +103,10 @@ def _read_block(content: Bytes, start: int, path: Path, line: int) -> Lines:
     block = content[start : start + BLOCK]
     # Newlines, carriage returns, and two characters between them that are in no path.
     breaks = np.flatnonzero((block - np.uint8(NEWLINE)) < 4) + start
-    if short := _short_labels(content, breaks):
+    ends, newlines = _line_ends(content, breaks)
+    if short := _short_labels(content, ends, NEWLINE if ends is newlines else RETURN):
         labels, ends = short
-        starts, newlines = np.concatenate([[start], breaks[:-1] + 1]), breaks
+        starts = np.concatenate([[start], newlines[:-1] + 1])
     else:
         newlines = breaks[content[breaks] == NEWLINE]
         if len(newlines) == 0:
@@ -116,16 +118,29 @@ def _read_block(content: Bytes, start: int, path: Path, line: int) -> Lines:
     return Lines(labels, starts, ends, end, len(newlines))
 
 
-def _short_labels(content: Bytes, breaks: Integers) -> tuple[Integers, Integers] | None:
+def _line_ends(content: Bytes, breaks: Integers) -> tuple[Integers, Integers]:
+    """Returns where lines end and where their newlines are: behind carriage returns in Windows."""
+    if len(breaks) > 1 and content[breaks[0]] == RETURN:
+        newlines = breaks[1::2]
+        ends = breaks[::2][: len(newlines)]
+        if np.array_equal(ends + 1, newlines) and (content[newlines] == NEWLINE).all():
+            return ends, newlines
+    return breaks, breaks
+
+
+def _short_labels(content: Bytes, ends: Integers, end: int) -> tuple[Integers, Integers] | None:
     """Reads lines that end in one blank and a label of 1 to 5 digits, as nearly all lists have.
 
-    The end of a line and the 7 bytes before it are one 64-bit word, whose highest byte is the last.
+    ``end``, which must be the byte at the end of a line, and the 7 bytes before it are one 64-bit
+    word, whose highest byte is the last.
 
     Returns:
         The labels and where the paths end; None if a line is another.
     """
-    words = np.ndarray((len(content) - 7,), "<u8", content, 0, (1,))[breaks - 7]
-    usual = words >> 56 == NEWLINE
+    if len(ends) == 0:
+        return None
+    words = np.ndarray((len(content) - 7,), "<u8", content, 0, (1,))[ends - 7]
+    usual = words >> 56 == end
     words <<= 8
     digits = words ^ _in_each(8, ZERO)  # a byte is 0 to 9 now, or it was no digit
     others = digits & _in_each(8, 0x7F)
@@ -141,7 +156,7 @@ def _short_labels(content: Bytes, breaks: Integers) -> tuple[Integers, Integers]
     usual &= (words - _pair(SPACE, SPACE + 1) < 0xFF - SPACE) | (
         words - _pair(TAB, SPACE + 1) < 0xFF - SPACE
     )
-    if len(words) == 0 or not usual.all():
+    if not usual.all():
         return None
     digits >>= before
     digits <<= before
@@ -151,7 +166,7 @@ def _short_labels(content: Bytes, breaks: Integers) -> tuple[Integers, Integers]
         digits >>= width
         digits &= _in_each(2 * width, (1 << width) - 1)
     bits >>= 3
-    return digits.view(np.int64), breaks - 1 - bits.view(np.int64)
+    return digits.view(np.int64), ends - 1 - bits.view(np.int64)
 
 
 def _pair(high: int, low: int) -> np.uint64:
@@ -228,8 +243,8 @@ def _fault(line: str) -> str:
     for character, name in (("\0", "zero byte"), ("\r", "carriage return")):
         if character in line:
             return f"there is a {name} inside: save the list as UTF-8 text"
-    parts = line.rsplit(None, 1)
-    if len(parts) < 2:
+    parts = line.replace("\t", " ").rsplit(" ", 1)
+    if len(parts) < 2 or not parts[0].strip():
         return f"{line!r} has no label: a line is a path, a blank and a label"
     hint = "; a list separated by commas is named .csv" if "," in parts[1] else ""
     return f"label {parts[1]!r} is not a non-negative integer{hint}"
