@@ -320,12 +320,10 @@ def test_a_damaged_image_is_named(server, tmp_path, path, split):
     folder = tmp_path / "run"
     only = f"{{damaged: {split}}}"
     run = server.run(*options(folder, *DAMAGED, "--data.options", only, *path))
-    message = failed(run, f"{split} split: image", "cannot be decoded", "--data.unreadable skip")
-    named = re.search(r"image (\d+) \((\w+)\.png\)", message)
-    assert int(named[1]) in DAMAGE[split]
-    assert named[2] == f"{split}_{named[1]}"
-    if not path:
-        assert not folder.exists()
+    message = failed(run, f"{split} split: ", "cannot be decoded", "--data.unreadable skip")
+    named = re.findall(r"image (\d+) \((\w+)\.png\)", message)
+    assert named == [(str(row), f"{split}_{row}") for row in DAMAGE[split]]
+    assert not folder.exists()
     assert not any((folder / name).exists() for name in RESULTS)
     if split != "test":
         return
@@ -333,6 +331,12 @@ def test_a_damaged_image_is_named(server, tmp_path, path, split):
     finish(server, folder, *DAMAGED, "--data.options", only, *path, "--data.unreadable", "skip")
     expected = {name: len(rows) if name == split else 0 for name, rows in DAMAGE.items()}
     assert metrics(folder)["unreadable_images"] == expected
+
+
+def test_without_verification_a_worker_names_the_image_that_it_comes_to(server, tmp_path):
+    unverified = (*DAMAGED, *PATHS[2], "--data.verify", "false")
+    run = server.run(*options(tmp_path / "run", *unverified, "--data.options", "{damaged: val}"))
+    failed(run, "val split: image 7 (val_7.png) cannot be decoded", "--data.unreadable skip")
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +568,8 @@ def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_p
     # Not by the first process, which loses the other and says nothing.
     assert [run.status for run in runs] == [2, 2]
     (line,) = errors_of(runs)
-    assert "test split: image 130 (test_130.png) cannot be decoded" in line
+    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is no image"
+    assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
     for run in on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip"):
         assert run.status == 0, run.err
     assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS

@@ -1,4 +1,4 @@
-"""The plots of a run: accuracy by class frequency, accuracy against tau, calibration."""
+"""The plots of a run: accuracy by class frequency, accuracy against tau, calibration; of data."""
 
 import io
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ CALIBRATION_PLOT = "calibration.png"
 PLOT_FILES = (FREQUENCY_PLOT, TAU_PLOT, CALIBRATION_PLOT)
 # Share of the images from which on a bin of confidences says something.
 SURE_SHARE = 0.005
+# Behind the classes of many, medium and few images.
+SHADES = ("C2", "C1", "C3")
 # Colours that are told apart on white, and from the grey of the training images.
 COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 
@@ -54,10 +56,46 @@ def save_plots(
         figures[CALIBRATION_PLOT] = Figure(figsize=(7.5, 4.8), layout="constrained")
         _draw_calibration(figures[CALIBRATION_PLOT], reports)
     for name, figure in figures.items():
-        image = io.BytesIO()
-        figure.savefig(image, dpi=120, bbox_inches="tight")
-        write_atomic(folder / name, image.getvalue())
+        _write(figure, folder / name)
     return [folder / name for name in figures]
+
+
+def save_count_plot(path: Path, class_counts: Tensor, rule: ShotRule = "fb") -> None:
+    """Draws the training images of the classes, from the most to the least frequent, as PNG.
+
+    Args:
+        path: The file to write.
+        class_counts: Training images per class, (C,).
+        rule: Of the shot groups, which are shaded.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    counts = class_counts.sort(descending=True).values
+    edges = torch.arange(len(counts) + 1) + 0.5
+    axes.stairs(counts, edges, fill=True, color="C0", alpha=0.8)
+    # The floor shows a class of one image; there is no logarithm of none.
+    axes.set_yscale("log")
+    axes.set_ylim(0.7, 1.5 * int(counts[0]))
+    axes.set_xlim(0.5, len(counts) + 0.5)
+    axes.set_xlabel("classes, from the most to the least frequent")
+    axes.set_ylabel("training images")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    _mark_groups(axes, class_counts, rule)
+    end = 0.5
+    for shade, shot in zip(SHADES, describe_shots(class_counts, rule).values(), strict=True):
+        start, end = end, end + int(shot["classes"])
+        axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:  # noqa: ANN401
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    write_atomic(path, image.getvalue())
 
 
 def _styles(reports: Mapping[str, ShotReport]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ PER_CLASS = "per_class.csv"
 # Held by the process that runs in the folder, as long as it lives.
 LOCK = ".lock"
 # What a resumed run may have otherwise: as long as all images were read, it changed nothing.
-MAY_DIFFER = {"data.unreadable"}
+MAY_DIFFER = {"data.unreadable", "data.verify"}
 # And what comes after training, which may have stopped there, as long as nothing is made of it.
 AFTER_TRAINING = ("features", "heads", "objective")
 # Everything that a run writes; a folder with anything else in it is never deleted.

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 import timm_lt
 from timm_lt.checkpoint import CONFIG, read_checkpoint
-from timm_lt.cli.common import Commands, say
+from timm_lt.cli.common import Commands, parse_options, say
 from timm_lt.files import read_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import head_option_names
@@ -82,7 +81,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
 
 def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Gives each head the options that it takes; one that no head takes raises UsageError."""
-    options = _options(texts)
+    options = parse_options(texts, "tau=0.7")
     names = {head: head_option_names(kind) for head, kind in kinds.items()}
     for option in options:
         if not any(option in accepted for accepted in names.values()):
@@ -102,17 +101,3 @@ def _differences(report: FoldReport) -> str:
     if report.onnx_difference is not None:
         text += f", in onnxruntime by {report.onnx_difference:.1g}"
     return text
-
-
-def _options(texts: list[str]) -> dict[str, Any]:
-    """Parses ``KEY=VALUE`` arguments; values are written as in YAML."""
-    options: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key.isidentifier() and equals):
-            raise UsageError(f"--option takes KEY=VALUE, e.g. tau=0.7, got {text!r}")
-        try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UsageError(f"--option {text!r}: the value cannot be read") from error
-    return options

@@ -2,6 +2,7 @@
 
 from timm_lt.data import cifar_lt as cifar_lt  # importing a source registers it
 from timm_lt.data import digits_lt as digits_lt
+from timm_lt.data import folder as folder
 from timm_lt.data import glyph_lt as glyph_lt
 from timm_lt.data import hub_data as hub_data
 from timm_lt.data import imagenet_lt as imagenet_lt
@@ -14,6 +15,8 @@ from timm_lt.data.augment import register_augmentation as register_augmentation
 from timm_lt.data.cifar_lt import cifar_manifest as cifar_manifest
 from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.holdout import hold_out as hold_out
+from timm_lt.data.inspection import Inspection as Inspection
+from timm_lt.data.inspection import inspect_splits as inspect_splits
 from timm_lt.data.labels import dataset_labels as dataset_labels
 from timm_lt.data.lists import ImageList as ImageList
 from timm_lt.data.lists import read_image_list as read_image_list

@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
 from timm_lt.data.described import described, qualified_name, stable_repr, tensor_fingerprint
-from timm_lt.data.reading import encoded_images
+from timm_lt.data.reading import encoded_images, is_remote
 from timm_lt.registry import UsageError
 
 # Rows of a data set that are read together.
@@ -114,7 +114,7 @@ def _files(samples: Iterable[tuple[str, int]]) -> list[list[Any]]:
 
 def _file(path: str) -> str:
     """Returns what says whether a file is the same: its path, its size and its time of change."""
-    if "://" in path:
+    if is_remote(path):
         return path
     try:
         status = Path(path).stat()

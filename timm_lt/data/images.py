@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset
@@ -17,7 +18,16 @@ from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
 from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
 from timm_lt.data.fingerprint import digest
-from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
+from timm_lt.data.reading import (
+    DAMAGE,
+    UNREADABLE,
+    Unreadable,
+    damage_of,
+    decode_image,
+    encoded_images,
+    image_name,
+    unreadable_images,
+)
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -209,20 +219,18 @@ def decode_images(
 
     Raises:
         UsageError: If the data set is empty or too large to be held in memory, or an image cannot
-            be decoded; the message names the row. Also if no image can be.
+            be decoded; the message names all such rows. Also if no image can be.
     """
     if len(dataset) == 0:
         raise UsageError("the data set has no images")
     images: np.ndarray[Any, Any] | None = None
-    rejected = []
+    rejected: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
     for row, encoded in enumerate(encoded_images(dataset)):
         try:
-            image = read_image(encoded["image"], row, column)
-        except UsageError:
-            if missing is None:
-                raise
-            rejected.append(row)
+            image = decode_image(encoded["image"], column)
+        except DAMAGE as error:
+            rejected[row] = image_name(encoded["image"], row), damage_of(error)
             continue
         if images is None:
             size = size or (image.height, image.width)
@@ -230,6 +238,8 @@ def decode_images(
         height, width = images.shape[1:3]
         # Of an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if rejected and missing is None:
+        raise unreadable_images(dict(rejected.values()), len(dataset))
     if images is None:
         raise UsageError(f"none of the {len(dataset)} images can be read")
     if missing is not None:
@@ -254,7 +264,13 @@ def label_tensor(dataset: Dataset) -> Tensor:
     Raises:
         UsageError: If a label is not a non-negative integer; names its row.
     """
-    return check_labels(dataset.with_format("numpy")["label"][:])
+    column = dataset.data.column("label")
+    if column.null_count or not pa.types.is_integer(column.type):
+        return check_labels(dataset.with_format("numpy")["label"][:])
+    # Formatting the rows takes ten times as long.
+    if dataset._indices is not None:
+        column = column.take(dataset._indices.column(0))
+    return check_labels(column.to_numpy())
 
 
 def label_names(dataset: Dataset) -> list[str] | None:

@@ -53,6 +53,7 @@ class Loader:
         if prefetcher is not None:
             prefetcher.loader = inner
         self._inner = inner
+        self._prefetcher = prefetcher
         self._prepared = accelerator is not None
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,6 +69,22 @@ class Loader:
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+
+    def normalize_by_rows(self, width: int) -> None:
+        """Lets timm normalise batches with the channels last in memory row by row.
+
+        Pixel by pixel, three values at a time, it would take twice the time of a batch with the
+        channels first. The result is the same.
+
+        Args:
+            width: Of all images.
+        """
+        if self._prefetcher is None:
+            return
+        for name in ("mean", "std"):
+            of_channels = getattr(self._prefetcher, name)
+            of_row = of_channels.expand(-1, -1, -1, width)
+            setattr(self._prefetcher, name, of_row.contiguous(memory_format=torch.channels_last))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self._prepared:

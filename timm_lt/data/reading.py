@@ -1,17 +1,19 @@
 """Reading images that may be damaged, in processes that may die."""
 
 import io
+import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, shown_names
 
 # What to do about an image that cannot be read.
 Unreadable = Literal["raise", "skip"]
@@ -19,6 +21,7 @@ Unreadable = Literal["raise", "skip"]
 UNREADABLE = -1
 # What Pillow raises for files that are damaged, or no images.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
 
@@ -36,8 +39,19 @@ def encoded_images(dataset: Dataset) -> Dataset:
     return images.cast_column("image", ImageColumn(decode=False))
 
 
+def is_remote(path: str) -> bool:
+    """Tells whether a path is an address, such as that of a file of the Hub, and no local file.
+
+    >>> is_remote("hf://datasets/me/birds/a.jpg"), is_remote("/data/a://b.jpg")
+    (True, False)
+    """
+    return REMOTE.match(path) is not None
+
+
 def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
-    """Returns an image in RGB.
+    """Returns an image in RGB, turned as its EXIF data say.
+
+    Grey levels of 16 bits are divided by 256, transparency is left out.
 
     Args:
         encoded: As stored in a row of :func:`encoded_images`.
@@ -48,31 +62,82 @@ def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageCol
         UsageError: If it cannot be decoded; names its row and, if known, its file.
     """
     try:
-        return _decoded(encoded, column).convert("RGB")
+        return decode_image(encoded, column)
     except DAMAGE as error:
-        raise UsageError(
-            f"{image_name(encoded, row)} cannot be decoded: {error}; repair it, or leave such "
-            "images out with --data.unreadable skip"
-        ) from error
+        raise unreadable_images({image_name(encoded, row): damage_of(error)}) from error
 
 
-def _decoded(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
-    """Returns what ``column.decode_example`` does, in less time for bytes and local files."""
+def decode_image(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
+    """Returns what :func:`read_image` does; an image that is damaged raises one of ``DAMAGE``."""
     if isinstance(encoded, Image.Image):
-        return encoded
+        return to_rgb(encoded)
     path, content = encoded["path"], encoded["bytes"]
-    if content is None and (path is None or "://" in path):
-        decoded: Image.Image = column.decode_example(encoded)
-        return decoded
-    image = Image.open(path if content is None else io.BytesIO(content))
-    ImageOps.exif_transpose(image, in_place=True)
-    return image if column.mode in (None, image.mode) else image.convert(column.mode)
+    if content is None and (path is None or is_remote(path)):
+        return to_rgb(column.decode_example(encoded))
+    # Pillow would leave files of several frames, and damaged ones, open.
+    with Image.open(path if content is None else io.BytesIO(content)) as image:
+        # In less time than column.decode_example.
+        ImageOps.exif_transpose(image, in_place=True)
+        if column.mode in (None, "RGB", image.mode):
+            return to_rgb(image)
+        return to_rgb(image.convert(column.mode))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB; one that is RGB already is not copied.
+
+    Pillow would turn all but the darkest 256 of 65,536 grey levels into white.
+    """
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        # Pillow would warn of this image, and of each like it.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def damage_of(error: Exception) -> str:
+    """Returns in a few words why an image cannot be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or of no format that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
     """Returns what to call an image in a message: its row and, if it has one, its file."""
     path = encoded["path"] if isinstance(encoded, dict) else None
-    return f"image {row}" + (f" ({path})" if path else "")
+    return f"image {row}" + (f" ({shown_path(path)})" if path else "")
+
+
+def shown_path(path: str) -> str:
+    r"""Returns a path as it is shown in a message: in quotes if it has characters that do not show.
+
+    >>> shown_path("my cat.jpg"), shown_path("my\ncat.jpg")
+    ('my cat.jpg', "'my\\ncat.jpg'")
+    """
+    return path if path.isprintable() else repr(path)
+
+
+def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> UsageError:
+    """Returns the error that names images that cannot be read: how many, and the first five.
+
+    Args:
+        reasons: Why, by :func:`image_name`.
+        number: How many images there are; one that stands for itself needs none.
+    """
+    fix = "leave such images out with --data.unreadable skip"
+    if len(reasons) == 1:
+        ((name, reason),) = reasons.items()
+        return UsageError(f"{name} cannot be decoded: {reason}; repair it, or {fix}")
+    shown = shown_names([f"{name}: {reason}" for name, reason in reasons.items()])
+    return UsageError(
+        f"{len(reasons)} of {number} images cannot be decoded: {shown}; repair them, or {fix}"
+    )
 
 
 def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

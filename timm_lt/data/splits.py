@@ -143,7 +143,8 @@ def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dat
         train, val = hold_out(label_tensor(whole), fraction)
     except UsageError as error:
         raise UsageError(f"train split: {error}") from error
-    return {**datasets, "train": whole.select(train.tolist()), "val": whole.select(val.tolist())}
+    # Of an array, the fingerprint is that of its bytes; a list would be pickled number by number.
+    return {**datasets, "train": whole.select(train.numpy()), "val": whole.select(val.numpy())}
 
 
 def _check_same_names(found: list[str] | None, expected: list[str] | None) -> None:

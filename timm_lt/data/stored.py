@@ -142,7 +142,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         if options.get("use_prefetcher", True):
             options.setdefault("collate_fn", collate)
         # create_loader gives the data set its transform.
-        return create_loader(
+        loader = create_loader(
             copy.copy(self),
             (3, *self.size),
             batch_size,
@@ -151,6 +151,9 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
             pin_memory=accelerator.device.type == "cuda",
             **options,
         )
+        if options.get("collate_fn") is collate and not options.get("input_size_choices"):
+            loader.normalize_by_rows(self.size[1])
+        return loader
 
     def unreadable_rows(self) -> list[int]:
         """Returns the rows of the images that this process and its workers could not read."""

@@ -23,6 +23,7 @@ from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
+from timm_lt.data.verification import verify_images
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.model import create_model
@@ -34,7 +35,7 @@ from timm_lt.recipe.checks import (
     stage_heads,
 )
 from timm_lt.recipe.schema import Recipe, RunOptions
-from timm_lt.registry import UsageError, check_choice, check_integer
+from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
@@ -164,6 +165,8 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         model = create_network(recipe, splits.num_classes)
         check_trained(model, recipe.model.trained, recipe.model.bn)
         images = create_images(recipe, splits, model, workers=options.workers)
+        if recipe.data.augmentation == TIMM and recipe.data.verify:
+            verify_images(splits.datasets, accelerator, unreadable=recipe.data.unreadable)
         check_model(model, images["val"])
         plans = {
             head: plan_head_on_images(head, model, images["train"], accelerator, **given)
@@ -249,16 +252,19 @@ def create_images(
         raise UsageError("--workers decode images for data.augmentation timm; leave it out")
     check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
     augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
+    problems = Problems()
     for split in get_args(Split):
-        images[split] = splits.images(
-            split,
-            size=size,
-            mean=config["mean"],
-            std=config["std"],
-            augmentation=augmentation if split == "train" else None,
-            seed=recipe.seed,
-            unreadable=data.unreadable,
-        )
+        with problems.collected():
+            images[split] = splits.images(
+                split,
+                size=size,
+                mean=config["mean"],
+                std=config["std"],
+                augmentation=augmentation if split == "train" else None,
+                seed=recipe.seed,
+                unreadable=data.unreadable,
+            )
+    problems.check()
     return images
 
 

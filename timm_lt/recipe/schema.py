@@ -26,6 +26,8 @@ class DataRecipe:
             e.g. auto_augment, scale, hflip, color_jitter, re_prob.
         unreadable: What happens to an image that cannot be read, raise or skip; those that are
             skipped are counted.
+        verify: Look for damaged files before training: at both ends of each, without decoding it.
+            Only for augmentation timm, since otherwise all images are decoded first.
         val_fraction: Part of the training images of each class that is held out for validation
             where the data set has no split for it, in (0, 1).
     """
@@ -37,6 +39,7 @@ class DataRecipe:
     augmentation: str = "none"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
     unreadable: Literal["raise", "skip"] = "raise"
+    verify: bool = True
     val_fraction: float = 0.2
 
     def __post_init__(self) -> None:

@@ -1,0 +1,276 @@
+"""The source folder, against torchvision's ImageFolder, and what it says of every mistake."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from timm_lt.data import create_dataset, create_splits
+from timm_lt.data.sources import find_splits
+from timm_lt.registry import UsageError
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+
+
+def fill(root, counts, suffix="png"):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            PICTURE.save(root / name / f"{number}.{suffix}")
+
+
+def paths(dataset):
+    return [image["path"] for image in dataset.data.column("image").to_pylist()]
+
+
+def problems(root, **options):
+    with pytest.raises(UsageError) as caught:
+        find_splits("folder", root=root, **options)
+    assert str(caught.value).startswith(f"folder {root}: ")
+    return [problem.removeprefix(f"folder {root}: ") for problem in caught.value.problems]
+
+
+@pytest.fixture
+def three(tmp_path):
+    fill(tmp_path, {"cat": 20, "dog": 10, "Emu": 5})
+    return tmp_path
+
+
+def test_classes_and_images_are_those_of_torchvision(tmp_path):
+    counts = {"train/b": 4, "train/B2": 3, "train/a": 5, "train/a/2-x": 2, "train/a/2/x": 2}
+    fill(tmp_path, counts | {"test/b": 1, "test/B2": 1, "test/a": 1}, "jpg")
+    fill(tmp_path, {"train/a/.hidden": 1, "__MACOSX/a": 1, ".git/b": 1}, "jpg")
+    (tmp_path / "README.txt").touch()
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".a.jpg"):
+        (tmp_path / "train/a" / name).touch()
+    splits = find_splits("folder", root=tmp_path)
+    assert list(splits) == ["train", "test"]
+    for split, dataset in splits.items():
+        expected = ImageFolder(tmp_path / split)
+        # torchvision lists hidden files too.
+        samples = [(path, label) for path, label in expected.samples if "/." not in path]
+        assert paths(dataset) == [path for path, _ in samples]
+        assert dataset.with_format("numpy")["label"][:].tolist() == [label for _, label in samples]
+        assert dataset.features["label"].names == expected.classes
+    assert len(splits["train"]) == 16
+    image = splits["train"][0]["image"]
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+
+
+def test_the_test_part_is_stratified_and_stays_the_same(three, monkeypatch):
+    first = find_splits("folder", root=three)
+    assert [len(first[split]) for split in ("train", "test")] == [28, 7]
+    labels = first["test"].with_format("numpy")["label"][:]
+    # Upper case comes first.
+    assert first["test"].features["label"].names == ["Emu", "cat", "dog"]
+    assert torch.bincount(torch.from_numpy(labels)).tolist() == [1, 4, 2]
+    assert not set(paths(first["train"])) & set(paths(first["test"]))
+    real = os.scandir
+
+    class Reversed(list):
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed([*real(path)][::-1]))
+    monkeypatch.chdir(three.parent)
+    again = find_splits("folder", root=three.name)
+    for split, dataset in first.items():
+        assert paths(again[split]) == paths(dataset)
+    other = find_splits("folder", root=three, seed=1, test_fraction=0.4)
+    assert len(other["test"]) == 14
+    assert not set(paths(first["test"])) <= set(paths(other["test"]))
+
+
+def test_a_run_holds_validation_out_of_the_rest(three):
+    splits = create_splits("folder", root=str(three))
+    assert splits.class_counts.tolist() == [3, 13, 6]
+    assert splits.label_names == ["Emu", "cat", "dog"]
+    assert splits.val_source == "train"
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_directories_of_splits_go_by_several_names(tmp_path, name):
+    fill(tmp_path, {"Train/a": 2, "Train/b": 1, f"{name}/a": 1, f"{name}/b": 1, "TEST/a": 1})
+    splits = find_splits("folder", root=tmp_path)
+    assert {split: len(dataset) for split, dataset in splits.items()} == {
+        "train": 3,
+        "val": 2,
+        "test": 1,
+    }
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    fill(tmp_path, {"train": 4, "test": 4, "bus": 4})
+    splits = find_splits("folder", root=tmp_path)
+    assert splits["train"].features["label"].names == ["bus", "test", "train"]
+
+
+ODD = ["a b", "ü", "日本", "new\nline", "#1", "50%", "a:", "--x", "*?[", "q'\"", "{y}", "\\", "  "]
+
+
+def test_odd_names_are_read(tmp_path):
+    root = tmp_path / "a:" / "b #%20"
+    fill(root, dict.fromkeys(ODD, 0))
+    for number, name in enumerate(ODD):
+        for file in ODD[:4]:
+            Image.new("RGB", (4, 4), (number * 10, 0, 0)).save(root / name / f"{file}.png")
+    # Twice a slash: a name that looks like an address.
+    splits = create_splits("folder", root=f"{tmp_path}/a://b #%20")
+    assert splits.label_names == sorted(ODD)
+    for split in ("train", "val", "test"):
+        dataset = splits.datasets[split]
+        images = splits.images(split, size=None, mean=(0.5,) * 3, std=(0.5,) * 3).images
+        stored = splits.stored_images(split, size=(4, 4), preprocessing={})
+        for row, label in enumerate(splits.labels[split].tolist()):
+            red = ODD.index(splits.label_names[label]) * 10
+            assert dataset[row]["image"].getpixel((0, 0)) == (red, 0, 0)
+            assert images[row, :, 0, 0].tolist() == [red, 0, 0]
+            assert stored[row][0].getpixel((0, 0)) == (red, 0, 0)
+        assert len(stored.fingerprint()) == 64
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    fill(elsewhere, {"cat": 3, "images": 3})
+    fill(root, {"dog": 1})
+    (root / "cat").symlink_to(elsewhere / "cat")
+    for number in range(3):
+        (root / "dog" / f"linked {number}.png").symlink_to(elsewhere / "images" / f"{number}.png")
+    splits = find_splits("folder", root=root)
+    assert len(splits["train"]) + len(splits["test"]) == 7
+    (root / "dog" / "again").symlink_to(root / "dog")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nothing")
+    (root / "dog" / "self").symlink_to(root / "dog" / "self")
+    (problem,) = problems(root)
+    assert problem.startswith("what cannot be read: 3 (")
+    assert "dog/gone.png: neither a file nor a directory" in problem
+    assert "dog/again: a link to a directory that it is in" in problem
+    assert len(find_splits("folder", root=root, other_files="skip")["train"]) == 5
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    fill(tmp_path, {"train/cat": 2, "train/Cat": 2, "train/dog": 1, "train/empty": 0})
+    fill(tmp_path, {"train/extra": 2, "val/cat": 1, "val/dog": 0, "val/fox": 1, "val/Cat": 1})
+    (tmp_path / "train/dog/notes.txt").touch()
+    (tmp_path / "train/dog/table.csv").touch()
+    (tmp_path / "train/dog/more.csv").touch()
+    (tmp_path / "train/dog/photo.HEIC").touch()
+    (tmp_path / "train/cat/zero.png").touch()
+    (tmp_path / "val/cat/text.jpg").write_text("no image")
+    PICTURE.save(tmp_path / "train" / "loose.png")
+    found = problems(tmp_path)
+    expected = [
+        "1 of 5 classes have no image: empty; remove",
+        "1 of 5 classes have fewer than 2 images, one each for train, test: dog (1); leave them ",
+        "names of classes that differ only in case, blanks or composed letters: 1 ('Cat' and 'cat'",
+        "classes of val that train lacks: 1 (fox)",
+        "classes of train without an image in val: 3 (dog, empty, extra)",
+        "images in no class: 1 (train/loose.png); move",
+        "HEIC files, which Pillow does not decode: 1 (train/dog/photo.HEIC); convert",
+        "files that are no images by their suffix: 3 (train/dog/",
+        "train split: image 4 ({}/train/cat/zero.png) cannot be decoded: 0 bytes; repair",
+        "val split: image 2 ({}/val/cat/text.jpg) cannot be decoded: it is no image",
+    ]
+    assert len(found) == len(expected)
+    for problem, start in zip(found, expected, strict=True):
+        assert problem.startswith(start.format(tmp_path)), problem
+
+
+def test_many_culprits_are_counted_and_five_are_named(tmp_path):
+    fill(tmp_path, {f"class {number}": 3 * (number > 7) for number in range(12)})
+    (problem,) = problems(tmp_path)
+    names = ", ".join(f"class {number}" for number in (0, 1, 2, 3, 4))
+    assert f"8 of 12 classes have no image: {names}, ...; remove" in problem
+
+
+def test_a_root_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"reads files: give their folder with --data\.root"):
+        create_dataset("folder")
+    with pytest.raises(UsageError, match=r"root .*/none does not exist"):
+        create_dataset("folder", root=tmp_path / "none")
+    file = tmp_path / "file.zip"
+    file.touch()
+    with pytest.raises(UsageError, match=r"root .*file\.zip is a file: it must be the folder"):
+        create_dataset("folder", root=file)
+    file.unlink()
+    assert problems(tmp_path)[0].startswith("no images in directories of classes: make")
+    PICTURE.save(tmp_path / "a.jpg")
+    assert "classes, 1 straight in it: make a directory" in problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"test/a": 1, "val/a": 1}, "there is no directory train beside test, val"),
+        ({"train/a": 3, "val/a": 1, "valid/a": 1}, "two directories are for val: val, valid"),
+        ({"train/a": 3, "train/b": 3, "c": 3}, "of classes lie beside train, which has classes"),
+        ({"images/cat": 3, "images/dog": 3}, "the only class, images, has directories and no"),
+        ({"train/images/cat": 3}, "the only class, images, has directories and no"),
+        ({"a": 3, "b": 2}, "1 of 2 classes have fewer than 3 images, .* for train, val, test: b"),
+        ({"e\u0301": 3, "\u00e9": 3}, "composed letters"),
+        ({"a b": 3, "A  b ": 3}, "'A  b ' and 'a b'"),
+    ],
+)
+def test_layouts_that_cannot_be_meant_are_refused(tmp_path, counts, message):
+    fill(tmp_path, counts)
+    with pytest.raises(UsageError, match=message):
+        find_splits("folder", root=tmp_path)
+
+
+def test_small_classes_are_left_out_and_logged(three, caplog):
+    fill(three, {"none": 0, "one": 1, "two\n": 2})
+    assert len(problems(three)) == 2
+    with caplog.at_level("INFO", "timm_lt"):
+        splits = find_splits("folder", root=three, min_images=3)
+    assert splits["test"].features["label"].names == ["Emu", "cat", "dog"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "min_images 3 leaves out 3 of 6 classes: none (0), one (1), 'two\\n' (2)"
+    )
+    assert "no class has 21 images" in problems(three, min_images=21)[0]
+
+
+def test_small_classes_are_left_out_of_every_split(tmp_path):
+    fill(tmp_path, {"train/a": 3, "train/b": 1, "val/a": 1, "val/b": 1, "test/b": 1, "test/a": 2})
+    splits = find_splits("folder", root=tmp_path, min_images=2)
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [3, 1, 2]
+
+
+def test_other_files_can_be_skipped_and_are_counted(three, caplog):
+    (three / "cat/notes.txt").touch()
+    (three / "cat/photo.heic").touch()
+    PICTURE.save(three / "loose.png")
+    with caplog.at_level("INFO", "timm_lt"):
+        splits = find_splits("folder", root=three, other_files="skip")
+    assert sum(map(len, splits.values())) == 35
+    assert [record.getMessage() for record in caplog.records] == [
+        "images in no class, left out: 1 (loose.png)",
+        "files that are no images, left out: 2 (1 .heic, 1 .txt)",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_no_text_are_refused(three):
+    (three / os.fsdecode(b"caf\xe9")).mkdir()
+    os.close(os.open(three / "cat" / os.fsdecode(b"\xff.png"), os.O_CREAT))
+    (problem,) = problems(three)
+    assert problem == r"names that are not in UTF-8: 2 ('caf\udce9', '\udcff.png'); rename them"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_fraction": 1.0}, r"test_fraction must be a number in \(0, 1\)"),
+        ({"min_images": 0}, "min_images must be an integer >= 1"),
+        ({"other_files": "ignore"}, "choose one of: raise, skip"),
+        ({"seed": -1}, "seed must be"),
+        ({"val_fraction": 0.2}, "no option 'val_fraction'"),
+    ],
+)
+def test_wrong_options_are_refused(three, options, message):
+    with pytest.raises(UsageError, match=message):
+        find_splits("folder", root=three, **options)

@@ -1,0 +1,168 @@
+"""``timm-lt inspect``: a look at a data set before training."""
+
+import argparse
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from rich.console import Console
+
+from timm_lt.cli.common import Commands, parse_options
+from timm_lt.cli.inspection_report import print_report
+from timm_lt.console import advance, progress
+from timm_lt.data.folder import folder, list_folder
+from timm_lt.data.inspection import Inspection, inspect_splits
+from timm_lt.data.lists import read_image_list
+from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
+from timm_lt.files import write_atomic, write_json
+from timm_lt.longtail import ShotRule, shot_groups
+from timm_lt.plots import save_count_plot
+from timm_lt.registry import UsageError, check_options, unknown_name
+from timm_lt.report import group_word
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TABLE, PLOT = "classes.csv", "classes.png"
+FOLDER, LIST = "folder", "list"
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="look at a data set before training",
+        description=(
+            "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
+            "image sizes and whatever would keep a run from training, and writes a table and a "
+            "plot of the classes. Examples: timm-lt inspect photos; timm-lt inspect train.txt "
+            "--root photos; timm-lt inspect glyph_lt --quick"
+        ),
+    )
+    inspect.add_argument("data", help="folder of images, list of images, or a data set's name")
+    inspect.add_argument("--root", help="folder with the files of a list or a data set")
+    inspect.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the data set; may be repeated",
+    )
+    inspect.add_argument(
+        "--output", type=Path, help="folder for table and plot; inspect_NAME unless given"
+    )
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    inspect.add_argument(
+        "--quick", action="store_true", help="decode no image and look for no duplicates"
+    )
+    inspect.add_argument(
+        "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
+    )
+    inspect.set_defaults(command=inspect_data)
+
+
+def inspect_data(arguments: argparse.Namespace) -> None:
+    """Inspects a data set, prints what it finds, and writes table, plot and JSON."""
+    options = parse_options(arguments.option, "min_images=5")
+    name, datasets, problems = find_data(arguments.data, arguments.root, options)
+    total = None if arguments.quick else sum(map(len, datasets.values()))
+    with progress(f"looking at {name}", total, unit="images") as bar:
+        found = inspect_splits(
+            datasets,
+            name=name,
+            quick=arguments.quick,
+            shot_rule=arguments.shot_rule,
+            problems=problems,
+            on_image=lambda: advance(bar),
+        )
+    output = arguments.output or Path(f"inspect_{name}")
+    written = write_files(output, found)
+    if arguments.json is not None:
+        write_json(arguments.json, found.to_dict())
+        written.append(arguments.json)
+    print_report(Console(), found, written)
+
+
+def find_data(
+    data: str, root: str | None, options: dict[str, Any]
+) -> "tuple[str, Mapping[str, Dataset], list[str]]":
+    """Finds what a user means by a folder, a list or a name.
+
+    Returns:
+        A name, the splits, and what of them would keep a run from training.
+
+    Raises:
+        UsageError: If there is no such thing, or it has no images that could be looked at.
+    """
+    path = Path(data).expanduser()
+    if data == FOLDER and root is not None:
+        path, root = Path(root).expanduser(), None
+    elif data in DATASETS and not (data == FOLDER and path.is_dir()):
+        return data, find_splits(data, root=root, **options), []
+    if path.is_dir() or data == FOLDER:
+        if root is not None:
+            raise UsageError("--root is for lists and data sets: a folder is its own root")
+        return path.resolve().name, *_folder(path, options)
+    if path.is_file():
+        return path.stem, *_list(path, root, options)
+    raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
+
+
+def _folder(path: Path, options: dict[str, Any]) -> "tuple[Mapping[str, Dataset], list[str]]":
+    """Returns the splits of a folder; of one that is no good for a run, whatever there is."""
+    check_options(f"data set {FOLDER!r}", folder, {"root": path, **options})
+    try:
+        return find_splits(FOLDER, root=path, **options), []
+    except UsageError:
+        listed = {key: options[key] for key in ("min_images", "other_files") if key in options}
+        images = list_folder(path, **listed)
+        # Else it is another option that is wrong, or there is nothing to look at.
+        if not (images.problems.found and any(images.images.get("train", {}).values())):
+            raise
+        datasets: dict[str, Dataset] = {}
+        for split in images.images:
+            paths, labels = images.files(split)
+            datasets[split] = dataset_from_files(paths, labels, images.names)
+        return datasets, images.problems.found
+
+
+def _list(
+    path: Path, root: str | None, options: dict[str, Any]
+) -> "tuple[Mapping[str, Dataset], list[str]]":
+    """Returns the splits of a list of training images; of a bad one, whatever there is."""
+    start = Path(root).expanduser() if root is not None else path.parent
+    try:
+        return find_splits(LIST, root=start, train=path.resolve(), **options), []
+    except UsageError as error:
+        check_options(
+            f"data set {LIST!r}", DATASETS[LIST], {"root": start, "train": path} | options
+        )
+        found = read_image_list(path)
+        files = [str(start.absolute() / file) for file in found.paths]
+        return {"train": dataset_from_files(files, found.labels, found.names)}, error.problems
+
+
+def write_files(output: Path, found: Inspection) -> list[Path]:
+    """Writes the table of all classes and the plot of their training images."""
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    splits = list(found.class_counts)
+    train = torch.tensor(found.class_counts.get("train", []), dtype=torch.int64)
+    groups = [""] * found.num_classes
+    if train.any():
+        for group, mask in shot_groups(train, found.shot_rule).items():
+            for label in mask.nonzero().flatten().tolist():
+                groups[label] = group_word(group)
+    rows.writerow(["label", "name", *splits, "shot"])
+    for label in range(found.num_classes):
+        counts = [found.class_counts[split][label] for split in splits]
+        name = found.label_names[label] if found.label_names else ""
+        rows.writerow([label, name, *counts, groups[label]])
+    write_atomic(output / TABLE, table.getvalue())
+    if not train.any():
+        return [output / TABLE]
+    save_count_plot(output / PLOT, train, found.shot_rule)
+    return [output / TABLE, output / PLOT]

@@ -1,0 +1,142 @@
+"""The image files below a directory, listed without opening one."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# By what files that Pillow decodes are called. Of formats that share a suffix with others (.ps,
+# .pdf, .h5, .mpg), or that are made by one program only, none is taken for an image.
+IMAGE_SUFFIXES = frozenset(
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "webp", "avif", "bmp", "dib"),
+        *("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+        *("tga", "qoi", "pcx"),
+    )
+)
+# Images of telephones that Pillow does not decode.
+HEIC_SUFFIXES = frozenset(("heic", "heif"))
+# Left by the desktops of three systems.
+HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "ehthumbs.db"))
+
+
+@dataclass
+class Found:
+    """What there is below a directory, hidden files left out.
+
+    Attributes:
+        images: Files that are called as images are, in the order of torchvision's ``ImageFolder``.
+        others: Files that are not.
+        broken: What is neither a file nor a directory, such as a link to nothing, and directories
+            that cannot be listed or contain themselves, each with the reason.
+        unnamed: What has a name that is not in UTF-8.
+    """
+
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)
+
+
+def find_images(directory: str) -> Found:
+    """Lists the image files in a directory and in those below it; links are followed."""
+    found = Found()
+    parts: list[tuple[str, list[str]]] = []
+    _walk(directory, found, parts, within=frozenset())
+    for part, names in sorted(parts):
+        found.images += [f"{part}/{name}" for name in sorted(names)]
+    return found
+
+
+def _walk(
+    directory: str,
+    found: Found,
+    parts: list[tuple[str, list[str]]],
+    within: frozenset[tuple[int, int]],
+) -> None:
+    names: list[str] = []
+    below: list[str] = []
+    for entry in entries_of(directory, found):
+        path = f"{directory}/{entry.name}"
+        try:
+            if entry.is_dir():
+                below.append(path)
+            elif not entry.is_file():
+                found.broken[path] = "neither a file nor a directory"
+            elif suffix(entry.name) in IMAGE_SUFFIXES:
+                names.append(entry.name)
+            else:
+                found.others.append(path)
+        except OSError as error:
+            # Such as links that lead to each other.
+            found.broken[path] = error.strerror or str(error)
+    parts.append((directory, names))
+    if not below:
+        return
+    within |= {_identity(directory)}
+    for path in sorted(below):
+        if _identity(path) in within:
+            found.broken[path] = "a link to a directory that it is in"
+        else:
+            _walk(path, found, parts, within)
+
+
+def _identity(directory: str) -> tuple[int, int]:
+    status = Path(directory).stat()
+    return status.st_dev, status.st_ino
+
+
+def entries_of(directory: str, found: Found) -> Iterator["os.DirEntry[str]"]:
+    """Yields what is in a directory and not hidden, in no order; notes what has no right name."""
+    try:
+        with os.scandir(directory) as entries:
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as error:
+        found.broken[directory] = error.strerror or str(error)
+        return
+    # All names are checked at once.
+    if _is_utf8("".join(entry.name for entry in visible)):
+        yield from visible
+        return
+    for entry in visible:
+        if _is_utf8(entry.name):
+            yield entry
+        else:
+            found.unnamed.append(f"{directory}/{entry.name}")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_hidden(name: str) -> bool:
+    """Tells whether a file is one of the system's: images are not looked for in it."""
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def suffix(path: str) -> str:
+    """Returns the suffix of a file name in lower case without its dot.
+
+    >>> suffix("a/b.JPG"), suffix("a.b/c")
+    ('jpg', '')
+    """
+    name = path.rpartition("/")[2]
+    _, dot, end = name.rpartition(".")
+    return end.lower() if dot else ""
+
+
+def counted_suffixes(paths: Iterable[str]) -> str:
+    """Returns how many files there are of each suffix, the most frequent first.
+
+    >>> counted_suffixes(["a.txt", "b.csv", "c.txt", "d"])
+    '2 .txt, 1 .csv, 1 without suffix'
+    """
+    counts: dict[str, int] = {}
+    for path in paths:
+        counts[suffix(path)] = counts.get(suffix(path), 0) + 1
+    words = sorted(counts.items(), key=lambda item: (-item[1], item[0] == "", item[0]))
+    return ", ".join(f"{n} .{end}" if end else f"{n} without suffix" for end, n in words)
