@@ -27,7 +27,7 @@ from timm_lt import create_sampler
 from timm_lt.accelerator import create_accelerator, keep_freed_memory
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.draws import NumberedSampler
-from timm_lt.data.image_folder import read_folder
+from timm_lt.data.folder.directories import read_folder
 from timm_lt.data.verification import find_damaged
 from timm_lt.longtail import long_tailed_counts
 

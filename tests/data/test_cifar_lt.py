@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from timm_lt.data import Splits, cifar_manifest, subset_manifest
-from timm_lt.data.cifar_facts import CIFAR10, CIFAR100, Batch, official_rows
-from timm_lt.data.cifar_lt import FACTS, published_counts
+from timm_lt.data.cifar.facts import CIFAR10, CIFAR100, Batch, official_rows
+from timm_lt.data.cifar.source import FACTS, published_counts
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
 

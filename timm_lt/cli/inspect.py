@@ -13,7 +13,7 @@ from rich.console import Console
 from timm_lt.cli.common import Commands, parse_options
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.console import advance, progress
-from timm_lt.data.folder import folder, list_folder
+from timm_lt.data.folder.source import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits

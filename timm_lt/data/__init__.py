@@ -1,18 +1,18 @@
 """Data sets by name, the means to make a long-tailed one, and images ready for training."""
 
-from timm_lt.data import cifar_lt as cifar_lt  # importing a source registers it
+from timm_lt.data import cifar as cifar  # importing a source registers it
 from timm_lt.data import digits_lt as digits_lt
 from timm_lt.data import folder as folder
 from timm_lt.data import glyph_lt as glyph_lt
-from timm_lt.data import hub_data as hub_data
+from timm_lt.data import hub as hub
 from timm_lt.data import imagenet_lt as imagenet_lt
 from timm_lt.data import inat2018 as inat2018
-from timm_lt.data import listed as listed
+from timm_lt.data import lists as lists
 from timm_lt.data import places_lt as places_lt
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
-from timm_lt.data.cifar_lt import cifar_manifest as cifar_manifest
+from timm_lt.data.cifar import cifar_manifest as cifar_manifest
 from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.holdout import hold_out as hold_out
 from timm_lt.data.inspection import Inspection as Inspection

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from timm_lt.data.listed_images import (
+from timm_lt.data.lists import ImageList, Paths, read_image_list
+from timm_lt.data.lists.checks import (
     absolute_root,
     joined,
     located,
@@ -16,7 +17,6 @@ from timm_lt.data.listed_images import (
     note_overlaps,
     tidy,
 )
-from timm_lt.data.lists import ImageList, Paths, read_image_list
 from timm_lt.data.published_lists.check import note_differences
 from timm_lt.data.published_lists.facts import Published
 from timm_lt.data.sources import Split, dataset_from_files

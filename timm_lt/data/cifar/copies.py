@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.data.cifar_facts import CifarFacts
-from timm_lt.data.hub_columns import find_image_column
-from timm_lt.data.hub_files import find_tables, open_repo
+from timm_lt.data.cifar.facts import CifarFacts
+from timm_lt.data.hub.columns import find_image_column
+from timm_lt.data.hub.tables import find_tables, open_repo
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.registry import UsageError, shown_names
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.data.lists import Paths
+from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.presence import missing_rows
 from timm_lt.data.sources import Split
 from timm_lt.registry import Problems, UsageError, shown_names

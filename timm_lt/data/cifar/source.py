@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from timm_lt.data.cifar_facts import CIFAR10, CIFAR100, CifarFacts, check_counts, official_rows
-from timm_lt.data.cifar_files import Part, StoredPart, open_copy
+from timm_lt.data.cifar.copies import Part, StoredPart, open_copy
+from timm_lt.data.cifar.facts import CIFAR10, CIFAR100, CifarFacts, check_counts, official_rows
 from timm_lt.data.long_tailed import long_tailed_indices
 from timm_lt.data.manifest import check_manifest, subset_manifest
 from timm_lt.data.sources import Split, register_dataset
@@ -136,7 +136,7 @@ def published_counts(name: CifarName) -> dict[int, list[int]]:
     >>> {factor: sum(counts) for factor, counts in published_counts("cifar100_lt").items()}
     {10: 19573, 50: 12608, 100: 10847, 200: 9502}
     """
-    text = files("timm_lt.data").joinpath("cifar_lt_counts.json").read_text(encoding="utf-8")
+    text = files("timm_lt.data.cifar").joinpath("class_counts.json").read_text(encoding="utf-8")
     return {int(factor): counts for factor, counts in json.loads(text)[name].items()}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from timm_lt.data.hub_splits import USUAL_NAMES
+from timm_lt.data.hub.splits import USUAL_NAMES
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, shown_names, unknown_name
 

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from timm_lt.data.holdout import hold_out
-from timm_lt.data.hub_columns import find_image_column, find_label_column
-from timm_lt.data.hub_files import StoredTables, open_local, open_repo
-from timm_lt.data.hub_labels import UNLABELLED, read_labels
-from timm_lt.data.hub_splits import choose_splits
+from timm_lt.data.hub.columns import find_image_column, find_label_column
+from timm_lt.data.hub.labels import UNLABELLED, read_labels
+from timm_lt.data.hub.splits import choose_splits
+from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
 from timm_lt.data.images import label_tensor
 from timm_lt.data.sources import Split, register_dataset
 from timm_lt.hub_errors import split_revision
@@ -50,8 +50,8 @@ def hub(
     ``test``. Without a test split the validation split is the test split, for that is what results
     are reported on, and a run holds validation images out of train. With a training split alone, a
     part of each class becomes the test split. Columns that are not named are found, too: see
-    :func:`~timm_lt.data.hub_columns.find_image_column` and
-    :func:`~timm_lt.data.hub_columns.find_label_column`. No code of a repo is ever run.
+    :func:`~timm_lt.data.hub.columns.find_image_column` and
+    :func:`~timm_lt.data.hub.columns.find_label_column`. No code of a repo is ever run.
 
     Args:
         repo: ``namespace/name`` or ``namespace/name@revision`` of a data set on the Hub.

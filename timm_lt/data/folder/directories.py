@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.data.image_files import (
+from timm_lt.data.folder.files import (
     HEIC_SUFFIXES,
     IMAGE_SUFFIXES,
     Found,

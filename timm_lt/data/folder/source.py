@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from timm_lt.console import log
+from timm_lt.data.folder.directories import ImageFolder, read_folder
+from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, suffix
 from timm_lt.data.holdout import hold_out
-from timm_lt.data.image_files import HEIC_SUFFIXES, counted_suffixes, suffix
-from timm_lt.data.image_folder import ImageFolder, read_folder
 from timm_lt.data.reading import shown_path, unreadable_images
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.data.verification import find_damaged

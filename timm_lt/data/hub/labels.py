@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from timm_lt.data.hub_columns import described, label_kind
+from timm_lt.data.hub.columns import described, label_kind
 from timm_lt.registry import Problems, UsageError, shown_names
 
 if TYPE_CHECKING:

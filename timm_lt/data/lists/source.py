@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.data.holdout import hold_out
-from timm_lt.data.listed_images import (
+from timm_lt.data.lists.checks import (
     absolute_root,
     joined,
     located,
@@ -20,7 +20,8 @@ from timm_lt.data.listed_images import (
     note_overlaps,
     tidy,
 )
-from timm_lt.data.lists import ImageList, Paths, read_image_list
+from timm_lt.data.lists.paths import Paths
+from timm_lt.data.lists.reader import ImageList, read_image_list
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.registry import Problems, UsageError, check_integer, check_number, shown_names
 

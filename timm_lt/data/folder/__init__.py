@@ -1,0 +1,3 @@
+"""Images in a directory per class."""
+
+from timm_lt.data.folder.source import folder as folder
