@@ -29,7 +29,7 @@ from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
 from timm_lt.recipe.classifier import evaluate, extract, extract_for_heads, fit, train_heads
 from timm_lt.registry import UsageError
-from timm_lt.report import shot_table
+from timm_lt.report import TEST_SELECTION, shot_table
 from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
 from timm_lt.training import (
     TrainingState,
@@ -149,6 +149,7 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
         seconds=seconds["heads"] | {"linear": seconds["representation"]},
         selections=metrics["selection"],
         title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
+        note=metrics.get("note"),
     )
     if os.environ.get("RANK", "0") == "0":
         Console().print(table)
@@ -178,6 +179,8 @@ def train(run: Run) -> None:
         validate_every=recipe.validate_every,
         keep=recipe.keep,
         class_counts=run.splits.class_counts,
+        trained=recipe.model.trained,
+        bn=recipe.model.bn,
         state=TrainingState(run.folder / STATE, run.accelerator),
         seed=recipe.seed,
     )
@@ -206,7 +209,9 @@ def write_metrics(
             "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
             "seed": recipe.seed,
             "seconds": run.seconds,
+            "protocol": recipe.protocol,
             "validation": run.val_name,
+            "note": TEST_SELECTION if recipe.protocol == "paper" else None,
             "kept_epoch": run.kept_epoch,
             "unreadable_images": run.unreadable,
             "num_processes": run.accelerator.num_processes,
@@ -231,6 +236,7 @@ def save(
         label_names=run.splits.label_names,
         dataset=run.recipe.data.name,
         shot_rule=run.recipe.shot_rule,
+        protocol=run.recipe.protocol,
         seed=run.recipe.seed,
     )
     rows = compare_per_class(reports, counts, run.splits.label_names)

@@ -111,6 +111,7 @@ accelerator = create_accelerator(mixed_precision="no")
 result = {"num_processes": accelerator.num_processes}
 result["in_memory"] = run(in_memory())
 result["decoded"] = run(decoded())
+result["partly"] = run(in_memory(), trained=["model.blocks.5"])
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
@@ -217,7 +218,7 @@ def test_every_global_batch_is_the_same_images(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["in_memory", "decoded"])
+@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly"])
 def test_the_loss_curve_is_the_same(results, processes, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 

@@ -93,7 +93,7 @@ def test_values_of_a_file(read):
         epochs: 5
         optimizer: {name: adamw, lr: 5e-4, weight_decay: 1E-2, options: {betas: [0.9, 0.95]}}
         data: {name: digits_lt, root: /data/é, options: {imbalance_factor: 20, note: null}}
-        model: {pretrained: true, options: {drop_rate: .5}}
+        model: {pretrained: true, trained: [layer4.2, norm], bn: shift, options: {drop_rate: .5}}
         heads: {tau_norm:, crt: {weight_decay: 1e-3}, ncm: {metric: euclidean}}
         shot_rule: oltr
         """
@@ -103,6 +103,7 @@ def test_values_of_a_file(read):
     assert recipe.data.options == {"imbalance_factor": 20, "note": None}
     assert recipe.model.pretrained is True
     assert recipe.model.options == {"drop_rate": 0.5}
+    assert (recipe.model.trained, recipe.model.bn) == (["layer4.2", "norm"], "shift")
     assert recipe.heads == {
         "tau_norm": {},
         "crt": {"weight_decay": 0.001},
@@ -124,9 +125,19 @@ def test_overrides_take_the_place_of_single_values(read):
         "epochs: 5\nheads: {tau_norm: {tau: .5}, lws:}\ndata: {options: {a: 1, b: 2}}",
         *["--epochs=7", "--seed", "3", "--seed", "4"],
         *["--heads.tau_norm.tau", "0.7", "--heads.crt.steps=9", "--data.options.a", "5"],
-        *["--model.name", "test_vit", "--output", "x/y", "--quiet", "--resume"],
+        *[
+            "--model.name",
+            "test_vit",
+            "--model.trained",
+            "[blocks.5]",
+            "--output",
+            "x/y",
+            "--quiet",
+            "--resume",
+        ],
     )
     assert (recipe.epochs, recipe.seed, recipe.model.name) == (7, 4, "test_vit")
+    assert recipe.model.trained == ["blocks.5"]
     assert recipe.heads == {"tau_norm": {"tau": 0.7}, "lws": {}, "crt": {"steps": 9}}
     assert recipe.data.options == {"a": 5, "b": 2}
     assert options == RunOptions(output="x/y", resume=True, overwrite=False, quiet=True)
@@ -172,6 +183,9 @@ BAD_FILES = [
     ("scheduler: {warmup_epochs: -1}", r"scheduler\.warmup_epochs must be an integer >= 0"),
     ("optimizer: {lr: fast}", r'"optimizer.lr"'),
     ("model: {pretrained: maybe}", r'"model.pretrained"'),
+    ("protocol: test", r"protocol.*'standard', 'paper'.*test"),
+    ("model: {trained: layer4.2}", r'"model.trained".*layer4.2'),
+    ("model: {bn: moving}", r"model.bn.*'frozen', 'shift'.*moving"),
     ("shot_rule: fbi", r"shot_rule.*'fb', 'oltr'.*fbi"),
     ("mixed_precision: fp8", r"mixed_precision.*'bf16', 'fp16'.*fp8"),
     ("model: 5", r"model must be a mapping, got 5"),
@@ -274,7 +288,7 @@ def test_help_shows_the_values_of_the_recipe(capsys, tmp_path, monkeypatch):
 
 
 def test_published_weights_without_a_recipe_say_so(tmp_path):
-    for name in ("lt_resnext50.imagenet_lt", "hub_configs/lt_resnext50.imagenet_lt.yaml"):
+    for name in ("lt_resnet32.cifar10_lt", "hub_configs/lt_resnet32.cifar10_lt.yaml"):
         with pytest.raises(UsageError, match=r"is no recipe to run; load them with timm.create_mo"):
             parse_command_line("train_lt.py", [name])
 

@@ -18,6 +18,12 @@ GROUPS = ("many_shot", "medium_shot", "few_shot")
 # What a record of a selection has beside the selected option.
 SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
 
+# Said wherever a run under the protocol "paper" shows figures.
+TEST_SELECTION = (
+    "protocol paper: hyper-parameters and the epoch were selected on the test split, as in the "
+    "paper; the figures are optimistic"
+)
+
 
 def percent(fraction: float | None) -> str:
     """Returns a fraction as percent with one decimal; None, for no such class, as a dash.
@@ -88,6 +94,7 @@ def shot_table(
     seconds: Mapping[str, float],
     selections: Mapping[str, Mapping[str, Any]],
     title: str,
+    note: str | None = None,
 ) -> Table:
     """Builds the table of heads by shot group, in percent.
 
@@ -97,9 +104,11 @@ def shot_table(
         seconds: Time that each head took, if known.
         selections: How each head's options were chosen.
         title: Line above the table.
+        note: Line below the table and its legend, if any.
     """
     rule = next(iter(reports.values())).rule
-    table = _new_table(title, _shot_legend(class_counts, rule))
+    legend = _shot_legend(class_counts, rule)
+    table = _new_table(title, legend if note is None else f"{legend}\n{note}")
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
     names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
     table.add_column("head", no_wrap=True)

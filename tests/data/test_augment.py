@@ -129,6 +129,8 @@ def test_an_image_comes_out_the_same_in_every_batch_and_order(name):
         ("none", {"padding": 1}, "no option 'padding'"),
         ("crop", {"padding": 0}, "padding must be an integer >= 1"),
         ("crop", {"pad": 2}, "did you mean 'padding'"),
+        ("crop", {"border": "mirror"}, "unknown border 'mirror'.*reflect, zero"),
+        ("crop", {"hflip": 1.5}, r"hflip must be a number in \[0, 1\]"),
         ("affine", {"rotation": 4.0}, r"rotation must be a number in \[0, 3.1416\]"),
         ("affine", {"shift": -1}, r"shift must be a number in \[0, inf\)"),
         ("affine", {"scale": 3}, "scale must be"),
@@ -172,6 +174,21 @@ def test_crop_is_a_slice_of_the_padded_image(padding, height, width):
 def test_crop_in_the_middle_is_the_identity():
     images = torch.rand(3, 3, 8, 8)
     assert create_augmentation("crop")(images, torch.full((3, 2), 0.5)).equal(images)
+
+
+def test_crop_of_cifar_is_a_slice_of_the_image_with_a_black_border_or_its_mirror_image():
+    images = torch.rand(200, 3, 8, 8) + 0.1
+    augmentation = create_augmentation("crop", padding=4, border="zero", hflip=0.5)
+    uniforms = random_uniforms(0, torch.arange(200), augmentation.count)
+    out = augmentation(images, uniforms).numpy()
+    padded = np.zeros((200, 3, 16, 16), np.float32)
+    padded[:, :, 4:12, 4:12] = images.numpy()
+    mirrored = 0
+    for i, (u, v, w) in enumerate(uniforms.tolist()):
+        crop = padded[i, :, int(9 * u) : int(9 * u) + 8, int(9 * v) : int(9 * v) + 8]
+        assert (out[i] == (crop[:, :, ::-1] if w < 0.5 else crop)).all()
+        mirrored += w < 0.5
+    assert 70 < mirrored < 130
 
 
 def test_a_padding_as_large_as_the_image_is_refused():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from timm_lt.data.sources import SelectionProtocol
 from timm_lt.files import read_json
 from timm_lt.heads import HEADS, check_head_options
 from timm_lt.longtail import ShotRule
@@ -94,6 +95,7 @@ class CheckpointInfo:
         label_names: Class names, (C,).
         dataset: Name of the training data.
         shot_rule: Rule of the shot groups in the heads' metrics.
+        protocol: ``"paper"`` if hyper-parameters and the epoch were selected on the test split.
         seed: Seed of the run.
         heads: The heads by name.
     """
@@ -106,6 +108,7 @@ class CheckpointInfo:
     label_names: list[str] | None
     dataset: str | None
     shot_rule: ShotRule | None
+    protocol: SelectionProtocol | None
     seed: int | None
     heads: dict[str, HeadEntry]
 
@@ -253,17 +256,19 @@ def _read_num_classes(path: Path, config: dict[str, Any], counts: list[int] | No
 
 def _read_origin(
     where: str, block: dict[str, Any]
-) -> tuple[str | None, ShotRule | None, int | None]:
-    dataset, rule, seed = (block.get(key) for key in ("dataset", "shot_rule", "seed"))
+) -> tuple[str | None, ShotRule | None, SelectionProtocol | None, int | None]:
+    dataset, seed = block.get("dataset"), block.get("seed")
     if not (dataset is None or isinstance(dataset, str)):
         raise UsageError(f"{where}.dataset must be null or a string")
-    if not (rule is None or rule in get_args(ShotRule)):
-        raise UsageError(
-            f"{where}.shot_rule must be null or one of {', '.join(get_args(ShotRule))}"
-        )
+    for key, choices in (
+        ("shot_rule", get_args(ShotRule)),
+        ("protocol", get_args(SelectionProtocol)),
+    ):
+        if not (block.get(key) is None or block[key] in choices):
+            raise UsageError(f"{where}.{key} must be null or one of {', '.join(choices)}")
     if not (seed is None or (type(seed) is int and 0 <= seed < 2**63)):
         raise UsageError(f"{where}.seed must be null or an integer >= 0")
-    return dataset, rule, seed
+    return dataset, block.get("shot_rule"), block.get("protocol"), seed
 
 
 def _read_entry(where: str, name: str, entry: object) -> HeadEntry:

@@ -24,6 +24,7 @@ from timm_lt.checkpoint.format import (
 )
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.checkpoint.plain import config_text, contiguous, plain_copy
+from timm_lt.data.sources import SelectionProtocol
 from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, get_heads
 from timm_lt.longtail import ShotRule, check_class_counts
@@ -46,6 +47,7 @@ def save_checkpoint(
     label_names: list[str] | None = None,
     dataset: str | None = None,
     shot_rule: ShotRule | None = None,
+    protocol: SelectionProtocol | None = None,
     seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
@@ -65,6 +67,7 @@ def save_checkpoint(
         label_names: Class names in label order, (C,).
         dataset: Name of the training data, for the model card.
         shot_rule: Rule of the shot groups in the metrics.
+        protocol: ``"paper"`` if hyper-parameters and the epoch were selected on the test split.
         seed: Seed of the run.
         dtype: Type in which floating-point tensors are stored; batch-norm statistics of a head are
             float32.
@@ -101,6 +104,8 @@ def save_checkpoint(
         "seed": seed,
         "heads": entries,
     }
+    if protocol is not None:
+        block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
     check_text(folder, config)
     (folder / CONFIG).unlink(missing_ok=True)

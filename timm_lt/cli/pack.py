@@ -64,6 +64,7 @@ def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dt
         label_names=info.label_names,
         dataset=info.dataset,
         shot_rule=info.shot_rule,
+        protocol=info.protocol,
         seed=info.seed,
         dtype=dtype,
     )

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 CifarName = Literal["cifar10_lt", "cifar100_lt"]
 FACTS: dict[CifarName, CifarFacts] = {"cifar10_lt": CIFAR10, "cifar100_lt": CIFAR100}
+# Papers that keep the best epoch on the test split, as their code has it.
+BEST_TEST_EPOCH = "Cao et al., NeurIPS 2019, and Zhou et al., CVPR 2020"
 ORDER = "torchvision's: the training files one after the other, data_batch_1 to 5 for CIFAR-10"
 
 
-@register_dataset("cifar10_lt")
+@register_dataset("cifar10_lt", selected_on_test=BEST_TEST_EPOCH)
 def cifar10_lt(
     *,
     root: str | Path | None = None,
@@ -36,7 +38,8 @@ def cifar10_lt(
     """Builds CIFAR-10-LT: 5,000 training images of the first class, fewer of each later one.
 
     Train is a subset of the 50,000 training images, test all 10,000 test images; a run holds
-    validation images out of train. With seed 0 the subset is LDAM-DRW's: the rows of every copy are
+    validation images out of train, or selects on the test split as papers did
+    (``protocol="paper"``). With seed 0 the subset is LDAM-DRW's: the rows of every copy are
     brought into the official order first, and a copy whose order is not recognised is refused.
 
     Args:
@@ -62,7 +65,7 @@ def cifar10_lt(
     return _splits("cifar10_lt", root, manifest, cache_dir, options)
 
 
-@register_dataset("cifar100_lt")
+@register_dataset("cifar100_lt", selected_on_test=BEST_TEST_EPOCH)
 def cifar100_lt(
     *,
     root: str | Path | None = None,

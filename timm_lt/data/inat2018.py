@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@register_dataset("inat2018")
+# Their code has no validation split here: the best epoch, and tau, are those of the test split.
+@register_dataset("inat2018", selected_on_test="Kang et al., ICLR 2020")
 def inat2018(
     *, root: str | Path, train: str | Path | None = None, test: str | Path | None = None
 ) -> "dict[Split, Dataset]":
     """Builds iNaturalist 2018 from the competition's images and lists.
 
     437,513 training images, and the official validation images, 3 a class, as the test split that
-    papers report on: there is no split for validation, and a run holds out a part of training.
+    papers report on: there is no split for validation, and a run holds out a part of training, or
+    selects on the test split as Kang et al. did (``protocol="paper"``).
     The images are in ``train_val2018/<super category>/<class>/``, below the root or as the root.
 
     The lists are the official JSON files, or the text files of Kang et al. made of them. They are

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Split = Literal["train", "val", "test"]
+# Selection is on validation, or on the test split as a paper did it.
+SelectionProtocol = Literal["standard", "paper"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
 # Files in a column of paths: more with the longest paths would not fit 2 GiB.
 FILES = 500_000
 
 DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
+# Data sets by name on whose test split a paper selected, and which paper.
+SELECTED_ON_TEST: dict[str, str] = {}
 
 
-def register_dataset(name: str) -> Callable[[Source], Source]:
+def register_dataset(
+    name: str, *, selected_on_test: str | None = None
+) -> Callable[[Source], Source]:
     """Returns a decorator that registers a data set under a name.
 
     The decorated function is called as ``function(split, **options)`` and returns a
@@ -35,6 +41,11 @@ def register_dataset(name: str) -> Callable[[Source], Source]:
     One that makes all of its splits together, because files are listed once, has no parameter
     ``split``: it is called as ``function(**options)`` and returns them by name.
 
+    Args:
+        name: The name, a lower-case identifier.
+        selected_on_test: The paper that selected hyper-parameters or the epoch on the test split of
+            this data set, if one did: it permits the protocol ``"paper"``, which does so too.
+
     Raises:
         UsageError: If the name is taken or is no lower-case identifier.
     """
@@ -42,6 +53,8 @@ def register_dataset(name: str) -> Callable[[Source], Source]:
 
     def add(source: Source) -> Source:
         register(source)
+        if selected_on_test is not None:
+            SELECTED_ON_TEST[name] = selected_on_test
         return source
 
     return add
@@ -54,6 +67,29 @@ def list_datasets() -> list[str]:
     True
     """
     return list(DATASETS)
+
+
+def check_protocol(name: str, protocol: str) -> None:
+    """Checks that a data set may be used under a protocol.
+
+    Args:
+        name: A name out of :func:`list_datasets`.
+        protocol: ``"standard"``, or ``"paper"``, which selects on the test split.
+
+    Raises:
+        UsageError: If there is no such protocol, or no paper selected on the test split of the data
+            set; the message lists where one did.
+    """
+    check_choice("data set", name, tuple(DATASETS))
+    check_choice("protocol", protocol, get_args(SelectionProtocol))
+    if protocol == "standard" or name in SELECTED_ON_TEST:
+        return
+    known = [f"{key} ({paper})" for key, paper in SELECTED_ON_TEST.items() if key in DATASETS]
+    raise UsageError(
+        "protocol paper selects hyper-parameters and the epoch on the test split, and is there "
+        f"only where a paper did so, which none is known to have done for {name!r}: take protocol "
+        f"standard; it is there for: {', '.join(known) or 'no data set'}"
+    )
 
 
 def create_dataset(

@@ -14,10 +14,12 @@ from timm_lt.data.columns import check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.reading import Unreadable
-from timm_lt.data.sources import Split, find_splits
+from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
 from timm_lt.data.stored import StoredImages
 from timm_lt.longtail import class_counts
 from timm_lt.registry import Problems, UsageError, shown_names
+
+ValSource = Literal["val", "train", "test"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,23 @@ class Splits:
         labels: Their labels, (N,) int64, by name.
         class_counts: Training images per class, (C,).
         label_names: Class names, (C,), if known.
-        val_source: The split from which validation comes: its own, ``"val"``, or ``"train"``.
+        val_source: The split from which validation comes: its own, ``"val"``, a part of
+            ``"train"``, or ``"test"`` itself.
     """
 
     datasets: Mapping[str, Dataset]
     labels: Mapping[str, Tensor]
     class_counts: Tensor
     label_names: list[str] | None
-    val_source: Literal["val", "train"] = "val"
+    val_source: ValSource = "val"
 
     @classmethod
     def from_datasets(
-        cls, datasets: Mapping[str, Dataset], *, val_fraction: float = 0.2
+        cls,
+        datasets: Mapping[str, Dataset],
+        *,
+        val_fraction: float = 0.2,
+        protocol: SelectionProtocol = "standard",
     ) -> "Splits":
         """Checks three data sets and counts their classes.
 
@@ -49,6 +56,7 @@ class Splits:
                 it: the same one whatever the seed of a run.
             val_fraction: That part, of each class, in (0, 1); see
                 :func:`~timm_lt.data.holdout.hold_out`.
+            protocol: With ``"paper"``, validation is the test split, whatever else there is.
 
         Raises:
             UsageError: If a split is a stream, missing or empty, a label is negative or beyond the
@@ -57,8 +65,10 @@ class Splits:
         """
         for dataset in datasets.values():
             check_random_access(dataset)
-        val_source: Literal["val", "train"] = "val"
-        if "val" not in datasets and "train" in datasets:
+        val_source: ValSource = "val"
+        if protocol == "paper" and "test" in datasets:
+            datasets, val_source = {**datasets, "val": datasets["test"]}, "test"
+        elif "val" not in datasets and "train" in datasets:
             datasets, val_source = _held_out(datasets, val_fraction), "train"
         problems = Problems()
         labels: dict[str, Tensor] = {}
@@ -154,7 +164,12 @@ def _check_every_class(counts: Tensor, names: list[str] | None) -> None:
 
 
 def create_splits(
-    name: str, *, root: str | None = None, val_fraction: float = 0.2, **options: Any
+    name: str,
+    *,
+    root: str | None = None,
+    val_fraction: float = 0.2,
+    protocol: SelectionProtocol = "standard",
+    **options: Any,
 ) -> Splits:
     """Creates the three splits of a registered data set.
 
@@ -163,11 +178,14 @@ def create_splits(
         root: The folder with the files, for data sets that read files.
         val_fraction: Part of the training images that is held out for validation where the data set
             has no split for it.
+        protocol: ``"standard"``; or ``"paper"``, under which validation is the test split and
+            nothing is held out: for a data set where a paper selected so, to compare with it.
         options: The data set's own options.
 
     Raises:
-        UsageError: As :func:`~timm_lt.data.sources.create_dataset` and
-            :meth:`Splits.from_datasets`.
+        UsageError: As :func:`~timm_lt.data.sources.create_dataset`,
+            :func:`~timm_lt.data.sources.check_protocol` and :meth:`Splits.from_datasets`.
     """
+    check_protocol(name, protocol)
     datasets = find_splits(name, root=root, **options)
-    return Splits.from_datasets(datasets, val_fraction=val_fraction)
+    return Splits.from_datasets(datasets, val_fraction=val_fraction, protocol=protocol)

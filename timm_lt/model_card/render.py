@@ -13,6 +13,7 @@ from timm_lt.model_card.markdown import code, fenced, plain, table
 from timm_lt.plots import PLOT_FILES
 from timm_lt.report import (
     GROUPS,
+    TEST_SELECTION,
     brief,
     describe_selection,
     group_word,
@@ -81,6 +82,7 @@ def render_card(
         other_head=_other_head(info, example),
         results=_results(info),
         seed=info.seed,
+        note=TEST_SELECTION if info.protocol == "paper" else None,
         shots=_shots(info),
         plots=[plot for plot in PLOT_FILES if plot in plots],
         data=_data(info),

@@ -36,6 +36,7 @@ from timm_lt.recipe.checks import (
 )
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
+from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
@@ -43,6 +44,7 @@ from timm_lt.training import (
     check_batch_size,
     check_model,
     check_optimization,
+    check_trained,
     check_update,
     plan_head_on_images,
 )
@@ -82,13 +84,14 @@ class Run:
     def objective(self) -> Objective:
         """What is maximised on validation."""
         # Of a split as long-tailed as train, the accuracy over the images is that of large classes.
-        usual = "all" if self.splits.val_source == "val" else "class_mean"
+        usual = "class_mean" if self.splits.val_source == "train" else "all"
         return cast(Objective, self.recipe.objective or usual)
 
     @property
     def val_name(self) -> str:
         """Where validation comes from, as records of what was selected have it."""
-        return "val" if self.splits.val_source == "val" else "train, held out"
+        source = self.splits.val_source
+        return "train, held out" if source == "train" else source
 
     def close(self) -> None:
         """Lets another process run in the folder."""
@@ -127,7 +130,11 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     with progress(f"making {recipe.data.name}", None):
         data = recipe.data
         splits = create_splits(
-            data.name, root=data.root, val_fraction=data.val_fraction, **data.options
+            data.name,
+            root=data.root,
+            val_fraction=data.val_fraction,
+            protocol=recipe.protocol,
+            **data.options,
         )
         check_objective(recipe, splits)
         sampler = create_sampler(
@@ -156,6 +163,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             clip_mode=recipe.clip_mode,
         )
         model = create_network(recipe, splits.num_classes)
+        check_trained(model, recipe.model.trained, recipe.model.bn)
         images = create_images(recipe, splits, model, workers=options.workers)
         if recipe.data.augmentation == TIMM and recipe.data.verify:
             verify_images(splits.datasets, accelerator, unreadable=recipe.data.unreadable)
@@ -170,6 +178,8 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         log.info(
             "no validation split: %d of the training images are held out", len(splits.labels["val"])
         )
+    if splits.val_source == "test":
+        log.warning("%s", TEST_SELECTION)
     lock = None
     if accelerator.is_main_process:
         lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)

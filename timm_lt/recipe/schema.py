@@ -55,11 +55,17 @@ class ModelRecipe:
     Args:
         name: Any timm architecture, or an lt_* one; a tag chooses a configuration.
         pretrained: Start from that configuration's published weights.
+        trained: Modules that the representation stage trains beside the classifier, e.g.
+            [layer4.2]; the others are frozen. null trains all.
+        bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
+            shift (training mode, they move).
         options: Further arguments of timm.create_model.
     """
 
     name: str = "lt_test_resnet"
     pretrained: bool = False
+    trained: list[str] | None = None
+    bn: Literal["frozen", "shift"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -236,6 +242,9 @@ class Recipe:
         objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
             class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
             class_mean where validation is as long-tailed as train, from which it was held out.
+        protocol: standard selects on validation, and reads the test split once, at the end. paper
+            has the test split for validation and holds nothing out; it is only there for data where
+            a paper selected so, to compare with it, and whatever is written says so.
         shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
         mixed_precision: auto takes bf16 where the processor computes it natively.
         seed: Seed of everything random, from 0 to 2^63 - 1.
@@ -262,6 +271,7 @@ class Recipe:
     )
     # Not a Literal: the parser's message for one or null is a riddle.
     objective: str | None = None
+    protocol: Literal["standard", "paper"] = "standard"
     shot_rule: Literal["fb", "oltr"] = "fb"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0

@@ -7,7 +7,7 @@ ends with the same weights, bit for bit on one CPU process with the same number 
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,8 @@ from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import check_batch_size, check_optimization
 from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
+from timm_lt.training.frozen import FrozenParts, check_trained
+from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.state import BEST, EMA, TrainingState
@@ -78,10 +80,12 @@ def train_representation(
     validate_every: int = 1,
     keep: Keep = "best",
     class_counts: Tensor | None = None,
+    trained: Sequence[str] | None = None,
+    bn: BatchNorm = "frozen",
     state: TrainingState | None = None,
     seed: int = 0,
 ) -> Training:
-    """Trains a model on all its parameters.
+    """Trains a model, on all its parameters or on those of some modules.
 
     The global random states of Python, NumPy and torch are seeded at every epoch and stay so.
 
@@ -112,12 +116,16 @@ def train_representation(
             such epoch) or of the ``"last"`` epoch. Without ``val`` they are the last.
         class_counts: Training images per class (C,), for the shot groups of validation; None counts
             the labels.
+        trained: Paths of the modules that are trained, e.g. ``["layer4.2"]``, and the classifier
+            always is; None trains all. See :class:`~timm_lt.training.frozen.FrozenParts`.
+        bn: What the modules that are frozen then do: ``"frozen"`` has them in evaluation mode,
+            ``"shift"`` in training mode, so that their batch-norm statistics move.
         state: Where to save after each epoch, and to go on from.
         seed: Seed of everything random beside the sampler and the augmentation.
 
     Raises:
-        UsageError: If the batch size does not fit the data or the processes, an option is unknown,
-            an image cannot be read, or the loss is not finite.
+        UsageError: If the batch size does not fit the data or the processes, an option or a module
+            is unknown, an image cannot be read, or the loss is not finite.
     """
     if not hasattr(train, "train_loader"):
         raise UsageError(
@@ -126,6 +134,7 @@ def train_representation(
     if state is not None and state.accelerator._models:
         raise UsageError("an accelerator saves one run: make a new one for each")
     check_choice("keep", keep, get_args(Keep))
+    check_trained(model, trained, bn)
     check_integer("validate_every", validate_every, minimum=1)
     loop = _Loop(
         model,
@@ -139,6 +148,7 @@ def train_representation(
         ema=ema,
         val=val,
         class_counts=class_counts,
+        frozen=None if trained is None else FrozenParts(model, trained, bn),
         seed=seed,
     )
     batch = loop.batch_size // accelerator.num_processes
@@ -194,12 +204,13 @@ class _Loop:
         ema: Mapping[str, Any] | None,
         val: Images | None,
         class_counts: Tensor | None,
+        frozen: FrozenParts | None,
         seed: int,
     ) -> None:
         steps = accelerator.gradient_accumulation_steps
         check_batch_size(batch_size, len(sampler), accelerator.num_processes, steps)
         check_optimization(optimizer, scheduler, epochs)
-        self.accelerator, self.seed = accelerator, seed
+        self.accelerator, self.seed, self.frozen = accelerator, seed, frozen
         self.skips = train.unreadable == "skip"
         width = getattr(model, "num_classes", 0)
         counted = torch.bincount(train.labels, minlength=width)
@@ -209,6 +220,8 @@ class _Loop:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         # Wrapped by FSDP, a model cannot be unwrapped again.
         self._unwrapped = copy.deepcopy(model) if self.sharded else None
+        if self.sharded and frozen is not None:
+            raise UsageError("parts of a model are not trained under FSDP: leave trained out")
         self.ema = create_ema(ema, model)
         if self.ema is not None:
             if self.sharded:
@@ -254,6 +267,8 @@ class _Loop:
         seed_epoch(self.seed, epoch, self.accelerator.process_index)
         self.loader.set_epoch(epoch)
         self.model.train()
+        if self.frozen is not None:
+            self.frozen.set_mode()
         losses = Losses(epoch + 1, self.batches_per_update, self.accelerator)
         loss = run_updates(
             self.loader,
@@ -300,6 +315,8 @@ class _Loop:
                 self.model, keep_fp32_wrapper=False, keep_torch_compile=False
             )
         model.load_state_dict(weights)
+        if self.frozen is not None:
+            self.frozen.thaw()
         return model
 
     def _validate(self) -> dict[str, float | None]:

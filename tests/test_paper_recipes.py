@@ -1,0 +1,412 @@
+"""Recipes of published results: the papers' settings, and two updates of each on stand-in images.
+
+The real data are not here. A source of the right number of classes stands in for each, with images
+of the right size; the recipe is otherwise as it is shipped, but for the batch.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import nn
+
+import train_lt
+from timm_lt.data import register_dataset
+from timm_lt.data.sources import (
+    DATASETS,
+    SELECTED_ON_TEST,
+    check_protocol,
+    dataset_from_files,
+)
+from timm_lt.files import read_yaml
+from timm_lt.published import PUBLISHED
+from timm_lt.recipe import RunOptions, create_run, load_recipe, shipped_recipes
+from timm_lt.registry import check_options
+from timm_lt.training.schedule import Schedule
+
+CATALOGUE = (Path(train_lt.__file__).parent / "hub_configs" / "README.md").read_text()
+CLASSES = {
+    "imagenet_lt": 1000,
+    "places_lt": 365,
+    "inat2018": 8142,
+    "cifar10_lt": 10,
+    "cifar100_lt": 100,
+}
+SELECTED_BY_THE_PAPERS_ON_TEST = ("inat2018", "cifar10_lt", "cifar100_lt")
+DATA = {name: read_yaml(path)["data"]["name"] for name, path in shipped_recipes().items()}
+RECIPES = [name for name, data in DATA.items() if data in CLASSES]
+CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
+KANG = [name for name in RECIPES if name not in CIFAR]
+BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
+BACKBONES += ["resnext50", "resnext101", "resnext152"]
+SAMPLINGS = ["class_balanced", "square_root", "progressively_balanced"]
+
+
+@functools.cache
+def load(name):
+    return load_recipe(shipped_recipes()[name])
+
+
+def of(data):
+    return [load(name) for name in RECIPES if DATA[name] == data]
+
+
+# What there is ------------------------------------------------------------------------------------
+
+
+def test_there_is_a_recipe_for_every_result():
+    expected = {f"lt_{backbone}.imagenet_lt" for backbone in BACKBONES}
+    expected |= {f"lt_resnext50.imagenet_lt_{sampling}" for sampling in SAMPLINGS}
+    expected |= {
+        f"lt_resnet{depth}.inat2018{epochs}" for depth in (50, 101, 152) for epochs in ("", "_e90")
+    }
+    expected |= {"lt_resnet152.places_lt"}
+    expected |= {
+        f"lt_resnet32.cifar{classes}_lt_if{factor}_{paper}"
+        for classes in (10, 100)
+        for factor in (10, 50, 100)
+        for paper in ("ldam", "bbn")
+    }
+    assert set(RECIPES) == expected
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_is_quoted_and_what_is_estimated(name):
+    lines = shipped_recipes()[name].read_text().splitlines()
+    header = " ".join(line[2:] for line in lines if line.startswith("# "))
+    for words in ("Quoted, not measured here", "Estimated", "Differs from the paper"):
+        assert words in header
+    assert (load(name).protocol == "paper") is ("protocol: paper" in header)
+    (row,) = [line for line in CATALOGUE.splitlines() if line.startswith(f"| `{name}`")]
+    # The same figures in three places: header, catalogue, and published block.
+    quoted = header[header.index("Quoted") : header.index("Estimated")]
+    for figure in re.findall(r"\d\d\.\d+", row.partition("|")[2].rpartition("|")[0]):
+        assert figure in quoted
+    published = PUBLISHED[name].heads if name in PUBLISHED else {}
+    for head, entry in published.items():
+        if entry.quoted:
+            groups = ("many_shot", "medium_shot", "few_shot", "all")
+            figures = " / ".join(f"{100 * entry.quoted[group]:.1f}" for group in groups)
+            assert f"{'joint' if head == 'linear' else head} {figures}" in header
+
+
+# What the papers say ------------------------------------------------------------------------------
+
+JITTER = [0.4, 0.4, 0.4, 0.0]
+# By data: learning rate, weight decay, batch; epochs of crt; learning rate and decay of the heads.
+KANG_SETTINGS = {
+    "imagenet_lt": (0.2, 5e-4, 512, 10, 0.2, 5e-4),
+    "places_lt": (0.1, 5e-4, 256, 10, 0.1, 5e-4),
+    "inat2018": (0.2, 1e-4, 512, 30, 0.2, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", KANG)
+def test_settings_of_kang_et_al(name):
+    recipe = load(name)
+    lr, decay, batch, crt_epochs, head_lr, head_decay = KANG_SETTINGS[recipe.data.name]
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", lr, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size) == (decay, batch)
+    assert optimizer.options["filter_bias_and_bn"] is False
+    assert (scheduler.name, scheduler.warmup_epochs, scheduler.options) == ("cosine", 0, {})
+    epochs = {"places_lt": 30, "imagenet_lt": 90}
+    assert recipe.epochs == epochs.get(recipe.data.name, 90 if name.endswith("_e90") else 200)
+    assert recipe.loss.name == "cross_entropy"
+    images = {
+        "stage": "images",
+        "bn": "shift",
+        "batch_size": batch,
+        "lr": head_lr,
+        "weight_decay": head_decay,
+        "momentum": 0.9,
+        "sampler": "class_balanced",
+        "sampler_options": {"samples_per_class": 4},
+    }
+    assert recipe.heads == {
+        "linear": {},
+        "crt": images | {"epochs": crt_epochs},
+        "lws": images | {"epochs": 5},
+        "tau_norm": {},
+        "ncm": {"metric": "euclidean", "features": "centered_l2"},
+    }
+    jitter = None if recipe.data.name == "inat2018" else JITTER
+    options = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": jitter}
+    assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("timm", options)
+    assert recipe.shot_rule == "fb"
+
+
+def test_the_four_samplings_of_figure_1():
+    samplers = {load(name).sampler.name: load(name).sampler.options for name in KANG}
+    assert samplers == {
+        "instance_balanced": {},
+        "class_balanced": {"samples_per_class": 4},
+        "square_root": {},
+        "progressively_balanced": {"schedule": "t/(T-1)"},
+    }
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_settings_of_ldam_and_bbn(name):
+    recipe = load(name)
+    ldam = name.endswith("_ldam")
+    factor = int(re.search(r"_if(\d+)_", name)[1])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    # timm's sgd has Nesterov momentum.
+    assert optimizer.name == ("momentum" if ldam else "sgd")
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 2e-4)
+    assert optimizer.options == {"filter_bias_and_bn": False}
+    assert (scheduler.name, scheduler.warmup_epochs) == ("multistep", 5)
+    milestones = [160, 180] if ldam else [120, 160]
+    assert scheduler.options == {"decay_milestones": milestones, "decay_rate": 0.01}
+    assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128, "best")
+    assert recipe.model.name == f"lt_resnet32.{recipe.data.name}"
+    assert recipe.data.options == {
+        "imbalance_factor": factor,
+        "profile": "exponential",
+        "seed": 0,
+    }
+    options = {"padding": 4, "border": "zero", "hflip": 0.5}
+    assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("crop", options)
+
+
+def without(recipe, **parts):
+    """The recipe with some keys left out: those that may differ within a family."""
+    values = dataclasses.asdict(recipe)
+    for part, keys in parts.items():
+        kept = {} if keys is None else values[part]
+        values[part] = {key: value for key, value in kept.items() if key not in keys}
+    return values
+
+
+@pytest.mark.parametrize("data", ["imagenet_lt", "inat2018", "cifar10_lt"])
+def test_recipes_of_a_family_differ_in_nothing_else(data):
+    recipes = of(data)
+    may_differ = {
+        "imagenet_lt": {"model": ["name"], "sampler": None},
+        "inat2018": {"model": ["name"], "epochs": None},
+        "cifar10_lt": {
+            "model": ["name"],
+            "data": ["name", "options"],
+            "optimizer": ["name"],
+            "scheduler": ["options"],
+        },
+    }[data]
+    if data == "cifar10_lt":
+        recipes += of("cifar100_lt")
+    first, *others = [without(recipe, **may_differ) for recipe in recipes]
+    assert len(others) >= 5
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_test_split_is_selected_on_where_the_paper_did_so(name):
+    paper = DATA[name] in SELECTED_BY_THE_PAPERS_ON_TEST
+    assert load(name).protocol == ("paper" if paper else "standard")
+    # The data set itself permits it, or not, and takes the recipe's options.
+    check_protocol(DATA[name], load(name).protocol)
+    assert (DATA[name] in SELECTED_ON_TEST) is paper
+    options = {"root": "FOLDER", **load(name).data.options}
+    check_options(DATA[name], DATASETS[DATA[name]], options)
+
+
+# The learning rate --------------------------------------------------------------------------------
+
+UPDATES = 10
+
+
+def rates(name):
+    """The learning rate of every update (epochs, updates per epoch)."""
+    recipe = load(name)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.optimizer.lr)
+    options = recipe.scheduler.arguments()
+    schedule = Schedule(optimizer, options, epochs=recipe.epochs, updates_per_epoch=UPDATES)
+    values = []
+    for step in range(recipe.epochs * UPDATES):
+        schedule.before_update(step)
+        values.append(optimizer.param_groups[0]["lr"])
+    return np.array(values).reshape(recipe.epochs, UPDATES)
+
+
+@pytest.mark.parametrize("name", ["lt_resnext50.imagenet_lt", "lt_resnet50.inat2018"])
+def test_the_cosine_passes_through_that_of_the_paper(name):
+    found = rates(name)
+    epochs = len(found)
+    # The authors' code has one rate for each epoch, 1-based: the last is 0.
+    of_epoch = [0.1 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs + 1)]
+    np.testing.assert_allclose(found[:, 0], of_epoch[:-1], atol=1e-12)
+    assert (found > np.array(of_epoch[1:])[:, None] - 1e-12).all()
+    assert (np.diff(found.ravel()) < 0).all()
+
+
+@pytest.mark.parametrize("paper", ["ldam", "bbn"])
+def test_the_steps_are_those_of_the_paper(paper):
+    found = rates(f"lt_resnet32.cifar100_lt_if100_{paper}")
+    first, second = {"ldam": (160, 180), "bbn": (120, 160)}[paper]
+    for epoch in range(1, 201):
+        if epoch <= 5:
+            # A line to where the paper's stairs are at the end of the epoch.
+            low, high = 0.1 * (epoch - 1) / 5, 0.1 * epoch / 5
+            assert found[epoch - 1] == pytest.approx(np.linspace(low, high, 11)[:-1], abs=1e-5)
+            continue
+        rate = 0.1 * (0.01 if epoch > first else 1) * (0.01 if epoch > second else 1)
+        # timm drops one update early.
+        early = epoch in (first, second)
+        assert found[epoch - 1, : -1 if early else None] == pytest.approx(rate, rel=1e-9)
+        if early:
+            assert found[epoch - 1, -1] == pytest.approx(rate * 0.01, rel=1e-9)
+
+
+# Two updates --------------------------------------------------------------------------------------
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A source of any number of classes: noise, and a tail as long as its class 0 is large."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for side in (32, 256):
+        for number in range(4):
+            noise = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((side, side)).save(folder / f"{side}_{number}.png")
+
+    @register_dataset("stand_in", selected_on_test="the papers")
+    def source(*, root, classes, imbalance_factor=0, profile="", seed=0):
+        side = 32 if profile else 256
+        tail = np.arange(classes)
+        labels = {"train": np.concatenate([np.zeros(600, np.int64), tail]), "test": tail}
+        if not profile and classes != CLASSES["inat2018"]:
+            labels["val"] = tail
+        names = [f"class {label}" for label in tail]
+        return {
+            split: dataset_from_files(
+                [f"{root}/{side}_{row % 4}.png" for row in range(len(values))], values, names
+            )
+            for split, values in labels.items()
+        }
+
+    yield str(folder)
+    del DATASETS._parts["stand_in"], SELECTED_ON_TEST["stand_in"]
+
+
+def prepared(name, root, folder):
+    """The run of a recipe with the stand-in for its data, in batches of a few images."""
+    recipe = load(name)
+    options = {"classes": CLASSES[recipe.data.name], **recipe.data.options}
+    batch = 8 if name in CIFAR else 2
+    sampling = recipe.sampler.options | {"num_samples": 3 * batch}
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, name="stand_in", root=root, options=options),
+        # Nothing can be downloaded.
+        model=dataclasses.replace(recipe.model, pretrained=False),
+        sampler=dataclasses.replace(recipe.sampler, options=sampling),
+        batch_size=batch,
+        mixed_precision="no",
+        features=dataclasses.replace(recipe.features, cache_dir=None),
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return create_run(name, folder, recipe, RunOptions(threads=1, workers=0, quiet=True))
+
+
+def train_two_updates(run):
+    """Trains as the command does; returns (images, logits, targets, loss) of both updates."""
+    recorded = []
+    inputs = []
+    inner = run.loss
+
+    def before(_, arguments):
+        if len(recorded) == 2:
+            raise EnoughError
+        inputs.append(arguments[0])
+
+    class Recording(nn.Module):
+        def forward(self, logits, targets):
+            loss = inner(logits, targets)
+            recorded.append((inputs[-1], logits.detach().clone(), targets, loss.item()))
+            return loss
+
+    hook = run.model.register_forward_pre_hook(before)
+    run.loss = Recording()
+    with pytest.raises(EnoughError):
+        train_lt.train(run)
+    hook.remove()
+    return recorded
+
+
+def expected_rate(recipe, step):
+    """The learning rate of one of the first updates of three in an epoch."""
+    if recipe.scheduler.name == "multistep":
+        return 1e-5 + (0.1 - 1e-5) * step / (5 * 3)
+    return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
+
+
+def expected_bias(recipe, bias, recorded):
+    """SGD on the classifier's bias, whose gradient is the mean of softmax minus target."""
+    velocity = torch.zeros_like(bias)
+    nesterov = recipe.optimizer.name == "sgd"
+    for step, (_, logits, targets, _) in enumerate(recorded):
+        wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
+        gradient = wrong.mean(0) + recipe.optimizer.weight_decay * bias
+        velocity = 0.9 * velocity + gradient
+        moved = gradient + 0.9 * velocity if nesterov else velocity
+        bias = bias - expected_rate(recipe, step) * moved
+    return bias
+
+
+def is_trained(recipe, key):
+    parts = [*(recipe.model.trained or []), "fc"]
+    return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_updates(name, stand_in, tmp_path):
+    run = prepared(name, stand_in, tmp_path / "run")
+    recipe, classes = run.recipe, CLASSES[DATA[name]]
+    try:
+        before = copy.deepcopy(run.model)
+        recorded = train_two_updates(run)
+    finally:
+        run.close()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    images, logits, targets, loss = recorded[0]
+    side = 32 if name in CIFAR else 224
+    assert images.shape[1:] == (3, side, side)
+    assert logits.shape == (len(targets), classes)
+    with torch.no_grad():
+        again = before.train()(images)
+    torch.testing.assert_close(again, logits, atol=1e-3, rtol=1e-3)
+    rows = range(len(targets))
+    assert loss == pytest.approx(-torch.log_softmax(logits, 1)[rows, targets].mean().item())
+    weights = dict(before.named_parameters())
+    bias = expected_bias(recipe, weights["fc.bias"].detach().double(), recorded)
+    # Close enough to see whether the bias decays.
+    rounding = 0 if name in CIFAR else 3e-6
+    torch.testing.assert_close(run.model.fc.bias.double(), bias, atol=3e-8, rtol=rounding)
+    for key, parameter in run.model.named_parameters():
+        assert parameter.equal(weights[key]) is not is_trained(recipe, key), key
+    # As the authors have it, batch norm of frozen blocks moves.
+    assert run.model.bn1.num_batches_tracked == 2
+    assert run.splits.val_source == ("test" if recipe.protocol == "paper" else "val")
+    planned = {
+        head: options for head, options in recipe.heads.items() if options.get("stage") == "images"
+    }
+    assert set(run.plans) == set(planned) == (set() if name in CIFAR else {"crt", "lws"})
+    for head, options in planned.items():
+        plan, number = run.plans[head], 600 + classes
+        assert (plan.bn, plan.batch_size) == ("shift", options["batch_size"])
+        assert plan.updates == options["epochs"] * (number // options["batch_size"])
