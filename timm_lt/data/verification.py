@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.compute as pc
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -126,13 +126,14 @@ class StoredFiles:
     def __init__(self, dataset: "Dataset", rows: range) -> None:
         self.rows = rows
         images = dataset.with_format(None).data.column("image")
-        places = pa.array(rows, pa.int64())
+        self._places = np.asarray(rows, np.int64)
         if dataset._indices is not None:
-            places = dataset._indices.column(0).take(places).combine_chunks()
-        self._places = places.to_numpy()
+            self._places = dataset._indices.column(0).to_numpy()[self._places]
         self._contents = pc.struct_field(images, "bytes")
-        self.paths: list[str | None] = pc.struct_field(images, "path").take(places).to_pylist()
-        self.in_memory: list[bool] = pc.is_valid(self._contents).take(places).to_pylist()
+        paths = pc.struct_field(images, "path").to_pylist()
+        in_memory = pc.is_valid(self._contents).to_numpy()
+        self.paths: list[str | None] = [paths[place] for place in self._places.tolist()]
+        self.in_memory: list[bool] = in_memory[self._places].tolist()
 
     def name(self, number: int) -> str:
         """Returns what an image is called in messages."""
