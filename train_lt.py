@@ -234,7 +234,7 @@ def save(
         class_counts=counts,
         metrics={name: report.summary() for name, report in reports.items()},
         label_names=run.splits.label_names,
-        dataset=run.recipe.data.name,
+        dataset=run.recipe.data.title,
         shot_rule=run.recipe.shot_rule,
         protocol=run.recipe.protocol,
         seed=run.recipe.seed,

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import HEAD_OPTIONS
+from huggingface_hub import constants
 
 import timm_lt
 from timm_lt.heads import classifier_name, get_head
@@ -232,3 +233,11 @@ def test_models_train_with_a_head():
     model.train()(images(model)).square().mean().backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
+
+
+def test_weights_that_cannot_be_had_are_one_sentence(loopback_hub, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"no model repo resnet18\.a1_in1k"):
+        timm_lt.create_model("resnet18.a1_in1k", True, cache_dir=tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"resnet18\.a1_in1k.* HF_HUB_OFFLINE is set"):
+        timm_lt.create_model("resnet18.a1_in1k", True, cache_dir=tmp_path)

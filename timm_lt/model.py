@@ -9,6 +9,12 @@ from typing import Any
 
 import timm
 import torch
+from httpx2 import HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
@@ -33,6 +39,7 @@ from timm_lt.heads import (
     set_absent_head,
     set_head,
 )
+from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 
@@ -85,7 +92,7 @@ def create_model(
     pretrained = bool(pretrained)
     architecture = name.partition(".")[0]
     _check_architecture(name)
-    with _named_options(name, head):
+    with _named_options(name, head), _weights_errors(name):
         if head is None:
             return timm.create_model(name, pretrained=pretrained, **options)
         if timm.models.is_model(architecture):
@@ -122,6 +129,16 @@ def _named_options(name: str, head: str | None) -> Iterator[None]:
         if head is not None and head in HEADS:
             hint = f"options of head {head!r}: {', '.join(head_option_names(head)) or 'none'}"
         raise UsageError(f"{name} has no option {found[1]!r}; {hint}") from error
+
+
+@contextmanager
+def _weights_errors(name: str) -> Iterator[None]:
+    """Turns what stands between this machine and timm's weights into a UsageError."""
+    try:
+        yield
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        with hub_errors(name):
+            raise error
 
 
 def _check_architecture(name: str) -> None:

@@ -82,11 +82,13 @@ def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
     Raises:
         UsageError: If there is no such column; lists those that there are.
     """
+    if not isinstance(rows, datasets.Dataset):
+        raise UsageError(f"a {type(rows).__name__} is no datasets.Dataset, which has columns")
     names = ["label", "labels"] if column is None else [column]
     for name in names:
         if name in rows.column_names:
             return name
     raise UsageError(
         f"the data set has no column {' or '.join(map(repr, names))}, only "
-        f"{', '.join(rows.column_names)}"
+        f"{', '.join(rows.column_names)}" + ("; name one with column=" if column is None else "")
     )

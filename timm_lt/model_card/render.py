@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_lt.checkpoint import CheckpointInfo, HeadEntry
 from timm_lt.console import one_line
+from timm_lt.data import list_datasets
 from timm_lt.longtail import describe_shots, shot_groups, shot_rule_texts
 from timm_lt.model_card.markdown import code, fenced, plain, table
 from timm_lt.plots import PLOT_FILES
@@ -96,10 +97,12 @@ def render_card(
 
 def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelCardData:
     dataset = one_line(info.dataset) if info.dataset else None
+    # A folder's name is no data set that others could look up.
+    known = dataset if dataset and ("/" in dataset or dataset in list_datasets()) else None
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=dataset or "unknown",
+            dataset_type=known or "unknown",
             dataset_name=dataset or "unknown",
             dataset_split="test",
             metric_type="f1" if key == "macro_f1" else "accuracy",
@@ -115,7 +118,7 @@ def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelC
         pipeline_tag=TASK,
         tags=TAGS,
         license=one_line(license_id) if license_id else None,
-        datasets=[dataset] if dataset else None,
+        datasets=[known] if known else None,
         model_name=one_line(name) if results else None,
         eval_results=results or None,
     )

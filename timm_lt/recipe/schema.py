@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -41,6 +42,14 @@ class DataRecipe:
     unreadable: Literal["raise", "skip"] = "raise"
     verify: bool = True
     val_fraction: float = 0.2
+
+    @property
+    def title(self) -> str:
+        """What to call the data: the repo of the Hub, the folder of somebody's own, or the name."""
+        if self.name == "hub" and self.options.get("repo"):
+            return str(self.options["repo"])
+        own = self.root is not None and self.name in ("folder", "list", "hub")
+        return Path(self.root or "").resolve().name if own else self.name
 
     def __post_init__(self) -> None:
         check_number("data.val_fraction", self.val_fraction, "(0, 1)")

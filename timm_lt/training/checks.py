@@ -25,7 +25,9 @@ def check_batch_size(
     """
     check_integer("batch_size", batch_size, minimum=1)
     if batch_size > num_images:
-        raise UsageError(f"batch_size {batch_size} exceeds the {num_images} images of an epoch")
+        raise UsageError(
+            f"batch_size {batch_size} exceeds the {num_images} images of an epoch: make it smaller"
+        )
     if batch_size % num_processes:
         raise UsageError(
             f"batch_size {batch_size} counts images over all processes and must be a multiple of "
@@ -60,8 +62,11 @@ def check_optimization(
     check_number("optimizer.momentum", optimizer.get("momentum", 0.9), "[0, 1)")
     check_choice("scheduler", scheduler.get("sched", "cosine"), SCHEDULERS)
     check_number("scheduler.warmup_epochs", scheduler.get("warmup_epochs", 0), f"[0, {epochs}]")
+    check_number("optimizer.options.layer_decay", optimizer.get("layer_decay") or 1.0, "(0, 1]")
+    # Of one layer, timm would warn that a decay by layers has no effect.
+    alone = {key: value for key, value in optimizer.items() if key != "layer_decay"}
     try:
-        dummy = create_optimizer_v2(nn.Linear(1, 1), **optimizer)
+        dummy = create_optimizer_v2(nn.Linear(1, 1), **alone)
     except (TypeError, ValueError, AssertionError, ImportError, IndexError, RuntimeError) as error:
         raise UsageError(f"optimizer: {error}") from error
     Schedule(dummy, scheduler, epochs=epochs, updates_per_epoch=1)

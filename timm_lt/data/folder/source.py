@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OtherFiles = Literal["raise", "skip"]
 ORDER = get_args(Split)
 
-SKIP = "or leave them out with data.options.other_files skip"
+SKIP = "or leave them out with --data.options.other_files skip"
 
 
 @register_dataset("folder")
@@ -186,7 +186,7 @@ def _check_numbers(images: ImageFolder) -> None:
     if empty:
         images.problems.add(
             f"{len(empty)} of {len(train)} classes have no image: {images.shown(empty)}; remove "
-            "their directories, or leave them out with data.options.min_images"
+            "their directories, or leave them out with --data.options.min_images 1"
         )
     splits = [split for split in get_args(Split) if split == "train" or split not in images.images]
     needed = len(splits)
@@ -195,8 +195,8 @@ def _check_numbers(images: ImageFolder) -> None:
         shown = shown_names([f"{images.shown([name])} ({number})" for name, number in few.items()])
         images.problems.add(
             f"{len(few)} of {len(train)} classes have fewer than {needed} images, one each for "
-            f"{', '.join(splits)}: {shown}; leave them out with data.options.min_images {needed}, "
-            "or add images"
+            f"{', '.join(splits)}: {shown}; leave them out with --data.options.min_images "
+            f"{needed}, or add images"
         )
     if len(train) == 1:
         ((name, paths),) = train.items()
