@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import create_dataset, create_splits
+from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
 
@@ -90,6 +91,35 @@ def test_a_run_holds_validation_out_of_the_rest(three):
     assert splits.class_counts.tolist() == [3, 13, 6]
     assert splits.label_names == ["Emu", "cat", "dog"]
     assert splits.val_source == "train"
+
+
+@pytest.mark.parametrize("source", ["folder", "list"])
+def test_an_added_image_moves_one_other_and_no_other_class(tmp_path, source):
+    root = tmp_path / "photos"
+    fill(root, {"cat": 20, "dog": 10, "emu": 5})
+
+    def held_out():
+        files = sorted(root.rglob("*.png"))
+        lines = [f"{path.relative_to(root)} {'cde'.index(path.parent.name[0])}\n" for path in files]
+        (tmp_path / "train.txt").write_text("".join(lines))
+        options = {"train": tmp_path / "train.txt"} if source == "list" else {}
+        splits = create_splits(source, root=str(root), **options)
+        return {
+            split: {image["path"].split("photos/")[1] for image in encoded_images(rows)["image"]}
+            for split, rows in splits.datasets.items()
+        }
+
+    before = held_out()
+    for name in ("0 first", "7 middle", "z last"):
+        PICTURE.save(root / "cat" / f"{name}.png")
+        after = held_out()
+        (root / "cat" / f"{name}.png").unlink()
+        for split in ("val", "test"):
+            gone = before[split] - after[split]
+            assert len(gone) <= (1 if split == "test" else 2)
+            assert all(path.startswith("cat/") for path in gone)
+    root = root.rename(tmp_path / "moved photos")
+    assert held_out() == before
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])

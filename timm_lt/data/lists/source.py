@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.data.holdout import hold_out
+from timm_lt.data.identity import image_keys
 from timm_lt.data.lists.checks import (
     absolute_root,
     joined,
@@ -95,7 +96,7 @@ def listed(
         names, labels = _numbered(problems, lists, names)
         _note_classes(problems, lists, labels, names, held_out=given)
     problems.check()
-    return _datasets(files, labels, names, test_fraction, seed)
+    return _datasets(files, labels, names, root=folder, test_fraction=test_fraction, seed=seed)
 
 
 def _read_names(path: Path) -> list[str]:
@@ -176,6 +177,8 @@ def _datasets(
     files: Mapping[Split, Paths],
     labels: Mapping[Split, Labels],
     names: list[str] | None,
+    *,
+    root: str,
     test_fraction: float,
     seed: int,
 ) -> "dict[Split, Dataset]":
@@ -185,7 +188,8 @@ def _datasets(
     }
     if "test" not in datasets:
         whole = datasets["train"]
-        train, test = hold_out(labels["train"], test_fraction, seed=seed, purpose="test")
+        keys = image_keys(whole, root)
+        train, test = hold_out(labels["train"], test_fraction, seed=seed, keys=keys, purpose="test")
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets
