@@ -342,6 +342,15 @@ def test_a_run_does_not_go_on_with_other_images(capsys, tmp_path, monkeypatch):
     assert "train: 7 images there, 6 now" in failing(capsys, *arguments, "--resume")
 
 
+def test_nothing_is_written_among_the_images(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.name", "folder", "--data.root", "."]
+    message = failing(capsys, str(ROOT / DIGITS), *data, "--features.cache_dir", "cache")
+    assert "--output output/lt_test_resnet.digits_lt lies in data.root ., where" in message
+    assert "features.cache_dir cache lies in data.root" in message
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_tracker_by_one_option(tmp_path):
     pytest.importorskip("tensorboard")

@@ -182,6 +182,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert len(find_splits("folder", root=root, other_files="skip")["train"]) == 5
 
 
+def test_a_directory_that_is_there_twice_is_reported(three):
+    fill(three, {"cat/old/b": 2})
+    (three / "kitten").symlink_to(three / "cat")
+    (three / "dog" / "z").symlink_to(three / "Emu")
+    (problem,) = problems(three, other_files="skip")
+    assert problem == (
+        "directories that are there twice, by links: 2 (dog/z is Emu, kitten is cat); remove the "
+        "links"
+    )
+
+
 def test_all_problems_are_reported_together(tmp_path):
     fill(tmp_path, {"train/cat": 2, "train/Cat": 2, "train/dog": 1, "train/empty": 0})
     fill(tmp_path, {"train/extra": 2, "val/cat": 1, "val/dog": 0, "val/fox": 1, "val/Cat": 1})

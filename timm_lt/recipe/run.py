@@ -33,6 +33,7 @@ from timm_lt.recipe.checks import (
     check_heads,
     check_objective,
     check_options_of_parts,
+    check_output,
     stage_heads,
 )
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -114,6 +115,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     """
     check_heads(recipe)
     check_options_of_parts(recipe)
+    check_output(recipe, folder)
     check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,

@@ -15,10 +15,10 @@ from timm_lt.data.lists.checks import (
     joined,
     located,
     note_alike,
-    note_conflicts,
     note_gaps,
     note_missing,
     note_overlaps,
+    note_repeats,
     tidy,
 )
 from timm_lt.data.lists.paths import Paths
@@ -65,7 +65,7 @@ def listed(
 
     Raises:
         UsageError: For all that is wrong at once: a list or the root is missing, a list is at fault
-            (its first fault is named), names files that are not there or one image with two labels,
+            (its first fault is named), names files that are not there or one image on two lines,
             two lists share images, a class has no image, or class names differ in case only.
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
@@ -88,7 +88,7 @@ def listed(
             note_missing(problems, split, paths, folder)
     note_overlaps(problems, {split: tidy(paths) for split, paths in files.items()})
     for split, paths in files.items():
-        note_conflicts(problems, split, tidy(paths), lists[split].labels)
+        note_repeats(problems, split, tidy(paths), lists[split].labels)
     names, labels = None, {split: found.labels for split, found in lists.items()}
     with problems.collected():
         names = None if label_names is None else _read_names(located(label_names, folder))
