@@ -139,6 +139,18 @@ def test_mistakes_are_told(photos, capsys, arguments, message):
     assert not list(photos.parent.glob("inspect_*"))
 
 
+@pytest.mark.parametrize("arguments", [["."], ["folder", "--root", "."], ["../photos/."]])
+def test_nothing_is_written_among_the_images(photos, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(photos)
+    before = sorted(photos.rglob("*"))
+    error = inspect(capsys, *arguments, status=2)
+    assert "inspect_photos would lie in the folder" in error
+    assert f"--output {photos.parent}/inspect_photos" in error
+    assert sorted(photos.rglob("*")) == before
+    inspect(capsys, *arguments, "--quick", "--output", "../here")
+    assert (photos.parent / "here" / "classes.csv").exists()
+
+
 @pytest.mark.parametrize("counts", [[1], [3, 0, 1], [500, 20, 100, 19, 101] * 30])
 def test_the_plot_of_any_counts_is_drawn(tmp_path, counts):
     path = tmp_path / "plot.png"

@@ -2,7 +2,7 @@ import pytest
 
 from timm_lt.recipe import Recipe
 from timm_lt.registry import UsageError
-from timm_lt.run_folder import LOCK, RECIPE, check_run_folder, prepare_run_folder
+from timm_lt.run_folder import LOCK, RECIPE, check_images, check_run_folder, prepare_run_folder
 
 FIRST = Recipe(epochs=3).to_yaml()
 OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()
@@ -54,6 +54,17 @@ def test_resume_refuses_another_recipe_and_names_the_differences(run):
     assert "heads.ncm.metric None there, 'euclidean' now" in message
     assert "heads.crt {} there, None now" in message
     assert "optimizer" not in message
+
+
+def test_resume_refuses_other_images_and_names_the_splits(run):
+    images = {split: {"images": 5, "sha256": split} for split in ("train", "val", "test")}
+    check_images(run, images)
+    prepare_run_folder(run, FIRST, overwrite=False, images=images)
+    check_images(run, images)
+    other = images | {"train": {"images": 6, "sha256": "a"}, "test": {"images": 5, "sha256": "b"}}
+    with pytest.raises(UsageError, match=r"images.*back.*--overwrite") as caught:
+        check_images(run, other)
+    assert "(train: 5 images there, 6 now; test: 5 images there, 5 now)" in str(caught.value)
 
 
 def test_overwrite_deletes_only_when_prepared(run):

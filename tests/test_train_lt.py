@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_lt
 import train_lt
 from timm_lt.data import create_splits
+from timm_lt.registry import UsageError
 
 ROOT = Path(train_lt.__file__).parent
 DIGITS = "hub_configs/lt_test_resnet.digits_lt.yaml"
@@ -314,6 +316,39 @@ def test_a_folder_with_something_else_is_refused_even_with_overwrite(capsys, tmp
     message = failing(capsys, DIGITS, "--output", str(tmp_path), "--overwrite")
     assert "thesis.tex" in message
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_run_does_not_go_on_with_other_images(capsys, tmp_path, monkeypatch):
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / label / f"{number}.png")
+    options = ["--data.name", "folder", "--data.root", str(tmp_path / "photos"), "--batch_size"]
+    arguments = [DIGITS, "--output", str(tmp_path / "run"), *options, "6", "--quiet"]
+
+    def stop(run):
+        raise UsageError("stopped after the data were made")
+
+    monkeypatch.setattr(train_lt, "work", stop)
+    for more in ([], ["--resume"]):
+        assert "stopped" in failing(capsys, *arguments, *more)
+    added = tmp_path / "photos" / "b" / "added.png"
+    Image.new("RGB", (8, 8)).save(added)
+    message = failing(capsys, *arguments, "--resume")
+    assert "train: 6 images there, 7 now" in message
+    assert "--overwrite" in message
+    assert "stopped" in failing(capsys, *arguments, "--overwrite")
+    added.unlink()
+    assert "train: 7 images there, 6 now" in failing(capsys, *arguments, "--resume")
+
+
+def test_nothing_is_written_among_the_images(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.name", "folder", "--data.root", "."]
+    message = failing(capsys, str(ROOT / DIGITS), *data, "--features.cache_dir", "cache")
+    assert "--output output/lt_test_resnet.digits_lt lies in data.root ., where" in message
+    assert "features.cache_dir cache lies in data.root" in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -2,20 +2,23 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from timm_lt.checkpoint import CARD, CONFIG, METRICS, PLOTS, RECIPE, WEIGHTS
-from timm_lt.files import write_atomic
+from timm_lt.files import read_json, write_atomic, write_json
 from timm_lt.registry import UsageError
 
 STATE = "state"
 LOGS = "logs"
 PER_CLASS = "per_class.csv"
+# In the training state: which images it was trained on.
+IMAGES = "images.json"
 # Held by the process that runs in the folder, as long as it lives.
 LOCK = ".lock"
 # What a resumed run may have otherwise: as long as all images were read, it changed nothing.
@@ -89,10 +92,49 @@ def _may_differ(key: str, *, finished: bool) -> bool:
     return key in MAY_DIFFER or (after and not finished)
 
 
-def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> FileLock:
+def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that a run that goes on has the images that it was started on.
+
+    Else images that were held out before might be trained on.
+
+    Args:
+        folder: The folder; without a training state, nothing was trained.
+        images: Number and digest by split, of :func:`~timm_lt.data.identity.split_digests`.
+
+    Raises:
+        UsageError: If a split has other images; names the splits.
+    """
+    if not (folder / STATE / IMAGES).is_file():
+        return
+    stored = read_json(folder / STATE / IMAGES)
+    other = [
+        f"{split}: {stored.get(split, {}).get('images', 0)} images there, {now['images']} now"
+        for split, now in images.items()
+        if stored.get(split) != now
+    ]
+    if other:
+        raise UsageError(
+            f"{folder} holds a run on other images or labels ({'; '.join(other)}); put the images "
+            "back as they were, start again with --overwrite, or choose another --output"
+        )
+
+
+def prepare_run_folder(
+    folder: Path,
+    recipe: str,
+    *,
+    overwrite: bool,
+    images: Mapping[str, Mapping[str, Any]] | None = None,
+) -> FileLock:
     """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it.
 
     A run that is to be deleted is renamed first, so a kill leaves no half of it in its place.
+
+    Args:
+        folder: The folder.
+        recipe: The run's resolved recipe, YAML.
+        overwrite: What is there is deleted.
+        images: What :func:`check_images` compares when the run goes on.
 
     Returns:
         The lock on the folder, for :func:`release_run_folder`; it ends with this process, too.
@@ -112,6 +154,8 @@ def prepare_run_folder(folder: Path, recipe: str, *, overwrite: bool) -> FileLoc
         for leftover in _temporaries(folder):
             leftover.unlink()
         write_atomic(folder / RECIPE, recipe)
+        if images is not None:
+            write_json(folder / STATE / IMAGES, dict(images))
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error}") from error
     return lock
@@ -189,7 +233,11 @@ def _check_replaceable(destination: Path, names: Set[str], *, overwrite: bool) -
 
 def _temporaries(folder: Path) -> list[Path]:
     """Returns files of atomic writes that a kill cut off."""
-    patterns = [*(f".{name}.*" for name in ENTRIES), "heads/.*.safetensors.*"]
+    patterns = [
+        *(f".{name}.*" for name in ENTRIES),
+        "heads/.*.safetensors.*",
+        f"{STATE}/.{IMAGES}.*",
+    ]
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import create_dataset, create_splits
+from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
 
@@ -92,6 +93,35 @@ def test_a_run_holds_validation_out_of_the_rest(three):
     assert splits.val_source == "train"
 
 
+@pytest.mark.parametrize("source", ["folder", "list"])
+def test_an_added_image_moves_one_other_and_no_other_class(tmp_path, source):
+    root = tmp_path / "photos"
+    fill(root, {"cat": 20, "dog": 10, "emu": 5})
+
+    def held_out():
+        files = sorted(root.rglob("*.png"))
+        lines = [f"{path.relative_to(root)} {'cde'.index(path.parent.name[0])}\n" for path in files]
+        (tmp_path / "train.txt").write_text("".join(lines))
+        options = {"train": tmp_path / "train.txt"} if source == "list" else {}
+        splits = create_splits(source, root=str(root), **options)
+        return {
+            split: {image["path"].split("photos/")[1] for image in encoded_images(rows)["image"]}
+            for split, rows in splits.datasets.items()
+        }
+
+    before = held_out()
+    for name in ("0 first", "7 middle", "z last"):
+        PICTURE.save(root / "cat" / f"{name}.png")
+        after = held_out()
+        (root / "cat" / f"{name}.png").unlink()
+        for split in ("val", "test"):
+            gone = before[split] - after[split]
+            assert len(gone) <= (1 if split == "test" else 2)
+            assert all(path.startswith("cat/") for path in gone)
+    root = root.rename(tmp_path / "moved photos")
+    assert held_out() == before
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])
 def test_directories_of_splits_go_by_several_names(tmp_path, name):
     fill(tmp_path, {"Train/a": 2, "Train/b": 1, f"{name}/a": 1, f"{name}/b": 1, "TEST/a": 1})
@@ -150,6 +180,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert "dog/gone.png: neither a file nor a directory" in problem
     assert "dog/again: a link to a directory that it is in" in problem
     assert len(find_splits("folder", root=root, other_files="skip")["train"]) == 5
+
+
+def test_a_directory_that_is_there_twice_is_reported(three):
+    fill(three, {"cat/old/b": 2})
+    (three / "kitten").symlink_to(three / "cat")
+    (three / "dog" / "z").symlink_to(three / "Emu")
+    (problem,) = problems(three, other_files="skip")
+    assert problem == (
+        "directories that are there twice, by links: 2 (dog/z is Emu, kitten is cat); remove the "
+        "links"
+    )
 
 
 def test_all_problems_are_reported_together(tmp_path):

@@ -32,6 +32,33 @@ def test_it_depends_on_the_seed_alone_and_on_every_image_alike():
     assert (hits[LABELS == 0] - 100).abs().max() < 4.5 * 8.95
 
 
+def test_with_keys_an_added_image_moves_one_other_at_most_and_rows_do_not_matter():
+    def held(keys, labels):
+        return {keys[row] for row in hold_out(labels, 0.2, seed=1, keys=keys)[1].tolist()}
+
+    labels = LABELS.tolist()
+    keys = [f"{label}/{row}.jpg" for row, label in enumerate(labels)]
+    before = held(keys, labels)
+    order = torch.randperm(143).tolist()
+    assert held([keys[row] for row in order], [labels[row] for row in order]) == before
+    assert torch.bincount(torch.tensor([int(key[0]) for key in before])).tolist() == [
+        *(20, 6, 2, 1, 1)
+    ]
+    for number in range(20):
+        new = f"1/new {number}.jpg"
+        # Of 31 images 6 are held out too, so a new one among them takes the place of one.
+        moved = held([new, *keys], [1, *labels]) ^ before
+        assert len(moved) in (0, 2)
+        assert len(moved - {new}) <= 1
+        assert all(key.startswith("1/") for key in moved)
+    hits = torch.zeros(143)
+    for seed in range(500):
+        hits[hold_out(LABELS, 0.2, seed=seed, keys=keys)[1]] += 1
+    assert (hits[LABELS == 0] - 100).abs().max() < 4.5 * 8.95
+    with pytest.raises(UsageError, match="142 keys, 143 labels"):
+        hold_out(LABELS, keys=keys[1:])
+
+
 @pytest.mark.parametrize(
     ("labels", "fraction", "message"),
     [

@@ -141,6 +141,18 @@ def test_everything_wrong_is_found_together(root):
     ]
 
 
+def test_images_on_several_lines_are_no_images_for_two_splits(root):
+    with (root / "train.txt").open("a") as file:
+        file.write("".join(f"all photos/ant/../ant/train {number}.png 0\n" for number in range(6)))
+        file.write("all photos/ant/train 2.png 0\nall photos/bee/train 0.png 0\n")
+    lines = [f"{root}/all photos/ant/train {n}.png ({3 if n == 2 else 2} lines)" for n in range(5)]
+    other = f"{root}/all photos/bee/train 0.png (1, 0)"
+    assert problems_of(root, test="test.txt") == [
+        f"train list: 1 images have different labels on different lines: {other}",
+        f"train list: 6 images are on several lines: {', '.join(lines)}, ...; leave each on one",
+    ]
+
+
 def test_a_missing_root_and_missing_lists(root):
     found = problems_of(root / "none", train=root / "train.txt", val="v.txt", test=root / "t.txt")
     assert found == [

@@ -6,7 +6,9 @@ import torch
 from datasets import Value
 
 from timm_lt.data import create_splits
-from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.data.identity import image_keys, split_digests
+from timm_lt.data.images import label_tensor
+from timm_lt.data.sources import dataset_from_arrays, dataset_from_files
 from timm_lt.data.splits import Splits
 from timm_lt.registry import UsageError
 
@@ -142,3 +144,32 @@ def test_the_problems_of_all_splits_are_reported_together():
         "train split: 1 of 3 classes have no image: 2 (cat)",
         "val split: 2 of 3 classes have no image: 0 (ant), 1 (bee)",
     ]
+
+
+def test_digests_tell_which_split_has_other_images_wherever_the_files_lie():
+    def digests(root, files, labels=(0, 1, 1)):
+        whole = dataset_from_files([f"{root}/{file}" for file in files], np.array(labels), None)
+        rows = {"train": whole.select([1, 0]), "test": whole.select([2])}
+        return split_digests(rows, {name: label_tensor(part) for name, part in rows.items()}, root)
+
+    first = digests("/a", ["x/1", "y/2", "y/3"])
+    assert digests("/b c", ["x/1", "y/2", "y/3"]) == first
+    for files, labels, changed in [
+        (["x/1", "y/2", "y/4"], (0, 1, 1), {"test"}),
+        (["y/2", "x/1", "y/3"], (0, 1, 1), {"train"}),
+        (["x/1y", "/2", "y/3"], (0, 1, 1), {"train"}),
+        (["x/1", "y/2", "y/3"], (0, 1, 0), {"test"}),
+    ]:
+        now = digests("/a", files, labels)
+        assert {split for split in first if now[split] != first[split]} == changed
+
+
+def test_digests_and_keys_of_images_in_memory():
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    digests = []
+    for part in (images, images[:2], np.zeros((3, 4, 8, 3), np.uint8)):
+        dataset = dataset_from_arrays(part, np.zeros(len(part), np.int64), ["a"])
+        assert image_keys(dataset) is None
+        digests.append(split_digests({"train": dataset}, {"train": label_tensor(dataset)})["train"])
+    assert [digest["images"] for digest in digests] == [3, 2, 3]
+    assert len({digest["sha256"] for digest in digests}) == 3

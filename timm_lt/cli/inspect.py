@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -67,7 +68,7 @@ def add_parser(commands: Commands) -> None:
 def inspect_data(arguments: argparse.Namespace) -> None:
     """Inspects a data set, prints what it finds, and writes table, plot and JSON."""
     options = parse_options(arguments.option, "min_images=5")
-    name, datasets, problems = find_data(arguments.data, arguments.root, options)
+    name, datasets, problems = find_data(arguments.data, arguments.root, options, arguments.output)
     total = None if arguments.quick else sum(map(len, datasets.values()))
     with progress(f"looking at {name}", total, unit="images") as bar:
         found = inspect_splits(
@@ -78,7 +79,7 @@ def inspect_data(arguments: argparse.Namespace) -> None:
             problems=problems,
             on_image=lambda: advance(bar),
         )
-    output = arguments.output or Path(f"inspect_{name}")
+    output = arguments.output or default_output(name)
     written = write_files(output, found)
     if arguments.json is not None:
         write_json(arguments.json, found.to_dict())
@@ -87,7 +88,7 @@ def inspect_data(arguments: argparse.Namespace) -> None:
 
 
 def find_data(
-    data: str, root: str | None, options: dict[str, Any]
+    data: str, root: str | None, options: dict[str, Any], output: Path | None
 ) -> "tuple[str, Mapping[str, Dataset], list[str]]":
     """Finds what a user means by a folder, a list or a name.
 
@@ -95,7 +96,8 @@ def find_data(
         A name, the splits, and what of them would keep a run from training.
 
     Raises:
-        UsageError: If there is no such thing, or it has no images that could be looked at.
+        UsageError: If there is no such thing, it has no images that could be looked at, or table
+            and plot would be written into a folder of images.
     """
     path = Path(data).expanduser()
     if data == FOLDER and root is not None:
@@ -105,10 +107,31 @@ def find_data(
     if path.is_dir() or data == FOLDER:
         if root is not None:
             raise UsageError("--root is for lists and data sets: a folder is its own root")
-        return path.resolve().name, *_folder(path, options)
+        name = path.resolve().name
+        check_output(output or default_output(name), path)
+        return name, *_folder(path, options)
     if path.is_file():
         return path.stem, *_list(path, root, options)
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
+
+
+def default_output(name: str) -> Path:
+    """Returns the folder for table and plot unless another is given."""
+    return Path(f"inspect_{name}")
+
+
+def check_output(output: Path, root: Path) -> None:
+    """Checks that nothing is written into a folder of images.
+
+    Raises:
+        UsageError: If the output is in it.
+    """
+    if output.resolve().is_relative_to(root.resolve()):
+        beside = root.resolve().parent / output.name
+        raise UsageError(
+            f"{output} would lie in the folder {root} and be taken for a class: give a folder "
+            f"elsewhere, e.g. --output {shlex.quote(str(beside))}"
+        )
 
 
 def _folder(path: Path, options: dict[str, Any]) -> "tuple[Mapping[str, Dataset], list[str]]":

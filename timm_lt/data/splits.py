@@ -12,6 +12,7 @@ from torch import Tensor
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import check_random_access
 from timm_lt.data.holdout import hold_out
+from timm_lt.data.identity import image_keys
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
@@ -53,7 +54,7 @@ class Splits:
 
         Args:
             datasets: The splits by name. Without ``"val"``, a part of ``"train"`` is held out for
-                it: the same one whatever the seed of a run.
+                it: the same one whatever the seed of a run, and image files by their paths.
             val_fraction: That part, of each class, in (0, 1); see
                 :func:`~timm_lt.data.holdout.hold_out`.
             protocol: With ``"paper"``, validation is the test split, whatever else there is.
@@ -140,7 +141,7 @@ def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dat
     if len(whole) == 0:
         raise UsageError("the train split has no images")
     try:
-        train, val = hold_out(label_tensor(whole), fraction)
+        train, val = hold_out(label_tensor(whole), fraction, keys=image_keys(whole))
     except UsageError as error:
         raise UsageError(f"train split: {error}") from error
     # Of an array, the fingerprint is that of its bytes; a list would be pickled number by number.

@@ -8,7 +8,7 @@ from timm_lt.data import Splits
 from timm_lt.fitting import AUTO, check_fit_options
 from timm_lt.longtail import shot_groups
 from timm_lt.recipe.schema import Recipe
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.registry import Problems, UsageError, check_choice
 from timm_lt.training import check_image_options
 
 # Options that have another place in a recipe, or are not for it to set.
@@ -68,6 +68,21 @@ def check_objective(recipe: Recipe, splits: Splits) -> None:
         raise UsageError(
             "objective few_shot: the data have no few-shot class; take class_mean, or worst_class"
         )
+
+
+def check_output(recipe: Recipe, folder: Path) -> None:
+    """Checks that nothing is written among images that are read by their directories."""
+    if recipe.data.name != "folder" or recipe.data.root is None:
+        return
+    root = Path(recipe.data.root).expanduser().resolve()
+    problems = Problems()
+    for name, path in {"--output": folder, "features.cache_dir": recipe.features.cache_dir}.items():
+        if path is not None and Path(path).resolve().is_relative_to(root):
+            problems.add(
+                f"{name} {path} lies in data.root {recipe.data.root}, where the next run would "
+                "take it for a class: choose a folder elsewhere"
+            )
+    problems.check()
 
 
 def check_features(recipe: Recipe, folder: Path) -> None:

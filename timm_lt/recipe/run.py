@@ -21,6 +21,7 @@ from timm_lt.accelerator import (
 )
 from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
+from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.verification import verify_images
@@ -32,12 +33,13 @@ from timm_lt.recipe.checks import (
     check_heads,
     check_objective,
     check_options_of_parts,
+    check_output,
     stage_heads,
 )
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
-from timm_lt.run_folder import LOGS, prepare_run_folder, release_run_folder
+from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     HeadPlan,
@@ -113,6 +115,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     """
     check_heads(recipe)
     check_options_of_parts(recipe)
+    check_output(recipe, folder)
     check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -136,6 +139,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             protocol=recipe.protocol,
             **data.options,
         )
+        digests = split_digests(splits.datasets, splits.labels, data.root)
+        if options.resume:
+            check_images(folder, digests)
         check_objective(recipe, splits)
         sampler = create_sampler(
             recipe.sampler.name,
@@ -182,7 +188,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         log.warning("%s", TEST_SELECTION)
     lock = None
     if accelerator.is_main_process:
-        lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+        lock = prepare_run_folder(
+            folder, recipe.to_yaml(), overwrite=options.overwrite, images=digests
+        )
     accelerator.wait_for_everyone()
     if options.tracker != "none":
         accelerator.init_trackers(name)

@@ -142,4 +142,5 @@ def _read_classes(images: ImageFolder, directory: str, names: list[str]) -> dict
         images.found.others += found.others
         images.found.broken |= found.broken
         images.found.unnamed += found.unnamed
+        images.found.directories |= found.directories
     return classes

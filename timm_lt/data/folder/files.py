@@ -30,12 +30,14 @@ class Found:
         broken: What is neither a file nor a directory, such as a link to nothing, and directories
             that cannot be listed or contain themselves, each with the reason.
         unnamed: What has a name that is not in UTF-8.
+        directories: That directory and those below it, each with what it is whatever its name.
     """
 
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     unnamed: list[str] = field(default_factory=list)
+    directories: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def find_images(directory: str) -> Found:
@@ -71,9 +73,8 @@ def _walk(
             # Such as links that lead to each other.
             found.broken[path] = error.strerror or str(error)
     parts.append((directory, names))
-    if not below:
-        return
-    within |= {_identity(directory)}
+    found.directories[directory] = _identity(directory)
+    within |= {found.directories[directory]}
     for path in sorted(below):
         if _identity(path) in within:
             found.broken[path] = "a link to a directory that it is in"

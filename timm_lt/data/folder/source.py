@@ -69,7 +69,8 @@ def folder(
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
         paths, labels = files["train"]
-        train, test = hold_out(labels, test_fraction, seed=seed, purpose="test")
+        keys = [path.removeprefix(f"{images.root}/") for path in paths]
+        train, test = hold_out(labels, test_fraction, seed=seed, keys=keys, purpose="test")
         files["train"] = [paths[row] for row in train.tolist()], labels[train.numpy()]
         files["test"] = [paths[row] for row in test.tolist()], labels[test.numpy()]
     return {
@@ -121,6 +122,7 @@ def leave_out_small(images: ImageFolder, min_images: int) -> None:
 
 def check_folder(images: ImageFolder, other_files: OtherFiles = "raise") -> None:
     """Notes what of a folder's classes and files keeps a run from training on it."""
+    _check_repeated(images)
     if not any(images.images.values()):
         straight = f", {len(images.loose)} straight in it" if images.loose else ""
         images.problems.add(
@@ -132,6 +134,24 @@ def check_folder(images: ImageFolder, other_files: OtherFiles = "raise") -> None
         _check_same_classes(images)
         _check_loose(images, other_files)
     _check_files(images, other_files)
+
+
+def _check_repeated(images: ImageFolder) -> None:
+    """Checks that no directory is there twice, by a link: its images could be in two splits."""
+    first: dict[tuple[int, int], str] = {}
+    repeated: dict[str, str] = {}
+    for path, identity in sorted(images.found.directories.items()):
+        known = first.setdefault(identity, path)
+        if known != path:
+            repeated[path] = known
+    # Of a directory with others in it, that alone is named.
+    top = [path for path in repeated if path.rpartition("/")[0] not in repeated]
+    if top:
+        shown = [f"{images.shown([path])} is {images.shown([repeated[path]])}" for path in top]
+        images.problems.add(
+            f"directories that are there twice, by links: {len(top)} ({shown_names(shown)}); "
+            "remove the links"
+        )
 
 
 def _check_loose(images: ImageFolder, other_files: OtherFiles) -> None:

@@ -72,8 +72,8 @@ def note_missing(problems: Problems, split: str, files: Paths, root: str) -> Non
             )
 
 
-def note_conflicts(problems: Problems, split: str, files: Paths, labels: Labels) -> None:
-    """Notes images that are in one list several times with different labels."""
+def note_repeats(problems: Problems, split: str, files: Paths, labels: Labels) -> None:
+    """Notes images that are in one list several times, with different labels or with the same."""
     coded = files.arrow.dictionary_encode()
     if len(coded.dictionary) == len(files):
         return
@@ -81,15 +81,24 @@ def note_conflicts(problems: Problems, split: str, files: Paths, labels: Labels)
     first = np.empty(len(coded.dictionary), np.int64)
     first[codes[::-1]] = labels[::-1]
     rows = np.flatnonzero(labels != first[codes])
-    if len(rows) == 0:
-        return
     # One line for each image, however often it is repeated.
     rows = rows[np.sort(np.unique(codes[rows], return_index=True)[1])]
-    shown = [f"{files[row]} ({first[codes[row]]}, {labels[row]})" for row in rows[:6].tolist()]
-    problems.add(
-        f"{split} list: {len(rows):,} images have different labels on different lines: "
-        f"{shown_names(shown)}"
-    )
+    if len(rows):
+        shown = [f"{files[row]} ({first[codes[row]]}, {labels[row]})" for row in rows[:6].tolist()]
+        problems.add(
+            f"{split} list: {len(rows):,} images have different labels on different lines: "
+            f"{shown_names(shown)}"
+        )
+    numbers = np.bincount(codes)
+    numbers[codes[rows]] = 1
+    again = np.flatnonzero(numbers > 1)
+    if len(again):
+        # Held out by lines, such an image could be in two splits.
+        shown = [f"{coded.dictionary[i].as_py()} ({numbers[i]} lines)" for i in again[:6].tolist()]
+        problems.add(
+            f"{split} list: {len(again):,} images are on several lines: {shown_names(shown)}; "
+            "leave each on one"
+        )
 
 
 def note_overlaps(problems: Problems, files: Mapping[Split, Paths]) -> None:

@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.data.holdout import hold_out
+from timm_lt.data.identity import image_keys
 from timm_lt.data.lists.checks import (
     absolute_root,
     joined,
     located,
     note_alike,
-    note_conflicts,
     note_gaps,
     note_missing,
     note_overlaps,
+    note_repeats,
     tidy,
 )
 from timm_lt.data.lists.paths import Paths
@@ -64,7 +65,7 @@ def listed(
 
     Raises:
         UsageError: For all that is wrong at once: a list or the root is missing, a list is at fault
-            (its first fault is named), names files that are not there or one image with two labels,
+            (its first fault is named), names files that are not there or one image on two lines,
             two lists share images, a class has no image, or class names differ in case only.
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
@@ -87,7 +88,7 @@ def listed(
             note_missing(problems, split, paths, folder)
     note_overlaps(problems, {split: tidy(paths) for split, paths in files.items()})
     for split, paths in files.items():
-        note_conflicts(problems, split, tidy(paths), lists[split].labels)
+        note_repeats(problems, split, tidy(paths), lists[split].labels)
     names, labels = None, {split: found.labels for split, found in lists.items()}
     with problems.collected():
         names = None if label_names is None else _read_names(located(label_names, folder))
@@ -95,7 +96,7 @@ def listed(
         names, labels = _numbered(problems, lists, names)
         _note_classes(problems, lists, labels, names, held_out=given)
     problems.check()
-    return _datasets(files, labels, names, test_fraction, seed)
+    return _datasets(files, labels, names, root=folder, test_fraction=test_fraction, seed=seed)
 
 
 def _read_names(path: Path) -> list[str]:
@@ -176,6 +177,8 @@ def _datasets(
     files: Mapping[Split, Paths],
     labels: Mapping[Split, Labels],
     names: list[str] | None,
+    *,
+    root: str,
     test_fraction: float,
     seed: int,
 ) -> "dict[Split, Dataset]":
@@ -185,7 +188,8 @@ def _datasets(
     }
     if "test" not in datasets:
         whole = datasets["train"]
-        train, test = hold_out(labels["train"], test_fraction, seed=seed, purpose="test")
+        keys = image_keys(whole, root)
+        train, test = hold_out(labels["train"], test_fraction, seed=seed, keys=keys, purpose="test")
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets
