@@ -1,6 +1,7 @@
 """Data sets of published lists: each layout of lists and images, and every wrong download."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,12 @@ def small(name):
             )
         else:
             lists[split] = replace(
-                one, lines=counts.sum(), class_counts=counts, sha256=None, group_totals={}
+                one,
+                lines=counts.sum(),
+                class_counts=counts,
+                sha256=None,
+                group_totals={},
+                probes={},
             )
     return replace(known, num_classes=3, class_names=NAMES[name], lists=lists)
 
@@ -333,6 +339,62 @@ def test_other_images_are_found_by_their_hash():
     assert differences("places_lt", "train", other, known) == [
         "each class has the right number of images, but not all are the same images"
     ]
+
+
+def flat_test_list(name, labels, probes):
+    """A flat test list whose first images are given, with as many images a class as published."""
+    known = published(name)
+    each = known.lists["test"].lines // known.num_classes
+    left = np.bincount(list(probes.values()), minlength=known.num_classes)
+    rows = [(f"val/{file}", labels.get(label, label)) for file, label in probes.items()]
+    return rows + [
+        (f"val/{label}_{row}.jpg", labels.get(label, label))
+        for label in range(known.num_classes)
+        for row in range(each - left[label])
+    ]
+
+
+# As read in the published lists: ImageNet-LT's first line, Places-LT's about desert_road.
+READ = {
+    "imagenet_lt": {"ILSVRC2012_val_00000293.JPEG": 0},
+    "places_lt": {
+        "Places365_val_00003597.jpg": 0,
+        "Places365_val_00036328.jpg": 116,
+        "Places365_val_00030493.jpg": 117,
+        "Places365_val_00013365.jpg": 118,
+        "Places365_val_00025153.jpg": 119,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "lacking", "expected"),
+    [
+        ("imagenet_lt", {}, 0, None),
+        (
+            "imagenet_lt",
+            {0: 1, 1: 0},
+            0,
+            "1 of the 1 .* differ: ILSVRC2012_val_00000293.JPEG has label 1, not 0$",
+        ),
+        ("imagenet_lt", {}, 1, "ILSVRC2012_val_00000293.JPEG is not in the list$"),
+        ("places_lt", {}, 0, None),
+        # Places365's order.
+        (
+            "places_lt",
+            {116: 118, 117: 116, 118: 117, 141: 142, 142: 141},
+            0,
+            "3 of the 5 .* differ: Places365_val_00036328.jpg has label 118, not 116; "
+            "Places365_val_00030493.jpg has label 116, not 117; "
+            "Places365_val_00013365.jpg has label 117, not 118$",
+        ),
+    ],
+)
+def test_a_flat_test_list_is_known_by_a_few_images(name, labels, lacking, expected):
+    probes = dict(list(READ[name].items())[lacking:])
+    found = differences(name, "test", flat_test_list(name, labels, probes), published(name))
+    assert len(found) == (expected is not None)
+    assert expected is None or re.search(expected, found[0])
 
 
 def test_the_hash_is_that_of_sorted_lines():

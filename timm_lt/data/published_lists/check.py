@@ -20,7 +20,8 @@ def check_image_list(name: str, split: Split, path: str | Path) -> ImageList:
     of those of iNaturalist 2018 the totals of the super categories and the smallest and largest
     class; of the other lists that each class has as many. The images themselves are known, by a
     hash, of both Places-LT lists beside the test list and of ImageNet-LT's validation list. In all
-    lists the directory of an image must be that of its label.
+    lists the directory of an image must be that of its label; of a test list without directories
+    of classes only the labels of a few images are known: one of ImageNet-LT, five of Places-LT.
 
     Args:
         name: ``"imagenet_lt"``, ``"places_lt"`` or ``"inat2018"``.
@@ -60,6 +61,7 @@ def note_differences(problems: Problems, known: Published, split: Split, listed:
     _note_counts(problems, known, expected, listed.labels)
     _note_directories(problems, known, listed)
     _note_groups(problems, known, expected, listed.paths)
+    _note_probes(problems, expected, listed)
     if len(problems.found) > before or lines != expected.lines or expected.sha256 is None:
         return
     if pairs_hash(listed) != expected.sha256:
@@ -169,3 +171,23 @@ def _note_groups(
     ]
     if shown:
         problems.add(f"{len(shown)} groups of classes differ: {'; '.join(shown[:5])}")
+
+
+def _note_probes(problems: Problems, expected: PublishedList, listed: ImageList) -> None:
+    """Notes images whose label is known that are not in the list, or have another label."""
+    import pyarrow.compute as pc
+
+    names = listed.paths.parts()[1].arrow
+    shown = []
+    for name, label in expected.probes.items():
+        rows = pc.indices_nonzero(pc.equal(names, name)).to_numpy()
+        found = np.unique(listed.labels[rows]).tolist()
+        if not found:
+            shown.append(f"{name} is not in the list")
+        elif found != [label]:
+            shown.append(f"{name} has label {' and '.join(map(str, found))}, not {label}")
+    if shown:
+        problems.add(
+            f"{len(shown)} of the {len(expected.probes)} images whose label is known differ: "
+            f"{'; '.join(shown)}"
+        )
