@@ -266,7 +266,8 @@ def test_a_list_that_is_not_the_published_one_is_refused(tmp_path):
     assert problem == (
         f"train list: {tmp_path}/Places_LT_train.txt is not the published list: 2 classes have "
         "other numbers of images: class 0 (airfield) has 4 images, not 5; class 2 (desert-sand) "
-        "has 3 images, not 2; for a list of your own there is the data set 'list'"
+        "has 3 images, not 2; 1 images are on several lines: train1.jpg (class 2 (desert-sand), "
+        "2 lines); for a list of your own there is the data set 'list'"
     )
 
 
@@ -341,6 +342,24 @@ def test_other_images_are_found_by_their_hash():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "layout", "shown"),
+    [
+        ("imagenet_lt", "test", "flat", "ILSVRC2012_val_00.JPEG (class 0 (n01440764), 2 lines)"),
+        ("places_lt", "val", "v2", None),
+        ("places_lt", "test", "v1", "Places365_val_00.jpg (class 0 (airfield), 2 lines)"),
+        ("inat2018", "test", "outside", "test0.jpg (class 0, 2 lines)"),
+    ],
+)
+def test_an_image_on_several_lines_is_refused(name, split, layout, shown):
+    rows = rows_of(name, layout, split)
+    if split == "val":  # One image of each class, all of one file name.
+        assert differences(name, split, rows) == []
+        return
+    rows[1] = rows[0]
+    assert differences(name, split, rows) == [f"1 images are on several lines: {shown}"]
+
+
 def flat_test_list(name, labels, probes):
     """A flat test list whose first images are given, with as many images a class as published."""
     known = published(name)
@@ -358,7 +377,6 @@ def flat_test_list(name, labels, probes):
 READ = {
     "imagenet_lt": {"ILSVRC2012_val_00000293.JPEG": 0},
     "places_lt": {
-        "Places365_val_00003597.jpg": 0,
         "Places365_val_00036328.jpg": 116,
         "Places365_val_00030493.jpg": 117,
         "Places365_val_00013365.jpg": 118,
@@ -384,9 +402,11 @@ READ = {
             "places_lt",
             {116: 118, 117: 116, 118: 117, 141: 142, 142: 141},
             0,
-            "3 of the 5 .* differ: Places365_val_00036328.jpg has label 118, not 116; "
-            "Places365_val_00030493.jpg has label 116, not 117; "
-            "Places365_val_00013365.jpg has label 117, not 118$",
+            (
+                "3 of the 4 .* differ: Places365_val_00036328.jpg has label 118, not 116; "
+                "Places365_val_00030493.jpg has label 116, not 117; "
+                "Places365_val_00013365.jpg has label 117, not 118$"
+            ),
         ),
     ],
 )
@@ -428,7 +448,7 @@ def test_a_whole_list_is_checked_without_images(whole_list, tmp_path):
         check_image_list("places_lt", "train", whole_list)
     with pytest.raises(UsageError, match="one of: train, test"):
         check_image_list("inat2018", "val", whole_list)
-    more = whole_list.read_text() + "train/n01530575/1.JPEG 10\n" * 2
+    more = whole_list.read_text() + "train/n01530575/1.JPEG 10\ntrain/n01530575/2.JPEG 10\n"
     (tmp_path / "more.txt").write_text(more)
     with pytest.raises(UsageError) as caught:
         check_image_list("imagenet_lt", "train", tmp_path / "more.txt")
