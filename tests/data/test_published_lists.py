@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,57 @@ def test_counts_are_those_of_the_papers():
             assert sum(one.group_totals.values()) in (0, one.lines)
     with pytest.raises(UsageError, match="one of: imagenet_lt, places_lt, inat2018"):
         published("cifar10_lt")
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "classes"),
+    [
+        (
+            "imagenet_lt",
+            # Counts as a third project publishes them; wnids as in the validation list.
+            "64a07a28b7593405306977b20fd8da39e454c8e94a8ba351810d0b420da1190a",
+            "624954f06d059ddd477ab500dc059cf2628ac01e441d8a648d1dc6fbfe504c5a",
+        ),
+        (
+            "places_lt",
+            # Counted in the training list.
+            "d03c4cbb6af2564a37d0e14c54dc5f5d0b939ef78ac4d1c2bff6c4a5a09ed8cd",
+            "d145337ed9950d3960551ce241a94152988321deff3abd75f8fd71413fbadb10",
+        ),
+    ],
+)
+def test_counts_and_classes_are_those_of_the_lists(name, counts, classes):
+    known = published(name)
+    found = known.lists["train"].class_counts.tolist()
+    assert sha256(json.dumps(found).encode()).hexdigest() == counts
+    assert sha256(json.dumps(known.class_names).encode()).hexdigest() == classes
+
+
+def test_hashes_and_totals_are_those_of_the_lists():
+    hashes = {
+        (name, split): one.sha256
+        for name in facts.NAMES
+        for split, one in published(name).lists.items()
+        if one.sha256
+    }
+    # Of the sorted lines "basename label", by sha256sum.
+    assert hashes == {
+        ("imagenet_lt", "val"): "b3c5c4b470bac7141cfde18190f7cae9183c6812e0d49818defef92c5a63c1f5",
+        ("places_lt", "train"): "35590600ad82450ab85aaaccaf1b64a5efa89186bb18a9a916012d722055bfae",
+        ("places_lt", "val"): "20742c0c1a1ade5e6c524c57f77c6693d21cfea75bd88ac7fa08a143c69a44d5",
+    }
+    inat = published("inat2018")
+    train, test = inat.lists["train"], inat.lists["test"]
+    assert inat.num_classes == 8142
+    assert (train.lines, train.smallest, train.largest, test.lines) == (437_513, 2, 1000, 24_426)
+    groups = (
+        "Plantae Insecta Aves Actinopterygii Fungi Reptilia Mollusca Mammalia Animalia Amphibia"
+    )
+    groups = [*groups.split(), "Arachnida", "Chromista", "Protozoa", "Bacteria"]
+    totals = "118800 87192 143950 7835 6864 22754 8007 20104 5966 11156 4037 621 211 16"
+    assert train.group_totals == dict(zip(groups, map(int, totals.split()), strict=True))
+    classes = [2917, 2031, 1258, 369, 321, 284, 262, 234, 178, 144, 114, 25, 4, 1]
+    assert test.group_totals == dict(zip(groups, (3 * c for c in classes), strict=True))
 
 
 def small(name):
@@ -178,6 +230,55 @@ def test_lists_and_images_may_each_have_any_layout(tmp_path, name, listed, disk,
         paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
         assert list(zip(paths, dataset["label"][:], strict=True)) == expected
         assert getattr(dataset.features["label"], "names", None) == NAMES[name]
+
+
+# By the layout of the published lists.
+SHIPPED = [
+    (name, split, layout)
+    for name in NAMES
+    for split, one in published(name).lists.items()
+    for layout in one.layouts
+]
+
+
+@pytest.mark.parametrize(("name", "split", "layout"), SHIPPED)
+def test_every_layout_of_a_download_is_found(tmp_path, name, split, layout):
+    published_in = {"imagenet_lt": "folders", "places_lt": "v1", "inat2018": "outside"}[name]
+    put(tmp_path, name, published_in)
+    write_lists(tmp_path, name, published_in)
+    nested = ["a/airfield", "d/desert_road", "d/desert/sand"]
+    expected = []
+    for image in images(name):
+        if image[0] != split:
+            continue
+        usual = LAYOUTS[name](published_in, *image)
+        file = usual.removeprefix("train_val2018/") if name == "inat2018" else Path(usual).name
+        places = {"{file}": file, "{nested}": nested[image[1]]}
+        if NAMES[name]:
+            places["{name}"] = NAMES[name][image[1]]
+        place = layout
+        for key, value in places.items():
+            place = place.replace(key, value)
+        (tmp_path / usual).rename(tmp_path / "moved")
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "moved").rename(tmp_path / place)
+        expected.append(str(tmp_path / place))
+    dataset = build(name, tmp_path)[split]
+    assert dataset.data.column("image").combine_chunks().field("path").to_pylist() == expected
+
+
+def test_an_image_in_two_lists_is_found(tmp_path):
+    put(tmp_path, "imagenet_lt", "folders")
+    write_lists(
+        tmp_path,
+        "imagenet_lt",
+        "folders",
+        lambda path, label: (path.replace("n01440764_val0", "n01440764_train3"), label),
+    )
+    assert problems_of("imagenet_lt", tmp_path) == [
+        "1 images are in both the train list and the val list: "
+        f"{tmp_path}/train/n01440764/n01440764_train3.JPEG"
+    ]
 
 
 def test_official_annotations_give_names(tmp_path):
