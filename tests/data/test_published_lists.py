@@ -275,10 +275,11 @@ def test_an_image_in_two_lists_is_found(tmp_path):
         "folders",
         lambda path, label: (path.replace("n01440764_val0", "n01440764_train3"), label),
     )
-    assert problems_of("imagenet_lt", tmp_path) == [
-        "1 images are in both the train list and the val list: "
-        f"{tmp_path}/train/n01440764/n01440764_train3.JPEG"
-    ]
+    (problem,) = problems_of("imagenet_lt", tmp_path)
+    assert problem == (
+        f"1 images are in both the train list and the val list: {tmp_path}/train/n01440764/"
+        "n01440764_train3.JPEG"
+    )
 
 
 def test_official_annotations_give_names(tmp_path):
@@ -346,6 +347,27 @@ def test_the_right_root_is_named(tmp_path):
         assert problem.endswith(
             "ILSVRC2012/ with 2 folders; they are in " + right + ": give that as root"
         )
+
+
+def test_no_root_is_named_that_has_some_splits_alone(tmp_path):
+    put(tmp_path, "imagenet_lt", "flat")
+    (tmp_path / "train").rename(tmp_path / "Train")
+    write_lists(tmp_path, "imagenet_lt", "flat")
+    found = problems_of("imagenet_lt", tmp_path)
+    assert [problem.split(" are not there")[0] for problem in found] == [
+        "the images of the train split",
+        "the images of the val split",
+    ]
+    assert not any("give that as root" in problem for problem in found)
+
+
+def test_images_of_a_refused_list_are_not_looked_for(tmp_path):
+    put(tmp_path, "imagenet_lt", "flat")
+    write_lists(tmp_path, "imagenet_lt", "flat")
+    (tmp_path / "ImageNet_LT_test.txt").write_text("other/n01440764/1.JPEG 0\n" * 6)
+    (problem,) = problems_of("imagenet_lt", tmp_path)
+    assert problem.startswith("test list: ")
+    assert "is not the published list" in problem
 
 
 def test_some_missing_images_are_counted(tmp_path):
