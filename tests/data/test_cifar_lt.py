@@ -318,6 +318,29 @@ def test_a_table_of_another_data_set_is_refused(hub_copies, small, tmp_path):
     assert "10 of 10 classes have not 10 images: airplane has 2" in caught.value.problems[1]
 
 
+@pytest.mark.parametrize("none", [None, -1])
+def test_an_image_without_a_label_is_refused(small, tmp_path, none):
+    parts = small["cifar10_lt"]
+    labels = {part: stored.tolist() for part, (_, stored) in parts.items()}
+    labels["train"][3] = labels["train"][7] = labels["test"][0] = none
+    write_parquet(tmp_path, "cifar10_lt", {p: (parts[p][0], labels[p]) for p in parts})
+    with pytest.raises(UsageError) as caught:
+        find_splits("cifar10_lt", root=tmp_path)
+    assert caught.value.problems == [
+        "train: 2 images have no label, only null or -1: rows 3, 7",
+        "test: 1 images have no label, only null or -1: rows 0",
+    ]
+
+
+def test_a_tilde_is_the_home_directory(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_parquet(tmp_path / "copy", "cifar10_lt", small["cifar10_lt"])
+    manifest = cifar_manifest("cifar10_lt", root="~/copy", imbalance_factor=5)
+    (tmp_path / "mine.json").write_text(json.dumps(manifest))
+    options = {"imbalance_factor": 5, "manifest": "~/mine.json"}
+    assert len(find_splits("cifar10_lt", root="~/copy", **options)["train"])
+
+
 def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     datasets.disable_progress_bars()

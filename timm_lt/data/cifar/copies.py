@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.data.cifar.facts import CifarFacts
+from timm_lt.data.cifar.facts import NO_LABEL, CifarFacts
 from timm_lt.data.hub.columns import find_image_column
 from timm_lt.data.hub.tables import find_tables, open_repo
 from timm_lt.data.sources import dataset_from_arrays
@@ -30,7 +30,7 @@ class StoredPart:
     """The training or the test images of a copy.
 
     Attributes:
-        labels: As they are stored, (N,).
+        labels: As they are stored, (N,); ``NO_LABEL`` where there is none.
         take: Returns the images of some rows, in that order, as a data set.
     """
 
@@ -154,7 +154,7 @@ def _open_parquet(facts: CifarFacts, root: Path) -> dict[Part, StoredPart]:
         table = pa.concat_tables(tables)
         features = Features.from_arrow_schema(table.schema)
         image = _checked_columns(facts, features)
-        labels = table.column(facts.label).to_numpy().astype(np.int64)
+        labels = _numbers(table.column(facts.label))
         parts[part] = StoredPart(labels, _taker(facts, table.column(image), labels))
     return parts
 
@@ -180,10 +180,15 @@ def _open_repo(facts: CifarFacts, cache_dir: str | Path | None) -> dict[Part, St
         table = tables[part].with_format("arrow")
         image = _checked_columns(facts, table.features)
         labels = cast(pa.Table, table.select_columns(facts.label)[:]).column(0)
-        numbers = labels.to_numpy().astype(np.int64)
+        numbers = _numbers(labels)
         images = cast(pa.Table, table.select_columns(image)[:]).column(0)
         parts[part] = StoredPart(numbers, _taker(facts, images, numbers))
     return parts
+
+
+def _numbers(labels: pa.ChunkedArray) -> NDArray[np.int64]:
+    numbers: NDArray[np.int64] = labels.cast(pa.int64(), safe=False).fill_null(NO_LABEL).to_numpy()
+    return numbers
 
 
 def _checked_columns(facts: CifarFacts, features: "Features") -> str:

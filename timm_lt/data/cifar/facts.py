@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from timm_lt.longtail import class_counts
 from timm_lt.registry import Problems, UsageError, shown_names
 
+# As the datasets library stores an image without a label.
+NO_LABEL = -1
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,12 +76,17 @@ def check_counts(facts: CifarFacts, labels: NDArray[np.int64], per_class: int) -
     """Checks that every class has as many images as published.
 
     Raises:
-        UsageError: If one has not; names the first five.
+        UsageError: If one has not, or an image has no label; names the first five.
     """
     expected = facts.num_classes * per_class
     problems = Problems()
     if len(labels) != expected:
         problems.add(f"there are {len(labels):,} images, not {expected:,}")
+    unlabelled = np.flatnonzero(labels == NO_LABEL)
+    if len(unlabelled):
+        rows = shown_names(unlabelled[:6].tolist())
+        problems.add(f"{len(unlabelled):,} images have no label, only null or -1: rows {rows}")
+        problems.check()
     with problems.collected():
         counts = class_counts(labels, facts.num_classes).tolist()
         wrong = [f"{facts.names[c]} has {n}" for c, n in enumerate(counts) if n != per_class]

@@ -150,7 +150,7 @@ def _splits(
     parts = _opened(FACTS[name], root, cache_dir)
     found, rows = _manifest(name, parts["train"], options)
     if manifest is not None:
-        check_manifest(found, manifest)
+        check_manifest(found, Path(manifest).expanduser())
     everything = np.arange(len(parts["test"].labels))
     return {"train": parts["train"].take(rows), "test": parts["test"].take(everything)}
 
@@ -158,7 +158,7 @@ def _splits(
 def _opened(
     facts: CifarFacts, root: str | Path | None, cache_dir: str | Path | None
 ) -> dict[Part, StoredPart]:
-    parts = open_copy(facts, None if root is None else Path(root), cache_dir)
+    parts = open_copy(facts, None if root is None else Path(root).expanduser(), cache_dir)
     problems = Problems(f"the copy of {facts.name} in {facts.repo if root is None else root}")
     per_class: dict[Part, int] = {"train": facts.train_per_class, "test": facts.test_per_class}
     for part, number in per_class.items():
