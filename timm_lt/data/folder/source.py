@@ -69,7 +69,7 @@ def folder(
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
         paths, labels = files["train"]
-        train, test = hold_out(labels, test_fraction, seed=seed, purpose="test")
+        train, test = hold_out(labels, test_fraction, seed=seed, purpose="test", names=images.names)
         files["train"] = [paths[row] for row in train.tolist()], labels[train.numpy()]
         files["test"] = [paths[row] for row in test.tolist()], labels[test.numpy()]
     return {
