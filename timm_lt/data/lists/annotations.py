@@ -153,7 +153,7 @@ def _values(path: Path, entries: list[Entry], key: str, where: str, kind: type) 
     """Returns a value of every entry."""
     values = [entry.get(key) for entry in entries]
     for row, value in enumerate(values):
-        if type(value) is not kind or not _fits(value):
+        if not _fits(value, kind):
             raise UsageError(
                 f"{path}: {where}[{row}] has {key} {one_line(repr(value))}, not "
                 f"{'an integer of at most 64 bits' if kind is int else 'a text in Unicode'}"
@@ -161,11 +161,13 @@ def _values(path: Path, entries: list[Entry], key: str, where: str, kind: type) 
     return values
 
 
-def _fits(value: int | str) -> bool:
-    """Tells whether an integer fits an int64, or a text UTF-8: half of a pair of codes does not."""
+def _fits(value: object, kind: type) -> bool:
+    """Tells whether a value is an integer of an int64, or a text of UTF-8: no lone surrogates."""
+    if type(value) is not kind:
+        return False
     if isinstance(value, str):
         return value.isascii() or not SURROGATE.search(value)
-    return value.bit_length() < 64
+    return isinstance(value, int) and value.bit_length() < 64
 
 
 def _ids(path: Path, entries: list[Entry], key: str, where: str) -> list[int]:
