@@ -117,6 +117,8 @@ def test_words_as_labels_mean_the_same_in_every_list(root):
     ]
     (problem,) = problems_of(root, test=test)
     assert "it has class names and the train list has numbers; give their order" in problem
+    (problem,) = problems_of(root, train=train, test="test.txt")
+    assert "it has numbers and the train list has class names; give their order" in problem
 
 
 def test_everything_wrong_is_found_together(root):
@@ -186,7 +188,16 @@ def test_a_wrong_root_is_named_where_no_file_is_there(root):
             "1 of 2 classes have fewer than 2 images, one for each split: 1",
         ),
         ([0, 1], {"val": [0], "test": [0]}, "val list: 1 of 2 classes have no image: 1"),
-        ([0, 1], {"val": [0, 1], "test": [2]}, "train list: 1 of 3 classes have no image: 2"),
+        (
+            [0, 1],
+            {"val": [0, 1], "test": [2]},
+            "^.*test list: label 2 is beyond the 2 classes of the tr",
+        ),
+        (
+            [0, 1],
+            {"val": [0, 1, 9**17], "test": [0]},
+            "val list: label 16677181699666569 is beyond",
+        ),
         ([0, 2], {"val": [0, 2], "test": [2], "label_names": "abc"}, "1 of 3 .*: 1 \\(b\\)"),
         ([0, 1], {"val": [0, 1], "test": [2], "label_names": "ab"}, "label 2 is beyond the 2"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": "aA"}, "1 class names .*'a' and 'A'"),

@@ -70,7 +70,9 @@ def folder(
     if "test" not in files:
         paths, labels = files["train"]
         keys = [path.removeprefix(f"{images.root}/") for path in paths]
-        train, test = hold_out(labels, test_fraction, seed=seed, keys=keys, purpose="test")
+        train, test = hold_out(
+            labels, test_fraction, seed=seed, keys=keys, purpose="test", names=images.names
+        )
         files["train"] = [paths[row] for row in train.tolist()], labels[train.numpy()]
         files["test"] = [paths[row] for row in test.tolist()], labels[test.numpy()]
     return {

@@ -14,7 +14,7 @@ from timm_lt.data.hub.columns import find_image_column, find_label_column
 from timm_lt.data.hub.labels import UNLABELLED, read_labels
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
-from timm_lt.data.images import label_tensor
+from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.sources import Split, register_dataset
 from timm_lt.hub_errors import split_revision
 from timm_lt.registry import Problems, UsageError, check_choice, check_number, shown_names
@@ -101,8 +101,9 @@ def hub(
         columns = _find_columns(tables[names["train"]].features, image, label)
         found, labels = _labelled(tables, columns)
     problems.check()
-    for split in reversed(names):
-        name = names[split]
+    # A split that test is a part of, too, is looked at once: as that for training.
+    purposes = {name: split for split, name in reversed(names.items())}
+    for name, split in purposes.items():
         with problems.collected(f"split {name!r} "):
             found[name] = _complete(found[name], labels[name], split, list(labels), incomplete)
     problems.check()
@@ -127,7 +128,7 @@ def _open(
     if root is not None:
         if revision is not None:
             raise UsageError("revision is of a data set on the Hub: leave it out with root")
-        return open_local(Path(root), config, cache_dir)
+        return open_local(Path(root).expanduser(), config, cache_dir)
     repo_id, own_revision = split_revision(str(repo))
     if own_revision and revision and own_revision != revision:
         raise UsageError(f"{repo!r} names a revision, and revision={revision!r} another")
@@ -236,6 +237,8 @@ def _dealt(
     splits = {split: found[name] for split, name in names.items()}
     if names["test"] == names["train"]:
         whole = splits["train"]
-        kept, dealt = hold_out(label_tensor(whole), test_fraction, purpose="test")
+        kept, dealt = hold_out(
+            label_tensor(whole), test_fraction, purpose="test", names=label_names(whole)
+        )
         splits |= {"train": whole.select(kept), "test": whole.select(dealt)}
     return splits

@@ -128,12 +128,18 @@ def _numbered(
     labels: dict[Split, Labels] = {}
     for split, found in lists.items():
         if found.names is None:
+            if owner == "train" and names:
+                problems.add(
+                    f"{split} list: it has numbers and the train list has class names; give their "
+                    "order with label_names"
+                )
+                continue
             labels[split] = found.labels
             highest = int(found.labels.max())
             if names and highest >= len(names):
                 problems.add(
                     f"{split} list: label {highest} is beyond the {len(names)} class names of "
-                    f"{owner}"
+                    "label_names"
                 )
             continue
         if names is None:
@@ -167,8 +173,14 @@ def _note_classes(
         note_alike(problems, names)
     if "train" in labels:
         said = [found.num_classes or 0 for found in lists.values()]
-        highest = max(int(values.max()) for values in labels.values())
-        num_classes = len(names) if names else max(highest + 1, *said)
+        highest = {split: int(values.max()) for split, values in labels.items()}
+        num_classes = len(names) if names else max(highest["train"] + 1, *said)
+        for split, label in highest.items():
+            if label >= num_classes and not names:
+                problems.add(
+                    f"{split} list: label {label} is beyond the {num_classes:,} classes of the "
+                    "train list"
+                )
         missing = sum(path is None for path in held_out.values())
         note_gaps(problems, labels, num_classes, names, missing)
 
@@ -189,7 +201,9 @@ def _datasets(
     if "test" not in datasets:
         whole = datasets["train"]
         keys = image_keys(whole, root)
-        train, test = hold_out(labels["train"], test_fraction, seed=seed, keys=keys, purpose="test")
+        train, test = hold_out(
+            labels["train"], test_fraction, seed=seed, keys=keys, purpose="test", names=names
+        )
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets
