@@ -16,11 +16,13 @@ from PIL import Image
 from timm_lt.console import log
 from timm_lt.data.reading import (
     DAMAGE,
+    EMPTY,
     Unreadable,
     damage_of,
     encoded_images,
     image_name,
     is_remote,
+    pillow_errors,
     unreadable_images,
 )
 from timm_lt.registry import Problems
@@ -201,13 +203,13 @@ def reason_of_file(path: str) -> str | None:
 def reason_of(content: Content) -> str | None:
     """Returns why bytes cannot be read as an image; None if nothing speaks against it."""
     if content.size == 0:
-        return "0 bytes"
+        return EMPTY
     head = content.at(0, min(HEAD, content.size))
     is_whole = next((check for magic, check in CHECKS if magic.match(head)), None)
     if is_whole is not None and is_whole(content, head):
         return None
     try:
-        with content.file() as file, Image.open(file) as image:
+        with pillow_errors(), content.file() as file, Image.open(file) as image:
             # Of formats with no check, the header has to do.
             if is_whole is not None:
                 image.load()
@@ -268,7 +270,7 @@ def _is_whole_pnm(content: Content, head: bytes) -> bool:
 def _is_whole_tiff(content: Content, head: bytes) -> bool:
     """Tells whether the strips or tiles of the first image end within the file."""
     try:
-        with content.file() as file, Image.open(file) as image:
+        with pillow_errors(), content.file() as file, Image.open(file) as image:
             tags = getattr(image, "tag_v2", {})
     except DAMAGE:
         return False
