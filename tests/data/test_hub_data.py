@@ -424,19 +424,22 @@ def test_missing_and_empty_images_are_found_before_training_all_together(local):
     good = {"bytes": png(1), "path": None}
     none, empty = {"bytes": None, "path": None}, {"bytes": b"", "path": None}
     lost = {"bytes": None, "path": "/not/there.png"}
+    no_image = "it is no image, or of no format that Pillow reads"
+    text = {"bytes": b"no image", "path": None}
     files = {
         "train.parquet": rows(good, none, None, good, empty, good),
-        "test.parquet": rows(good, lost),
+        "test.parquet": rows(good, lost, text, good),
     }
     with pytest.raises(UsageError) as caught:
         local(files)
     assert [problem.partition(";")[0] for problem in caught.value.problems] == [
-        "split 'test' has 1 of 2 rows without the image file: 1",
+        "split 'test' has 1 of 4 rows without the image file: 1",
         "split 'train' has 2 of 6 rows without image: 1, 2",
         "split 'train' has 1 of 6 rows without bytes in their image: 4",
+        "'test' split: image 2 cannot be decoded: " + no_image,
     ]
     found = local(files, incomplete="drop")
-    assert [len(found[split]) for split in ("train", "test")] == [3, 1]
+    assert [len(found[split]) for split in ("train", "test")] == [3, 3]
     assert found["train"]["label"][:] == [0, 1, 1]
 
 

@@ -155,6 +155,14 @@ def test_images_on_several_lines_are_no_images_for_two_splits(root):
     ]
 
 
+def test_damaged_files_are_reported_with_what_else_is_wrong(root):
+    (root / "all photos/ant/train 0.png").write_bytes(b"no image")
+    (root / "all photos/cat/train 1.png").unlink()
+    missing, damaged = problems_of(root, val="val.txt", test="test.txt")
+    assert missing.startswith("train list: 1 of 13 files are not there: ")
+    assert damaged.startswith(f"train split: image 0 ({root}/all photos/ant/train 0.png) cannot")
+
+
 def test_a_missing_root_and_missing_lists(root):
     found = problems_of(root / "none", train=root / "train.txt", val="v.txt", test=root / "t.txt")
     assert found == [
@@ -213,7 +221,7 @@ def test_classes_that_cannot_be_trained(tmp_path, train, options, problem):
             options[split] = "names.txt"
             continue
         for row in range(len(labels)):
-            (tmp_path / f"{split}{row}.png").touch()
+            Image.new("L", (1, 1)).save(tmp_path / f"{split}{row}.png")
         lines = [f"{split}{row}.png {label}\n" for row, label in enumerate(labels)]
         (tmp_path / f"{split}.txt").write_text("".join(lines))
         options = options | {split: f"{split}.txt"}

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,19 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from timm_lt.data.duplicates import Duplicates, Twin, find_duplicates
 from timm_lt.data.images import label_names, label_tensor
-from timm_lt.data.reading import DAMAGE, damage_of, decode_image, is_remote, unreadable_images
+from timm_lt.data.reading import (
+    DAMAGE,
+    damage_of,
+    decode_image,
+    is_remote,
+    open_image,
+    pillow_errors,
+    unreadable_images,
+)
 from timm_lt.data.splits import Splits
 from timm_lt.data.verification import Damage, StoredFiles, find_damaged, in_threads
 from timm_lt.longtail import ShotRule, describe_shots, shot_groups
@@ -283,9 +289,7 @@ def _seen(files: StoredFiles, column: "ImageColumn", compared: list[bool]) -> Ca
                 content = Path(path).read_bytes()
             if compared[number]:
                 digest = hashlib.sha256(content).digest()
-            if not content:
-                return Seen(reason="0 bytes")
-            with Image.open(io.BytesIO(content)) as image:
+            with pillow_errors(), open_image(content) as image:
                 kind = (image.format or "", image.mode)
             decoded = decode_image({"bytes": content, "path": None}, column)
         except DAMAGE as error:

@@ -15,7 +15,9 @@ from timm_lt.data.hub.labels import UNLABELLED, read_labels
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
 from timm_lt.data.images import label_names, label_tensor
+from timm_lt.data.readable import note_damaged
 from timm_lt.data.sources import Split, register_dataset
+from timm_lt.data.verification import find_damaged
 from timm_lt.hub_errors import split_revision
 from timm_lt.registry import Problems, UsageError, check_choice, check_number, shown_names
 
@@ -77,8 +79,8 @@ def hub(
 
     Raises:
         UsageError: If the data set cannot be had, a split or column is not to be found or could be
-            several, a split lacks labels, an image is missing or empty, or labels are not those of
-            classes.
+            several, a split lacks labels, an image is missing or empty (then also those that are
+            damaged), or labels are not those of classes.
     """
     if streaming:
         raise UsageError(
@@ -106,9 +108,12 @@ def hub(
     for name, split in purposes.items():
         with problems.collected(f"split {name!r} "):
             found[name] = _complete(found[name], labels[name], split, list(labels), incomplete)
-    problems.check()
-    with problems.collected():
-        splits = _dealt(found, names, test_fraction)
+    splits: dict[Split, Dataset] = {}
+    if not problems.found:
+        with problems.collected():
+            splits = _dealt(found, names, test_fraction)
+    if problems.found:
+        _note_damaged(problems, found)
     problems.check()
     return splits
 
@@ -224,6 +229,14 @@ def rows_without_image(table: "Dataset") -> dict[str, list[int]]:
         for what, mask in zip(found, masks, strict=True):
             found[what] += (start + np.flatnonzero(mask)).tolist()
     return found
+
+
+def _note_damaged(problems: Problems, found: "Mapping[str, Dataset]") -> None:
+    """Notes damaged images too, of a data set that has to be mended anyway."""
+    for name, table in found.items():
+        lacking = {row for rows in rows_without_image(table).values() for row in rows}
+        damaged = [one for one in find_damaged(table) if one.row not in lacking]
+        note_damaged(problems, repr(name), damaged, len(table))
 
 
 def _is_lost(path: str | None) -> bool:

@@ -23,6 +23,7 @@ from timm_lt.data.lists.checks import (
 )
 from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.reader import ImageList, read_image_list
+from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.registry import Problems, UsageError, check_integer, check_number, shown_names
 
@@ -66,7 +67,8 @@ def listed(
     Raises:
         UsageError: For all that is wrong at once: a list or the root is missing, a list is at fault
             (its first fault is named), names files that are not there or one image on two lines,
-            two lists share images, a class has no image, or class names differ in case only.
+            two lists share images, a class has no image, or class names differ in case only; then
+            also images that are damaged.
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
     check_integer("seed", seed, minimum=0)
@@ -95,6 +97,8 @@ def listed(
     if "train" in lists:
         names, labels = _numbered(problems, lists, names)
         _note_classes(problems, lists, labels, names, held_out=given)
+    if problems.found and is_there:
+        note_damaged_files(problems, files)
     problems.check()
     return _datasets(files, labels, names, root=folder, test_fraction=test_fraction, seed=seed)
 
