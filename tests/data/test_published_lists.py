@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,57 @@ def test_counts_are_those_of_the_papers():
         published("cifar10_lt")
 
 
+@pytest.mark.parametrize(
+    ("name", "counts", "classes"),
+    [
+        (
+            "imagenet_lt",
+            # Counts as a third project publishes them; wnids as in the validation list.
+            "64a07a28b7593405306977b20fd8da39e454c8e94a8ba351810d0b420da1190a",
+            "624954f06d059ddd477ab500dc059cf2628ac01e441d8a648d1dc6fbfe504c5a",
+        ),
+        (
+            "places_lt",
+            # Counted in the training list.
+            "d03c4cbb6af2564a37d0e14c54dc5f5d0b939ef78ac4d1c2bff6c4a5a09ed8cd",
+            "d145337ed9950d3960551ce241a94152988321deff3abd75f8fd71413fbadb10",
+        ),
+    ],
+)
+def test_counts_and_classes_are_those_of_the_lists(name, counts, classes):
+    known = published(name)
+    found = known.lists["train"].class_counts.tolist()
+    assert sha256(json.dumps(found).encode()).hexdigest() == counts
+    assert sha256(json.dumps(known.class_names).encode()).hexdigest() == classes
+
+
+def test_hashes_and_totals_are_those_of_the_lists():
+    hashes = {
+        (name, split): one.sha256
+        for name in facts.NAMES
+        for split, one in published(name).lists.items()
+        if one.sha256
+    }
+    # Of the sorted lines "basename label", by sha256sum.
+    assert hashes == {
+        ("imagenet_lt", "val"): "b3c5c4b470bac7141cfde18190f7cae9183c6812e0d49818defef92c5a63c1f5",
+        ("places_lt", "train"): "35590600ad82450ab85aaaccaf1b64a5efa89186bb18a9a916012d722055bfae",
+        ("places_lt", "val"): "20742c0c1a1ade5e6c524c57f77c6693d21cfea75bd88ac7fa08a143c69a44d5",
+    }
+    inat = published("inat2018")
+    train, test = inat.lists["train"], inat.lists["test"]
+    assert inat.num_classes == 8142
+    assert (train.lines, train.smallest, train.largest, test.lines) == (437_513, 2, 1000, 24_426)
+    groups = (
+        "Plantae Insecta Aves Actinopterygii Fungi Reptilia Mollusca Mammalia Animalia Amphibia"
+    )
+    groups = [*groups.split(), "Arachnida", "Chromista", "Protozoa", "Bacteria"]
+    totals = "118800 87192 143950 7835 6864 22754 8007 20104 5966 11156 4037 621 211 16"
+    assert train.group_totals == dict(zip(groups, map(int, totals.split()), strict=True))
+    classes = [2917, 2031, 1258, 369, 321, 284, 262, 234, 178, 144, 114, 25, 4, 1]
+    assert test.group_totals == dict(zip(groups, (3 * c for c in classes), strict=True))
+
+
 def small(name):
     """What is known of a data set, of three classes."""
     known = published(name)
@@ -67,7 +120,12 @@ def small(name):
             )
         else:
             lists[split] = replace(
-                one, lines=counts.sum(), class_counts=counts, sha256=None, group_totals={}
+                one,
+                lines=counts.sum(),
+                class_counts=counts,
+                sha256=None,
+                group_totals={},
+                probes={},
             )
     return replace(known, num_classes=3, class_names=NAMES[name], lists=lists)
 
@@ -185,6 +243,56 @@ def test_lists_and_images_may_each_have_any_layout(tmp_path, name, listed, disk,
         assert getattr(dataset.features["label"], "names", None) == NAMES[name]
 
 
+# By the layout of the published lists.
+SHIPPED = [
+    (name, split, layout)
+    for name in NAMES
+    for split, one in published(name).lists.items()
+    for layout in one.layouts
+]
+
+
+@pytest.mark.parametrize(("name", "split", "layout"), SHIPPED)
+def test_every_layout_of_a_download_is_found(tmp_path, name, split, layout):
+    published_in = {"imagenet_lt": "folders", "places_lt": "v1", "inat2018": "outside"}[name]
+    put(tmp_path, name, published_in)
+    write_lists(tmp_path, name, published_in)
+    nested = ["a/airfield", "d/desert_road", "d/desert/sand"]
+    expected = []
+    for image in images(name):
+        if image[0] != split:
+            continue
+        usual = LAYOUTS[name](published_in, *image)
+        file = usual.removeprefix("train_val2018/") if name == "inat2018" else Path(usual).name
+        places = {"{file}": file, "{nested}": nested[image[1]]}
+        if NAMES[name]:
+            places["{name}"] = NAMES[name][image[1]]
+        place = layout
+        for key, value in places.items():
+            place = place.replace(key, value)
+        (tmp_path / usual).rename(tmp_path / "moved")
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "moved").rename(tmp_path / place)
+        expected.append(str(tmp_path / place))
+    dataset = build(name, tmp_path)[split]
+    assert dataset.data.column("image").combine_chunks().field("path").to_pylist() == expected
+
+
+def test_an_image_in_two_lists_is_found(tmp_path):
+    put(tmp_path, "imagenet_lt", "folders")
+    write_lists(
+        tmp_path,
+        "imagenet_lt",
+        "folders",
+        lambda path, label: (path.replace("n01440764_val0", "n01440764_train3"), label),
+    )
+    (problem,) = problems_of("imagenet_lt", tmp_path)
+    assert problem == (
+        f"1 images are in both the train list and the val list: {tmp_path}/train/n01440764/"
+        "n01440764_train3.JPEG"
+    )
+
+
 def test_official_annotations_give_names(tmp_path):
     put(tmp_path, "inat2018", "outside")
     categories = [{"id": label, "name": f"species {label}"} for label in (2, 0, 1)]
@@ -252,6 +360,27 @@ def test_the_right_root_is_named(tmp_path):
         )
 
 
+def test_no_root_is_named_that_has_some_splits_alone(tmp_path):
+    put(tmp_path, "imagenet_lt", "flat")
+    (tmp_path / "train").rename(tmp_path / "Train")
+    write_lists(tmp_path, "imagenet_lt", "flat")
+    found = problems_of("imagenet_lt", tmp_path)
+    assert [problem.split(" are not there")[0] for problem in found] == [
+        "the images of the train split",
+        "the images of the val split",
+    ]
+    assert not any("give that as root" in problem for problem in found)
+
+
+def test_images_of_a_refused_list_are_not_looked_for(tmp_path):
+    put(tmp_path, "imagenet_lt", "flat")
+    write_lists(tmp_path, "imagenet_lt", "flat")
+    (tmp_path / "ImageNet_LT_test.txt").write_text("other/n01440764/1.JPEG 0\n" * 6)
+    (problem,) = problems_of("imagenet_lt", tmp_path)
+    assert problem.startswith("test list: ")
+    assert "is not the published list" in problem
+
+
 def test_some_missing_images_are_counted(tmp_path):
     put(tmp_path, "places_lt", "v2")
     write_lists(tmp_path, "places_lt", "v1")
@@ -273,7 +402,8 @@ def test_a_list_that_is_not_the_published_one_is_refused(tmp_path):
     assert problem == (
         f"train list: {tmp_path}/Places_LT_train.txt is not the published list: 2 classes have "
         "other numbers of images: class 0 (airfield) has 4 images, not 5; class 2 (desert-sand) "
-        "has 3 images, not 2; for a list of your own there is the data set 'list'"
+        "has 3 images, not 2; 1 images are on several lines: train1.jpg (class 2 (desert-sand), "
+        "2 lines); for a list of your own there is the data set 'list'"
     )
 
 
@@ -348,6 +478,81 @@ def test_other_images_are_found_by_their_hash():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "layout", "shown"),
+    [
+        ("imagenet_lt", "test", "flat", "ILSVRC2012_val_00.JPEG (class 0 (n01440764), 2 lines)"),
+        ("places_lt", "val", "v2", None),
+        ("places_lt", "test", "v1", "Places365_val_00.jpg (class 0 (airfield), 2 lines)"),
+        ("inat2018", "test", "outside", "test0.jpg (class 0, 2 lines)"),
+    ],
+)
+def test_an_image_on_several_lines_is_refused(name, split, layout, shown):
+    rows = rows_of(name, layout, split)
+    if split == "val":  # One image of each class, all of one file name.
+        assert differences(name, split, rows) == []
+        return
+    rows[1] = rows[0]
+    assert differences(name, split, rows) == [f"1 images are on several lines: {shown}"]
+
+
+def flat_test_list(name, labels, probes):
+    """A flat test list whose first images are given, with as many images a class as published."""
+    known = published(name)
+    each = known.lists["test"].lines // known.num_classes
+    left = np.bincount(list(probes.values()), minlength=known.num_classes)
+    rows = [(f"val/{file}", labels.get(label, label)) for file, label in probes.items()]
+    return rows + [
+        (f"val/{label}_{row}.jpg", labels.get(label, label))
+        for label in range(known.num_classes)
+        for row in range(each - left[label])
+    ]
+
+
+# As read in the published lists: ImageNet-LT's first line, Places-LT's about desert_road.
+READ = {
+    "imagenet_lt": {"ILSVRC2012_val_00000293.JPEG": 0},
+    "places_lt": {
+        "Places365_val_00036328.jpg": 116,
+        "Places365_val_00030493.jpg": 117,
+        "Places365_val_00013365.jpg": 118,
+        "Places365_val_00025153.jpg": 119,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "lacking", "expected"),
+    [
+        ("imagenet_lt", {}, 0, None),
+        (
+            "imagenet_lt",
+            {0: 1, 1: 0},
+            0,
+            "1 of the 1 .* differ: ILSVRC2012_val_00000293.JPEG has label 1, not 0$",
+        ),
+        ("imagenet_lt", {}, 1, "ILSVRC2012_val_00000293.JPEG is not in the list$"),
+        ("places_lt", {}, 0, None),
+        # Places365's order.
+        (
+            "places_lt",
+            {116: 118, 117: 116, 118: 117, 141: 142, 142: 141},
+            0,
+            (
+                "3 of the 4 .* differ: Places365_val_00036328.jpg has label 118, not 116; "
+                "Places365_val_00030493.jpg has label 116, not 117; "
+                "Places365_val_00013365.jpg has label 117, not 118$"
+            ),
+        ),
+    ],
+)
+def test_a_flat_test_list_is_known_by_a_few_images(name, labels, lacking, expected):
+    probes = dict(list(READ[name].items())[lacking:])
+    found = differences(name, "test", flat_test_list(name, labels, probes), published(name))
+    assert len(found) == (expected is not None)
+    assert expected is None or re.search(expected, found[0])
+
+
 def test_the_hash_is_that_of_sorted_lines():
     # printf '1.jpg 7\n2.jpg 0\n2.jpg 10' | sha256sum
     listed = ImageList(Paths(["b/2.jpg", "a/2.jpg", "x/1.jpg"]), np.array([10, 0, 7]))
@@ -379,7 +584,7 @@ def test_a_whole_list_is_checked_without_images(whole_list, tmp_path):
         check_image_list("places_lt", "train", whole_list)
     with pytest.raises(UsageError, match="one of: train, test"):
         check_image_list("inat2018", "val", whole_list)
-    more = whole_list.read_text() + "train/n01530575/1.JPEG 10\n" * 2
+    more = whole_list.read_text() + "train/n01530575/1.JPEG 10\ntrain/n01530575/2.JPEG 10\n"
     (tmp_path / "more.txt").write_text(more)
     with pytest.raises(UsageError) as caught:
         check_image_list("imagenet_lt", "train", tmp_path / "more.txt")

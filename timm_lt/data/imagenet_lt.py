@@ -26,7 +26,8 @@ def imagenet_lt(
     Classes are called by their wnid.
 
     The lists are checked: see :func:`~timm_lt.data.check_image_list`. Which images are in the
-    training and the test list is not known, only how many of each class.
+    training and the test list is not known, only how many of each class. Of a test list that has
+    no directories of classes, the label of one image alone is checked beside that.
 
     Args:
         root: The folder with the images.

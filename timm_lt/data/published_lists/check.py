@@ -20,7 +20,9 @@ def check_image_list(name: str, split: Split, path: str | Path) -> ImageList:
     of those of iNaturalist 2018 the totals of the super categories and the smallest and largest
     class; of the other lists that each class has as many. The images themselves are known, by a
     hash, of both Places-LT lists beside the test list and of ImageNet-LT's validation list. In all
-    lists the directory of an image must be that of its label.
+    lists the directory of an image must be that of its label; of a test list without directories
+    of classes only the labels of a few images are known: one of ImageNet-LT, four of Places-LT.
+    No image may be on several lines; within a class, images are told apart by their file names.
 
     Args:
         name: ``"imagenet_lt"``, ``"places_lt"`` or ``"inat2018"``.
@@ -60,6 +62,8 @@ def note_differences(problems: Problems, known: Published, split: Split, listed:
     _note_counts(problems, known, expected, listed.labels)
     _note_directories(problems, known, listed)
     _note_groups(problems, known, expected, listed.paths)
+    _note_probes(problems, expected, listed)
+    _note_repeats(problems, known, listed)
     if len(problems.found) > before or lines != expected.lines or expected.sha256 is None:
         return
     if pairs_hash(listed) != expected.sha256:
@@ -169,3 +173,42 @@ def _note_groups(
     ]
     if shown:
         problems.add(f"{len(shown)} groups of classes differ: {'; '.join(shown[:5])}")
+
+
+def _note_probes(problems: Problems, expected: PublishedList, listed: ImageList) -> None:
+    """Notes images whose label is known that are not in the list, or have another label."""
+    import pyarrow.compute as pc
+
+    names = listed.paths.parts()[1].arrow
+    shown = []
+    for name, label in expected.probes.items():
+        rows = pc.indices_nonzero(pc.equal(names, name)).to_numpy()
+        found = np.unique(listed.labels[rows]).tolist()
+        if not found:
+            shown.append(f"{name} is not in the list")
+        elif found != [label]:
+            shown.append(f"{name} has label {' and '.join(map(str, found))}, not {label}")
+    if shown:
+        problems.add(
+            f"{len(shown)} of the {len(expected.probes)} images whose label is known differ: "
+            f"{'; '.join(shown)}"
+        )
+
+
+def _note_repeats(problems: Problems, known: Published, listed: ImageList) -> None:
+    """Notes images that are on several lines: within a class, file names are unique."""
+    names = listed.paths.parts()[1].arrow.dictionary_encode()
+    codes = names.indices.to_numpy().astype(np.int64)
+    images, lines = np.unique(codes * known.num_classes + listed.labels, return_counts=True)
+    again = np.flatnonzero(lines > 1)
+    if len(again) == 0:
+        return
+    shown = [
+        f"{names.dictionary[code].as_py()} (class {_named(known, label)}, {count} lines)"
+        for code, label, count in zip(
+            *(part.tolist() for part in np.divmod(images[again[:6]], known.num_classes)),
+            lines[again[:6]].tolist(),
+            strict=True,
+        )
+    ]
+    problems.add(f"{len(again):,} images are on several lines: {shown_names(shown)}")

@@ -32,6 +32,7 @@ class PublishedList:
         smallest: Images of the smallest class.
         largest: Images of the largest class.
         group_totals: Images by the directory above that of the class.
+        probes: Labels of a few images by basename; a flat list says the class of no other.
         sha256: Of the sorted lines ``basename label``, joined by newlines, if known.
     """
 
@@ -43,6 +44,7 @@ class PublishedList:
     smallest: int = 0
     largest: int = 2**62
     group_totals: Mapping[str, int] = field(default_factory=dict)
+    probes: Mapping[str, int] = field(default_factory=dict)
     sha256: str | None = None
 
 

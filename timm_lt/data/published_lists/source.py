@@ -53,32 +53,25 @@ def published_splits(
     if not is_there:
         what = "is no folder" if Path(folder).exists() else "does not exist"
         problems.add(f"root {folder} {what}: it is the one with {known.title}'s images")
-    lists = {split: _read(problems, known, split, folder, given[split]) for split in known.lists}
-    files: dict[Split, Paths] = {}
-    for split, listed in lists.items():
-        # Of labels that are none, directories are not known.
-        if is_there and listed is not None and listed.labels.max() < known.num_classes:
-            found = _on_disk(problems, known, split, listed, folder)
-            if found is not None:
-                files[split] = found
+    read = {split: _read(problems, known, split, folder, given[split]) for split in known.lists}
+    lists = {split: listed for split, listed in read.items() if listed is not None}
+    files = _on_disk(problems, known, lists, folder) if is_there else {}
     note_overlaps(problems, {split: tidy(paths) for split, paths in files.items()})
     if problems.found:
         note_damaged_files(problems, files)
     problems.check()
-    named = [listed.names for listed in lists.values() if listed and listed.names]
+    named = [listed.names for listed in lists.values() if listed.names]
     names = known.class_names or (named[0] if named else None)
     return {
         split: dataset_from_files(files[split].arrow, listed.labels, names)
         for split, listed in lists.items()
-        if listed is not None
     }
 
 
 def _read(
     problems: Problems, known: Published, split: Split, root: str, given: str | Path | None
 ) -> ImageList | None:
-    """Reads a list, and notes in what it differs from the published one."""
-    listed = None
+    """Reads a list; notes in what it differs from the published one, and returns None then."""
     with problems.collected(f"{split} list: "):
         path = _find(known, split, root) if given is None else located(given, root)
         listed = read_image_list(path)
@@ -90,7 +83,8 @@ def _read(
                 f"{path} is not the published list: {what}; for a list of your own there is the "
                 "data set 'list'"
             )
-    return listed
+        return listed
+    return None
 
 
 def _find(known: Published, split: Split, root: str) -> Path:
@@ -108,30 +102,45 @@ def _find(known: Published, split: Split, root: str) -> Path:
 
 
 def _on_disk(
-    problems: Problems, known: Published, split: Split, listed: ImageList, root: str
-) -> Paths | None:
-    """Returns the files of a split; the paths are as listed, or in a layout that the disk has."""
-    expected = known.lists[split]
+    problems: Problems, known: Published, lists: Mapping[Split, ImageList], root: str
+) -> dict[Split, Paths]:
+    """Returns the files of the splits; paths are as listed, or in a layout that the disk has."""
+    files: dict[Split, Paths] = {}
+    hint: str | None = None
+    for split, listed in lists.items():
+        layout, hits = _best_layout(known, split, listed, root)
+        if hits:
+            files[split] = _laid_out(known, layout, listed, root)
+            note_missing(problems, split, files[split], root)
+            continue
+        hint = _other_root(known, lists, root) if hint is None else hint
+        problems.add(
+            f"the images of the {split} split are not there, e.g. {listed.paths[0]}: {known.title} "
+            f"needs {known.lists[split].needs}; found in {root}: {contents(root)}{hint}"
+        )
+    return files
+
+
+def _best_layout(
+    known: Published, split: Split, listed: ImageList, root: str
+) -> tuple[str | None, int]:
+    """Returns the layout in which most images of a sample are there, and how many are."""
     rows = np.unique(np.linspace(0, len(listed.labels) - 1, SAMPLE).astype(np.int64))
     sample = ImageList(listed.paths.take(rows), listed.labels[rows])
-    layouts = (None, *expected.layouts)
+    hits = {
+        layout: sum(map(os.path.isfile, _laid_out(known, layout, sample, root)))
+        for layout in (None, *known.lists[split].layouts)
+    }
+    best = max(hits, key=lambda layout: hits[layout])
+    return best, hits[best]
 
-    def hits(layout: str | None, folder: str) -> int:
-        return sum(map(os.path.isfile, _laid_out(known, layout, sample, folder)))
 
-    layout = max(layouts, key=lambda layout: hits(layout, root))
-    if hits(layout, root) == 0:
-        below = sorted(path for path in Path(root).iterdir() if path.is_dir())[:SHOWN]
-        right = next((path for path in below for one in layouts if hits(one, str(path))), None)
-        hint = f"; they are in {right}: give that as root" if right else ""
-        problems.add(
-            f"the images of the {split} split are not there, e.g. {listed.paths[0]}: "
-            f"{known.title} needs {expected.needs}; found in {root}: {contents(root)}{hint}"
-        )
-        return None
-    files = _laid_out(known, layout, listed, root)
-    note_missing(problems, split, files, root)
-    return files
+def _other_root(known: Published, lists: Mapping[Split, ImageList], root: str) -> str:
+    """Names the folder of the root that has the images of all lists, for messages, if one has."""
+    for path in sorted(path for path in Path(root).iterdir() if path.is_dir())[:SHOWN]:
+        if all(_best_layout(known, split, one, str(path))[1] for split, one in lists.items()):
+            return f"; they are in {path}: give that as root"
+    return ""
 
 
 def _laid_out(known: Published, layout: str | None, listed: ImageList, root: str) -> Paths:
