@@ -333,6 +333,15 @@ def test_a_damaged_image_is_named(server, tmp_path, path, split):
     assert metrics(folder)["unreadable_images"] == expected
 
 
+@pytest.mark.parametrize("path", PATHS[:2])
+def test_a_wrong_batch_size_hides_no_damage(server, tmp_path, path):
+    run = server.run(*options(tmp_path / "run", *DAMAGED, *path, "--batch_size", "5000"))
+    assert run.status == 2
+    problems = re.findall(r"^- (.*)", run.err, re.MULTILINE)
+    assert problems[0] == "batch_size 5000 exceeds the 389 images of an epoch"
+    assert [problem.split()[0] for problem in problems[1:]] == [*DAMAGE]
+
+
 def test_without_verification_a_worker_names_the_image_that_it_comes_to(server, tmp_path):
     unverified = (*DAMAGED, *PATHS[2], "--data.verify", "false")
     run = server.run(*options(tmp_path / "run", *unverified, "--data.options", "{damaged: val}"))
@@ -570,8 +579,9 @@ def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_p
     (line,) = errors_of(runs)
     named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is no image"
     assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
-    for run in on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip"):
-        assert run.status == 0, run.err
+    skips = on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip")
+    assert [run.status for run in skips] == [0, 0]
+    assert "".join(run.err for run in skips).count("left out: rows 130, 250\n") == 1
     assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS
 
 

@@ -107,7 +107,21 @@ def test_a_list_is_looked_at(photos, capsys):
     text = inspect(capsys, "all.txt", "--root", "photos")
     assert "all: 14 images of 2 classes" in text
     assert "gone/1.png): No such file or directory" in text
+    assert "1 problem would keep" in text
     assert "2 of 14 files are not there" in text
+    name = ("list", "--option", "train=../all.txt", "--root", "photos", "--output", "named")
+    named = inspect(capsys, *name)
+    assert named.replace("named", "inspect_all").replace("list: 14", "all: 14") == text
+
+
+def test_labels_that_are_far_apart_are_looked_at(photos, capsys):
+    lines = [f"{path.relative_to(photos)} 999999999999999999" for path in photos.glob("c*/*")]
+    (photos / "train.txt").write_text("\n".join(lines) + "\nowl/0.png 0\n")
+    text = inspect(capsys, photos / "train.txt")
+    assert "train: 13 images of 2 classes" in text
+    assert "999,999,999,999,999,998 of 1,000,000,000,000,000,000 classes have no image" in text
+    rows = (photos.parent / "inspect_train" / "classes.csv").read_text().splitlines()
+    assert rows == ["label,name,train,shot", "0,0,1,few", "1,999999999999999999,12,few"]
 
 
 def test_a_name_is_looked_at(photos, capsys):
@@ -128,11 +142,23 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--option", "test_fraction=2"], "test_fraction must be"),
         (["photos", "--option", "min_images"], "--option takes KEY=VALUE, e.g. min_images=5"),
         (["photos/cat"], "no images in directories of classes, 12 straight in it"),
-        (["photos/cat/0.png"], "0.png"),
+        (["photos/cat/0.png"], "0.png is an image: give the folder"),
+        (["x.parquet"], r"x\.parquet is a table, no list: timm-lt inspect hub --root x\.parquet"),
+        (
+            ["photos", "--output", "file/here", "--json", "."],
+            "2 problems\n.*file is no folder; cho",
+        ),
+        (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
+        (["bad.txt", "--option", "seed=-1"], "seed must be"),
         (["digits_lt", "--root", "photos"], "needs no root"),
     ],
 )
 def test_mistakes_are_told(photos, capsys, arguments, message):
+    (photos.parent / "bad" / "empty").mkdir(parents=True)
+    shutil.copytree(photos / "cat", photos.parent / "bad" / "cat")
+    (photos.parent / "bad.txt").write_text("gone.jpg 0\n")
+    for name in ("x.parquet", "file"):
+        (photos.parent / name).touch()
     error = inspect(capsys, *arguments, status=2)
     assert error.startswith("error: ")
     assert re.search(message, error), error

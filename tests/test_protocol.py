@@ -6,6 +6,7 @@ import pytest
 
 import train_lt
 from timm_lt.checkpoint import read_checkpoint
+from timm_lt.cli import main
 from timm_lt.data import create_dataset, create_splits, register_dataset
 from timm_lt.data.sources import DATASETS, SELECTED_ON_TEST
 from timm_lt.recipe import Recipe
@@ -73,6 +74,8 @@ def test_a_run_says_it_everywhere(digits_of_a_paper, tmp_path, capsys):
     validated = [record["val"]["all"] for record in json.loads(history.read_text())["epochs"]]
     assert max(validated) == pytest.approx(metrics["heads"]["linear"]["all"], abs=1e-6)
     assert read_checkpoint(folder).protocol == "paper"
+    assert main(["list", str(folder)]) == 0
+    assert NOTE in " ".join(capsys.readouterr().out.split())
     card = " ".join((folder / "README.md").read_text().split())
     assert card.count(NOTE) == 1
     assert "for overall accuracy on test" in card

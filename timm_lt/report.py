@@ -137,8 +137,10 @@ def head_table(info: CheckpointInfo) -> Table:
         info: What the checkpoint says of itself.
     """
     counts, rule = info.class_counts, info.shot_rule
-    legend = _shot_legend(torch.tensor(counts), rule) if counts and rule else None
-    table = _new_table(f"{one_line(info.architecture)}, {info.num_classes} classes", legend)
+    legend = [_shot_legend(torch.tensor(counts), rule)] if counts and rule else []
+    legend += [TEST_SELECTION] if info.protocol == "paper" else []
+    title = f"{one_line(info.architecture)}, {info.num_classes} classes"
+    table = _new_table(title, "\n".join(legend) or None)
     table.add_column("head", no_wrap=True)
     for name in ("many", "medium", "few", "all"):
         style = "bold" if name == "all" else ""

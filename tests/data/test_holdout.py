@@ -63,6 +63,7 @@ def test_with_keys_an_added_image_moves_one_other_at_most_and_rows_do_not_matter
     ("labels", "fraction", "message"),
     [
         ([0, 0, 1, 2, 2, 3], 0.2, "2 of 4 classes have one training image.*: 1, 3; give a val"),
+        ([0, 0, 10**18], 0.2, "1 of 2 classes have one training image.*: 1000000000000000000;"),
         ([0, 0], 0.0, r"fraction must be a number in \(0, 1\)"),
         ([0, 0], 1.0, r"fraction must be a number in \(0, 1\)"),
         ([], 0.2, "must not be empty"),

@@ -262,7 +262,7 @@ def test_a_test_split_is_dealt_out_of_each_class(local):
 
 
 def test_a_class_of_one_image_cannot_be_dealt_out(local):
-    with pytest.raises(UsageError, match="held out for test: 2; give a test split"):
+    with pytest.raises(UsageError, match=r"held out for test: 2 \(tulip\); give a test"):
         local({"train.parquet": table([0, 0, 1, 1, 2])})
 
 
@@ -372,11 +372,18 @@ def test_integers_have_no_names(local):
         ([0, -2, 1], "negative labels: -2"),
         (["Cat", "dog", "cat "], "1 classes .* written in several ways: 'Cat' and 'cat '"),
         (["a", None], "split 'train' has 1 of 2 rows without label: 1"),
+        (["a", "", " "], "split 'train' has 2 of 3 rows without label: 1, 2"),
     ],
 )
 def test_labels_that_are_none_are_refused(local, labels, message):
     rows = table(labels, None)
     with pytest.raises(UsageError, match=message):
+        local({"train.parquet": rows, "test.parquet": rows})
+
+
+def test_labels_beyond_an_int64_are_refused(local):
+    rows = pa.table({"img": [png(0)] * 2, "label": pa.array([0, 2**64 - 1], pa.uint64())})
+    with pytest.raises(UsageError, match=r"must be 0 to C - 1, got 18446744073709551615$"):
         local({"train.parquet": rows, "test.parquet": rows})
 
 
@@ -417,20 +424,33 @@ def test_missing_and_empty_images_are_found_before_training_all_together(local):
     good = {"bytes": png(1), "path": None}
     none, empty = {"bytes": None, "path": None}, {"bytes": b"", "path": None}
     lost = {"bytes": None, "path": "/not/there.png"}
+    no_image = "it is no image, or of no format that Pillow reads"
+    text = {"bytes": b"no image", "path": None}
     files = {
         "train.parquet": rows(good, none, None, good, empty, good),
-        "test.parquet": rows(good, lost),
+        "test.parquet": rows(good, lost, text, good),
     }
     with pytest.raises(UsageError) as caught:
         local(files)
     assert [problem.partition(";")[0] for problem in caught.value.problems] == [
-        "split 'test' has 1 of 2 rows without the image file: 1",
+        "split 'test' has 1 of 4 rows without the image file: 1",
         "split 'train' has 2 of 6 rows without image: 1, 2",
         "split 'train' has 1 of 6 rows without bytes in their image: 4",
+        "'test' split: image 2 cannot be decoded: " + no_image,
     ]
     found = local(files, incomplete="drop")
-    assert [len(found[split]) for split in ("train", "test")] == [3, 1]
+    assert [len(found[split]) for split in ("train", "test")] == [3, 3]
     assert found["train"]["label"][:] == [0, 1, 1]
+
+
+def test_a_split_that_test_is_a_part_of_is_looked_at_once(local):
+    rows = pa.table({"image": [png(i) for i in range(6)], "label": [0, None, 0, 0, 0, 0]})
+    with pytest.raises(UsageError) as caught:
+        local({"train.parquet": rows})
+    assert len(caught.value.problems) == 1
+    found = local({}, incomplete="drop")
+    shown = [value for rows in found.values() for value, *_ in values(rows)]
+    assert sorted(shown) == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -456,6 +476,11 @@ def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
     for content in (b"", b"PAR1 and no more"):
         with pytest.raises(UsageError, match=r"train\.parquet is damaged, or no parquet file"):
             local({"train.parquet": content})
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    (tmp_path / "saved" / "state.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"saved' cannot be read as what save_to_disk wrote: "):
+        find_splits("hub", root=tmp_path / "saved")
     (tmp_path / "train.csv").write_text("image,label\n")
     with pytest.raises(UsageError, match=r"train\.csv' is no parquet or arrow file"):
         find_splits("hub", root=tmp_path / "train.csv")
@@ -541,6 +566,22 @@ def test_a_hub_that_is_out_of_reach_is_said_so(hub, no_waiting):
 def test_a_stream_is_refused_with_the_reason(take):
     with pytest.raises(UsageError, match="is a stream: it has no length, no class counts and no"):
         take(table([0, 1]).to_iterable_dataset())
+
+
+@pytest.mark.parametrize("names", [["birds"], ["birds-00000-of-00002", "birds-00001-of-00002"]])
+def test_without_a_split_in_any_name_all_files_are_train(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.parquet").touch()
+    found = find_tables(tmp_path)
+    assert {split: [file.stem for file in files] for split, files in found.items()} == {
+        "train": names
+    }
+
+
+def test_a_root_may_be_in_the_home(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local({"train.parquet": table([0, 0, 1, 1, 2, 2])})
+    assert len(find_splits("hub", root="~/root")["train"]) == 3
 
 
 def test_tables_are_split_by_folder_or_file_name(tmp_path):

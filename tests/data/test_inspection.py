@@ -56,6 +56,16 @@ def test_counts_and_imbalance(three_splits):
     }
 
 
+@pytest.mark.parametrize("large", [3_000_000, 2**63 - 1])
+def test_labels_far_apart_are_counted_by_name(large):
+    train = split_of([png(n) for n in range(6)], [0] * 6)
+    train = train.remove_columns("label").add_column("label", [0, 0, 7, 7, large, large])
+    found = inspect_splits({"train": train, "test": train})
+    assert found.label_names == ["0", "7", str(large)]
+    assert found.class_counts == {"train": [2, 2, 2], "test": [2, 2, 2]}
+    assert any(f"of {large + 1} classes have no image" in problem for problem in found.problems)
+
+
 def test_what_is_damaged_and_how_large_the_others_are(three_splits):
     seen = []
     found = inspect_splits(three_splits, on_image=lambda: seen.append(1))

@@ -117,6 +117,8 @@ def test_words_as_labels_mean_the_same_in_every_list(root):
     ]
     (problem,) = problems_of(root, test=test)
     assert "it has class names and the train list has numbers; give their order" in problem
+    (problem,) = problems_of(root, train=train, test="test.txt")
+    assert "it has numbers and the train list has class names; give their order" in problem
 
 
 def test_everything_wrong_is_found_together(root):
@@ -153,6 +155,14 @@ def test_images_on_several_lines_are_no_images_for_two_splits(root):
     ]
 
 
+def test_damaged_files_are_reported_with_what_else_is_wrong(root):
+    (root / "all photos/ant/train 0.png").write_bytes(b"no image")
+    (root / "all photos/cat/train 1.png").unlink()
+    missing, damaged = problems_of(root, val="val.txt", test="test.txt")
+    assert missing.startswith("train list: 1 of 13 files are not there: ")
+    assert damaged.startswith(f"train split: image 0 ({root}/all photos/ant/train 0.png) cannot")
+
+
 def test_a_missing_root_and_missing_lists(root):
     found = problems_of(root / "none", train=root / "train.txt", val="v.txt", test=root / "t.txt")
     assert found == [
@@ -186,7 +196,16 @@ def test_a_wrong_root_is_named_where_no_file_is_there(root):
             "1 of 2 classes have fewer than 2 images, one for each split: 1",
         ),
         ([0, 1], {"val": [0], "test": [0]}, "val list: 1 of 2 classes have no image: 1"),
-        ([0, 1], {"val": [0, 1], "test": [2]}, "train list: 1 of 3 classes have no image: 2"),
+        (
+            [0, 1],
+            {"val": [0, 1], "test": [2]},
+            "^.*test list: label 2 is beyond the 2 classes of the tr",
+        ),
+        (
+            [0, 1],
+            {"val": [0, 1, 9**17], "test": [0]},
+            "val list: label 16677181699666569 is beyond",
+        ),
         ([0, 2], {"val": [0, 2], "test": [2], "label_names": "abc"}, "1 of 3 .*: 1 \\(b\\)"),
         ([0, 1], {"val": [0, 1], "test": [2], "label_names": "ab"}, "label 2 is beyond the 2"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": "aA"}, "1 class names .*'a' and 'A'"),
@@ -202,7 +221,7 @@ def test_classes_that_cannot_be_trained(tmp_path, train, options, problem):
             options[split] = "names.txt"
             continue
         for row in range(len(labels)):
-            (tmp_path / f"{split}{row}.png").touch()
+            Image.new("L", (1, 1)).save(tmp_path / f"{split}{row}.png")
         lines = [f"{split}{row}.png {label}\n" for row, label in enumerate(labels)]
         (tmp_path / f"{split}.txt").write_text("".join(lines))
         options = options | {split: f"{split}.txt"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import timm_lt
 from timm_lt.data import read_image_list
-from timm_lt.data.lists import Paths, text
+from timm_lt.data.lists import Paths, reader, text
 from timm_lt.registry import UsageError
 
 LINES = [("a/1.jpg", 0), ("my photos/é 2.jpg", 12), ("b", 123456), ("3 4/5", 99999), ("c.jpg", 7)]
@@ -137,6 +137,27 @@ def test_annotations_with_paths(tmp_path, key):
     assert read(tmp_path, json.dumps(entries), "l.txt") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
 
 
+def test_the_largest_label_is_one(tmp_path):
+    entries = [{"path": "a.jpg", "category_id": 2**63 - 1}]
+    assert read(tmp_path, json.dumps(entries), "l.json") == [("a.jpg", 2**63 - 1)]
+
+
+@pytest.mark.parametrize("start", ["{x}.jpg", "[1].jpg", "{ 7/a b"])
+def test_a_path_may_start_like_json(tmp_path, start):
+    expected = [(start, 0), ("b.jpg", 13)]
+    for end in ("\n", "\r\n"):
+        assert read(tmp_path, f"\ufeff{start} 0{end}b.jpg\t13") == expected
+    assert read(tmp_path, f"{start} 7") == [(start, 7)]
+    assert read(tmp_path, f"{start},0\nb.jpg,13", "l.csv") == expected
+
+
+def test_a_long_line_of_json_is_json_wherever_it_is_cut(tmp_path, monkeypatch):
+    entries = [{"path": "a.jpg", "label": 1234}]
+    for length in range(2, 40):
+        monkeypatch.setattr(reader, "START", length)
+        assert read(tmp_path, json.dumps(entries)) == [("a.jpg", 1234)]
+
+
 def coco(**changed):
     return {
         "images": [{"id": 7, "file_name": "x.jpg"}, {"id": 5, "file_name": "y.jpg"}],
@@ -235,6 +256,10 @@ JSON_FAULTS = {
     "text": (entry(category_id="3"), r"annotations\[1\] has category_id '3', not an integer"),
     "negative": (entry(category_id=-3), r"annotations\[1\] \(b\) has category_id -3.*negative"),
     "beyond": (entry(category_id=4) | {"num_classes": 4}, "category_id 4, but num_classes is 4"),
+    "labels": (entry(category_id=10**22), r"category_id 10{22}, not an integer of at most 64 b"),
+    "long": (f"[{'7' * 5000}]", "a number that cannot be read: Exceeds the limit"),
+    "deep": ("[" * 100_000, "has lists in lists too deep"),
+    "half": (entry(path="\ud800", category_id=0), r"\[1\] has path '\\ud800', not a text in Uni"),
     "count": (entry(category_id=4) | {"num_classes": 0}, "num_classes is 0, not an integer"),
     "none": ({"annotations": []}, "is empty"),
     "list": ({"annotations": [3]}, "'annotations' must be a list of objects"),

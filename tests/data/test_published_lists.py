@@ -1,5 +1,6 @@
 """Data sets of published lists: each layout of lists and images, and every wrong download."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from timm_lt.data import check_image_list, create_splits
 from timm_lt.data.lists import ImageList, Paths
@@ -176,12 +178,21 @@ FILES = {
 }
 
 
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+PIXEL = encoded(Image.new("L", (1, 1)))
+
+
 def put(root, name, disk, folder=""):
     """Makes the images."""
     for image in images(name):
         path = root / folder / LAYOUTS[name](disk, *image)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_bytes(PIXEL)
 
 
 def write_lists(root, name, layout, change=lambda path, label: (path, label)):
@@ -375,7 +386,9 @@ def test_some_missing_images_are_counted(tmp_path):
     write_lists(tmp_path, "places_lt", "v1")
     for row in (0, 3):
         (tmp_path / f"data_256/a/airfield/train{row}.jpg").unlink()
-    (problem,) = problems_of("places_lt", tmp_path)
+    (tmp_path / "data_256/a/airfield/train1.jpg").write_bytes(b"")
+    problem, damaged = problems_of("places_lt", tmp_path)
+    assert "data_256/a/airfield/train1.jpg) cannot be decoded: 0 bytes" in damaged
     first, second = (f"{tmp_path}/data_256/a/airfield/train{row}.jpg" for row in (0, 3))
     assert problem == f"train list: 2 of 10 files are not there: {first}, {second}"
 

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from timm_lt.data.images import decode_images
 from timm_lt.data.reading import shown_path
@@ -110,7 +110,7 @@ def test_all_images_that_cannot_be_decoded_are_named(tmp_path):
     with pytest.raises(UsageError) as caught:
         decode_images(dataset)
     no_image = "it is no image, or of no format that Pillow reads"
-    reasons = [no_image, no_image, "No such file or directory"]
+    reasons = ["0 bytes", no_image, "No such file or directory"]
     shown = ", ".join(f"image {n} ({paths[n]}): {reason}" for n, reason in enumerate(reasons))
     assert str(caught.value).startswith(f"8 of 9 images cannot be decoded: {shown}, image 4 (")
     assert "Is a directory, image 5" in str(caught.value)
@@ -122,6 +122,37 @@ def test_all_images_that_cannot_be_decoded_are_named(tmp_path):
     assert missing == [0, 1, 2, 4, 5, 6, 7, 8]
     with pytest.raises(UsageError, match="none of the 2 images can be read"):
         decode_images(dataset.select([0, 2]), missing=[])
+
+
+@pytest.mark.filterwarnings("ignore:.*orrupt EXIF data")
+def test_odd_exif_data_turn_no_image_and_stop_nothing(tmp_path):
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    # Orientation 6 with a text where a number should be; 6 alone; data that are cut off.
+    entry = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    odd = struct.pack("<HHII", 0x011A, 3, 1, 70000) + struct.pack("<HHI4s", 0x0213, 7, 4, b"ab\0c")
+    for path, count, entries in zip(paths, (3, 1, 9), (entry + odd, entry, b""), strict=True):
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", count) + entries + bytes(4)
+        Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(paths[0]) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    for path, expected in zip(paths, (np.rot90(pixels, -1),) * 2 + (pixels,), strict=True):
+        dataset = dataset_from_files([path], np.zeros(1, np.int64), ["a"])
+        assert (decode_images(dataset)[0].permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, struct.error, KeyError, MemoryError])
+def test_whatever_pillow_raises_is_damage_but_for_want_of_memory(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (2, 2)).save(path)
+    dataset = dataset_from_files([str(path)], np.zeros(1, np.int64), ["a"])
+
+    def load(image):
+        raise kind("Failed to decode image")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError if kind is MemoryError else UsageError, match="Failed to dec"):
+        decode_images(dataset)
 
 
 def test_paths_are_shown_on_one_line():

@@ -81,6 +81,16 @@ def test_a_class_without_image_is_named_by_number_where_it_has_no_name():
         Splits.from_datasets(three(named=False, val=[0, 1]))
 
 
+def test_a_label_that_is_far_too_large_is_told_without_counting_up_to_it():
+    datasets = three(named=False, train=[0, 0, 1, 1, 2 * 10**18, 2 * 10**18])
+    message = r"^train split: 1999999999999999998 of 2000000000000000001 .*: 2, 3, 4, 5, 6, \.\.\.$"
+    with pytest.raises(UsageError, match=message):
+        Splits.from_datasets(datasets)
+    del datasets["val"]
+    with pytest.raises(UsageError, match=message):
+        Splits.from_datasets(datasets)
+
+
 def test_only_the_first_missing_classes_are_named():
     names = [f"c{i}" for i in range(9)]
     datasets = {split: dataset_of(range(9), names) for split in ("train", "val", "test")}

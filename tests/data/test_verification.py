@@ -7,14 +7,16 @@ import threading
 import datasets
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 from timm_lt.accelerator import create_accelerator
 from timm_lt.data import verification
+from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.reading import DAMAGE
 from timm_lt.data.sources import dataset_from_files
-from timm_lt.data.verification import find_damaged, reason_of_file, verify_images
+from timm_lt.data.verification import find_damaged, reason_of_file
 from timm_lt.registry import UsageError
 
 # Pillow says so of a directory that is cut off, and of a format that it will drop.
@@ -128,6 +130,26 @@ def test_the_end_of_a_preview_is_not_that_of_the_image():
     assert found([whole, whole[:-300]]) == [1]
 
 
+@pytest.mark.parametrize("form", sorted(set(CHECKED) - {"WEBP"}))
+def test_images_of_too_many_pixels_are_found(form, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 40 // 2 - 1)
+    assert found([encoded(form), encoded(form, noise(size=(8, 6)))]) == [0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xd8\xff\xd9",
+        b"\x89PNG\r\n\x1a\n" + verification.END_OF_PNG,
+        b"GIF89a\0;",
+        b"BM" + (60).to_bytes(4, "little") + bytes(54),
+    ],
+    ids=["JPEG", "PNG", "GIF", "BMP"],
+)
+def test_two_ends_make_no_image(content):
+    assert found([content]) == [0]
+
+
 def test_files_are_opened_once_and_read_at_both_ends(tmp_path, monkeypatch):
     contents = [encoded("JPEG", noise(size=(400, 300), seed=seed)) for seed in range(3)]
     contents[1] += bytes(100)
@@ -205,6 +227,24 @@ def test_all_splits_are_reported_together(accelerator, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "7 of 8 train images cannot be read",
         "1 of 2 test images cannot be read",
+    ]
+
+
+def test_a_class_without_a_readable_image_is_named():
+    labels = {
+        "train": torch.tensor([0, 0, 1, 1, 2]),
+        "val": torch.tensor([0, 1, 1]),
+        "test": torch.tensor([0, 1]),
+    }
+    check_classes_left(labels, {"train": [0, 2], "val": [1], "test": [1]}, None)
+    with pytest.raises(UsageError) as caught:
+        check_classes_left(
+            labels, {"train": [0, 1, 4], "val": [0], "test": [0, 1]}, ["a", "b", "c"]
+        )
+    assert [problem.partition(";")[0] for problem in caught.value.problems] == [
+        "train split: 2 classes have no image that can be read: 0 (a), 2 (c)",
+        "val split: 1 classes have no image that can be read: 0 (a)",
+        "test split: none of the 2 images can be read",
     ]
 
 

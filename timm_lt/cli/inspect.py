@@ -14,14 +14,23 @@ from rich.console import Console
 from timm_lt.cli.common import Commands, parse_options
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.console import advance, progress
+from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.folder.source import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
+from timm_lt.data.lists.checks import absolute_root, located
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
 from timm_lt.files import write_atomic, write_json
 from timm_lt.longtail import ShotRule, shot_groups
 from timm_lt.plots import save_count_plot
-from timm_lt.registry import UsageError, check_options, unknown_name
+from timm_lt.registry import (
+    Problems,
+    UsageError,
+    check_integer,
+    check_number,
+    check_options,
+    unknown_name,
+)
 from timm_lt.report import group_word
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 
 TABLE, PLOT = "classes.csv", "classes.png"
 FOLDER, LIST = "folder", "list"
+TABLES = ("parquet", "arrow")
 
 
 def add_parser(commands: Commands) -> None:
@@ -68,7 +78,10 @@ def add_parser(commands: Commands) -> None:
 def inspect_data(arguments: argparse.Namespace) -> None:
     """Inspects a data set, prints what it finds, and writes table, plot and JSON."""
     options = parse_options(arguments.option, "min_images=5")
+    _check_places(arguments.output, arguments.json)
     name, datasets, problems = find_data(arguments.data, arguments.root, options, arguments.output)
+    output = arguments.output or default_output(name)
+    _check_places(output, None)
     total = None if arguments.quick else sum(map(len, datasets.values()))
     with progress(f"looking at {name}", total, unit="images") as bar:
         found = inspect_splits(
@@ -79,12 +92,23 @@ def inspect_data(arguments: argparse.Namespace) -> None:
             problems=problems,
             on_image=lambda: advance(bar),
         )
-    output = arguments.output or default_output(name)
     written = write_files(output, found)
     if arguments.json is not None:
         write_json(arguments.json, found.to_dict())
         written.append(arguments.json)
     print_report(Console(), found, written)
+
+
+def _check_places(output: Path | None, figures: Path | None) -> None:
+    """Checks, before anything is looked at, that what is found can be written."""
+    problems = Problems()
+    for option, path in (("--output", output), ("--json", figures and figures.parent)):
+        for place in [] if path is None else [path, *path.parents]:
+            if place.exists() and not place.is_dir():
+                problems.add(f"{option}: {place} is no folder; choose another")
+    if figures is not None and figures.is_dir():
+        problems.add(f"--json: {figures} is a folder, not a file to write")
+    problems.check()
 
 
 def find_data(
@@ -103,6 +127,9 @@ def find_data(
     if data == FOLDER and root is not None:
         path, root = Path(root).expanduser(), None
     elif data in DATASETS and not (data == FOLDER and path.is_dir()):
+        if data == LIST and root is not None and isinstance(options.get("train"), str):
+            train = located(options.pop("train"), absolute_root(root))
+            return data, *_list(train, root, options)
         return data, find_splits(data, root=root, **options), []
     if path.is_dir() or data == FOLDER:
         if root is not None:
@@ -111,6 +138,7 @@ def find_data(
         check_output(output or default_output(name), path)
         return name, *_folder(path, options)
     if path.is_file():
+        _check_is_list(path)
         return path.stem, *_list(path, root, options)
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
 
@@ -134,9 +162,27 @@ def check_output(output: Path, root: Path) -> None:
         )
 
 
+def _check_is_list(path: Path) -> None:
+    """Refuses files that are known by their endings to be no list of images."""
+    kind = suffix(path.name)
+    if kind in TABLES:
+        raise UsageError(f"{path} is a table, no list: timm-lt inspect hub --root {path}")
+    if kind in IMAGE_SUFFIXES:
+        raise UsageError(
+            f"{path} is an image: give the folder that has a directory for each class, or a list"
+        )
+
+
+def _check_part(options: dict[str, Any]) -> None:
+    """Checks the options of what is held out: data that are looked at anyway do not need them."""
+    check_number("test_fraction", options.get("test_fraction", 0.2), "(0, 1)")
+    check_integer("seed", options.get("seed", 0), minimum=0)
+
+
 def _folder(path: Path, options: dict[str, Any]) -> "tuple[Mapping[str, Dataset], list[str]]":
     """Returns the splits of a folder; of one that is no good for a run, whatever there is."""
     check_options(f"data set {FOLDER!r}", folder, {"root": path, **options})
+    _check_part(options)
     try:
         return find_splits(FOLDER, root=path, **options), []
     except UsageError:
@@ -157,12 +203,11 @@ def _list(
 ) -> "tuple[Mapping[str, Dataset], list[str]]":
     """Returns the splits of a list of training images; of a bad one, whatever there is."""
     start = Path(root).expanduser() if root is not None else path.parent
+    check_options(f"data set {LIST!r}", DATASETS[LIST], {"root": start, "train": path} | options)
+    _check_part(options)
     try:
         return find_splits(LIST, root=start, train=path.resolve(), **options), []
     except UsageError as error:
-        check_options(
-            f"data set {LIST!r}", DATASETS[LIST], {"root": start, "train": path} | options
-        )
         found = read_image_list(path)
         files = [str(start.absolute() / file) for file in found.paths]
         return {"train": dataset_from_files(files, found.labels, found.names)}, error.problems

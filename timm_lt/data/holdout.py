@@ -19,6 +19,7 @@ def hold_out(
     seed: int = 0,
     keys: Sequence[str | bytes] | None = None,
     purpose: Literal["validation", "test"] = "validation",
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Deals the images of each class out to training and to validation or test.
 
@@ -37,6 +38,7 @@ def hold_out(
             hangs on them and not on the rows: another image in a class moves about one other, and
             none of another class. None takes the rows.
         purpose: What the images are held out for, for messages.
+        names: Class names, (C,), for messages.
 
     Shape:
         labels (N,); two index tensors, ascending, that together are all images.
@@ -47,13 +49,16 @@ def hold_out(
     """
     check_number("fraction", fraction, "(0, 1)")
     check_integer("seed", seed, minimum=0)
-    values = check_labels(labels)
-    counts = torch.bincount(values)
-    single = (counts == 1).nonzero().flatten().tolist()
+    # Places among the labels that occur: a wrong label may be too large to count up to.
+    present, values, counts = check_labels(labels).unique(return_inverse=True, return_counts=True)
+    single = present[counts == 1].tolist()
     if single:
+        shown = shown_names(
+            [f"{c} ({names[c]})" if names and c < len(names) else c for c in single]
+        )
         raise UsageError(
             f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
-            f"out for {purpose}: {shown_names(single)}; give a {purpose} split, or leave these "
+            f"out for {purpose}: {shown}; give a {purpose} split, or leave these "
             "classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)

@@ -1,7 +1,8 @@
 """A look at a data set before training: its classes, its files, and what is wrong with them."""
 
+import errno
 import hashlib
-import io
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,12 +11,19 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from timm_lt.data.duplicates import Duplicates, Twin, find_duplicates
 from timm_lt.data.images import label_names, label_tensor
-from timm_lt.data.reading import DAMAGE, damage_of, decode_image, is_remote, unreadable_images
+from timm_lt.data.reading import (
+    DAMAGE,
+    damage_of,
+    decode_image,
+    is_remote,
+    open_image,
+    pillow_errors,
+    unreadable_images,
+)
 from timm_lt.data.splits import Splits
 from timm_lt.data.verification import Damage, StoredFiles, find_damaged, in_threads
 from timm_lt.longtail import ShotRule, describe_shots, shot_groups
@@ -25,6 +33,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from datasets import Image as ImageColumn
 
+# Labels without an image that are counted as classes, next to those that occur.
+GAPS = 1000
+NOT_THERE = os.strerror(errno.ENOENT)
 # Images that a thread decodes in a row, and sizes that are listed.
 ROWS, SHOWN_SIZES = 32, 5
 
@@ -54,7 +65,8 @@ class Inspection:
 
     Attributes:
         name: What it is called.
-        class_counts: Images of each class, (C,), by split.
+        class_counts: Images of each class, (C,), by split. Of labels with more than 1,000 gaps,
+            only those that occur are classes, and their names are the labels.
         label_names: Class names, (C,), if known.
         val_source: Where validation comes from, ``"val"`` or ``"train"``; None if there is none.
         shot_rule: The rule of the shot groups.
@@ -153,14 +165,16 @@ def inspect_splits(
         with Problems().collected():
             labels[split] = label_tensor(dataset)
     datasets = {split: datasets[split] for split in ("train", "val", "test") if split in labels}
-    counts = _class_counts(labels, names)
+    names, counted = _few_gaps(names, labels)
+    counts = _class_counts(counted, names)
     found = _look_quickly(datasets) if quick else _look(datasets, labels, on_image)
+    # Files that are not there are among the known problems, with better advice.
+    known = {NOT_THERE} if problems else set()
     for split, damaged in found["unreadable"].items():
-        if damaged:
+        reasons = {one.name: one.reason for one in damaged if one.reason not in known}
+        if reasons:
             with wrong.collected(f"{split} split: "):
-                raise unreadable_images(
-                    {one.name: one.reason for one in damaged}, len(datasets[split])
-                )
+                raise unreadable_images(reasons, len(datasets[split]))
     return Inspection(
         name,
         {split: counts[split].tolist() for split in datasets},
@@ -172,6 +186,20 @@ def inspect_splits(
         **_imbalance(counts.get("train"), shot_rule),
         **found,
     )
+
+
+def _few_gaps(
+    names: list[str] | None, labels: Mapping[str, Tensor]
+) -> tuple[list[str] | None, Mapping[str, Tensor]]:
+    """Numbers the labels that occur, if there are far larger ones: named by what they were."""
+    if not labels:
+        return names, labels
+    present = torch.cat(list(labels.values())).unique()
+    known = names or []
+    if int(present[-1]) < len(present) + len(known) + GAPS:
+        return names, labels
+    named = [known[c] if c < len(known) else str(c) for c in present.tolist()]
+    return named, {split: torch.searchsorted(present, of) for split, of in labels.items()}
 
 
 def _class_counts(labels: Mapping[str, Tensor], names: list[str] | None) -> dict[str, Tensor]:
@@ -261,9 +289,7 @@ def _seen(files: StoredFiles, column: "ImageColumn", compared: list[bool]) -> Ca
                 content = Path(path).read_bytes()
             if compared[number]:
                 digest = hashlib.sha256(content).digest()
-            if not content:
-                return Seen(reason="0 bytes")
-            with Image.open(io.BytesIO(content)) as image:
+            with pillow_errors(), open_image(content) as image:
                 kind = (image.format or "", image.mode)
             decoded = decode_image({"bytes": content, "path": None}, column)
         except DAMAGE as error:

@@ -2,15 +2,19 @@
 
 import io
 import re
+import struct
 import traceback
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from timm_lt.registry import UsageError, shown_names
@@ -21,6 +25,27 @@ Unreadable = Literal["raise", "skip"]
 UNREADABLE = -1
 # What Pillow raises for files that are damaged, or no images.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+# What its decoders raise besides: of AVIF a RuntimeError, of odd headers any of the others.
+ODD_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+EMPTY = "0 bytes"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
@@ -75,12 +100,49 @@ def decode_image(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> 
     if content is None and (path is None or is_remote(path)):
         return to_rgb(column.decode_example(encoded))
     # Pillow would leave files of several frames, and damaged ones, open.
-    with Image.open(path if content is None else io.BytesIO(content)) as image:
+    with pillow_errors(), open_image(path if content is None else content) as image:
         # In less time than column.decode_example.
-        ImageOps.exif_transpose(image, in_place=True)
-        if column.mode in (None, "RGB", image.mode):
-            return to_rgb(image)
-        return to_rgb(image.convert(column.mode))
+        turned = turned_upright(image)
+        if column.mode in (None, "RGB", turned.mode):
+            return to_rgb(turned)
+        return to_rgb(turned.convert(column.mode))
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Turns whatever Pillow raises for an image that is damaged into one of ``DAMAGE``."""
+    try:
+        yield
+    except ODD_DAMAGE as error:
+        # Torch reports that in the middle of whatever goes on.
+        if is_worker_death(error):
+            raise
+        raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from error
+
+
+def open_image(source: str | bytes) -> Image.Image:
+    """Opens an image, of a path or of bytes; that a file is empty is said so."""
+    try:
+        return Image.open(source if isinstance(source, str) else io.BytesIO(source))
+    except UnidentifiedImageError:
+        size = Path(source).stat().st_size if isinstance(source, str) else len(source)
+        if size == 0:
+            raise ValueError(EMPTY) from None
+        raise
+
+
+def turned_upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF data say; as it is, if they cannot be read.
+
+    ``ImageOps.exif_transpose`` would also write all of them anew, and fail on what is odd in any.
+    """
+    image.load()
+    try:
+        with pillow_errors():
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -82,14 +82,19 @@ class Splits:
         problems.check()
         names = label_names(datasets["train"])
         num_classes = len(names) if names else int(labels["train"].max()) + 1
+        with problems.collected("train split: "):
+            _check_every_class(labels["train"], num_classes, names)
+        if names is None and num_classes > len(labels["train"]):
+            # A wrong label may be larger than can be counted up to.
+            problems.check()
         counts = {}
         for split, values in labels.items():
             with problems.collected(f"{split} split: "):
                 _check_same_names(label_names(datasets[split]), names)
                 counts[split] = class_counts(values, num_classes)
                 # A class without a test image has no accuracy; the report says so.
-                if split != "test":
-                    _check_every_class(counts[split], names)
+                if split == "val":
+                    _check_every_class(values, num_classes, names)
         problems.check()
         return cls(datasets, labels, counts["train"], names, val_source)
 
@@ -141,7 +146,8 @@ def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dat
     if len(whole) == 0:
         raise UsageError("the train split has no images")
     try:
-        train, val = hold_out(label_tensor(whole), fraction, keys=image_keys(whole))
+        labels, names = label_tensor(whole), label_names(whole)
+        train, val = hold_out(labels, fraction, keys=image_keys(whole), names=names)
     except UsageError as error:
         raise UsageError(f"train split: {error}") from error
     # Of an array, the fingerprint is that of its bytes; a list would be pickled number by number.
@@ -157,11 +163,17 @@ def _check_same_names(found: list[str] | None, expected: list[str] | None) -> No
         raise UsageError(f"label {label} is class {here!r}, in the train split it is {there!r}")
 
 
-def _check_every_class(counts: Tensor, names: list[str] | None) -> None:
-    empty = torch.nonzero(counts == 0).flatten().tolist()
-    if empty:
+def _check_every_class(labels: Tensor, num_classes: int, names: list[str] | None) -> None:
+    present = labels.unique()
+    present = present[present < num_classes]
+    if len(present) < num_classes:
+        # Among so many labels there are the first six gaps, however large a wrong label is.
+        first = torch.arange(min(num_classes, len(present) + 6))
+        empty = first[~torch.isin(first, present)].tolist()
         shown = shown_names([f"{c} ({names[c]})" if names else c for c in empty])
-        raise UsageError(f"{len(empty)} of {len(counts)} classes have no image: {shown}")
+        raise UsageError(
+            f"{num_classes - len(present)} of {num_classes} classes have no image: {shown}"
+        )
 
 
 def create_splits(

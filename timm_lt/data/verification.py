@@ -3,27 +3,24 @@
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 
-from timm_lt.console import log
 from timm_lt.data.reading import (
     DAMAGE,
-    Unreadable,
+    EMPTY,
     damage_of,
     encoded_images,
     image_name,
     is_remote,
-    unreadable_images,
+    pillow_errors,
 )
-from timm_lt.registry import Problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +28,8 @@ if TYPE_CHECKING:
 # Bytes that are read of the start and of the end of a file; and of the end of one with more after
 # its image, such as padding, or what a telephone adds.
 HEAD, TAIL, LONG_TAIL = 512, 2, 2**16
+# Files of fewer bytes are decoded: their two ends say little.
+SHORT = 256
 # Files that a thread looks at in a row; threads wait for the disk together.
 ROWS, THREADS = 500, 8
 # A pipe would wait for its writer.
@@ -39,6 +38,9 @@ OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY"
 END_OF_PNG = b"IEND\xaeB`\x82"
 JPEG, END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
 START_OF_SCAN = 0xDA
+STARTS_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# How width and height are stored, and where.
+SIZES = {b"\x89PNG": (">II", 16), b"GIF8": ("<HH", 6), b"BM": ("<ii", 18)}
 # The tags of where strips start and how long they are; and of tiles.
 TIFF_PARTS = ((273, 279), (324, 325))
 PNM_HEADER = re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d+)\s+(\d+)\s+(\d+)\s")
@@ -189,31 +191,62 @@ def reason_of_file(path: str) -> str | None:
                 size = os.lseek(descriptor, -TAIL, os.SEEK_END) + TAIL
                 tail = os.read(descriptor, TAIL)
             # Nearly every file.
-            if head.startswith(JPEG) and tail.endswith(END_OF_JPEG):
+            ends = head.startswith(JPEG) and tail.endswith(END_OF_JPEG)
+            if ends and size >= SHORT and not _has_too_many_pixels(head):
                 return None
             return reason_of(Opened(descriptor, size))
         finally:
             os.close(descriptor)
     except OSError as error:
         return error.strerror or str(error)
+    except ValueError as error:
+        # A name that no file can have.
+        return str(error)
 
 
 def reason_of(content: Content) -> str | None:
     """Returns why bytes cannot be read as an image; None if nothing speaks against it."""
     if content.size == 0:
-        return "0 bytes"
+        return EMPTY
     head = content.at(0, min(HEAD, content.size))
     is_whole = next((check for magic, check in CHECKS if magic.match(head)), None)
-    if is_whole is not None and is_whole(content, head):
+    sure = content.size >= SHORT and not _has_too_many_pixels(head)
+    if sure and is_whole is not None and is_whole(content, head):
         return None
     try:
-        with content.file() as file, Image.open(file) as image:
+        with pillow_errors(), content.file() as file, Image.open(file) as image:
             # Of formats with no check, the header has to do.
             if is_whole is not None:
                 image.load()
     except DAMAGE as error:
         return damage_of(error)
     return None
+
+
+def _has_too_many_pixels(head: bytes) -> bool:
+    """Tells whether Pillow refuses an image for its size, if the start of the file says it."""
+    width, height = _size_in(head)
+    limit = Image.MAX_IMAGE_PIXELS
+    return limit is not None and width * abs(height) > 2 * limit
+
+
+def _size_in(head: bytes) -> tuple[int, int]:
+    """Returns width and height of an image; 0, 0 if the start of the file does not say them."""
+    if head.startswith(JPEG):
+        place = 2
+        while place + 9 <= len(head) and head[place] == 0xFF:
+            if head[place + 1] in STARTS_OF_FRAME:
+                height, width = struct.unpack_from(">HH", head, place + 5)
+                return width, height
+            place += 2 + int.from_bytes(head[place + 2 : place + 4], "big")
+        return 0, 0
+    if header := PNM_HEADER.match(head):
+        return int(header[2]), int(header[3])
+    for magic, (form, place) in SIZES.items():
+        if head.startswith(magic) and len(head) >= place + struct.calcsize(form):
+            width, height = struct.unpack_from(form, head, place)
+            return width, height
+    return 0, 0
 
 
 def _is_whole_jpeg(content: Content, head: bytes) -> bool:
@@ -268,7 +301,7 @@ def _is_whole_pnm(content: Content, head: bytes) -> bool:
 def _is_whole_tiff(content: Content, head: bytes) -> bool:
     """Tells whether the strips or tiles of the first image end within the file."""
     try:
-        with content.file() as file, Image.open(file) as image:
+        with pillow_errors(), content.file() as file, Image.open(file) as image:
             tags = getattr(image, "tag_v2", {})
     except DAMAGE:
         return False
@@ -301,40 +334,3 @@ def in_threads(
     finally:
         # Nobody who interrupts this waits for the rest.
         threads.shutdown(cancel_futures=True)
-
-
-def verify_images(
-    datasets: "Mapping[str, Dataset]", accelerator: Accelerator, *, unreadable: Unreadable = "raise"
-) -> None:
-    """Looks for damaged images in all splits, of which each process takes its part.
-
-    Args:
-        datasets: The splits by name.
-        accelerator: Of the run.
-        unreadable: With ``"skip"``, how many were found is logged.
-
-    Raises:
-        UsageError: If an image cannot be read, unless such images are to be skipped; counts those
-            of every split and names the first five, each with the reason.
-    """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    ours = [
-        (split, damage)
-        for split, dataset in datasets.items()
-        for damage in find_damaged(dataset, first=rank, step=processes)
-    ]
-    found: Iterable[tuple[str, Damage]] = gather_object(ours)
-    by_split: dict[str, list[Damage]] = {}
-    for split, damage in sorted(found, key=lambda pair: pair[1].row):
-        by_split.setdefault(split, []).append(damage)
-    problems = Problems()
-    for split, dataset in datasets.items():
-        damaged = by_split.get(split, [])
-        if not damaged:
-            continue
-        if unreadable == "skip":
-            log.info("%d of %d %s images cannot be read", len(damaged), len(dataset), split)
-            continue
-        with problems.collected(f"{split} split: "):
-            raise unreadable_images({one.name: one.reason for one in damaged}, len(dataset))
-    problems.check()

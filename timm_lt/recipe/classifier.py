@@ -76,7 +76,7 @@ def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
         run.unreadable[split] = left_out
         # Of a split whose features were in the cache, no image was read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
-        if left_out:
+        if left_out and run.accelerator.is_main_process:
             shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             log.warning(
                 "%d of %d %s images cannot be read and were left out%s",

@@ -23,8 +23,8 @@ from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
+from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.data.verification import verify_images
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.model import create_model
@@ -142,7 +142,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        check_objective(recipe, splits)
+        problems = Problems()
+        with problems.collected():
+            check_objective(recipe, splits)
         sampler = create_sampler(
             recipe.sampler.name,
             splits.labels["train"],
@@ -150,12 +152,13 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             num_classes=splits.num_classes,
             **sampler_options(recipe),
         )
-        check_batch_size(
-            recipe.batch_size,
-            len(sampler),
-            accelerator.num_processes,
-            accelerator.gradient_accumulation_steps,
-        )
+        with problems.collected():
+            check_batch_size(
+                recipe.batch_size,
+                len(sampler),
+                accelerator.num_processes,
+                accelerator.gradient_accumulation_steps,
+            )
         loss = create_loss(
             recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
         )
@@ -170,9 +173,12 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         )
         model = create_network(recipe, splits.num_classes)
         check_trained(model, recipe.model.trained, recipe.model.bn)
-        images = create_images(recipe, splits, model, workers=options.workers)
-        if recipe.data.augmentation == TIMM and recipe.data.verify:
-            verify_images(splits.datasets, accelerator, unreadable=recipe.data.unreadable)
+        images: dict[Split, Images] = {}
+        with problems.collected():
+            images = create_images(recipe, splits, model, workers=options.workers)
+        with problems.collected():
+            check_content(recipe, splits, images, accelerator)
+        problems.check()
         check_model(model, images["val"])
         plans = {
             head: plan_head_on_images(head, model, images["train"], accelerator, **given)
@@ -184,7 +190,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         log.info(
             "no validation split: %d of the training images are held out", len(splits.labels["val"])
         )
-    if splits.val_source == "test":
+    if splits.val_source == "test" and accelerator.is_main_process:
         log.warning("%s", TEST_SELECTION)
     lock = None
     if accelerator.is_main_process:
@@ -274,6 +280,20 @@ def create_images(
             )
     problems.check()
     return images
+
+
+def check_content(
+    recipe: Recipe, splits: Splits, images: Mapping[Split, Images], accelerator: Accelerator
+) -> None:
+    """Checks that images can be read; or, if some are left out, that others of each class can."""
+    data = recipe.data
+    if data.augmentation != TIMM:
+        unreadable = {str(split): found.unreadable_rows() for split, found in images.items()}
+    elif data.verify:
+        unreadable = verify_images(splits.datasets, accelerator, unreadable=data.unreadable)
+    else:
+        return
+    check_classes_left(splits.labels, unreadable, splits.label_names)
 
 
 def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:

@@ -8,9 +8,9 @@ from timm_lt.console import log
 from timm_lt.data.folder.directories import ImageFolder, read_folder
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, suffix
 from timm_lt.data.holdout import hold_out
-from timm_lt.data.reading import shown_path, unreadable_images
+from timm_lt.data.readable import note_damaged_files
+from timm_lt.data.reading import shown_path
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
-from timm_lt.data.verification import find_damaged
 from timm_lt.registry import (
     check_choice,
     check_integer,
@@ -64,13 +64,15 @@ def folder(
     check_integer("seed", seed, minimum=0)
     images = list_folder(root, min_images=min_images, other_files=other_files)
     if images.problems.found:
-        _check_content(images)
+        note_damaged_files(images.problems, {s: images.files(s)[0] for s in images.images})
     images.problems.check()
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
         paths, labels = files["train"]
         keys = [path.removeprefix(f"{images.root}/") for path in paths]
-        train, test = hold_out(labels, test_fraction, seed=seed, keys=keys, purpose="test")
+        train, test = hold_out(
+            labels, test_fraction, seed=seed, keys=keys, purpose="test", names=images.names
+        )
         files["train"] = [paths[row] for row in train.tolist()], labels[train.numpy()]
         files["test"] = [paths[row] for row in test.tolist()], labels[test.numpy()]
     return {
@@ -262,13 +264,3 @@ def _check_same_classes(images: ImageFolder) -> None:
                 f"classes of train without an image in val: {len(missing)} "
                 f"({images.shown(missing)})"
             )
-
-
-def _check_content(images: ImageFolder) -> None:
-    """Notes damaged images too, of a folder that has to be mended anyway."""
-    for split in images.images:
-        paths, labels = images.files(split)
-        damaged = find_damaged(dataset_from_files(paths, labels, None))
-        if damaged:
-            with images.problems.collected(f"{split} split: "):
-                raise unreadable_images({one.name: one.reason for one in damaged}, len(paths))

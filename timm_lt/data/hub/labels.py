@@ -50,7 +50,7 @@ def read_labels(
     values = {split: _column(table, column) for split, table in tables.items()}
     if kind == "texts":
         return _texts(values, column)
-    labels = {split: _integers(array) for split, array in values.items()}
+    labels = {split: _integers(array, column) for split, array in values.items()}
     _check_gaps(labels, column)
     return labels, None
 
@@ -60,8 +60,13 @@ def _column(table: "Dataset", column: str) -> pa.ChunkedArray:
     return rows.column(0)
 
 
-def _integers(values: pa.ChunkedArray) -> NDArray[np.int64]:
-    filled = values.cast(pa.int64()).fill_null(UNLABELLED)
+def _integers(values: pa.ChunkedArray, column: str) -> NDArray[np.int64]:
+    try:
+        filled = values.cast(pa.int64()).fill_null(UNLABELLED)
+    except pa.ArrowInvalid as error:
+        raise UsageError(
+            f"labels of column {column!r} must be 0 to C - 1, got {pc.max(values).as_py()}"
+        ) from error
     numbers: NDArray[np.int64] = filled.to_numpy()
     return numbers
 
@@ -73,7 +78,7 @@ def _named(
     problems = Problems()
     labels = {}
     for split, table in tables.items():
-        numbers = _integers(_column(table, column))
+        numbers = _integers(_column(table, column), column)
         own = list(table.features[column].names)
         if unknown := sorted(set(own) - set(names)):
             problems.add(
@@ -99,6 +104,7 @@ def _named(
 def _texts(
     values: dict[str, pa.ChunkedArray], column: str
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    values = {split: _without_empty(array) for split, array in values.items()}
     distinct: set[str] = set()
     for array in values.values():
         distinct.update(pc.unique(array).drop_null().to_pylist())
@@ -115,10 +121,16 @@ def _texts(
         )
     known = pa.array(names, pa.string())
     encoded: dict[str, Any] = {
-        split: pc.index_in(array.cast(pa.string()), value_set=known)
-        for split, array in values.items()
+        split: pc.index_in(array, value_set=known) for split, array in values.items()
     }
-    return {split: _integers(array) for split, array in encoded.items()}, names
+    return {split: _integers(array, column) for split, array in encoded.items()}, names
+
+
+def _without_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns texts with nulls in place of those that are empty, or blank."""
+    texts = texts.cast(pa.string())
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
+    return cast(pa.ChunkedArray, pc.if_else(blank, pa.scalar(None, pa.string()), texts))
 
 
 def _check_gaps(labels: dict[str, NDArray[np.int64]], column: str) -> None:

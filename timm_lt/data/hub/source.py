@@ -14,8 +14,10 @@ from timm_lt.data.hub.columns import find_image_column, find_label_column
 from timm_lt.data.hub.labels import UNLABELLED, read_labels
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
-from timm_lt.data.images import label_tensor
+from timm_lt.data.images import label_names, label_tensor
+from timm_lt.data.readable import note_damaged
 from timm_lt.data.sources import Split, register_dataset
+from timm_lt.data.verification import find_damaged
 from timm_lt.hub_errors import split_revision
 from timm_lt.registry import Problems, UsageError, check_choice, check_number, shown_names
 
@@ -77,8 +79,8 @@ def hub(
 
     Raises:
         UsageError: If the data set cannot be had, a split or column is not to be found or could be
-            several, a split lacks labels, an image is missing or empty, or labels are not those of
-            classes.
+            several, a split lacks labels, an image is missing or empty (then also those that are
+            damaged), or labels are not those of classes.
     """
     if streaming:
         raise UsageError(
@@ -101,13 +103,17 @@ def hub(
         columns = _find_columns(tables[names["train"]].features, image, label)
         found, labels = _labelled(tables, columns)
     problems.check()
-    for split in reversed(names):
-        name = names[split]
+    # A split that test is a part of, too, is looked at once: as that for training.
+    purposes = {name: split for split, name in reversed(names.items())}
+    for name, split in purposes.items():
         with problems.collected(f"split {name!r} "):
             found[name] = _complete(found[name], labels[name], split, list(labels), incomplete)
-    problems.check()
-    with problems.collected():
-        splits = _dealt(found, names, test_fraction)
+    splits: dict[Split, Dataset] = {}
+    if not problems.found:
+        with problems.collected():
+            splits = _dealt(found, names, test_fraction)
+    if problems.found:
+        _note_damaged(problems, found)
     problems.check()
     return splits
 
@@ -127,7 +133,7 @@ def _open(
     if root is not None:
         if revision is not None:
             raise UsageError("revision is of a data set on the Hub: leave it out with root")
-        return open_local(Path(root), config, cache_dir)
+        return open_local(Path(root).expanduser(), config, cache_dir)
     repo_id, own_revision = split_revision(str(repo))
     if own_revision and revision and own_revision != revision:
         raise UsageError(f"{repo!r} names a revision, and revision={revision!r} another")
@@ -225,6 +231,14 @@ def rows_without_image(table: "Dataset") -> dict[str, list[int]]:
     return found
 
 
+def _note_damaged(problems: Problems, found: "Mapping[str, Dataset]") -> None:
+    """Notes damaged images too, of a data set that has to be mended anyway."""
+    for name, table in found.items():
+        lacking = {row for rows in rows_without_image(table).values() for row in rows}
+        damaged = [one for one in find_damaged(table) if one.row not in lacking]
+        note_damaged(problems, repr(name), damaged, len(table))
+
+
 def _is_lost(path: str | None) -> bool:
     return path is not None and "://" not in path and not Path(path).is_file()
 
@@ -236,6 +250,8 @@ def _dealt(
     splits = {split: found[name] for split, name in names.items()}
     if names["test"] == names["train"]:
         whole = splits["train"]
-        kept, dealt = hold_out(label_tensor(whole), test_fraction, purpose="test")
+        kept, dealt = hold_out(
+            label_tensor(whole), test_fraction, purpose="test", names=label_names(whole)
+        )
         splits |= {"train": whole.select(kept), "test": whole.select(dealt)}
     return splits

@@ -143,7 +143,7 @@ def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
     if config is not None and config not in configs:
         raise unknown_name(f"config of {str(root)!r}:", config, list(configs))
     splits = configs[config] if config is not None else next(iter(configs.values()))
-    if not any(split.casefold() in SPLIT_FOLDERS for split in splits) and len(splits) > 1:
+    if not any(split.casefold() in SPLIT_FOLDERS for split in splits):
         return {"train": [file for parts in splits.values() for file in parts]}
     return dict(splits)
 
@@ -153,7 +153,7 @@ def _open_saved(root: Path) -> StoredTables:
 
     try:
         saved: Any = load_from_disk(str(root))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(
             f"root {str(root)!r} cannot be read as what save_to_disk wrote: {_line(error)}"
         ) from error

@@ -1,6 +1,7 @@
 """Lists as JSON: BBN's annotations, and those of COCO and iNaturalist."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from timm_lt.console import one_line
 from timm_lt.registry import UsageError, shown_names
 
 PATH_KEYS = ("fpath", "im_path", "image_path", "path", "file_name", "filename")
 LABEL_KEYS = ("category_id", "label", "target")
+SURROGATE = re.compile("[\ud800-\udfff]")
 Entry = Mapping[str, Any]
 
 
@@ -35,6 +38,12 @@ def read_annotations(path: Path) -> Annotations:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}, line {line}: no UTF-8 text: {error.reason}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} has lists in lists too deep to be read") from error
+    except ValueError as error:
+        # Of integers that are too long, the advice is to a programmer.
+        reason = str(error).partition(";")[0]
+        raise UsageError(f"{path} has a number that cannot be read: {reason}") from error
     if isinstance(content, list):
         content = {"annotations": content}
     if not isinstance(content, dict) or "annotations" not in content:
@@ -57,8 +66,9 @@ def _of_paths(path: Path, content: Entry) -> Annotations:
     num_classes = content.get("num_classes")
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise UsageError(f"{path}: num_classes is {num_classes!r}, not an integer of 1 or more")
-    limit = num_classes or np.iinfo(np.int64).max
-    bad = (labels < 0) | (labels >= limit)
+    bad = labels < 0
+    if num_classes is not None:
+        bad |= labels >= num_classes
     if bad.any():
         row = int(bad.argmax())
         raise UsageError(
@@ -143,12 +153,21 @@ def _values(path: Path, entries: list[Entry], key: str, where: str, kind: type) 
     """Returns a value of every entry."""
     values = [entry.get(key) for entry in entries]
     for row, value in enumerate(values):
-        if type(value) is not kind:
+        if not _fits(value, kind):
             raise UsageError(
-                f"{path}: {where}[{row}] has {key} {value!r}, not "
-                f"{'an integer' if kind is int else 'a text'}"
+                f"{path}: {where}[{row}] has {key} {one_line(repr(value))}, not "
+                f"{'an integer of at most 64 bits' if kind is int else 'a text in Unicode'}"
             )
     return values
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Tells whether a value is an integer of an int64, or a text of UTF-8: no lone surrogates."""
+    if type(value) is not kind:
+        return False
+    if isinstance(value, str):
+        return value.isascii() or not SURROGATE.search(value)
+    return isinstance(value, int) and value.bit_length() < 64
 
 
 def _ids(path: Path, entries: list[Entry], key: str, where: str) -> list[int]:

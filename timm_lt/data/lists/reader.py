@@ -1,5 +1,6 @@
 """One function that reads a list of images in any of the formats that are in use."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.table import header_columns, read_table
 from timm_lt.data.lists.text import BOM, read_text
 from timm_lt.registry import UsageError
+
+# Bytes of a file that tell its format, and the end of a line of a text list.
+START = 4096
+LABELLED = re.compile(rb"\S[ \t]+[0-9]+\s*$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +60,9 @@ def read_image_list(path: str | Path) -> ImageList:
       ``image``, ``filename``, ``file_name`` or ``filepath``, and ``label``, ``target``, ``class``
       or ``category``; others are left out. The first line may be missing if there are a path and a
       label only. Labels that are words become the sorted class names.
-    - JSON (``.json``, or text that starts like one) as BBN's: ``annotations`` with a path
-      (``fpath``, ``im_path``, ...) and a ``category_id``, and ``num_classes``.
+    - JSON (``.json``, or text that starts like one and whose first line does not end in a label)
+      as BBN's: ``annotations`` with a path (``fpath``, ``im_path``, ...) and a ``category_id``, and
+      ``num_classes``.
     - JSON as COCO's and iNaturalist's: ``images`` with ``id`` and ``file_name``, ``annotations``
       with ``image_id`` and ``category_id``, ``categories`` with ``id`` and ``name``. The categories
       become labels 0 to C - 1 in the order of their ids.
@@ -87,12 +93,17 @@ def read_image_list(path: str | Path) -> ImageList:
 
 def _read(path: Path) -> ImageList:
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
+        start = file.read(START)
+    is_whole = len(start) < START
+    line, end, _ = start.removeprefix(BOM).lstrip().partition(b"\n")
     ending = path.suffix.lower()
-    if ending == ".json" or start[:1] in (b"{", b"["):
+    # The path of a line with a label may start like JSON.
+    is_line = bool(end or is_whole) and LABELLED.search(line)
+    starts_as_json = line[:1] in (b"{", b"[") and not is_line and ending not in (".csv", ".tsv")
+    if ending == ".json" or starts_as_json:
         annotations = read_annotations(path)
         return ImageList(Paths(annotations.paths), *annotations[1:])
-    if ending in (".csv", ".tsv") or header_columns(start.split(b"\n")[0]):
+    if ending in (".csv", ".tsv") or header_columns(line):
         paths, labels, names = read_table(path, delimiter="\t" if ending == ".tsv" else ",")
         return ImageList(Paths(paths), labels, names)
     return ImageList(*read_text(path))

@@ -23,6 +23,7 @@ from timm_lt.data.lists.checks import (
 )
 from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.reader import ImageList, read_image_list
+from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.registry import Problems, UsageError, check_integer, check_number, shown_names
 
@@ -66,7 +67,8 @@ def listed(
     Raises:
         UsageError: For all that is wrong at once: a list or the root is missing, a list is at fault
             (its first fault is named), names files that are not there or one image on two lines,
-            two lists share images, a class has no image, or class names differ in case only.
+            two lists share images, a class has no image, or class names differ in case only; then
+            also images that are damaged.
     """
     check_number("test_fraction", test_fraction, "(0, 1)")
     check_integer("seed", seed, minimum=0)
@@ -95,6 +97,8 @@ def listed(
     if "train" in lists:
         names, labels = _numbered(problems, lists, names)
         _note_classes(problems, lists, labels, names, held_out=given)
+    if problems.found and is_there:
+        note_damaged_files(problems, files)
     problems.check()
     return _datasets(files, labels, names, root=folder, test_fraction=test_fraction, seed=seed)
 
@@ -128,12 +132,18 @@ def _numbered(
     labels: dict[Split, Labels] = {}
     for split, found in lists.items():
         if found.names is None:
+            if owner == "train" and names:
+                problems.add(
+                    f"{split} list: it has numbers and the train list has class names; give their "
+                    "order with label_names"
+                )
+                continue
             labels[split] = found.labels
             highest = int(found.labels.max())
             if names and highest >= len(names):
                 problems.add(
                     f"{split} list: label {highest} is beyond the {len(names)} class names of "
-                    f"{owner}"
+                    "label_names"
                 )
             continue
         if names is None:
@@ -167,8 +177,14 @@ def _note_classes(
         note_alike(problems, names)
     if "train" in labels:
         said = [found.num_classes or 0 for found in lists.values()]
-        highest = max(int(values.max()) for values in labels.values())
-        num_classes = len(names) if names else max(highest + 1, *said)
+        highest = {split: int(values.max()) for split, values in labels.items()}
+        num_classes = len(names) if names else max(highest["train"] + 1, *said)
+        for split, label in highest.items():
+            if label >= num_classes and not names:
+                problems.add(
+                    f"{split} list: label {label} is beyond the {num_classes:,} classes of the "
+                    "train list"
+                )
         missing = sum(path is None for path in held_out.values())
         note_gaps(problems, labels, num_classes, names, missing)
 
@@ -189,7 +205,9 @@ def _datasets(
     if "test" not in datasets:
         whole = datasets["train"]
         keys = image_keys(whole, root)
-        train, test = hold_out(labels["train"], test_fraction, seed=seed, keys=keys, purpose="test")
+        train, test = hold_out(
+            labels["train"], test_fraction, seed=seed, keys=keys, purpose="test", names=names
+        )
         datasets["train"] = whole.select(train.tolist())
         datasets["test"] = whole.select(test.tolist())
     return datasets

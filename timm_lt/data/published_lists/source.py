@@ -19,6 +19,7 @@ from timm_lt.data.lists.checks import (
 )
 from timm_lt.data.published_lists.check import note_differences
 from timm_lt.data.published_lists.facts import Published
+from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files
 from timm_lt.registry import Problems, UsageError
 
@@ -43,7 +44,8 @@ def published_splits(
 
     Raises:
         UsageError: For all that is wrong at once: a list is missing or is not the published one, or
-            the images are not there; says which download is meant, and what was found.
+            the images are not there; says which download is meant, and what was found. Then also
+            images that are damaged.
     """
     folder = absolute_root(root)
     problems = Problems(f"{known.title} in {folder}")
@@ -55,6 +57,8 @@ def published_splits(
     lists = {split: listed for split, listed in read.items() if listed is not None}
     files = _on_disk(problems, known, lists, folder) if is_there else {}
     note_overlaps(problems, {split: tidy(paths) for split, paths in files.items()})
+    if problems.found:
+        note_damaged_files(problems, files)
     problems.check()
     named = [listed.names for listed in lists.values() if listed.names]
     names = known.class_names or (named[0] if named else None)
