@@ -509,7 +509,7 @@ def flat_test_list(name, labels, probes):
     ]
 
 
-# As read in the published lists: ImageNet-LT's first line, Places-LT's about desert_road.
+# As read in the published lists: one line of ImageNet-LT's, Places-LT's about desert_road.
 READ = {
     "imagenet_lt": {"ILSVRC2012_val_00000293.JPEG": 0},
     "places_lt": {
