@@ -192,7 +192,7 @@ def test_a_state_folder_that_cannot_be_made(server, whole, tmp_path):
     shutil.rmtree(folder / "state")
     (folder / "state").write_text("")
     run = server.run(*options(folder, "--resume"))
-    failed(run, "state after epoch 1", str(folder / "state"))
+    failed(run, "cannot be written", str(folder / "state"))
     (folder / "state").unlink()
     finish(server, folder)
     assert bits(folder) == bits(whole)
@@ -338,7 +338,7 @@ def test_a_wrong_batch_size_hides_no_damage(server, tmp_path, path):
     run = server.run(*options(tmp_path / "run", *DAMAGED, *path, "--batch_size", "5000"))
     assert run.status == 2
     problems = re.findall(r"^- (.*)", run.err, re.MULTILINE)
-    assert problems[0] == "batch_size 5000 exceeds the 389 images of an epoch"
+    assert problems[0] == "batch_size 5000 exceeds the 389 images of an epoch: make it smaller"
     assert [problem.split()[0] for problem in problems[1:]] == [*DAMAGE]
 
 
@@ -590,5 +590,8 @@ def test_two_processes_say_once_what_is_wrong_for_both(server, tmp_path):
     runs = on_two(server, tmp_path / "run", *DAMAGED)
     assert [run.status for run in runs] == [2, 2]
     (line,) = errors_of(runs)
-    assert line.startswith("error: train split: image 3 (train_3.png)")
+    assert line == "error: 3 problems"
+    said = "".join(run.err for run in runs)
+    for split, name in (("train", "train_3.png"), ("val", "val_7.png"), ("test", "test_130.png")):
+        assert len(re.findall(rf"^- {split} split: .*{name}", said, flags=re.MULTILINE)) == 1
     assert not (tmp_path / "run").exists()

@@ -70,7 +70,7 @@ def test_a_run_says_it_everywhere(digits_of_a_paper, tmp_path, capsys):
         assert (record["objective"], record["split"]) == ("all", "test")
     tau = metrics["selection"]["tau_norm"]
     assert tau["val_accuracy"] == pytest.approx(metrics["heads"]["tau_norm"]["all"], abs=1e-6)
-    history = sorted((folder / "state").iterdir())[-1] / "history.json"
+    history = sorted((folder / "state").glob("epoch_*"))[-1] / "history.json"
     validated = [record["val"]["all"] for record in json.loads(history.read_text())["epochs"]]
     assert max(validated) == pytest.approx(metrics["heads"]["linear"]["all"], abs=1e-6)
     assert read_checkpoint(folder).protocol == "paper"
