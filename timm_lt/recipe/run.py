@@ -117,17 +117,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     check_options_of_parts(recipe)
     check_output(recipe, folder)
     check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
-    accelerator = create_accelerator(
-        mixed_precision=recipe.mixed_precision,
-        accumulation_steps=recipe.accumulation_steps,
-        compiled=options.compile,
-        tracker=options.tracker,
-        folder=folder / LOGS,
-    )
-    set_cpu_threads(options.threads)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    accelerator = _start(recipe, folder, options)
     check_features(recipe, folder)
     started = time.perf_counter()
     with progress(f"making {recipe.data.name}", None):
@@ -142,44 +132,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        problems = Problems()
-        with problems.collected():
-            check_objective(recipe, splits)
-        sampler = create_sampler(
-            recipe.sampler.name,
-            splits.labels["train"],
-            seed=recipe.seed,
-            num_classes=splits.num_classes,
-            **sampler_options(recipe),
-        )
-        with problems.collected():
-            check_batch_size(
-                recipe.batch_size,
-                len(sampler),
-                accelerator.num_processes,
-                accelerator.gradient_accumulation_steps,
-            )
-        loss = create_loss(
-            recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options
-        )
-        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        check_update(
-            loss,
-            batch=recipe.batch_size // parts,
-            mixup=recipe.mixup.arguments(),
-            ema=recipe.ema.arguments(),
-            clip_grad=recipe.clip_grad,
-            clip_mode=recipe.clip_mode,
-        )
-        model = create_network(recipe, splits.num_classes)
-        check_trained(model, recipe.model.trained, recipe.model.bn)
-        images: dict[Split, Images] = {}
-        with problems.collected():
-            images = create_images(recipe, splits, model, workers=options.workers)
-        with problems.collected():
-            check_content(recipe, splits, images, accelerator)
-        problems.check()
-        check_model(model, images["val"])
+        sampler, loss, model, images = _create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(head, model, images["train"], accelerator, **given)
             for head, given in stage_heads(recipe, "images").items()
@@ -214,6 +167,60 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         plans=plans,
         lock=lock,
     )
+
+
+def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
+    """Creates the accelerator, and sets up threads and log of this process."""
+    accelerator = create_accelerator(
+        mixed_precision=recipe.mixed_precision,
+        accumulation_steps=recipe.accumulation_steps,
+        compiled=options.compile,
+        tracker=options.tracker,
+        folder=folder / LOGS,
+    )
+    set_cpu_threads(options.threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    return accelerator
+
+
+def _create_parts(
+    recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
+) -> tuple[ClassSampler, nn.Module, nn.Module, dict[Split, Images]]:
+    """Creates sampler, loss, model and images; what is wrong with the data is reported together."""
+    problems = Problems()
+    with problems.collected():
+        check_objective(recipe, splits)
+    sampler = create_sampler(
+        recipe.sampler.name,
+        splits.labels["train"],
+        seed=recipe.seed,
+        num_classes=splits.num_classes,
+        **sampler_options(recipe),
+    )
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    with problems.collected():
+        check_batch_size(recipe.batch_size, len(sampler), processes, steps)
+    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
+    check_update(
+        loss,
+        batch=recipe.batch_size // (processes * steps),
+        mixup=recipe.mixup.arguments(),
+        ema=recipe.ema.arguments(),
+        clip_grad=recipe.clip_grad,
+        clip_mode=recipe.clip_mode,
+    )
+    model = create_network(recipe, splits.num_classes)
+    check_trained(model, recipe.model.trained, recipe.model.bn)
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=options.workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    check_model(model, images["val"])
+    return sampler, loss, model, images
 
 
 def sampler_options(recipe: Recipe) -> dict[str, Any]:

@@ -25,6 +25,21 @@ def absolute_root(root: str | Path) -> str:
     return os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - links stay as they are
 
 
+def note_root(problems: Problems, root: str, what: str = "") -> bool:
+    """Notes that the root is missing or no folder; returns whether it is there.
+
+    Args:
+        problems: Takes the problem.
+        root: The absolute path.
+        what: What is to be in it, for the message.
+    """
+    if Path(root).is_dir():
+        return True
+    found = "is no folder" if Path(root).exists() else "does not exist"
+    problems.add(f"root {root} {found}{what}")
+    return False
+
+
 def located(path: str | Path, root: str) -> Path:
     """Returns where a file is that the user names: in the root, or in the working directory.
 

@@ -19,6 +19,7 @@ from timm_lt.data.lists.checks import (
     note_missing,
     note_overlaps,
     note_repeats,
+    note_root,
     tidy,
 )
 from timm_lt.data.lists.paths import Paths
@@ -74,10 +75,7 @@ def listed(
     check_integer("seed", seed, minimum=0)
     folder = absolute_root(root)
     problems = Problems(f"lists of images in {folder}")
-    is_there = Path(folder).is_dir()
-    if not is_there:
-        what = "is no folder" if Path(folder).exists() else "does not exist"
-        problems.add(f"root {folder} {what}")
+    is_there = note_root(problems, folder)
     given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test}
     lists: dict[Split, ImageList] = {}
     for split, path in given.items():

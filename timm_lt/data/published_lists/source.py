@@ -15,6 +15,7 @@ from timm_lt.data.lists.checks import (
     located,
     note_missing,
     note_overlaps,
+    note_root,
     tidy,
 )
 from timm_lt.data.published_lists.check import note_differences
@@ -49,10 +50,7 @@ def published_splits(
     """
     folder = absolute_root(root)
     problems = Problems(f"{known.title} in {folder}")
-    is_there = Path(folder).is_dir()
-    if not is_there:
-        what = "is no folder" if Path(folder).exists() else "does not exist"
-        problems.add(f"root {folder} {what}: it is the one with {known.title}'s images")
+    is_there = note_root(problems, folder, f": it is the one with {known.title}'s images")
     read = {split: _read(problems, known, split, folder, given[split]) for split in known.lists}
     lists = {split: listed for split, listed in read.items() if listed is not None}
     files = _on_disk(problems, known, lists, folder) if is_there else {}
