@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from stopping import StopError, StopsAfterTwo, new_state
 from timm.layers import DropPath
 from torch import nn
 
@@ -15,7 +16,7 @@ from timm_lt.accelerator import create_accelerator
 from timm_lt.data.images import ImageTensors
 from timm_lt.recipe import Recipe
 from timm_lt.recipe.schema import ModelRecipe
-from timm_lt.training import TrainingState, check_trained, train_representation
+from timm_lt.training import check_trained, train_representation
 
 N, C, SIDE = 24, 3, 32
 RATE, DECAY = 0.02, 0.1
@@ -128,7 +129,6 @@ def test_dropout_of_frozen_modules_is_off_or_on():
     modes = {}
     for bn in ("frozen", "shift"):
         model = new_model(drop_path_rate=0.5)
-
         for layer in (model.layer1, model.layer4):
             layer[0].drop_path = DropPath(0.5)
         parts = [model.layer1[0].drop_path, model.layer4[0].drop_path]
@@ -146,22 +146,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, bn, ema):
     options = {"trained": ["layer4"], "bn": bn, "ema": ema, "val": images(), "keep": "last"}
     whole = train(new_model(), epochs=3, **options).model
 
-    class StopError(Exception):
-        pass
-
-    class Stops(TrainingState):
-        def save(self, history, **kwargs):
-            super().save(history, **kwargs)
-            if len(history) == 2:
-                raise StopError
-
-    def state(cls):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return cls(tmp_path, create_accelerator(mixed_precision="no"))
-
     with pytest.raises(StopError):
-        train(new_model(), epochs=3, state=state(Stops), **options)
-    resumed = train(new_model(), epochs=3, state=state(TrainingState), **options).model
+        train(new_model(), epochs=3, state=new_state(tmp_path, StopsAfterTwo), **options)
+    resumed = train(new_model(), epochs=3, state=new_state(tmp_path), **options).model
     for key, value in resumed.state_dict().items():
         assert value.equal(whole.state_dict()[key]), key
     start = new_model().state_dict()

@@ -8,6 +8,7 @@ import pytest
 import timm.optim
 import torch
 from accelerate.state import AcceleratorState
+from stopping import StopError, StopsAfterTwo, new_state
 from torch import nn
 
 import timm_lt
@@ -111,26 +112,13 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
     whole = linear_model()
     history = train(accelerator, whole, epochs=4)
 
-    class StopError(Exception):
-        pass
-
-    class StopsAfterTwo(TrainingState):
-        def save(self, history, **kwargs):
-            super().save(history, **kwargs)
-            if len(history) == 2:
-                raise StopError
-
-    def state(cls):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return cls(tmp_path, create_accelerator(mixed_precision="no"))
-
-    interrupted = state(StopsAfterTwo)
+    interrupted = new_state(tmp_path, StopsAfterTwo)
     with pytest.raises(StopError):
         train(interrupted.accelerator, linear_model(), epochs=4, state=interrupted)
     # A write that was cut off leaves another name, which is not taken for a state.
     (tmp_path / ".partial_0003").mkdir()
     (tmp_path / ".partial_0003" / "model.safetensors").write_bytes(b"cut off")
-    resumed, model = state(TrainingState), linear_model()
+    resumed, model = new_state(tmp_path), linear_model()
     with torch.no_grad():
         model[1].weight.fill_(7.0)
     after = train(resumed.accelerator, model, epochs=4, state=resumed)
@@ -139,11 +127,6 @@ def test_resumes_to_the_same_bits(accelerator, tmp_path):
     assert [record.loss for record in after] == [record.loss for record in history]
     # The one before is kept, in case the last is damaged.
     assert resumed.saved_epochs() == [3, 4]
-
-
-def new_state(folder):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return TrainingState(folder, create_accelerator(mixed_precision="no"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
