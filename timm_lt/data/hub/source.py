@@ -16,6 +16,7 @@ from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
 from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.readable import note_damaged
+from timm_lt.data.reading import is_remote
 from timm_lt.data.sources import Split, register_dataset
 from timm_lt.data.verification import find_damaged
 from timm_lt.hub_errors import split_revision
@@ -240,7 +241,7 @@ def _note_damaged(problems: Problems, found: "Mapping[str, Dataset]") -> None:
 
 
 def _is_lost(path: str | None) -> bool:
-    return path is not None and "://" not in path and not Path(path).is_file()
+    return path is not None and not is_remote(path) and not Path(path).is_file()
 
 
 def _dealt(
