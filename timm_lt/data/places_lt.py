@@ -29,7 +29,7 @@ def places_lt(
     The lists are checked: see :func:`~timm_lt.data.check_image_list`. Which images are in the test
     list is not known, only how many of each class. Five classes have other labels than in
     Places365: a list that numbers them so is refused, a test list without directories of classes
-    by the labels of four images, which are all that is checked of it beside that.
+    by the labels of six images, which are all that is checked of it beside that.
 
     Args:
         root: The folder with the images.
