@@ -426,7 +426,7 @@ def flat_test_list(name, labels, probes):
     ]
 
 
-# As read in the published lists: one line of ImageNet-LT's, Places-LT's about desert_road and field_road.
+# As read in the published lists: one line of ImageNet-LT's, six of Places-LT's.
 READ = {
     "imagenet_lt": {"ILSVRC2012_val_00000293.JPEG": 0},
     "places_lt": {
