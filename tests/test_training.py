@@ -5,6 +5,7 @@ import re
 import resource
 
 import pytest
+import timm
 import timm.optim
 import torch
 from accelerate.state import AcceleratorState
@@ -282,6 +283,39 @@ def test_an_update_that_was_cut_short_is_forgotten(accelerator):
     assert again[1].weight.grad is not None
     train(accelerator, again)
     torch.testing.assert_close(weights(again), weights(fresh), rtol=0, atol=0)
+
+
+class _OfFeatures(nn.Module):
+    """Cross-entropy of its own product of features and weights; notes when it is told of epochs."""
+
+    needs_features = True
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier, self.epochs = [classifier], []
+
+    def set_epoch(self, epoch, epochs):
+        self.epochs.append((epoch, epochs))
+
+    def forward(self, logits, targets, features):
+        again = features @ self.classifier[0].weight.T + self.classifier[0].bias
+        torch.testing.assert_close(again, logits)
+        return nn.functional.cross_entropy(again, targets)
+
+
+def test_a_loss_of_features_has_their_gradients_and_hears_of_epochs(accelerator, tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+
+    plain, other = model(), model()
+    train(accelerator, plain, epochs=2)
+    of_features = _OfFeatures(other.fc)
+    train(accelerator, other, epochs=2, loss=of_features)
+    torch.testing.assert_close(weights(other), weights(plain))
+    assert of_features.epochs == [(0, 2), (1, 2)]
+    # Nothing stays behind on the model.
+    assert not other.fc._forward_pre_hooks
 
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])

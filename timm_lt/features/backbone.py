@@ -85,7 +85,7 @@ def backbone(
             raise UsageError(
                 f"{type(model).__name__} computes its output without calling its classifier"
             )
-        return _as_rows(taken.pop(), taken_from).float()
+        return as_rows(taken.pop(), taken_from).float()
 
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
@@ -151,7 +151,7 @@ def _channels_last(model: nn.Module) -> Iterator[None]:
             weight.data = data
 
 
-def _as_rows(values: Tensor, classifier: nn.Module) -> Tensor:
+def as_rows(values: Tensor, classifier: nn.Module) -> Tensor:
     """Returns a classifier's input as (B, D); a 1×1 convolution's is (B, D, 1, 1)."""
     spatial = isinstance(classifier, nn.Conv2d) or getattr(classifier, "spatial", False)
     if spatial and values.shape[2:] == (1, 1):

@@ -46,6 +46,7 @@ from timm_lt.training import (
     check_batch_size,
     check_model,
     check_optimization,
+    check_schedule,
     check_trained,
     check_update,
     plan_head_on_images,
@@ -203,6 +204,7 @@ def _create_parts(
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
     loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
+    check_schedule(loss, recipe.epochs)
     check_update(
         loss,
         batch=recipe.batch_size // (processes * steps),

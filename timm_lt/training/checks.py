@@ -72,17 +72,35 @@ def check_optimization(
     Schedule(dummy, scheduler, epochs=epochs, updates_per_epoch=1)
 
 
+def check_schedule(loss: nn.Module, epochs: int) -> None:
+    """Checks that what a loss does in some epochs only fits into training.
+
+    Raises:
+        UsageError: If not.
+    """
+    set_epoch = getattr(loss, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(0, epochs)
+
+
 def check_model(model: nn.Module, images: Images) -> None:
     """Checks that heads can be put on a model and that it takes images of this size.
+
+    It may be trained with a head that can be folded afterwards, such as ``cosine``: the joint
+    classifier of what is trained is linear.
 
     Raises:
         UsageError: If not.
     """
     classifier = get_head(model)
-    if isinstance(classifier, Head) and classifier.kind != "linear":
-        raise UsageError(
-            "the representation stage trains the joint classifier: leave head= out of model.options"
-        )
+    if isinstance(classifier, Head):
+        try:
+            classifier.fold()
+        except UsageError as error:
+            raise UsageError(
+                f"the representation stage cannot train a {classifier.kind!r} head: leave head= "
+                f"out of model.options ({error})"
+            ) from error
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, *images.size))

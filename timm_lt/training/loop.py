@@ -93,7 +93,9 @@ def train_representation(
         model: A timm model with its joint classifier; it is changed in place, except under FSDP.
         train: Training images.
         sampler: Order of the training images; it defines the length of an epoch.
-        loss: Maps (logits (B, C), targets (B,)) to a scalar; with mixup, targets are (B, C).
+        loss: Maps (logits (B, C), targets (B,)) to a scalar; with mixup, targets are (B, C). One
+            with ``needs_features`` takes the classifier's input (B, D) behind them, and its
+            ``set_epoch(epoch, epochs)``, if it has one, is called before each epoch.
         accelerator: From :func:`create_accelerator`, which also says over how many batches the
             gradient of an update is summed.
         epochs: Number of epochs, >= 1.
@@ -165,6 +167,7 @@ def train_representation(
         clip_mode=clip_mode,
     )
     best: dict[str, Tensor] | None = None
+    set_epoch = getattr(loss, "set_epoch", None)
     history = loop.resume(state)
     if state is not None and history and keep == "best":
         best = loop.saved_best(state, history)
@@ -173,6 +176,8 @@ def train_representation(
         for epoch in range(len(history), epochs):
             if mixing is not None and mixup_off_epoch is not None:
                 mixing.mixup_enabled = epoch < mixup_off_epoch
+            if set_epoch is not None:
+                set_epoch(epoch, epochs)
             validated = (epoch + 1) % validate_every == 0 or epoch + 1 == epochs
             history.append(loop.epoch(epoch, update, bar, validated=validated))
             log_epoch(history, epochs, accelerator)
@@ -182,6 +187,7 @@ def train_representation(
             if state is not None:
                 averaged = None if loop.ema is None else cpu_copy(loop.ema.module.state_dict())
                 state.save(history, ema=averaged, best=best if improved else None)
+    update.close()
     chosen = best_record(history) if keep == "best" else None
     weights = loop.weights() if best is None else best
     return Training(loop.finish(weights), history, (chosen or history[-1]).epoch)

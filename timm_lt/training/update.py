@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
+from timm_lt.features.tap import FeatureTap
 from timm_lt.registry import UsageError, check_choice, check_number, unknown_name
 
 ClipMode = Literal["norm", "value", "agc"]
@@ -119,7 +120,8 @@ class Update:
     Args:
         model: The prepared model.
         optimizer: The prepared optimiser.
-        loss: Maps (logits, targets) to a scalar.
+        loss: Maps (logits, targets) to a scalar, or (logits, targets, features) if it has
+            ``needs_features``.
         accelerator: Knows how many batches make an update.
         mixup: Mixes the images of a batch, or None.
         ema: Follows the weights, or None.
@@ -145,6 +147,7 @@ class Update:
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
         self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         """Takes one batch; returns its loss. ``step`` counts updates from the beginning."""
@@ -152,7 +155,9 @@ class Update:
             images, targets = self.mixup(images, targets)
         images = images.to(memory_format=torch.channels_last)
         with self.accelerator.accumulate(self.model):
-            value: Tensor = self.loss(self.model(images), targets)
+            logits = self.model(images)
+            features = () if self._tap is None else (self._tap.take(),)
+            value: Tensor = self.loss(logits, targets, *features)
             options = {"create_graph": True} if self._second_order else {}
             self.accelerator.backward(value, **options)
             if self.accelerator.sync_gradients and self.clip_grad is not None:
@@ -162,6 +167,11 @@ class Update:
             if self.accelerator.sync_gradients and self.ema is not None:
                 self.ema.update(self._raw, step=step)
         return value.detach()
+
+    def close(self) -> None:
+        """Leaves nothing of it on the model."""
+        if self._tap is not None:
+            self._tap.remove()
 
     def _clip(self, threshold: float) -> None:
         if self.clip_mode == "norm":

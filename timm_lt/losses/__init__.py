@@ -1,0 +1,13 @@
+"""Losses: what a wrong answer costs, depending on how rare the class is.
+
+A new loss is a class in one of these files under ``@register_loss("name")``.
+"""
+
+from timm_lt.losses import cross_entropy as cross_entropy
+from timm_lt.losses import prior as prior
+from timm_lt.losses.base import ClassLoss as ClassLoss
+from timm_lt.losses.base import Reduction as Reduction
+from timm_lt.losses.factory import LOSSES as LOSSES
+from timm_lt.losses.factory import create_loss as create_loss
+from timm_lt.losses.factory import list_losses as list_losses
+from timm_lt.losses.factory import register_loss as register_loss

@@ -1,0 +1,92 @@
+"""The base class of losses: shapes, precision and reduction."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from timm_lt.longtail import Labels, check_class_counts
+from timm_lt.registry import UsageError, check_choice
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class ClassLoss(nn.Module):
+    """Computes one loss per image from its logits, and reduces them: the base of all losses.
+
+    A loss is defined by :meth:`per_example`. Targets are labels or, for a loss that says so in
+    ``takes_soft_targets``, a distribution over the classes, as mixup makes them. It is computed in
+    float32 at least, whatever autocast gives: in float16 the log-softmax of confident logits loses
+    its tail. Whatever a loss derives from the class counts moves with ``.to(device)`` and stays out
+    of the state dict.
+
+    Args:
+        class_counts: Training images per class; None if unknown. A loss that needs no counts
+            still checks that they are as many as the logits.
+        reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"`` for one loss per image.
+
+    Shape:
+        class_counts (C,); logits (N, C); targets (N,) integers in [0, C), or (N, C) floating point;
+        returns a scalar, or (N,) for ``reduction="none"``.
+
+    Raises:
+        UsageError: If the counts are missing where they are needed, or a class is empty there; if
+            the shapes do not fit together.
+    """
+
+    needs_class_counts = False
+    # Then forward takes the classifier's input, features (N, D), behind the targets.
+    needs_features = False
+    takes_soft_targets = False
+
+    def __init__(
+        self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, get_args(Reduction))
+        self.reduction = reduction
+        self.num_classes = None if class_counts is None else len(check_class_counts(class_counts))
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses (N,) of logits (N, C), float32 or float64, and targets.
+
+        Targets are (N,) int64 or, if the loss takes them, (N, C) floating point.
+        """
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the reduced loss of a batch."""
+        self._check_shapes(logits, targets)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = targets.to(logits.dtype) if targets.ndim == 2 else targets.long()
+        losses = self.per_example(logits, targets)
+        if self.reduction == "none":
+            return losses
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Tells the loss where training is, before each epoch; most losses do not mind.
+
+        Args:
+            epoch: The epoch that begins, 0-based.
+            epochs: How many there are.
+
+        Raises:
+            UsageError: If the loss's schedule does not fit into so many epochs.
+        """
+
+    def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
+        shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+        soft = self.takes_soft_targets and targets.ndim == 2
+        if logits.ndim != 2 or targets.shape != (logits.shape if soft else logits.shape[:1]):
+            also = " or (N, C)" if self.takes_soft_targets else ""
+            raise UsageError(f"{type(self).__name__} needs (N, C) and (N,){also}, got {shapes}")
+        if soft != targets.is_floating_point() or targets.dtype == torch.bool:
+            kind = "floating point where they are distributions" if soft else "integers"
+            raise UsageError(f"targets must be {kind}, got {targets.dtype}, {shapes}")
+        if self.num_classes not in {None, logits.shape[1]}:
+            raise UsageError(f"class_counts has {self.num_classes} classes, but got {shapes}")
+
+    def extra_repr(self) -> str:
+        """Names the reduction when the module is printed."""
+        return f"reduction={self.reduction!r}"
