@@ -1,0 +1,70 @@
+"""A small long tail of glyphs on which a method can be seen to learn, in seconds."""
+
+import functools
+
+import torch
+from accelerate.state import AcceleratorState
+
+import timm_lt
+from timm_lt.accelerator import create_accelerator
+from timm_lt.data import create_splits
+from timm_lt.data.images import ImageTensors
+from timm_lt.training import train_representation
+from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
+
+# From 160 to 4, of 20 classes: 3 are many-shot, 8 medium-shot and 9 few-shot.
+COUNTS = [int(160 * 40 ** (-c / 19)) for c in range(20)]
+OPTIMIZER = {"opt": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+@functools.cache
+def small_glyphs():
+    """Returns the training and test images of the 20 classes."""
+    splits = create_splits("glyph_lt")
+    parts = []
+    for split, counts in (("train", COUNTS), ("test", [50] * 20)):
+        stored = splits.images(split, size=(32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+        labels = splits.labels[split]
+        rows = torch.cat([torch.nonzero(labels == c).flatten()[:n] for c, n in enumerate(counts)])
+        parts.append(ImageTensors(stored.images[rows], labels[rows]))
+    return parts
+
+
+def pretrained(**options):
+    """Returns the packaged backbone, trained on all of GlyphLT, with a fresh classifier."""
+    return timm_lt.create_model("lt_test_resnet.glyph_lt", True, num_classes=20, **options)
+
+
+def learned(loss, *, sampler="instance_balanced", model=None, epochs=4, batch_size=32, seed=0):
+    """Trains a model and returns its test accuracies, fractions: all and by shot group.
+
+    Args:
+        loss: A loss from ``timm_lt.create_loss`` with ``class_counts=COUNTS``.
+        sampler: A sampler, or the name of one.
+        model: A model with 20 classes; None takes :func:`pretrained`.
+        epochs, batch_size, seed: Of the training.
+    """
+    train, test = small_glyphs()
+    torch.manual_seed(seed)
+    if model is None:
+        model = pretrained()
+    if isinstance(sampler, str):
+        sampler = timm_lt.create_sampler(sampler, train.labels, seed=seed)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = create_accelerator(mixed_precision="no")
+    trained = train_representation(
+        model,
+        train,
+        sampler,
+        loss,
+        accelerator=accelerator,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=OPTIMIZER,
+        scheduler={"sched": "cosine", "warmup_epochs": 1},
+        seed=seed,
+    )
+    loader = test.eval_loader(EVAL_BATCH_SIZE, accelerator)
+    accuracies = validate(trained.model, loader, accelerator, torch.tensor(COUNTS))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return accuracies
