@@ -33,6 +33,8 @@ from timm_lt.registry import UsageError, check_integer
 
 PROG = "timm-lt compare"
 INTERRUPTED = "interrupted; the same command goes on from here"
+# Characters of a line that is not on a terminal.
+WIDTH = 130
 # Exit status where some runs failed: there are results, of the others.
 SOME_FAILED = 1
 
@@ -94,7 +96,10 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
         comparison = collect(plan, outcomes)
         command = ["timm-lt", "compare", *argv]
         write_results(folder, plan, comparison, outcomes, command=command, threads=threads)
-    Console().print(rich_table(plan, comparison))
+    console = Console()
+    # In a file there is room for a wide table.
+    width = console.width if console.is_terminal else max(console.width, WIDTH)
+    console.print(rich_table(plan, comparison), width=width)
     log.info("wrote %s", folder)
     failed = [run.name for run, outcome in outcomes.items() if not outcome.is_whole]
     if failed:
@@ -182,6 +187,6 @@ def _jobs(given: int | None, threads: int) -> int:
 def _describe(plan: Plan, jobs: int, threads: int, folder: Path) -> str:
     names = {run.representation for run in plan.runs}
     return (
-        f"{plan.grid.name}: {len(names)} representations with {len(plan.seeds)} seeds each, "
-        f"{len(plan.runs)} runs, {jobs} side by side with {threads} threads each, in {folder}"
+        f"{plan.grid.name}: {len(names)} representations, {len(plan.seeds)} seeds, "
+        f"{len(plan.runs)} runs, {jobs} side by side, threads of each: {threads}, in {folder}"
     )
