@@ -202,7 +202,7 @@ def test_the_quick_recipe_shows_what_heads_do_to_rare_classes(tmp_path):
     )
     heads = json.loads((tmp_path / "run" / "metrics.json").read_text())["heads"]
     joint = heads.pop("linear")
-    assert joint["all"] == pytest.approx(0.503, abs=0.06)
+    assert joint["all"] == pytest.approx(0.48, abs=0.06)
     assert list(heads) == HEADS[1:]
     for figures in heads.values():
         assert figures["all"] >= joint["all"] + 0.04
