@@ -73,7 +73,7 @@ def decoded(labels=labels):
     )
 
 
-def run(data, **options):
+def run(data, criterion=nn.CrossEntropyLoss(), sampler="class_balanced", given=None, **options):
     seen, losses = [], []
 
     class Noting(type(data)):
@@ -82,8 +82,11 @@ def run(data, **options):
             return super().__getitems__(draws)
 
     class Loss(nn.Module):
+        def set_epoch(self, epoch, epochs):
+            getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
+
         def forward(self, logits, targets):
-            value = nn.functional.cross_entropy(logits, targets)
+            value = criterion(logits, targets)
             losses.append(value.item())
             return value
 
@@ -94,7 +97,7 @@ def run(data, **options):
     training = train_representation(
         model,
         data,
-        timm_lt.create_sampler("class_balanced", data.labels, seed=3),
+        timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
         accelerator=accelerator,
         epochs=3,
@@ -111,6 +114,11 @@ accelerator = create_accelerator(mixed_precision="no")
 result = {"num_processes": accelerator.num_processes}
 result["in_memory"] = run(in_memory())
 result["decoded"] = run(decoded())
+# Weights that differ, and their sum is over the images of all processes.
+counts = timm_lt.class_counts(labels)
+drw = timm_lt.create_loss("deferred_reweighting", counts, loss="focal", start=1)
+given = {"start": 2, "second": "reversed"}
+result["deferred"] = run(in_memory(), drw.double(), "deferred", given)
 result["partly"] = run(in_memory(), trained=["model.blocks.5"])
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
@@ -205,9 +213,10 @@ def test_there_are_as_many_processes(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_every_global_batch_is_the_same_images(results, processes):
-    alone = results[1][0]["in_memory"]["seen"]
-    ranks = [rank["in_memory"]["seen"] for rank in results[processes]]
+@pytest.mark.parametrize("kind", ["in_memory", "deferred"])
+def test_every_global_batch_is_the_same_images(results, processes, kind):
+    alone = results[1][0][kind]["seen"]
+    ranks = [rank[kind]["seen"] for rank in results[processes]]
     # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
     assert len(alone) == 3 * 5
     for batch, *parts in zip(alone, *ranks, strict=True):
@@ -218,7 +227,7 @@ def test_every_global_batch_is_the_same_images(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly"])
+@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly", "deferred"])
 def test_the_loss_curve_is_the_same(results, processes, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 
