@@ -3,6 +3,7 @@
 A new loss is a class in one of these files under ``@register_loss("name")``.
 """
 
+from timm_lt.losses import bilateral as bilateral
 from timm_lt.losses import cross_entropy as cross_entropy
 from timm_lt.losses import prior as prior
 from timm_lt.losses.base import ClassLoss as ClassLoss
