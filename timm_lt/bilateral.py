@@ -1,7 +1,7 @@
 """Bilateral-branch networks: a ResNet whose last block there is twice, in two branches."""
 
 import copy
-import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models._manipulate import checkpoint_seq
@@ -72,29 +72,37 @@ class BilateralBlock(nn.Module):
 class _Bilateral(ResNet):
     """What :func:`create_bilateral` adds to a ResNet: the streams pass the trunk one by one."""
 
+    if TYPE_CHECKING:  # TorchScript takes no such annotation
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the feature map (N, 2 d, H, W)."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._features_or_pairs(x)
         # TorchScript lacks super().
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        x = self.layer2(self.layer1(x))
-        return self.layer4(self.layer3(x))
+        x = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
+        features: Tensor = self.layer4(self.layer3(self.layer2(x)))
+        return features
 
     @torch.jit.unused
     def _features_or_pairs(self, x: Tensor) -> Tensor:
-        *trunk, last = itertools.chain(self.layer1, self.layer2, self.layer3, self.layer4)
-        # Without its last stage, a pruned model has no branches.
+        blocks: list[nn.Module] = [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+        # Pruned of its last stage, a model has no branches; it may have no block at all.
+        last = blocks.pop() if blocks else None
         if not (self.training and isinstance(last, BilateralBlock) and last.paired):
             return super().forward_features(x)
-        return last.in_pairs(self._through(trunk, x[0::2]), self._through(trunk, x[1::2]))
+        return last.in_pairs(self._through(blocks, x[0::2]), self._through(blocks, x[1::2]))
 
-    def _through(self, trunk: list[nn.Module], x: Tensor) -> Tensor:
+    def _through(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
         """Returns what a branch takes of the images of a stream."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing:
-            return checkpoint_seq(trunk, x)
-        for block in trunk:
+            checked: Tensor = checkpoint_seq(blocks, x)
+            return checked
+        for block in blocks:
             x = block(x)
         return x
 
@@ -107,7 +115,7 @@ class BilateralCifarResNet(_Bilateral, CifarResNet):
     """The CIFAR ResNet with two branches; :func:`create_bilateral` makes it."""
 
 
-KINDS: dict[type[nn.Module], type[nn.Module]] = {
+KINDS: dict[type[nn.Module], type[_Bilateral]] = {
     ResNet: BilateralResNet,
     CifarResNet: BilateralCifarResNet,
 }
@@ -158,37 +166,39 @@ def create_bilateral(
             f"a bilateral network is made of timm's ResNet or ResNeXt, or of a CifarResNet, not of "
             f"a {type(model).__name__}"
         )
-    assert isinstance(model, ResNet)
-    if isinstance(model.fc, Head):
+    joint: Any = model.fc
+    if isinstance(joint, Head):
         raise UsageError(
-            f"the model carries a {model.fc.kind!r} head: fold it (timm_lt.fold_head), or put it "
+            f"the model carries a {joint.kind!r} head: fold it (timm_lt.fold_head), or put it "
             "on the bilateral network"
         )
     scale = check_number("branch_scale", branch_scale, "(0, inf)")
-    stage: nn.Sequential = next(s for s in map(model.get_submodule, STAGES) if len(s))  # type: ignore[arg-type, assignment]
+    stages: list[Any] = [model.get_submodule(name) for name in STAGES]
+    stage = next(stage for stage in stages if len(stage))
     last = stage[-1]
     twin = copy.deepcopy(last)
     if fresh:
         # As the model's own: it initialises whatever modules are inside. The last batch norms that
         # start at 0 are copies already.
-        type(model).init_weights(twin, zero_init_last=False)  # type: ignore[arg-type]
+        KINDS[type(model)].init_weights(twin, zero_init_last=False)
     stage[-1] = BilateralBlock(last, twin, scale).train(last.training)
     model.__class__ = KINDS[type(model)]
     _rename(model, scale)
-    joint = model.fc
-    model.num_features *= 2
-    model.feature_info[-1]["num_chs"] *= 2
-    model.reset_classifier(model.num_classes)
+    bilateral: Any = model
+    bilateral.num_features *= 2
+    bilateral.feature_info[-1]["num_chs"] *= 2
+    bilateral.reset_classifier(bilateral.num_classes)
     if isinstance(joint, nn.Linear) and not fresh:
-        _share(joint, model.fc, model.global_pool.feat_mult(), scale)
+        _share(joint, bilateral.fc, bilateral.global_pool.feat_mult(), scale)
     return model
 
 
 def _rename(model: nn.Module, scale: float) -> None:
     """Notes how a checkpoint is to build the network again: a registered name, of this base."""
     plain: TimmBase | None = model.__dict__.get("timm_base")
-    if plain is None and hasattr(model, "pretrained_cfg"):
-        plain = TimmBase(model.pretrained_cfg["architecture"], {})  # type: ignore[index]
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if plain is None and config:
+        plain = TimmBase(config["architecture"], {})
     if plain is not None:
         options = {"base": plain.architecture, **plain.model_args, "branch_scale": scale}
         model.__dict__["timm_base"] = TimmBase(ANY_BASE, options)

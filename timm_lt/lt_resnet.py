@@ -2,8 +2,9 @@
 
 Each is one of timm's own ResNets, so its weights load into plain timm, but for the ``lt_resnet32``
 of the CIFAR papers and the bilateral ``lt_bbn_*``, which timm lacks. ``timm.create_model`` takes
-``head=`` and that head's options beside its usual arguments. What is published under which name, ``hub_configs/`` says. The file's
-name is the module name that timm shows, and must differ from timm's own modules.
+``head=`` and that head's options beside its usual arguments. What is published under which name,
+``hub_configs/`` says. The file's name is the module name that timm shows, and must differ from
+timm's own modules.
 """
 
 from dataclasses import dataclass, field
@@ -98,7 +99,13 @@ def _cfg(entry: Published) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(entry) for name, entry in PUBLISHED.items()})
+default_cfgs = generate_default_cfgs(
+    {
+        **{name: _cfg(entry) for name, entry in PUBLISHED.items()},
+        # Of no data: timm's own normalisation.
+        ANY_BASE: {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"},
+    }
+)
 
 
 def _create(

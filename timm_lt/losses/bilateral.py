@@ -93,7 +93,9 @@ class BilateralLoss(ClassLoss):
         if getattr(self.loss, "needs_features", False):
             raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
         if getattr(self.loss, "reduction", None) != "none":
-            raise UsageError("reduction is an option of loss bilateral: leave it out of loss_options")
+            raise UsageError(
+                "reduction is an option of loss bilateral: leave it out of loss_options"
+            )
         self.adaptor, self.divisor = adaptor, divisor
         self._share = 0.0
 

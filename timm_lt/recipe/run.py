@@ -46,6 +46,7 @@ from timm_lt.training import (
     check_batch_size,
     check_model,
     check_optimization,
+    check_pairs,
     check_schedule,
     check_trained,
     check_update,
@@ -214,6 +215,7 @@ def _create_parts(
         clip_mode=recipe.clip_mode,
     )
     model = create_network(recipe, splits.num_classes)
+    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
     check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():
