@@ -68,7 +68,8 @@ def test_values(name, options, by_hand):
 
 
 def test_every_loss_has_a_value_by_hand():
-    assert {name for name, *_ in BY_HAND} == set(list_losses())
+    # Of pairs of rows: test_bilateral_loss.py.
+    assert {name for name, *_ in BY_HAND} == set(list_losses()) - {"bilateral"}
 
 
 @pytest.mark.parametrize(("name", "options", "by_hand"), BY_HAND)
@@ -127,7 +128,7 @@ def test_half_precision_logits_lose_nothing(name, dtype):
     assert torch.allclose(found.double(), exact, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", list_losses())
+@pytest.mark.parametrize("name", [name for name in list_losses() if name != "bilateral"])
 def test_extreme_logits_stay_finite(name):
     logits = torch.tensor([[6e4, -6e4, 0, 0, 0]], dtype=torch.float16, requires_grad=True)
     loss = create_loss(name, COUNTS)(logits, torch.tensor([1]))

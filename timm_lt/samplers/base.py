@@ -209,6 +209,8 @@ class ClassSampler(Sampler[int]):
                 )
         epoch = check_integer("epoch", state["epoch"], minimum=0)
         position = check_integer("position", state["position"], 0, self.num_samples)
+        if position % self.unit:
+            raise UsageError(f"position {position} lies within a pair: it must be even")
         self.epoch = epoch
         self._rewind(position)
 

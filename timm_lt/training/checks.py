@@ -106,11 +106,11 @@ def check_pairs(model: nn.Module, sampler: ClassSampler, loss: nn.Module, *, bat
     if not any(bilateral.values()):
         return
     if not all(bilateral.values()):
-        yes = " and ".join(name for name, is_one in bilateral.items() if is_one)
-        no = " and ".join(name for name, is_one in bilateral.items() if not is_one)
+        there = ", ".join(name for name, is_one in bilateral.items() if is_one)
+        missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
         raise UsageError(
-            f"the {yes} is bilateral and the {no} is not: BBN is trained with all three, a model "
-            "lt_bbn_* (or create_bilateral), sampler bilateral and loss bilateral"
+            f"bilateral: {there}; not bilateral: {missing}; BBN is trained with all three: a model "
+            "lt_bbn_* (or from create_bilateral), sampler bilateral and loss bilateral"
         )
     if batch % 2:
         raise UsageError(
