@@ -462,3 +462,20 @@ def test_two_processes_train_as_one(tmp_path):
     assert first["epochs"] == pytest.approx(alone["epochs"], abs=1e-9)
     assert [first["norm"], second["norm"]] == pytest.approx([alone["norm"]] * 2, rel=1e-9)
     assert max(means) - min(means) > 0.01
+
+
+@pytest.mark.slow
+def test_bbn_beats_joint_training_on_few_shot_classes():
+    train, _ = learning.small_glyphs()
+    joint = learning.learned(timm_lt.create_loss("cross_entropy", learning.COUNTS))
+    torch.manual_seed(0)
+    # Without the factor 2, which asks for a smaller learning rate than that of joint training.
+    model = timm_lt.create_bilateral(learning.pretrained(), branch_scale=1.0)
+    bbn = learning.learned(
+        timm_lt.create_loss("bilateral", learning.COUNTS),
+        sampler=timm_lt.create_sampler("bilateral", train.labels),
+        model=model,
+        batch_size=64,
+    )
+    assert bbn["few_shot"] > joint["few_shot"] + 0.1
+    assert bbn["all"] > joint["all"] + 0.03

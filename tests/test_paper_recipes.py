@@ -379,8 +379,8 @@ def expected_bias(recipe, bias, recorded):
     """SGD on the classifier's bias, whose gradient is the mean of softmax minus target."""
     velocity = torch.zeros_like(bias)
     nesterov = recipe.optimizer.name == "sgd"
-    for step, (_, logits, targets, _) in enumerate(recorded):
-        logits, targets = counted(recipe, logits), counted(recipe, targets)
+    for step, (_, *rows, _) in enumerate(recorded):
+        logits, targets = (counted(recipe, of) for of in rows)
         wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
         gradient = wrong.mean(0) + recipe.optimizer.weight_decay * bias
         velocity = 0.9 * velocity + gradient
