@@ -3,10 +3,7 @@
 import copy
 import dataclasses
 import json
-import os
 import pickle  # noqa: TID251
-import subprocess
-import sys
 from pathlib import Path
 
 import learning
@@ -377,91 +374,6 @@ def test_training_moves_every_parameter_and_heads_follow_on_images(accelerator):
     assert head.weight.shape == (5, 192)
     assert head.backbone_statistics["bn1.num_batches_tracked"] == model.bn1.num_batches_tracked + 2
     assert takes_pairs(model)
-
-
-SCRIPT = """
-import sys
-
-import timm
-import torch
-from torch import nn
-
-import timm_lt
-from timm_lt.accelerator import create_accelerator
-from timm_lt.data.images import ImageTensors
-from timm_lt.training import train_representation
-
-accelerator = create_accelerator(mixed_precision="no")
-torch.manual_seed(0)
-labels = torch.arange(40) % 5
-data = ImageTensors(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), labels)
-
-
-class InFloat64(nn.Module):
-    def __init__(self):
-        super().__init__()
-        # Layer norm: batch norm depends on a process's share of the batch.
-        self.model = timm.create_model(
-            "lt_bbn_resnet", base="test_resnet", num_classes=5, norm_layer="layernorm2d"
-        ).double()
-
-    def get_classifier(self):
-        return self.model.get_classifier()
-
-    def forward(self, images):
-        return self.model(images.double())
-
-
-losses, seen = [], []
-inner = timm_lt.create_loss("bilateral", adaptor="linear_decay")
-loss = timm_lt.create_loss("bilateral", adaptor="linear_decay")
-loss.register_forward_hook(lambda _, inputs, value: losses.append(value.item()))
-loss.register_forward_hook(lambda _, inputs, value: seen.append(inputs[1].tolist()))
-training = train_representation(
-    InFloat64(),
-    data,
-    timm_lt.create_sampler("bilateral", labels, seed=3),
-    loss,
-    accelerator=accelerator,
-    epochs=3,
-    batch_size=16,
-    optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9},
-)
-norm = sum(p.double().square().sum().item() for p in training.model.parameters())
-torch.save(
-    {"losses": losses, "seen": seen, "norm": norm, "epochs": [r.loss for r in training.history]},
-    f"{sys.argv[1]}/{accelerator.num_processes}_{accelerator.process_index}.pt",
-)
-accelerator.wait_for_everyone()
-accelerator.end_training()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(ROOT)
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launch, str(script), str(tmp_path)]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True)
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True)  # noqa: TID251
-        for name in ("1_0", "2_0", "2_1")
-    )
-    assert len(alone["losses"]) == 3 * 5
-    for batch, *halves in zip(alone["seen"], first["seen"], second["seen"], strict=True):
-        # Each process has whole pairs: the first and the last four.
-        assert batch == halves[0] + halves[1]
-        assert len(halves[0]) == 8
-    means = [sum(both) / 2 for both in zip(first["losses"], second["losses"], strict=True)]
-    assert means == pytest.approx(alone["losses"], abs=1e-9)
-    assert first["epochs"] == pytest.approx(alone["epochs"], abs=1e-9)
-    assert [first["norm"], second["norm"]] == pytest.approx([alone["norm"]] * 2, rel=1e-9)
-    assert max(means) - min(means) > 0.01
 
 
 @pytest.mark.slow
