@@ -100,7 +100,7 @@ def check_pairs(model: nn.Module, sampler: ClassSampler, loss: nn.Module, *, bat
     """
     bilateral = {
         "model": takes_pairs(model),
-        "sampler": sampler.unit == 2,
+        "sampler": getattr(sampler, "unit", 1) > 1,
         "loss": getattr(loss, "takes_pairs", False),
     }
     if not any(bilateral.values()):
