@@ -38,7 +38,8 @@ def test_values(name, options, by_hand):
 
 
 def test_every_loss_has_a_value_by_hand():
-    assert {name for name, *_ in BY_HAND} == set(list_losses())
+    # Of pairs of rows: test_bilateral_loss.py.
+    assert {name for name, *_ in BY_HAND} == set(list_losses()) - {"bilateral"}
 
 
 @variants

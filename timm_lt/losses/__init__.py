@@ -3,6 +3,7 @@
 A new loss is a class in one of these files under ``@register_loss("name")``.
 """
 
+from timm_lt.losses import bilateral as bilateral
 from timm_lt.losses import cross_entropy as cross_entropy
 from timm_lt.losses import deferred as deferred
 from timm_lt.losses import focal as focal

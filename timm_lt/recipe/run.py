@@ -47,6 +47,7 @@ from timm_lt.training import (
     check_classifier,
     check_model,
     check_optimization,
+    check_pairs,
     check_schedule,
     check_trained,
     check_update,
@@ -218,6 +219,7 @@ def _create_parts(
     model = create_network(recipe, splits.num_classes)
     check_classifier(loss, model)
     start_network(recipe, loss, model, splits.num_classes)
+    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
     check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():
