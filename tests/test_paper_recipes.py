@@ -175,7 +175,7 @@ def test_settings_of_ldam_and_bbn(name):
     # Of both streams of BBN, each 128 as in the paper.
     assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128 if ldam else 256, "best")
     assert recipe.model.name == f"lt_{'' if ldam else 'bbn_'}resnet32.{recipe.data.name}"
-    parts = ("instance_balanced", "cross_entropy") if ldam else ("bilateral", "bilateral")
+    parts = ("instance_balanced", "deferred_reweighting") if ldam else ("bilateral", "bilateral")
     assert (recipe.sampler.name, recipe.loss.name) == parts
     assert recipe.data.options == {
         "imbalance_factor": factor,
