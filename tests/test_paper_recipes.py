@@ -28,6 +28,7 @@ from timm_lt.data.sources import (
     dataset_from_files,
 )
 from timm_lt.files import read_yaml
+from timm_lt.losses import create_loss
 from timm_lt.published import PUBLISHED
 from timm_lt.recipe import RunOptions, create_run, load_recipe, shipped_recipes
 from timm_lt.registry import check_options
@@ -45,6 +46,7 @@ SELECTED_BY_THE_PAPERS_ON_TEST = ("inat2018", "cifar10_lt", "cifar100_lt")
 DATA = {name: read_yaml(path)["data"]["name"] for name, path in shipped_recipes().items()}
 RECIPES = [name for name, data in DATA.items() if data in CLASSES]
 CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
+LDAM = [name for name in CIFAR if name.endswith("_ldam")]
 BBN = [name for name in RECIPES if name.startswith("lt_bbn_")]
 KANG = [name for name in RECIPES if name not in CIFAR + BBN]
 BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
@@ -173,8 +175,8 @@ def test_settings_of_ldam_and_bbn(name):
     # Of both streams of BBN, each 128 as in the paper.
     assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128 if ldam else 256, "best")
     assert recipe.model.name == f"lt_{'' if ldam else 'bbn_'}resnet32.{recipe.data.name}"
-    parts = ("instance_balanced", "cross_entropy") if ldam else ("bilateral", "bilateral")
-    assert (recipe.sampler.name, recipe.loss.name) == parts
+    assert recipe.sampler.name == ("instance_balanced" if ldam else "bilateral")
+    assert (recipe.loss.name == "bilateral") is not ldam
     assert recipe.data.options == {
         "imbalance_factor": factor,
         "profile": "exponential",
@@ -197,6 +199,30 @@ def test_settings_of_bbn_on_inaturalist(epochs, steps):
     assert PUBLISHED[recipe.model.name].mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("name", LDAM)
+def test_ldam_has_margins_between_cosines_and_late_weights(name):
+    recipe = load(name)
+    assert recipe.model.options == {"head": "cosine", "scale": 1.0}
+    counts = [400, 60, 9, 2]
+    cosines = [[0.9, -0.2, 0.1, 0.5], [0.3, 0.2, -0.7, 0.4]]
+    labels = [0, 3]
+    losses = [ldam_by_hand(z, y, counts) for z, y in zip(cosines, labels, strict=True)]
+    raw = [(1 - 0.9999) / (1 - 0.9999 ** counts[y]) for y in labels]
+    weighted = sum(w * loss for w, loss in zip(raw, losses, strict=True)) / sum(raw)
+    loss = create_loss(recipe.loss.name, class_counts=counts, **recipe.loss.options)
+    for epoch, expected in ((0, sum(losses) / 2), (159, sum(losses) / 2), (160, weighted)):
+        loss.set_epoch(epoch, recipe.epochs)
+        found = loss(torch.tensor(cosines), torch.tensor(labels)).item()
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def ldam_by_hand(cosines, label, counts):
+    """Cross-entropy at temperature 1 / 30, with 1/2 for the smallest class, as n^(-1/4)."""
+    margin = 0.5 * (min(counts) / counts[label]) ** 0.25
+    z = [30 * (c - margin * (j == label)) for j, c in enumerate(cosines)]
+    return math.log(sum(math.exp(value) for value in z)) - z[label]
+
+
 def without(recipe, **parts):
     """The recipe with some keys left out: those that may differ within a family."""
     values = dataclasses.asdict(recipe)
@@ -206,19 +232,14 @@ def without(recipe, **parts):
     return values
 
 
-@pytest.mark.parametrize("data", ["imagenet_lt", "inat2018", "cifar10_lt"])
-def test_recipes_of_a_family_differ_in_nothing_else(data):
-    recipes = of(data)
+@pytest.mark.parametrize("family", ["imagenet_lt", "inat2018", "ldam", "bbn"])
+def test_recipes_of_a_family_differ_in_nothing_else(family):
+    cifar = {"ldam": LDAM, "bbn": [name for name in CIFAR if name in BBN]}
+    recipes = [load(name) for name in cifar[family]] if family in cifar else of(family)
     may_differ = {
         "imagenet_lt": {"model": ["name"], "sampler": None},
         "inat2018": {"model": ["name"], "epochs": None},
-        "cifar10_lt": {
-            "model": ["name"],
-            "data": ["name", "options"],
-        },
-    }[data]
-    if data == "cifar10_lt":
-        recipes += of("cifar100_lt")
+    }.get(family, {"model": ["name"], "data": ["name", "options"]})
     first, *others = [without(recipe, **may_differ) for recipe in recipes]
     assert len(others) >= 5
     assert all(other == first for other in others)
@@ -340,9 +361,10 @@ def prepared(name, root, folder):
 
 
 def train_two_updates(run):
-    """Trains as the command does; returns (images, logits, targets, loss) of both updates."""
+    """Trains as the command does; returns (images, features, logits, targets, loss) of both."""
     recorded = []
     inputs = []
+    features = []
     inner = run.loss
 
     def before(_, arguments):
@@ -355,14 +377,19 @@ def train_two_updates(run):
 
         def forward(self, logits, targets):
             loss = inner(logits, targets)
-            recorded.append((inputs[-1], logits.detach().clone(), targets, loss.item()))
+            kept = (inputs[-1], features[-1], logits.detach().clone(), targets, loss.item())
+            recorded.append(kept)
             return loss
 
     hook = run.model.register_forward_pre_hook(before)
+    tap = run.model.fc.register_forward_pre_hook(
+        lambda _, arguments: features.append(arguments[0].detach().double())
+    )
     run.loss = Recording()
     with pytest.raises(EnoughError):
         train_lt.train(run)
     hook.remove()
+    tap.remove()
     return recorded
 
 
@@ -375,18 +402,44 @@ def expected_rate(recipe, step):
     return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
 
 
-def expected_bias(recipe, bias, recorded):
-    """SGD on the classifier's bias, whose gradient is the mean of softmax minus target."""
-    velocity = torch.zeros_like(bias)
+def after_sgd(recipe, parameter, recorded, gradient):
+    """SGD with momentum on a parameter, whose gradient is a function of it and of an update."""
+    velocity = torch.zeros_like(parameter)
     nesterov = recipe.optimizer.name == "sgd"
-    for step, (_, *rows, _) in enumerate(recorded):
-        logits, targets = (counted(recipe, of) for of in rows)
+    for step, update in enumerate(recorded):
+        slope = gradient(parameter, update) + recipe.optimizer.weight_decay * parameter
+        velocity = 0.9 * velocity + slope
+        moved = slope + 0.9 * velocity if nesterov else velocity
+        parameter = parameter - expected_rate(recipe, step) * moved
+    return parameter
+
+
+def bias_gradient(recipe):
+    """The mean of softmax minus target."""
+
+    def gradient(_, update):
+        logits, targets = (counted(recipe, rows) for rows in update[2:4])
         wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
-        gradient = wrong.mean(0) + recipe.optimizer.weight_decay * bias
-        velocity = 0.9 * velocity + gradient
-        moved = gradient + 0.9 * velocity if nesterov else velocity
-        bias = bias - expected_rate(recipe, step) * moved
-    return bias
+        return wrong.mean(0)
+
+    return gradient
+
+
+def cosine_gradient(counts):
+    """That of the weights W of LDAM: of the cosines, s (softmax minus target), then of w / |w|."""
+
+    def gradient(weight, update):
+        _, features, _, targets, _ = update
+        x, length = F.normalize(features), weight.norm(dim=1)
+        direction = weight / length[:, None]
+        cosines = x @ direction.T
+        target = F.one_hot(targets, len(weight))
+        margins = 0.5 * (counts.min() / counts) ** 0.25
+        wrong = 30 * (torch.softmax(30 * (cosines - margins * target), 1) - target) / len(targets)
+        along = (wrong * cosines).sum(0)
+        return (wrong.T @ x - along[:, None] * direction) / length[:, None]
+
+    return gradient
 
 
 def counted(recipe, rows):
@@ -397,6 +450,8 @@ def counted(recipe, rows):
 def is_trained(recipe, key):
     if ".rebalancing." in key and key.endswith("bias"):
         return False  # It is 0 and has no gradient yet; the weights decay.
+    if recipe.model.options.get("head") == "cosine" and key in {"fc.bias", "fc.scale"}:
+        return False
     parts = [*(recipe.model.trained or []), "fc"]
     return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
 
@@ -412,20 +467,30 @@ def test_two_updates(name, stand_in, tmp_path):
     finally:
         run.close()
         AcceleratorState._reset_state(reset_partial_state=True)
-    images, logits, targets, loss = recorded[0]
+    images, _, logits, targets, loss = recorded[0]
     side = 32 if name in CIFAR else 224
     assert images.shape[1:] == (3, side, side)
     assert logits.shape == (len(targets), classes)
     with torch.no_grad():
         again = before.train()(images)
     torch.testing.assert_close(again, logits, atol=1e-3, rtol=1e-3)
-    log_p, labels = torch.log_softmax(counted(recipe, logits), 1), counted(recipe, targets)
-    assert loss == pytest.approx(-log_p[range(len(labels)), labels].mean().item())
     weights = dict(before.named_parameters())
-    bias = expected_bias(recipe, weights["fc.bias"].detach().double(), recorded)
-    # Close enough to see whether the bias decays.
-    rounding = 0 if name in CIFAR else 3e-6
-    torch.testing.assert_close(run.model.fc.bias.double(), bias, atol=3e-8, rtol=rounding)
+    if name in LDAM:
+        counts = [601] + [1] * (classes - 1)
+        pairs = zip(logits.tolist(), targets.tolist(), strict=True)
+        expected = [ldam_by_hand(z, y, counts) for z, y in pairs]
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+        gradient = cosine_gradient(torch.tensor(counts).double())
+        weight = after_sgd(recipe, weights["fc.weight"].detach().double(), recorded, gradient)
+        torch.testing.assert_close(run.model.fc.weight.double(), weight, atol=1e-7, rtol=0)
+    else:
+        log_p, labels = torch.log_softmax(counted(recipe, logits), 1), counted(recipe, targets)
+        assert loss == pytest.approx(-log_p[range(len(labels)), labels].mean().item())
+        start = weights["fc.bias"].detach().double()
+        bias = after_sgd(recipe, start, recorded, bias_gradient(recipe))
+        # Close enough to see whether the bias decays.
+        rounding = 0 if name in CIFAR else 3e-6
+        torch.testing.assert_close(run.model.fc.bias.double(), bias, atol=3e-8, rtol=rounding)
     for key, parameter in run.model.named_parameters():
         assert parameter.equal(weights[key]) is not is_trained(recipe, key), key
     # As the authors have it, batch norm of frozen blocks moves.

@@ -80,9 +80,15 @@ def decoded(labels=labels):
     )
 
 
-def run(data, network=InFloat64, sampler="class_balanced", loss="cross_entropy", **options):
+def run(
+    data,
+    criterion=nn.CrossEntropyLoss(),
+    sampler="class_balanced",
+    given=None,
+    network=InFloat64,
+    **options,
+):
     seen, losses = [], []
-    inner = timm_lt.create_loss(loss)
 
     class Noting(type(data)):
         def __getitems__(self, draws):
@@ -90,10 +96,13 @@ def run(data, network=InFloat64, sampler="class_balanced", loss="cross_entropy",
             return super().__getitems__(draws)
 
     class Loss(nn.Module):
-        takes_pairs, set_epoch = inner.takes_pairs, staticmethod(inner.set_epoch)
+        takes_pairs = getattr(criterion, "takes_pairs", False)
+
+        def set_epoch(self, epoch, epochs):
+            getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
 
         def forward(self, logits, targets):
-            value = inner(logits, targets)
+            value = criterion(logits, targets)
             losses.append(value.item())
             return value
 
@@ -104,7 +113,7 @@ def run(data, network=InFloat64, sampler="class_balanced", loss="cross_entropy",
     training = train_representation(
         model,
         data,
-        timm_lt.create_sampler(sampler, data.labels, num_samples=N, seed=3),
+        timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
         accelerator=accelerator,
         epochs=3,
@@ -121,9 +130,16 @@ accelerator = create_accelerator(mixed_precision="no")
 result = {"num_processes": accelerator.num_processes}
 result["in_memory"] = run(in_memory())
 result["decoded"] = run(decoded())
+# Weights that differ, and their sum is over the images of all processes.
+counts = timm_lt.class_counts(labels)
+drw = timm_lt.create_loss("deferred_reweighting", counts, loss="focal", start=1)
+given = {"start": 2, "second": "reversed"}
+result["deferred"] = run(in_memory(), drw.double(), "deferred", given)
 result["partly"] = run(in_memory(), trained=["model.blocks.5"])
 # Pairs that were torn apart would have other losses.
-result["bilateral"] = run(in_memory(), network=Bilateral, sampler="bilateral", loss="bilateral")
+bbn = timm_lt.create_loss("bilateral")
+given = {"num_samples": N}
+result["bilateral"] = run(in_memory(), bbn, "bilateral", given, network=Bilateral)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
@@ -217,9 +233,10 @@ def test_there_are_as_many_processes(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_every_global_batch_is_the_same_images(results, processes):
-    alone = results[1][0]["in_memory"]["seen"]
-    ranks = [rank["in_memory"]["seen"] for rank in results[processes]]
+@pytest.mark.parametrize("kind", ["in_memory", "deferred"])
+def test_every_global_batch_is_the_same_images(results, processes, kind):
+    alone = results[1][0][kind]["seen"]
+    ranks = [rank[kind]["seen"] for rank in results[processes]]
     # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
     assert len(alone) == 3 * 5
     for batch, *parts in zip(alone, *ranks, strict=True):
@@ -230,7 +247,7 @@ def test_every_global_batch_is_the_same_images(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly", "bilateral"])
+@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly", "deferred", "bilateral"])
 def test_the_loss_curve_is_the_same(results, processes, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 
