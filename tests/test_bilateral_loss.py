@@ -164,13 +164,36 @@ def test_extremes_and_many_classes():
         ({"loss": "bilateral"}, "by another loss, not by itself"),
         ({"loss": "ce"}, "unknown loss 'ce'"),
         ({"loss_options": {"tau": 1}}, "loss 'cross_entropy' has no option 'tau'"),
-        ({"loss_options": {"reduction": "mean"}}, "reduction is an option of loss bilateral"),
+        ({"loss_options": {"reduction": "mean"}}, "reduction is set elsewhere"),
         ({"loss": "balanced_softmax"}, "loss 'balanced_softmax' needs class_counts"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         create_loss("bilateral", **options)
+
+
+def test_deferred_weights_go_inside():
+    options = {
+        "loss": "deferred_reweighting",
+        "loss_options": {"start": 2, "normalization": "batch"},
+    }
+    logits, targets = batch()
+    raw = [(1 - 0.9999) / (1 - 0.9999**n) for n in COUNTS]
+    weights = [5 * w / sum(raw) for w in raw]
+    for epoch, alpha in ((1, 15 / 16), (3, 7 / 16)):
+        parts = []
+        for i in range(0, 8, 2):
+            pair = logits[i : i + 2].tolist()
+            for place, share in ((i, alpha), (i + 1, 1 - alpha)):
+                y = targets[place].item()
+                # Both labels the same: the cross-entropy of the mixed logits.
+                value = by_hand(pair, [y, y], alpha)[0]
+                parts.append(share * value * (weights[y] if epoch >= 2 else 1))
+        found = at(epoch, 4, reduction="sum", **options)(logits, targets)
+        assert found.item() == pytest.approx(sum(parts), rel=1e-5)
+    with pytest.raises(UsageError, match="put deferred_reweighting into its options"):
+        create_loss("deferred_reweighting", COUNTS, loss="bilateral")
 
 
 def test_half_a_pair_is_refused():

@@ -184,6 +184,11 @@ def test_bad_options_are_refused(options, message):
         create_sampler("bilateral", LABELS, **options)
 
 
+def test_no_part_of_a_deferred_sampler():
+    with pytest.raises(UsageError, match="'bilateral' draws pairs and is no part of a deferred"):
+        create_sampler("deferred", LABELS, num_samples=40, second="bilateral", start=2)
+
+
 def test_a_state_between_the_two_of_a_pair_is_refused():
     state = create(96).state_dict()
     with pytest.raises(UsageError, match="position 7 lies within a pair"):

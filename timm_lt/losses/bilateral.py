@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_lt.longtail import Labels
 from timm_lt.losses.base import ClassLoss, Reduction
@@ -88,14 +88,13 @@ class BilateralLoss(ClassLoss):
         check_choice("divisor", divisor, get_args(Divisor))
         if loss == "bilateral":
             raise UsageError("loss bilateral mixes two branches by another loss, not by itself")
-        options = {"reduction": "none", **(loss_options or {})}
-        self.loss: Any = create_loss(loss, class_counts, **options)
+        options = dict(loss_options or {})
+        for name in ("class_counts", "reduction"):
+            if name in options:
+                raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")
+        self.loss: Any = create_loss(loss, class_counts, reduction="none", **options)
         if getattr(self.loss, "needs_features", False):
             raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
-        if getattr(self.loss, "reduction", None) != "none":
-            raise UsageError(
-                "reduction is an option of loss bilateral: leave it out of loss_options"
-            )
         self.adaptor, self.divisor = adaptor, divisor
         self._share = 0.0
 
@@ -112,6 +111,17 @@ class BilateralLoss(ClassLoss):
         self._share = epoch / divisor
         if hasattr(self.loss, "set_epoch"):
             self.loss.set_epoch(epoch, epochs)
+
+    def initial_bias(self, num_classes: int) -> float | None:
+        """Returns what the mixed loss does."""
+        mixed = getattr(self.loss, "initial_bias", None)
+        return None if mixed is None else cast("float | None", mixed(num_classes))
+
+    def check_classifier(self, classifier: nn.Module) -> None:
+        """Checks what the mixed loss does, if it does."""
+        mixed = getattr(self.loss, "check_classifier", None)
+        if mixed is not None:
+            mixed(classifier)
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
