@@ -80,9 +80,15 @@ def decoded(labels=labels):
     )
 
 
-def run(data, loss=None, sampler="class_balanced", given=None, network=InFloat64, **options):
+def run(
+    data,
+    criterion=nn.CrossEntropyLoss(),
+    sampler="class_balanced",
+    given=None,
+    network=InFloat64,
+    **options,
+):
     seen, losses = [], []
-    inner = timm_lt.create_loss("cross_entropy") if loss is None else loss
 
     class Noting(type(data)):
         def __getitems__(self, draws):
@@ -90,10 +96,13 @@ def run(data, loss=None, sampler="class_balanced", given=None, network=InFloat64
             return super().__getitems__(draws)
 
     class Loss(nn.Module):
-        takes_pairs, set_epoch = inner.takes_pairs, staticmethod(inner.set_epoch)
+        takes_pairs = getattr(criterion, "takes_pairs", False)
+
+        def set_epoch(self, epoch, epochs):
+            getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
 
         def forward(self, logits, targets):
-            value = inner(logits, targets)
+            value = criterion(logits, targets)
             losses.append(value.item())
             return value
 
@@ -104,7 +113,7 @@ def run(data, loss=None, sampler="class_balanced", given=None, network=InFloat64
     training = train_representation(
         model,
         data,
-        timm_lt.create_sampler(sampler, data.labels, num_samples=N, seed=3, **(given or {})),
+        timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
         accelerator=accelerator,
         epochs=3,
@@ -127,9 +136,10 @@ drw = timm_lt.create_loss("deferred_reweighting", counts, loss="focal", start=1)
 given = {"start": 2, "second": "reversed"}
 result["deferred"] = run(in_memory(), drw.double(), "deferred", given)
 result["partly"] = run(in_memory(), trained=["model.blocks.5"])
-pairs = timm_lt.create_loss("bilateral")
 # Pairs that were torn apart would have other losses.
-result["bilateral"] = run(in_memory(), pairs, "bilateral", network=Bilateral)
+bbn = timm_lt.create_loss("bilateral")
+given = {"num_samples": N}
+result["bilateral"] = run(in_memory(), bbn, "bilateral", given, network=Bilateral)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}

@@ -217,9 +217,9 @@ def _create_parts(
         clip_mode=recipe.clip_mode,
     )
     model = create_network(recipe, splits.num_classes)
+    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
     check_classifier(loss, model)
     start_network(recipe, loss, model, splits.num_classes)
-    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
     check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():

@@ -85,30 +85,6 @@ def check_schedule(loss: nn.Module, epochs: int) -> None:
         set_epoch(0, epochs)
 
 
-def check_classifier(loss: nn.Module, model: nn.Module) -> None:
-    """Checks that a loss takes the logits of a model's classifier, where it is particular.
-
-    Raises:
-        UsageError: If not.
-    """
-    check = getattr(loss, "check_classifier", None)
-    # What is no model of timm has a classifier that only its owner knows.
-    if check is not None and hasattr(model, "get_classifier"):
-        for classifier in get_heads(model).values():
-            check(classifier)
-
-
-def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives a fresh classifier the bias that a loss wants it to start with, if it wants one."""
-    initial_bias = getattr(loss, "initial_bias", None)
-    value = None if initial_bias is None else initial_bias(num_classes)
-    if value is None:
-        return
-    for classifier in find_classifiers(model).values():
-        if classifier.bias is not None:
-            nn.init.constant_(classifier.bias, value)
-
-
 def check_pairs(model: nn.Module, sampler: ClassSampler, loss: nn.Module, *, batch: int) -> None:
     """Checks that a bilateral network, sampler and loss come together, and that pairs stay so.
 
@@ -148,6 +124,30 @@ def check_pairs(model: nn.Module, sampler: ClassSampler, loss: nn.Module, *, bat
             f"a bilateral network is trained with a linear classifier, not with a {head.kind!r} "
             "head: leave head= out of model.options"
         )
+
+
+def check_classifier(loss: nn.Module, model: nn.Module) -> None:
+    """Checks that a loss takes the logits of a model's classifier, where it is particular.
+
+    Raises:
+        UsageError: If not.
+    """
+    check = getattr(loss, "check_classifier", None)
+    # What is no model of timm has a classifier that only its owner knows.
+    if check is not None and hasattr(model, "get_classifier"):
+        for classifier in get_heads(model).values():
+            check(classifier)
+
+
+def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:
+    """Gives a fresh classifier the bias that a loss wants it to start with, if it wants one."""
+    initial_bias = getattr(loss, "initial_bias", None)
+    value = None if initial_bias is None else initial_bias(num_classes)
+    if value is None:
+        return
+    for classifier in find_classifiers(model).values():
+        if classifier.bias is not None:
+            nn.init.constant_(classifier.bias, value)
 
 
 def check_model(model: nn.Module, images: Images) -> None:

@@ -132,8 +132,8 @@ def train_representation(
 
     Raises:
         UsageError: If the batch size does not fit the data or the processes, an option or a module
-            is unknown, the loss is for another classifier or for pairs that model and sampler do
-            not make, an image cannot be read, or the loss is not finite.
+            is unknown, the loss is for another classifier, an image cannot be read, the loss is not
+            finite, or of model, sampler and loss some are bilateral and some not.
     """
     if not hasattr(train, "train_loader"):
         raise UsageError(
