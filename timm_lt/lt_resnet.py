@@ -1,11 +1,12 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's own ResNets, so its weights load into plain timm, but for the ``lt_resnet32``
-of the CIFAR papers, which timm lacks. ``timm.create_model`` takes ``head=`` and that head's options
+Each is one of timm's own ResNets, so its weights load into plain timm, but for two that timm lacks:
+the ``lt_resnet32`` of the CIFAR papers, and ``lt_oltr_resnet10`` with its attention. ``timm.create_model`` takes ``head=`` and that head's options
 beside its usual arguments. What is published under which name, ``hub_configs/`` says. The file's
 name is the module name that timm shows, and must differ from timm's own modules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from timm_lt.attention import SpatialAttention, attach_attention
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.cifar_resnet import CifarResNet
 from timm_lt.heads import HEADS, set_absent_head, set_head
@@ -33,12 +35,14 @@ class Architecture:
 
     Attributes:
         base: timm's architecture, or None for one that timm lacks.
+        own: What builds one that timm lacks, from timm's usual arguments.
         first_conv: Path of the convolution that sees the images.
         reduction: Image size divided by the size of the last feature map.
         feature_cfg: timm's settings of ``features_only``.
     """
 
     base: TimmBase | None
+    own: Callable[..., nn.Module] = CifarResNet
     first_conv: str = "conv1"
     reduction: int = 32
     feature_cfg: dict[str, Any] = field(default_factory=dict)
@@ -46,15 +50,20 @@ class Architecture:
     def build(self, **options: Any) -> nn.Module:
         """Builds the model with timm's usual arguments, without weights."""
         if self.base is None:
-            return CifarResNet(**options)
+            return self.own(**options)
         entrypoint = model_entrypoint(self.base.architecture)
         model: nn.Module = entrypoint(pretrained=False, **{**self.base.model_args, **options})
         return model
 
 
+def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any) -> nn.Module:
+    return attach_attention(ARCHITECTURES["lt_resnet10"].build(**options), spatial=spatial)
+
+
 ARCHITECTURES = {
     "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
     "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
+    "lt_oltr_resnet10": Architecture(None, _oltr_resnet10),
     "lt_resnet32": Architecture(None, reduction=4, feature_cfg={"out_indices": (0, 1, 2, 3)}),
     "lt_resnet50": Architecture(TimmBase("resnet50", {})),
     "lt_resnet101": Architecture(TimmBase("resnet101", {})),
@@ -151,6 +160,15 @@ def lt_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def lt_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage."""
     return _create("lt_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def lt_oltr_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 with the modulated attention of OLTR behind its last stage.
+
+    ``spatial="linear"`` has the published form, for images of 224 pixels only.
+    """
+    return _create("lt_oltr_resnet10", pretrained, **kwargs)
 
 
 @register_model
