@@ -7,6 +7,7 @@ from timm_lt.losses import cross_entropy as cross_entropy
 from timm_lt.losses import prior as prior
 from timm_lt.losses.base import ClassLoss as ClassLoss
 from timm_lt.losses.base import Reduction as Reduction
+from timm_lt.losses.centroids import DiscriminativeCentroids as DiscriminativeCentroids
 from timm_lt.losses.factory import LOSSES as LOSSES
 from timm_lt.losses.factory import create_loss as create_loss
 from timm_lt.losses.factory import list_losses as list_losses
