@@ -114,7 +114,7 @@ class ModulatedAttention(nn.Module):
             logits = self.spatial(x.flatten(1))
         else:
             logits = self.spatial(x).flatten(1)
-        weights = logits.float().softmax(1).to(x.dtype)
+        weights = logits.softmax(1).to(x.dtype)
         if not self.linear:
             weights = weights * (height * width / 49)
         return weights.view(-1, 1, height, width)

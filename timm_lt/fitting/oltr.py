@@ -148,7 +148,9 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.1 ** (DROPS * step // steps)
         values, targets = take_rows(features.values, rows), features.targets[rows]
-        objective: Tensor = F.cross_entropy(head(values), targets)
+        # Not head(values), which would take weights that are no longer finite for unfitted ones.
+        logits = F.linear(head.transform(values), *head.effective())
+        objective: Tensor = F.cross_entropy(logits, targets)
         if moved:
             objective = objective + loss_weight * loss(values, targets).mean()
         optimizer.zero_grad()

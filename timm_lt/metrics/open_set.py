@@ -58,11 +58,12 @@ class OpenSetMetrics:
     that are accepted, ``P = TP / (TP + FP)`` and ``R = TP / (TP + FN)``, both as in the authors'
     code. (Elsewhere an open image that is accepted is a false positive.) Known images that are
     rejected are false positives too in the code of OLTR (``rule="oltr"``), and are not in that of
-    Kang et al. (``"fb"``): its F rises with any threshold that rejects more wrong images than right
-    ones.
+    Kang et al. (``"fb"``), which so costs nothing but the right answers that are lost.
 
     All that is kept are five integers: the report is the same for any order of the images, any
-    batches and any number of processes.
+    batches and any number of processes. As with :class:`ShotMetrics`, drop the duplicates that fill
+    up the last batch first, and images that could not be read: a loader gives them the target -1,
+    which is that of an open image here.
 
     Args:
         num_classes: Number of known classes C.
@@ -82,11 +83,11 @@ class OpenSetMetrics:
     >>> metrics.update(logits, [0, 0, 0, -1])  # right, wrong, rejected, an open one rejected
     >>> report = metrics.compute()
     >>> report.precision, report.recall, report.all
-    (0.5, 1.0, 0.5)
+    (0.3333333333333333, 1.0, 0.5)
     """
 
     def __init__(
-        self, num_classes: int, *, threshold: float = 0.1, rule: OpenSetRule = "fb"
+        self, num_classes: int, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
     ) -> None:
         self.num_classes = check_integer("num_classes", num_classes, minimum=1)
         self.threshold = check_number("threshold", threshold, "[0, 1]")
@@ -172,7 +173,7 @@ class OpenSetMetrics:
 
 
 def open_set_report(
-    logits: Tensor, targets: Labels, *, threshold: float = 0.1, rule: OpenSetRule = "fb"
+    logits: Tensor, targets: Labels, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
 ) -> OpenSetReport:
     """Computes the figures of :class:`OpenSetMetrics` for images that are there at once.
 
@@ -204,8 +205,8 @@ def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "ol
             threshold.
 
     >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
-    >>> choose_threshold(logits, [0, 0, -1])  # the confidence of the second, 1 / (1 + e^-1)
-    0.731...
+    >>> round(choose_threshold(logits, [0, 0, -1]), 3)  # that of the second, 1 / (1 + e^-1)
+    0.731
     """
     check_choice("rule", rule, get_args(OpenSetRule))
     check_logits(logits)
@@ -236,17 +237,15 @@ def _judged(logits: Tensor, targets: Labels, num_classes: int) -> tuple[Tensor, 
     """Returns confidences, and whether images are known and right, and known; (N,) on the CPU."""
     check_logits(logits)
     given = torch.as_tensor(targets).cpu()
-    # An empty list has a floating-point type.
-    given = given.long() if given.numel() == 0 else given
     known = given != OPEN
-    classes = check_labels(torch.where(known, given, 0), num_classes, noun="targets")
-    if logits.shape != (len(classes), num_classes):
+    if logits.shape != (len(given), num_classes):
         raise UsageError(
-            f"logits must be (N, C) = {(len(classes), num_classes)} as targets and num_classes "
-            f"have it, got {tuple(logits.shape)}"
+            f"logits must be (N, C) = {(len(given), num_classes)} as targets and num_classes have "
+            f"it, got {tuple(logits.shape)}"
         )
-    if len(classes) == 0:
+    if len(given) == 0:
         return torch.zeros(0, dtype=torch.float64), known, known
+    classes = check_labels(given.masked_fill(~known, 0), num_classes, noun="targets")
     check_finite(logits)
     preds, confidences, _ = judge(logits, classes)
     return confidences.double(), known & (preds == classes), known
