@@ -45,7 +45,8 @@ SELECTED_BY_THE_PAPERS_ON_TEST = ("inat2018", "cifar10_lt", "cifar100_lt")
 DATA = {name: read_yaml(path)["data"]["name"] for name, path in shipped_recipes().items()}
 RECIPES = [name for name, data in DATA.items() if data in CLASSES]
 CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
-KANG = [name for name in RECIPES if name not in CIFAR]
+OLTR = ["lt_oltr_resnet10.imagenet_lt"]
+KANG = [name for name in RECIPES if name not in CIFAR + OLTR]
 BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
 BACKBONES += ["resnext50", "resnext101", "resnext152"]
 SAMPLINGS = ["class_balanced", "square_root", "progressively_balanced"]
@@ -57,7 +58,7 @@ def load(name):
 
 
 def of(data):
-    return [load(name) for name in RECIPES if DATA[name] == data]
+    return [load(name) for name in KANG + CIFAR if DATA[name] == data]
 
 
 # What there is ------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_there_is_a_recipe_for_every_result():
         for factor in (10, 50, 100)
         for paper in ("ldam", "bbn")
     }
-    assert set(RECIPES) == expected
+    assert set(RECIPES) == expected | set(OLTR)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -177,6 +178,21 @@ def test_settings_of_ldam_and_bbn(name):
     }
     options = {"padding": 4, "border": "zero", "hflip": 0.5}
     assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("crop", options)
+
+
+def test_settings_of_oltr():
+    recipe = load(OLTR[0])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", 0.1, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size, recipe.epochs) == (5e-4, 128, 30)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("step", 0)
+    assert scheduler.options == {"decay_epochs": 10, "decay_rate": 0.1}
+    fit = {"centroids": "learned", "epochs": 60, "lr": 0.1, "weight_decay": 5e-4}
+    assert recipe.heads == {"linear": {}, "oltr": fit}
+    assert recipe.shot_rule == "oltr"
+    # One rate for each ten epochs.
+    found = rates(OLTR[0])
+    assert found[[0, 8, 10, 18, 20, 29], 5] == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
 
 
 def without(recipe, **parts):
@@ -351,6 +367,8 @@ def expected_rate(recipe, step):
     """The learning rate of one of the first updates of three in an epoch."""
     if recipe.scheduler.name == "multistep":
         return 1e-5 + (0.1 - 1e-5) * step / (5 * 3)
+    if recipe.scheduler.name == "step":
+        return recipe.optimizer.lr
     return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
 
 
@@ -405,7 +423,7 @@ def test_two_updates(name, stand_in, tmp_path):
     planned = {
         head: options for head, options in recipe.heads.items() if options.get("stage") == "images"
     }
-    assert set(run.plans) == set(planned) == (set() if name in CIFAR else {"crt", "lws"})
+    assert set(run.plans) == set(planned) == ({"crt", "lws"} if name in KANG else set())
     for head, options in planned.items():
         plan, number = run.plans[head], 600 + classes
         assert (plan.bn, plan.batch_size) == ("shift", options["batch_size"])
