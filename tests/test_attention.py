@@ -39,7 +39,9 @@ def naive(module, x, form):
     def convolve(layer, v):
         w = layer.weight.flatten(1).tolist()
         b = [0.0] * len(w) if layer.bias is None else layer.bias.tolist()
-        return [sum(a * c for a, c in zip(r, v, strict=True)) + s for r, s in zip(w, b, strict=True)]
+        return [
+            sum(a * c for a, c in zip(r, v, strict=True)) + s for r, s in zip(w, b, strict=True)
+        ]
 
     def softmax(values):
         e = [math.exp(v - max(values)) for v in values]
@@ -147,7 +149,7 @@ def test_wrong_values_are_refused(options, message):
 
 
 def test_the_published_form_says_that_it_takes_one_size():
-    with pytest.raises(UsageError, match="7×7 maps.*224 pixels, and got 6×7;.*'convolution'"):
+    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels, and got 6×7;.*'convolution'"):
         attention(spatial="linear")(maps(1, 6, 6, 7))
 
 

@@ -134,10 +134,10 @@ def test_ten_thousand_classes():
 
 def test_it_is_not_folded_and_not_trained_as_a_joint_classifier():
     head = usable_head("oltr", 96, 3)
-    with pytest.raises(UsageError, match="oltr head is not linear.*cannot be folded"):
+    with pytest.raises(UsageError, match=r"oltr head is not linear.*cannot be folded"):
         head.fold()
     model = set_head(timm.create_model("test_resnet", num_classes=3), head)
-    with pytest.raises(UsageError, match="cannot train a 'oltr' head.*not linear in the features"):
+    with pytest.raises(UsageError, match=r"cannot train a 'oltr' head.*not linear in the features"):
         check_model(model, None)
 
 

@@ -1,6 +1,6 @@
 """Modulated attention of OLTR: a block behind the last stage of a ResNet."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class ModulatedAttention(nn.Module):
             logits = self.spatial(x.flatten(1))
         else:
             logits = self.spatial(x).flatten(1)
-        weights = logits.softmax(1).to(x.dtype)
+        weights: Tensor = logits.softmax(1).to(x.dtype)
         if not self.linear:
             weights = weights * (height * width / 49)
         return weights.view(-1, 1, height, width)
@@ -155,7 +155,7 @@ def attach_attention(
             f"this is a {type(model).__name__}"
         )
     # The CIFAR ResNet has no fourth stage.
-    last = model.feature_info[-1]
+    last: dict[str, Any] = model.feature_info[-1]
     stage = model.get_submodule(last["module"])
     if hasattr(stage, ATTENTION):
         raise UsageError(f"the model has {last['module']}.{ATTENTION} already")

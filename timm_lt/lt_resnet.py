@@ -1,9 +1,10 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
 Each is one of timm's own ResNets, so its weights load into plain timm, but for two that timm lacks:
-the ``lt_resnet32`` of the CIFAR papers, and ``lt_oltr_resnet10`` with its attention. ``timm.create_model`` takes ``head=`` and that head's options
-beside its usual arguments. What is published under which name, ``hub_configs/`` says. The file's
-name is the module name that timm shows, and must differ from timm's own modules.
+the ``lt_resnet32`` of the CIFAR papers, and ``lt_oltr_resnet10`` with its attention.
+``timm.create_model`` takes ``head=`` and that head's options beside its usual arguments. What is
+published under which name, ``hub_configs/`` says. The file's name is the module name that timm
+shows, and must differ from timm's own modules.
 """
 
 from collections.abc import Callable

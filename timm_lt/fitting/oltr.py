@@ -130,7 +130,7 @@ def _train(
 ) -> None:
     """Trains the head, and the centroids of the loss if they ask for gradients."""
     moved = [p for p in loss.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in head.parameters() if p.requires_grad]},
         # Their gradient is so small that a decay would draw them to zero.
         *([{"params": moved, "weight_decay": 0.0}] if moved else []),
@@ -154,7 +154,7 @@ def _train(
         if moved:
             objective = objective + loss_weight * loss(values, targets).mean()
         optimizer.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         optimizer.step()
         with torch.no_grad():
             head.centroids.copy_(loss.centroids)

@@ -92,10 +92,12 @@ class OLTRHead(Head):
         far = self.distance(features) / self.reach
         norm = torch.linalg.vector_norm(enriched, dim=-1, keepdim=True)
         if self.squash == "linear":
-            return enriched / (far + norm).clamp_min(1e-12)
+            squashed: Tensor = enriched / (far + norm).clamp_min(1e-12)
+            return squashed
         # As a product of two numbers below 1: the squares could overflow in half precision.
         both = torch.hypot(far, norm).clamp_min(1e-12)
-        return (enriched / both) * (norm / both)
+        squashed = (enriched / both) * (norm / both)
+        return squashed
 
     def memory(self, features: Tensor) -> Tensor:
         """Returns v_memory (..., D), a convex combination of the centroids."""
@@ -113,7 +115,8 @@ class OLTRHead(Head):
         # By products, without an (N, C, D) tensor; then the distance itself, without cancellation.
         nearest = (c.square().sum(dim=1) / 2 - x @ c.T).argmin(dim=-1)
         there = self.centroids[nearest]
-        return torch.linalg.vector_norm(features - there, dim=-1, keepdim=True)
+        distance: Tensor = torch.linalg.vector_norm(features - there, dim=-1, keepdim=True)
+        return distance
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the class weights at length ``scale``, (C, D), and no bias."""
