@@ -91,12 +91,13 @@ class OLTRHead(Head):
         # v' = enriched · ‖enriched‖^(p − 1) / (far^p + ‖enriched‖^p), p = 1 or 2.
         far = self.distance(features) / self.reach
         norm = torch.linalg.vector_norm(enriched, dim=-1, keepdim=True)
+        squashed: Tensor
         if self.squash == "linear":
-            squashed: Tensor = enriched / (far + norm).clamp_min(1e-12)
-            return squashed
-        # As a product of two numbers below 1: the squares could overflow in half precision.
-        both = torch.hypot(far, norm).clamp_min(1e-12)
-        squashed = (enriched / both) * (norm / both)
+            squashed = enriched / (far + norm).clamp_min(1e-12)
+        else:
+            # A product of numbers below 1: the squares could overflow in half precision.
+            both = torch.hypot(far, norm).clamp_min(1e-12)
+            squashed = (enriched / both) * (norm / both)
         return squashed
 
     def memory(self, features: Tensor) -> Tensor:
