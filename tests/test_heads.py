@@ -31,7 +31,7 @@ from timm_lt.heads import (
 from timm_lt.heads.statistics import statistics_of
 from timm_lt.registry import UsageError
 
-NEED_A_FIT = ["ncm", "lws", "logit_adjusted"]
+NEED_A_FIT = ["ncm", "lws", "logit_adjusted", "oltr"]
 every_head = pytest.mark.parametrize("name", list_heads())
 
 
@@ -52,7 +52,7 @@ def f64(tensor):
 # ---- the contract -------------------------------------------------------------------------------
 
 
-def test_the_seven_heads_are_listed_and_have_test_options():
+def test_the_heads_are_listed_and_have_test_options():
     assert sorted(list_heads()) == sorted(HEAD_OPTIONS)
 
 
@@ -453,7 +453,8 @@ def test_fold_gives_a_plain_linear_with_the_same_predictions(name, options, exac
 
 
 def test_every_head_has_a_fold_test():
-    assert {name for name, _, _ in FOLDS} == set(list_heads())
+    # tests/test_oltr.py sees that it refuses.
+    assert {name for name, _, _ in FOLDS} | {"oltr"} == set(list_heads())
 
 
 @pytest.mark.parametrize("space", ["l2", "centered_l2"])

@@ -48,7 +48,8 @@ RECIPES = [name for name, data in DATA.items() if data in CLASSES]
 CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
 LDAM = [name for name in CIFAR if name.endswith("_ldam")]
 BBN = [name for name in RECIPES if name.startswith("lt_bbn_")]
-KANG = [name for name in RECIPES if name not in CIFAR + BBN]
+OLTR = ["lt_oltr_resnet10.imagenet_lt"]
+KANG = [name for name in RECIPES if name not in CIFAR + BBN + OLTR]
 BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
 BACKBONES += ["resnext50", "resnext101", "resnext152"]
 SAMPLINGS = ["class_balanced", "square_root", "progressively_balanced"]
@@ -60,7 +61,7 @@ def load(name):
 
 
 def of(data):
-    return [load(name) for name in RECIPES if DATA[name] == data and name not in BBN]
+    return [load(name) for name in RECIPES if DATA[name] == data and name not in BBN + OLTR]
 
 
 # What there is ------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_there_is_a_recipe_for_every_result():
         for name in ("lt_resnet32.{}_ldam", "lt_bbn_resnet32.{}")
     }
     expected |= {"lt_bbn_resnet50.inat2018", "lt_bbn_resnet50.inat2018_e90"}
-    assert set(RECIPES) == expected
+    assert set(RECIPES) == expected | set(OLTR)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -197,6 +198,21 @@ def test_settings_of_bbn_on_inaturalist(epochs, steps):
     assert (recipe.sampler.name, recipe.loss.name) == ("bilateral", "bilateral")
     assert recipe.loss.options == {"divisor": "code"}
     assert PUBLISHED[recipe.model.name].mean == (0.485, 0.456, 0.406)
+
+
+def test_settings_of_oltr():
+    recipe = load(OLTR[0])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", 0.1, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size, recipe.epochs) == (5e-4, 128, 30)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("step", 0)
+    assert scheduler.options == {"decay_epochs": 10, "decay_rate": 0.1}
+    fit = {"centroids": "learned", "epochs": 60, "lr": 0.1, "weight_decay": 5e-4}
+    assert recipe.heads == {"linear": {}, "oltr": fit}
+    assert recipe.shot_rule == "oltr"
+    # One rate for each ten epochs.
+    found = rates(OLTR[0])
+    assert found[[0, 8, 10, 18, 20, 29], 5] == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize("name", LDAM)
@@ -399,6 +415,8 @@ def expected_rate(recipe, step):
         return recipe.optimizer.lr
     if recipe.scheduler.name == "multistep":
         return 1e-5 + (0.1 - 1e-5) * step / (5 * 3)
+    if recipe.scheduler.name == "step":
+        return recipe.optimizer.lr
     return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
 
 

@@ -57,6 +57,7 @@ WITHOUT_WEIGHTS = [
     "lt_resnet10.imagenet_lt",
     "lt_resnet32.cifar10_lt",
     "lt_resnet32.cifar100_lt",
+    "lt_oltr_resnet10.imagenet_lt",
     "lt_bbn_resnet32.cifar10_lt",
     "lt_bbn_resnet32.cifar100_lt",
     "lt_bbn_resnet50.inat2018",

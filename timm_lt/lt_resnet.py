@@ -1,12 +1,13 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's own ResNets, so its weights load into plain timm, but for the ``lt_resnet32``
-of the CIFAR papers and the bilateral ``lt_bbn_*``, which timm lacks. ``timm.create_model`` takes
-``head=`` and that head's options beside its usual arguments. What is published under which name,
-``hub_configs/`` says. The file's name is the module name that timm shows, and must differ from
-timm's own modules.
+Each is one of timm's own ResNets, so its weights load into plain timm, but for what timm lacks: the
+``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10`` with its
+attention. ``timm.create_model`` takes ``head=`` and that head's options beside its usual arguments.
+What is published under which name, ``hub_configs/`` says. The file's name is the module name that
+timm shows, and must differ from timm's own modules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from timm_lt.attention import SpatialAttention, attach_attention
 from timm_lt.bilateral import ANY_BASE, BRANCH_SCALE, create_bilateral, unpair
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.cifar_resnet import CifarResNet
@@ -36,8 +38,9 @@ class Architecture:
     """What a registered name builds.
 
     Attributes:
-        base: timm's architecture, or None for the CIFAR ResNet, which timm lacks.
+        base: timm's architecture, or None for one that timm lacks.
         bilateral: Has two branches, which timm lacks, too.
+        own: What builds one that timm lacks, from timm's usual arguments, if not as these say.
         first_conv: Path of the convolution that sees the images.
         reduction: Image size divided by the size of the last feature map.
         feature_cfg: timm's settings of ``features_only``.
@@ -45,12 +48,15 @@ class Architecture:
 
     base: TimmBase | None
     bilateral: bool = False
+    own: Callable[..., nn.Module] | None = None
     first_conv: str = "conv1"
     reduction: int = 32
     feature_cfg: dict[str, Any] = field(default_factory=dict)
 
     def build(self, **options: Any) -> nn.Module:
         """Builds the model with timm's usual arguments, without weights."""
+        if self.own is not None:
+            return self.own(**options)
         if not self.bilateral:
             return self._plain(self.base, options)
         scale = options.pop("branch_scale", BRANCH_SCALE)
@@ -70,10 +76,15 @@ class Architecture:
         return model
 
 
+def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any) -> nn.Module:
+    return attach_attention(ARCHITECTURES["lt_resnet10"].build(**options), spatial=spatial)
+
+
 CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
 ARCHITECTURES = {
     "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
     "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
+    "lt_oltr_resnet10": Architecture(None, own=_oltr_resnet10),
     "lt_resnet32": Architecture(None, reduction=4, feature_cfg=CIFAR_FEATURES),
     "lt_resnet50": Architecture(TimmBase("resnet50", {})),
     "lt_resnet101": Architecture(TimmBase("resnet101", {})),
@@ -181,6 +192,15 @@ def lt_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def lt_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage."""
     return _create("lt_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def lt_oltr_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 with the modulated attention of OLTR behind its last stage.
+
+    ``spatial="linear"`` has the published form, for images of 224 pixels only.
+    """
+    return _create("lt_oltr_resnet10", pretrained, **kwargs)
 
 
 @register_model

@@ -2,6 +2,7 @@
 
 from timm_lt.fitting import closed_form as closed_form
 from timm_lt.fitting import gradient as gradient
+from timm_lt.fitting import oltr as oltr
 from timm_lt.fitting.base import FITS as FITS
 from timm_lt.fitting.base import check_fit_options as check_fit_options
 from timm_lt.fitting.base import register_fit as register_fit

@@ -14,6 +14,7 @@ from timm_lt.losses import smoothing as smoothing
 from timm_lt.losses import weighted as weighted
 from timm_lt.losses.base import ClassLoss as ClassLoss
 from timm_lt.losses.base import Reduction as Reduction
+from timm_lt.losses.centroids import DiscriminativeCentroids as DiscriminativeCentroids
 from timm_lt.losses.factory import LOSSES as LOSSES
 from timm_lt.losses.factory import create_loss as create_loss
 from timm_lt.losses.factory import list_losses as list_losses
