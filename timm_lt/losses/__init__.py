@@ -4,6 +4,7 @@ A new loss is a class in one of these files under ``@register_loss("name")``.
 """
 
 from timm_lt.losses import cross_entropy as cross_entropy
+from timm_lt.losses import metric as metric
 from timm_lt.losses import prior as prior
 from timm_lt.losses.base import ClassLoss as ClassLoss
 from timm_lt.losses.base import Reduction as Reduction
