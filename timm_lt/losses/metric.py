@@ -69,7 +69,8 @@ class RangeLoss(_MetricLoss):
 
     Args:
         class_counts: As in :class:`ClassLoss`; not used.
-        weight: Of the term, at least 0; 0 is cross-entropy.
+        weight: Of the term, at least 0; 0 is cross-entropy. Squared distances of features as they
+            are make the term large: at 0.1 a small ResNet learns nothing.
         k: Distances per class, at least 1. The paper has 2.
         margin: Between class means, at least 0; a squared distance if distance is. What the paper
             and its comparisons took for margin, alpha, beta and weight is not known here: these
@@ -88,7 +89,7 @@ class RangeLoss(_MetricLoss):
         self,
         class_counts: Labels | None = None,
         *,
-        weight: float = 1.0,
+        weight: float = 0.001,
         k: int = 2,
         margin: float = 0.1,
         alpha: float = 0.5,
@@ -207,7 +208,7 @@ class LiftedStructureLoss(_MetricLoss):
         self,
         class_counts: Labels | None = None,
         *,
-        weight: float = 1.0,
+        weight: float = 0.003,
         neg_margin: float = 1.0,
         pos_margin: float = 0.0,
         normalize: bool = False,
