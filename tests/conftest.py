@@ -20,6 +20,7 @@ HEAD_OPTIONS = {
     "ncm": {"metric": "euclidean", "features": "centered_l2"},
     "cosine": {"scale": 5.5, "learn_scale": True},
     "logit_adjusted": {"tau": 0.8},
+    "fslwf": {},
 }
 
 

@@ -1,12 +1,15 @@
 """Losses on a batch's features, against their papers' formulas in plain loops of Python floats."""
 
+import functools
 import itertools
 import math
 import sys
 
 import pytest
 import torch
+from learning import COUNTS, learned, small_glyphs
 
+import timm_lt
 from timm_lt.losses import LOSSES, create_loss, list_losses
 from timm_lt.registry import UsageError
 
@@ -250,3 +253,22 @@ def test_lifted_structure_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
     with pytest.raises(UsageError, match=r"pip install 'timm_lt\[metric\]'"):
         create_loss("lifted_structure")
+
+
+@functools.cache
+def few_shot(name, samples_per_class=None):
+    sampler = "instance_balanced"
+    if samples_per_class is not None:
+        labels = small_glyphs()[0].labels
+        sampler = timm_lt.create_sampler(
+            "class_balanced", labels, samples_per_class=samples_per_class
+        )
+    return learned(create_loss(name, class_counts=COUNTS), sampler=sampler)["few_shot"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METRIC)
+def test_few_shot_classes_are_better_than_in_joint_training(name):
+    """With the sampler that the losses need, to which most of the gain is owed."""
+    # Measured: 0.61 and 0.54; cross-entropy 0.47.
+    assert few_shot(name, samples_per_class=4) > few_shot("cross_entropy") + 0.03

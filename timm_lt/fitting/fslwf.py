@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.fitting.base import FIT_MAXIMUM, register_fit
+from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.data import FitData
 from timm_lt.fitting.rows import ENTRIES, ROWS, take_rows
 from timm_lt.fitting.sgd import check_length
 from timm_lt.fitting.weight_generator import WeightGenerator
-from timm_lt.heads import FSLwFHead, seeded_linear
+from timm_lt.heads import FSLwFHead
 from timm_lt.heads.lengths import BATCH_SIZE, LWS_LENGTH
 from timm_lt.longtail import class_counts, shot_groups, shot_rule_texts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
@@ -128,11 +129,11 @@ def fit_fslwf(
 ) -> FSLwFHead:
     """Trains weights of the base classes, and generates those of the others from all their rows.
 
-    First a cosine classifier of the base classes is trained, from the joint classifier's
-    directions if there is one, on rows as they are distributed. Then come episodes: some base
-    classes are taken for novel, their weights are generated from a few rows of theirs and the
-    weights of the base classes that are left, and the cross-entropy over all of them moves the
-    generator, the base weights and the scale. The paper says nothing of a long tail: which
+    First a cosine classifier of the base classes is trained on rows as they are distributed, from
+    the joint classifier's directions or, without one, from the class means. Then come episodes:
+    some base classes are taken for novel, their weights are generated from a few rows of theirs
+    and the weights of the base classes that are left, and the cross-entropy over all of them moves
+    the generator, the base weights and the scale. The paper says nothing of a long tail: which
     classes are base is our rule.
 
     Args:
@@ -226,11 +227,11 @@ def _base_classes(data: FitData, base: Base) -> Tensor:
 
 
 def _start(data: FitData) -> Tensor:
-    """Returns the joint classifier's weight (C, D), or a random one."""
+    """Returns the joint classifier's weight (C, D), or the mean unit feature of each class."""
     if data.classifier is not None:
         return data.classifier.weight.detach()
-    linear = seeded_linear(data.features.num_features, data.num_classes, seed=data.seed)
-    return linear.weight.detach()
+    features = data.features
+    return class_means(features.values, features.targets, data.num_classes, ("l2",))["l2"]
 
 
 def _train_base(training: _Training, steps: int, seed: int) -> None:

@@ -39,7 +39,7 @@ class WeightGenerator(nn.Module):
         self.phi_att = nn.Parameter(torch.ones(num_features))
         self.phi_q = nn.Parameter(torch.eye(num_features) + noise)
         self.keys = nn.Parameter(keys)
-        self.gamma = nn.Parameter(torch.tensor(gamma))
+        self.gamma = nn.Parameter(torch.tensor(float(gamma)))
 
     def attend(self, features: Tensor, base: Tensor) -> Tensor:
         """Returns the attention (..., B) of unit features (..., D) to B of the base classes.
