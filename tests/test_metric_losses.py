@@ -22,10 +22,10 @@ def features(n=10, d=4, seed=0, dtype=torch.float64):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def term(name, x, targets=TARGETS, **options):
+def term(name, x, targets=TARGETS, weight=1.0, **options):
     """What a loss adds to the cross-entropy."""
     logits = torch.zeros(len(targets), 5, dtype=torch.float64)
-    return create_loss(name, **options)(logits, targets, x) - math.log(5)
+    return create_loss(name, weight=weight, **options)(logits, targets, x) - math.log(5)
 
 
 def apart(one, two):
@@ -186,7 +186,7 @@ def test_reductions_and_weight(name):
     """Each image's loss has all of the batch's term; its weight 0 is cross-entropy."""
     x, logits = features(), features(d=5, seed=1)
     losses = {
-        reduction: create_loss(name, reduction=reduction)(logits, TARGETS, x)
+        reduction: create_loss(name, weight=1.0, reduction=reduction)(logits, TARGETS, x)
         for reduction in ("none", "mean", "sum")
     }
     plain = torch.nn.functional.cross_entropy(logits, TARGETS, reduction="none")
@@ -202,7 +202,7 @@ def test_half_precision_and_large_features(name):
     x = (100 * features(dtype=torch.float32)).half()
     exact = term(name, x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = create_loss(name)(torch.zeros(len(x), 5), TARGETS, x)
+        found = create_loss(name, weight=1.0)(torch.zeros(len(x), 5), TARGETS, x)
     assert found.dtype == torch.float32
     assert found.item() - math.log(5) == pytest.approx(exact.item(), rel=1e-3)
     extreme = torch.full((len(x), 4), 6e4, dtype=torch.float16)
@@ -217,7 +217,7 @@ def test_half_precision_and_large_features(name):
 def test_range_with_many_classes():
     targets = torch.arange(40) * 250 % 9_990
     x, logits = features(40), torch.zeros(40, 10_000, dtype=torch.float64)
-    value = create_loss("range")(logits, targets, x).item() - math.log(10_000)
+    value = create_loss("range", weight=1.0)(logits, targets, x).item() - math.log(10_000)
     assert value == pytest.approx(range_by_hand(x, targets))
 
 

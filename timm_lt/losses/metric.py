@@ -89,7 +89,7 @@ class RangeLoss(_MetricLoss):
         self,
         class_counts: Labels | None = None,
         *,
-        weight: float = 0.001,
+        weight: float = 0.0001,
         k: int = 2,
         margin: float = 0.1,
         alpha: float = 0.5,
