@@ -55,6 +55,13 @@ class InFloat64(nn.Module):
         return self.model(images.double())
 
 
+class Bilateral(InFloat64):
+    def __init__(self):
+        super().__init__()
+        options = {"base": "test_resnet", "norm_layer": "layernorm2d", "num_classes": C}
+        self.model = timm.create_model("lt_bbn_resnet", **options).double()
+
+
 def in_memory(labels=labels):
     images = torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()[: len(labels)]
     return ImageTensors(images, labels, augmentation=create_augmentation("affine"), seed=5)
@@ -73,8 +80,9 @@ def decoded(labels=labels):
     )
 
 
-def run(data, **options):
+def run(data, loss=None, sampler="class_balanced", given=None, network=InFloat64, **options):
     seen, losses = [], []
+    inner = timm_lt.create_loss("cross_entropy") if loss is None else loss
 
     class Noting(type(data)):
         def __getitems__(self, draws):
@@ -82,19 +90,21 @@ def run(data, **options):
             return super().__getitems__(draws)
 
     class Loss(nn.Module):
+        takes_pairs, set_epoch = inner.takes_pairs, staticmethod(inner.set_epoch)
+
         def forward(self, logits, targets):
-            value = nn.functional.cross_entropy(logits, targets)
+            value = inner(logits, targets)
             losses.append(value.item())
             return value
 
     if isinstance(data, ImageTensors):
         data.__class__ = Noting
     accelerator.free_memory()
-    model = InFloat64()
+    model = network()
     training = train_representation(
         model,
         data,
-        timm_lt.create_sampler("class_balanced", data.labels, seed=3),
+        timm_lt.create_sampler(sampler, data.labels, num_samples=N, seed=3, **(given or {})),
         Loss(),
         accelerator=accelerator,
         epochs=3,
@@ -111,7 +121,15 @@ accelerator = create_accelerator(mixed_precision="no")
 result = {"num_processes": accelerator.num_processes}
 result["in_memory"] = run(in_memory())
 result["decoded"] = run(decoded())
+# Weights that differ, and their sum is over the images of all processes.
+counts = timm_lt.class_counts(labels)
+drw = timm_lt.create_loss("deferred_reweighting", counts, loss="focal", start=1)
+given = {"start": 2, "second": "reversed"}
+result["deferred"] = run(in_memory(), drw.double(), "deferred", given)
 result["partly"] = run(in_memory(), trained=["model.blocks.5"])
+pairs = timm_lt.create_loss("bilateral")
+# Pairs that were torn apart would have other losses.
+result["bilateral"] = run(in_memory(), pairs, "bilateral", network=Bilateral)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
@@ -205,9 +223,10 @@ def test_there_are_as_many_processes(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_every_global_batch_is_the_same_images(results, processes):
-    alone = results[1][0]["in_memory"]["seen"]
-    ranks = [rank["in_memory"]["seen"] for rank in results[processes]]
+@pytest.mark.parametrize("kind", ["in_memory", "deferred"])
+def test_every_global_batch_is_the_same_images(results, processes, kind):
+    alone = results[1][0][kind]["seen"]
+    ranks = [rank[kind]["seen"] for rank in results[processes]]
     # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
     assert len(alone) == 3 * 5
     for batch, *parts in zip(alone, *ranks, strict=True):
@@ -218,7 +237,7 @@ def test_every_global_batch_is_the_same_images(results, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly"])
+@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly", "deferred", "bilateral"])
 def test_the_loss_curve_is_the_same(results, processes, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 
