@@ -21,6 +21,7 @@ HEAD_OPTIONS = {
     "cosine": {"scale": 5.5, "learn_scale": True},
     "logit_adjusted": {"tau": 0.8},
     "oltr": {"scale": 9.0, "reach": 10.0, "squash": "linear"},
+    "fslwf": {},
 }
 
 

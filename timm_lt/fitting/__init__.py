@@ -1,6 +1,7 @@
 """Fitting heads on frozen features, with whatever is tuned selected on validation."""
 
 from timm_lt.fitting import closed_form as closed_form
+from timm_lt.fitting import fslwf as fslwf
 from timm_lt.fitting import gradient as gradient
 from timm_lt.fitting import oltr as oltr
 from timm_lt.fitting.base import FITS as FITS

@@ -8,6 +8,7 @@ from timm_lt.losses import cross_entropy as cross_entropy
 from timm_lt.losses import deferred as deferred
 from timm_lt.losses import focal as focal
 from timm_lt.losses import ldam as ldam
+from timm_lt.losses import metric as metric
 from timm_lt.losses import prior as prior
 from timm_lt.losses import seesaw as seesaw
 from timm_lt.losses import smoothing as smoothing
