@@ -123,8 +123,9 @@ def train_representation(
             such epoch) or of the ``"last"`` epoch. Without ``val`` they are the last.
         class_counts: Training images per class (C,), for the shot groups of validation; None counts
             the labels.
-        trained: Paths of the modules that are trained, e.g. ``["layer4.2"]``, and the classifier
-            always is; None trains all. See :class:`~timm_lt.training.frozen.FrozenParts`.
+        trained: Paths of the modules that are trained, e.g. ``["layer4.2"]`` or ``["last_block"]``,
+            and the classifier always is; None trains all. See
+            :class:`~timm_lt.training.frozen.FrozenParts`.
         bn: What the modules that are frozen then do: ``"frozen"`` has them in evaluation mode,
             ``"shift"`` in training mode, so that their batch-norm statistics move.
         state: Where to save after each epoch, and to go on from.
