@@ -39,17 +39,31 @@ OPTIONS = {
     "effective_number": [{"beta": 0.9}],
     "under_sampled": [{}, {"target": 6}],
     "over_sampled": [{"target": 6}],
+    "deferred": [
+        {"start": 4},
+        {
+            "first": "progressively_balanced",
+            "second_options": {"samples_per_class": 4},
+            "start": 0.5,
+            "epochs": 9,
+        },
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}{options or ''}")
     for name in list_samplers()
+    if name != "bilateral"  # of two streams: test_bilateral_sampler.py
     for options in OPTIONS.get(name, [{}])
 ]
 contract = pytest.mark.parametrize(("name", "options"), VARIANTS)
 # Blocks of one class, and steps, are no uniformly random arrangement; they have their own tests.
 contract_on_order = pytest.mark.parametrize(
     ("name", "options"),
-    [v for v in VARIANTS if not {"samples_per_class", "steps_per_epoch"} & set(v.values[1])],
+    [
+        v
+        for v in VARIANTS
+        if not {"samples_per_class", "steps_per_epoch", "second_options"} & set(v.values[1])
+    ],
 )
 
 # Shuffled, with the empty classes 2 and 5.
@@ -235,6 +249,15 @@ def test_bad_arguments_are_refused(name, options):
         ("effective_number", {}, "sampler 'effective_number' needs the option 'beta'"),
         ("effective_number", {"beta": 1.0}, r"beta must be a number in \[0, 1\), got 1.0"),
         ("under_sampled", {"target": 0}, "target must be an integer >= 1, got 0"),
+        ("deferred", {}, "start 0.8 is a fraction of the epochs: give epochs, too"),
+        ("deferred", {"epochs": 3, "start": 3}, "start 3 is not within training, .* 0 to 2"),
+        ("deferred", {"start": 1, "second": "shift"}, "unknown sampler 'shift'"),
+        ("deferred", {"start": 1, "second_options": {"q": 1}}, "'class_balanced' has no option"),
+        (
+            "deferred",
+            {"epochs": 3, "first": "progressively_balanced", "first_options": {"epochs": 2}},
+            "first_options: epochs is 2, but there are 3: leave it out",
+        ),
     ],
 )
 def test_bad_options_are_refused(name, options, message):
@@ -603,3 +626,36 @@ def test_more_images_than_a_float_counts():
     sampler = create_sampler("class_balanced", labels, num_samples=20, seed=1)
     rare = sorted(index - 2**24 for index in sampler if index >= 2**24)
     assert rare == sorted(2 * list(range(5)))
+
+
+# Deferred ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "epochs", "first"), [(160, 200, 160), (0.8, 200, 160), (2, None, 2), (0.5, 3, 1)]
+)
+def test_deferred_changes_in_its_epoch(start, epochs, first):
+    sampler = create_sampler(
+        "deferred", LABELS, num_classes=6, start=start, epochs=epochs, second="reversed"
+    )
+    parts = [create_sampler(n, LABELS, num_classes=6) for n in ("instance_balanced", "reversed")]
+    for epoch in (0, first - 1, first, first + 1):
+        expected = parts[epoch >= first].class_probabilities()
+        assert torch.equal(sampler.class_probabilities(epoch), expected)
+        sampler.set_epoch(epoch)
+        assert torch.equal(sampler.class_probabilities(), expected)
+
+
+def test_deferred_draws_as_its_parts_do():
+    options = {"num_samples": 60, "seed": 5}
+    sampler = create_sampler(
+        "deferred", LABELS, start=2, second_options={"samples_per_class": 5}, **options
+    )
+    first = create_sampler("instance_balanced", LABELS, **options)
+    for epoch in range(2):
+        assert torch.equal(sampler.epoch_indices(epoch), first.epoch_indices(epoch))
+    blocks = torch.tensor(LABELS)[sampler.epoch_indices(2)].view(-1, 5)
+    assert (blocks == blocks[:, :1]).all()
+    # A part has no epochs of its own length.
+    sampler = create_sampler("deferred", LABELS, start=1, second="over_sampled")
+    assert len(sampler) == len(LABELS) == len(sampler.epoch_indices(1))

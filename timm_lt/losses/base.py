@@ -38,6 +38,8 @@ class ClassLoss(nn.Module):
     # Then forward takes the classifier's input, features (N, D), behind the targets.
     needs_features = False
     takes_soft_targets = False
+    # Then rows 2 i and 2 i + 1 of a batch are a pair, from sampler and model bilateral.
+    takes_pairs = False
 
     def __init__(
         self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"
@@ -56,10 +58,17 @@ class ClassLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the reduced loss of a batch."""
+        logits, targets = self._prepared(logits, targets)
+        return self._reduced(self.per_example(logits, targets), targets)
+
+    def _prepared(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and targets after checking them, in the types of :meth:`per_example`."""
         self._check_shapes(logits, targets)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = targets.to(logits.dtype) if targets.ndim == 2 else targets.long()
-        losses = self.per_example(logits, targets)
+        return logits, targets.to(logits.dtype) if targets.ndim == 2 else targets.long()
+
+    def _reduced(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Reduces the losses (N,) of some targets."""
         if self.reduction == "none":
             return losses
         return losses.mean() if self.reduction == "mean" else losses.sum()
@@ -74,6 +83,13 @@ class ClassLoss(nn.Module):
         Raises:
             UsageError: If the loss's schedule does not fit into so many epochs.
         """
+
+    def initial_bias(self, num_classes: int) -> float | None:
+        """Returns what a fresh classifier's bias should start at; None leaves it as it is.
+
+        A recipe sets it. In your own loop, fill the bias of the classifier with it.
+        """
+        return None
 
     def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"

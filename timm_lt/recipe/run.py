@@ -46,12 +46,15 @@ from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     HeadPlan,
     check_batch_size,
+    check_classifier,
     check_model,
     check_optimization,
+    check_pairs,
     check_schedule,
     check_trained,
     check_update,
     plan_head_on_images,
+    start_classifier,
 )
 
 # The augmentation that is timm's: images are decoded when they are drawn.
@@ -218,6 +221,9 @@ def _create_parts(
         clip_mode=recipe.clip_mode,
     )
     model = create_network(recipe, splits.num_classes)
+    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
+    check_classifier(loss, model)
+    start_network(recipe, loss, model, splits.num_classes)
     check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():
@@ -255,6 +261,13 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
         for classifier in find_classifiers(model).values():
             classifier.reset_parameters()
     return model
+
+
+def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
+    """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not (recipe.model.pretrained and config.get("num_classes") == num_classes):
+        start_classifier(loss, model, num_classes)
 
 
 def create_images(

@@ -1,0 +1,160 @@
+"""The papers' formulas, in plain Python, one image at a time: logits z, a label y, class counts."""
+
+import math
+
+COUNTS = [500, 120, 30, 8, 5]
+
+
+def softmax(z):
+    return [math.exp(zj) / sum(math.exp(zk) for zk in z) for zj in z]
+
+
+def cross_entropy(z, y, smoothing=0.0):
+    log_p = [math.log(p) for p in softmax(z)]
+    soft = [(1 - smoothing) * (j == y) + smoothing / len(z) for j in range(len(z))]
+    return -sum(t * lp for t, lp in zip(soft, log_p, strict=True))
+
+
+def balanced_softmax(z, y):
+    terms = [n * math.exp(zj) for n, zj in zip(COUNTS, z, strict=True)]
+    return -math.log(terms[y] / sum(terms))
+
+
+def logit_adjustment(z, y, tau=1.0):
+    pi = [n / sum(COUNTS) for n in COUNTS]
+    # The paper's second form: log(1 + sum over the others of (pi_j / pi_y)^tau e^(z_j - z_y)).
+    others = [(pi[j] / pi[y]) ** tau * math.exp(z[j] - z[y]) for j in range(len(z)) if j != y]
+    return math.log(1 + sum(others))
+
+
+def frequency_weight(y, exponent=1.0):
+    raw = [n**-exponent for n in COUNTS]
+    return raw[y] * len(raw) / sum(raw)
+
+
+def effective_number_weight(y, beta=0.9999):
+    raw = [(1 - beta) / (1 - beta**n) for n in COUNTS]
+    return raw[y] * len(raw) / sum(raw)
+
+
+def inverse_frequency(z, y, exponent=1.0):
+    return frequency_weight(y, exponent) * cross_entropy(z, y)
+
+
+def focal(z, y, gamma=2.0, form="softmax"):
+    if form == "softmax":
+        p = softmax(z)[y]
+        return -((1 - p) ** gamma) * math.log(p)
+    total = 0.0
+    for j, zj in enumerate(z):
+        p = 1 / (1 + math.exp(-zj))
+        p_t = p if j == y else 1 - p
+        total -= (1 - p_t) ** gamma * math.log(p_t)
+    return total
+
+
+def class_balanced(z, y, beta=0.9999, form="softmax", gamma=1.0):
+    loss = {
+        "softmax": lambda: cross_entropy(z, y),
+        "sigmoid": lambda: focal(z, y, 0.0, "sigmoid"),
+        "focal": lambda: focal(z, y, gamma, "sigmoid"),
+    }[form]()
+    return effective_number_weight(y, beta) * loss
+
+
+def class_balanced_focal(z, y, beta=0.9999, gamma=1.0, form="sigmoid", probability="unweighted"):
+    weight = effective_number_weight(y, beta)
+    if probability == "weighted":
+        p = math.exp(-weight * cross_entropy(z, y))
+        return weight * (1 - p) ** gamma * cross_entropy(z, y)
+    return weight * focal(z, y, gamma, form)
+
+
+def ldam(z, y, max_margin=0.5, scale=30.0, logits="cosine"):
+    raw = [n**-0.25 for n in COUNTS]
+    margin = raw[y] * max_margin / max(raw)
+    cosines = list(z) if logits == "cosine" else [zj / scale for zj in z]
+    cosines[y] -= margin
+    return cross_entropy([scale * c for c in cosines], y)
+
+
+def label_aware_smoothing(z, y, head=0.3, tail=0.0, shape="concave", spread="others"):
+    largest, smallest = max(COUNTS), min(COUNTS)
+    angle = math.pi * (COUNTS[y] - smallest) / (2 * (largest - smallest))
+    eps = {
+        "concave": tail + (head - tail) * math.sin(angle),
+        "linear": tail + (head - tail) * (COUNTS[y] - smallest) / (largest - smallest),
+        "convex": head + (head - tail) * math.sin(1.5 * math.pi + angle),
+    }[shape]
+    if spread == "all":
+        return cross_entropy(z, y, eps)
+    log_p = [math.log(p) for p in softmax(z)]
+    others = [log_p[j] for j in range(len(z)) if j != y]
+    return -(1 - eps) * log_p[y] - eps / len(others) * sum(others)
+
+
+def seesaw(z, y, mitigation=0.8, compensation=2.0, min_probability=0.0, at=None):
+    # The compensation is a constant: its logits are those of the point at which a slope is taken.
+    p = softmax(z if at is None else at)
+    total = math.exp(z[y])
+    for j in range(len(z)):
+        if j != y:
+            m = 1.0 if COUNTS[y] <= COUNTS[j] else (COUNTS[j] / COUNTS[y]) ** mitigation
+            ratio = p[j] / max(p[y], min_probability)
+            k = 1.0 if ratio <= 1 else ratio**compensation
+            total += m * k * math.exp(z[j])
+    return -math.log(math.exp(z[y]) / total)
+
+
+def deferred_reweighting(z, y, start=0.8, loss="cross_entropy", weights="", beta=0.9999, **_):
+    if start == 0.8:
+        weight = 1.0
+    elif weights == "inverse_frequency":
+        weight = frequency_weight(y)
+    else:
+        weight = effective_number_weight(y, beta)
+    return weight * {"cross_entropy": cross_entropy, "ldam": ldam}[loss](z, y)
+
+
+BY_HAND = [
+    ("cross_entropy", {}, cross_entropy),
+    ("cross_entropy", {"smoothing": 0.1}, cross_entropy),
+    ("balanced_softmax", {}, balanced_softmax),
+    ("logit_adjustment", {}, logit_adjustment),
+    ("logit_adjustment", {"tau": 0.0}, logit_adjustment),
+    ("logit_adjustment", {"tau": 2.5}, logit_adjustment),
+    ("inverse_frequency", {}, inverse_frequency),
+    ("inverse_frequency", {"exponent": 0.5}, inverse_frequency),
+    ("class_balanced", {}, class_balanced),
+    ("class_balanced", {"beta": 0.9, "form": "sigmoid"}, class_balanced),
+    ("class_balanced", {"form": "focal", "gamma": 2.0}, class_balanced),
+    ("focal", {}, focal),
+    ("focal", {"gamma": 0.5}, focal),
+    ("focal", {"form": "sigmoid"}, focal),
+    ("focal", {"form": "sigmoid", "gamma": 0.5}, focal),
+    ("class_balanced_focal", {}, class_balanced_focal),
+    ("class_balanced_focal", {"form": "softmax", "gamma": 0.5}, class_balanced_focal),
+    (
+        "class_balanced_focal",
+        {"form": "softmax", "gamma": 0.5, "probability": "weighted"},
+        class_balanced_focal,
+    ),
+    ("ldam", {}, ldam),
+    ("ldam", {"max_margin": 0.3, "scale": 10.0, "logits": "scaled"}, ldam),
+    ("label_aware_smoothing", {}, label_aware_smoothing),
+    ("label_aware_smoothing", {"shape": "linear", "tail": 0.1}, label_aware_smoothing),
+    (
+        "label_aware_smoothing",
+        {"shape": "convex", "head": 0.6, "tail": 0.1, "spread": "all"},
+        label_aware_smoothing,
+    ),
+    ("seesaw", {}, seesaw),
+    ("seesaw", {"mitigation": 1.5, "compensation": 0.5, "min_probability": 0.2}, seesaw),
+    ("deferred_reweighting", {}, deferred_reweighting),
+    ("deferred_reweighting", {"start": 0, "normalization": "batch"}, deferred_reweighting),
+    (
+        "deferred_reweighting",
+        {"start": 0, "normalization": "batch", "weights": "inverse_frequency", "loss": "ldam"},
+        deferred_reweighting,
+    ),
+]

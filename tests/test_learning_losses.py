@@ -1,0 +1,24 @@
+"""Losses for the long tail do better on rare classes than cross-entropy does."""
+
+import pytest
+from learning import COUNTS, learned, pretrained
+
+from timm_lt.losses import create_loss
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return learned(create_loss("cross_entropy"))
+
+
+@pytest.mark.slow
+def test_ldam_drw_learns_the_tail(joint):
+    loss = create_loss("deferred_reweighting", COUNTS, loss="ldam", start=0.5)
+    found = learned(loss, model=pretrained(head="cosine", scale=1.0))
+    assert found["few_shot"] > joint["few_shot"] + 0.05
+
+
+@pytest.mark.slow
+def test_class_balanced_learns_the_tail(joint):
+    found = learned(create_loss("class_balanced", COUNTS, normalization="weights"))
+    assert found["few_shot"] > joint["few_shot"] + 0.05

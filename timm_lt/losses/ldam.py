@@ -1,0 +1,99 @@
+"""Label-distribution-aware margins."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_lt.longtail import Labels, check_class_counts, check_no_empty_class
+from timm_lt.losses.base import ClassLoss, Reduction
+from timm_lt.losses.factory import register_loss
+from timm_lt.losses.terms import log_complement
+from timm_lt.losses.weights import given_counts
+from timm_lt.registry import UsageError, check_choice, check_number
+
+Logits = Literal["cosine", "scaled"]
+
+
+@register_loss("ldam")
+class LDAMLoss(ClassLoss):
+    """LDAM: cross-entropy of ``s (z_j - Delta_y [j = y])``, ``Delta_j = m (n_j / n_min)^(-1/4)``.
+
+    The logits z are cosines: the margin means something only between normalised weights and
+    features, so the model needs a cosine classifier. The smallest class has the margin m.
+
+    - ``logits="cosine"``: z as they are, of ``head="cosine", scale=1.0``;
+    - ``logits="scaled"``: the classifier gives ``s z``, that of ``head="cosine", scale=30.0``, and
+      the loss is the cross-entropy of ``s z_j - s Delta_y [j = y]``. The same numbers, but the
+      softmax of the model's output is then that of the loss without margins.
+
+    :func:`~timm_lt.training.train_representation` refuses a model whose classifier is another.
+
+    Args:
+        class_counts: Training images ``n_j`` per class, at least 1 each.
+        max_margin: m, at least 0; 0.5 in the paper.
+        scale: s, above 0; 30 in the authors' code.
+        logits: What the classifier gives.
+        reduction: As in :class:`ClassLoss`.
+
+    References:
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
+        2019, https://arxiv.org/abs/1906.07413 (equations 12 and 13).
+    """
+
+    needs_class_counts = True
+    takes_soft_targets = True
+    margins: Tensor
+
+    def __init__(
+        self,
+        class_counts: Labels | None = None,
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        logits: Logits = "cosine",
+        reduction: Reduction = "mean",
+    ) -> None:
+        counts = given_counts(self, class_counts)
+        super().__init__(counts, reduction=reduction)
+        max_margin = check_number("max_margin", max_margin, "[0, inf)")
+        self.scale = check_number("scale", scale, "(0, inf)")
+        check_choice("logits", logits, get_args(Logits))
+        self.logits = logits
+        check_no_empty_class(counts)
+        n = check_class_counts(counts).double()
+        margins = max_margin * (n / n.min()) ** -0.25
+        self.register_buffer("margins", margins.float(), persistent=False)
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropies (N,) with the margin taken off the label's logit."""
+        logits = logits * self.scale if self.logits == "cosine" else logits
+        margins = self.scale * self.margins.to(logits.dtype)
+        if targets.ndim == 1:
+            labels = targets[:, None]
+            reduced = logits.scatter_add(1, labels, -margins[labels])
+            return F.cross_entropy(reduced, targets, reduction="none")
+        # Were class j the label, e^(z_j) would shrink to e^(z_j - m_j) in the sum, too.
+        log_p = F.log_softmax(logits, 1)
+        label_p = log_p - margins
+        per_class = torch.logaddexp(log_complement(log_p), label_p) - label_p
+        return (targets * per_class).sum(1)
+
+    def check_classifier(self, classifier: nn.Module) -> None:
+        """Checks that a classifier gives the logits that the loss takes.
+
+        Raises:
+            UsageError: If it is linear, or a cosine classifier of another scale.
+        """
+        scale = 1.0 if self.logits == "cosine" else self.scale
+        kind = getattr(classifier, "kind", "linear")
+        if kind == "cosine":
+            options = classifier.options()  # type: ignore[operator]
+            if options == {"scale": scale, "learn_scale": False}:
+                return
+            kind = f"cosine ({', '.join(f'{k}: {v}' for k, v in options.items())})"
+        raise UsageError(
+            f"loss ldam with logits={self.logits!r} needs cosines from the model, whose classifier "
+            f"is {kind}: give it the options {{head: cosine, scale: {scale}}}"
+        )
