@@ -19,7 +19,13 @@ from timm_lt.recipe.checks import check_heads, check_options_of_parts
 from timm_lt.recipe.run import create_network, sampler_options
 from timm_lt.registry import UsageError, check_number, unknown_name
 from timm_lt.samplers import create_sampler
-from timm_lt.training import check_optimization, check_schedule, check_trained
+from timm_lt.training import (
+    check_classifier,
+    check_optimization,
+    check_pairs,
+    check_schedule,
+    check_trained,
+)
 
 JOINT = "linear"
 # What a command line may change although a representation sets it: to try a grid out.
@@ -229,11 +235,14 @@ def _check_all(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
             optimizer, scheduler = recipe.optimizer.arguments(), recipe.scheduler.arguments()
             check_optimization(optimizer, scheduler, recipe.epochs)
             options = sampler_options(recipe)
-            create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **options)
+            sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **options)
             # Of two classes, as the data are not read here.
             loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
             check_schedule(loss, recipe.epochs)
             models[name] = _network(recipe) if after is None else models[after]
+            if after is None:
+                check_pairs(models[name], sampler, loss, batch=recipe.batch_size)
+                check_classifier(loss, models[name])
             check_trained(models[name], recipe.model.trained, recipe.model.bn)
         except UsageError as error:
             raise UsageError(f"representation {name!r}: {error}") from error

@@ -56,9 +56,11 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     for key in {"class_counts", "reduction"} & set(given or {}):
         raise UsageError(f"{key} in loss_options of head 'crt' is set elsewhere: leave it out")
     try:
-        create_loss(loss, class_counts=[2, 1], **dict(given or {}))
+        made = create_loss(loss, class_counts=[2, 1], **dict(given or {}))
     except UsageError as error:
         raise UsageError(f"loss of head 'crt': {error}") from error
+    if getattr(made, "takes_pairs", False):
+        raise UsageError(f"loss {loss!r} of head 'crt' takes pairs of images: choose another")
     sampler = options.get("sampler") or _usual_sampler(loss)
     check_sampler("of head 'crt'", sampler, options.get("sampler_options"))
 
