@@ -96,10 +96,9 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
         comparison = collect(plan, outcomes)
         command = ["timm-lt", "compare", *argv]
         write_results(folder, plan, comparison, outcomes, command=command, threads=threads)
-    console = Console()
     # In a file there is room for a wide table.
-    width = console.width if console.is_terminal else max(console.width, WIDTH)
-    console.print(rich_table(plan, comparison), width=width)
+    console = Console() if Console().is_terminal else Console(width=WIDTH)
+    console.print(rich_table(plan, comparison))
     log.info("wrote %s", folder)
     failed = [run.name for run, outcome in outcomes.items() if not outcome.is_whole]
     if failed:
