@@ -20,6 +20,8 @@ HEAD_OPTIONS = {
     "ncm": {"metric": "euclidean", "features": "centered_l2"},
     "cosine": {"scale": 5.5, "learn_scale": True},
     "logit_adjusted": {"tau": 0.8},
+    "oltr": {"scale": 9.0, "reach": 10.0, "squash": "linear"},
+    "fslwf": {},
 }
 
 

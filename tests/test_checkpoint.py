@@ -125,6 +125,7 @@ def test_files_of_a_folder(folder, heads, model):
     assert stored == {
         "heads/cosine.safetensors": {"weight"},
         "heads/crt.safetensors": {"weight", "bias"},
+        "heads/fslwf.safetensors": {"weight", "scale"},
         "heads/lws.safetensors": {"scale"},
         "heads/ncm.safetensors": {"weight", "feature_mean"},
     }

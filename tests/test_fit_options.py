@@ -29,6 +29,7 @@ from timm_lt.features import Features
 from timm_lt.fitting import check_fit_options, rows
 from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
+from timm_lt.fitting.sgd import train_head
 from timm_lt.fitting.smote import add_smote_rows
 from timm_lt.heads.lengths import CRT_LENGTH
 from timm_lt.metrics import shot_accuracy
@@ -36,6 +37,7 @@ from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
 
 LOG_COUNTS = COUNTS.double().log()
+SGD = {"solver": "sgd"}
 
 # Balanced softmax --------------------------------------------------------------------------------
 
@@ -68,6 +70,53 @@ def test_balanced_softmax_by_sgd_draws_rows_as_they_are_distributed():
     naive_sgd([weight, bias], loss, batches, lr=0.1, weight_decay=5e-4)
     torch.testing.assert_close(head.weight.double(), weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+
+# Other losses and samplers ----------------------------------------------------------------------
+
+
+def test_sgd_takes_any_loss_and_sampler():
+    options = {"solver": "sgd", "steps": 30, "lr": 0.1, "seed": 3}
+    head = fit(
+        "crt",
+        **options,
+        loss="logit_adjustment",
+        loss_options={"tau": 0.5},
+        sampler="power",
+        sampler_options={"q": 0.5},
+    )
+    weight, bias = start_of_a_linear_layer(seed=3)
+    x, y = TRAIN.values.double(), TRAIN.targets
+
+    def loss(batch):
+        return nn.functional.cross_entropy(x[batch] @ weight.T + bias + 0.5 * LOG_COUNTS, y[batch])
+
+    batches = create_sampler("power", y, num_samples=30 * 512, seed=3, q=0.5).epoch_indices()
+    naive_sgd([weight, bias], loss, batches.view(30, 512), lr=0.1, weight_decay=5e-4)
+    torch.testing.assert_close(head.weight.double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_hears_of_epochs_of_all_rows_and_may_take_them():
+    class Loss(nn.Module):
+        needs_features = True
+
+        def __init__(self):
+            super().__init__()
+            self.heard, self.widths = [], set()
+
+        def set_epoch(self, epoch, epochs):
+            self.heard.append((epoch, epochs))
+
+        def forward(self, logits, targets, features):
+            self.widths.add((len(logits), *features.shape))
+            return nn.functional.cross_entropy(logits, targets)
+
+    loss = Loss()
+    half = len(TRAIN) // 2
+    train_head(fit("crt"), TRAIN, seed=0, steps=5, lr=0.1, batch_size=half, loss=loss)
+    assert loss.heard == [(0, 3), (1, 3), (2, 3)]
+    assert loss.widths == {(half, half, D)}
 
 
 # Length and what is kept -------------------------------------------------------------------------
@@ -165,7 +214,19 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("crt", {"smote": 0}, "smote must be an integer from 1"),
         ("crt", {"smote": 10**13}, "smote must be an integer from 1"),
         ("crt", {"solver": "sgd", "steps": 10**12}, "steps of head 'crt' must be an integer from"),
-        ("crt", {"loss": "focal"}, "choose one of: cross_entropy, balanced_softmax"),
+        ("crt", {"loss": "fokal"}, "loss of head 'crt': unknown loss 'fokal'.*balanced_softmax"),
+        (
+            "crt",
+            {"loss": "logit_adjustment"},
+            "needs solver: sgd; lbfgs solves cross_entropy and b",
+        ),
+        ("crt", {"sampler": "square_root"}, "sampler of head 'crt' has no effect with solver 'lbf"),
+        ("crt", {**SGD, "sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
+        ("crt", {**SGD, "sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
+        ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options.*leave it out"),
+        ("crt", {**SGD, "loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
+        ("crt", {**SGD, "loss_options": {"reduction": "sum"}}, "reduction in loss_options.*elsew"),
+        ("crt", {**SGD, "loss_options": 3}, "loss_options of head 'crt' must be a mapping, got 3"),
         ("crt", {"solver": "sgd", "steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer from 1"),

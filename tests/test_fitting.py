@@ -68,7 +68,13 @@ def test_a_fit_repeats_exactly_whatever_the_global_random_state(name):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("crt", {"solver": "sgd", "steps": 30}), ("lws", {}), ("cosine", {}), ("crt", {})],
+    [
+        ("crt", {"solver": "sgd", "steps": 30}),
+        ("lws", {}),
+        ("cosine", {}),
+        ("fslwf", {}),
+        ("crt", {}),
+    ],
 )
 def test_the_seed_matters_only_where_batches_are_drawn(name, options):
     one, two = (fit(name, seed=seed, **options) for seed in (0, 1))
@@ -114,9 +120,10 @@ def test_the_head_of_a_classifier_without_bias_can_be_saved_and_loaded(name, tmp
     joint = nn.Linear(model.num_features, C, bias=False)
     model.fc = joint
     g = torch.Generator().manual_seed(0)
-    features = Features(torch.randn(40, model.num_features, generator=g), torch.arange(40) % C)
+    values = torch.randn(len(TRAIN), model.num_features, generator=g)
+    features = Features(values, TRAIN.targets)
     head = fit(name, train=features, val=features, classifier=joint, class_counts=None)
-    timm_lt.save_checkpoint(tmp_path, model, heads={name: head}, class_counts=torch.full((C,), 10))
+    timm_lt.save_checkpoint(tmp_path, model, heads={name: head}, class_counts=COUNTS)
     loaded = timm_lt.load_head(tmp_path, name, joint)
     with torch.no_grad():
         assert loaded(features.values).equal(head(features.values))
@@ -391,7 +398,7 @@ def test_heads_that_start_from_the_joint_classifier_ask_for_it(name):
         fit(name, classifier=None)
 
 
-@pytest.mark.parametrize("name", ["ncm", "crt", "cosine"])
+@pytest.mark.parametrize("name", ["ncm", "crt", "cosine", "fslwf"])
 def test_the_other_heads_do_without_it(name):
     assert accuracy(fit(name, classifier=None)) > 0.6
 

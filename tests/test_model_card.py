@@ -327,6 +327,19 @@ def test_the_examples_run_where_there_is_nothing_but_a_backbone(tmp_path, monkey
     assert swapped.get_classifier().kind == "tau_norm"
 
 
+def test_a_card_says_that_timm_lacks_the_architecture(tmp_path, monkeypatch):
+    model = timm.create_model("lt_bbn_resnet", base="test_resnet", num_classes=4)
+    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=None)
+    card = folder_card(tmp_path, name="x")
+    assert "The backbone is timm_lt's `lt_bbn_resnet`" in card
+    assert "timm has no such architecture until timm_lt is imported" in card
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(snippets(card)[-1], scope)
+    assert "timm_lt" in scope
+    assert scope["logits"].shape == (1, 4)
+
+
 def test_the_examples_of_a_repo_name_it(info):
     card = render_card(info, name="birds", repo_id="me/birds")
     first, second, plain = snippets(card)

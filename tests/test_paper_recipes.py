@@ -47,8 +47,9 @@ DATA = {name: read_yaml(path)["data"]["name"] for name, path in shipped_recipes(
 RECIPES = [name for name, data in DATA.items() if data in CLASSES]
 CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
 LDAM = [name for name in CIFAR if name.endswith("_ldam")]
-BBN = [name for name in CIFAR if name.endswith("_bbn")]
-KANG = [name for name in RECIPES if name not in CIFAR]
+BBN = [name for name in RECIPES if name.startswith("lt_bbn_")]
+OLTR = ["lt_oltr_resnet10.imagenet_lt"]
+KANG = [name for name in RECIPES if name not in CIFAR + BBN + OLTR]
 BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
 BACKBONES += ["resnext50", "resnext101", "resnext152"]
 SAMPLINGS = ["class_balanced", "square_root", "progressively_balanced"]
@@ -60,7 +61,7 @@ def load(name):
 
 
 def of(data):
-    return [load(name) for name in RECIPES if DATA[name] == data]
+    return [load(name) for name in RECIPES if DATA[name] == data and name not in BBN + OLTR]
 
 
 # What there is ------------------------------------------------------------------------------------
@@ -74,12 +75,13 @@ def test_there_is_a_recipe_for_every_result():
     }
     expected |= {"lt_resnet152.places_lt"}
     expected |= {
-        f"lt_resnet32.cifar{classes}_lt_if{factor}_{paper}"
+        name.format(f"cifar{classes}_lt_if{factor}")
         for classes in (10, 100)
         for factor in (10, 50, 100)
-        for paper in ("ldam", "bbn")
+        for name in ("lt_resnet32.{}_ldam", "lt_bbn_resnet32.{}")
     }
-    assert set(RECIPES) == expected
+    expected |= {"lt_bbn_resnet50.inat2018", "lt_bbn_resnet50.inat2018_e90"}
+    assert set(RECIPES) == expected | set(OLTR)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -162,7 +164,7 @@ def test_the_four_samplings_of_figure_1():
 def test_settings_of_ldam_and_bbn(name):
     recipe = load(name)
     ldam = name.endswith("_ldam")
-    factor = int(re.search(r"_if(\d+)_", name)[1])
+    factor = int(re.search(r"_if(\d+)", name)[1])
     optimizer, scheduler = recipe.optimizer, recipe.scheduler
     # timm's sgd has Nesterov momentum.
     assert optimizer.name == ("momentum" if ldam else "sgd")
@@ -171,8 +173,11 @@ def test_settings_of_ldam_and_bbn(name):
     assert (scheduler.name, scheduler.warmup_epochs) == ("multistep", 5)
     milestones = [160, 180] if ldam else [120, 160]
     assert scheduler.options == {"decay_milestones": milestones, "decay_rate": 0.01}
-    assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128, "best")
-    assert recipe.model.name == f"lt_resnet32.{recipe.data.name}"
+    # Of both streams of BBN, each 128 as in the paper.
+    assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128 if ldam else 256, "best")
+    assert recipe.model.name == f"lt_{'' if ldam else 'bbn_'}resnet32.{recipe.data.name}"
+    assert recipe.sampler.name == ("instance_balanced" if ldam else "bilateral")
+    assert (recipe.loss.name == "bilateral") is not ldam
     assert recipe.data.options == {
         "imbalance_factor": factor,
         "profile": "exponential",
@@ -180,6 +185,34 @@ def test_settings_of_ldam_and_bbn(name):
     }
     options = {"padding": 4, "border": "zero", "hflip": 0.5}
     assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("crop", options)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(90, [60, 80]), (180, [120, 160])])
+def test_settings_of_bbn_on_inaturalist(epochs, steps):
+    recipe = load("lt_bbn_resnet50.inat2018" + ("_e90" if epochs == 90 else ""))
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("sgd", 0.05, 0.9)
+    assert (optimizer.weight_decay, recipe.epochs, recipe.batch_size) == (1e-4, epochs, 256)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("multistep", 0)
+    assert scheduler.options == {"decay_milestones": steps, "decay_rate": 0.1}
+    assert (recipe.sampler.name, recipe.loss.name) == ("bilateral", "bilateral")
+    assert recipe.loss.options == {"divisor": "code"}
+    assert PUBLISHED[recipe.model.name].mean == (0.485, 0.456, 0.406)
+
+
+def test_settings_of_oltr():
+    recipe = load(OLTR[0])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", 0.1, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size, recipe.epochs) == (5e-4, 128, 30)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("step", 0)
+    assert scheduler.options == {"decay_epochs": 10, "decay_rate": 0.1}
+    fit = {"centroids": "learned", "epochs": 60, "lr": 0.1, "weight_decay": 5e-4}
+    assert recipe.heads == {"linear": {}, "oltr": fit}
+    assert recipe.shot_rule == "oltr"
+    # One rate for each ten epochs.
+    found = rates(OLTR[0])
+    assert found[[0, 8, 10, 18, 20, 29], 5] == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize("name", LDAM)
@@ -217,7 +250,7 @@ def without(recipe, **parts):
 
 @pytest.mark.parametrize("family", ["imagenet_lt", "inat2018", "ldam", "bbn"])
 def test_recipes_of_a_family_differ_in_nothing_else(family):
-    cifar = {"ldam": LDAM, "bbn": BBN}
+    cifar = {"ldam": LDAM, "bbn": [name for name in CIFAR if name in BBN]}
     recipes = [load(name) for name in cifar[family]] if family in cifar else of(family)
     may_differ = {
         "imagenet_lt": {"model": ["name"], "sampler": None},
@@ -270,7 +303,8 @@ def test_the_cosine_passes_through_that_of_the_paper(name):
 
 @pytest.mark.parametrize("paper", ["ldam", "bbn"])
 def test_the_steps_are_those_of_the_paper(paper):
-    found = rates(f"lt_resnet32.cifar100_lt_if100_{paper}")
+    names = {"ldam": "lt_resnet32.cifar100_lt_if100_ldam"}
+    found = rates(names.get(paper, "lt_bbn_resnet32.cifar100_lt_if100"))
     first, second = {"ldam": (160, 180), "bbn": (120, 160)}[paper]
     for epoch in range(1, 201):
         if epoch <= 5:
@@ -355,6 +389,8 @@ def train_two_updates(run):
         inputs.append(arguments[0])
 
     class Recording(nn.Module):
+        takes_pairs = getattr(inner, "takes_pairs", False)
+
         def forward(self, logits, targets):
             loss = inner(logits, targets)
             kept = (inputs[-1], features[-1], logits.detach().clone(), targets, loss.item())
@@ -375,8 +411,12 @@ def train_two_updates(run):
 
 def expected_rate(recipe, step):
     """The learning rate of one of the first updates of three in an epoch."""
+    if recipe.scheduler.name == "multistep" and not recipe.scheduler.warmup_epochs:
+        return recipe.optimizer.lr
     if recipe.scheduler.name == "multistep":
         return 1e-5 + (0.1 - 1e-5) * step / (5 * 3)
+    if recipe.scheduler.name == "step":
+        return recipe.optimizer.lr
     return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
 
 
@@ -392,11 +432,15 @@ def after_sgd(recipe, parameter, recorded, gradient):
     return parameter
 
 
-def bias_gradient(_, update):
+def bias_gradient(recipe):
     """The mean of softmax minus target."""
-    _, _, logits, targets, _ = update
-    wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
-    return wrong.mean(0)
+
+    def gradient(_, update):
+        logits, targets = (counted(recipe, rows) for rows in update[2:4])
+        wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
+        return wrong.mean(0)
+
+    return gradient
 
 
 def cosine_gradient(counts):
@@ -416,7 +460,14 @@ def cosine_gradient(counts):
     return gradient
 
 
+def counted(recipe, rows):
+    """The rows that count in the first epoch: of BBN those of the uniform stream, as α is 1."""
+    return rows[0::2] if recipe.loss.name == "bilateral" else rows
+
+
 def is_trained(recipe, key):
+    if ".rebalancing." in key and key.endswith("bias"):
+        return False  # It is 0 and has no gradient yet; the weights decay.
     if recipe.model.options.get("head") == "cosine" and key in {"fc.bias", "fc.scale"}:
         return False
     parts = [*(recipe.model.trained or []), "fc"]
@@ -451,22 +502,23 @@ def test_two_updates(name, stand_in, tmp_path):
         weight = after_sgd(recipe, weights["fc.weight"].detach().double(), recorded, gradient)
         torch.testing.assert_close(run.model.fc.weight.double(), weight, atol=1e-7, rtol=0)
     else:
-        rows = range(len(targets))
-        assert loss == pytest.approx(-torch.log_softmax(logits, 1)[rows, targets].mean().item())
+        log_p, labels = torch.log_softmax(counted(recipe, logits), 1), counted(recipe, targets)
+        assert loss == pytest.approx(-log_p[range(len(labels)), labels].mean().item())
         start = weights["fc.bias"].detach().double()
-        bias = after_sgd(recipe, start, recorded, bias_gradient)
+        bias = after_sgd(recipe, start, recorded, bias_gradient(recipe))
         # Close enough to see whether the bias decays.
         rounding = 0 if name in CIFAR else 3e-6
         torch.testing.assert_close(run.model.fc.bias.double(), bias, atol=3e-8, rtol=rounding)
     for key, parameter in run.model.named_parameters():
         assert parameter.equal(weights[key]) is not is_trained(recipe, key), key
     # As the authors have it, batch norm of frozen blocks moves.
-    assert run.model.bn1.num_batches_tracked == 2
+    streams = 2 if name in BBN else 1
+    assert run.model.bn1.num_batches_tracked == 2 * streams
     assert run.splits.val_source == ("test" if recipe.protocol == "paper" else "val")
     planned = {
         head: options for head, options in recipe.heads.items() if options.get("stage") == "images"
     }
-    assert set(run.plans) == set(planned) == (set() if name in CIFAR else {"crt", "lws"})
+    assert set(run.plans) == set(planned) == ({"crt", "lws"} if name in KANG else set())
     for head, options in planned.items():
         plan, number = run.plans[head], 600 + classes
         assert (plan.bn, plan.batch_size) == ("shift", options["batch_size"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_lt
-from timm_lt.metrics import evaluate_logits
+from timm_lt.metrics import evaluate_logits, open_set_report
 
 ROOT = Path(train_lt.__file__).parent
 
@@ -20,15 +20,18 @@ ROOT = Path(train_lt.__file__).parent
 SCRIPT = """
 import json
 import sys
+from functools import partial
 
 import datasets
 import numpy as np
 import timm
 import torch
+from timm.layers import GroupNorm
 from torch import nn
 
 import timm_lt
 from timm_lt.accelerator import create_accelerator
+from timm_lt.attention import attach_attention
 from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
@@ -42,17 +45,25 @@ labels[labels == 3] = (torch.arange(N)[labels == 3] > 30).long() * 3
 
 
 class InFloat64(nn.Module):
-    def __init__(self):
+    def __init__(self, name="test_vit", **options):
         super().__init__()
         torch.manual_seed(0)
         # A transformer: no batch normalisation, which depends on a process's share of the batch.
-        self.model = timm.create_model("test_vit", img_size=SIDE, num_classes=C).double()
+        options = options or {"img_size": SIDE}
+        self.model = timm.create_model(name, num_classes=C, **options).double()
 
     def get_classifier(self):
         return self.model.get_classifier()
 
     def forward(self, images):
         return self.model(images.double())
+
+
+class Bilateral(InFloat64):
+    def __init__(self):
+        super().__init__()
+        options = {"base": "test_resnet", "norm_layer": "layernorm2d", "num_classes": C}
+        self.model = timm.create_model("lt_bbn_resnet", **options).double()
 
 
 def in_memory(labels=labels):
@@ -73,7 +84,22 @@ def decoded(labels=labels):
     )
 
 
-def run(data, criterion=nn.CrossEntropyLoss(), sampler="class_balanced", given=None, **options):
+def with_attention():
+    norm = partial(GroupNorm, num_groups=4)
+    model = InFloat64("test_resnet", norm_layer=norm)
+    attach_attention(model.model)
+    nn.init.normal_(model.model.layer4.attention.output.weight, std=0.5)
+    return model
+
+
+def run(
+    data,
+    criterion=nn.CrossEntropyLoss(),
+    sampler="class_balanced",
+    given=None,
+    network=InFloat64,
+    **options,
+):
     seen, losses = [], []
 
     class Noting(type(data)):
@@ -82,6 +108,8 @@ def run(data, criterion=nn.CrossEntropyLoss(), sampler="class_balanced", given=N
             return super().__getitems__(draws)
 
     class Loss(nn.Module):
+        takes_pairs = getattr(criterion, "takes_pairs", False)
+
         def set_epoch(self, epoch, epochs):
             getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
 
@@ -93,7 +121,7 @@ def run(data, criterion=nn.CrossEntropyLoss(), sampler="class_balanced", given=N
     if isinstance(data, ImageTensors):
         data.__class__ = Noting
     accelerator.free_memory()
-    model = InFloat64()
+    model = network()
     training = train_representation(
         model,
         data,
@@ -120,6 +148,11 @@ drw = timm_lt.create_loss("deferred_reweighting", counts, loss="focal", start=1)
 given = {"start": 2, "second": "reversed"}
 result["deferred"] = run(in_memory(), drw.double(), "deferred", given)
 result["partly"] = run(in_memory(), trained=["model.blocks.5"])
+result["attention"] = run(in_memory(), network=with_attention)
+# Pairs that were torn apart would have other losses.
+bbn = timm_lt.create_loss("bilateral")
+given = {"num_samples": N}
+result["bilateral"] = run(in_memory(), bbn, "bilateral", given, network=Bilateral)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
@@ -172,6 +205,9 @@ for part in zip(logits[share].split(16), classes[share].split(16)):
     metrics.update(*part)
 result["metrics"] = metrics.reduce(accelerator).compute().to_dict()
 result["own_images"] = metrics.compute().test_images.sum().item()
+open_set = timm_lt.metrics.OpenSetMetrics(7, threshold=0.4)
+open_set.update(logits[share], torch.where(classes == 5, -1, classes)[share])
+result["open_set"] = open_set.reduce(accelerator).compute().to_dict()
 with open(f"{sys.argv[1]}/{accelerator.num_processes}_{accelerator.process_index}.json", "w") as f:
     json.dump(result, f)
 accelerator.wait_for_everyone()
@@ -227,7 +263,9 @@ def test_every_global_batch_is_the_same_images(results, processes, kind):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["in_memory", "decoded", "partly", "deferred"])
+@pytest.mark.parametrize(
+    "kind", ["in_memory", "decoded", "partly", "deferred", "bilateral", "attention"]
+)
 def test_the_loss_curve_is_the_same(results, processes, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 
@@ -294,3 +332,6 @@ def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, proc
     assert all(rank["metrics"] == expected for rank in results[processes])
     assert sum(rank["own_images"] for rank in results[processes]) == 301
     assert 0 < expected["ece"] < 1
+    expected = open_set_report(logits, torch.where(classes == 5, -1, classes), threshold=0.4)
+    assert all(rank["open_set"] == expected.to_dict() for rank in results[processes])
+    assert 0 < expected.open < 1

@@ -52,6 +52,7 @@ OPTIONS = {
 VARIANTS = [
     pytest.param(name, options, id=f"{name}{options or ''}")
     for name in list_samplers()
+    if name != "bilateral"  # of two streams: test_bilateral_sampler.py
     for options in OPTIONS.get(name, [{}])
 ]
 contract = pytest.mark.parametrize(("name", "options"), VARIANTS)

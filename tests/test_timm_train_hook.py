@@ -180,6 +180,7 @@ def test_two_processes_share_each_epoch(folder):
         ("balanced", "TIMM_LT_SAMPLER: unknown sampler 'balanced'.*instance_balanced, class"),
         ("{name: power}", "TIMM_LT_SAMPLER: sampler 'power' needs the option 'q'"),
         ("{name: power, p: 1}", "TIMM_LT_SAMPLER: sampler 'power' has no option 'p'"),
+        ("bilateral", "TIMM_LT_SAMPLER: sampler 'bilateral' draws pairs"),
         ("{q: 0.5}", "must be the name of a sampler or a mapping"),
         ("3", "must be the name of a sampler or a mapping"),
         ("[power]", "must be the name of a sampler or a mapping"),

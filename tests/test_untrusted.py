@@ -79,6 +79,8 @@ def reference_logits(folder, head):
     if head == "cosine":
         scale = own.get("scale", torch.tensor(options.get("scale", 16.0)))
         return scale * F.normalize(x) @ F.normalize(own["weight"]).T
+    if head == "fslwf":
+        return own["scale"] * F.normalize(x) @ F.normalize(own["weight"]).T
     if head == "logit_adjusted":
         counts = torch.tensor(config["timm_lt"]["class_counts"]).double()
         return x @ w.T + b - options.get("tau", 1.0) * (counts / counts.sum()).log()
@@ -238,7 +240,7 @@ TENSOR_CHANGES = {
     "empty": lambda t: t[:0].contiguous() if t.ndim else t[None][:0],
     **{str(dtype): lambda t, dtype=dtype: t.to(dtype) for dtype in DTYPES},
 }
-FILES = {name: f"heads/{name}.safetensors" for name in ("crt", "lws", "ncm", "cosine")}
+FILES = {name: f"heads/{name}.safetensors" for name in ("crt", "lws", "ncm", "cosine", "fslwf")}
 
 
 @pytest.mark.slow

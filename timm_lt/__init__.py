@@ -5,6 +5,7 @@ registers the ``lt_*`` architectures with timm.
 """
 
 from timm_lt import lt_resnet as lt_resnet  # importing it registers the architectures
+from timm_lt.bilateral import create_bilateral as create_bilateral
 from timm_lt.checkpoint import load_head as load_head
 from timm_lt.checkpoint import save_checkpoint as save_checkpoint
 from timm_lt.data import create_dataset as create_dataset

@@ -29,11 +29,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, with which a scheduler ends a job."""
 
 
-def run_to_exit(command: Callable[[], object]) -> int:
+def run_to_exit(command: Callable[[], object], interrupted: str = INTERRUPTED) -> int:
     """Runs a command and returns its exit status.
 
     Of several processes that fail for the same reason, one says so; those that only lost another
     one say nothing if that one did.
+
+    Args:
+        command: What to run.
+        interrupted: What is said after Ctrl-C and SIGTERM: how to go on.
 
     Returns:
         0; 2 for a :class:`UsageError`, a data worker that died and another process that ended; 130
@@ -43,7 +47,7 @@ def run_to_exit(command: Callable[[], object]) -> int:
         with _terminable():
             command()
     except KeyboardInterrupt as error:
-        _say(INTERRUPTED)
+        _say(interrupted)
         return 143 if isinstance(error, Terminated) else 130
     except UsageError as error:
         _say(f"error: {error_text(str(error))}")

@@ -56,7 +56,7 @@ def save_plots(
         figures[CALIBRATION_PLOT] = Figure(figsize=(7.5, 4.8), layout="constrained")
         _draw_calibration(figures[CALIBRATION_PLOT], reports)
     for name, figure in figures.items():
-        _write(figure, folder / name)
+        write_figure(folder / name, figure)
     return [folder / name for name in figures]
 
 
@@ -89,10 +89,11 @@ def save_count_plot(path: Path, class_counts: Tensor, rule: ShotRule = "fb") -> 
     for shade, shot in zip(SHADES, describe_shots(class_counts, rule).values(), strict=True):
         start, end = end, end + int(shot["classes"])
         axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
-    _write(figure, path)
+    write_figure(path, figure)
 
 
-def _write(figure: Any, path: Path) -> None:  # noqa: ANN401
+def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
+    """Writes a figure of matplotlib as PNG, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, dpi=120, bbox_inches="tight")
     write_atomic(path, image.getvalue())

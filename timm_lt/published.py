@@ -100,12 +100,16 @@ class Published:
         }
 
 
-def hub_configs() -> list[Path]:
-    """Returns the files of ``hub_configs/``: in an installed package, or in the repository."""
+def hub_configs(inside: str = "") -> list[Path]:
+    """Returns the YAML files of ``hub_configs/``: in an installed package, or in the repository.
+
+    Args:
+        inside: A folder in it, e.g. ``"tables"``; none is ``hub_configs/`` itself.
+    """
     package = Path(__file__).parent
-    inside = package / "hub_configs"
-    folder = inside if inside.is_dir() else package.parent / "hub_configs"
-    return sorted(folder.glob("*.yaml"), key=lambda path: path.stem)
+    packaged = package / "hub_configs"
+    folder = packaged if packaged.is_dir() else package.parent / "hub_configs"
+    return sorted((folder / inside).glob("*.yaml"), key=lambda path: path.stem)
 
 
 def read_published(path: Path) -> Published | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_lt.checkpoint import CheckpointInfo
 from timm_lt.console import one_line
-from timm_lt.longtail import ShotRule, describe_shots
+from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
@@ -107,8 +107,8 @@ def shot_table(
         note: Line below the table and its legend, if any.
     """
     rule = next(iter(reports.values())).rule
-    legend = _shot_legend(class_counts, rule)
-    table = _new_table(title, legend if note is None else f"{legend}\n{note}")
+    legend = shot_legend(describe_shots(class_counts, rule))
+    table = new_table(title, legend if note is None else f"{legend}\n{note}")
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
     names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
     table.add_column("head", no_wrap=True)
@@ -137,10 +137,10 @@ def head_table(info: CheckpointInfo) -> Table:
         info: What the checkpoint says of itself.
     """
     counts, rule = info.class_counts, info.shot_rule
-    legend = [_shot_legend(torch.tensor(counts), rule)] if counts and rule else []
+    legend = [shot_legend(describe_shots(torch.tensor(counts), rule))] if counts and rule else []
     legend += [TEST_SELECTION] if info.protocol == "paper" else []
     title = f"{one_line(info.architecture)}, {info.num_classes} classes"
-    table = _new_table(title, "\n".join(legend) or None)
+    table = new_table(title, "\n".join(legend) or None)
     table.add_column("head", no_wrap=True)
     for name in ("many", "medium", "few", "all"):
         style = "bold" if name == "all" else ""
@@ -158,7 +158,8 @@ def head_table(info: CheckpointInfo) -> Table:
     return table
 
 
-def _new_table(title: str, caption: str | None) -> Table:
+def new_table(title: str, caption: str | None) -> Table:
+    """Returns an empty table in the style of all tables, with lines above and below it."""
     return Table(
         title=escape(title),
         caption=caption,
@@ -171,8 +172,12 @@ def _new_table(title: str, caption: str | None) -> Table:
     )
 
 
-def _shot_legend(class_counts: Tensor, rule: ShotRule) -> str:
-    shots = describe_shots(class_counts, rule)
+def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
+    """Returns a line about the shot groups, as ``timm_lt.longtail.describe_shots`` gives them.
+
+    >>> shot_legend({"many_shot": {"rule": "> 100", "classes": 3}})
+    'shots: many > 100 (3 classes)'
+    """
     parts = [
         f"{group_word(name)} {shot['rule']} ({shot['classes']})" for name, shot in shots.items()
     ]

@@ -74,16 +74,43 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
             f"{folder} holds a run; go on with it with --resume, delete it with --overwrite, or "
             "choose another --output"
         )
-    differences = [
-        line
-        for line in _differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
-        if not _may_differ(line.split()[0], finished=METRICS in names)
-    ]
-    if differences:
+    other = recipe_differences(folder, recipe)
+    if other:
         raise UsageError(
-            f"{folder} holds a run of another recipe ({'; '.join(differences)}); use that recipe, "
+            f"{folder} holds a run of another recipe ({'; '.join(other)}); use that recipe, "
             "--overwrite, or another --output"
         )
+
+
+def recipe_differences(folder: Path, recipe: str) -> list[str]:
+    """Returns where the recipe of a run in a folder differs, so that the run cannot go on.
+
+    Args:
+        folder: The folder, with a recipe in it.
+        recipe: The resolved recipe with which the run is to go on, YAML.
+
+    Raises:
+        UsageError: If the recipe in the folder cannot be read.
+    """
+    finished = METRICS in _entries(folder)
+    return [
+        line
+        for line in differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
+        if not _may_differ(line.split()[0], finished=finished)
+    ]
+
+
+def is_running(folder: Path) -> bool:
+    """Returns whether a process runs in a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    release_run_folder(lock)
+    return False
 
 
 def _may_differ(key: str, *, finished: bool) -> bool:
@@ -144,13 +171,13 @@ def prepare_run_folder(
     """
     try:
         folder = folder.resolve()
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         if overwrite and _entries(folder):
             doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.deleted."))
             folder.rename(doomed / folder.name)
             shutil.rmtree(doomed)
             lock.release()
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         for leftover in _temporaries(folder):
             leftover.unlink()
         write_atomic(folder / RECIPE, recipe)
@@ -168,8 +195,12 @@ def release_run_folder(lock: FileLock) -> None:
     lock.release()
 
 
-def _lock(folder: Path) -> FileLock:
-    """Makes a folder and locks it."""
+def lock_folder(folder: Path) -> FileLock:
+    """Makes a folder and locks it, until :func:`release_run_folder` or the end of this process.
+
+    Raises:
+        UsageError: If another process has locked it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -258,11 +289,16 @@ def _stored_recipe(path: Path) -> object:
         ) from error
 
 
-def _differences(there: object, here: object, prefix: str = "") -> list[str]:
+def differences(there: object, here: object, prefix: str = "") -> list[str]:
+    """Returns where two values of YAML differ, a line each with its key in front.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    ['a.b 1 there, 2 now']
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         keys = list(dict.fromkeys([*there, *here]))
         pairs = [(key, there.get(key), here.get(key)) for key in keys]
         return [
-            line for key, old, new in pairs for line in _differences(old, new, f"{prefix}{key}.")
+            line for key, old, new in pairs for line in differences(old, new, f"{prefix}{key}.")
         ]
     return [] if there == here else [f"{prefix[:-1]} {there!r} there, {here!r} now"]

@@ -123,6 +123,11 @@ def _parse(value: str) -> tuple[str, dict[str, Any]]:
         part = SAMPLERS[name]
         own = {key: option for key, option in options.items() if key not in COMMON}
         check_options(f"sampler {name!r}", part, own)
+        if getattr(part, "unit", 1) > 1:
+            raise UsageError(
+                f"sampler {name!r} draws pairs, and timm's train.py has no loss for them: train "
+                "with train_lt.py"
+            )
     except UsageError as error:
         raise UsageError(f"{VARIABLE}: {error}") from error
     return name, options

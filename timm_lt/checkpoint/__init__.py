@@ -17,6 +17,7 @@ from timm_lt.checkpoint.format import WEIGHTS as WEIGHTS
 from timm_lt.checkpoint.format import CheckpointInfo as CheckpointInfo
 from timm_lt.checkpoint.format import HeadEntry as HeadEntry
 from timm_lt.checkpoint.format import TimmBase as TimmBase
+from timm_lt.checkpoint.format import check_head_name as check_head_name
 from timm_lt.checkpoint.format import is_statistic as is_statistic
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
 from timm_lt.checkpoint.format import read_config as read_config

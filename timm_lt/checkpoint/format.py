@@ -48,8 +48,10 @@ HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 class TimmBase:
     """Which of timm's own models a registered ``lt_*`` model is: what plain timm must build.
 
+    Of a model that was made bilateral it is which of ours, since timm has none.
+
     Attributes:
-        architecture: timm's name.
+        architecture: The name in timm's registry.
         model_args: Arguments beside it.
     """
 

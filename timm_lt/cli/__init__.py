@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import timm_lt
 import train_lt
-from timm_lt.cli import convert, fold, inspect, listing, pack, push
+from timm_lt.cli import compare, convert, fold, inspect, listing, pack, push
 from timm_lt.console import error_text
 from timm_lt.registry import UsageError
 
@@ -17,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["train"]:
         # Its arguments are those of a recipe, which has its own parser.
         return train_lt.main(argv[1:], prog="timm-lt train")
+    if argv[:1] == ["compare"]:
+        # So are some of these.
+        return compare.main(argv[1:])
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
@@ -36,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"timm_lt {timm_lt.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
+    compare.add_parser(commands)
     for module in (listing, inspect, pack, push, fold, convert):
         module.add_parser(commands)
     return parser

@@ -1,7 +1,9 @@
 """Fitting heads on frozen features, with whatever is tuned selected on validation."""
 
 from timm_lt.fitting import closed_form as closed_form
+from timm_lt.fitting import fslwf as fslwf
 from timm_lt.fitting import gradient as gradient
+from timm_lt.fitting import oltr as oltr
 from timm_lt.fitting.base import FITS as FITS
 from timm_lt.fitting.base import check_fit_options as check_fit_options
 from timm_lt.fitting.base import register_fit as register_fit

@@ -1,6 +1,6 @@
 """Fits by gradients on cached features: cRT, learnable weight scaling and the cosine classifier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,11 +22,15 @@ from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote
 from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
 from timm_lt.heads.lengths import CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import class_counts
+from timm_lt.losses import LOSSES, create_loss
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.samplers import check_sampler
 
 Solver = Literal["lbfgs", "sgd"]
-Loss = Literal["cross_entropy", "balanced_softmax"]
+# The losses whose optimum lbfgs finds; sgd takes any that is registered.
+LBFGSLoss = Literal["cross_entropy", "balanced_softmax"]
 Keep = Literal["last", "best"]
+SGD_OPTIONS = ("steps", "epochs", "lr", "keep", "loss_options", "sampler", "sampler_options")
 # From strong to weak: each solution is a good start for the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
@@ -34,12 +38,34 @@ WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 def _check_crt_options(options: dict[str, Any]) -> None:
     """Refuses an option of the solver that was not chosen, which would have no effect."""
     solver = options.get("solver", "lbfgs")
-    of_others = ("steps", "epochs", "lr", "keep") if solver == "lbfgs" else ("max_iterations",)
+    of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
         if options.get(key) is not None:
             raise UsageError(f"{key} of head 'crt' has no effect with solver {solver!r}")
     check_length(options)
     check_smote(options.get("smote"))
+    loss = options.get("loss", "cross_entropy")
+    if solver == "lbfgs" and loss in LOSSES and loss not in get_args(LBFGSLoss):
+        raise UsageError(
+            f"loss {loss!r} of head 'crt' needs solver: sgd; lbfgs solves "
+            f"{' and '.join(get_args(LBFGSLoss))}"
+        )
+    given = options.get("loss_options")
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(f"loss_options of head 'crt' must be a mapping, got {given!r}")
+    for key in {"class_counts", "reduction"} & set(given or {}):
+        raise UsageError(f"{key} in loss_options of head 'crt' is set elsewhere: leave it out")
+    try:
+        create_loss(loss, class_counts=[2, 1], **dict(given or {}))
+    except UsageError as error:
+        raise UsageError(f"loss of head 'crt': {error}") from error
+    sampler = options.get("sampler") or _usual_sampler(loss)
+    check_sampler("of head 'crt'", sampler, options.get("sampler_options"))
+
+
+def _usual_sampler(loss: str) -> str:
+    """Returns how rows are drawn for a loss where nothing is said."""
+    return "instance_balanced" if loss == "balanced_softmax" else "class_balanced"
 
 
 @register_fit("crt", _check_crt_options)
@@ -47,7 +73,10 @@ def fit_crt(
     data: FitData,
     *,
     solver: Solver = "lbfgs",
-    loss: Loss = "cross_entropy",
+    loss: str = "cross_entropy",
+    loss_options: Mapping[str, Any] | None = None,
+    sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
     weight_decay: float | None = None,
     max_iterations: int = 100,
     steps: int | None = None,
@@ -62,7 +91,13 @@ def fit_crt(
         data: The fit's data.
         solver: ``"lbfgs"`` solves the expected problem; ``"sgd"`` follows Kang et al.
         loss: ``"cross_entropy"`` with classes balanced by sampling (or, for lbfgs, by weights), or
-            ``"balanced_softmax"`` on the features as they are distributed.
+            ``"balanced_softmax"`` on the features as they are distributed. For sgd any of
+            :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
+            "instance_balanced"``; its class counts are those of the features.
+        loss_options: Options of the loss (sgd).
+        sampler: How sgd draws rows, one of :func:`timm_lt.list_samplers`; None is
+            ``"class_balanced"``, and ``"instance_balanced"`` for balanced softmax.
+        sampler_options: Options of the sampler (sgd).
         weight_decay: Given, or selected on validation (lbfgs), or 5e-4 (sgd).
         max_iterations: Iterations of lbfgs per weight decay.
         steps: Updates of sgd, of 512 rows; None goes by epochs.
@@ -82,7 +117,7 @@ def fit_crt(
     if solver == "lbfgs":
         return _solve_crt(data, features, linear, loss, weight_decay, max_iterations)
     head = CRTHead.from_classifier(linear)
-    balanced = loss == "balanced_softmax"
+    counts = class_counts(features.targets, num_classes)
     best = train_head(
         head,
         features,
@@ -90,8 +125,9 @@ def fit_crt(
         steps=CRT_LENGTH.updates(features.num_images, epochs=epochs, steps=steps),
         lr=lr,
         weight_decay=5e-4 if weight_decay is None else weight_decay,
-        sampler="instance_balanced" if balanced else "class_balanced",
-        log_prior=class_counts(features.targets).float().log() if balanced else None,
+        sampler=sampler or _usual_sampler(loss),
+        sampler_options=sampler_options,
+        loss=create_loss(loss, class_counts=counts, **dict(loss_options or {})),
         score=_score(head, data, keep),
     )
     _record(head, best, data)
@@ -102,7 +138,7 @@ def _solve_crt(
     data: FitData,
     features: Features,
     linear: nn.Linear,
-    loss: Loss,
+    loss: str,
     weight_decay: float | None,
     max_iterations: int,
 ) -> CRTHead:

@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
@@ -57,8 +57,9 @@ def train_head(
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
     batch_size: int = BATCH_SIZE,
-    sampler: Literal["class_balanced", "instance_balanced"] = "class_balanced",
-    log_prior: Tensor | None = None,
+    sampler: str = "class_balanced",
+    sampler_options: Mapping[str, Any] | None = None,
+    loss: nn.Module | None = None,
     backward: Backward | None = None,
     score: Callable[[], Score] | None = None,
 ) -> BestStep | None:
@@ -77,10 +78,13 @@ def train_head(
         weight_decay: >= 0.
         momentum: In [0, 1).
         batch_size: Rows per update, >= 1.
-        sampler: How rows are drawn.
-        log_prior: Added to the logits before the cross-entropy, (C,): balanced softmax.
+        sampler: How rows are drawn, one of :func:`timm_lt.list_samplers`, over all draws of the
+            training as one epoch.
+        sampler_options: Its options.
+        loss: Of the head's logits, one of ``timm_lt.create_loss``; None is cross-entropy. It hears
+            of epochs of N rows each.
         backward: Sets the gradients for some rows, given their indices; None differentiates the
-            cross-entropy of the head's logits.
+            loss.
         score: Looked at after each tenth of the training; the head keeps the state of the highest
             value, the first such. None keeps the last state.
 
@@ -99,14 +103,23 @@ def train_head(
     optimizer = torch.optim.SGD(
         trained, lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
+    loss = nn.CrossEntropyLoss() if loss is None else loss
     if backward is None:
-        backward = _cross_entropy(head, features, log_prior)
-    drawn = create_sampler(sampler, features.targets, num_samples=steps * batch_size, seed=seed)
+        backward = _differentiate(head, features, loss)
+    drawn = create_sampler(
+        sampler,
+        features.targets,
+        num_samples=steps * batch_size,
+        seed=seed,
+        **dict(sampler_options or {}),
+    )
+    epochs = _Epochs(loss, steps * batch_size, len(features))
     best = None if score is None else _Best(head, score, steps)
     head.train()
     for step, batch in enumerate(drawn.epoch_indices().view(steps, batch_size)):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
+        epochs.begin(step * batch_size)
         backward(batch)
         optimizer.step()
         if best is not None:
@@ -147,14 +160,29 @@ class _Best:
         return BestStep(step, score[0], self.compared)
 
 
-def _cross_entropy(head: Head, features: Features, log_prior: Tensor | None) -> Backward:
-    """Returns the derivative of the mean cross-entropy of a head's logits."""
+class _Epochs:
+    """Tells a loss that has a schedule which pass over the rows begins."""
+
+    def __init__(self, loss: nn.Module, draws: int, rows: int) -> None:
+        self.set_epoch = getattr(loss, "set_epoch", None)
+        self.rows, self.number = rows, -(-draws // rows)
+        self.last = -1
+
+    def begin(self, drawn: int) -> None:
+        """Hears how many rows were drawn before the batch that begins."""
+        epoch = drawn // self.rows
+        if self.set_epoch is not None and epoch > self.last:
+            self.set_epoch(epoch, self.number)
+        self.last = epoch
+
+
+def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
+    """Returns the derivative of the loss of a head's logits."""
+    more = getattr(loss, "needs_features", False)
 
     def backward(rows: Tensor) -> None:
-        logits = head(take_rows(features.values, rows))
-        if log_prior is not None:
-            logits = logits + log_prior
-        F.cross_entropy(logits, features.targets[rows]).backward()
+        values = take_rows(features.values, rows)
+        loss(head(values), features.targets[rows], *([values] if more else [])).backward()
 
     return backward
 

@@ -27,7 +27,9 @@ from timm_lt.heads.linear import LogitAdjustedHead as LogitAdjustedHead
 from timm_lt.heads.linear import log_prior as log_prior
 from timm_lt.heads.linear import seeded_linear as seeded_linear
 from timm_lt.heads.metric import CosineHead as CosineHead
+from timm_lt.heads.metric import FSLwFHead as FSLwFHead
 from timm_lt.heads.metric import NCMHead as NCMHead
+from timm_lt.heads.oltr import OLTRHead as OLTRHead
 from timm_lt.heads.scaling import LWSHead as LWSHead
 from timm_lt.heads.scaling import TauNormHead as TauNormHead
 from timm_lt.heads.scaling import nonzero_norm as nonzero_norm

@@ -269,9 +269,9 @@ class Head(nn.Linear):
         """Shows the options after what ``nn.Linear`` shows."""
         return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self.options().items())])
 
-    def _set_unfitted(self, name: str, size: int, *, learned: bool = False) -> None:
+    def _set_unfitted(self, name: str, *size: int, learned: bool = False) -> None:
         # A parameter if a fit learns it by gradients, else a buffer; NaN marks it as unfitted.
-        state = torch.full((size,), math.nan, device=self.weight.device, dtype=self.weight.dtype)
+        state = torch.full(size, math.nan, device=self.weight.device, dtype=self.weight.dtype)
         if learned:
             self.register_parameter(name, nn.Parameter(state))
         else:

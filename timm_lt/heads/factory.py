@@ -29,7 +29,7 @@ def list_heads() -> list[str]:
     """Names the registered heads.
 
     >>> sorted(list_heads())
-    ['cosine', 'crt', 'linear', 'logit_adjusted', 'lws', 'ncm', 'tau_norm']
+    ['cosine', 'crt', 'fslwf', 'linear', 'logit_adjusted', 'lws', 'ncm', 'oltr', 'tau_norm']
     """
     return list(HEADS)
 

@@ -1,4 +1,4 @@
-"""Heads that compare directions or distances: nearest class mean and the cosine classifier."""
+"""Heads that compare directions or distances: nearest class mean and cosine classifiers."""
 
 from typing import Any, Literal, get_args
 
@@ -140,6 +140,45 @@ class CosineHead(Head):
         """Returns the present scale and learn_scale."""
         scale = self._first_scale if self.scale.is_meta else float(self.scale.detach())
         return {"scale": scale, "learn_scale": self.learn_scale}
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Scales features (..., D) to unit length."""
+        return F.normalize(features, dim=-1)
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the class weights at length ``scale``, (C, D), and no bias."""
+        return F.normalize(self.weight, dim=1) * self.scale, None
+
+
+@register_head("fslwf")
+class FSLwFHead(Head):
+    """Few-shot learning without forgetting: ``scale · w_c·x / (‖w_c‖ ‖x‖)``, w_c partly generated.
+
+    The weights of the base classes are trained, those of the novel ones are made of their training
+    features and the base classes' weights. What the scalar bias of the paper adds is the same for
+    every class, so it is left out.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+
+    References:
+        Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting, CVPR 2018,
+        https://arxiv.org/abs/1804.09458
+    """
+
+    fitted_state = ("scale",)
+    own_state = ("weight", "scale")
+    scale: Tensor
+
+    def __init__(self, *size: Any) -> None:
+        super().__init__(*size)
+        self._set_unfitted("scale", 1)
+        self._freeze(self.weight, self.bias)
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``: never."""
+        return False
 
     def transform(self, features: Tensor) -> Tensor:
         """Scales features (..., D) to unit length."""

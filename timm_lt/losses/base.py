@@ -38,6 +38,8 @@ class ClassLoss(nn.Module):
     # Then forward takes the classifier's input, features (N, D), behind the targets.
     needs_features = False
     takes_soft_targets = False
+    # Then rows 2 i and 2 i + 1 of a batch are a pair, from sampler and model bilateral.
+    takes_pairs = False
 
     def __init__(
         self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"

@@ -74,6 +74,10 @@ class DeferredReweightingLoss(WeightedLoss):
             if name in options:
                 raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")
         self.loss = create_loss(loss, class_counts=counts, reduction="none", **options)
+        if getattr(self.loss, "takes_pairs", False):
+            raise UsageError(
+                f"loss {loss} weighs pairs: put deferred_reweighting into its options, as its loss"
+            )
         self.takes_soft_targets = getattr(self.loss, "takes_soft_targets", False)
         self.needs_features = getattr(self.loss, "needs_features", False)
         self.active = start == 0

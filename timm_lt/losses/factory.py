@@ -34,6 +34,7 @@ def list_losses() -> list[str]:
 def create_loss(name: str, class_counts: Labels | None = None, **options: Any) -> nn.Module:
     """Creates a loss by name: a module that takes logits (N, C) and targets (N,).
 
+    >>> import torch
     >>> loss = create_loss("balanced_softmax", class_counts=[90, 10])
     >>> loss(torch.zeros(2, 2), torch.tensor([0, 1]))  # -(log .9 + log .1) / 2
     tensor(1.2040)

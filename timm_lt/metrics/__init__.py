@@ -1,4 +1,4 @@
-"""Metrics: accuracy per shot group and per class, calibration, shifted priors, intervals."""
+"""Metrics: accuracy per shot group and class, calibration, shifted priors, intervals, open sets."""
 
 from timm_lt.metrics.calibration import ECE_BINS as ECE_BINS
 from timm_lt.metrics.calibration import calibration_error as calibration_error
@@ -6,6 +6,11 @@ from timm_lt.metrics.calibration import reliability as reliability
 from timm_lt.metrics.intervals import PairedDifference as PairedDifference
 from timm_lt.metrics.intervals import confidence_intervals as confidence_intervals
 from timm_lt.metrics.intervals import paired_difference as paired_difference
+from timm_lt.metrics.open_set import OpenSetMetrics as OpenSetMetrics
+from timm_lt.metrics.open_set import OpenSetReport as OpenSetReport
+from timm_lt.metrics.open_set import OpenSetRule as OpenSetRule
+from timm_lt.metrics.open_set import choose_threshold as choose_threshold
+from timm_lt.metrics.open_set import open_set_report as open_set_report
 from timm_lt.metrics.per_class import compare_per_class as compare_per_class
 from timm_lt.metrics.per_class import per_class_table as per_class_table
 from timm_lt.metrics.per_class import write_per_class as write_per_class

@@ -72,6 +72,7 @@ def render_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=plain(name),
         architecture=code(info.architecture),
+        own=info.architecture.startswith("lt_"),
         dataset=code(info.dataset) if info.dataset else None,
         num_classes=info.num_classes,
         named=info.label_names is not None,

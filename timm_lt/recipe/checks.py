@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal, get_args
 
+from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits
 from timm_lt.fitting import AUTO, check_fit_options
 from timm_lt.longtail import shot_groups
@@ -48,15 +49,16 @@ def check_heads(recipe: Recipe) -> None:
             raise UsageError("head 'auto' is the best of the recipe's others: give at least one")
     for name, options in recipe.heads.items():
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
+        check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
     for name, options in stage_heads(recipe, "images").items():
-        check_image_options(name, options)
+        check_image_options(head_kind(recipe, name), options)
     for name, options in stage_heads(recipe, "features").items():
         if "bn" in options:
             raise UsageError(
                 f"bn of head {name!r} is for stage images, where the backbone runs again: leave it "
                 "out, or add stage: images"
             )
-        check_fit_options(name, options)
+        check_fit_options(head_kind(recipe, name), options)
 
 
 def check_objective(recipe: Recipe, splits: Splits) -> None:
@@ -110,13 +112,18 @@ def check_features(recipe: Recipe, folder: Path) -> None:
         ) from error
 
 
+def head_kind(recipe: Recipe, name: str) -> str:
+    """Returns which registered head one of a recipe is: its option ``kind``, or its name."""
+    return str(recipe.heads[name].get("kind", name))
+
+
 def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
     """Returns the heads of a recipe that are fitted on features, or on images, with their options.
 
-    The stage itself is no option of a fit and is left out.
+    The stage itself, like the kind, is no option of a fit and is left out.
     """
     return {
-        name: {key: value for key, value in options.items() if key != "stage"}
+        name: {key: value for key, value in options.items() if key not in ("stage", "kind")}
         for name, options in recipe.heads.items()
         if name != AUTO and options.get("stage", "features") == stage
     }

@@ -17,7 +17,7 @@ from timm_lt.fitting import AUTO, fit_head, take_best
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, get_head, head_statistics
 from timm_lt.metrics import ShotMetrics, ShotReport
-from timm_lt.recipe.checks import stage_heads
+from timm_lt.recipe.checks import head_kind, stage_heads
 from timm_lt.recipe.run import Run
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
 
@@ -91,7 +91,7 @@ def train_heads(run: Run) -> dict[str, Head]:
     for name, options in stage_heads(run.recipe, "images").items():
         started = time.perf_counter()
         heads[name] = train_head_on_images(
-            name,
+            head_kind(run.recipe, name),
             run.model,
             run.images["train"],
             accelerator=run.accelerator,
@@ -123,7 +123,7 @@ def fit(run: Run, features: RunFeatures, trained: Mapping[str, Head]) -> dict[st
             advance(bar, 0, f"fitting {name}")
             started = time.perf_counter()
             heads[name] = fit_head(
-                name,
+                head_kind(run.recipe, name),
                 features.shared["train"],
                 classifier=classifier,
                 class_counts=run.splits.class_counts,

@@ -61,6 +61,23 @@ def load_recipe(path: Path) -> Recipe:
     return _parse(parser, arguments)[0]
 
 
+def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
+    """Makes a recipe of the mapping that a file of it would hold.
+
+    Args:
+        values: The mapping, without a ``published:`` block.
+        noun: Whose recipe it is, for messages.
+
+    Raises:
+        UsageError: If a key is unknown, or has a value of the wrong type; the message names it.
+    """
+    _check_keys(Recipe, values, f"key of {noun}:")
+    try:
+        return _parse(_parser("train_lt.py"), _arguments(noun, _flatten(values)))[0]
+    except UsageError as error:
+        raise UsageError(f"{noun}: {error}") from error
+
+
 def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions] | None:
     """Parses ``[RECIPE] [--option value ...]``.
 
@@ -152,8 +169,7 @@ def _parser_for(path: Path, prog: str) -> tuple[ArgumentParser, list[str]]:
     parser = _parser(prog)
     values = _flatten(_read(path))
     # As arguments they are checked against their types; defaults are not, but help shows them.
-    texts = {key: _as_text(path, key, value) for key, value in values.items()}
-    arguments = [f"--{key}={text}" for key, text in texts.items()]
+    arguments = _arguments(f"recipe {path}", values)
     try:
         _parse(parser, arguments)
     except UsageError as error:
@@ -162,12 +178,17 @@ def _parser_for(path: Path, prog: str) -> tuple[ArgumentParser, list[str]]:
     return parser, arguments
 
 
-def _as_text(path: Path, key: str, value: object) -> str:
+def _arguments(noun: str, values: dict[str, Any]) -> list[str]:
+    """Returns flat values as the arguments that give them."""
+    return [f"--{key}={_as_text(noun, key, value)}" for key, value in values.items()]
+
+
+def _as_text(noun: str, key: str, value: object) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"recipe {path}: {key} has a value that is no text, number, list or mapping: {error}"
+            f"{noun}: {key} has a value that is no text, number, list or mapping: {error}"
         ) from error
 
 

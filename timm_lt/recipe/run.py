@@ -25,6 +25,7 @@ from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
+from timm_lt.heads import find_classifiers
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.model import create_model
@@ -34,6 +35,7 @@ from timm_lt.recipe.checks import (
     check_objective,
     check_options_of_parts,
     check_output,
+    head_kind,
     stage_heads,
 )
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -47,6 +49,7 @@ from timm_lt.training import (
     check_classifier,
     check_model,
     check_optimization,
+    check_pairs,
     check_schedule,
     check_trained,
     check_update,
@@ -137,7 +140,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
             check_images(folder, digests)
         sampler, loss, model, images = _create_parts(recipe, splits, accelerator, options)
         plans = {
-            head: plan_head_on_images(head, model, images["train"], accelerator, **given)
+            head: plan_head_on_images(
+                head_kind(recipe, head), model, images["train"], accelerator, **given
+            )
             for head, given in stage_heads(recipe, "images").items()
         }
     seconds = {"data": time.perf_counter() - started}
@@ -216,6 +221,7 @@ def _create_parts(
         clip_mode=recipe.clip_mode,
     )
     model = create_network(recipe, splits.num_classes)
+    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
     check_classifier(loss, model)
     start_network(recipe, loss, model, splits.num_classes)
     check_trained(model, recipe.model.trained, recipe.model.bn)
@@ -244,11 +250,17 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
 def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    model = recipe.model
+    given = recipe.model
     try:
-        return create_model(model.name, model.pretrained, num_classes=num_classes, **model.options)
+        model = create_model(given.name, given.pretrained, num_classes=num_classes, **given.options)
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
+    if given.fresh_classifier:
+        # The same bits, whatever was drawn while the model was made.
+        torch.manual_seed(recipe.seed)
+        for classifier in find_classifiers(model).values():
+            classifier.reset_parameters()
+    return model
 
 
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.registry import check_choice, check_integer, check_number
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,14 @@ class ModelRecipe:
     """Which network.
 
     Args:
-        name: Any timm architecture, or an lt_* one; a tag chooses a configuration.
-        pretrained: Start from that configuration's published weights.
+        name: Any timm architecture, or an lt_* one; a tag chooses a configuration. local-dir:FOLDER
+            is the model of a finished run.
+        pretrained: Start from that configuration's published weights, or from those of the run.
+        fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
+            backbone alone.
         trained: Modules that the representation stage trains beside the classifier, e.g.
-            [layer4.2]; the others are frozen. null trains all.
+            [layer4.2], or [last_block], which is found on any architecture; [] is the classifier
+            alone. The others are frozen. null trains all.
         bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
             shift (training mode, they move).
         options: Further arguments of timm.create_model.
@@ -73,9 +77,16 @@ class ModelRecipe:
 
     name: str = "lt_test_resnet"
     pretrained: bool = False
+    fresh_classifier: bool = False
     trained: list[str] | None = None
     bn: Literal["frozen", "shift"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.fresh_classifier and not self.pretrained:
+            raise UsageError(
+                "model.fresh_classifier has no effect without model.pretrained: leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -246,8 +257,9 @@ class Recipe:
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
         features: How features are taken for the heads.
         heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
-            on what, features or images; the latter trains crt and lws as their paper does. One
-            called auto is the best of the others on validation.
+            on what, features or images; the latter trains crt and lws as their paper does. A head
+            under a name of its own has the option kind, e.g. {crt_smote: {kind: crt, smote: 100}}.
+            One called auto is the best of the others on validation.
         objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
             class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
             class_mean where validation is as long-tailed as train, from which it was held out.

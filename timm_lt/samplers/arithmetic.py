@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     SHUFFLING = 2
     SHARES = 3
     ARRANGEMENT = 4
+    REBALANCING = 5
 
 
 def seed_sequence(seed: int, purpose: Purpose, *numbers: int) -> np.random.SeedSequence:

@@ -75,6 +75,8 @@ class ClassSampler(Sampler[int]):
 
     # Draws that are made at once, unless there are more than a quarter as many classes.
     chunk_size: ClassVar[int] = 2**18
+    # Consecutive draws that stay together on a rank.
+    unit: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -119,8 +121,9 @@ class ClassSampler(Sampler[int]):
         """Makes this the sampler of one of several processes, for use without accelerate.
 
         Of the stream, which is the same whatever the number of processes, rank ``r`` of ``R`` draws
-        places ``r``, ``r + R``, ... As in torch's DistributedSampler, all ranks draw equally many:
-        if R does not divide the length, the first draws of the epoch are drawn again at its end.
+        places ``r``, ``r + R``, ... (a sampler of pairs: pairs). As in torch's DistributedSampler,
+        all ranks draw equally many: if R does not divide the length, the first draws of the epoch
+        are drawn again at its end.
         Every rank makes the whole stream, a chunk at a time, and keeps its own.
 
         Args:
@@ -135,7 +138,8 @@ class ClassSampler(Sampler[int]):
         self.rank = check_integer("rank", rank, minimum=0, maximum=num_replicas - 1)
 
     def __len__(self) -> int:
-        return (self.num_samples + self.num_replicas - 1) // self.num_replicas
+        turn = self.num_replicas * self.unit
+        return (self.num_samples + turn - 1) // turn * self.unit
 
     def __iter__(self) -> Iterator[int]:
         if self.num_replicas > 1 and is_initialized() and PartialState().num_processes > 1:
@@ -157,19 +161,20 @@ class ClassSampler(Sampler[int]):
 
     def _pieces(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[Iterator[int]]:
         """Yields one rank's draws from the cursor on, which moves along, piece by piece."""
-        start, stride = cursor.end, cursor.stride
-        at = start + rank
+        start, stride, unit = cursor.end, cursor.stride, self.unit
+        at = start + rank * unit
         for begin, images in self._chunks(plan, start):
-            mine = images[at - begin :: stride]
+            mine = images.reshape(-1, unit)[(at - begin) // unit :: stride].ravel()
             at += len(mine) * stride
             for low in range(0, len(mine), PIECE):
                 yield cursor.over(mine[low : low + PIECE].tolist())
         # A rank that comes out one short goes on at the beginning.
-        ranks_end = start - (start - self.num_samples) // stride * stride
+        turn = stride * unit
+        ranks_end = start - (start - self.num_samples) // turn * turn
         if at < ranks_end:
             place = at % self.num_samples
             begin, images = next(self._chunks(plan, place))
-            yield cursor.over([int(images[place - begin])])
+            yield cursor.over(images[place - begin : place - begin + unit].tolist())
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the last iteration is: how much all ranks have drawn of which stream.
@@ -204,6 +209,8 @@ class ClassSampler(Sampler[int]):
                 )
         epoch = check_integer("epoch", state["epoch"], minimum=0)
         position = check_integer("position", state["position"], 0, self.num_samples)
+        if position % self.unit:
+            raise UsageError(f"position {position} lies within a pair: it must be even")
         self.epoch = epoch
         self._rewind(position)
 

@@ -77,6 +77,8 @@ class DeferredSampler(ClassSampler):
             )
         size = (labels, self.num_samples, self.seed, len(self.class_counts))
         part = SAMPLERS.create(name, *size, **options)
+        if part.unit > 1:
+            raise UsageError(f"sampler {name!r} draws pairs and is no part of a deferred one")
         # One copy of the images is enough.
         part._images = self._images
         return part

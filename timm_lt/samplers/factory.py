@@ -1,13 +1,15 @@
 """The samplers by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from timm_lt.longtail import Labels
-from timm_lt.registry import Registry
+from timm_lt.registry import Registry, UsageError
 from timm_lt.samplers.base import ClassSampler
 
 SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")
+# What whoever uses a sampler sets, so that it is no option for a user.
+SET_BY_OWNER = ("labels", "num_samples", "seed", "num_classes", "rank", "num_replicas")
 
 S = TypeVar("S", bound=type[ClassSampler])
 
@@ -65,3 +67,27 @@ def create_sampler(
     sampler = SAMPLERS.create(name, labels, num_samples, seed, num_classes, **options)
     sampler.shard(rank, num_replicas)
     return sampler
+
+
+def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -> None:
+    """Checks the sampler that something is trained with, name and options, without data.
+
+    Args:
+        owner: What is trained, for the message, e.g. ``"of head 'crt'"``.
+        sampler: The name.
+        options: Its ``sampler_options``, or None.
+
+    Raises:
+        UsageError: If the name or an option is unknown, a value is out of range, or the option is
+            set elsewhere.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"sampler_options {owner} must be a mapping, got {options!r}")
+    given = dict(options or {})
+    for key in SET_BY_OWNER:
+        if key in given:
+            raise UsageError(f"{key} in sampler_options {owner} is set elsewhere: leave it out")
+    try:
+        create_sampler(sampler, [0, 1], num_samples=1, **given)
+    except UsageError as error:
+        raise UsageError(f"sampler {owner}: {error}") from error

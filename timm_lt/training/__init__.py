@@ -4,6 +4,7 @@ from timm_lt.training.checks import check_batch_size as check_batch_size
 from timm_lt.training.checks import check_classifier as check_classifier
 from timm_lt.training.checks import check_model as check_model
 from timm_lt.training.checks import check_optimization as check_optimization
+from timm_lt.training.checks import check_pairs as check_pairs
 from timm_lt.training.checks import check_schedule as check_schedule
 from timm_lt.training.checks import start_classifier as start_classifier
 from timm_lt.training.frozen import check_trained as check_trained

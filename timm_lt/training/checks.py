@@ -7,9 +7,11 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from timm_lt.bilateral import takes_pairs
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, find_classifiers, get_head, get_heads
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.samplers import ClassSampler
 from timm_lt.training.schedule import SCHEDULERS, Schedule
 
 LOOKAHEAD = "lookahead_"
@@ -81,6 +83,47 @@ def check_schedule(loss: nn.Module, epochs: int) -> None:
     set_epoch = getattr(loss, "set_epoch", None)
     if set_epoch is not None:
         set_epoch(0, epochs)
+
+
+def check_pairs(model: nn.Module, sampler: ClassSampler, loss: nn.Module, *, batch: int) -> None:
+    """Checks that a bilateral network, sampler and loss come together, and that pairs stay so.
+
+    Args:
+        model: What is trained, with its head.
+        sampler: Order of the training images.
+        loss: What is minimised.
+        batch: Images that a process takes at once.
+
+    Raises:
+        UsageError: If only some of the three are bilateral, a batch has half a pair, or the head
+            is not linear, for then mixed logits are not those of mixed features.
+    """
+    bilateral = {
+        "model": takes_pairs(model),
+        "sampler": getattr(sampler, "unit", 1) > 1,
+        "loss": getattr(loss, "takes_pairs", False),
+    }
+    if not any(bilateral.values()):
+        return
+    if not all(bilateral.values()):
+        there = ", ".join(name for name, is_one in bilateral.items() if is_one)
+        missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
+        raise UsageError(
+            f"bilateral: {there}; not bilateral: {missing}; BBN is trained with all three: a model "
+            "lt_bbn_* (or from create_bilateral), sampler bilateral and loss bilateral"
+        )
+    if batch % 2:
+        raise UsageError(
+            f"each batch of a process holds pairs of images, and {batch} is odd: batch_size counts "
+            "the images of both streams, so make it a multiple of 2 x processes x "
+            "accumulation_steps"
+        )
+    head = get_head(model)
+    if isinstance(head, Head) and head.kind != "linear":
+        raise UsageError(
+            f"a bilateral network is trained with a linear classifier, not with a {head.kind!r} "
+            "head: leave head= out of model.options"
+        )
 
 
 def check_classifier(loss: nn.Module, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from timm_lt.checkpoint import is_statistic
 from timm_lt.heads import find_classifiers
 from timm_lt.registry import UsageError, check_choice, unknown_name
 from timm_lt.training.head_plan import BatchNorm
+from timm_lt.training.last_block import LAST_BLOCK, last_block
 
 
 def check_trained(model: nn.Module, trained: Sequence[str] | None, bn: BatchNorm) -> None:
@@ -45,7 +46,8 @@ class FrozenParts:
 
     Args:
         model: A timm model with its classifier.
-        trained: Paths of the modules that are trained, with all that is in them.
+        trained: Paths of the modules that are trained, with all that is in them; ``"last_block"``
+            is the path that :func:`~timm_lt.training.last_block.last_block` finds.
         bn: What frozen modules do.
 
     Raises:
@@ -79,7 +81,8 @@ def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
         raise UsageError(f"trained must be a list of modules, got {trained!r}: put it in brackets")
     modules = dict(model.named_modules())
     chosen: list[nn.Module] = list(find_classifiers(model).values())
-    for name in trained:
+    for given in trained:
+        name = last_block(model) if given == LAST_BLOCK and given not in modules else given
         if not name or name not in modules:
             raise unknown_name("module in trained:", name, _nearest(modules, name))
         if not any(True for _ in modules[name].parameters()):

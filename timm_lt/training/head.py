@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from timm_lt.bilateral import unpair
 from timm_lt.checkpoint import is_statistic
 from timm_lt.console import log, progress
 from timm_lt.data.draws import NumberedSampler
@@ -200,6 +201,8 @@ def _frozen_copy(
         with torch.no_grad():
             head.scale.fill_(1.0)
     frozen = copy.deepcopy(model).requires_grad_(False)
+    # Of a bilateral network: images come one by one here, also with batch norm in training mode.
+    unpair(frozen)
     # Before the optimiser is made: it may move the head to another device or type.
     set_head(frozen, head)
     frozen.to(memory_format=torch.channels_last)

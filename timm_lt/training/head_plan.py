@@ -14,7 +14,7 @@ from timm_lt.heads import Head, check_head_options, get_head, head_option_names
 from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import check_no_empty_class, class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number, unknown_name
-from timm_lt.samplers import create_sampler
+from timm_lt.samplers import check_sampler
 from timm_lt.training.checks import check_batch_size
 
 BatchNorm = Literal["frozen", "shift"]
@@ -22,8 +22,6 @@ LENGTHS = {"crt": CRT_LENGTH, "lws": LWS_LENGTH}
 RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)", "momentum": "[0, 1)"}
 COUNTS = ("epochs", "steps", "batch_size")
 OPTIONS = ("bn", *COUNTS, *RANGES, "sampler", "sampler_options")
-# Options of a sampler that are not for its user to set.
-OURS = ("labels", "num_samples", "seed", "num_classes", "rank", "num_replicas")
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,7 @@ def check_image_options(name: str, options: Mapping[str, Any]) -> None:
             check_integer(f"{key} {owner}", value, minimum=1)
     if options.get("epochs") is not None and options.get("steps") is not None:
         raise UsageError(f"epochs and steps {owner} exclude each other: leave one out")
-    _check_sampler(owner, options.get("sampler", "class_balanced"), options.get("sampler_options"))
-
-
-def _check_sampler(owner: str, sampler: Any, options: Any) -> None:  # noqa: ANN401
-    if options is not None and not isinstance(options, Mapping):
-        raise UsageError(f"sampler_options {owner} must be a mapping, got {options!r}")
-    given = dict(options or {})
-    for key in OURS:
-        if key in given:
-            raise UsageError(f"{key} in sampler_options {owner} is set elsewhere: leave it out")
-    try:
-        create_sampler(sampler, [0, 1], num_samples=1, **given)
-    except UsageError as error:
-        raise UsageError(f"sampler {owner}: {error}") from error
+    check_sampler(owner, options.get("sampler", "class_balanced"), options.get("sampler_options"))
 
 
 def plan_head_on_images(

@@ -23,7 +23,12 @@ from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.checks import check_batch_size, check_classifier, check_optimization
+from timm_lt.training.checks import (
+    check_batch_size,
+    check_classifier,
+    check_optimization,
+    check_pairs,
+)
 from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.frozen import FrozenParts, check_trained
 from timm_lt.training.head_plan import BatchNorm
@@ -118,8 +123,9 @@ def train_representation(
             such epoch) or of the ``"last"`` epoch. Without ``val`` they are the last.
         class_counts: Training images per class (C,), for the shot groups of validation; None counts
             the labels.
-        trained: Paths of the modules that are trained, e.g. ``["layer4.2"]``, and the classifier
-            always is; None trains all. See :class:`~timm_lt.training.frozen.FrozenParts`.
+        trained: Paths of the modules that are trained, e.g. ``["layer4.2"]`` or ``["last_block"]``,
+            and the classifier always is; None trains all. See
+            :class:`~timm_lt.training.frozen.FrozenParts`.
         bn: What the modules that are frozen then do: ``"frozen"`` has them in evaluation mode,
             ``"shift"`` in training mode, so that their batch-norm statistics move.
         state: Where to save after each epoch, and to go on from.
@@ -127,8 +133,8 @@ def train_representation(
 
     Raises:
         UsageError: If the batch size does not fit the data or the processes, an option or a module
-            is unknown, the loss is for another classifier, an image cannot be read, or the loss is
-            not finite.
+            is unknown, the loss is for another classifier, an image cannot be read, the loss is not
+            finite, or of model, sampler and loss some are bilateral and some not.
     """
     if not hasattr(train, "train_loader"):
         raise UsageError(
@@ -157,6 +163,7 @@ def train_representation(
     )
     batch = loop.batch_size // accelerator.num_processes
     check_update(loss, batch=batch, mixup=mixup, ema=ema, clip_grad=clip_grad, clip_mode=clip_mode)
+    check_pairs(model, sampler, loss, batch=batch)
     mixing = create_mixup(mixup, len(loop.class_counts), batch)
     update = Update(
         loop.model,

@@ -1,0 +1,217 @@
+"""Modulated attention: against plain loops over the positions, at any size, and in a ResNet."""
+
+import copy
+import math
+
+import pytest
+import timm
+import timm.optim
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+import timm_lt
+from timm_lt.attention import ModulatedAttention, attach_attention
+from timm_lt.registry import UsageError
+
+FORMS = ["convolution", "linear"]
+
+
+def random_weights(module, std=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def attention(channels=6, **options):
+    return random_weights(ModulatedAttention(channels, **options).double())
+
+
+def maps(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def naive(module, x, form):
+    """y = x + m ⊙ SA(x), position by position, number by number."""
+
+    def convolve(layer, v):
+        w = layer.weight.flatten(1).tolist()
+        b = [0.0] * len(w) if layer.bias is None else layer.bias.tolist()
+        return [
+            sum(a * c for a, c in zip(r, v, strict=True)) + s for r, s in zip(w, b, strict=True)
+        ]
+
+    def softmax(values):
+        e = [math.exp(v - max(values)) for v in values]
+        return [v / sum(e) for v in e]
+
+    channels, height, width = x.shape
+    at = [x[:, i, j].tolist() for i in range(height) for j in range(width)]
+    if form == "linear":
+        flat = [at[p][c] for c in range(channels) for p in range(len(at))]
+        m = softmax(convolve(module.spatial, flat))
+    else:
+        m = softmax([convolve(module.spatial, v)[0] for v in at])
+        m = [len(at) / 49 * weight for weight in m]
+    keys, values = ([convolve(layer, v) for v in at] for layer in (module.key, module.value))
+    y = []
+    for p, v in enumerate(at):
+        query = convolve(module.query, v)
+        seen = softmax([sum(a * b for a, b in zip(query, key, strict=True)) for key in keys])
+        mean = [sum(s * g[k] for s, g in zip(seen, values, strict=True)) for k in range(len(query))]
+        y.append([a + m[p] * b for a, b in zip(v, convolve(module.output, mean), strict=True)])
+    return torch.tensor(y, dtype=torch.float64).T.view(channels, height, width)
+
+
+@pytest.mark.parametrize(
+    ("form", "size", "reduction"),
+    [
+        ("convolution", (7, 7), 2),
+        ("convolution", (1, 1), 2),
+        ("convolution", (3, 5), 3),
+        ("linear", (7, 7), 2),
+    ],
+)
+@torch.no_grad()
+def test_is_the_naive_loop(form, size, reduction):
+    module, x = attention(spatial=form, reduction=reduction), maps(2, 6, *size)
+    expected = torch.stack([naive(module, one, form) for one in x])
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-12)
+    # A batch of one is the same.
+    torch.testing.assert_close(module(x[:1]), expected[:1], rtol=1e-9, atol=1e-12)
+    assert (expected - x).abs().max() > 1e-3
+
+
+def test_the_published_form_is_the_mean_weight_of_the_other():
+    x = maps(2, 6, 7, 7)
+    for form in FORMS:
+        total = attention(spatial=form).spatial_weights(x).sum((1, 2, 3))
+        torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
+    # At another size the mean is still 1/49.
+    mean = attention().spatial_weights(maps(2, 6, 12, 9)).mean((1, 2, 3))
+    torch.testing.assert_close(mean, torch.full((2,), 1 / 49, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_a_map_in_which_every_position_is_doubled_gives_the_doubled_output():
+    module, x = attention(), maps(2, 6, 4, 3)
+
+    def doubled(values):
+        return values.repeat_interleave(2, 2).repeat_interleave(3, 3)
+
+    torch.testing.assert_close(module(doubled(x)), doubled(module(x)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_starts_as_the_identity_and_learns_from_there(form):
+    module, x = ModulatedAttention(6, spatial=form), maps(2, 6, 7, 7).float()
+    assert torch.equal(module(x), x)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (module(x) * maps(2, 6, 7, 7, seed=3)).sum().backward()
+        optimizer.step()
+    # After the first step all have a gradient: none is there for nothing.
+    assert all(p.grad.abs().max() > 1e-9 for p in module.parameters())
+
+
+def test_gradients():
+    module = attention(4)
+    x = maps(1, 4, 2, 3).requires_grad_()
+    assert gradcheck(module, x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_extreme_scores_finite(form, dtype):
+    module = random_weights(ModulatedAttention(8, spatial=form), std=2.0).to(dtype)
+    x = (20 * maps(2, 8, 7, 7)).to(dtype)
+    # Scores beyond the range of float16.
+    assert (module.query(x).float().square().sum(1) > 65504).any()
+    out = module(x)
+    assert out.dtype is dtype
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 1}, "channels must be an integer >= 2, got 1"),
+        ({"channels": 4, "reduction": 5}, "reduction must be an integer from 1 to 4, got 5"),
+        ({"channels": 4, "spatial": "fc"}, "unknown spatial 'fc'.*convolution, linear"),
+    ],
+)
+def test_wrong_values_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        ModulatedAttention(**options)
+
+
+def test_the_published_form_says_that_it_takes_one_size():
+    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels, and got 6×7;.*'convolution'"):
+        attention(spatial="linear")(maps(1, 6, 6, 7))
+
+
+# In a model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "lt_resnet32", "lt_resnet10", "resnext26ts"])
+def test_attached_attention_changes_nothing_until_it_is_trained(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    if name == "resnext26ts":
+        with pytest.raises(UsageError, match="this is a ByobNet"):
+            attach_attention(model)
+        return
+    images = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        before = model(images)
+        attach_attention(model)
+        assert torch.equal(model(images), before)
+        last = model.feature_info[-1]["module"]
+        random_weights(model.get_submodule(f"{last}.attention"))
+        assert not torch.allclose(model(images), before)
+        # The attended map is what the classifier, and timm's intermediates, take.
+        taken = model.forward_features(images)
+        final, maps = model.forward_intermediates(images)
+    assert torch.equal(final, taken)
+    assert maps[-1].shape[1] == model.feature_info[-1]["num_chs"] == model.num_features
+    with pytest.raises(UsageError, match=f"has {last}.attention already"):
+        attach_attention(model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_brings_the_attention_back(form, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("lt_oltr_resnet10", num_classes=3, spatial=form).eval()
+    random_weights(model.layer4.attention)
+    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=[9, 5, 1])
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(images)
+        for load in (timm.create_model, timm_lt.create_model):
+            loaded = load(f"local-dir:{tmp_path}", pretrained=True).eval()
+            assert torch.equal(loaded(images), expected)
+            assert loaded.layer4.attention.linear is (form == "linear")
+        headed = timm_lt.create_model(f"local-dir:{tmp_path}", head="tau_norm").eval()
+        assert headed(images).shape == (1, 3)
+
+
+def test_all_of_timm_works_with_it():
+    model = timm.create_model("lt_oltr_resnet10", num_classes=3, head="cosine").eval()
+    images = torch.randn(2, 3, 96, 64)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), model(images))
+    assert timm.utils.ModelEmaV3(model).module(images).shape == (2, 3)
+    maps = timm.create_model("lt_oltr_resnet10", features_only=True)(images)
+    assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
+    assert timm.create_model("lt_oltr_resnet10", num_classes=0)(images).shape == (2, 512)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), model(images))
+    groups = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.5).param_groups
+    moved = {id(p) for group in groups for p in group["params"]}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == moved
+    with pytest.raises(UsageError, match="unknown spatial 'fc'"):
+        timm.create_model("lt_oltr_resnet10", spatial="fc")
+    assert isinstance(model.layer4.attention, nn.Module)

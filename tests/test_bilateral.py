@@ -1,0 +1,393 @@
+"""Bilateral networks: the authors' two forward passes, timm's interface, and training."""
+
+import copy
+import dataclasses
+import json
+import pickle  # noqa: TID251
+from pathlib import Path
+
+import learning
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.nn import functional as F
+
+import timm_lt
+import train_lt
+from timm_lt.accelerator import create_accelerator
+from timm_lt.bilateral import takes_pairs
+from timm_lt.cifar_resnet import CifarResNet
+from timm_lt.data.images import ImageTensors
+from timm_lt.recipe import RunOptions, create_run, load_recipe
+from timm_lt.recipe.schema import SamplerRecipe
+from timm_lt.registry import UsageError
+from timm_lt.training import train_head_on_images, train_representation
+
+ROOT = Path(train_lt.__file__).parent
+# Basic blocks, one in the last stage; the CIFAR network; bottlenecks of a ResNeXt with attention.
+BASES = {
+    "test_resnet": {},
+    "lt_resnet32": {"layers": (2, 2, 2)},
+    "seresnext26t_32x4d": {"layers": [1, 1, 1, 2], "channels": (32, 32, 32, 32)},
+}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def create(base="test_resnet", classes=5, **options):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "lt_bbn_resnet", base=base, num_classes=classes, **{**BASES.get(base, {}), **options}
+    )
+
+
+def images(n=8, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 32, 32, generator=generator, dtype=dtype)
+
+
+def last_stage(model):
+    return model.layer3 if isinstance(model, CifarResNet) else model.layer4
+
+
+class TwoPasses:
+    """BBN as the authors have it: one pass for each stream, and one classifier on (f_c, f_r)."""
+
+    def __init__(self, model):
+        parts = copy.deepcopy(model)
+        stage = last_stage(parts)
+        branches = stage[-1]
+        del stage[-1]
+        stem = [parts.conv1, parts.bn1, parts.act1, parts.maxpool]
+        stages = [parts.layer1, parts.layer2, parts.layer3, parts.layer4]
+        self.parts, self.trunk = parts, nn.Sequential(*stem, *stages)
+        self.branches = {"c": branches.conventional, "r": branches.rebalancing}
+        self.weight, self.bias = parts.fc.weight, parts.fc.bias
+
+    def features(self, images, branch):
+        return self.branches[branch](self.trunk(images)).mean((2, 3))
+
+    def loss(self, x_c, y_c, x_r, y_r, alpha):
+        f_c, f_r = self.features(x_c, "c"), self.features(x_r, "r")
+        mixed = 2 * torch.cat([alpha * f_c, (1 - alpha) * f_r], dim=1)
+        z = mixed @ self.weight.T + self.bias
+        return alpha * F.cross_entropy(z, y_c) + (1 - alpha) * F.cross_entropy(z, y_r)
+
+    def state(self):
+        """Parameters and buffers by the names that the network has for them."""
+        stage = last_stage(self.parts)
+        place = f"{'layer4' if stage is self.parts.layer4 else 'layer3'}.{len(stage)}"
+        names = {"c": "conventional", "r": "rebalancing"}
+        state = dict(self.parts.state_dict(keep_vars=True))
+        for key, branch in self.branches.items():
+            prefix = f"{place}.{names[key]}."
+            state |= branch.state_dict(keep_vars=True, prefix=prefix)
+        return state
+
+
+@every_base
+def test_two_updates_are_those_of_two_passes(base):
+    model = create(base).double().train()
+    reference = TwoPasses(model)
+    state = reference.state()
+    optimizers = [
+        torch.optim.SGD(of, lr=0.1, momentum=0.9, weight_decay=1e-3)
+        for of in (model.parameters(), [v for v in state.values() if v.requires_grad])
+    ]
+    loss = timm_lt.create_loss("bilateral", adaptor="linear_decay")
+    x, y = images(), torch.tensor([0, 4, 1, 3, 0, 2, 2, 4])
+    for epoch in (3, 0):
+        loss.set_epoch(epoch, 10)
+        values = [
+            loss(model(x), y),
+            reference.loss(x[0::2], y[0::2], x[1::2], y[1::2], alpha=1 - epoch / 10),
+        ]
+        torch.testing.assert_close(*values)
+        for value, optimizer in zip(values, optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    # The batch-norm statistics too, which have moved twice for each batch.
+    assert model.state_dict().keys() == state.keys()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key].detach(), msg=key)
+    assert model.bn1.num_batches_tracked == 4
+
+
+@every_base
+def test_evaluation_is_training_at_one_half(base):
+    model = create(base).double().eval()
+    x = images(4)
+    reference = TwoPasses(model)
+    with torch.no_grad():
+        f_c, f_r = reference.features(x, "c"), reference.features(x, "r")
+        features = torch.cat([f_c, f_r], dim=1)
+        torch.testing.assert_close(model(x), features @ model.fc.weight.T + model.fc.bias)
+        torch.testing.assert_close(model.forward_features(x).mean((2, 3)), features)
+        twice = 2 * torch.cat([f_c / 2, f_r / 2], dim=1)
+        torch.testing.assert_close(features, twice)
+        # In pairs, batch norm being frozen, as a training of some modules has it.
+        model.training = last_stage(model)[-1].training = True
+        rows = model(x)
+        zeros = torch.zeros_like(f_c)
+        expected = [2 * torch.cat(parts, 1) for parts in ((f_c, zeros), (zeros, f_r))]
+        for place in (0, 1):
+            logits = expected[place] @ model.fc.weight.T + model.fc.bias
+            torch.testing.assert_close(rows[place::2], logits[place::2])
+
+
+def test_the_papers_equation_has_no_factor():
+    model = create(branch_scale=1.0).double()
+    twice = create().double()
+    twice.load_state_dict(model.state_dict())
+    bias = model.fc.bias
+    x = images()
+    for mode in (True, False):
+        logits, doubled = copy.deepcopy(model).train(mode)(x), copy.deepcopy(twice).train(mode)(x)
+        torch.testing.assert_close(2 * (logits - bias), doubled - bias)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "lt_resnet32"])
+@pytest.mark.parametrize("pool", ["avg", "catavgmax"])
+def test_a_trained_model_becomes_bilateral_without_a_change(name, pool):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, global_pool=pool).double()
+    x = images()
+    training, evaluation = copy.deepcopy(model).train(), model.eval()
+    with torch.no_grad():
+        # The streams are normalised one by one.
+        expected = evaluation(x), torch.stack([training(x[0::2]), training(x[1::2])], 1)
+        bilateral = timm_lt.create_bilateral(copy.deepcopy(model), branch_scale=3.0)
+        assert not bilateral.training
+        torch.testing.assert_close(bilateral(x), expected[0])
+        torch.testing.assert_close(bilateral.train()(x), expected[1].flatten(0, 1))
+
+
+def test_from_scratch_the_branches_differ():
+    model = create("lt_resnet32")
+    block = model.layer3[-1]
+    assert len(model.layer3) == 2
+    first, second = block.conventional.conv1.weight, block.rebalancing.conv1.weight
+    assert not torch.equal(first, second)
+    assert second.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
+    # timm's ResNet starts the last batch norms at 0, unless told otherwise.
+    for zero in (True, False):
+        block = create(zero_init_last=zero).layer4[-1]
+        for branch in (block.conventional, block.rebalancing):
+            assert bool(branch.bn2.weight.any()) is not zero
+
+
+# timm's interface ---------------------------------------------------------------------------------
+
+
+def test_registered_networks():
+    small = timm.create_model("lt_bbn_resnet32.cifar100_lt", head="tau_norm", tau=0.5)
+    assert (small.num_classes, small.num_features) == (100, 128)
+    assert small.pretrained_cfg["input_size"] == (3, 32, 32)
+    # One more block of 64 channels, and a classifier twice as wide, than ResNet-32.
+    plain = sum(p.numel() for p in timm.create_model("lt_resnet32", num_classes=100).parameters())
+    block = 2 * (9 * 64 * 64) + 2 * 2 * 64
+    assert sum(p.numel() for p in small.parameters()) == plain + block + 64 * 100
+    assert len(small.layer3) == 5
+    with torch.device("meta"):
+        large = timm.create_model("lt_bbn_resnet50", num_classes=7)
+        assert large.num_features == 4096
+        assert [len(large.get_submodule(f"layer{n}")) for n in (1, 2, 3, 4)] == [3, 4, 6, 3]
+        wide = timm.create_model("lt_bbn_resnet", base="lt_resnext50", num_classes=7)
+        assert wide.layer4[-1].rebalancing.conv2.groups == 32
+
+
+@every_base
+def test_features_only_takes_images_one_by_one(base):
+    levels = timm.create_model("lt_bbn_resnet", base=base, features_only=True, **BASES[base])
+    out = levels.train()(images(3, dtype=torch.float32))
+    assert [level.shape[1] for level in out] == levels.feature_info.channels()
+    full = create(base).eval()
+    assert out[-1].shape[1] == full.num_features == full.feature_info[-1]["num_chs"]
+    last, intermediates = full.forward_intermediates(images(3, dtype=torch.float32))
+    torch.testing.assert_close(last, full.forward_features(images(3, dtype=torch.float32)))
+    assert [level.shape for level in intermediates] == [level.shape for level in out]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:`torch.jit.script`")
+def test_copies_scripts_and_compiled_models():
+    model, x = create().eval(), images(4, dtype=torch.float32)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.jit.script(model)):
+        torch.testing.assert_close(twin(x), expected)
+    average = timm.utils.ModelEmaV3(model, decay=0.5).module
+    torch.testing.assert_close(average(x), expected)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    model.train()
+    pairs = copy.deepcopy(model)(x)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), pairs)
+
+
+@torch.no_grad()
+def test_heads_and_resets():
+    model, x = create().eval(), images(4, dtype=torch.float32)
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    taken = timm_lt.extract_features(model.train(), [(x, torch.zeros(4).long())])
+    torch.testing.assert_close(taken.values, features)
+    timm_lt.set_head(model, "tau_norm", tau=1.0).eval()
+    torch.testing.assert_close(model(x), features @ F.normalize(model.fc.weight, dim=1).T)
+    folded = timm_lt.fold_head(copy.deepcopy(model))
+    assert type(folded.fc) is nn.Linear
+    torch.testing.assert_close(folded(x), model(x))
+    model.reset_classifier(3)
+    assert (model.fc.kind, model.fc.in_features, model(x).shape) == ("tau_norm", 192, (4, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("index", "width"), [(0, 32), (2, 48), (4, 192)])
+def test_pruning(index, width):
+    model = create().train()
+    model.prune_intermediate_layers([index])
+    assert model.num_features == width
+    assert model.forward_features(images(4, dtype=torch.float32)).shape[:2] == (4, width)
+    assert takes_pairs(model) is (index == 4)
+
+
+def test_gradients_do_not_depend_on_checkpointing():
+    gradients = []
+    for enable in (False, True):
+        model = create("lt_resnet32").double().train()
+        model.set_grad_checkpointing(enable)
+        model(images()).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "create_one",
+    [
+        lambda: timm.create_model("lt_bbn_resnet32", num_classes=5, branch_scale=1.0),
+        lambda: create("lt_resnet10"),
+        lambda: timm_lt.create_bilateral(timm.create_model("lt_resnet10", num_classes=5)),
+        lambda: timm_lt.create_bilateral(timm.create_model("test_resnet", num_classes=5)),
+    ],
+)
+def test_decoupled_checkpoints(create_one, tmp_path):
+    model, x = create_one().eval(), images(4, dtype=torch.float32)
+    head = timm_lt.create_head("tau_norm", model.num_features, 5, tau=0.5)
+    head.load_state_dict(model.fc.state_dict())
+    timm_lt.save_checkpoint(tmp_path, model, heads={"tau_norm": head}, class_counts=[9, 7, 5, 3, 1])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"].startswith("lt_bbn_resnet")
+    loaded = timm_lt.create_model(f"local-dir:{tmp_path}").eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    assert takes_pairs(loaded)
+    tau_normed = timm_lt.create_model(f"local-dir:{tmp_path}", head="tau_norm").eval()
+    torch.testing.assert_close(tau_normed(x), timm_lt.set_head(model, head).eval()(x))
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield create_accelerator(mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+LABELS = torch.tensor([0] * 9 + [1] * 5 + [2] * 3 + [3] * 2 + [4])
+
+
+def data():
+    return ImageTensors(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), LABELS)
+
+
+def train(accelerator, model=None, sampler="bilateral", loss="bilateral", **options):
+    return train_representation(
+        create() if model is None else model,
+        data(),
+        timm_lt.create_sampler(sampler, LABELS),
+        timm_lt.create_loss(loss, LABELS.bincount()),
+        accelerator=accelerator,
+        epochs=2,
+        **{"batch_size": 8, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "reversed"}, "bilateral: model, loss; not bilateral: sampler; BBN"),
+        ({"loss": "cross_entropy"}, "bilateral: model, sampler; not bilateral: loss; BBN"),
+        (
+            {"loss": "cross_entropy", "sampler": "reversed"},
+            "bilateral: model; not bilateral: sampler, loss",
+        ),
+        (
+            {"model": timm.create_model("test_resnet", num_classes=5)},
+            "bilateral: sampler, loss; not bilateral: model;",
+        ),
+        ({"batch_size": 7}, "holds pairs of images, and 7 is odd"),
+        ({"mixup": {"mixup_alpha": 1.0}}, "BilateralLoss takes no soft targets, which mixup makes"),
+        ({"model": create(head="cosine")}, "a linear classifier, not with a 'cosine' head"),
+    ],
+)
+def test_mistakes_are_named_before_training(accelerator, options, message):
+    with pytest.raises(UsageError, match=message):
+        train(accelerator, **options)
+
+
+def test_an_odd_batch_and_other_networks_are_refused():
+    with pytest.raises(UsageError, match="trains on pairs of images, and this batch has 3"):
+        create().train()(images(3, dtype=torch.float32))
+    with pytest.raises(UsageError, match=r"ResNet or ResNeXt.*not of a VisionTransformer"):
+        timm_lt.create_bilateral(timm.create_model("test_vit"))
+    with pytest.raises(UsageError, match="not of a BilateralResNet"):
+        timm_lt.create_bilateral(create())
+    with pytest.raises(UsageError, match="carries a 'ncm' head: fold it"):
+        timm_lt.create_bilateral(timm.create_model("lt_test_resnet", head="ncm"))
+    with pytest.raises(UsageError, match=r"branch_scale must be a number in \(0, inf\), got 0"):
+        create(branch_scale=0)
+    with pytest.raises(UsageError, match="unknown base 'resnet'"):
+        create("resnet")
+
+
+def test_a_recipe_with_half_of_it_stops_before_it_writes(tmp_path):
+    recipe = load_recipe(ROOT / "hub_configs" / "lt_test_resnet.digits_lt.yaml")
+    recipe = dataclasses.replace(recipe, sampler=SamplerRecipe("bilateral"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UsageError, match="bilateral: sampler; not bilateral: model, loss"):
+        create_run("half", tmp_path / "run", recipe, RunOptions(quiet=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_moves_every_parameter_and_heads_follow_on_images(accelerator):
+    before = create()
+    model = train(accelerator, copy.deepcopy(before)).model
+    for (key, value), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(value, old), key
+    # With batch norm in training mode images come one by one.
+    options = {"accelerator": accelerator, "batch_size": 5, "steps": 2}
+    head = train_head_on_images("crt", model, data(), bn="shift", **options)
+    assert head.weight.shape == (5, 192)
+    assert head.backbone_statistics["bn1.num_batches_tracked"] == model.bn1.num_batches_tracked + 2
+    assert takes_pairs(model)
+
+
+@pytest.mark.slow
+def test_bbn_beats_joint_training_on_few_shot_classes():
+    train, _ = learning.small_glyphs()
+    joint = learning.learned(timm_lt.create_loss("cross_entropy", learning.COUNTS))
+    torch.manual_seed(0)
+    # Without the factor 2, which asks for a smaller learning rate than that of joint training.
+    model = timm_lt.create_bilateral(learning.pretrained(), branch_scale=1.0)
+    bbn = learning.learned(
+        timm_lt.create_loss("bilateral", learning.COUNTS),
+        sampler=timm_lt.create_sampler("bilateral", train.labels),
+        model=model,
+        batch_size=64,
+    )
+    assert bbn["few_shot"] > joint["few_shot"] + 0.1
+    assert bbn["all"] > joint["all"] + 0.03

@@ -1,0 +1,201 @@
+"""The loss of a bilateral network, against the paper's equations in plain Python."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timm_lt.losses import create_loss
+from timm_lt.registry import UsageError
+
+COUNTS = [500, 120, 30, 8, 5]
+
+
+def batch(seed=0, pairs=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2 * pairs, len(COUNTS), generator=generator, dtype=dtype)
+    return logits, torch.randint(len(COUNTS), (2 * pairs,), generator=generator)
+
+
+def at(epoch, epochs, **options):
+    loss = create_loss("bilateral", COUNTS, **options)
+    loss.set_epoch(epoch, epochs)
+    return loss
+
+
+def by_hand(logits, targets, alpha, weights=(1,) * 5):
+    """Equations 1 and 3, one pair at a time; with weights n_j, of balanced softmax."""
+    losses = []
+    for i in range(0, len(logits), 2):
+        z = [alpha * c + (1 - alpha) * r for c, r in zip(logits[i], logits[i + 1], strict=True)]
+        total = sum(w * math.exp(zj) for w, zj in zip(weights, z, strict=True))
+        p = [w * math.exp(zj) / total for w, zj in zip(weights, z, strict=True)]
+        y_c, y_r = targets[i], targets[i + 1]
+        losses.append(-alpha * math.log(p[y_c]) - (1 - alpha) * math.log(p[y_r]))
+    return losses
+
+
+@pytest.mark.parametrize(("epoch", "alpha"), [(0, 1.0), (6, 0.64), (9, 0.19)])
+@pytest.mark.parametrize(
+    ("inner", "weights"), [("cross_entropy", (1,) * 5), ("balanced_softmax", COUNTS)]
+)
+def test_values_and_gradients(epoch, alpha, inner, weights):
+    logits, targets = batch()
+    expected = by_hand(logits.tolist(), targets.tolist(), alpha, weights)
+    for reduction, reduce in (("none", list), ("sum", sum), ("mean", lambda x: sum(x) / len(x))):
+        found = at(epoch, 10, loss=inner, reduction=reduction)(logits, targets)
+        assert found.tolist() == pytest.approx(reduce(expected), rel=1e-6)
+    logits.requires_grad_()
+    at(epoch, 10, loss=inner, reduction="sum")(logits, targets).backward()
+    for i in range(len(logits)):
+        for j in range(5):
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = logits.detach().clone()
+                moved[i, j] += step
+                sides.append(sum(by_hand(moved.tolist(), targets.tolist(), alpha, weights)))
+            slope = (sides[0] - sides[1]) / 2e-6
+            assert logits.grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+
+
+def test_at_alpha_1_it_is_the_conventional_branch():
+    logits, targets = batch()
+    logits.requires_grad_()
+    value = at(0, 10)(logits, targets)
+    assert torch.equal(value, F.cross_entropy(logits[0::2], targets[0::2]))
+    value.backward()
+    # Zeros and not None: no parameter of the other branch lacks a gradient.
+    assert not logits.grad[1::2].any()
+    expected = torch.softmax(logits.detach()[0::2], 1) - F.one_hot(targets[0::2], 5)
+    torch.testing.assert_close(logits.grad[0::2], expected / 4)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "epochs", "last"),
+    [
+        # Worked out from the authors' code: never 0.
+        ("code", 90, 0.208),
+        ("code", 100, 0.020),
+        ("code", 180, 0.199),
+        ("code", 200, 0.010),
+        # The paper's reading: 1 - (89 / 90)^2 and so on.
+        ("epochs", 90, 0.022),
+        ("epochs", 180, 0.011),
+        ("epochs", 200, 0.010),
+    ],
+)
+def test_the_last_alpha(divisor, epochs, last):
+    loss = at(epochs - 1, epochs, divisor=divisor)
+    assert loss.alpha == pytest.approx(last, abs=5e-4)
+    loss.set_epoch(0, epochs)
+    assert loss.alpha == 1
+
+
+@pytest.mark.parametrize(
+    ("adaptor", "alphas"),
+    [
+        ("parabolic_decay", [1, 15 / 16, 3 / 4, 7 / 16]),
+        ("linear_decay", [1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine_decay", [1, 0.92387953, 0.70710678, 0.38268343]),
+        ("parabolic_increment", [0, 1 / 16, 1 / 4, 9 / 16]),
+        ("equal", [1 / 2] * 4),
+    ],
+)
+def test_adaptors_of_table_4(adaptor, alphas):
+    found = [at(epoch, 4, adaptor=adaptor).alpha for epoch in range(4)]
+    assert found == pytest.approx(alphas, abs=1e-8)
+
+
+def test_the_beta_adaptor_draws_for_each_batch():
+    loss = at(3, 4, adaptor="beta", reduction="none")
+    torch.manual_seed(0)
+    draws = torch.tensor([loss.alpha for _ in range(4000)])
+    # Beta(.2, .2): mean 1/2, variance 1 / (4 (2 * .2 + 1)); most of it lies at the ends.
+    assert draws.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert draws.var().item() == pytest.approx(1 / 5.6, abs=0.01)
+    logits, targets = batch(pairs=1)
+    torch.manual_seed(0)
+    first, second = loss(logits, targets), loss(logits, targets)
+    for found, alpha in zip((first, second), draws[:2].double(), strict=True):
+        expected = by_hand(logits.tolist(), targets.tolist(), alpha.item())
+        assert found.tolist() == pytest.approx(expected)
+
+
+def test_the_loss_inside_hears_of_epochs_and_takes_its_options():
+    loss = at(2, 4, loss="logit_adjustment", loss_options={"tau": 0.0})
+    logits, targets = batch()
+    torch.testing.assert_close(loss(logits, targets), at(2, 4)(logits, targets))
+    heard = []
+    loss.loss.set_epoch = lambda *arguments: heard.append(arguments)
+    loss.set_epoch(3, 4)
+    assert heard == [(3, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_nothing(dtype):
+    logits = torch.tensor([[8.0, 0, 0, 0, 0], [8, 0, 0, 0, 0]], dtype=dtype)
+    targets = torch.tensor([0, 0])
+    loss = at(3, 4, reduction="none")
+    found = loss(logits, targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(math.log(1 + 4 * math.exp(-8)), rel=1e-3)
+
+
+def test_extremes_and_many_classes():
+    for logits in (
+        torch.tensor([[6e4, -6e4], [-6e4, 6e4]], dtype=torch.float16),
+        torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)),
+    ):
+        logits.requires_grad_()
+        loss = create_loss("bilateral")
+        loss.set_epoch(3, 4)
+        loss(logits, torch.tensor([1, 0])).backward()
+        assert logits.grad.isfinite().all()
+    z, y = batch(pairs=1)
+    assert at(1, 2)(z, y).item() == pytest.approx(by_hand(z.tolist(), y.tolist(), 0.75)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adaptor": "linear"}, "'linear'.*linear_decay.*parabolic_increment, equal, beta"),
+        ({"divisor": "T"}, "unknown divisor 'T'.*epochs, code"),
+        ({"loss": "bilateral"}, "by another loss, not by itself"),
+        ({"loss": "ce"}, "unknown loss 'ce'"),
+        ({"loss_options": {"tau": 1}}, "loss 'cross_entropy' has no option 'tau'"),
+        ({"loss_options": {"reduction": "mean"}}, "reduction is set elsewhere"),
+        ({"loss": "balanced_softmax"}, "loss 'balanced_softmax' needs class_counts"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        create_loss("bilateral", **options)
+
+
+def test_deferred_weights_go_inside():
+    options = {
+        "loss": "deferred_reweighting",
+        "loss_options": {"start": 2, "normalization": "batch"},
+    }
+    logits, targets = batch()
+    raw = [(1 - 0.9999) / (1 - 0.9999**n) for n in COUNTS]
+    weights = [5 * w / sum(raw) for w in raw]
+    for epoch, alpha in ((1, 15 / 16), (3, 7 / 16)):
+        parts = []
+        for i in range(0, 8, 2):
+            pair = logits[i : i + 2].tolist()
+            for place, share in ((i, alpha), (i + 1, 1 - alpha)):
+                y = targets[place].item()
+                # Both labels the same: the cross-entropy of the mixed logits.
+                value = by_hand(pair, [y, y], alpha)[0]
+                parts.append(share * value * (weights[y] if epoch >= 2 else 1))
+        found = at(epoch, 4, reduction="sum", **options)(logits, targets)
+        assert found.item() == pytest.approx(sum(parts), rel=1e-5)
+    with pytest.raises(UsageError, match="put deferred_reweighting into its options"):
+        create_loss("deferred_reweighting", COUNTS, loss="bilateral")
+
+
+def test_half_a_pair_is_refused():
+    with pytest.raises(UsageError, match="BilateralLoss takes pairs of rows, got 3 rows"):
+        create_loss("bilateral")(torch.zeros(3, 5), torch.zeros(3).long())

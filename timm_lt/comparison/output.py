@@ -1,0 +1,133 @@
+"""The folder of a comparison: whose it is, and the results in it."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_lt.checkpoint import PLOTS
+from timm_lt.comparison.plan import Plan, Run
+from timm_lt.comparison.plot import save_comparison_plot
+from timm_lt.comparison.results import Comparison
+from timm_lt.comparison.runs import Outcome
+from timm_lt.comparison.tables import markdown_table
+from timm_lt.files import read_yaml, write_atomic, write_json
+from timm_lt.registry import UsageError, shown_names
+from timm_lt.run_folder import LOCK, differences, lock_folder, release_run_folder
+
+GRID, RESULTS, MARKDOWN = "comparison.yaml", "results.json", "results.md"
+LOGS, RUNS, RECIPES = "logs", "runs", "recipes"
+OUTPUTS = (GRID, RESULTS, MARKDOWN, LOGS, RUNS, RECIPES, PLOTS)
+
+
+def check_output(folder: Path, plan: Plan) -> None:
+    """Checks that a comparison may use a folder, without touching it.
+
+    Raises:
+        UsageError: If the folder holds another comparison, or anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose another --output")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if not name.startswith(".")} - {LOCK}
+    foreign = sorted(names - set(OUTPUTS)) or ([] if GRID in names else sorted(names))
+    if foreign:
+        raise UsageError(
+            f"{folder} holds files that are not a comparison ({shown_names(foreign, 3)}); choose "
+            "another --output"
+        )
+    if not names:
+        return
+    other = differences(read_yaml(folder / GRID), yaml.safe_load(_identity(plan)))
+    if other:
+        raise UsageError(
+            f"{folder} holds another comparison ({'; '.join(other)}); choose another --output"
+        )
+
+
+def _identity(plan: Plan) -> str:
+    """Returns, as YAML, which comparison it is: the grid's name and the recipe of its runs."""
+    recipe = yaml.safe_load(plan.base.to_yaml())
+    # The heads are those of the rows, and the seeds may become more.
+    shared = {key: value for key, value in recipe.items() if key not in ("heads", "seed")}
+    return yaml.safe_dump({"grid": plan.grid.name, "recipe": shared}, sort_keys=False)
+
+
+@contextmanager
+def open_output(folder: Path, plan: Plan) -> Iterator[None]:
+    """Holds the folder that :func:`check_output` allowed while the block runs.
+
+    Raises:
+        UsageError: If it cannot be written, or another comparison runs in it.
+    """
+    try:
+        lock = lock_folder(folder.resolve())
+        write_atomic(folder / GRID, _identity(plan))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        release_run_folder(lock)
+
+
+def write_results(
+    folder: Path,
+    plan: Plan,
+    comparison: Comparison,
+    outcomes: Mapping[Run, Outcome],
+    *,
+    command: Sequence[str],
+    threads: int,
+) -> None:
+    """Writes the table, all figures, and the plot if the grid has one.
+
+    Args:
+        folder: The folder.
+        plan: What was run.
+        comparison: Its figures.
+        outcomes: How each run ended.
+        command: The command line, for the record.
+        threads: Threads of each run.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+    """
+    runs = [_record(run, outcomes[run], folder.resolve(), threads) for run in plan.runs]
+    grid = plan.grid
+    record: dict[str, Any] = {
+        "grid": grid.name,
+        "title": grid.title,
+        "source": grid.source,
+        "command": shlex.join(command),
+        "seeds": plan.seeds,
+        "shot_rule": plan.base.shot_rule,
+        "shots": comparison.shots,
+        "quoted_from": grid.quoted_from,
+        "note": comparison.note,
+        "cells": [cell.to_dict() for cell in comparison.cells],
+        "runs": runs,
+    }
+    try:
+        write_json(folder / RESULTS, record)
+        write_atomic(folder / MARKDOWN, markdown_table(plan, comparison))
+        if grid.plot:
+            save_comparison_plot(folder / PLOTS / f"{grid.name}.png", plan, comparison)
+    except OSError as error:
+        raise UsageError(f"the results cannot be written: {error}") from error
+
+
+def _record(run: Run, outcome: Outcome, folder: Path, threads: int) -> dict[str, Any]:
+    return {
+        "representation": run.representation,
+        "seed": run.seed,
+        "status": outcome.status,
+        "seconds": round(outcome.seconds, 1) or None,
+        "message": outcome.message or None,
+        "folder": str(run.folder.relative_to(folder)),
+        "recipe": str(run.file.relative_to(folder)),
+        "command": shlex.join(run.command(threads)),
+    }

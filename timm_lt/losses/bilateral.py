@@ -1,0 +1,144 @@
+"""The loss of a bilateral-branch network, with its cumulative learning."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from timm_lt.longtail import Labels
+from timm_lt.losses.base import ClassLoss, Reduction
+from timm_lt.losses.factory import create_loss, register_loss
+from timm_lt.registry import UsageError, check_choice
+
+Adaptor = Literal[
+    "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
+]
+Divisor = Literal["epochs", "code"]
+# By the share of the epochs that have passed; ``beta`` is random instead.
+ADAPTORS: dict[str, Callable[[float], float]] = {
+    "parabolic_decay": lambda share: 1 - share**2,
+    "linear_decay": lambda share: 1 - share,
+    "cosine_decay": lambda share: math.cos(share * math.pi / 2),
+    "parabolic_increment": lambda share: share**2,
+    "equal": lambda share: 0.5,
+}
+BETA = 0.2
+# Where the authors' code divides by another number than that of the epochs.
+DIVISORS = {90: 100, 180: 200}
+
+
+@register_loss("bilateral")
+class BilateralLoss(ClassLoss):
+    """Cumulative learning of a bilateral network: ``L = α l(z, y_c) + (1 - α) l(z, y_r)``.
+
+    ``z = α z_c + (1 - α) z_r`` are the mixed logits of a pair: ``z_c`` of an image of the uniform
+    stream, through the conventional branch, in an even row, and ``z_r`` of one of the re-balancing
+    stream, through its branch, in the odd row below. At ``α = 1`` only the first counts, and the
+    gradient of the other is 0; at ``α = 0`` only the second.
+
+    In epoch t, 0-based, of T, ``α = 1 - (t / T_div)^2`` falls from 1. It never gets to 0: at its
+    last it is .010 for 200 epochs. The paper has ``T_div = T``; the authors' code has 100 for 90
+    epochs and 200 for 180, so that α ends at .208 and .199 in place of .022 and .011.
+
+    Args:
+        class_counts: Training images per class, for a loss that needs them.
+        loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
+        loss_options: Its options.
+        adaptor: How α moves with the share ``s = t / T_div``: ``1 - s^2``, ``1 - s``,
+            ``cos(π s / 2)``, ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch, from
+            torch's global random state. The paper's table 4 compares them.
+        divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"``.
+        reduction: Over the pairs; ``"none"`` gives one loss per pair.
+
+    Shape:
+        logits (2 B, C); targets (2 B,) integers in [0, C); returns a scalar, or (B,).
+
+    Raises:
+        UsageError: If ``loss`` needs features, or is itself ``bilateral``; if a batch has an odd
+            number of rows.
+
+    References:
+        Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
+        Recognition, CVPR 2020, https://arxiv.org/abs/1912.02413 (equations 1, 3 and 5).
+
+    >>> loss = BilateralLoss()
+    >>> loss.set_epoch(5, 10)
+    >>> loss.alpha
+    0.75
+    >>> loss(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 1]))  # z = (3, 1)
+    tensor(0.6269)
+    """
+
+    takes_pairs = True
+
+    def __init__(
+        self,
+        class_counts: Labels | None = None,
+        *,
+        loss: str = "cross_entropy",
+        loss_options: Mapping[str, Any] | None = None,
+        adaptor: Adaptor = "parabolic_decay",
+        divisor: Divisor = "epochs",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, reduction=reduction)
+        check_choice("adaptor", adaptor, get_args(Adaptor))
+        check_choice("divisor", divisor, get_args(Divisor))
+        if loss == "bilateral":
+            raise UsageError("loss bilateral mixes two branches by another loss, not by itself")
+        options = dict(loss_options or {})
+        for name in ("class_counts", "reduction"):
+            if name in options:
+                raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")
+        self.loss: Any = create_loss(loss, class_counts, reduction="none", **options)
+        if getattr(self.loss, "needs_features", False):
+            raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
+        self.adaptor, self.divisor = adaptor, divisor
+        self._share = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the conventional branch, in [0, 1]; with ``beta``, another each time."""
+        if self.adaptor == "beta":
+            return float(torch.distributions.Beta(BETA, BETA).sample())
+        return ADAPTORS[self.adaptor](self._share)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Moves α to where it is in an epoch, 0-based."""
+        divisor = DIVISORS.get(epochs, epochs) if self.divisor == "code" else epochs
+        self._share = epoch / divisor
+        if hasattr(self.loss, "set_epoch"):
+            self.loss.set_epoch(epoch, epochs)
+
+    def initial_bias(self, num_classes: int) -> float | None:
+        """Returns what the mixed loss does."""
+        mixed = getattr(self.loss, "initial_bias", None)
+        return None if mixed is None else cast("float | None", mixed(num_classes))
+
+    def check_classifier(self, classifier: nn.Module) -> None:
+        """Checks what the mixed loss does, if it does."""
+        mixed = getattr(self.loss, "check_classifier", None)
+        if mixed is not None:
+            mixed(classifier)
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
+        alpha = self.alpha
+        mixed = alpha * logits[0::2] + (1 - alpha) * logits[1::2]
+        conventional, rebalancing = self.loss(mixed, targets[0::2]), self.loss(mixed, targets[1::2])
+        losses: Tensor = alpha * conventional + (1 - alpha) * rebalancing
+        return losses
+
+    def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
+        super()._check_shapes(logits, targets)
+        if len(logits) % 2:
+            raise UsageError(
+                f"BilateralLoss takes pairs of rows, got {len(logits)} rows: take an even number "
+                "of images in every batch, from sampler bilateral"
+            )
+
+    def extra_repr(self) -> str:
+        """Names the options when the module is printed."""
+        return f"adaptor={self.adaptor!r}, divisor={self.divisor!r}, {super().extra_repr()}"

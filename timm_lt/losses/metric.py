@@ -1,0 +1,242 @@
+"""Metric-learning losses: cross-entropy plus a term on the distances between a batch's features."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from timm_lt.longtail import Labels
+from timm_lt.losses.base import ClassLoss, Reduction
+from timm_lt.losses.factory import register_loss
+from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+
+Distance = Literal["squared", "euclidean"]
+# Squared distances below it count as it: the harmonic mean divides by them.
+NO_DISTANCE = 1e-12
+
+
+class _MetricLoss(ClassLoss):
+    """Cross-entropy plus ``weight`` times a term of the whole batch.
+
+    Each image's loss has all of the term, so the mean over the images is the loss, and
+    ``reduction="none"`` and ``"sum"`` fit to it. The batch is that of the process.
+    """
+
+    needs_features = True
+
+    def __init__(self, class_counts: Labels | None, *, weight: float, reduction: Reduction) -> None:
+        super().__init__(class_counts, reduction=reduction)
+        self.weight = check_number("weight", weight, "[0, inf)")
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropies (N,)."""
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Returns the term, a scalar, of features (N, D), float32 or float64, and targets (N,)."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
+        """Returns the reduced loss of a batch; features are what the classifier takes, (N, D)."""
+        losses = super().forward(logits, targets)
+        if features is None or features.ndim != 2 or len(features) != len(targets):
+            got = None if features is None else tuple(features.shape)
+            raise UsageError(
+                f"{type(self).__name__} needs the classifier's input (N, D) as features, got {got} "
+                f"for targets {tuple(targets.shape)}"
+            )
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        term = self.weight * self.batch_term(features, targets.long())
+        return losses + (len(targets) * term if self.reduction == "sum" else term)
+
+
+@register_loss("range")
+class RangeLoss(_MetricLoss):
+    """Range loss: pulls the ends of each class together, pushes the two nearest classes apart.
+
+    Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` is a sum over
+    the classes of the batch: the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
+    distances between two images of the class. ``L_inter = max(0, margin − D)`` has the smallest
+    distance D between two class means of the batch.
+
+    With fewer than k pairs of a class, all of them are taken; a class with one image has none and
+    adds 0. ``L_inter`` is 0 in a batch of one class. A squared distance below 1e-12 counts as
+    1e-12, without a gradient: a class of equal features adds (next to) nothing.
+
+    Most batches of a long tail have one image of a rare class, which no pair pulls anywhere: draw
+    several with the sampler ``class_balanced`` and its option ``samples_per_class``.
+
+    Args:
+        class_counts: As in :class:`ClassLoss`; not used.
+        weight: Of the term, at least 0; 0 is cross-entropy. Squared distances of features as they
+            are make the term large: at 0.1 a small ResNet learns nothing.
+        k: Distances per class, at least 1. The paper has 2.
+        margin: Between class means, at least 0; a squared distance if distance is. What the paper
+            and its comparisons took for margin, alpha, beta and weight is not known here: these
+            depend on the scale of the features and are to be tuned.
+        alpha: Of the distances within classes, at least 0.
+        beta: Of the distance between classes, at least 0.
+        distance: ``"squared"`` Euclidean distances, as in the paper, or ``"euclidean"`` ones.
+        reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
+
+    References:
+        Zhang et al., Range Loss for Deep Face Recognition with Long-tailed Training Data, ICCV
+        2017, https://arxiv.org/abs/1611.08976
+    """
+
+    def __init__(
+        self,
+        class_counts: Labels | None = None,
+        *,
+        weight: float = 0.0001,
+        k: int = 2,
+        margin: float = 0.1,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        distance: Distance = "squared",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, weight=weight, reduction=reduction)
+        self.k = check_integer("k", k, minimum=1)
+        self.margin = check_number("margin", margin, "[0, inf)")
+        self.alpha = check_number("alpha", alpha, "[0, inf)")
+        self.beta = check_number("beta", beta, "[0, inf)")
+        check_choice("distance", distance, get_args(Distance))
+        self.distance = distance
+
+    def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Returns ``alpha · L_intra + beta · L_inter``."""
+        same = targets[:, None] == targets
+        # Within the batch a class goes by the row of its first image.
+        group = same.int().argmax(1)
+        intra = self._intra(features, same, group)
+        return self.alpha * intra + self.beta * self._inter(features, group)
+
+    def _intra(self, features: Tensor, same: Tensor, group: Tensor) -> Tensor:
+        """Returns the sum over the groups of the harmonic mean of their k largest distances."""
+        first, second, of_group, kept = _largest(features, same, group, self.k)
+        inverse = self._between(features[first], features[second]).reciprocal()
+        zeros = features.new_zeros(len(features))
+        total = zeros.index_add(0, of_group, inverse.where(kept, 0))
+        number = zeros.index_add(0, of_group, kept.to(inverse.dtype))
+        return (number / total.where(number > 0, 1)).sum()
+
+    def _inter(self, features: Tensor, group: Tensor) -> Tensor:
+        """Returns the hinge on the smallest distance between two means of groups."""
+        sums = torch.zeros_like(features).index_add(0, group, features)
+        sizes = features.new_zeros(len(features)).index_add(0, group, features.new_ones(len(group)))
+        means = sums / sizes.clamp_min(1)[:, None]
+        there = sizes > 0
+        with torch.no_grad():
+            pairs = (there[:, None] & there).triu(1)
+            nearest = torch.cdist(means, means).masked_fill(~pairs, torch.inf).argmin()
+        # Indexing with a scalar would wait for the device.
+        ends = means.index_select(0, torch.stack([nearest // len(means), nearest % len(means)]))
+        gap = self._between(ends[0], ends[1])
+        return (self.margin - gap).relu().where(pairs.any(), 0)
+
+    def _between(self, first: Tensor, second: Tensor) -> Tensor:
+        squared = (first - second).square().sum(-1).clamp_min(NO_DISTANCE)
+        return squared if self.distance == "squared" else squared.sqrt()
+
+
+@torch.no_grad()
+def _largest(
+    features: Tensor, same: Tensor, group: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Finds the k largest distances within each group of rows.
+
+    Nothing here depends on the values in shape, so no device has to wait for them.
+
+    Args:
+        features: (N, D).
+        same: Whether two rows are of one group, (N, N).
+        group: Group of each row, (N,).
+        k: At least 1.
+
+    Returns:
+        First and second row, group, and whether it is among the k largest, of each candidate pair.
+    """
+    k = min(k, len(features))
+    distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
+    # Those of a group are among those of its rows.
+    lengths, second = (found.flatten() for found in distances.topk(k, dim=1))
+    first = torch.arange(len(features), device=group.device).repeat_interleave(k)
+    order = lengths.argsort(descending=True)
+    order = order[group[first[order]].argsort(stable=True)]
+    of_group = group[first[order]]
+    place = torch.arange(len(order), device=group.device)
+    rank = place - torch.searchsorted(of_group, of_group)
+    return first[order], second[order], of_group, (rank < k) & (lengths[order] >= 0)
+
+
+@register_loss("lifted_structure")
+class LiftedStructureLoss(_MetricLoss):
+    """Lifted structured embedding: each pair of a class against all negatives of both its ends.
+
+    Cross-entropy plus ``weight / (2 |P|) · sum_{(i,j) in P} max(0, J_ij)^2`` over the pairs P of
+    images of one class, with Euclidean distances D and
+
+        ``J_ij = log sum_{n: y_n != y_i} (e^{neg_margin − D_in} + e^{neg_margin − D_jn})
+        + D_ij − pos_margin``.
+
+    In a batch without a pair of one class, or of one class only, the term is 0. It is computed by
+    pytorch-metric-learning, with memory for each pair times each two images of different classes:
+    for 4 images per class 25 MB a matrix at 128 images, 200 MB at 256. Draw several images of a
+    class with the sampler ``class_balanced`` and its option ``samples_per_class``.
+
+    Args:
+        class_counts: As in :class:`ClassLoss`; not used.
+        weight: Of the term, at least 0; 0 is cross-entropy. What the comparisons on long-tailed
+            data took for it is not known here.
+        neg_margin: The paper's alpha, a number; 1 there.
+        pos_margin: A number; 0 in the paper.
+        normalize: Take the features at unit length, as pytorch-metric-learning does unless told
+            otherwise; the paper takes them as they are.
+        reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
+
+    Raises:
+        UsageError: If pytorch-metric-learning is not installed.
+
+    References:
+        Oh Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016,
+        https://arxiv.org/abs/1511.06452
+    """
+
+    def __init__(
+        self,
+        class_counts: Labels | None = None,
+        *,
+        weight: float = 0.003,
+        neg_margin: float = 1.0,
+        pos_margin: float = 0.0,
+        normalize: bool = False,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, weight=weight, reduction=reduction)
+        check_number("neg_margin", neg_margin, "(-inf, inf)")
+        check_number("pos_margin", pos_margin, "(-inf, inf)")
+        if not isinstance(normalize, bool):
+            raise UsageError(f"normalize must be true or false, got {normalize!r}")
+        losses, distances = _import_metric_learning()
+        self.term = losses.LiftedStructureLoss(
+            neg_margin=neg_margin,
+            pos_margin=pos_margin,
+            distance=distances.LpDistance(normalize_embeddings=normalize),
+        )
+
+    def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean over the pairs of half their squared hinge."""
+        term: Tensor = self.term(features, targets)
+        return term
+
+
+def _import_metric_learning() -> tuple[Any, Any]:
+    try:
+        from pytorch_metric_learning import distances, losses
+    except ImportError as error:
+        raise UsageError(
+            "lifted_structure needs pytorch-metric-learning: pip install 'timm_lt[metric]'"
+        ) from error
+    return losses, distances
