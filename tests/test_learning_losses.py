@@ -13,12 +13,14 @@ def joint():
 
 @pytest.mark.slow
 def test_ldam_drw_learns_the_tail(joint):
-    loss = create_loss("deferred_reweighting", COUNTS, loss="ldam", start=0.5)
+    # A gentler scale than the paper's, for so few updates at the rate of a linear classifier.
+    options = {"loss": "ldam", "loss_options": {"scale": 10.0}, "normalization": "batch"}
+    loss = create_loss("deferred_reweighting", COUNTS, start=0.5, **options)
     found = learned(loss, model=pretrained(head="cosine", scale=1.0))
-    assert found["few_shot"] > joint["few_shot"] + 0.05
+    assert found["few_shot"] > joint["few_shot"] + 0.1
 
 
 @pytest.mark.slow
 def test_class_balanced_learns_the_tail(joint):
-    found = learned(create_loss("class_balanced", COUNTS, normalization="weights"))
-    assert found["few_shot"] > joint["few_shot"] + 0.05
+    found = learned(create_loss("class_balanced", COUNTS))
+    assert found["few_shot"] > joint["few_shot"] + 0.1
