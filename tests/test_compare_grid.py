@@ -92,6 +92,14 @@ def test_some_rows_have_the_runs_that_they_need_with_all_of_their_heads(grid, tm
     assert list(some.runs[0].recipe.heads) == ["linear", "half", "lws"]
 
 
+def test_a_row_may_have_a_head_of_the_recipe_under_its_own_name(grid, tmp_path):
+    own = {"crt_smote": {"kind": "crt", "smote": 100}}
+    base = dataclasses.replace(BASE, heads={**BASE.heads, **own})
+    row = {"label": "x", "representation": "joint", "head": "crt_smote"}
+    runs = plan(grid(rows=[*GOOD["rows"], row]), tmp_path, base=base, seeds=[0]).runs
+    assert runs[0].recipe.heads["crt_smote"] == own["crt_smote"]
+
+
 def test_another_part_has_none_of_the_former_ones_options(grid, tmp_path):
     base = dataclasses.replace(
         BASE, loss=dataclasses.replace(BASE.loss, options={"smoothing": 0.1})
@@ -151,6 +159,7 @@ ROW = {"label": "x", "representation": "joint", "head": "linear"}
         ({"rows": [ROW]}, "representation 'again' is in no row: leave it out"),
         ({"metric": "loss"}, "unknown metric 'loss'.*accuracy, error"),
         ({"plot": True}, "plot needs columns"),
+        ({"metric": "error"}, "metric error is for a table with columns"),
         ({"representations": {"a b": {}}}, "'a b' must be letters"),
         ({"representations": ["joint"]}, "representations must map names to mappings"),
         (
@@ -187,6 +196,7 @@ def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
         ({"lr_factor": 0}, "lr_factor of representation 'smooth' must be"),
         ({"seed": 3}, "representation 'smooth' sets seed: give --seeds"),
         ({"heads": {"crt": {}}}, "sets heads: the rows of the grid"),
+        ({"protocol": "paper"}, "sets protocol, which has to be the same for all rows"),
         ({"epochs": 0}, "epochs must be an integer >= 1"),
     ],
 )
@@ -228,6 +238,6 @@ def test_a_shipped_grid_says_its_command_and_names_parts_that_there_are(name, tm
 def test_the_papers_tables_have_their_rows(tmp_path):
     labels = {name: [row.label for row in load_grid(p).rows] for name, p in shipped_grids().items()}
     assert labels["kang_table1"] == ["B + C", "B + C (0.1 × lr)", "LB + C", "C"]
-    assert len(labels["kang_table2"]) == 16
+    assert len(labels["kang_table2"]) == 17
     assert labels["bbn_figure2"] == ["CE", "RW", "RS"]
     assert len(labels["kang_figure1"]) == 4

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import timm_lt
 from timm_lt.cli import main
 from timm_lt.comparison import run_all, runs
 from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import child_environment, last_words
+from timm_lt.comparison.runs import check_runs, child_environment, last_words
 from timm_lt.recipe import Recipe
 from timm_lt.run_folder import lock_folder, release_run_folder
 
@@ -191,6 +192,20 @@ def test_a_folder_with_something_else_is_refused(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "holds another comparison (grid 'kang_table2' there, 'kang_table1' now" in error
+
+
+def test_a_run_whose_source_is_to_be_made_again_is_not_taken_as_it_is(tmp_path):
+    recipe = Recipe()
+    source = Run("joint", 0, recipe, tmp_path / "a.yaml", tmp_path / "joint", None)
+    again = Run("again", 0, recipe, tmp_path / "b.yaml", tmp_path / "again", source)
+    for run in (source, again):
+        run.folder.mkdir()
+        (run.folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (source.folder / "metrics.json").write_text("{}")
+    check_runs([source, again])
+    (source.folder / "metrics.json").unlink()
+    with pytest.raises(timm_lt.UsageError, match=r"again goes on from .*joint, which is not fin"):
+        check_runs([source, again])
 
 
 def test_without_a_grid_the_shipped_ones_are_listed(capsys):

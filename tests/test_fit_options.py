@@ -220,6 +220,7 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
             {"loss": "logit_adjustment"},
             "needs solver: sgd; lbfgs solves cross_entropy and b",
         ),
+        ("crt", {**SGD, "loss": "ldam"}, "loss 'ldam' of head 'crt', which is linear: "),
         ("crt", {**SGD, "loss": "bilateral"}, "loss 'bilateral' of head 'crt' takes pairs"),
         ("crt", {"sampler": "square_root"}, "sampler of head 'crt' has no effect with solver 'lbf"),
         ("crt", {**SGD, "sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),

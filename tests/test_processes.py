@@ -110,6 +110,10 @@ def run(
     class Loss(nn.Module):
         takes_pairs = getattr(criterion, "takes_pairs", False)
 
+        def __init__(self):
+            super().__init__()
+            self.criterion = criterion
+
         def set_epoch(self, epoch, epochs):
             getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
 
@@ -205,6 +209,17 @@ for part in zip(logits[share].split(16), classes[share].split(16)):
     metrics.update(*part)
 result["metrics"] = metrics.reduce(accelerator).compute().to_dict()
 result["own_images"] = metrics.compute().test_images.sum().item()
+# A loss whose mean is over all processes in training, taken by one of them alone.
+if accelerator.is_main_process:
+    timm_lt.fit_head(
+        "crt",
+        timm_lt.Features(logits, classes),
+        solver="sgd",
+        steps=2,
+        loss="class_balanced",
+        loss_options={"normalization": "weights"},
+    )
+accelerator.wait_for_everyone()
 open_set = timm_lt.metrics.OpenSetMetrics(7, threshold=0.4)
 open_set.update(logits[share], torch.where(classes == 5, -1, classes)[share])
 result["open_set"] = open_set.reduce(accelerator).compute().to_dict()

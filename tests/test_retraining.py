@@ -1,6 +1,7 @@
 """Recipes that go on from a finished run: what is trained again, what is drawn anew, what stays."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 import timm_lt
 import train_lt
 from timm_lt.recipe import Recipe
-from timm_lt.recipe.run import create_network
+from timm_lt.recipe.run import create_network, start_network
 from timm_lt.recipe.schema import ModelRecipe
 
 DIGITS = "lt_test_resnet.digits_lt"
@@ -88,6 +89,10 @@ def test_a_fresh_classifier_is_drawn_from_the_seed():
     bound = first.fc.in_features**-0.5
     assert 0.99 * bound < first.fc.weight.abs().max() <= bound
     assert first.fc.bias.abs().max() <= bound
+    # And starts where the loss has it start, as a classifier from scratch.
+    recipe = Recipe(model=ModelRecipe(name, True, fresh_classifier=True))
+    start_network(recipe, timm_lt.create_loss("focal", form="sigmoid"), first, 100)
+    torch.testing.assert_close(first.fc.bias, torch.full((100,), -math.log(99)))
     with pytest.raises(timm_lt.UsageError, match=r"fresh_classifier has no effect without"):
         ModelRecipe(fresh_classifier=True)
 

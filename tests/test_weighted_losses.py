@@ -264,6 +264,8 @@ def test_ldam_is_for_a_cosine_classifier(deferred):
 
     check_classifier(loss(), model(head="cosine", scale=1.0))
     check_classifier(loss(logits="scaled"), model(head="cosine", scale=30.0))
+    # No number of float32.
+    check_classifier(loss(logits="scaled", scale=0.1), model(head="cosine", scale=0.1))
     # Not one of ours: only its owner knows.
     check_classifier(loss(), nn.Linear(3, 5))
     message = (
@@ -323,6 +325,8 @@ def test_a_sigmoid_starts_at_one_in_c(name, options, biased):
         ("deferred_reweighting", {"start": 160.0}, r"start must be an epoch .* or in \(0, 1\)"),
         ("deferred_reweighting", {"start": 1.5}, r"fraction of the epochs, must be .*\(0, 1\)"),
         ("deferred_reweighting", {"loss": "CE"}, "unknown loss 'CE'"),
+        ("deferred_reweighting", {"loss": ["ldam"]}, r"unknown loss \['ldam'\]"),
+        ("deferred_reweighting", {"loss_options": 5}, "loss_options must be a mapping.*got 5"),
         ("deferred_reweighting", {"loss_options": {"tau": 1}}, "has no option 'tau'"),
         ("deferred_reweighting", {"loss_options": {"reduction": "sum"}}, "reduction is set else"),
         ("deferred_reweighting", {"exponent": 1}, "exponent is for weights 'inverse_frequency'"),

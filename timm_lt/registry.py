@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -146,6 +146,23 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
             check_choice(f"{name} of {owner}:", value, typing.get_args(hints[name]))
 
 
+def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns options as a dict after checking that they are a mapping by name; None is empty.
+
+    >>> check_mapping("loss_options", 5)
+    Traceback (most recent call last):
+    timm_lt.registry.UsageError: loss_options must be a mapping of names to values, got 5
+
+    Raises:
+        UsageError: If they are not.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{noun} must be a mapping of names to values, got {value!r}")
+    return dict(value)
+
+
 def check_number(noun: str, value: float, interval: str) -> float:
     """Returns a number after checking that it lies in an interval; NaN lies in none.
 
@@ -229,7 +246,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Returns the part of that name; a wrong one raises UsageError, listing the right ones."""
-        if name not in self._parts:
+        if not isinstance(name, str) or name not in self._parts:
             raise unknown_name(self.noun, name, list(self._parts))
         return self._parts[name]
 

@@ -242,5 +242,7 @@ def _check_names(grid: Grid) -> None:
         raise UsageError(f"representation {unused[0]!r} is in no row: leave it out")
     if grid.plot and not grid.columns:
         raise UsageError("plot needs columns")
+    if grid.metric == "error" and (grid.plot or not grid.columns):
+        raise UsageError("metric error is for a table with columns and without a plot")
     if grid.columns and any(row.quoted for row in grid.rows):
         raise UsageError("quoted figures need a table without columns")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from timm_lt.comparison.grid import AFTER, LR_FACTOR, Cell, Grid
-from timm_lt.fitting import FITS
+from timm_lt.fitting import AUTO, FITS
 from timm_lt.losses import create_loss
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import Recipe, parse_recipe
@@ -35,6 +35,8 @@ OF_THE_GRID = {
     "seed": "give --seeds",
     "heads": "the rows of the grid say which heads are fitted",
 }
+# Rows that differ in these are not comparable.
+OF_ALL = ("protocol", "shot_rule", "objective")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,7 @@ def _in_order(grid: Grid, wanted: set[str]) -> list[str]:
 def _heads_by_representation(grid: Grid, base: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the heads that the rows want of each representation, the joint classifier first."""
     known: dict[str, Mapping[str, Any]] = {name: {} for name in FITS}
-    known |= {name: options for name, options in base.heads.items() if name in known}
+    known |= {name: options for name, options in base.heads.items() if name != AUTO}
     known |= grid.heads
     heads: dict[str, dict[str, dict[str, Any]]] = {
         name: {JOINT: {}} for name in grid.representations
@@ -177,6 +179,11 @@ def _recipe(
     for key in changes:
         if key in OF_THE_GRID:
             raise UsageError(f"representation {name!r} sets {key}: {OF_THE_GRID[key]}")
+        if key in OF_ALL:
+            raise UsageError(
+                f"representation {name!r} sets {key}, which has to be the same for all rows: set "
+                f"it in the recipe, or as --{key}"
+            )
     for key in given:
         if key in ALWAYS:
             changes.pop(key, None)

@@ -54,6 +54,11 @@ def check_runs(runs: Sequence[Run]) -> None:
     for run in runs:
         if not (run.folder / RECIPE).is_file():
             continue
+        if run.after is not None and not (run.after.folder / METRICS).is_file():
+            raise UsageError(
+                f"{run.folder} goes on from {run.after.folder}, which is not finished and may "
+                "become another: delete the former, too, or choose another --output"
+            )
         differences = recipe_differences(run.folder, run.recipe.to_yaml())
         if differences:
             raise UsageError(

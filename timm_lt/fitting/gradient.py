@@ -22,8 +22,8 @@ from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote
 from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
 from timm_lt.heads.lengths import CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import class_counts
-from timm_lt.losses import LOSSES, create_loss
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.losses import create_loss
+from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping, check_number
 from timm_lt.samplers import check_sampler
 
 Solver = Literal["lbfgs", "sgd"]
@@ -45,20 +45,22 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     check_length(options)
     check_smote(options.get("smote"))
     loss = options.get("loss", "cross_entropy")
-    if solver == "lbfgs" and loss in LOSSES and loss not in get_args(LBFGSLoss):
+    given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
+    for key in {"class_counts", "reduction"} & set(given):
+        raise UsageError(f"{key} in loss_options of head 'crt' is set elsewhere: leave it out")
+    try:
+        made = create_loss(loss, class_counts=[2, 1], **given)
+    except UsageError as error:
+        raise UsageError(f"loss of head 'crt': {error}") from error
+    if solver == "lbfgs" and loss not in get_args(LBFGSLoss):
         raise UsageError(
             f"loss {loss!r} of head 'crt' needs solver: sgd; lbfgs solves "
             f"{' and '.join(get_args(LBFGSLoss))}"
         )
-    given = options.get("loss_options")
-    if given is not None and not isinstance(given, Mapping):
-        raise UsageError(f"loss_options of head 'crt' must be a mapping, got {given!r}")
-    for key in {"class_counts", "reduction"} & set(given or {}):
-        raise UsageError(f"{key} in loss_options of head 'crt' is set elsewhere: leave it out")
     try:
-        made = create_loss(loss, class_counts=[2, 1], **dict(given or {}))
+        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2))
     except UsageError as error:
-        raise UsageError(f"loss of head 'crt': {error}") from error
+        raise UsageError(f"loss {loss!r} of head 'crt', which is linear: {error}") from error
     if getattr(made, "takes_pairs", False):
         raise UsageError(f"loss {loss!r} of head 'crt' takes pairs of images: choose another")
     sampler = options.get("sampler") or _usual_sampler(loss)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_lt.longtail import Labels
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.registry import UsageError, check_choice, check_mapping
 
 Adaptor = Literal[
     "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
@@ -88,7 +88,7 @@ class BilateralLoss(ClassLoss):
         check_choice("divisor", divisor, get_args(Divisor))
         if loss == "bilateral":
             raise UsageError("loss bilateral mixes two branches by another loss, not by itself")
-        options = dict(loss_options or {})
+        options = check_mapping("loss_options", loss_options)
         for name in ("class_counts", "reduction"):
             if name in options:
                 raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")

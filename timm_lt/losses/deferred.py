@@ -16,7 +16,7 @@ from timm_lt.losses.weights import (
     given_counts,
     inverse_frequency_weights,
 )
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.registry import UsageError, check_choice, check_mapping
 
 Weights = Literal["effective_number", "inverse_frequency"]
 
@@ -69,7 +69,7 @@ class DeferredReweightingLoss(WeightedLoss):
         super().__init__(counts, values, normalization=normalization, reduction=reduction)
         check_start(start)
         self.start = start
-        options = dict(loss_options or {})
+        options = check_mapping("loss_options", loss_options)
         for name in ("class_counts", "reduction"):
             if name in options:
                 raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")

@@ -1,5 +1,6 @@
 """Label-distribution-aware margins."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -90,7 +91,8 @@ class LDAMLoss(ClassLoss):
         kind = getattr(classifier, "kind", "linear")
         if kind == "cosine":
             options = classifier.options()  # type: ignore[operator]
-            if options == {"scale": scale, "learn_scale": False}:
+            # The head has the scale in float32.
+            if math.isclose(options["scale"], scale, rel_tol=1e-6) and not options["learn_scale"]:
                 return
             kind = f"cosine ({', '.join(f'{k}: {v}' for k, v in options.items())})"
         raise UsageError(

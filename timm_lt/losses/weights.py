@@ -68,9 +68,9 @@ class WeightedLoss(ClassLoss):
     ``"batch"``, and by the sum of their weights, ``sum_j t_j w_j`` each, with ``"weights"``. For
     labels that is torch's mean; of distributions torch takes that over the batch.
 
-    With several processes the sum of the weights is over the images of all of them, as long as a
-    gradient is wanted: each update is that of one process. With gradient accumulation it is over
-    the images that are taken at once.
+    Where ``across_processes`` is True, as the training loop has it, the sum of the weights is over
+    the images of all processes: each update is that of one process. With gradient accumulation it
+    is over the images that are taken at once.
 
     Args:
         class_counts: As in :class:`ClassLoss`.
@@ -94,6 +94,8 @@ class WeightedLoss(ClassLoss):
         super().__init__(class_counts, reduction=reduction)
         check_choice("normalization", normalization, get_args(Normalization))
         self.normalization = normalization
+        # Only where all processes take the loss together: one alone would wait for ever.
+        self.across_processes = False
         self.register_buffer("weights", weights.float(), persistent=False)
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -118,8 +120,7 @@ class WeightedLoss(ClassLoss):
             return super()._reduced(losses, targets)
         weights, _ = self._weigh(targets)
         total = weights.sum()
-        # Without a gradient one process may be evaluating by itself, and would wait for ever.
-        return losses.sum() / (_mean_over_processes(total) if losses.requires_grad else total)
+        return losses.sum() / (_mean_over_processes(total) if self.across_processes else total)
 
     def extra_repr(self) -> str:
         """Names normalization and reduction when the module is printed."""

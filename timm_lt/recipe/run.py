@@ -266,7 +266,8 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
     """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    if not (recipe.model.pretrained and config.get("num_classes") == num_classes):
+    pretrained = recipe.model.pretrained and config.get("num_classes") == num_classes
+    if recipe.model.fresh_classifier or not pretrained:
         start_classifier(loss, model, num_classes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_lt.deferral import first_epoch
 from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.registry import UsageError, check_integer, check_mapping
 from timm_lt.samplers.base import ClassSampler, Plan
 from timm_lt.samplers.factory import SAMPLERS, register_sampler
 
@@ -59,7 +59,9 @@ class DeferredSampler(ClassSampler):
         self.epochs = None if epochs is None else check_integer("epochs", epochs, minimum=1)
         self.first_epoch = first_epoch(start, self.epochs)
         self.parts = tuple(
-            self._create(f"{place}_options", name, labels, dict(options or {}))
+            self._create(
+                f"{place}_options", name, labels, check_mapping(f"{place}_options", options)
+            )
             for place, name, options in (
                 ("first", first, first_options),
                 ("second", second, second_options),

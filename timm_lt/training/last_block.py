@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from timm_lt.attention import ModulatedAttention
+from timm_lt.bilateral import BilateralBlock
 from timm_lt.registry import UsageError
 
 # In the list of modules that are trained: the path that last_block finds.
@@ -73,13 +75,20 @@ def _innermost(model: nn.Module, path: str) -> str:
     """Goes down from a stage, or a list of stages, to the last block in it."""
     while True:
         module = model.get_submodule(path)
+        if isinstance(module, BilateralBlock):
+            # Its branches are one block, and neither is last.
+            return path
         if path.rpartition(".")[0].endswith("blocks") and not isinstance(module, CONTAINERS):
             return path
         children = dict(module.named_children())
         if isinstance(children.get("blocks"), CONTAINERS):
             path = f"{path}.blocks"
             continue
-        blocks = [name for name, child in children.items() if _is_block(child)]
+        blocks = [
+            name
+            for name, child in children.items()
+            if _is_block(child) and not isinstance(child, ModulatedAttention)
+        ]
         if not blocks or not (isinstance(module, CONTAINERS) or _are_alike(children.values())):
             return path
         path = f"{path}.{blocks[-1]}"

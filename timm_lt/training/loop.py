@@ -8,6 +8,7 @@ ends with the same weights, bit for bit on one CPU process with the same number 
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -44,6 +45,7 @@ from timm_lt.training.update import (
     cpu_copy,
     create_ema,
     create_mixup,
+    taken_together,
 )
 from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
 
@@ -180,7 +182,11 @@ def train_representation(
     history = loop.resume(state)
     if state is not None and history and keep == "best":
         best = loop.saved_best(state, history)
-    with progress("training", epochs * loop.updates, unit="updates") as bar:
+    with (
+        progress("training", epochs * loop.updates, unit="updates") as bar,
+        taken_together(loss),
+        closing(update),
+    ):
         advance(bar, len(history) * loop.updates)
         for epoch in range(len(history), epochs):
             if mixing is not None and mixup_off_epoch is not None:
@@ -196,7 +202,6 @@ def train_representation(
             if state is not None:
                 averaged = None if loop.ema is None else cpu_copy(loop.ema.module.state_dict())
                 state.save(history, ema=averaged, best=best if improved else None)
-    update.close()
     chosen = best_record(history) if keep == "best" else None
     weights = loop.weights() if best is None else best
     return Training(loop.finish(weights), history, (chosen or history[-1]).epoch)

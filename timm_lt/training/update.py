@@ -1,7 +1,8 @@
 """One update of the weights: mixup, loss, gradients, clipping, and their moving average."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -182,6 +183,19 @@ class Update:
             self.accelerator.unscale_gradients()
             # As Brock et al. (2021) have it, the classifier is left alone.
             adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
+
+
+@contextmanager
+def taken_together(loss: nn.Module) -> Iterator[None]:
+    """Lets the parts of a loss that take means over all processes do so in the block."""
+    parts = [module for module in loss.modules() if hasattr(module, "across_processes")]
+    try:
+        for part in parts:
+            part.across_processes = True  # type: ignore[assignment]
+        yield
+    finally:
+        for part in parts:
+            part.across_processes = False  # type: ignore[assignment]
 
 
 class Losses:
