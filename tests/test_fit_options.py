@@ -228,7 +228,7 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options.*leave it out"),
         ("crt", {**SGD, "loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         ("crt", {**SGD, "loss_options": {"reduction": "sum"}}, "reduction in loss_options.*elsew"),
-        ("crt", {**SGD, "loss_options": 3}, "loss_options of head 'crt' must be a mapping of names .*got 3"),
+        ("crt", {**SGD, "loss_options": 3}, "loss_options of head 'crt' must be a mapping .*got 3"),
         ("crt", {"solver": "sgd", "steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer from 1"),

@@ -88,7 +88,7 @@ def test_there_is_a_recipe_for_every_result():
 def test_the_header_says_what_is_quoted_and_what_is_estimated(name):
     lines = shipped_recipes()[name].read_text().splitlines()
     header = " ".join(line[2:] for line in lines if line.startswith("# "))
-    for words in ("Quoted, not measured here", "Estimated", "Differs from the paper"):
+    for words in ("Quoted, not measured here", "Estimated", "Differs from the paper", "bf16"):
         assert words in header
     assert (load(name).protocol == "paper") is ("protocol: paper" in header)
     (row,) = [line for line in CATALOGUE.splitlines() if line.startswith(f"| `{name}`")]

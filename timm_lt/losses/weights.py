@@ -96,7 +96,9 @@ class WeightedLoss(ClassLoss):
         self.normalization = normalization
         # Only where all processes take the loss together: one alone would wait for ever.
         self.across_processes = False
-        self.register_buffer("weights", weights.float(), persistent=False)
+        # Above 0 in float32, too: a batch of such images alone has a mean.
+        weights = weights.float().clamp_min(torch.finfo(torch.float32).tiny)
+        self.register_buffer("weights", weights, persistent=False)
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (N,), of which that of a distribution is the mean over its labels."""
