@@ -354,7 +354,7 @@ def forms(model):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 def test_all_of_timm():
     """Every architecture takes a head, keeps it through a reset, and folds to what it was."""

@@ -128,6 +128,11 @@ def test_files_of_a_folder(folder, heads, model):
         "heads/fslwf.safetensors": {"weight", "scale"},
         "heads/lws.safetensors": {"scale"},
         "heads/ncm.safetensors": {"weight", "feature_mean"},
+        "heads/oltr.safetensors": {
+            "weight",
+            "centroids",
+            *("memory_weight", "memory_bias", "selector_weight", "selector_bias"),
+        },
     }
     assert (folder / "heads/lws.safetensors").stat().st_size < 200
     plain = timm.create_model("test_resnet", num_classes=4)

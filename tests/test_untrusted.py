@@ -81,10 +81,24 @@ def reference_logits(folder, head):
         return scale * F.normalize(x) @ F.normalize(own["weight"]).T
     if head == "fslwf":
         return own["scale"] * F.normalize(x) @ F.normalize(own["weight"]).T
+    if head == "oltr":
+        return oltr_logits(x, own, options)
     if head == "logit_adjusted":
         counts = torch.tensor(config["timm_lt"]["class_counts"]).double()
         return x @ w.T + b - options.get("tau", 1.0) * (counts / counts.sum()).log()
     return ncm_logits(x, own, options)
+
+
+def oltr_logits(x, own, options):
+    remembered = (x @ own["memory_weight"].T + own["memory_bias"]).softmax(1) @ own["centroids"]
+    selected = torch.tanh(x @ own["selector_weight"].T + own["selector_bias"])
+    nearest = torch.cdist(x, own["centroids"]).min(dim=1, keepdim=True).values
+    v = x + selected * remembered
+    length = options.get("reach", 1.0) / nearest * v.norm(dim=1, keepdim=True)
+    power = 1 if options.get("squash", "squared") == "linear" else 2
+    # l^p / (1 + l^p), which has a limit where l^p overflows.
+    squashed = F.normalize(v) / (1 + length**-power)
+    return options.get("scale", 16.0) * squashed @ F.normalize(own["weight"]).T
 
 
 def ncm_logits(x, own, options):
