@@ -118,7 +118,9 @@ def test_half_precision_logits_lose_nothing(name, options, by_hand, dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = loss(logits, targets)
     assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=5e-7)
+    # There the first is 1e-5, a difference of numbers of size 7 in float32.
+    tiny = 5e-7 if options.get("tau") == 2.5 else 0
+    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=tiny)
 
 
 @variants

@@ -24,7 +24,6 @@ from timm_lt.registry import UsageError
 
 ROOT = Path(train_lt.__file__).parent
 DIGITS = "hub_configs/lt_test_resnet.digits_lt.yaml"
-QUICK = "hub_configs/lt_test_resnet.glyph_lt_quick.yaml"
 HEADS = ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
 # One thread: the bits of a run depend on their number, and the tests run beside others.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -189,24 +188,24 @@ def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # 15 epochs: 35 s with two free cores, ten times that with one busy one
-def test_the_quick_recipe_shows_what_heads_do_to_rare_classes(tmp_path):
-    """As the README launches it: order and margins of DESIGN section 7, not values."""
+@pytest.mark.timeout(1800)  # 30 epochs: 70 s with two free cores, ten times that with one busy one
+def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
+    """The default recipe: order and margins of DESIGN section 7, not values."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     if "PYTEST_XDIST_WORKER" in environment:
         # The other cores are taken: two threads that wait for each other would crawl.
         environment["OMP_NUM_THREADS"] = "1"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "train_lt.py", QUICK]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "train_lt.py"]
     subprocess.run(
         [*launch, "--output", str(tmp_path / "run")], cwd=ROOT, env=environment, check=True
     )
     heads = json.loads((tmp_path / "run" / "metrics.json").read_text())["heads"]
     joint = heads.pop("linear")
-    assert joint["all"] == pytest.approx(0.48, abs=0.06)
+    assert joint["all"] == pytest.approx(0.612, abs=0.04)
     assert list(heads) == HEADS[1:]
     for figures in heads.values():
-        assert figures["all"] >= joint["all"] + 0.04
-        assert figures["few_shot"] >= joint["few_shot"] + 0.15
+        assert figures["all"] >= joint["all"] + 0.06
+        assert figures["few_shot"] >= joint["few_shot"] + 0.20
         assert figures["many_shot"] < joint["many_shot"]
 
 

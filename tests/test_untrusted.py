@@ -254,7 +254,8 @@ TENSOR_CHANGES = {
     "empty": lambda t: t[:0].contiguous() if t.ndim else t[None][:0],
     **{str(dtype): lambda t, dtype=dtype: t.to(dtype) for dtype in DTYPES},
 }
-FILES = {name: f"heads/{name}.safetensors" for name in ("crt", "lws", "ncm", "cosine", "fslwf")}
+FITTED = ("crt", "lws", "ncm", "cosine", "fslwf", "oltr")
+FILES = {name: f"heads/{name}.safetensors" for name in FITTED}
 
 
 @pytest.mark.slow
