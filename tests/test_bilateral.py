@@ -199,6 +199,19 @@ def test_registered_networks():
         assert wide.layer4[-1].rebalancing.conv2.groups == 32
 
 
+@pytest.mark.parametrize(
+    "base", ["lt_test_resnet", "resnet50.a1_in1k", "lt_resnet32.cifar100_if100"]
+)
+def test_images_are_those_of_the_base(base):
+    plain = timm.data.resolve_data_config(model=timm.create_model(base))
+    assert (
+        timm.data.resolve_data_config(model=timm.create_model("lt_bbn_resnet", base=base)) == plain
+    )
+    overlay = {"input_size": (3, 40, 40)}
+    other = timm.create_model("lt_bbn_resnet", base=base, pretrained_cfg_overlay=overlay)
+    assert timm.data.resolve_data_config(model=other) == {**plain, "input_size": (3, 40, 40)}
+
+
 @every_base
 def test_features_only_takes_images_one_by_one(base):
     levels = timm.create_model("lt_bbn_resnet", base=base, features_only=True, **BASES[base])

@@ -15,6 +15,7 @@ import torch
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
+    get_pretrained_cfg,
     is_model,
     model_entrypoint,
     register_model,
@@ -81,6 +82,11 @@ def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any)
 
 
 CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
+# What of a pretrained configuration says how a network takes images.
+IMAGE_KEYS = (
+    *("input_size", "pool_size", "first_conv", "interpolation", "crop_pct", "crop_mode"),
+    *("mean", "std"),
+)
 ARCHITECTURES = {
     "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
     "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
@@ -260,6 +266,12 @@ def lt_bbn_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def lt_bbn_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Bilateral network of any ResNet or ResNeXt, ``base=`` its name; of a ResNet-18 without."""
+    if kwargs.get("pretrained_cfg") is None:
+        # Its images are those of its base.
+        base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))
+        given = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = given | overlay
     return _create(ANY_BASE, pretrained, **kwargs)
 
 
