@@ -199,9 +199,7 @@ def test_registered_networks():
         assert wide.layer4[-1].rebalancing.conv2.groups == 32
 
 
-@pytest.mark.parametrize(
-    "base", ["lt_test_resnet", "resnet50.a1_in1k", "lt_resnet32.cifar100_if100"]
-)
+@pytest.mark.parametrize("base", ["lt_test_resnet", "resnet50.a1_in1k", "lt_resnet32"])
 def test_images_are_those_of_the_base(base):
     plain = timm.data.resolve_data_config(model=timm.create_model(base))
     assert (
