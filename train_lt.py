@@ -18,19 +18,28 @@ from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import log
 from timm_lt.exits import run_to_exit
-from timm_lt.features import Features
 from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
 from timm_lt.heads import Head, fold_head, get_head
+from timm_lt.html_report import write_report
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, compare_per_class, write_per_class
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
-from timm_lt.recipe.classifier import evaluate, extract, extract_for_heads, fit, train_heads
+from timm_lt.recipe.classifier import (
+    Evaluation,
+    RunFeatures,
+    evaluate,
+    extract,
+    extract_for_heads,
+    fit,
+    train_heads,
+)
+from timm_lt.recipe.reporting import report_of_run
 from timm_lt.registry import UsageError
 from timm_lt.report import TEST_SELECTION, shot_table
-from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
+from timm_lt.run_folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.training import (
     TrainingState,
     describe_history,
@@ -92,11 +101,11 @@ def work(run: Run) -> dict[str, ShotReport]:
     if run.accelerator.is_main_process:
         heads = fit(run, features, trained)
         evaluated = {name: evaluate(run, name, head, features) for name, head in heads.items()}
-        reports = {name: report for name, (report, _) in evaluated.items()}
+        reports = {name: found.report for name, found in evaluated.items()}
         try:
-            save(run, heads, reports, features.shared["val"])
+            save(run, heads, evaluated, features)
             # Last: a folder with metrics is a finished run.
-            digests = {name: digest for name, (_, digest) in evaluated.items()}
+            digests = {name: found.logits_sha256 for name, found in evaluated.items()}
             write_metrics(run, heads, reports, digests)
         except OSError as error:
             raise UsageError(
@@ -189,7 +198,7 @@ def train(run: Run) -> None:
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.
     fold_head(run.model)
-    run.kept_epoch = training.kept
+    run.kept_epoch, run.history = training.kept, training.history
     run.seconds["representation"] = representation_seconds(training.history)
     log.info("%s", describe_history(training.history, training.kept))
 
@@ -226,10 +235,14 @@ def write_metrics(
 
 
 def save(
-    run: Run, heads: Mapping[str, Head], reports: Mapping[str, ShotReport], val: Features
+    run: Run,
+    heads: Mapping[str, Head],
+    evaluated: Mapping[str, Evaluation],
+    features: RunFeatures,
 ) -> None:
-    """Writes the checkpoint, the table of classes, the plots and the model card."""
-    counts = run.splits.class_counts
+    """Writes the checkpoint, the table of classes, the plots, the model card and the report."""
+    counts, rule = run.splits.class_counts, run.recipe.shot_rule
+    reports = {name: found.report for name, found in evaluated.items()}
     save_checkpoint(
         run.folder,
         run.model,
@@ -238,16 +251,17 @@ def save(
         metrics={name: report.summary() for name, report in reports.items()},
         label_names=run.splits.label_names,
         dataset=run.recipe.data.title,
-        shot_rule=run.recipe.shot_rule,
+        shot_rule=rule,
         protocol=run.recipe.protocol,
         seed=run.recipe.seed,
     )
     rows = compare_per_class(reports, counts, run.splits.label_names)
     write_per_class(run.folder / PER_CLASS, rows)
     own = {name: head for name, head in heads.items() if name != AUTO}
-    curves = head_curves(get_head(run.model), own, val, counts)
+    curves = head_curves(get_head(run.model), own, features.shared["val"], counts, rule)
     save_plots(run.folder / PLOTS, reports, counts, curves)
     write_card(run.folder, name=run.name)
+    write_report(run.folder / REPORT, report_of_run(run, heads, evaluated, features, curves))
 
 
 if __name__ == "__main__":

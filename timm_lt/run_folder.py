@@ -17,6 +17,7 @@ from timm_lt.registry import UsageError
 STATE = "state"
 LOGS = "logs"
 PER_CLASS = "per_class.csv"
+REPORT = "report.html"
 # In the training state: which images it was trained on.
 IMAGES = "images.json"
 # Held by the process that runs in the folder, as long as it lives.
@@ -37,6 +38,7 @@ ENTRIES = {
     PER_CLASS,
     PLOTS,
     CARD,
+    REPORT,
 }
 # What is left of it without the training state.
 CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}

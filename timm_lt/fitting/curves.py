@@ -217,21 +217,29 @@ def check_fits(
 
 
 def head_curves(
-    classifier: nn.Linear, heads: Mapping[str, Head], val: Features, counts: Tensor
+    classifier: nn.Linear,
+    heads: Mapping[str, Head],
+    val: Features,
+    counts: Tensor,
+    rule: ShotRule = "fb",
 ) -> dict[str, tuple[AccuracyCurve, float]]:
     """Returns accuracy against tau, with the chosen tau, for each head that has one.
+
+    Each curve has those of the shot groups.
 
     Args:
         classifier: The joint classifier, (C, D).
         heads: Fitted heads by name.
         val: Features to be right on, values (N, D).
         counts: Training images per class, (C,).
+        rule: Where the shot groups have their boundaries.
     """
     curves = {}
     for name, head in heads.items():
         if isinstance(head, TauNormHead) and not head.keep_bias:
-            curves[name] = tau_curve(classifier, val), head.tau
+            curve = tau_curve(classifier, val, class_counts=counts, rule=rule)
+            curves[name] = curve, head.tau
         elif isinstance(head, LogitAdjustedHead):
-            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts)
+            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=rule)
             curves[name] = curve, head.tau
     return curves

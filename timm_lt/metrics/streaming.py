@@ -12,6 +12,7 @@ from timm_lt.metrics.calibration import ECE_BINS, bin_error, describe_bins
 from timm_lt.metrics.counting import (
     CONFIDENCE_UNITS,
     MAX_SCORED,
+    Outcomes,
     accuracy_figures,
     are_logits,
     check_finite,
@@ -88,7 +89,7 @@ class ShotMetrics:
         if len(outputs) == len(targets) == 0:
             return
         if are_logits(outputs):
-            self._update_logits(outputs, targets)
+            self.update_logits(outputs, targets)
         else:
             self._update_preds(outputs, targets)
 
@@ -102,7 +103,20 @@ class ShotMetrics:
         self._check_kind(scored=False)
         count_classes(self._counts, preds, targets)
 
-    def _update_logits(self, logits: Tensor, targets: Labels) -> None:
+    def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
+        """Counts some images as :meth:`update` does, and returns what the logits say of each.
+
+        Args:
+            logits: Finite scores, (N, C), on any device.
+            targets: True classes, integers in [0, C), (N,).
+
+        Returns:
+            ``preds`` (N,) int64, ``confidences`` (N,), the probabilities of these, and ``in_top``,
+            whether the true class is among the first five, (N,), on the CPU.
+
+        Raises:
+            UsageError: As :meth:`update`.
+        """
         check_logits(logits)
         targets = check_labels(targets, self.num_classes, noun="targets")
         if logits.shape != (len(targets), self.num_classes):
@@ -112,11 +126,13 @@ class ShotMetrics:
             )
         check_finite(logits)
         self._check_kind(scored=True)
-        preds, confidences, in_top = judge(logits, targets)
+        outcomes = judge(logits, targets)
+        preds, confidences, in_top = outcomes
         count_classes(self._counts, preds, targets)
         self._counts[3].scatter_add_(0, targets, in_top.long())
         group_of = self._groups.int().argmax(0)[targets]
         count_bins(self._bins, confidences, preds == targets, group_of)
+        return outcomes
 
     def _check_kind(self, scored: bool) -> None:
         """Checks that all images come with logits or none: half a calibration is none."""
@@ -283,5 +299,5 @@ def evaluate_logits(
             logit is not finite (names the row), or a target is not an integer in [0, C).
     """
     metrics = ShotMetrics(class_counts, rule)
-    metrics._update_logits(logits, targets)
+    metrics.update_logits(logits, targets)
     return metrics.compute()

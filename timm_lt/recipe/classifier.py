@@ -16,6 +16,7 @@ from timm_lt.features import Features, extract_features
 from timm_lt.fitting import AUTO, fit_head, take_best
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.html_report import Predictions
 from timm_lt.metrics import ShotMetrics, ShotReport
 from timm_lt.recipe.checks import head_kind, stage_heads
 from timm_lt.recipe.run import Run
@@ -76,6 +77,7 @@ def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
         run.unreadable[split] = left_out
         # Of a split whose features were in the cache, no image was read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
+        run.unreadable_rows[split] = rows
         if left_out and run.accelerator.is_main_process:
             shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             log.warning(
@@ -167,16 +169,35 @@ def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
     return best
 
 
-def evaluate(run: Run, name: str, head: Head, features: RunFeatures) -> tuple[ShotReport, str]:
-    """Returns the test figures of a head, and the SHA-256 of its logits; batch by batch."""
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a head does on the test images.
+
+    Attributes:
+        report: Its figures.
+        logits_sha256: Digest of its logits.
+        predictions: Its predicted class of each image, int32, and the probability of that, float32.
+    """
+
+    report: ShotReport
+    logits_sha256: str
+    predictions: Predictions
+
+
+def evaluate(run: Run, name: str, head: Head, features: RunFeatures) -> Evaluation:
+    """Evaluates a head on the test images; batch by batch, so no logits of all images are held."""
     test = features.of(name, "test")
     metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
     digest = hashlib.sha256()
     # In the batches that the model would see: from float32 features come the same bits.
     batches = (part.split(EVAL_BATCH_SIZE) for part in (test.values, test.targets))
+    preds, confidences = [], []
     for values, targets in zip(*batches, strict=True):
         with torch.inference_mode():
             logits = head(values.float())
-        metrics.update(logits, targets)
+        outcomes = metrics.update_logits(logits, targets)
+        preds.append(outcomes.preds.int())
+        confidences.append(outcomes.confidences.float())
         digest.update(logits.numpy().tobytes())
-    return metrics.compute(), digest.hexdigest()
+    predictions = Predictions(torch.cat(preds), torch.cat(confidences))
+    return Evaluation(metrics.compute(), digest.hexdigest(), predictions)

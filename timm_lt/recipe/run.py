@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -44,6 +44,7 @@ from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
+    EpochRecord,
     HeadPlan,
     check_batch_size,
     check_classifier,
@@ -70,6 +71,8 @@ class Run:
         plans: How the heads of stage images are trained, by name.
         kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
         unreadable: How many images of each split could not be read.
+        unreadable_rows: Which, as far as it is known: of features in the cache it is not.
+        history: What the training of the representation did, epoch by epoch.
         lock: Held on the folder by the main process.
     """
 
@@ -86,6 +89,8 @@ class Run:
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
+    unreadable_rows: dict[str, list[int]] = field(default_factory=dict)
+    history: Sequence[EpochRecord] = ()
     lock: FileLock | None = None
 
     @property

@@ -1,0 +1,143 @@
+"""Rendering a report: plain values to one HTML file that needs nothing beside it."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from timm_lt.files import write_atomic
+from timm_lt.html_report.charts import head_looks
+from timm_lt.html_report.content import ReportContent
+from timm_lt.html_report.draw import (
+    calibration_charts,
+    frequency_chart,
+    tau_chart,
+    training_charts,
+)
+from timm_lt.report import GROUPS, group_word, percent
+
+FOLDER = Path(__file__).parent
+# Rows of the table that are there before a script runs, and that a page of it has.
+PAGE = 100
+
+
+def render_report(content: ReportContent) -> str:
+    """Renders a report as one HTML page with its styles, scripts, charts and pictures in it.
+
+    Every text is escaped, and the page's own policy allows no request and no other script.
+
+    Args:
+        content: What it says.
+    """
+    heads = {head.name: head for head in content.heads}
+    style, script = (
+        (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
+    )
+    page: str = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            content=content,
+            groups=GROUPS,
+            columns=_columns(content),
+            best=_best(content),
+            joint=heads.get(content.joint or ""),
+            recommended=heads.get(content.recommended or ""),
+            shown=_shown(content),
+            looks=head_looks(list(heads), content.joint),
+            frequency=frequency_chart(content),
+            curves=[(curve, tau_chart(curve)) for curve in content.curves],
+            calibration=calibration_charts(content),
+            training=training_charts(content),
+            table=_table(content),
+            page=PAGE,
+            style=style,
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+    return page
+
+
+def write_report(path: Path, content: ReportContent) -> None:
+    """Writes a report, whole or not at all.
+
+    Args:
+        path: The file.
+        content: What it says.
+    """
+    write_atomic(path, render_report(content))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "group_word": group_word}
+    return environment
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else percent(fraction)
+
+
+def _points(difference: float | None) -> str:
+    """Returns a difference of fractions in points of percent, with its sign.
+
+    >>> _points(0.123), _points(-0.02), _points(0.0001)
+    ('+12.3', '−2.0', '0.0')
+    """
+    if difference is None:
+        return "–"
+    text = f"{100 * abs(difference):.1f}"
+    sign = "" if text == "0.0" else "+" if difference > 0 else "−"
+    return f"{sign}{text}"
+
+
+def _columns(content: ReportContent) -> Mapping[str, str]:
+    """Returns the figures of the table of heads, with their headings."""
+    columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
+    figures = [head.figures for head in content.heads]
+    if any(abs((f["all"].value or 0) - (f["class_mean"].value or 0)) > 1e-9 for f in figures):
+        columns["class_mean"] = "class mean"
+    return columns
+
+
+def _best(content: ReportContent) -> Mapping[str, str]:
+    """Returns by figure the largest value as it is shown."""
+
+    def values(key: str) -> list[float]:
+        return [h.figures[key].value or 0.0 for h in content.heads]
+
+    return {key: percent(max(values(key))) for key in content.heads[0].figures}
+
+
+def _shown(content: ReportContent) -> str | None:
+    """Returns the head that is compared with the joint classifier before another is chosen."""
+    if content.recommended in content.comparisons:
+        return content.recommended
+    return next((name for name in content.confusions if name != content.joint), None)
+
+
+def _table(content: ReportContent) -> dict[str, Any]:
+    """Returns the table of classes as the script takes it."""
+    table = content.classes
+    rows = [list(row) for row in table.rows]
+    columns = ["class", "training images", "shots", "test images", *table.heads]
+    change = None
+    if content.joint is not None and _shown(content) is not None:
+        pair = [4 + list(table.heads).index(n) for n in (_shown(content) or "", content.joint)]
+        change = _shown(content)
+        for row in rows:
+            after, before = (row[k] for k in pair)
+            row.append(None if after is None else round(after - before, 4))
+    return {"columns": columns, "change": change, "rows": rows, "heads": len(table.heads)}
