@@ -555,8 +555,8 @@ def test_the_main_job_pushes_what_it_wrote(hub, tmp_path, capsys):
     written = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*")}
     pushed = set(hub.files()) - {".gitattributes"}
     stays = {path for path in written if not path.startswith(("state", "logs"))} - pushed
-    # The folder itself, and a table whose figures are in metrics.json too.
-    assert stays == {"plots", "per_class.csv"}
+    # The folder itself, a table whose figures are in metrics.json too, and a page that shows images.
+    assert stays == {"plots", "per_class.csv", "report.html"}
     assert {CONFIG, WEIGHTS, CARD, "metrics.json", "recipe.yaml"} <= pushed
     card = ModelCard.load(hub.repo_id)
     assert (card.data.license, card.data.datasets) == ("mit", ["digits_lt"])

@@ -63,6 +63,9 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
     folder, finished = digits_run
     for name in ("config.json", "model.safetensors", "metrics.json", "recipe.yaml", "README.md"):
         assert (folder / name).is_file()
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f">{head}</th>" in report for head in HEADS)
+    assert report.count("<img ") > 10
     assert {path.stem for path in (folder / "heads").iterdir()} == {"crt", "lws", "ncm"}
     assert all(path.read_bytes()[1:4] == b"PNG" for path in (folder / "plots").iterdir())
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -6,7 +6,7 @@ they have one size on a wide screen and on a phone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from timm_lt.html_report.content import Points
 
@@ -83,7 +83,8 @@ class Chart:
         lines: Its lines; later ones lie above.
         dots: Its dots.
         marks: Vertical lines, in percent.
-        spans: Labels above the chart: start and end in percent, text.
+        spans: Labels above the chart: start and end in percent, text, and what a narrow screen
+            leaves out of it.
         second: A vertical axis on the right.
         look: Classes of the style sheet.
     """
@@ -94,7 +95,7 @@ class Chart:
     lines: Sequence[Line]
     dots: Sequence[Dot] = ()
     marks: Sequence[float] = ()
-    spans: Sequence[tuple[float, float, str]] = field(default_factory=tuple)
+    spans: Sequence[tuple[float, float, str, str]] = ()
     second: Axis | None = None
     look: str = ""
 

@@ -45,14 +45,16 @@ def frequency_chart(content: ReportContent) -> Chart:
     lines = [Line(area(found.counts, x, counts), "area")]
     # The joint classifier last, above the others.
     for name in sorted(found.accuracy, key=lambda name: name == content.joint):
-        lines.append(Line(polyline(found.accuracy[name], x, y), looks[name], name))
+        look = looks[name] + (" strong" if name == content.recommended else "")
+        lines.append(Line(polyline(found.accuracy[name], x, y), look, name))
     marks, spans = [], []
     for group, ends in found.boundaries.items():
         if ends is not None:
             start, end = x.place(ends[0] - 0.5), x.place(ends[1] + 0.5)
             marks += [start] if start else []
             rule = content.shots[group]["rule"]
-            spans.append((start, end, f"{group_word(group)} {rule}" if end - start > ROOM else ""))
+            if end - start > ROOM:
+                spans.append((start, end, group_word(group), str(rule)))
     text = "Test accuracy against the rank of the class by frequency, a line for each head."
     return Chart(text, x, y, lines, marks=marks, spans=spans, second=counts)
 

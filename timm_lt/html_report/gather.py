@@ -38,7 +38,7 @@ POINTS, COLUMNS = 240, 400
 MAX_CLASSES = 10_000
 # Heads that are compared with the joint classifier; more would make the file large.
 MAX_COMPARED = 8
-NAME_LENGTH = 60
+NAME_LENGTH = 40
 
 
 def gather_report(
@@ -65,7 +65,7 @@ def gather_report(
 
     What is not given is left out of the report. Its size is bounded: of more than 10,000 classes
     the table has the rarest 10,000, curves have a few hundred points, and no more than a few
-    hundred pictures of 4 kB each are made. Beside the predictions, memory grows with the classes
+    hundred pictures of 3 kB each are made. Beside the predictions, memory grows with the classes
     and the pairs of classes that are confused.
 
     Args:
@@ -100,7 +100,7 @@ def gather_report(
     compared = _compared(others, recommended)
     return ReportContent(
         title=one_line(title, 200),
-        facts={**_data_facts(class_counts, targets), **(facts or {})},
+        facts={**(facts or {}), **_data_facts(class_counts, targets)},
         shots=describe_shots(class_counts, rule),
         heads=[
             _head_row(name, report, class_counts, evaluated, predictions, base, selections, seconds)
@@ -131,7 +131,7 @@ def gather_report(
 def class_names(label_names: Sequence[str] | None, num_classes: int) -> list[str]:
     """Returns how classes are called in a report: by their names, in one line each.
 
-    >>> class_names(["cat", "a\\nb", ""], 3), class_names(None, 1)
+    >>> class_names(["cat", " a  b ", ""], 3), class_names(None, 1)
     (['cat', 'a b', 'class 2'], ['class 0'])
     """
     given = label_names or [""] * num_classes
@@ -228,7 +228,8 @@ def _frequency(reports: Mapping[str, ShotReport], counts: Tensor, rule: ShotRule
         # A running mean over neighbouring classes: single classes are too noisy to read.
         means = report.per_class[order].unfold(0, window, 1).nanmean(1)
         ranks = torch.arange(len(means)) + (window - 1) / 2 + 1
-        accuracy[name] = [p for p in _thinned(ranks, means) if p[1] == p[1]]
+        known = ~means.isnan()
+        accuracy[name] = _thinned(ranks[known], means[known])
     boundaries: dict[str, tuple[int, int] | None] = {}
     end = 0
     for group, shot in describe_shots(counts, rule).items():

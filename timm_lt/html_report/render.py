@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from timm_lt.files import write_atomic
 from timm_lt.html_report.charts import head_looks
@@ -23,6 +24,8 @@ from timm_lt.report import GROUPS, group_word, percent
 FOLDER = Path(__file__).parent
 # Rows of the table that are there before a script runs, and that a page of it has.
 PAGE = 100
+# Stands where there is no figure.
+NONE = "\N{EN DASH}"
 
 
 def render_report(content: ReportContent) -> str:
@@ -60,7 +63,7 @@ def render_report(content: ReportContent) -> str:
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
-    return page
+    return page.lstrip()
 
 
 def write_report(path: Path, content: ReportContent) -> None:
@@ -82,12 +85,24 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "group_word": group_word}
+    # Smaller than its default, and in the order of the columns.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "group_word": group_word,
+        "breakable": _breakable,
+    }
     return environment
 
 
 def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else percent(fraction)
+    return NONE if fraction is None else percent(fraction)
+
+
+def _breakable(name: str) -> Markup:
+    """Returns a name, escaped, that may go on in another line after an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _points(difference: float | None) -> str:
@@ -97,7 +112,7 @@ def _points(difference: float | None) -> str:
     ('+12.3', '−2.0', '0.0')
     """
     if difference is None:
-        return "–"
+        return NONE
     text = f"{100 * abs(difference):.1f}"
     sign = "" if text == "0.0" else "+" if difference > 0 else "−"
     return f"{sign}{text}"

@@ -105,8 +105,8 @@
   headings.forEach((heading, index) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = heading.textContent;
-    heading.replaceChildren(button);
+    button.append(...heading.childNodes);
+    heading.append(button);
     button.addEventListener("click", () => {
       // Numbers start with the largest.
       descending = column === index ? !descending : index !== TEXT;
@@ -122,7 +122,7 @@
   const turn = (step) => {
     page += step;
     show();
-    table.scrollIntoView({ block: "start" });
+    table.parentElement.scrollTop = 0;
   };
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));

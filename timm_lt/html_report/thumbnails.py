@@ -15,7 +15,7 @@ from timm_lt.registry import UsageError
 
 Source = Literal["train", "test"]
 # Pixels of the longer side, and bytes of the file before it is written as text.
-SIDE, MAX_BYTES = 88, 4000
+SIDE, MAX_BYTES = 88, 3000
 QUALITIES = (80, 60, 40, 20)
 
 
@@ -99,7 +99,7 @@ def evaluated_rows(number: int, unreadable: list[int], evaluated: int) -> Tensor
 
 
 def data_uri(image: Image.Image) -> str | None:
-    """Returns an image as a JPEG of at most 88 pixels and 4,000 bytes, as a data URI.
+    """Returns an image as a JPEG of at most 88 pixels and 3,000 bytes, as a data URI.
 
     Args:
         image: In RGB.

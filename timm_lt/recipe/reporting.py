@@ -49,7 +49,7 @@ def report_of_run(
         facts={
             "Data": recipe.data.title,
             "Model": recipe.model.name,
-            "Validation": f"{run.val_name}, for {run.objective}",
+            "Validation": f"{run.val_name}, objective {run.objective}",
             "Seed": str(recipe.seed),
         },
         warning=TEST_SELECTION if recipe.protocol == "paper" else None,
