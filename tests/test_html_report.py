@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -364,3 +365,10 @@ def test_what_does_not_fit_together_is_named():
         gather_report(**given | {"targets": given["targets"][1:]})
     with pytest.raises(UsageError, match=r"at least one head"):
         gather_report(**given | {"reports": {}})
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1], {})
+    assert "crow" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -555,7 +555,7 @@ def test_the_main_job_pushes_what_it_wrote(hub, tmp_path, capsys):
     written = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*")}
     pushed = set(hub.files()) - {".gitattributes"}
     stays = {path for path in written if not path.startswith(("state", "logs"))} - pushed
-    # The folder itself, a table whose figures are in metrics.json too, and a page that shows images.
+    # The folder itself, a table whose figures are in metrics.json too, a page with images.
     assert stays == {"plots", "per_class.csv", "report.html"}
     assert {CONFIG, WEIGHTS, CARD, "metrics.json", "recipe.yaml"} <= pushed
     card = ModelCard.load(hub.repo_id)

@@ -207,8 +207,8 @@ def _head_row(
     keys = (*GROUPS, "all", "class_mean")
     gain = None
     if joint is not None and name != joint:
-        pair = (predictions[key].preds.long() for key in (name, joint))
-        gain = Interval(*paired_difference(*pair, evaluated.targets, counts, rule=report.rule))
+        own, base = (predictions[key].preds.long() for key in (name, joint))
+        gain = Interval(*paired_difference(own, base, evaluated.targets, counts, rule=report.rule))
     return HeadRow(
         name=name,
         figures={key: Interval(getattr(report, key), *intervals.get(key, ())) for key in keys},

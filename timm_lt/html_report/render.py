@@ -66,14 +66,14 @@ def render_report(content: ReportContent) -> str:
     return page.lstrip()
 
 
-def write_report(path: Path, content: ReportContent) -> None:
+def write_report(path: str | Path, content: ReportContent) -> None:
     """Writes a report, whole or not at all.
 
     Args:
         path: The file.
         content: What it says.
     """
-    write_atomic(path, render_report(content))
+    write_atomic(Path(path), render_report(content))
 
 
 @cache
