@@ -57,7 +57,11 @@
     const heading = document.createElement("th");
     const name = document.createElement("bdi");
     heading.scope = "row";
-    name.textContent = values[TEXT];
+    // A name may go on in another line after an underscore.
+    values[TEXT].split("_").forEach((part, index) => {
+      if (index) name.append("_", document.createElement("wbr"));
+      name.append(part);
+    });
     heading.append(name);
     row.append(heading);
     cell(row, number(values[1]));
