@@ -162,6 +162,7 @@ def test_the_table_sorts_filters_and_turns_pages(opened):
     heading = page.locator("#class-table th", has=button)
     button.click()
     assert heading.get_attribute("aria-sort") == "descending"
+    assert column(page, 2)[0] == "500"
     button.click()
     assert heading.get_attribute("aria-sort") == "ascending"
     counts = [int(text.replace(",", "")) for text in column(page, 2)]
