@@ -168,6 +168,7 @@ FULL = (
     ("*/run/.config.json*", 500, ["results", "config.json"]),
     ("*/plots", 20_000, ["results", "accuracy_by_frequency.png"]),
     ("*/run/.README.md*", 5000, ["results", "README.md"]),
+    ("*/run/.report.html*", 20_000, ["results", "report.html"]),
     ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
 )
 

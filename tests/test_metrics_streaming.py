@@ -37,6 +37,14 @@ def test_batches_do_not_matter(size, kind):
     assert (report.ece is None) == (kind == "preds")
 
 
+def test_an_update_says_what_the_logits_say_of_each_image():
+    logits, targets = cases()
+    outcomes = ShotMetrics(COUNTS).update_logits(logits, targets)
+    assert torch.equal(outcomes.preds, logits.argmax(1))
+    exact = logits.double().softmax(1).amax(1)
+    torch.testing.assert_close(outcomes.confidences.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_order_and_parts_do_not_matter():
     logits, targets = cases()
     order = torch.randperm(500, generator=torch.Generator().manual_seed(1))

@@ -66,6 +66,7 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert all(f">{head}</th>" in report for head in HEADS)
     assert report.count("<img ") > 10
+    assert all(f"line g-{name}" in report for name in ("many_shot", "medium_shot", "few_shot"))
     assert {path.stem for path in (folder / "heads").iterdir()} == {"crt", "lws", "ncm"}
     assert all(path.read_bytes()[1:4] == b"PNG" for path in (folder / "plots").iterdir())
     metrics = json.loads((folder / "metrics.json").read_text())
