@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits
-from timm_lt.fitting import AUTO, check_fit_options
+from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
 from timm_lt.longtail import shot_groups
 from timm_lt.recipe.schema import Recipe
 from timm_lt.registry import Problems, UsageError, check_choice
@@ -59,6 +59,18 @@ def check_heads(recipe: Recipe) -> None:
                 "out, or add stage: images"
             )
         check_fit_options(head_kind(recipe, name), options)
+
+
+def check_heads_of_data(recipe: Recipe, splits: Splits) -> None:
+    """Checks that the heads can be fitted on classes of these sizes."""
+    for name, options in stage_heads(recipe, "features").items():
+        check_fit_classes(
+            head_kind(recipe, name),
+            options,
+            splits.class_counts,
+            rule=recipe.shot_rule,
+            views=recipe.features.views or 1,
+        )
 
 
 def check_objective(recipe: Recipe, splits: Splits) -> None:

@@ -32,6 +32,7 @@ from timm_lt.model import create_model
 from timm_lt.recipe.checks import (
     check_features,
     check_heads,
+    check_heads_of_data,
     check_objective,
     check_options_of_parts,
     check_output,
@@ -200,6 +201,8 @@ def _create_parts(
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
+    with problems.collected():
+        check_heads_of_data(recipe, splits)
     sampler = create_sampler(
         recipe.sampler.name,
         splits.labels["train"],
