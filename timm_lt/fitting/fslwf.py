@@ -49,9 +49,11 @@ def _check_options(options: dict[str, Any]) -> None:
             check_number(f"{name} {owner}", options[name], interval)
 
 
-def _check_classes(options: dict[str, Any], counts: Tensor, *, rule: ShotRule, views: int) -> None:
+def _check_classes(
+    options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
+) -> None:
     """Checks that classes of so many images are divided into base and novel ones."""
-    is_base = _base_classes(counts, rule, options.get("base", "many_shot"))
+    is_base = _base_classes(class_counts, rule, options.get("base", "many_shot"))
     _fake_novel(options.get("fake_novel"), int(is_base.sum()))
 
 

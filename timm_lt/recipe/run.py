@@ -19,16 +19,17 @@ from timm_lt.accelerator import (
     keep_freed_memory,
     set_cpu_threads,
 )
+from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.heads import find_classifiers
+from timm_lt.heads import HEADS, find_classifiers, set_head
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
-from timm_lt.model import create_model
+from timm_lt.model import LOCAL_DIR, create_model, split_options
 from timm_lt.recipe.checks import (
     check_features,
     check_heads,
@@ -39,7 +40,7 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.schema import Recipe, RunOptions
+from timm_lt.recipe.schema import ModelRecipe, Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
@@ -254,16 +255,34 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     given = recipe.model
+    head, ours, theirs = _head_put_anew(given)
     try:
-        model = create_model(given.name, given.pretrained, num_classes=num_classes, **given.options)
+        model = create_model(given.name, given.pretrained, num_classes=num_classes, **theirs)
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
+    if head is not None:
+        set_head(model, head, **ours)
     if given.fresh_classifier:
         # The same bits, whatever was drawn while the model was made.
         torch.manual_seed(recipe.seed)
         for classifier in find_classifiers(model).values():
             classifier.reset_parameters()
     return model
+
+
+def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+    """Returns a head for the classifier of a finished run, its options, and those of the model.
+
+    A head that the run has fitted is loaded with it, and none is put on then.
+    """
+    head = str(given.options.get("head"))
+    if not given.name.startswith(LOCAL_DIR) or head not in HEADS or not HEADS[head].own_state:
+        return None, {}, given.options
+    folder = Path(given.name.removeprefix(LOCAL_DIR))
+    if BLOCK in read_config(folder) and head in read_checkpoint(folder).heads:
+        return None, {}, given.options
+    ours, theirs = split_options(head, given.options)
+    return head, ours, {key: value for key, value in theirs.items() if key != "head"}
 
 
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
