@@ -16,7 +16,7 @@ import yaml
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.comparison import run_all, runs
+from timm_lt.comparison import Outcome, run_all, runs
 from timm_lt.comparison.plan import Run
 from timm_lt.comparison.runs import check_runs, child_environment, last_words
 from timm_lt.recipe import Recipe
@@ -167,6 +167,8 @@ DIGITS = ["--recipe", "lt_test_resnet.digits_lt"]
         (["kang_table1", "--overwrite"], ["none of how to run one"]),
         (["kang_table1", "--sampler.name", "reversed"], ["--sampler.name", "'backbone' sets"]),
         (["kang_table1", "--optimizer.lr", "-1"], ["lr", "(0, inf)"]),
+        (["kang_table1", "--data.name", "cifar"], ["cifar", "cifar100_lt"]),
+        (["kang_table1", "--data.options.imbalance", "3"], ["no option 'imbalance'"]),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(
@@ -189,9 +191,26 @@ def test_a_folder_with_something_else_is_refused(tmp_path, monkeypatch, capsys):
     assert "not a comparison (thesis.tex)" in capsys.readouterr().err
     (tmp_path / "thesis.tex").unlink()
     (tmp_path / "comparison.yaml").write_text("grid: kang_table2\nrecipe: {epochs: 5}")
+    run = tmp_path / "runs" / "joint" / "seed_0"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("epochs: 5")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "holds another comparison (grid 'kang_table2' there, 'kang_table1' now" in error
+
+
+def test_a_command_of_which_no_run_has_begun_may_be_corrected(tmp_path, monkeypatch, capsys):
+    """Such as one whose data were not where it said."""
+
+    def fail(runs, logs, **_):
+        return {run: Outcome("failed", message="no data") for run in runs}
+
+    monkeypatch.setattr("timm_lt.cli.compare.run_all", fail)
+    arguments = ["compare", "kang_table1", *DIGITS, "--seeds", "0", "--output", str(tmp_path)]
+    assert main([*arguments, "--batch_size", "64"]) == 1
+    assert main([*arguments, "--batch_size", "32"]) == 1
+    written = yaml.safe_load((tmp_path / "comparison.yaml").read_text())
+    assert written["recipe"]["batch_size"] == 32
 
 
 def test_a_run_whose_source_is_to_be_made_again_is_not_taken_as_it_is(tmp_path):
@@ -223,7 +242,11 @@ GRID = {
     "title": "A small table",
     "source": "these tests",
     "recipe": "lt_test_resnet.digits_lt",
-    "heads": {"half": {"kind": "tau_norm", "tau": 0.5}},
+    "heads": {
+        "half": {"kind": "tau_norm", "tau": 0.5},
+        # Only the class counts show it.
+        "bold": {"kind": "fslwf", "base": 1000},
+    },
     "representations": {
         "joint": {"epochs": 1},
         "again": {
@@ -233,14 +256,13 @@ GRID = {
             "model": {"trained": ["last_block"], "fresh_classifier": True},
             "sampler": {"name": "class_balanced"},
         },
-        # Only reading the data shows it.
-        "broken": {"data": {"options": {"imbalance": 3}}},
+        "broken": {"epochs": 1},
     },
     "rows": [
         {"label": "joint", "representation": "joint", "head": "linear"},
         {"label": "half", "representation": "joint", "head": "half"},
         {"label": "LB + C", "representation": "again", "head": "linear"},
-        {"label": "broken", "representation": "broken", "head": "linear"},
+        {"label": "broken", "representation": "broken", "head": "bold"},
     ],
 }
 
@@ -272,7 +294,7 @@ def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(tmp_path, ca
     said = capsys.readouterr()
     assert "1 of 3 runs are finished already" in said.err
     assert "broken.seed_3 failed: " in said.err
-    assert "imbalance" in said.err
+    assert "fewer than two base classes" in said.err
     assert "Traceback" not in said.err
     assert "A small table" in said.out
     assert times == {path: path.stat().st_mtime_ns for path in joint.rglob("*")}

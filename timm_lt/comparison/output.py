@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from timm_lt.checkpoint import PLOTS
+from timm_lt.checkpoint import PLOTS, RECIPE
 from timm_lt.comparison.plan import Plan, Run
 from timm_lt.comparison.plot import save_comparison_plot
 from timm_lt.comparison.results import Comparison
@@ -39,7 +39,8 @@ def check_output(folder: Path, plan: Plan) -> None:
             f"{folder} holds files that are not a comparison ({shown_names(foreign, 3)}); choose "
             "another --output"
         )
-    if not names:
+    # Runs that failed before they began, for a wrong option, are none to go on with.
+    if not any(folder.glob(f"{RUNS}/*/*/{RECIPE}")):
         return
     other = differences(read_yaml(folder / GRID), yaml.safe_load(_identity(plan)))
     if other:

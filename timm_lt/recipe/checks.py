@@ -99,13 +99,18 @@ def check_output(recipe: Recipe, folder: Path) -> None:
     problems.check()
 
 
-def check_features(recipe: Recipe, folder: Path) -> None:
-    """Checks before training that features can be taken as the recipe has it."""
-    features = recipe.features
-    if features.views is not None and recipe.data.augmentation == "none":
+def check_views(recipe: Recipe) -> None:
+    """Checks that views of an image differ."""
+    if recipe.features.views is not None and recipe.data.augmentation == "none":
         raise UsageError(
             "features.views has no effect with data.augmentation none: every view would be the same"
         )
+
+
+def check_features(recipe: Recipe, folder: Path) -> None:
+    """Checks before training that features can be taken as the recipe has it."""
+    check_views(recipe)
+    features = recipe.features
     if features.cache_dir is None:
         return
     cache = Path(features.cache_dir).resolve()

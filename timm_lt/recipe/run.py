@@ -215,20 +215,9 @@ def _create_parts(
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
     loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
-    check_schedule(loss, recipe.epochs)
-    check_update(
-        loss,
-        batch=recipe.batch_size // (processes * steps),
-        mixup=recipe.mixup.arguments(),
-        ema=recipe.ema.arguments(),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-    )
     model = create_network(recipe, splits.num_classes)
-    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
-    check_classifier(loss, model)
+    check_parts(recipe, sampler, loss, model, batch=recipe.batch_size // (processes * steps))
     start_network(recipe, loss, model, splits.num_classes)
-    check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():
         images = create_images(recipe, splits, model, workers=options.workers)
@@ -237,6 +226,24 @@ def _create_parts(
     problems.check()
     check_model(model, images["val"])
     return sampler, loss, model, images
+
+
+def check_parts(
+    recipe: Recipe, sampler: ClassSampler, loss: nn.Module, model: nn.Module, *, batch: int
+) -> None:
+    """Checks that the parts of a recipe go together, for batches of so many images of a process."""
+    check_schedule(loss, recipe.epochs)
+    check_update(
+        loss,
+        batch=batch,
+        mixup=recipe.mixup.arguments(),
+        ema=recipe.ema.arguments(),
+        clip_grad=recipe.clip_grad,
+        clip_mode=recipe.clip_mode,
+    )
+    check_pairs(model, sampler, loss, batch=batch)
+    check_classifier(loss, model)
+    check_trained(model, recipe.model.trained, recipe.model.bn)
 
 
 def sampler_options(recipe: Recipe) -> dict[str, Any]:
