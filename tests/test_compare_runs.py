@@ -92,6 +92,13 @@ def test_a_failure_is_reported_and_the_others_go_on(tmp_path, caplog):
     assert messages["dead"] == "killed by signal 9"
     assert messages["after"] == "broken.seed_0 failed"
     assert "broken.seed_0 failed: there is no data" in caplog.text
+    # Another try leaves what the former printed.
+    object.__setattr__(broken, "script", KILL)
+    run_all([broken], tmp_path / "logs", jobs=1, threads=1)
+    run_all([broken], tmp_path / "logs", jobs=1, threads=1)
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").glob("broken*")}
+    assert "there is no data" in logs.pop("broken.seed_0.1.log")
+    assert logs == {"broken.seed_0.2.log": "", "broken.seed_0.log": ""}
 
 
 def test_a_process_that_outlived_its_comparison_is_waited_for(tmp_path):

@@ -140,7 +140,7 @@ class _Crew:
             return False
         write_atomic(run.file, run.recipe.to_yaml())
         self.logs.mkdir(parents=True, exist_ok=True)
-        output = self.logs / f"{run.name}.log"
+        output = new_log(self.logs, run.name)
         file = output.open("wb")
         process = subprocess.Popen(
             run.command(self.threads),
@@ -181,6 +181,17 @@ class _Crew:
                 job.process.kill()
                 job.process.wait()
             job.file.close()
+
+
+def new_log(folder: Path, name: str) -> Path:
+    """Returns the path of a run's log; what is there of earlier tries is numbered, 1 the first."""
+    path = folder / f"{name}.log"
+    if path.exists():
+        number = 1
+        while (numbered := folder / f"{name}.{number}.log").exists():
+            number += 1
+        path.rename(numbered)
+    return path
 
 
 def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
