@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import timm_lt
 import train_lt
 from timm_lt.recipe import Recipe
-from timm_lt.recipe.run import create_network, start_network
+from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import ModelRecipe
 from timm_lt.training.history import EpochRecord
 from timm_lt.training.loop import Training

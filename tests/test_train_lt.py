@@ -252,6 +252,7 @@ def failing(capsys, *arguments):
         (["--heads", "crt"], ["mapping", "{crt: {}"]),
         (["lt_test_resnet.glyph_lt"], ["RECIPE comes before"]),
         (["--batch_size", "100000"], ["batch_size", "389"]),
+        (["--batch_size", "1"], ["batch norm", "1 images in a process's batch"]),
         (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--epoch", "2"], ["--epoch", "--epochs"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),

@@ -15,11 +15,17 @@ from timm_lt.losses import create_loss
 from timm_lt.model import LOCAL_DIR, split_options
 from timm_lt.recipe import Recipe
 from timm_lt.recipe.checks import check_heads, check_options_of_parts, check_views, head_kind
-from timm_lt.recipe.run import check_parts, create_images, create_network, sampler_options
+from timm_lt.recipe.network import create_network
+from timm_lt.recipe.run import (
+    check_network,
+    check_parts,
+    create_images,
+    sampler_options,
+)
 from timm_lt.recipe.schema import ModelRecipe
 from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
-from timm_lt.training import check_batch_size, check_model, check_optimization
+from timm_lt.training import check_batch_size, check_optimization
 
 
 def check_recipes(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
@@ -63,8 +69,10 @@ def _check_with_model(recipe: Recipe, network: ModelRecipe, splits: Splits) -> N
     sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **sampler_options(recipe))
     loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
     model = create_network(replace(recipe, model=network), _num_classes(network))
-    check_parts(recipe, sampler, loss, model, batch=recipe.batch_size // recipe.accumulation_steps)
-    check_model(model, create_images(recipe, splits, model, workers=0)["val"])
+    batch = recipe.batch_size // recipe.accumulation_steps
+    check_parts(recipe, sampler, loss, model, batch=batch)
+    images = create_images(recipe, splits, model, workers=0)
+    check_network(recipe, model, images["val"], batch=batch)
 
 
 def _two_images() -> Splits:

@@ -19,17 +19,14 @@ from timm_lt.accelerator import (
     keep_freed_memory,
     set_cpu_threads,
 )
-from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
 from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.heads import HEADS, find_classifiers, set_head
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
-from timm_lt.model import LOCAL_DIR, create_model, split_options
 from timm_lt.recipe.checks import (
     check_features,
     check_heads,
@@ -40,7 +37,8 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.schema import ModelRecipe, Recipe, RunOptions
+from timm_lt.recipe.network import create_network, start_network
+from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
@@ -53,10 +51,10 @@ from timm_lt.training import (
     check_optimization,
     check_pairs,
     check_schedule,
+    check_statistics,
     check_trained,
     check_update,
     plan_head_on_images,
-    start_classifier,
 )
 
 # The augmentation that is timm's: images are decoded when they are drawn.
@@ -224,8 +222,15 @@ def _create_parts(
     with problems.collected():
         check_content(recipe, splits, images, accelerator)
     problems.check()
-    check_model(model, images["val"])
+    check_network(recipe, model, images["val"], batch=recipe.batch_size // (processes * steps))
     return sampler, loss, model, images
+
+
+def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:
+    """Checks that a model takes images of this size, and so many of them at once in training."""
+    check_model(model, images)
+    trained, bn = recipe.model.trained, recipe.model.bn
+    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
 
 
 def check_parts(
@@ -256,48 +261,6 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
             "epochs: leave it out"
         )
     return options
-
-
-def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    given = recipe.model
-    head, ours, theirs = _head_put_anew(given)
-    try:
-        model = create_model(given.name, given.pretrained, num_classes=num_classes, **theirs)
-    except TypeError as error:
-        raise UsageError(f"model.options: {error}") from error
-    if head is not None:
-        set_head(model, head, **ours)
-    if given.fresh_classifier:
-        # The same bits, whatever was drawn while the model was made.
-        torch.manual_seed(recipe.seed)
-        for classifier in find_classifiers(model).values():
-            classifier.reset_parameters()
-    return model
-
-
-def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """Returns a head for the classifier of a finished run, its options, and those of the model.
-
-    A head that the run has fitted is loaded with it, and none is put on then.
-    """
-    head = str(given.options.get("head"))
-    if not given.name.startswith(LOCAL_DIR) or head not in HEADS or not HEADS[head].own_state:
-        return None, {}, given.options
-    folder = Path(given.name.removeprefix(LOCAL_DIR))
-    if BLOCK in read_config(folder) and head in read_checkpoint(folder).heads:
-        return None, {}, given.options
-    ours, theirs = split_options(head, given.options)
-    return head, ours, {key: value for key, value in theirs.items() if key != "head"}
-
-
-def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = recipe.model.pretrained and config.get("num_classes") == num_classes
-    if recipe.model.fresh_classifier or not pretrained:
-        start_classifier(loss, model, num_classes)
 
 
 def create_images(
