@@ -20,7 +20,7 @@ from timm_lt.comparison import Outcome, run_all, runs
 from timm_lt.comparison.plan import Run
 from timm_lt.comparison.runs import check_runs, child_environment, last_words
 from timm_lt.recipe import Recipe
-from timm_lt.run_folder import lock_folder, release_run_folder
+from timm_lt.run_folder import OCCUPIED, lock_folder, release_run_folder
 
 # What a process of the tests does in place of training: notes when, and leaves figures.
 FINISH = """
@@ -116,6 +116,21 @@ def test_a_process_that_outlived_its_comparison_is_waited_for(tmp_path):
     timer.join()
     assert time.perf_counter() - started > 0.5
     assert statuses(outcomes) == {"run": "finished"}
+
+
+def test_a_process_that_was_only_starting_when_its_comparison_was_killed(tmp_path, caplog):
+    """It takes the folder after the new one has looked: that is turned away, and tries again."""
+    script = (
+        "import pathlib, sys; folder = pathlib.Path(sys.argv[1])\n"
+        "if folder.exists(): (folder / 'metrics.json').write_text('{}'); raise SystemExit\n"
+        "folder.mkdir()\n"
+        f"print(f'error: {OCCUPIED} {{folder}}: wait for it'); raise SystemExit(2)"
+    )
+    caplog.set_level("INFO")
+    run = stub(tmp_path, "run", script=script)
+    outcomes = run_all([run], tmp_path / "logs", jobs=1, threads=1)
+    assert statuses(outcomes) == {"run": "finished"}
+    assert "failed" not in caplog.text
 
 
 def test_ctrl_c_ends_the_processes(tmp_path, monkeypatch):

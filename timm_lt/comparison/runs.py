@@ -14,7 +14,7 @@ from timm_lt.comparison.plan import Run
 from timm_lt.console import log, one_line
 from timm_lt.files import write_atomic
 from timm_lt.registry import UsageError
-from timm_lt.run_folder import is_running, recipe_differences
+from timm_lt.run_folder import OCCUPIED, is_running, recipe_differences
 
 # Seconds between two looks at the processes.
 PERIOD = 0.1
@@ -90,6 +90,7 @@ def run_all(runs: Sequence[Run], logs: Path, *, jobs: int, threads: int) -> dict
     try:
         while waiting or crew.jobs:
             outcomes |= crew.collect(len(outcomes))
+            waiting += crew.take_turned_away()
             _leave_out(waiting, outcomes)
             ready = [run for run in waiting if run.after is None or run.after in outcomes]
             for run in ready[: jobs - len(crew.jobs)]:
@@ -130,13 +131,12 @@ class _Crew:
         self.jobs: dict[Run, _Job] = {}
         self.environment = child_environment(os.environ, threads)
         self._announced: set[Run] = set()
+        self._turned_away: list[Run] = []
 
     def start(self, run: Run) -> bool:
         """Starts a run, unless a process of a comparison that was killed is still at it."""
         if is_running(run.folder):
-            if run not in self._announced:
-                log.info("%s: another process runs in %s, waiting for it", run.name, run.folder)
-            self._announced.add(run)
+            self._announce(run)
             return False
         write_atomic(run.file, run.recipe.to_yaml())
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -162,13 +162,29 @@ class _Crew:
                 continue
             del self.jobs[run]
             job.file.close()
-            ended[run] = outcome = _outcome(run, job, status)
+            outcome = _outcome(run, job, status)
+            if outcome.message.startswith(OCCUPIED):
+                # One of a comparison that was killed, which had not got so far at the start.
+                self._announce(run)
+                self._turned_away.append(run)
+                continue
+            ended[run] = outcome
             place = f"[{done + len(ended)}/{self.total}] {run.name}"
             if outcome.is_whole:
                 log.info("%s finished in %.0f s", place, outcome.seconds)
             else:
                 log.error("%s failed: %s (%s)", place, outcome.message, job.output)
         return ended
+
+    def take_turned_away(self) -> list[Run]:
+        """Returns the runs whose folder another process had, since the last call."""
+        turned_away, self._turned_away = self._turned_away, []
+        return turned_away
+
+    def _announce(self, run: Run) -> None:
+        if run not in self._announced:
+            log.info("%s: %s %s, waiting for it", run.name, OCCUPIED, run.folder)
+        self._announced.add(run)
 
     def end(self) -> None:
         """Ends the processes that are still there, as Ctrl-C would."""
