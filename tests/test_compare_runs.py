@@ -12,13 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.comparison import Outcome, run_all, runs
 from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import check_runs, child_environment, last_words
+from timm_lt.comparison.runs import (
+    check_runs,
+    child_environment,
+    default_jobs,
+    last_words,
+    visible_devices,
+)
 from timm_lt.recipe import Recipe
 from timm_lt.run_folder import OCCUPIED, lock_folder, release_run_folder
 
@@ -73,6 +80,21 @@ def test_so_many_run_side_by_side_and_each_behind_its_source(tmp_path):
     again = run_all(made, tmp_path / "logs", jobs=2, threads=1)
     assert set(statuses(again).values()) == {"kept"}
     assert len((tmp_path / "times.txt").read_text().splitlines()) == 4
+
+
+def test_each_gpu_has_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices({}) == ["0", "1"]
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "3,GPU-ab"}) == ["3", "GPU-ab"]
+    assert default_jobs(threads=1) == 2
+    script = FINISH.replace("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    made = [stub(tmp_path, name, script=script) for name in "abc"]
+    run_all(made, tmp_path / "logs", jobs=3, threads=1)
+    lines = (tmp_path / "times.txt").read_text().splitlines()
+    assert sorted(line.split()[3] for line in lines) == ["0", "0", "1"]
 
 
 def test_a_failure_is_reported_and_the_others_go_on(tmp_path, caplog):

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import torch
+
 import timm_lt
+from timm_lt.accelerator import available_cores
 from timm_lt.checkpoint import METRICS, RECIPE
 from timm_lt.comparison.plan import Run
 from timm_lt.console import log, one_line
@@ -20,6 +23,8 @@ from timm_lt.run_folder import OCCUPIED, is_running, recipe_differences
 PERIOD = 0.1
 # Seconds that a process is given to end after it was told to.
 PATIENCE = 20
+# Environment variable by which a process sees some of the GPUs.
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 # Environment variables by which libraries take their number of threads when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -121,6 +126,7 @@ class _Job:
     output: Path
     file: IO[bytes]
     started: float
+    device: str | None
 
 
 class _Crew:
@@ -130,6 +136,7 @@ class _Crew:
         self.logs, self.threads, self.total = logs, threads, total
         self.jobs: dict[Run, _Job] = {}
         self.environment = child_environment(os.environ, threads)
+        self.devices = visible_devices(os.environ)
         self._announced: set[Run] = set()
         self._turned_away: list[Run] = []
 
@@ -142,16 +149,24 @@ class _Crew:
         self.logs.mkdir(parents=True, exist_ok=True)
         output = new_log(self.logs, run.name)
         file = output.open("wb")
+        device = self._device()
         process = subprocess.Popen(
             run.command(self.threads),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=self.environment,
+            env=self.environment
+            if device is None
+            else self.environment | {VISIBLE_DEVICES: device},
         )
-        self.jobs[run] = _Job(process, output, file, time.perf_counter())
+        self.jobs[run] = _Job(process, output, file, time.perf_counter(), device)
         log.info("%s started", run.name)
         return True
+
+    def _device(self) -> str | None:
+        """Returns the GPU on which the fewest run, None without any."""
+        taken = [job.device for job in self.jobs.values()]
+        return min(self.devices, key=taken.count, default=None)
 
     def collect(self, done: int) -> dict[Run, Outcome]:
         """Returns how the runs ended that have ended since the last look."""
@@ -197,6 +212,22 @@ class _Crew:
                 job.process.kill()
                 job.process.wait()
             job.file.close()
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """Returns the GPUs of CUDA, each as the variable gives it to a process alone."""
+    if not torch.cuda.is_available():
+        return []
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    given = environment.get(VISIBLE_DEVICES)
+    return given.split(",")[: len(numbers)] if given else numbers
+
+
+def default_jobs(threads: int) -> int:
+    """Returns how many runs go side by side: one on each accelerator, else as the cores allow."""
+    if torch.accelerator.is_available():
+        return max(len(visible_devices(os.environ)), 1)
+    return max(available_cores() // threads, 1)
 
 
 def new_log(folder: Path, name: str) -> Path:
