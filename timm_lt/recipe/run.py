@@ -245,6 +245,7 @@ def check_parts(
         ema=recipe.ema.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
+        max_norm=recipe.max_norm,
     )
     check_pairs(model, sampler, loss, batch=batch)
     check_classifier(loss, model)
