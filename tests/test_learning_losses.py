@@ -70,13 +70,14 @@ def test_fine_tuning_on_balanced_classes_learns_the_tail(trained, joint_few_shot
         epochs=1,
         trained=trained,
     )
-    # Measured: 0.58 and 0.59 with the backbone or most of it frozen.
+    # Measured: 0.58, 0.59 and 0.58.
     assert found["few_shot"] > joint_few_shot + 0.05
 
 
 # The classifier -----------------------------------------------------------------------------------
 
-# Losses, their options, and the gain over joint training that is asked for.
+# Losses, their options, and the gain over joint training that is asked for. Measured, seeds 0 to 2:
+# .03 to .05 for seesaw, .07 to .10 for deferred weights, .09 to .20 for the others.
 CLASSIFIERS = [
     ("balanced_softmax", {}, 0.08),
     ("logit_adjustment", {"tau": 1.5}, 0.08),
@@ -115,13 +116,14 @@ def test_label_aware_smoothing_learns_the_tail():
 @pytest.mark.parametrize(
     "options",
     [
-        *({"sampler": s} for s in ("class_balanced", "over_sampled", "under_sampled")),
+        {"sampler": "over_sampled"},
+        {"sampler": "under_sampled"},
         {"smote": "largest"},
     ],
     ids=str,
 )
 def test_balanced_rows_learn_the_tail(options, joint_few_shot):
-    # Measured: 0.58.
+    # Measured with seeds 0 to 2: 0.54 to 0.58.
     assert retrained("cross_entropy", **options) > joint_few_shot + 0.05
 
 
