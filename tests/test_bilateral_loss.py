@@ -152,6 +152,9 @@ def test_extremes_and_many_classes():
         loss.set_epoch(3, 4)
         loss(logits, torch.tensor([1, 0])).backward()
         assert logits.grad.isfinite().all()
+        with torch.no_grad():
+            exact = loss(logits.double(), torch.tensor([1, 0])).item()
+            assert loss(logits, torch.tensor([1, 0])).item() == pytest.approx(exact, rel=1e-5)
     z, y = batch(pairs=1)
     assert at(1, 2)(z, y).item() == pytest.approx(by_hand(z.tolist(), y.tolist(), 0.75)[0])
 
@@ -166,6 +169,11 @@ def test_extremes_and_many_classes():
         ({"loss_options": {"tau": 1}}, "loss 'cross_entropy' has no option 'tau'"),
         ({"loss_options": {"reduction": "mean"}}, "reduction is set elsewhere"),
         ({"loss": "balanced_softmax"}, "loss 'balanced_softmax' needs class_counts"),
+        ({"loss_options": {"normalization": "batch"}}, "no effect in loss bilateral"),
+        (
+            {"loss": "ldam", "class_counts": COUNTS},
+            "mixes the logits of linear .* ldam takes other",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -176,7 +184,7 @@ def test_bad_options_are_refused(options, message):
 def test_deferred_weights_go_inside():
     options = {
         "loss": "deferred_reweighting",
-        "loss_options": {"start": 2, "normalization": "batch"},
+        "loss_options": {"start": 2},
     }
     logits, targets = batch()
     raw = [(1 - 0.9999) / (1 - 0.9999**n) for n in COUNTS]
