@@ -18,8 +18,9 @@ from report_runs import LONG, figures, long_tail, squares, whole_content
 
 from timm_lt.html_report import ExampleImages, Predictions, gather_report, render_report
 from timm_lt.html_report.content import Change, ClassNote, ClassTable, Comparison, Picture
-from timm_lt.html_report.gather import MAX_CLASSES, MAX_COMPARED, drawn_steps
+from timm_lt.html_report.gather import MAX_CLASSES, MAX_COMPARED
 from timm_lt.html_report.render import write_report
+from timm_lt.html_report.thinning import drawn_steps
 from timm_lt.html_report.thumbnails import MAX_BYTES, SIDE, Thumbnails, data_uri
 from timm_lt.metrics import paired_difference, shot_accuracy
 from timm_lt.registry import UsageError

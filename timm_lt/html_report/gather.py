@@ -15,7 +15,6 @@ from timm_lt.html_report.content import (
     Frequency,
     HeadRow,
     Interval,
-    Points,
     ReportContent,
     TauCurve,
 )
@@ -25,6 +24,7 @@ from timm_lt.html_report.differences import (
     compare_with_joint,
     count_confusions,
 )
+from timm_lt.html_report.thinning import drawn_steps, thinned
 from timm_lt.html_report.thumbnails import ExampleImages, Thumbnails
 from timm_lt.longtail import ShotRule, describe_shots, shot_groups
 from timm_lt.metrics import ShotReport, confidence_intervals, paired_difference
@@ -32,8 +32,6 @@ from timm_lt.registry import UsageError
 from timm_lt.report import GROUPS, describe_selection
 from timm_lt.training.history import EpochRecord
 
-# Points of a drawn curve, and columns within which a step function keeps its extremes.
-POINTS, COLUMNS = 240, 400
 # Classes in the table; per_class.csv has all of them.
 MAX_CLASSES = 10_000
 # Heads that are compared with the joint classifier; more would make the file large.
@@ -229,20 +227,14 @@ def _frequency(reports: Mapping[str, ShotReport], counts: Tensor, rule: ShotRule
         means = report.per_class[order].unfold(0, window, 1).nanmean(1)
         ranks = torch.arange(len(means)) + (window - 1) / 2 + 1
         known = ~means.isnan()
-        accuracy[name] = _thinned(ranks[known], means[known])
+        accuracy[name] = thinned(ranks[known], means[known])
     boundaries: dict[str, tuple[int, int] | None] = {}
     end = 0
     for group, shot in describe_shots(counts, rule).items():
         start, end = end, end + int(shot["classes"])
         boundaries[group] = (start + 1, end) if end > start else None
     ranks = torch.arange(len(order)) + 1.0
-    return Frequency(window, accuracy, _thinned(ranks, counts[order].double()), boundaries)
-
-
-def _thinned(x: Tensor, y: Tensor) -> Points:
-    """Returns at most a few hundred of the points of a curve, with both ends."""
-    rows = torch.linspace(0, len(x) - 1, min(len(x), POINTS)).round().long()
-    return list(zip(x[rows].tolist(), y[rows].tolist(), strict=True))
+    return Frequency(window, accuracy, thinned(ranks, counts[order].double()), boundaries)
 
 
 def _tau_curve(head: str, curve: AccuracyCurve, tau: float) -> TauCurve:
@@ -256,38 +248,6 @@ def _tau_curve(head: str, curve: AccuracyCurve, tau: float) -> TauCurve:
         right=right,
         steps={name: drawn_steps(*part.steps(), right) for name, part in parts.items()},
     )
-
-
-def drawn_steps(edges: Tensor, values: Tensor, right: float) -> Points:
-    """Returns the corners of a step function that a drawing of it needs.
-
-    Of the steps within one of 400 columns it has the first, the lowest, the highest and the last:
-    drawn at that width, nothing is lost.
-
-    Args:
-        edges: Where the value changes, (K,) ascending from 0.
-        values: The value from each edge on, (K,).
-        right: Where the drawing ends.
-
-    Returns:
-        Points (tau, value), each value held up to the next point, the last at ``right``.
-    """
-    shown = edges < right
-    edges, values = edges[shown], values[shown]
-    column = (edges / right * COLUMNS).long()
-    points: Points = []
-    for start, end in _runs(column):
-        part = values[start:end]
-        kept = {0, int(part.argmin()), int(part.argmax()), end - start - 1}
-        points += [(float(edges[start + k]), float(part[k])) for k in sorted(kept)]
-    return [*points, (right, float(values[-1]))]
-
-
-def _runs(column: Tensor) -> list[tuple[int, int]]:
-    """Returns start and end of each stretch of equal values."""
-    sizes = column.unique_consecutive(return_counts=True)[1]
-    ends = sizes.cumsum(0)
-    return list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
 
 
 def _class_table(
