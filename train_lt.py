@@ -27,7 +27,14 @@ from timm_lt.metrics import ShotReport, compare_per_class, write_per_class
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
-from timm_lt.recipe.classifier import evaluate, extract, extract_for_heads, fit, train_heads
+from timm_lt.recipe.classifier import (
+    evaluate,
+    extract,
+    extract_for_heads,
+    fit,
+    fit_joint,
+    train_heads,
+)
 from timm_lt.registry import UsageError
 from timm_lt.report import TEST_SELECTION, shot_table
 from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
@@ -86,6 +93,8 @@ def work(run: Run) -> dict[str, ShotReport]:
     """Does what a run does, and returns its figures; on the main process alone."""
     train(run)
     features = extract(run)
+    if not run.joint:
+        fit_joint(run, features)
     trained = train_heads(run)
     extract_for_heads(run, trained, features)
     reports: dict[str, ShotReport] = {}
@@ -160,11 +169,14 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
     recipe = run.recipe
+    if run.trainer is None:
+        run.seconds["representation"] = 0.0
+        return
     training = train_representation(
         run.model,
         run.images["train"],
-        run.sampler,
-        run.loss,
+        run.trainer.sampler,
+        run.trainer.loss,
         accelerator=run.accelerator,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,

@@ -25,7 +25,7 @@ from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.heads import find_classifiers
+from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.model import create_model
@@ -43,6 +43,7 @@ from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
+from timm_lt.third_party import check_weights, read_weights
 from timm_lt.training import (
     HeadPlan,
     check_batch_size,
@@ -62,12 +63,23 @@ TIMM = "timm"
 
 
 @dataclass
+class Trainer:
+    """What the representation stage has beside the model and the images."""
+
+    sampler: ClassSampler
+    loss: nn.Module
+
+
+@dataclass
 class Run:
     """A recipe turned into objects, and what is noted while it runs.
 
     Attributes:
+        trainer: None if nothing but heads is trained.
         seconds: Wall time of what was done.
         plans: How the heads of stage images are trained, by name.
+        joint: Whether the model's classifier is for these classes, or will be after training.
+        joint_selection: How the options of that classifier were selected, if it was fitted.
         kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
         unreadable: How many images of each split could not be read.
         lock: Held on the folder by the main process.
@@ -79,11 +91,12 @@ class Run:
     accelerator: Accelerator
     splits: Splits
     images: Mapping[Split, Images]
-    sampler: ClassSampler
-    loss: nn.Module
+    trainer: Trainer | None
     model: nn.Module
     seconds: dict[str, Any]
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
+    joint: bool = True
+    joint_selection: Mapping[str, Any] = field(default_factory=dict)
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
     lock: FileLock | None = None
@@ -122,7 +135,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     check_heads(recipe)
     check_options_of_parts(recipe)
     check_output(recipe, folder)
-    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
+    if recipe.epochs:
+        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
+        check_optimization(*arguments, recipe.epochs)
     accelerator = _start(recipe, folder, options)
     check_features(recipe, folder)
     started = time.perf_counter()
@@ -138,7 +153,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        sampler, loss, model, images = _create_parts(recipe, splits, accelerator, options)
+        trainer, model, images = _create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(
                 head_kind(recipe, head), model, images["train"], accelerator, **given
@@ -168,11 +183,11 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         accelerator,
         splits,
         images,
-        sampler,
-        loss,
+        trainer,
         model,
         seconds,
         plans=plans,
+        joint=bool(recipe.epochs) or has_classifier(recipe, model, splits),
         lock=lock,
     )
 
@@ -195,11 +210,34 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
 
 def _create_parts(
     recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[ClassSampler, nn.Module, nn.Module, dict[Split, Images]]:
-    """Creates sampler, loss, model and images; what is wrong with the data is reported together."""
+) -> tuple[Trainer | None, nn.Module, dict[Split, Images]]:
+    """Creates what trains, model and images; what is wrong with the data is reported together."""
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
+    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
+    model = create_network(recipe, splits.num_classes)
+    if trainer is not None:
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        batch = recipe.batch_size // parts
+        check_pairs(model, trainer.sampler, trainer.loss, batch=batch)
+        check_classifier(trainer.loss, model)
+        start_network(recipe, trainer.loss, model, splits.num_classes)
+        check_trained(model, recipe.model.trained, recipe.model.bn)
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=options.workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    check_model(model, images["val"])
+    return trainer, model, images
+
+
+def _create_trainer(
+    recipe: Recipe, splits: Splits, accelerator: Accelerator, problems: Problems
+) -> Trainer:
+    """Creates what trains the representation."""
     sampler = create_sampler(
         recipe.sampler.name,
         splits.labels["train"],
@@ -221,19 +259,7 @@ def _create_parts(
         clip_mode=recipe.clip_mode,
         max_norm=recipe.max_norm,
     )
-    model = create_network(recipe, splits.num_classes)
-    check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))
-    check_classifier(loss, model)
-    start_network(recipe, loss, model, splits.num_classes)
-    check_trained(model, recipe.model.trained, recipe.model.bn)
-    images: dict[Split, Images] = {}
-    with problems.collected():
-        images = create_images(recipe, splits, model, workers=options.workers)
-    with problems.collected():
-        check_content(recipe, splits, images, accelerator)
-    problems.check()
-    check_model(model, images["val"])
-    return sampler, loss, model, images
+    return Trainer(sampler, loss)
 
 
 def sampler_options(recipe: Recipe) -> dict[str, Any]:
@@ -256,12 +282,50 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
         model = create_model(given.name, given.pretrained, num_classes=num_classes, **given.options)
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
+    if given.checkpoint is not None:
+        _load(model, given.checkpoint, given.name)
     if given.fresh_classifier:
         # The same bits, whatever was drawn while the model was made.
         torch.manual_seed(recipe.seed)
         for classifier in find_classifiers(model).values():
             classifier.reset_parameters()
     return model
+
+
+def _load(model: nn.Module, checkpoint: str, name: str) -> None:
+    """Gives a model the weights of a file."""
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise UsageError(f"model.checkpoint: there is no file {checkpoint}")
+    weights = read_weights(path, f"model.checkpoint {checkpoint}")
+    if weights.scale is not None:
+        raise UsageError(
+            f"model.checkpoint {checkpoint} has the scales of an lws head, not a joint classifier: "
+            "timm-lt convert makes a checkpoint of it"
+        )
+    check_weights(
+        weights,
+        model.state_dict(),
+        f"model.checkpoint {checkpoint}",
+        f"{name} for these data",
+        classifier_name(model),
+    )
+    model.load_state_dict(weights.tensors)
+
+
+def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
+    """Returns whether the classifier of a model with weights is one for the classes of the data.
+
+    It has as many, and where both have names of the classes, they are the same.
+    """
+    if recipe.model.fresh_classifier:
+        return False
+    if recipe.model.checkpoint:
+        return True
+    config = getattr(model, "pretrained_cfg", None) or {}
+    known, names = config.get("label_names"), splits.label_names
+    same = not (known and names) or list(known) == list(names)
+    return config.get("num_classes") == splits.num_classes and same
 
 
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
