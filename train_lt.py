@@ -35,6 +35,7 @@ from timm_lt.recipe.classifier import (
     fit_joint,
     train_heads,
 )
+from timm_lt.recommendation import recommend
 from timm_lt.registry import UsageError
 from timm_lt.report import TEST_SELECTION, shot_table
 from timm_lt.run_folder import PER_CLASS, STATE, check_run_folder
@@ -159,9 +160,13 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
         selections=metrics["selection"],
         title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
         note=metrics.get("note"),
+        # Where nothing but heads was trained, the comparison of heads is the result.
+        intervals=metrics["kept_epoch"] == 0,
     )
     if os.environ.get("RANK", "0") == "0":
         Console().print(table)
+        if AUTO in metrics["selection"]:
+            Console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
     return reports
 

@@ -96,7 +96,7 @@ def fit_linear(
 
 def _check_crt_options(options: dict[str, Any]) -> None:
     """Refuses an option of the solver that was not chosen, which would have no effect."""
-    solver = options.get("solver", "lbfgs")
+    solver = options.get("solver") or "lbfgs"
     of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
         if options.get(key) is not None:
@@ -137,7 +137,7 @@ def _usual_sampler(loss: str) -> str:
 def fit_crt(
     data: FitData,
     *,
-    solver: Solver = "lbfgs",
+    solver: Solver | None = None,
     loss: str = "cross_entropy",
     loss_options: Mapping[str, Any] | None = None,
     sampler: str | None = None,
@@ -155,7 +155,8 @@ def fit_crt(
 
     Args:
         data: The fit's data.
-        solver: ``"lbfgs"`` solves the expected problem; ``"sgd"`` follows Kang et al.
+        solver: ``"lbfgs"`` solves the expected problem, ``"sgd"`` follows Kang et al.; None is
+            lbfgs, or sgd where lbfgs would take minutes, see :func:`usual_solver`.
         loss: ``"cross_entropy"`` with classes balanced by sampling (or, for lbfgs, by weights), or
             ``"balanced_softmax"`` on the features as they are distributed. For sgd any of
             :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
@@ -175,7 +176,8 @@ def fit_crt(
         keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten (sgd).
         smote: Fill up each class with synthetic rows to so many, or to the ``"largest"`` class.
     """
-    check_choice("solver of head 'crt'", solver, get_args(Solver))
+    if solver is not None:
+        check_choice("solver of head 'crt'", solver, get_args(Solver))
     # With a bias unless the joint classifier, whose place the head takes, has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
     width, num_classes = data.features.num_features, data.num_classes
@@ -183,6 +185,8 @@ def fit_crt(
     features = data.features
     if smote is not None:
         features = add_smote_rows(features, data.num_classes, smote, seed=data.seed)
+    if solver is None:
+        solver = usual_solver(features.num_images * features.views, linear)
     if solver == "lbfgs":
         counts = class_counts(features.targets, num_classes)
         balanced = loss == "balanced_softmax"
