@@ -1,22 +1,23 @@
 """``timm-lt heads``: fits and compares heads on a model as it is, for one's own images."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
 import train_lt
 from timm_lt.cli.common import Commands, parse_options
-from timm_lt.data.sources import DATASETS
+from timm_lt.cli.model_argument import (
+    DATA_HELP,
+    HUB_PREFIX,
+    MODEL_HELP,
+    add_data_options,
+    find_data,
+    model_name,
+)
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
-from timm_lt.registry import UsageError, unknown_name
-
-FOLDER, LIST, HUB = "folder", "list", "hub"
-HUB_PREFIX = "hf-hub:"
-REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,17 +33,8 @@ def add_parser(commands: Commands) -> None:
             "train.txt --root photos --model local-dir:output/birds --heads crt tau_norm"
         ),
     )
-    heads.add_argument(
-        "data",
-        help="folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub",
-    )
-    heads.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER; with "
-        "--checkpoint an architecture",
-    )
+    heads.add_argument("data", help=DATA_HELP)
+    heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
     heads.add_argument(
         "--checkpoint", metavar="FILE", help="weights of a training of yours, for these classes"
     )
@@ -53,14 +45,7 @@ def add_parser(commands: Commands) -> None:
         metavar="HEAD",
         help="which heads; all but oltr, fslwf and cosine unless given",
     )
-    heads.add_argument("--root", help="folder with the files of a list or a data set")
-    heads.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="option of the data set, e.g. test_fraction=0.3; may be repeated",
-    )
+    add_data_options(heads)
     heads.add_argument("--output", help="folder to write; output/MODEL.DATA unless given")
     heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
     heads.add_argument("--resume", action="store_true", help="go on with the run in that folder")
@@ -83,7 +68,7 @@ def add_parser(commands: Commands) -> None:
 
 def fit_heads(arguments: argparse.Namespace) -> None:
     """Runs the classifier stage on a model and data, and prints the table and the best head."""
-    data = find_data_recipe(
+    data = find_data(
         arguments.data, arguments.root, parse_options(arguments.option, "test_fraction=0.3")
     )
     names = list(dict.fromkeys(arguments.heads))
@@ -95,7 +80,7 @@ def fit_heads(arguments: argparse.Namespace) -> None:
             **data, augmentation="timm", image_size=arguments.image_size, unreadable="skip"
         ),
         model=ModelRecipe(
-            name=arguments.model,
+            name=model_name(arguments.model),
             pretrained=arguments.checkpoint is None,
             checkpoint=arguments.checkpoint,
             fresh_classifier=arguments.fresh_classifier,
@@ -128,32 +113,3 @@ def default_name(model: str, data: str) -> str:
     """
     plain = model.removeprefix(HUB_PREFIX).removeprefix(LOCAL_DIR).partition("@")[0]
     return f"{Path(plain).name}.{Path(data).name}"
-
-
-def find_data_recipe(data: str, root: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Finds what a user means by a folder, a list or a name.
-
-    Args:
-        data: What is meant.
-        root: Folder with the files of a list or a data set, or None.
-        options: Options of the data set.
-
-    Returns:
-        ``name``, ``root`` and ``options`` of the recipe's data.
-
-    Raises:
-        UsageError: If there is no such thing.
-    """
-    path = Path(data).expanduser()
-    if data in DATASETS and not path.is_dir():
-        return {"name": data, "root": root, "options": options}
-    if path.is_dir():
-        if root is not None:
-            raise UsageError("--root is for lists and data sets: a folder is its own root")
-        return {"name": FOLDER, "root": str(path), "options": options}
-    if path.is_file():
-        start = str(path.parent) if root is None else root
-        return {"name": LIST, "root": start, "options": {"train": str(path.resolve()), **options}}
-    if REPO.fullmatch(data):
-        return {"name": HUB, "root": None, "options": {"repo": data, **options}}
-    raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))

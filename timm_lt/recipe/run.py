@@ -25,10 +25,10 @@ from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.heads import classifier_name, find_classifiers
+from timm_lt.heads import find_classifiers
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
-from timm_lt.model import create_model
+from timm_lt.model import create_model, load_weights_file
 from timm_lt.recipe.checks import (
     check_features,
     check_heads,
@@ -43,7 +43,6 @@ from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
-from timm_lt.third_party import check_weights, read_weights
 from timm_lt.training import (
     HeadPlan,
     check_batch_size,
@@ -283,34 +282,13 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
     if given.checkpoint is not None:
-        _load(model, given.checkpoint, given.name)
+        load_weights_file(model, given.checkpoint, given.name)
     if given.fresh_classifier:
         # The same bits, whatever was drawn while the model was made.
         torch.manual_seed(recipe.seed)
         for classifier in find_classifiers(model).values():
             classifier.reset_parameters()
     return model
-
-
-def _load(model: nn.Module, checkpoint: str, name: str) -> None:
-    """Gives a model the weights of a file."""
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise UsageError(f"model.checkpoint: there is no file {checkpoint}")
-    weights = read_weights(path, f"model.checkpoint {checkpoint}")
-    if weights.scale is not None:
-        raise UsageError(
-            f"model.checkpoint {checkpoint} has the scales of an lws head, not a joint classifier: "
-            "timm-lt convert makes a checkpoint of it"
-        )
-    check_weights(
-        weights,
-        model.state_dict(),
-        f"model.checkpoint {checkpoint}",
-        f"{name} for these data",
-        classifier_name(model),
-    )
-    model.load_state_dict(weights.tensors)
 
 
 def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
