@@ -176,6 +176,7 @@ def train(run: Run) -> None:
     recipe = run.recipe
     if run.trainer is None:
         run.seconds["representation"] = 0.0
+        run.model.to(run.accelerator.device)
         return
     training = train_representation(
         run.model,

@@ -41,7 +41,13 @@ from timm_lt.recipe.checks import (
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
-from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
+from timm_lt.run_folder import (
+    LOGS,
+    check_images,
+    check_run_folder,
+    prepare_run_folder,
+    release_run_folder,
+)
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     HeadPlan,
@@ -187,6 +193,60 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         seconds,
         plans=plans,
         joint=bool(recipe.epochs) or has_classifier(recipe, model, splits),
+        lock=lock,
+    )
+
+
+def given_run(
+    recipe: Recipe,
+    splits: Splits,
+    model: nn.Module,
+    *,
+    folder: Path | None,
+    options: RunOptions,
+    joint: bool,
+) -> Run:
+    """Makes a run that trains heads alone, of a model and data that are there.
+
+    Args:
+        recipe: What to run, with 0 epochs.
+        splits: The data.
+        model: A timm model with a classifier for them.
+        folder: Folder of the run; None writes nothing.
+        options: How to run it.
+        joint: Whether that classifier has been trained.
+
+    Raises:
+        UsageError: For whatever is wrong with them, or the folder.
+    """
+    check_heads(recipe)
+    check_objective(recipe, splits)
+    if folder is not None:
+        check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
+    check_features(recipe, folder or Path())
+    accelerator = create_accelerator(mixed_precision="no")
+    problems = Problems()
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=options.workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    check_model(model, images["val"])
+    lock = None
+    if folder is not None and accelerator.is_main_process:
+        lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+    return Run(
+        "rebalanced" if folder is None else folder.name,
+        recipe,
+        folder or Path(),
+        accelerator,
+        splits,
+        images,
+        None,
+        model.to(accelerator.device),
+        {"data": 0.0, "representation": 0.0},
+        joint=joint,
         lock=lock,
     )
 
