@@ -23,6 +23,7 @@ from gaussian_features import (
     start_of_a_linear_layer,
     tensors,
 )
+from scipy import stats
 from torch import nn
 
 from timm_lt.features import Features
@@ -207,6 +208,14 @@ def test_smote_fills_up_to_the_largest_class_and_repeats_a_row_that_is_alone():
     assert grown.values[grown.targets == 1].equal(torch.tensor([[6.0, 7.0]]).repeat(3, 1))
     again = add_smote_rows(features, 4, "largest", seed=0)
     assert again.values.equal(grown.values)
+
+
+def test_smote_adds_nothing_to_equal_classes_and_draws_all_of_a_segment():
+    features = Features(torch.tensor([[0.0], [1.0], [3.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
+    assert add_smote_rows(features, 2, "largest").values.equal(features.values)
+    made = add_smote_rows(features, 2, 1002).values[4:].flatten()
+    assert stats.kstest(made[:1000], "uniform").pvalue > 1e-3
+    assert made[1000:].eq(3).all()
 
 
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
