@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from timm_lt import hub
-from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
+from timm_lt.checkpoint import METRICS, PLOTS, fold_for_timm, save_checkpoint
 from timm_lt.console import log
 from timm_lt.exits import run_to_exit
 from timm_lt.features import Features
 from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
-from timm_lt.heads import Head, fold_head, get_head
+from timm_lt.heads import Head, get_head
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import ShotReport, compare_per_class, write_per_class
 from timm_lt.model_card import write_card
@@ -206,7 +206,7 @@ def train(run: Run) -> None:
     # As a loaded model has it: another memory format may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.
-    fold_head(run.model)
+    fold_for_timm(run.model)
     run.kept_epoch = training.kept
     run.seconds["representation"] = representation_seconds(training.history)
     log.info("%s", describe_history(training.history, training.kept))

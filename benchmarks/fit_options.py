@@ -1,8 +1,9 @@
-"""What the options of the fits gain on GlyphLT-100: test accuracy on the backbones of some runs.
+"""What the options of the fits gain on GlyphLT-100: accuracy on the backbones of some runs.
 
-``python benchmarks/fit_options.py RUN [RUN ...]``, with folders that ``train_lt.py`` wrote from one
-recipe with several seeds. Each line is a fit with its options and the number of augmented views of
-the training images (0: the image as it is); many / medium / few / all in percent, mean of the runs.
+``python benchmarks/fit_options.py RUN [RUN ...] [--split test]``, with folders that
+``train_lt.py`` wrote from one recipe with several seeds; on validation unless told. Each line is a
+fit with its options and the number of augmented views of the training images (0: the image as it
+is); many / medium / few / all in percent, mean of the runs.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def features_of(run: Path) -> tuple[torch.nn.Linear, torch.Tensor, dict[str, Fea
 
 
 def figures(
-    joint: torch.nn.Linear, counts: torch.Tensor, features: dict[str, Features]
+    joint: torch.nn.Linear, counts: torch.Tensor, features: dict[str, Features], split: str
 ) -> dict[tuple[str, str, int], torch.Tensor]:
     """Returns the four figures of each fit, by head, options and views."""
     found = {}
@@ -74,8 +75,8 @@ def figures(
                     **options,
                 )
                 with torch.inference_mode():
-                    logits = head(features["test"].values)
-                report = timm_lt.evaluate_logits(logits, features["test"].targets, counts)
+                    logits = head(features[split].values)
+                report = timm_lt.evaluate_logits(logits, features[split].targets, counts)
                 text = ", ".join(f"{key}={value}" for key, value in options.items())
                 groups = (report.many_shot, report.medium_shot, report.few_shot, report.all)
                 found[name, text, views] = torch.tensor(groups)
@@ -86,7 +87,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    runs = [figures(*features_of(run)) for run in parser.parse_args().runs]
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    arguments = parser.parse_args()
+    runs = [figures(*features_of(run), arguments.split) for run in arguments.runs]
     print(f"{'head':5} {'options':28} {'views':>5}  many  medium   few   all")
     for key in runs[0]:
         many, medium, few, overall = torch.stack([run[key] for run in runs]).mean(0).mul(100)

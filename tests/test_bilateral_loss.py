@@ -169,6 +169,11 @@ def test_extremes_and_many_classes():
         ({"loss_options": {"tau": 1}}, "loss 'cross_entropy' has no option 'tau'"),
         ({"loss_options": {"reduction": "mean"}}, "reduction is set elsewhere"),
         ({"loss": "balanced_softmax"}, "loss 'balanced_softmax' needs class_counts"),
+        ({"loss_options": {"normalization": "batch"}}, "no effect in loss bilateral"),
+        (
+            {"loss": "ldam", "class_counts": COUNTS},
+            "mixes the logits of linear .* ldam takes other",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -179,7 +184,7 @@ def test_bad_options_are_refused(options, message):
 def test_deferred_weights_go_inside():
     options = {
         "loss": "deferred_reweighting",
-        "loss_options": {"start": 2, "normalization": "batch"},
+        "loss_options": {"start": 2},
     }
     logits, targets = batch()
     raw = [(1 - 0.9999) / (1 - 0.9999**n) for n in COUNTS]

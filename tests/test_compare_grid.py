@@ -198,6 +198,22 @@ def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
         ({"heads": {"crt": {}}}, "sets heads: the rows of the grid"),
         ({"protocol": "paper"}, "sets protocol, which has to be the same for all rows"),
         ({"epochs": 0}, "epochs must be an integer >= 1"),
+        ({"clip_grad": -1.0}, r"clip_grad must be a number in \(0, inf\)"),
+        ({"data": {"augmentation": "crop", "augmentation_options": {"paddin": 1}}}, "padding"),
+        ({"data": {"image_size": 64}, "model": {"name": "vit_tiny_patch16_224"}}, "of size.*64"),
+        (
+            {"data": {"options": {"imbalance_factor": 3}}},
+            "sets data.options, but differences are p",
+        ),
+        ({"ema": {"decay": 2.0}}, r"ema.decay must be a number in \[0, 1\)"),
+        ({"mixup": {"mixup_alpha": -0.2}}, r"mixup.mixup_alpha must be a number in \[0, inf\)"),
+        ({"mixup": {"mixup_alpha": 0.2}, "loss": {"name": "range"}}, "no soft targets"),
+        ({"features": {"views": 2}, "data": {"augmentation": "none"}}, "views has no effect"),
+        ({"accumulation_steps": 5}, "multiple of 5"),
+        ({"after": "joint", "loss": {"name": "ldam"}}, "ldam .* needs cosines"),
+        ({"after": "joint", "sampler": {"name": "bilateral"}}, "not bilateral: model, loss"),
+        ({"after": "joint", "model": {"options": {"drop_rat": 0.1}}}, "drop_rat"),
+        ({"after": "joint", "model": {"options": {"head": "lws"}}}, "leave head= out"),
     ],
 )
 def test_a_wrong_representation_is_refused_and_named(grid, tmp_path, changes, message):
@@ -206,6 +222,20 @@ def test_a_wrong_representation_is_refused_and_named(grid, tmp_path, changes, me
         plan(wrong, tmp_path)
     assert "representation 'smooth'" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_goes_on_may_have_a_head_of_its_own_or_the_folded_one(grid, tmp_path):
+    ldam = {"model": {"options": {"head": "cosine", "scale": 1.0}}, "loss": {"name": "ldam"}}
+    found = grid(
+        representations={
+            "joint": ldam,
+            "again": {"after": "joint"} | ldam,
+            "smooth": {"after": "joint"},
+        }
+    )
+    again, smooth = plan(found, tmp_path, seeds=[0]).runs[1:]
+    assert again.recipe.model.options == ldam["model"]["options"]
+    assert smooth.recipe.model.options == {}
 
 
 def test_a_wrong_head_or_row_is_refused_and_named(grid, tmp_path):

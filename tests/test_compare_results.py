@@ -83,7 +83,8 @@ def compared(tmp_path):
                 for head in ("linear", "ncm")
             }
             run.folder.mkdir(parents=True)
-            metrics = {"heads": heads, "shots": SHOTS, "note": None}
+            metrics = {"heads": heads, "shots": SHOTS, "note": None, "threads": 4}
+            metrics["seconds"] = {"data": 1.5, "representation": 30.0, "heads": {"ncm": 0.75}}
             (run.folder / "metrics.json").write_text(json.dumps(metrics))
             outcomes[run] = Outcome("finished", 2.5)
         return plan, collect(plan, outcomes), outcomes
@@ -192,7 +193,10 @@ def test_results_are_written_with_all_figures_and_a_plot(compared, tmp_path):
     assert runs["smooth", 1]["status"] == "failed"
     assert runs["smooth", 1]["message"] == "no data"
     assert runs["joint", 0]["folder"] == "runs/joint/seed_0"
-    assert "--threads 2" in runs["joint", 0]["command"]
+    # Those of the run itself, which may be of another day.
+    assert (runs["joint", 0]["seconds"], runs["joint", 0]["threads"]) == (32.2, 4)
+    assert "--threads 4" in runs["joint", 0]["command"]
+    assert (runs["smooth", 1]["seconds"], runs["smooth", 1]["threads"]) == (1.0, 2)
     assert (folder / "plots" / "mine.png").read_bytes()[1:4] == b"PNG"
     # By shot group, as the plot is, a row for each cell.
     table = (folder / "results.md").read_text()

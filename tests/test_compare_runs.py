@@ -12,15 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.comparison import run_all, runs
+from timm_lt.comparison import Outcome, run_all, runs
 from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import check_runs, child_environment, last_words
+from timm_lt.comparison.runs import (
+    check_runs,
+    child_environment,
+    default_jobs,
+    last_words,
+    visible_devices,
+)
 from timm_lt.recipe import Recipe
-from timm_lt.run_folder import lock_folder, release_run_folder
+from timm_lt.run_folder import OCCUPIED, lock_folder, release_run_folder
 
 # What a process of the tests does in place of training: notes when, and leaves figures.
 FINISH = """
@@ -75,6 +82,21 @@ def test_so_many_run_side_by_side_and_each_behind_its_source(tmp_path):
     assert len((tmp_path / "times.txt").read_text().splitlines()) == 4
 
 
+def test_each_gpu_has_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices({}) == ["0", "1"]
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "3,GPU-ab"}) == ["3", "GPU-ab"]
+    assert default_jobs(threads=1) == 2
+    script = FINISH.replace("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    made = [stub(tmp_path, name, script=script) for name in "abc"]
+    run_all(made, tmp_path / "logs", jobs=3, threads=1)
+    lines = (tmp_path / "times.txt").read_text().splitlines()
+    assert sorted(line.split()[3] for line in lines) == ["0", "0", "1"]
+
+
 def test_a_failure_is_reported_and_the_others_go_on(tmp_path, caplog):
     broken = stub(tmp_path, "broken", script=FAIL)
     made = [broken, stub(tmp_path, "after", broken), stub(tmp_path, "dead", script=KILL)]
@@ -92,6 +114,13 @@ def test_a_failure_is_reported_and_the_others_go_on(tmp_path, caplog):
     assert messages["dead"] == "killed by signal 9"
     assert messages["after"] == "broken.seed_0 failed"
     assert "broken.seed_0 failed: there is no data" in caplog.text
+    # Another try leaves what the former printed.
+    object.__setattr__(broken, "script", KILL)
+    run_all([broken], tmp_path / "logs", jobs=1, threads=1)
+    run_all([broken], tmp_path / "logs", jobs=1, threads=1)
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").glob("broken*")}
+    assert "there is no data" in logs.pop("broken.seed_0.1.log")
+    assert logs == {"broken.seed_0.2.log": "", "broken.seed_0.log": ""}
 
 
 def test_a_process_that_outlived_its_comparison_is_waited_for(tmp_path):
@@ -109,6 +138,21 @@ def test_a_process_that_outlived_its_comparison_is_waited_for(tmp_path):
     timer.join()
     assert time.perf_counter() - started > 0.5
     assert statuses(outcomes) == {"run": "finished"}
+
+
+def test_a_process_that_was_only_starting_when_its_comparison_was_killed(tmp_path, caplog):
+    """It takes the folder after the new one has looked: that is turned away, and tries again."""
+    script = (
+        "import pathlib, sys; folder = pathlib.Path(sys.argv[1])\n"
+        "if folder.exists(): (folder / 'metrics.json').write_text('{}'); raise SystemExit\n"
+        "folder.mkdir()\n"
+        f"print(f'error: {OCCUPIED} {{folder}}: wait for it'); raise SystemExit(2)"
+    )
+    caplog.set_level("INFO")
+    run = stub(tmp_path, "run", script=script)
+    outcomes = run_all([run], tmp_path / "logs", jobs=1, threads=1)
+    assert statuses(outcomes) == {"run": "finished"}
+    assert "failed" not in caplog.text
 
 
 def test_ctrl_c_ends_the_processes(tmp_path, monkeypatch):
@@ -167,6 +211,8 @@ DIGITS = ["--recipe", "lt_test_resnet.digits_lt"]
         (["kang_table1", "--overwrite"], ["none of how to run one"]),
         (["kang_table1", "--sampler.name", "reversed"], ["--sampler.name", "'backbone' sets"]),
         (["kang_table1", "--optimizer.lr", "-1"], ["lr", "(0, inf)"]),
+        (["kang_table1", "--data.name", "cifar"], ["cifar", "cifar100_lt"]),
+        (["kang_table1", "--data.options.imbalance", "3"], ["no option 'imbalance'"]),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(
@@ -189,9 +235,26 @@ def test_a_folder_with_something_else_is_refused(tmp_path, monkeypatch, capsys):
     assert "not a comparison (thesis.tex)" in capsys.readouterr().err
     (tmp_path / "thesis.tex").unlink()
     (tmp_path / "comparison.yaml").write_text("grid: kang_table2\nrecipe: {epochs: 5}")
+    run = tmp_path / "runs" / "joint" / "seed_0"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("epochs: 5")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "holds another comparison (grid 'kang_table2' there, 'kang_table1' now" in error
+
+
+def test_a_command_of_which_no_run_has_begun_may_be_corrected(tmp_path, monkeypatch, capsys):
+    """Such as one whose data were not where it said."""
+
+    def fail(runs, logs, **_):
+        return {run: Outcome("failed", message="no data") for run in runs}
+
+    monkeypatch.setattr("timm_lt.cli.compare.run_all", fail)
+    arguments = ["compare", "kang_table1", *DIGITS, "--seeds", "0", "--output", str(tmp_path)]
+    assert main([*arguments, "--batch_size", "64"]) == 1
+    assert main([*arguments, "--batch_size", "32"]) == 1
+    written = yaml.safe_load((tmp_path / "comparison.yaml").read_text())
+    assert written["recipe"]["batch_size"] == 32
 
 
 def test_a_run_whose_source_is_to_be_made_again_is_not_taken_as_it_is(tmp_path):
@@ -223,7 +286,11 @@ GRID = {
     "title": "A small table",
     "source": "these tests",
     "recipe": "lt_test_resnet.digits_lt",
-    "heads": {"half": {"kind": "tau_norm", "tau": 0.5}},
+    "heads": {
+        "half": {"kind": "tau_norm", "tau": 0.5},
+        # Only the class counts show it.
+        "bold": {"kind": "fslwf", "base": 1000},
+    },
     "representations": {
         "joint": {"epochs": 1},
         "again": {
@@ -233,14 +300,13 @@ GRID = {
             "model": {"trained": ["last_block"], "fresh_classifier": True},
             "sampler": {"name": "class_balanced"},
         },
-        # Only reading the data shows it.
-        "broken": {"data": {"options": {"imbalance": 3}}},
+        "broken": {"epochs": 1},
     },
     "rows": [
         {"label": "joint", "representation": "joint", "head": "linear"},
         {"label": "half", "representation": "joint", "head": "half"},
         {"label": "LB + C", "representation": "again", "head": "linear"},
-        {"label": "broken", "representation": "broken", "head": "linear"},
+        {"label": "broken", "representation": "broken", "head": "bold"},
     ],
 }
 
@@ -272,7 +338,7 @@ def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(tmp_path, ca
     said = capsys.readouterr()
     assert "1 of 3 runs are finished already" in said.err
     assert "broken.seed_3 failed: " in said.err
-    assert "imbalance" in said.err
+    assert "fewer than two base classes" in said.err
     assert "Traceback" not in said.err
     assert "A small table" in said.out
     assert times == {path: path.stat().st_mtime_ns for path in joint.rglob("*")}

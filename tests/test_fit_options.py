@@ -27,7 +27,7 @@ from scipy import stats
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import check_fit_options, rows
+from timm_lt.fitting import check_fit_classes, check_fit_options, rows
 from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.sgd import train_head
@@ -142,6 +142,37 @@ def test_a_loss_hears_of_epochs_of_all_rows_and_may_take_them():
     train_head(fit("crt"), TRAIN, seed=0, steps=5, lr=0.1, batch_size=half, loss=loss)
     assert loss.heard == [(0, 3), (1, 3), (2, 3)]
     assert loss.widths == {(half, half, D)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"), [("class_balanced", {"form": "sigmoid"}), ("focal", {"form": "sigmoid"})]
+)
+def test_a_loss_of_sigmoids_starts_the_bias_and_keeps_it_from_decay(loss, options):
+    fitted = {"solver": "sgd", "loss": loss, "loss_options": options, "seed": 3, "steps": 2}
+    fitted |= {"lr": 1e-9, "sampler": "instance_balanced"}
+    head = fit("crt", **fitted)
+    torch.testing.assert_close(head.bias, torch.full((C,), -math.log(C - 1)))
+    # Of a decay that would take it to 0 at once, nothing shows.
+    decayed = fit("crt", **fitted, weight_decay=1e9)
+    torch.testing.assert_close(decayed.bias, head.bias)
+    assert decayed.weight.abs().max() < head.weight.abs().max() / 2
+
+
+def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
+    """Of 2 steps of 512 rows are 6 passes over the 180 rows, or 3 over the 480 of SMOTE."""
+    drw = {**SGD, "loss": "deferred_reweighting", "steps": 2, "sampler": "instance_balanced"}
+
+    def check(**options):
+        check_fit_classes("crt", {**drw, **options}, COUNTS)
+
+    check(loss_options={"start": 5})
+    with pytest.raises(UsageError, match="an epoch of which is 180 rows: start 6 is not within"):
+        check(loss_options={"start": 6})
+    check(loss_options={"start": 2}, smote="largest")
+    with pytest.raises(UsageError, match="480 rows: start 3"):
+        check(loss_options={"start": 3}, smote="largest")
+    with pytest.raises(UsageError, match="360 rows: start 3"):
+        check_fit_classes("crt", {**drw, "loss_options": {"start": 3}}, COUNTS, views=2)
 
 
 # Length and what is kept -------------------------------------------------------------------------
@@ -259,6 +290,7 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("crt", {**SGD, "sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {**SGD, "sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
         ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options.*leave it out"),
+        ("crt", {**SGD, "sampler": "deferred", "sampler_options": {"start": 3}}, "draws of a head"),
         ("crt", {**SGD, "loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         ("crt", {**SGD, "loss_options": {"reduction": "sum"}}, "reduction in loss_options.*elsew"),
         ("crt", {**SGD, "loss_options": 3}, "loss_options of head 'crt' must be a mapping .*got 3"),

@@ -16,7 +16,8 @@ from timm_lt.accelerator import create_accelerator
 from timm_lt.data.images import ImageTensors
 from timm_lt.recipe import Recipe
 from timm_lt.recipe.schema import ModelRecipe
-from timm_lt.training import check_trained, train_representation
+from timm_lt.registry import UsageError
+from timm_lt.training import check_statistics, check_trained, train_representation
 
 N, C, SIDE = 24, 3, 32
 RATE, DECAY = 0.02, 0.1
@@ -60,9 +61,8 @@ def train(model, *, state=None, epochs=2, **options):
         if state is None
         else state.accelerator,
         epochs=epochs,
-        batch_size=8,
         state=state,
-        **settings | options,
+        **{"batch_size": 8} | settings | options,
     )
 
 
@@ -221,3 +221,21 @@ def test_an_average_of_frozen_weights_is_those_weights():
     for key, value in averaged.state_dict().items():
         if not is_trained(key):
             assert value.equal(before[key]), key
+
+
+def test_batches_without_a_variance_are_refused():
+    """At 32 pixels the last maps of the network have one; those that are frozen need no batch."""
+    model, size = new_model(), (SIDE, SIDE)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError, match=r"over 1 images in a process's batch \(Expected more"):
+        check_statistics(model, size, batch=1)
+    check_statistics(model, size, batch=2)
+    check_statistics(model, (2 * SIDE, SIDE), batch=1)
+    check_statistics(model, size, batch=1, trained=[])
+    bilateral = new_model("lt_bbn_resnet", base="test_resnet")
+    with pytest.raises(UsageError, match=r"over 2 images .*one for each branch"):
+        check_statistics(bilateral, size, batch=2)
+    check_statistics(bilateral, size, batch=4)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UsageError, match="batch norm cannot normalise"):
+        train(model, batch_size=1)

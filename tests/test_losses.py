@@ -213,6 +213,12 @@ def test_a_soft_target_is_a_mean_of_losses(name, options, by_hand):
         (torch.zeros(4, 5), torch.zeros(4, 5).long(), r"\(4, 5\) and targets \(4, 5\)"),
         (torch.zeros(4, 6), torch.zeros(4).long(), r"class_counts has 5 classes, .*\(4, 6\)"),
         (torch.zeros(4, 5), torch.zeros(4), "targets must be integers, got torch.float32"),
+        (torch.zeros(4, 5), torch.tensor([0, 5, 1, 2]), "must be from 0 to 4, got 0 to 5, logits"),
+        (
+            torch.zeros(4, 5),
+            torch.tensor([0, -1, 1, 2]),
+            "must be from 0 to 4, got -1 to 2",
+        ),
     ],
 )
 def test_bad_batches_are_refused(name, logits, targets, message):

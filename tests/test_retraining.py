@@ -1,18 +1,23 @@
 """Recipes that go on from a finished run: what is trained again, what is drawn anew, what stays."""
 
+import copy
 import json
 import math
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 import timm_lt
 import train_lt
 from timm_lt.recipe import Recipe
-from timm_lt.recipe.run import create_network, start_network
+from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import ModelRecipe
+from timm_lt.training.history import EpochRecord
+from timm_lt.training.loop import Training
 
 DIGITS = "lt_test_resnet.digits_lt"
 FEW = ["--epochs", "1", "--quiet", "--heads", "{linear: {}}", "--mixed_precision", "no"]
@@ -95,6 +100,30 @@ def test_a_fresh_classifier_is_drawn_from_the_seed():
     torch.testing.assert_close(first.fc.bias, torch.full((100,), -math.log(99)))
     with pytest.raises(timm_lt.UsageError, match=r"fresh_classifier has no effect without"):
         ModelRecipe(fresh_classifier=True)
+
+
+@pytest.mark.slow
+def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, capsys, monkeypatch):
+    """Its checkpoint has the folded classifier, whose directions are those of the head."""
+    models = []
+
+    def untrained(model, *_, **__):
+        models.append(copy.deepcopy(model))
+        return Training(model, [EpochRecord(1, 1.0, 0.1, 100.0, 1.0, {})], 1)
+
+    monkeypatch.setattr(train_lt, "train_representation", untrained)
+    cosine = {"head": "cosine", "scale": 1.0}
+    options = [*FEW, "--model.options", json.dumps(cosine), "--loss.name", "ldam"]
+    assert main(capsys, "--output", tmp_path / "run", *options)[0] == 0
+    name = f"local-dir:{tmp_path / 'run'}"
+    weight = normalize(models[0].get_classifier().weight)
+    for given in ({}, cosine):
+        recipe = Recipe(model=ModelRecipe(name, True, options=given))
+        head = create_network(recipe, 10).get_classifier()
+        torch.testing.assert_close(normalize(head.weight), weight)
+    assert (head.kind, head.options()) == ("cosine", {"scale": 1.0, "learn_scale": False})
+    plain = timm.create_model(name, pretrained=True).get_classifier()
+    assert plain.bias.eq(0).all()
 
 
 @pytest.mark.slow

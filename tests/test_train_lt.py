@@ -252,6 +252,7 @@ def failing(capsys, *arguments):
         (["--heads", "crt"], ["mapping", "{crt: {}"]),
         (["lt_test_resnet.glyph_lt"], ["RECIPE comes before"]),
         (["--batch_size", "100000"], ["batch_size", "389"]),
+        (["--batch_size", "1"], ["batch norm", "1 images in a process's batch"]),
         (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
         (["--epoch", "2"], ["--epoch", "--epochs"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
@@ -287,6 +288,12 @@ def failing(capsys, *arguments):
         ([*TIMM, "--data.augmentation_options.auto_augmet", "x"], ["auto_augmet", "auto_augment"]),
         ([*TIMM, "--data.augmentation_options.auto_augment", "x"], ["augmentation", "x"]),
         ([*TIMM, "--data.augmentation_options.num_workers", "2"], ["num_workers", "elsewhere"]),
+        (["--heads.fslwf.base", "1"], ["'fslwf' has no novel class: 10 of 10"]),
+        (["--heads.fslwf.base", "200"], ["fewer than two base classes"]),
+        (
+            ["--heads.fslwf", "{base: 40, fake_novel: 9}"],
+            ["fake_novel", "below the number of base"],
+        ),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(capsys, tmp_path, arguments, words):

@@ -368,6 +368,11 @@ def test_a_sigmoid_starts_at_one_in_c(name, options, biased):
         ("deferred_reweighting", {"loss_options": 5}, "loss_options must be a mapping.*got 5"),
         ("deferred_reweighting", {"loss_options": {"tau": 1}}, "has no option 'tau'"),
         ("deferred_reweighting", {"loss_options": {"reduction": "sum"}}, "reduction is set else"),
+        (
+            "deferred_reweighting",
+            {"loss_options": {"normalization": "batch"}},
+            "_reweighting itself",
+        ),
         ("deferred_reweighting", {"exponent": 1}, "exponent is for weights 'inverse_frequency'"),
         ("deferred_reweighting", {"weights": "inverse_frequency", "beta": 0}, "beta is for"),
     ],

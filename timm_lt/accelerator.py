@@ -17,6 +17,16 @@ from timm_lt.registry import UsageError, check_choice, check_integer
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
+def check_precision(precision: MixedPrecision) -> None:
+    """Checks that this machine has a precision.
+
+    Raises:
+        UsageError: If not.
+    """
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
+
+
 def create_accelerator(
     *,
     mixed_precision: MixedPrecision = "auto",
@@ -54,8 +64,7 @@ def create_accelerator(
     if mixed_precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         precision = native_precision() if launched == "no" else launched  # type: ignore[assignment]
-    if precision == "fp16" and not torch.accelerator.is_available():
-        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
+    check_precision(precision)
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
     try:
         return Accelerator(

@@ -21,6 +21,8 @@ PER_CLASS = "per_class.csv"
 IMAGES = "images.json"
 # Held by the process that runs in the folder, as long as it lives.
 LOCK = ".lock"
+# How the message begins that it is held by another.
+OCCUPIED = "another process runs in"
 # What a resumed run may have otherwise: as long as all images were read, it changed nothing.
 MAY_DIFFER = {"data.unreadable", "data.verify"}
 # And what comes after training, which may have stopped there, as long as nothing is made of it.
@@ -206,9 +208,7 @@ def lock_folder(folder: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        raise UsageError(
-            f"another process runs in {folder}: wait for it, or choose another --output"
-        ) from error
+        raise UsageError(f"{OCCUPIED} {folder}: wait for it, or choose another --output") from error
     return lock
 
 

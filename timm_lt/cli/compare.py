@@ -25,7 +25,7 @@ from timm_lt.comparison import (
     write_results,
 )
 from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import check_runs
+from timm_lt.comparison.runs import check_runs, default_jobs
 from timm_lt.console import log, start_logging
 from timm_lt.exits import run_to_exit
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
@@ -147,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", help="another recipe than the grid's, its name or its file")
     parser.add_argument(
-        "--jobs", type=int, help="runs side by side; as many as there are cores for, unless given"
+        "--jobs",
+        type=int,
+        help="runs side by side; one on each GPU, or as many as there are cores for, unless given",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("--quiet", action="store_true", help="print the table and failures only")
@@ -179,7 +181,7 @@ def _keys(rest: Sequence[str]) -> list[str]:
 
 def _jobs(given: int | None, threads: int) -> int:
     if given is None:
-        return max(available_cores() // threads, 1)
+        return default_jobs(threads)
     return check_integer("--jobs", given, minimum=1, maximum=4 * available_cores())
 
 

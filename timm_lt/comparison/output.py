@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from timm_lt.checkpoint import PLOTS
+from timm_lt.checkpoint import METRICS, PLOTS, RECIPE
 from timm_lt.comparison.plan import Plan, Run
 from timm_lt.comparison.plot import save_comparison_plot
 from timm_lt.comparison.results import Comparison
 from timm_lt.comparison.runs import Outcome
 from timm_lt.comparison.tables import markdown_table
-from timm_lt.files import read_yaml, write_atomic, write_json
+from timm_lt.files import read_json, read_yaml, write_atomic, write_json
 from timm_lt.registry import UsageError, shown_names
 from timm_lt.run_folder import LOCK, differences, lock_folder, release_run_folder
 
@@ -39,7 +39,8 @@ def check_output(folder: Path, plan: Plan) -> None:
             f"{folder} holds files that are not a comparison ({shown_names(foreign, 3)}); choose "
             "another --output"
         )
-    if not names:
+    # Runs that failed before they began, for a wrong option, are none to go on with.
+    if not any(folder.glob(f"{RUNS}/*/*/{RECIPE}")):
         return
     other = differences(read_yaml(folder / GRID), yaml.safe_load(_identity(plan)))
     if other:
@@ -91,7 +92,7 @@ def write_results(
         comparison: Its figures.
         outcomes: How each run ended.
         command: The command line, for the record.
-        threads: Threads of each run.
+        threads: Threads of each run that is started; those that are kept had their own.
 
     Raises:
         UsageError: If the folder cannot be written.
@@ -121,11 +122,19 @@ def write_results(
 
 
 def _record(run: Run, outcome: Outcome, folder: Path, threads: int) -> dict[str, Any]:
+    seconds = outcome.seconds
+    if outcome.is_whole:
+        # Its own, also where it was finished before, or went on after a kill.
+        metrics = read_json(run.folder / METRICS)
+        parts = metrics["seconds"]
+        seconds = sum(parts["heads"].values(), sum(v for k, v in parts.items() if k != "heads"))
+        threads = metrics["threads"]
     return {
         "representation": run.representation,
         "seed": run.seed,
         "status": outcome.status,
-        "seconds": round(outcome.seconds, 1) or None,
+        "seconds": round(seconds, 1) or None,
+        "threads": threads,
         "message": outcome.message or None,
         "folder": str(run.folder.relative_to(folder)),
         "recipe": str(run.file.relative_to(folder)),

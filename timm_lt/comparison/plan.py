@@ -8,24 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from timm_lt.comparison.checks import check_recipes
 from timm_lt.comparison.grid import AFTER, LR_FACTOR, Cell, Grid
 from timm_lt.fitting import AUTO, FITS
-from timm_lt.losses import create_loss
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import Recipe, parse_recipe
-from timm_lt.recipe.checks import check_heads, check_options_of_parts
-from timm_lt.recipe.run import create_network, sampler_options
+from timm_lt.recipe.checks import check_output
 from timm_lt.registry import UsageError, check_number, unknown_name
-from timm_lt.samplers import create_sampler
-from timm_lt.training import (
-    check_classifier,
-    check_optimization,
-    check_pairs,
-    check_schedule,
-    check_trained,
-)
 
 JOINT = "linear"
 # What a command line may change although a representation sets it: to try a grid out.
@@ -37,6 +26,8 @@ OF_THE_GRID = {
 }
 # Rows that differ in these are not comparable.
 OF_ALL = ("protocol", "shot_rule", "objective")
+# Of the data, what may differ: how the same images are shown.
+SHOWN = ("augmentation", "augmentation_options", "image_size", "verify")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +111,8 @@ def make_plan(
     recipes: dict[str, Recipe] = {}
     for name in _in_order(grid, {cell.representation for cell in cells}):
         recipes[name] = _recipe(grid, name, base, heads[name], given)
-    _check_all(grid, recipes)
+    check_recipes(grid, recipes)
+    check_output(base, folder)
     # Absolute, since what goes on from a run is the same from wherever the command is called.
     folder = folder.resolve()
     made: dict[tuple[str, int], Run] = {}
@@ -176,14 +168,7 @@ def _recipe(
     changes = dict(grid.representations[name])
     after, factor = changes.pop(AFTER, None), changes.pop(LR_FACTOR, 1.0)
     check_number(f"{LR_FACTOR} of representation {name!r}", factor, "(0, inf)")
-    for key in changes:
-        if key in OF_THE_GRID:
-            raise UsageError(f"representation {name!r} sets {key}: {OF_THE_GRID[key]}")
-        if key in OF_ALL:
-            raise UsageError(
-                f"representation {name!r} sets {key}, which has to be the same for all rows: set "
-                f"it in the recipe, or as --{key}"
-            )
+    _check_changes(name, changes)
     for key in given:
         if key in ALWAYS:
             changes.pop(key, None)
@@ -198,6 +183,25 @@ def _recipe(
     recipe = parse_recipe(values, f"representation {name!r}")
     optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * factor)
     return replace(recipe, optimizer=optimizer)
+
+
+def _check_changes(name: str, changes: Mapping[str, Any]) -> None:
+    """Refuses what a representation may not change."""
+    for key in changes:
+        if key in OF_THE_GRID:
+            raise UsageError(f"representation {name!r} sets {key}: {OF_THE_GRID[key]}")
+        if key in OF_ALL:
+            raise UsageError(
+                f"representation {name!r} sets {key}, which has to be the same for all rows: set "
+                f"it in the recipe, or as --{key}"
+            )
+    data = changes.get("data")
+    for key in data if isinstance(data, dict) else ():
+        if key not in SHOWN:
+            raise UsageError(
+                f"representation {name!r} sets data.{key}, but differences are paired over the "
+                f"same images: set it in the recipe, or as --data.{key}"
+            )
 
 
 def _sets(changes: Mapping[str, Any], key: str) -> bool:
@@ -229,35 +233,3 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-def _check_all(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
-    """Checks what can be checked of recipes without their data."""
-    models: dict[str, nn.Module] = {}
-    for name, recipe in recipes.items():
-        after = grid.representations[name].get(AFTER)
-        try:
-            check_heads(recipe)
-            check_options_of_parts(recipe)
-            optimizer, scheduler = recipe.optimizer.arguments(), recipe.scheduler.arguments()
-            check_optimization(optimizer, scheduler, recipe.epochs)
-            options = sampler_options(recipe)
-            sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **options)
-            # Of two classes, as the data are not read here.
-            loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
-            check_schedule(loss, recipe.epochs)
-            models[name] = _network(recipe) if after is None else models[after]
-            if after is None:
-                check_pairs(models[name], sampler, loss, batch=recipe.batch_size)
-                check_classifier(loss, models[name])
-            check_trained(models[name], recipe.model.trained, recipe.model.bn)
-        except UsageError as error:
-            raise UsageError(f"representation {name!r}: {error}") from error
-
-
-def _network(recipe: Recipe) -> nn.Module:
-    """Returns the model of a recipe, whose weights and number of classes do not matter."""
-    model = replace(recipe.model, pretrained=False, fresh_classifier=False)
-    if model.name.startswith(LOCAL_DIR):
-        model = replace(model, pretrained=True)
-    return create_network(replace(recipe, model=model), 2)

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import torch
+
 import timm_lt
+from timm_lt.accelerator import available_cores
 from timm_lt.checkpoint import METRICS, RECIPE
 from timm_lt.comparison.plan import Run
 from timm_lt.console import log, one_line
 from timm_lt.files import write_atomic
 from timm_lt.registry import UsageError
-from timm_lt.run_folder import is_running, recipe_differences
+from timm_lt.run_folder import OCCUPIED, is_running, recipe_differences
 
 # Seconds between two looks at the processes.
 PERIOD = 0.1
 # Seconds that a process is given to end after it was told to.
 PATIENCE = 20
+# Environment variable by which a process sees some of the GPUs.
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 # Environment variables by which libraries take their number of threads when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -90,6 +95,7 @@ def run_all(runs: Sequence[Run], logs: Path, *, jobs: int, threads: int) -> dict
     try:
         while waiting or crew.jobs:
             outcomes |= crew.collect(len(outcomes))
+            waiting += crew.take_turned_away()
             _leave_out(waiting, outcomes)
             ready = [run for run in waiting if run.after is None or run.after in outcomes]
             for run in ready[: jobs - len(crew.jobs)]:
@@ -120,6 +126,7 @@ class _Job:
     output: Path
     file: IO[bytes]
     started: float
+    device: str | None
 
 
 class _Crew:
@@ -129,29 +136,37 @@ class _Crew:
         self.logs, self.threads, self.total = logs, threads, total
         self.jobs: dict[Run, _Job] = {}
         self.environment = child_environment(os.environ, threads)
+        self.devices = visible_devices(os.environ)
         self._announced: set[Run] = set()
+        self._turned_away: list[Run] = []
 
     def start(self, run: Run) -> bool:
         """Starts a run, unless a process of a comparison that was killed is still at it."""
         if is_running(run.folder):
-            if run not in self._announced:
-                log.info("%s: another process runs in %s, waiting for it", run.name, run.folder)
-            self._announced.add(run)
+            self._announce(run)
             return False
         write_atomic(run.file, run.recipe.to_yaml())
         self.logs.mkdir(parents=True, exist_ok=True)
-        output = self.logs / f"{run.name}.log"
+        output = new_log(self.logs, run.name)
         file = output.open("wb")
+        device = self._device()
         process = subprocess.Popen(
             run.command(self.threads),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=self.environment,
+            env=self.environment
+            if device is None
+            else self.environment | {VISIBLE_DEVICES: device},
         )
-        self.jobs[run] = _Job(process, output, file, time.perf_counter())
+        self.jobs[run] = _Job(process, output, file, time.perf_counter(), device)
         log.info("%s started", run.name)
         return True
+
+    def _device(self) -> str | None:
+        """Returns the GPU on which the fewest run, None without any."""
+        taken = [job.device for job in self.jobs.values()]
+        return min(self.devices, key=taken.count, default=None)
 
     def collect(self, done: int) -> dict[Run, Outcome]:
         """Returns how the runs ended that have ended since the last look."""
@@ -162,13 +177,29 @@ class _Crew:
                 continue
             del self.jobs[run]
             job.file.close()
-            ended[run] = outcome = _outcome(run, job, status)
+            outcome = _outcome(run, job, status)
+            if outcome.message.startswith(OCCUPIED):
+                # One of a comparison that was killed, which had not got so far at the start.
+                self._announce(run)
+                self._turned_away.append(run)
+                continue
+            ended[run] = outcome
             place = f"[{done + len(ended)}/{self.total}] {run.name}"
             if outcome.is_whole:
                 log.info("%s finished in %.0f s", place, outcome.seconds)
             else:
                 log.error("%s failed: %s (%s)", place, outcome.message, job.output)
         return ended
+
+    def take_turned_away(self) -> list[Run]:
+        """Returns the runs whose folder another process had, since the last call."""
+        turned_away, self._turned_away = self._turned_away, []
+        return turned_away
+
+    def _announce(self, run: Run) -> None:
+        if run not in self._announced:
+            log.info("%s: %s %s, waiting for it", run.name, OCCUPIED, run.folder)
+        self._announced.add(run)
 
     def end(self) -> None:
         """Ends the processes that are still there, as Ctrl-C would."""
@@ -181,6 +212,33 @@ class _Crew:
                 job.process.kill()
                 job.process.wait()
             job.file.close()
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """Returns the GPUs of CUDA, each as the variable gives it to a process alone."""
+    if not torch.cuda.is_available():
+        return []
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    given = environment.get(VISIBLE_DEVICES)
+    return given.split(",")[: len(numbers)] if given else numbers
+
+
+def default_jobs(threads: int) -> int:
+    """Returns how many runs go side by side: one on each accelerator, else as the cores allow."""
+    if torch.accelerator.is_available():
+        return max(len(visible_devices(os.environ)), 1)
+    return max(available_cores() // threads, 1)
+
+
+def new_log(folder: Path, name: str) -> Path:
+    """Returns the path of a run's log; what is there of earlier tries is numbered, 1 the first."""
+    path = folder / f"{name}.log"
+    if path.exists():
+        number = 1
+        while (numbered := folder / f"{name}.{number}.log").exists():
+            number += 1
+        path.rename(numbered)
+    return path
 
 
 def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:

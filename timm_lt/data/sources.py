@@ -129,7 +129,7 @@ def find_split(
     name: str, *, split: Split, root: str | Path | None = None, **options: Any
 ) -> "Dataset | None":
     """Builds one split as :func:`create_dataset` does; None if there is no such split."""
-    source = _checked_source(name, root, options)
+    source = checked_source(name, root, options)
     check_choice(f"split of data set {name!r}", split, get_args(Split))
     if not _takes_split(source):
         found: Dataset | None = source(**options).get(split)
@@ -142,17 +142,21 @@ def find_splits(
     name: str, *, root: str | Path | None = None, **options: Any
 ) -> "dict[str, Dataset]":
     """Builds all splits that a data set has, as :func:`create_dataset` builds one."""
-    source = _checked_source(name, root, options)
+    source = checked_source(name, root, options)
     if not _takes_split(source):
         return dict(source(**options))
     found = {split: source(split, **options) for split in get_args(Split)}
     return {split: dataset for split, dataset in found.items() if dataset is not None}
 
 
-def _checked_source(
+def checked_source(
     name: str, root: str | Path | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Returns the function of a data set; puts the root into its options and checks them."""
+    """Returns the function of a data set; puts the root into its options and checks their names.
+
+    Raises:
+        UsageError: If the data set or an option is unknown, or a root is missing or out of place.
+    """
     source = DATASETS[name]
     owner = f"data set {name!r}"
     if root is not None:

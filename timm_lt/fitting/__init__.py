@@ -5,6 +5,7 @@ from timm_lt.fitting import fslwf as fslwf
 from timm_lt.fitting import gradient as gradient
 from timm_lt.fitting import oltr as oltr
 from timm_lt.fitting.base import FITS as FITS
+from timm_lt.fitting.base import check_fit_classes as check_fit_classes
 from timm_lt.fitting.base import check_fit_options as check_fit_options
 from timm_lt.fitting.base import register_fit as register_fit
 from timm_lt.fitting.curves import AccuracyCurve as AccuracyCurve

@@ -4,8 +4,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from timm_lt.fitting.data import FitData
 from timm_lt.heads import HEADS, Head, head_option_names
+from timm_lt.longtail import ShotRule
 from timm_lt.registry import (
     Registry,
     UsageError,
@@ -23,17 +26,32 @@ class Fit(Protocol):
         """Returns the fitted head."""
 
 
+class ClassesCheck(Protocol):
+    """A check of a fit's options that knows how many images the classes have."""
+
+    def __call__(
+        self, options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
+    ) -> None:
+        """Raises UsageError if there is no such fit of classes of these sizes."""
+
+
 F = TypeVar("F", bound=Callable[..., Head])
 FITS: Registry[Callable[..., Head]] = Registry("fit of head")
 FIT_CHECKS: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {}
+CLASSES_CHECKS: dict[str, ClassesCheck] = {}
 
 
-def register_fit(name: str, *checks: Callable[[dict[str, Any]], None]) -> Callable[[F], F]:
+def register_fit(
+    name: str,
+    *checks: Callable[[dict[str, Any]], None],
+    check_classes: ClassesCheck | None = None,
+) -> Callable[[F], F]:
     """Returns a decorator that registers a fit under the name of its head.
 
     Args:
         name: Name of the head.
         *checks: Called with the options before anything is fitted; raise UsageError.
+        check_classes: Called by :func:`check_fit_classes`, for what depends on the class counts.
     """
     HEADS[name]
     add = FITS.register(name)
@@ -41,6 +59,8 @@ def register_fit(name: str, *checks: Callable[[dict[str, Any]], None]) -> Callab
     def decorate(fit: F) -> F:
         add(fit)
         FIT_CHECKS[name] = checks
+        if check_classes is not None:
+            CLASSES_CHECKS[name] = check_classes
         return fit
 
     return decorate
@@ -77,3 +97,28 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     check_literals(f"head {name!r}", FITS[name], options)
     for check in FIT_CHECKS.get(name, ()):
         check(options)
+
+
+def check_fit_classes(
+    name: str,
+    options: dict[str, Any],
+    class_counts: Tensor,
+    *,
+    rule: ShotRule = "fb",
+    views: int = 1,
+) -> None:
+    """Checks that a head can be fitted on classes of so many images, without features.
+
+    Args:
+        name: Name of the head.
+        options: Options that :func:`check_fit_options` has checked.
+        class_counts: Training images per class (C,), at least 1 each.
+        rule: Where the shot groups have their boundaries.
+        views: Rows of features that each image has.
+
+    Raises:
+        UsageError: If not: a group that the head needs is empty, or a schedule is too long for it.
+    """
+    check = CLASSES_CHECKS.get(name)
+    if check is not None:
+        check(options, class_counts, rule=rule, views=views)

@@ -17,7 +17,7 @@ from timm_lt.fitting.sgd import check_length
 from timm_lt.fitting.weight_generator import WeightGenerator
 from timm_lt.heads import FSLwFHead
 from timm_lt.heads.lengths import BATCH_SIZE, LWS_LENGTH
-from timm_lt.longtail import class_counts, shot_groups, shot_rule_texts
+from timm_lt.longtail import ShotRule, class_counts, shot_groups, shot_rule_texts
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import create_sampler
 
@@ -47,6 +47,14 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, interval in NUMBERS.items():
         if options.get(name) is not None:
             check_number(f"{name} {owner}", options[name], interval)
+
+
+def _check_classes(
+    options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
+) -> None:
+    """Checks that classes of so many images are divided into base and novel ones."""
+    is_base = _base_classes(class_counts, rule, options.get("base", "many_shot"))
+    _fake_novel(options.get("fake_novel"), int(is_base.sum()))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class _Training:
             )
 
 
-@register_fit("fslwf", _check_options)
+@register_fit("fslwf", _check_options, check_classes=_check_classes)
 def fit_fslwf(
     data: FitData,
     *,
@@ -161,15 +169,9 @@ def fit_fslwf(
         UsageError: If no class is novel or fewer than two are base, or too many of them are to be
             taken for novel.
     """
-    is_base = _base_classes(data, base)
+    is_base = _base_classes(data.class_counts, data.rule, base)
     classes = is_base.nonzero().flatten()
-    if fake_novel is None:
-        fake_novel = max(len(classes) // 4, 1)
-    if fake_novel >= len(classes):
-        raise UsageError(
-            f"fake_novel of head 'fslwf' must be below the number of base classes, which is "
-            f"{len(classes)}; got {fake_novel}"
-        )
+    fake_novel = _fake_novel(fake_novel, len(classes))
     targets = data.features.targets.cpu()
     by_class = targets.sort(stable=True).indices.split(class_counts(targets).tolist())
     training = _Training(
@@ -205,25 +207,36 @@ def fit_fslwf(
     return head
 
 
-def _base_classes(data: FitData, base: Base) -> Tensor:
+def _base_classes(counts: Tensor, rule: ShotRule, base: Base) -> Tensor:
     """Returns a mask (C,) of the base classes; see :func:`fit_fslwf`."""
-    groups = shot_groups(data.class_counts, data.rule)
+    groups, texts = shot_groups(counts, rule), shot_rule_texts(rule)
     if base == "many_shot":
-        mask, rule = groups["many_shot"], shot_rule_texts(data.rule)["many_shot"]
+        mask, having = groups["many_shot"], texts["many_shot"]
     elif base == "many_and_medium":
-        mask, rule = ~groups["few_shot"], f"not {shot_rule_texts(data.rule)['few_shot']}"
+        mask, having = ~groups["few_shot"], f"not {texts['few_shot']}"
     else:
-        mask, rule = data.class_counts >= base, f">= {base}"
+        mask, having = counts >= base, f">= {base}"
     number = int(mask.sum())
     if number < 2 or number == len(mask):
         missing = "no novel class" if number == len(mask) else "fewer than two base classes"
-        low, high = int(data.class_counts.min()), int(data.class_counts.max())
+        low, high = int(counts.min()), int(counts.max())
         raise UsageError(
-            f"head 'fslwf' has {missing}: {number} of {len(mask)} classes have {rule} training "
+            f"head 'fslwf' has {missing}: {number} of {len(mask)} classes have {having} training "
             f"images, and classes have {low} to {high}; give it another base, 'many_shot', "
             "'many_and_medium' or the fewest images of a base class"
         )
     return mask
+
+
+def _fake_novel(given: int | None, num_base: int) -> int:
+    """Returns how many base classes an episode takes for novel; see :func:`fit_fslwf`."""
+    number = max(num_base // 4, 1) if given is None else given
+    if number >= num_base:
+        raise UsageError(
+            "fake_novel of head 'fslwf' must be below the number of base classes, which is "
+            f"{num_base}; got {number}"
+        )
+    return number
 
 
 def _start(data: FitData) -> Tensor:

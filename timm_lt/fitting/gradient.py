@@ -15,13 +15,14 @@ from timm_lt.fitting.sgd import (
     BestStep,
     Score,
     check_length,
+    epochs_of,
     scale_gradient,
     train_head,
 )
-from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote
+from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote, smote_counts
 from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, seeded_linear
-from timm_lt.heads.lengths import CRT_LENGTH, LWS_LENGTH
-from timm_lt.longtail import class_counts
+from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
+from timm_lt.longtail import ShotRule, class_counts
 from timm_lt.losses import create_loss
 from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping, check_number
 from timm_lt.samplers import check_sampler
@@ -133,7 +134,27 @@ def _usual_sampler(loss: str) -> str:
     return "instance_balanced" if loss == "balanced_softmax" else "class_balanced"
 
 
-@register_fit("crt", _check_crt_options)
+def _check_crt_length(
+    options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
+) -> None:
+    """Checks that what a loss does in some epochs only fits into the training."""
+    if options.get("solver") != "sgd":
+        return
+    rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
+    if options.get("smote") is not None:
+        rows = images = int(smote_counts(class_counts * views, options["smote"]).sum())
+    length = CRT_LENGTH.updates(images, epochs=options.get("epochs"), steps=options.get("steps"))
+    given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
+    loss = create_loss(options.get("loss", "cross_entropy"), class_counts=class_counts, **given)
+    try:
+        getattr(loss, "set_epoch", lambda *_: None)(0, epochs_of(length * BATCH_SIZE, rows))
+    except UsageError as error:
+        raise UsageError(
+            f"loss of head 'crt', an epoch of which is {rows} rows: {error}"
+        ) from error
+
+
+@register_fit("crt", _check_crt_options, check_classes=_check_crt_length)
 def fit_crt(
     data: FitData,
     *,
@@ -160,7 +181,8 @@ def fit_crt(
         loss: ``"cross_entropy"`` with classes balanced by sampling (or, for lbfgs, by weights), or
             ``"balanced_softmax"`` on the features as they are distributed. For sgd any of
             :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
-            "instance_balanced"``; its class counts are those of the features.
+            "instance_balanced"``; its class counts are those of the features. One that starts the
+            bias somewhere, as those of sigmoids do, has it there, without weight decay.
         loss_options: Options of the loss (sgd).
         sampler: How sgd draws rows, one of :func:`timm_lt.list_samplers`; None is
             ``"class_balanced"``, and ``"instance_balanced"`` for balanced softmax.
@@ -202,6 +224,10 @@ def fit_crt(
         )
     head = CRTHead.from_classifier(linear)
     counts = class_counts(features.targets, num_classes)
+    made = create_loss(loss, class_counts=counts, **dict(loss_options or {}))
+    start = getattr(made, "initial_bias", lambda _: None)(num_classes)
+    if start is not None and head.bias is not None:
+        nn.init.constant_(head.bias, start)
     best = train_head(
         head,
         features,
@@ -211,8 +237,9 @@ def fit_crt(
         weight_decay=5e-4 if weight_decay is None else weight_decay,
         sampler=sampler or _usual_sampler(loss),
         sampler_options=sampler_options,
+        loss=made,
+        decay_bias=start is None,
         max_norm=max_norm,
-        loss=create_loss(loss, class_counts=counts, **dict(loss_options or {})),
         score=_score(head, data, keep),
     )
     _record(head, best, data)

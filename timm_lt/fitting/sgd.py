@@ -61,6 +61,7 @@ def train_head(
     sampler: str = "class_balanced",
     sampler_options: Mapping[str, Any] | None = None,
     loss: nn.Module | None = None,
+    decay_bias: bool = True,
     backward: Backward | None = None,
     score: Callable[[], Score] | None = None,
 ) -> BestStep | None:
@@ -85,6 +86,7 @@ def train_head(
         sampler_options: Its options.
         loss: Of the head's logits, one of ``timm_lt.create_loss``; None is cross-entropy. It hears
             of epochs of N rows each.
+        decay_bias: The bias decays, too.
         backward: Sets the gradients for some rows, given their indices; None differentiates the
             loss.
         score: Looked at after each tenth of the training; the head keeps the state of the highest
@@ -102,8 +104,13 @@ def train_head(
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("momentum", momentum, "[0, 1)")
     trained = [p for p in head.parameters() if p.requires_grad]
+    free = [p for p in trained if p is head.bias and not decay_bias]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if not any(p is other for other in free)]},
+        *([{"params": free, "weight_decay": 0.0}] if free else []),
+    ]
     optimizer = torch.optim.SGD(
-        trained, lr, momentum=momentum, weight_decay=weight_decay, fused=True
+        groups, lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
     loss = nn.CrossEntropyLoss() if loss is None else loss
     if backward is None:
@@ -119,7 +126,8 @@ def train_head(
     best = None if score is None else _Best(head, score, steps)
     head.train()
     for step, batch in enumerate(drawn.epoch_indices().view(steps, batch_size)):
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         epochs.begin(step * batch_size)
         backward(batch)
@@ -134,6 +142,11 @@ def train_head(
             f"{lr:g}"
         )
     return None if best is None else best.restore()
+
+
+def epochs_of(draws: int, rows: int) -> int:
+    """Returns how many passes over the rows so many draws are, the last maybe cut short."""
+    return -(-draws // rows)
 
 
 class _Best:
@@ -169,7 +182,7 @@ class _Epochs:
 
     def __init__(self, loss: nn.Module, draws: int, rows: int) -> None:
         self.set_epoch = getattr(loss, "set_epoch", None)
-        self.rows, self.number = rows, -(-draws // rows)
+        self.rows, self.number = rows, epochs_of(draws, rows)
         self.last = -1
 
     def begin(self, drawn: int) -> None:

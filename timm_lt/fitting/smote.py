@@ -65,9 +65,7 @@ def add_smote_rows(
     """
     check_smote(target)
     counts = class_counts(features.targets, num_classes)
-    wanted = int(counts.max()) if target == "largest" else target
-    missing = (wanted - counts).clamp_min(0)
-    missing[counts == 0] = 0
+    missing = smote_counts(counts, target) - counts
     rows = len(features) + int(missing.sum())
     try:
         values = scratch_matrix(rows, features.num_features)
@@ -88,6 +86,12 @@ def add_smote_rows(
         end += added
     labels = torch.repeat_interleave(torch.arange(num_classes), missing)
     return Features(values, torch.cat([features.targets.cpu(), labels]))
+
+
+def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
+    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays so."""
+    wanted = int(counts.max()) if target == "largest" else target
+    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
 
 
 def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:

@@ -31,7 +31,8 @@ class ClassLoss(nn.Module):
 
     Raises:
         UsageError: If the counts are missing where they are needed, or a class is empty there; if
-            the shapes do not fit together.
+            the shapes do not fit together; on a CPU, if a target is out of range. On a GPU that
+            fails as an assertion of the device.
     """
 
     needs_class_counts = False
@@ -102,6 +103,11 @@ class ClassLoss(nn.Module):
             raise UsageError(f"targets must be {kind}, got {targets.dtype}, {shapes}")
         if self.num_classes not in {None, logits.shape[1]}:
             raise UsageError(f"class_counts has {self.num_classes} classes, but got {shapes}")
+        # On another device a look at them would wait for it.
+        if not soft and targets.device.type == "cpu" and len(targets):
+            low, high, last = *map(int, targets.aminmax()), logits.shape[1] - 1
+            if low < 0 or high > last:
+                raise UsageError(f"targets must be from 0 to {last}, got {low} to {high}, {shapes}")
 
     def extra_repr(self) -> str:
         """Names the reduction when the module is printed."""

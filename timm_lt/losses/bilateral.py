@@ -56,8 +56,8 @@ class BilateralLoss(ClassLoss):
         logits (2 B, C); targets (2 B,) integers in [0, C); returns a scalar, or (B,).
 
     Raises:
-        UsageError: If ``loss`` needs features, or is itself ``bilateral``; if a batch has an odd
-            number of rows.
+        UsageError: If ``loss`` needs features or cosines, or is itself ``bilateral``; if a batch
+            has an odd number of rows.
 
     References:
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
@@ -92,11 +92,26 @@ class BilateralLoss(ClassLoss):
         for name in ("class_counts", "reduction"):
             if name in options:
                 raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")
+        if "normalization" in options:
+            raise UsageError(
+                "loss_options: normalization has no effect in loss bilateral, whose mean is over "
+                "the pairs; leave it out"
+            )
         self.loss: Any = create_loss(loss, class_counts, reduction="none", **options)
         if getattr(self.loss, "needs_features", False):
             raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
+        self._check_linear(loss)
         self.adaptor, self.divisor = adaptor, divisor
         self._share = 0.0
+
+    def _check_linear(self, name: str) -> None:
+        try:
+            self.check_classifier(nn.Linear(1, 2))
+        except UsageError as error:
+            raise UsageError(
+                f"loss bilateral mixes the logits of linear classifiers, and {name} takes others: "
+                "choose another loss for it"
+            ) from error
 
     @property
     def alpha(self) -> float:

@@ -73,6 +73,11 @@ class DeferredReweightingLoss(WeightedLoss):
         for name in ("class_counts", "reduction"):
             if name in options:
                 raise UsageError(f"loss_options: {name} is set elsewhere; leave it out")
+        if "normalization" in options:
+            raise UsageError(
+                "loss_options: normalization has no effect there; it is an option of "
+                "deferred_reweighting itself"
+            )
         self.loss = create_loss(loss, class_counts=counts, reduction="none", **options)
         if getattr(self.loss, "takes_pairs", False):
             raise UsageError(

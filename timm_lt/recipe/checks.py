@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits
-from timm_lt.fitting import AUTO, check_fit_options
+from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
 from timm_lt.longtail import shot_groups
 from timm_lt.recipe.schema import Recipe
 from timm_lt.registry import Problems, UsageError, check_choice
@@ -64,6 +64,18 @@ def check_heads(recipe: Recipe) -> None:
         check_fit_options(head_kind(recipe, name), options)
 
 
+def check_heads_of_data(recipe: Recipe, splits: Splits) -> None:
+    """Checks that the heads can be fitted on classes of these sizes."""
+    for name, options in stage_heads(recipe, "features").items():
+        check_fit_classes(
+            head_kind(recipe, name),
+            options,
+            splits.class_counts,
+            rule=recipe.shot_rule,
+            views=recipe.features.views or 1,
+        )
+
+
 def check_objective(recipe: Recipe, splits: Splits) -> None:
     """Checks that validation has images of the classes that are to be judged by."""
     if recipe.objective != "few_shot":
@@ -90,13 +102,18 @@ def check_output(recipe: Recipe, folder: Path) -> None:
     problems.check()
 
 
-def check_features(recipe: Recipe, folder: Path) -> None:
-    """Checks before training that features can be taken as the recipe has it."""
-    features = recipe.features
-    if features.views is not None and recipe.data.augmentation == "none":
+def check_views(recipe: Recipe) -> None:
+    """Checks that views of an image differ."""
+    if recipe.features.views is not None and recipe.data.augmentation == "none":
         raise UsageError(
             "features.views has no effect with data.augmentation none: every view would be the same"
         )
+
+
+def check_features(recipe: Recipe, folder: Path) -> None:
+    """Checks before training that features can be taken as the recipe has it."""
+    check_views(recipe)
+    features = recipe.features
     if features.cache_dir is None:
         return
     cache = Path(features.cache_dir).resolve()

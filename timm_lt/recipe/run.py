@@ -25,19 +25,19 @@ from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.heads import find_classifiers
 from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
-from timm_lt.model import create_model, load_weights_file
 from timm_lt.recipe.checks import (
     check_features,
     check_heads,
+    check_heads_of_data,
     check_objective,
     check_options_of_parts,
     check_output,
     head_kind,
     stage_heads,
 )
+from timm_lt.recipe.network import create_network, has_classifier, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
@@ -57,10 +57,10 @@ from timm_lt.training import (
     check_optimization,
     check_pairs,
     check_schedule,
+    check_statistics,
     check_trained,
     check_update,
     plan_head_on_images,
-    start_classifier,
 )
 
 # The augmentation that is timm's: images are decoded when they are drawn.
@@ -274,22 +274,26 @@ def _create_parts(
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
+    with problems.collected():
+        check_heads_of_data(recipe, splits)
     trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     model = create_network(recipe, splits.num_classes)
+    batch = recipe.batch_size // (
+        accelerator.num_processes * accelerator.gradient_accumulation_steps
+    )
     if trainer is not None:
-        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        batch = recipe.batch_size // parts
-        check_pairs(model, trainer.sampler, trainer.loss, batch=batch)
-        check_classifier(trainer.loss, model)
+        check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
         start_network(recipe, trainer.loss, model, splits.num_classes)
-        check_trained(model, recipe.model.trained, recipe.model.bn)
     images: dict[Split, Images] = {}
     with problems.collected():
         images = create_images(recipe, splits, model, workers=options.workers)
     with problems.collected():
         check_content(recipe, splits, images, accelerator)
     problems.check()
-    check_model(model, images["val"])
+    if trainer is None:
+        check_model(model, images["val"])
+    else:
+        check_network(recipe, model, images["val"], batch=batch)
     return trainer, model, images
 
 
@@ -308,17 +312,33 @@ def _create_trainer(
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
     loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
+    return Trainer(sampler, loss)
+
+
+def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:
+    """Checks that a model takes images of this size, and so many of them at once in training."""
+    check_model(model, images)
+    trained, bn = recipe.model.trained, recipe.model.bn
+    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
+
+
+def check_parts(
+    recipe: Recipe, sampler: ClassSampler, loss: nn.Module, model: nn.Module, *, batch: int
+) -> None:
+    """Checks that the parts of a recipe go together, for batches of so many images of a process."""
     check_schedule(loss, recipe.epochs)
     check_update(
         loss,
-        batch=recipe.batch_size // (processes * steps),
+        batch=batch,
         mixup=recipe.mixup.arguments(),
         ema=recipe.ema.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
         max_norm=recipe.max_norm,
     )
-    return Trainer(sampler, loss)
+    check_pairs(model, sampler, loss, batch=batch)
+    check_classifier(loss, model)
+    check_trained(model, recipe.model.trained, recipe.model.bn)
 
 
 def sampler_options(recipe: Recipe) -> dict[str, Any]:
@@ -331,47 +351,6 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
             "epochs: leave it out"
         )
     return options
-
-
-def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Creates the model of a recipe with its joint classifier, from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    given = recipe.model
-    try:
-        model = create_model(given.name, given.pretrained, num_classes=num_classes, **given.options)
-    except TypeError as error:
-        raise UsageError(f"model.options: {error}") from error
-    if given.checkpoint is not None:
-        load_weights_file(model, given.checkpoint, given.name)
-    if given.fresh_classifier:
-        # The same bits, whatever was drawn while the model was made.
-        torch.manual_seed(recipe.seed)
-        for classifier in find_classifiers(model).values():
-            classifier.reset_parameters()
-    return model
-
-
-def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
-    """Returns whether the classifier of a model with weights is one for the classes of the data.
-
-    It has as many, and where both have names of the classes, they are the same.
-    """
-    if recipe.model.fresh_classifier:
-        return False
-    if recipe.model.checkpoint:
-        return True
-    config = getattr(model, "pretrained_cfg", None) or {}
-    known, names = config.get("label_names"), splits.label_names
-    same = not (known and names) or list(known) == list(names)
-    return config.get("num_classes") == splits.num_classes and same
-
-
-def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = recipe.model.pretrained and config.get("num_classes") == num_classes
-    if recipe.model.fresh_classifier or not pretrained:
-        start_classifier(loss, model, num_classes)
 
 
 def create_images(

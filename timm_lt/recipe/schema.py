@@ -75,7 +75,8 @@ class ModelRecipe:
             alone. The others are frozen. null trains all.
         bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
             shift (training mode, they move).
-        options: Further arguments of timm.create_model.
+        options: Further arguments of timm.create_model. A head= that the run in FOLDER has not
+            fitted is put on its classifier anew.
     """
 
     name: str = "lt_test_resnet"

@@ -78,8 +78,8 @@ def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -
         options: Its ``sampler_options``, or None.
 
     Raises:
-        UsageError: If the name or an option is unknown, a value is out of range, or the option is
-            set elsewhere.
+        UsageError: If the name or an option is unknown, a value is out of range, the option is set
+            elsewhere, or the sampler changes from epoch to epoch: all draws of a head are one.
     """
     if options is not None and not isinstance(options, Mapping):
         raise UsageError(f"sampler_options {owner} must be a mapping, got {options!r}")
@@ -88,6 +88,11 @@ def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -
         if key in given:
             raise UsageError(f"{key} in sampler_options {owner} is set elsewhere: leave it out")
     try:
-        create_sampler(sampler, [0, 1], num_samples=1, **given)
+        made = create_sampler(sampler, [0, 1], num_samples=1, **given)
     except UsageError as error:
         raise UsageError(f"sampler {owner}: {error}") from error
+    if getattr(made, "epochs", 1) != 1:
+        raise UsageError(
+            f"sampler {sampler!r} {owner} changes from epoch to epoch, and all draws of a head are "
+            "one: take another, or one that changes within an epoch and epochs: 1"
+        )

@@ -7,6 +7,7 @@ from timm_lt.training.checks import check_optimization as check_optimization
 from timm_lt.training.checks import check_pairs as check_pairs
 from timm_lt.training.checks import check_schedule as check_schedule
 from timm_lt.training.checks import start_classifier as start_classifier
+from timm_lt.training.frozen import check_statistics as check_statistics
 from timm_lt.training.frozen import check_trained as check_trained
 from timm_lt.training.head import train_head_on_images as train_head_on_images
 from timm_lt.training.head_plan import HeadPlan as HeadPlan

@@ -1,10 +1,13 @@
 """Training parts of a model: which ones, and what the frozen rest does meanwhile."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+import torch
 from torch import nn
 
+from timm_lt.bilateral import takes_pairs
 from timm_lt.checkpoint import is_statistic
 from timm_lt.heads import find_classifiers
 from timm_lt.registry import UsageError, check_choice, unknown_name
@@ -73,6 +76,46 @@ class FrozenParts:
         """Lets the frozen parameters ask for gradients again."""
         for parameter in self._parameters:
             parameter.requires_grad_(True)
+
+
+def check_statistics(
+    model: nn.Module,
+    size: tuple[int, int],
+    *,
+    batch: int,
+    trained: Sequence[str] | None = None,
+    bn: BatchNorm = "frozen",
+) -> None:
+    """Checks that batch norm has a variance in each batch, as of one image it may not have.
+
+    Args:
+        model: What is trained; it stays as it is.
+        size: Height and width of the images.
+        batch: Images that a process takes at once.
+        trained: As of :class:`FrozenParts`; None trains all.
+        bn: As there.
+
+    Raises:
+        UsageError: If a map of a single pixel is normalised over a single image.
+    """
+    of_each = 2 if takes_pairs(model) else 1
+    if batch > of_each:
+        return
+    copied = copy.deepcopy(model)
+    frozen = None if trained is None else FrozenParts(copied, trained, bn)
+    copied.train()
+    if frozen is not None:
+        frozen.set_mode()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            copied(torch.zeros(of_each, 3, *size, device=device))
+        except ValueError as error:
+            raise UsageError(
+                f"batch norm cannot normalise over {batch} images in a process's batch"
+                f"{', one for each branch' if of_each > 1 else ''} ({error}): take a larger "
+                "batch_size, or fewer processes or accumulation_steps"
+            ) from error
 
 
 def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:

@@ -31,7 +31,7 @@ from timm_lt.training.checks import (
     check_pairs,
 )
 from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
-from timm_lt.training.frozen import FrozenParts, check_trained
+from timm_lt.training.frozen import FrozenParts, check_statistics, check_trained
 from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
 from timm_lt.training.mixing import create_mixup
@@ -153,6 +153,8 @@ def train_representation(
     check_choice("keep", keep, get_args(Keep))
     check_trained(model, trained, bn)
     check_classifier(loss, model)
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    check_statistics(model, train.size, batch=batch_size // parts, trained=trained, bn=bn)
     check_integer("validate_every", validate_every, minimum=1)
     loop = _Loop(
         model,
