@@ -148,9 +148,11 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
         annotation = hints.get(name)
         is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
         parts = typing.get_args(annotation) if is_union else (annotation,)
-        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
-        if literals and not (value is None and NoneType in parts):
-            check_choice(f"{name} of {owner}:", value, typing.get_args(literals[0]))
+        closed = [part for part in parts if part is not NoneType]
+        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
+            continue
+        if value is not None or NoneType not in parts:
+            check_choice(f"{name} of {owner}:", value, typing.get_args(closed[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
