@@ -34,9 +34,11 @@ from timm_lt.recipe.classifier import (
     extract,
     extract_for_heads,
     fit,
+    fit_joint,
     train_heads,
 )
 from timm_lt.recipe.reporting import report_of_run
+from timm_lt.recommendation import recommend
 from timm_lt.registry import UsageError
 from timm_lt.report import TEST_SELECTION, shot_table
 from timm_lt.run_folder import PER_CLASS, REPORT, STATE, check_run_folder
@@ -95,6 +97,8 @@ def work(run: Run) -> dict[str, ShotReport]:
     """Does what a run does, and returns its figures; on the main process alone."""
     train(run)
     features = extract(run)
+    if not run.joint:
+        fit_joint(run, features)
     trained = train_heads(run)
     extract_for_heads(run, trained, features)
     reports: dict[str, ShotReport] = {}
@@ -159,9 +163,13 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
         selections=metrics["selection"],
         title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
         note=metrics.get("note"),
+        # Where nothing but heads was trained, the comparison of heads is the result.
+        intervals=metrics["kept_epoch"] == 0,
     )
     if os.environ.get("RANK", "0") == "0":
         Console().print(table)
+        if AUTO in metrics["selection"]:
+            Console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
     return reports
 
@@ -169,11 +177,15 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
     recipe = run.recipe
+    if run.trainer is None:
+        run.seconds["representation"] = 0.0
+        run.model.to(run.accelerator.device)
+        return
     training = train_representation(
         run.model,
         run.images["train"],
-        run.sampler,
-        run.loss,
+        run.trainer.sampler,
+        run.trainer.loss,
         accelerator=run.accelerator,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,

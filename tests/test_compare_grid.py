@@ -197,7 +197,7 @@ def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
         ({"seed": 3}, "representation 'smooth' sets seed: give --seeds"),
         ({"heads": {"crt": {}}}, "sets heads: the rows of the grid"),
         ({"protocol": "paper"}, "sets protocol, which has to be the same for all rows"),
-        ({"epochs": 0}, "epochs must be an integer >= 1"),
+        ({"epochs": 0}, "epochs 0 trains no backbone"),
         ({"clip_grad": -1.0}, r"clip_grad must be a number in \(0, inf\)"),
         ({"data": {"augmentation": "crop", "augmentation_options": {"paddin": 1}}}, "padding"),
         ({"data": {"image_size": 64}, "model": {"name": "vit_tiny_patch16_224"}}, "of size.*64"),

@@ -13,6 +13,7 @@ from gaussian_features import (
     TRAIN,
     VAL,
     C,
+    D,
     accuracy,
     few_shot,
     fit,
@@ -25,7 +26,7 @@ from torch import nn
 
 import timm_lt
 from timm_lt.features import Features
-from timm_lt.fitting import FITS, check_fit_options, tau_curve
+from timm_lt.fitting import FITS, check_fit_options, gradient, tau_curve
 from timm_lt.fitting.base import register_fit
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.lbfgs import solve_linear
@@ -421,10 +422,42 @@ def test_the_sampler_of_train_head_is_class_balanced():
     torch.testing.assert_close(one.scale, two.scale, atol=0.02, rtol=0)
 
 
+def test_without_a_joint_classifier_linear_is_fitted_to_the_rows_as_they_are():
+    """At the minimum of the mean cross-entropy plus decay, the gradient is 0; and it is unique."""
+    head = fit("linear", classifier=None, weight_decay=1e-2)
+    weight, bias = (p.detach().double().requires_grad_() for p in (head.weight, head.bias))
+    x, y = TRAIN.values.double(), TRAIN.targets
+    loss = sum(
+        torch.logsumexp(row @ weight.T + bias, 0) - (row @ weight.T + bias)[label]
+        for row, label in zip(x, y, strict=True)
+    ) / len(x)
+    (loss + 0.5e-2 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-4
+    assert bias.grad.abs().max() < 1e-4
+    # The weight decay is selected like that of crt, whose classes are balanced.
+    selected = fit("linear", classifier=None)
+    assert selected.selection["weight_decay"] in dict(selected.selection["compared"])
+    assert not torch.equal(selected.weight, fit("crt", weight_decay=1e-2).weight)
+    close = fit("linear", classifier=None, solver="sgd", weight_decay=1e-2)
+    assert accuracy(close, TRAIN) == pytest.approx(accuracy(head, TRAIN), abs=0.05)
+    with pytest.raises(
+        UsageError, match="weight_decay of head 'linear' has no effect with a joint"
+    ):
+        fit("linear", weight_decay=1e-2)
+
+
+def test_large_problems_are_solved_by_sgd(monkeypatch):
+    whole = fit("crt", weight_decay=1e-2)
+    monkeypatch.setattr(gradient, "LARGE", len(TRAIN) * C * D - 1)
+    large = fit("crt", weight_decay=1e-2)
+    assert torch.equal(large.weight, fit("crt", solver="sgd", weight_decay=1e-2).weight)
+    assert not torch.equal(large.weight, whole.weight)
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["linear", "tau_norm", "lws", "logit_adjusted"])
+@pytest.mark.parametrize("name", ["tau_norm", "lws", "logit_adjusted"])
 def test_heads_that_start_from_the_joint_classifier_ask_for_it(name):
     with pytest.raises(UsageError, match=f"head '{name}' .*joint classifier: pass classifier="):
         fit(name, classifier=None)

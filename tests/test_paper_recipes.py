@@ -381,7 +381,7 @@ def train_two_updates(run):
     recorded = []
     inputs = []
     features = []
-    inner = run.loss
+    inner = run.trainer.loss
 
     def before(_, arguments):
         if len(recorded) == 2:
@@ -401,7 +401,7 @@ def train_two_updates(run):
     tap = run.model.fc.register_forward_pre_hook(
         lambda _, arguments: features.append(arguments[0].detach().double())
     )
-    run.loss = Recording()
+    run.trainer.loss = Recording()
     with pytest.raises(EnoughError):
         train_lt.train(run)
     hook.remove()

@@ -40,6 +40,8 @@ from timm_lt.metrics import shifted_accuracy as shifted_accuracy
 from timm_lt.metrics import shot_accuracy as shot_accuracy
 from timm_lt.metrics import write_per_class as write_per_class
 from timm_lt.model import create_model as create_model
+from timm_lt.rebalancing import Rebalanced as Rebalanced
+from timm_lt.rebalancing import rebalance as rebalance
 from timm_lt.registry import UsageError as UsageError
 from timm_lt.repo import list_repo_heads as list_repo_heads
 from timm_lt.samplers import create_sampler as create_sampler

@@ -34,6 +34,7 @@ from timm_lt.checkpoint import (
 from timm_lt.heads import (
     HEADS,
     Head,
+    classifier_name,
     get_heads,
     head_option_names,
     set_absent_head,
@@ -42,6 +43,7 @@ from timm_lt.heads import (
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
+from timm_lt.third_party import check_weights, read_weights
 
 LOCAL_DIR = "local-dir:"
 
@@ -104,6 +106,31 @@ def create_model(
         headless = theirs.get("num_classes") == 0 and hasattr(model, "get_classifier")
         absent = theirs.get("features_only") or headless
         return (set_absent_head if absent else set_head)(model, head, **ours)
+
+
+def load_weights_file(model: nn.Module, path: str | Path, name: str) -> None:
+    """Gives a model the weights that a training left in a file, such as timm's ``train.py``.
+
+    Args:
+        model: A timm model with one classifier; it is changed in place.
+        path: A file of safetensors, or a pickle, of which nothing but tensors is read.
+        name: What the model is called in messages.
+
+    Raises:
+        UsageError: If there is no such file, it is no checkpoint, or it is one of another model or
+            another number of classes.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UsageError(f"checkpoint: there is no file {path}")
+    weights = read_weights(path)
+    if weights.scale is not None:
+        raise UsageError(
+            f"{path} has the scales of an lws head, not a joint classifier: make a checkpoint of "
+            "it with timm-lt convert"
+        )
+    check_weights(weights, model.state_dict(), str(path), name, classifier_name(model))
+    model.load_state_dict(weights.tensors)
 
 
 def _parse_name(name: str) -> tuple[str | None, str]:

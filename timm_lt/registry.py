@@ -8,6 +8,7 @@ import operator
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -137,13 +138,21 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
 def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
 
+    Where the annotation allows None beside it, None passes.
+
     Raises:
         UsageError: If a value is not in its set; the message lists the set.
     """
     hints = typing.get_type_hints(part)
     for name, value in options.items():
-        if typing.get_origin(hints.get(name)) is typing.Literal:
-            check_choice(f"{name} of {owner}:", value, typing.get_args(hints[name]))
+        annotation = hints.get(name)
+        is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+        parts = typing.get_args(annotation) if is_union else (annotation,)
+        closed = [part for part in parts if part is not NoneType]
+        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
+            continue
+        if value is not None or NoneType not in parts:
+            check_choice(f"{name} of {owner}:", value, typing.get_args(closed[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_lt.checkpoint import CheckpointInfo
 from timm_lt.console import one_line
 from timm_lt.longtail import describe_shots
-from timm_lt.metrics import ShotReport
+from timm_lt.metrics import ShotReport, confidence_intervals
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 # What a record of a selection has beside the selected option.
@@ -95,6 +95,7 @@ def shot_table(
     selections: Mapping[str, Mapping[str, Any]],
     title: str,
     note: str | None = None,
+    intervals: bool = False,
 ) -> Table:
     """Builds the table of heads by shot group, in percent.
 
@@ -105,6 +106,8 @@ def shot_table(
         selections: How each head's options were chosen.
         title: Line above the table.
         note: Line below the table and its legend, if any.
+        intervals: Has a 95 % interval below each accuracy, of other test images of the same
+            classes: :func:`~timm_lt.metrics.confidence_intervals`.
     """
     rule = next(iter(reports.values())).rule
     legend = shot_legend(describe_shots(class_counts, rule))
@@ -117,17 +120,23 @@ def shot_table(
         table.add_column(name, justify="right", style=style, no_wrap=True)
     table.add_column("seconds", justify="right")
     table.add_column("selected")
+    fields = [*GROUPS, "all", *([] if balanced else ["class_mean"])]
     for name, report in reports.items():
-        values = [getattr(report, group) for group in GROUPS] + [report.all]
-        values += [] if balanced else [report.class_mean]
-        values += [report.ece]
+        ends = confidence_intervals(report, class_counts) if intervals else {}
+        cells = [percent(getattr(report, field)) + _below(ends.get(field)) for field in fields]
         table.add_row(
             name,
-            *map(percent, values),
+            *cells,
+            percent(report.ece),
             f"{seconds[name]:.1f}" if name in seconds else "-",
             escape(describe_selection(selections.get(name, {}))),
         )
     return table
+
+
+def _below(ends: tuple[float, float] | None) -> str:
+    """Returns an interval as a second line of a cell."""
+    return "" if ends is None else f"\n[dim]{100 * ends[0]:.0f}-{100 * ends[1]:.0f}[/dim]"
 
 
 def head_table(info: CheckpointInfo) -> Table:

@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 import timm_lt
 import train_lt
-from timm_lt.cli import compare, convert, fold, inspect, listing, pack, push
+from timm_lt.cli import (
+    compare,
+    convert,
+    evaluate,
+    fold,
+    heads,
+    inspect,
+    listing,
+    pack,
+    predict,
+    push,
+    run,
+)
 from timm_lt.console import error_text
 from timm_lt.registry import UsageError
 
@@ -40,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
     compare.add_parser(commands)
-    for module in (listing, inspect, pack, push, fold, convert):
+    for module in (heads, evaluate, predict, listing, inspect, pack, push, fold, convert, run):
         module.add_parser(commands)
     return parser

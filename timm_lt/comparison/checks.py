@@ -56,7 +56,9 @@ def check_recipes(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
 def _check_without_model(recipe: Recipe) -> None:
     check_heads(recipe)
     check_options_of_parts(recipe)
-    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
+    if recipe.epochs:
+        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
+        check_optimization(*arguments, recipe.epochs)
     check_protocol(recipe.data.name, recipe.protocol)
     checked_source(recipe.data.name, recipe.data.root, dict(recipe.data.options))
     check_views(recipe)
@@ -66,6 +68,8 @@ def _check_without_model(recipe: Recipe) -> None:
 
 def _check_with_model(recipe: Recipe, network: ModelRecipe, splits: Splits) -> None:
     """Checks the parts that go together, made of two classes in place of those of the data."""
+    if not recipe.epochs:
+        return
     sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **sampler_options(recipe))
     loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
     model = create_network(replace(recipe, model=network), _num_classes(network))

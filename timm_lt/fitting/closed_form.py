@@ -1,4 +1,4 @@
-"""Fits without an optimiser: class means, the joint classifier as it is, and one selected tau."""
+"""Fits without an optimiser: class means, and one selected tau."""
 
 import torch
 
@@ -7,17 +7,11 @@ from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.curves import tau_curve
 from timm_lt.fitting.data import FitData
 from timm_lt.fitting.selection import select, selection_record
-from timm_lt.heads import LinearHead, LogitAdjustedHead, NCMHead, TauNormHead
+from timm_lt.heads import LogitAdjustedHead, NCMHead, TauNormHead
 from timm_lt.heads.metric import FeatureSpace, Metric
 
 # The range that Kang et al. sweep, in steps half as wide.
 TAU_GRID = tuple(step / 20 for step in range(41))
-
-
-@register_fit("linear")
-def fit_linear(data: FitData) -> LinearHead:
-    """Returns the joint classifier as a head."""
-    return LinearHead.from_classifier(data.need_classifier("linear"))
 
 
 @register_fit("ncm")

@@ -1,7 +1,7 @@
-"""Fits by gradients on cached features: cRT, learnable weight scaling and the cosine classifier."""
+"""Fits by gradients on cached features: linear, cRT, learnable weight scaling, cosine."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from timm_lt.fitting.sgd import (
     train_head,
 )
 from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote, smote_counts
-from timm_lt.heads import CosineHead, CRTHead, Head, LWSHead, seeded_linear
+from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, seeded_linear
 from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.longtail import ShotRule, class_counts
 from timm_lt.losses import create_loss
 from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping, check_number
 from timm_lt.samplers import check_sampler
 
+H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]
 # The losses whose optimum lbfgs finds; sgd takes any that is registered.
 LBFGSLoss = Literal["cross_entropy", "balanced_softmax"]
@@ -34,13 +35,69 @@ Keep = Literal["last", "best"]
 SGD_OPTIONS = (
     *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
 )
+MAX_ITERATIONS = 100
+# Rows times features times classes, from which lbfgs, with its weight decays, takes minutes.
+LARGE = 5_000_000_000
 # From strong to weak: each solution is a good start for the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
+def usual_solver(rows: int, linear: nn.Linear) -> Solver:
+    """Returns ``"lbfgs"``, or ``"sgd"`` where lbfgs would take minutes on a few CPU cores.
+
+    Args:
+        rows: Number of training features.
+        linear: The classifier, (C, D).
+    """
+    return "lbfgs" if rows * linear.weight.numel() <= LARGE else "sgd"
+
+
+@register_fit("linear")
+def fit_linear(
+    data: FitData, *, solver: Solver | None = None, weight_decay: float | None = None
+) -> LinearHead:
+    """Returns the joint classifier as a head; where there is none, fits one (a linear probe).
+
+    What is fitted minimises the cross-entropy over the rows as they are distributed, as joint
+    training would.
+
+    Args:
+        data: The fit's data.
+        solver: ``"lbfgs"`` or ``"sgd"``, see :func:`fit_crt`; None goes by the size of the problem,
+            :func:`usual_solver`.
+        weight_decay: Given, or selected on validation (lbfgs), or 5e-4 (sgd).
+    """
+    if data.classifier is not None:
+        for name, value in {"solver": solver, "weight_decay": weight_decay}.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name} of head 'linear' has no effect with a joint classifier, which it is: "
+                    "leave it out"
+                )
+        return LinearHead.from_classifier(data.classifier)
+    features = data.features
+    linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
+    solver = solver or usual_solver(features.num_images * features.views, linear)
+    if solver == "lbfgs":
+        counts = class_counts(features.targets, data.num_classes)
+        given = Softmax.instance_balanced(counts)
+        return _solve(LinearHead, data, features, linear, given, weight_decay=weight_decay)
+    head = LinearHead.from_classifier(linear)
+    train_head(
+        head,
+        features,
+        seed=data.seed,
+        steps=CRT_LENGTH.updates(features.num_images),
+        lr=0.2,
+        weight_decay=5e-4 if weight_decay is None else weight_decay,
+        sampler="instance_balanced",
+    )
+    return head
+
+
 def _check_crt_options(options: dict[str, Any]) -> None:
     """Refuses an option of the solver that was not chosen, which would have no effect."""
-    solver = options.get("solver", "lbfgs")
+    solver = options.get("solver") or "lbfgs"
     of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
         if options.get(key) is not None:
@@ -101,13 +158,13 @@ def _check_crt_length(
 def fit_crt(
     data: FitData,
     *,
-    solver: Solver = "lbfgs",
+    solver: Solver | None = None,
     loss: str = "cross_entropy",
     loss_options: Mapping[str, Any] | None = None,
     sampler: str | None = None,
     sampler_options: Mapping[str, Any] | None = None,
     weight_decay: float | None = None,
-    max_iterations: int = 100,
+    max_iterations: int = MAX_ITERATIONS,
     steps: int | None = None,
     epochs: int | None = None,
     lr: float = 0.2,
@@ -119,7 +176,8 @@ def fit_crt(
 
     Args:
         data: The fit's data.
-        solver: ``"lbfgs"`` solves the expected problem; ``"sgd"`` follows Kang et al.
+        solver: ``"lbfgs"`` solves the expected problem, ``"sgd"`` follows Kang et al.; None is
+            lbfgs, or sgd where lbfgs would take minutes, see :func:`usual_solver`.
         loss: ``"cross_entropy"`` with classes balanced by sampling (or, for lbfgs, by weights), or
             ``"balanced_softmax"`` on the features as they are distributed. For sgd any of
             :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
@@ -140,7 +198,8 @@ def fit_crt(
         keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten (sgd).
         smote: Fill up each class with synthetic rows to so many, or to the ``"largest"`` class.
     """
-    check_choice("solver of head 'crt'", solver, get_args(Solver))
+    if solver is not None:
+        check_choice("solver of head 'crt'", solver, get_args(Solver))
     # With a bias unless the joint classifier, whose place the head takes, has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
     width, num_classes = data.features.num_features, data.num_classes
@@ -148,8 +207,21 @@ def fit_crt(
     features = data.features
     if smote is not None:
         features = add_smote_rows(features, data.num_classes, smote, seed=data.seed)
+    if solver is None:
+        solver = usual_solver(features.num_images * features.views, linear)
     if solver == "lbfgs":
-        return _solve_crt(data, features, linear, loss, weight_decay, max_iterations)
+        counts = class_counts(features.targets, num_classes)
+        balanced = loss == "balanced_softmax"
+        make = Softmax.balanced_softmax if balanced else Softmax.class_balanced
+        return _solve(
+            CRTHead,
+            data,
+            features,
+            linear,
+            make(counts),
+            weight_decay=weight_decay,
+            max_iterations=max_iterations,
+        )
     head = CRTHead.from_classifier(linear)
     counts = class_counts(features.targets, num_classes)
     made = create_loss(loss, class_counts=counts, **dict(loss_options or {}))
@@ -174,21 +246,22 @@ def fit_crt(
     return head
 
 
-def _solve_crt(
+def _solve(
+    kind: type[H],
     data: FitData,
     features: Features,
     linear: nn.Linear,
-    loss: str,
+    loss: Softmax,
+    *,
     weight_decay: float | None,
-    max_iterations: int,
-) -> CRTHead:
+    max_iterations: int = MAX_ITERATIONS,
+) -> H:
+    """Returns the head that L-BFGS finds from zero, at the best weight decay on validation."""
     check_integer("max_iterations", max_iterations, minimum=1)
     if weight_decay is not None:
         check_number("weight_decay", weight_decay, "[0, inf)")
     decays = WEIGHT_DECAYS if weight_decay is None else (weight_decay,)
-    val = data.need_val("crt", "weight_decay") if weight_decay is None else None
-    counts = class_counts(features.targets, data.num_classes)
-    make = Softmax.balanced_softmax if loss == "balanced_softmax" else Softmax.class_balanced
+    val = data.need_val(kind.kind, "weight_decay") if weight_decay is None else None
     weight = torch.zeros_like(linear.weight)
     bias: Tensor | None = None if linear.bias is None else torch.zeros_like(linear.bias)
     candidates = []
@@ -199,13 +272,13 @@ def _solve_crt(
             features,
             weight_decay=decay,
             max_iterations=max_iterations,
-            loss=make(counts),
+            loss=loss,
         )
         with torch.no_grad():
             linear.weight.copy_(weight)
             if bias is not None:
                 linear.bias.copy_(bias)
-        candidates.append((decay, CRTHead.from_classifier(linear)))
+        candidates.append((decay, kind.from_classifier(linear)))
     return candidates[0][1] if val is None else select(candidates, data, val, "weight_decay")
 
 

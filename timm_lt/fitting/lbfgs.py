@@ -32,6 +32,11 @@ class Softmax:
         return cls((1.0 / (len(counts) * counts.double())).float())
 
     @classmethod
+    def instance_balanced(cls, counts: Tensor) -> "Softmax":
+        """Every row has the same weight. ``counts`` (C,)."""
+        return cls(torch.full((len(counts),), 1.0 / int(counts.sum())))
+
+    @classmethod
     def balanced_softmax(cls, counts: Tensor) -> "Softmax":
         """Every row has the same weight, and ``log n_c`` is added to the logits.
 
@@ -39,7 +44,7 @@ class Softmax:
             Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
             equation 4, https://arxiv.org/abs/2007.10740
         """
-        return cls(torch.full((len(counts),), 1.0 / int(counts.sum())), counts.float().log())
+        return cls(cls.instance_balanced(counts).shares, counts.float().log())
 
 
 def solve_linear(

@@ -68,7 +68,7 @@ def fit_oltr(
         loss_weight: Weight of that loss beside the cross-entropy, >= 0.
         hinge: As of that loss.
         steps: Updates, of 128 rows; None goes by epochs.
-        epochs: None takes 5, but at least 250 updates; the paper, whose backbone learns too, has
+        epochs: None takes 2, but at least 150 updates; the paper, whose backbone learns too, has
             60 on ImageNet-LT.
         lr: Learning rate at the start.
         weight_decay: On all that is trained but the centroids.

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_lt.checkpoint import CheckpointInfo, HeadEntry
@@ -74,6 +75,7 @@ def render_card(
         architecture=code(info.architecture),
         own=info.architecture.startswith("lt_"),
         dataset=code(info.dataset) if info.dataset else None,
+        kept=_kept_backbone(recipe),
         num_classes=info.num_classes,
         named=info.label_names is not None,
         heads=[(code(entry.name), entry.kind) for entry in info.heads.values()],
@@ -94,6 +96,19 @@ def render_card(
         licence=licence_text(license),
     )
     return f"{card}\n"
+
+
+def _kept_backbone(recipe: str | None) -> str | None:
+    """Returns whose backbone a run of heads alone left as it was, None for one that trained it."""
+    try:
+        values = yaml.safe_load(recipe or "")
+        if values["epochs"] != 0:
+            return None
+        model = values["model"]
+        return code(str(model["checkpoint"] or model["name"]))
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+        # What is in a folder may be anything.
+        return None
 
 
 def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelCardData:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lt.console import advance, log, progress
 from timm_lt.data.images import Images
@@ -86,6 +86,34 @@ def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
             )
 
 
+def fit_joint(run: Run, features: RunFeatures) -> None:
+    """Gives a model whose classifier is for other classes one for these: a linear probe."""
+    log.info(
+        "%s has no classifier for these %d classes: one is fitted first",
+        *(run.recipe.model.name, run.splits.num_classes),
+    )
+    started = time.perf_counter()
+    fitted: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        head = fit_head(
+            "linear",
+            features.shared["train"],
+            class_counts=run.splits.class_counts,
+            val=features.shared["val"],
+            seed=run.recipe.seed,
+            objective=run.objective,
+            rule=run.recipe.shot_rule,
+        )
+        fitted = [(head.state_dict(), head.selection)]
+    state, run.joint_selection = broadcast_object_list(fitted)[0]
+    classifier = get_head(run.model)
+    with torch.no_grad():
+        classifier.weight.copy_(state["weight"])
+        if classifier.bias is not None:
+            classifier.bias.copy_(state["bias"])
+    run.seconds["representation"] = time.perf_counter() - started
+
+
 def train_heads(run: Run) -> dict[str, Head]:
     """Trains the heads of stage images, on all processes."""
     heads: dict[str, Head] = {}
@@ -138,6 +166,9 @@ def fit(run: Run, features: RunFeatures, trained: Mapping[str, Head]) -> dict[st
             seconds[name] = time.perf_counter() - started
             advance(bar)
     heads = {name: heads[name] for name in run.recipe.heads if name != AUTO}
+    for name, head in heads.items():
+        if head_kind(run.recipe, name) == "linear":
+            head.selection = dict(run.joint_selection)
     for head in heads.values():
         if head.selection:
             head.selection["split"] = run.val_name

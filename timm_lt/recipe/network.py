@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
+from timm_lt.data import Splits
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.model import LOCAL_DIR, create_model, split_options
+from timm_lt.model import LOCAL_DIR, create_model, load_weights_file, split_options
 from timm_lt.recipe.schema import ModelRecipe, Recipe
 from timm_lt.registry import UsageError
 from timm_lt.training import start_classifier
@@ -23,6 +24,8 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
         model = create_model(given.name, given.pretrained, num_classes=num_classes, **theirs)
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
+    if given.checkpoint is not None:
+        load_weights_file(model, given.checkpoint, given.name)
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
@@ -48,9 +51,26 @@ def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict
     return head, ours, {key: value for key, value in theirs.items() if key != "head"}
 
 
+def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
+    """Returns whether the classifier of a model with weights is one for the classes of the data.
+
+    It has as many, and where both have names of the classes, they are the same.
+    """
+    if recipe.model.fresh_classifier:
+        return False
+    if recipe.model.checkpoint:
+        return True
+    config = getattr(model, "pretrained_cfg", None) or {}
+    known, names = config.get("label_names"), splits.label_names
+    same = not (known and names) or list(known) == list(names)
+    return config.get("num_classes") == splits.num_classes and same
+
+
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
     """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = recipe.model.pretrained and config.get("num_classes") == num_classes
+    pretrained = recipe.model.checkpoint or (
+        recipe.model.pretrained and config.get("num_classes") == num_classes
+    )
     if recipe.model.fresh_classifier or not pretrained:
         start_classifier(loss, model, num_classes)

@@ -44,7 +44,7 @@ def report_of_run(
         recommended=best_on_validation(run, heads, features),
         images=_example_images(run, features),
         history=run.history,
-        kept_epoch=run.kept_epoch,
+        kept_epoch=run.kept_epoch or None,
         recipe=recipe.to_yaml(),
         facts={
             "Data": recipe.data.title,

@@ -37,11 +37,17 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.network import create_network, start_network
+from timm_lt.recipe.network import create_network, has_classifier, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 from timm_lt.report import TEST_SELECTION
-from timm_lt.run_folder import LOGS, check_images, prepare_run_folder, release_run_folder
+from timm_lt.run_folder import (
+    LOGS,
+    check_images,
+    check_run_folder,
+    prepare_run_folder,
+    release_run_folder,
+)
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     EpochRecord,
@@ -63,12 +69,23 @@ TIMM = "timm"
 
 
 @dataclass
+class Trainer:
+    """What the representation stage has beside the model and the images."""
+
+    sampler: ClassSampler
+    loss: nn.Module
+
+
+@dataclass
 class Run:
     """A recipe turned into objects, and what is noted while it runs.
 
     Attributes:
+        trainer: None if nothing but heads is trained.
         seconds: Wall time of what was done.
         plans: How the heads of stage images are trained, by name.
+        joint: Whether the model's classifier is for these classes, or will be after training.
+        joint_selection: How the options of that classifier were selected, if it was fitted.
         kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
         unreadable: How many images of each split could not be read.
         unreadable_rows: Which, as far as it is known: of features in the cache it is not.
@@ -82,11 +99,12 @@ class Run:
     accelerator: Accelerator
     splits: Splits
     images: Mapping[Split, Images]
-    sampler: ClassSampler
-    loss: nn.Module
+    trainer: Trainer | None
     model: nn.Module
     seconds: dict[str, Any]
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
+    joint: bool = True
+    joint_selection: Mapping[str, Any] = field(default_factory=dict)
     kept_epoch: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
     unreadable_rows: dict[str, list[int]] = field(default_factory=dict)
@@ -127,7 +145,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     check_heads(recipe)
     check_options_of_parts(recipe)
     check_output(recipe, folder)
-    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
+    if recipe.epochs:
+        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
+        check_optimization(*arguments, recipe.epochs)
     accelerator = _start(recipe, folder, options)
     check_features(recipe, folder)
     started = time.perf_counter()
@@ -143,7 +163,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        sampler, loss, model, images = _create_parts(recipe, splits, accelerator, options)
+        trainer, model, images = _create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(
                 head_kind(recipe, head), model, images["train"], accelerator, **given
@@ -173,11 +193,65 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         accelerator,
         splits,
         images,
-        sampler,
-        loss,
+        trainer,
         model,
         seconds,
         plans=plans,
+        joint=bool(recipe.epochs) or has_classifier(recipe, model, splits),
+        lock=lock,
+    )
+
+
+def given_run(
+    recipe: Recipe,
+    splits: Splits,
+    model: nn.Module,
+    *,
+    folder: Path | None,
+    options: RunOptions,
+    joint: bool,
+) -> Run:
+    """Makes a run that trains heads alone, of a model and data that are there.
+
+    Args:
+        recipe: What to run, with 0 epochs.
+        splits: The data.
+        model: A timm model with a classifier for them.
+        folder: Folder of the run; None writes nothing.
+        options: How to run it.
+        joint: Whether that classifier has been trained.
+
+    Raises:
+        UsageError: For whatever is wrong with them, or the folder.
+    """
+    check_heads(recipe)
+    check_objective(recipe, splits)
+    if folder is not None:
+        check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
+    check_features(recipe, folder or Path())
+    accelerator = create_accelerator(mixed_precision="no")
+    problems = Problems()
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=options.workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    check_model(model, images["val"])
+    lock = None
+    if folder is not None and accelerator.is_main_process:
+        lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
+    return Run(
+        "rebalanced" if folder is None else folder.name,
+        recipe,
+        folder or Path(),
+        accelerator,
+        splits,
+        images,
+        None,
+        model.to(accelerator.device),
+        {"data": 0.0, "representation": 0.0},
+        joint=joint,
         lock=lock,
     )
 
@@ -200,13 +274,38 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
 
 def _create_parts(
     recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[ClassSampler, nn.Module, nn.Module, dict[Split, Images]]:
-    """Creates sampler, loss, model and images; what is wrong with the data is reported together."""
+) -> tuple[Trainer | None, nn.Module, dict[Split, Images]]:
+    """Creates what trains, model and images; what is wrong with the data is reported together."""
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
     with problems.collected():
         check_heads_of_data(recipe, splits)
+    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
+    model = create_network(recipe, splits.num_classes)
+    batch = recipe.batch_size // (
+        accelerator.num_processes * accelerator.gradient_accumulation_steps
+    )
+    if trainer is not None:
+        check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
+        start_network(recipe, trainer.loss, model, splits.num_classes)
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=options.workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    if trainer is None:
+        check_model(model, images["val"])
+    else:
+        check_network(recipe, model, images["val"], batch=batch)
+    return trainer, model, images
+
+
+def _create_trainer(
+    recipe: Recipe, splits: Splits, accelerator: Accelerator, problems: Problems
+) -> Trainer:
+    """Creates what trains the representation."""
     sampler = create_sampler(
         recipe.sampler.name,
         splits.labels["train"],
@@ -218,17 +317,7 @@ def _create_parts(
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
     loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
-    model = create_network(recipe, splits.num_classes)
-    check_parts(recipe, sampler, loss, model, batch=recipe.batch_size // (processes * steps))
-    start_network(recipe, loss, model, splits.num_classes)
-    images: dict[Split, Images] = {}
-    with problems.collected():
-        images = create_images(recipe, splits, model, workers=options.workers)
-    with problems.collected():
-        check_content(recipe, splits, images, accelerator)
-    problems.check()
-    check_network(recipe, model, images["val"], batch=recipe.batch_size // (processes * steps))
-    return sampler, loss, model, images
+    return Trainer(sampler, loss)
 
 
 def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:

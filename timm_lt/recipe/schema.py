@@ -65,6 +65,9 @@ class ModelRecipe:
         name: Any timm architecture, or an lt_* one; a tag chooses a configuration. local-dir:FOLDER
             is the model of a finished run.
         pretrained: Start from that configuration's published weights, or from those of the run.
+        checkpoint: File with weights for this architecture and these classes, as some training
+            left it, such as timm's train.py: .safetensors, or a pickle, of which nothing but
+            tensors is read.
         fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
             backbone alone.
         trained: Modules that the representation stage trains beside the classifier, e.g.
@@ -78,15 +81,20 @@ class ModelRecipe:
 
     name: str = "lt_test_resnet"
     pretrained: bool = False
+    checkpoint: str | None = None
     fresh_classifier: bool = False
     trained: list[str] | None = None
     bn: Literal["frozen", "shift"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.fresh_classifier and not self.pretrained:
+        if self.fresh_classifier and not (self.pretrained or self.checkpoint):
             raise UsageError(
                 "model.fresh_classifier has no effect without model.pretrained: leave it out"
+            )
+        if self.pretrained and self.checkpoint:
+            raise UsageError(
+                "model.checkpoint has all weights, and model.pretrained no effect: leave it out"
             )
 
 
@@ -256,7 +264,9 @@ class Recipe:
         scheduler: How the learning rate changes.
         mixup: How images are mixed.
         ema: Whether weights are averaged.
-        epochs: Epochs of the representation stage, >= 1.
+        epochs: Epochs of the representation stage, >= 0. 0 trains nothing but heads: those of a
+            model with weights, whose joint classifier is fitted first if it is not for these
+            classes.
         batch_size: Images per update, over all processes, >= 1.
         accumulation_steps: Parts in which a process takes its share of the batch, >= 1.
         clip_grad: Threshold of the gradient, > 0; null does not clip.
@@ -309,7 +319,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, minimum=1)
+        check_integer("epochs", self.epochs, minimum=0)
+        if self.epochs == 0 and not (self.model.pretrained or self.model.checkpoint):
+            raise UsageError(
+                "epochs 0 trains no backbone: it needs model.pretrained, or a model.checkpoint"
+            )
         check_integer("batch_size", self.batch_size, minimum=1)
         check_integer("accumulation_steps", self.accumulation_steps, minimum=1)
         check_integer("validate_every", self.validate_every, minimum=1)

@@ -1,0 +1,254 @@
+"""Heads for a model as it is: ``timm-lt heads``, ``evaluate``, ``predict`` and ``run``."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+
+import timm_lt
+from timm_lt.cli import main
+from timm_lt.cli.heads import default_name
+from timm_lt.data import create_dataset
+
+MODEL = "lt_test_resnet.glyph_lt"
+# Training images of the classes; test has as many of each.
+COUNTS, TESTED = {"a": 40, "b b": 30, "c": 12, "ü": 10, "e": 10}, 8
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of glyphs, with splits for training and test."""
+    root = tmp_path_factory.mktemp("own") / "photos"
+    for split, number in (("train", None), ("test", TESTED)):
+        dataset = create_dataset("glyph_lt", split=split)
+        labels = torch.tensor(dataset["label"])
+        for label, (name, count) in enumerate(COUNTS.items()):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            # Frequent classes of GlyphLT: there are enough images of each.
+            for row in torch.nonzero(labels == label).flatten()[: number or count].tolist():
+                dataset[row]["image"].save(folder / f"{row}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    """The folder that ``timm-lt heads`` writes, and its output."""
+    folder = tmp_path_factory.mktemp("heads") / "run"
+    arguments = ["heads", str(photos), "--model", MODEL, "--output", str(folder), "--workers", "0"]
+    assert main(arguments) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def shares(model, paths):
+    """Softmax of a plain model for image files, with timm's transform, one image at a time."""
+    transform = create_transform(**resolve_data_config(model=model))
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                model.eval()(transform(Image.open(path).convert("RGB"))[None]).softmax(1)
+                for path in paths
+            ]
+        )
+
+
+def images_of_test(photos):
+    """Test images with their labels; classes are sorted by name."""
+    names = sorted(COUNTS)
+    paths = [path for name in names for path in sorted((photos / "test" / name).iterdir())]
+    return paths, torch.tensor([names.index(path.parent.name) for path in paths])
+
+
+def test_figures_are_those_of_the_written_model(photos, run, metrics):
+    """Plain timm, image by image, has the accuracy that the run found from its features."""
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    paths, labels = images_of_test(photos)
+    found = (shares(model, paths).argmax(1) == labels).float().mean()
+    assert metrics["heads"]["linear"]["all"] == pytest.approx(float(found))
+    for head in ("crt", "tau_norm", "auto"):
+        model = timm_lt.create_model(f"local-dir:{run}", head=head)
+        found = (shares(model, paths).argmax(1) == labels).float().mean()
+        assert metrics["heads"][head]["all"] == pytest.approx(float(found))
+
+
+def test_nothing_but_the_classifier_is_trained(run, metrics):
+    whole = timm.create_model(MODEL, pretrained=True).state_dict()
+    written = load_file(run / "model.safetensors")
+    assert {key for key in whole if not torch.equal(whole[key], written[key])} == {
+        "fc.weight",
+        "fc.bias",
+    }
+    assert metrics["kept_epoch"] == 0
+    names = sorted(COUNTS)
+    held_out = 1 - 0.2
+    for name, count in zip(names, metrics["class_counts"], strict=True):
+        assert count == pytest.approx(held_out * COUNTS[name], abs=1)
+
+
+def test_the_table_says_how_sure_and_which_head(photos, run, metrics, capsys):
+    arguments = ["heads", str(photos), "--model", MODEL, "--output", str(run), "--resume"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    best = metrics["selection"]["auto"]["head"]
+    assert f"Take {best}" in shown or "Keep linear" in shown
+    report = timm_lt.ShotReport.from_dict(metrics["heads"]["crt"])
+    low, high = timm_lt.confidence_intervals(report, metrics["class_counts"])["all"]
+    assert f"{100 * low:.0f}-{100 * high:.0f}" in shown
+
+
+def test_evaluate_finds_what_the_run_found(photos, run, metrics, tmp_path, capsys):
+    figures, table = tmp_path / "figures.json", tmp_path / "classes.csv"
+    arguments = ["evaluate", str(run), str(photos), "--json", str(figures), "--workers", "0"]
+    assert main([*arguments, "--per-class", str(table)]) == 0
+    found = json.loads(figures.read_text())
+    assert found["heads"] == metrics["heads"]
+    assert found["label_names"] == sorted(COUNTS)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["name"] for row in rows] == sorted(COUNTS)
+    assert [int(row["test_images"]) for row in rows] == [TESTED] * len(COUNTS)
+    assert "tau_norm" in capsys.readouterr().out
+
+
+def test_predict_has_the_models_probabilities(photos, run, tmp_path, capsys):
+    paths, _ = images_of_test(photos)
+    model = timm_lt.create_model(f"local-dir:{run}", head="crt")
+    expected = shares(model, paths)
+    assert main(["predict", str(run), *map(str, paths), "--head", "crt", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["image"] for entry in found] == list(map(str, paths))
+    names = sorted(COUNTS)
+    for entry, row in zip(found, expected, strict=True):
+        assert [c["name"] for c in entry["classes"]] == [names[i] for i in row.topk(3).indices]
+        assert [c["probability"] for c in entry["classes"]] == pytest.approx(
+            row.topk(3).values.tolist(), abs=1e-5
+        )
+    file = tmp_path / "best.csv"
+    arguments = ["predict", str(run), str(photos / "test"), "--head", "crt", "--format", "csv"]
+    assert main([*arguments, "--top", "1", "--output", str(file)]) == 0
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    by_path = {row["image"]: row["class_1"] for row in rows}
+    assert by_path == {
+        str(path): names[row.argmax()] for path, row in zip(paths, expected, strict=True)
+    }
+
+
+def test_predict_names_images_that_cannot_be_read(photos, run, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good, _ = images_of_test(photos)
+    assert main(["predict", str(run), str(good[0]), str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert good[0].name in shown.out.replace("\n", "")
+    assert "1 of 2 images cannot be read: " in shown.err
+    assert "broken.png" in shown.err
+
+
+def test_rebalance_is_the_command(photos, metrics, tmp_path):
+    model = timm.create_model(MODEL, pretrained=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = timm_lt.rebalance(model, photos, workers=0, output=tmp_path / "run")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert found.head == metrics["selection"]["auto"]["head"]
+    for name, report in found.reports.items():
+        assert report.to_dict() == metrics["heads"][name]
+    paths, labels = images_of_test(photos)
+    right = (shares(found.model, paths).argmax(1) == labels).float().mean()
+    assert found.reports[found.head].all == pytest.approx(float(right))
+    loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'run'}", head=found.head)
+    torch.testing.assert_close(shares(loaded, paths[:3]), shares(found.model, paths[:3]))
+
+
+def test_rebalance_takes_data_sets_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    splits = {split: create_dataset("digits_lt", split=split) for split in ("train", "test")}
+    model = timm.create_model(MODEL, pretrained=True)
+    found = timm_lt.rebalance(model, splits, heads={"linear": {}, "ncm": {}}, workers=0)
+    assert set(found.reports) == {"linear", "ncm"}
+    assert found.folder is None
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(timm_lt.UsageError, match="give two heads or more"):
+        timm_lt.rebalance(model, splits, heads=["crt"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth.tar"])
+def test_weights_of_ones_own(photos, run, kind, tmp_path, metrics):
+    """The classifier of a file is the joint one: nothing is fitted in its place."""
+    file = tmp_path / f"model_best.{kind}"
+    weights = load_file(run / "model.safetensors")
+    # As a training leaves it: another classifier than the probe.
+    weights["fc.bias"] += torch.arange(5.0) / 4
+    if kind == "safetensors":
+        save_file(weights, file)
+    else:
+        wrapped = {f"module.{key}": value for key, value in weights.items()}
+        torch.save({"state_dict": wrapped, "arch": "lt_test_resnet", "epoch": 3}, file)
+    folder = tmp_path / "run"
+    arguments = ["heads", str(photos), "--model", MODEL, "--checkpoint", str(file)]
+    assert main([*arguments, "--heads", "linear", "ncm", "--output", str(folder)]) == 0
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(model.fc.bias.detach(), weights["fc.bias"])
+    figures = json.loads((folder / "metrics.json").read_text())
+    paths, labels = images_of_test(photos)
+    right = (shares(model, paths).argmax(1) == labels).float().mean()
+    assert figures["heads"]["linear"]["all"] == pytest.approx(float(right))
+    assert figures["heads"]["ncm"]["all"] == metrics["heads"]["ncm"]["all"]
+
+
+def test_a_script_runs_with_the_models_registered(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, timm, helper\n"
+        "if __name__ == '__main__':\n"
+        "    print(sys.argv[1:], timm.is_model('lt_resnext50'), helper.VALUE)\n"
+    )
+    (tmp_path / "helper.py").write_text("VALUE = 7\n")
+    assert main(["run", str(script), "photos", "--model", "x"]) == 0
+    assert capsys.readouterr().out == "['photos', '--model', 'x'] True 7\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["heads", "nowhere", "--model", MODEL], ["nowhere", "glyph_lt"]),
+        (["heads", "PHOTOS", "--model", "resnet5"], ["resnet5", "resnet50"]),
+        (["heads", "PHOTOS", "--model", MODEL, "--heads", "ctr"], ["ctr", "crt"]),
+        (["heads", "PHOTOS", "--model", MODEL, "--root", "x"], ["--root", "own root"]),
+        (["heads", "PHOTOS", "--model", MODEL, "--option", "tets_fraction=1"], ["tets_fraction"]),
+        (["heads", "PHOTOS", "--model", MODEL, "--checkpoint", "gone.pth"], ["gone.pth"]),
+        (["evaluate", MODEL, "PHOTOS"], ["100 classes", "5", "timm-lt heads"]),
+        (["evaluate", "RUN", "PHOTOS", "--head", "svm"], ["svm", "crt"]),
+        (["predict", "RUN", "gone.png"], ["gone.png"]),
+        (["predict", "RUN", "PHOTOS", "--top", "0"], ["--top", ">= 1"]),
+        (["run", "validate.py"], ["validate.py", "repository"]),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, photos, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places = {"PHOTOS": str(photos), "RUN": str(run)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[-1].startswith("error: ")
+    for word in words:
+        assert word in shown[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "name"),
+    [
+        ("resnet50.a1_in1k", "photos", "resnet50.a1_in1k.photos"),
+        ("hf-hub:me/birds@v2", "me/fotos", "birds.fotos"),
+        ("local-dir:output/birds", "x", "birds.x"),
+    ],
+)
+def test_runs_of_heads_have_the_names_of_model_and_data(model, data, name):
+    assert default_name(model, data) == name

@@ -1,0 +1,180 @@
+"""``timm-lt evaluate``: the figures of a model on a split, by shot group and class."""
+
+import argparse
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import get_args
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from timm_lt.accelerator import create_accelerator, set_cpu_threads
+from timm_lt.cli.common import Commands, parse_options, say
+from timm_lt.cli.model_argument import (
+    DATA_HELP,
+    MODEL_HELP,
+    add_data_options,
+    find_data,
+    load_model,
+    stored_heads,
+)
+from timm_lt.console import start_logging
+from timm_lt.data import Splits, create_splits
+from timm_lt.data.images import Images
+from timm_lt.data.sources import Split
+from timm_lt.features import Features, extract_features
+from timm_lt.files import write_json
+from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.longtail import ShotRule
+from timm_lt.metrics import (
+    ShotMetrics,
+    ShotReport,
+    compare_per_class,
+    confidence_intervals,
+    write_per_class,
+)
+from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.recipe.run import TIMM, create_images
+from timm_lt.registry import UsageError
+from timm_lt.report import shot_table
+from timm_lt.training import EVAL_BATCH_SIZE
+
+JOINT = "linear"
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a model by shot group and class",
+        description=(
+            "Prints the accuracy of a model, with all the heads of its checkpoint or some, by shot "
+            "group, with 95 % intervals and the calibration error. Any model does, timm's own too. "
+            "Examples: timm-lt evaluate output/birds photos; timm-lt evaluate hf-hub:me/birds "
+            "photos --head crt tau_norm --json figures.json; timm-lt evaluate resnet50 photos "
+            "--checkpoint model_best.pth.tar"
+        ),
+    )
+    evaluate.add_argument("model", help=MODEL_HELP)
+    evaluate.add_argument("data", help=DATA_HELP)
+    evaluate.add_argument(
+        "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all unless given"
+    )
+    evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_data_options(evaluate)
+    evaluate.add_argument("--split", choices=get_args(Split), default="test")
+    evaluate.add_argument("--shot-rule", choices=get_args(ShotRule), default="fb")
+    evaluate.add_argument("--image-size", type=int, metavar="PIXELS")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
+    evaluate.add_argument("--threads", type=int, help="CPU threads; all unless given")
+    evaluate.add_argument("--workers", type=int, help="processes that decode images")
+    evaluate.add_argument("--quiet", action="store_true", help="print the table only")
+    evaluate.set_defaults(command=evaluate_model)
+
+
+def evaluate_model(arguments: argparse.Namespace) -> None:
+    """Evaluates a model with one head after the other, on features that are taken once."""
+    start_logging(quiet=arguments.quiet)
+    set_cpu_threads(arguments.threads)
+    options = parse_options(arguments.option, "test_fraction=0.3")
+    data = DataRecipe(
+        **find_data(arguments.data, arguments.root, options),
+        augmentation=TIMM,
+        image_size=arguments.image_size,
+        unreadable="skip",
+    )
+    names = arguments.head or stored_heads(arguments.model) or [JOINT]
+    splits = create_splits(data.name, root=data.root, **data.options)
+    models = {
+        name: load_model(
+            arguments.model,
+            head=None if name == JOINT else name,
+            checkpoint=arguments.checkpoint,
+        )
+        for name in names
+    }
+    _check_classes(models, splits, arguments.model)
+    reports = _evaluate(models, splits, data, arguments)
+    if arguments.json is not None:
+        write_json(arguments.json, _figures(reports, splits, arguments))
+    if arguments.per_class is not None:
+        rows = compare_per_class(reports, splits.class_counts, splits.label_names)
+        write_per_class(arguments.per_class, rows)
+    title = f"{arguments.model} on {data.title}, {arguments.split}, accuracy in percent"
+    Console().print(
+        shot_table(
+            reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
+        )
+    )
+    for path in (arguments.json, arguments.per_class):
+        if path is not None:
+            say(f"wrote {path}")
+
+
+def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -> None:
+    """Checks that a model tells the classes of the data apart."""
+    for model in models.values():
+        classes = getattr(model, "num_classes", None)
+        if classes != splits.num_classes:
+            raise UsageError(
+                f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
+                "fit heads for them with timm-lt heads"
+            )
+
+
+def _evaluate(
+    models: Mapping[str, nn.Module],
+    splits: Splits,
+    data: DataRecipe,
+    arguments: argparse.Namespace,
+) -> dict[str, ShotReport]:
+    first = next(iter(models.values()))
+    recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
+    images = create_images(recipe, splits, first, workers=arguments.workers)[arguments.split]
+    shared: Features | None = None
+    reports = {}
+    for name, model in models.items():
+        classifier = get_head(model)
+        own = isinstance(classifier, Head) and bool(classifier.backbone_statistics)
+        if own or shared is None:
+            with head_statistics(model, classifier) if own else nullcontext():
+                features = _features(model, images)
+            shared = shared if own else features
+        else:
+            features = shared
+        metrics = ShotMetrics(splits.class_counts, arguments.shot_rule)
+        with torch.inference_mode():
+            for values, targets in zip(
+                features.values.split(EVAL_BATCH_SIZE),
+                features.targets.split(EVAL_BATCH_SIZE),
+                strict=True,
+            ):
+                metrics.update(classifier(values.float()), targets)
+        reports[name] = metrics.compute()
+    return reports
+
+
+def _features(model: nn.Module, images: Images) -> Features:
+    accelerator = create_accelerator(mixed_precision="no")
+    loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
+    return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
+
+
+def _figures(
+    reports: Mapping[str, ShotReport], splits: Splits, arguments: argparse.Namespace
+) -> dict[str, object]:
+    return {
+        "model": arguments.model,
+        "data": arguments.data,
+        "split": arguments.split,
+        "class_counts": splits.class_counts.tolist(),
+        "label_names": splits.label_names,
+        "heads": {name: report.to_dict() for name, report in reports.items()},
+        "intervals": {
+            name: confidence_intervals(report, splits.class_counts)
+            for name, report in reports.items()
+        },
+    }

@@ -1,0 +1,115 @@
+"""``timm-lt heads``: fits and compares heads on a model as it is, for one's own images."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import train_lt
+from timm_lt.cli.common import Commands, parse_options
+from timm_lt.cli.model_argument import (
+    DATA_HELP,
+    HUB_PREFIX,
+    MODEL_HELP,
+    add_data_options,
+    find_data,
+    model_name,
+)
+from timm_lt.fitting import AUTO, DEFAULT_HEADS
+from timm_lt.metrics import OBJECTIVES
+from timm_lt.model import LOCAL_DIR
+from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    heads = commands.add_parser(
+        "heads",
+        help="fit and compare heads on a model of yours, without training it",
+        description=(
+            "Takes the features of your images once, fits every classifier head on them, chooses "
+            "on validation, and writes a checkpoint with all of them and a report. Nothing but "
+            "heads is trained. Examples: timm-lt heads photos --model resnet50.a1_in1k; timm-lt "
+            "heads photos --model resnet50 --checkpoint model_best.pth.tar; timm-lt heads "
+            "train.txt --root photos --model local-dir:output/birds --heads crt tau_norm"
+        ),
+    )
+    heads.add_argument("data", help=DATA_HELP)
+    heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    heads.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of a training of yours, for these classes"
+    )
+    heads.add_argument(
+        "--heads",
+        nargs="+",
+        default=list(DEFAULT_HEADS),
+        metavar="HEAD",
+        help="which heads; all but oltr, fslwf and cosine unless given",
+    )
+    add_data_options(heads)
+    heads.add_argument("--output", help="folder to write; output/MODEL.DATA unless given")
+    heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
+    heads.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    heads.add_argument(
+        "--objective", choices=OBJECTIVES, help="what validation chooses by, see docs/heads.md"
+    )
+    heads.add_argument("--image-size", type=int, metavar="PIXELS", help="the model's unless given")
+    heads.add_argument(
+        "--fresh-classifier",
+        action="store_true",
+        help="fit the linear classifier anew, even if the model has one of as many classes",
+    )
+    heads.add_argument("--cache-dir", help="keep features there, for the next time")
+    heads.add_argument("--seed", type=int, default=0)
+    heads.add_argument("--threads", type=int, help="CPU threads; all unless given")
+    heads.add_argument("--workers", type=int, help="processes that decode images")
+    heads.add_argument("--quiet", action="store_true", help="print the final table only")
+    heads.set_defaults(command=fit_heads)
+
+
+def fit_heads(arguments: argparse.Namespace) -> None:
+    """Runs the classifier stage on a model and data, and prints the table and the best head."""
+    data = find_data(
+        arguments.data, arguments.root, parse_options(arguments.option, "test_fraction=0.3")
+    )
+    names = list(dict.fromkeys(arguments.heads))
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if len(names) > 1 and AUTO not in options:
+        options[AUTO] = {}
+    recipe = Recipe(
+        data=DataRecipe(
+            **data, augmentation="timm", image_size=arguments.image_size, unreadable="skip"
+        ),
+        model=ModelRecipe(
+            name=model_name(arguments.model),
+            pretrained=arguments.checkpoint is None,
+            checkpoint=arguments.checkpoint,
+            fresh_classifier=arguments.fresh_classifier,
+        ),
+        epochs=0,
+        features=FeaturesRecipe(cache_dir=arguments.cache_dir),
+        heads=options,
+        objective=arguments.objective,
+        seed=arguments.seed,
+    )
+    train_lt.run_recipe(
+        default_name(arguments.model, recipe.data.title),
+        recipe,
+        RunOptions(
+            output=arguments.output,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            threads=arguments.threads,
+            workers=arguments.workers,
+            quiet=arguments.quiet,
+        ),
+    )
+
+
+def default_name(model: str, data: str) -> str:
+    """Returns the name of a run of heads.
+
+    >>> default_name("hf-hub:me/birds@v2", "photos"), default_name("local-dir:output/x", "me/y")
+    ('birds.photos', 'x.y')
+    """
+    plain = model.removeprefix(HUB_PREFIX).removeprefix(LOCAL_DIR).partition("@")[0]
+    return f"{Path(plain).name}.{Path(data).name}"

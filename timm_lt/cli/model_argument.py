@@ -1,0 +1,122 @@
+"""The model and the data that commands take."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import timm.data
+from torch import nn
+
+from timm_lt.checkpoint import BLOCK, CONFIG, read_checkpoint, read_config
+from timm_lt.data.sources import DATASETS
+from timm_lt.model import LOCAL_DIR, create_model, load_weights_file
+from timm_lt.registry import UsageError, unknown_name
+from timm_lt.repo import Repo
+
+FOLDER, LIST, HUB = "folder", "list", "hub"
+HUB_PREFIX = "hf-hub:"
+REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+MODEL_HELP = (
+    "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
+    "with --checkpoint an architecture"
+)
+DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub"
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says where the images of the argument ``data`` are."""
+    parser.add_argument("--root", help="folder with the files of a list or a data set")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the data set, e.g. test_fraction=0.3; may be repeated",
+    )
+
+
+def model_name(given: str) -> str:
+    """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
+    if ":" not in given and (Path(given) / CONFIG).is_file():
+        return f"{LOCAL_DIR}{given}"
+    return given
+
+
+def load_model(
+    given: str, *, head: str | None = None, checkpoint: str | None = None, **options: Any
+) -> nn.Module:
+    """Loads the model that a user named, in evaluation mode.
+
+    Args:
+        given: See :data:`MODEL_HELP`.
+        head: A head, or None.
+        checkpoint: File with weights for the architecture, or None.
+        **options: Of :func:`timm_lt.create_model`.
+
+    Raises:
+        UsageError: If there is no such model, head or file, or they do not fit together.
+    """
+    name = model_name(given)
+    if checkpoint is None:
+        return create_model(name, True, head=head, **options).eval()
+    model = create_model(name, False, **options)
+    load_weights_file(model, checkpoint, name)
+    if head is not None:
+        raise UsageError("--head is for a model with its own heads, not for a --checkpoint file")
+    return model.eval()
+
+
+def stored_heads(given: str) -> list[str]:
+    """Returns the names of the heads that a model's checkpoint has beside the joint classifier."""
+    name = model_name(given)
+    if name.startswith(LOCAL_DIR):
+        folder = Path(name.removeprefix(LOCAL_DIR))
+        has_heads = BLOCK in read_config(folder)
+        return [*read_checkpoint(folder).heads] if has_heads else []
+    if name.startswith(HUB_PREFIX):
+        info = Repo.parse(name.removeprefix(HUB_PREFIX)).read_info()
+        return [*info.heads]
+    return []
+
+
+def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
+    """Returns the names of a model's classes: its own, or those of ImageNet; None if unknown."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("label_names")
+    if names is not None and len(names) == num_classes:
+        return list(names)
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None or config.get("num_classes") != num_classes:
+        return None
+    known = timm.data.ImageNetInfo(subset)
+    return [known.index_to_description(index) for index in range(num_classes)]
+
+
+def find_data(data: str, root: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Finds what a user means by a folder, a list or a name.
+
+    Args:
+        data: What is meant.
+        root: Folder with the files of a list or a data set, or None.
+        options: Options of the data set.
+
+    Returns:
+        ``name``, ``root`` and ``options`` of the recipe's data.
+
+    Raises:
+        UsageError: If there is no such thing.
+    """
+    path = Path(data).expanduser()
+    if data in DATASETS and not path.is_dir():
+        return {"name": data, "root": root, "options": options}
+    if path.is_dir():
+        if root is not None:
+            raise UsageError("--root is for lists and data sets: a folder is its own root")
+        return {"name": FOLDER, "root": str(path), "options": options}
+    if path.is_file():
+        start = str(path.parent) if root is None else root
+        return {"name": LIST, "root": start, "options": {"train": str(path.resolve()), **options}}
+    if REPO.fullmatch(data):
+        return {"name": HUB, "root": None, "options": {"repo": data, **options}}
+    raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))

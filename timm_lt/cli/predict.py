@@ -1,0 +1,195 @@
+"""``timm-lt predict``: what a model sees in images."""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from datasets import Image as ImageColumn
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from timm_lt.accelerator import set_cpu_threads
+from timm_lt.cli.common import Commands, say
+from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
+from timm_lt.console import start_logging
+from timm_lt.data.folder.files import find_images
+from timm_lt.data.reading import DAMAGE, damage_of, decode_image
+from timm_lt.files import write_atomic
+from timm_lt.registry import UsageError, check_integer, shown_names
+
+BATCH_SIZE = 32
+FORMATS = ("table", "csv", "json")
+# An image, its best classes and their probabilities; or why it cannot be read.
+Prediction = tuple[str, list[tuple[str, float]], str | None]
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    predict = commands.add_parser(
+        "predict",
+        help="classes and probabilities of images",
+        description=(
+            "Prints the most probable classes of images. Examples: timm-lt predict output/birds "
+            "a.jpg b.jpg --head tau_norm; timm-lt predict resnet50 photos --format csv --top 1; "
+            "timm-lt predict hf-hub:me/birds a.jpg --format json"
+        ),
+    )
+    predict.add_argument("model", help=MODEL_HELP)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders of them")
+    predict.add_argument("--head", metavar="NAME", help="the joint classifier unless given")
+    predict.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    predict.add_argument("--classes", type=int, help="of the checkpoint, if not the model's usual")
+    predict.add_argument("--top", type=int, default=3, metavar="N", help="classes of each image")
+    predict.add_argument("--format", choices=FORMATS, default="table")
+    predict.add_argument("--output", type=Path, metavar="FILE", help="write there, not on screen")
+    predict.add_argument("--threads", type=int, help="CPU threads; all unless given")
+    predict.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    predict.set_defaults(command=predict_images)
+
+
+def predict_images(arguments: argparse.Namespace) -> None:
+    """Predicts, and prints or writes; images that cannot be read are named."""
+    start_logging()
+    set_cpu_threads(arguments.threads)
+    check_integer("--top", arguments.top, minimum=1)
+    check_integer("--workers", arguments.workers, minimum=0)
+    paths = image_files(arguments.images)
+    options = {} if arguments.classes is None else {"num_classes": arguments.classes}
+    model = load_model(
+        arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
+    )
+    found = list(predictions(model, paths, top=arguments.top, workers=arguments.workers))
+    if arguments.format == "table" and arguments.output is None:
+        Console().print(_table(found))
+    else:
+        text = _json(found) if arguments.format == "json" else _csv(found, arguments.top)
+        if arguments.output is None:
+            say(text.rstrip("\n"))
+        else:
+            write_atomic(arguments.output, text)
+    damaged = [f"{path} ({reason})" for path, _, reason in found if reason is not None]
+    if damaged:
+        raise UsageError(
+            f"{len(damaged)} of {len(found)} images cannot be read: {shown_names(damaged)}"
+        )
+
+
+def image_files(places: Sequence[str]) -> list[str]:
+    """Returns the files that are meant: each file, and the images in each folder, sorted.
+
+    Raises:
+        UsageError: If there is no such file, or a folder has no images.
+    """
+    paths: list[str] = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            found = sorted(find_images(str(path)).images)
+            if not found:
+                raise UsageError(f"there is no image in {path}")
+            paths += found
+        elif path.is_file():
+            paths.append(str(path))
+        else:
+            raise UsageError(f"there is no image {path}")
+    return paths
+
+
+class _Files(Dataset[tuple[Tensor, str]]):
+    """Image files as a model takes them; of one that is damaged, the reason."""
+
+    def __init__(self, paths: Sequence[str], transform: Any) -> None:  # noqa: ANN401
+        self.paths, self.transform = paths, transform
+        self.column = ImageColumn()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            image = decode_image({"path": self.paths[index], "bytes": None}, self.column)
+        except DAMAGE as error:
+            return torch.empty(0), damage_of(error)
+        return self.transform(image), ""
+
+
+def predictions(
+    model: nn.Module, paths: Sequence[str], *, top: int = 3, workers: int = 0
+) -> Iterator[Prediction]:
+    """Yields each image with its most probable classes, by softmax.
+
+    Args:
+        model: In evaluation mode.
+        paths: Image files.
+        top: Number of classes.
+        workers: Processes that decode.
+    """
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    loader: DataLoader[Any] = DataLoader(
+        _Files(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
+    )
+    done = 0
+    for batch in loader:
+        readable = [image for image, reason in batch if not reason]
+        rows = iter(_best(model, torch.stack(readable), top) if readable else [])
+        for _, reason in batch:
+            yield paths[done], [] if reason else next(rows), reason or None
+            done += 1
+
+
+def _best(model: nn.Module, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
+    with torch.inference_mode():
+        shares = model(images).softmax(dim=1)
+    names = class_names(model, shares.shape[1])
+    best = shares.topk(min(top, shares.shape[1]))
+    return [
+        [
+            (str(label) if names is None else names[label], value)
+            for label, value in zip(labels, values, strict=True)
+        ]
+        for labels, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _table(found: Sequence[Prediction]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("image", "left"), ("class", "left"), ("%", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for path, best, _ in found:
+        for rank, (name, share) in enumerate(best):
+            table.add_row("" if rank else escape(path), escape(name), f"{100 * share:.1f}")
+    return table
+
+
+def _csv(found: Sequence[Prediction], top: int) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    columns = [f"{kind}_{rank}" for rank in range(1, top + 1) for kind in ("class", "probability")]
+    rows.writerow(["image", *columns])
+    for path, best, reason in found:
+        if reason is None:
+            rows.writerow(
+                [path, *(value for pair in best for value in (pair[0], f"{pair[1]:.6f}"))]
+            )
+    return text.getvalue()
+
+
+def _json(found: Sequence[Prediction]) -> str:
+    entries = [
+        {
+            "image": path,
+            "classes": [{"name": name, "probability": share} for name, share in best],
+            **({} if reason is None else {"error": reason}),
+        }
+        for path, best, reason in found
+    ]
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
