@@ -89,6 +89,10 @@ def test_nothing_but_the_classifier_is_trained(run, metrics):
         "fc.bias",
     }
     assert metrics["kept_epoch"] == 0
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert 'id="training"' not in report
+    assert "best on validation" in report
+    assert report.count("<img ") > 4
     names = sorted(COUNTS)
     held_out = 1 - 0.2
     for name, count in zip(names, metrics["class_counts"], strict=True):
