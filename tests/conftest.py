@@ -1,6 +1,7 @@
 import time
 import types
 
+import forks
 import hub_server
 import pytest
 import torch
@@ -43,6 +44,22 @@ def _own_log():
     yield
     log.handlers, log.propagate = kept[:2]
     log.setLevel(kept[2])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """What runs the main job, and scripts, in forks of a process that has imported everything."""
+    server = forks.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def plain_server():
+    """What runs scripts in forks of a process that has imported timm, and nothing of timm_lt."""
+    server = forks.Server(plain=True)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
