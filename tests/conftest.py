@@ -31,6 +31,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(config, items):
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    # With the work shared among processes, what takes longest must not come last.
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     # Small tensors, and results that do not depend on the machine's number of cores.

@@ -55,12 +55,12 @@ class Server:
         }
         return Run(self, self._ask(request))
 
-    def on_ranks(self, number, *arguments, **options):
+    def on_ranks(self, number, *arguments, environment=None, **options):
         """Runs on several processes to their ends, as a launcher does, and returns the runs."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        shared = {**(environment or {}), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         runs = [
             self.start(

@@ -35,6 +35,12 @@ def pretrained(**options):
     return timm_lt.create_model("lt_test_resnet.glyph_lt", True, num_classes=20, **options)
 
 
+@functools.cache
+def joint():
+    """Returns the accuracies of joint training, which the methods are compared with."""
+    return learned(timm_lt.create_loss("cross_entropy"))
+
+
 def learned(loss, *, sampler="instance_balanced", model=None, epochs=4, batch_size=32, seed=0):
     """Trains a model and returns its test accuracies, fractions: all and by shot group.
 

@@ -160,6 +160,7 @@ def test_two_processes_train_the_same_model_within_noise(server, digits_run, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.first
 @pytest.mark.timeout(1800)  # 30 epochs: 70 s with two free cores, ten times that with one busy one
 def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
     """The default recipe: order and margins of DESIGN section 7, not values."""
