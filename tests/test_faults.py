@@ -89,7 +89,7 @@ def saved(folder):
     return [int(state.name[6:]) for state in states]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     """Waits until something holds and returns it."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -214,7 +214,7 @@ def failing(capsys, *arguments):
         (["--seed", "-1"], ["seed", "from 0"]),
         (["--seed", "99999999999999999999"], ["seed", "from 0"]),
         (["--model.name", "repvit_m0_9"], ["2 classifiers", "head.head_dist.l"]),
-        (["--model.name", "mobilenetv5_300m_enc"], ["has no classifier"]),
+        (["--model.name", "qwen3_vit_88m_enc"], ["has no classifier"]),
         (["--model.options", "{'head': 'lws'}"], ["lws", "leave head= out of model.options"]),
         (["--heads.lws.lr", "null"], ["lr", "null"]),
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
