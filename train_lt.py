@@ -172,6 +172,7 @@ def train(run: Run) -> None:
         scheduler=recipe.scheduler.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
+        max_norm=recipe.max_norm,
         mixup=recipe.mixup.arguments(),
         mixup_off_epoch=recipe.mixup.off_epoch,
         ema=recipe.ema.arguments(),

@@ -35,42 +35,82 @@ def pretrained(**options):
     return timm_lt.create_model("lt_test_resnet.glyph_lt", True, num_classes=20, **options)
 
 
+def learned(loss, **options):
+    """Trains a model by :func:`train` and returns its test accuracies, see :func:`accuracies`."""
+    return accuracies(train(loss, **options))
+
+
 @functools.cache
 def joint():
-    """Returns the accuracies of joint training, which the methods are compared with."""
-    return learned(timm_lt.create_loss("cross_entropy"))
+    """Returns the model of joint training, by cross-entropy, and its accuracies.
+
+    What all methods are compared with; whoever trains it further takes a copy.
+    """
+    model = train(timm_lt.create_loss("cross_entropy"))
+    return model, accuracies(model)
 
 
-def learned(loss, *, sampler="instance_balanced", model=None, epochs=4, batch_size=32, seed=0):
-    """Trains a model and returns its test accuracies, fractions: all and by shot group.
+def train(
+    loss,
+    *,
+    sampler="instance_balanced",
+    model=None,
+    epochs=4,
+    batch_size=32,
+    seed=0,
+    lr=OPTIMIZER["lr"],
+    trained=None,
+):
+    """Trains a model with 20 classes and returns it.
 
     Args:
         loss: A loss from ``timm_lt.create_loss`` with ``class_counts=COUNTS``.
         sampler: A sampler, or the name of one.
-        model: A model with 20 classes; None takes :func:`pretrained`.
-        epochs, batch_size, seed: Of the training.
+        model: What is trained; None takes :func:`pretrained`.
+        epochs, batch_size, seed, lr, trained: Of the training.
     """
-    train, test = small_glyphs()
+    images, _ = small_glyphs()
     torch.manual_seed(seed)
     if model is None:
         model = pretrained()
     if isinstance(sampler, str):
-        sampler = timm_lt.create_sampler(sampler, train.labels, seed=seed)
+        sampler = timm_lt.create_sampler(sampler, images.labels, seed=seed)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = create_accelerator(mixed_precision="no")
-    trained = train_representation(
+    training = train_representation(
         model,
-        train,
+        images,
         sampler,
         loss,
-        accelerator=accelerator,
+        accelerator=create_accelerator(mixed_precision="no"),
         epochs=epochs,
         batch_size=batch_size,
-        optimizer=OPTIMIZER,
-        scheduler={"sched": "cosine", "warmup_epochs": 1},
+        optimizer={**OPTIMIZER, "lr": lr},
+        scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
+        trained=trained,
         seed=seed,
     )
-    loader = test.eval_loader(EVAL_BATCH_SIZE, accelerator)
-    accuracies = validate(trained.model, loader, accelerator, torch.tensor(COUNTS))
     AcceleratorState._reset_state(reset_partial_state=True)
-    return accuracies
+    return training.model
+
+
+def accuracies(model):
+    """Returns the test accuracies of a model, fractions: all and by shot group."""
+    _, test = small_glyphs()
+    accelerator = create_accelerator(mixed_precision="no")
+    loader = test.eval_loader(EVAL_BATCH_SIZE, accelerator)
+    found = validate(model, loader, accelerator, torch.tensor(COUNTS))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+@functools.cache
+def features(model=None):
+    """Returns the training and test features of a model; None takes :func:`pretrained`."""
+    model = (pretrained() if model is None else model).eval()
+    parts = []
+    for part in small_glyphs():
+        batches = [
+            part[list(range(at, min(at + 250, len(part))))] for at in range(0, len(part), 250)
+        ]
+        parts.append(timm_lt.extract_features(model, batches))
+    return parts

@@ -1,5 +1,9 @@
-"""The papers' formulas, in plain Python, one image at a time: logits z, a label y, class counts."""
+"""The papers' formulas, in plain Python, one image at a time: logits z, a label y, class counts.
 
+Those of the losses of features are of a whole batch.
+"""
+
+import itertools
 import math
 
 COUNTS = [500, 120, 30, 8, 5]
@@ -114,6 +118,45 @@ def deferred_reweighting(z, y, start=0.8, loss="cross_entropy", weights="", beta
     else:
         weight = effective_number_weight(y, beta)
     return weight * {"cross_entropy": cross_entropy, "ldam": ldam}[loss](z, y)
+
+
+def apart(one, two):
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, two, strict=True)))
+
+
+def range_by_hand(x, targets, *, k=2, margin=0.1, alpha=0.5, beta=0.5, power=2):
+    groups = {}
+    for row, y in zip(x.tolist(), targets.tolist(), strict=True):
+        groups.setdefault(y, []).append(row)
+    intra = 0.0
+    for rows in groups.values():
+        pairs = [apart(a, b) ** power for a, b in itertools.combinations(rows, 2)]
+        largest = sorted(pairs, reverse=True)[:k]
+        if largest:
+            intra += len(largest) / sum(1 / d for d in largest)
+    centers = [[sum(column) / len(rows) for column in zip(*rows, strict=True)]
+               for rows in groups.values()]  # fmt: skip
+    gaps = [apart(a, b) ** power for a, b in itertools.combinations(centers, 2)]
+    inter = max(0.0, margin - min(gaps)) if gaps else 0.0
+    return alpha * intra + beta * inter
+
+
+def lifted_by_hand(x, targets, *, neg_margin=1.0, pos_margin=0.0, normalize=False):
+    rows, labels = x.tolist(), targets.tolist()
+    if normalize:
+        rows = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in rows]
+    hinges = []
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        negatives = [n for n in range(len(rows)) if labels[n] != labels[i]]
+        if labels[i] == labels[j] and negatives:
+            pushed = sum(
+                math.exp(neg_margin - apart(rows[i], rows[n]))
+                + math.exp(neg_margin - apart(rows[j], rows[n]))
+                for n in negatives
+            )
+            j_ij = math.log(pushed) + apart(rows[i], rows[j]) - pos_margin
+            hinges.append(max(0.0, j_ij) ** 2)
+    return sum(hinges) / (2 * len(hinges)) if hinges else 0.0
 
 
 BY_HAND = [

@@ -390,7 +390,7 @@ def test_training_moves_every_parameter_and_heads_follow_on_images(accelerator):
 @pytest.mark.slow
 def test_bbn_beats_joint_training_on_few_shot_classes():
     train, _ = learning.small_glyphs()
-    joint = learning.joint()
+    _, joint = learning.joint()
     torch.manual_seed(0)
     # Without the factor 2, which asks for a smaller learning rate than that of joint training.
     model = timm_lt.create_bilateral(learning.pretrained(), branch_scale=1.0)

@@ -152,6 +152,9 @@ def test_extremes_and_many_classes():
         loss.set_epoch(3, 4)
         loss(logits, torch.tensor([1, 0])).backward()
         assert logits.grad.isfinite().all()
+        with torch.no_grad():
+            exact = loss(logits.double(), torch.tensor([1, 0])).item()
+            assert loss(logits, torch.tensor([1, 0])).item() == pytest.approx(exact, rel=1e-5)
     z, y = batch(pairs=1)
     assert at(1, 2)(z, y).item() == pytest.approx(by_hand(z.tolist(), y.tolist(), 0.75)[0])
 

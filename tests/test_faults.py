@@ -210,6 +210,7 @@ EVERYTHING = (
     *("--data.augmentation", "timm", "--workers", "1"),
     *("--data.augmentation_options", "{auto_augment: rand-m5, re_prob: 0.3, hflip: 0}"),
     *("--mixup.mixup_alpha", "0.2", "--mixup.cutmix_alpha", "1", "--mixup.off_epoch", "4"),
+    *("--mixup.remix_kappa", "3", "--max_norm", "0.5"),
     *("--optimizer.name", "adamw", "--optimizer.lr", "0.003", "--clip_grad", "1"),
     *("--ema.decay", "0.9", "--accumulation_steps", "2", "--loss.options.smoothing", "0.1"),
     *("--sampler.name", "progressively_balanced", "--validate_every", "2"),

@@ -23,6 +23,7 @@ from gaussian_features import (
     start_of_a_linear_layer,
     tensors,
 )
+from scipy import stats
 from torch import nn
 
 from timm_lt.features import Features
@@ -70,6 +71,30 @@ def test_balanced_softmax_by_sgd_draws_rows_as_they_are_distributed():
     naive_sgd([weight, bias], loss, batches, lr=0.1, weight_decay=5e-4)
     torch.testing.assert_close(head.weight.double(), weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_max_norm_shortens_class_weights_after_each_update():
+    options = {"solver": "sgd", "steps": 10, "lr": 0.5, "seed": 3}
+    head = fit("crt", **options, max_norm=0.6)
+    weight, bias = start_of_a_linear_layer(seed=3)
+    x, y = TRAIN.values.double(), TRAIN.targets
+
+    def loss(batch):
+        # Before each forward pass but the first, the weights are those after an update.
+        if started:
+            for row in weight.data:
+                row.mul_(min(1.0, 0.6 / math.hypot(*row.tolist())))
+        started.append(True)
+        return nn.functional.cross_entropy(x[batch] @ weight.T + bias, y[batch])
+
+    started = []
+    batches = create_sampler("class_balanced", y, num_samples=10 * 512, seed=3).epoch_indices()
+    naive_sgd([weight, bias], loss, batches.view(10, 512), lr=0.5, weight_decay=5e-4)
+    loss(batches[:1])
+    torch.testing.assert_close(head.weight.double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.bias.double(), bias, rtol=1e-4, atol=1e-5)
+    assert max(map(math.hypot, *head.weight.T.tolist())) == pytest.approx(0.6, abs=1e-4)
+    assert max(map(math.hypot, *fit("crt", **options).weight.T.tolist())) > 0.7
 
 
 # Other losses and samplers ----------------------------------------------------------------------
@@ -185,6 +210,14 @@ def test_smote_fills_up_to_the_largest_class_and_repeats_a_row_that_is_alone():
     assert again.values.equal(grown.values)
 
 
+def test_smote_adds_nothing_to_equal_classes_and_draws_all_of_a_segment():
+    features = Features(torch.tensor([[0.0], [1.0], [3.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
+    assert add_smote_rows(features, 2, "largest").values.equal(features.values)
+    made = add_smote_rows(features, 2, 1002).values[4:].flatten()
+    assert stats.kstest(made[:1000], "uniform").pvalue > 1e-3
+    assert made[1000:].eq(3).all()
+
+
 @pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
 def test_crt_with_smote_is_crt_on_the_rows_that_it_adds(solver):
     options = {"solver": solver, "weight_decay": 1e-2}
@@ -233,6 +266,8 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"epochs": 0}, "epochs of head 'lws' must be an integer from 1"),
         ("crt", {"epochs": 3}, "epochs of head 'crt' has no effect with solver 'lbfgs'"),
+        ("crt", {"max_norm": 1.0}, "max_norm of head 'crt' has no effect with solver 'lbfgs'"),
+        ("crt", {"solver": "sgd", "max_norm": 0}, r"max_norm of head 'crt' must be .* \(0, inf\)"),
         ("crt", {"keep": "best"}, "keep of head 'crt' has no effect with solver 'lbfgs'"),
         ("lws", {"keep": "worst"}, "choose one of: last, best"),
     ],

@@ -130,6 +130,38 @@ def test_the_head_of_a_classifier_without_bias_can_be_saved_and_loaded(name, tmp
 
 
 @contract
+def test_ten_thousand_classes(name):
+    """With a row or two of each, far apart: their means tell them from each other."""
+    classes = 10_000
+    options = {
+        "tau_norm": {"tau": 0.0, "keep_bias": True},
+        "logit_adjusted": {"tau": 1.0},
+        "lws": {"steps": 2},
+        "crt": {"weight_decay": 1e-4, "max_iterations": 1},
+        "cosine": {"steps": 2},
+        "fslwf": {"base": 2, "steps": 2, "episodes": 2},
+        "oltr": {"steps": 2, "centroids": "means"},
+    }
+    g = torch.Generator().manual_seed(0)
+    targets = torch.cat([torch.arange(classes), torch.arange(50)])
+    means = 3 * torch.randn(classes, 16, generator=g)
+    train = Features(means[targets] + 0.1 * torch.randn(len(targets), 16, generator=g), targets)
+    joint = nn.Linear(16, classes)
+    with torch.no_grad():
+        joint.weight.copy_(means)
+        joint.bias.copy_(-means.square().sum(1) / 2)
+    given = {"classifier": joint, "class_counts": torch.bincount(targets)}
+    head = timm_lt.fit_head(name, train, **given, **options.get(name, {}))
+    if name == "oltr":
+        # Its classifier starts at random, and two updates show it few of the classes.
+        assert head.centroids[50:].equal(train.values[50:classes])
+        return
+    with torch.no_grad():
+        right = head(train.values[::20]).argmax(1) == targets[::20]
+    assert right.double().mean() > 0.4
+
+
+@contract
 def test_every_option_has_a_default_and_none_is_unknown(name):
     with pytest.raises(UsageError, match=f"head '{name}' has no option 'tua'.*valid options"):
         fit(name, tua=1)

@@ -109,6 +109,14 @@ def test_follows_a_hand_written_loop(bn):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_training_every_module_is_training_the_model():
+    model, whole = new_model(), new_model()
+    train(model, trained=[name for name, child in model.named_children() if [*child.parameters()]])
+    train(whole)
+    for key, value in model.state_dict().items():
+        assert value.equal(whole.state_dict()[key]), key
+
+
 def test_a_module_within_a_module_and_the_classifier_alone():
     for trained, moved in ((["layer4.0.conv2", "fc"], {"layer4.0.conv2", "fc"}), ([], {"fc"})):
         model, before = new_model(), new_model().state_dict()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gaussian_features import COUNTS, JOINT, TRAIN, fit
 from learning import COUNTS as GLYPH_COUNTS
-from learning import pretrained, small_glyphs
+from learning import features as glyph_features
 from torch import nn
 
 import timm_lt
@@ -90,6 +90,14 @@ def test_the_start_of_the_generator():
     assert (generator.phi_q - torch.eye(300)).std().item() == pytest.approx(1e-3, rel=0.05)
     assert generator.keys.std().item() == pytest.approx(math.sqrt(2 / 300), rel=0.05)
     assert generator.gamma.item() == 30
+
+
+def test_a_weight_by_numbers():
+    """With one base class all attention is on it: mean feature plus its direction."""
+    generator = WeightGenerator(3, 1, gamma=30, random=torch.Generator().manual_seed(0))
+    features = torch.eye(3)[None, :2]
+    weight = generator(features, torch.tensor([[0.0, 0.0, 5.0]]), torch.tensor([0]))
+    assert weight.tolist() == [pytest.approx([0.5, 0.5, 1.0])]
 
 
 def test_gradients_of_the_generator():
@@ -302,18 +310,9 @@ def test_what_only_the_fit_can_see_is_refused():
 # What it is good for ------------------------------------------------------------------------------
 
 
-def glyph_features():
-    """Features of the packaged backbone, for which these twenty classes were many-shot."""
-    model = pretrained().eval()
-    for part in small_glyphs():
-        batches = [
-            part[list(range(at, min(at + 250, len(part))))] for at in range(0, len(part), 250)
-        ]
-        yield timm_lt.extract_features(model, batches)
-
-
 @pytest.mark.slow
 def test_few_shot_glyphs_are_better_than_with_the_joint_classifier():
+    # Of the packaged backbone, for which these twenty classes were many-shot.
     train, test = glyph_features()
     counts = torch.tensor(GLYPH_COUNTS)
     joint = create_head("linear", train.num_features, len(counts))

@@ -181,6 +181,17 @@ def test_half_precision_and_leading_dimensions(name, features):
     assert half.dtype is torch.bfloat16
 
 
+@every_head
+@torch.no_grad()
+def test_ten_thousand_classes(name):
+    head = usable_head(name, 8, 10_000, **HEAD_OPTIONS[name])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    exact = copy.deepcopy(head).double()(x.double())
+    assert exact.shape == (3, 10_000)
+    torch.testing.assert_close(head(x).double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head(x[:1]), head(x)[:1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NEED_A_FIT)
 def test_unfitted_head_raises_until_it_is_fitted(name, features):
     head = create_head(name, 6, 4)

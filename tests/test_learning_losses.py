@@ -1,21 +1,132 @@
-"""Losses for the long tail do better on rare classes than cross-entropy does."""
+"""Methods for the long tail do better on rare classes than joint training does, on small glyphs.
+
+Those with a network or a head of their own are in its file.
+"""
+
+import copy
 
 import pytest
-from learning import COUNTS, joint, learned, pretrained
+import torch
+from learning import COUNTS, features, joint, learned, pretrained, small_glyphs
 
-from timm_lt.losses import create_loss
+import timm_lt
+from timm_lt.losses import create_loss, list_losses
+from timm_lt.metrics import shot_accuracy
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_ldam_drw_learns_the_tail():
+@pytest.fixture(scope="module")
+def joint_few_shot():
+    return joint()[1]["few_shot"]
+
+
+def retrained(loss, *, seed=0, **options):
+    """Returns the few-shot accuracy of a classifier trained anew on the features of the joint one.
+
+    In 50 updates of 512 rows: by cross-entropy it is about as good as the joint classifier.
+    """
+    train, test = features(joint()[0])
+    settings = {"sampler": "instance_balanced", "steps": 50, "lr": 0.05}
+    head = timm_lt.fit_head("crt", train, loss=loss, solver="sgd", seed=seed, **settings | options)
+    with torch.no_grad():
+        preds = head(test.values).argmax(1)
+    return shot_accuracy(preds, test.targets, torch.tensor(COUNTS)).few_shot
+
+
+# The whole network --------------------------------------------------------------------------------
+
+
+def test_ldam_drw_learns_the_tail(joint_few_shot):
     # A gentler scale than the paper's, for so few updates at the rate of a linear classifier.
     options = {"loss": "ldam", "loss_options": {"scale": 10.0}, "normalization": "batch"}
     loss = create_loss("deferred_reweighting", COUNTS, start=0.5, **options)
     found = learned(loss, model=pretrained(head="cosine", scale=1.0))
-    assert found["few_shot"] > joint()["few_shot"] + 0.1
+    assert found["few_shot"] > joint_few_shot + 0.1
 
 
-@pytest.mark.slow
-def test_class_balanced_learns_the_tail():
-    found = learned(create_loss("class_balanced", COUNTS))
-    assert found["few_shot"] > joint()["few_shot"] + 0.1
+@pytest.mark.parametrize("name", ["class_balanced", "balanced_softmax"])
+def test_losses_learn_the_tail(name, joint_few_shot):
+    assert learned(create_loss(name, COUNTS))["few_shot"] > joint_few_shot + 0.1
+
+
+def test_deferred_sampling_learns_the_tail(joint_few_shot):
+    labels = small_glyphs()[0].labels
+    sampler = timm_lt.create_sampler("deferred", labels, start=0.5, epochs=4)
+    # Measured: 0.56; joint training 0.47.
+    assert (
+        learned(create_loss("cross_entropy"), sampler=sampler)["few_shot"] > joint_few_shot + 0.04
+    )
+
+
+@pytest.mark.parametrize(
+    "trained", [None, ["last_block"], []], ids=["B + C", "last block + C", "C"]
+)
+def test_fine_tuning_on_balanced_classes_learns_the_tail(trained, joint_few_shot):
+    found = learned(
+        create_loss("cross_entropy"),
+        sampler="class_balanced",
+        model=copy.deepcopy(joint()[0]),
+        epochs=1,
+        trained=trained,
+    )
+    # Measured: 0.58, 0.59 and 0.58.
+    assert found["few_shot"] > joint_few_shot + 0.05
+
+
+# The classifier -----------------------------------------------------------------------------------
+
+# Losses, their options, and the gain over joint training that is asked for. Measured, seeds 0 to 2:
+# .03 to .05 for seesaw, .07 to .10 for deferred weights, .09 to .20 for the others.
+CLASSIFIERS = [
+    ("balanced_softmax", {}, 0.08),
+    ("logit_adjustment", {"tau": 1.5}, 0.08),
+    ("inverse_frequency", {}, 0.08),
+    ("class_balanced", {}, 0.08),
+    ("class_balanced", {"form": "focal", "normalization": "weights"}, 0.08),
+    ("class_balanced_focal", {}, 0.08),
+    ("class_balanced_focal", {"form": "softmax"}, 0.08),
+    ("deferred_reweighting", {"start": 1}, 0.04),
+    ("seesaw", {}, 0.02),
+]
+# Of which the papers, or this file, say nothing for a linear classifier by itself.
+OTHERS = {"cross_entropy", "focal", "ldam", "label_aware_smoothing", "bilateral"}
+
+
+@pytest.mark.parametrize(("name", "options", "gain"), CLASSIFIERS)
+def test_losses_of_a_classifier_learn_the_tail(name, options, gain, joint_few_shot):
+    assert retrained(name, loss_options=options) > joint_few_shot + gain
+
+
+def test_focal_loss_gains_a_little():
+    """What its paper says is of two classes; long-tail papers find little or nothing."""
+    gains = [retrained("focal", seed=s) - retrained("cross_entropy", seed=s) for s in range(3)]
+    # Measured: .03, .03 and .04.
+    assert 0.01 < sum(gains) / 3 < 0.08
+
+
+def test_label_aware_smoothing_learns_the_tail():
+    """The second stage of MiSLAS has balanced classes, and so has what it is compared with."""
+    sampled = {"sampler": "class_balanced"}
+    # Measured: 0.69 and 0.58.
+    smoothed = retrained("label_aware_smoothing", **sampled)
+    assert smoothed > retrained("cross_entropy", **sampled) + 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "over_sampled"},
+        {"sampler": "under_sampled"},
+        {"smote": "largest"},
+    ],
+    ids=str,
+)
+def test_balanced_rows_learn_the_tail(options, joint_few_shot):
+    # Measured with seeds 0 to 2: 0.54 to 0.58.
+    assert retrained("cross_entropy", **options) > joint_few_shot + 0.05
+
+
+def test_every_loss_is_here():
+    of_features = {"range", "lifted_structure"}
+    assert {name for name, *_ in CLASSIFIERS} | OTHERS | of_features == set(list_losses())

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from timm_lt.losses import list_losses
 from timm_lt.metrics import evaluate_logits, open_set_report
 
 # What every rank runs: train in float64, note which draws it took and what they cost, and take the
@@ -19,6 +20,7 @@ import datasets
 import numpy as np
 import timm
 import torch
+from losses_by_hand import BY_HAND, COUNTS
 from timm.layers import GroupNorm
 from torch import nn
 
@@ -30,6 +32,7 @@ from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
 from timm_lt.training import train_head_on_images, train_representation
+from timm_lt.training.update import taken_together
 
 N, C, SIDE = 42, 4, 32
 arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
@@ -57,6 +60,50 @@ class Bilateral(InFloat64):
         super().__init__()
         options = {"base": "test_resnet", "norm_layer": "layernorm2d", "num_classes": C}
         self.model = timm.create_model("lt_bbn_resnet", **options).double()
+
+
+# The losses of features as so many processes take them: each of its part of the batch.
+class OfFeatures(nn.Module):
+    needs_features = True
+
+    def __init__(self, processes):
+        super().__init__()
+        self.processes = processes
+        self.range = timm_lt.create_loss("range", weight=0.01, margin=9.0)
+        self.lifted = timm_lt.create_loss("lifted_structure", weight=0.02)
+
+    def forward(self, *batch):
+        parts = list(zip(*(values.chunk(self.processes) for values in batch), strict=True))
+        values = [loss(*part) for part in parts for loss in (self.range, self.lifted)]
+        return sum(values) / len(parts)
+
+
+# Of each loss of logits in the weights of a classifier, the mean over the processes.
+def gradients():
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(24, 6, generator=generator, dtype=torch.float64)
+    # A class is in some parts of the batch only, or in none.
+    targets = torch.randint(4, (24,), generator=generator)
+    size = len(inputs) // accelerator.num_processes
+    share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    by_weights = {"normalization": "weights"}
+    variants = [
+        *((name, options) for name, options, _ in BY_HAND),
+        ("inverse_frequency", by_weights),
+        ("class_balanced", by_weights),
+        ("class_balanced_focal", by_weights),
+        ("deferred_reweighting", {"start": 0}),
+        ("bilateral", {}),
+        ("bilateral", {"loss": "deferred_reweighting", "loss_options": {"start": 0}}),
+    ]
+    found = {}
+    for name, options in variants:
+        weight = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).requires_grad_()
+        loss = timm_lt.create_loss(name, COUNTS, **options).double()
+        with taken_together(loss):
+            loss(inputs[share] @ weight, targets[share]).backward()
+        found[f"{name} {options}"] = accelerator.reduce(weight.grad, "mean").flatten().tolist()
+    return found
 
 
 def in_memory(labels=labels):
@@ -91,6 +138,7 @@ def run(
     sampler="class_balanced",
     given=None,
     network=InFloat64,
+    epochs=3,
     **options,
 ):
     seen, losses = [], []
@@ -102,6 +150,7 @@ def run(
 
     class Loss(nn.Module):
         takes_pairs = getattr(criterion, "takes_pairs", False)
+        needs_features = getattr(criterion, "needs_features", False)
 
         def __init__(self):
             super().__init__()
@@ -110,8 +159,8 @@ def run(
         def set_epoch(self, epoch, epochs):
             getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
 
-        def forward(self, logits, targets):
-            value = criterion(logits, targets)
+        def forward(self, *batch):
+            value = criterion(*batch)
             losses.append(value.item())
             return value
 
@@ -125,7 +174,7 @@ def run(
         timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
         accelerator=accelerator,
-        epochs=3,
+        epochs=epochs,
         batch_size=8,
         optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
         **options,
@@ -150,6 +199,12 @@ result["attention"] = run(in_memory(), network=with_attention)
 bbn = timm_lt.create_loss("bilateral")
 given = {"num_samples": N}
 result["bilateral"] = run(in_memory(), bbn, "bilateral", given, network=Bilateral)
+result["gradients"] = gradients()
+# One process does what several do: the losses of their parts, which pair no images of two.
+result["of_features"] = {}
+for processes in (2, 4) if accelerator.num_processes == 1 else (1,):
+    options = {"given": {"samples_per_class": 2}, "epochs": 1}
+    result["of_features"][processes] = run(in_memory(), OfFeatures(processes), **options)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
 options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
@@ -281,6 +336,30 @@ def test_the_loss_curve_is_the_same(results, processes, kind):
     assert [rank["norm"] for rank in ranks] == pytest.approx([alone["norm"]] * processes, rel=1e-9)
     # The runs are not trivially equal: the curve moves.
     assert max(means) - min(means) > 0.01
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_loss_has_the_gradient_of_the_whole_batch(results, processes):
+    alone = results[1][0]["gradients"]
+    others = {"range", "lifted_structure"}
+    assert {name.split()[0] for name in alone} == set(list_losses()) - others
+    for rank in results[processes]:
+        for name, gradient in rank["gradients"].items():
+            assert gradient == pytest.approx(alone[name], rel=1e-6, abs=1e-9), name
+            assert max(map(abs, gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_of_features_are_those_of_the_parts_of_a_batch(results, processes):
+    """Each process pairs the images that it takes, and the gradients are averaged."""
+    alone = results[1][0]["of_features"]
+    ranks = [rank["of_features"]["1"] for rank in results[processes]]
+    means = [sum(losses) / processes for losses in zip(*(r["losses"] for r in ranks), strict=True)]
+    assert means == pytest.approx(alone[str(processes)]["losses"], abs=1e-9)
+    for rank in ranks:
+        assert rank["norm"] == pytest.approx(alone[str(processes)]["norm"], rel=1e-9)
+    # The parts matter.
+    assert alone["2"]["losses"] != pytest.approx(alone["4"]["losses"], rel=0.01)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -182,6 +182,29 @@ def test_draws_are_right_on_average(name, options):
     assert error.max() < 4 * 0.5 / math.sqrt(epochs)
 
 
+@contract
+def test_equal_counts_are_drawn_equally(name, options):
+    sampler = create_sampler(name, [0, 1, 2] * 8, num_samples=24, **options)
+    for epoch in (0, 3, 8):
+        third = pytest.approx(1 / 3, abs=1e-12)
+        assert sampler.class_probabilities(epoch).tolist() == [third] * 3
+        assert torch.bincount(sampler.epoch_indices(epoch) % 3).tolist() == [8] * 3
+
+
+@contract
+def test_ten_thousand_classes(name, options):
+    classes = 10_000
+    labels = torch.cat([torch.arange(classes), torch.arange(50).repeat(40)])
+    sampler = create_sampler(name, labels, num_samples=15_000, **options)
+    for epoch in (8, 0):
+        drawn = sampler.epoch_indices(epoch)
+        of_class = torch.bincount(labels[drawn], minlength=classes)
+        assert (of_class - 15_000 * sampler.class_probabilities(epoch)).abs().max() < 1
+    # In the first epoch every class's cycle begins: no image is two draws ahead of another.
+    cycles = -(-of_class // sampler.class_counts)
+    assert (torch.bincount(drawn, minlength=len(labels)) <= cycles[labels]).all()
+
+
 @contract_on_order
 def test_every_image_is_equally_likely_at_every_place(name, options):
     labels, num_samples, epochs, epoch = [0, 1, 0, 0, 1, 2], 8, 2000, 1

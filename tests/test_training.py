@@ -15,6 +15,7 @@ from torch import nn
 import timm_lt
 from timm_lt.accelerator import create_accelerator, native_precision, set_cpu_threads
 from timm_lt.data.images import ImageTensors
+from timm_lt.heads import get_head
 from timm_lt.training import (
     TrainingState,
     check_batch_size,
@@ -556,6 +557,20 @@ def test_mixed_images_have_mixed_targets(accelerator, mixup):
     assert ((soft > 0).sum(1) == 2).any()
     # After two epochs, images are as they are.
     assert (torch.cat(batches[10:]).max(1).values == 1).all()
+
+
+def test_class_weights_are_no_longer_than_the_limit(accelerator):
+    limited, free = (timm.create_model("test_resnet", num_classes=NUM_CLASSES) for _ in range(2))
+    options = {"optimizer": {"opt": "sgd", "lr": 1.0}, "epochs": 2}
+    train(accelerator, limited, max_norm=0.7, **options)
+    train(accelerator, free, **options)
+    longest = [
+        max(math.hypot(*row) for row in get_head(m).weight.tolist()) for m in (limited, free)
+    ]
+    assert longest[0] == pytest.approx(0.7, abs=1e-5)
+    assert longest[1] > 0.8
+    with pytest.raises(timm_lt.UsageError, match=r"max_norm must be a number in \(0, inf\)"):
+        train(accelerator, linear_model(), max_norm=0)
 
 
 def test_mixing_needs_an_even_batch_and_a_loss_for_it(accelerator):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import timm_lt
 from timm_lt import losses
-from timm_lt.losses import ClassLoss, create_loss, register_loss
+from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
 from timm_lt.losses.weights import effective_number_weights, inverse_frequency_weights
 from timm_lt.registry import UsageError
 from timm_lt.training.checks import check_classifier, check_schedule, start_classifier
@@ -29,48 +29,84 @@ def batch(n=9, classes=5):
 # Constants ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "counts", "options", "z", "y", "expected"),
-    [
-        # 1/3 and 1/1, of mean 2/3: weights 1/2 and 3/2.
-        ("inverse_frequency", [3, 1], {}, [0, 0], 0, LN2 / 2),
-        ("inverse_frequency", [3, 1], {}, [0, 0], 1, 1.5 * LN2),
-        ("inverse_frequency", [9, 1], {"exponent": 0.5}, [0, 0], 1, 1.5 * LN2),
-        # E = (1 - 1/4) / (1/2) = 3/2 and 1; 1/E = 2/3 and 1: weights 4/5 and 6/5.
-        ("class_balanced", [2, 1], {"beta": 0.5}, [0, 0], 0, 0.8 * LN2),
-        ("class_balanced", [2, 1], {"beta": 0.5, "form": "sigmoid"}, [0, 0], 1, 1.2 * 2 * LN2),
-        ("class_balanced", [2, 1], {"beta": 0.5, "form": "focal"}, [0, 0], 1, 1.2 * LN2),
-        ("class_balanced_focal", [2, 1], {"beta": 0.5, "gamma": 2}, [0, 0], 1, 0.3 * 2 * LN2),
-        (
-            "class_balanced_focal",
-            [3, 1],
-            {"beta": 0.999999, "form": "softmax", "probability": "weighted"},
-            [0, 0],
-            1,
-            # exp(-1.5 log 2) is 2^-1.5.
-            1.5 * (1 - 2**-1.5) * LN2,
-        ),
-        ("focal", [2, 1], {}, [0, 0], 0, LN2 / 4),
-        # The softmax is 3/4 and 1/4.
-        ("focal", [2, 1], {"gamma": 1}, [math.log(3), 0], 0, math.log(4 / 3) / 4),
-        (
-            "focal",
-            [2, 1],
-            {"form": "sigmoid"},
-            [math.log(3), 0],
-            0,
-            (math.log(4 / 3) / 4 + LN2) / 4,
-        ),
-        # Margins 1/2 and 1/4.
-        ("ldam", [16, 1], {"scale": 4}, [0.5, 0], 0, math.log(1 + math.exp(-1))),
-        ("ldam", [16, 1], {"scale": 4}, [0, 0.5], 1, LN2),
-        ("ldam", [16, 1], {"scale": 4, "logits": "scaled"}, [0, 2], 1, LN2),
-        ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 0, math.log(1.25)),
-        ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 1, LN2),
-        ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [0, LN2], 0, math.log(5)),
-        ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [LN2, 0], 0, math.log(1.5)),
-    ],
-)
+CONSTANTS = [
+    # The softmax is 3/4 and 1/4; of the target 3/4 is for the label.
+    (
+        "cross_entropy",
+        [2, 1],
+        {"smoothing": 0.5},
+        [math.log(3), 0],
+        0,
+        (3 * math.log(4 / 3) + math.log(4)) / 4,
+    ),
+    # 1 of 3 + 1, and of 3^2 + 1.
+    ("balanced_softmax", [3, 1], {}, [0, 0], 1, math.log(4)),
+    ("logit_adjustment", [3, 1], {"tau": 2}, [0, 0], 1, math.log(10)),
+    # The largest class is smoothed by 1/2, the smallest by 0.
+    (
+        "label_aware_smoothing",
+        [3, 1],
+        {"head": 0.5},
+        [math.log(3), 0],
+        0,
+        (math.log(4 / 3) + math.log(4)) / 2,
+    ),
+    ("label_aware_smoothing", [3, 1], {"head": 0.5}, [math.log(3), 0], 1, math.log(4)),
+    # 1/3 and 1/1, of mean 2/3: weights 1/2 and 3/2.
+    ("inverse_frequency", [3, 1], {}, [0, 0], 0, LN2 / 2),
+    ("inverse_frequency", [3, 1], {}, [0, 0], 1, 1.5 * LN2),
+    ("inverse_frequency", [9, 1], {"exponent": 0.5}, [0, 0], 1, 1.5 * LN2),
+    # E = (1 - 1/4) / (1/2) = 3/2 and 1; 1/E = 2/3 and 1: weights 4/5 and 6/5.
+    ("class_balanced", [2, 1], {"beta": 0.5}, [0, 0], 0, 0.8 * LN2),
+    ("class_balanced", [2, 1], {"beta": 0.5, "form": "sigmoid"}, [0, 0], 1, 1.2 * 2 * LN2),
+    ("class_balanced", [2, 1], {"beta": 0.5, "form": "focal"}, [0, 0], 1, 1.2 * LN2),
+    ("class_balanced_focal", [2, 1], {"beta": 0.5, "gamma": 2}, [0, 0], 1, 0.3 * 2 * LN2),
+    (
+        "class_balanced_focal",
+        [3, 1],
+        {"beta": 0.999999, "form": "softmax", "probability": "weighted"},
+        [0, 0],
+        1,
+        # exp(-1.5 log 2) is 2^-1.5.
+        1.5 * (1 - 2**-1.5) * LN2,
+    ),
+    ("focal", [2, 1], {}, [0, 0], 0, LN2 / 4),
+    # The softmax is 3/4 and 1/4.
+    ("focal", [2, 1], {"gamma": 1}, [math.log(3), 0], 0, math.log(4 / 3) / 4),
+    (
+        "focal",
+        [2, 1],
+        {"form": "sigmoid"},
+        [math.log(3), 0],
+        0,
+        (math.log(4 / 3) / 4 + LN2) / 4,
+    ),
+    (
+        "deferred_reweighting",
+        [2, 1],
+        {"start": 0, "beta": 0.5, "normalization": "batch"},
+        [0, 0],
+        0,
+        0.8 * LN2,
+    ),
+    # Margins 1/2 and 1/4.
+    ("ldam", [16, 1], {"scale": 4}, [0.5, 0], 0, math.log(1 + math.exp(-1))),
+    ("ldam", [16, 1], {"scale": 4}, [0, 0.5], 1, LN2),
+    ("ldam", [16, 1], {"scale": 4, "logits": "scaled"}, [0, 2], 1, LN2),
+    ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 0, math.log(1.25)),
+    ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 1, LN2),
+    ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [0, LN2], 0, math.log(5)),
+    ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [LN2, 0], 0, math.log(1.5)),
+]
+
+
+def test_every_loss_has_a_constant():
+    # The others in their own files, of pairs of rows and of features.
+    others = {"bilateral", "range", "lifted_structure"}
+    assert {name for name, *_ in CONSTANTS} == set(list_losses()) - others
+
+
+@pytest.mark.parametrize(("name", "counts", "options", "z", "y", "expected"), CONSTANTS)
 def test_constants(name, counts, options, z, y, expected):
     loss = create_loss(name, counts, **options)
     found = loss(torch.tensor([z], dtype=torch.float64), torch.tensor([y]))
@@ -190,6 +226,9 @@ def test_weighted_means_are_those_of_torch(name):
     total = (soft * weights).sum()
     expected = F.cross_entropy(logits, soft, weights, reduction="sum") / total
     torch.testing.assert_close(by_weights(logits, soft), expected)
+    # Of one image nothing is left of its weight.
+    one = logits[:1], targets[:1]
+    torch.testing.assert_close(by_weights(*one), F.cross_entropy(*one))
 
 
 # Deferred re-weighting ----------------------------------------------------------------------------

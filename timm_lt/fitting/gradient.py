@@ -30,7 +30,9 @@ Solver = Literal["lbfgs", "sgd"]
 # The losses whose optimum lbfgs finds; sgd takes any that is registered.
 LBFGSLoss = Literal["cross_entropy", "balanced_softmax"]
 Keep = Literal["last", "best"]
-SGD_OPTIONS = ("steps", "epochs", "lr", "keep", "loss_options", "sampler", "sampler_options")
+SGD_OPTIONS = (
+    *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
+)
 # From strong to weak: each solution is a good start for the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
@@ -43,6 +45,8 @@ def _check_crt_options(options: dict[str, Any]) -> None:
         if options.get(key) is not None:
             raise UsageError(f"{key} of head 'crt' has no effect with solver {solver!r}")
     check_length(options)
+    if options.get("max_norm") is not None:
+        check_number("max_norm of head 'crt'", options["max_norm"], "(0, inf)")
     check_smote(options.get("smote"))
     loss = options.get("loss", "cross_entropy")
     given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
@@ -86,6 +90,7 @@ def fit_crt(
     steps: int | None = None,
     epochs: int | None = None,
     lr: float = 0.2,
+    max_norm: float | None = None,
     keep: Keep = "last",
     smote: SmoteTarget | None = None,
 ) -> CRTHead:
@@ -107,6 +112,9 @@ def fit_crt(
         steps: Updates of sgd, of 512 rows; None goes by epochs.
         epochs: Epochs of sgd; None takes the 10 of the paper, but at least 1,000 updates.
         lr: Learning rate of sgd at the start.
+        max_norm: Largest length of a class's weights, kept after each update of sgd, > 0; None does
+            not limit it. With weight decay it is the second stage of Alshammari et al., Long-Tailed
+            Recognition via Weight Balancing, CVPR 2022.
         keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten (sgd).
         smote: Fill up each class with synthetic rows to so many, or to the ``"largest"`` class.
     """
@@ -131,6 +139,7 @@ def fit_crt(
         weight_decay=5e-4 if weight_decay is None else weight_decay,
         sampler=sampler or _usual_sampler(loss),
         sampler_options=sampler_options,
+        max_norm=max_norm,
         loss=create_loss(loss, class_counts=counts, **dict(loss_options or {})),
         score=_score(head, data, keep),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
-from timm_lt.heads import Head, LWSHead
+from timm_lt.heads import Head, LWSHead, limit_norms
 from timm_lt.heads.lengths import BATCH_SIZE
 from timm_lt.registry import UsageError, check_integer, check_number
 from timm_lt.samplers import create_sampler
@@ -56,6 +56,7 @@ def train_head(
     lr: float,
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
+    max_norm: float | None = None,
     batch_size: int = BATCH_SIZE,
     sampler: str = "class_balanced",
     sampler_options: Mapping[str, Any] | None = None,
@@ -77,6 +78,7 @@ def train_head(
         lr: Learning rate at the start, > 0.
         weight_decay: >= 0.
         momentum: In [0, 1).
+        max_norm: Largest length of a class's weights after an update, > 0; None does not limit it.
         batch_size: Rows per update, >= 1.
         sampler: How rows are drawn, one of :func:`timm_lt.list_samplers`, over all draws of the
             training as one epoch.
@@ -122,6 +124,8 @@ def train_head(
         epochs.begin(step * batch_size)
         backward(batch)
         optimizer.step()
+        if max_norm is not None:
+            limit_norms(head, max_norm)
         if best is not None:
             best.after(step + 1)
     if not all(parameter.isfinite().all() for parameter in trained):

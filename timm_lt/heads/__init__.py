@@ -24,6 +24,7 @@ from timm_lt.heads.factory import register_head as register_head
 from timm_lt.heads.linear import CRTHead as CRTHead
 from timm_lt.heads.linear import LinearHead as LinearHead
 from timm_lt.heads.linear import LogitAdjustedHead as LogitAdjustedHead
+from timm_lt.heads.linear import limit_norms as limit_norms
 from timm_lt.heads.linear import log_prior as log_prior
 from timm_lt.heads.linear import seeded_linear as seeded_linear
 from timm_lt.heads.metric import CosineHead as CosineHead

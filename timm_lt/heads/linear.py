@@ -120,3 +120,27 @@ def seeded_linear(
     for parameter in linear.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return linear
+
+
+@torch.no_grad()
+def limit_norms(classifier: nn.Linear, max_norm: float) -> None:
+    """Shortens, in place, each class's weights that are longer than a limit (MaxNorm).
+
+    ``w_c ← w_c · min(1, max_norm / ‖w_c‖)``: the projection onto the balls ``‖w_c‖ <= max_norm``.
+    The bias stays.
+
+    Args:
+        classifier: Weight (C, D).
+        max_norm: The limit, > 0.
+
+    References:
+        Alshammari, Wang, Ramanan, Kong. Long-tailed recognition via weight balancing. CVPR 2022,
+        section 3.3. https://arxiv.org/abs/2203.14197
+
+    >>> classifier = seeded_linear(2, 2)
+    >>> _ = classifier.weight.data.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
+    >>> limit_norms(classifier, 1.0)
+    >>> classifier.weight.tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.5]]
+    """
+    classifier.weight.renorm_(2, 0, max_norm)

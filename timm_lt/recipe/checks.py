@@ -21,7 +21,10 @@ SET_ELSEWHERE = {
         *("optimizer", "sched", "warmup_epochs"),
         *("num_epochs", "step_on_epochs", "updates_per_epoch"),
     ),
-    "mixup": ("mixup_alpha", "cutmix_alpha", "num_classes", "label_smoothing"),
+    "mixup": (
+        *("mixup_alpha", "cutmix_alpha", "remix_kappa", "remix_tau"),
+        *("num_classes", "label_smoothing"),
+    ),
     "ema": ("model", "decay", "device"),
 }
 # What a head is fitted on: features that are taken once, or images through the frozen backbone.

@@ -219,6 +219,7 @@ def _create_parts(
         ema=recipe.ema.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
+        max_norm=recipe.max_norm,
     )
     model = create_network(recipe, splits.num_classes)
     check_pairs(model, sampler, loss, batch=recipe.batch_size // (processes * steps))

@@ -168,12 +168,18 @@ class MixupRecipe:
     Args:
         mixup_alpha: Of the Beta distribution of mixup, >= 0.
         cutmix_alpha: Of the Beta distribution of cutmix, >= 0.
+        remix_kappa: From how many times the images on, >= 1, a mixed image is of the rarer class
+            alone, if the frequent one has a part below remix_tau in it; 3 in the paper. null is
+            mixup and cutmix as they are.
+        remix_tau: In [0, 1]; null is 0.5.
         off_epoch: Epochs after which images are no longer mixed; null is never.
         options: Further arguments of timm.data.Mixup, e.g. prob, switch_prob, mode.
     """
 
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    remix_kappa: float | None = None
+    remix_tau: float | None = None
     off_epoch: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -186,9 +192,10 @@ class MixupRecipe:
         return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``timm.data.Mixup``."""
+        """Returns the argument ``mixup`` of ``timm_lt.training.train_representation``."""
         alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
-        return alphas | self.options
+        remix = {"remix_kappa": self.remix_kappa, "remix_tau": self.remix_tau}
+        return alphas | remix | self.options
 
 
 @dataclass(frozen=True)
@@ -253,6 +260,8 @@ class Recipe:
         accumulation_steps: Parts in which a process takes its share of the batch, >= 1.
         clip_grad: Threshold of the gradient, > 0; null does not clip.
         clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
+        max_norm: Largest length of a class's weights in the joint classifier, > 0; null does not
+            limit it.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
         features: How features are taken for the heads.
@@ -284,6 +293,7 @@ class Recipe:
     accumulation_steps: int = 1
     clip_grad: float | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
+    max_norm: float | None = None
     validate_every: int = 1
     keep: Literal["best", "last"] = "best"
     features: FeaturesRecipe = field(default_factory=FeaturesRecipe)

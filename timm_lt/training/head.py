@@ -146,10 +146,6 @@ def _train(
         moved,
         nn.CrossEntropyLoss(),
         accelerator,
-        mixup=None,
-        ema=None,
-        clip_grad=None,
-        clip_mode="norm",
     )
     loader.set_epoch(0)
     with progress(f"training {name} on images", plan.updates, unit="updates") as bar:

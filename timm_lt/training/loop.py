@@ -34,6 +34,7 @@ from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.frozen import FrozenParts, check_trained
 from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
+from timm_lt.training.mixing import create_mixup
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.state import BEST, EMA, TrainingState
 from timm_lt.training.update import (
@@ -44,7 +45,6 @@ from timm_lt.training.update import (
     check_weights,
     cpu_copy,
     create_ema,
-    create_mixup,
     taken_together,
 )
 from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
@@ -80,6 +80,7 @@ def train_representation(
     scheduler: Mapping[str, Any] | None = None,
     clip_grad: float | None = None,
     clip_mode: ClipMode = "norm",
+    max_norm: float | None = None,
     mixup: Mapping[str, Any] | None = None,
     mixup_off_epoch: int | None = None,
     ema: Mapping[str, Any] | None = None,
@@ -115,7 +116,12 @@ def train_representation(
         clip_grad: Threshold of the gradient, > 0; None does not clip.
         clip_mode: Of what: ``"norm"`` of all gradients, each ``"value"``, or ``"agc"``, the norm of
             each unit relative to that of its weights.
+        max_norm: Largest length of a class's weights in the classifier, > 0 (MaxNorm): after each
+            update, longer ones are shortened to it, as in Alshammari et al., Long-Tailed
+            Recognition via Weight Balancing, CVPR 2022. None leaves them.
         mixup: Arguments of ``timm.data.Mixup``; without an alpha above 0, images are not mixed.
+            With ``remix_kappa``, and ``remix_tau``, they are by
+            :class:`~timm_lt.training.mixing.Remix`.
         mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
         ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are what
             is validated and what goes on.
@@ -164,9 +170,19 @@ def train_representation(
         seed=seed,
     )
     batch = loop.batch_size // accelerator.num_processes
-    check_update(loss, batch=batch, mixup=mixup, ema=ema, clip_grad=clip_grad, clip_mode=clip_mode)
+    check_update(
+        loss,
+        batch=batch,
+        mixup=mixup,
+        ema=ema,
+        clip_grad=clip_grad,
+        clip_mode=clip_mode,
+        max_norm=max_norm,
+    )
+    if max_norm is not None and loop.sharded:
+        raise UsageError("max_norm does not work under FSDP: leave it out")
     check_pairs(model, sampler, loss, batch=batch)
-    mixing = create_mixup(mixup, len(loop.class_counts), batch)
+    mixing = create_mixup(mixup, loop.class_counts, batch)
     update = Update(
         loop.model,
         loop.optimizer,
@@ -176,6 +192,7 @@ def train_representation(
         ema=loop.ema,
         clip_grad=clip_grad,
         clip_mode=clip_mode,
+        max_norm=max_norm,
     )
     best: dict[str, Tensor] | None = None
     set_epoch = getattr(loss, "set_epoch", None)

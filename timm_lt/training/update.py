@@ -1,6 +1,5 @@
-"""One update of the weights: mixup, loss, gradients, clipping, and their moving average."""
+"""One update of the weights: mixing, loss, gradients, limits, and their moving average."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -8,50 +7,19 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.data import Mixup
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from timm_lt.features.tap import FeatureTap
-from timm_lt.registry import UsageError, check_choice, check_number, unknown_name
+from timm_lt.heads import get_heads, limit_norms
+from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.training.mixing import Mixing, check_names, create_mixup
 
 ClipMode = Literal["norm", "value", "agc"]
 # Batches after which losses are looked at: it waits for the device.
 LOOK_EVERY = 50
-
-
-def create_mixup(options: Mapping[str, Any] | None, num_classes: int, batch: int) -> Mixup | None:
-    """Creates timm's mixup and cutmix; None if neither has an alpha.
-
-    Args:
-        options: Arguments of ``timm.data.Mixup``, of which label smoothing is the loss's.
-        num_classes: C; targets become (B, C).
-        batch: Images that are mixed with each other.
-
-    Raises:
-        UsageError: If an option is unknown or out of range, or the batch is odd.
-    """
-    given = dict(options or {})
-    _check_names("mixup", Mixup, given)
-    for name in ("label_smoothing", "num_classes"):
-        if name in given:
-            raise UsageError(f"mixup.{name} is not set here: smoothing is an option of the loss")
-    for name, interval in {
-        "mixup_alpha": "[0, inf)",
-        "cutmix_alpha": "[0, inf)",
-        "prob": "[0, 1]",
-        "switch_prob": "[0, 1]",
-    }.items():
-        check_number(f"mixup.{name}", given.get(name, 0.0), interval)
-    check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
-    mixup_alpha = given.setdefault("mixup_alpha", 0.0)
-    if not mixup_alpha and not given.get("cutmix_alpha") and not given.get("cutmix_minmax"):
-        return None
-    if batch % 2:
-        raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return Mixup(label_smoothing=0.0, num_classes=num_classes, **given)
 
 
 def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
@@ -65,21 +33,13 @@ def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV
         UsageError: If an option is unknown or the decay is out of range.
     """
     given = dict(options or {})
-    _check_names("ema", ModelEmaV3, given)
+    check_names("ema", ModelEmaV3, given)
     if given.get("decay") is None:
         if given:
             raise UsageError(f"ema option {next(iter(given))} has no effect without ema.decay")
         return None
     check_number("ema.decay", given["decay"], "[0, 1)")
     return ModelEmaV3(model, **given)
-
-
-def _check_names(owner: str, part: type, options: Mapping[str, Any]) -> None:
-    """Checks that the constructor of a class of timm takes some options."""
-    names = list(inspect.signature(part).parameters)
-    for name in options:
-        if name not in names:
-            raise unknown_name(f"option of {owner}:", name, names)
 
 
 def check_update(
@@ -90,6 +50,7 @@ def check_update(
     ema: Mapping[str, Any] | None = None,
     clip_grad: float | None = None,
     clip_mode: str = "norm",
+    max_norm: float | None = None,
 ) -> None:
     """Checks what an update is made of; see :func:`train_representation` for the arguments.
 
@@ -100,6 +61,7 @@ def check_update(
         ema: As there.
         clip_grad: As there.
         clip_mode: As there.
+        max_norm: As there.
 
     Raises:
         UsageError: If an option is unknown or out of range, or the loss takes no mixed targets.
@@ -109,8 +71,10 @@ def check_update(
         check_number("clip_grad", clip_grad, "(0, inf)")
     elif clip_mode != "norm":
         raise UsageError(f"clip_mode {clip_mode} has no effect without clip_grad")
+    if max_norm is not None:
+        check_number("max_norm", max_norm, "(0, inf)")
     create_ema(ema, nn.Linear(1, 1))
-    mixed = create_mixup(mixup, num_classes=1, batch=batch) is not None
+    mixed = create_mixup(mixup, torch.ones(1), batch=batch) is not None
     if mixed and not getattr(loss, "takes_soft_targets", False):
         raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
 
@@ -129,6 +93,7 @@ class Update:
         clip_grad: Threshold of the gradient, or None.
         clip_mode: What the threshold is of: the norm of all, each value, or the norm of each unit
             relative to its weights (adaptive gradient clipping).
+        max_norm: Largest length of a class's weights, or None.
     """
 
     def __init__(
@@ -138,16 +103,18 @@ class Update:
         loss: nn.Module,
         accelerator: Accelerator,
         *,
-        mixup: Mixup | None,
-        ema: ModelEmaV3 | None,
-        clip_grad: float | None,
-        clip_mode: ClipMode,
+        mixup: Mixing | None = None,
+        ema: ModelEmaV3 | None = None,
+        clip_grad: float | None = None,
+        clip_mode: ClipMode = "norm",
+        max_norm: float | None = None,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.accelerator, self.mixup, self.ema = accelerator, mixup, ema
-        self.clip_grad, self.clip_mode = clip_grad, clip_mode
+        self.clip_grad, self.clip_mode, self.max_norm = clip_grad, clip_mode, max_norm
         self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
         self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._limited = [] if max_norm is None else [*get_heads(self._raw).values()]
         self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
@@ -165,6 +132,9 @@ class Update:
                 self._clip(self.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients and self.max_norm is not None:
+                for classifier in self._limited:
+                    limit_norms(classifier, self.max_norm)
             if self.accelerator.sync_gradients and self.ema is not None:
                 self.ema.update(self._raw, step=step)
         return value.detach()
