@@ -182,6 +182,7 @@ def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
 
 PROGRESSIVE = ["--sampler.name", "progressively_balanced"]
 TIMM = ["--data.augmentation", "timm"]
+HEADLESS = ["--model.name", "qwen3_vit_88m_enc", "--model.options", "{depth: 1, embed_dim: 96}"]
 
 
 def failing(capsys, *arguments):
@@ -214,7 +215,7 @@ def failing(capsys, *arguments):
         (["--seed", "-1"], ["seed", "from 0"]),
         (["--seed", "99999999999999999999"], ["seed", "from 0"]),
         (["--model.name", "repvit_m0_9"], ["2 classifiers", "head.head_dist.l"]),
-        (["--model.name", "qwen3_vit_88m_enc"], ["has no classifier"]),
+        (HEADLESS, ["has no classifier"]),
         (["--model.options", "{'head': 'lws'}"], ["lws", "leave head= out of model.options"]),
         (["--heads.lws.lr", "null"], ["lr", "null"]),
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
