@@ -1,6 +1,7 @@
 import time
 import types
 
+import forks
 import hub_server
 import pytest
 import torch
@@ -30,6 +31,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Use 'content=:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(config, items):
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    # With the work shared among processes, what takes longest must not come last.
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     # Small tensors, and results that do not depend on the machine's number of cores.
@@ -43,6 +53,22 @@ def _own_log():
     yield
     log.handlers, log.propagate = kept[:2]
     log.setLevel(kept[2])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """What runs the main job, and scripts, in forks of a process that has imported everything."""
+    server = forks.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def plain_server():
+    """What runs scripts in forks of a process that has imported timm, and nothing of timm_lt."""
+    server = forks.Server(plain=True)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
-"""The main job many times for one import: each run is a fork of a process that imported all."""
+"""The main job, or a script, many times for one import: each a fork of a process that has all."""
 
 import fnmatch
 import json
 import os
 import resource
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -14,9 +17,12 @@ ROOT = TESTS.parent
 
 
 class Server:
-    """The process that forks; a run has its own process group, led by it."""
+    """The process that forks; a run has its own process group, led by it.
 
-    def __init__(self):
+    A ``plain`` one has imported torch and timm, and nothing of timm_lt.
+    """
+
+    def __init__(self, *, plain=False):
         paths = [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -25,7 +31,7 @@ class Server:
             "ACCELERATE_USE_CPU": "true",
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, "plain" if plain else "all"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -33,20 +39,49 @@ class Server:
             text=True,
         )
 
-    def start(self, *arguments, at=None, limit=None, environment=None):
-        """Starts a run and returns it.
+    def start(self, *arguments, script=None, at=None, limit=None, environment=None):
+        """Starts a run of the command, or of a script, and returns it.
 
         ``at`` is a pattern of paths: when one is opened, made or renamed, the run is killed, or may
         write no more than ``limit`` bytes to a file. Without ``at``, the limit is there from the
         start.
         """
-        arguments = list(map(str, arguments))
-        request = {"arguments": arguments, "at": at, "limit": limit, "environment": environment}
+        request = {
+            "arguments": list(map(str, arguments)),
+            "script": None if script is None else str(script),
+            "at": at,
+            "limit": limit,
+            "environment": environment,
+        }
         return Run(self, self._ask(request))
+
+    def on_ranks(self, number, *arguments, environment=None, **options):
+        """Runs on several processes to their ends, as a launcher does, and returns the runs."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {**(environment or {}), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        runs = [
+            self.start(
+                *arguments,
+                environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                **options,
+            )
+            for rank in range(number)
+        ]
+        return [run.wait() for run in runs]
 
     def run(self, *arguments, **options):
         """Runs to the end."""
         return self.start(*arguments, **options).wait()
+
+    def python(self, code, **environment):
+        """Runs some lines to the end."""
+        with tempfile.TemporaryDirectory() as scratch:
+            script = Path(scratch) / "script.py"
+            script.write_text(code)
+            return self.run(script=script, environment=environment)
 
     def close(self):
         self._process.stdin.close()
@@ -76,11 +111,24 @@ class Run:
         os.kill(self.pid, number)
 
 
-def serve():
-    # All that a run would import.
+def import_all():
+    """Imports what a run would, and makes what its first figure would."""
     import damaged  # noqa: F401
     import sklearn.datasets  # noqa: F401
+    import torch
 
+    import train_lt  # noqa: F401
+    from timm_lt.plots import save_count_plot
+
+    with tempfile.TemporaryDirectory() as scratch:
+        save_count_plot(Path(scratch) / "plot.png", torch.tensor([9, 3, 1]))
+
+
+def serve():
+    if sys.argv[1] == "plain":
+        import timm  # noqa: F401
+    else:
+        import_all()
     pipes = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -92,6 +140,8 @@ def serve():
         else:
             answer = fork(request, pipes)
         print(json.dumps(answer), flush=True)  # noqa: T201
+    # Taking apart all that was imported takes seconds.
+    os._exit(0)
 
 
 def fork(request, pipes):
@@ -107,8 +157,6 @@ def fork(request, pipes):
 
 
 def run(request, outputs):
-    import train_lt
-
     status = 70
     try:
         os.setpgid(0, 0)
@@ -120,7 +168,14 @@ def run(request, outputs):
             watch(request["at"], request["limit"])
         elif request["limit"] is not None:
             fill_disk(request["limit"])
-        status = train_lt.main(request["arguments"])
+        if request["script"] is None:
+            import train_lt
+
+            status = train_lt.main(request["arguments"])
+        else:
+            sys.argv = [request["script"], *request["arguments"]]
+            runpy.run_path(request["script"], run_name="__main__")
+            status = 0
     except SystemExit as stop:
         status = stop.code
     except BaseException:  # noqa: BLE001

@@ -4,6 +4,7 @@ import collections
 import copy
 import io
 import pickle  # noqa: TID251
+import re
 
 import numpy as np
 import onnxruntime
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from timm.models.metaformer import MetaFormer
+from timm.models.volo import _create_volo
 from torch import nn
 
 import timm_lt
@@ -30,14 +32,33 @@ def caformer(num_classes=CLASSES, **arguments):
     return MetaFormer(use_mlp_head=True, num_classes=num_classes, **arguments)
 
 
-THIN = {"num_heads": (2, 2, 2), "depth": (1, 1, 1), "key_dim": 8, "embed_dim": (32, 48, 64)}
+def volo(num_classes=CLASSES, **arguments):
+    # The registered ones have 18 blocks or more.
+    arguments = {"layers": (1, 1, 1, 1), "img_size": 64, "num_heads": (2, 2, 2, 2), **arguments}
+    arguments |= {"embed_dims": (16, 32, 32, 32), "stem_hidden_dim": 8}
+    return _create_volo("volo_d1_224", num_classes=num_classes, **arguments)
+
+
+THIN = {
+    "num_heads": (2, 2, 2),
+    "depth": (1, 1, 1),
+    "key_dim": 8,
+    "embed_dim": (32, 48, 64),
+    "img_size": 64,
+}
 # What timm calls the classifiers, their number of pixels, and a small model that has them.
 KINDS = {
     "linear": (["fc"], 32, timm_model("test_resnet")),
     "linear, transformer": (["head"], 160, timm_model("test_vit")),
     "in MlpHead": (["head.fc.fc2"], 32, caformer),
-    "in NormLinear": (["head.linear"], 224, timm_model("levit_256d", **THIN)),
-    "in LinearLayer": (["head.classifier.linear"], 32, timm_model("cpubone_b0_bfrobust")),
+    "in NormLinear": (["head.linear"], 64, timm_model("levit_256d", **THIN)),
+    "in LinearLayer": (
+        ["head.classifier.linear"],
+        32,
+        timm_model(
+            "cpubone_b0_bfrobust", width_list=[8, 16, 16, 32, 32], depth_list=[0, 1, 1, 1, 1]
+        ),
+    ),
     "in ClassifierHead": (
         ["head.fc"],
         32,
@@ -64,7 +85,7 @@ KINDS = {
     ),
     "distilled NormLinear": (
         ["head.linear", "head_dist.linear"],
-        224,
+        64,
         timm_model("levit_128s", **THIN),
     ),
     "two scales": (
@@ -75,10 +96,16 @@ KINDS = {
     "four scales, distilled": (
         [f"{name}.{i}" for name in ("heads", "heads_dist") for i in range(4)],
         32,
-        timm_model("efficientvim_m1_dist"),
+        timm_model(
+            "efficientvim_m1_dist", embed_dim=(16, 24, 32), depths=(1, 1, 1), state_dim=(9, 9, 4)
+        ),
     ),
-    "with an auxiliary one": (["aux_head", "head"], 224, timm_model("volo_d1_224")),
-    "convolution": (["fc"], 32, timm_model("dla46_c")),
+    "with an auxiliary one": (["aux_head", "head"], 64, volo),
+    "convolution": (
+        ["fc"],
+        32,
+        timm_model("dla46_c", levels=[1] * 6, channels=[8, 8, 16, 16, 32, 32]),
+    ),
     "convolution in a head": (
         ["head.fc"],
         32,
@@ -353,41 +380,62 @@ def forms(model):
     return {k: nn.Conv2d if isinstance(v, nn.Conv2d) else nn.Linear for k, v in plain.items()}
 
 
+# A number that no layer of timm's has by chance.
+ODD_CLASSES = 13
+
+
+def form_of_classifier(name):
+    """Has an architecture take a head, keep it through a reset, and fold to what it was."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=ODD_CLASSES)
+        if not hasattr(model, "get_classifier"):
+            with pytest.raises(TypeError, match="has no classifier"):
+                timm_lt.set_head(model, "tau_norm")
+            return "none"
+        plain = {k: v.shape for k, v in model.state_dict().items()}
+        classifier = model.get_classifier()
+        several = isinstance(classifier, tuple | nn.ModuleList)
+        bare = isinstance(classifier, nn.Linear | nn.Conv2d)
+        before = forms(model)
+        timm_lt.set_head(model, "tau_norm", tau=TAU)
+        assert {k: v.shape for k, v in model.state_dict().items()} == plain, name
+        # None is left.
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        left = [m for m in linear if m.out_features == ODD_CLASSES]
+        assert left == list(find_classifiers(model).values()), name
+        assert all(isinstance(head, Head) for head in left), name
+        model.reset_classifier(3)
+        heads = find_classifiers(model).values()
+        assert {(h.kind, h.tau, h.out_features) for h in heads} == {("tau_norm", TAU, 3)}, name
+        timm_lt.fold_head(model)
+        # Some models of timm drop the distilled classifier when they are reset.
+        assert forms(model).items() <= before.items(), name
+    return "several" if several else type(classifier).__name__ if bare else "wrapped"
+
+
+def names_of_timm(module=""):
+    return [name for name in timm.list_models(module=module) if not name.startswith("lt_")]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")
+def test_one_of_each_module_of_timm():
+    """The first name that says it is small, or the first of all; and all without a classifier."""
+    small = re.compile("atto|femto|pico|nano|tiny|xxs|small")
+    families = [names_of_timm(module) for module in timm.list_modules()]
+    names = {next(filter(small.search, names), names[0]) for names in families if names}
+    names |= {name for name in names_of_timm() if name.endswith("_enc")}
+    counts = collections.Counter(form_of_classifier(name) for name in sorted(names))
+    assert sum(counts.values()) == len(names) >= 80
+    assert {"Linear", "wrapped", "several", "Conv2d", "none"} == set(counts)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 def test_all_of_timm():
-    """Every architecture takes a head, keeps it through a reset, and folds to what it was."""
-    # A number that no layer of timm's has by chance.
-    classes, counts = 13, collections.Counter()
-    names = [name for name in timm.list_models() if not name.startswith("lt_")]
-    for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=classes)
-            if not hasattr(model, "get_classifier"):
-                with pytest.raises(TypeError, match="has no classifier"):
-                    timm_lt.set_head(model, "tau_norm")
-                counts["none"] += 1
-                continue
-            plain = {k: v.shape for k, v in model.state_dict().items()}
-            classifier = model.get_classifier()
-            several = isinstance(classifier, tuple | nn.ModuleList)
-            bare = isinstance(classifier, nn.Linear | nn.Conv2d)
-            counts["several" if several else type(classifier).__name__ if bare else "wrapped"] += 1
-            before = forms(model)
-            timm_lt.set_head(model, "tau_norm", tau=TAU)
-            assert {k: v.shape for k, v in model.state_dict().items()} == plain, name
-            # None is left.
-            linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-            left = [m for m in linear if m.out_features == classes]
-            assert left == list(find_classifiers(model).values()), name
-            assert all(isinstance(head, Head) for head in left), name
-            model.reset_classifier(3)
-            heads = find_classifiers(model).values()
-            assert {(h.kind, h.tau, h.out_features) for h in heads} == {("tau_norm", TAU, 3)}, name
-            timm_lt.fold_head(model)
-            # Some models of timm drop the distilled classifier when they are reset.
-            assert forms(model).items() <= before.items(), name
+    names = names_of_timm()
+    counts = collections.Counter(form_of_classifier(name) for name in names)
     assert sum(counts.values()) == len(names)
     expected = {"Linear": 1226, "wrapped": 49, "several": 50, "Conv2d": 39, "none": 7}
     # Counted at timm 1.0.31; another version may have more, and none may be refused there either.

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -165,7 +163,7 @@ def test_read_checkpoint(folder):
     assert info.heads["lws"].options == {"scale_bias": False}
 
 
-def test_plain_timm_loads_the_folder_without_timm_lt(folder, model, images, tmp_path):
+def test_plain_timm_loads_the_folder_without_timm_lt(plain_server, folder, model, images, tmp_path):
     np.save(tmp_path / "images.npy", images.numpy())
     program = f"""
 import sys
@@ -178,7 +176,8 @@ with torch.no_grad():
 np.save(r"{tmp_path / "logits.npy"}", logits.numpy())
 assert "timm_lt" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    plain = plain_server.python(program)
+    assert plain.status == 0, plain.err
     with torch.no_grad():
         assert (np.load(tmp_path / "logits.npy") == model(images).numpy()).all()
 

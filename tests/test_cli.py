@@ -90,7 +90,10 @@ def test_train_takes_a_recipe_by_name(capsys):
 
 @pytest.mark.slow
 def test_the_installed_package_needs_no_clone(tmp_path):
-    script = "import timm_lt, sys; sys.exit('site-packages' not in timm_lt.__file__)"
+    script = (
+        "import importlib.util, sys; "
+        "sys.exit('site-packages' not in importlib.util.find_spec('timm_lt').origin)"
+    )
     isolated = [sys.executable, "-I"]
     if subprocess.run([*isolated, "-c", script], cwd=tmp_path, check=False).returncode:
         pytest.skip("timm_lt is installed in editable mode here; the wheel is tested in CI")
@@ -99,10 +102,10 @@ def test_the_installed_package_needs_no_clone(tmp_path):
     assert (tmp_path / "run" / "metrics.json").is_file()
     # The registry's names are made from hub_configs/, which the wheel has.
     names = timm.list_pretrained("lt_*")
+    arguments = ["fold", "lt_test_resnet.glyph_lt", "ship", "--head", "crt"]
     code = (
         "import timm, timm_lt; timm.create_model('lt_test_resnet.glyph_lt', pretrained=True); "
-        f"assert timm.list_pretrained('lt_*') == {names!r}"
+        f"assert timm.list_pretrained('lt_*') == {names!r}; "
+        f"from timm_lt.cli import main; assert main({arguments!r}) == 0"
     )
     subprocess.run([*isolated, "-c", code], cwd=tmp_path, check=True)
-    arguments = ["fold", "lt_test_resnet.glyph_lt", "ship", "--head", "crt"]
-    subprocess.run([*isolated, "-m", "timm_lt", *arguments], cwd=tmp_path, check=True)

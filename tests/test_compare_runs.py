@@ -311,25 +311,32 @@ GRID = {
 }
 
 
-def killed_half_way(command, state):
+def killed_half_way(server, arguments, state):
     """Starts a comparison and kills it, with its runs, when a state is there."""
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    script = state.parents[5] / "compare.py"
+    script.write_text(
+        f"import os, timm_lt.cli\nos.chdir({str(script.parent)!r})\ntimm_lt.cli.main({arguments})\n"
+    )
+    process = server.start(script=script)
+    end = time.monotonic() + 300
     while not state.exists():
+        assert time.monotonic() < end
         time.sleep(0.02)
-        assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait().status == -signal.SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(tmp_path, capsys, monkeypatch):
+def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(
+    server, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
     arguments = ["compare", "mine.yaml", "--seeds", "3", "--threads", "1", "--output", "out"]
     folder = tmp_path / "out"
     epoch = folder / "runs" / "again" / "seed_3" / "state" / "epoch_0001"
-    killed_half_way([sys.executable, "-m", "timm_lt", *arguments, "--jobs", "1"], epoch)
+    killed_half_way(server, [*arguments, "--jobs", "1"], epoch)
     joint = folder / "runs" / "joint" / "seed_3"
     times = {path: path.stat().st_mtime_ns for path in joint.rglob("*")}
     assert not (folder / "results.json").exists()

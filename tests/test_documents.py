@@ -44,7 +44,7 @@ def test_python_blocks_of_the_readme_run(number, capsys, request):
 def test_the_first_two_shell_blocks_install_and_run():
     run, test = blocks("bash")[:2]
     assert run.split("\n")[:2] == ["pip install .", "accelerate launch train_lt.py"]
-    assert test.split("\n")[:2] == ['pip install ".[test]"', "pytest -n 2 --dist loadfile"]
+    assert test.split("\n")[:2] == ['pip install ".[test]"', "pytest -n 2 --dist worksteal"]
 
 
 def test_the_readme_names_every_part():

@@ -1,8 +1,6 @@
 """Folded models on disk: plain timm and onnxruntime load what ``timm-lt fold`` writes."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -27,7 +25,7 @@ def images(channels=3, pixels=32, number=5):
     return torch.randn(number, channels, pixels, pixels, generator=generator)
 
 
-def plain_logits(folder, x):
+def plain_logits(server, folder, x):
     """By a process that has never heard of timm_lt."""
     script = (
         "import sys, numpy, timm, torch\n"
@@ -37,12 +35,13 @@ def plain_logits(folder, x):
         "assert 'timm_lt' not in sys.modules\n"
     )
     np.save(folder / "x.npy", x.numpy())
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+    plain = server.python(script)
+    assert plain.status == 0, plain.err
     return torch.from_numpy(np.load(folder / "y.npy"))
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_plain_timm_and_onnxruntime_load(tmp_path, capsys):
+def test_the_command_writes_what_plain_timm_loads_and_onnxruntime(plain_server, tmp_path, capsys):
     arguments = ["--head", "tau_norm", "--option", "tau=0.4", "--onnx"]
     assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 0
     assert "tau_norm folded, the same logits" in capsys.readouterr().out
@@ -50,7 +49,8 @@ def test_the_command_writes_what_plain_timm_and_onnxruntime_load(tmp_path, capsy
     x = images()
     with torch.no_grad():
         expected = model(x)
-    torch.testing.assert_close(plain_logits(tmp_path / "ship", x), expected, rtol=1e-4, atol=1e-5)
+    logits = plain_logits(plain_server, tmp_path / "ship", x)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     session = onnxruntime.InferenceSession(tmp_path / "ship" / "model.onnx")
     for number in (1, 5):
         (logits,) = session.run(["logits"], {"images": x[:number].numpy()})

@@ -306,16 +306,17 @@ def test_the_model_knows_where_it_is_from(pushed):
     assert config["mean"] == [0.5, 0.5, 0.5]
 
 
-def test_plain_timm_loads_the_repo(pushed):
-    done = run_python(f"""
-import sys, timm
+def test_plain_timm_loads_the_repo(plain_server, pushed):
+    code = f"""
+import sys, timm, torch
 model = timm.create_model("hf-hub:{pushed.repo_id}", pretrained=True, cache_dir=r"{pushed.cache}")
 assert type(model.get_classifier()) is torch.nn.Linear and "timm_lt" not in sys.modules
 images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 print(model.eval()(images).detach().double().sum().item())
-""")
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(local_logits().double().sum().item(), rel=1e-6)
+"""
+    done = plain_server.python(code, HF_TOKEN=os.environ["HF_TOKEN"])
+    assert done.status == 0, done.err
+    assert float(done.out) == pytest.approx(local_logits().double().sum().item(), rel=1e-6)
     assert pushed.on_the_wire() == [CONFIG, WEIGHTS]
 
 
@@ -324,14 +325,14 @@ def test_without_a_network_the_cache_serves(pushed):
     code = f"""
 import timm_lt
 import train_lt
-model = timm_lt.create_model("hf-hub:{pushed.repo_id}", head=HEAD, cache_dir=r"{pushed.cache}")
 images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-print(model.eval()(images).detach().double().sum().item())
+for head in ("lws", "crt"):
+    model = timm_lt.create_model("hf-hub:{pushed.repo_id}", head=head, cache_dir=r"{pushed.cache}")
+    print(model.eval()(images).detach().double().sum().item())
 """
-    done = run_python(code.replace("HEAD", "'lws'"), HF_HUB_OFFLINE="1", HF_TOKEN="")
-    assert done.returncode == 0, done.stderr
+    done = run_python(code, HF_HUB_OFFLINE="1", HF_TOKEN="")
     assert float(done.stdout) == pytest.approx(local_logits("lws").double().sum().item(), rel=1e-6)
-    done = run_python(code.replace("HEAD", "'crt'"), HF_HUB_OFFLINE="1", HF_TOKEN="")
+    assert done.returncode != 0
     assert "heads/crt.safetensors" in done.stderr
     assert "is not in the cache, and HF_HUB_OFFLINE is set" in done.stderr
 
@@ -339,19 +340,18 @@ print(model.eval()(images).detach().double().sum().item())
 def test_an_unreachable_hub_serves_from_the_cache_or_says_so(pushed):
     load(pushed, "lws")
     code = f"""
-import timm_lt
-import train_lt
-timm_lt.create_model("hf-hub:NAME", head="lws", cache_dir=r"{pushed.cache}")
-"""
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
-    done = run_python(code.replace("NAME", pushed.repo_id), **nowhere)
-    assert done.returncode == 0, done.stderr
-    hurry = """
 import time, types
 from huggingface_hub.utils import _http
-_http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda _: None})
+import timm_lt
+import train_lt
+timm_lt.create_model("hf-hub:{pushed.repo_id}", head="lws", cache_dir=r"{pushed.cache}")
+print("from the cache")
+_http.time = types.SimpleNamespace(**vars(time) | {{"sleep": lambda _: None}})
+timm_lt.create_model("hf-hub:me/other", head="lws", cache_dir=r"{pushed.cache}")
 """
-    done = run_python(hurry + code.replace("NAME", "me/other"), **nowhere)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
+    done = run_python(code, **nowhere)
+    assert done.stdout == "from the cache\n", done.stderr
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr
     assert "config.json of me/other is not in the cache" in done.stderr
 
@@ -531,17 +531,18 @@ def test_add_head_notices_that_the_repo_moved_on(loopback_hub, tmp_path, monkeyp
 # ---- the card and the main job -------------------------------------------------------------------
 
 
-def test_the_snippets_of_the_card_run_as_they_stand(pushed):
+def test_the_snippets_of_the_card_run_as_they_stand(server, plain_server, pushed):
     text = ModelCard.load(pushed.repo_id).text
     snippets = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     assert len(snippets) == 3
     assert all(f"hf-hub:{pushed.repo_id}" in snippet for snippet in snippets)
     plain = [snippet for snippet in snippets if "timm_lt" not in snippet]
     assert len(plain) == 1
-    done = run_python("\n".join(set(snippets) - set(plain)))
-    assert done.returncode == 0, done.stderr
-    done = run_python(plain[0] + "\nimport sys\nassert 'timm_lt' not in sys.modules")
-    assert done.returncode == 0, done.stderr
+    done = server.python("\n".join(set(snippets) - set(plain)), HF_TOKEN=os.environ["HF_TOKEN"])
+    assert done.status == 0, done.err
+    code = plain[0] + "\nimport sys\nassert 'timm_lt' not in sys.modules"
+    done = plain_server.python(code, HF_TOKEN=os.environ["HF_TOKEN"])
+    assert done.status == 0, done.err
 
 
 RECIPE = ["lt_test_resnet.digits_lt", "--epochs", "1", "--quiet", "--heads", '{"tau_norm": {}}']

@@ -2,19 +2,12 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import train_lt
 from timm_lt.losses import list_losses
 from timm_lt.metrics import evaluate_logits, open_set_report
-
-ROOT = Path(train_lt.__file__).parent
 
 # What every rank runs: train in float64, note which draws it took and what they cost, and take the
 # features of data sets of awkward sizes.
@@ -286,21 +279,14 @@ accelerator.end_training()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(server, tmp_path_factory):
     """What each rank noted, by number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "ranks.py"
     script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    }
     for processes in (1, 2, 4):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launch, str(script), str(folder)]
-        subprocess.run(command, env=environment, cwd=folder, check=True)
+        for rank in server.on_ranks(processes, folder, script=script):
+            assert rank.status == 0, rank.err
     return {
         processes: [
             json.loads((folder / f"{processes}_{rank}.json").read_text())

@@ -5,8 +5,6 @@ import fnmatch
 import io
 import os
 import pickle  # noqa: TID251
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -105,7 +103,7 @@ def test_a_wrong_tag_is_timms_error_and_ours_lists_the_tags():
         timm_lt.create_model("lt_resnet50.inat")
 
 
-def test_a_former_name_warns_and_gives_the_new_one():
+def test_a_former_name_warns_and_gives_the_new_one(plain_server):
     # The names are registered on import, so one is changed before it, in a process of its own.
     script = """if True:
         import dataclasses, importlib.util, sys, types, warnings
@@ -123,16 +121,10 @@ def test_a_former_name_warns_and_gives_the_new_one():
             model = timm.create_model("lt_glyph_resnet", pretrained=True, head="crt")
         print(caught[0].message, model.pretrained_cfg["tag"], model.get_classifier().kind)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(timm_lt.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Mapping deprecated model name lt_glyph_resnet to current" in done.stdout
-    assert done.stdout.split()[-2:] == ["glyph_lt", "crt"]
+    done = plain_server.python(script)
+    assert done.status == 0, done.err
+    assert "Mapping deprecated model name lt_glyph_resnet to current" in done.out
+    assert done.out.split()[-2:] == ["glyph_lt", "crt"]
 
 
 def test_files_of_hub_configs_are_checked(tmp_path):

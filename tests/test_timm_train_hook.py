@@ -3,8 +3,6 @@
 import collections
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +65,7 @@ def main():
         training=[epochs(loader, args.distributed) for loader in training],
         resumed=epochs(training[0], args.distributed, data, first=7)[:2],
     )
-    with open(f"rank_{args.rank}.json", "w") as file:
+    with open(f"{sys.argv[1]}/../rank_{args.rank}.json", "w") as file:
         json.dump(result, file)
     if args.distributed:
         torch.distributed.destroy_process_group()
@@ -99,36 +97,28 @@ WORKERS = (
 )
 
 
-def launch(folder, sampler, processes=1, loaders=WORKERS):
+def launch(server, folder, sampler, processes=1, loaders=WORKERS):
+    """Runs the script on several processes, in which timm_lt has not been imported yet."""
     script = folder.parent / "train.py"
     script.write_text(SCRIPT)
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if sampler is not None:
-        environment[VARIABLE] = sampler
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*python, str(script), str(folder), json.dumps(loaders)],
-        env=environment,
-        cwd=folder.parent,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    assert VARIABLE not in os.environ
+    variables = {} if sampler is None else {VARIABLE: sampler}
+    arguments = (folder, json.dumps(loaders))
+    if processes == 1:
+        return [server.run(*arguments, script=script, environment=variables)]
+    return server.on_ranks(processes, *arguments, script=script, environment=variables)
 
 
-def results(folder, sampler, processes=1, **options):
-    done = launch(folder, sampler, processes, **options)
-    assert done.returncode == 0, done.stderr
+def results(server, folder, sampler, processes=1, **options):
+    for rank in launch(server, folder, sampler, processes, **options):
+        assert rank.status == 0, rank.err
     ranks = [folder.parent / f"rank_{rank}.json" for rank in range(processes)]
     return [json.loads(rank.read_text()) for rank in ranks]
 
 
 @pytest.mark.slow
-def test_train_py_draws_from_the_sampler(folder):
-    (found,) = results(folder, "class_balanced")
+def test_train_py_draws_from_the_sampler(plain_server, folder):
+    (found,) = results(plain_server, folder, "class_balanced")
     assert found["kept"] == [False, False]
     assert set(found["kinds"]) == {"PrefetchLoader"}
     assert found["evaluation"] == list(range(24))
@@ -143,25 +133,25 @@ def test_train_py_draws_from_the_sampler(folder):
 
 
 @pytest.mark.slow
-def test_without_the_variable_nothing_is_touched(folder):
-    (found,) = results(folder, None)
+def test_without_the_variable_nothing_is_touched(plain_server, folder):
+    (found,) = results(plain_server, folder, None)
     assert found["kept"] == [True, True]
     for training in found["training"]:
         assert all(sorted(epoch) == list(range(24)) for epoch in training)
 
 
 @pytest.mark.slow
-def test_a_wrong_name_is_an_error_before_anything_is_loaded(folder):
-    done = launch(folder, "clas_balanced")
-    assert done.returncode != 0
-    assert "did you mean 'class_balanced'?" in done.stderr.splitlines()[-1]
+def test_a_wrong_name_is_an_error_before_anything_is_loaded(plain_server, folder):
+    (done,) = launch(plain_server, folder, "clas_balanced")
+    assert done.status != 0
+    assert "did you mean 'class_balanced'?" in done.err.splitlines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_share_each_epoch(folder):
+def test_two_processes_share_each_epoch(plain_server, folder):
     variable = "{name: power, q: 0.5, seed: 3, num_samples: 40}"
-    ranks = results(folder, variable, processes=2, loaders=WORKERS[:2])
+    ranks = results(plain_server, folder, variable, processes=2, loaders=WORKERS[:2])
     assert [rank["rank"] for rank in ranks] == [0, 1]
     expected = create_sampler("power", LABELS, q=0.5, seed=3, num_samples=40)
     for loader in range(2):

@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +23,18 @@ from timm_lt.registry import UsageError
 ROOT = Path(train_lt.__file__).parent
 DIGITS = "hub_configs/lt_test_resnet.digits_lt.yaml"
 HEADS = ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
-# One thread: the bits of a run depend on their number, and the tests run beside others.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def command(folder, *options, recipe=DIGITS):
-    return [sys.executable, "train_lt.py", recipe, "--output", str(folder), *options]
+def run(server, folder, *options):
+    finished = server.run(DIGITS, "--output", folder, *options)
+    assert finished.status == 0, finished.err
+    return finished
 
 
-def run(arguments, **kwargs):
-    return subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True, **kwargs
-    )
-
-
-def hashes(folder):
-    files = [folder / "model.safetensors", *sorted((folder / "heads").iterdir())]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
+@pytest.fixture(scope="module")
+def digits_run(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    return folder, run(command(folder))
+    return folder, run(server, folder)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +61,7 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
     assert metrics["class_counts"][0] == 120
     assert metrics["shots"]["few_shot"]["rule"] == "< 20"
     for head in HEADS:
-        line = next(line for line in finished.stdout.splitlines() if line.strip().startswith(head))
+        line = next(line for line in finished.out.splitlines() if line.strip().startswith(head))
         shown = [float(number) for number in re.findall(r"\d+\.\d", line)[:4]]
         figures = metrics["heads"][head]
         expected = [figures[k] for k in ("many_shot", "medium_shot", "few_shot", "all")]
@@ -91,7 +78,7 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
 def test_the_log_has_times_rates_and_a_summary(digits_run):
     folder, finished = digits_run
     history = json.loads((folder / "state" / "epoch_0005" / "history.json").read_text())["epochs"]
-    lines = [line for line in finished.stderr.splitlines() if "  loss " in line]
+    lines = [line for line in finished.err.splitlines() if "  loss " in line]
     assert len(lines) == len(history) == 5
     for line, record in zip(lines, history, strict=True):
         assert f"loss {record['loss']:.3f}" in line
@@ -100,7 +87,7 @@ def test_the_log_has_times_rates_and_a_summary(digits_run):
     scores = [record["val"]["all"] for record in history]
     best = scores.index(max(scores)) + 1
     assert json.loads((folder / "metrics.json").read_text())["kept_epoch"] == best
-    (summary,) = (line for line in finished.stderr.splitlines() if "trained 5 epochs in" in line)
+    (summary,) = (line for line in finished.err.splitlines() if "trained 5 epochs in" in line)
     assert f"best on validation: epoch {best} with {100 * max(scores):.1f} %" in summary
 
 
@@ -123,7 +110,9 @@ def test_a_loaded_head_gives_the_bits_that_the_run_evaluated(digits_run, digits_
 
 
 @pytest.mark.slow
-def test_plain_timm_loads_the_joint_classifier(digits_run, digits_test_images, tmp_path):
+def test_plain_timm_loads_the_joint_classifier(
+    plain_server, digits_run, digits_test_images, tmp_path
+):
     folder, _ = digits_run
     images, _ = digits_test_images
     np.save(tmp_path / "images.npy", images[:8].numpy())
@@ -134,7 +123,8 @@ def test_plain_timm_loads_the_joint_classifier(digits_run, digits_test_images, t
         f"numpy.save(r'{tmp_path}/logits.npy', model(images).detach().numpy())\n"
         "assert not any(name.startswith('timm_lt') for name in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=ENVIRONMENT)
+    plain = plain_server.python(script)
+    assert plain.status == 0, plain.err
     model = timm_lt.create_model(f"local-dir:{folder}", head="linear").eval()
     with torch.inference_mode():
         expected = model(images[:8]).numpy()
@@ -142,11 +132,11 @@ def test_plain_timm_loads_the_joint_classifier(digits_run, digits_test_images, t
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_run_shows_its_table_and_touches_nothing(digits_run):
+def test_resuming_a_finished_run_shows_its_table_and_touches_nothing(server, digits_run):
     folder, finished = digits_run
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    again = run(command(folder, "--resume"))
-    assert again.stdout == finished.stdout
+    again = run(server, folder, "--resume")
+    assert again.out == finished.out
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -160,29 +150,11 @@ def test_the_card_and_config_do_not_claim_the_packaged_checkpoint(digits_run):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_resumable_folder(digits_run, tmp_path):
-    whole, _ = digits_run
-    process = subprocess.Popen(
-        command(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    while not list((tmp_path / "run").glob("state/epoch_*")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "--resume" in errors
-    assert "Traceback" not in errors
-    run(command(tmp_path / "run", "--resume"))
-    assert hashes(tmp_path / "run") == hashes(whole)
-
-
-@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
+def test_two_processes_train_the_same_model_within_noise(server, digits_run, tmp_path):
     whole, _ = digits_run
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    run([sys.executable, *launch, *command(tmp_path / "run")[1:]])
+    for rank in server.on_ranks(2, DIGITS, "--output", tmp_path / "run"):
+        assert rank.status == 0, rank.err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["num_processes"] == 2
     alone = json.loads((whole / "metrics.json").read_text())["heads"]
@@ -192,17 +164,16 @@ def test_two_processes_train_the_same_model_within_noise(digits_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 @pytest.mark.timeout(1800)  # 30 epochs: 70 s with two free cores, ten times that with one busy one
 def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
     """The default recipe: order and margins of DESIGN section 7, not values."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    if "PYTEST_XDIST_WORKER" in environment:
-        # The other cores are taken: two threads that wait for each other would crawl.
-        environment["OMP_NUM_THREADS"] = "1"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "train_lt.py"]
-    subprocess.run(
-        [*launch, "--output", str(tmp_path / "run")], cwd=ROOT, env=environment, check=True
-    )
+    launch += ["--output", str(tmp_path / "run")]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # The other cores are taken: two threads that wait for each other would crawl.
+        launch += ["--threads", "1"]
+    subprocess.run(launch, cwd=ROOT, check=True)
     heads = json.loads((tmp_path / "run" / "metrics.json").read_text())["heads"]
     joint = heads.pop("linear")
     assert joint["all"] == pytest.approx(0.612, abs=0.04)
@@ -215,6 +186,7 @@ def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
 
 PROGRESSIVE = ["--sampler.name", "progressively_balanced"]
 TIMM = ["--data.augmentation", "timm"]
+HEADLESS = ["--model.name", "qwen3_vit_88m_enc", "--model.options", "{depth: 1, embed_dim: 96}"]
 
 
 def failing(capsys, *arguments):
@@ -247,7 +219,7 @@ def failing(capsys, *arguments):
         (["--seed", "-1"], ["seed", "from 0"]),
         (["--seed", "99999999999999999999"], ["seed", "from 0"]),
         (["--model.name", "repvit_m0_9"], ["2 classifiers", "head.head_dist.l"]),
-        (["--model.name", "mobilenetv5_300m_enc"], ["has no classifier"]),
+        (HEADLESS, ["has no classifier"]),
         (["--model.options", "{'head': 'lws'}"], ["lws", "leave head= out of model.options"]),
         (["--heads.lws.lr", "null"], ["lr", "null"]),
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
@@ -363,9 +335,10 @@ def test_nothing_is_written_among_the_images(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_tracker_by_one_option(tmp_path):
+def test_a_tracker_by_one_option(server, tmp_path):
     pytest.importorskip("tensorboard")
-    run(command(tmp_path / "run", "--tracker", "tensorboard", "--epochs", "1", "--quiet"))
+    options = ["--epochs", "1", "--quiet", "--heads", "{linear: {}}"]
+    run(server, tmp_path / "run", "--tracker", "tensorboard", *options)
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 

@@ -612,7 +612,9 @@ def test_images_that_cannot_be_read_give_their_place_to_others(accelerator):
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph", "ignore:It is highly")
 @pytest.mark.parametrize("name", sorted({*map(str, timm.optim.list_optimizers()), "lookahead_sgd"}))
-def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name):
+def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name, monkeypatch):
+    # One of them compiles what it computes, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     optimizer = {"opt": name, "lr": 1e-3, "weight_decay": 0.01, "momentum": 0.9}
     try:
         check_optimization(optimizer, {}, epochs=1)

@@ -4,10 +4,7 @@ import collections
 import inspect
 import json
 import multiprocessing
-import os
 import random
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -558,25 +555,19 @@ def ranks_of_torch(folder):
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(function, folder):
+def run_ranks(server, function, folder):
     script = folder / "ranks.py"
     tests = str(Path(__file__).parent)
     script.write_text(RANKS.format(tests=tests, function=function, folder=str(folder)))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run([sys.executable, *launch], env=environment, cwd=folder, check=True)
+    for rank in server.on_ranks(2, script=script):
+        assert rank.status == 0, rank.err
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_of_accelerate(tmp_path):
-    ranks = run_ranks("ranks_of_accelerate", tmp_path)
+def test_two_processes_of_accelerate(server, tmp_path):
+    ranks = run_ranks(server, "ranks_of_accelerate", tmp_path)
     for epoch in (0, 1, 6):
         batches = chunks(stream(balanced(), epoch), 8)
         split = [rank["training True"][str(epoch)] for rank in ranks]
@@ -614,8 +605,8 @@ def test_two_processes_of_accelerate(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_of_torch(tmp_path):
-    ranks = run_ranks("ranks_of_torch", tmp_path)
+def test_two_processes_of_torch(server, tmp_path):
+    ranks = run_ranks(server, "ranks_of_torch", tmp_path)
     for epoch in (0, 1, 6):
         drawn = stream(balanced(num_samples=41), epoch)
         drawn.append(drawn[0])
