@@ -274,9 +274,19 @@ def save(
     write_per_class(run.folder / PER_CLASS, rows)
     own = {name: head for name, head in heads.items() if name != AUTO}
     curves = head_curves(get_head(run.model), own, features.shared["val"], counts, rule)
-    save_plots(run.folder / PLOTS, reports, counts, curves)
+    content = report_of_run(run, heads, evaluated, features, curves)
+    save_plots(
+        run.folder / PLOTS,
+        reports,
+        counts,
+        curves,
+        compared=content.recommended,
+        confusions={name: found.groups for name, found in content.confusions.items()},
+        history=run.history,
+        kept_epoch=content.kept_epoch,
+    )
     write_card(run.folder, name=run.name)
-    write_report(run.folder / REPORT, report_of_run(run, heads, evaluated, features, curves))
+    write_report(run.folder / REPORT, content)
 
 
 if __name__ == "__main__":

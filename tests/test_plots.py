@@ -4,14 +4,19 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from reports import COUNTS, balanced_reports
 
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve
 from timm_lt.metrics import ShotReport, evaluate_logits, shot_accuracy
-from timm_lt.plots import _draw_calibration, _draw_curves, _draw_frequency, _styles, save_plots
+from timm_lt.plots import PLOT_FILES, save_plots
+from timm_lt.plots.common import head_styles
+from timm_lt.plots.differences import draw_confusions, draw_gains, draw_training
+from timm_lt.plots.heads import draw_calibration, draw_curves, draw_frequency
 from timm_lt.report import percent
+from timm_lt.training.history import EpochRecord
 
 
 def some_curves():
@@ -23,13 +28,27 @@ def some_curves():
     return {"tau_norm": (norm, norm.best_tau), "logit_adjusted": (prior, 3.0)}
 
 
-@pytest.mark.parametrize("with_curves", [True, False])
-def test_plots_are_pngs_of_a_sane_size(tmp_path, with_curves):
-    paths = save_plots(
-        tmp_path / "plots", balanced_reports(), COUNTS, some_curves() if with_curves else {}
-    )
-    names = ["accuracy_by_frequency.png", "accuracy_by_tau.png", "calibration.png"]
-    assert [path.name for path in paths] == [n for n in names if with_curves or "tau" not in n]
+HISTORY = [
+    EpochRecord(1, 2.0, 0.1, 9.0, 1.0, {"all": 0.3, "many_shot": 0.5, "few_shot": None}),
+    EpochRecord(2, 1.5, 0.1, 9.0, 1.0, {}),
+    EpochRecord(3, 1.0, 0.0, 9.0, 1.0, {"all": 0.4, "many_shot": 0.6, "few_shot": None}),
+]
+CONFUSIONS = {
+    "linear": {"many_shot": {"right": 1.0}, "few_shot": {"many_shot": 0.75, "right": 0.25}},
+    "crt": {"few_shot": {"many_shot": 0.5, "few_shot": 0.25, "right": 0.25}},
+}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_plots_are_pngs_of_a_sane_size(tmp_path, whole):
+    names = list(PLOT_FILES)
+    more = {"compared": "crt", "confusions": CONFUSIONS, "history": HISTORY, "kept_epoch": 3}
+    if whole:
+        paths = save_plots(tmp_path / "p", balanced_reports(), COUNTS, some_curves(), **more)
+    else:
+        names = ["accuracy_by_frequency.png", "calibration.png"]
+        paths = save_plots(tmp_path / "p", balanced_reports(), COUNTS, {})
+    assert [path.name for path in paths] == names
     for path in paths:
         with Image.open(path) as image:
             image.load()
@@ -58,13 +77,11 @@ def test_curves_with_far_and_without_steps_are_drawn(tmp_path):
 
 
 def test_the_frequency_plot_orders_the_classes_by_their_counts():
-    from matplotlib.figure import Figure
-
     counts = torch.tensor([20, 300, 60])
     targets = torch.tensor([0, 0, 1, 1, 2, 2])
     report = shot_accuracy(torch.tensor([0, 1, 1, 1, 0, 1]), targets, counts)
     figure = Figure()
-    _draw_frequency(figure, {"linear": report}, counts)
+    draw_frequency(figure, {"linear": report}, counts)
     # Between the groups of 300 and of 60 and 20 there is a mark.
     line, mark = figure.axes[0].get_lines()
     assert list(mark.get_xdata()) == [1.5, 1.5]
@@ -74,11 +91,9 @@ def test_the_frequency_plot_orders_the_classes_by_their_counts():
 
 
 def test_the_curve_plot_holds_the_last_accuracy_to_its_end():
-    from matplotlib.figure import Figure
-
     curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([0.25, torch.inf]))
     figure = Figure()
-    _draw_curves(figure, {"tau_norm": (curve, 0.4)})
+    draw_curves(figure, {"tau_norm": (curve, 0.4)})
     line, marker, point = figure.axes[0].get_lines()
     assert list(line.get_xdata()) == [0.0, 0.25, 0.5, 2.0]
     assert list(line.get_ydata()) == [50, 0, 50, 50]
@@ -89,10 +104,8 @@ def test_the_curve_plot_holds_the_last_accuracy_to_its_end():
 
 
 def calibration_axes(reports):
-    from matplotlib.figure import Figure
-
     figure = Figure()
-    _draw_calibration(figure, reports)
+    draw_calibration(figure, reports)
     return figure, figure.axes[0]
 
 
@@ -123,7 +136,7 @@ def test_the_calibration_plot_has_the_bins_that_have_images():
 def test_each_head_has_a_look_of_its_own_in_all_plots():
 
     names = ["linear", *(f"head_{i}" for i in range(10))]
-    styles = _styles(dict.fromkeys(names))
+    styles = head_styles(dict.fromkeys(names))
     assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(names)
     report = balanced_reports()["crt"]
     _, axes = calibration_axes(dict.fromkeys(names, report))
@@ -142,3 +155,50 @@ def test_metrics_of_before_the_calibration_plot_still_draw_the_others(tmp_path):
     assert [p.name for p in save_plots(tmp_path, reports, COUNTS, {})] == [
         "accuracy_by_frequency.png"
     ]
+
+
+def report_of(accuracies, counts):
+    """Figures with ten test images a class, of which so many tenths are right."""
+    targets = torch.arange(len(counts)).repeat_interleave(10)
+    right = torch.cat([torch.arange(10) < 10 * a for a in accuracies])
+    preds = torch.where(right, targets, (targets + 1) % len(counts))
+    return shot_accuracy(preds, targets, counts)
+
+
+def test_the_gains_of_classes_are_differences_in_the_order_of_their_counts():
+    counts = torch.tensor([5, 200, 50])
+    reports = {
+        "linear": report_of([0.1, 0.9, 0.5], counts),
+        "crt": report_of([0.6, 0.7, 0.5], counts),
+    }
+    figure = Figure()
+    draw_gains(figure, reports, counts, joint="linear", head="crt")
+    (axes,) = figure.axes
+    gained, lost = (patch.get_data().values for patch in axes.patches)
+    assert gained.tolist() == pytest.approx([0, 0, 50])
+    assert lost.tolist() == pytest.approx([-20, 0, 0])
+    assert figure.legends[0].get_title().get_text() == "1 classes gain, 1 lose"
+    assert "crt" in axes.get_ylabel()
+
+
+def test_the_bars_of_a_shot_group_add_up_to_all_of_its_images():
+    figure = Figure()
+    draw_confusions(figure, CONFUSIONS)
+    linear, crt = figure.axes
+    assert [axes.get_title() for axes in (linear, crt)] == ["linear", "crt"]
+    assert [label.get_text() for label in linear.get_yticklabels()] == ["many-shot", "few-shot"]
+    ends = [(bar.get_y() + 0.4, bar.get_x() + bar.get_width()) for bar in linear.patches]
+    assert ends[-2:] == [(0.0, 100.0), (1.0, 100.0)]
+    widths = {(axes.get_title(), bar.get_width()) for axes in (linear, crt) for bar in axes.patches}
+    assert {("linear", 75.0), ("crt", 50.0), ("crt", 25.0)} <= widths
+
+
+def test_training_is_drawn_where_it_was_validated():
+    figure = Figure()
+    draw_training(figure, HISTORY, 3)
+    val, loss = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in val.get_lines()}
+    assert lines["all"] == [[1, 30], [3, 40]]
+    assert "few" not in lines
+    assert loss.get_lines()[0].get_ydata().tolist() == [2.0, 1.5, 1.0]
+    assert val.get_lines()[-1].get_xdata() == [3, 3]
