@@ -40,11 +40,33 @@ def plain_logits(server, folder, x):
     return torch.from_numpy(np.load(folder / "y.npy"))
 
 
+def program_logits(server, path, x):
+    """By a process in which timm cannot be imported."""
+    script = (
+        "import sys, numpy, torch\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'timm']:\n"
+        "    sys.modules[name] = None\n"
+        "sys.modules['timm'] = None\n"
+        f"program = torch.export.load(r'{path}').module()\n"
+        f"x = torch.from_numpy(numpy.load(r'{path}.x.npy'))\n"
+        "y = [program(x[:number]).detach().numpy() for number in (1, len(x))]\n"
+        f"numpy.savez(r'{path}.y.npz', *y)\n"
+        "assert 'timm_lt' not in sys.modules\n"
+    )
+    np.save(f"{path}.x.npy", x.numpy())
+    plain = server.python(script)
+    assert plain.status == 0, plain.err
+    return list(np.load(f"{path}.y.npz").values())
+
+
 @pytest.mark.slow
 def test_the_command_writes_what_plain_timm_loads_and_onnxruntime(plain_server, tmp_path, capsys):
-    arguments = ["--head", "tau_norm", "--option", "tau=0.4", "--onnx"]
+    arguments = ["--head", "tau_norm", "--option", "tau=0.4", "--onnx", "--program"]
     assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 0
-    assert "tau_norm folded, the same logits" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tau_norm folded, the same logits" in out
+    assert "in onnxruntime by " in out
+    assert "in torch.export by " in out
     model = timm_lt.create_model(f"local-dir:{PACKAGED}", head="tau_norm", tau=0.4).eval()
     x = images()
     with torch.no_grad():
@@ -55,6 +77,8 @@ def test_the_command_writes_what_plain_timm_loads_and_onnxruntime(plain_server, 
     for number in (1, 5):
         (logits,) = session.run(["logits"], {"images": x[:number].numpy()})
         np.testing.assert_allclose(logits, expected[:number].numpy(), rtol=1e-3, atol=1e-4)
+    for logits in program_logits(plain_server, tmp_path / "ship" / "model.pt2", x):
+        np.testing.assert_allclose(logits, expected[: len(logits)].numpy(), rtol=1e-4, atol=1e-5)
     config = json.loads((tmp_path / "ship" / "config.json").read_text())
     assert "timm_lt" not in config
     assert len(config["label_names"]) == 100
@@ -190,6 +214,33 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     with pytest.raises(UsageError, match="needs a bias, but the classifier 'fc' of timm's ResNet"):
         write_folded(tmp_path, bare)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_program_is_an_error_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """Writes another model's program on purpose: the command must notice by itself."""
+    save = torch.export.save
+    other = timm.create_model("test_resnet", num_classes=100).eval()
+
+    def wrong(program, path):
+        save(torch.export.export(other, (images(),), dynamic_shapes=program_shapes), path)
+
+    program_shapes = ({0: torch.export.Dim("batch")},)
+    monkeypatch.setattr(torch.export, "save", wrong)
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--program"]) == 2
+    assert "model.pt2 for one image gives other logits" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
+    class Odd(type(timm.create_model("test_resnet"))):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + float(logits.sum()) * 0  # needs a number, not a symbol
+
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    model.__class__ = Odd
+    with pytest.raises(UsageError, match=r"^torch cannot export Odd to a program: "):
+        write_folded(tmp_path, model, program=True)
 
 
 def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,6 @@
-"""Folded models to ship: plain timm checkpoints and ONNX files, compared after they are read back.
+"""Folded models to ship: plain timm checkpoints, ONNX files and exported programs of torch.
+
+What is written is read back and compared.
 
 ``timm_lt.fold_head`` folds a head in memory.
 """
@@ -7,6 +9,7 @@ import copy
 import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,8 @@ from timm_lt.heads import Head, fold_head, get_heads
 from timm_lt.registry import UsageError
 
 ONNX = "model.onnx"
-FOLDED_ENTRIES = {CONFIG, WEIGHTS, ONNX}
+PROGRAM = "model.pt2"
+FOLDED_ENTRIES = {CONFIG, WEIGHTS, ONNX, PROGRAM}
 IMAGES = 4
 # Largest difference of logits that rounding explains, as a share of the largest logit.
 TOLERANCE = 1e-3
@@ -34,12 +38,12 @@ class FoldReport:
     Attributes:
         exact: The head is linear, so logits are the same; else only the predictions are.
         difference: Largest difference of the reloaded model's logits, as a share of the largest.
-        onnx_difference: The same for the ONNX file; None if none was written.
+        others: The same for each of the other files, by what runs it.
     """
 
     exact: bool
     difference: float
-    onnx_difference: float | None = None
+    others: dict[str, float]
 
 
 def write_folded(
@@ -47,15 +51,18 @@ def write_folded(
     model: nn.Module,
     *,
     onnx: bool = False,
+    program: bool = False,
     label_names: list[str] | None = None,
 ) -> FoldReport:
     """Writes a model with its heads folded, reads it back with plain timm, and compares.
 
     Args:
         folder: Where to write ``config.json``, ``model.safetensors`` and, if asked for,
-            ``model.onnx``, which takes any number of images.
+            ``model.onnx`` and ``model.pt2``, which take any number of images.
         model: The model with a head; it stays as it is, but for its evaluation mode.
         onnx: Write the ONNX file too; needs the packages of ``timm_lt[onnx]``.
+        program: Write the program of ``torch.export`` too: ``torch.export.load(path).module()``
+            runs it without timm.
         label_names: Class names in label order, (C,).
 
     Raises:
@@ -82,11 +89,16 @@ def write_folded(
     with torch.inference_mode():
         found = reloaded(images)
     difference = _compare(f"the model in {folder}, loaded by timm,", found, folded, exact=True)
-    if not onnx:
-        return FoldReport(exact, difference)
-    _export(plain, images, folder / ONNX)
-    found = _run_onnx(folder / ONNX, images)
-    return FoldReport(exact, difference, _compare(f"{folder / ONNX}", found, folded, exact=True))
+    others = {}
+    if onnx:
+        _export_onnx(plain, images, folder / ONNX)
+        run = _onnx_session(folder / ONNX)
+        others["onnxruntime"] = _compare_exported(folder / ONNX, run, images, folded)
+    if program:
+        _export_program(plain, images, folder / PROGRAM)
+        run = torch.export.load(folder / PROGRAM).module()
+        others["torch.export"] = _compare_exported(folder / PROGRAM, run, images, folded)
+    return FoldReport(exact, difference, others)
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -133,7 +145,7 @@ def _check_onnx_packages() -> None:
         raise UsageError(f"an ONNX file needs {', '.join(missing)}: pip install 'timm_lt[onnx]'")
 
 
-def _export(model: nn.Module, images: Tensor, path: Path) -> None:
+def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -148,27 +160,55 @@ def _export(model: nn.Module, images: Tensor, path: Path) -> None:
                 verbose=False,
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=_any_number(),
             )
         assert program is not None
         program.save(path)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {reason}"
-        ) from error
+        raise _not_exported(model, "ONNX", error) from error
     finally:
         logger.setLevel(level)
 
 
-def _run_onnx(path: Path, images: Tensor) -> Tensor:
+def _export_program(model: nn.Module, images: Tensor, path: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (images,), dynamic_shapes=_any_number())
+            torch.export.save(program, path)
+    except Exception as error:
+        raise _not_exported(model, "a program", error) from error
+
+
+def _any_number() -> tuple[dict[int, Any]]:
+    """Says that the first dimension of the images may be of any size."""
+    return ({0: torch.export.Dim("batch")},)
+
+
+def _not_exported(model: nn.Module, what: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())[:200]
+    return UsageError(
+        f"torch cannot export {type(model).__name__} to {what}: {type(error).__name__}: {reason}"
+    )
+
+
+def _onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(path)
-    # One by one as well: the file must take any number of images.
-    (whole,) = session.run(None, {"images": images.numpy()})
-    (first,) = session.run(None, {"images": images[:1].numpy()})
-    _compare(
-        f"{path} for one image", torch.from_numpy(first), torch.from_numpy(whole[:1]), exact=True
-    )
-    return torch.from_numpy(whole)
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(None, {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def _compare_exported(
+    path: Path, run: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor
+) -> float:
+    """Compares for some images, and for one: the file must take any number."""
+    with torch.inference_mode():
+        whole, first = run(images), run(images[:1])
+    _compare(f"{path} for one image", first, wanted[:1], exact=True)
+    return _compare(f"{path}", whole, wanted, exact=True)

@@ -1,4 +1,4 @@
-"""``timm-lt fold``: a head as a plain timm checkpoint, or ONNX."""
+"""``timm-lt fold``: a head as a plain timm checkpoint, ONNX file or exported program."""
 
 import argparse
 from pathlib import Path
@@ -21,11 +21,12 @@ def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
     fold = commands.add_parser(
         "fold",
-        help="write a head as a plain timm checkpoint, or ONNX, to ship",
+        help="write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
         description=(
             "Folds a head into a plain classifier and writes what plain timm loads, without "
-            "timm_lt. What was written is loaded again and compared. Example: timm-lt fold "
-            "output/lt_test_resnet.glyph_lt ship --head tau_norm --option tau=0.7 --onnx"
+            "timm_lt. What was written is loaded again and compared. Examples: timm-lt fold "
+            "output/lt_test_resnet.glyph_lt ship --head tau_norm --option tau=0.7 --onnx; "
+            "timm-lt fold output/birds ship --head crt lws --program"
         ),
     )
     fold.add_argument("source", help="folder of a decoupled checkpoint, or a pretrained name")
@@ -45,6 +46,11 @@ def add_parser(commands: Commands) -> None:
         help="option of the head that takes the place of the stored one; may be repeated",
     )
     fold.add_argument("--onnx", action="store_true", help="write model.onnx as well")
+    fold.add_argument(
+        "--program",
+        action="store_true",
+        help="write model.pt2 of torch.export as well, which runs without timm",
+    )
     fold.add_argument("--overwrite", action="store_true", help="replace a folded checkpoint there")
     fold.set_defaults(command=fold_checkpoint)
 
@@ -69,7 +75,13 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     ) as folder:
         for head, model in models.items():
             target = folder if single else folder / head
-            report = write_folded(target, model, onnx=arguments.onnx, label_names=labels)
+            report = write_folded(
+                target,
+                model,
+                onnx=arguments.onnx,
+                program=arguments.program,
+                label_names=labels,
+            )
             same = "the same logits" if report.exact else "the same predictions"
             where = destination if single else destination / head
             lines.append(f"{where}: {head} folded, {same}; {_differences(report)}")
@@ -98,6 +110,6 @@ def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[
 
 def _differences(report: FoldReport) -> str:
     text = f"read back by plain timm, logits differ by {report.difference:.1g} of the largest"
-    if report.onnx_difference is not None:
-        text += f", in onnxruntime by {report.onnx_difference:.1g}"
-    return text
+    return text + "".join(
+        f", in {runner} by {found:.1g}" for runner, found in report.others.items()
+    )
