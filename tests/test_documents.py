@@ -135,6 +135,13 @@ def test_the_reference_has_every_public_name_once():
     assert len({id(part) for part in objects}) == len(objects)
 
 
+def test_every_module_is_in_the_table_of_modules():
+    modules = [p.stem for p in (ROOT / "timm_lt").glob("*.py") if not p.stem.startswith("_")]
+    packages = [p.parent.name for p in (ROOT / "timm_lt").glob("*/__init__.py")]
+    for name in [f"{module}.py`" for module in modules] + [f"{name}/`" for name in packages]:
+        assert name in TEXTS["CONTRIBUTING.md"], name
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_nothing_of_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
