@@ -84,11 +84,13 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
     check_push(options)
     if options.resume and (folder / METRICS).is_file():
-        shown = show(name, folder)
+        shown = show(name, folder, as_json=options.json)
         push(folder, options)
         return shown
     with closing(create_run(name, folder, recipe, options)) as run:
         reports = work(run)
+    if reports:
+        show(name, folder, as_json=options.json)
     push(folder, options)
     return reports
 
@@ -116,7 +118,6 @@ def work(run: Run) -> dict[str, ShotReport]:
                 f"the results cannot be written ({error}); the training state is whole: make room "
                 "and go on with --resume"
             ) from error
-        show(run.name, run.folder)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return reports
@@ -151,8 +152,8 @@ def push(folder: Path, options: RunOptions) -> None:
     log.info("pushed to %s", pushed.url)
 
 
-def show(name: str, folder: Path) -> dict[str, ShotReport]:
-    """Prints the table of a finished run and returns its figures by head."""
+def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
+    """Prints the table of a finished run, or its metrics, and returns its figures by head."""
     metrics = read_json(folder / METRICS)
     reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
     seconds = metrics["seconds"]
@@ -166,7 +167,9 @@ def show(name: str, folder: Path) -> dict[str, ShotReport]:
         # Where nothing but heads was trained, the comparison of heads is the result.
         intervals=metrics["kept_epoch"] == 0,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and as_json:
+        sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
+    elif os.environ.get("RANK", "0") == "0":
         Console().print(table)
         if AUTO in metrics["selection"]:
             Console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)

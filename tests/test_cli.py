@@ -1,6 +1,9 @@
 """``timm-lt``: what is installed works without a clone, and mistakes are one line."""
 
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import timm_lt
-from timm_lt.cli import main
+from timm_lt.cli import compare, create_parser, main
+from timm_lt.cli.completion import subparsers
 from timm_lt.published import CHECKPOINTS
+from timm_lt.recipe import parse_command_line
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 
@@ -109,3 +114,131 @@ def test_the_installed_package_needs_no_clone(tmp_path):
         f"from timm_lt.cli import main; assert main({arguments!r}) == 0"
     )
     subprocess.run([*isolated, "-c", code], cwd=tmp_path, check=True)
+
+
+COMMANDS = sorted(subparsers(create_parser()))
+OWN_PARSER = {"train", "compare"}
+
+
+def shown_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_argument_and_its_examples_parse(command, capsys, monkeypatch):
+    text = shown_help(command, capsys, monkeypatch)
+    (block,) = re.findall(r"^examples:\n(.*?)\n\n", text, re.M | re.S)
+    # A shell may take the output, or what follows be a comment.
+    examples = re.findall(r"\b(timm-lt .*?)(?:\)\"| >.*| +#.*)?$", block, re.M)
+    assert len(examples) == block.count("\n") + 1
+    for example in examples:
+        name, *rest = shlex.split(example)[1:]
+        assert name == command
+        if command == "train":
+            parse_command_line("timm-lt train", rest)
+        elif command == "compare":
+            compare.create_parser().parse_known_args(rest)
+        else:
+            create_parser().parse_args([name, *rest])
+    if command not in OWN_PARSER:
+        for action in subparsers(create_parser())[command]._actions:
+            assert action.help or action.choices, action
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_quiet_or_verbose_and_speaks_json(command, capsys, monkeypatch):
+    text = shown_help(command, capsys, monkeypatch)
+    options = [option in text for option in ("--quiet", "--verbose", "--json")]
+    # A script of timm's has its own; the other prints a script.
+    assert options == 3 * [command not in {"run", "completion"}]
+
+
+def test_json_goes_to_standard_output_alone_or_to_a_file(tmp_path, capsys):
+    assert main(["list", "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)
+    assert names["heads"] == timm_lt.list_heads()
+    assert names["data_sets"] == timm_lt.list_datasets()
+    assert main(["list", str(PACKAGED), "--json", str(tmp_path / "heads.json")]) == 0
+    assert "crt" in capsys.readouterr().out
+    found = json.loads((tmp_path / "heads.json").read_text())["heads"]
+    config = json.loads((PACKAGED / "config.json").read_text())["timm_lt"]["heads"]
+    assert {name: head["metrics"] for name, head in found.items()} == {
+        name: head["metrics"] for name, head in config.items()
+    }
+    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--head", "crt", "--json"]) == 0
+    (written,) = json.loads(capsys.readouterr().out)
+    assert written["folder"] == str(tmp_path / "ship")
+    assert (written["head"], written["exact"], written["difference"]) == ("crt", True, 0.0)
+
+
+def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PACKAGED, "run")
+    assert main(["list", "--json", "run"]) == 2
+    assert "put --json behind the other arguments" in capsys.readouterr().err
+    assert main(["list", "run", "--json", "run/config.json/x.json"]) == 2
+    assert "--json: run/config.json is no folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(tmp_path, capsys):
+    arguments = ["fold", str(PACKAGED), str(tmp_path / "x"), "--head", "nosuch"]
+    assert main([*arguments, "--verbose"]) == 2
+    loud = capsys.readouterr().err
+    assert main([*arguments, "--quiet"]) == 2
+    quiet = capsys.readouterr().err
+    assert quiet.count("\n") == 1
+    assert loud.endswith(quiet)
+    assert "Traceback" in loud
+    with pytest.raises(SystemExit):
+        main([*arguments, "--quiet", "--verbose"])
+
+
+def test_a_place_that_cannot_be_written_is_one_line(capsys):
+    assert main(["list", "--json", "/proc/none/x.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/none")
+    assert error.count("\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "timm_lt", "list", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait()) == (b"", 141)
+
+
+def completed(script, words):
+    """What bash offers for the last of some words."""
+    quoted = " ".join(map(shlex.quote, words))
+    (function,) = re.findall(r"complete .*-F (\S+) timm-lt", script)
+    asked = (
+        f"{script}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; COMP_LINE={quoted!r}\n"
+        f'{function} timm-lt; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    done = subprocess.run(
+        ["bash", "--norc"], input=asked, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed(script, ["timm-lt", "co"]) == ["compare", "convert", "completion"]
+    assert completed(script, ["timm-lt", "evaluate", "--per"]) == ["--per-class"]
+    assert completed(script, ["timm-lt", "evaluate", "--shot-rule", ""]) == ["fb", "oltr"]
+    assert completed(script, ["timm-lt", "compare", "kang_t"]) == ["kang_table1", "kang_table2"]
+    assert "--optimizer.weight_decay" in completed(script, ["timm-lt", "train", "--optimizer.w"])
+    assert "--only" in completed(script, ["timm-lt", "compare", "--o"])
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh", "fish"])
+def test_other_shells_have_a_script(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)

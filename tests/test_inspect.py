@@ -144,10 +144,10 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos/cat"], "no images in directories of classes, 12 straight in it"),
         (["photos/cat/0.png"], "0.png is an image: give the folder"),
         (["x.parquet"], r"x\.parquet is a table, no list: timm-lt inspect hub --root x\.parquet"),
-        (
-            ["photos", "--output", "file/here", "--json", "."],
-            "2 problems\n.*file is no folder; cho",
-        ),
+        (["photos", "--output", "file/here"], "--output: file is no folder; choose another"),
+        (["photos", "--json", "file/x.json"], "--json: file is no folder; choose another"),
+        (["photos", "--json", "f.json"], r"--json: f\.json is a folder, not a file to write"),
+        (["photos", "--json", "figures"], r"a file that ends in \.json, got 'figures'; to print"),
         (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
         (["bad.txt", "--option", "seed=-1"], "seed must be"),
         (["digits_lt", "--root", "photos"], "needs no root"),
@@ -157,6 +157,7 @@ def test_mistakes_are_told(photos, capsys, arguments, message):
     (photos.parent / "bad" / "empty").mkdir(parents=True)
     shutil.copytree(photos / "cat", photos.parent / "bad" / "cat")
     (photos.parent / "bad.txt").write_text("gone.jpg 0\n")
+    (photos.parent / "f.json").mkdir()
     for name in ("x.parquet", "file"):
         (photos.parent / name).touch()
     error = inspect(capsys, *arguments, status=2)

@@ -1,8 +1,10 @@
-"""What a person sees while something runs: a console on standard error, logs, progress bars."""
+"""What a person sees: help, and while something runs a log and progress bars on standard error."""
 
 import logging
+import shutil
+import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,10 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)
 log = logging.getLogger("timm_lt")
+STATUS = "Exit status: 0 if all went well, 2 for a mistake, which is one line, 130 after Ctrl-C."
 
 
-def start_logging(*, quiet: bool = False) -> None:
-    """Sends timm_lt's log to the console; with ``quiet`` only warnings and errors."""
+def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Sends timm_lt's log to the console.
+
+    Args:
+        quiet: Only warnings and errors.
+        verbose: Every step, too.
+    """
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -23,7 +31,7 @@ def start_logging(*, quiet: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 @contextmanager
@@ -54,6 +62,17 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
 def advance(bar: Progress, steps: int = 1, description: str | None = None) -> None:
     """Moves the bar on, and changes its description if one is given."""
     bar.update(bar.task_ids[0], advance=steps, description=description)
+
+
+def wrapped(text: str) -> str:
+    """Returns a paragraph in lines as wide as the terminal."""
+    return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
+
+
+def epilog(examples: Sequence[str], status: str = STATUS) -> str:
+    """Returns what stands below the options in the help of a command."""
+    lines = [f"  {example}" for example in examples]
+    return "\n".join(["examples:", *lines, "", wrapped(status)])
 
 
 def one_line(text: str, limit: int = 80) -> str:

@@ -1,6 +1,7 @@
 """The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import timm_lt
 import train_lt
 from timm_lt.cli import (
     compare,
+    completion,
     convert,
     evaluate,
     fold,
@@ -19,8 +21,16 @@ from timm_lt.cli import (
     push,
     run,
 )
-from timm_lt.console import error_text
+from timm_lt.cli.common import Commands, complain, start
+from timm_lt.console import epilog, error_text, log, wrapped
 from timm_lt.registry import UsageError
+
+# In the order in which one needs them.
+COMMANDS = (
+    heads, evaluate, predict, listing, inspect, fold, push, pack, convert, run
+)  # fmt: skip
+# What a shell gives to a program whose reader has gone.
+BROKEN_PIPE = 141
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,26 +42,54 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["compare"]:
         # So are some of these.
         return compare.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+    arguments = create_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
+        start(arguments)
         command(arguments)
+        sys.stdout.flush()
     except UsageError as error:
-        print(f"error: {error_text(str(error))}", file=sys.stderr)  # noqa: T201
+        log.debug("where it arose", exc_info=True)
+        complain(f"error: {error_text(str(error))}")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # As `timm-lt list | head -1` does; the interpreter must not flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        log.debug("where it arose", exc_info=True)
+        complain(f"error: {error_text(f'{error.filename}: {error.strerror}')}")
+        return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of all commands; ``train`` and ``compare`` have their own besides."""
     parser = argparse.ArgumentParser(
-        prog="timm-lt", description="Long-tailed image recognition on timm."
+        prog="timm-lt",
+        description=wrapped(
+            "Long-tailed image recognition on timm: one backbone, many classifier heads. Each "
+            "command has a --help with examples."
+        ),
+        epilog=epilog(
+            [
+                "timm-lt heads photos --model resnet50.a1_in1k   # better rare classes, in minutes",
+                "timm-lt train                                   # embedded data, no network",
+                "timm-lt evaluate output/birds photos",
+                'eval "$(timm-lt completion bash)"               # tab completion in this shell',
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"timm_lt {timm_lt.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
     compare.add_parser(commands)
-    for module in (heads, evaluate, predict, listing, inspect, pack, push, fold, convert, run):
+    for module in COMMANDS:
         module.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from timm_lt.accelerator import available_cores
-from timm_lt.cli.common import Commands, say
+from timm_lt.cli.common import Commands, add_log_options, say
 from timm_lt.comparison import (
     Grid,
     Outcome,
@@ -24,9 +24,10 @@ from timm_lt.comparison import (
     shipped_grids,
     write_results,
 )
+from timm_lt.comparison.output import RESULTS
 from timm_lt.comparison.plan import Run
 from timm_lt.comparison.runs import check_runs, default_jobs
-from timm_lt.console import log, start_logging
+from timm_lt.console import epilog, log, start_logging, wrapped
 from timm_lt.exits import run_to_exit
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
 from timm_lt.registry import UsageError, check_integer
@@ -74,7 +75,7 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{PROG} starts processes itself: run it without accelerate launch")
     named = bool(argv) and not argv[0].startswith("-")
-    arguments, rest = _parser().parse_known_args(argv[1:] if named else argv)
+    arguments, rest = create_parser().parse_known_args(argv[1:] if named else argv)
     if not named:
         if rest:
             raise UsageError(f"GRID comes before the options; {_listing()}")
@@ -89,7 +90,7 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
     jobs = _jobs(arguments.jobs, threads)
     check_output(folder, plan)
     check_runs(plan.runs)
-    start_logging(quiet=arguments.quiet)
+    start_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     log.info("%s", _describe(plan, min(jobs, len(plan.runs)), threads, folder))
     with open_output(folder, plan):
         outcomes = run_all(plan.runs, folder / "logs", jobs=jobs, threads=threads)
@@ -98,7 +99,10 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
         write_results(folder, plan, comparison, outcomes, command=command, threads=threads)
     # In a file there is room for a wide table.
     console = Console() if Console().is_terminal else Console(width=WIDTH)
-    console.print(rich_table(plan, comparison))
+    if arguments.json:
+        say((folder / RESULTS).read_text(encoding="utf-8").rstrip())
+    else:
+        console.print(rich_table(plan, comparison))
     log.info("wrote %s", folder)
     failed = [run.name for run, outcome in outcomes.items() if not outcome.is_whole]
     if failed:
@@ -127,18 +131,30 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _parser() -> argparse.ArgumentParser:
+def create_parser() -> argparse.ArgumentParser:
+    """Creates the parser of the options that are not the recipe's."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [GRID] [--option value ...]",
         allow_abbrev=False,
-        description=(
+        description=wrapped(
             "Trains what a paper's table compares, each representation with each seed, fits the "
             "heads of the table, and prints it. GRID is the name of a shipped grid or a "
-            f"YAML file; without it, the shipped ones are listed. Example: {PROG} kang_table2 "
-            "--seeds 0,1,2. The same command goes on after a kill. Any other option is one of the "
-            "recipe that all runs share, e.g. --epochs 5; see timm-lt train --help."
+            "YAML file; without it, the shipped ones are listed. The same command goes on after a "
+            "kill. Any other option is one of the recipe that all runs share, e.g. --epochs 5; see "
+            "timm-lt train --help."
         ),
+        epilog=epilog(
+            [
+                f"{PROG}   # names the grids",
+                f"{PROG} kang_table2 --seeds 0,1,2",
+                f'{PROG} kang_table2 --only joint cRT "balanced softmax" --jobs 2',
+                f"{PROG} mine.yaml --data.root photos --json",
+            ],
+            "Exit status: 0 if all went well, 1 if some runs failed (the others are in the table), "
+            "2 for a mistake, which is one line, 130 after Ctrl-C.",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", help="folder; output/GRID unless given")
     parser.add_argument("--seeds", default="0,1,2", metavar="SEEDS", help="such as 0,1,2")
@@ -152,7 +168,12 @@ def _parser() -> argparse.ArgumentParser:
         help="runs side by side; one on each GPU, or as many as there are cores for, unless given",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
-    parser.add_argument("--quiet", action="store_true", help="print the table and failures only")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="for machines: print results.json instead of the table",
+    )
+    add_log_options(parser, quiet="the table and failures")
     return parser
 
 

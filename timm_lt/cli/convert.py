@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from timm_lt.cli.common import Commands, say
-from timm_lt.console import start_logging
+from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.convert import convert_checkpoint
 from timm_lt.registry import UsageError
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
@@ -13,14 +12,18 @@ from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    convert = commands.add_parser(
+    convert = add_command(
+        commands,
         "convert",
-        help="write weights of another project as a decoupled checkpoint",
+        summary="write weights of another project as a decoupled checkpoint",
         description=(
             "Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict, and "
-            "writes a decoupled checkpoint. Examples: timm-lt convert lt_resnext50.imagenet_lt "
-            "x50; timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth"
+            "writes a decoupled checkpoint."
         ),
+        examples=[
+            "timm-lt convert lt_resnext50.imagenet_lt x50",
+            "timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth",
+        ],
     )
     convert.add_argument("source", help="a published name, a URL, or a file")
     convert.add_argument("destination", type=Path, help="folder to write; must not exist")
@@ -36,12 +39,12 @@ def add_parser(commands: Commands) -> None:
         "--class-counts", type=Path, help="JSON list of the training images of each class"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
+    add_output_options(convert, quiet="what was written")
     convert.set_defaults(command=convert_weights)
 
 
 def convert_weights(arguments: argparse.Namespace) -> None:
     """Writes the weights of another project as a decoupled checkpoint."""
-    start_logging()
     heads = {}
     for text in arguments.head:
         name, equals, place = text.partition("=")
@@ -60,10 +63,18 @@ def convert_weights(arguments: argparse.Namespace) -> None:
             arguments.source, folder, model=arguments.model, heads=heads, class_counts=counts
         )
     known = {"given": "as given", "in the file": "as the file says"}.get(done.found, done.found)
-    say(
+    result = {
+        "folder": str(arguments.destination),
+        "model": done.name,
+        "found": done.found,
+        "num_classes": done.num_classes,
+        "heads": list(done.heads),
+    }
+    line = (
         f"{arguments.destination}: {done.name} ({known}), {done.num_classes} classes, heads "
         f"{', '.join(done.heads)}"
     )
+    show_result(arguments, result, line)
 
 
 def _class_counts(path: Path) -> list[int]:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from timm_lt.accelerator import create_accelerator, set_cpu_threads
-from timm_lt.cli.common import Commands, parse_options, say
+from timm_lt.cli.common import (
+    Commands,
+    add_command,
+    add_output_options,
+    parse_options,
+    show_result,
+)
 from timm_lt.cli.model_argument import (
     DATA_HELP,
     MODEL_HELP,
@@ -20,12 +25,11 @@ from timm_lt.cli.model_argument import (
     load_model,
     stored_heads,
 )
-from timm_lt.console import start_logging
+from timm_lt.console import log
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
-from timm_lt.files import write_json
 from timm_lt.heads import Head, get_head, head_statistics
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
@@ -46,16 +50,20 @@ JOINT = "linear"
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    evaluate = commands.add_parser(
+    evaluate = add_command(
+        commands,
         "evaluate",
-        help="accuracy of a model by shot group and class",
+        summary="accuracy of a model by shot group and class",
         description=(
-            "Prints the accuracy of a model, with all the heads of its checkpoint or some, by shot "
-            "group, with 95 % intervals and the calibration error. Any model does, timm's own too. "
-            "Examples: timm-lt evaluate output/birds photos; timm-lt evaluate hf-hub:me/birds "
-            "photos --head crt tau_norm --json figures.json; timm-lt evaluate resnet50 photos "
-            "--checkpoint model_best.pth.tar"
+            "Prints the accuracy of a model, with all the heads of its checkpoint or some, by "
+            "shot group, with 95 % intervals and the calibration error. Any model does, timm's "
+            "own too."
         ),
+        examples=[
+            "timm-lt evaluate output/birds photos",
+            "timm-lt evaluate hf-hub:me/birds photos --head crt tau_norm --json figures.json",
+            "timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar",
+        ],
     )
     evaluate.add_argument("model", help=MODEL_HELP)
     evaluate.add_argument("data", help=DATA_HELP)
@@ -64,20 +72,26 @@ def add_parser(commands: Commands) -> None:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
     add_data_options(evaluate)
-    evaluate.add_argument("--split", choices=get_args(Split), default="test")
-    evaluate.add_argument("--shot-rule", choices=get_args(ShotRule), default="fb")
-    evaluate.add_argument("--image-size", type=int, metavar="PIXELS")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    evaluate.add_argument(
+        "--split", choices=get_args(Split), default="test", help="to evaluate on; test unless given"
+    )
+    evaluate.add_argument(
+        "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
+    )
+    evaluate.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="the model's unless given"
+    )
     evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     evaluate.add_argument("--threads", type=int, help="CPU threads; all unless given")
-    evaluate.add_argument("--workers", type=int, help="processes that decode images")
-    evaluate.add_argument("--quiet", action="store_true", help="print the table only")
+    evaluate.add_argument(
+        "--workers", type=int, help="processes that decode images; by the cores unless given"
+    )
+    add_output_options(evaluate, quiet="the table")
     evaluate.set_defaults(command=evaluate_model)
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
     """Evaluates a model with one head after the other, on features that are taken once."""
-    start_logging(quiet=arguments.quiet)
     set_cpu_threads(arguments.threads)
     options = parse_options(arguments.option, "test_fraction=0.3")
     data = DataRecipe(
@@ -98,20 +112,15 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     }
     _check_classes(models, splits, arguments.model)
     reports = _evaluate(models, splits, data, arguments)
-    if arguments.json is not None:
-        write_json(arguments.json, _figures(reports, splits, arguments))
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
         write_per_class(arguments.per_class, rows)
+        log.info("wrote %s", arguments.per_class)
     title = f"{arguments.model} on {data.title}, {arguments.split}, accuracy in percent"
-    Console().print(
-        shot_table(
-            reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
-        )
+    table = shot_table(
+        reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
     )
-    for path in (arguments.json, arguments.per_class):
-        if path is not None:
-            say(f"wrote {path}")
+    show_result(arguments, _figures(reports, splits, arguments), table)
 
 
 def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -> None:

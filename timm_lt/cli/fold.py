@@ -1,6 +1,7 @@
 """``timm-lt fold``: a head as a plain timm checkpoint, ONNX file or exported program."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,13 @@ import timm
 
 import timm_lt
 from timm_lt.checkpoint import CONFIG, read_checkpoint
-from timm_lt.cli.common import Commands, parse_options, say
+from timm_lt.cli.common import (
+    Commands,
+    add_command,
+    add_output_options,
+    parse_options,
+    show_result,
+)
 from timm_lt.files import read_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import head_option_names
@@ -19,15 +26,18 @@ from timm_lt.run_folder import new_folder
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    fold = commands.add_parser(
+    fold = add_command(
+        commands,
         "fold",
-        help="write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
+        summary="write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
         description=(
             "Folds a head into a plain classifier and writes what plain timm loads, without "
-            "timm_lt. What was written is loaded again and compared. Examples: timm-lt fold "
-            "output/lt_test_resnet.glyph_lt ship --head tau_norm --option tau=0.7 --onnx; "
-            "timm-lt fold output/birds ship --head crt lws --program"
+            "timm_lt. What was written is loaded again and compared."
         ),
+        examples=[
+            "timm-lt fold output/birds ship --head tau_norm --option tau=0.7 --onnx",
+            "timm-lt fold output/birds ship --head crt lws --program",
+        ],
     )
     fold.add_argument("source", help="folder of a decoupled checkpoint, or a pretrained name")
     fold.add_argument("destination", type=Path, help="folder to write; must not exist")
@@ -52,6 +62,7 @@ def add_parser(commands: Commands) -> None:
         help="write model.pt2 of torch.export as well, which runs without timm",
     )
     fold.add_argument("--overwrite", action="store_true", help="replace a folded checkpoint there")
+    add_output_options(fold, quiet="what was written")
     fold.set_defaults(command=fold_checkpoint)
 
 
@@ -69,7 +80,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
     single = len(models) == 1
     entries = FOLDED_ENTRIES if single else set(heads)
-    lines = []
+    lines, written = [], []
     with new_folder(
         destination, entries, overwrite=arguments.overwrite, source=Path(source)
     ) as folder:
@@ -85,10 +96,11 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
             same = "the same logits" if report.exact else "the same predictions"
             where = destination if single else destination / head
             lines.append(f"{where}: {head} folded, {same}; {_differences(report)}")
+            written.append({"folder": str(where), "head": head, **asdict(report)})
         architecture = read_json(target / CONFIG)["architecture"]
     if architecture.startswith("lt_"):
         lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
-    say("\n".join(lines))
+    show_result(arguments, written, "\n".join(lines))
 
 
 def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import train_lt
-from timm_lt.cli.common import Commands, parse_options
+from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
 from timm_lt.cli.model_argument import (
     DATA_HELP,
     HUB_PREFIX,
@@ -22,16 +22,20 @@ from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunO
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    heads = commands.add_parser(
+    heads = add_command(
+        commands,
         "heads",
-        help="fit and compare heads on a model of yours, without training it",
+        summary="fit and compare heads on a model of yours, without training it",
         description=(
             "Takes the features of your images once, fits every classifier head on them, chooses "
             "on validation, and writes a checkpoint with all of them and a report. Nothing but "
-            "heads is trained. Examples: timm-lt heads photos --model resnet50.a1_in1k; timm-lt "
-            "heads photos --model resnet50 --checkpoint model_best.pth.tar; timm-lt heads "
-            "train.txt --root photos --model local-dir:output/birds --heads crt tau_norm"
+            "heads is trained."
         ),
+        examples=[
+            "timm-lt heads photos --model resnet50.a1_in1k",
+            "timm-lt heads photos --model resnet50 --checkpoint model_best.pth.tar",
+            "timm-lt heads train.txt --root photos --model output/birds --heads crt tau_norm",
+        ],
     )
     heads.add_argument("data", help=DATA_HELP)
     heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
@@ -59,10 +63,15 @@ def add_parser(commands: Commands) -> None:
         help="fit the linear classifier anew, even if the model has one of as many classes",
     )
     heads.add_argument("--cache-dir", help="keep features there, for the next time")
-    heads.add_argument("--seed", type=int, default=0)
+    heads.add_argument("--seed", type=int, default=0, help="of the fits and of what is held out")
     heads.add_argument("--threads", type=int, help="CPU threads; all unless given")
-    heads.add_argument("--workers", type=int, help="processes that decode images")
-    heads.add_argument("--quiet", action="store_true", help="print the final table only")
+    heads.add_argument(
+        "--workers", type=int, help="processes that decode images; by the cores unless given"
+    )
+    heads.add_argument(
+        "--json", action="store_true", help="for machines: print metrics.json instead of the table"
+    )
+    add_log_options(heads, quiet="the final table")
     heads.set_defaults(command=fit_heads)
 
 
@@ -101,6 +110,8 @@ def fit_heads(arguments: argparse.Namespace) -> None:
             threads=arguments.threads,
             workers=arguments.workers,
             quiet=arguments.quiet,
+            verbose=arguments.verbose,
+            json=arguments.json,
         ),
     )
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from rich.console import Console
 
-from timm_lt.cli.common import Commands, parse_options
+from timm_lt.cli.common import (
+    STDOUT,
+    Commands,
+    add_command,
+    add_output_options,
+    check_folder,
+    parse_options,
+    show_result,
+)
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.console import advance, progress
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
@@ -20,11 +28,10 @@ from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
 from timm_lt.data.lists.checks import absolute_root, located
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
-from timm_lt.files import write_atomic, write_json
+from timm_lt.files import write_atomic
 from timm_lt.longtail import ShotRule, shot_groups
 from timm_lt.plots import save_count_plot
 from timm_lt.registry import (
-    Problems,
     UsageError,
     check_integer,
     check_number,
@@ -43,15 +50,20 @@ TABLES = ("parquet", "arrow")
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    inspect = commands.add_parser(
+    inspect = add_command(
+        commands,
         "inspect",
-        help="look at a data set before training",
+        summary="look at a data set before training",
         description=(
             "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
             "image sizes and whatever would keep a run from training, and writes a table and a "
-            "plot of the classes. Examples: timm-lt inspect photos; timm-lt inspect train.txt "
-            "--root photos; timm-lt inspect glyph_lt --quick"
+            "plot of the classes."
         ),
+        examples=[
+            "timm-lt inspect photos",
+            "timm-lt inspect train.txt --root photos",
+            "timm-lt inspect glyph_lt --quick",
+        ],
     )
     inspect.add_argument("data", help="folder of images, list of images, or a data set's name")
     inspect.add_argument("--root", help="folder with the files of a list or a data set")
@@ -65,23 +77,23 @@ def add_parser(commands: Commands) -> None:
     inspect.add_argument(
         "--output", type=Path, help="folder for table and plot; inspect_NAME unless given"
     )
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     inspect.add_argument(
         "--quick", action="store_true", help="decode no image and look for no duplicates"
     )
     inspect.add_argument(
         "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
     )
+    add_output_options(inspect, quiet="what was found")
     inspect.set_defaults(command=inspect_data)
 
 
 def inspect_data(arguments: argparse.Namespace) -> None:
     """Inspects a data set, prints what it finds, and writes table, plot and JSON."""
     options = parse_options(arguments.option, "min_images=5")
-    _check_places(arguments.output, arguments.json)
+    _check_place(arguments.output)
     name, datasets, problems = find_data(arguments.data, arguments.root, options, arguments.output)
     output = arguments.output or default_output(name)
-    _check_places(output, None)
+    _check_place(output)
     total = None if arguments.quick else sum(map(len, datasets.values()))
     with progress(f"looking at {name}", total, unit="images") as bar:
         found = inspect_splits(
@@ -93,22 +105,15 @@ def inspect_data(arguments: argparse.Namespace) -> None:
             on_image=lambda: advance(bar),
         )
     written = write_files(output, found)
-    if arguments.json is not None:
-        write_json(arguments.json, found.to_dict())
-        written.append(arguments.json)
-    print_report(Console(), found, written)
+    if arguments.json != STDOUT:
+        print_report(Console(), found, written)
+    show_result(arguments, found.to_dict(), None)
 
 
-def _check_places(output: Path | None, figures: Path | None) -> None:
+def _check_place(output: Path | None) -> None:
     """Checks, before anything is looked at, that what is found can be written."""
-    problems = Problems()
-    for option, path in (("--output", output), ("--json", figures and figures.parent)):
-        for place in [] if path is None else [path, *path.parents]:
-            if place.exists() and not place.is_dir():
-                problems.add(f"{option}: {place} is no folder; choose another")
-    if figures is not None and figures.is_dir():
-        problems.add(f"--json: {figures} is a folder, not a file to write")
-    problems.check()
+    if output is not None:
+        check_folder("--output", output)
 
 
 def find_data(

@@ -1,16 +1,15 @@
 """``timm-lt list``: what there is, or the heads of a checkpoint."""
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 import timm
-from rich.console import Console
 from rich.table import Table
 
 import timm_lt
-from timm_lt.checkpoint import read_checkpoint
-from timm_lt.cli.common import Commands
+from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
+from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
+from timm_lt.comparison import shipped_grids
 from timm_lt.data import list_augmentations
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError
@@ -20,18 +19,24 @@ from timm_lt.report import head_table
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    listing = commands.add_parser(
+    listing = add_command(
+        commands,
         "list",
-        help="name what there is; or the heads of a checkpoint",
+        summary="name what there is; or the heads of a checkpoint",
         description=(
             "Names the registered models, heads, samplers, losses, data sets and recipes; or the "
-            "heads of a checkpoint with options and metrics, without downloading weights. "
-            "Examples: timm-lt list; timm-lt list me/birds; timm-lt list output/birds"
+            "heads of a checkpoint with options and metrics, without downloading weights."
         ),
+        examples=[
+            "timm-lt list",
+            "timm-lt list me/birds",
+            "timm-lt list output/birds",
+        ],
     )
     listing.add_argument(
         "checkpoint", nargs="?", help="folder, or Hub repo NAMESPACE/NAME[@REVISION]"
     )
+    add_output_options(listing, quiet="the names")
     listing.set_defaults(command=list_parts)
 
 
@@ -43,19 +48,39 @@ def list_parts(arguments: argparse.Namespace) -> None:
         if not is_folder and "/" not in place:
             raise UsageError(f"{place!r} is no folder here, nor a repo NAMESPACE/NAME of the Hub")
         info = read_checkpoint(place) if is_folder else Repo.parse(place).read_info()
-        Console().print(head_table(info))
+        show_result(arguments, _heads(info), head_table(info))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    rows: dict[str, Iterable[str]] = {
-        "models": [*timm.list_models("lt_*"), "and any other timm architecture"],
+    rows: dict[str, list[str]] = {
+        "models": timm.list_models("lt_*"),
         "pretrained": timm.list_pretrained("lt_*"),
         "heads": timm_lt.list_heads(),
         "samplers": timm_lt.list_samplers(),
         "losses": timm_lt.list_losses(),
         "data sets": timm_lt.list_datasets(),
         "augmentations": list_augmentations(),
-        "recipes": shipped_recipes(),
+        "recipes": list(shipped_recipes()),
+        "grids": list(shipped_grids()),
     }
     for kind, names in rows.items():
-        table.add_row(f"[bold]{kind}", ", ".join(names))
-    Console().print(table)
+        more = ["and any other timm architecture"] if kind == "models" else []
+        table.add_row(f"[bold]{kind}", ", ".join([*names, *more]))
+    show_result(arguments, {kind.replace(" ", "_"): names for kind, names in rows.items()}, table)
+
+
+def _heads(info: CheckpointInfo) -> dict[str, object]:
+    """Returns what a checkpoint says of itself and its heads."""
+    return {
+        "dataset": info.dataset,
+        "num_classes": info.num_classes,
+        "class_counts": info.class_counts,
+        "heads": {
+            name: {
+                "kind": head.kind,
+                "options": head.options,
+                "metrics": head.metrics,
+                "selection": head.selection,
+            }
+            for name, head in info.heads.items()
+        },
+    }

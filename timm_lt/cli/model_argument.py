@@ -9,6 +9,7 @@ import timm.data
 from torch import nn
 
 from timm_lt.checkpoint import BLOCK, CONFIG, read_checkpoint, read_config
+from timm_lt.console import log
 from timm_lt.data.sources import DATASETS
 from timm_lt.model import LOCAL_DIR, create_model, load_weights_file
 from timm_lt.registry import UsageError, unknown_name
@@ -59,11 +60,17 @@ def load_model(
     """
     name = model_name(given)
     if checkpoint is None:
-        return create_model(name, True, head=head, **options).eval()
-    model = create_model(name, False, **options)
-    load_weights_file(model, checkpoint, name)
-    if head is not None:
+        model = create_model(name, True, head=head, **options)
+    elif head is not None:
         raise UsageError("--head is for a model with its own heads, not for a --checkpoint file")
+    else:
+        model = create_model(name, False, **options)
+        load_weights_file(model, checkpoint, name)
+    log.debug(
+        "%s: %s, head %s, weights of %s, %d classes, %d parameters",
+        *(name, type(model).__name__, head or "linear", checkpoint or name),
+        *(model.num_classes, sum(tensor.numel() for tensor in model.parameters())),
+    )
     return model.eval()
 
 

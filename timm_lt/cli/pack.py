@@ -17,7 +17,7 @@ from timm_lt.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from timm_lt.cli.common import Commands, say
+from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.files import read_json, write_json
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
 
@@ -27,18 +27,23 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    pack = commands.add_parser(
+    pack = add_command(
+        commands,
         "pack",
-        help="write a smaller copy of a run's checkpoint",
+        summary="write a smaller copy of a run's checkpoint",
         description=(
             "Copies the decoupled checkpoint of a run without its training state, in half "
-            "precision. Example: timm-lt pack output/lt_test_resnet.glyph_lt birds"
+            "precision."
         ),
+        examples=[
+            "timm-lt pack output/lt_test_resnet.glyph_lt birds",
+        ],
     )
     pack.add_argument("source", type=Path, help="folder of a run, or a decoupled checkpoint")
     pack.add_argument("destination", type=Path, help="folder to write; must not exist")
     pack.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the tensors")
     pack.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
+    add_output_options(pack, quiet="what was written")
     pack.set_defaults(command=pack_checkpoint)
 
 
@@ -50,7 +55,8 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
         destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite, source=source
     ) as folder:
         _pack(source, folder, info, DTYPES[arguments.dtype])
-    say(f"wrote {destination}")
+    result = {"folder": str(destination), "dtype": arguments.dtype, "heads": list(info.heads)}
+    show_result(arguments, result, f"wrote {destination}")
 
 
 def _pack(source: Path, destination: Path, info: CheckpointInfo, dtype: torch.dtype) -> None:

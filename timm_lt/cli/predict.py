@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.accelerator import set_cpu_threads
-from timm_lt.cli.common import Commands, say
+from timm_lt.cli.common import Commands, add_command, add_log_options, say
 from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
-from timm_lt.console import start_logging
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import DAMAGE, damage_of, decode_image
 from timm_lt.files import write_atomic
@@ -34,14 +33,16 @@ Prediction = tuple[str, list[tuple[str, float]], str | None]
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    predict = commands.add_parser(
+    predict = add_command(
+        commands,
         "predict",
-        help="classes and probabilities of images",
-        description=(
-            "Prints the most probable classes of images. Examples: timm-lt predict output/birds "
-            "a.jpg b.jpg --head tau_norm; timm-lt predict resnet50 photos --format csv --top 1; "
-            "timm-lt predict hf-hub:me/birds a.jpg --format json"
-        ),
+        summary="classes and probabilities of images",
+        description=("Prints the most probable classes of images."),
+        examples=[
+            "timm-lt predict output/birds a.jpg b.jpg --head tau_norm",
+            "timm-lt predict resnet50 photos --format csv --top 1",
+            "timm-lt predict hf-hub:me/birds a.jpg --format json",
+        ],
     )
     predict.add_argument("model", help=MODEL_HELP)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders of them")
@@ -49,16 +50,26 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
     predict.add_argument("--classes", type=int, help="of the checkpoint, if not the model's usual")
     predict.add_argument("--top", type=int, default=3, metavar="N", help="classes of each image")
-    predict.add_argument("--format", choices=FORMATS, default="table")
-    predict.add_argument("--output", type=Path, metavar="FILE", help="write there, not on screen")
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=FORMATS, default="table", help="table unless given")
+    form.add_argument(
+        "--json",
+        action="store_const",
+        const="json",
+        dest="format",
+        help="the same as --format json",
+    )
+    predict.add_argument("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     predict.add_argument("--threads", type=int, help="CPU threads; all unless given")
-    predict.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    predict.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images; none unless given"
+    )
+    add_log_options(predict, quiet="the predictions")
     predict.set_defaults(command=predict_images)
 
 
 def predict_images(arguments: argparse.Namespace) -> None:
     """Predicts, and prints or writes; images that cannot be read are named."""
-    start_logging()
     set_cpu_threads(arguments.threads)
     check_integer("--top", arguments.top, minimum=1)
     check_integer("--workers", arguments.workers, minimum=0)

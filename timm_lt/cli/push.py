@@ -3,20 +3,23 @@
 import argparse
 from pathlib import Path
 
-from timm_lt.cli.common import Commands, say
+from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.hub import push_to_hub
 
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    push = commands.add_parser(
+    push = add_command(
+        commands,
         "push",
-        help="push a checkpoint to the Hugging Face Hub",
+        summary="push a checkpoint to the Hugging Face Hub",
         description=(
-            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit, of which only "
-            "what has changed is uploaded. Log in first: hf auth login, or HF_TOKEN. Example: "
-            "timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0"
+            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit, of which "
+            "only what has changed is uploaded. Log in first: hf auth login, or HF_TOKEN."
         ),
+        examples=[
+            "timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0",
+        ],
     )
     push.add_argument("folder", type=Path, help="folder of a run, or a decoupled checkpoint")
     push.add_argument("repo", metavar="NAMESPACE/NAME", help="the repo; made if it is missing")
@@ -27,6 +30,7 @@ def add_parser(commands: Commands) -> None:
     push.add_argument(
         "--overwrite", action="store_true", help="remove heads that the folder does not have"
     )
+    add_output_options(push, quiet="what was pushed")
     push.set_defaults(command=push_checkpoint)
 
 
@@ -42,4 +46,5 @@ def push_checkpoint(arguments: argparse.Namespace) -> None:
         commit_message=arguments.message,
     )
     done = f"pushed to {pushed.url}" if pushed.changed else f"{pushed.url} has it all already"
-    say(f"{done}, commit {pushed.commit[:8]}")
+    result = {"url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}
+    show_result(arguments, result, f"{done}, commit {pushed.commit[:8]}")

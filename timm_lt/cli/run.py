@@ -5,21 +5,24 @@ import runpy
 import sys
 from pathlib import Path
 
-from timm_lt.cli.common import Commands
+from timm_lt.cli.common import Commands, add_command
 from timm_lt.registry import UsageError
 
 
 def add_parser(commands: Commands) -> None:
     """Adds the command to the parser."""
-    run = commands.add_parser(
+    run = add_command(
+        commands,
         "run",
-        help="run one of timm's scripts, with the lt_* models registered",
+        summary="run one of timm's scripts, with the lt_* models registered",
         description=(
             "Runs a script, such as timm's validate.py, inference.py and train.py, which lie in "
             "timm's repository and not in its package, after timm_lt has registered its models. "
-            "What follows SCRIPT is for the script. Example: timm-lt run "
-            "pytorch-image-models/validate.py photos --model lt_resnext50.imagenet_lt --pretrained"
+            "What follows SCRIPT is for the script."
         ),
+        examples=[
+            "timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained",
+        ],
     )
     run.add_argument("script", metavar="SCRIPT", help="a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")

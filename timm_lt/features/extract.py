@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from timm_lt.console import log
 from timm_lt.data.fingerprint import digest
 from timm_lt.data.reading import UNREADABLE, loaded
 from timm_lt.features.backbone import ComputeDtype, backbone, chosen_classifier
@@ -101,9 +102,10 @@ def extract_features(
     _check_processes(accelerator, loader)
     name = chosen_classifier(model, classifier)
     job = _Pass(model, name, loader, accelerator, getattr(torch, dtype), compute_dtype, views)
-    if cache_dir is None:
-        return _in_memory(job)
-    return _cached(job, Path(cache_dir), key)
+    features = _in_memory(job) if cache_dir is None else _cached(job, Path(cache_dir), key)
+    rows, width = features.values.shape
+    log.debug("features: %d rows, %d wide, %s, in %s", rows, width, dtype, cache_dir or "memory")
+    return features
 
 
 def _check_processes(accelerator: Accelerator | None, loader: object) -> None:

@@ -1,11 +1,13 @@
 """Fitting one head, or the best of several."""
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from timm_lt.console import log
 from timm_lt.features import Features
 from timm_lt.fitting.base import FITS, check_fit_options
 from timm_lt.fitting.comparison import compare_heads
@@ -85,7 +87,14 @@ def fit_head(
     data = check_fit_data(
         features, joint, class_counts, val, seed=seed, objective=objective, rule=rule
     )
-    return _fit_best(data, **options) if name == AUTO else FITS[name](data, **options).eval()
+    return _fit_best(data, **options) if name == AUTO else _fit(name, data, options)
+
+
+def _fit(name: str, data: FitData, options: Mapping[str, Any]) -> Head:
+    started = time.perf_counter()
+    head = FITS[name](data, **options).eval()
+    log.debug("fitted %s in %.1f s: %s", name, time.perf_counter() - started, head)
+    return head
 
 
 def _fit_best(
@@ -98,7 +107,7 @@ def _fit_best(
     candidates = _candidates(heads)
     for name, options in candidates.items():
         check_fit_options(name, options)
-    fitted = {name: FITS[name](data, **options).eval() for name, options in candidates.items()}
+    fitted = {name: _fit(name, data, options) for name, options in candidates.items()}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
 

@@ -6,6 +6,7 @@ Only ``train_lt.py`` and ``timm_lt/cli`` know recipes; everything below takes pl
 from timm_lt.fitting import DEFAULT_HEADS as DEFAULT_HEADS
 from timm_lt.recipe.checks import stage_heads as stage_heads
 from timm_lt.recipe.parse import DEFAULT_RECIPE as DEFAULT_RECIPE
+from timm_lt.recipe.parse import create_parser as create_parser
 from timm_lt.recipe.parse import find_recipe as find_recipe
 from timm_lt.recipe.parse import load_recipe as load_recipe
 from timm_lt.recipe.parse import parse_command_line as parse_command_line

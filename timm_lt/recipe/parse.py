@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from timm_lt.console import epilog, wrapped
 from timm_lt.files import read_yaml
 from timm_lt.published import PUBLISHED_BLOCK, hub_configs
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -73,7 +75,7 @@ def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
     """
     _check_keys(Recipe, values, f"key of {noun}:")
     try:
-        return _parse(_parser("train_lt.py"), _arguments(noun, _flatten(values)))[0]
+        return _parse(create_parser("train_lt.py"), _arguments(noun, _flatten(values)))[0]
     except UsageError as error:
         raise UsageError(f"{noun}: {error}") from error
 
@@ -104,15 +106,30 @@ def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOpti
     return path.stem, recipe, options
 
 
-def _parser(prog: str) -> ArgumentParser:
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with defaults, and a line for each example."""
+
+
+def create_parser(prog: str) -> ArgumentParser:
+    """Creates the parser of a recipe's options and those of how to run it."""
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [RECIPE] [--option value ...]",
-        description=(
+        description=wrapped(
             "Trains a backbone, fits every classifier head on its frozen features, and compares "
             "them. RECIPE is a YAML file or the name of a shipped one; options take the place of "
-            "its values, e.g. --epochs 5 --heads.tau_norm.tau 0.7."
+            "its values. Without a recipe it runs the embedded one, without a network."
         ),
+        epilog=epilog(
+            [
+                prog,
+                f"{prog} resnet18.folder --data.root photos --output birds",
+                f"{prog} --epochs 5 --heads.tau_norm.tau 0.7 --loss.name balanced_softmax",
+                f"{prog} --resume --json",
+                f"{prog} lt_test_resnet.glyph_lt_quick --print_config",
+            ]
+        ),
+        formatter_class=_Help,
         exit_on_error=False,
     )
     parser.add_class_arguments(Recipe)
@@ -136,6 +153,10 @@ def _parser(prog: str) -> ArgumentParser:
     run.add_argument("--compile", action="store_true", help="Compile the model.")
     run.add_argument("--tracker", default="none", help="tensorboard, or any accelerate tracker.")
     run.add_argument("--quiet", action="store_true", help="Print the final table only.")
+    run.add_argument(
+        "--verbose", action="store_true", help="Say each step, and where an error arose."
+    )
+    run.add_argument("--json", action="store_true", help="Print metrics.json, not the table.")
     run.add_argument(
         "--push_to_hub", type=str | None, help="Repo of the Hub to push to, NAMESPACE/NAME."
     )
@@ -166,7 +187,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]
 
 def _parser_for(path: Path, prog: str) -> tuple[ArgumentParser, list[str]]:
     """Returns a parser with a recipe's values as defaults, and the same values as arguments."""
-    parser = _parser(prog)
+    parser = create_parser(prog)
     values = _flatten(_read(path))
     # As arguments they are checked against their types; defaults are not, but help shows them.
     arguments = _arguments(f"recipe {path}", values)

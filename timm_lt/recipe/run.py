@@ -268,7 +268,8 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
     set_cpu_threads(options.threads)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    start_logging(quiet=options.quiet or not accelerator.is_main_process)
+    quiet = options.quiet or not accelerator.is_main_process
+    start_logging(quiet=quiet, verbose=options.verbose)
     return accelerator
 
 

@@ -349,6 +349,8 @@ class RunOptions:
         compile: Compile the model with torch.compile.
         tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
         quiet: Print the final table only.
+        verbose: Say each step, and where in the code an error arose.
+        json: Print ``metrics.json`` instead of the table.
         push_to_hub: Repo of the Hub to push the finished run to, namespace/name.
         private: A new repo is private.
         license: Licence of the weights for the model card, such as apache-2.0.
@@ -362,6 +364,8 @@ class RunOptions:
     compile: bool = False
     tracker: str = "none"
     quiet: bool = False
+    verbose: bool = False
+    json: bool = False
     push_to_hub: str | None = None
     private: bool = False
     license: str | None = None
