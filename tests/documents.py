@@ -56,7 +56,9 @@ def shell_lines(code):
     """The commands of a block, without comments."""
     for line in code.replace("\\\n", " ").splitlines():
         for command in line.split(" && "):
-            words = shlex.split(command, comments=True)
+            # What the shell evaluates is a command of ours.
+            evaluated = re.sub(r'^eval "\$\((.*)\)"', r"\1", command)
+            words = shlex.split(evaluated, comments=True)
             if words:
                 yield words
 
@@ -108,7 +110,7 @@ def check_timm_lt(arguments):
     elif command == "run":
         assert len(rest) > 1 or rest == ["SCRIPT"]
     else:
-        parsed(lambda: cli._parser().parse_args(arguments))
+        parsed(lambda: cli.create_parser().parse_args(arguments))
 
 
 def check_recipe(arguments):
@@ -126,7 +128,7 @@ def check_comparison(arguments):
     if name == "GRID":
         return
     grid = load_grid(find_grid(name))
-    own, others = parsed(lambda: compare._parser().parse_known_args(rest))
+    own, others = parsed(lambda: compare.create_parser().parse_known_args(rest))
     compare.parse_seeds(own.seeds)
     grid.cells(own.only)
     check_recipe([own.recipe or grid.recipe, *others])

@@ -169,7 +169,7 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_a_network(tmp_pat
     assert "lt_bbn_resnet50.inat2018" in pages["catalogue.html"]
     commands = pages["command-line.html"]
     assert set(COMMAND_HEADING.findall(commands)) == set(
-        cli._parser()._subparsers._group_actions[0].choices
+        cli.create_parser()._subparsers._group_actions[0].choices
     )
     assert "--accumulation_steps" in commands
     assert 'id="timm_lt.create_model"' in pages["api/models.html"]
