@@ -1,58 +1,178 @@
-"""README, recipes and licences: what they promise is there and runs."""
+"""README, documentation, recipes: what they promise is there and runs, and the site builds."""
 
+import collections
+import importlib
 import inspect
 import re
-from pathlib import Path
+import types
+import warnings
 
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from documents import PAGES, ROOT, TEXTS, anchors, blocks, check_command, prose, shell_lines
 
 import timm_lt
-import train_lt
+from timm_lt import cli
+from timm_lt.comparison import load_grid
 from timm_lt.data.sources import DATASETS
+from timm_lt.heads.factory import HEADS
+from timm_lt.losses import LOSSES
 from timm_lt.published import CHECKPOINTS, PUBLISHED
 from timm_lt.recipe import load_recipe, shipped_recipes
+from timm_lt.recipe.checks import check_heads, check_options_of_parts
+from timm_lt.samplers import SAMPLERS
 
-ROOT = Path(train_lt.__file__).parent
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+README = TEXTS["README.md"]
+PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
+PYTHON = blocks("python")
+REFERENCE = "\n".join(TEXTS[page] for page in PAGES if page.startswith("docs/api/"))
+COMMAND_HEADING = re.compile(r'<h2 id="timm-lt-(\w+)">')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_blocks_of_the_readme_run(number, capsys, request):
-    code = blocks("python")[number]
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_run(block, tmp_path, monkeypatch, capsys, request):
+    # The main job would have written this folder; the packaged checkpoint is one of the same form.
+    code = PYTHON[block].replace("output/lt_test_resnet.glyph_lt", str(PACKAGED))
     if "hf-hub:" in code:
         # The push above the block, to a hub on 127.0.0.1.
         request.getfixturevalue("loopback_hub")
-        timm_lt.push_to_hub(CHECKPOINTS / "lt_test_resnet.glyph_lt", "me/glyphs")
-    packaged = CHECKPOINTS / "lt_test_resnet.glyph_lt"
-    # The main job would have written this folder; the packaged checkpoint is one of the same form.
-    code = code.replace("output/lt_test_resnet.glyph_lt", str(packaged))
+        timm_lt.push_to_hub(PACKAGED, "me/glyphs")
+    monkeypatch.chdir(tmp_path)
+    for registry in (HEADS, LOSSES, SAMPLERS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     try:
-        exec(compile(code, f"README block {number}", "exec"), {})
+        exec(compile(code, block, "exec"), {})
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    if "evaluate_logits" in code:
+    if "evaluate_logits(model" in code:
         assert re.search(r"all \d\d\.\d %", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("block", blocks("bash", "sh"))
+def test_shell_lines_are_what_the_parsers_take(block):
+    for words in shell_lines(blocks("bash", "sh")[block]):
+        check_command(words)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_are_recipes_or_grids(block, tmp_path):
+    code = blocks("yaml")[block]
+    path = tmp_path / "own.yaml"
+    path.write_text(code)
+    if "representations" in yaml.safe_load(code):
+        assert load_grid(path).cells(None)
+        return
+    recipe = load_recipe(path)
+    check_heads(recipe)
+    check_options_of_parts(recipe)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_to_files_and_headings(name):
+    assert len(anchors(name)) == len(set(anchors(name)))
+    for link in re.findall(r"\]\((?!https?:)([^)\s]*)\)", prose(name)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+def test_the_readme_is_short_and_names_every_page():
+    assert README.count("\n") <= 200
+    for page in PAGES:
+        # The site makes these two of the code.
+        if not page.startswith(("docs/api/", "docs/command-line")):
+            assert f"]({page}" in README, page
+
+
 def test_the_first_two_shell_blocks_install_and_run():
-    run, test = blocks("bash")[:2]
+    run, test = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[:2]
     assert run.split("\n")[:2] == ["pip install .", "accelerate launch train_lt.py"]
     assert test.split("\n")[:2] == ['pip install ".[test]"', "pytest -n 2 --dist worksteal"]
 
 
-def test_the_readme_names_every_part():
-    parts = [*timm_lt.list_heads(), *timm_lt.list_samplers(), *timm_lt.list_losses()]
-    # Other tests register data sets of their own.
-    own = [name for name in DATASETS if DATASETS[name].__module__.startswith("timm_lt.")]
-    for name in [*parts, *own]:
+def own(registry):
+    """The parts that the package registers; other tests register some of their own."""
+    return {n: registry[n] for n in registry if registry[n].__module__.startswith("timm_lt.")}
+
+
+@pytest.mark.parametrize("registry", [HEADS, SAMPLERS, LOSSES], ids=lambda r: r.noun)
+def test_every_part_has_its_name_its_formula_and_its_class_in_the_reference(registry):
+    rows = [line.split(" | ") for line in TEXTS["docs/definitions.md"].splitlines()]
+    shown = [resolve(name) for name in re.findall(r"^::: (\S+)", REFERENCE, re.MULTILINE)]
+    for name, part in own(registry).items():
         assert f"`{name}`" in README, name
+        formulas = [row for row in rows if len(row) == 3 and f"`{name}`" in row[0]]
+        assert any(len(formula[1]) > 5 for formula in formulas), name
+        assert part in shown, name
+
+
+def test_every_data_set_is_named():
+    for name in own(DATASETS):
+        assert f"`{name}`" in README
+        assert f"`{name}`" in TEXTS["docs/your-data.md"]
+
+
+def resolve(path):
+    """The object of a dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_the_reference_has_every_public_name_once():
+    public = {
+        f"timm_lt.{name}"
+        for name, value in vars(timm_lt).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    counts = collections.Counter(re.findall(r"^::: (\S+)", REFERENCE, re.MULTILINE))
+    assert not public - set(counts)
+    assert set(counts.values()) == {1}
+    objects = [resolve(name) for name in counts]
+    assert len({id(part) for part in objects}) == len(objects)
+
+
+def test_every_module_is_in_the_table_of_modules():
+    modules = [p.stem for p in (ROOT / "timm_lt").glob("*.py") if not p.stem.startswith("_")]
+    packages = [p.parent.name for p in (ROOT / "timm_lt").glob("*/__init__.py")]
+    for name in [f"{module}.py`" for module in modules] + [f"{name}/`" for name in packages]:
+        assert name in TEXTS["CONTRIBUTING.md"], name
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_nothing_of_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    monkeypatch.chdir(ROOT)
+    # Of the tools, not of the pages: those are messages, and strict makes them errors.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mkdocs.commands.build import build
+        from mkdocs.config import load_config
+
+        config = load_config("mkdocs.yml", site_dir=str(tmp_path / "site"), strict=True)
+        config.plugins.on_startup(command="build", dirty=False)
+        build(config)
+        config.plugins.on_shutdown()
+    pages = {
+        page.relative_to(tmp_path / "site").as_posix(): page.read_text()
+        for page in (tmp_path / "site").rglob("*.html")
+    }
+    assert {page.removeprefix("docs/").replace(".md", ".html") for page in PAGES} < set(pages)
+    for name, page in pages.items():
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]*src="([^"]*)|<link[^>]*href="([^"]*)', page
+        )
+        assert not [link for pair in loaded for link in pair if "//" in link], name
+    assert "lt_bbn_resnet50.inat2018" in pages["catalogue.html"]
+    commands = pages["command-line.html"]
+    assert set(COMMAND_HEADING.findall(commands)) == set(
+        cli.create_parser()._subparsers._group_actions[0].choices
+    )
+    assert "--accumulation_steps" in commands
+    assert 'id="timm_lt.create_model"' in pages["api/models.html"]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -69,12 +189,12 @@ def test_recipes_say_their_command_and_load(name):
     assert first == command
     assert next(iter(recipe.heads)) == "linear"
     assert yaml.safe_load(recipe.to_yaml())["epochs"] == recipe.epochs
-    assert f"`{name}`" in (ROOT / "hub_configs" / "README.md").read_text()
+    assert f"`{name}`" in TEXTS["hub_configs/README.md"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_catalogue_has_every_published_name_and_its_figures(name):
-    text = (ROOT / "hub_configs" / "README.md").read_text()
+    text = TEXTS["hub_configs/README.md"]
     (row,) = [line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line]
     for head in PUBLISHED[name].heads.values():
         if head.quoted:

@@ -54,7 +54,7 @@ def add_parser(commands: Commands) -> None:
     heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
     heads.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     heads.add_argument(
-        "--objective", choices=OBJECTIVES, help="what validation chooses by, see docs/heads.md"
+        "--objective", choices=OBJECTIVES, help="what validation chooses by (docs/choose-a-head.md)"
     )
     heads.add_argument("--image-size", type=int, metavar="PIXELS", help="the model's unless given")
     heads.add_argument(

@@ -51,5 +51,5 @@ class TrainingLength:
 
 CRT_LENGTH, LWS_LENGTH = TrainingLength(10, 1000), TrainingLength(5, 500)
 # Not the 60 epochs of its paper, in which the backbone learns too: on frozen features more of them
-# help many-shot classes at the cost of the others (docs/heads.md has validation figures).
+# help many-shot classes at the cost of the others (docs/choose-a-head.md has validation figures).
 OLTR_LENGTH, OLTR_BATCH_SIZE = TrainingLength(2, 150), 128

@@ -30,7 +30,7 @@ class InverseFrequencyLoss(WeightedLoss):
     """Cross-entropy, weighted by inverse class frequency: ``l = -w_y log softmax_y(z)``.
 
     ``w_j`` is as ``n_j^-exponent``, with a mean of 1 over the classes. From a random start it
-    trains slowly; see docs/training.md for why and what helps.
+    trains slowly; see docs/losses.md for why and what helps.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
