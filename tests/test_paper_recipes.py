@@ -498,8 +498,9 @@ def test_two_updates(name, stand_in, tmp_path):
     finally:
         run.close()
         AcceleratorState._reset_state(reset_partial_state=True)
+    model = load(name).model
     with torch.device("meta"):
-        whole = timm.create_model(load(name).model.name, num_classes=classes)
+        whole = timm.create_model(model.name, num_classes=classes, **model.options)
     assert shapes(run.model).items() <= shapes(whole).items()
     images, _, logits, targets, loss = recorded[0]
     side = 32 if name in CIFAR else 224
