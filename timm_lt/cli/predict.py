@@ -163,7 +163,7 @@ def _best(model: nn.Module, images: Tensor, top: int) -> list[list[tuple[str, fl
 def _table(found: Sequence[Prediction]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name, justify in (("image", "left"), ("class", "left"), ("%", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for path, best, _ in found:
         for rank, (name, share) in enumerate(best):
             table.add_row("" if rank else escape(path), escape(name), f"{100 * share:.1f}")
