@@ -55,9 +55,8 @@ def test_the_readme_names_every_part():
         assert f"`{name}`" in README, name
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_recipes_say_their_command_and_load(name):
-    path = shipped_recipes()[name]
+@pytest.mark.parametrize(("name", "path"), shipped_recipes().items())
+def test_recipes_say_their_command_and_load(name, path):
     first = path.read_text().splitlines()[0]
     recipe = load_recipe(path)
     command = "# accelerate launch train_lt.py"
