@@ -160,6 +160,8 @@ def run(request, outputs):
     status = 70
     try:
         os.setpgid(0, 0)
+        # Where the tests run in the background, a shell has told all of them to ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, output in enumerate(outputs, start=1):
             os.dup2(output, number)

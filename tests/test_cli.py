@@ -103,6 +103,7 @@ def test_the_installed_package_needs_no_clone(tmp_path):
     if subprocess.run([*isolated, "-c", script], cwd=tmp_path, check=False).returncode:
         pytest.skip("timm_lt is installed in editable mode here; the wheel is tested in CI")
     arguments = ["train", "lt_test_resnet.digits_lt", "--epochs", "1", "--output", "run"]
+    arguments += ["--heads", "{linear: {}, ncm: {}}"]
     subprocess.run([*isolated, "-m", "timm_lt", *arguments], cwd=tmp_path, check=True)
     assert (tmp_path / "run" / "metrics.json").is_file()
     # The registry's names are made from hub_configs/, which the wheel has.

@@ -175,9 +175,8 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_a_network(tmp_pat
     assert 'id="timm_lt.create_model"' in pages["api/models.html"]
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_recipes_say_their_command_and_load(name):
-    path = shipped_recipes()[name]
+@pytest.mark.parametrize(("name", "path"), shipped_recipes().items())
+def test_recipes_say_their_command_and_load(name, path):
     first = path.read_text().splitlines()[0]
     recipe = load_recipe(path)
     command = "# accelerate launch train_lt.py"
