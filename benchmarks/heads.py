@@ -25,7 +25,7 @@ def make_features(rows: int, classes: int, width: int) -> tuple[Features, Featur
     counts[0] += rows - counts.sum()
     means = torch.randn(classes, width, generator=generator)
     # Classes overlap alike at every width.
-    spread = 12 * (width / 2048) ** 0.5
+    spread = 6 * (width / 2048) ** 0.5
     made = []
     for each in (counts, torch.full((classes,), 20)):
         labels = torch.arange(classes).repeat_interleave(each)
