@@ -1,3 +1,4 @@
+import os
 import time
 import types
 
@@ -5,6 +6,10 @@ import forks
 import hub_server
 import pytest
 import torch
+
+# In what the tests start, as in themselves: two threads that wait for each other would crawl.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before timm_lt imports huggingface_hub, which reads the environment once.
 LOOPBACK = hub_server.set_environment()

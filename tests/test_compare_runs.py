@@ -326,6 +326,7 @@ def killed_half_way(server, arguments, state):
     assert process.wait().status == -signal.SIGKILL
 
 
+@pytest.mark.first
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(

@@ -113,6 +113,7 @@ MOMENTS = (
 )
 
 
+@pytest.mark.first
 def test_twenty_kills_change_nothing(server, whole, seconds, tmp_path):
     """Most at random moments of all that a run has still to do, some in the middle of a write."""
     rng = random.Random(SEED)

@@ -21,7 +21,7 @@ COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
     """Writes a figure of matplotlib as PNG, whole or not at all."""
     image = io.BytesIO()
-    figure.savefig(image, dpi=120, bbox_inches="tight")
+    figure.savefig(image, dpi=120)
     write_atomic(path, image.getvalue())
 
 
