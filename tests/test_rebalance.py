@@ -209,6 +209,27 @@ def test_weights_of_ones_own(photos, run, kind, tmp_path, metrics):
     assert figures["heads"]["ncm"]["all"] == metrics["heads"]["ncm"]["all"]
 
 
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_taken_like_its_folder(hub, photos, run, metrics, tmp_path, capsys):
+    timm_lt.push_to_hub(run, hub.repo_id, private=True)
+    name = f"hf-hub:{hub.repo_id}"
+    out = ["--output", str(tmp_path / "run"), "--workers", "0"]
+    assert main(["heads", str(photos), "--model", name, *out]) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["heads"]
+    for head, figures in metrics["heads"].items():
+        assert found[head]["all"] == pytest.approx(figures["all"], abs=0.026)  # an image of forty
+    capsys.readouterr()
+    assert main(["evaluate", name, str(photos), "--json", "--workers", "0"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["heads"].keys() == metrics["heads"].keys()
+    path = next((photos / "test" / "a").iterdir())
+    for model in (name, str(run)):
+        assert main(["predict", model, str(path), "--head", "crt", "--json"]) == 0
+    text = capsys.readouterr().out
+    half = len(text) // 2
+    assert json.loads(text[:half]) == json.loads(text[half:])
+
+
 def test_a_script_runs_with_the_models_registered(tmp_path, capsys):
     script = tmp_path / "script.py"
     script.write_text(
