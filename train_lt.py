@@ -12,11 +12,10 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, fold_for_timm, save_checkpoint
-from timm_lt.console import log
+from timm_lt.console import log, result_console, start_logging
 from timm_lt.exits import run_to_exit
 from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
@@ -49,11 +48,17 @@ from timm_lt.training import (
     train_representation,
 )
 
+# Of this process, if accelerate launched several.
+RANK = os.environ.get("RANK", "0")
+
 
 def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
     """Runs the command line and returns its exit status."""
 
     def command() -> None:
+        if "--verbose" in (sys.argv[1:] if argv is None else argv):
+            # Before anything can be wrong.
+            start_logging(verbose=True)
         parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
         if parsed is not None:
             run_recipe(*parsed)
@@ -84,6 +89,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
     check_push(options)
     if options.resume and (folder / METRICS).is_file():
+        start_logging(quiet=options.quiet or RANK != "0", verbose=options.verbose)
         shown = show(name, folder, as_json=options.json)
         push(folder, options)
         return shown
@@ -133,7 +139,7 @@ def check_push(options: RunOptions) -> None:
 
 def push(folder: Path, options: RunOptions) -> None:
     """Pushes a finished run to the Hub, if it is to be; one process does."""
-    if options.push_to_hub is None or os.environ.get("RANK", "0") != "0":
+    if options.push_to_hub is None or RANK != "0":
         return
     try:
         pushed = hub.push_to_hub(
@@ -167,12 +173,12 @@ def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
         # Where nothing but heads was trained, the comparison of heads is the result.
         intervals=metrics["kept_epoch"] == 0,
     )
-    if os.environ.get("RANK", "0") == "0" and as_json:
+    if RANK == "0" and as_json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
-    elif os.environ.get("RANK", "0") == "0":
-        Console().print(table)
+    elif RANK == "0":
+        result_console().print(table)
         if AUTO in metrics["selection"]:
-            Console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
+            result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
     return reports
 
@@ -277,7 +283,7 @@ def save(
     content = report_of_run(run, heads, evaluated, features, curves)
     save_plots(
         run.folder / PLOTS,
-        reports,
+        {name: report for name, report in reports.items() if name != AUTO},
         counts,
         curves,
         compared=content.recommended,

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -142,7 +143,9 @@ def test_help_explains_every_argument_and_its_examples_parse(command, capsys, mo
         if command == "train":
             parse_command_line("timm-lt train", rest)
         elif command == "compare":
-            compare.create_parser().parse_known_args(rest)
+            named = bool(rest) and not rest[0].startswith("-")
+            _, recipe = compare.create_parser().parse_known_args(rest[named:])
+            parse_command_line("timm-lt compare", recipe)
         else:
             create_parser().parse_args([name, *rest])
     if command not in OWN_PARSER:
@@ -186,17 +189,57 @@ def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(tmp_path, capsys):
-    arguments = ["fold", str(PACKAGED), str(tmp_path / "x"), "--head", "nosuch"]
-    assert main([*arguments, "--verbose"]) == 2
-    loud = capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fold", str(PACKAGED), "nowhere", "--head", "nosuch"],
+        ["train", "nosuch"],
+        ["compare", "kang_table2", "--seeds", "x"],
+    ],
+)
+def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(arguments, capsys):
     assert main([*arguments, "--quiet"]) == 2
     quiet = capsys.readouterr().err
+    assert main([*arguments, "--verbose"]) == 2
+    loud = capsys.readouterr().err
     assert quiet.count("\n") == 1
     assert loud.endswith(quiet)
     assert "Traceback" in loud
+
+
+def test_quiet_and_verbose_exclude_each_other(capsys):
+    assert main(["train", "--quiet", "--verbose"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*arguments, "--quiet", "--verbose"])
+        main(["list", "--quiet", "--verbose"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_what_a_repo_says_is_escaped(tmp_path, capsys):
+    shutil.copytree(PACKAGED, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["timm_lt"]["dataset"] = "x\ud800\u009b2J"
+    path.write_text(json.dumps(config))
+    assert main(["list", str(tmp_path / "run"), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out)["dataset"] == "x\ud800\u009b2J"
+
+
+def test_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "timm_lt", "list", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard output: No space left on device\n",
+    )
 
 
 def test_a_place_that_cannot_be_written_is_one_line(capsys):
@@ -206,8 +249,11 @@ def test_a_place_that_cannot_be_written_is_one_line(capsys):
     assert error.count("\n") == 1
 
 
-def test_a_reader_that_has_enough_is_no_error():
-    command = [sys.executable, "-m", "timm_lt", "list", "--json"]
+@pytest.mark.parametrize(
+    "arguments", [["list", "--json"], ["train", "--print_config"], ["compare"]]
+)
+def test_a_reader_that_has_enough_is_no_error(arguments):
+    command = [sys.executable, "-m", "timm_lt", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
         assert (program.stderr.read(), program.wait()) == (b"", 141)
@@ -236,6 +282,19 @@ def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
     assert completed(script, ["timm-lt", "compare", "kang_t"]) == ["kang_table1", "kang_table2"]
     assert "--optimizer.weight_decay" in completed(script, ["timm-lt", "train", "--optimizer.w"])
     assert "--only" in completed(script, ["timm-lt", "compare", "--o"])
+
+
+def test_bash_completes_choices_of_a_recipe_and_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed(script, ["timm-lt", "train", "--protocol", ""]) == ["standard", "paper"]
+    assert completed(script, ["timm-lt", "train", "--data.root", "pho"]) == ["photos"]
+    assert completed(script, ["timm-lt", "list", "pho"]) == ["photos"]
+    assert "lt_test_resnet.glyph_lt_quick" in completed(
+        script, ["timm-lt", "compare", "--recipe", "lt_test"]
+    )
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh", "fish"])

@@ -143,7 +143,7 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--option", "min_images"], "--option takes KEY=VALUE, e.g. min_images=5"),
         (["photos/cat"], "no images in directories of classes, 12 straight in it"),
         (["photos/cat/0.png"], "0.png is an image: give the folder"),
-        (["x.parquet"], r"x\.parquet is a table, no list: timm-lt inspect hub --root x\.parquet"),
+        (["x.parquet"], r"x\.parquet is a table, no list: give hub, with --root x\.parquet"),
         (["photos", "--output", "file/here"], "--output: file is no folder; choose another"),
         (["photos", "--json", "file/x.json"], "--json: file is no folder; choose another"),
         (["photos", "--json", "f.json"], r"--json: f\.json is a folder, not a file to write"),

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import textwrap
+import traceback
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)
 log = logging.getLogger("timm_lt")
+# Characters of a line that is not on a terminal.
+WIDE = 130
 STATUS = "Exit status: 0 if all went well, 2 for a mistake, which is one line, 130 after Ctrl-C."
 
 
@@ -32,6 +35,19 @@ def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def result_console() -> Console:
+    """Returns a console for results on standard output; in a file there is room for wide tables."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDE)
+
+
+def log_traceback(error: BaseException) -> None:
+    """Says at level debug where in the code an error arose, as it may go to a terminal."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    shown = [line[: len(line) - len(line.lstrip(" "))] + one_line(line, 2000) for line in lines]
+    log.debug("%s", "\n".join(shown))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 
 from timm_lt.accelerator import is_lost_process
-from timm_lt.console import error_text, log
+from timm_lt.console import error_text, log_traceback
 from timm_lt.data.reading import describe_worker_death, is_worker_death
 from timm_lt.files import sha256
 from timm_lt.registry import UsageError
@@ -50,7 +50,7 @@ def run_to_exit(command: Callable[[], object], interrupted: str = INTERRUPTED) -
         _say(interrupted)
         return 143 if isinstance(error, Terminated) else 130
     except UsageError as error:
-        log.debug("where it arose", exc_info=True)
+        log_traceback(error)
         _say(f"error: {error_text(str(error))}")
     except RuntimeError as error:
         if is_worker_death(error):

@@ -92,12 +92,10 @@ def write_folded(
     others = {}
     if onnx:
         _export_onnx(plain, images, folder / ONNX)
-        run = _onnx_session(folder / ONNX)
-        others["onnxruntime"] = _compare_exported(folder / ONNX, run, images, folded)
+        others["onnxruntime"] = _compare_exported(folder / ONNX, _run_onnx, images, folded)
     if program:
         _export_program(plain, images, folder / PROGRAM)
-        run = torch.export.load(folder / PROGRAM).module()
-        others["torch.export"] = _compare_exported(folder / PROGRAM, run, images, folded)
+        others["torch.export"] = _compare_exported(folder / PROGRAM, _run_program, images, folded)
     return FoldReport(exact, difference, others)
 
 
@@ -164,6 +162,9 @@ def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
             )
         assert program is not None
         program.save(path)
+    except OSError:
+        # Of the disk.
+        raise
     except Exception as error:
         raise _not_exported(model, "ONNX", error) from error
     finally:
@@ -176,6 +177,8 @@ def _export_program(model: nn.Module, images: Tensor, path: Path) -> None:
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (images,), dynamic_shapes=_any_number())
             torch.export.save(program, path)
+    except OSError:
+        raise
     except Exception as error:
         raise _not_exported(model, "a program", error) from error
 
@@ -192,7 +195,7 @@ def _not_exported(model: nn.Module, what: str, error: Exception) -> UsageError:
     )
 
 
-def _onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
+def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(path)
@@ -204,11 +207,25 @@ def _onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _run_program(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
 def _compare_exported(
-    path: Path, run: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor
+    path: Path,
+    read: Callable[[Path], Callable[[Tensor], Tensor]],
+    images: Tensor,
+    wanted: Tensor,
 ) -> float:
     """Compares for some images, and for one: the file must take any number."""
-    with torch.inference_mode():
-        whole, first = run(images), run(images[:1])
+    try:
+        with torch.inference_mode():
+            run = read(path)
+            whole, first = run(images), run(images[:1])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{path} was written, and cannot be run: {type(error).__name__}: {reason}"
+        ) from error
     _compare(f"{path} for one image", first, wanted[:1], exact=True)
     return _compare(f"{path}", whole, wanted, exact=True)

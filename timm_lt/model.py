@@ -133,6 +133,20 @@ def load_weights_file(model: nn.Module, path: str | Path, name: str) -> None:
     model.load_state_dict(weights.tensors)
 
 
+def classes_of_file(path: str | Path, model: nn.Module) -> int | None:
+    """Returns for how many classes the classifier in a file of weights is; None if it has none.
+
+    Args:
+        path: As of :func:`load_weights_file`.
+        model: A model of the same architecture.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        return None
+    weight = read_weights(path).tensors.get(f"{classifier_name(model)}.weight")
+    return None if weight is None else len(weight)
+
+
 def _parse_name(name: str) -> tuple[str | None, str]:
     try:
         return parse_model_name(name)

@@ -49,7 +49,8 @@ def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> s
     if joint is not None:
         few = f" and {percent(joint.few_shot)} %" if has_few else ""
         figures += f", where {JOINT} has {percent(joint.all)} %{few}"
-    return f"Take {shown}, the best on validation: {figures}.{tied}"
+    by = "" if record["objective"] == "all" else f" by {record['objective']}"
+    return f"Take {shown}, the best on validation{by}: {figures}.{tied}"
 
 
 def _listed(names: list[str]) -> str:

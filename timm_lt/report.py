@@ -111,6 +111,10 @@ def shot_table(
     """
     rule = next(iter(reports.values())).rule
     legend = shot_legend(describe_shots(class_counts, rule))
+    if intervals:
+        legend += (
+            "\nbelow each accuracy: its 95 % interval, over other test images of these classes"
+        )
     table = new_table(title, legend if note is None else f"{legend}\n{note}")
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
     names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
@@ -118,8 +122,10 @@ def shot_table(
     for name in names:
         style = "bold" if name == "all" else ""
         table.add_column(name, justify="right", style=style, no_wrap=True)
-    table.add_column("seconds", justify="right")
-    table.add_column("selected")
+    if seconds:
+        table.add_column("seconds", justify="right")
+    if selections:
+        table.add_column("selected")
     fields = [*GROUPS, "all", *([] if balanced else ["class_mean"])]
     for name, report in reports.items():
         ends = confidence_intervals(report, class_counts) if intervals else {}

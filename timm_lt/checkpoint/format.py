@@ -196,6 +196,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"checkpoint folder {folder} does not exist")
     path = folder / CONFIG
+    if not path.exists():
+        raise UsageError(f"{folder} is no checkpoint: {path} does not exist")
     return check_config(path, read_json(path, limit=TEXT_LIMIT))
 
 

@@ -1,6 +1,7 @@
 """The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from timm_lt.cli import (
     run,
 )
 from timm_lt.cli.common import Commands, complain, start
-from timm_lt.console import epilog, error_text, log, wrapped
+from timm_lt.console import epilog, error_text, log_traceback, wrapped
 from timm_lt.registry import UsageError
 
 # In the order in which one needs them.
@@ -36,6 +37,24 @@ BROKEN_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As `timm-lt list | head -1` does; the interpreter must not flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        log_traceback(error)
+        place = error.filename or "standard output"
+        complain(f"error: {error_text(f'{place}: {error.strerror}')}")
+        return 2
+    return status
+
+
+def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         # Its arguments are those of a recipe, which has its own parser.
         return train_lt.main(argv[1:], prog="timm-lt train")
@@ -47,23 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         start(arguments)
         command(arguments)
-        sys.stdout.flush()
     except UsageError as error:
-        log.debug("where it arose", exc_info=True)
+        log_traceback(error)
         complain(f"error: {error_text(str(error))}")
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # As `timm-lt list | head -1` does; the interpreter must not flush once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except OSError as error:
-        if error.filename is None:
-            raise
-        log.debug("where it arose", exc_info=True)
-        complain(f"error: {error_text(f'{error.filename}: {error.strerror}')}")
-        return 2
     return 0
 
 
@@ -80,7 +88,7 @@ def create_parser() -> argparse.ArgumentParser:
                 "timm-lt heads photos --model resnet50.a1_in1k   # better rare classes, in minutes",
                 "timm-lt train                                   # embedded data, no network",
                 "timm-lt evaluate output/birds photos",
-                'eval "$(timm-lt completion bash)"               # tab completion in this shell',
+                "timm-lt completion --help                       # tab completion",
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

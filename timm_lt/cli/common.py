@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
-from timm_lt.console import epilog, log, start_logging, wrapped
+from timm_lt.console import epilog, log, result_console, start_logging, wrapped
 from timm_lt.files import write_json
 from timm_lt.registry import UsageError
 
@@ -88,6 +88,10 @@ def start(arguments: argparse.Namespace) -> None:
             "--json behind the other arguments"
         )
     check_folder("--json", Path(file).parent)
+    for name in ("data", "destination"):
+        place = getattr(arguments, name, None)
+        if place is not None and Path(file).resolve().is_relative_to(Path(place).resolve()):
+            raise UsageError(f"--json: {file} would lie in {place}: choose a place elsewhere")
     if Path(file).is_dir():
         raise UsageError(f"--json: {file} is a folder, not a file to write")
 
@@ -114,15 +118,20 @@ def show_result(
         shown: A line or table for people; None if there is nothing more to print.
     """
     if arguments.json == STDOUT:
-        say(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+        say(as_json(result))
         return
     if isinstance(shown, str):
         say(shown)
     elif shown is not None:
-        Console().print(shown)
+        result_console().print(shown)
     if arguments.json is not None:
         write_json(Path(arguments.json), result)
         log.info("wrote %s", arguments.json)
+
+
+def as_json(value: object) -> str:
+    """Returns JSON for a terminal or a pipe: ASCII, whatever a file or a repo has in its texts."""
+    return json.dumps(value, indent=2, allow_nan=False)
 
 
 def say(line: str) -> None:

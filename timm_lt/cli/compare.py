@@ -5,10 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from timm_lt.accelerator import available_cores
-from timm_lt.cli.common import Commands, add_log_options, say
+from timm_lt.cli.common import Commands, add_log_options, as_json, say
 from timm_lt.comparison import (
     Grid,
     Outcome,
@@ -27,15 +25,13 @@ from timm_lt.comparison import (
 from timm_lt.comparison.output import RESULTS
 from timm_lt.comparison.plan import Run
 from timm_lt.comparison.runs import check_runs, default_jobs
-from timm_lt.console import epilog, log, start_logging, wrapped
+from timm_lt.console import epilog, log, result_console, start_logging, wrapped
 from timm_lt.exits import run_to_exit
 from timm_lt.recipe import Recipe, RunOptions, parse_command_line
 from timm_lt.registry import UsageError, check_integer
 
 PROG = "timm-lt compare"
 INTERRUPTED = "interrupted; the same command goes on from here"
-# Characters of a line that is not on a terminal.
-WIDTH = 130
 # Exit status where some runs failed: there are results, of the others.
 SOME_FAILED = 1
 
@@ -74,12 +70,16 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{PROG} starts processes itself: run it without accelerate launch")
+    if "--verbose" in argv:
+        # Before anything can be wrong.
+        start_logging(verbose=True)
     named = bool(argv) and not argv[0].startswith("-")
     arguments, rest = create_parser().parse_known_args(argv[1:] if named else argv)
     if not named:
         if rest:
             raise UsageError(f"GRID comes before the options; {_listing()}")
-        say(_listing())
+        titles = {name: load_grid(path).title for name, path in shipped_grids().items()}
+        say(as_json(titles) if arguments.json else _listing())
         return {}
     grid = load_grid(find_grid(argv[0]))
     seeds = parse_seeds(arguments.seeds)
@@ -97,12 +97,10 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
         comparison = collect(plan, outcomes)
         command = ["timm-lt", "compare", *argv]
         write_results(folder, plan, comparison, outcomes, command=command, threads=threads)
-    # In a file there is room for a wide table.
-    console = Console() if Console().is_terminal else Console(width=WIDTH)
     if arguments.json:
         say((folder / RESULTS).read_text(encoding="utf-8").rstrip())
     else:
-        console.print(rich_table(plan, comparison))
+        result_console().print(rich_table(plan, comparison))
     log.info("wrote %s", folder)
     failed = [run.name for run, outcome in outcomes.items() if not outcome.is_whole]
     if failed:

@@ -8,11 +8,22 @@ import shtab
 from timm_lt.cli import compare
 from timm_lt.cli.common import Commands, add_command, say
 from timm_lt.comparison import shipped_grids
-from timm_lt.recipe import create_parser, shipped_recipes
+from timm_lt.recipe import create_parser, recipe_choices, shipped_recipes
 
 # What stands for a file or a folder in the help.
-FILES = ("FILE", "FILE.json", "FILE_OR_URL", "IMAGE", "SCRIPT")
-PLACES = ("data", "model", "source", "destination", "folder", "output", "root", "cache_dir")
+FILES = ("FILE", "FILE.json", "IMAGE", "SCRIPT")
+PLACES = (
+    "cache_dir",
+    "checkpoint",
+    "class_counts",
+    "data",
+    "destination",
+    "folder",
+    "model",
+    "output",
+    "root",
+    "source",
+)
 
 
 def add_parser(commands: Commands, program: argparse.ArgumentParser) -> None:
@@ -22,11 +33,12 @@ def add_parser(commands: Commands, program: argparse.ArgumentParser) -> None:
         "completion",
         summary="print a script for tab completion",
         description=(
-            "Prints a script with which a shell completes commands, options and their choices when "
-            "you press Tab. Evaluate it in the shell, or in the file that the shell starts with."
+            "Prints a script with which a shell completes commands, options, their choices and "
+            "files when you press Tab. It takes some seconds to make: write it once to where your "
+            "shell looks for such scripts. Recipes and grids are completed by their shipped names."
         ),
         examples=[
-            'eval "$(timm-lt completion bash)"',
+            "timm-lt completion bash > ~/.local/share/bash-completion/completions/timm-lt",
             "timm-lt completion zsh > ~/.zfunc/_timm-lt",
             "timm-lt completion fish > ~/.config/fish/completions/timm-lt.fish",
         ],
@@ -43,7 +55,11 @@ def print_script(program: argparse.ArgumentParser, arguments: argparse.Namespace
             _add_options(parser, create_parser("timm-lt train"))
         elif name == "compare":
             parser.add_argument("grid", nargs="?", choices=list(shipped_grids()))
-            _add_options(parser, compare.create_parser())
+            own = compare.create_parser()
+            for action in own._actions:
+                if action.dest == "recipe":
+                    action.choices = list(shipped_recipes())
+            _add_options(parser, own)
             _add_options(parser, create_parser("timm-lt train"))
         _complete_files(parser)
     say(shtab.complete(program, arguments.shell))
@@ -57,16 +73,19 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser) -> None:
     """Gives a parser the options of another one, for their names and choices alone."""
+    choices = recipe_choices()
     known = {option for action in parser._actions for option in action.option_strings}
     for action in other._actions:
         names = [name for name in action.option_strings if name.startswith("--")]
         if not names or known.intersection(names):
             continue
         kind = "store_true" if action.nargs == 0 else "store"
-        parser.add_argument(*names, action=kind).choices = action.choices
+        added = parser.add_argument(*names, action=kind)
+        added.choices = action.choices or choices.get(action.dest)
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
-        if action.choices is None and (action.metavar in FILES or action.dest in PLACES):
+        place = action.dest.rpartition(".")[2]
+        if action.choices is None and (action.metavar in FILES or place in PLACES):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

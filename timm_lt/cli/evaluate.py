@@ -73,7 +73,10 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
     add_data_options(evaluate)
     evaluate.add_argument(
-        "--split", choices=get_args(Split), default="test", help="to evaluate on; test unless given"
+        "--split",
+        choices=get_args(Split),
+        default="test",
+        help="to evaluate on; test unless given, which is held out of a folder without splits",
     )
     evaluate.add_argument(
         "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
@@ -111,12 +114,13 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         for name in names
     }
     _check_classes(models, splits, arguments.model)
-    reports = _evaluate(models, splits, data, arguments)
+    reports, images = _evaluate(models, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
         write_per_class(arguments.per_class, rows)
         log.info("wrote %s", arguments.per_class)
-    title = f"{arguments.model} on {data.title}, {arguments.split}, accuracy in percent"
+    shown = f"{images:,} images of {arguments.split}"
+    title = f"{arguments.model} on {data.title}, {shown}, accuracy in percent"
     table = shot_table(
         reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
     )
@@ -132,6 +136,13 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
                 f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
                 "fit heads for them with timm-lt heads"
             )
+        own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        for c, (ours, theirs) in enumerate(zip(own or (), splits.label_names or (), strict=False)):
+            if ours != theirs:
+                raise UsageError(
+                    f"{name} has other classes than the data, or in another order: class {c} is "
+                    f"{ours!r} there and {theirs!r} in the data; rename the classes of the data"
+                )
 
 
 def _evaluate(
@@ -139,7 +150,7 @@ def _evaluate(
     splits: Splits,
     data: DataRecipe,
     arguments: argparse.Namespace,
-) -> dict[str, ShotReport]:
+) -> tuple[dict[str, ShotReport], int]:
     first = next(iter(models.values()))
     recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
     images = create_images(recipe, splits, first, workers=arguments.workers)[arguments.split]
@@ -163,7 +174,7 @@ def _evaluate(
             ):
                 metrics.update(classifier(values.float()), targets)
         reports[name] = metrics.compute()
-    return reports
+    return reports, features.num_images
 
 
 def _features(model: nn.Module, images: Images) -> Features:

@@ -121,7 +121,6 @@ def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[
 
 
 def _differences(report: FoldReport) -> str:
-    text = f"read back by plain timm, logits differ by {report.difference:.1g} of the largest"
-    return text + "".join(
-        f", in {runner} by {found:.1g}" for runner, found in report.others.items()
-    )
+    runs = {"timm": report.difference, **report.others}
+    shown = ", ".join(f"{runner} {found:.1g}" for runner, found in runs.items())
+    return f"read back; largest difference of logits, over the largest logit: {shown}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from rich.console import Console
 
 from timm_lt.cli.common import (
     STDOUT,
@@ -21,8 +20,8 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.cli.inspection_report import print_report
-from timm_lt.console import advance, progress
-from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
+from timm_lt.cli.model_argument import check_is_list
+from timm_lt.console import advance, progress, result_console
 from timm_lt.data.folder.source import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 TABLE, PLOT = "classes.csv", "classes.png"
 FOLDER, LIST = "folder", "list"
-TABLES = ("parquet", "arrow")
 
 
 def add_parser(commands: Commands) -> None:
@@ -106,7 +104,7 @@ def inspect_data(arguments: argparse.Namespace) -> None:
         )
     written = write_files(output, found)
     if arguments.json != STDOUT:
-        print_report(Console(), found, written)
+        print_report(result_console(), found, written)
     show_result(arguments, found.to_dict(), None)
 
 
@@ -143,7 +141,7 @@ def find_data(
         check_output(output or default_output(name), path)
         return name, *_folder(path, options)
     if path.is_file():
-        _check_is_list(path)
+        check_is_list(path)
         return path.stem, *_list(path, root, options)
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
 
@@ -160,21 +158,10 @@ def check_output(output: Path, root: Path) -> None:
         UsageError: If the output is in it.
     """
     if output.resolve().is_relative_to(root.resolve()):
-        beside = root.resolve().parent / output.name
+        beside = root.resolve().parent / default_output(root.resolve().name)
         raise UsageError(
             f"{output} would lie in the folder {root} and be taken for a class: give a folder "
             f"elsewhere, e.g. --output {shlex.quote(str(beside))}"
-        )
-
-
-def _check_is_list(path: Path) -> None:
-    """Refuses files that are known by their endings to be no list of images."""
-    kind = suffix(path.name)
-    if kind in TABLES:
-        raise UsageError(f"{path} is a table, no list: timm-lt inspect hub --root {path}")
-    if kind in IMAGE_SUFFIXES:
-        raise UsageError(
-            f"{path} is an image: give the folder that has a directory for each class, or a list"
         )
 
 

@@ -9,13 +9,15 @@ import timm.data
 from torch import nn
 
 from timm_lt.checkpoint import BLOCK, CONFIG, read_checkpoint, read_config
-from timm_lt.console import log
+from timm_lt.console import log, one_line
+from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.model import LOCAL_DIR, create_model, load_weights_file
+from timm_lt.model import LOCAL_DIR, classes_of_file, create_model, load_weights_file
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
+TABLES = ("parquet", "arrow")
 HUB_PREFIX = "hf-hub:"
 REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 MODEL_HELP = (
@@ -59,12 +61,20 @@ def load_model(
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
     name = model_name(given)
+    if checkpoint is None and Path(name).is_file():
+        raise UsageError(
+            f"{given} is a file of weights: name its architecture, and give the file with "
+            "--checkpoint"
+        )
     if checkpoint is None:
         model = create_model(name, True, head=head, **options)
     elif head is not None:
         raise UsageError("--head is for a model with its own heads, not for a --checkpoint file")
     else:
         model = create_model(name, False, **options)
+        classes = classes_of_file(checkpoint, model)
+        if "num_classes" not in options and classes not in (None, model.num_classes):
+            model = create_model(name, False, num_classes=classes, **options)
         load_weights_file(model, checkpoint, name)
     log.debug(
         "%s: %s, head %s, weights of %s, %d classes, %d parameters",
@@ -92,12 +102,23 @@ def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
     config = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
     if names is not None and len(names) == num_classes:
-        return list(names)
+        return [one_line(name, 200) for name in names]
     subset = timm.data.infer_imagenet_subset(model)
     if subset is None or config.get("num_classes") != num_classes:
         return None
     known = timm.data.ImageNetInfo(subset)
     return [known.index_to_description(index) for index in range(num_classes)]
+
+
+def check_is_list(path: Path) -> None:
+    """Refuses files that are known by their endings to be no list of images."""
+    kind = suffix(path.name)
+    if kind in TABLES:
+        raise UsageError(f"{path} is a table, no list: give hub, with --root {path}")
+    if kind in IMAGE_SUFFIXES:
+        raise UsageError(
+            f"{path} is an image: give the folder that has a directory for each class, or a list"
+        )
 
 
 def find_data(data: str, root: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -118,10 +139,13 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> dict[str,
     if data in DATASETS and not path.is_dir():
         return {"name": data, "root": root, "options": options}
     if path.is_dir():
+        if (path / CONFIG).is_file():
+            raise UsageError(f"{data} is a checkpoint, not a folder of images")
         if root is not None:
             raise UsageError("--root is for lists and data sets: a folder is its own root")
         return {"name": FOLDER, "root": str(path), "options": options}
     if path.is_file():
+        check_is_list(path)
         start = str(path.parent) if root is None else root
         return {"name": LIST, "root": start, "options": {"train": str(path.resolve()), **options}}
     if REPO.fullmatch(data):

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import timm.data
 import torch
 from datasets import Image as ImageColumn
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.accelerator import set_cpu_threads
-from timm_lt.cli.common import Commands, add_command, add_log_options, say
+from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
+from timm_lt.console import log, result_console
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import DAMAGE, damage_of, decode_image
 from timm_lt.files import write_atomic
@@ -48,10 +47,17 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders of them")
     predict.add_argument("--head", metavar="NAME", help="the joint classifier unless given")
     predict.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
-    predict.add_argument("--classes", type=int, help="of the checkpoint, if not the model's usual")
-    predict.add_argument("--top", type=int, default=3, metavar="N", help="classes of each image")
+    predict.add_argument(
+        "--classes",
+        type=int,
+        metavar="C",
+        help="how many, as in the file of --checkpoint unless given",
+    )
+    predict.add_argument(
+        "--top", type=int, default=3, metavar="N", help="classes of each image; 3 unless given"
+    )
     form = predict.add_mutually_exclusive_group()
-    form.add_argument("--format", choices=FORMATS, default="table", help="table unless given")
+    form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
     form.add_argument(
         "--json",
         action="store_const",
@@ -71,6 +77,7 @@ def add_parser(commands: Commands) -> None:
 def predict_images(arguments: argparse.Namespace) -> None:
     """Predicts, and prints or writes; images that cannot be read are named."""
     set_cpu_threads(arguments.threads)
+    form = output_format(arguments.format, arguments.output)
     check_integer("--top", arguments.top, minimum=1)
     check_integer("--workers", arguments.workers, minimum=0)
     paths = image_files(arguments.images)
@@ -79,19 +86,38 @@ def predict_images(arguments: argparse.Namespace) -> None:
         arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
     )
     found = list(predictions(model, paths, top=arguments.top, workers=arguments.workers))
-    if arguments.format == "table" and arguments.output is None:
-        Console().print(_table(found))
+    if form == "table":
+        result_console().print(_table(found))
     else:
-        text = _json(found) if arguments.format == "json" else _csv(found, arguments.top)
+        text = _json(found) if form == "json" else _csv(found, arguments.top)
         if arguments.output is None:
             say(text.rstrip("\n"))
         else:
             write_atomic(arguments.output, text)
+            log.info("wrote %s", arguments.output)
     damaged = [f"{path} ({reason})" for path, _, reason in found if reason is not None]
     if damaged:
         raise UsageError(
             f"{len(damaged)} of {len(found)} images cannot be read: {shown_names(damaged)}"
         )
+
+
+def output_format(given: str | None, output: Path | None) -> str:
+    """Returns in which format predictions are shown or written.
+
+    >>> output_format(None, None), output_format(None, Path("a.json"))
+    ('table', 'json')
+
+    Raises:
+        UsageError: If it is unclear, or a table is to be written.
+    """
+    if output is None:
+        return given or "table"
+    ending = output.suffix.removeprefix(".").lower()
+    form = given or ending
+    if form not in FORMATS[1:]:
+        raise UsageError(f"--output {output}: say --format csv or --format json")
+    return form
 
 
 def image_files(places: Sequence[str]) -> list[str]:
@@ -203,4 +229,4 @@ def _json(found: Sequence[Prediction]) -> str:
         }
         for path, best, reason in found
     ]
-    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    return as_json(entries) + "\n"

@@ -34,24 +34,26 @@ def draw_gains(
     axes = figure.subplots()
     order = torch.argsort(class_counts, descending=True, stable=True)
     gains = 100 * (reports[head].per_class - reports[joint].per_class)[order]
-    places = torch.arange(len(order)) + 1
     for sign, color in ((1, "C0"), (-1, "C3")):
         part = (sign * gains).clamp_min(0).nan_to_num(0) * sign
         # A step for each class, whose edge is seen however many there are.
         edges = torch.arange(len(order) + 1) + 0.5
         axes.stairs(part, edges, fill=True, color=color, alpha=0.8)
     width = max(len(order) // 10, 1)
-    windows = gains.unfold(0, width, 1).nanmean(1)
-    middle = places[: len(windows)] + (width - 1) / 2
-    axes.plot(middle, windows, color="black", linewidth=1.6, label=f"mean of {width} neighbours")
+    if width > 1:
+        windows = gains.unfold(0, width, 1).nanmean(1)
+        middle = torch.arange(len(windows)) + 1 + (width - 1) / 2
+        label = f"mean of {width} neighbouring classes"
+        axes.plot(middle, windows, color="black", linewidth=1.6, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     axes.set_xlabel("classes, from the most to the least frequent")
     axes.set_ylabel(f"accuracy of {head} minus that\nof {joint}, percentage points")
     axes.set_xlim(0.5, len(order) + 0.5)
     mark_groups(axes, class_counts, reports[joint].rule)
-    title = f"{better} classes gain, {worse} lose"
-    figure.legend(fontsize="small", loc="outside upper center", ncols=2, title=title)
+    figure.suptitle(f"{better} classes gain, {worse} lose", fontsize="medium")
+    if width > 1:
+        figure.legend(fontsize="small", loc="outside lower center")
 
 
 def draw_confusions(
@@ -99,8 +101,23 @@ def draw_training(figure: Any, history: Sequence[EpochRecord], kept: int | None)
         history: The epochs.
         kept: The epoch whose weights went on, if known.
     """
-    axes, losses = figure.subplots(1, 2)
     validated = [record for record in history if record.val]
+    panels = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    if validated:
+        _draw_accuracy(panels[0], validated)
+        figure.legend(fontsize="small", loc="outside upper center", ncols=4)
+    losses = panels[-1]
+    losses.plot([r.epoch for r in history], [r.loss for r in history], color="black", marker=".")
+    losses.set_ylabel("training loss")
+    for panel in panels:
+        panel.set_xlabel("epoch" if kept is None else f"epoch (dashed: {kept}, which was kept)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        if kept is not None:
+            panel.axvline(kept, linestyle="--", color="black", linewidth=1)
+
+
+def _draw_accuracy(axes: Any, validated: Sequence[EpochRecord]) -> None:  # noqa: ANN401
     looks = {"all": "black", **dict(zip(GROUPS, GROUP_COLORS, strict=True))}
     for part, color in looks.items():
         points = [
@@ -113,13 +130,3 @@ def draw_training(figure: Any, history: Sequence[EpochRecord], kept: int | None)
             axes.plot(*zip(*points, strict=True), label=group_word(part), marker=".", **line)
     axes.set_ylabel("accuracy on validation, %")
     axes.set_ylim(0, 100)
-    losses.plot([r.epoch for r in history], [r.loss for r in history], color="black", marker=".")
-    losses.set_ylabel("training loss")
-    for panel in (axes, losses):
-        panel.set_xlabel("epoch" if kept is None else f"epoch (dashed: {kept}, which was kept)")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        if kept is not None:
-            panel.axvline(kept, linestyle="--", color="black", linewidth=1)
-    if validated:
-        figure.legend(fontsize="small", loc="outside upper center", ncols=4)

@@ -73,7 +73,7 @@ def save_plots(
 
     pair = [name for name in (joint, compared) if name is not None and name in reports]
     save(FREQUENCY_PLOT, 4.2, draw_frequency, reports, class_counts)
-    if len(set(pair)) == 2:
+    if compared is not None and len(set(pair)) == 2:
         save(GAINS_PLOT, 3.8, draw_gains, reports, class_counts, joint=joint, head=compared)
     known = confusions or {}
     shown = {name: known[name] for name in pair if name in known}
@@ -85,4 +85,8 @@ def save_plots(
         save(CALIBRATION_PLOT, 4.8, draw_calibration, reports)
     if history:
         save(TRAINING_PLOT, 3.4, draw_training, history, kept_epoch)
+    for name in PLOT_FILES:
+        if folder / name not in paths:
+            # Of an earlier try, with other heads.
+            (folder / name).unlink(missing_ok=True)
     return paths

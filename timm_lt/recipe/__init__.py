@@ -11,6 +11,7 @@ from timm_lt.recipe.parse import find_recipe as find_recipe
 from timm_lt.recipe.parse import load_recipe as load_recipe
 from timm_lt.recipe.parse import parse_command_line as parse_command_line
 from timm_lt.recipe.parse import parse_recipe as parse_recipe
+from timm_lt.recipe.parse import recipe_choices as recipe_choices
 from timm_lt.recipe.parse import shipped_recipes as shipped_recipes
 from timm_lt.recipe.run import Run as Run
 from timm_lt.recipe.run import create_run as create_run

@@ -65,7 +65,9 @@ def check_heads(recipe: Recipe) -> None:
 
 
 def check_heads_of_data(recipe: Recipe, splits: Splits) -> None:
-    """Checks that the heads can be fitted on classes of these sizes."""
+    """Checks that there are classes to tell apart, and that the heads can be fitted on them."""
+    if splits.num_classes < 2:
+        raise UsageError("the data have one class: there is nothing to tell apart")
     for name, options in stage_heads(recipe, "features").items():
         check_fit_classes(
             head_kind(recipe, name),

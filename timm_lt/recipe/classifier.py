@@ -191,6 +191,9 @@ def choose(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> Head:
     if record["head"] in features.own:
         features.own[AUTO] = features.own[record["head"]]
     for name, value in record["compared"]:
+        if name == record["head"]:
+            log.info("%s on validation: %s %.1f %%", record["objective"], name, 100 * value)
+            continue
         (low, high), (least, most) = record["intervals"][name], record["behind"][name]
         log.info(
             "%s on validation: %s %.1f %% (%.1f to %.1f), %.1f to %.1f behind %s",

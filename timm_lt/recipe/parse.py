@@ -4,7 +4,7 @@ import dataclasses
 import json
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -168,6 +168,30 @@ def create_parser(prog: str) -> ArgumentParser:
     return parser
 
 
+def recipe_choices() -> dict[str, tuple[str, ...]]:
+    """Returns the values of each option of a recipe that has a closed set of them.
+
+    >>> recipe_choices()["protocol"]
+    ('standard', 'paper')
+    """
+    found: dict[str, tuple[str, ...]] = {}
+
+    def collect(cls: type, prefix: str) -> None:
+        for key, hint in get_type_hints(cls).items():
+            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+                collect(hint, f"{prefix}{key}.")
+                continue
+            parts = [hint, *get_args(hint)]
+            words = [
+                word for part in parts if get_origin(part) is Literal for word in get_args(part)
+            ]
+            if words:
+                found[f"{prefix}{key}"] = tuple(map(str, words))
+
+    collect(Recipe, "")
+    return found
+
+
 def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]:
     try:
         parsed = parser.parse_args(_known(parser, argv))
@@ -182,6 +206,8 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]
             parts[name] = hints[name](**value.as_dict())
     run = {field.name: parsed[field.name] for field in dataclasses.fields(RunOptions)}
     run["resume"] = run["resume"] == "auto"
+    if run["quiet"] and run["verbose"]:
+        raise UsageError("--quiet and --verbose exclude each other")
     return Recipe(**parts), RunOptions(**run)
 
 
