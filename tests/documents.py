@@ -56,9 +56,9 @@ def shell_lines(code):
     """The commands of a block, without comments."""
     for line in code.replace("\\\n", " ").splitlines():
         for command in line.split(" && "):
-            # What the shell evaluates is a command of ours.
-            evaluated = re.sub(r'^eval "\$\((.*)\)"', r"\1", command)
-            words = shlex.split(evaluated, comments=True)
+            words = shlex.split(command, comments=True)
+            # Where the shell writes what a command prints.
+            words = words[: words.index(">")] if ">" in words else words
             if words:
                 yield words
 
