@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -121,6 +122,41 @@ def test_evaluate_finds_what_the_run_found(photos, run, metrics, tmp_path, capsy
     assert [row["name"] for row in rows] == sorted(COUNTS)
     assert [int(row["test_images"]) for row in rows] == [TESTED] * len(COUNTS)
     assert "tau_norm" in capsys.readouterr().out
+
+
+def test_evaluate_compares_the_names_of_classes(photos, run, tmp_path, capsys):
+    # Sorted, the classes come in another order, though there are as many of the same names.
+    config = json.loads((run / "config.json").read_text())
+    shuffled = shutil.copytree(run, tmp_path / "shuffled")
+    names = config["label_names"]
+    config["label_names"] = [*names[1:], names[0]]
+    (shuffled / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(shuffled), str(photos), "--workers", "0"]) == 2
+    assert "the same classes, in another order: class 0 is" in capsys.readouterr().err
+    config["label_names"] = [*names[:-1], "ue"]
+    (shuffled / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(shuffled), str(photos), "--workers", "0", "--head", "ncm"]) == 0
+    assert "class 4 is 'ue' in " in capsys.readouterr().err
+
+
+def test_one_class_is_nothing_to_tell_apart(photos, tmp_path, capsys):
+    shutil.copytree(photos / "train" / "a", tmp_path / "one" / "a")
+    out = ["--output", str(tmp_path / "run"), "--workers", "0"]
+    assert main(["heads", str(tmp_path / "one"), "--model", MODEL, *out]) == 2
+    assert "one class: there is nothing to tell apart" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_bring_their_number_of_classes(photos, tmp_path, capsys):
+    model = timm.create_model("test_resnet", num_classes=len(COUNTS))
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    given = ["--checkpoint", str(tmp_path / "mine.safetensors"), "--workers", "0"]
+    assert main(["evaluate", "test_resnet", str(photos), *given, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["class_counts"]) == len(COUNTS)
+    path = str(next((photos / "test" / "a").iterdir()))
+    assert main(["predict", "test_resnet", path, *given, "--json", "--top", "9"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert len(found["classes"]) == len(COUNTS)
 
 
 def test_predict_has_the_models_probabilities(photos, run, tmp_path, capsys):

@@ -136,13 +136,21 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
                 f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
                 "fit heads for them with timm-lt heads"
             )
-        own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-        for c, (ours, theirs) in enumerate(zip(own or (), splits.label_names or (), strict=False)):
-            if ours != theirs:
-                raise UsageError(
-                    f"{name} has other classes than the data, or in another order: class {c} is "
-                    f"{ours!r} there and {theirs!r} in the data; rename the classes of the data"
-                )
+        _check_names(model, splits, name)
+
+
+def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
+    """Checks that the classes mean the same, where both have names for them."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    theirs = splits.label_names or ()
+    differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
+    if not differing:
+        return
+    there, here = differing[0]
+    found = f"class {own.index(there)} is {there!r} in {name} and {here!r} in the data"
+    if sorted(own) == sorted(theirs):
+        raise UsageError(f"the same classes, in another order: {found}")
+    log.warning("%s: figures are right only if such classes mean the same", found)
 
 
 def _evaluate(
