@@ -225,6 +225,7 @@ def given_run(
         UsageError: For whatever is wrong with them, or the folder.
     """
     check_heads(recipe)
+    check_heads_of_data(recipe, splits)
     check_objective(recipe, splits)
     if folder is not None:
         check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
