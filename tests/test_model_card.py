@@ -1,5 +1,6 @@
 """The model card: what it says is what the checkpoint holds, and nothing gets out of its place."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -195,6 +196,12 @@ def test_the_metadata_reads_back(info):
 def test_the_plots_that_exist_are_shown_in_their_order(info):
     card = render_card(info, name="x", plots=["calibration.png", "x](y).png", PLOTS[0]])
     assert re.findall(r"\]\((.*?)\)", card) == [f"plots/{PLOTS[0]}", "plots/calibration.png"]
+
+
+def test_the_examples_load_the_head_that_validation_chose(info):
+    chosen = dataclasses.replace(info.heads["lws"], name="auto")
+    card = render_card(dataclasses.replace(info, heads={**info.heads, "auto": chosen}), name="x")
+    assert 'timm_lt.create_model("local-dir:.", head="auto")' in card
 
 
 def test_figures_that_look_the_same_are_both_the_best(info):

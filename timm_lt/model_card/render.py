@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_lt.checkpoint import CheckpointInfo, HeadEntry
 from timm_lt.console import one_line
 from timm_lt.data import list_datasets
+from timm_lt.fitting import AUTO
 from timm_lt.longtail import describe_shots, shot_groups, shot_rule_texts
 from timm_lt.model_card.markdown import code, fenced, plain, table
 from timm_lt.plots import PLOT_FILES
@@ -141,7 +142,9 @@ def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelC
 
 
 def _example_head(info: CheckpointInfo) -> str:
-    """Returns the most accurate of the heads beside the joint classifier."""
+    """Returns the head that validation chose; else the most accurate beside the joint classifier."""
+    if AUTO in info.heads:
+        return AUTO
     fitted = [entry for entry in info.heads.values() if entry.kind != "linear"]
     best = max(fitted, key=lambda e: known_fraction(e.metrics.get("all")) or 0.0, default=None)
     return best.name if best else "linear"
