@@ -142,7 +142,7 @@ def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelC
 
 
 def _example_head(info: CheckpointInfo) -> str:
-    """Returns the head that validation chose; else the most accurate beside the joint classifier."""
+    """Returns the head that validation chose; else the most accurate but the joint classifier."""
     if AUTO in info.heads:
         return AUTO
     fitted = [entry for entry in info.heads.values() if entry.kind != "linear"]
