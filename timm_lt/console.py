@@ -45,6 +45,8 @@ def result_console() -> Console:
 
 def log_traceback(error: BaseException) -> None:
     """Says at level debug where in the code an error arose, as it may go to a terminal."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
     lines = "".join(traceback.format_exception(error)).splitlines()
     shown = [line[: len(line) - len(line.lstrip(" "))] + one_line(line, 2000) for line in lines]
     log.debug("%s", "\n".join(shown))
