@@ -15,7 +15,8 @@ from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
-from timm_lt.recipe.run import TIMM, given_run
+from timm_lt.recipe.images import TIMM
+from timm_lt.recipe.run import given_run
 from timm_lt.recommendation import recommend
 from timm_lt.registry import UsageError
 

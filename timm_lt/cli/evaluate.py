@@ -40,7 +40,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
-from timm_lt.recipe.run import TIMM, create_images
+from timm_lt.recipe.images import TIMM, create_images
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
 from timm_lt.training import EVAL_BATCH_SIZE

@@ -15,13 +15,9 @@ from timm_lt.losses import create_loss
 from timm_lt.model import LOCAL_DIR, split_options
 from timm_lt.recipe import Recipe
 from timm_lt.recipe.checks import check_heads, check_options_of_parts, check_views, head_kind
+from timm_lt.recipe.images import create_images
 from timm_lt.recipe.network import create_network
-from timm_lt.recipe.run import (
-    check_network,
-    check_parts,
-    create_images,
-    sampler_options,
-)
+from timm_lt.recipe.parts import check_network, check_parts, sampler_options
 from timm_lt.recipe.schema import ModelRecipe
 from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler

@@ -1,31 +1,21 @@
 """From a recipe to objects: everything is checked and made before anything is written."""
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-import timm.data
-import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from timm_lt.accelerator import (
-    available_cores,
-    create_accelerator,
-    keep_freed_memory,
-    set_cpu_threads,
-)
+from timm_lt.accelerator import create_accelerator, keep_freed_memory, set_cpu_threads
 from timm_lt.console import log, progress, start_logging
-from timm_lt.data import Splits, create_augmentation, create_splits, list_augmentations
+from timm_lt.data import Splits, create_splits
 from timm_lt.data.identity import split_digests
 from timm_lt.data.images import Images
-from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
-from timm_lt.losses import create_loss
 from timm_lt.metrics import Objective
 from timm_lt.recipe.checks import (
     check_features,
@@ -37,9 +27,11 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.network import create_network, has_classifier, start_network
+from timm_lt.recipe.images import check_content, create_images
+from timm_lt.recipe.network import has_classifier
+from timm_lt.recipe.parts import Trainer, create_parts
 from timm_lt.recipe.schema import Recipe, RunOptions
-from timm_lt.registry import Problems, UsageError, check_choice, check_integer
+from timm_lt.registry import Problems
 from timm_lt.report import TEST_SELECTION
 from timm_lt.run_folder import (
     LOGS,
@@ -48,32 +40,13 @@ from timm_lt.run_folder import (
     prepare_run_folder,
     release_run_folder,
 )
-from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     EpochRecord,
     HeadPlan,
-    check_batch_size,
-    check_classifier,
     check_model,
     check_optimization,
-    check_pairs,
-    check_schedule,
-    check_statistics,
-    check_trained,
-    check_update,
     plan_head_on_images,
 )
-
-# The augmentation that is timm's: images are decoded when they are drawn.
-TIMM = "timm"
-
-
-@dataclass
-class Trainer:
-    """What the representation stage has beside the model and the images."""
-
-    sampler: ClassSampler
-    loss: nn.Module
 
 
 @dataclass
@@ -163,7 +136,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        trainer, model, images = _create_parts(recipe, splits, accelerator, options)
+        trainer, model, images = create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(
                 head_kind(recipe, head), model, images["train"], accelerator, **given
@@ -272,150 +245,6 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
     quiet = options.quiet or not accelerator.is_main_process
     start_logging(quiet=quiet, verbose=options.verbose)
     return accelerator
-
-
-def _create_parts(
-    recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[Trainer | None, nn.Module, dict[Split, Images]]:
-    """Creates what trains, model and images; what is wrong with the data is reported together."""
-    problems = Problems()
-    with problems.collected():
-        check_objective(recipe, splits)
-    with problems.collected():
-        check_heads_of_data(recipe, splits)
-    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
-    model = create_network(recipe, splits.num_classes)
-    batch = recipe.batch_size // (
-        accelerator.num_processes * accelerator.gradient_accumulation_steps
-    )
-    if trainer is not None:
-        check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
-        start_network(recipe, trainer.loss, model, splits.num_classes)
-    images: dict[Split, Images] = {}
-    with problems.collected():
-        images = create_images(recipe, splits, model, workers=options.workers)
-    with problems.collected():
-        check_content(recipe, splits, images, accelerator)
-    problems.check()
-    if trainer is None:
-        check_model(model, images["val"])
-    else:
-        check_network(recipe, model, images["val"], batch=batch)
-    return trainer, model, images
-
-
-def _create_trainer(
-    recipe: Recipe, splits: Splits, accelerator: Accelerator, problems: Problems
-) -> Trainer:
-    """Creates what trains the representation."""
-    sampler = create_sampler(
-        recipe.sampler.name,
-        splits.labels["train"],
-        seed=recipe.seed,
-        num_classes=splits.num_classes,
-        **sampler_options(recipe),
-    )
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    with problems.collected():
-        check_batch_size(recipe.batch_size, len(sampler), processes, steps)
-    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
-    return Trainer(sampler, loss)
-
-
-def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:
-    """Checks that a model takes images of this size, and so many of them at once in training."""
-    check_model(model, images)
-    trained, bn = recipe.model.trained, recipe.model.bn
-    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
-
-
-def check_parts(
-    recipe: Recipe, sampler: ClassSampler, loss: nn.Module, model: nn.Module, *, batch: int
-) -> None:
-    """Checks that the parts of a recipe go together, for batches of so many images of a process."""
-    check_schedule(loss, recipe.epochs)
-    check_update(
-        loss,
-        batch=batch,
-        mixup=recipe.mixup.arguments(),
-        ema=recipe.ema.arguments(),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-        max_norm=recipe.max_norm,
-    )
-    check_pairs(model, sampler, loss, batch=batch)
-    check_classifier(loss, model)
-    check_trained(model, recipe.model.trained, recipe.model.bn)
-
-
-def sampler_options(recipe: Recipe) -> dict[str, Any]:
-    """Returns the options of the sampler; a schedule is as long as the training."""
-    options = dict(recipe.sampler.options)
-    scheduled = "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters
-    if scheduled and options.setdefault("epochs", recipe.epochs) != recipe.epochs:
-        raise UsageError(
-            f"sampler.options.epochs is {options['epochs']}, but training has {recipe.epochs} "
-            "epochs: leave it out"
-        )
-    return options
-
-
-def create_images(
-    recipe: Recipe, splits: Splits, model: nn.Module, *, workers: int | None
-) -> dict[Split, Images]:
-    """Returns the images of every split as the model takes them; only train is augmented."""
-    data = recipe.data
-    config = timm.data.resolve_data_config(model=model)
-    size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
-    images: dict[Split, Images] = {}
-    if data.augmentation == TIMM:
-        # As many for each process that trains as there are cores for it.
-        number = torch.get_num_threads() if workers is None else workers
-        check_integer("workers", number, minimum=0, maximum=64 * available_cores())
-        preprocessing = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-        for split in get_args(Split):
-            images[split] = splits.stored_images(
-                split,
-                size=size,
-                preprocessing=preprocessing,
-                augmentation=data.augmentation_options if split == "train" else None,
-                seed=recipe.seed,
-                workers=number,
-                unreadable=data.unreadable,
-            )
-        return images
-    if workers:
-        raise UsageError("--workers decode images for data.augmentation timm; leave it out")
-    check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
-    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
-    problems = Problems()
-    for split in get_args(Split):
-        with problems.collected():
-            images[split] = splits.images(
-                split,
-                size=size,
-                mean=config["mean"],
-                std=config["std"],
-                augmentation=augmentation if split == "train" else None,
-                seed=recipe.seed,
-                unreadable=data.unreadable,
-            )
-    problems.check()
-    return images
-
-
-def check_content(
-    recipe: Recipe, splits: Splits, images: Mapping[Split, Images], accelerator: Accelerator
-) -> None:
-    """Checks that images can be read; or, if some are left out, that others of each class can."""
-    data = recipe.data
-    if data.augmentation != TIMM:
-        unreadable = {str(split): found.unreadable_rows() for split, found in images.items()}
-    elif data.verify:
-        unreadable = verify_images(splits.datasets, accelerator, unreadable=data.unreadable)
-    else:
-        return
-    check_classes_left(splits.labels, unreadable, splits.label_names)
 
 
 def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
