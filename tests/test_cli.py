@@ -292,6 +292,14 @@ def test_bash_completes_choices_of_a_recipe_and_files(tmp_path, capsys, monkeypa
     assert completed(script, ["timm-lt", "train", "--protocol", ""]) == ["standard", "paper"]
     assert completed(script, ["timm-lt", "train", "--data.root", "pho"]) == ["photos"]
     assert completed(script, ["timm-lt", "list", "pho"]) == ["photos"]
+    many = ["timm-lt", "heads", "photos", "--heads", "crt", "tau"]
+    assert completed(script, many) == ["tau_norm"]
+    for command in ("evaluate", "predict", "fold"):
+        assert completed(script, ["timm-lt", command, "--head", "l"]) == [
+            "linear",
+            "logit_adjusted",
+            "lws",
+        ]
     assert "lt_test_resnet.glyph_lt_quick" in completed(
         script, ["timm-lt", "compare", "--recipe", "lt_test"]
     )

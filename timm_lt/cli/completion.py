@@ -8,9 +8,12 @@ import shtab
 from timm_lt.cli import compare
 from timm_lt.cli.common import Commands, add_command, say
 from timm_lt.comparison import shipped_grids
+from timm_lt.fitting import AUTO
+from timm_lt.heads import list_heads
 from timm_lt.recipe import create_parser, recipe_choices, shipped_recipes
 
-# What stands for a file or a folder in the help.
+# What stands for a head, a file or a folder in the help.
+HEADS = ("HEAD", "NAME")
 FILES = ("FILE", "FILE.json", "IMAGE", "SCRIPT")
 PLACES = (
     "cache_dir",
@@ -35,7 +38,8 @@ def add_parser(commands: Commands, program: argparse.ArgumentParser) -> None:
         description=(
             "Prints a script with which a shell completes commands, options, their choices and "
             "files when you press Tab. It takes some seconds to make: write it once to where your "
-            "shell looks for such scripts. Recipes and grids are completed by their shipped names."
+            "shell looks for such scripts. Recipes and grids are completed by their shipped names, "
+            "heads by their kinds."
         ),
         examples=[
             "timm-lt completion bash > ~/.local/share/bash-completion/completions/timm-lt",
@@ -61,6 +65,7 @@ def print_script(program: argparse.ArgumentParser, arguments: argparse.Namespace
                     action.choices = list(shipped_recipes())
             _add_options(parser, own)
             _add_options(parser, create_parser("timm-lt train"))
+        _complete_heads(parser)
         _complete_files(parser)
     say(shtab.complete(program, arguments.shell))
 
@@ -82,6 +87,13 @@ def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser
         kind = "store_true" if action.nargs == 0 else "store"
         added = parser.add_argument(*names, action=kind)
         added.choices = action.choices or choices.get(action.dest)
+
+
+def _complete_heads(parser: argparse.ArgumentParser) -> None:
+    """Offers the kinds of heads, after which those of a checkpoint are called unless renamed."""
+    for action in parser._actions:
+        if action.dest in ("head", "heads") and action.metavar in HEADS:
+            action.choices = [*list_heads(), AUTO]
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
