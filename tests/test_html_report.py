@@ -98,6 +98,31 @@ def test_the_confusion_of_shot_groups_and_classes_is_counted():
         assert mistake.of.training_images == counts[pair[0]]
 
 
+def test_the_mean_over_classes_is_told_where_the_test_split_has_a_tail_too():
+    targets = torch.tensor([0, 0, 0, 1])
+    preds = {"linear": [0, 0, 0, 0], "crt": [0, 0, 1, 1]}
+    page = Page(
+        render_report(
+            gather_report(
+                title="birds",
+                reports={n: shot_accuracy(p, targets, [500, 5]) for n, p in preds.items()},
+                class_counts=torch.tensor([500, 5]),
+                targets=targets,
+                predictions={
+                    n: Predictions(torch.tensor(p).int(), torch.full((4,), 0.5))
+                    for n, p in preds.items()
+                },
+                recommended="crt",
+            )
+        )
+    )
+    texts = [text.strip() for text in page.texts]
+    place = texts.index("mean over classes")
+    tile = [text for text in texts[place + 1 : place + 12] if text]
+    assert tile[:4] == ["83.3", "%", "▲ +33.3", "from 50.0"]
+    assert "mean over classes" not in render_report(whole_content())
+
+
 def test_the_classes_that_gained_and_lost_most_are_those():
     counts, targets, logits = long_tail(12, images=9)
     content = gather_report(**figures(counts, targets, logits))

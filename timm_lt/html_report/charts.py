@@ -142,10 +142,12 @@ def whole_axis(low: int, high: int, title: str, *, most: int = 6) -> Axis:
 
     >>> whole_axis(1, 30, "epoch").texts
     ('1', '10', '20', '30')
+    >>> whole_axis(1, 8, "epoch").texts
+    ('1', '2', '4', '6', '8')
     """
     step = max(int(_round_step((high - low) / (most - 1) if high > low else 1)), 1)
     inside = range(low - low % step + step, high + 1, step)
-    ticks = [low, *(t for t in inside if t - low > step / 2)]
+    ticks = [low, *(t for t in inside if t - low >= step / 2)]
     return Axis(low, high, title, ticks, tuple(f"{tick:,}" for tick in ticks))
 
 

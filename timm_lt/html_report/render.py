@@ -47,6 +47,7 @@ def render_report(content: ReportContent) -> str:
             content=content,
             groups=GROUPS,
             columns=_columns(content),
+            tiles=_tiles(content),
             best=_best(content),
             joint=heads.get(content.joint or ""),
             recommended=heads.get(content.recommended or ""),
@@ -125,6 +126,15 @@ def _columns(content: ReportContent) -> Mapping[str, str]:
     if any(abs((f["all"].value or 0) - (f["class_mean"].value or 0)) > 1e-9 for f in figures):
         columns["class_mean"] = "class mean"
     return columns
+
+
+def _tiles(content: ReportContent) -> Mapping[str, str]:
+    """Returns the figures of the summary, with their labels."""
+    tiles = {"all": "all images"}
+    if "class_mean" in _columns(content):
+        # What a head wins, where the test split has as long a tail as train.
+        tiles["class_mean"] = "mean over classes"
+    return tiles | {group: f"{group_word(group)}-shot classes" for group in GROUPS}
 
 
 def _best(content: ReportContent) -> Mapping[str, str]:
