@@ -5,7 +5,7 @@ import re
 import struct
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -174,6 +174,15 @@ def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
     """Returns what to call an image in a message: its row and, if it has one, its file."""
     path = encoded["path"] if isinstance(encoded, dict) else None
     return f"image {row}" + (f" ({shown_path(path)})" if path else "")
+
+
+def image_names(dataset: Dataset, rows: Sequence[int]) -> list[str]:
+    """Returns what to call some images of a data set in a message, by :func:`image_name`."""
+    encoded = encoded_images(dataset)
+    if encoded.format["type"] == "custom":
+        # Somebody's own transform may fail on the image itself.
+        return [f"image {row}" for row in rows]
+    return [image_name(encoded[row]["image"], row) for row in rows]
 
 
 def shown_path(path: str) -> str:

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lt.console import advance, log, progress
 from timm_lt.data.images import Images
+from timm_lt.data.reading import image_names
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.fitting import AUTO, fit_head, take_best
@@ -20,6 +21,7 @@ from timm_lt.html_report import Predictions
 from timm_lt.metrics import ShotMetrics, ShotReport
 from timm_lt.recipe.checks import head_kind, stage_heads
 from timm_lt.recipe.run import Run
+from timm_lt.registry import shown_names
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
 
 
@@ -79,10 +81,10 @@ def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
         rows = sorted(set(gather_object(images.unreadable_rows())))
         run.unreadable_rows[split] = rows
         if left_out and run.accelerator.is_main_process:
-            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+            shown = shown_names(image_names(run.splits.datasets[split], rows))
             log.warning(
                 "%d of %d %s images cannot be read and were left out%s",
-                *(left_out, len(images), split, f": rows {shown}" if rows else ""),
+                *(left_out, len(images), split, f": {shown}" if shown else ""),
             )
 
 
