@@ -10,7 +10,8 @@ COUNTS = [500, 120, 30, 8, 5]
 
 
 def softmax(z):
-    return [math.exp(zj) / sum(math.exp(zk) for zk in z) for zj in z]
+    total = sum(math.exp(zk) for zk in z)
+    return [math.exp(zj) / total for zj in z]
 
 
 def cross_entropy(z, y, smoothing=0.0):
@@ -25,7 +26,8 @@ def balanced_softmax(z, y):
 
 
 def logit_adjustment(z, y, tau=1.0):
-    pi = [n / sum(COUNTS) for n in COUNTS]
+    total = sum(COUNTS)
+    pi = [n / total for n in COUNTS]
     # The paper's second form: log(1 + sum over the others of (pi_j / pi_y)^tau e^(z_j - z_y)).
     others = [(pi[j] / pi[y]) ** tau * math.exp(z[j] - z[y]) for j in range(len(z)) if j != y]
     return math.log(1 + sum(others))

@@ -117,10 +117,38 @@ def test_it_starts_as_the_identity_and_learns_from_there(form):
     assert all(p.grad.abs().max() > 1e-9 for p in module.parameters())
 
 
-def test_gradients():
-    module = attention(4)
-    x = maps(1, 4, 2, 3).requires_grad_()
-    assert gradcheck(module, x)
+@pytest.mark.parametrize(("form", "size"), [("convolution", (2, 3)), ("linear", (7, 7))])
+def test_gradients_of_images_and_weights(form, size):
+    module, x = attention(2, spatial=form), maps(1, 2, *size).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert gradcheck(call, (x, *module.parameters()), fast_mode=form == "linear")
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5)])
+@torch.no_grad()
+def test_a_constant_map_by_hand(size):
+    """All places see the same, with a weight of 1/49 each."""
+    module = ModulatedAttention(2)
+    module.value.weight.copy_(torch.tensor([1.0, 0]).view(1, 2, 1, 1))
+    module.value.bias.zero_()
+    module.output.weight.copy_(torch.tensor([49.0, 98]).view(2, 1, 1, 1))
+    y = module(torch.tensor([3.0, 5]).view(1, 2, 1, 1).expand(1, 2, *size))
+    # 3 + 3 and 5 + 6.
+    torch.testing.assert_close(y, torch.tensor([6.0, 11]).view(1, 2, 1, 1).expand_as(y))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_half_precision_has_the_values_up_to_rounding(form, dtype, tolerance):
+    module = random_weights(ModulatedAttention(8, spatial=form)).to(dtype)
+    x = maps(2, 8, 7, 7).to(dtype)
+    exact = copy.deepcopy(module).double()(x.double())
+    torch.testing.assert_close(module(x).double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -178,6 +206,12 @@ def test_attached_attention_changes_nothing_until_it_is_trained(name):
     assert torch.equal(final, taken)
     assert maps[-1].shape[1] == model.feature_info[-1]["num_chs"] == model.num_features
     with pytest.raises(UsageError, match=f"has {last}.attention already"):
+        attach_attention(model)
+
+
+def test_a_bilateral_network_is_refused():
+    model = timm.create_model("lt_bbn_resnet", base="test_resnet", num_classes=3)
+    with pytest.raises(UsageError, match="does not go behind the branches of a bilateral network"):
         attach_attention(model)
 
 

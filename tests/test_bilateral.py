@@ -52,7 +52,7 @@ def last_stage(model):
 
 
 class TwoPasses:
-    """BBN as the authors have it: one pass for each stream, and one classifier on (f_c, f_r)."""
+    """BBN as the authors' code has it: a pass for each stream, and a classifier of (f_c, f_r)."""
 
     def __init__(self, model):
         parts = copy.deepcopy(model)
@@ -88,7 +88,7 @@ class TwoPasses:
 
 @every_base
 def test_two_updates_are_those_of_two_passes(base):
-    model = create(base).double().train()
+    model = create(base, branch_scale=2.0).double().train()
     reference = TwoPasses(model)
     state = reference.state()
     optimizers = [
@@ -118,7 +118,7 @@ def test_two_updates_are_those_of_two_passes(base):
 
 @every_base
 def test_evaluation_is_training_at_one_half(base):
-    model = create(base).double().eval()
+    model = create(base, branch_scale=2.0).double().eval()
     x = images(4)
     reference = TwoPasses(model)
     with torch.no_grad():
@@ -138,9 +138,9 @@ def test_evaluation_is_training_at_one_half(base):
             torch.testing.assert_close(rows[place::2], logits[place::2])
 
 
-def test_the_papers_equation_has_no_factor():
-    model = create(branch_scale=1.0).double()
-    twice = create().double()
+def test_the_papers_equation_has_no_factor_and_is_the_default():
+    model = create().double()
+    twice = create(branch_scale=2.0).double()
     twice.load_state_dict(model.state_dict())
     bias = model.fc.bias
     x = images()
@@ -277,7 +277,7 @@ def test_gradients_do_not_depend_on_checkpointing():
 @pytest.mark.parametrize(
     "create_one",
     [
-        lambda: timm.create_model("lt_bbn_resnet32", num_classes=5, branch_scale=1.0),
+        lambda: timm.create_model("lt_bbn_resnet32", num_classes=5, branch_scale=2.0),
         lambda: create("lt_resnet10"),
         lambda: timm_lt.create_bilateral(timm.create_model("lt_resnet10", num_classes=5)),
         lambda: timm_lt.create_bilateral(timm.create_model("test_resnet", num_classes=5)),
@@ -362,6 +362,17 @@ def test_an_odd_batch_and_other_networks_are_refused():
         create(branch_scale=0)
     with pytest.raises(UsageError, match="unknown base 'resnet'"):
         create("resnet")
+    with pytest.raises(UsageError, match=r"last residual block, and behind.*a ModulatedAttention"):
+        create("lt_oltr_resnet10")
+
+
+def test_autocast_gives_the_logits_of_pairs():
+    model, x = create().train(), images(8, dtype=torch.float32)
+    expected = copy.deepcopy(model)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = copy.deepcopy(model)(x)
+    assert found.shape == expected.shape == (8, 5)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_a_recipe_with_half_of_it_stops_before_it_writes(tmp_path):
@@ -392,8 +403,7 @@ def test_bbn_beats_joint_training_on_few_shot_classes():
     train, _ = learning.small_glyphs()
     _, joint = learning.joint()
     torch.manual_seed(0)
-    # Without the factor 2, which asks for a smaller learning rate than that of joint training.
-    model = timm_lt.create_bilateral(learning.pretrained(), branch_scale=1.0)
+    model = timm_lt.create_bilateral(learning.pretrained())
     bbn = learning.learned(
         timm_lt.create_loss("bilateral", learning.COUNTS),
         sampler=timm_lt.create_sampler("bilateral", train.labels),

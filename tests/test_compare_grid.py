@@ -271,3 +271,20 @@ def test_the_papers_tables_have_their_rows(tmp_path):
     assert len(labels["kang_table2"]) == 17
     assert labels["bbn_figure2"] == ["CE", "RW", "RS"]
     assert len(labels["kang_figure1"]) == 4
+
+
+def test_table_1_trains_what_its_rows_say(tmp_path):
+    base = load_recipe(find_recipe("lt_test_resnet.glyph_lt_quick"))
+    plan = make_plan(load_grid(find_grid("kang_table1")), base, tmp_path, seeds=[0])
+    recipes = {run.representation: run.recipe for run in plan.runs}
+    rates = {name: recipe.optimizer.lr / base.optimizer.lr for name, recipe in recipes.items()}
+    assert rates == pytest.approx(
+        {"joint": 1, "backbone": 1, "backbone_low_lr": 0.1, "last_block": 1, "classifier": 1}
+    )
+    assert {name: recipe.model.trained for name, recipe in recipes.items()} == {
+        "joint": None,
+        "backbone": None,
+        "backbone_low_lr": None,
+        "last_block": ["last_block"],
+        "classifier": [],
+    }

@@ -241,6 +241,13 @@ def test_smote_fills_up_to_the_largest_class_and_repeats_a_row_that_is_alone():
     assert again.values.equal(grown.values)
 
 
+def test_smote_of_thousands_of_classes():
+    targets = torch.cat([torch.arange(3000), torch.arange(20)])
+    values = torch.randn(len(targets), 4, generator=torch.Generator().manual_seed(0))
+    grown = add_smote_rows(Features(values, targets), 3000, 3)
+    assert torch.bincount(grown.targets).eq(3).all()
+
+
 def test_smote_adds_nothing_to_equal_classes_and_draws_all_of_a_segment():
     features = Features(torch.tensor([[0.0], [1.0], [3.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
     assert add_smote_rows(features, 2, "largest").values.equal(features.values)

@@ -141,7 +141,7 @@ def test_ten_thousand_classes(name):
         "crt": {"weight_decay": 1e-4, "max_iterations": 1},
         "cosine": {"steps": 2},
         "fslwf": {"base": 2, "steps": 2, "episodes": 2},
-        "oltr": {"steps": 2, "centroids": "means"},
+        "oltr": {"steps": 2},
     }
     g = torch.Generator().manual_seed(0)
     targets = torch.cat([torch.arange(classes), torch.arange(50)])
@@ -155,7 +155,9 @@ def test_ten_thousand_classes(name):
     head = timm_lt.fit_head(name, train, **given, **options.get(name, {}))
     if name == "oltr":
         # Its classifier starts at random, and two updates show it few of the classes.
-        assert head.centroids[50:].equal(train.values[50:classes])
+        means = train.values[50:classes]
+        torch.testing.assert_close(head.centroids[50:], means, rtol=0, atol=0.01)
+        assert head(train.values[:3]).isfinite().all()
         return
     with torch.no_grad():
         right = head(train.values[::20]).argmax(1) == targets[::20]

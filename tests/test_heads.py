@@ -173,12 +173,22 @@ def test_own_and_fitted_state_exist(name):
 
 
 @every_head
-def test_half_precision_and_leading_dimensions(name, features):
+def test_leading_dimensions(name, features):
     head = usable_head(name, **HEAD_OPTIONS[name])
     stacked = head(features.view(5, 10, 6))
     np.testing.assert_allclose(f64(stacked.view(50, 4)), f64(head(features)), rtol=1e-5, atol=1e-6)
-    half = head.to(torch.bfloat16)(features.bfloat16())
-    assert half.dtype is torch.bfloat16
+
+
+@every_head
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_has_the_logits_up_to_rounding(name, dtype, features):
+    head, x = usable_head(name, **HEAD_OPTIONS[name]).to(dtype), features.to(dtype)
+    exact = copy.deepcopy(head).double()(x.double())
+    found = head(x)
+    assert found.dtype is dtype
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert error < 4 * torch.finfo(dtype).eps
 
 
 @every_head

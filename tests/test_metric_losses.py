@@ -226,12 +226,23 @@ def test_lifted_structure_says_what_to_install(monkeypatch):
         create_loss("lifted_structure")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METRIC)
-def test_few_shot_classes_are_better_than_in_joint_training(name):
-    """With the sampler that the losses need, to which most of the gain is owed."""
+def learned_by_fours(name):
     labels = small_glyphs()[0].labels
     sampler = timm_lt.create_sampler("class_balanced", labels, samples_per_class=4)
-    found = learned(create_loss(name, class_counts=COUNTS), sampler=sampler)
-    # Measured: 0.61 and 0.54; cross-entropy 0.47.
+    return learned(create_loss(name, class_counts=COUNTS), sampler=sampler)
+
+
+@pytest.fixture(scope="module")
+def cross_entropy_by_fours():
+    return learned_by_fours("cross_entropy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METRIC)
+def test_few_shot_classes_are_better_than_in_joint_training(name, cross_entropy_by_fours):
+    """With the sampler that the losses need, to which all of the gain is owed here."""
+    found = learned_by_fours(name)
+    # Measured: 0.55 and 0.54; cross-entropy 0.47, by fours 0.58.
     assert found["few_shot"] > joint()[1]["few_shot"] + 0.03
+    assert found["few_shot"] != cross_entropy_by_fours["few_shot"]
+    assert found["few_shot"] > cross_entropy_by_fours["few_shot"] - 0.1

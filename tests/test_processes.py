@@ -268,6 +268,12 @@ if accelerator.is_main_process:
         loss_options={"normalization": "weights"},
     )
 accelerator.wait_for_everyone()
+# And fits that draw, in every process alike.
+features, many = timm_lt.Features(logits, classes), [500, 200, 100, 60, 15, 3]
+result["fitted"] = [
+    timm_lt.fit_head(name, features, class_counts=many, steps=5, **more).weight.flatten().tolist()
+    for name, more in (("oltr", {}), ("fslwf", {"episodes": 5}))
+]
 open_set = timm_lt.metrics.OpenSetMetrics(7, threshold=0.4)
 open_set.update(logits[share], torch.where(classes == 5, -1, classes)[share])
 result["open_set"] = open_set.reduce(accelerator).compute().to_dict()
@@ -415,3 +421,10 @@ def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, proc
     expected = open_set_report(logits, torch.where(classes == 5, -1, classes), threshold=0.4)
     assert all(rank["open_set"] == expected.to_dict() for rank in results[processes])
     assert 0 < expected.open < 1
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fits_on_features_do_not_depend_on_the_processes(results, processes):
+    for rank in results[processes]:
+        for found, alone in zip(rank["fitted"], results[1][0]["fitted"], strict=True):
+            assert found == pytest.approx(alone, rel=1e-6)

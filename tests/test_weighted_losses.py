@@ -2,6 +2,7 @@
 
 import math
 
+import losses_by_hand as hand
 import pytest
 import torch
 from hypothesis import given, settings
@@ -229,6 +230,43 @@ def test_weighted_means_are_those_of_torch(name):
     # Of one image nothing is left of its weight.
     one = logits[:1], targets[:1]
     torch.testing.assert_close(by_weights(*one), F.cross_entropy(*one))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "value", "weight"),
+    [
+        *(
+            (
+                "class_balanced",
+                {"beta": 0.9, "form": form},
+                hand.class_balanced,
+                lambda y: hand.effective_number_weight(y, 0.9),
+            )
+            for form in ("sigmoid", "focal")
+        ),
+        *(
+            (
+                "class_balanced_focal",
+                {"beta": 0.9, **options},
+                hand.class_balanced_focal,
+                lambda y: hand.effective_number_weight(y, 0.9),
+            )
+            for options in ({}, {"form": "softmax", "probability": "weighted"})
+        ),
+        (
+            "deferred_reweighting",
+            {"start": 0, "weights": "inverse_frequency"},
+            hand.deferred_reweighting,
+            hand.frequency_weight,
+        ),
+    ],
+)
+def test_means_by_weights_are_those_by_hand(name, options, value, weight):
+    logits, targets = batch()
+    pairs = list(zip(logits.tolist(), targets.tolist(), strict=True))
+    expected = sum(value(z, y, **options) for z, y in pairs) / sum(weight(y) for _, y in pairs)
+    found = create_loss(name, COUNTS, normalization="weights", **options)(logits, targets)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 # Deferred re-weighting ----------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def attach_attention(
         The same model.
 
     Raises:
-        UsageError: If the model is another, or has the attention already.
+        UsageError: If the model is another, is bilateral, or has the attention already.
 
     >>> import timm
     >>> model = attach_attention(timm.create_model("test_resnet", num_classes=3))
@@ -159,6 +159,11 @@ def attach_attention(
     stage = model.get_submodule(last["module"])
     if hasattr(stage, ATTENTION):
         raise UsageError(f"the model has {last['module']}.{ATTENTION} already")
+    # By its name, since bilateral networks are built on top of this.
+    if any(hasattr(block, "rebalancing") for block in stage.children()):
+        raise UsageError(
+            "modulated attention does not go behind the branches of a bilateral network"
+        )
     weight = next(stage.parameters())
     attention = ModulatedAttention(
         last["num_chs"],

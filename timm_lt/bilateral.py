@@ -13,8 +13,8 @@ from timm_lt.cifar_resnet import CifarResNet
 from timm_lt.heads import Head
 from timm_lt.registry import UsageError, check_number
 
-# As in the authors' code; equation 1 of the paper has 1.
-BRANCH_SCALE = 2.0
+# As in equation 1 of the paper; the authors' code has 2.
+BRANCH_SCALE = 1.0
 # The registered architecture that takes any ResNet as its base.
 ANY_BASE = "lt_bbn_resnet"
 STAGES = ("layer4", "layer3", "layer2", "layer1")
@@ -140,8 +140,8 @@ def create_bilateral(
 
     Args:
         model: A ``ResNet`` of timm, with any of its blocks, or a :class:`CifarResNet`.
-        branch_scale: s, > 0; 2 as in the authors' code, where evaluation equals training at α = 1/2
-            and every feature has its size. Equation 1 of the paper has 1.
+        branch_scale: s, > 0; 1 as in equation 1 of the paper. The authors' code has 2, with which
+            every feature has its size in evaluation, and the classifier learns four times as fast.
         fresh: Draws the re-balancing block and the classifier anew, as for training from scratch.
             Otherwise both branches begin as the model's last block, and the network computes what
             the model did, in both modes.
@@ -150,7 +150,8 @@ def create_bilateral(
         The model.
 
     Raises:
-        UsageError: If the model is no ResNet, is bilateral already, or carries a head.
+        UsageError: If the model is no ResNet, is bilateral already, has something behind its last
+            residual block, or carries a head.
 
     References:
         Zhou, Cui, Wei, Chen. BBN: Bilateral-branch network with cumulative learning for long-tailed
@@ -176,6 +177,11 @@ def create_bilateral(
     stages: list[Any] = [model.get_submodule(name) for name in STAGES]
     stage = next(stage for stage in stages if len(stage))
     last = stage[-1]
+    if not hasattr(last, "conv1"):
+        raise UsageError(
+            f"a bilateral network doubles the last residual block, and behind that of this model "
+            f"is a {type(last).__name__}"
+        )
     twin = copy.deepcopy(last)
     if fresh:
         # As the model's own: it initialises whatever modules are inside. The last batch norms that

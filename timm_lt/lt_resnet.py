@@ -265,7 +265,7 @@ def lt_bbn_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def lt_bbn_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Bilateral network of any ResNet or ResNeXt, ``base=`` its name; of a ResNet-18 without."""
+    """Bilateral network of timm's class ResNet, ``base=`` its name; of a ResNet-18 without."""
     if kwargs.get("pretrained_cfg") is None:
         # Its images are those of its base.
         base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))

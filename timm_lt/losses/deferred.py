@@ -30,7 +30,7 @@ class DeferredReweightingLoss(WeightedLoss):
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
-        loss: Name of the wrapped loss, any that is registered.
+        loss: Name of the wrapped loss, any but ``bilateral``, whose own ``loss`` this one may be.
         loss_options: Its options.
         start: The 0-based epoch from which there are weights, or a fraction of the epochs in
             (0, 1), rounded down: 160 in the paper, 0.8 of its 200.

@@ -39,7 +39,8 @@ class _TargetSampler(ClassSampler):
 class UnderSampledSampler(_TargetSampler):
     """Draws at most ``target`` images of each class in an epoch: ``p_j`` is as min(n_j, target).
 
-    The images that an epoch leaves out come in the next ones: none is lost for good.
+    The images that an epoch leaves out come in the next ones: none is lost for good, unlike where
+    a data set is reduced once and for all, as for random under-sampling in the reference.
 
     Args:
         labels, seed, num_classes: As in :class:`ClassSampler`.
