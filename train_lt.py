@@ -22,7 +22,12 @@ from timm_lt.fitting import AUTO, head_curves
 from timm_lt.heads import Head, get_head
 from timm_lt.html_report import write_report
 from timm_lt.longtail import describe_shots
-from timm_lt.metrics import ShotReport, compare_per_class, write_per_class
+from timm_lt.metrics import (
+    ShotReport,
+    compare_per_class,
+    confidence_intervals,
+    write_per_class,
+)
 from timm_lt.model_card import write_card
 from timm_lt.plots import save_plots
 from timm_lt.recipe import Recipe, Run, RunOptions, create_run, parse_command_line
@@ -232,10 +237,14 @@ def write_metrics(
 ) -> None:
     """Writes ``metrics.json``; the digests of the test logits show whether a run is reproduced."""
     counts, recipe = run.splits.class_counts, run.recipe
+    chosen = heads[AUTO].selection if AUTO in heads else None
     write_json(
         run.folder / METRICS,
         {
             "heads": {name: report.to_dict() for name, report in reports.items()},
+            "intervals": {n: confidence_intervals(r, counts) for n, r in reports.items()},
+            "recommendation": None if chosen is None else recommend(reports, chosen),
+            "label_names": run.splits.label_names,
             "class_counts": counts.tolist(),
             "shots": describe_shots(counts, recipe.shot_rule),
             "selection": {name: head.selection for name, head in heads.items() if head.selection},

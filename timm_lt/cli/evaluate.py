@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from timm_lt.cli.model_argument import (
     DATA_HELP,
     MODEL_HELP,
     add_data_options,
+    data_of_run,
     find_data,
     load_model,
     stored_heads,
@@ -98,13 +99,15 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     set_cpu_threads(arguments.threads)
     options = parse_options(arguments.option, "test_fraction=0.3")
     data = DataRecipe(
-        **find_data(arguments.data, arguments.root, options),
+        **_as_in_the_run(arguments.model, find_data(arguments.data, arguments.root, options)),
         augmentation=TIMM,
         image_size=arguments.image_size,
         unreadable="skip",
     )
     names = arguments.head or stored_heads(arguments.model) or [JOINT]
-    splits = create_splits(data.name, root=data.root, **data.options)
+    splits = create_splits(
+        data.name, root=data.root, val_fraction=data.val_fraction, **data.options
+    )
     models = {
         name: load_model(
             arguments.model,
@@ -125,6 +128,32 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
     )
     show_result(arguments, _figures(reports, splits, arguments), table)
+
+
+def _as_in_the_run(model: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Deals data as the run dealt them in whose folder the model lies, if it had the same.
+
+    Otherwise images that a head was fitted on could be among those that are held out now.
+    """
+    run = data_of_run(model)
+    if run is None or run.name != found["name"]:
+        return found
+    roots = [None if root is None else Path(root).resolve() for root in (run.root, found["root"])]
+    parts = [
+        {key: of.get(key) for key in ("train", "repo")} for of in (run.options, found["options"])
+    ]
+    if roots[0] != roots[1] or parts[0] != parts[1]:
+        return found
+    options = {**run.options, **found["options"]}
+    if options != run.options:
+        log.warning(
+            "the run of %s had other options of the data (%s): it may have been fitted on images "
+            "that are held out now",
+            *(model, ", ".join(f"{key}={value}" for key, value in run.options.items()) or "none"),
+        )
+    elif options != found["options"]:
+        log.info("data are dealt as in the run: %s", options)
+    return {**found, "options": options, "val_fraction": run.val_fraction}
 
 
 def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -> None:

@@ -11,6 +11,7 @@ from timm_lt.cli.model_argument import (
     HUB_PREFIX,
     MODEL_HELP,
     add_data_options,
+    check_no_file,
     find_data,
     model_name,
 )
@@ -18,6 +19,7 @@ from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.model import LOCAL_DIR
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.recommendation import JOINT
 
 
 def add_parser(commands: Commands) -> None:
@@ -47,7 +49,7 @@ def add_parser(commands: Commands) -> None:
         nargs="+",
         default=list(DEFAULT_HEADS),
         metavar="HEAD",
-        help="which heads; all but oltr, fslwf and cosine unless given",
+        help="which heads beside linear; all but oltr, fslwf and cosine unless given",
     )
     add_data_options(heads)
     heads.add_argument("--output", help="folder to write; output/MODEL.DATA unless given")
@@ -63,7 +65,7 @@ def add_parser(commands: Commands) -> None:
         help="fit the linear classifier anew, even if the model has one of as many classes",
     )
     heads.add_argument("--cache-dir", help="keep features there, for the next time")
-    heads.add_argument("--seed", type=int, default=0, help="of the fits and of what is held out")
+    heads.add_argument("--seed", type=int, default=0, help="of the fits")
     heads.add_argument("--threads", type=int, help="CPU threads; all unless given")
     heads.add_argument(
         "--workers", type=int, help="processes that decode images; by the cores unless given"
@@ -77,10 +79,12 @@ def add_parser(commands: Commands) -> None:
 
 def fit_heads(arguments: argparse.Namespace) -> None:
     """Runs the classifier stage on a model and data, and prints the table and the best head."""
+    check_no_file(arguments.model)
     data = find_data(
         arguments.data, arguments.root, parse_options(arguments.option, "test_fraction=0.3")
     )
-    names = list(dict.fromkeys(arguments.heads))
+    # What the others are compared with, and costs nothing.
+    names = list(dict.fromkeys([JOINT, *arguments.heads]))
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     if len(names) > 1 and AUTO not in options:
         options[AUTO] = {}

@@ -8,11 +8,12 @@ from typing import Any
 import timm.data
 from torch import nn
 
-from timm_lt.checkpoint import BLOCK, CONFIG, read_checkpoint, read_config
+from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, read_checkpoint, read_config
 from timm_lt.console import log, one_line
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
 from timm_lt.model import LOCAL_DIR, classes_of_file, create_model, load_weights_file
+from timm_lt.recipe import DataRecipe, load_recipe
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 
@@ -46,6 +47,26 @@ def model_name(given: str) -> str:
     return given
 
 
+def check_no_file(given: str) -> None:
+    """Refuses a file of weights where a model is meant.
+
+    Raises:
+        UsageError: If it is one; says how it is given.
+    """
+    if Path(model_name(given)).is_file():
+        raise UsageError(
+            f"{given} is a file of weights: name its architecture, and give the file with "
+            "--checkpoint"
+        )
+
+
+def data_of_run(given: str) -> DataRecipe | None:
+    """Returns the data of the run in whose folder a model lies; None if it lies in none."""
+    name = model_name(given)
+    file = Path(name.removeprefix(LOCAL_DIR)) / RECIPE
+    return load_recipe(file).data if name.startswith(LOCAL_DIR) and file.is_file() else None
+
+
 def load_model(
     given: str, *, head: str | None = None, checkpoint: str | None = None, **options: Any
 ) -> nn.Module:
@@ -61,11 +82,7 @@ def load_model(
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
     name = model_name(given)
-    if checkpoint is None and Path(name).is_file():
-        raise UsageError(
-            f"{given} is a file of weights: name its architecture, and give the file with "
-            "--checkpoint"
-        )
+    check_no_file(given)
     if checkpoint is None:
         model = create_model(name, True, head=head, **options)
     elif head is not None:

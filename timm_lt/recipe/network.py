@@ -9,7 +9,13 @@ from torch import nn
 from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.data import Splits
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.model import LOCAL_DIR, create_model, load_weights_file, split_options
+from timm_lt.model import (
+    LOCAL_DIR,
+    classes_of_file,
+    create_model,
+    load_weights_file,
+    split_options,
+)
 from timm_lt.recipe.schema import ModelRecipe, Recipe
 from timm_lt.registry import UsageError
 from timm_lt.training import start_classifier
@@ -25,7 +31,8 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
     if given.checkpoint is not None:
-        load_weights_file(model, given.checkpoint, given.name)
+        takes = not given.fresh_classifier and _file_has_classifier(given, model, num_classes)
+        load_weights_file(model, given.checkpoint, given.name, classifier=takes)
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
@@ -33,7 +40,24 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
         torch.manual_seed(recipe.seed)
         for classifier in find_classifiers(model).values():
             classifier.reset_parameters()
+    if recipe.data.image_size is not None:
+        _keep_image_size(model, recipe.data.image_size)
     return model
+
+
+def _file_has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bool:
+    """Returns whether a file of weights has a classifier of so many classes."""
+    return given.checkpoint is not None and classes_of_file(given.checkpoint, model) == num_classes
+
+
+def _keep_image_size(model: nn.Module, size: int) -> None:
+    """Notes the size of the images, so that whoever loads the model gives it the same."""
+    config: dict[str, Any] = {**(getattr(model, "pretrained_cfg", None) or {})}
+    # What the model would be tested at instead, and how.
+    for key in ("test_input_size", "test_crop_pct"):
+        config.pop(key, None)
+    config["input_size"] = (3, size, size)
+    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
 
 
 def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
@@ -59,7 +83,7 @@ def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
     if recipe.model.fresh_classifier:
         return False
     if recipe.model.checkpoint:
-        return True
+        return _file_has_classifier(recipe.model, model, splits.num_classes)
     config = getattr(model, "pretrained_cfg", None) or {}
     known, names = config.get("label_names"), splits.label_names
     same = not (known and names) or list(known) == list(names)
@@ -69,7 +93,7 @@ def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
 def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
     """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = recipe.model.checkpoint or (
+    pretrained = _file_has_classifier(recipe.model, model, num_classes) or (
         recipe.model.pretrained and config.get("num_classes") == num_classes
     )
     if recipe.model.fresh_classifier or not pretrained:

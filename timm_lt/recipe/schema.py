@@ -65,9 +65,9 @@ class ModelRecipe:
         name: Any timm architecture, or an lt_* one; a tag chooses a configuration. local-dir:FOLDER
             is the model of a finished run.
         pretrained: Start from that configuration's published weights, or from those of the run.
-        checkpoint: File with weights for this architecture and these classes, as some training
-            left it, such as timm's train.py: .safetensors, or a pickle, of which nothing but
-            tensors is read.
+        checkpoint: File with weights for this architecture, as some training left it, such as
+            timm's train.py: .safetensors, or a pickle, of which nothing but tensors is read. Its
+            classifier is taken if it is one for as many classes.
         fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
             backbone alone.
         trained: Modules that the representation stage trains beside the classifier, e.g.

@@ -1,0 +1,122 @@
+"""Heads and figures of models as their users have them: files of weights, other image sizes."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_lt
+from timm_lt.cli import main
+from timm_lt.data import create_dataset
+
+MODEL = "lt_test_resnet.glyph_lt"
+COUNTS = {"a": 40, "b": 24, "c": 12, "d": 10}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of glyphs without splits."""
+    root = tmp_path_factory.mktemp("own") / "photos"
+    dataset = create_dataset("glyph_lt", split="train")
+    labels = torch.tensor(dataset["label"])
+    for label, (name, count) in enumerate(COUNTS.items()):
+        (root / name).mkdir(parents=True)
+        for row in torch.nonzero(labels == label).flatten()[:count].tolist():
+            dataset[row]["image"].save(root / name / f"{row}.png")
+    return root
+
+
+def heads(photos, folder, *more):
+    """Runs the command; returns what it wrote into metrics.json."""
+    given = ["heads", str(photos), "--output", str(folder), "--workers", "0"]
+    assert main([*given, *map(str, more)]) == 0
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def evaluated(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, arguments), "--workers", "0", "--json"]) == 0
+    shown = capsys.readouterr()
+    return json.loads(shown.out), shown.err
+
+
+def test_the_image_size_of_the_heads_is_that_of_the_checkpoint(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    metrics = heads(photos, run, "--model", MODEL, "--heads", "ncm", "--image-size", 40)
+    model = timm_lt.create_model(f"local-dir:{run}", head="ncm")
+    assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 40, 40)
+    found, _ = evaluated(capsys, run, photos)
+    assert found["heads"] == {name: metrics["heads"][name] for name in found["heads"]}
+
+
+def test_the_images_that_the_run_held_out_are_evaluated(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ("--option", "test_fraction=0.4", "--option", "seed=3")
+    metrics = heads(photos, run, "--model", MODEL, "--heads", "ncm", *options)
+    found, log = evaluated(capsys, run, photos)
+    assert found["heads"] == {name: metrics["heads"][name] for name in found["heads"]}
+    assert "fitted on" not in log
+    _, log = evaluated(capsys, run, photos, "--option", "seed=4")
+    assert "(test_fraction=0.4, seed=3): it may have been fitted on images that are" in log
+
+
+def test_linear_is_always_there_and_json_says_all(photos, tmp_path, capsys):
+    capsys.readouterr()
+    arguments = ["heads", str(photos), "--model", MODEL, "--heads", "crt", "ncm", "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "run"), "--workers", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["heads"]) == ["linear", "crt", "ncm", "auto"]
+    assert found["label_names"] == list(COUNTS)
+    assert found["recommendation"].startswith(("Take ", "Keep linear"))
+    report = timm_lt.ShotReport.from_dict(found["heads"]["crt"])
+    low, high = timm_lt.confidence_intervals(report, found["class_counts"])["all"]
+    assert found["intervals"]["crt"]["all"] == [low, high]
+
+
+def test_a_file_of_weights_is_no_model(photos, tmp_path, capsys):
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "mine.safetensors")
+    model = str(tmp_path / "mine.safetensors")
+    assert main(["heads", str(photos), "--model", model]) == 2
+    assert "name its architecture, and give the file with --checkpoint" in capsys.readouterr().err
+
+
+def weights(classes, seed=0):
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=classes).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("classes", "more"),
+    [(4, ()), (4, ("--fresh-classifier",)), (10, ()), (10, ("--fresh-classifier",)), (0, ())],
+)
+def test_the_classifier_of_a_file_is_taken_if_it_is_for_these_classes(
+    classes, more, photos, tmp_path
+):
+    own, file = weights(classes), tmp_path / "mine.pth"
+    torch.save(own, file)
+    given = ("--model", "test_resnet", "--checkpoint", file, "--image-size", 32)
+    heads(photos, tmp_path / "run", *given, "--heads", "ncm", *more)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    written = model.state_dict()
+    assert model.num_classes == 4
+    same = classes == 4 and not more
+    for key, value in own.items():
+        if not key.startswith("fc.") or same:
+            assert written[key].equal(value), key
+    if classes == 4:
+        assert written["fc.weight"].equal(own["fc.weight"]) is same
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "model.", "_orig_mod."])
+def test_what_a_wrapper_put_before_all_names_is_left_out(wrapper, tmp_path):
+    own, file = weights(4), tmp_path / "mine.pth"
+    torch.save({"state_dict": {f"{wrapper}{key}": value for key, value in own.items()}}, file)
+    model = timm.create_model("test_resnet", num_classes=4)
+    timm_lt.model.load_weights_file(model, file, "test_resnet")
+    assert all(value.equal(own[key]) for key, value in model.state_dict().items())
+    # A prefix of some names alone is none.
+    torch.save({f"model.{key}" if key != "fc.bias" else key: v for key, v in own.items()}, file)
+    with pytest.raises(timm_lt.UsageError, match=r"it has .*model\.conv1"):
+        timm_lt.model.load_weights_file(model, file, "test_resnet")
