@@ -146,26 +146,51 @@ def test_the_classes_that_gained_and_lost_most_are_those():
             assert one.after - one.before == pytest.approx(change[one.of.name])
 
 
-def test_a_class_of_few_test_images_is_not_among_those_that_gained():
-    counts = torch.tensor([300, 50, 5])
-    targets = torch.tensor([0] * 9 + [1] * 9 + [2])
-    joint = torch.zeros(19).long()
-    head = torch.where(targets == 1, targets, joint)
-    head[:2], head[18] = 1, 2
-    content = gather_report(
-        title="few",
-        reports={
-            n: shot_accuracy(p, targets, counts) for n, p in (("linear", joint), ("crt", head))
-        },
+def rare_classes(right):
+    """Returns what a report says of two classes of nine test images and rare ones of 4, 4 and 1.
+
+    ``right`` has the test images of each class that the joint classifier and a head have right.
+    """
+    counts, images = torch.tensor([300, 50, 18, 18, 5]), torch.tensor([9, 9, 4, 4, 1])
+    targets = torch.arange(5).repeat_interleave(images)
+    place = torch.cat([torch.arange(n) for n in images.tolist()])
+    preds = {
+        name: torch.where(place < torch.tensor(numbers)[targets], targets, (targets + 1) % 5)
+        for name, numbers in zip(("linear", "crt"), right, strict=True)
+    }
+    return gather_report(
+        title="rare",
+        reports={name: shot_accuracy(p, targets, counts) for name, p in preds.items()},
         class_counts=counts,
         targets=targets,
-        predictions={"linear": Predictions(joint), "crt": Predictions(head)},
+        predictions={name: Predictions(p) for name, p in preds.items()},
+        label_names=["gull", "kite", "owl", "crow", "ibis"],
     )
+
+
+def test_rare_classes_are_among_those_that_gained():
+    content = rare_classes(([9, 5, 0, 1, 0], [8, 6, 4, 3, 1]))
     found = content.comparisons["crt"]
-    assert [(c.of.name, c.before, c.after) for c in found.gained] == [("class 1", 0.0, 1.0)]
-    assert [(c.of.name, c.before, round(c.after, 3)) for c in found.lost] == [("class 0", 1, 0.778)]
+    # One image says nothing of a class; four are what the few-shot classes have at most.
+    assert content.min_images == {"many_shot": 5, "medium_shot": 5, "few_shot": 4}
+    assert [(c.of.name, c.before, c.after) for c in found.gained] == [
+        ("owl", 0.0, 1.0),
+        ("crow", 0.25, 0.75),
+        ("kite", 5 / 9, 6 / 9),
+    ]
+    assert [(c.of.name, c.before, c.after) for c in found.lost] == [("gull", 1.0, 8 / 9)]
     # All changes are counted.
-    assert (found.better, found.worse, content.min_images) == (2, 1, 5)
+    assert (found.better, found.worse) == (4, 1)
+    text = " ".join("".join(Page(render_report(content)).texts).split())
+    assert "of those with at least 5 (many), 5 (medium) or 4 (few) test images." in text
+    assert "25.0 → 75.0 % (1 → 3 of 4 images)" in text
+
+
+def test_a_list_without_classes_does_not_deny_that_some_moved():
+    text = render_report(rare_classes(([9, 5, 0, 1, 1], [9, 5, 0, 1, 0])))
+    assert "0 classes are better than under the joint classifier, 1 worse." in text
+    assert "No class gained." in text
+    assert "No class with so many test images lost." in text
 
 
 def test_the_heads_have_their_intervals_and_gains(content, page):
@@ -335,7 +360,7 @@ def test_ten_thousand_classes_with_all_that_there_can_be_stay_below_five_megabyt
     names = [f"head_{k}" for k in range(MAX_COMPARED)]
     note = ClassNote("\N{DOG FACE}" * 40, "few_shot", 5)
     pictures = [Picture(uri, f"{note.name}, which this head takes for {note.name}", note.name)] * 4
-    change = [Change(note, 0.0, 1.0, pictures)] * 5
+    change = [Change(note, 0, 50, 50, pictures)] * 5
     mistakes = [
         dataclasses.replace(m, of=note, taken_for=note, pictures=pictures[:2])
         for m in content.confusions["crt"].mistakes

@@ -177,7 +177,7 @@ def test_the_gains_of_classes_are_differences_in_the_order_of_their_counts():
     gained, lost = (patch.get_data().values for patch in axes.patches)
     assert gained.tolist() == pytest.approx([0, 0, 50])
     assert lost.tolist() == pytest.approx([-20, 0, 0])
-    assert figure.get_suptitle() == "1 classes gain, 1 lose"
+    assert figure.get_suptitle() == "1 class gains, 1 loses"
     assert "crt" in axes.get_ylabel()
 
 

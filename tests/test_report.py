@@ -58,6 +58,20 @@ def test_the_table_has_every_head_with_its_numbers():
     assert legend in " ".join(text.split())
 
 
+def test_what_is_not_known_of_any_head_has_no_column():
+    columns = {}
+    for seconds, selections in (({}, {}), ({"crt": 1.5}, {}), ({}, SELECTIONS)):
+        table = shot_table(
+            balanced_reports(), COUNTS, seconds=seconds, selections=selections, title="a title"
+        )
+        # A row with more cells would have made columns without a name.
+        columns[bool(seconds), bool(selections)] = [column.header for column in table.columns]
+    figures = ["head", "many", "medium", "few", "all", "ECE"]
+    assert columns[False, False] == figures
+    assert columns[True, False] == [*figures, "seconds"]
+    assert columns[False, True] == [*figures, "selected"]
+
+
 def test_the_mean_over_classes_is_shown_if_the_split_is_not_balanced():
     targets = torch.tensor([0, 0, 0, 1, 2, 3])
     preds = torch.tensor([0, 0, 0, 0, 2, 0])

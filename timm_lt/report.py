@@ -102,8 +102,8 @@ def shot_table(
     Args:
         reports: Test figures by head.
         class_counts: Training images per class, (C,).
-        seconds: Time that each head took, if known.
-        selections: How each head's options were chosen.
+        seconds: Time that each head took, if known; without any the table has no such column.
+        selections: How each head's options were chosen; likewise.
         title: Line above the table.
         note: Line below the table and its legend, if any.
         intervals: Has a 95 % interval below each accuracy, of other test images of the same
@@ -130,13 +130,12 @@ def shot_table(
     for name, report in reports.items():
         ends = confidence_intervals(report, class_counts) if intervals else {}
         cells = [percent(getattr(report, field)) + _below(ends.get(field)) for field in fields]
-        table.add_row(
-            name,
-            *cells,
-            percent(report.ece),
-            f"{seconds[name]:.1f}" if name in seconds else "-",
-            escape(describe_selection(selections.get(name, {}))),
-        )
+        cells.append(percent(report.ece))
+        if seconds:
+            cells.append(f"{seconds[name]:.1f}" if name in seconds else "-")
+        if selections:
+            cells.append(escape(describe_selection(selections.get(name, {}))))
+        table.add_row(name, *cells)
     return table
 
 

@@ -75,15 +75,27 @@ class Change:
 
     Attributes:
         of: The class.
-        before: Accuracy of the joint classifier.
-        after: Accuracy of the head.
+        right_before: Test images that the joint classifier has right.
+        right_after: Test images that the head has right.
+        images: Test images of the class, at least 1.
         pictures: Test images on which the two differ.
     """
 
     of: ClassNote
-    before: float
-    after: float
+    right_before: int
+    right_after: int
+    images: int
     pictures: Sequence[Picture] = ()
+
+    @property
+    def before(self) -> float:
+        """Accuracy of the joint classifier."""
+        return self.right_before / self.images
+
+    @property
+    def after(self) -> float:
+        """Accuracy of the head."""
+        return self.right_after / self.images
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,8 @@ class ReportContent:
         kept_epoch: The epoch whose weights went on.
         recipe: The recipe as it was run, YAML.
         warning: What has to be known before any figure is read.
-        min_images: Test images that a class has at least to be among those that gained or lost.
+        min_images: By shot group, test images that a class has at least to be among those that
+            gained or lost.
     """
 
     title: str
@@ -239,4 +252,4 @@ class ReportContent:
     kept_epoch: int | None = None
     recipe: str | None = None
     warning: str | None = None
-    min_images: int = 1
+    min_images: Mapping[str, int] = field(default_factory=dict)

@@ -19,7 +19,8 @@ from timm_lt.report import percent
 
 # Classes that gained and that lost, images of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
-# With fewer test images a class gains or loses by chance.
+# With fewer test images a class gains or loses by chance. Where no class of a shot group has so
+# many, those with the most do, or the rare classes would never be shown.
 FEW_IMAGES = 5
 
 
@@ -58,9 +59,14 @@ class EvaluatedImages:
         """Returns the test images of each class, (C,)."""
         return torch.bincount(self.targets, minlength=len(self.notes))
 
-    def min_images(self) -> int:
-        """Returns how many test images a class must have for its change to be shown."""
-        return min(FEW_IMAGES, int(self.images_per_class().max()))
+    def min_images(self) -> dict[str, int]:
+        """Returns how many test images a class must have for its change to be shown, by shot group.
+
+        Five, or as many as a class of the group has at most; groups without images are left out.
+        """
+        images = self.images_per_class()
+        of_groups = {g: images[self.group_of == index] for index, g in enumerate(self.groups)}
+        return {g: min(FEW_IMAGES, int(n.max())) for g, n in of_groups.items() if n.any()}
 
 
 def compare_with_joint(head: Predictions, joint: Predictions, test: EvaluatedImages) -> Comparison:
@@ -71,22 +77,23 @@ def compare_with_joint(head: Predictions, joint: Predictions, test: EvaluatedIma
         joint: What the joint classifier says of the same images.
         test: The images.
     """
-    images = test.images_per_class()
+    images, needed = test.images_per_class(), test.min_images()
     right = [test.targets[p.preds.long() == test.targets] for p in (joint, head)]
-    before, after = (torch.bincount(r, minlength=len(images)) / images.double() for r in right)
-    change = (after - before).nan_to_num(0)
-    enough = (images >= test.min_images()).tolist()
+    before, after = (torch.bincount(r, minlength=len(images)) for r in right)
+    change = ((after - before) / images.double()).nan_to_num(0)
 
     def most(sign: int, wrong: Predictions, who: str) -> list[Change]:
         """The classes with the largest change; of equals, those with more test images."""
         by = (sign * change).tolist()
-        classes = [c for c, moved in enumerate(by) if moved > 0 and enough[c]]
+        moved = [c for c, change in enumerate(by) if change > 0]
+        classes = [c for c in moved if images[c] >= needed[test.notes[c].group]]
         classes.sort(key=lambda c: (-by[c], -int(images[c])))
         return [
             Change(
                 test.notes[c],
-                float(before[c]),
-                float(after[c]),
+                int(before[c]),
+                int(after[c]),
+                int(images[c]),
                 _changed_pictures(c, joint if wrong is head else head, wrong, who, test),
             )
             for c in classes[:CHANGES]

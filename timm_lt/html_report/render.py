@@ -52,6 +52,7 @@ def render_report(content: ReportContent) -> str:
             joint=heads.get(content.joint or ""),
             recommended=heads.get(content.recommended or ""),
             shown=_shown(content),
+            min_images=_min_images(content.min_images),
             looks=head_looks(list(heads), content.joint),
             frequency=frequency_chart(content),
             curves=[(curve, tau_chart(curve)) for curve in content.curves],
@@ -144,6 +145,19 @@ def _best(content: ReportContent) -> Mapping[str, str]:
         return [h.figures[key].value or 0.0 for h in content.heads]
 
     return {key: percent(max(values(key))) for key in content.heads[0].figures}
+
+
+def _min_images(by_group: Mapping[str, int]) -> str:
+    """Returns how many test images the classes have that are shown; empty if one is enough.
+
+    >>> _min_images({"many_shot": 5, "few_shot": 3}), _min_images({"few_shot": 5})
+    ('5 (many) or 3 (few)', '5')
+    """
+    numbers = set(by_group.values())
+    if len(numbers) < 2:
+        return "".join(str(number) for number in numbers if number > 1)
+    *parts, last = [f"{number} ({group_word(group)})" for group, number in by_group.items()]
+    return f"{', '.join(parts)} or {last}"
 
 
 def _shown(content: ReportContent) -> str | None:

@@ -51,7 +51,8 @@ def draw_gains(
     axes.set_ylabel(f"accuracy of {head} minus that\nof {joint}, percentage points")
     axes.set_xlim(0.5, len(order) + 0.5)
     mark_groups(axes, class_counts, reports[joint].rule)
-    figure.suptitle(f"{better} classes gain, {worse} lose", fontsize="medium")
+    gain = "class gains" if better == 1 else "classes gain"
+    figure.suptitle(f"{better} {gain}, {worse} lose{'s' if worse == 1 else ''}", fontsize="medium")
     if width > 1:
         figure.legend(fontsize="small", loc="outside lower center")
 
