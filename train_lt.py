@@ -295,6 +295,7 @@ def save(
         {name: report for name, report in reports.items() if name != AUTO},
         counts,
         curves,
+        objectives={curve.head: curve.objective for curve in content.curves},
         compared=content.recommended,
         confusions={name: found.groups for name, found in content.confusions.items()},
         history=run.history,

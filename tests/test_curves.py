@@ -14,7 +14,7 @@ from timm_lt.fitting import fit_head, intervals, tau_curve
 from timm_lt.fitting.curves import AccuracyCurve
 from timm_lt.fitting.intervals import logit_blocks
 from timm_lt.heads import HEADS
-from timm_lt.metrics import shot_accuracy
+from timm_lt.metrics import OBJECTIVES, objective_value, shot_accuracy
 from timm_lt.registry import UsageError
 
 TAUS = [0.0, 0.013, 0.2, 0.51, 0.9, 1.03, 1.77, 2.4, 3.9]
@@ -256,6 +256,21 @@ def test_steps_are_all_that_the_curve_does():
     ends = torch.cat([edges[1:], edges[-1:] + 2])
     for left, right, value in zip(edges.tolist(), ends.tolist(), accuracy.tolist(), strict=True):
         assert curve((left + right) / 2) == value
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_what_the_heads_have(objective):
+    classifier, features = problem(n=100)
+    curve = tau_curve(classifier, features, class_counts=COUNTS)
+    edges, values = curve.steps(objective)
+    for tau in TAUS:
+        head = HEADS["tau_norm"].from_classifier(classifier, tau=tau)
+        with torch.inference_mode():
+            preds = head(features.values).argmax(1)
+        report = shot_accuracy(preds, features.targets, COUNTS)
+        expected = objective_value(report, objective)
+        assert curve(tau, objective=objective) == pytest.approx(expected, abs=1e-12)
+        assert float(values[edges <= tau][-1]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_best_tau_is_in_the_middle_of_the_widest_best_stretch():

@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from report_runs import LONG, figures, long_tail, squares, whole_content
 
+from timm_lt.fitting import AccuracyCurve
 from timm_lt.html_report import ExampleImages, Predictions, gather_report, render_report
 from timm_lt.html_report.content import Change, ClassNote, ClassTable, Comparison, Picture
+from timm_lt.html_report.draw import tau_chart
 from timm_lt.html_report.gather import MAX_CLASSES, MAX_COMPARED
 from timm_lt.html_report.render import write_report
 from timm_lt.html_report.thinning import drawn_steps
@@ -233,6 +235,62 @@ def test_a_drawn_curve_has_the_extremes_of_every_column(steps):
         if inside.any():
             assert (min(drawn), max(drawn)) == (values[inside].min(), values[inside].max())
             assert (drawn[0], drawn[-1]) == (values[inside][0], values[inside][-1])
+
+
+def tau_content(selection):
+    """Returns a report with a curve of three images of a frequent class and one of a rare class."""
+    low = torch.tensor([0.0, 0.0, 0.0, 0.5]).double()
+    high = torch.tensor([0.4, 0.4, 0.4, torch.inf]).double()
+    groups = {"many_shot": slice(3), "few_shot": slice(3, 4)}
+    targets = torch.tensor([0, 0, 0, 1])
+    curve = AccuracyCurve(
+        low,
+        high,
+        {name: AccuracyCurve(low[k], high[k], targets=targets[k]) for name, k in groups.items()},
+        targets,
+        {"many_shot": torch.tensor([True, False]), "few_shot": torch.tensor([False, True])},
+    )
+    given = figures(*long_tail(2, heads=("linear", "tau_norm")))
+    return gather_report(
+        **given, curves={"tau_norm": (curve, 1.0)}, selections={"tau_norm": selection}
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "value", "at_zero", "words"),
+    [
+        ("all", 0.25, 0.75, "overall accuracy"),
+        ("class_mean", 0.5, 0.5, "the mean accuracy of the classes"),
+        ("few_shot", 1.0, 0.0, "few-shot accuracy"),
+        ("worst_class", 0.0, 0.0, "the accuracy of the worst class"),
+    ],
+)
+def test_the_tau_chart_shows_what_was_maximised(objective, value, at_zero, words):
+    content = tau_content({"tau": 1.0, "objective": objective})
+    (curve,) = content.curves
+    assert (curve.value, curve.at_zero) == (value, at_zero)
+    assert curve.steps["all"][0] == (0.0, 0.75)
+    assert curve.steps[objective][0] == (0.0, at_zero)
+    assert curve.steps[objective][-1][1] == value
+    text = "".join(Page(render_report(content)).texts)
+    assert (
+        f"Objective ({words}): {100 * value:.1f} % at the selected tau 1, {100 * at_zero:.1f} % at"
+    ) in text
+    extra = objective in {"class_mean", "worst_class"}
+    chart = tau_chart(curve)
+    assert [line.name for line in chart.lines] == [
+        *("many", "few", "all"),
+        *([f"{objective.replace('_', ' ')} (objective)"] if extra else []),
+    ]
+    (dot,) = chart.dots
+    assert dot.y == chart.y.place(100 * value)
+    assert dot.look in [line.look for line in chart.lines]
+
+
+def test_a_tau_that_was_given_is_not_said_to_be_selected():
+    text = "".join(Page(render_report(tau_content({}))).texts)
+    assert "Overall accuracy: 25.0 % at the given tau 1, 75.0 % at tau 0." in text
+    assert "selected tau" not in text
 
 
 # Pictures -----------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_frequency_plot_orders_the_classes_by_their_counts():
 def test_the_curve_plot_holds_the_last_accuracy_to_its_end():
     curve = AccuracyCurve(torch.tensor([0.0, 0.5]), torch.tensor([0.25, torch.inf]))
     figure = Figure()
-    draw_curves(figure, {"tau_norm": (curve, 0.4)})
+    draw_curves(figure, {"tau_norm": (curve, 0.4)}, {"tau_norm": "all"})
     line, marker, point = figure.axes[0].get_lines()
     assert list(line.get_xdata()) == [0.0, 0.25, 0.5, 2.0]
     assert list(line.get_ydata()) == [50, 0, 50, 50]
@@ -101,6 +101,34 @@ def test_the_curve_plot_holds_the_last_accuracy_to_its_end():
     # At .4 the first image is wrong again and the second not yet right.
     assert (list(point.get_xdata()), list(point.get_ydata())) == ([0.4], [0])
     assert "0.0 % at tau = 0.40\n(50.0 % at tau = 0)" in figure.axes[0].get_title()
+
+
+def test_the_curve_plot_shows_what_was_maximised():
+    # Class 0 has three images, right up to tau .5; class 1 one, right from .5 on.
+    low, high = torch.tensor([0.0, 0.0, 0.0, 0.5]), torch.tensor([0.4, 0.4, 0.4, torch.inf])
+    curve = AccuracyCurve(low, high, targets=torch.tensor([0, 0, 0, 1]))
+    figure = Figure()
+    draw_curves(
+        figure,
+        {"tau_norm": (curve, 0.2), "logit_adjusted": (curve, 1.0)},
+        {"tau_norm": "all", "logit_adjusted": "class_mean"},
+    )
+    first, second = figure.axes
+    assert len(first.get_lines()) == 3
+    images, classes, _, point = second.get_lines()
+    assert list(images.get_ydata()) == pytest.approx([75, 0, 25, 25])
+    assert list(classes.get_ydata()) == pytest.approx([50, 0, 50, 50])
+    assert list(point.get_ydata()) == [50]
+    assert "50.0 % at tau = 1.00\n(50.0 % at tau = 0)" in second.get_title()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["overall accuracy", "the mean accuracy of the classes"]
+    colors = [line.get_color() for line in figure.legends[0].get_lines()]
+    assert colors == [images.get_color(), classes.get_color()]
+    assert first.get_lines()[0].get_color() == images.get_color() != classes.get_color()
+    # A tau that was given maximises nothing.
+    given = Figure()
+    draw_curves(given, {"tau_norm": (curve, 0.2)}, {})
+    assert given.axes[0].get_xlabel() == "tau (dashed: given)"
 
 
 def calibration_axes(reports):

@@ -17,6 +17,14 @@ from timm_lt.metrics import ShotReport, confidence_intervals
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 # What a record of a selection has beside the selected option.
 SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
+# What options may be selected for, in words.
+OBJECTIVE_WORDS: Mapping[str, str] = {
+    "all": "overall accuracy",
+    "class_mean": "the mean accuracy of the classes",
+    "few_shot": "few-shot accuracy",
+    "harmonic_mean": "the harmonic mean of the shot groups",
+    "worst_class": "the accuracy of the worst class",
+}
 
 # Said wherever a run under the protocol "paper" shows figures.
 TEST_SELECTION = (

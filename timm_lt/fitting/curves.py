@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
-from timm_lt.fitting.steps import objective_steps, on_common_edges, weighted_steps
+from timm_lt.fitting.steps import objective_steps, on_common_edges
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -53,13 +53,34 @@ class AccuracyCurve:
     targets: Tensor | None = None
     shots: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, tau: float) -> float:
-        """Returns the accuracy at one tau."""
-        return float(((self.low <= tau) & (tau <= self.high)).double().mean())
+    def __call__(self, tau: float, *, objective: Objective = "all") -> float:
+        """Returns the accuracy at one tau, or what another objective is there.
 
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """Returns where the accuracy changes, (K,) ascending from 0, and its value after each."""
-        return weighted_steps(self.low, self.high, torch.ones(len(self.low)))
+        Args:
+            tau: The tau, >= 0.
+            objective: As of :meth:`maximise`.
+
+        Raises:
+            UsageError: As :meth:`maximise`.
+        """
+        right = (self.low <= tau) & (tau <= self.high)
+        # The images that are right there, as if they were right at every tau.
+        low, high = torch.where(right, 0.0, torch.inf), torch.where(right, torch.inf, -torch.inf)
+        _, values = objective_steps(low, high, objective, targets=self.targets, shots=self.shots)
+        return float(values[0])
+
+    def steps(self, objective: Objective = "all") -> tuple[Tensor, Tensor]:
+        """Returns where an objective changes, (K,) ascending from 0, and its value after each.
+
+        Args:
+            objective: As of :meth:`maximise`.
+
+        Raises:
+            UsageError: As :meth:`maximise`.
+        """
+        return objective_steps(
+            self.low, self.high, objective, targets=self.targets, shots=self.shots
+        )
 
     @property
     def best_tau(self) -> float:
@@ -83,10 +104,10 @@ class AccuracyCurve:
             UsageError: If the curve was made without the class counts that the objective needs, or
                 the split has no image of the shot group.
         """
-        edges, values = self._steps(objective)
+        edges, values = self.steps(objective)
         order = [values]
         if objective != "all":
-            edges, order = on_common_edges([(edges, values), self._steps("class_mean")])
+            edges, order = on_common_edges([(edges, values), self.steps("class_mean")])
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
         edges, ends, order = edges[near], ends[near], [values[near] for values in order]
@@ -97,11 +118,6 @@ class AccuracyCurve:
         width = torch.where(best_so_far, ends - edges, -1.0)
         best = int(width.argmax())
         return float((edges[best] + ends[best]) / 2), float(order[0][best])
-
-    def _steps(self, objective: Objective) -> tuple[Tensor, Tensor]:
-        return objective_steps(
-            self.low, self.high, objective, targets=self.targets, shots=self.shots
-        )
 
 
 def tau_curve(
@@ -169,7 +185,7 @@ def tau_curve(
     find = IntervalFinder(slopes, logarithmic=adjust == "norm", dtype=weight.dtype)
     low, high = winning_intervals(blocks, targets, find)
     groups = {
-        name: AccuracyCurve(low[rows], high[rows]) if len(rows) else None
+        name: AccuracyCurve(low[rows], high[rows], targets=targets[rows]) if len(rows) else None
         for name, rows in members.items()
     }
     return AccuracyCurve(low, high, groups, targets, shots)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from timm_lt.metrics import Objective
+
 # Points of a curve, (x, y).
 Points: TypeAlias = list[tuple[float, float]]
 
@@ -155,19 +157,26 @@ class TauCurve:
     Attributes:
         head: Name of the head.
         tau: The tau that it has.
-        accuracy: The accuracy over all images there.
-        at_zero: The accuracy at tau 0.
+        objective: What the tau maximises; None if it was given, not selected.
+        value: The objective at the tau, of a given one the accuracy over all images.
+        at_zero: The same at tau 0.
         right: Where the drawing ends.
-        steps: By ``all`` and shot group, points of the step function; of many steps within the
-            width of a pixel, the first, the last and the extremes.
+        steps: By ``all``, shot group and objective, points of the step function; of many steps
+            within the width of a pixel, the first, the last and the extremes.
     """
 
     head: str
     tau: float
-    accuracy: float
+    objective: Objective | None
+    value: float
     at_zero: float
     right: float
     steps: Mapping[str, Points]
+
+    @property
+    def shown(self) -> Objective:
+        """What ``value`` is a value of."""
+        return self.objective or "all"
 
 
 @dataclass(frozen=True)

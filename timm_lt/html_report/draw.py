@@ -18,7 +18,7 @@ from timm_lt.html_report.charts import (
     whole_axis,
 )
 from timm_lt.html_report.content import Epoch, HeadRow, Points, ReportContent, TauCurve
-from timm_lt.report import GROUPS, group_word, percent
+from timm_lt.report import GROUPS, OBJECTIVE_WORDS, group_word, percent
 
 # Share of the images from which on a bin of confidences says something.
 SURE_SHARE = 0.005
@@ -60,23 +60,40 @@ def frequency_chart(content: ReportContent) -> Chart:
 
 
 def tau_chart(curve: TauCurve) -> Chart:
-    """Draws accuracy on validation against tau, for all images and each shot group."""
+    """Draws accuracy on validation against tau: all images, shot groups, what was maximised."""
     steps = {name: _percents(points) for name, points in curve.steps.items()}
     values = [value for points in steps.values() for _, value in points]
-    x = cut_axis(0, curve.right, "tau (dashed: selected)")
+    x = cut_axis(0, curve.right, f"tau (dashed: {_how(curve)})")
     y = number_axis(min(values), max(values), "validation accuracy, %")
     lines = [
         Line(staircase(steps[name], x, y), f"g-{name}", name.removesuffix("_shot"))
         for name in (*GROUPS, "all")
         if name in steps
     ]
+    look = f"g-{curve.shown}"
+    if curve.shown not in (*GROUPS, "all"):
+        look = "g-objective"
+        path = staircase(steps[curve.shown], x, y)
+        lines.append(Line(path, look, f"{curve.shown.replace('_', ' ')} (objective)"))
     tau = x.place(curve.tau)
-    text = (
-        f"Accuracy on validation against tau for {curve.head}: {percent(curve.at_zero)} % at tau "
-        f"0, {percent(curve.accuracy)} % at the selected tau {curve.tau:.3g}."
-    )
-    dot = Dot(tau, y.place(100 * curve.accuracy), 9, "g-all")
+    text = f"Accuracy on validation against tau for {curve.head}. {tau_sentence(curve)}"
+    dot = Dot(tau, y.place(100 * curve.value), 9, look)
     return Chart(text, x, y, lines, dots=[dot], marks=[tau])
+
+
+def tau_sentence(curve: TauCurve) -> str:
+    """Returns what was maximised, and what it is at the head's tau and at tau 0."""
+    words = OBJECTIVE_WORDS[curve.shown]
+    what = words.capitalize() if curve.objective is None else f"Objective ({words})"
+    return (
+        f"{what}: {percent(curve.value)} % at the {_how(curve)} tau {curve.tau:.3g}, "
+        f"{percent(curve.at_zero)} % at tau 0."
+    )
+
+
+def _how(curve: TauCurve) -> str:
+    """Returns where a head has its tau from."""
+    return "given" if curve.objective is None else "selected"
 
 
 def calibration_charts(content: ReportContent) -> Mapping[str, Chart]:

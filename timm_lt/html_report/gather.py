@@ -27,7 +27,7 @@ from timm_lt.html_report.differences import (
 from timm_lt.html_report.thinning import drawn_steps, thinned
 from timm_lt.html_report.thumbnails import ExampleImages, Thumbnails
 from timm_lt.longtail import ShotRule, describe_shots, shot_groups
-from timm_lt.metrics import ShotReport, confidence_intervals, paired_difference
+from timm_lt.metrics import Objective, ShotReport, confidence_intervals, paired_difference
 from timm_lt.registry import UsageError
 from timm_lt.report import GROUPS, describe_selection
 from timm_lt.training.history import EpochRecord
@@ -108,7 +108,10 @@ def gather_report(
         recommended=recommended,
         frequency=_frequency(reports, class_counts, rule),
         classes=_class_table(reports, class_counts, names, evaluated),
-        curves=[_tau_curve(name, *curve) for name, curve in (curves or {}).items()],
+        curves=[
+            _tau_curve(name, *curve, (selections or {}).get(name, {}))
+            for name, curve in (curves or {}).items()
+        ],
         comparisons={
             name: compare_with_joint(predictions[name], predictions[base], evaluated)
             for name in compared
@@ -237,16 +240,27 @@ def _frequency(reports: Mapping[str, ShotReport], counts: Tensor, rule: ShotRule
     return Frequency(window, accuracy, thinned(ranks, counts[order].double()), boundaries)
 
 
-def _tau_curve(head: str, curve: AccuracyCurve, tau: float) -> TauCurve:
+def _tau_curve(
+    head: str, curve: AccuracyCurve, tau: float, selection: Mapping[str, Any]
+) -> TauCurve:
     right = max(2.0, 1.5 * tau)
-    parts = {"all": curve, **{name: part for name, part in curve.groups.items() if part}}
+    objective: Objective | None = selection.get("objective") if "tau" in selection else None
+    shown: Objective = objective or "all"
+    steps = {"all": curve.steps()}
+    for name, part in curve.groups.items():
+        if part is not None:
+            # As everywhere in the report, a shot group's figure is the mean over its classes.
+            steps[name] = part.steps("all" if part.targets is None else "class_mean")
+    if shown not in steps:
+        steps[shown] = curve.steps(shown)
     return TauCurve(
         head=head,
         tau=tau,
-        accuracy=curve(tau),
-        at_zero=curve(0.0),
+        objective=objective,
+        value=curve(tau, objective=shown),
+        at_zero=curve(0.0, objective=shown),
         right=right,
-        steps={name: drawn_steps(*part.steps(), right) for name, part in parts.items()},
+        steps={name: drawn_steps(*found, right) for name, found in steps.items()},
     )
 
 

@@ -17,6 +17,7 @@ from timm_lt.html_report.draw import (
     calibration_charts,
     frequency_chart,
     tau_chart,
+    tau_sentence,
     training_charts,
 )
 from timm_lt.report import GROUPS, group_word, percent
@@ -55,7 +56,7 @@ def render_report(content: ReportContent) -> str:
             min_images=_min_images(content.min_images),
             looks=head_looks(list(heads), content.joint),
             frequency=frequency_chart(content),
-            curves=[(curve, tau_chart(curve)) for curve in content.curves],
+            curves=[(c, tau_sentence(c), tau_chart(c)) for c in content.curves],
             calibration=calibration_charts(content),
             training=training_charts(content),
             table=_table(content),

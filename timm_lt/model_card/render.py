@@ -16,6 +16,7 @@ from timm_lt.model_card.markdown import code, fenced, plain, table
 from timm_lt.plots import PLOT_FILES
 from timm_lt.report import (
     GROUPS,
+    OBJECTIVE_WORDS,
     TEST_SELECTION,
     brief,
     describe_selection,
@@ -39,12 +40,6 @@ HEADINGS = {group: group_word(group) for group in GROUPS} | {
     "ece": "ECE",
 }
 OBJECTIVES = {"all": "overall accuracy"} | {g: f"{group_word(g)}-shot accuracy" for g in GROUPS}
-# What options may be selected for.
-SELECTED_FOR = OBJECTIVES | {
-    "class_mean": "the mean accuracy of the classes",
-    "harmonic_mean": "the harmonic mean of the shot groups",
-    "worst_class": "the accuracy of the worst class",
-}
 
 
 def render_card(
@@ -278,7 +273,7 @@ def _selection(entry: HeadEntry) -> str:
         how = f"the best of {len(compared):,} {'heads' if option == 'head' else 'values'}"
     text = f"{code(entry.name)}: {plain(option)} = {plain(brief(record[option], 4))}, {how}"
     if isinstance(objective, str):
-        text += f" for {SELECTED_FOR.get(objective) or code(objective)}"
+        text += f" for {OBJECTIVE_WORDS.get(objective) or code(objective)}"
     if isinstance(record.get("split"), str):
         text += f" on {plain(record['split'])}"
     accuracy = known_fraction(record.get("val_accuracy"))

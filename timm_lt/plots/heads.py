@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from timm_lt.fitting import AccuracyCurve
-from timm_lt.metrics import ShotReport
+from timm_lt.metrics import Objective, ShotReport
 from timm_lt.plots.common import head_styles, mark_groups
-from timm_lt.report import percent
+from timm_lt.report import OBJECTIVE_WORDS, percent
 
 # Share of the images from which on a bin of confidences says something.
 SURE_SHARE = 0.005
@@ -50,28 +50,52 @@ def draw_frequency(
     axes.patch.set_visible(False)
 
 
-def draw_curves(figure: Any, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> None:  # noqa: ANN401
-    """Draws accuracy on validation against tau with the head's tau, a panel for each head."""
+def draw_curves(
+    figure: Any,  # noqa: ANN401
+    curves: Mapping[str, tuple[AccuracyCurve, float]],
+    objectives: Mapping[str, Objective | None],
+) -> None:
+    """Draws accuracy on validation against tau with the head's tau, a panel for each head.
+
+    Args:
+        figure: Of matplotlib.
+        curves: The curve and the head's tau, by head.
+        objectives: What the tau maximises, by head; drawn too, where it is not the accuracy over
+            all images. None, or no entry, if the tau was given.
+    """
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    labels: dict[str, Any] = {}
     for axes, (name, (curve, tau)) in zip(panels, curves.items(), strict=True):
-        edges, accuracy = curve.steps()
+        objective: Objective = objectives.get(name) or "all"
         right = max(2.0, 1.5 * tau)
-        # The accuracy after the last step holds from there on.
-        shown = edges < right
-        edges = torch.cat([edges[shown], torch.tensor([right])])
-        accuracy = torch.cat([accuracy[shown], accuracy[shown][-1:]])
-        axes.step(edges, 100 * accuracy, where="post")
+        parts: dict[Objective, str] = {objective: "C1", "all": "C0"}
+        for part, color in reversed(parts.items()):
+            line = _draw_steps(axes, curve.steps(part), right, color=color)
+            labels[OBJECTIVE_WORDS[part]] = line
+        value, at_zero = (curve(at, objective=objective) for at in (tau, 0.0))
         axes.axvline(tau, linestyle="--", color="black", linewidth=1)
-        axes.plot([tau], [100 * curve(tau)], marker="o", color="black", markersize=5)
+        axes.plot([tau], [100 * value], marker="o", color="black", markersize=5)
         axes.set_title(
-            f"{name}: {percent(curve(tau))} % at tau = {tau:.2f}\n"
-            f"({percent(curve(0.0))} % at tau = 0)",
+            f"{name}: {percent(value)} % at tau = {tau:.2f}\n({percent(at_zero)} % at tau = 0)",
             fontsize="medium",
         )
         axes.set_xlim(0, right)
-        axes.set_xlabel("tau (dashed: selected)")
+        axes.set_xlabel(f"tau (dashed: {'selected' if objectives.get(name) else 'given'})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation accuracy, %")
+    if len(labels) > 1:
+        lines = {"handles": labels.values(), "labels": labels.keys()}
+        figure.legend(**lines, fontsize="small", loc="outside upper center", ncols=len(labels))
+
+
+def _draw_steps(axes: Any, steps: tuple[Tensor, Tensor], right: float, **look: Any) -> Any:  # noqa: ANN401
+    """Draws a step function up to ``right``; its value after the last step holds from there on."""
+    edges, values = steps
+    shown = edges < right
+    edges = torch.cat([edges[shown], torch.tensor([right])])
+    values = torch.cat([values[shown], values[shown][-1:]])
+    (line,) = axes.step(edges, 100 * values, where="post", **look)
+    return line
 
 
 def draw_calibration(figure: Any, reports: Mapping[str, ShotReport]) -> None:  # noqa: ANN401

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from timm_lt.fitting import AccuracyCurve
-from timm_lt.metrics import ShotReport
+from timm_lt.metrics import Objective, ShotReport
 from timm_lt.plots.common import write_figure
 from timm_lt.plots.differences import draw_confusions, draw_gains, draw_training
 from timm_lt.plots.heads import draw_calibration, draw_curves, draw_frequency
@@ -36,6 +36,7 @@ def save_plots(
     class_counts: Tensor,
     curves: Mapping[str, tuple[AccuracyCurve, float]],
     *,
+    objectives: Mapping[str, Objective | None] | None = None,
     joint: str = "linear",
     compared: str | None = None,
     confusions: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
@@ -49,6 +50,7 @@ def save_plots(
         reports: Test figures by head; those without logits have no calibration.
         class_counts: Training images per class, (C,).
         curves: Validation accuracy against tau with the head's tau, by head; may be empty.
+        objectives: What that tau maximises, by head; of the others it was given, not selected.
         joint: Name of the joint classifier.
         compared: Name of the head that is compared with it, class by class; None compares none.
         confusions: By head, what the images of each shot group are taken for, as of
@@ -80,7 +82,7 @@ def save_plots(
     if shown:
         save(CONFUSION_PLOT, 2.6, draw_confusions, shown)
     if curves:
-        save(TAU_PLOT, 3.4, draw_curves, curves)
+        save(TAU_PLOT, 3.4, draw_curves, curves, objectives or {})
     if any(report.reliability for report in reports.values()):
         save(CALIBRATION_PLOT, 4.8, draw_calibration, reports)
     if history:
