@@ -179,6 +179,14 @@ def test_json_goes_to_standard_output_alone_or_to_a_file(tmp_path, capsys):
     assert (written["head"], written["exact"], written["difference"]) == ("crt", True, 0.0)
 
 
+@pytest.mark.parametrize("name", [f"local-dir:{PACKAGED}", "lt_test_resnet.glyph_lt"])
+def test_list_takes_the_names_that_other_commands_take(name, capsys):
+    assert main(["list", str(PACKAGED)]) == 0
+    shown = capsys.readouterr().out
+    assert main(["list", name]) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(PACKAGED, "run")

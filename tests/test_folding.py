@@ -1,6 +1,7 @@
 """Folded models on disk: plain timm and onnxruntime load what ``timm-lt fold`` writes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -97,6 +98,53 @@ def test_several_heads_get_a_folder_each(tmp_path, capsys):
         assert torch.equal(logits.argmax(1), expected.argmax(1))
         if head != "ncm":
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_folder_is_folded_by_its_names(prefix, tmp_path, capsys):
+    source, ship = f"{prefix}{PACKAGED}", tmp_path / "ship"
+    assert main(["fold", source, str(ship), "--head", "crt"]) == 0
+    expected = timm_lt.create_model(f"local-dir:{PACKAGED}", head="crt").eval()
+    plain = timm.create_model(f"local-dir:{ship}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images()), expected(images()), rtol=1e-4, atol=1e-4)
+    # What was folded is a checkpoint of timm's own, from which heads that need no fit can be made.
+    again = [f"{prefix}{ship}", str(tmp_path / "again"), "--head"]
+    assert main(["fold", *again, "tau_norm", "--option", "tau=0.0"]) == 0
+    weights = [timm.create_model(f"local-dir:{f}", pretrained=True) for f in (ship, again[1])]
+    assert torch.equal(weights[0].fc.weight, weights[1].fc.weight)
+    names = [json.loads((Path(f) / "config.json").read_text()) for f in (ship, again[1])]
+    assert names[0]["label_names"] == names[1]["label_names"]
+    capsys.readouterr()
+    assert main(["fold", f"{prefix}{ship}", str(ship), "--overwrite"]) == 2
+    assert "same folder" in capsys.readouterr().err
+
+
+def test_a_wrong_head_lists_those_that_can_be_folded(tmp_path, capsys):
+    def choices(source):
+        assert main(["fold", source, str(tmp_path / "x"), "--head", "nope"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: unknown head of {source}: 'nope'")
+        return error.strip().partition("choose one of: ")[2].split(", ")
+
+    packaged = ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
+    assert choices(str(PACKAGED)) == choices("lt_test_resnet.glyph_lt") == packaged
+    model = timm_lt.create_model("test_resnet", num_classes=4)
+    heads = {
+        "near": fill(timm_lt.create_head("ncm", 96, 4, metric="cosine")),
+        "far": fill(timm_lt.create_head("ncm", 96, 4, metric="euclidean", features="l2")),
+        "oltr": fill(timm_lt.create_head("oltr", 96, 4)),
+        "half": HEADS["tau_norm"].from_classifier(model.fc, tau=0.5),
+    }
+    timm_lt.save_checkpoint(tmp_path / "run", model, heads=heads, class_counts=[5] * 4)
+    expected = ["near", "half", "linear", "logit_adjusted", "tau_norm"]
+    assert choices(str(tmp_path / "run")) == expected
+    # Heads that need no fit go with any joint classifier, stored or not.
+    names = ["half", "logit_adjusted"]
+    assert main(["fold", str(tmp_path / "run"), str(tmp_path / "x"), "--head", *names]) == 0
+    capsys.readouterr()
+    assert main(["fold", str(tmp_path / "x" / "half"), str(tmp_path / "y"), "--head", "crt"]) == 2
+    assert "choose one of: linear, logit_adjusted, tau_norm" in capsys.readouterr().err
 
 
 def test_an_option_goes_to_the_heads_that_have_it(tmp_path):
@@ -262,6 +310,9 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
         ([str(PACKAGED), "x", "--head", "crt", "nosuch"], ["unknown head"]),
         ([str(PACKAGED), "x" * 300], ["cannot be written"]),
         (["nowhere", "x"], ["no such folder", "lt_test_resnet.glyph_lt"]),
+        (["lt_resnet10", "x"], ["unknown checkpoint", "'lt_resnet10'"]),
+        (["local-dir:nowhere", "x"], ["folder nowhere does not exist"]),
+        (["thesis", "x"], ["thesis", "config.json"]),
         ([str(PACKAGED), "x", "--head", "nc"], ["did you mean 'ncm'"]),
         ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau"], ["KEY=VALUE"]),
         ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=-1"], ["tau must be"]),

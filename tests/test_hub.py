@@ -23,6 +23,7 @@ import timm_lt
 import train_lt
 from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
+from timm_lt.cli.checkpoint_argument import find_checkpoint
 from timm_lt.heads import HEADS, get_head
 from timm_lt.lt_resnet import _cfg
 from timm_lt.published import CHECKPOINTS, read_published
@@ -419,6 +420,29 @@ def test_a_published_name_resolves_through_its_repo(published):
         timm.create_model(
             "lt_test_resnet.birds", pretrained=True, head="cosine", cache_dir=published.cache
         )
+
+
+def test_a_repo_is_folded_and_listed_by_its_names(pushed, tmp_path, capsys):
+    commit = HfApi().model_info(pushed.repo_id).sha
+    for k, name in enumerate(
+        [f"hf-hub:{pushed.repo_id}", pushed.repo_id, f"{pushed.repo_id}@main"]
+    ):
+        # All of one commit, whatever happens to the branch meanwhile.
+        assert find_checkpoint(name)[0] == f"hf-hub:{pushed.repo_id}@{commit}"
+        ship = tmp_path / str(k)
+        assert main(["fold", name, str(ship), "--head", "crt"]) == 0
+        plain = timm.create_model(f"local-dir:{ship}", pretrained=True).eval()
+        torch.testing.assert_close(logits(plain), local_logits("crt"), rtol=1e-4, atol=1e-4)
+        assert len(json.loads((ship / CONFIG).read_text())["label_names"]) == 100
+        capsys.readouterr()
+        assert main(["list", name]) == 0
+        assert "logit_adjusted" in capsys.readouterr().out
+    assert main(["fold", f"{pushed.repo_id}x", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: there is no folder {pushed.repo_id}x, and as a repo of the Hub"
+    )
+    assert error.count("\n") == 1
 
 
 def test_a_repo_of_timms_own_takes_heads_that_need_no_fit(hub, tmp_path):

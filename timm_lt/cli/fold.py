@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from torch import nn
 
 import timm_lt
-from timm_lt.checkpoint import CONFIG, read_checkpoint
+from timm_lt.checkpoint import CONFIG, CheckpointInfo, HeadEntry
+from timm_lt.cli.checkpoint_argument import decoupled_info, find_checkpoint
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -18,8 +21,8 @@ from timm_lt.cli.common import (
 )
 from timm_lt.files import read_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.heads import head_option_names
-from timm_lt.model import LOCAL_DIR
+from timm_lt.heads import HEADS, create_head, head_option_names
+from timm_lt.published import PUBLISHED
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.run_folder import new_folder
 
@@ -36,10 +39,14 @@ def add_parser(commands: Commands) -> None:
         ),
         examples=[
             "timm-lt fold output/birds ship --head tau_norm --option tau=0.7 --onnx",
-            "timm-lt fold output/birds ship --head crt lws --program",
+            "timm-lt fold hf-hub:me/birds ship --head crt lws --program",
         ],
     )
-    fold.add_argument("source", help="folder of a decoupled checkpoint, or a pretrained name")
+    fold.add_argument(
+        "source",
+        help="folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME, "
+        "or a pretrained name",
+    )
     fold.add_argument("destination", type=Path, help="folder to write; must not exist")
     fold.add_argument(
         "--head",
@@ -68,22 +75,19 @@ def add_parser(commands: Commands) -> None:
 
 def fold_checkpoint(arguments: argparse.Namespace) -> None:
     """Writes heads of a checkpoint as plain timm checkpoints, each compared after it is read."""
-    source, destination, heads = arguments.source, arguments.destination, arguments.head
-    kinds, labels, name = dict(zip(heads, heads, strict=True)), None, source
-    if Path(source).is_dir():
-        info = read_checkpoint(source)
-        kinds |= {head: info.heads[head].kind for head in heads if head in info.heads}
-        labels, name = info.label_names, f"{LOCAL_DIR}{source}"
-    elif source not in timm.list_pretrained("lt_*"):
-        raise unknown_name("checkpoint (and no such folder):", source, timm.list_pretrained("lt_*"))
+    destination, heads = arguments.destination, arguments.head
+    name, source = find_checkpoint(arguments.source)
+    if source is None and not timm.models.is_model_pretrained(name):
+        noun = "checkpoint (no such folder, nor a pretrained model of timm):"
+        raise unknown_name(noun, name, timm.list_pretrained("lt_*"))
+    info = decoupled_info(source)
+    kinds = _kinds_of_heads(heads, arguments.source, info)
     options = _options_by_head(arguments.option, kinds)
     models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
     single = len(models) == 1
     entries = FOLDED_ENTRIES if single else set(heads)
     lines, written = [], []
-    with new_folder(
-        destination, entries, overwrite=arguments.overwrite, source=Path(source)
-    ) as folder:
+    with new_folder(destination, entries, overwrite=arguments.overwrite, source=source) as folder:
         for head, model in models.items():
             target = folder if single else folder / head
             report = write_folded(
@@ -91,7 +95,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
                 model,
                 onnx=arguments.onnx,
                 program=arguments.program,
-                label_names=labels,
+                label_names=_label_names(model, info),
             )
             same = "the same logits" if report.exact else "the same predictions"
             where = destination if single else destination / head
@@ -101,6 +105,42 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     if architecture.startswith("lt_"):
         lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
     show_result(arguments, written, "\n".join(lines))
+
+
+def _kinds_of_heads(heads: list[str], given: str, info: CheckpointInfo | None) -> dict[str, str]:
+    """Returns the kind of each head; a wrong name raises UsageError, listing those that fold."""
+    entries = {} if info is None else info.heads
+    kinds = {name: entry.kind for name, entry in entries.items()}
+    if given in PUBLISHED:
+        kinds = {name: name for name in PUBLISHED[given].heads} | kinds
+    # What needs no fit can be made from any joint classifier.
+    kinds |= {kind: kind for kind in HEADS if not HEADS[kind].own_state and kind not in kinds}
+    for head in heads:
+        if head not in kinds:
+            folding = [name for name in kinds if name not in entries or _folds(entries[name])]
+            raise unknown_name(f"head of {given}:", head, folding)
+    return {head: kinds[head] for head in heads}
+
+
+def _label_names(model: nn.Module, info: CheckpointInfo | None) -> list[str] | None:
+    """Returns the names of the classes: the checkpoint's, of timm's own those in its config."""
+    if info is not None:
+        return info.label_names
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return [str(name) for name in names] if isinstance(names, list | tuple) else None
+
+
+def _folds(entry: HeadEntry) -> bool:
+    """Returns whether a head of that kind with those options is linear in the features."""
+    head = create_head(entry.kind, 2, 2, **entry.options)
+    with torch.no_grad():
+        for state in head.fitted_state:
+            getattr(head, state).fill_(1)
+    try:
+        head.fold()
+    except UsageError:
+        return False
+    return True
 
 
 def _options_by_head(texts: list[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:

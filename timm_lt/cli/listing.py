@@ -1,19 +1,18 @@
 """``timm-lt list``: what there is, or the heads of a checkpoint."""
 
 import argparse
-from pathlib import Path
 
 import timm
 from rich.table import Table
 
 import timm_lt
 from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
+from timm_lt.cli.checkpoint_argument import find_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.comparison import shipped_grids
 from timm_lt.data import list_augmentations
 from timm_lt.recipe import shipped_recipes
 from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
 from timm_lt.report import head_table
 
 
@@ -34,7 +33,9 @@ def add_parser(commands: Commands) -> None:
         ],
     )
     listing.add_argument(
-        "checkpoint", nargs="?", help="folder, or Hub repo NAMESPACE/NAME[@REVISION]"
+        "checkpoint",
+        nargs="?",
+        help="folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME",
     )
     add_output_options(listing, quiet="the names")
     listing.set_defaults(command=list_parts)
@@ -44,10 +45,10 @@ def list_parts(arguments: argparse.Namespace) -> None:
     """Prints the registered names, one row per kind; or the heads of a checkpoint."""
     place = arguments.checkpoint
     if place is not None:
-        is_folder = Path(place).is_dir()
-        if not is_folder and "/" not in place:
+        _, folder = find_checkpoint(place)
+        if folder is None:
             raise UsageError(f"{place!r} is no folder here, nor a repo NAMESPACE/NAME of the Hub")
-        info = read_checkpoint(place) if is_folder else Repo.parse(place).read_info()
+        info = read_checkpoint(folder)
         show_result(arguments, _heads(info), head_table(info))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
