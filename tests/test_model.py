@@ -109,6 +109,11 @@ def test_unknown_tag_lists_the_tags():
         timm_lt.create_model("lt_test_resnet.glyph", head="tau_norm")
 
 
+def test_an_architecture_without_weights_is_a_mistake_of_the_user():
+    with pytest.raises(UsageError, match=r"no pretrained weights of lt_resnet10; load a file"):
+        timm_lt.create_model("lt_resnet10", True)
+
+
 def test_split_options():
     assert split_options("lws", {"scale_bias": True, "tau": 1}) == (
         {"scale_bias": True},

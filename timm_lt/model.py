@@ -78,8 +78,9 @@ def create_model(
         The model, in training mode as timm's.
 
     Raises:
-        UsageError: For an unknown architecture or head, a wrong option, a checkpoint that is not
-            whole or not what it says, or a repo that cannot be read.
+        UsageError: For an unknown architecture or head, one without pretrained weights, a wrong
+            option, a checkpoint that is not whole or not what it says, or a repo that cannot be
+            read.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
@@ -201,6 +202,13 @@ def _weights_errors(name: str) -> Iterator[None]:
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         with hub_errors(name):
             raise error
+    except RuntimeError as error:
+        if "No pretrained weights exist" not in str(error):
+            raise
+        raise UsageError(
+            f"there are no pretrained weights of {name}; load a file of weights or leave "
+            "pretrained out"
+        ) from error
 
 
 def _check_architecture(name: str) -> None:
