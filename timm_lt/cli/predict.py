@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.accelerator import set_cpu_threads
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
-from timm_lt.console import log, result_console
+from timm_lt.console import log, one_line, result_console
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import DAMAGE, damage_of, decode_image
 from timm_lt.files import write_atomic
@@ -41,6 +41,7 @@ def add_parser(commands: Commands) -> None:
             "timm-lt predict output/birds a.jpg b.jpg --head tau_norm",
             "timm-lt predict resnet50 photos --format csv --top 1",
             "timm-lt predict hf-hub:me/birds a.jpg --format json",
+            "timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt",
         ],
     )
     predict.add_argument("model", help=MODEL_HELP)
@@ -54,7 +55,18 @@ def add_parser(commands: Commands) -> None:
         help="how many, as in the file of --checkpoint unless given",
     )
     predict.add_argument(
-        "--top", type=int, default=3, metavar="N", help="classes of each image; 3 unless given"
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="text file with the name of each class in a line, in their order; needed for weights "
+        "that have no names, whose classes are numbers otherwise",
+    )
+    predict.add_argument(
+        "--top",
+        type=int,
+        default=3,
+        metavar="N",
+        help="classes of each image, all if there are fewer; 3 unless given",
     )
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
@@ -85,11 +97,14 @@ def predict_images(arguments: argparse.Namespace) -> None:
     model = load_model(
         arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
     )
-    found = list(predictions(model, paths, top=arguments.top, workers=arguments.workers))
+    names = None if arguments.names is None else read_names(arguments.names, model)
+    found = list(
+        predictions(model, paths, names=names, top=arguments.top, workers=arguments.workers)
+    )
     if form == "table":
         result_console().print(_table(found))
     else:
-        text = _json(found) if form == "json" else _csv(found, arguments.top)
+        text = _json(found) if form == "json" else _csv(found)
         if arguments.output is None:
             say(text.rstrip("\n"))
         else:
@@ -159,15 +174,48 @@ class _Files(Dataset[tuple[Tensor, str]]):
         return self.transform(image), ""
 
 
+def read_names(path: Path, model: nn.Module) -> list[str]:
+    """Reads the names of a model's classes, one in a line; empty lines at the end do not count.
+
+    Args:
+        path: A text file, UTF-8.
+        model: The model.
+
+    Raises:
+        UsageError: If it cannot be read, a name is empty, or there are not as many as classes.
+    """
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UsageError(f"--names {path} cannot be read: {reason}") from error
+    names = [one_line(line, 200) for line in lines]
+    classes = getattr(model, "num_classes", len(names))
+    if len(names) != classes:
+        raise UsageError(
+            f"--names {path} has {len(names)} lines, and the model tells {classes} classes apart: "
+            "write a name for each, in the order of the classes"
+        )
+    if "" in names:
+        raise UsageError(f"--names {path} has no name in line {names.index('') + 1}")
+    return names
+
+
 def predictions(
-    model: nn.Module, paths: Sequence[str], *, top: int = 3, workers: int = 0
+    model: nn.Module,
+    paths: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    top: int = 3,
+    workers: int = 0,
 ) -> Iterator[Prediction]:
     """Yields each image with its most probable classes, by softmax.
 
     Args:
         model: In evaluation mode.
         paths: Image files.
-        top: Number of classes.
+        names: Names of the classes, (C,); None takes the model's own, or numbers.
+        top: Number of classes, all if there are fewer.
         workers: Processes that decode.
     """
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
@@ -177,16 +225,18 @@ def predictions(
     done = 0
     for batch in loader:
         readable = [image for image, reason in batch if not reason]
-        rows = iter(_best(model, torch.stack(readable), top) if readable else [])
+        rows = iter(_best(model, torch.stack(readable), names, top) if readable else [])
         for _, reason in batch:
             yield paths[done], [] if reason else next(rows), reason or None
             done += 1
 
 
-def _best(model: nn.Module, images: Tensor, top: int) -> list[list[tuple[str, float]]]:
+def _best(
+    model: nn.Module, images: Tensor, names: Sequence[str] | None, top: int
+) -> list[list[tuple[str, float]]]:
     with torch.inference_mode():
         shares = model(images).softmax(dim=1)
-    names = class_names(model, shares.shape[1])
+    names = class_names(model, shares.shape[1]) if names is None else names
     best = shares.topk(min(top, shares.shape[1]))
     return [
         [
@@ -201,22 +251,29 @@ def _table(found: Sequence[Prediction]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name, justify in (("image", "left"), ("class", "left"), ("%", "right")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for path, best, _ in found:
+    for path, best, reason in found:
+        if reason is not None:
+            table.add_row(escape(path), f"[dim]{escape(f'({reason})')}", "")
         for rank, (name, share) in enumerate(best):
             table.add_row("" if rank else escape(path), escape(name), f"{100 * share:.1f}")
     return table
 
 
-def _csv(found: Sequence[Prediction], top: int) -> str:
+def _csv(found: Sequence[Prediction]) -> str:
+    """Returns a row for each image; a column ``error`` if there are some that cannot be read."""
+    columns = ["image"]
+    for rank in range(1, max(len(best) for _, best, _ in found) + 1):
+        columns += [f"class_{rank}", f"probability_{rank}"]
+    if any(reason is not None for _, _, reason in found):
+        columns.append("error")
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    columns = [f"{kind}_{rank}" for rank in range(1, top + 1) for kind in ("class", "probability")]
-    rows.writerow(["image", *columns])
+    rows = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    rows.writeheader()
     for path, best, reason in found:
-        if reason is None:
-            rows.writerow(
-                [path, *(value for pair in best for value in (pair[0], f"{pair[1]:.6f}"))]
-            )
+        row = {"image": path} if reason is None else {"image": path, "error": reason}
+        for rank, (name, share) in enumerate(best, 1):
+            row |= {f"class_{rank}": name, f"probability_{rank}": f"{share:.6f}"}
+        rows.writerow(row)
     return text.getvalue()
 
 
