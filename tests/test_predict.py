@@ -1,4 +1,4 @@
-"""``timm-lt predict``: names of one's own, images that cannot be read, no more classes than there are."""
+"""``timm-lt predict``: names of one's own, images that cannot be read, no more columns than classes."""
 
 import csv
 import json
