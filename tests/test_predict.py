@@ -1,4 +1,4 @@
-"""``timm-lt predict``: names of one's own, images that cannot be read, no more columns than classes."""
+"""``timm-lt predict``: names of one's own, images that cannot be read, columns of a table."""
 
 import csv
 import json
