@@ -139,7 +139,8 @@ def rebalance(
     if folder is not None:
         check_output(recipe, folder)
     copied = _without_origin(copy.deepcopy(model)).eval()
-    joint = not fresh_classifier and _is_for(copied, splits)
+    # First, for a model without a classifier is refused there.
+    joint = _is_for(copied, splits) and not fresh_classifier
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
