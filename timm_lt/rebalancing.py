@@ -5,26 +5,37 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
+from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
 from timm_lt.data import Splits, create_splits
+from timm_lt.data.given import given_splits
+from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
+from timm_lt.recipe.checks import check_output
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
 from timm_lt.recipe.images import TIMM
 from timm_lt.recipe.run import given_run
-from timm_lt.recommendation import recommend
-from timm_lt.registry import UsageError
+from timm_lt.recommendation import JOINT, recommend
+from timm_lt.registry import UsageError, check_mapping
+from timm_lt.run_folder import REPORT
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
+    from torch.utils.data import Dataset
+
+    # Columns of images and labels, or pairs of an image and its label.
+    Images: TypeAlias = datasets.Dataset | Dataset[Any] | Sequence[tuple[Any, int]]
+
+FOLDER = "folder"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rebalanced:
     """What :func:`rebalance` returns.
 
@@ -44,12 +55,22 @@ class Rebalanced:
     recommendation: str
     folder: Path | None
 
+    @property
+    def report(self) -> Path | None:
+        """The file ``report.html`` in that folder."""
+        return None if self.folder is None else self.folder / REPORT
+
+    def __repr__(self) -> str:
+        place = None if self.folder is None else str(self.folder)
+        return f"Rebalanced(head={self.head!r}, heads={[*self.heads]}, folder={place!r})"
+
 
 def rebalance(
     model: nn.Module,
-    dataset: "str | Path | Mapping[str, Dataset]",
+    dataset: "str | Path | Images | Mapping[str, Images]",
     *,
-    heads: Sequence[str] | Mapping[str, dict[str, Any]] = DEFAULT_HEADS,
+    options: Mapping[str, Any] | None = None,
+    heads: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] = DEFAULT_HEADS,
     fresh_classifier: bool = False,
     objective: Objective | None = None,
     output: str | Path | None = None,
@@ -61,55 +82,68 @@ def rebalance(
     """Fits every head on a model as it is, and returns it with the best on validation.
 
     It is what ``timm-lt heads`` does: features of all images are taken once, with the model's own
-    preprocessing; nothing but heads is trained. Without a validation or a test split, a part of
-    each class is held out.
+    preprocessing; nothing but heads is trained. Without a validation or a test split, a fifth of
+    each class is held out for it: files by their paths, the same in every call.
 
     Args:
         model: A timm model with one classifier. It stays as it is. If it has another number of
-            classes than the data, a linear classifier is fitted first.
+            classes than the data, or other names of them, a linear classifier is fitted first.
         dataset: A folder with a directory of images for each class (or with ``train``, ``val`` and
-            ``test`` above them); or the splits by these names, of ``datasets.Dataset`` with the
-            columns ``image`` and ``label``.
-        heads: Names out of :func:`timm_lt.list_heads`, or options of each by name; two or more.
+            ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
+            one ``label``; torchvision's ``ImageFolder`` or timm's ``ImageDataset``, whose files
+            are opened when they are drawn; or any pairs of an image (of PIL, or the path of a
+            file) and its label. Or data sets by the names ``train``, ``val`` and ``test``. A
+            transform of a folder's data set is not used, for the model's own is; another data set
+            must not have one that makes tensors.
+        options: Options of the data source ``folder``, e.g. ``{"other_files": "skip"}``; for a
+            folder only.
+        heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear`` is
+            always among them, for the others are compared with it.
         fresh_classifier: Fits the linear classifier anew, even if the model has one of as many
             classes, such as one of other data.
         objective: What validation chooses by, see :func:`timm_lt.fit_head`; None is ``"all"``, or
             ``"class_mean"`` where validation is as long-tailed as the training images.
-        output: Folder for a decoupled checkpoint with all heads, figures, plots, report and card;
-            None writes nothing.
+        output: Folder for a decoupled checkpoint with all heads, figures, plots, report and card,
+            which say that the weights are those of a model given in Python; None writes nothing.
         overwrite: Replaces a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
         workers: Processes that decode images; None is by the cores.
         seed: Seed of the fits.
 
     Returns:
-        The model with the recommended head, all heads and their figures.
+        The model with the recommended head, all heads and their figures; with ``output`` also
+        where the report is.
 
     Raises:
         UsageError: For whatever is wrong with the model, the data or the options.
     """
-    options = dict(heads) if isinstance(heads, Mapping) else {name: {} for name in heads}
-    if len(options) < 2:
-        raise UsageError("there is nothing to choose from: give two heads or more")
-    if isinstance(dataset, str | Path):
-        root, splits = str(dataset), create_splits("folder", root=str(dataset))
-    else:
-        root, splits = None, Splits.from_datasets(dataset)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model must be a model of timm, got {model!r}: make one with "
+            "timm_lt.create_model(NAME, pretrained=True)"
+        )
+    to_fit = _to_fit(heads)
+    data, splits = _find_data(dataset, check_mapping("options", options))
     recipe = Recipe(
-        data=DataRecipe(name="folder", root=root, augmentation=TIMM, unreadable="skip"),
-        model=ModelRecipe(name=_name(model), pretrained=True, fresh_classifier=fresh_classifier),
+        data=data,
+        model=ModelRecipe(
+            name=_architecture(model), checkpoint=GIVEN_MODEL, fresh_classifier=fresh_classifier
+        ),
         epochs=0,
         features=FeaturesRecipe(cache_dir=None if cache_dir is None else str(cache_dir)),
-        heads={**options, AUTO: {}},
+        heads=to_fit,
         objective=objective,
         seed=seed,
     )
-    copied = copy.deepcopy(model).eval()
-    joint = not fresh_classifier and get_head(copied).out_features == splits.num_classes
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        check_output(recipe, folder)
+    copied = _without_origin(copy.deepcopy(model)).eval()
+    # First, for a model without a classifier is refused there.
+    joint = _is_for(copied, splits) and not fresh_classifier
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
-    folder = None if output is None else Path(output)
     run = given_run(
         recipe,
         splits,
@@ -144,8 +178,59 @@ def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
     return Rebalanced(model.eval(), best, heads, reports, recommend(reports, record), folder)
 
 
-def _name(model: nn.Module) -> str:
+def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the options of the heads by name, the joint classifier first."""
+    if isinstance(heads, str):
+        heads = [heads]
+    if not isinstance(heads, Mapping | Sequence):
+        raise UsageError(f"heads must be names of heads, or options by name, got {heads!r}")
+    named = heads if isinstance(heads, Mapping) else dict.fromkeys(heads)
+    found = {name: check_mapping(f"head {name!r}", given) for name, given in named.items()}
+    chosen = found.pop(AUTO, {})
+    found = {JOINT: {}, **found}
+    if len(found) < 2:
+        raise UsageError(f"there is nothing to choose from: give a head beside {JOINT}")
+    return {**found, AUTO: chosen}
+
+
+def _find_data(dataset: object, options: dict[str, Any]) -> tuple[DataRecipe, Splits]:
+    """Returns what the recipe says of the data, and their splits."""
+    how: dict[str, Any] = {"augmentation": TIMM, "unreadable": "skip"}
+    if not isinstance(dataset, str | Path):
+        if options:
+            raise UsageError(
+                f"options ({', '.join(options)}) are for a folder: give data sets as they are to be"
+            )
+        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(given_splits(dataset))
+    root = str(dataset)
+    if "root" in options:
+        raise UsageError("options: root is the folder itself; leave it out")
+    # Before create_splits, which has arguments of its own.
+    checked_source(FOLDER, root, {**options})
+    splits = create_splits(FOLDER, root=root, **options)
+    return DataRecipe(FOLDER, root, options, **how), splits
+
+
+def _architecture(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
-    tag = config.get("tag")
-    name = config.get("architecture") or type(model).__name__
-    return f"{name}.{tag}" if tag else str(name)
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def _without_origin(model: nn.Module) -> nn.Module:
+    """Takes from a model what says of which training its weights are: they may be any."""
+    config = {**(getattr(model, "pretrained_cfg", None) or {})}
+    for key in ("tag", "license", "origin_url"):
+        config.pop(key, None)
+    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
+    return model
+
+
+def _is_for(model: nn.Module, splits: Splits) -> bool:
+    """Tells whether a model's classifier is for as many classes, of the same names if it has any.
+
+    A classifier without names is taken to be for the classes in their order.
+    """
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    theirs = splits.label_names or ()
+    same = not (own and theirs) or [*own] == [*theirs]
+    return same and get_head(model).out_features == splits.num_classes

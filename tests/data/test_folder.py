@@ -228,8 +228,28 @@ def test_many_culprits_are_counted_and_five_are_named(tmp_path):
     assert f"8 of 12 classes have no image: {names}, ...; remove" in problem
 
 
+def test_advice_is_right_in_every_command_and_in_python(tmp_path):
+    fill(tmp_path, {"cat": 9, "dog": 0, "emu": 1})
+    (tmp_path / "cat" / "notes.txt").touch()
+    found = problems(tmp_path)
+    for problem, option in zip(
+        found, ("min_images=1", "min_images=3", "other_files=skip"), strict=True
+    ):
+        assert f"the data option {option}" in problem
+        assert "--" not in problem
+
+
+def test_no_class_is_to_be_left_out_where_all_are_alike(tmp_path):
+    fill(tmp_path / "empty", {"cat": 0, "dog": 0})
+    (problem,) = problems(tmp_path / "empty")
+    assert problem == "none of the 2 classes has an image: cat, dog; is it the right folder?"
+    fill(tmp_path / "few", {"cat": 1, "dog": 1})
+    (problem,) = problems(tmp_path / "few")
+    assert problem.endswith("cat (1), dog (1); add images")
+
+
 def test_a_root_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"reads files: give their folder with --data\.root"):
+    with pytest.raises(UsageError, match="reads files: give their folder as root"):
         create_dataset("folder")
     with pytest.raises(UsageError, match=r"root .*/none does not exist"):
         create_dataset("folder", root=tmp_path / "none")

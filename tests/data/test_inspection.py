@@ -157,7 +157,7 @@ def test_whatever_can_be_is_inspected_of_splits_that_cannot_be_trained_on():
     found = inspect_splits({"train": good, "val": bad})
     assert found.class_counts == {"train": [2, 0, 1, 1]}
     assert found.imbalance_factor == 2
-    assert any("the test split has no images" in problem for problem in found.problems)
+    assert any("none can be held out for test" in problem for problem in found.problems)
     assert any("labels[2] = -1 is negative" in problem for problem in found.problems)
     none = inspect_splits({"test": bad}, quick=True)
     assert (none.class_counts, none.imbalance_factor, none.num_classes) == ({}, None, 0)

@@ -115,7 +115,7 @@ def test_all_images_that_cannot_be_decoded_are_named(tmp_path):
     assert str(caught.value).startswith(f"8 of 9 images cannot be decoded: {shown}, image 4 (")
     assert "Is a directory, image 5" in str(caught.value)
     assert str(caught.value).endswith(
-        ", ...; repair them, or leave such images out with --data.unreadable skip"
+        ", ...; repair them, or train without such images with --data.unreadable skip"
     )
     missing = []
     decode_images(dataset, missing=missing)

@@ -59,7 +59,7 @@ def test_a_data_set_that_makes_all_splits_together_is_asked_once(whole_source):
     assert_array_equal(np.asarray(test[0]["image"]), np.arange(36, 48).reshape(2, 2, 3))
     with pytest.raises(UsageError, match="no val split: hold out"):
         create_dataset("for_this_test", split="val", root="here")
-    with pytest.raises(UsageError, match=r"reads files: give their folder with --data\.root"):
+    with pytest.raises(UsageError, match="reads files: give their folder as root"):
         create_dataset("for_this_test")
 
 

@@ -55,12 +55,42 @@ def test_an_empty_split_is_named(split):
         Splits.from_datasets(datasets)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_split_is_named(split):
+def test_a_missing_split_is_named():
     datasets = three()
-    del datasets[split]
-    with pytest.raises(UsageError, match=f"the {split} split has no images"):
+    del datasets["train"]
+    with pytest.raises(UsageError, match="the train split has no images"):
         Splits.from_datasets(datasets)
+    datasets = three()
+    del datasets["test"]
+    with pytest.raises(UsageError, match="the test split has no images"):
+        Splits.from_datasets(datasets, protocol="paper")
+
+
+@pytest.mark.parametrize("with_val", [True, False])
+def test_a_part_of_each_class_is_held_out_for_the_test(with_val):
+    train = [0] * 20 + [1] * 10 + [2] * 3
+    datasets = {"train": dataset_of(train)}
+    if with_val:
+        datasets["val"] = dataset_of([0, 1, 2])
+    splits = Splits.from_datasets(datasets)
+    assert torch.bincount(splits.labels["test"]).tolist() == [4, 2, 1]
+    assert splits.class_counts.tolist() == ([16, 8, 2] if with_val else [13, 6, 1])
+    assert splits.val_source == ("val" if with_val else "train")
+    # Every pixel of an image is its row.
+    parts = ["train", "test"] if with_val else ["train", "val", "test"]
+    rows = [image.getpixel((0, 0))[0] for part in parts for image in splits.datasets[part]["image"]]
+    assert sorted(rows) == list(range(33))
+    larger = Splits.from_datasets(datasets, test_fraction=0.4)
+    assert torch.bincount(larger.labels["test"]).tolist() == [8, 4, 1]
+
+
+def test_a_class_with_too_few_images_for_the_splits_is_named():
+    message = (
+        r"^train split: 2 of 3 classes have fewer than 3 images, one each for train, val, test: "
+        r"1 \(bee\), 2 \(cat\); give splits"
+    )
+    with pytest.raises(UsageError, match=message):
+        Splits.from_datasets({"train": dataset_of([0, 0, 0, 1, 1, 2])})
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_all_splits_are_reported_together(accelerator, caplog):
         verify_images(splits, accelerator)
     train, test = caught.value.problems
     assert train.startswith("train split: 7 of 8 images cannot be decoded: image 0: 0 bytes, ")
-    assert "image 4: 0 bytes, ...; repair them, or leave" in train
+    assert "image 4: 0 bytes, ...; repair them, or train without" in train
     assert test.startswith("test split: image 1 cannot be decoded: ")
     assert "--data.unreadable skip" in test
     with caplog.at_level("INFO", "timm_lt"):

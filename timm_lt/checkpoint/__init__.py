@@ -9,6 +9,8 @@ from timm_lt.checkpoint.format import BLOCK as BLOCK
 from timm_lt.checkpoint.format import CARD as CARD
 from timm_lt.checkpoint.format import CONFIG as CONFIG
 from timm_lt.checkpoint.format import FORMAT_VERSION as FORMAT_VERSION
+from timm_lt.checkpoint.format import GIVEN_DATA as GIVEN_DATA
+from timm_lt.checkpoint.format import GIVEN_MODEL as GIVEN_MODEL
 from timm_lt.checkpoint.format import METRICS as METRICS
 from timm_lt.checkpoint.format import PLOTS as PLOTS
 from timm_lt.checkpoint.format import RECIPE as RECIPE

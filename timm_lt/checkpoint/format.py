@@ -23,6 +23,9 @@ METRICS = "metrics.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 PLOTS = "plots"
+# What a recipe has for a model and data that were given as objects: it cannot run with them again.
+GIVEN_MODEL = "a model given in Python"
+GIVEN_DATA = "data given in Python"
 # Bytes of a config or another text of a checkpoint: names and counts of 30,000 classes fit.
 TEXT_LIMIT = 4 * 2**20
 # Before the keys of batch-norm statistics in a head's file.

@@ -201,7 +201,8 @@ def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> 
         reasons: Why, by :func:`image_name`.
         number: How many images there are; one that stands for itself needs none.
     """
-    fix = "leave such images out with --data.unreadable skip"
+    # Only a training stops at them, unless it is told not to.
+    fix = "train without such images with --data.unreadable skip"
     if len(reasons) == 1:
         ((name, reason),) = reasons.items()
         return UsageError(f"{name} cannot be decoded: {reason}; repair it, or {fix}")

@@ -167,7 +167,7 @@ def checked_source(
         if "root" in options and "no option 'root'" in str(error):
             raise UsageError(f"{owner} needs no root, got {str(root)!r}: leave it out") from None
         if "needs the option 'root'" in str(error):
-            raise UsageError(f"{owner} reads files: give their folder with --data.root") from None
+            raise UsageError(f"{owner} reads files: give their folder as root") from None
         raise
     return source
 

@@ -21,6 +21,7 @@ from timm_lt.longtail import class_counts
 from timm_lt.registry import Problems, UsageError, shown_names
 
 ValSource = Literal["val", "train", "test"]
+HeldOut = Literal["test", "val"]
 
 
 @dataclass(frozen=True)
@@ -48,32 +49,42 @@ class Splits:
         datasets: Mapping[str, Dataset],
         *,
         val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
         protocol: SelectionProtocol = "standard",
     ) -> "Splits":
         """Checks three data sets and counts their classes.
 
         Args:
-            datasets: The splits by name. Without ``"val"``, a part of ``"train"`` is held out for
-                it: the same one whatever the seed of a run, and image files by their paths.
-            val_fraction: That part, of each class, in (0, 1); see
+            datasets: The splits by name. Without ``"test"``, a part of ``"train"`` is held out for
+                it, and without ``"val"`` a part of what is left: the same ones whatever the seed of
+                a run, and image files by their paths.
+            val_fraction: The part for validation, of each class, in (0, 1); see
                 :func:`~timm_lt.data.holdout.hold_out`.
-            protocol: With ``"paper"``, validation is the test split, whatever else there is.
+            test_fraction: The part for the test, of each class, in (0, 1).
+            protocol: With ``"paper"``, validation is the test split, whatever else there is, and
+                nothing is held out.
 
         Raises:
-            UsageError: If a split is a stream, missing or empty, a label is negative or beyond the
-                classes, the splits name their classes differently, or a class has no training or
-                no validation image; the message names split and class, of all such problems.
+            UsageError: If a split is a stream or empty, none is for training, a class has too few
+                images to be held out, a label is negative or beyond the classes, the splits name
+                their classes differently, or a class has no training or no validation image; the
+                message names split and class, of all such problems.
         """
         for dataset in datasets.values():
             check_random_access(dataset)
+        problems = Problems()
         val_source: ValSource = "val"
         if protocol == "paper" and "test" in datasets:
             datasets, val_source = {**datasets, "val": datasets["test"]}, "test"
-        elif "val" not in datasets and "train" in datasets:
-            datasets, val_source = _held_out(datasets, val_fraction), "train"
-        problems = Problems()
+        elif len(datasets.get("train", ())) and protocol == "standard":
+            val_source = "val" if "val" in datasets else "train"
+            with problems.collected("train split: "):
+                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction})
         labels: dict[str, Tensor] = {}
         for split in get_args(Split):
+            if split not in datasets and problems.found:
+                # Why it could not be held out is among the problems.
+                continue
             if split not in datasets or len(datasets[split]) == 0:
                 problems.add(f"the {split} split has no images")
                 continue
@@ -140,18 +151,39 @@ class Splits:
         return StoredImages(self.datasets[split], self.labels[split], name=name, **options)
 
 
-def _held_out(datasets: Mapping[str, Dataset], fraction: float) -> dict[str, Dataset]:
-    """Returns the splits with one for validation, taken out of that for training."""
-    whole = datasets["train"]
-    if len(whole) == 0:
-        raise UsageError("the train split has no images")
-    try:
-        labels, names = label_tensor(whole), label_names(whole)
-        train, val = hold_out(labels, fraction, keys=image_keys(whole), names=names)
-    except UsageError as error:
-        raise UsageError(f"train split: {error}") from error
-    # Of an array, the fingerprint is that of its bytes; a list would be pickled number by number.
-    return {**datasets, "train": whole.select(train.numpy()), "val": whole.select(val.numpy())}
+def _held_out(
+    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float]
+) -> dict[str, Dataset]:
+    """Returns the splits with those that are missing, each taken out of what is left of train."""
+    found, names = dict(datasets), label_names(datasets["train"])
+    missing = {split: part for split, part in fractions.items() if split not in datasets}
+    if len(missing) > 1:
+        _check_enough(label_tensor(datasets["train"]), names, 1 + len(missing))
+    # The images of the test are the same, whether there is a split for validation or not.
+    for split, fraction in missing.items():
+        whole = found["train"]
+        train, held = hold_out(
+            label_tensor(whole),
+            fraction,
+            keys=image_keys(whole),
+            purpose="test" if split == "test" else "validation",
+            names=names,
+        )
+        # Of an array, the fingerprint is that of its bytes; a list would be pickled as numbers.
+        found["train"], found[split] = whole.select(train.numpy()), whole.select(held.numpy())
+    return found
+
+
+def _check_enough(labels: Tensor, names: list[str] | None, needed: int) -> None:
+    """Checks that each class that occurs has an image for every split that is made of it."""
+    present, counts = labels.unique(return_counts=True)
+    few = present[counts < needed].tolist()
+    if few:
+        shown = shown_names([f"{c} ({names[c]})" if names and c < len(names) else c for c in few])
+        raise UsageError(
+            f"{len(few)} of {len(counts)} classes have fewer than {needed} images, one each for "
+            f"train, val, test: {shown}; give splits for val and test, or leave these classes out"
+        )
 
 
 def _check_same_names(found: list[str] | None, expected: list[str] | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_lt.checkpoint import CheckpointInfo, HeadEntry
+from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL, CheckpointInfo, HeadEntry
 from timm_lt.console import one_line
 from timm_lt.data import list_datasets
 from timm_lt.fitting import AUTO
@@ -70,7 +70,7 @@ def render_card(
         title=plain(name),
         architecture=code(info.architecture),
         own=info.architecture.startswith("lt_"),
-        dataset=code(info.dataset) if info.dataset else None,
+        dataset=_code_of_name(info.dataset) if info.dataset else None,
         kept=_kept_backbone(recipe),
         num_classes=info.num_classes,
         named=info.label_names is not None,
@@ -101,10 +101,15 @@ def _kept_backbone(recipe: str | None) -> str | None:
         if values["epochs"] != 0:
             return None
         model = values["model"]
-        return code(str(model["checkpoint"] or model["name"]))
+        return _code_of_name(str(model["checkpoint"] or model["name"]))
     except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
         # What is in a folder may be anything.
         return None
+
+
+def _code_of_name(name: str) -> str:
+    """Returns a name as code; what was given as an object has none."""
+    return name if name in (GIVEN_MODEL, GIVEN_DATA) else code(name)
 
 
 def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelCardData:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OtherFiles = Literal["raise", "skip"]
 ORDER = get_args(Split)
 
-SKIP = "or leave them out with --data.options.other_files skip"
+SKIP = "or leave them out with the data option other_files=skip"
 
 
 @register_dataset("folder")
@@ -205,20 +205,27 @@ def _check_numbers(images: ImageFolder) -> None:
     """Checks that every class has an image for each split that is made of it."""
     train = images.images.get("train", {})
     empty = [name for name in sorted(train) if not train[name]]
+    if train and len(empty) == len(train):
+        images.problems.add(
+            f"none of the {len(train)} classes has an image: {images.shown(empty)}; is it the "
+            "right folder?"
+        )
+        return
     if empty:
         images.problems.add(
             f"{len(empty)} of {len(train)} classes have no image: {images.shown(empty)}; remove "
-            "their directories, or leave them out with --data.options.min_images 1"
+            "their directories, or leave them out with the data option min_images=1"
         )
     splits = [split for split in get_args(Split) if split == "train" or split not in images.images]
     needed = len(splits)
     few = {name: len(train[name]) for name in sorted(train) if 0 < len(train[name]) < needed}
     if few:
         shown = shown_names([f"{images.shown([name])} ({number})" for name, number in few.items()])
+        others = len(few) + len(empty) < len(train)
+        leave = f"leave them out with the data option min_images={needed}, or " if others else ""
         images.problems.add(
             f"{len(few)} of {len(train)} classes have fewer than {needed} images, one each for "
-            f"{', '.join(splits)}: {shown}; leave them out with --data.options.min_images "
-            f"{needed}, or add images"
+            f"{', '.join(splits)}: {shown}; {leave}add images"
         )
     if len(train) == 1:
         ((name, paths),) = train.items()

@@ -1,0 +1,180 @@
+"""Data sets that are given as objects, against what torchvision and timm read of the same files."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+from timm_lt.data import Splits, create_splits
+from timm_lt.data import given as module
+from timm_lt.data.given import given_splits
+from timm_lt.registry import UsageError
+
+COUNTS = {"ant": 9, "bee": 6, "class 10": 4, "class 9": 5}
+
+
+class Pictures(Dataset):
+    """Images in memory, as torchvision's CIFAR has them."""
+
+    def __init__(self, images, labels, classes=None, transform=None):
+        self.images, self.labels, self.classes = images, labels, classes
+        self.transform = transform or (lambda image: image)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        if row >= len(self):
+            raise IndexError(row)
+        return self.transform(self.images[row]), self.labels[row]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def picture(number, size=(5, 4)):
+    pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of images that are none: whatever opens one fails."""
+    root = tmp_path_factory.mktemp("given") / "photos"
+    for name, count in COUNTS.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            (root / name / f"{number}.png").write_bytes(b"no image")
+    return root
+
+
+def paths(dataset):
+    return [
+        row["path"] for row in dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    ]
+
+
+def pixels(dataset):
+    return [np.asarray(image).tolist() for image in dataset["image"]]
+
+
+def test_files_of_folders_stay_files(root):
+    theirs = ImageFolder(root, transform=lambda image: torch.zeros(3, 2, 2))
+    found = given_splits(theirs)
+    assert list(found) == ["train"]
+    assert list(zip(paths(found["train"]), found["train"]["label"], strict=True)) == theirs.samples
+    assert found["train"].features["label"].names == sorted(COUNTS)
+    # timm sorts numbers in names as numbers.
+    theirs = timm.data.create_dataset("", root=str(root))
+    found = given_splits({"training": theirs})["train"]
+    expected = [(str(path), label) for path, label in theirs.reader.samples]
+    assert list(zip(paths(found), found["label"], strict=True)) == expected
+    assert found.features["label"].names == ["ant", "bee", "class 9", "class 10"]
+
+
+def test_a_part_of_a_folder_and_samples_of_ones_own(root):
+    theirs = ImageFolder(root)
+    rows = [5, 0, 20]
+    found = given_splits(Subset(theirs, rows))["train"]
+    expected = [theirs.samples[row] for row in rows]
+    assert list(zip(paths(found), found["label"], strict=True)) == expected
+    # Left out by hand, as many do, without touching the targets.
+    theirs.samples = theirs.samples[:3]
+    assert given_splits(theirs)["train"]["label"][:] == [0, 0, 0]
+    theirs.target_transform = lambda label: label + 2
+    found = given_splits(theirs)["train"]
+    assert found["label"][:] == [2, 2, 2]
+    assert isinstance(found.features["label"], datasets.Value)
+
+
+def test_the_same_images_are_held_out_as_of_the_folder(root):
+    expected = create_splits("folder", root=str(root))
+    found = Splits.from_datasets(given_splits(ImageFolder(root)))
+    assert found.val_source == expected.val_source == "train"
+    for split, dataset in expected.datasets.items():
+        assert paths(found.datasets[split]) == paths(dataset)
+
+
+def test_pairs_of_images_keep_every_pixel(tmp_path):
+    images = [picture(number) for number in range(4)]
+    images[1].save(tmp_path / "one.png")
+    stored = io.BytesIO()
+    images[2].save(stored, "JPEG", quality=30)
+    images[2] = Image.open(stored)
+    lossy = images[2].copy()
+    changed = Image.open(tmp_path / "one.png")
+    changed.paste((1, 2, 3), (0, 0, 2, 2))
+    given = [images[0], str(tmp_path / "one.png"), images[2], tmp_path / "one.png", changed]
+    expected = [
+        np.asarray(image).tolist() for image in (images[0], images[1], lossy, images[1], changed)
+    ]
+    found = given_splits([(image, row % 2) for row, image in enumerate(given)])["train"]
+    assert pixels(found) == expected
+    assert found["label"][:] == [0, 1, 0, 1, 0]
+    with Image.open(tmp_path / "one.png") as lazy:
+        found = given_splits([(lazy, 0)])["train"]
+    assert paths(found) == [str(tmp_path / "one.png")]
+
+
+def test_many_images_in_memory_become_tables_of_some_rows(monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 2)
+    images = [picture(number) for number in range(5)]
+    given = Pictures(images, torch.tensor([0, 1, 2, 0, 1]), ["x", "y", "z"])
+    found = given_splits(given)["train"]
+    assert found.features["label"].names == ["x", "y", "z"]
+    assert found["label"][:] == [0, 1, 2, 0, 1]
+    assert pixels(found) == [np.asarray(image).tolist() for image in images]
+    monkeypatch.setattr(module, "MAX_BYTES", 300)
+    with pytest.raises(UsageError, match="need more than 0 GiB of memory: give the paths"):
+        given_splits(given)
+
+
+def test_columns_may_have_the_names_of_others():
+    given = {"image": [picture(0)], "labels": [0]}
+    rows = datasets.Dataset.from_dict(given).cast_column("image", datasets.Image())
+    rows = rows.rename_column("image", "img")
+    found = given_splits(datasets.DatasetDict({"train": rows, "validation": rows}))
+    assert {split: rows.column_names for split, rows in found.items()} == {
+        "train": ["image", "label"],
+        "val": ["image", "label"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, ["a NoneType is no data set", "datasets.Dataset", "ImageFolder", "train, val"]),
+        (5, ["a int is no data set", "ImageFolder"]),
+        ({"train": "photos"}, ["train split: a str is no data set", "ImageFolder"]),
+        ({"train": {"a": 1}}, ["train split: a dict is no data set"]),
+        ([], ["the list has no images"]),
+        ([3, 4], ["item 0 of a list is no pair of an image and its label", "ImageFolder"]),
+        ([(np.zeros((2, 2, 3)), 0)], ["image 0 of a list is a ndarray", "or the path"]),
+        ([("a.png", "cat")], ["cat"]),
+        ([("a.png", -1)], ["negative"]),
+        (Pictures(["a.png"], [2], ["x", "y"]), ["num_classes=2"]),
+        (
+            TensorDataset(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])),
+            ["is a tensor", "transform"],
+        ),
+        (DataLoader([1]), ["a DataLoader is no data set"]),
+        (Stream(), ["a Stream is no data set"]),
+        ({"train": datasets.IterableDataset.from_generator(lambda: iter(()))}, ["is a stream"]),
+        (datasets.Dataset.from_dict({"label": [0]}), ["no column of images, only label"]),
+        ({"unsupervised": [("a.png", 0)]}, ["unsupervised", "train, val, test"]),
+        ({"val": [("a.png", 0)], "valid": [("b.png", 0)]}, ["two splits are for val"]),
+    ],
+)
+def test_whatever_else_is_refused_with_what_is_accepted(data, words):
+    with pytest.raises(UsageError) as caught:
+        given_splits(data)
+    for word in words:
+        assert word in str(caught.value)
