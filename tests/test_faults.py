@@ -361,8 +361,10 @@ def test_damaged_images_are_left_out_and_counted(skipped, path):
     assert run.status == 0, run.err
     assert metrics(folder)["unreadable_images"] == COUNTS
     for split, rows in DAMAGE.items():
-        shown = ", ".join(map(str, rows))
-        assert re.search(rf"{COUNTS[split]} of \d+ {split} images .* rows {shown}\n", run.err)
+        shown = ", ".join(f"image {row} ({split}_{row}.png)" for row in rows)
+        assert re.search(
+            rf"{COUNTS[split]} of \d+ {split} images .* left out: {re.escape(shown)}\n", run.err
+        )
 
 
 def test_workers_leave_out_the_same(skipped):
