@@ -541,7 +541,11 @@ def test_one_of_two_processes_is_killed(server, tmp_path):
     os.kill(victim, signal.SIGKILL)
     status, errors = ended(process, seconds=60)
     assert status != 0
-    assert errors.count("error: another process of this run has ended") == 1
+    # The launcher says which process was killed, and ends the other: on a busy machine before that
+    # one comes to where it waits for the first, and can say that it is gone.
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in errors
+    said = errors.count("error: another process of this run has ended")
+    assert said == 1 or (said == 0 and "closing signal SIGTERM" in errors)
     assert 'train_lt.py", line' not in errors
     assert saved(folder)
     assert not (folder / "metrics.json").exists()
