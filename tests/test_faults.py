@@ -497,6 +497,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 def launch(folder, *more):
     """Starts the command on two processes."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    # It ends all as soon as it sees that one has ended, which on a busy machine may be before the
+    # other has come to where it waits for that one, and can say so. Let it look later.
+    launcher += ["--monitor_interval", "30"]
     arguments = [sys.executable, *launcher, "train_lt.py", *options(folder, "--resume", *more)]
     return subprocess.Popen(
         list(map(str, arguments)),
@@ -541,11 +544,8 @@ def test_one_of_two_processes_is_killed(server, tmp_path):
     os.kill(victim, signal.SIGKILL)
     status, errors = ended(process, seconds=60)
     assert status != 0
-    # The launcher says which process was killed, and ends the other: on a busy machine before that
-    # one comes to where it waits for the first, and can say that it is gone.
     assert f"Signal 9 (SIGKILL) received by PID {victim}" in errors
-    said = errors.count("error: another process of this run has ended")
-    assert said == 1 or (said == 0 and "closing signal SIGTERM" in errors)
+    assert errors.count("error: another process of this run has ended") == 1
     assert 'train_lt.py", line' not in errors
     assert saved(folder)
     assert not (folder / "metrics.json").exists()

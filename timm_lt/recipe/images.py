@@ -64,6 +64,37 @@ def create_images(
     return images
 
 
+def checked_images(
+    recipe: Recipe,
+    splits: Splits,
+    model: nn.Module,
+    accelerator: Accelerator,
+    problems: Problems,
+    *,
+    workers: int | None,
+) -> dict[Split, Images]:
+    """Returns the images of every split, which can be read.
+
+    Args:
+        recipe: What to run.
+        splits: The data.
+        model: The model that takes them.
+        accelerator: Of the run.
+        problems: What was found before; what is wrong with the images is reported with it.
+        workers: Processes that decode images; None is by the cores.
+
+    Raises:
+        UsageError: For all problems together.
+    """
+    images: dict[Split, Images] = {}
+    with problems.collected():
+        images = create_images(recipe, splits, model, workers=workers)
+    with problems.collected():
+        check_content(recipe, splits, images, accelerator)
+    problems.check()
+    return images
+
+
 def check_content(
     recipe: Recipe, splits: Splits, images: Mapping[Split, Images], accelerator: Accelerator
 ) -> None:

@@ -12,7 +12,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.losses import create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
-from timm_lt.recipe.images import check_content, create_images
+from timm_lt.recipe.images import checked_images
 from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError
@@ -54,12 +54,7 @@ def create_parts(
     if trainer is not None:
         check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
         start_network(recipe, trainer.loss, model, splits.num_classes)
-    images: dict[Split, Images] = {}
-    with problems.collected():
-        images = create_images(recipe, splits, model, workers=options.workers)
-    with problems.collected():
-        check_content(recipe, splits, images, accelerator)
-    problems.check()
+    images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
     if trainer is None:
         check_model(model, images["val"])
     else:

@@ -27,7 +27,7 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.images import check_content, create_images
+from timm_lt.recipe.images import checked_images
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.parts import Trainer, create_parts
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -204,13 +204,7 @@ def given_run(
         check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
     check_features(recipe, folder or Path())
     accelerator = create_accelerator(mixed_precision="no")
-    problems = Problems()
-    images: dict[Split, Images] = {}
-    with problems.collected():
-        images = create_images(recipe, splits, model, workers=options.workers)
-    with problems.collected():
-        check_content(recipe, splits, images, accelerator)
-    problems.check()
+    images = checked_images(recipe, splits, model, accelerator, Problems(), workers=options.workers)
     check_model(model, images["val"])
     lock = None
     if folder is not None and accelerator.is_main_process:
