@@ -201,7 +201,7 @@ def test_the_same_epoch_again_is_not_independent(measure, monkeypatch):
 LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
 
 
-def p_values_of_places(name, runs=500, **options):
+def p_values_of_places(name, runs=1500, **options):
     """For every place of an epoch of several chunks: which image is drawn there."""
     n = 60
     sampler = create_sampler(name, LABELS, num_samples=n, **options)
@@ -227,7 +227,7 @@ def test_every_image_is_equally_likely_at_every_place_of_every_chunk(name, optio
 def test_without_arranging_places_are_not_equally_likely(monkeypatch):
     several_chunks(monkeypatch, chunk_size=20)
     without_arranging(monkeypatch)
-    assert p_values_of_places("class_balanced").min() < ABSURD
+    assert p_values_of_places("class_balanced", 500).min() < ABSURD
 
 
 def p_value_of_the_place_of_one(runs=2000):
