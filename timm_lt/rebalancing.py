@@ -76,6 +76,7 @@ def rebalance(
     output: str | Path | None = None,
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
+    background: str | list[int] = "auto",
     workers: int | None = None,
     seed: int = 0,
 ) -> Rebalanced:
@@ -107,6 +108,9 @@ def rebalance(
             which say that the weights are those of a model given in Python; None writes nothing.
         overwrite: Replaces a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
+        background: Colour behind transparent pixels: a name such as ``"black"``, ``"#rrggbb"``, or
+            ``[red, green, blue]``; ``"auto"`` is that of the checkpoint that the model was loaded
+            from, or white.
         workers: Processes that decode images; None is by the cores.
         seed: Seed of the fits.
 
@@ -123,7 +127,7 @@ def rebalance(
             "timm_lt.create_model(NAME, pretrained=True)"
         )
     to_fit = _to_fit(heads)
-    data, splits = _find_data(dataset, check_mapping("options", options))
+    data, splits = _find_data(dataset, check_mapping("options", options), background)
     recipe = Recipe(
         data=data,
         model=ModelRecipe(
@@ -193,9 +197,11 @@ def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[st
     return {**found, AUTO: chosen}
 
 
-def _find_data(dataset: object, options: dict[str, Any]) -> tuple[DataRecipe, Splits]:
+def _find_data(
+    dataset: object, options: dict[str, Any], background: str | list[int]
+) -> tuple[DataRecipe, Splits]:
     """Returns what the recipe says of the data, and their splits."""
-    how: dict[str, Any] = {"augmentation": TIMM, "unreadable": "skip"}
+    how: dict[str, Any] = {"augmentation": TIMM, "background": background, "unreadable": "skip"}
     if not isinstance(dataset, str | Path):
         if options:
             raise UsageError(

@@ -18,7 +18,7 @@ from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.reading import (
     DAMAGE,
     damage_of,
-    decode_image,
+    decode_column,
     is_remote,
     open_image,
     pillow_errors,
@@ -291,7 +291,7 @@ def _seen(files: StoredFiles, column: "ImageColumn", compared: list[bool]) -> Ca
                 digest = hashlib.sha256(content).digest()
             with pillow_errors(), open_image(content) as image:
                 kind = (image.format or "", image.mode)
-            decoded = decode_image({"bytes": content, "path": None}, column)
+            decoded = decode_column({"bytes": content, "path": None}, column)
         except DAMAGE as error:
             return Seen(digest, reason=damage_of(error))
         return Seen(digest, kind, decoded.size)

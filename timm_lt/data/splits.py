@@ -1,7 +1,7 @@
 """The three splits of a data set, checked before anything is trained on them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal, get_args
 
@@ -10,10 +10,11 @@ from datasets import Dataset
 from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
-from timm_lt.data.columns import check_random_access
+from timm_lt.data.columns import as_rgb, check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.identity import image_keys
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
+from timm_lt.data.pixels import WHITE
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
 from timm_lt.data.stored import StoredImages
@@ -72,6 +73,7 @@ class Splits:
         """
         for dataset in datasets.values():
             check_random_access(dataset)
+        datasets = {split: as_rgb(dataset) for split, dataset in datasets.items()}
         problems = Problems()
         val_source: ValSource = "val"
         if protocol == "paper" and "test" in datasets:
@@ -113,6 +115,23 @@ class Splits:
     def num_classes(self) -> int:
         """Number of classes C."""
         return len(self.class_counts)
+
+    @property
+    def background(self) -> str:
+        """Colour behind transparent pixels, ``#rrggbb``."""
+        return str(getattr(self.datasets["train"].features["image"], "background", WHITE))
+
+    def on_background(self, background: object) -> "Splits":
+        """Returns the splits with transparent pixels composited onto another colour.
+
+        Args:
+            background: See :func:`~timm_lt.data.pixels.check_background`.
+        """
+        datasets = {
+            split: as_rgb(dataset, background=background)
+            for split, dataset in self.datasets.items()
+        }
+        return replace(self, datasets=datasets)
 
     def images(
         self,

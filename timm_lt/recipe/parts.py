@@ -12,7 +12,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.losses import create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
-from timm_lt.recipe.images import checked_images
+from timm_lt.recipe.images import checked_images, on_background
 from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError
@@ -39,8 +39,11 @@ class Trainer:
 
 def create_parts(
     recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[Trainer | None, nn.Module, dict[Split, Images]]:
-    """Creates what trains, model and images; what is wrong with the data is reported together."""
+) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
+    """Creates what trains, model and images; what is wrong with the data is reported together.
+
+    The splits are returned with the background of the run.
+    """
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
@@ -54,12 +57,13 @@ def create_parts(
     if trainer is not None:
         check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
         start_network(recipe, trainer.loss, model, splits.num_classes)
+    splits = on_background(recipe, splits, model)
     images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
     if trainer is None:
         check_model(model, images["val"])
     else:
         check_network(recipe, model, images["val"], batch=batch)
-    return trainer, model, images
+    return trainer, model, splits, images
 
 
 def _create_trainer(

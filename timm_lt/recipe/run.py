@@ -27,7 +27,7 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.images import checked_images
+from timm_lt.recipe.images import checked_images, on_background
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.parts import Trainer, create_parts
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -136,7 +136,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        trainer, model, images = create_parts(recipe, splits, accelerator, options)
+        trainer, model, splits, images = create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(
                 head_kind(recipe, head), model, images["train"], accelerator, **given
@@ -204,6 +204,7 @@ def given_run(
         check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
     check_features(recipe, folder or Path())
     accelerator = create_accelerator(mixed_precision="no")
+    splits = on_background(recipe, splits, model)
     images = checked_images(recipe, splits, model, accelerator, Problems(), workers=options.workers)
     check_model(model, images["val"])
     lock = None
