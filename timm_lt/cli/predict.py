@@ -9,6 +9,7 @@ from typing import Any
 
 import timm.data
 import torch
+from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,50 +39,20 @@ from timm_lt.files import write_atomic
 from timm_lt.registry import UsageError, check_integer, shown_names
 
 BATCH_SIZE = 32
-# By what photographs are called that Pillow does not decode: of cameras, of which it would decode a
-# preview at most; of telephones; of programs.
+# Raw files of cameras, of which Pillow would decode a preview at most.
 RAW_SUFFIXES = frozenset(
     (
-        *(
-            "3fr",
-            "arw",
-            "cr2",
-            "cr3",
-            "crw",
-            "dcr",
-            "dng",
-            "erf",
-            "fff",
-            "iiq",
-            "k25",
-            "kdc",
-            "mef",
-        ),
-        *(
-            "mos",
-            "mrw",
-            "nef",
-            "nrw",
-            "orf",
-            "pef",
-            "raf",
-            "raw",
-            "rw2",
-            "rwl",
-            "sr2",
-            "srf",
-            "srw",
-        ),
-        "x3f",
+        *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "fff", "iiq", "k25", "kdc"),
+        *("mef", "mos", "mrw", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "rwl", "sr2"),
+        *("srf", "srw", "x3f"),
     )
 )
-UNREAD_SUFFIXES = frozenset(
+# Images that no folder of a run has, since Pillow does not decode them or only in part.
+UNUSUAL_SUFFIXES = frozenset(
     (
-        *RAW_SUFFIXES,
-        *HEIC_SUFFIXES,
-        *("hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr", "hdp", "wdp", "jpm", "jls"),
-        *("psd", "psb", "xcf", "kra", "svg", "svgz", "eps", "exr", "hdr", "dcm", "ico", "cur"),
-        *("icns", "dds", "sgi", "bpg", "flif"),
+        *(*RAW_SUFFIXES, *HEIC_SUFFIXES, "hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr"),
+        *("hdp", "wdp", "jpm", "jls", "psd", "psb", "xcf", "kra", "svg", "svgz", "exr", "hdr"),
+        *("dcm", "ico", "cur", "icns", "dds", "sgi", "bpg", "flif"),
     )
 )
 CONVERT = "convert it to JPEG"
@@ -230,7 +201,7 @@ def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         path = Path(place).expanduser()
         if path.is_dir():
             found = find_images(str(path))
-            photos = [other for other in found.others if suffix(other) in UNREAD_SUFFIXES]
+            photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
             unnamed = {ascii(name): "its name is not UTF-8; rename it" for name in found.unnamed}
             reasons |= found.broken | unnamed
             images = sorted([*found.images, *photos, *found.broken, *unnamed])
@@ -238,7 +209,7 @@ def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 there = f", only {counted_suffixes(found.others)}" if found.others else ""
                 raise UsageError(f"there is no image in {path}{there}")
             paths += images
-            others += [other for other in found.others if suffix(other) not in UNREAD_SUFFIXES]
+            others += [other for other in found.others if suffix(other) not in UNUSUAL_SUFFIXES]
         elif path.is_file():
             paths.append(str(path))
         else:
@@ -280,9 +251,9 @@ class _Files(Dataset[tuple[Tensor, str]]):
         try:
             image = decode_image({"path": path, "bytes": None}, background=self.background)
         except DAMAGE as error:
-            unread = suffix(path) in UNREAD_SUFFIXES
-            end = f"Pillow does not decode .{suffix(path)}; {CONVERT}"
-            return torch.empty(0), end if unread else damage_of(error)
+            if f".{suffix(path)}" in Image.registered_extensions():
+                return torch.empty(0), damage_of(error)
+            return torch.empty(0), f"Pillow does not decode .{suffix(path)}; {CONVERT}"
         self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 

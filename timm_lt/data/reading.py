@@ -185,14 +185,19 @@ def open_image(source: str | bytes) -> Image.Image:
     try:
         return Image.open(source if isinstance(source, str) else io.BytesIO(source))
     except UnidentifiedImageError:
-        content = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
-        with content as file:
-            start = file.read(4)
+        start = _start_of(source)
         if not start:
             raise ValueError(EMPTY) from None
         if start in TIFF_STARTS:
             raise ValueError(ODD_TIFF) from None
         raise
+
+
+def _start_of(source: str | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:4]
+    with Path(source).open("rb") as file:
+        return file.read(4)
 
 
 def turned_upright(image: Image.Image) -> Image.Image:
@@ -222,11 +227,10 @@ def is_huge(size: tuple[int, int]) -> bool:
 
 def describe_huge(number: int, total: int, names: Sequence[str], split: str = "") -> str:
     """Returns what to say of images that Pillow would warn of one by one."""
-    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-    shown = shown_names(names)
+    limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
     return (
-        f"{number} of {total} {f'{split} ' if split else ''}images have more than {limit:.0f} million pixels, and were read all "
-        f"the same{f': {shown}' if shown else ''}"
+        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read all "
+        f"the same: {shown_names(names)}"
     )
 
 
