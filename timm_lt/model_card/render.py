@@ -98,7 +98,7 @@ def render_card(
 
 def _load_image(info: CheckpointInfo) -> str:
     background = "" if info.background == WHITE else f', background="{info.background}"'
-    return f'timm_lt.load_image("photo.jpg"{background})'
+    return f': timm_lt.load_image("photo.jpg"{background})'
 
 
 def _kept_backbone(recipe: str | None) -> str | None:
