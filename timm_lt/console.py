@@ -47,6 +47,14 @@ def ignore_pillow_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+@contextmanager
+def pillow_warnings_ignored() -> Iterator[None]:
+    """Ignores Pillow's warnings in a block or, as a decorator, in a function."""
+    with warnings.catch_warnings():
+        ignore_pillow_warnings()
+        yield
+
+
 def result_console() -> Console:
     """Returns a console for results on standard output; in a file there is room for wide tables."""
     found = Console()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
+from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.given import given_splits
 from timm_lt.data.sources import checked_source
@@ -65,6 +66,7 @@ class Rebalanced:
         return f"Rebalanced(head={self.head!r}, heads={[*self.heads]}, folder={place!r})"
 
 
+@pillow_warnings_ignored()
 def rebalance(
     model: nn.Module,
     dataset: "str | Path | Images | Mapping[str, Images]",

@@ -240,7 +240,7 @@ def damage_of(error: Exception) -> str:
         return "it is no image, or of no format that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).removesuffix(".") or type(error).__name__
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
