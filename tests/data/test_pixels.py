@@ -99,6 +99,10 @@ DEEP = {
         saved(Image.fromarray(np.rint(RAMP * 255)), "TIFF"),
         np.rint(RAMP * 255),
     ),
+    "fractions of levels.tif": (
+        saved(Image.fromarray(RAMP * np.float32(254.5)), "TIFF"),
+        np.rint(RAMP * np.float32(254.5)),
+    ),
     "deep levels as floats.tif": (
         saved(Image.fromarray(SIXTEEN.astype(np.float32)), "TIFF"),
         SIXTEEN // 256,
@@ -129,7 +133,7 @@ def test_grey_levels_are_scaled_by_the_range_of_their_type(tmp_path, name):
     [
         (RAMP - np.float32(0.5), r"its values go from -0\.5 to 0\.5"),
         (RAMP * np.float32(1.3), r"its values go from 0 to 1\.3"),
-        (RAMP * np.float32(254.5), r"from 0 to 254\.5"),
+        (RAMP * np.float32(15.5), r"from 0 to 15\.5"),
         (np.where(RAMP > 0.5, np.float32("nan"), RAMP), "NaN or infinite"),
         (np.where(RAMP > 0.5, np.float32("inf"), RAMP), "NaN or infinite"),
         ((RAMP * 70000).astype(np.int32), "from 0 to 70000"),

@@ -16,7 +16,7 @@ from timm_lt.registry import UsageError
 
 
 @dataclass
-class RGBImage(datasets.Image):
+class RGBImage(datasets.Image):  # type: ignore[misc]
     """A column of images that timm_lt decodes to RGB.
 
     Attributes:

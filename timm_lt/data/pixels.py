@@ -11,6 +11,8 @@ from timm_lt.registry import UsageError
 WHITE = "#ffffff"
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 REMEDY = "save it with 8 or 16 bits"
+# Below this, floats beyond 1 are not taken for levels of 8 bits.
+DARK = 16
 
 
 def check_background(background: object) -> str:
@@ -47,8 +49,8 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
 
     Grey levels of more than 8 bits are scaled to 8. The range is that of the file's type, such as
     0 to 65535 for 16 bits. Types without a usual range (integers and floats of 32 bits) are read
-    by their values: floats from 0 to 1 are multiplied by 255; whole numbers up to 255 are levels
-    of 8 bits and up to 65535 levels of 16 bits. No value is ever clipped.
+    by their values: floats from 0 to 1 are multiplied by 255; other values up to 255 are levels of
+    8 bits and up to 65535 levels of 16 bits. No value is ever clipped.
 
     Transparent pixels are composited onto the background.
 
@@ -57,7 +59,8 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
         background: As returned by :func:`check_background`.
 
     Raises:
-        ValueError: If values are negative, not finite, or in none of these ranges.
+        ValueError: If values are negative, not finite, or in none of these ranges; also if they are
+            floats beyond 1 and below 16, which could be either.
     """
     _scale_transparency(image)
     image.load()
@@ -110,7 +113,7 @@ def _integer_levels(image: Image.Image) -> NDArray[Any]:
     if image.mode != "I" or image.format in ("PPM", "PNG"):
         bits = 12 if bits == 12 else 16
     if bits == 32:
-        return _whole_levels(values)
+        return _levels_by_value(values)
     if values.min() < 0:
         raise _out_of_range(values)
     # Pillow inverts this of 8 bits, but not of more.
@@ -119,27 +122,28 @@ def _integer_levels(image: Image.Image) -> NDArray[Any]:
 
 
 def _float_levels(image: Image.Image) -> NDArray[Any]:
-    values = np.asarray(image)
+    values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"it has values that are NaN or infinite; replace them and {REMEDY}")
-    levels = np.rint(values.astype(np.float64) * 255)
+    levels = np.rint(values * 255)
     if levels.min() >= 0 and levels.max() <= 255:
         return levels
-    if (values != np.rint(values)).any():
+    if values.max() < DARK:
+        # Fractions beyond 1, or nearly black: reading them as either could lose all of it.
         raise _out_of_range(values)
-    return _whole_levels(values.astype(np.int64, casting="unsafe"))
+    return _levels_by_value(values)
 
 
-def _whole_levels(values: NDArray[Any]) -> NDArray[Any]:
+def _levels_by_value(values: NDArray[Any]) -> NDArray[Any]:
     if values.min() < 0 or values.max() > 65535:
         raise _out_of_range(values)
-    return values if values.max() <= 255 else values >> 8
+    return np.rint(values) if values.max() <= 255 else values // 256
 
 
 def _out_of_range(values: NDArray[Any]) -> ValueError:
     return ValueError(
-        f"its values go from {values.min():g} to {values.max():g}, and none of the ranges that can "
-        f"be read (floats 0 to 1, whole numbers 0 to 255 or 0 to 65535) contains them; {REMEDY}"
+        f"its values go from {values.min():g} to {values.max():g}, which is none of the ranges "
+        f"that can be read (0 to 1 of floats, 0 to 255, 0 to 65535); {REMEDY}"
     )
 
 

@@ -155,7 +155,7 @@ def decode_image(
                 turn = turn_of(image)
                 return rgb if turn is None else rgb.transpose(turn)
         encoded = ImageColumn().decode_example(encoded)
-    if encoded is None:
+    if not isinstance(encoded, Image.Image):
         raise ValueError("there is no image")
     with pillow_errors():
         return _in_mode(to_rgb(encoded, background), mode)
