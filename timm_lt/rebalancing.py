@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
+from timm_lt.checkpoint import BACKGROUND, GIVEN_DATA, GIVEN_MODEL
 from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.given import given_splits
@@ -181,6 +181,7 @@ def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
     best = str(record["head"])
     del heads[AUTO], reports[AUTO]
     model = set_head(run.model, copy.deepcopy(heads[best]))
+    model.__dict__[BACKGROUND] = run.splits.background
     return Rebalanced(model.eval(), best, heads, reports, recommend(reports, record), folder)
 
 
