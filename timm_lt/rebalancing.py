@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.given import given_splits
+from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
@@ -201,7 +201,10 @@ def _find_data(dataset: object, options: dict[str, Any]) -> tuple[DataRecipe, Sp
             raise UsageError(
                 f"options ({', '.join(options)}) are for a folder: give data sets as they are to be"
             )
-        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(given_splits(dataset))
+        datasets = given_splits(dataset)
+        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(
+            datasets, root=folder_of(dataset)
+        )
     root = str(dataset)
     if "root" in options:
         raise UsageError("options: root is the folder itself; leave it out")

@@ -34,9 +34,11 @@ def hold_out(
         labels: Integer labels, one per image.
         fraction: In (0, 1).
         seed: A non-negative integer.
-        keys: What each image is known by, (N,), such as its path. Which images are held out then
-            hangs on them and not on the rows: another image in a class moves about one other, and
-            none of another class. None takes the rows.
+        keys: A key for each image, (N,), such as its path. Which images are held out then depends
+            on the keys and not on the rows: another image in a class moves at most one other, and
+            none of another class. Validation and test are taken from the two ends of one order, so
+            that an image that is moved out of one does not move one out of the other. None takes
+            the rows.
         purpose: What the images are held out for, for messages.
         names: Class names, (C,), for messages.
 
@@ -68,6 +70,7 @@ def hold_out(
         raise UsageError(f"keys must be one per image: {len(keys)} keys, {len(values)} labels")
     else:
         order = _order_of_keys(keys, seed)
+        order = order if purpose == "test" else order.flip(0)
     # By class, in random order within it.
     order = order[values[order].sort(stable=True).indices]
     place = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -51,6 +52,7 @@ class Splits:
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         protocol: SelectionProtocol = "standard",
+        root: str | Path | None = None,
     ) -> "Splits":
         """Checks three data sets and counts their classes.
 
@@ -63,6 +65,8 @@ class Splits:
             test_fraction: The part for the test, of each class, in (0, 1).
             protocol: With ``"paper"``, validation is the test split, whatever else there is, and
                 nothing is held out.
+            root: Folder of the image files, if it is known: which ones are held out depends on
+                their paths below it.
 
         Raises:
             UsageError: If a split is a stream or empty, none is for training, a class has too few
@@ -79,7 +83,7 @@ class Splits:
         elif len(datasets.get("train", ())) and protocol == "standard":
             val_source = "val" if "val" in datasets else "train"
             with problems.collected("train split: "):
-                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction})
+                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction}, root)
         labels: dict[str, Tensor] = {}
         for split in get_args(Split):
             if split not in datasets and problems.found:
@@ -152,7 +156,7 @@ class Splits:
 
 
 def _held_out(
-    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float]
+    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float], root: str | Path | None
 ) -> dict[str, Dataset]:
     """Returns the splits with those that are missing, each taken out of what is left of train."""
     found, names = dict(datasets), label_names(datasets["train"])
@@ -165,7 +169,7 @@ def _held_out(
         train, held = hold_out(
             label_tensor(whole),
             fraction,
-            keys=image_keys(whole),
+            keys=image_keys(whole, root),
             purpose="test" if split == "test" else "validation",
             names=names,
         )
@@ -233,4 +237,4 @@ def create_splits(
     """
     check_protocol(name, protocol)
     datasets = find_splits(name, root=root, **options)
-    return Splits.from_datasets(datasets, val_fraction=val_fraction, protocol=protocol)
+    return Splits.from_datasets(datasets, val_fraction=val_fraction, protocol=protocol, root=root)

@@ -8,6 +8,7 @@ from timm_lt.console import log
 from timm_lt.data.folder.directories import ImageFolder, read_folder
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, suffix
 from timm_lt.data.holdout import hold_out
+from timm_lt.data.identity import path_keys
 from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.reading import shown_path
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
@@ -69,7 +70,7 @@ def folder(
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
         paths, labels = files["train"]
-        keys = [path.removeprefix(f"{images.root}/") for path in paths]
+        keys = path_keys(paths, images.root)
         train, test = hold_out(
             labels, test_fraction, seed=seed, keys=keys, purpose="test", names=images.names
         )

@@ -14,6 +14,7 @@ from timm_lt.data.hub.columns import find_image_column, find_label_column
 from timm_lt.data.hub.labels import UNLABELLED, read_labels
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
+from timm_lt.data.identity import image_keys
 from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.readable import note_damaged
 from timm_lt.data.reading import is_remote
@@ -252,7 +253,11 @@ def _dealt(
     if names["test"] == names["train"]:
         whole = splits["train"]
         kept, dealt = hold_out(
-            label_tensor(whole), test_fraction, purpose="test", names=label_names(whole)
+            label_tensor(whole),
+            test_fraction,
+            keys=image_keys(whole),
+            purpose="test",
+            names=label_names(whole),
         )
         splits |= {"train": whole.select(kept), "test": whole.select(dealt)}
     return splits
