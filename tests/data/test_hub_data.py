@@ -182,6 +182,12 @@ def test_files_without_a_split_in_their_name_are_train(local):
     assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(6)]
 
 
+def test_copies_of_the_system_are_no_tables(local):
+    files = {f"{p}train.parquet": b"no table" for p in ("._", "@eaDir/", "__MACOSX/")}
+    found = local({"train.parquet": table([0] * 5 + [1] * 5)} | files)
+    assert len(found["train"]) + len(found["test"]) == 10
+
+
 def test_a_subfolder_is_a_config(local):
     files = {f"{name}/train.parquet": table([0, 0, 1, 1]) for name in ("a", "b")}
     with pytest.raises(UsageError, match="has several configs: a, b; say which"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from timm_lt.data.folder.files import visible_files
 from timm_lt.data.sources import SPLIT_WORDS
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, shown_names, unknown_name
@@ -120,7 +121,7 @@ def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
         UsageError: If there are none, or several subfolders have a data set of their own.
     """
     for kind in FORMATS:
-        if files := sorted(root.rglob(f"*.{kind}")):
+        if files := visible_files(root, f"*.{kind}"):
             break
     else:
         shown = shown_names(sorted(path.name for path in root.iterdir())) or "nothing"
