@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from timm_lt.cli.predict import image_files
 from timm_lt.data import create_dataset, create_splits
+from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
@@ -320,8 +320,10 @@ def test_thumbnails_and_sidecars_are_no_images_and_no_classes(three):
             PICTURE.save(three / place / name, "png")
     found = find_splits("folder", root=three)
     assert {split: paths(rows) for split, rows in found.items()} == expected
-    # The images of a folder that predict takes.
-    assert image_files([str(three)]) == sorted(sum(expected.values(), []))
+    # What predict lists.
+    listed = find_images(str(three))
+    assert sorted(listed.images) == sorted(path for part in expected.values() for path in part)
+    assert not listed.others
 
 
 def test_other_files_can_be_skipped_and_are_counted(three, caplog):
