@@ -267,6 +267,26 @@ def test_a_test_split_is_dealt_out_of_each_class(local):
     assert values(local({}, test_fraction=0.4)["test"]) == values(found["test"])
 
 
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_small_classes_are_left_out_of_every_split(local, names):
+    files = {"train.parquet": table([0, 2, 2, 2, 0, 0, 1], names)}
+    files |= {"test.parquet": table([2, 1, 0], names, first=7)}
+    found = local(files, min_images=2)
+    expected = ["daisy", "tulip"] if names else ["0", "2"]
+    assert found["train"].features["label"].names == expected
+    assert found["train"]["label"][:] == [0, 1, 1, 1, 0, 0]
+    assert values(found["train"]) == [[i] * 3 for i in range(6)]
+    assert (found["test"]["label"][:], values(found["test"])) == ([1, 0], [[7] * 3, [9] * 3])
+    with pytest.raises(UsageError, match="no class has 9 images"):
+        local({}, min_images=9)
+
+
+def test_columns_that_are_not_used_are_named_once(local, caplog):
+    rows = table([0] * 5 + [1] * 5).add_column("photographer", ["me"] * 10)
+    local({"train.parquet": rows, "test.parquet": rows})
+    assert caplog.text.count("columns that are not used: photographer") == 1
+
+
 def test_a_class_of_one_image_cannot_be_dealt_out(local):
     with pytest.raises(UsageError, match=r"held out for test: 2 \(tulip\); give a test"):
         local({"train.parquet": table([0, 0, 1, 1, 2])})
