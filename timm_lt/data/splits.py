@@ -14,7 +14,7 @@ from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.identity import image_keys
-from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
+from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor, relabelled
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
 from timm_lt.data.stored import StoredImages
@@ -117,6 +117,25 @@ class Splits:
     def num_classes(self) -> int:
         """Number of classes C."""
         return len(self.class_counts)
+
+    def in_order(self, names: list[str]) -> "Splits":
+        """Returns the same images with the classes in another order.
+
+        Args:
+            names: The class names in that order, (C,).
+        """
+        if names == self.label_names:
+            return self
+        assert self.label_names is not None
+        place = {name: label for label, name in enumerate(names)}
+        places = torch.tensor([place[name] for name in self.label_names])
+        labels = {split: places[values] for split, values in self.labels.items()}
+        datasets = {
+            split: relabelled(self.datasets[split], values.numpy(), names)
+            for split, values in labels.items()
+        }
+        counts = self.class_counts[places.argsort()]
+        return Splits(datasets, labels, counts, names, self.val_source)
 
     def images(
         self,
