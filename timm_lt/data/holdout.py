@@ -11,6 +11,7 @@ from torch import Tensor
 
 from timm_lt.console import log
 from timm_lt.data.reading import shown_path
+from timm_lt.data.sources import Split
 from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError, check_integer, check_number, shown_names
 
@@ -119,8 +120,8 @@ def small_classes(counts: Mapping[str, int], min_images: int | None) -> set[str]
 
 
 def leave_out_small(
-    labels: Mapping[str, NDArray[np.int64]], names: Sequence[str] | None, min_images: int | None
-) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]], list[str] | None]:
+    labels: Mapping[Split, NDArray[np.int64]], names: Sequence[str] | None, min_images: int | None
+) -> tuple[dict[Split, NDArray[np.int64]], dict[Split, NDArray[np.int64]], list[str] | None]:
     """Leaves out the classes that have too few training images, and numbers the others anew.
 
     Args:

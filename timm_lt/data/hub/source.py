@@ -119,7 +119,7 @@ def hub(
     if not problems.found:
         with problems.collected():
             found = _without_small(found, names, min_images)
-            splits = _dealt(found, names, test_fraction)
+            splits = _dealt(found, names, test_fraction, root)
     if problems.found:
         _note_damaged(problems, found)
     problems.check()
@@ -267,7 +267,10 @@ def _is_lost(path: str | None) -> bool:
 
 
 def _dealt(
-    found: "Mapping[str, Dataset]", names: Mapping[Split, str], test_fraction: float
+    found: "Mapping[str, Dataset]",
+    names: Mapping[Split, str],
+    test_fraction: float,
+    root: str | Path | None,
 ) -> "dict[Split, Dataset]":
     """Returns the splits by what they are for; a test split that there is none of is dealt out."""
     splits = {split: found[name] for split, name in names.items()}
@@ -276,7 +279,7 @@ def _dealt(
         kept, dealt = hold_out(
             label_tensor(whole),
             test_fraction,
-            keys=image_keys(whole),
+            keys=image_keys(whole, root),
             purpose="test",
             names=label_names(whole),
         )

@@ -98,17 +98,13 @@ def listed(
     note_overlaps(problems, {split: tidy(paths) for split, paths in files.items()})
     for split, paths in files.items():
         note_repeats(problems, split, tidy(paths), lists[split].labels)
-    names, labels = None, {split: found.labels for split, found in lists.items()}
+    names = None
+    labels = {split: found.labels for split, found in lists.items()}
     with problems.collected():
         names = None if label_names is None else _read_names(located(label_names, folder))
     if "train" in lists:
-        names, labels = _numbered(problems, lists, names)
-        if not problems.found:
-            with problems.collected():
-                if label_names is None and names:
-                    labels, names = _with_images(labels, names)
-                rows, labels, names = leave_out_small(labels, names, min_images)
-                files = {split: paths.take(rows[split]) for split, paths in files.items()}
+        rows, labels, names = _classes(problems, lists, names, min_images)
+        files = {split: paths.take(rows[split]) for split, paths in files.items() if split in rows}
         # Without small classes there are as many as are left, whatever the lists say.
         said = [found.num_classes or 0 for found in lists.values()] if min_images is None else []
         missing = sum(path is None and split not in lists for split, path in given.items())
@@ -176,10 +172,27 @@ def _read_names(path: Path) -> list[str]:
     return names
 
 
+def _classes(
+    problems: Problems,
+    lists: Mapping[Split, ImageList],
+    given_names: list[str] | None,
+    min_images: int | None,
+) -> tuple[dict[Split, Labels], dict[Split, Labels], list[str] | None]:
+    """Returns the rows of the lists that stay, their labels, and the class names."""
+    labels, names = _numbered(problems, lists, given_names)
+    rows = {split: np.arange(len(found.labels)) for split, found in lists.items()}
+    if labels.keys() == lists.keys():
+        with problems.collected():
+            if given_names is None and names:
+                labels, names = _with_images(labels, names)
+            rows, labels, names = leave_out_small(labels, names, min_images)
+    return rows, labels, names
+
+
 def _numbered(
     problems: Problems, lists: Mapping[Split, ImageList], names: list[str] | None
-) -> tuple[list[str] | None, dict[Split, Labels]]:
-    """Returns the class names, and the labels of all lists in their order."""
+) -> tuple[dict[Split, Labels], list[str] | None]:
+    """Returns the labels of all lists, and the class names in their order."""
     owner = "label_names"
     if names is None:
         names, owner = lists["train"].names, "train"
@@ -216,7 +229,7 @@ def _numbered(
             continue
         ranks = np.array([places.get(name, -1) for name in found.names], np.int64)
         labels[split] = ranks[found.labels]
-    return names, labels
+    return labels, names
 
 
 def _with_images(
