@@ -149,13 +149,13 @@ def _categories(
                     f"{path}: category_id {number!r} is not a non-negative integer, and there are "
                     "no categories that name it"
                 )
-        return {number: number for number in ids}, None
+        return {number: int(number) for number in ids}, None
     entries = _entries(path, content, "categories")
     ids = _ids(path, entries, "id", "categories")
     _unique(path, ids, "categories")
     names = dict(zip(ids, _values(path, entries, "name", "categories", str), strict=True))
     if len({*names.values()}) < len(names):
-        first: dict[str, int] = {}
+        first: dict[str, Id] = {}
         twice = [name for number, name in names.items() if first.setdefault(name, number) != number]
         raise UsageError(f"{path}: several categories are named {shown_names(twice)}")
     ids = sorted(ids, key=lambda number: (isinstance(number, str), number))

@@ -33,14 +33,15 @@ def read_splits(path: Path, values: "Sequence[str] | pa.Array") -> NDArray[np.st
             f"{shown_names(unknown)}; expected {', '.join(SPLIT_WORDS)}"
         )
     splits = np.array([SPLIT_WORDS[word.strip().lower()] for word in words], np.str_)
-    return splits[coded.indices.to_numpy()]
+    found: NDArray[np.str_] = splits[coded.indices.to_numpy()]
+    return found
 
 
-def note_unused(path: Path, names: Sequence[str]) -> None:
-    """Logs which columns of a list are not used."""
+def note_unused(owner: str | Path, names: Sequence[str]) -> None:
+    """Logs which columns of a list or table are not used."""
     if names:
         log.warning(
             "%s: columns that are not used: %s",
-            path,
+            owner,
             shown_names([name or "''" for name in names], 8),
         )
