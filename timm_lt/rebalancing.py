@@ -11,16 +11,18 @@ from torch import nn
 
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.given import given_splits
+from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
+from timm_lt.recipe.class_order import in_order_of_weights
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
 from timm_lt.recipe.images import TIMM
 from timm_lt.recipe.run import given_run
+from timm_lt.recipe.schema import ClassOrder
 from timm_lt.recommendation import JOINT, recommend
 from timm_lt.registry import UsageError, check_mapping
 from timm_lt.run_folder import REPORT
@@ -71,6 +73,7 @@ def rebalance(
     *,
     options: Mapping[str, Any] | None = None,
     heads: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] = DEFAULT_HEADS,
+    class_order: ClassOrder | None = None,
     fresh_classifier: bool = False,
     objective: Objective | None = None,
     output: str | Path | None = None,
@@ -99,6 +102,9 @@ def rebalance(
             folder only.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear`` is
             always among them, for the others are compared with it.
+        class_order: How the classes are numbered in a model without class names, ``"timm"``
+            (folders 1, 2, 10) or ``"sorted"`` (1, 10, 2), as torchvision; None finds it out on
+            training images where the two differ. Classes of the results have the model's order.
         fresh_classifier: Fits the linear classifier anew, even if the model has one of as many
             classes, such as one of other data.
         objective: What validation chooses by, see :func:`timm_lt.fit_head`; None is ``"all"``, or
@@ -127,7 +133,10 @@ def rebalance(
     recipe = Recipe(
         data=data,
         model=ModelRecipe(
-            name=_architecture(model), checkpoint=GIVEN_MODEL, fresh_classifier=fresh_classifier
+            name=_architecture(model),
+            checkpoint=GIVEN_MODEL,
+            class_order=class_order,
+            fresh_classifier=fresh_classifier,
         ),
         epochs=0,
         features=FeaturesRecipe(cache_dir=None if cache_dir is None else str(cache_dir)),
@@ -141,6 +150,14 @@ def rebalance(
     copied = _without_origin(copy.deepcopy(model)).eval()
     # First, for a model without a classifier is refused there.
     joint = _is_for(copied, splits) and not fresh_classifier
+    if joint:
+        splits = in_order_of_weights(
+            splits,
+            copied,
+            name="the model",
+            label_names=_label_names(copied),
+            class_order=class_order,
+        )
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
@@ -201,7 +218,10 @@ def _find_data(dataset: object, options: dict[str, Any]) -> tuple[DataRecipe, Sp
             raise UsageError(
                 f"options ({', '.join(options)}) are for a folder: give data sets as they are to be"
             )
-        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(given_splits(dataset))
+        datasets = given_splits(dataset)
+        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(
+            datasets, root=folder_of(dataset)
+        )
     root = str(dataset)
     if "root" in options:
         raise UsageError("options: root is the folder itself; leave it out")
@@ -225,12 +245,13 @@ def _without_origin(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_for(model: nn.Module, splits: Splits) -> bool:
-    """Tells whether a model's classifier is for as many classes, of the same names if it has any.
+def _label_names(model: nn.Module) -> list[str]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return [*(config.get("label_names") or ())]
 
-    A classifier without names is taken to be for the classes in their order.
-    """
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    theirs = splits.label_names or ()
-    same = not (own and theirs) or [*own] == [*theirs]
+
+def _is_for(model: nn.Module, splits: Splits) -> bool:
+    """Returns whether a model's classifier is for as many classes, of the same names if known."""
+    own, theirs = _label_names(model), splits.label_names
+    same = not (own and theirs) or sorted(own) == sorted(theirs)
     return same and get_head(model).out_features == splits.num_classes

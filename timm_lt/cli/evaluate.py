@@ -20,6 +20,7 @@ from timm_lt.cli.common import (
 from timm_lt.cli.model_argument import (
     DATA_HELP,
     MODEL_HELP,
+    add_class_order,
     add_data_options,
     data_of_run,
     find_data,
@@ -41,6 +42,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.recipe.class_order import in_order_of_weights
 from timm_lt.recipe.images import TIMM, create_images
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
@@ -72,6 +74,7 @@ def add_parser(commands: Commands) -> None:
         "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all unless given"
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_class_order(evaluate)
     add_data_options(evaluate)
     evaluate.add_argument(
         "--split",
@@ -117,6 +120,18 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         for name in names
     }
     _check_classes(models, splits, arguments.model)
+    first = next(iter(models.values()))
+    splits = in_order_of_weights(
+        splits,
+        first,
+        name=arguments.model,
+        checkpoint=arguments.checkpoint,
+        label_names=None if arguments.checkpoint else _label_names(first),
+        class_order=arguments.class_order,
+        image_size=arguments.image_size,
+    )
+    for model in models.values():
+        _check_names(model, splits, arguments.model)
     reports, images = _evaluate(models, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
@@ -165,20 +180,21 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
                 f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
                 "fit heads for them with timm-lt heads"
             )
-        _check_names(model, splits, name)
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return [*(config.get("label_names") or ())]
 
 
 def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
     """Checks that the classes mean the same, where both have names for them."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    theirs = splits.label_names or ()
+    own, theirs = _label_names(model), splits.label_names or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
     if not differing:
         return
     there, here = differing[0]
     found = f"class {own.index(there)} is {there!r} in {name} and {here!r} in the data"
-    if sorted(own) == sorted(theirs):
-        raise UsageError(f"the same classes, in another order: {found}")
     log.warning("%s: figures are right only if such classes mean the same", found)
 
 

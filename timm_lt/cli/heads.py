@@ -10,6 +10,7 @@ from timm_lt.cli.model_argument import (
     DATA_HELP,
     HUB_PREFIX,
     MODEL_HELP,
+    add_class_order,
     add_data_options,
     check_no_file,
     find_data,
@@ -44,6 +45,7 @@ def add_parser(commands: Commands) -> None:
     heads.add_argument(
         "--checkpoint", metavar="FILE", help="weights of a training of yours, for these classes"
     )
+    add_class_order(heads)
     heads.add_argument(
         "--heads",
         nargs="+",
@@ -96,6 +98,7 @@ def fit_heads(arguments: argparse.Namespace) -> None:
             name=model_name(arguments.model),
             pretrained=arguments.checkpoint is None,
             checkpoint=arguments.checkpoint,
+            class_order=arguments.class_order,
             fresh_classifier=arguments.fresh_classifier,
         ),
         epochs=0,

@@ -3,7 +3,7 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 from torch import nn
@@ -14,6 +14,7 @@ from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
 from timm_lt.model import LOCAL_DIR, classes_of_file, create_model, load_weights_file
 from timm_lt.recipe import DataRecipe, load_recipe
+from timm_lt.recipe.schema import ClassOrder
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
 
@@ -37,6 +38,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="option of the data set, e.g. test_fraction=0.3; may be repeated",
+    )
+
+
+def add_class_order(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--class-order``."""
+    parser.add_argument(
+        "--class-order",
+        choices=get_args(ClassOrder),
+        help="how weights without class names number the classes: timm (1, 2, 10) or sorted (1, "
+        "10, 2); found out on training images unless given",
     )
 
 

@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 import torch
@@ -22,6 +22,8 @@ from timm_lt.console import log, one_line, result_console
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import DAMAGE, damage_of, decode_image
 from timm_lt.files import write_atomic
+from timm_lt.recipe.class_order import class_orders
+from timm_lt.recipe.schema import ClassOrder
 from timm_lt.registry import UsageError, check_integer, shown_names
 
 BATCH_SIZE = 32
@@ -62,6 +64,12 @@ def add_parser(commands: Commands) -> None:
         "that have no names, whose classes are numbers otherwise",
     )
     predict.add_argument(
+        "--class-order",
+        choices=get_args(ClassOrder),
+        help="order of the names in the weights, if it is not that of the file: timm (1, 2, 10) or "
+        "sorted (1, 10, 2)",
+    )
+    predict.add_argument(
         "--top",
         type=int,
         default=3,
@@ -98,6 +106,7 @@ def predict_images(arguments: argparse.Namespace) -> None:
         arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
     )
     names = None if arguments.names is None else read_names(arguments.names, model)
+    names = names_in_order(names, arguments.class_order)
     found = list(
         predictions(model, paths, names=names, top=arguments.top, workers=arguments.workers)
     )
@@ -198,6 +207,32 @@ def read_names(path: Path, model: nn.Module) -> list[str]:
         )
     if "" in names:
         raise UsageError(f"--names {path} has no name in line {names.index('') + 1}")
+    return names
+
+
+def names_in_order(names: list[str] | None, class_order: ClassOrder | None) -> list[str] | None:
+    """Returns class names in the order that the weights have.
+
+    Args:
+        names: The names as they were given, if they were.
+        class_order: That order; None is the order of the names, and a warning if timm's differs.
+
+    Raises:
+        UsageError: If there is an order and no names.
+    """
+    if names is None:
+        if class_order is not None:
+            raise UsageError("--class-order is for the names of --names; remove it, or give these")
+        return None
+    orders = class_orders(names)
+    if class_order is not None:
+        return orders[class_order]
+    if names == orders["sorted"] != orders["timm"]:
+        log.warning(
+            "the names are sorted, and the weights must have the same order; if they number the "
+            "classes as timm does, say --class-order timm (%s)",
+            shown_names(orders["timm"]),
+        )
     return names
 
 

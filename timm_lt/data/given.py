@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_lt.data.columns import check_random_access, image_column, label_column
-from timm_lt.data.folder.directories import SPLIT_WORDS
 from timm_lt.data.images import MAX_BYTES
 from timm_lt.data.reading import turned_upright
-from timm_lt.data.sources import dataset_from_files
+from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError, unknown_name
 
@@ -167,3 +166,22 @@ def _checked_pair(
         return image, label
     # A copy has lost the format of its file, which may be one that loses something.
     return turned_upright(image).copy(), label
+
+
+def folder_of(data: object) -> str | None:
+    """Returns the folder of the training images of data that :func:`given_splits` takes.
+
+    Args:
+        data: The data.
+
+    Returns:
+        The attribute ``root`` of a data set of torchvision, or of the reader of one of timm.
+    """
+    if isinstance(data, Mapping):
+        data = next(
+            (p for n, p in data.items() if SPLIT_WORDS.get(str(n).lower()) == "train"), None
+        )
+    while isinstance(data, Subset):
+        data = data.dataset
+    root = getattr(getattr(data, "reader", data), "root", None)
+    return str(root) if isinstance(root, str | Path) else None

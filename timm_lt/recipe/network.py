@@ -78,7 +78,7 @@ def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict
 def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
     """Returns whether the classifier of a model with weights is one for the classes of the data.
 
-    It has as many, and where both have names of the classes, they are the same.
+    It has as many, and where both have names of the classes, they are the same in any order.
     """
     if recipe.model.fresh_classifier:
         return False
@@ -86,7 +86,7 @@ def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
         return _file_has_classifier(recipe.model, model, splits.num_classes)
     config = getattr(model, "pretrained_cfg", None) or {}
     known, names = config.get("label_names"), splits.label_names
-    same = not (known and names) or list(known) == list(names)
+    same = not (known and names) or sorted(known) == sorted(names)
     return config.get("num_classes") == splits.num_classes and same
 
 

@@ -12,6 +12,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.losses import create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
+from timm_lt.recipe.class_order import order_classes
 from timm_lt.recipe.images import checked_images
 from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -39,15 +40,19 @@ class Trainer:
 
 def create_parts(
     recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[Trainer | None, nn.Module, dict[Split, Images]]:
-    """Creates what trains, model and images; what is wrong with the data is reported together."""
+) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
+    """Creates what trains, model and images; what is wrong with the data is reported together.
+
+    The splits are returned with the classes in the order of the classifier that the model keeps.
+    """
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
     with problems.collected():
         check_heads_of_data(recipe, splits)
-    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     model = create_network(recipe, splits.num_classes)
+    splits = order_classes(recipe, splits, model.to(accelerator.device))
+    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     batch = recipe.batch_size // (
         accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
@@ -59,7 +64,7 @@ def create_parts(
         check_model(model, images["val"])
     else:
         check_network(recipe, model, images["val"], batch=batch)
-    return trainer, model, images
+    return trainer, model, splits, images
 
 
 def _create_trainer(

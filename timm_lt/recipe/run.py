@@ -136,7 +136,7 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
-        trainer, model, images = create_parts(recipe, splits, accelerator, options)
+        trainer, model, splits, images = create_parts(recipe, splits, accelerator, options)
         plans = {
             head: plan_head_on_images(
                 head_kind(recipe, head), model, images["train"], accelerator, **given

@@ -11,6 +11,9 @@ from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 
+# The order of class directories in timm's ReaderImageFolder, and in torchvision's ImageFolder.
+ClassOrder = Literal["timm", "sorted"]
+
 
 @dataclass(frozen=True)
 class DataRecipe:
@@ -68,6 +71,9 @@ class ModelRecipe:
         checkpoint: File with weights for this architecture, as some training left it, such as
             timm's train.py: .safetensors, or a pickle, of which nothing but tensors is read. Its
             classifier is taken if it is one for as many classes.
+        class_order: How classes are numbered in weights without class names, timm (folders 1, 2,
+            10) or sorted (1, 10, 2), as torchvision; null finds it out on training images where the
+            two differ.
         fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
             backbone alone.
         trained: Modules that the representation stage trains beside the classifier, e.g.
@@ -82,6 +88,7 @@ class ModelRecipe:
     name: str = "lt_test_resnet"
     pretrained: bool = False
     checkpoint: str | None = None
+    class_order: ClassOrder | None = None
     fresh_classifier: bool = False
     trained: list[str] | None = None
     bn: Literal["frozen", "shift"] = "frozen"
