@@ -35,10 +35,10 @@ from timm_lt.checkpoint import (
 from timm_lt.heads import (
     HEADS,
     Head,
+    check_head_options,
     classifier_name,
     get_heads,
     head_option_names,
-    set_absent_head,
     set_head,
 )
 from timm_lt.hub_errors import hub_errors
@@ -50,7 +50,7 @@ LOCAL_DIR = "local-dir:"
 
 
 def create_model(
-    name: str,
+    name: str | Path,
     pretrained: bool | None = None,
     *,
     head: str | None = None,
@@ -63,12 +63,13 @@ def create_model(
     the cache is not downloaded again, and with ``HF_HUB_OFFLINE=1`` nothing is. No pickle is read.
 
     Args:
-        name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` with a
-            decoupled checkpoint or one of timm's, or ``"hf-hub:NAMESPACE/NAME"`` with the same,
-            ``@REVISION`` behind it for a branch, tag or commit.
+        name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
+            folder) with a decoupled checkpoint or one of timm's, or ``"hf-hub:NAMESPACE/NAME"``
+            with the same, ``@REVISION`` behind it for a branch, tag or commit.
         pretrained: Load weights; None means yes for a checkpoint and no otherwise.
         head: One of :func:`timm_lt.list_heads`, or the name of a head of the checkpoint; None
-            leaves the joint classifier.
+            leaves the joint classifier. With ``features_only=True`` there is no classifier, and the
+            head is only checked.
         token: For ``hf-hub:``, as everywhere on the Hub: None takes the one that is logged in or
             set as ``HF_TOKEN``.
         **options: Options of the head (they take the place of stored ones), and anything that
@@ -79,12 +80,13 @@ def create_model(
 
     Raises:
         UsageError: For an unknown architecture or head, one without pretrained weights, a wrong
-            option, a checkpoint that is not whole or not what it says, or a repo that cannot be
-            read.
+            option, a head on a model with ``num_classes=0``, a checkpoint that is not whole or not
+            what it says, or a repo that cannot be read.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
     """
+    name = _name_of_folder(name)
     source, place = _parse_name(name)
     if source == "hf-hub":
         repo = Repo.parse(place, cache_dir=options.get("cache_dir"), token=token)
@@ -105,9 +107,10 @@ def create_model(
                 return timm.create_model(name, pretrained=pretrained, head=head, **options)
         ours, theirs = split_options(head, options)
         model = timm.create_model(name, pretrained=pretrained, **theirs)
-        headless = theirs.get("num_classes") == 0 and hasattr(model, "get_classifier")
-        absent = theirs.get("features_only") or headless
-        return (set_absent_head if absent else set_head)(model, head, **ours)
+        if theirs.get("features_only"):
+            check_head_options(head, ours)
+            return model
+        return set_head(model, head, **ours)
 
 
 def load_weights_file(
@@ -169,14 +172,29 @@ def _read_weights(path: Path, model: nn.Module) -> Weights:
     return weights
 
 
+def _name_of_folder(name: str | Path) -> str:
+    """Returns ``local-dir:FOLDER`` for a folder with a checkpoint, and any other name as it is.
+
+    Raises:
+        UsageError: If it is a folder without a checkpoint, or a path at which there is none.
+    """
+    if isinstance(name, str) and (":" in name or timm.models.is_model(name.partition(".")[0])):
+        return name
+    folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file():
+        return f"{LOCAL_DIR}{folder}"
+    if folder.is_dir():
+        raise UsageError(f"the folder {name} has no {CONFIG}: it is not a checkpoint of timm")
+    if isinstance(name, Path) or name.startswith(("./", "../", "/", "~")):
+        raise UsageError(f"there is no folder {name}")
+    return name
+
+
 def _parse_name(name: str) -> tuple[str | None, str]:
     try:
         return parse_model_name(name)
     except ValueError as error:
-        hint = (
-            f"; the checkpoint in that folder is {LOCAL_DIR}{name}" if Path(name).is_dir() else ""
-        )
-        raise UsageError(f"{error}{hint}") from error
+        raise UsageError(str(error)) from error
 
 
 @contextmanager
@@ -217,8 +235,6 @@ def _check_architecture(name: str) -> None:
     if not timm.models.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f"; close to it are {', '.join(close)}" if close else ""
-        if Path(name).is_dir():
-            hint = f"; the checkpoint in that folder is {LOCAL_DIR}{name}"
         raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
