@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from timm_lt.heads import (
     HEADS,
     Head,
     check_head_options,
-    classifier_name,
     get_heads,
     head_option_names,
     set_head,
@@ -44,7 +42,6 @@ from timm_lt.heads import (
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
-from timm_lt.third_party import Weights, check_weights, read_weights
 
 LOCAL_DIR = "local-dir:"
 
@@ -111,65 +108,6 @@ def create_model(
             check_head_options(head, ours)
             return model
         return set_head(model, head, **ours)
-
-
-def load_weights_file(
-    model: nn.Module, path: str | Path, name: str, *, classifier: bool = True
-) -> None:
-    """Gives a model the weights that a training left in a file, such as timm's ``train.py``.
-
-    Args:
-        model: A timm model with one classifier; it is changed in place.
-        path: A file of safetensors, or a pickle, of which nothing but tensors is read.
-        name: What the model is called in messages.
-        classifier: Whether the classifier's weights are taken too; without them it stays as it is.
-
-    Raises:
-        UsageError: If there is no such file, it is no checkpoint, or it is one of another model or,
-            with its classifier, of another number of classes.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UsageError(f"checkpoint: there is no file {path}")
-    weights = _read_weights(path, model)
-    if weights.scale is not None:
-        raise UsageError(
-            f"{path} has the scales of an lws head, not a joint classifier: make a checkpoint of "
-            "it with timm-lt convert"
-        )
-    expected, place = model.state_dict(), classifier_name(model)
-    if not classifier:
-        prefix = f"{place}."
-        kept = {key: value for key, value in weights.tensors.items() if not key.startswith(prefix)}
-        own = {key: value for key, value in expected.items() if key.startswith(prefix)}
-        weights = replace(weights, tensors=kept | own)
-    check_weights(weights, expected, str(path), name, place)
-    model.load_state_dict(weights.tensors)
-
-
-def classes_of_file(path: str | Path, model: nn.Module) -> int | None:
-    """Returns for how many classes the classifier in a file of weights is; None if it has none.
-
-    Args:
-        path: As of :func:`load_weights_file`.
-        model: A model of the same architecture.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        return None
-    weight = _read_weights(path, model).tensors.get(f"{classifier_name(model)}.weight")
-    return None if weight is None else len(weight)
-
-
-def _read_weights(path: Path, model: nn.Module) -> Weights:
-    """Reads a file of weights; what a wrapper put before all names, such as ``model.``, goes."""
-    weights, known = read_weights(path), {key.partition(".")[0] for key in model.state_dict()}
-    first = {key.partition(".")[0] for key in weights.tensors}
-    if len(first) == 1 and not first & known:
-        (wrapper,) = first
-        stripped = {key.removeprefix(f"{wrapper}."): v for key, v in weights.tensors.items()}
-        weights = replace(weights, tensors=stripped)
-    return weights
 
 
 def _name_of_folder(name: str | Path) -> str:

@@ -21,9 +21,11 @@ from timm_lt.cli.model_argument import (
     DATA_HELP,
     MODEL_HELP,
     add_data_options,
+    add_weights_options,
     data_of_run,
     find_data,
     load_model,
+    model_options,
     stored_heads,
 )
 from timm_lt.console import log
@@ -71,7 +73,7 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument(
         "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all unless given"
     )
-    evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_weights_options(evaluate, "weights for that architecture")
     add_data_options(evaluate)
     evaluate.add_argument(
         "--split",
@@ -81,9 +83,6 @@ def add_parser(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
-    )
-    evaluate.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="the model's unless given"
     )
     evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     evaluate.add_argument("--threads", type=int, help="CPU threads; all unless given")
@@ -113,6 +112,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             arguments.model,
             head=None if name == JOINT else name,
             checkpoint=arguments.checkpoint,
+            key=arguments.checkpoint_key,
+            image_size=arguments.image_size,
+            **model_options(arguments),
         )
         for name in names
     }
