@@ -15,6 +15,7 @@ from timm_lt.data.given import given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
+from timm_lt.label_names import is_for, keeps_classifier
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
@@ -140,7 +141,9 @@ def rebalance(
         check_output(recipe, folder)
     copied = _without_origin(copy.deepcopy(model)).eval()
     # First, for a model without a classifier is refused there.
-    joint = _is_for(copied, splits) and not fresh_classifier
+    same = get_head(model).out_features == splits.num_classes
+    names = splits.label_names
+    joint = same and not fresh_classifier and (is_for(model, names) or _keeps(copied, names))
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
@@ -225,12 +228,5 @@ def _without_origin(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_for(model: nn.Module, splits: Splits) -> bool:
-    """Tells whether a model's classifier is for as many classes, of the same names if it has any.
-
-    A classifier without names is taken to be for the classes in their order.
-    """
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    theirs = splits.label_names or ()
-    same = not (own and theirs) or [*own] == [*theirs]
-    return same and get_head(model).out_features == splits.num_classes
+def _keeps(model: nn.Module, names: list[str] | None) -> bool:
+    return keeps_classifier(model, names, "the model", "fresh_classifier=True")

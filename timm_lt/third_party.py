@@ -223,8 +223,17 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
         raise UsageError(f"{name} has no weights: found {_kind(content)}")
     args = _args(content, path)
     architecture = content.get("arch") or args.get("model")
-    known = isinstance(architecture, str) and timm.models.is_model(architecture.partition(".")[0])
-    return WeightsFile(name, states, str(architecture) if known else None, args)
+    return WeightsFile(name, states, _architecture(architecture), args)
+
+
+def _architecture(name: object) -> str | None:
+    """Returns timm's name of an architecture, with a tag if timm has it; None if it has neither."""
+    if not isinstance(name, str):
+        return None
+    base = name.partition(".")[0]
+    if not timm.models.is_model(base):
+        return None
+    return name if name in timm.models.get_arch_pretrained_cfgs(base) else base
 
 
 def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -235,11 +244,9 @@ def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(args, Mapping):
         return {str(key): value for key, value in args.items()}
     beside = path.parent / ARGS
-    found = read_yaml(beside) if beside.is_file() else None
-    model = found.get("model") if isinstance(found, dict) else None
+    found = read_yaml(beside) if beside.is_file() else {}
     # Other projects write a file of the same name.
-    ours = isinstance(model, str) and timm.models.is_model(model.partition(".")[0])
-    return dict(found) if ours else {}  # type: ignore[arg-type]
+    return found if _architecture(found.get("model")) else {}
 
 
 def _read(path: Path, name: str) -> Any:  # noqa: ANN401

@@ -32,6 +32,8 @@ from timm_lt.third_party import (
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
 # What a configuration says of other weights than those of the file.
 OVERLAY = "pretrained_cfg_overlay"
+# Of the arguments of create_model those that have another place here.
+OTHERS = ("num_classes", "img_size")
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
@@ -93,12 +95,11 @@ def build(
 ) -> tuple[nn.Module, Weights]:
     """Creates a model with the weights of a file that was read; see :func:`create_from_file`."""
     _check_architecture(file, name)
+    if (file.architecture or "").partition(".")[0] == name:
+        # Its tag says how images were normalised.
+        name = file.architecture or name
     said, size = _said(file)
-    if said or size:
-        values = {**said, **said.get(OVERLAY, {}), **({"image size": size} if size else {})}
-        values.pop(OVERLAY, None)
-        shown = ", ".join(f"{key} {value}" for key, value in values.items())
-        log.info("%s was trained with %s", file.name, shown)
+    _log_said(file, said, size)
     options = with_overlay(said, options)
     # Without memory: its shapes may be any.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -116,6 +117,20 @@ def build(
     weights = _load(model, state, name, classifier=takes)
     _forget_origin(model)
     return model, weights
+
+
+def _log_said(file: WeightsFile, said: dict[str, Any], size: tuple[int, int] | None) -> None:
+    values = {**said, **said.get(OVERLAY, {}), **({"image size": size} if size else {})}
+    values.pop(OVERLAY, None)
+    if values:
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        log.info("%s was trained with %s", file.name, shown)
+    if file.args.get("class_map"):
+        log.warning(
+            "%s was trained with --class-map %s: its classes come in the order of that file, not "
+            "in that of the folders",
+            *(file.name, file.args["class_map"]),
+        )
 
 
 def classes_of_file(path: str | Path, model: nn.Module, key: str | None = None) -> int | None:
@@ -210,8 +225,11 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
         del args["input_size"]
     kwargs = args.get("model_kwargs") or {}
     try:
-        options = {key: value for key, value in dict(kwargs).items() if key not in RESERVED}
-        options |= {ours: args[key] for key, ours in MODEL_ARGS.items() if key in args}
+        options = {key: v for key, v in dict(kwargs).items() if key not in (*RESERVED, *OTHERS)}
+        args.setdefault("img_size", dict(kwargs).get("img_size"))
+        if isinstance(args["img_size"], list | tuple):
+            args["input_size"] = (args.get("in_chans", 3), *args["img_size"])
+        options |= {ours: args[key] for key, ours in MODEL_ARGS.items() if args.get(key)}
         shapes = {
             key: tuple(value.shape)
             for state in file.states.values()
@@ -220,6 +238,7 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
         }
         check_sizes(Path(file.name), {"model_args": options}, shapes)
         config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
+        config |= {key: tuple(map(float, config[key])) for key in ("mean", "std")}
         channels, *size = (int(pixels) for pixels in config["input_size"])
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -227,7 +246,7 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
     if channels != 3:
         options["in_chans"] = channels
     overlay = {key: config[key] for key in FIELDS if args.get(key)}
-    sized = "img_size" in args or "input_size" in args
+    sized = args.get("img_size") is not None or args.get("input_size") is not None
     return options | ({OVERLAY: overlay} if overlay else {}), (size[0], size[1]) if sized else None
 
 

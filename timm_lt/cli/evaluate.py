@@ -34,6 +34,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.label_names import keeps_classifier, shown_as
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     ShotMetrics,
@@ -172,8 +173,10 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
 
 def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
     """Checks that the classes mean the same, where both have names for them."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
     theirs = splits.label_names or ()
+    if keeps_classifier(model, theirs, name, "timm-lt heads --fresh-classifier"):
+        return
+    own = shown_as(model, theirs) or ()
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
     if not differing:
         return

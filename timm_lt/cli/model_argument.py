@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import timm.data
 from torch import nn
 
 from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, read_checkpoint, read_config
@@ -13,6 +12,7 @@ from timm_lt.cli.common import parse_options
 from timm_lt.console import log, one_line
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
+from timm_lt.label_names import label_names
 from timm_lt.model import LOCAL_DIR
 from timm_lt.preprocessing import create_sized_model
 from timm_lt.recipe import DataRecipe, load_recipe
@@ -24,6 +24,7 @@ FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
 HUB_PREFIX = "hf-hub:"
 REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
     "with --checkpoint an architecture"
@@ -74,7 +75,11 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of ``--model-option``, after a check of ``--image-size``."""
     if arguments.image_size is not None:
         check_integer("--image-size", arguments.image_size, minimum=1)
-    return parse_options(arguments.model_option, "global_pool=max", "--model-option")
+    options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
+    for key in options:
+        if key in RESERVED:
+            raise UsageError(f"--model-option {key} is set by other options of the command")
+    return options
 
 
 def model_name(given: str) -> str:
@@ -157,17 +162,10 @@ def stored_heads(given: str) -> list[str]:
     return []
 
 
-def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    """Returns the names of a model's classes: its own, or those of ImageNet; None if unknown."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    names = config.get("label_names")
-    if names is not None and len(names) == num_classes:
-        return [one_line(name, 200) for name in names]
-    subset = timm.data.infer_imagenet_subset(model)
-    if subset is None or config.get("num_classes") != num_classes:
-        return None
-    known = timm.data.ImageNetInfo(subset)
-    return [known.index_to_description(index) for index in range(num_classes)]
+def class_names(model: nn.Module) -> list[str] | None:
+    """Returns the names of a model's classes for a terminal; None if they are unknown."""
+    names = label_names(model)
+    return None if names is None else [one_line(name, 200) for name in names]
 
 
 def check_is_list(path: Path) -> None:

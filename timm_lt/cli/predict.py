@@ -250,7 +250,7 @@ def _best(
 ) -> list[list[tuple[str, float]]]:
     with torch.inference_mode():
         shares = model(images).softmax(dim=1)
-    names = class_names(model, shares.shape[1]) if names is None else names
+    names = class_names(model) if names is None else names
     best = shares.topk(min(top, shares.shape[1]))
     return [
         [

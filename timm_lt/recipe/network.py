@@ -1,5 +1,6 @@
 """The network of a recipe: the model with its joint classifier, as training starts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.data import Splits
 from timm_lt.heads import HEADS, find_classifiers, set_head
+from timm_lt.label_names import keeps_classifier
 from timm_lt.model import LOCAL_DIR, split_options
 from timm_lt.preprocessing import create_sized_model
 from timm_lt.recipe.schema import ModelRecipe, Recipe
@@ -46,10 +48,7 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
-        # The same bits, whatever was drawn while the model was made.
-        torch.manual_seed(recipe.seed)
-        for classifier in find_classifiers(model).values():
-            classifier.reset_parameters()
+        _draw_classifier(recipe, model)
     return model
 
 
@@ -80,21 +79,47 @@ def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
 
     It has as many, and where both have names of the classes, they are the same.
     """
-    if recipe.model.fresh_classifier:
-        return False
-    if recipe.model.checkpoint:
-        return _file_has_classifier(recipe.model, model, splits.num_classes)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    known, names = config.get("label_names"), splits.label_names
-    same = not (known and names) or list(known) == list(names)
-    return config.get("num_classes") == splits.num_classes and same
+    return _keeps_classifier(recipe.model, model, splits.num_classes, splits.label_names)
 
 
-def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
+def _keeps_classifier(
+    given: ModelRecipe, model: nn.Module, num_classes: int, names: Sequence[str] | None
+) -> bool:
     config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = _file_has_classifier(recipe.model, model, num_classes) or (
-        recipe.model.pretrained and config.get("num_classes") == num_classes
+    stored = _file_has_classifier(given, model, num_classes) or (
+        given.pretrained and config.get("num_classes") == num_classes
     )
-    if recipe.model.fresh_classifier or not pretrained:
-        start_classifier(loss, model, num_classes)
+    if given.fresh_classifier or not stored:
+        return False
+    cure = "model.fresh_classifier (--fresh-classifier)"
+    return keeps_classifier(model, names, given.checkpoint or given.name, cure)
+
+
+def start_network(
+    recipe: Recipe,
+    loss: nn.Module,
+    model: nn.Module,
+    num_classes: int,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Gives the classifier the start that the loss wants, unless it is a pretrained one.
+
+    Args:
+        recipe: The recipe.
+        loss: What is minimised.
+        model: The model; it is changed in place.
+        num_classes: Number of classes C.
+        names: Names of the classes, (C,); the pretrained classifier of others is drawn anew.
+    """
+    if _keeps_classifier(recipe.model, model, num_classes, names):
+        return
+    if recipe.model.pretrained:
+        _draw_classifier(recipe, model)
+    start_classifier(loss, model, num_classes)
+
+
+def _draw_classifier(recipe: Recipe, model: nn.Module) -> None:
+    # The same bits, whatever was drawn while the model was made.
+    torch.manual_seed(recipe.seed)
+    for classifier in find_classifiers(model).values():
+        classifier.reset_parameters()
