@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from timm_lt import hub
-from timm_lt.checkpoint import METRICS, PLOTS, fold_for_timm, save_checkpoint
+from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import log, result_console, start_logging
 from timm_lt.exits import run_to_exit
 from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
-from timm_lt.heads import Head, get_head
+from timm_lt.heads import Head, fold_head, get_head
 from timm_lt.html_report import write_report
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import (
@@ -223,7 +223,7 @@ def train(run: Run) -> None:
     # As a loaded model has it: another memory format may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.
-    fold_for_timm(run.model)
+    fold_head(run.model)
     run.kept_epoch, run.history = training.kept, training.history
     run.seconds["representation"] = representation_seconds(training.history)
     log.info("%s", describe_history(training.history, training.kept))

@@ -15,6 +15,7 @@ from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
+from timm_lt.label_names import is_for, keeps_classifier, label_names
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
@@ -149,13 +150,18 @@ def rebalance(
         check_output(recipe, folder)
     copied = _without_origin(copy.deepcopy(model)).eval()
     # First, for a model without a classifier is refused there.
-    joint = _is_for(copied, splits) and not fresh_classifier
+    same = get_head(model).out_features == splits.num_classes
+    names = splits.label_names
+    # An architecture's tag says nothing certain of weights given in Python, unless names agree.
+    known = model if is_for(model, names) else copied
+    cure = "fresh_classifier=True"
+    joint = same and not fresh_classifier and keeps_classifier(known, names, "the model", cure)
     if joint:
         splits = in_order_of_weights(
             splits,
             copied,
             name="the model",
-            label_names=_label_names(copied),
+            label_names=label_names(known),
             class_order=class_order,
         )
     if not joint:
@@ -243,15 +249,3 @@ def _without_origin(model: nn.Module) -> nn.Module:
         config.pop(key, None)
     model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
     return model
-
-
-def _label_names(model: nn.Module) -> list[str]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return [*(config.get("label_names") or ())]
-
-
-def _is_for(model: nn.Module, splits: Splits) -> bool:
-    """Returns whether a model's classifier is for as many classes, of the same names if known."""
-    own, theirs = _label_names(model), splits.label_names
-    same = not (own and theirs) or sorted(own) == sorted(theirs)
-    return same and get_head(model).out_features == splits.num_classes

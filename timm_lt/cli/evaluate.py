@@ -22,9 +22,11 @@ from timm_lt.cli.model_argument import (
     MODEL_HELP,
     add_class_order,
     add_data_options,
+    add_weights_options,
     data_of_run,
     find_data,
     load_model,
+    model_options,
     stored_heads,
 )
 from timm_lt.console import log
@@ -33,6 +35,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.label_names import keeps_classifier, label_names, shown_as
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     ShotMetrics,
@@ -73,7 +76,7 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument(
         "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all unless given"
     )
-    evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_weights_options(evaluate, "weights for that architecture")
     add_class_order(evaluate)
     add_data_options(evaluate)
     evaluate.add_argument(
@@ -84,9 +87,6 @@ def add_parser(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
-    )
-    evaluate.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="the model's unless given"
     )
     evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     evaluate.add_argument("--threads", type=int, help="CPU threads; all unless given")
@@ -116,22 +116,14 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             arguments.model,
             head=None if name == JOINT else name,
             checkpoint=arguments.checkpoint,
+            key=arguments.checkpoint_key,
+            image_size=arguments.image_size,
+            **model_options(arguments),
         )
         for name in names
     }
     _check_classes(models, splits, arguments.model)
-    first = next(iter(models.values()))
-    splits = in_order_of_weights(
-        splits,
-        first,
-        name=arguments.model,
-        checkpoint=arguments.checkpoint,
-        label_names=None if arguments.checkpoint else _label_names(first),
-        class_order=arguments.class_order,
-        image_size=arguments.image_size,
-    )
-    for model in models.values():
-        _check_names(model, splits, arguments.model)
+    splits = _in_order(splits, next(iter(models.values())), arguments)
     reports, images = _evaluate(models, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
@@ -182,20 +174,29 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
             )
 
 
-def _label_names(model: nn.Module) -> list[str]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return [*(config.get("label_names") or ())]
-
-
-def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
-    """Checks that the classes mean the same, where both have names for them."""
-    own, theirs = _label_names(model), splits.label_names or []
+def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -> Splits:
+    """Numbers the classes of the data as the model does; warns where names say others."""
+    names, theirs = splits.label_names, splits.label_names or []
+    if keeps_classifier(model, names, arguments.model, "timm-lt heads --fresh-classifier"):
+        return in_order_of_weights(
+            splits,
+            model,
+            name=arguments.model,
+            checkpoint=arguments.checkpoint,
+            label_names=label_names(model),
+            class_order=arguments.class_order,
+            image_size=arguments.image_size,
+        )
+    own = shown_as(model, theirs) or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
-    if not differing:
-        return
-    there, here = differing[0]
-    found = f"class {own.index(there)} is {there!r} in {name} and {here!r} in the data"
-    log.warning("%s: figures are right only if such classes mean the same", found)
+    if differing:
+        there, here = differing[0]
+        log.warning(
+            "class %d is %r in %s and %r in the data: figures are right only if such classes mean "
+            "the same",
+            *(own.index(there), there, arguments.model, here),
+        )
+    return splits
 
 
 def _evaluate(

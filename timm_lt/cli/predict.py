@@ -17,11 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.accelerator import set_cpu_threads
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
-from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
+from timm_lt.cli.model_argument import (
+    MODEL_HELP,
+    add_weights_options,
+    class_names,
+    load_model,
+    model_options,
+)
 from timm_lt.console import log, one_line, result_console
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import DAMAGE, damage_of, decode_image
 from timm_lt.files import write_atomic
+from timm_lt.preprocessing import image_config
 from timm_lt.recipe.class_order import class_orders
 from timm_lt.recipe.schema import ClassOrder
 from timm_lt.registry import UsageError, check_integer, shown_names
@@ -49,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("model", help=MODEL_HELP)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders of them")
     predict.add_argument("--head", metavar="NAME", help="the joint classifier unless given")
-    predict.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_weights_options(predict, "weights for that architecture")
     predict.add_argument(
         "--classes",
         type=int,
@@ -101,9 +108,16 @@ def predict_images(arguments: argparse.Namespace) -> None:
     check_integer("--top", arguments.top, minimum=1)
     check_integer("--workers", arguments.workers, minimum=0)
     paths = image_files(arguments.images)
-    options = {} if arguments.classes is None else {"num_classes": arguments.classes}
+    options = model_options(arguments)
+    if arguments.classes is not None:
+        options["num_classes"] = arguments.classes
     model = load_model(
-        arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
+        arguments.model,
+        head=arguments.head,
+        checkpoint=arguments.checkpoint,
+        key=arguments.checkpoint_key,
+        image_size=arguments.image_size,
+        **options,
     )
     names = None if arguments.names is None else read_names(arguments.names, model)
     names = names_in_order(names, arguments.class_order)
@@ -253,7 +267,7 @@ def predictions(
         top: Number of classes, all if there are fewer.
         workers: Processes that decode.
     """
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    transform = timm.data.create_transform(**image_config(model))
     loader: DataLoader[Any] = DataLoader(
         _Files(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
     )
@@ -271,7 +285,7 @@ def _best(
 ) -> list[list[tuple[str, float]]]:
     with torch.inference_mode():
         shares = model(images).softmax(dim=1)
-    names = class_names(model, shares.shape[1]) if names is None else names
+    names = class_names(model) if names is None else names
     best = shares.topk(min(top, shares.shape[1]))
     return [
         [

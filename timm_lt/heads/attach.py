@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from timm_lt.heads.base import Head, as_linear, is_pointwise
-from timm_lt.heads.factory import HEADS, check_head_options
+from timm_lt.heads.factory import HEADS
 from timm_lt.heads.statistics import check_statistics_stay, statistics_of
 from timm_lt.registry import UsageError
 
@@ -275,25 +275,27 @@ def _in_place_of(old: Classifier, new: Classifier) -> Classifier:
         plain = HEADS["linear"].from_classifier(new)
         plain.spatial = spatial
         new = plain.fold()
+    if new.bias is None and old.bias is not None:
+        # The key must be there, for timm loads strictly.
+        learned = new.weight.requires_grad and getattr(new, "uses_bias", True)
+        zeros = new.weight.new_zeros(len(new.weight))
+        new.register_parameter("bias", nn.Parameter(zeros, learned))
+    elif new.bias is not None and old.bias is None and not _needs_bias(new):
+        new.register_parameter("bias", None)
     return new.to(old.weight.device, old.weight.dtype).train(old.training)
 
 
-def set_absent_head(model: nn.Module, head: str, **options: Any) -> nn.Module:
-    """Makes a model without a classifier get a head when ``reset_classifier`` gives it one.
-
-    Raises:
-        UsageError: For an unknown head or option.
-    """
-    options = check_head_options(head, options)
-    if hasattr(model, "reset_classifier"):
-        remember_heads(model, {"": (head, options)})
-    return model
+def _needs_bias(classifier: Classifier) -> bool:
+    """Returns whether the logits change without the bias."""
+    used = not isinstance(classifier, Head) or classifier.uses_bias
+    return used and bool(classifier.bias is not None and classifier.bias.any())
 
 
 def fold_head(model: nn.Module) -> nn.Module:
     """Replaces the model's heads by plain classifiers with the same predictions, in place.
 
-    Each becomes what stood there before it: an ``nn.Linear``, or a 1×1 convolution.
+    Each becomes what stood there before it: an ``nn.Linear`` or a 1×1 convolution, with a bias of
+    zeros where the head has none. The state dict loads strictly into timm's own model.
 
     Returns:
         The same model; its ``reset_classifier`` is timm's own again.
@@ -305,7 +307,7 @@ def fold_head(model: nn.Module) -> nn.Module:
     >>> import timm
     >>> model = set_head(timm.create_model("test_resnet", num_classes=3), "tau_norm")
     >>> fold_head(model).get_classifier()
-    Linear(in_features=96, out_features=3, bias=False)
+    Linear(in_features=96, out_features=3, bias=True)
     """
     heads = find_classifiers(model)
     put_heads(

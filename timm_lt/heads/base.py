@@ -164,7 +164,9 @@ class Head(nn.Linear):
         """Returns a plain ``nn.Linear`` with the same argmax for every feature vector.
 
         The logits are the same too, up to rounding, unless the head normalises its input. A
-        ``spatial`` head gives the 1×1 convolution whose place it has taken.
+        ``spatial`` head gives the 1×1 convolution whose place it has taken. It has a bias wherever
+        that classifier had one, of zeros if the head has none, so that its state dict has the keys
+        that plain timm expects.
 
         Raises:
             UsageError: If the head is not linear in the features, even up to a positive factor.
@@ -172,6 +174,8 @@ class Head(nn.Linear):
         self.check_fitted()
         weight, bias = (None if t is None else t.detach() for t in self._folded())
         assert weight is not None
+        if bias is None and self.bias is not None:
+            bias = torch.zeros_like(self.bias, dtype=weight.dtype)
         size = (self.in_features, self.out_features)
         plain: nn.Linear | nn.Conv2d
         if self.spatial:

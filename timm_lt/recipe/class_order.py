@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_lt.console import log
 from timm_lt.data import Splits
 from timm_lt.data.reading import encoded_images, read_image
+from timm_lt.label_names import label_names
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.schema import ClassOrder, Recipe
 from timm_lt.registry import UsageError, check_choice, shown_names
@@ -63,14 +64,12 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
                 f"has none for these {splits.num_classes} classes; remove it"
             )
         return splits
-    config = getattr(model, "pretrained_cfg", None) or {}
     return in_order_of_weights(
         splits,
         model,
         name=given.name,
         checkpoint=given.checkpoint,
-        # Those of the architecture are not those of a file.
-        label_names=None if given.checkpoint else config.get("label_names"),
+        label_names=label_names(model),
         class_order=given.class_order,
         image_size=recipe.data.image_size,
         trained=recipe.epochs > 0,

@@ -58,7 +58,7 @@ def create_parts(
     )
     if trainer is not None:
         check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
-        start_network(recipe, trainer.loss, model, splits.num_classes)
+        start_network(recipe, trainer.loss, model, splits.num_classes, splits.label_names)
     images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
     if trainer is None:
         check_model(model, images["val"])
