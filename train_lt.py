@@ -284,6 +284,7 @@ def save(
         shot_rule=rule,
         protocol=run.recipe.protocol,
         seed=run.recipe.seed,
+        background=run.splits.background,
     )
     rows = compare_per_class(reports, counts, run.splits.label_names)
     write_per_class(run.folder / PER_CLASS, rows)

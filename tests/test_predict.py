@@ -3,11 +3,13 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
+import timm_lt
 from timm_lt.cli import main
 
 NAMES = ["owl", "Eule, klein", "[bold]crow", "ibis"]
@@ -97,3 +99,118 @@ def test_there_are_no_more_columns_than_classes(predict):
     for row in rows:
         assert len(row) == len(columns)
         assert sum(map(float, row[2::2])) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture
+def mixed(predict, tmp_path):
+    """A folder with two images among files of other kinds, at two depths."""
+    folder = tmp_path / "mixed"
+    (folder / "deeper").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "a.jpg")
+    Image.new("RGB", (8, 8), "blue").save(folder / "deeper" / "z.png")
+    for name in ("b.heic", "deeper/c.HEIF", "d.jxl"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(300))
+    # A raw file is a TIFF whose first image is a preview: Pillow would decode that.
+    Image.new("RGB", (8, 8), "red").save(folder / "e.NEF", "TIFF")
+    (folder / "f.jpg").symlink_to("nowhere.jpg")
+    for name in ("notes.txt", "deeper/manual.pdf", "deeper/more.txt"):
+        (folder / name).write_text("text")
+    for name in (".DS_Store", "Thumbs.db", ".hidden.jpg"):
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
+    status, out, error = predict("mixed", "--format", "csv", "--top", "1")
+    assert status == 2
+    found = {row["image"]: row["error"] for row in csv.DictReader(out.splitlines())}
+    assert found == {
+        "mixed/a.jpg": "",
+        "mixed/b.heic": "Pillow does not decode .heic; convert it to JPEG",
+        "mixed/d.jxl": "Pillow does not decode .jxl; convert it to JPEG",
+        "mixed/deeper/c.HEIF": "Pillow does not decode .heif; convert it to JPEG",
+        "mixed/deeper/z.png": "",
+        "mixed/e.NEF": "a camera raw file; convert it to JPEG",
+        "mixed/f.jpg": "neither a file nor a directory",
+    }
+    line, last = error.splitlines()
+    assert "3 files are not read" in line
+    assert "(2 .txt, 1 .pdf): mixed/" in line
+    assert last.startswith("error: 5 of 7 images cannot be read: mixed/b.heic (")
+    for hidden in ("DS_Store", "Thumbs", "hidden"):
+        assert hidden not in out + error
+    # Named by itself, a raw file is none the less.
+    assert predict("mixed/e.NEF", "--format", "csv")[0] == 2
+
+
+def test_files_that_are_no_images_are_a_line_and_no_mistake(predict, tmp_path):
+    (tmp_path / "some").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "some" / "a.png")
+    (tmp_path / "some" / "notes.txt").write_text("text")
+    status, out, error = predict("some", "--json")
+    assert (status, len(json.loads(out))) == (0, 1)
+    assert "1 files are not read, since they are not images" in error
+    (tmp_path / "some" / "a.png").unlink()
+    status, _, error = predict("some")
+    assert (status, error) == (2, "error: there is no image in some, only 1 .txt\n")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_pillows_warnings_are_one_line(predict, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    (tmp_path / "large").mkdir()
+    # EXIF data that are cut off, and a palette with transparency in bytes.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0" + bytes(4)
+    for k in range(3):
+        Image.new("RGB", (180, 180)).save(tmp_path / "large" / f"{k}.jpg", exif=exif)
+    palette = Image.new("P", (7, 7))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.save(tmp_path / "large" / "palette.png", transparency=b"\x00\x80")
+    Image.new("RGB", (300, 300)).save(tmp_path / "large" / "too large.png")
+    _, out, error = predict("large", "--json", "--workers", workers)
+    line, last = error.splitlines()
+    assert "3 of 5 images have more than 0 million pixels, and were read all the same" in line
+    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (Image size")
+    assert [entry["image"] for entry in json.loads(out) if "error" in entry] == [
+        "large/too large.png"
+    ]
+
+
+@pytest.mark.parametrize("background", ["white", "#ff0000"])
+def test_transparent_pixels_are_on_the_background(predict, tmp_path, background):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    icon = Image.fromarray(pixels)
+    icon.save(tmp_path / "icon.png")
+    canvas = Image.new("RGBA", icon.size, background)
+    canvas.alpha_composite(icon)
+    canvas.convert("RGB").save(tmp_path / "opaque.png")
+    given = () if background == "white" else ("--background", background)
+    status, out, _ = predict("icon.png", "opaque.png", "--json", *given)
+    first, second = json.loads(out)
+    assert (status, first["classes"]) == (0, second["classes"])
+
+
+def test_a_background_that_is_no_colour_is_one_line(predict):
+    status, _, error = predict("0.png", "--background", "blurple")
+    assert status == 2
+    assert error.startswith("error: background 'blurple' is not a valid colour")
+
+
+def test_names_take_the_place_of_a_checkpoints_own(predict, tmp_path, capsys):
+    model = timm_lt.create_model("test_resnet", num_classes=4)
+    linear = timm_lt.create_head("linear", 96, 4)
+    linear.load_state_dict(model.get_classifier().state_dict())
+    timm_lt.save_checkpoint(
+        tmp_path / "run",
+        model,
+        heads={"linear": linear},
+        class_counts=None,
+        label_names=list("wxyz"),
+    )
+    shown = []
+    for names in ((), ("--names", "names.txt")):
+        assert (
+            main(["predict", str(tmp_path / "run"), "0.png", "--json", "--top", "4", *names]) == 0
+        )
+        shown.append([c["name"] for c in json.loads(capsys.readouterr().out)[0]["classes"]])
+    assert [NAMES["wxyz".index(name)] for name in shown[0]] == shown[1]

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import timm_lt
+from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli import main
 from timm_lt.recipe import load_recipe
 
@@ -165,3 +166,49 @@ def test_a_classifier_of_other_names_is_fitted_anew(photos, model, tmp_path):
     named.pretrained_cfg["label_names"] = ["ant", "bee", "cat"]
     fresh = timm_lt.rebalance(named, photos, heads="ncm", workers=0)
     assert not torch.equal(fresh.heads["linear"].weight, model.fc.weight)
+
+
+@pytest.fixture
+def icons(tmp_path):
+    """Black shapes on nothing, which differ in their alpha alone."""
+    for label, box in (("left", (0, 0, 12, 32)), ("right", (20, 0, 32, 32))):
+        (tmp_path / "icons" / label).mkdir(parents=True)
+        for number in range(12):
+            icon = Image.new("RGBA", (32, 32))
+            icon.paste((0, 0, 0, 255 - number), box)
+            icon.save(tmp_path / "icons" / label / f"{number}.png")
+    return tmp_path / "icons"
+
+
+def test_icons_are_told_apart_on_white_and_the_background_is_recorded(icons, tmp_path, caplog):
+    torch.manual_seed(0)
+    model = timm.create_model("lt_test_resnet.glyph_lt", pretrained=True)
+    found = timm_lt.rebalance(
+        model, icons, heads="ncm", output=tmp_path / "white", cache_dir=tmp_path / "c", workers=0
+    )
+    assert found.reports["ncm"].all == 1
+    config = json.loads((found.folder / "config.json").read_text())
+    assert config["timm_lt"]["background"] == "#ffffff"
+    # On black they are all the same; the features on white are not taken for those.
+    arguments = {"heads": "ncm", "cache_dir": tmp_path / "c", "workers": 0, "background": "black"}
+    found = timm_lt.rebalance(model, icons, output=tmp_path / "black", **arguments)
+    assert found.reports["ncm"].all == 0.5
+    assert read_checkpoint(found.folder).background == "#000000"
+    card = (found.folder / "README.md").read_text(encoding="utf-8")
+    assert 'timm_lt.load_image("photo.jpg", background="#000000")' in card
+    # A model that was loaded from there goes on with black.
+    loaded = timm_lt.create_model(f"local-dir:{found.folder}")
+    again = timm_lt.rebalance(loaded, icons, heads="ncm", output=tmp_path / "again", workers=0)
+    assert read_checkpoint(again.folder).background == "#000000"
+
+
+def test_huge_images_are_one_line(icons, model, monkeypatch, caplog):
+    # Each of them would be a warning, and warnings are errors here.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    timm_lt.rebalance(model, icons, heads="ncm", fresh_classifier=True, workers=0)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" images have")[0] for line in said] == [
+        "16 of 16 train",
+        "4 of 4 val",
+        "4 of 4 test",
+    ]

@@ -12,6 +12,7 @@ from timm_lt.data import create_dataset as create_dataset
 from timm_lt.data import create_loader as create_loader
 from timm_lt.data import dataset_labels as dataset_labels
 from timm_lt.data import list_datasets as list_datasets
+from timm_lt.data import load_image as load_image
 from timm_lt.data import make_long_tailed as make_long_tailed
 from timm_lt.data import read_image_list as read_image_list
 from timm_lt.features import Features as Features

@@ -5,6 +5,7 @@ import shutil
 import textwrap
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,12 +21,13 @@ STATUS = "Exit status: 0 if all went well, 2 for a mistake, which is one line, 1
 
 
 def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Sends timm_lt's log to the console.
+    """Sends timm_lt's log to the console, and keeps Pillow's warnings off it.
 
     Args:
         quiet: Only warnings and errors.
         verbose: Every step, too.
     """
+    ignore_pillow_warnings()
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -35,6 +37,22 @@ def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def ignore_pillow_warnings() -> None:
+    """Ignores Pillow's warnings, of which there is one per file; what matters is counted instead.
+
+    Changes the state of the process: for commands and data workers only.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@contextmanager
+def pillow_warnings_ignored() -> Iterator[None]:
+    """Ignores Pillow's warnings in a block or, as a decorator, in a function."""
+    with warnings.catch_warnings():
+        ignore_pillow_warnings()
+        yield
 
 
 def result_console() -> Console:

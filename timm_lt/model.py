@@ -19,6 +19,7 @@ from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
 from timm_lt.checkpoint import (
+    BACKGROUND,
     BLOCK,
     CONFIG,
     CheckpointInfo,
@@ -207,6 +208,19 @@ def _create_from_folder(
     config = read_config(folder)
     info = read_checkpoint(folder) if BLOCK in config else None
     _check_build(folder, config, info, pretrained=pretrained)
+    model = _create_with_head(folder, pretrained, head, info, options)
+    if info is not None:
+        model.__dict__[BACKGROUND] = info.background
+    return model
+
+
+def _create_with_head(
+    folder: Path,
+    pretrained: bool,
+    head: str | None,
+    info: CheckpointInfo | None,
+    options: dict[str, Any],
+) -> nn.Module:
     if head is None:
         return _create_joint(folder, pretrained, None, options)
     if not pretrained:

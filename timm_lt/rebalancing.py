@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
+from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
@@ -21,7 +22,7 @@ from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run,
 from timm_lt.recipe.checks import check_output
 from timm_lt.recipe.class_order import in_order_of_weights
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
-from timm_lt.recipe.images import TIMM
+from timm_lt.recipe.images import TIMM, on_background
 from timm_lt.recipe.run import given_run
 from timm_lt.recipe.schema import ClassOrder
 from timm_lt.recommendation import JOINT, recommend
@@ -68,6 +69,7 @@ class Rebalanced:
         return f"Rebalanced(head={self.head!r}, heads={[*self.heads]}, folder={place!r})"
 
 
+@pillow_warnings_ignored()
 def rebalance(
     model: nn.Module,
     dataset: "str | Path | Images | Mapping[str, Images]",
@@ -80,6 +82,7 @@ def rebalance(
     output: str | Path | None = None,
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
+    background: str | list[int] = "auto",
     workers: int | None = None,
     seed: int = 0,
 ) -> Rebalanced:
@@ -114,6 +117,9 @@ def rebalance(
             which say that the weights are those of a model given in Python; None writes nothing.
         overwrite: Replaces a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
+        background: Colour behind transparent pixels: a name such as ``"black"``, ``"#rrggbb"``, or
+            ``[red, green, blue]``; ``"auto"`` is that of the checkpoint that the model was loaded
+            from, or white.
         workers: Processes that decode images; None is by the cores.
         seed: Seed of the fits.
 
@@ -130,7 +136,7 @@ def rebalance(
             "timm_lt.create_model(NAME, pretrained=True)"
         )
     to_fit = _to_fit(heads)
-    data, splits = _find_data(dataset, check_mapping("options", options))
+    data, splits = _find_data(dataset, check_mapping("options", options), background)
     recipe = Recipe(
         data=data,
         model=ModelRecipe(
@@ -152,6 +158,7 @@ def rebalance(
     # First, for a model without a classifier is refused there.
     same = get_head(model).out_features == splits.num_classes
     names = splits.label_names
+    splits = on_background(recipe, splits, copied)
     # An architecture's tag says nothing certain of weights given in Python, unless names agree.
     known = model if is_for(model, names) else copied
     cure = "fresh_classifier=True"
@@ -216,9 +223,11 @@ def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[st
     return {**found, AUTO: chosen}
 
 
-def _find_data(dataset: object, options: dict[str, Any]) -> tuple[DataRecipe, Splits]:
+def _find_data(
+    dataset: object, options: dict[str, Any], background: str | list[int]
+) -> tuple[DataRecipe, Splits]:
     """Returns what the recipe says of the data, and their splits."""
-    how: dict[str, Any] = {"augmentation": TIMM, "unreadable": "skip"}
+    how: dict[str, Any] = {"augmentation": TIMM, "background": background, "unreadable": "skip"}
     if not isinstance(dataset, str | Path):
         if options:
             raise UsageError(

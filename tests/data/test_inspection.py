@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import create_dataset, inspect_splits
+from timm_lt.data.columns import as_rgb
 from timm_lt.data.duplicates import Twin, find_duplicates
 
 NAMES = ["a", "b", "c"]
@@ -81,6 +83,31 @@ def test_what_is_damaged_and_how_large_the_others_are(three_splits):
     assert found.sizes.most_frequent == [(4, 3, 21), (9, 2, 1)]
     (problem,) = found.problems
     assert problem.startswith("train split: 2 of 17 images cannot be decoded: image 14: 0 bytes, ")
+
+
+def test_transparency_levels_and_images_of_one_colour_are_counted(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 4), dtype=np.uint8)
+    # Black on black, which is one colour.
+    icon = np.zeros((9, 9, 4), np.uint8)
+    icon[3:6, 3:6, 3] = 255
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    pictures = [Image.fromarray(noise), Image.fromarray(noise[..., :3]), Image.fromarray(icon)]
+    pictures += [deep, deep.convert("I"), Image.fromarray(noise[..., 0] / np.float32(255))]
+    pictures += [Image.new("RGB", (20, 20), "red")]
+    files = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG" if picture.mode in ("RGB", "RGBA") else "TIFF")
+        files.append(buffer.getvalue())
+    split = split_of(files * 3, [0, 1, 2] * 7)
+    for background, one_color in (("white", 1), ("black", 2)):
+        shown = as_rgb(split, background=background)
+        with pillow_warnings_ignored():
+            sizes = inspect_splits({"train": shown, "val": shown, "test": shown}).sizes
+        # Three splits, three times each.
+        assert (sizes.transparent, sizes.deep, sizes.huge) == (2 * 9, 3 * 9, 9)
+        assert sizes.one_color == one_color * 9
 
 
 def test_duplicates_are_counted_within_and_across(three_splits):

@@ -260,3 +260,10 @@ def test_an_interrupt_does_not_wait_for_the_rest():
     threading.Timer(0.1, go_on.set).start()
     results.close()
     assert len(started) < 100
+
+
+def test_values_that_cannot_be_read_are_found_before_training():
+    ramp = np.linspace(0, 1, 2000, dtype=np.float32).reshape(40, 50)
+    deep = [ramp, ramp - 0.5, np.where(ramp > 0.5, np.float32("nan"), ramp), ramp * 1e6]
+    deep += [(ramp * 1e4).astype(np.int32), (ramp * 1e6).astype(np.int32)]
+    assert found([encoded("TIFF", Image.fromarray(values)) for values in deep]) == [1, 2, 3, 5]

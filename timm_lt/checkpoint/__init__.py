@@ -5,6 +5,7 @@ plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
 ``heads/*.safetensors`` hold what each adds.
 """
 
+from timm_lt.checkpoint.format import BACKGROUND as BACKGROUND
 from timm_lt.checkpoint.format import BLOCK as BLOCK
 from timm_lt.checkpoint.format import CARD as CARD
 from timm_lt.checkpoint.format import CONFIG as CONFIG
@@ -19,6 +20,7 @@ from timm_lt.checkpoint.format import WEIGHTS as WEIGHTS
 from timm_lt.checkpoint.format import CheckpointInfo as CheckpointInfo
 from timm_lt.checkpoint.format import HeadEntry as HeadEntry
 from timm_lt.checkpoint.format import TimmBase as TimmBase
+from timm_lt.checkpoint.format import background_of as background_of
 from timm_lt.checkpoint.format import check_head_name as check_head_name
 from timm_lt.checkpoint.format import is_statistic as is_statistic
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+
+from timm_lt.data.pixels import WHITE
 from timm_lt.data.sources import SelectionProtocol
 from timm_lt.files import read_json
 from timm_lt.heads import HEADS, check_head_options
@@ -16,6 +19,8 @@ from timm_lt.longtail import ShotRule
 from timm_lt.registry import UsageError, unknown_name
 
 FORMAT_VERSION = 1
+# Attribute of a model from a checkpoint: colour behind transparent pixels of its training images.
+BACKGROUND = "_background"
 BLOCK = "timm_lt"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -30,6 +35,7 @@ GIVEN_DATA = "data given in Python"
 TEXT_LIMIT = 4 * 2**20
 # Before the keys of batch-norm statistics in a head's file.
 STATISTICS = "backbone."
+COLOR = re.compile(r"#[0-9a-f]{6}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 # Arguments of timm.create_model that are none of the architecture's.
 RESERVED = {
@@ -102,6 +108,7 @@ class CheckpointInfo:
         shot_rule: Rule of the shot groups in the heads' metrics.
         protocol: ``"paper"`` if hyper-parameters and the epoch were selected on the test split.
         seed: Seed of the run.
+        background: Colour behind transparent pixels, ``#rrggbb``.
         heads: The heads by name.
     """
 
@@ -115,7 +122,13 @@ class CheckpointInfo:
     shot_rule: ShotRule | None
     protocol: SelectionProtocol | None
     seed: int | None
+    background: str
     heads: dict[str, HeadEntry]
+
+
+def background_of(model: nn.Module) -> str:
+    """Returns the colour behind transparent pixels that a model's checkpoint records, or white."""
+    return str(getattr(model, BACKGROUND, WHITE))
 
 
 def is_statistic(key: str) -> bool:
@@ -186,6 +199,7 @@ def parse_checkpoint(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
         counts,
         names,
         *_read_origin(where, block),
+        _read_background(where, block),
         {key: _read_entry(f"{where}.heads.{key}", key, value) for key, value in heads.items()},
     )
 
@@ -276,6 +290,14 @@ def _read_origin(
     if not (seed is None or (type(seed) is int and 0 <= seed < 2**63)):
         raise UsageError(f"{where}.seed must be null or an integer >= 0")
     return dataset, block.get("shot_rule"), block.get("protocol"), seed
+
+
+def _read_background(where: str, block: dict[str, Any]) -> str:
+    # Checkpoints of before it was recorded have none.
+    background = block.get("background", WHITE)
+    if not (isinstance(background, str) and COLOR.fullmatch(background)):
+        raise UsageError(f"{where}.background must be a colour '#rrggbb', got {background!r}")
+    return background
 
 
 def _read_entry(where: str, name: str, entry: object) -> HeadEntry:

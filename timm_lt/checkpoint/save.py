@@ -17,6 +17,7 @@ from timm_lt.checkpoint.format import (
     TEXT_LIMIT,
     WEIGHTS,
     CheckpointInfo,
+    background_of,
     check_config,
     check_head_name,
     is_statistic,
@@ -24,6 +25,7 @@ from timm_lt.checkpoint.format import (
 )
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.checkpoint.plain import config_text, contiguous, plain_copy
+from timm_lt.data.pixels import check_background
 from timm_lt.data.sources import SelectionProtocol
 from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, get_heads
@@ -49,6 +51,7 @@ def save_checkpoint(
     shot_rule: ShotRule | None = None,
     protocol: SelectionProtocol | None = None,
     seed: int | None = None,
+    background: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Writes a model with its joint classifier and any number of fitted heads as one folder.
@@ -69,6 +72,8 @@ def save_checkpoint(
         shot_rule: Rule of the shot groups in the metrics.
         protocol: ``"paper"`` if hyper-parameters and the epoch were selected on the test split.
         seed: Seed of the run.
+        background: Colour behind transparent pixels of the training images, such as ``"black"``;
+            None is that of the checkpoint that the model was loaded from, or white.
         dtype: Type in which floating-point tensors are stored; batch-norm statistics of a head are
             float32.
 
@@ -102,6 +107,7 @@ def save_checkpoint(
         "dataset": dataset,
         "shot_rule": shot_rule,
         "seed": seed,
+        "background": check_background(background or background_of(model)),
         "heads": entries,
     }
     if protocol is not None:

@@ -32,6 +32,7 @@ from timm_lt.cli.model_argument import (
 from timm_lt.console import log
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.images import Images
+from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
@@ -46,7 +47,7 @@ from timm_lt.metrics import (
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.recipe.class_order import in_order_of_weights
-from timm_lt.recipe.images import TIMM, create_images
+from timm_lt.recipe.images import TIMM, create_images, on_background
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
 from timm_lt.training import EVAL_BATCH_SIZE
@@ -104,6 +105,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     data = DataRecipe(
         **_as_in_the_run(arguments.model, find_data(arguments.data, arguments.root, options)),
         augmentation=TIMM,
+        background=arguments.background,
         image_size=arguments.image_size,
         unreadable="skip",
     )
@@ -123,7 +125,9 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         for name in names
     }
     _check_classes(models, splits, arguments.model)
-    splits = _in_order(splits, next(iter(models.values())), arguments)
+    first = next(iter(models.values()))
+    recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
+    splits = _in_order(on_background(recipe, splits, first), first, arguments)
     reports, images = _evaluate(models, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
@@ -228,6 +232,9 @@ def _evaluate(
             ):
                 metrics.update(classifier(values.float()), targets)
         reports[name] = metrics.compute()
+    split, rows = arguments.split, images.unreadable_rows()
+    left_out = len(images) - features.num_images
+    log_exceptional(split, splits.datasets[split], left_out, rows, images.huge_rows())
     return reports, features.num_images
 
 

@@ -91,7 +91,11 @@ def fit_heads(arguments: argparse.Namespace) -> None:
         options[AUTO] = {}
     recipe = Recipe(
         data=DataRecipe(
-            **data, augmentation="timm", image_size=arguments.image_size, unreadable="skip"
+            **data,
+            augmentation="timm",
+            background=arguments.background,
+            image_size=arguments.image_size,
+            unreadable="skip",
         ),
         model=ModelRecipe(
             name=model_name(arguments.model),

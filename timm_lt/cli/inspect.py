@@ -22,10 +22,12 @@ from timm_lt.cli.common import (
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.cli.model_argument import check_is_list
 from timm_lt.console import advance, progress, result_console
+from timm_lt.data.columns import as_rgb
 from timm_lt.data.folder.source import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
 from timm_lt.data.lists import read_image_list
 from timm_lt.data.lists.checks import absolute_root, located
+from timm_lt.data.pixels import check_background
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
 from timm_lt.files import write_atomic
 from timm_lt.longtail import ShotRule, shot_groups
@@ -73,6 +75,12 @@ def add_parser(commands: Commands) -> None:
         help="option of the data set; may be repeated",
     )
     inspect.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOR",
+        help="behind transparent pixels, e.g. black or '#808080'; white unless given",
+    )
+    inspect.add_argument(
         "--output", type=Path, help="folder for table and plot; inspect_NAME unless given"
     )
     inspect.add_argument(
@@ -90,6 +98,8 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     options = parse_options(arguments.option, "min_images=5")
     _check_place(arguments.output)
     name, datasets, problems = find_data(arguments.data, arguments.root, options, arguments.output)
+    background = check_background(arguments.background)
+    datasets = {key: as_rgb(data, background=background) for key, data in datasets.items()}
     output = arguments.output or default_output(name)
     _check_place(output)
     total = None if arguments.quick else sum(map(len, datasets.values()))

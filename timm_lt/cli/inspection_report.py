@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -160,6 +161,15 @@ def _sizes(found: Inspection) -> Iterable[str]:
     frequent = (f"{width}x{height} ({number:,})" for width, height, number in sizes.most_frequent)
     yield f"  most frequent, width x height: {', '.join(frequent)}"
     yield f"  modes: {_counted(sizes.modes)}; formats: {_counted(sizes.formats)}"
+    if sizes.transparent:
+        yield f"  with transparency: {sizes.transparent:,} (composited onto --background)"
+    if sizes.deep:
+        yield f"  with more than 8 bits per channel, of which 8 are kept: {sizes.deep:,}"
+    if sizes.one_color:
+        yield f"  of one colour only when decoded: {sizes.one_color:,}"
+    if sizes.huge:
+        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        yield f"  of more than {limit:.0f} million pixels, read all the same: {sizes.huge:,}"
 
 
 def _spread(lengths: tuple[int, int, int]) -> str:

@@ -43,6 +43,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="option of the data set, e.g. test_fraction=0.3; may be repeated",
     )
+    add_background_option(parser)
+
+
+def add_background_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--background``."""
+    parser.add_argument(
+        "--background",
+        default="auto",
+        metavar="COLOR",
+        help="behind transparent pixels, e.g. white, black or '#808080'; that of the model's "
+        "checkpoint, or white, unless given",
+    )
 
 
 def add_class_order(parser: argparse.ArgumentParser) -> None:

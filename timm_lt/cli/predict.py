@@ -3,30 +3,40 @@
 import argparse
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import timm.data
 import torch
-from datasets import Image as ImageColumn
+from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.accelerator import set_cpu_threads
+from timm_lt.checkpoint import background_of
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import (
     MODEL_HELP,
+    add_background_option,
     add_weights_options,
     class_names,
     load_model,
     model_options,
 )
 from timm_lt.console import log, one_line, result_console
-from timm_lt.data.folder.files import find_images
-from timm_lt.data.reading import DAMAGE, damage_of, decode_image
+from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
+from timm_lt.data.pixels import check_background
+from timm_lt.data.reading import (
+    DAMAGE,
+    damage_of,
+    decode_image,
+    describe_huge,
+    is_huge,
+    shown_path,
+)
 from timm_lt.files import write_atomic
 from timm_lt.preprocessing import image_config
 from timm_lt.recipe.class_order import class_orders
@@ -34,6 +44,23 @@ from timm_lt.recipe.schema import ClassOrder
 from timm_lt.registry import UsageError, check_integer, shown_names
 
 BATCH_SIZE = 32
+# Raw files of cameras, of which Pillow would decode a preview at most.
+RAW_SUFFIXES = frozenset(
+    (
+        *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "fff", "iiq", "k25", "kdc"),
+        *("mef", "mos", "mrw", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "rwl", "sr2"),
+        *("srf", "srw", "x3f"),
+    )
+)
+# Images that no folder of a run has, since Pillow does not decode them or only in part.
+UNUSUAL_SUFFIXES = frozenset(
+    (
+        *(*RAW_SUFFIXES, *HEIC_SUFFIXES, "hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr"),
+        *("hdp", "wdp", "jpm", "jls", "psd", "psb", "xcf", "kra", "svg", "svgz", "exr", "hdr"),
+        *("dcm", "ico", "cur", "icns", "dds", "sgi", "bpg", "flif"),
+    )
+)
+CONVERT = "convert it to JPEG"
 FORMATS = ("table", "csv", "json")
 # An image, its best classes and their probabilities; or why it cannot be read.
 Prediction = tuple[str, list[tuple[str, float]], str | None]
@@ -54,7 +81,12 @@ def add_parser(commands: Commands) -> None:
         ],
     )
     predict.add_argument("model", help=MODEL_HELP)
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders of them")
+    predict.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, and folders of them; what is not read is named",
+    )
     predict.add_argument("--head", metavar="NAME", help="the joint classifier unless given")
     add_weights_options(predict, "weights for that architecture")
     predict.add_argument(
@@ -67,9 +99,10 @@ def add_parser(commands: Commands) -> None:
         "--names",
         type=Path,
         metavar="FILE",
-        help="text file with the name of each class in a line, in their order; needed for weights "
-        "that have no names, whose classes are numbers otherwise",
+        help="UTF-8 text file with one class name per line, the first that of class 0; takes the "
+        "place of the model's own names. Without either, classes are numbers",
     )
+    add_background_option(predict)
     predict.add_argument(
         "--class-order",
         choices=get_args(ClassOrder),
@@ -107,7 +140,9 @@ def predict_images(arguments: argparse.Namespace) -> None:
     form = output_format(arguments.format, arguments.output)
     check_integer("--top", arguments.top, minimum=1)
     check_integer("--workers", arguments.workers, minimum=0)
-    paths = image_files(arguments.images)
+    given = arguments.background
+    background = None if given == "auto" else check_background(given)
+    paths, reasons = image_files(arguments.images)
     options = model_options(arguments)
     if arguments.classes is not None:
         options["num_classes"] = arguments.classes
@@ -122,7 +157,15 @@ def predict_images(arguments: argparse.Namespace) -> None:
     names = None if arguments.names is None else read_names(arguments.names, model)
     names = names_in_order(names, arguments.class_order)
     found = list(
-        predictions(model, paths, names=names, top=arguments.top, workers=arguments.workers)
+        predictions(
+            model,
+            paths,
+            names=names,
+            top=arguments.top,
+            workers=arguments.workers,
+            background=background,
+            reasons=reasons,
+        )
     )
     if form == "table":
         result_console().print(_table(found))
@@ -158,42 +201,79 @@ def output_format(given: str | None, output: Path | None) -> str:
     return form
 
 
-def image_files(places: Sequence[str]) -> list[str]:
+def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the files that are meant: each file, and the images in each folder, sorted.
 
+    Files of a folder that are not images are logged.
+
+    Returns:
+        The files, and the reasons why some of them are not read: camera raw files, links to
+        nothing, names that are not UTF-8.
+
     Raises:
-        UsageError: If there is no such file, or a folder has no images.
+        UsageError: If a file does not exist, or a folder has no images.
     """
     paths: list[str] = []
+    reasons: dict[str, str] = {}
+    others: list[str] = []
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
-            found = sorted(find_images(str(path)).images)
-            if not found:
-                raise UsageError(f"there is no image in {path}")
-            paths += found
+            found = find_images(str(path))
+            photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
+            unnamed = {ascii(name): "its name is not UTF-8; rename it" for name in found.unnamed}
+            reasons |= found.broken | unnamed
+            images = sorted([*found.images, *photos, *found.broken, *unnamed])
+            if not images:
+                there = f", only {counted_suffixes(found.others)}" if found.others else ""
+                raise UsageError(f"there is no image in {path}{there}")
+            paths += images
+            others += [other for other in found.others if suffix(other) not in UNUSUAL_SUFFIXES]
         elif path.is_file():
             paths.append(str(path))
         else:
             raise UsageError(f"there is no image {path}")
-    return paths
+    if others:
+        log.warning(
+            "%d files are not read, since they are not images by their suffix (%s): %s",
+            *(len(others), counted_suffixes(others), shown_names(list(map(shown_path, others)))),
+        )
+    raw = {path: f"a camera raw file; {CONVERT}" for path in paths if suffix(path) in RAW_SUFFIXES}
+    return paths, reasons | raw
 
 
 class _Files(Dataset[tuple[Tensor, str]]):
-    """Image files as a model takes them; of one that is damaged, the reason."""
+    """Image files as a model takes them; of one that cannot be read, the reason.
 
-    def __init__(self, paths: Sequence[str], transform: Any) -> None:  # noqa: ANN401
+    Attributes:
+        huge: Whether Pillow would warn of a file for its size, (N,); shared with the workers.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        transform: Any,  # noqa: ANN401
+        background: str,
+        reasons: Mapping[str, str],
+    ) -> None:
         self.paths, self.transform = paths, transform
-        self.column = ImageColumn()
+        self.background, self.reasons = background, reasons
+        self.huge = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        path = self.paths[index]
+        if path in self.reasons:
+            return torch.empty(0), self.reasons[path]
         try:
-            image = decode_image({"path": self.paths[index], "bytes": None}, self.column)
+            image = decode_image({"path": path, "bytes": None}, background=self.background)
         except DAMAGE as error:
-            return torch.empty(0), damage_of(error)
+            if f".{suffix(path)}" in Image.registered_extensions():
+                return torch.empty(0), damage_of(error)
+            return torch.empty(0), f"Pillow does not decode .{suffix(path)}; {CONVERT}"
+        self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 
 
@@ -257,6 +337,8 @@ def predictions(
     names: Sequence[str] | None = None,
     top: int = 3,
     workers: int = 0,
+    background: str | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> Iterator[Prediction]:
     """Yields each image with its most probable classes, by softmax.
 
@@ -266,11 +348,12 @@ def predictions(
         names: Names of the classes, (C,); None takes the model's own, or numbers.
         top: Number of classes, all if there are fewer.
         workers: Processes that decode.
+        background: Colour behind transparent pixels; None is that of the model's checkpoint.
+        reasons: Why files are not read, by path.
     """
     transform = timm.data.create_transform(**image_config(model))
-    loader: DataLoader[Any] = DataLoader(
-        _Files(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
-    )
+    files = _Files(paths, transform, background or background_of(model), reasons or {})
+    loader: DataLoader[Any] = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     done = 0
     for batch in loader:
         readable = [image for image, reason in batch if not reason]
@@ -278,6 +361,9 @@ def predictions(
         for _, reason in batch:
             yield paths[done], [] if reason else next(rows), reason or None
             done += 1
+    huge = [shown_path(paths[row]) for row in files.huge.nonzero().flatten().tolist()]
+    if huge:
+        log.warning("%s", describe_huge(len(huge), len(paths), huge))
 
 
 def _best(

@@ -25,6 +25,7 @@ from timm_lt.data.loader import create_loader as create_loader
 from timm_lt.data.long_tailed import make_long_tailed as make_long_tailed
 from timm_lt.data.manifest import subset_manifest as subset_manifest
 from timm_lt.data.published_lists import check_image_list as check_image_list
+from timm_lt.data.reading import load_image as load_image
 from timm_lt.data.sources import create_dataset as create_dataset
 from timm_lt.data.sources import list_datasets as list_datasets
 from timm_lt.data.sources import register_dataset as register_dataset

@@ -1,6 +1,7 @@
 """A ``datasets.Dataset`` of images as timm's loader wants one: pairs, and a transform to be set."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -9,7 +10,53 @@ from torch.utils.data import Dataset
 
 from timm_lt.data.described import described
 from timm_lt.data.fingerprint import digest, images_fingerprint
+from timm_lt.data.pixels import WHITE, check_background
+from timm_lt.data.reading import decode_column, read_image
 from timm_lt.registry import UsageError
+
+
+@dataclass
+class RGBImage(datasets.Image):  # type: ignore[misc]
+    """A column of images that timm_lt decodes to RGB.
+
+    Attributes:
+        background: Colour behind transparent pixels, ``#rrggbb``.
+    """
+
+    background: str = WHITE
+
+    def decode_example(
+        self,
+        value: dict[str, Any],
+        token_per_repo_id: dict[str, str | bool | None] | None = None,
+    ) -> Image.Image:
+        """Decodes an image as a run does."""
+        return decode_column(value, self)
+
+
+def as_rgb(
+    dataset: datasets.Dataset, *, column: str = "image", background: object = None
+) -> datasets.Dataset:
+    """Returns a data set whose images timm_lt decodes, wherever they are decoded.
+
+    One with a transform of its own stays as it is, unless a background is given.
+
+    Args:
+        dataset: The data set.
+        column: Its column of images.
+        background: See :func:`~timm_lt.data.pixels.check_background`; None keeps the column's own,
+            or takes white.
+
+    Raises:
+        UsageError: If the background is not a colour.
+    """
+    found = dataset.features.get(column)
+    keeps = background is None
+    if not isinstance(found, datasets.Image) or (keeps and dataset.format["type"] == "custom"):
+        return dataset
+    color = getattr(found, "background", WHITE) if keeps else check_background(background)
+    wanted = RGBImage(mode=found.mode, background=color)
+    return dataset if found == wanted else dataset.cast_column(column, wanted)
 
 
 class ImageRows(Dataset[tuple[Any, int]]):
@@ -17,6 +64,7 @@ class ImageRows(Dataset[tuple[Any, int]]):
 
     Args:
         rows: With a column of images and one of labels.
+        background: Colour behind transparent pixels; None is that of the column, or white.
 
     Attributes:
         transform: Applied to each image, RGB; None leaves it a PIL image.
@@ -25,17 +73,22 @@ class ImageRows(Dataset[tuple[Any, int]]):
         UsageError: If there is no such column; lists those that there are.
     """
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
+    def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
         self.transform: Callable[[Image.Image], Any] | None = None
         self._image, self._label = image_column(rows), label_column(rows)
+        self.rows = as_rgb(rows, column=self._image, background=background)
+        self._column = self.rows.features[self._image]
+        self._stored = self.rows
+        if self.rows.format["type"] != "custom":
+            stored = self.rows.with_format(None).select_columns([self._image, self._label])
+            self._stored = stored.cast_column(self._image, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        row = self.rows[index]
-        image = row[self._image].convert("RGB")
+        row = self._stored[index]
+        image = read_image(row[self._image], index, self._column)
         return (self.transform(image) if self.transform else image), row[self._label]
 
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_lt.data.columns import check_random_access, image_column, label_column
 from timm_lt.data.images import MAX_BYTES
+from timm_lt.data.pixels import to_rgb, with_alpha
 from timm_lt.data.reading import turned_upright
 from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
 from timm_lt.longtail import check_labels
@@ -21,6 +22,8 @@ ACCEPTED = (
     "ImageFolder, timm's ImageDataset, or any other data set or list of pairs of an image (of PIL, "
     "or the path of a file) and its label; or a mapping of train, val and test to such data sets"
 )
+# Modes that neither PNG nor TIFF has.
+UNSTORABLE = ("HSV", "I;16N")
 # Rows of a table that are made together.
 ROWS = 1000
 
@@ -165,7 +168,10 @@ def _checked_pair(
         # Nothing has been read of its file, so that it is the image as it is.
         return image, label
     # A copy has lost the format of its file, which may be one that loses something.
-    return turned_upright(image).copy(), label
+    image = turned_upright(image).copy()
+    if image.has_transparency_data:
+        return with_alpha(image), label
+    return image if image.mode not in UNSTORABLE else to_rgb(image), label
 
 
 def folder_of(data: object) -> str | None:

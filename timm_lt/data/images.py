@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from timm_lt.console import log
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
 from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
@@ -24,9 +25,11 @@ from timm_lt.data.reading import (
     UNREADABLE,
     Unreadable,
     damage_of,
-    decode_image,
+    decode_column,
+    describe_huge,
     encoded_images,
     image_name,
+    is_huge,
     unreadable_images,
 )
 from timm_lt.longtail import check_labels
@@ -86,6 +89,9 @@ class Images(Protocol):
 
     def unreadable_rows(self) -> list[int]:
         """Returns the rows of the images that this process could not read so far."""
+
+    def huge_rows(self) -> list[int]:
+        """Returns the rows of the images that Pillow warns of for their size, as far as read."""
 
 
 class ImageTensors(TorchDataset[Batch]):
@@ -176,6 +182,10 @@ class ImageTensors(TorchDataset[Batch]):
         """Returns the rows of the images that could not be read."""
         return self.missing
 
+    def huge_rows(self) -> list[int]:
+        """Returns no row: :func:`decode_images` has named such images."""
+        return []
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -227,18 +237,23 @@ def decode_images(
     images: np.ndarray[Any, Any] | None = None
     rejected: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
+    huge: list[str] = []
     for row, encoded in enumerate(encoded_images(dataset)):
         try:
-            image = decode_image(encoded["image"], column)
+            image = decode_column(encoded["image"], column)
         except DAMAGE as error:
             rejected[row] = image_name(encoded["image"], row), damage_of(error)
             continue
+        if is_huge(image.size):
+            huge.append(image_name(encoded["image"], row))
         if images is None:
             size = size or (image.height, image.width)
             images = _empty_images(len(dataset), size)
         height, width = images.shape[1:3]
         # Of an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    if huge:
+        log.info("%s", describe_huge(len(huge), len(dataset), huge))
     if rejected and missing is None:
         raise unreadable_images(dict(rejected.values()), len(dataset))
     if images is None:

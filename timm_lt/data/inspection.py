@@ -15,10 +15,12 @@ from torch import Tensor
 
 from timm_lt.data.duplicates import Duplicates, Twin, find_duplicates
 from timm_lt.data.images import label_names, label_tensor
+from timm_lt.data.pixels import is_flat, loses_levels
 from timm_lt.data.reading import (
     DAMAGE,
     damage_of,
-    decode_image,
+    decode_column,
+    is_huge,
     is_remote,
     open_image,
     pillow_errors,
@@ -50,6 +52,10 @@ class Sizes:
         most_frequent: The most frequent sizes, width, height and number of images.
         modes: Images of each of Pillow's modes, the most frequent first.
         formats: Images of each format.
+        transparent: Images with an alpha channel or a transparent colour.
+        deep: Images with more than 8 bits per channel, of which 8 are kept.
+        one_color: Images that have one colour only once they are decoded.
+        huge: Images that Pillow warns of for their size.
     """
 
     width: tuple[int, int, int]
@@ -57,6 +63,10 @@ class Sizes:
     most_frequent: list[tuple[int, int, int]]
     modes: dict[str, int]
     formats: dict[str, int]
+    transparent: int = 0
+    deep: int = 0
+    one_color: int = 0
+    huge: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,14 @@ class Seen(NamedTuple):
         kind: Its format and mode, if it can be read.
         size: Width and height, if it can be read.
         reason: Why it cannot be read.
+        traits: Which of transparent, deep, one_color and huge it is; see :class:`Sizes`.
     """
 
     digest: bytes | None = None
     kind: tuple[str, str] | None = None
     size: tuple[int, int] | None = None
     reason: str | None = None
+    traits: tuple[str, ...] = ()
 
 
 def inspect_splits(
@@ -241,6 +253,7 @@ def _look(
     contents: list[tuple[bytes, Twin]] = []
     sizes: Counter[tuple[int, int]] = Counter()
     kinds: Counter[tuple[str, str]] = Counter()
+    traits: Counter[str] = Counter()
     for split, files in stored.items():
         unreadable[split] = []
         compared = [length is not None and often[length] > 1 for length in lengths[split]]
@@ -255,10 +268,11 @@ def _look(
             if seen.size is not None and seen.kind is not None:
                 sizes[seen.size] += 1
                 kinds[seen.kind] += 1
+                traits.update(seen.traits)
     return {
         "unreadable": unreadable,
         "duplicates": find_duplicates(contents, datasets),
-        "sizes": _sizes(sizes, kinds),
+        "sizes": _sizes(sizes, kinds, traits),
     }
 
 
@@ -291,15 +305,25 @@ def _seen(files: StoredFiles, column: "ImageColumn", compared: list[bool]) -> Ca
                 digest = hashlib.sha256(content).digest()
             with pillow_errors(), open_image(content) as image:
                 kind = (image.format or "", image.mode)
-            decoded = decode_image({"bytes": content, "path": None}, column)
+                traits = {
+                    "transparent": image.has_transparency_data,
+                    "deep": loses_levels(image),
+                    "huge": is_huge(image.size),
+                }
+            decoded = decode_column({"bytes": content, "path": None}, column)
         except DAMAGE as error:
             return Seen(digest, reason=damage_of(error))
-        return Seen(digest, kind, decoded.size)
+        traits["one_color"] = is_flat(decoded)
+        return Seen(digest, kind, decoded.size, traits=tuple(t for t in traits if traits[t]))
 
     return seen
 
 
-def _sizes(sizes: Counter[tuple[int, int]], kinds: Counter[tuple[str, str]]) -> Sizes | None:
+def _sizes(
+    sizes: Counter[tuple[int, int]],
+    kinds: Counter[tuple[str, str]],
+    traits: Mapping[str, int],
+) -> Sizes | None:
     if not sizes:
         return None
     widths, heights, modes, formats = Counter[int](), Counter[int](), Counter[str](), Counter[str]()
@@ -315,6 +339,7 @@ def _sizes(sizes: Counter[tuple[int, int]], kinds: Counter[tuple[str, str]]) -> 
         most_frequent=[(*size, number) for size, number in sizes.most_common(SHOWN_SIZES)],
         modes=dict(modes.most_common()),
         formats=dict(formats.most_common()),
+        **traits,
     )
 
 

@@ -1,7 +1,7 @@
 """timm's loader with any sampler, for one process or several."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -131,6 +131,7 @@ def create_loader(
     *,
     sampler: Sampler[Any] | None = None,
     accelerator: Accelerator | None = None,
+    background: str | Sequence[int] | None = None,
     **options: Any,
 ) -> Loader:
     """Creates timm's loader, with all of its options, over any sampler.
@@ -157,6 +158,9 @@ def create_loader(
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
         accelerator: Prepares the loader; do not prepare it again.
+        background: Colour behind transparent pixels of a ``datasets.Dataset``, such as ``"black"``
+            or ``"#808080"``; None is white. Other data sets decode their images themselves:
+            torchvision's ``ImageFolder`` as a run does with ``loader=timm_lt.load_image``.
         **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's, or else
             the GPU if there is one and the CPU if not.
 
@@ -168,7 +172,14 @@ def create_loader(
     check_random_access(dataset)
     _check_options(options, sampler, accelerator)
     options["device"] = _device(options.get("device"), accelerator)
-    images: Any = ImageRows(dataset) if isinstance(dataset, datasets.Dataset) else dataset
+    images: Any = dataset
+    if isinstance(dataset, datasets.Dataset):
+        images = ImageRows(dataset, background=background)
+    elif background is not None:
+        raise UsageError(
+            f"background only applies to a datasets.Dataset; a {type(dataset).__name__} decodes "
+            "its images itself, such as with timm_lt.load_image"
+        )
     if sampler is not None:
         _check_sampler(sampler, images)
         if options.get("distributed"):

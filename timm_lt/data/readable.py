@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from timm_lt.console import log
-from timm_lt.data.reading import Unreadable, unreadable_images
+from timm_lt.data.reading import Unreadable, describe_huge, image_names, unreadable_images
 from timm_lt.data.sources import Split, dataset_from_files
 from timm_lt.data.verification import Damage, find_damaged
 from timm_lt.registry import Problems, shown_names
@@ -83,6 +83,29 @@ def note_damaged_files(problems: Problems, files: Mapping[Split, Sequence[str]])
         dataset = dataset_from_files(list(paths), np.zeros(len(paths), np.int64), None)
         damaged = [one for one in find_damaged(dataset) if Path(paths[one.row]).is_file()]
         note_damaged(problems, split, damaged, len(paths))
+
+
+def log_exceptional(
+    split: str, dataset: "Dataset", left_out: int, unreadable: Sequence[int], huge: Sequence[int]
+) -> None:
+    """Logs the images of a split that were left out, and those that Pillow would warn of.
+
+    Args:
+        split: Name of the split.
+        dataset: The split.
+        left_out: How many images could not be read.
+        unreadable: Their rows, as far as they are known.
+        huge: Rows of images with more pixels than Pillow reads without a warning.
+    """
+    if left_out:
+        shown = shown_names(image_names(dataset, unreadable))
+        log.warning(
+            "%d of %d %s images cannot be read and were left out%s",
+            *(left_out, len(dataset), split, f": {shown}" if shown else ""),
+        )
+    if huge:
+        names = image_names(dataset, huge)
+        log.warning("%s", describe_huge(len(huge), len(dataset), names, split))
 
 
 def check_classes_left(

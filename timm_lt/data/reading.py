@@ -7,16 +7,19 @@ import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from timm_lt.console import ignore_pillow_warnings
+from timm_lt.data.pixels import WHITE, check_background, to_rgb
 from timm_lt.registry import UsageError, shown_names
 
 # What to do about an image that cannot be read.
@@ -37,6 +40,11 @@ ODD_DAMAGE = (
     zlib.error,
 )
 EMPTY = "0 bytes"
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ODD_TIFF = (
+    "a TIFF whose bands or bits Pillow does not read, or that is damaged; save it as RGB or grey "
+    "of 8 bits"
+)
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -73,39 +81,91 @@ def is_remote(path: str) -> bool:
     return REMOTE.match(path) is not None
 
 
-def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
-    """Returns an image in RGB, turned as its EXIF data say.
+def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> Image.Image:
+    """Reads an image file as timm_lt does everywhere: RGB, turned as its EXIF data say.
 
-    Grey levels of 16 bits are divided by 256, transparency is left out.
+    Can be the ``loader=`` of torchvision's ``ImageFolder``. For grey levels of more than 8 bits see
+    :func:`timm_lt.data.pixels.to_rgb`.
+
+    Args:
+        path: The file.
+        background: Colour behind transparent pixels: a name, ``"#rrggbb"``, or red, green and blue.
+
+    Raises:
+        UsageError: If the file cannot be decoded, or the colour is not valid.
+    """
+    color = check_background(background)
+    try:
+        return decode_image({"path": str(path), "bytes": None}, background=color)
+    except DAMAGE as error:
+        reason = damage_of(error)
+        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {reason}") from error
+
+
+def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
+    """Returns an image in RGB, turned as its EXIF data say; see :func:`decode_image`.
 
     Args:
         encoded: As stored in a row of :func:`encoded_images`.
         row: Number of the row, for the message.
-        column: How the data set decodes its images.
+        column: The column of the data set.
 
     Raises:
         UsageError: If it cannot be decoded; names its row and, if known, its file.
     """
     try:
-        return decode_image(encoded, column)
+        return decode_column(encoded, column)
     except DAMAGE as error:
         raise unreadable_images({image_name(encoded, row): damage_of(error)}) from error
 
 
-def decode_image(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
-    """Returns what :func:`read_image` does; an image that is damaged raises one of ``DAMAGE``."""
-    if isinstance(encoded, Image.Image):
-        return to_rgb(encoded)
-    path, content = encoded["path"], encoded["bytes"]
-    if content is None and (path is None or is_remote(path)):
-        return to_rgb(column.decode_example(encoded))
-    # Pillow would leave files of several frames, and damaged ones, open.
-    with pillow_errors(), open_image(path if content is None else content) as image:
-        # In less time than column.decode_example.
-        turned = turned_upright(image)
-        if column.mode in (None, "RGB", turned.mode):
-            return to_rgb(turned)
-        return to_rgb(turned.convert(column.mode))
+def decode_column(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
+    """Decodes an image of a column, with the column's background and mode."""
+    background = getattr(column, "background", WHITE)
+    return decode_image(encoded, background=background, mode=column.mode)
+
+
+def decode_image(
+    encoded: dict[str, Any] | Image.Image | None,
+    *,
+    background: str = WHITE,
+    mode: str | None = None,
+) -> Image.Image:
+    """Decodes an image: the one way from what is stored to RGB.
+
+    Args:
+        encoded: ``path`` and ``bytes``, one of which may be None; or an image of Pillow.
+        background: Colour behind transparent pixels, ``#rrggbb``.
+        mode: Mode that the image is converted to on the way, such as L to take colours away.
+
+    Returns:
+        An image in RGB, turned as its EXIF data say.
+
+    Raises:
+        Exception: One of ``DAMAGE`` if the image is damaged, or has values in an unknown range.
+    """
+    if get_worker_info() is not None:
+        _ignore_warnings_once()
+    if isinstance(encoded, dict):
+        path, content = encoded["path"], encoded["bytes"]
+        if content is not None or not (path is None or is_remote(path)):
+            # Pillow would leave files of several frames, and damaged ones, open.
+            with pillow_errors(), open_image(path if content is None else content) as image:
+                rgb = _in_mode(to_rgb(image, background), mode)
+                turn = turn_of(image)
+                return rgb if turn is None else rgb.transpose(turn)
+        encoded = ImageColumn().decode_example(encoded)
+    if not isinstance(encoded, Image.Image):
+        raise ValueError("there is no image")
+    with pillow_errors():
+        return _in_mode(to_rgb(encoded, background), mode)
+
+
+def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
+    return image if mode in (None, "RGB") else image.convert(mode).convert("RGB")
+
+
+_ignore_warnings_once = cache(ignore_pillow_warnings)
 
 
 @contextmanager
@@ -121,44 +181,57 @@ def pillow_errors() -> Iterator[None]:
 
 
 def open_image(source: str | bytes) -> Image.Image:
-    """Opens an image, of a path or of bytes; that a file is empty is said so."""
+    """Opens an image, of a path or of bytes; an empty file and an odd TIFF are named as such."""
     try:
         return Image.open(source if isinstance(source, str) else io.BytesIO(source))
     except UnidentifiedImageError:
-        size = Path(source).stat().st_size if isinstance(source, str) else len(source)
-        if size == 0:
+        start = _start_of(source)
+        if not start:
             raise ValueError(EMPTY) from None
+        if start in TIFF_STARTS:
+            raise ValueError(ODD_TIFF) from None
         raise
 
 
-def turned_upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned as its EXIF data say; as it is, if they cannot be read.
+def _start_of(source: str | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:4]
+    with Path(source).open("rb") as file:
+        return file.read(4)
 
-    ``ImageOps.exif_transpose`` would also write all of them anew, and fail on what is odd in any.
-    """
+
+def turned_upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF data say; as it is, if they cannot be read."""
     image.load()
-    try:
-        with pillow_errors():
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGE:
-        return image
+    turn = turn_of(image)
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image in RGB; one that is RGB already is not copied.
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Returns how a loaded image has to be turned; None if its EXIF data say nothing of it.
 
-    Pillow would turn all but the darkest 256 of 65,536 grey levels into white.
+    ``ImageOps.exif_transpose`` would also write all of them anew, and fail on what is odd in any.
     """
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        # Pillow would warn of this image, and of each like it.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        with pillow_errors():
+            return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        return None
+
+
+def is_huge(size: tuple[int, int]) -> bool:
+    """Tells whether Pillow warns that an image of this width and height may be malicious."""
+    limit = Image.MAX_IMAGE_PIXELS
+    return limit is not None and size[0] * size[1] > limit
+
+
+def describe_huge(number: int, total: int, names: Sequence[str], split: str = "") -> str:
+    """Returns what to say of images that Pillow would warn of one by one."""
+    limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
+    return (
+        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read all "
+        f"the same: {shown_names(names)}"
+    )
 
 
 def damage_of(error: Exception) -> str:
@@ -167,7 +240,7 @@ def damage_of(error: Exception) -> str:
         return "it is no image, or of no format that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).removesuffix(".") or type(error).__name__
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:

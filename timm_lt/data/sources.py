@@ -114,7 +114,8 @@ def create_dataset(
         options: The data set's own options.
 
     Returns:
-        A ``datasets.Dataset`` with the columns ``image`` (decoded to a PIL image in RGB) and
+        A ``datasets.Dataset`` with the columns ``image`` (decoded to a PIL image in RGB, as in a
+        run) and
         ``label`` (an integer, with the class names in ``features["label"].names``).
 
     Raises:
@@ -135,24 +136,27 @@ def find_split(
     name: str, *, split: Split, root: str | Path | None = None, **options: Any
 ) -> "Dataset | None":
     """Builds one split as :func:`create_dataset` does; None if there is no such split."""
+    from timm_lt.data.columns import as_rgb
+
     source = checked_source(name, root, options)
     check_choice(f"split of data set {name!r}", split, get_args(Split))
-    if not _takes_split(source):
-        found: Dataset | None = source(**options).get(split)
-        return found
-    dataset: Dataset | None = source(split, **options)
-    return dataset
+    takes_split = _takes_split(source)
+    found = source(split, **options) if takes_split else source(**options).get(split)
+    return None if found is None else as_rgb(found)
 
 
 def find_splits(
     name: str, *, root: str | Path | None = None, **options: Any
 ) -> "dict[str, Dataset]":
     """Builds all splits that a data set has, as :func:`create_dataset` builds one."""
+    from timm_lt.data.columns import as_rgb
+
     source = checked_source(name, root, options)
-    if not _takes_split(source):
-        return dict(source(**options))
-    found = {split: source(split, **options) for split in get_args(Split)}
-    return {split: dataset for split, dataset in found.items() if dataset is not None}
+    if _takes_split(source):
+        found = {split: source(split, **options) for split in get_args(Split)}
+    else:
+        found = source(**options)
+    return {split: as_rgb(dataset) for split, dataset in found.items() if dataset is not None}
 
 
 def checked_source(

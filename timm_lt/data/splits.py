@@ -1,7 +1,7 @@
 """The three splits of a data set, checked before anything is trained on them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,10 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
-from timm_lt.data.columns import check_random_access
+from timm_lt.data.columns import as_rgb, check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.identity import image_keys
 from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor, relabelled
+from timm_lt.data.pixels import WHITE
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
 from timm_lt.data.stored import StoredImages
@@ -76,6 +77,7 @@ class Splits:
         """
         for dataset in datasets.values():
             check_random_access(dataset)
+        datasets = {split: as_rgb(dataset) for split, dataset in datasets.items()}
         problems = Problems()
         val_source: ValSource = "val"
         if protocol == "paper" and "test" in datasets:
@@ -136,6 +138,23 @@ class Splits:
         }
         counts = self.class_counts[places.argsort()]
         return Splits(datasets, labels, counts, names, self.val_source)
+
+    @property
+    def background(self) -> str:
+        """Colour behind transparent pixels, ``#rrggbb``."""
+        return str(getattr(self.datasets["train"].features["image"], "background", WHITE))
+
+    def on_background(self, background: object) -> "Splits":
+        """Returns the splits with transparent pixels composited onto another colour.
+
+        Args:
+            background: See :func:`~timm_lt.data.pixels.check_background`.
+        """
+        datasets = {
+            split: as_rgb(dataset, background=background)
+            for split, dataset in self.datasets.items()
+        }
+        return replace(self, datasets=datasets)
 
     def images(
         self,

@@ -21,7 +21,7 @@ from timm_lt.data.draws import InOrder
 from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
-from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, read_image
+from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, is_huge, read_image
 from timm_lt.registry import UsageError
 from timm_lt.samplers.arithmetic import keyed
 
@@ -78,6 +78,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         self._workers = workers
         # Shared with the workers, which find them.
         self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         self._check()
 
     def _check(self) -> None:
@@ -160,6 +161,11 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         rows: list[int] = self._missing.nonzero().flatten().tolist()
         return rows
 
+    def huge_rows(self) -> list[int]:
+        """Returns the rows of the images that Pillow warns of for their size."""
+        rows: list[int] = self._huge.nonzero().flatten().tolist()
+        return rows
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -186,6 +192,8 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
             for place, encoded in enumerate(self._encoded[rows]["image"]):
                 try:
                     image = read_image(encoded, rows[place], self._column)
+                    if is_huge(image.size):
+                        self._huge[rows[place]] = True
                 except UsageError as error:
                     if self.unreadable == "raise":
                         raise UsageError(f"{self.name}: {error}") from error

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from timm_lt.data.pixels import to_rgb
 from timm_lt.data.reading import (
     DAMAGE,
     EMPTY,
@@ -217,7 +218,7 @@ def reason_of(content: Content) -> str | None:
         with pillow_errors(), content.file() as file, Image.open(file) as image:
             # Of formats with no check, the header has to do.
             if is_whole is not None:
-                image.load()
+                to_rgb(image)
     except DAMAGE as error:
         return damage_of(error)
     return None
@@ -303,6 +304,9 @@ def _is_whole_tiff(content: Content, head: bytes) -> bool:
     try:
         with pillow_errors(), content.file() as file, Image.open(file) as image:
             tags = getattr(image, "tag_v2", {})
+            # Values may be in no known range.
+            if image.mode in ("I", "F"):
+                return False
     except DAMAGE:
         return False
     parts = ((tags.get(starts, ()), tags.get(sizes, ())) for starts, sizes in TIFF_PARTS)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL, CheckpointInfo, HeadEntry
 from timm_lt.console import one_line
 from timm_lt.data import list_datasets
+from timm_lt.data.pixels import WHITE
 from timm_lt.fitting import AUTO
 from timm_lt.longtail import describe_shots, shot_groups, shot_rule_texts
 from timm_lt.model_card.markdown import code, fenced, plain, table
@@ -78,6 +79,7 @@ def render_card(
         local=repo_id is None,
         place=place,
         create=f'timm_lt.create_model({place}, head="{example}")',
+        load_image=_load_image(info),
         create_plain=f"timm.create_model({place}, pretrained=True)",
         other_head=_other_head(info, example),
         results=_results(info),
@@ -92,6 +94,11 @@ def render_card(
         licence=licence_text(license),
     )
     return f"{card}\n"
+
+
+def _load_image(info: CheckpointInfo) -> str:
+    background = "" if info.background == WHITE else f', background="{info.background}"'
+    return f': timm_lt.load_image("photo.jpg"{background})'
 
 
 def _kept_backbone(recipe: str | None) -> str | None:

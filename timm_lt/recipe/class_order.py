@@ -5,7 +5,7 @@ torchvision and timm_lt by code point (1, 10, 2). The same weights are right in 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import timm.data
 import torch
@@ -16,6 +16,7 @@ from timm_lt.console import log
 from timm_lt.data import Splits
 from timm_lt.data.reading import encoded_images, read_image
 from timm_lt.label_names import label_names
+from timm_lt.preprocessing import image_config
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.schema import ClassOrder, Recipe
 from timm_lt.registry import UsageError, check_choice, shown_names
@@ -194,7 +195,7 @@ def _predictions(
     model: nn.Module, splits: Splits, rows: Tensor, image_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the rows whose images can be read, and the label that the model gives each."""
-    config: dict[str, Any] = timm.data.resolve_data_config(model=model)
+    config = image_config(model)
     if image_size is not None:
         config["input_size"] = (3, image_size, image_size)
     transform = timm.data.create_transform(**config)

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from timm_lt.console import advance, log, progress
 from timm_lt.data.images import Images
-from timm_lt.data.reading import image_names
+from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.fitting import AUTO, fit_head, take_best
@@ -21,7 +21,6 @@ from timm_lt.html_report import Predictions
 from timm_lt.metrics import ShotMetrics, ShotReport
 from timm_lt.recipe.checks import head_kind, stage_heads
 from timm_lt.recipe.run import Run
-from timm_lt.registry import shown_names
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
 
 
@@ -80,12 +79,9 @@ def count_unreadable(run: Run, features: Mapping[Split, Features]) -> None:
         # Of a split whose features were in the cache, no image was read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
         run.unreadable_rows[split] = rows
-        if left_out and run.accelerator.is_main_process:
-            shown = shown_names(image_names(run.splits.datasets[split], rows))
-            log.warning(
-                "%d of %d %s images cannot be read and were left out%s",
-                *(left_out, len(images), split, f": {shown}" if shown else ""),
-            )
+        huge = sorted(set(gather_object(images.huge_rows())))
+        if run.accelerator.is_main_process:
+            log_exceptional(split, run.splits.datasets[split], left_out, rows, huge)
 
 
 def fit_joint(run: Run, features: RunFeatures) -> None:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_lt.accelerator import available_cores
+from timm_lt.checkpoint import background_of
 from timm_lt.data import Splits, create_augmentation, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
@@ -16,8 +17,15 @@ from timm_lt.preprocessing import FIELDS, image_config
 from timm_lt.recipe.schema import Recipe
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 
+AUTO = "auto"
 # The augmentation that is timm's: images are decoded when they are drawn.
 TIMM = "timm"
+
+
+def on_background(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
+    """Returns the splits with the background of the recipe, or of the model's checkpoint."""
+    given = recipe.data.background
+    return splits.on_background(background_of(model) if given == AUTO else given)
 
 
 def create_images(

@@ -13,7 +13,7 @@ from timm_lt.data.sources import Split
 from timm_lt.losses import create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
 from timm_lt.recipe.class_order import order_classes
-from timm_lt.recipe.images import checked_images
+from timm_lt.recipe.images import checked_images, on_background
 from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
 from timm_lt.registry import Problems, UsageError
@@ -43,7 +43,8 @@ def create_parts(
 ) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
     """Creates what trains, model and images; what is wrong with the data is reported together.
 
-    The splits are returned with the classes in the order of the classifier that the model keeps.
+    The splits are returned with the background of the run, and the classes in the order of the
+    classifier that the model keeps.
     """
     problems = Problems()
     with problems.collected():
@@ -51,6 +52,7 @@ def create_parts(
     with problems.collected():
         check_heads_of_data(recipe, splits)
     model = create_network(recipe, splits.num_classes)
+    splits = on_background(recipe, splits, model)
     splits = order_classes(recipe, splits, model.to(accelerator.device))
     trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     batch = recipe.batch_size // (

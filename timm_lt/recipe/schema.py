@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from timm_lt.data.pixels import check_background
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
@@ -28,6 +29,8 @@ class DataRecipe:
             then; or timm, which decodes each image when it is drawn and transforms it as timm does.
         augmentation_options: Options of the augmentation; for timm those of its create_loader,
             e.g. auto_augment, scale, hflip, color_jitter, re_prob.
+        background: Colour behind transparent pixels: a name such as white or black, "#rrggbb", or
+            [red, green, blue]; auto is that of the model's checkpoint, or white.
         unreadable: What happens to an image that cannot be read, raise or skip; those that are
             skipped are counted.
         verify: Look for damaged files before training: at both ends of each, without decoding it.
@@ -42,6 +45,7 @@ class DataRecipe:
     image_size: int | None = None
     augmentation: str = "none"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
+    background: str | list[int] = "auto"
     unreadable: Literal["raise", "skip"] = "raise"
     verify: bool = True
     val_fraction: float = 0.2
@@ -56,6 +60,8 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_number("data.val_fraction", self.val_fraction, "(0, 1)")
+        if self.background != "auto":
+            check_background(self.background)
         if self.image_size is not None:
             check_integer("data.image_size", self.image_size, minimum=1)
 
