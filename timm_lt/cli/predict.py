@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from timm_lt.accelerator import set_cpu_threads
+from timm_lt.accelerator import default_device, set_cpu_threads
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import MODEL_HELP, class_names, load_model
 from timm_lt.console import log, one_line, result_console
@@ -222,10 +222,12 @@ def predictions(
     loader: DataLoader[Any] = DataLoader(
         _Files(paths, transform), BATCH_SIZE, num_workers=workers, collate_fn=list
     )
+    device = default_device()
+    model = model.to(device)
     done = 0
     for batch in loader:
         readable = [image for image, reason in batch if not reason]
-        rows = iter(_best(model, torch.stack(readable), names, top) if readable else [])
+        rows = iter(_best(model, torch.stack(readable).to(device), names, top) if readable else [])
         for _, reason in batch:
             yield paths[done], [] if reason else next(rows), reason or None
             done += 1
