@@ -1,7 +1,10 @@
 """Processes, devices, threads and numerical precision of a run."""
 
+import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,6 +22,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
+from torch.utils.data._utils import signal_handling
 
 from timm_lt.registry import UsageError, check_choice, check_integer
 
@@ -136,10 +140,12 @@ def kept_random_state() -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
-    These are the random states, the inference mode, and the default device and type of tensors.
+    These are the random states, the inference mode, the default device and type of tensors, and
+    what the first data worker sets: the start method of processes and the handler of SIGCHLD.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(_kept_worker_settings())
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.inference_mode(mode=False))
         if torch.get_default_device().type != "cpu":
@@ -147,6 +153,23 @@ def torch_defaults() -> Iterator[None]:
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield
+
+
+@contextmanager
+def _kept_worker_settings() -> Iterator[None]:
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    number = getattr(signal, "SIGCHLD", None)  # not on Windows
+    handler = None if number is None else signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if start_method is None:
+            multiprocessing.set_start_method(None, force=True)
+        in_main = threading.current_thread() is threading.main_thread()
+        if number is not None and in_main and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+            # Else torch would not set it for the caller's own workers.
+            signal_handling._SIGCHLD_handler_set = False
 
 
 def default_device() -> torch.device:

@@ -42,7 +42,8 @@ class Rebalanced:
     """What :func:`rebalance` returns.
 
     Attributes:
-        model: A copy of the model that carries the recommended head, in evaluation mode.
+        model: A copy of the model that carries the recommended head, in evaluation mode and on the
+            same device.
         head: Name of that head.
         heads: All fitted heads by name.
         reports: Test figures by head, fractions.
@@ -160,7 +161,9 @@ def rebalance(
             joint=joint,
         )
         with closing(run):
-            return _rebalance(run, folder)
+            found = _rebalance(run, folder)
+    found.model.to(next(model.parameters()).device)
+    return found
 
 
 def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
