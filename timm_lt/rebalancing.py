@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from timm_lt.accelerator import temporary_accelerator, torch_defaults, unwrapped
 from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
 from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
@@ -44,7 +46,8 @@ class Rebalanced:
     """What :func:`rebalance` returns.
 
     Attributes:
-        model: A copy of the model that carries the recommended head, in evaluation mode.
+        model: A copy of the model that carries the recommended head, in evaluation mode and on the
+            same device.
         head: Name of that head.
         heads: All fitted heads by name.
         reports: Test figures by head, fractions.
@@ -70,6 +73,7 @@ class Rebalanced:
 
 
 @pillow_warnings_ignored()
+@torch_defaults()
 def rebalance(
     model: nn.Module,
     dataset: "str | Path | Images | Mapping[str, Images]",
@@ -93,7 +97,8 @@ def rebalance(
     each class is held out for it: files by their paths, the same in every call.
 
     Args:
-        model: A timm model with one classifier. It stays as it is. If it has another number of
+        model: A timm model with one classifier, which may be wrapped in DistributedDataParallel,
+            DataParallel or torch.compile. It stays as it is. If it has another number of
             classes than the data, or other names of them, a linear classifier is fitted first.
         dataset: A folder with a directory of images for each class (or with ``train``, ``val`` and
             ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
@@ -135,6 +140,7 @@ def rebalance(
             f"model must be a model of timm, got {model!r}: make one with "
             "timm_lt.create_model(NAME, pretrained=True)"
         )
+    model = unwrapped(model)
     to_fit = _to_fit(heads)
     data, splits = _find_data(dataset, check_mapping("options", options), background)
     recipe = Recipe(
@@ -154,7 +160,7 @@ def rebalance(
     folder = None if output is None else Path(output)
     if folder is not None:
         check_output(recipe, folder)
-    copied = _without_origin(copy.deepcopy(model)).eval()
+    copied = _plain_copy(model)
     # First, for a model without a classifier is refused there.
     same = get_head(model).out_features == splits.num_classes
     names = splits.label_names
@@ -174,16 +180,20 @@ def rebalance(
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
-    run = given_run(
-        recipe,
-        splits,
-        copied,
-        folder=folder,
-        options=RunOptions(overwrite=overwrite, workers=workers, quiet=True),
-        joint=joint,
-    )
-    with closing(run):
-        return _rebalance(run, folder)
+    with temporary_accelerator() as accelerator:
+        run = given_run(
+            recipe,
+            splits,
+            copied,
+            accelerator,
+            folder=folder,
+            options=RunOptions(overwrite=overwrite, workers=workers, quiet=True),
+            joint=joint,
+        )
+        with closing(run):
+            found = _rebalance(run, folder)
+    found.model.to(next(model.parameters()).device)
+    return found
 
 
 def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
@@ -251,10 +261,13 @@ def _architecture(model: nn.Module) -> str:
     return str(config.get("architecture") or type(model).__name__)
 
 
-def _without_origin(model: nn.Module) -> nn.Module:
-    """Takes from a model what says of which training its weights are: they may be any."""
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy in full precision, without the origin of its weights: they may be any."""
+    copied: Any = copy.deepcopy(model)
+    # The forward that accelerate wrapped in its mixed precision.
+    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False).eval()
     config = {**(getattr(model, "pretrained_cfg", None) or {})}
     for key in ("tag", "license", "origin_url"):
         config.pop(key, None)
-    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
-    return model
+    copied.__dict__["pretrained_cfg"] = copied.__dict__["default_cfg"] = config
+    return copied

@@ -1,7 +1,8 @@
 """``timm-lt evaluate``: the figures of a model on a split, by shot group and class."""
 
 import argparse
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from timm_lt.accelerator import create_accelerator, set_cpu_threads
+from timm_lt.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -113,22 +114,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )
-    models = {
-        name: load_model(
-            arguments.model,
-            head=None if name == JOINT else name,
-            checkpoint=arguments.checkpoint,
-            key=arguments.checkpoint_key,
-            image_size=arguments.image_size,
-            **model_options(arguments),
-        )
-        for name in names
-    }
-    _check_classes(models, splits, arguments.model)
-    first = next(iter(models.values()))
+    model, heads = _load(names, splits, arguments)
     recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
-    splits = _in_order(on_background(recipe, splits, first), first, arguments)
-    reports, images = _evaluate(models, splits, data, arguments)
+    splits = _in_order(on_background(recipe, splits, model), model, arguments)
+    reports, images = _evaluate(model, heads, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
         write_per_class(arguments.per_class, rows)
@@ -167,15 +156,52 @@ def _as_in_the_run(model: str, found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "options": options, "val_fraction": run.val_fraction}
 
 
-def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -> None:
+def _load(
+    names: Sequence[str], splits: Splits, arguments: argparse.Namespace
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Loads one backbone, and the classifier of each head; never two backbones at a time."""
+
+    def load(name: str) -> nn.Module:
+        head = None if name == JOINT else name
+        return load_model(
+            arguments.model,
+            head=head,
+            checkpoint=arguments.checkpoint,
+            key=arguments.checkpoint_key,
+            image_size=arguments.image_size,
+            **model_options(arguments),
+        )
+
+    heads: dict[str, nn.Module] = {}
+    model: nn.Module | None = None
+    for name in reversed(names):
+        # Freed before the next is loaded.
+        model = None
+        model = load(name)
+        _check_classes(model, splits, arguments.model)
+        # On the CPU, as the features are.
+        heads[name] = copy.deepcopy(get_head(model))
+    heads = {name: heads[name] for name in names}
+    shared = [name for name in names if not _has_statistics(heads[name])]
+    if model is None or (shared and shared[0] != names[0]):
+        # The model that was loaded last has the batch-norm statistics of its head.
+        model = None
+        model = load(shared[0])
+    return model, heads
+
+
+def _has_statistics(classifier: nn.Module) -> bool:
+    return isinstance(classifier, Head) and bool(classifier.backbone_statistics)
+
+
+def _check_classes(model: nn.Module, splits: Splits, name: str) -> None:
     """Checks that a model tells the classes of the data apart."""
-    for model in models.values():
-        classes = getattr(model, "num_classes", None)
-        if classes != splits.num_classes:
-            raise UsageError(
-                f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
-                "fit heads for them with timm-lt heads"
-            )
+    classes = getattr(model, "num_classes", None)
+    if classes != splits.num_classes:
+        raise UsageError(
+            f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
+            "fit heads for them with timm-lt heads"
+        )
 
 
 def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -> Splits:
@@ -204,19 +230,18 @@ def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -
 
 
 def _evaluate(
-    models: Mapping[str, nn.Module],
+    model: nn.Module,
+    heads: Mapping[str, nn.Module],
     splits: Splits,
     data: DataRecipe,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, ShotReport], int]:
-    first = next(iter(models.values()))
     recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
-    images = create_images(recipe, splits, first, workers=arguments.workers)[arguments.split]
+    images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
     shared: Features | None = None
     reports = {}
-    for name, model in models.items():
-        classifier = get_head(model)
-        own = isinstance(classifier, Head) and bool(classifier.backbone_statistics)
+    for name, classifier in heads.items():
+        own = _has_statistics(classifier)
         if own or shared is None:
             with head_statistics(model, classifier) if own else nullcontext():
                 features = _features(model, images)
@@ -239,9 +264,9 @@ def _evaluate(
 
 
 def _features(model: nn.Module, images: Images) -> Features:
-    accelerator = create_accelerator(mixed_precision="no")
-    loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
-    return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
+    with temporary_accelerator() as accelerator:
+        loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
+        return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
 
 
 def _figures(

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from timm_lt.accelerator import set_cpu_threads
+from timm_lt.accelerator import default_device, set_cpu_threads
 from timm_lt.checkpoint import background_of
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import (
@@ -354,10 +354,12 @@ def predictions(
     transform = timm.data.create_transform(**image_config(model))
     files = _Files(paths, transform, background or background_of(model), reasons or {})
     loader: DataLoader[Any] = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
+    device = default_device()
+    model = model.to(device)
     done = 0
     for batch in loader:
         readable = [image for image, reason in batch if not reason]
-        rows = iter(_best(model, torch.stack(readable), names, top) if readable else [])
+        rows = iter(_best(model, torch.stack(readable).to(device), names, top) if readable else [])
         for _, reason in batch:
             yield paths[done], [] if reason else next(rows), reason or None
             done += 1

@@ -16,6 +16,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from timm_lt.accelerator import default_device
 from timm_lt.data.columns import ImageRows, check_random_access
 from timm_lt.data.sharing import prepare, sampler_of, with_sampler
 from timm_lt.registry import UsageError, check_integer, unknown_name
@@ -161,8 +162,8 @@ def create_loader(
         background: Colour behind transparent pixels of a ``datasets.Dataset``, such as ``"black"``
             or ``"#808080"``; None is white. Other data sets decode their images themselves:
             torchvision's ``ImageFolder`` as a run does with ``loader=timm_lt.load_image``.
-        **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's, or else
-            the GPU if there is one and the CPU if not.
+        **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's; without
+            one, the device that accelerate would compute on.
 
     Raises:
         UsageError: If an option is unknown or does not go with another, the sampler is not of this
@@ -259,7 +260,7 @@ def _share_among_ranks(sampler: Sampler[Any]) -> None:
 
 def _device(device: torch.device | str | None, accelerator: Accelerator | None) -> torch.device:
     if accelerator is None:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return default_device() if device is None else torch.device(device)
     if device is not None and torch.device(device) != accelerator.device:
         raise UsageError(f"device={device} is not the accelerator's, {accelerator.device}")
     return torch.device(accelerator.device)

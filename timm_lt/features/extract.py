@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from timm_lt.accelerator import torch_defaults, unwrapped
 from timm_lt.console import log
 from timm_lt.data.fingerprint import digest
 from timm_lt.data.reading import UNREADABLE, loaded
@@ -35,6 +36,7 @@ AGAIN = "extract the features again (with cache_dir=, it goes on behind what is 
 T = TypeVar("T")
 
 
+@torch_defaults()
 def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
@@ -50,7 +52,7 @@ def extract_features(
     """Runs the backbone once over a data set and keeps the input of the classifier.
 
     The model runs in evaluation mode without gradients; afterwards it is as it came, each module in
-    its mode.
+    its mode. Random states of the process are restored, too.
 
     With ``cache_dir`` the features are written to a safetensors file as they come and read from it
     as a mapped file: the memory holds a batch of them, however many there are. The file's name is a
@@ -62,7 +64,8 @@ def extract_features(
     extracts, the other waits.
 
     Args:
-        model: A timm model with a classifier.
+        model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
+            DataParallel or torch.compile.
         loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order. Images with target -1,
             which could not be read, are left out.
         classifier: Path of the classifier whose input is taken, for a model with several (as
@@ -100,6 +103,7 @@ def extract_features(
     check_literals("extract_features", extract_features, options)
     check_integer("views", views, minimum=1)
     _check_processes(accelerator, loader)
+    model = unwrapped(model)
     name = chosen_classifier(model, classifier)
     job = _Pass(model, name, loader, accelerator, getattr(torch, dtype), compute_dtype, views)
     features = _in_memory(job) if cache_dir is None else _cached(job, Path(cache_dir), key)

@@ -23,7 +23,8 @@ class Features:
     Args:
         values: (N, D), floating point. With K views (K N, D), view by view: row ``v N + i`` is view
             v of image i.
-        targets: Labels, one a row, of any integer type; kept as int64.
+        targets: Labels, one a row, of any integer type; kept as int64 on the CPU, wherever the
+            values are.
         views: Augmented views of each image, K >= 1.
 
     Raises:
@@ -51,8 +52,7 @@ class Features:
                 f"{len(self.values)} feature rows need as many targets, got targets of shape "
                 f"{tuple(self.targets.shape)}"
             )
-        check_labels(self.targets, noun="targets")
-        object.__setattr__(self, "targets", self.targets.long())
+        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         check_views(self.targets, self.views)
         self.__dict__["feature_mean"] = _checked_mean(self.values)
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from timm_lt.accelerator import torch_defaults
 from timm_lt.console import log
 from timm_lt.features import Features
 from timm_lt.fitting.base import FITS, check_fit_options
@@ -23,6 +24,7 @@ DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 HEADS_WITHOUT_CLASSIFIER = ("crt", "ncm")
 
 
+@torch_defaults()
 def fit_head(
     name: str,
     features: Features,
