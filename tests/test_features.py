@@ -88,7 +88,7 @@ def test_every_module_is_left_in_its_mode_and_without_a_hook():
 
 def test_mode_and_hooks_are_restored_after_an_error():
     model = small_model().train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match=r"fails on images of shape \(1, 7, 32, 32\) "):
         extract_features(model, [(torch.zeros(1, 7, 32, 32), torch.zeros(1, dtype=torch.long))])
     assert model.training
     assert not get_head(model)._forward_pre_hooks

@@ -1,6 +1,7 @@
 """Reading images that may be damaged, in processes that may die."""
 
 import io
+import multiprocessing
 import re
 import struct
 import traceback
@@ -46,6 +47,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What torch says of a worker that was killed by SIGKILL.
+KILLED = "killed by signal: Killed"
+# What Python says where a process is started while it still imports the script.
+UNGUARDED = "bootstrapping phase"
+GUARD = 'its work must be below `if __name__ == "__main__":`'
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
@@ -245,13 +251,20 @@ def loaded(
     Raises:
         UsageError: If a worker process failed or died.
     """
+    begun = False
     try:
-        yield from batches
+        for batch in batches:
+            begun = True
+            yield batch
     except UsageError as error:
         raise UsageError(_last_line(error)) from error
     except RuntimeError as error:
+        if UNGUARDED in str(error):
+            raise UsageError(f"a data worker imports the script anew: {GUARD}") from error
         if not is_worker_death(error):
             raise
+        if not begun and multiprocessing.get_start_method() != "fork":
+            again = f"each data worker imports the script anew here: {GUARD}"
         raise UsageError(describe_worker_death(error, again, fewer)) from error
     except Exception as error:
         if _is_cut_off(error):
@@ -274,9 +287,12 @@ def describe_worker_death(
     """Returns what to do about the death of a worker; see :func:`loaded`."""
     # The first that torch noticed says by which signal.
     first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
+    reason = _last_line(first).strip()
+    if KILLED not in reason:
+        return f"a data worker died ({reason.rstrip('.')}); {again}"
     return (
-        f"a data worker died ({_last_line(first).strip()}): out of memory? {fewer} need "
-        f"less; {again}"
+        "a data worker died (killed by signal 9, often a sign of too little memory): "
+        f"{fewer} need less; {again}"
     )
 
 
