@@ -21,6 +21,20 @@ EXPECTED = (
 NORMALIZED = "timm_lt.create_loader gives images as a model takes them"
 
 
+def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
+    """Returns image and label of a data set's item.
+
+    Raises:
+        UsageError: If it cannot be drawn, or image or label is missing.
+    """
+    noun = f"item {row} of a {_name(items)}"
+    try:
+        item = items[row]
+    except Exception as error:
+        raise UsageError(f"{noun} cannot be drawn ({_name(error)}: {error})") from error
+    return image_and_label(item, noun)
+
+
 def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
     """Returns image and label of a sample, or images and labels of a batch.
 
