@@ -3,11 +3,15 @@
 import ctypes
 import os
 import platform
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
@@ -79,6 +83,20 @@ def create_accelerator(
         )
     except ValueError as error:
         raise UsageError(f"mixed_precision {precision}: {error}") from error
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restores the random states of Python, NumPy and torch (CPU and CUDA) afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Asking for the state of a GPU would initialize CUDA.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def set_cpu_threads(threads: int | None = None) -> int:

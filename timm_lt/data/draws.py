@@ -2,12 +2,8 @@
 
 import itertools
 import operator
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
-import torch
 from torch.utils.data import Sampler
 
 from timm_lt.samplers import ClassSampler
@@ -80,17 +76,3 @@ class InOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.view * self.num_images
         return iter(range(first, first + self.num_images))
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Gives Python, NumPy and torch (CPU and CUDA) back their random states afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # To ask for the state of a GPU would start CUDA, and only for that.
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(gpus):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

@@ -15,8 +15,8 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.data.columns import check_random_access, image_column, label_column
-from timm_lt.data.draws import kept_random_state
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.folder.directories import SPLIT_WORDS
 from timm_lt.data.images import MAX_BYTES

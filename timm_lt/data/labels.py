@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.console import log
 from timm_lt.data.columns import ImageRows, check_random_access, label_column
-from timm_lt.data.draws import kept_random_state
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.pairs import LABEL_KEYS, drawn_item
 from timm_lt.longtail import Labels, check_labels

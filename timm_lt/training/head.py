@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.bilateral import unpair
 from timm_lt.checkpoint import is_statistic
 from timm_lt.console import log, progress
-from timm_lt.data.draws import NumberedSampler, kept_random_state
+from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
 from timm_lt.heads import CRTHead, Head, LWSHead, get_head, seeded_linear, set_head
 from timm_lt.registry import UsageError, check_integer
