@@ -20,6 +20,7 @@ from timm_lt.accelerator import kept_random_state
 from timm_lt.console import log
 from timm_lt.data.columns import ImageRows, check_random_access, label_column
 from timm_lt.data.fingerprint import reads_as
+from timm_lt.data.items import TransformedItems
 from timm_lt.data.pairs import LABEL_KEYS, drawn_item
 from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError
@@ -102,6 +103,8 @@ def _stored(dataset: Items, column: str | None = None) -> Tensor | None:
             return _tensor(_column(dataset, label_column(dataset, column)))
         case ImageRows() if reads_as(dataset, ImageRows):
             return _stored(dataset.rows, column)
+        case TransformedItems() if reads_as(dataset, TransformedItems):
+            return _labels(dataset.items, column)
         case Subset() if reads_as(dataset, Subset):
             stored = _stored(dataset.dataset, column)
             return None if stored is None else stored[subset_rows(dataset)]

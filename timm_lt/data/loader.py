@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from timm_lt.data.columns import ImageRows, check_random_access
+from timm_lt.data.items import with_transform
+from timm_lt.data.labels import is_plain
 from timm_lt.data.sharing import prepare, sampler_of, with_sampler
 from timm_lt.registry import UsageError, check_integer, unknown_name
 from timm_lt.samplers import ClassSampler
@@ -152,7 +154,9 @@ def create_loader(
 
     Args:
         dataset: With random access and a ``transform`` that timm sets, such as timm's
-            ``ImageDataset`` or one of torchvision; or a ``datasets.Dataset`` of images and labels.
+            ``ImageDataset`` or one of torchvision; a ``datasets.Dataset`` of images and labels; or
+            whatever else has items of an image (of PIL, a path, or uint8) and its label, such as a
+            ``Subset`` or a list of pairs. Of these the loader itself transforms the images.
         input_size: Of the images, (channels, height, width), (height, width) or the side.
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
@@ -168,7 +172,10 @@ def create_loader(
     check_random_access(dataset)
     _check_options(options, sampler, accelerator)
     options["device"] = _device(options.get("device"), accelerator)
-    images: Any = ImageRows(dataset) if isinstance(dataset, datasets.Dataset) else dataset
+    if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
+        images: Any = ImageRows(dataset.with_format(None))
+    else:
+        images = with_transform(dataset)
     if sampler is not None:
         _check_sampler(sampler, images)
         if options.get("distributed"):
