@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import UserDict
 from dataclasses import dataclass
+from multiprocessing.connection import Client
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -286,19 +287,21 @@ def test_any_error_of_the_main_process_reaches_the_others(monkeypatch):
             extract._on_main(other, fail, error)
 
 
-def failing():
+def failing(kind=LookupError):
     """What torch's loader raises when a worker does, without the seconds that a process takes."""
     try:
-        raise LookupError("no such row")
-    except LookupError:
+        raise kind("no such row")
+    except kind:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     wrapped.reraise()
     yield
 
 
 def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
-    with pytest.raises(UsageError, match="no such row; mend it and extract the features again"):
-        extract_features(small_model(), failing())
+    # A RuntimeError, too, is one of a worker that lives.
+    for kind in (LookupError, RuntimeError):
+        with pytest.raises(UsageError, match=r"failed: .*no such row; mend it and extract "):
+            extract_features(small_model(), failing(kind))
     with pytest.raises(UsageError, match="mend it and go on with --resume"):
         list(loaded(failing()))
 
@@ -325,6 +328,17 @@ def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words
 
     with pytest.raises(UsageError, match=words):
         extract_features(small_model(), dying())
+
+
+def test_only_a_lost_connection_is_a_dead_worker(tmp_path):
+    def asking(path):
+        yield Client(path)
+
+    with pytest.raises(UsageError, match="a data worker died"):
+        list(loaded(asking(str(tmp_path / "gone"))))
+    # Whatever else goes wrong between processes is told as it is.
+    with pytest.raises(OSError, match="too long"):
+        list(loaded(asking("x" * 200)))
 
 
 def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):

@@ -310,6 +310,13 @@ def test_paths_of_files_are_images(tmp_path):
     assert shown(timm_lt.create_loader(data, 8, 2, **RAW)) == [[24, 3]]
 
 
+def test_tensors_stay_as_they_are_where_there_is_no_prefetcher():
+    data = TensorDataset(TENSORS / 255, torch.tensor(LABELS))
+    ((images, labels),) = timm_lt.create_loader(data, 4, 37, use_prefetcher=False, num_workers=0)
+    assert images.equal(TENSORS / 255)
+    assert labels.tolist() == LABELS
+
+
 def test_the_epoch_of_a_data_set_in_another_layout_is_set():
     data = Own(lambda image, label: (image, label, "file"))
     loader = timm_lt.create_loader(data, 8, 8, **RAW)

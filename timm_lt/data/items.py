@@ -28,13 +28,14 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
     Args:
         items: A data set whose items have an image (of PIL, the path of a file, or uint8 as a
             tensor or array) and a label; see :func:`~timm_lt.data.pairs.image_and_label`.
+        takes_tensors: Whether floating-point tensors are given as they are, without the transform.
 
     Attributes:
         transform: Applied to each image, RGB; None leaves it a PIL image.
     """
 
-    def __init__(self, items: Any) -> None:  # noqa: ANN401 - of any class
-        self.items = items
+    def __init__(self, items: Any, *, takes_tensors: bool = False) -> None:  # noqa: ANN401
+        self.items, self.takes_tensors = items, takes_tensors
         self.transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
@@ -47,6 +48,8 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
                 f"item {row} of a {type(self.items).__name__} has the label {label!r}, which is "
                 "not an integer"
             )
+        if self.takes_tensors and isinstance(given, Tensor) and given.is_floating_point():
+            return given, label
         image = self._image(given, row)
         return (self.transform(image) if self.transform else image), label
 
@@ -63,8 +66,8 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
             kind = type(given).__name__
         raise UsageError(
             f"image {row} of a {type(self.items).__name__} is a {kind}; the transform of a loader "
-            "takes images of PIL, paths or uint8: remove the data set's own transform, or make a "
-            "torch.utils.data.DataLoader of it"
+            "takes images of PIL, paths or uint8: remove the data set's own transform, or pass "
+            "use_prefetcher=False, which gives floating-point tensors as they are"
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,8 +80,12 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
         return digest(dataset_fingerprint(self.items), described(self.transform))
 
 
-def with_transform(data: Any) -> Any:  # noqa: ANN401 - of any class
+def with_transform(data: Any, *, takes_tensors: bool) -> Any:  # noqa: ANN401 - of any class
     """Returns a data set whose transform timm can set: itself, or its items with one.
+
+    Args:
+        data: The data set.
+        takes_tensors: See :class:`TransformedItems`.
 
     Raises:
         UsageError: If it is not a data set.
@@ -93,7 +100,7 @@ def with_transform(data: Any) -> Any:  # noqa: ANN401 - of any class
             f"a {type(data).__name__} is not a data set; create_loader takes one of torch, timm or "
             "datasets, or a list of pairs of an image and its label"
         )
-    return TransformedItems(data)
+    return TransformedItems(data, takes_tensors=takes_tensors)
 
 
 def _uses_transform(data: Any) -> bool:  # noqa: ANN401 - of any class

@@ -156,7 +156,8 @@ def create_loader(
         dataset: With random access and a ``transform`` that timm sets, such as timm's
             ``ImageDataset`` or one of torchvision; a ``datasets.Dataset`` of images and labels; or
             whatever else has items of an image (of PIL, a path, or uint8) and its label, such as a
-            ``Subset`` or a list of pairs. Of these the loader itself transforms the images.
+            ``Subset`` or a list of pairs. Of these the loader itself transforms the images; with
+            ``use_prefetcher=False``, floating-point tensors stay as they are.
         input_size: Of the images, (channels, height, width), (height, width) or the side.
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
@@ -175,7 +176,9 @@ def create_loader(
     if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
         images: Any = ImageRows(dataset.with_format(None))
     else:
-        images = with_transform(dataset)
+        # The prefetcher takes whatever it is given for uint8.
+        prefetches = options.get("use_prefetcher", True)
+        images = with_transform(dataset, takes_tensors=not prefetches)
     if sampler is not None:
         _check_sampler(sampler, images)
         if options.get("distributed"):

@@ -47,8 +47,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How torch begins the message of an error that a worker raised.
+CAUGHT = "Caught "
 # What torch says of a worker that was killed by SIGKILL.
 KILLED = "killed by signal: Killed"
+# What its parent meets where a worker went away; not a lack of files or of memory.
+CUT_OFF = (EOFError, ConnectionError, FileNotFoundError)
 # What Python says where a process is started while it still imports the script.
 UNGUARDED = "bootstrapping phase"
 GUARD = 'its work must be below `if __name__ == "__main__":`'
@@ -258,18 +262,14 @@ def loaded(
             yield batch
     except UsageError as error:
         raise UsageError(_last_line(error)) from error
-    except RuntimeError as error:
+    except Exception as error:
         if UNGUARDED in str(error):
             raise UsageError(f"a data worker imports the script anew: {GUARD}") from error
-        if not is_worker_death(error):
-            raise
-        if not begun and multiprocessing.get_start_method() != "fork":
-            again = f"each data worker imports the script anew here: {GUARD}"
-        raise UsageError(describe_worker_death(error, again, fewer)) from error
-    except Exception as error:
-        if _is_cut_off(error):
+        if is_worker_death(error) or _is_cut_off(error):
+            if not begun and multiprocessing.get_start_method() != "fork":
+                again = f"each data worker imports the script anew here: {GUARD}"
             raise UsageError(describe_worker_death(error, again, fewer)) from error
-        if not str(error).startswith("Caught "):
+        if not str(error).startswith(CAUGHT):
             raise
         raise UsageError(
             f"a data worker failed: {_last_line(error)}; mend it and {again}"
@@ -278,7 +278,9 @@ def loaded(
 
 def is_worker_death(error: BaseException) -> bool:
     """Tells whether torch reports the death of a worker: wherever the main process just was."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    text = str(error)
+    dead = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    return dead and not text.startswith(CAUGHT)
 
 
 def describe_worker_death(
@@ -299,7 +301,7 @@ def describe_worker_death(
 def _is_cut_off(error: BaseException) -> bool:
     """Tells whether a worker went away in the middle of handing over a batch."""
     frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, OSError | EOFError) and any(
+    return isinstance(error, CUT_OFF) and any(
         name.startswith("multiprocessing.") for name in frames
     )
 
@@ -307,6 +309,6 @@ def _is_cut_off(error: BaseException) -> bool:
 def _last_line(error: BaseException) -> str:
     """Returns what an error of a worker says, without the traceback that torch puts before it."""
     text = str(error)
-    if not text.startswith("Caught "):
+    if not text.startswith(CAUGHT):
         return text
     return text.strip().rpartition("\n")[2].removeprefix("timm_lt.registry.UsageError: ")
