@@ -1,11 +1,14 @@
 import json
 from fractions import Fraction
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
 from timm_lt.longtail import (
     check_no_empty_class,
@@ -28,6 +31,10 @@ def test_class_counts_count(labels, spare):
         np.array(labels, dtype=object),
         torch.tensor(labels, dtype=torch.int32),
         [np.int64(label) for label in labels],
+        tuple(torch.tensor(labels)),
+        [np.array(label) for label in labels],
+        pd.Series(labels, index=range(7, 7 + len(labels))),
+        datasets.Dataset.from_dict({"label": labels})["label"],
     ):
         counts = class_counts(given_labels, num_classes)
         assert counts.dtype == torch.int64
@@ -58,6 +65,17 @@ def test_class_counts_count(labels, spare):
         ([[0, 1], [1, 0]], "labels must be one-dimensional"),
         (np.zeros((2, 2), dtype=int), r"labels must be one-dimensional, got shape \(2, 2\)"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
+        ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
+        ((torch.tensor(1), torch.tensor(True)), r"labels\[1\] = True is not an integer"),
+        ([torch.eye(2)[0]], "labels must be one-dimensional"),
+        (pd.Series([1, None]), r"labels\[0\] = 1.0 is not an integer"),
+        (pd.DataFrame({"label": [0]}), "must be one-dimensional, got a DataFrame"),
+        ("012", "labels must be a sequence of integers, got '012'"),
+        (b"012", "labels must be a sequence of integers"),
+        (5, "labels must be a sequence of integers, got 5"),
+        (None, "labels must be a sequence of integers, got None"),
+        (TensorDataset(torch.zeros(2)), r"not a TensorDataset: pass timm_lt.dataset_labels\("),
+        (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
     ],
 )
 def test_class_counts_names_the_culprit(labels, message):

@@ -1,12 +1,13 @@
 """How long the tail is: class counts, long-tail profiles, and the many/medium/few shot groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number, shown_names
 
@@ -81,7 +82,7 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
             raise _not_an_integer(wide.detach().cpu().numpy(), noun, values.dtype)
         return values.detach().cpu().long()
     if not isinstance(values, np.ndarray) or values.dtype == object:
-        values = list(values)
+        values = _as_list(values, noun)
         # A set of types is found at C speed; only a wrong list is walked through.
         kinds = {kind for kind in set(map(type, values)) if not _is_integer_type(kind)}
         for index, value in enumerate(values):
@@ -93,6 +94,24 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
     if not np.issubdtype(values.dtype, np.integer):
         raise _not_an_integer(values, noun, values.dtype)
     return torch.from_numpy(values.astype(np.int64))
+
+
+def _as_list(values: object, noun: str) -> list[Any]:
+    """Returns the values of a list, a pandas Series or the like, without arrays around numbers."""
+    if isinstance(values, Dataset) or hasattr(values, "column_names"):
+        raise UsageError(
+            f"{noun} must be integers, not a {type(values).__name__}: pass "
+            "timm_lt.dataset_labels(dataset)"
+        )
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UsageError(f"{noun} must be a sequence of integers, got {values!r}")
+    if getattr(values, "ndim", 1) != 1:
+        raise UsageError(f"{noun} must be one-dimensional, got a {type(values).__name__}")
+    found = list(values)
+    if any(issubclass(kind, Tensor | np.ndarray) for kind in set(map(type, found))):
+        arrays = [np.asarray(value) for value in found]
+        found = [array if array.ndim else array.item() for array in arrays]
+    return found
 
 
 def _is_integer_type(kind: type) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.features import Features
+from timm_lt.features import Features, check_features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
 from timm_lt.fitting.steps import objective_steps, on_common_edges
 from timm_lt.heads import (
@@ -222,8 +222,9 @@ def check_fits(
     """Checks features against the number of classes and the classifier that will take them.
 
     Raises:
-        UsageError: If a target is out of range, or the widths differ.
+        UsageError: If they are not ``Features``, a target is out of range, or the widths differ.
     """
+    check_features(features, noun)
     check_labels(features.targets, num_classes, noun=f"targets of {noun}")
     if classifier is not None and classifier.in_features != features.num_features:
         raise UsageError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_lt.features import Features
+from timm_lt.features import Features, check_features
 from timm_lt.fitting.curves import check_fits, check_joint
 from timm_lt.longtail import ShotRule, check_class_counts, check_no_empty_class, class_counts
 from timm_lt.metrics import Objective
@@ -79,6 +79,7 @@ def check_fit_data(
 ) -> FitData:
     """Checks what is passed to a fit; see :func:`~timm_lt.fitting.fit_head` for the arguments."""
     check_integer("seed", seed, minimum=0)
+    check_features(features, "features")
     if classifier is not None:
         classifier = _joint_copy(classifier)
         num_classes = classifier.out_features
