@@ -14,7 +14,7 @@ from timm_lt.fitting.comparison import compare_heads
 from timm_lt.fitting.data import FitData, check_fit_data
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import Head, as_joint
-from timm_lt.longtail import ShotRule
+from timm_lt.longtail import ClassCounts, ShotRule
 from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_choice, check_options
 
@@ -29,7 +29,7 @@ def fit_head(
     /,
     *,
     classifier: nn.Module | None = None,
-    class_counts: Tensor | None = None,
+    class_counts: ClassCounts | None = None,
     val: Features | None = None,
     seed: int = 0,
     objective: Objective = "all",

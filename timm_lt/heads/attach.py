@@ -13,6 +13,7 @@ from torch import nn
 from timm_lt.heads.base import Head, as_linear, is_pointwise
 from timm_lt.heads.factory import HEADS, check_head_options
 from timm_lt.heads.statistics import check_statistics_stay, statistics_of
+from timm_lt.longtail import check_class_counts
 from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d
@@ -224,6 +225,12 @@ def set_head(
     TauNormHead(in_features=96, out_features=3, bias=True, tau=0.7, keep_bias=False)
     """
     present = find_classifiers(model)
+    if options.get("class_counts") is not None:
+        # Names of the classes are known of some models.
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        num_classes = as_linear(next(iter(present.values()))).out_features
+        names = names if names and len(names) == num_classes else None
+        options["class_counts"] = check_class_counts(options["class_counts"], num_classes, names)
     if isinstance(head, str):
         cls = HEADS[head]
         for old in present.values():

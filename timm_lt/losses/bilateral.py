@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
 from timm_lt.registry import UsageError, check_choice, check_mapping
@@ -75,7 +75,7 @@ class BilateralLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         loss: str = "cross_entropy",
         loss_options: Mapping[str, Any] | None = None,

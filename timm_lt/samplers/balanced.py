@@ -7,21 +7,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts, Labels, check_class_counts
 from timm_lt.registry import check_integer, check_number
 from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
 from timm_lt.samplers.base import ClassSampler, Plan, small_integers
 from timm_lt.samplers.factory import register_sampler
 
 
-def power_probabilities(class_counts: Tensor, q: float) -> Tensor:
+def power_probabilities(class_counts: ClassCounts, q: float) -> Tensor:
     """Returns ``p_j = n_j^q / sum_k n_k^q`` over the classes that have images, 0 for the others.
 
     >>> power_probabilities(torch.tensor([9, 0, 1]), q=0.5)
     tensor([0.7500, 0.0000, 0.2500], dtype=torch.float64)
     """
     # 0^0 is 1: without the mask, q = 0 would draw from empty classes.
-    weights = torch.where(class_counts > 0, class_counts.double() ** q, 0.0)
+    counts = check_class_counts(class_counts)
+    weights = torch.where(counts > 0, counts.double() ** q, 0.0)
     return weights / weights.sum()
 
 
