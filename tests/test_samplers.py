@@ -480,7 +480,7 @@ def test_accelerate_keeps_samples_per_class_together(split_batches):
         shard = BatchSamplerShard(batches, 2, rank, split_batches=split_batches)
         shards.append([block for batch in shard for block in groups_of(batch, 4)])
     assert sorted(shards[0] + shards[1]) == sorted(whole)
-    with pytest.raises(UsageError, match="groups of 4 .* batches of 6 images on each of 2 proc"):
+    with pytest.raises(UsageError, match=r"groups of 4 .* batches of 6 images on each of 2 proc"):
         check_groups(create(), 6, 2)
     check_groups(create(), 6, 1)
     check_groups(NumberedSampler(create(), len(LABELS), 96), 8, 2)
