@@ -68,6 +68,8 @@ class Head(nn.Linear):
         spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
             features are (N, D, H, W), logits (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the
             state dict, as timm has it there.
+        auxiliary: The model adds the logits to those of its main classifier, as VOLO does: what is
+            to be added to their sum once, such as logit adjustment, is left to that one.
         backbone_statistics: Batch-norm statistics that belong to the head, by key of the model's
             state dict: those of a classifier that was trained while the backbone's statistics moved
             on. :func:`timm_lt.set_head` copies them into the model. None for most heads.
@@ -97,6 +99,7 @@ class Head(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.spatial = False
+        self.auxiliary = False
         self.backbone_statistics: dict[str, Tensor] | None = None
         # How the options were chosen, e.g. {"tau": 0.8, "objective": "all", "split": "val"}.
         self.selection: dict[str, Any] = {}

@@ -33,6 +33,9 @@ class CRTHead(Head):
 class LogitAdjustedHead(Head):
     """Post-hoc logit adjustment: ``w_c·x + b_c − tau · log prior_c``.
 
+    Of a model with several classifiers, each is adjusted where the model averages them, and only
+    the main one where it adds an auxiliary one: the model's logits are adjusted once.
+
     Args:
         *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength, >= 0; 0 is the joint classifier, 1 removes the training prior.
@@ -65,6 +68,8 @@ class LogitAdjustedHead(Head):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight (C, D) and the adjusted bias (C,)."""
+        if self.auxiliary:
+            return self.weight, self.bias
         shift = -self.tau * self.log_prior
         return self.weight, shift if self.bias is None else self.bias + shift
 
