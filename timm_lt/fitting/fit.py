@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from timm_lt.console import log
@@ -23,6 +24,8 @@ DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 HEADS_WITHOUT_CLASSIFIER = ("crt", "ncm")
 
 
+# New layers draw their weights, which a fit replaces, from the global generator.
+@torch.random.fork_rng(devices=[])
 def fit_head(
     name: str,
     features: Features,

@@ -120,7 +120,7 @@ def _check_crt_options(options: dict[str, Any]) -> None:
             f"{' and '.join(get_args(LBFGSLoss))}"
         )
     try:
-        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2))
+        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2, device="meta"))
     except UsageError as error:
         raise UsageError(f"loss {loss!r} of head 'crt', which is linear: {error}") from error
     if getattr(made, "takes_pairs", False):

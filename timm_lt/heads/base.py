@@ -129,14 +129,16 @@ class Head(nn.Linear):
         spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
         classifier = as_linear(classifier)
         weight = classifier.weight
-        head = cls(
-            classifier.in_features,
-            classifier.out_features,
-            classifier.bias is not None,
-            weight.device,
-            weight.dtype,
-            **options,
-        )
+        # The weights that are drawn first are replaced: the global generators stay as they are.
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            head = cls(
+                classifier.in_features,
+                classifier.out_features,
+                classifier.bias is not None,
+                weight.device,
+                weight.dtype,
+                **options,
+            )
         with torch.no_grad():
             head.weight.copy_(weight)
             if classifier.bias is not None:
@@ -175,12 +177,13 @@ class Head(nn.Linear):
         self.check_fitted()
         weight, bias = (None if t is None else t.detach() for t in self._folded())
         assert weight is not None
-        size = (self.in_features, self.out_features)
-        plain: nn.Linear | nn.Conv2d
-        if self.spatial:
-            plain = nn.Conv2d(*size, 1, bias=bias is not None).to(weight)
-        else:
-            plain = nn.Linear(*size, bias=bias is not None).to(weight)
+        kind, size = (nn.Conv2d, (1,)) if self.spatial else (nn.Linear, ())
+        plain: nn.Linear | nn.Conv2d = nn.utils.skip_init(
+            *(kind, self.in_features, self.out_features, *size),
+            bias=bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         with torch.no_grad():
             plain.weight.copy_(weight.view_as(plain.weight))
             if bias is not None and plain.bias is not None:

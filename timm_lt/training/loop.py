@@ -31,7 +31,7 @@ from timm_lt.training.checks import (
     check_optimization,
     check_pairs,
 )
-from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
+from timm_lt.training.epoch import kept_random_state, run_updates, seed_epoch, share_buffers
 from timm_lt.training.frozen import FrozenParts, check_statistics, check_trained
 from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
@@ -68,6 +68,7 @@ class Training:
     kept: int
 
 
+@kept_random_state()
 def train_representation(
     model: nn.Module,
     train: Images,
