@@ -16,6 +16,7 @@ from timm.models.volo import _create_volo
 from torch import nn
 
 import timm_lt
+from timm_lt.checkpoint.load import load_model_head
 from timm_lt.heads import HEADS, Head, find_classifiers
 from timm_lt.registry import UsageError
 
@@ -177,6 +178,43 @@ def test_every_classifier_is_replaced_and_the_logits_are_the_formulas(kind, pair
     # A random classifier's logits are not all the same, and a head changes them.
     assert not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2)
     close(timm_lt.set_head(copy.deepcopy(plain), "linear"), kind, logits)
+
+
+@every_kind
+def test_logit_adjustment_is_subtracted_once(kind, tmp_path):
+    counts = torch.tensor([90, 9, 1, 40, 2])
+    plain = build(kind)
+    model = timm_lt.set_head(copy.deepcopy(plain), "logit_adjusted", tau=TAU, class_counts=counts)
+    with torch.no_grad():
+        expected = plain(images(kind)) - TAU * (counts / counts.sum()).log()
+    close(model, kind, expected)
+    close(pickle.loads(pickle.dumps(model)), kind, expected)
+    close(timm_lt.fold_head(copy.deepcopy(model)), kind, expected)
+    by_path = {
+        path: HEADS["logit_adjusted"].from_classifier(module, tau=TAU, class_counts=counts)
+        for path, module in find_classifiers(plain).items()
+    }
+    close(timm_lt.set_head(copy.deepcopy(plain), by_path), kind, expected)
+    if len(by_path) > 1:
+        timm_lt.save_checkpoint(tmp_path, plain, heads={"la": by_path}, class_counts=counts)
+        close(load_model_head(tmp_path, copy.deepcopy(plain), "la"), kind, expected)
+
+
+def test_what_training_modes_return_is_adjusted_once():
+    counts = torch.tensor([90, 9, 1, 40, 2])
+    shift = TAU * (counts / counts.sum()).log()
+    options = {"tau": TAU, "class_counts": counts}
+    for kind in ("distilled", "distilled NormLinear", "in RepVitClassifier"):
+        plain = build(kind)
+        model = timm_lt.set_head(copy.deepcopy(plain), "logit_adjusted", **options)
+        outputs = []
+        for network in (plain, model):
+            network.set_distilled_training(True)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(network.train()(images(kind)))
+        for before, after in zip(*outputs, strict=True):
+            torch.testing.assert_close(after, before - shift)
 
 
 @every_kind

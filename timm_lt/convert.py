@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.download import download
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
+from timm_lt.longtail import ClassCounts
 from timm_lt.lt_resnet import ARCHITECTURES, expected_state
 from timm_lt.pretrained import batch_norm_statistics
 from timm_lt.published import PUBLISHED
@@ -42,7 +43,7 @@ def convert_checkpoint(
     *,
     model: str | None = None,
     heads: Mapping[str, str] | None = None,
-    class_counts: Tensor | list[int] | None = None,
+    class_counts: ClassCounts | None = None,
     cache_dir: str | Path | None = None,
     key: str | None = None,
     image_size: int | None = None,

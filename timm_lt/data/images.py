@@ -32,6 +32,7 @@ from timm_lt.data.reading import (
     is_huge,
     unreadable_images,
 )
+from timm_lt.data.sharing import check_groups
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -151,6 +152,9 @@ class ImageTensors(TorchDataset[Batch]):
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
     ) -> TrainLoader:
         """Creates a loader of augmented images, in whole batches over all processes."""
+        processes = accelerator.num_processes
+        share = batch_size // processes if accelerator.split_batches else batch_size
+        check_groups(sampler, share, processes)
         loader: TrainLoader = accelerator.prepare_data_loader(
             batches(self, batch_size, sampler, drop_last=True)
         )

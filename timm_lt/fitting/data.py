@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features, check_features
 from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.longtail import ShotRule, check_class_counts, check_no_empty_class, class_counts
+from timm_lt.longtail import (
+    ClassCounts,
+    ShotRule,
+    check_class_counts,
+    check_no_empty_class,
+    class_counts,
+)
 from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_integer
 
@@ -70,7 +76,7 @@ class FitData:
 def check_fit_data(
     features: Features,
     classifier: nn.Linear | None,
-    counts: Tensor | None,
+    counts: ClassCounts | None,
     val: Features | None,
     *,
     seed: int,
@@ -84,11 +90,14 @@ def check_fit_data(
         classifier = _joint_copy(classifier)
         num_classes = classifier.out_features
     else:
+        counts = None if counts is None else check_class_counts(counts)
         num_classes = int(features.targets.max()) + 1 if counts is None else len(counts)
     check_fits(features, "features", num_classes, classifier)
     of_features = class_counts(features.targets, num_classes)
     check_no_empty_class(of_features)
-    counts = of_features // features.views if counts is None else check_class_counts(counts)
+    counts = (
+        of_features // features.views if counts is None else check_class_counts(counts, num_classes)
+    )
     if len(counts) != num_classes:
         raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     check_no_empty_class(counts)

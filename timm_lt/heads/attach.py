@@ -13,6 +13,7 @@ from torch import nn
 from timm_lt.heads.base import Head, as_linear, is_pointwise
 from timm_lt.heads.factory import HEADS
 from timm_lt.heads.statistics import check_statistics_stay, statistics_of
+from timm_lt.longtail import check_class_counts
 from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d
@@ -40,7 +41,7 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
         )
     roots = _as_modules(get_classifier())
     num_classes = getattr(model, "num_classes", None)
-    leaves = {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
+    leaves = _main_classifiers(model)
     if not leaves:
         found = ", ".join(type(root).__name__ for root in roots)
         absent = num_classes == 0 or all(isinstance(root, nn.Identity) for root in roots)
@@ -56,6 +57,13 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
         for path, module in model.named_modules()
         if id(module) in leaves or (path in names and is_classifier(module))
     }
+
+
+def _main_classifiers(model: Any) -> set[int]:  # noqa: ANN401
+    """Returns the ids of the classifiers that a model's ``get_classifier`` gives."""
+    num_classes = getattr(model, "num_classes", None)
+    roots = _as_modules(model.get_classifier())
+    return {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
 
 
 def is_classifier(module: object) -> bool:
@@ -156,6 +164,10 @@ def put_heads(model: nn.Module, heads: Mapping[str, Classifier]) -> None:
     """
     for path, head in heads.items():
         model.set_submodule(path, head)
+    main = _main_classifiers(model)
+    for head in heads.values():
+        if isinstance(head, Head):
+            head.auxiliary = id(head) not in main
     kept = {path: head for path, head in heads.items() if isinstance(head, Head)}
     remember_heads(model, {path: (head.kind, head.options()) for path, head in kept.items()})
 
@@ -224,6 +236,12 @@ def set_head(
     TauNormHead(in_features=96, out_features=3, bias=True, tau=0.7, keep_bias=False)
     """
     present = find_classifiers(model)
+    if options.get("class_counts") is not None:
+        # Names of the classes are known of some models.
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        num_classes = as_linear(next(iter(present.values()))).out_features
+        names = names if names and len(names) == num_classes else None
+        options["class_counts"] = check_class_counts(options["class_counts"], num_classes, names)
     if isinstance(head, str):
         cls = HEADS[head]
         for old in present.values():

@@ -68,6 +68,8 @@ class Head(nn.Linear):
         spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
             features are (N, D, H, W), logits (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the
             state dict, as timm has it there.
+        auxiliary: The model adds the logits to those of its main classifier, as VOLO does: what is
+            to be added to their sum once, such as logit adjustment, is left to that one.
         backbone_statistics: Batch-norm statistics that belong to the head, by key of the model's
             state dict: those of a classifier that was trained while the backbone's statistics moved
             on. :func:`timm_lt.set_head` copies them into the model. None for most heads.
@@ -97,6 +99,7 @@ class Head(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.spatial = False
+        self.auxiliary = False
         self.backbone_statistics: dict[str, Tensor] | None = None
         # How the options were chosen, e.g. {"tau": 0.8, "objective": "all", "split": "val"}.
         self.selection: dict[str, Any] = {}
@@ -126,14 +129,16 @@ class Head(nn.Linear):
         spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
         classifier = as_linear(classifier)
         weight = classifier.weight
-        head = cls(
-            classifier.in_features,
-            classifier.out_features,
-            classifier.bias is not None,
-            weight.device,
-            weight.dtype,
-            **options,
-        )
+        # The weights that are drawn first are replaced: the global generators stay as they are.
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            head = cls(
+                classifier.in_features,
+                classifier.out_features,
+                classifier.bias is not None,
+                weight.device,
+                weight.dtype,
+                **options,
+            )
         with torch.no_grad():
             head.weight.copy_(weight)
             if classifier.bias is not None:
@@ -176,12 +181,13 @@ class Head(nn.Linear):
         assert weight is not None
         if bias is None and self.bias is not None:
             bias = torch.zeros_like(self.bias, dtype=weight.dtype)
-        size = (self.in_features, self.out_features)
-        plain: nn.Linear | nn.Conv2d
-        if self.spatial:
-            plain = nn.Conv2d(*size, 1, bias=bias is not None).to(weight)
-        else:
-            plain = nn.Linear(*size, bias=bias is not None).to(weight)
+        kind, size = (nn.Conv2d, (1,)) if self.spatial else (nn.Linear, ())
+        plain: nn.Linear | nn.Conv2d = nn.utils.skip_init(
+            *(kind, self.in_features, self.out_features, *size),
+            bias=bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         with torch.no_grad():
             plain.weight.copy_(weight.view_as(plain.weight))
             if bias is not None and plain.bias is not None:

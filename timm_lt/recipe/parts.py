@@ -10,7 +10,7 @@ from torch import nn
 from timm_lt.data import Splits
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
-from timm_lt.losses import create_loss
+from timm_lt.losses import LOSSES, create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
 from timm_lt.recipe.class_order import order_classes
 from timm_lt.recipe.images import checked_images, on_background
@@ -83,7 +83,10 @@ def _create_trainer(
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
-    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
+    options = dict(recipe.loss.options)
+    if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
+        options.setdefault("seed", recipe.seed)
+    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **options)
     return Trainer(sampler, loss)
 
 

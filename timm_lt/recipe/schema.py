@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from timm_lt.data.pixels import check_background
+from timm_lt.files import yaml_text
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
@@ -353,7 +352,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that reads back to the same recipe."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml_text(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
