@@ -4,7 +4,6 @@ Run it with ``accelerate launch train_lt.py [RECIPE] [--option value ...]``, or 
 ``python``; ``--help`` explains every option.
 """
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -14,12 +13,13 @@ from pathlib import Path
 import torch
 
 from timm_lt import hub
-from timm_lt.checkpoint import METRICS, PLOTS, fold_for_timm, save_checkpoint
+from timm_lt.accelerator import process_rank
+from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import log, result_console, start_logging
 from timm_lt.exits import run_to_exit
 from timm_lt.files import read_json, write_json
 from timm_lt.fitting import AUTO, head_curves
-from timm_lt.heads import Head, get_head
+from timm_lt.heads import Head, fold_head, get_head
 from timm_lt.html_report import write_report
 from timm_lt.longtail import describe_shots
 from timm_lt.metrics import (
@@ -52,9 +52,6 @@ from timm_lt.training import (
     representation_seconds,
     train_representation,
 )
-
-# Of this process, if accelerate launched several.
-RANK = os.environ.get("RANK", "0")
 
 
 def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
@@ -94,7 +91,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
     check_push(options)
     if options.resume and (folder / METRICS).is_file():
-        start_logging(quiet=options.quiet or RANK != "0", verbose=options.verbose)
+        start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
         shown = show(name, folder, as_json=options.json)
         push(folder, options)
         return shown
@@ -144,7 +141,7 @@ def check_push(options: RunOptions) -> None:
 
 def push(folder: Path, options: RunOptions) -> None:
     """Pushes a finished run to the Hub, if it is to be; one process does."""
-    if options.push_to_hub is None or RANK != "0":
+    if options.push_to_hub is None or process_rank() > 0:
         return
     try:
         pushed = hub.push_to_hub(
@@ -178,9 +175,9 @@ def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
         # Where nothing but heads was trained, the comparison of heads is the result.
         intervals=metrics["kept_epoch"] == 0,
     )
-    if RANK == "0" and as_json:
+    if process_rank() == 0 and as_json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
-    elif RANK == "0":
+    elif process_rank() == 0:
         result_console().print(table)
         if AUTO in metrics["selection"]:
             result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
@@ -223,7 +220,7 @@ def train(run: Run) -> None:
     # As a loaded model has it: another memory format may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.
-    fold_for_timm(run.model)
+    fold_head(run.model)
     run.kept_epoch, run.history = training.kept, training.history
     run.seconds["representation"] = representation_seconds(training.history)
     log.info("%s", describe_history(training.history, training.kept))

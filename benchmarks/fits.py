@@ -21,7 +21,6 @@ from timing import Ratio, ratio
 from torch import nn
 
 from timm_lt import Features
-from timm_lt.accelerator import keep_freed_memory
 from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.sgd import scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
@@ -111,8 +110,6 @@ def rows(rounds: int = 5) -> Iterator[Ratio]:
     """Yields the ratios at both sizes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # As a run does.
-    keep_freed_memory()
     for num_classes, num_images in SIZES.items():
         with TemporaryDirectory() as folder:
             path = Path(folder) / "values"

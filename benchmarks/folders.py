@@ -24,7 +24,7 @@ from timing import seconds
 from torchvision.datasets import ImageFolder
 
 from timm_lt import create_sampler
-from timm_lt.accelerator import create_accelerator, keep_freed_memory
+from timm_lt.accelerator import create_accelerator
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.folder.directories import read_folder
@@ -145,8 +145,6 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="per round")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    # As a run on a CPU does; timm's loader here, too.
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "images"
         number = make_folder(root, arguments.images, arguments.distinct)

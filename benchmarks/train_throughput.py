@@ -125,14 +125,11 @@ def train(folder: Path, case: Case) -> None:
     from datasets import load_dataset
 
     from timm_lt import create_loss, create_model, create_sampler
-    from timm_lt.accelerator import create_accelerator, keep_freed_memory
+    from timm_lt.accelerator import create_accelerator
     from timm_lt.data.images import label_tensor
     from timm_lt.data.stored import StoredImages
     from timm_lt.training import train_representation
 
-    if case.device == "cpu":
-        # As the main job does.
-        keep_freed_memory()
     torch.manual_seed(0)
     cache = str(folder.parent / "cache")
     dataset = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=cache)

@@ -8,15 +8,14 @@ import shlex
 import tomllib
 from pathlib import Path
 
-import yaml
 from accelerate.commands.launch import launch_command_parser
 
 import train_lt
 from timm_lt import cli
 from timm_lt.cli import compare
+from timm_lt.cli.run import parse_sampler
 from timm_lt.comparison import find_grid, load_grid
 from timm_lt.recipe import parse_command_line
-from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
@@ -66,9 +65,7 @@ def shell_lines(code):
 def check_command(words):
     """Parses a command with the parser that it would meet, and runs nothing."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        variable, _, value = words.pop(0).partition("=")
-        if variable == "TIMM_LT_SAMPLER":
-            create_sampler(labels=[0, 1], **yaml.safe_load(value))
+        words.pop(0)
     program, *arguments = words
     if program == "timm-lt":
         check_timm_lt(arguments)
@@ -109,6 +106,8 @@ def check_timm_lt(arguments):
         check_comparison(rest)
     elif command == "run":
         assert len(rest) > 1 or rest == ["SCRIPT"]
+        if "--sampler" in rest[:-1]:
+            parse_sampler(rest[rest.index("--sampler") + 1])
     else:
         parsed(lambda: cli.create_parser().parse_args(arguments))
 

@@ -16,6 +16,7 @@ from timm.models.volo import _create_volo
 from torch import nn
 
 import timm_lt
+from timm_lt.checkpoint.load import load_model_head
 from timm_lt.heads import HEADS, Head, find_classifiers
 from timm_lt.registry import UsageError
 
@@ -180,6 +181,43 @@ def test_every_classifier_is_replaced_and_the_logits_are_the_formulas(kind, pair
 
 
 @every_kind
+def test_logit_adjustment_is_subtracted_once(kind, tmp_path):
+    counts = torch.tensor([90, 9, 1, 40, 2])
+    plain = build(kind)
+    model = timm_lt.set_head(copy.deepcopy(plain), "logit_adjusted", tau=TAU, class_counts=counts)
+    with torch.no_grad():
+        expected = plain(images(kind)) - TAU * (counts / counts.sum()).log()
+    close(model, kind, expected)
+    close(pickle.loads(pickle.dumps(model)), kind, expected)
+    close(timm_lt.fold_head(copy.deepcopy(model)), kind, expected)
+    by_path = {
+        path: HEADS["logit_adjusted"].from_classifier(module, tau=TAU, class_counts=counts)
+        for path, module in find_classifiers(plain).items()
+    }
+    close(timm_lt.set_head(copy.deepcopy(plain), by_path), kind, expected)
+    if len(by_path) > 1:
+        timm_lt.save_checkpoint(tmp_path, plain, heads={"la": by_path}, class_counts=counts)
+        close(load_model_head(tmp_path, copy.deepcopy(plain), "la"), kind, expected)
+
+
+def test_what_training_modes_return_is_adjusted_once():
+    counts = torch.tensor([90, 9, 1, 40, 2])
+    shift = TAU * (counts / counts.sum()).log()
+    options = {"tau": TAU, "class_counts": counts}
+    for kind in ("distilled", "distilled NormLinear", "in RepVitClassifier"):
+        plain = build(kind)
+        model = timm_lt.set_head(copy.deepcopy(plain), "logit_adjusted", **options)
+        outputs = []
+        for network in (plain, model):
+            network.set_distilled_training(True)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(network.train()(images(kind)))
+        for before, after in zip(*outputs, strict=True):
+            torch.testing.assert_close(after, before - shift)
+
+
+@every_kind
 def test_round_trips_keep_the_logits(kind, pairs):
     _, model, expected = pairs[kind]
     loaded = timm_lt.set_head(build(kind, seed=7), "tau_norm", tau=TAU)
@@ -239,6 +277,28 @@ def test_torch_script_compile_and_export(kind, pairs):
 
 
 @every_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_model_loads_strictly_into_timms(kind, bias):
+    model, plain = build(kind), build(kind, seed=7)
+    # Fitted elsewhere, with a bias or without one.
+    fitted = {
+        path: HEADS["cosine"](part.weight.shape[1], CLASSES, bias)
+        for path, part in find_classifiers(model).items()
+    }
+    timm_lt.set_head(model, fitted)
+    with torch.no_grad():
+        predicted = model(images(kind)).argmax(1)
+    folded = timm_lt.fold_head(model)
+    plain.load_state_dict(folded.state_dict())
+    for path in KINDS[kind][0]:
+        assert not plain.get_submodule(path).bias.any()
+    with torch.no_grad():
+        assert plain(images(kind)).argmax(1).equal(folded(images(kind)).argmax(1))
+        if len(fitted) == 1:
+            assert predicted.equal(folded(images(kind)).argmax(1))
+
+
+@every_kind
 @pytest.mark.filterwarnings("ignore")
 def test_folded_models_are_timms_and_run_in_onnxruntime(kind, pairs):
     plain, model, expected = pairs[kind]
@@ -273,16 +333,14 @@ def test_arguments_of_timm_keep_working(name):
     x = torch.randn(2, 1, pixels, pixels)
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-    headless = timm_lt.create_model(name, num_classes=0, head="cosine", scale=3.0)
-    assert headless(torch.randn(2, 3, pixels, pixels)).shape == (2, headless.num_features)
-    headless.reset_classifier(6)
-    assert {h.scale.item() for h in find_classifiers(headless).values()} == {3.0}
+    with pytest.raises(UsageError, match=r"create the model with num_classes >= 1"):
+        timm_lt.create_model(name, num_classes=0, head="cosine", scale=3.0)
     levels = timm_lt.create_model(name, features_only=True, head="cosine", scale=3.0)
     assert levels.feature_info.channels() == (
         timm.create_model(name, features_only=True).feature_info.channels()
     )
     with pytest.raises(UsageError, match="unknown head 'cos'"):
-        timm_lt.create_model(name, num_classes=0, head="cos")
+        timm_lt.create_model(name, features_only=True, head="cos")
 
 
 @pytest.mark.parametrize("pool", ["max", "avgmax"])

@@ -109,17 +109,31 @@ def test_adaptors_of_table_4(adaptor, alphas):
 
 def test_the_beta_adaptor_draws_for_each_batch():
     loss = at(3, 4, adaptor="beta", reduction="none")
-    torch.manual_seed(0)
-    draws = torch.tensor([loss.alpha for _ in range(4000)])
-    # Beta(.2, .2): mean 1/2, variance 1 / (4 (2 * .2 + 1)); most of it lies at the ends.
-    assert draws.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert draws.var().item() == pytest.approx(1 / 5.6, abs=0.01)
+    twin = at(3, 4, adaptor="beta", reduction="none")
+    other = at(3, 4, adaptor="beta", reduction="none", seed=1)
     logits, targets = batch(pairs=1)
-    torch.manual_seed(0)
-    first, second = loss(logits, targets), loss(logits, targets)
-    for found, alpha in zip((first, second), draws[:2].double(), strict=True):
-        expected = by_hand(logits.tolist(), targets.tolist(), alpha.item())
+    state = torch.get_rng_state()
+    draws = [loss.alpha]
+    for number in range(4000):
+        found = loss(logits, targets)
+        expected = by_hand(logits.tolist(), targets.tolist(), loss.alpha)
+        # To read it changes nothing, and before the first batch it is that of the first.
         assert found.tolist() == pytest.approx(expected)
+        assert loss.alpha == (draws[0] if number == 0 else loss.alpha)
+        draws.append(loss.alpha)
+    drawn = torch.tensor(draws[1:])
+    # Beta(.2, .2): mean 1/2, variance 1 / (4 (2 * .2 + 1)); most of it lies at the ends.
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert drawn.var().item() == pytest.approx(1 / 5.6, abs=0.01)
+    assert torch.equal(torch.get_rng_state(), state)
+    # A function of seed, epoch and number of the batch.
+    assert twin.alpha == draws[0] != other.alpha
+    loss.set_epoch(2, 4)
+    assert loss.alpha != draws[0]
+    loss.set_epoch(3, 4)
+    assert [loss(logits, targets).item() for _ in range(3)] == [
+        twin(logits, targets).item() for _ in range(3)
+    ]
 
 
 def test_the_loss_inside_hears_of_epochs_and_takes_its_options():

@@ -196,7 +196,7 @@ def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, c
         (["lt_resnet10.imagenet_lt"], ["no files to convert"]),
         (["joint.pth", "--model", "resnet50"], ["holds no resnet50", "lacks"]),
         (["joint.pth", "--model", "resnet5"], ["unknown architecture 'resnet5'"]),
-        (["joint.pth", "--model", "lt_resnet50.cifar"], ["lt_resnet50.cifar", "tag"]),
+        (["joint.pth", "--model", "lt_resnet50.cifar"], ["tag of 'lt_resnet50': 'cifar'"]),
         (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], ["has 10 classes", "100"]),
         (["joint.pth", "--head", "crt"], ["NAME=URL_OR_FILE"]),
         (["joint.pth", "--head", "a/b=crt.pth"], ["head name 'a/b'"]),

@@ -1,7 +1,17 @@
 """Loaders and models whose features would be wrong without a word: each is refused, or right."""
 
+import multiprocessing
+import re
+import subprocess
+import sys
+from collections import UserDict
+from dataclasses import dataclass
+from multiprocessing.connection import Client
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -277,26 +287,194 @@ def test_any_error_of_the_main_process_reaches_the_others(monkeypatch):
             extract._on_main(other, fail, error)
 
 
-def failing():
+def failing(kind=LookupError):
     """What torch's loader raises when a worker does, without the seconds that a process takes."""
     try:
-        raise LookupError("no such row")
-    except LookupError:
+        raise kind("no such row")
+    except kind:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     wrapped.reraise()
     yield
 
 
 def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
-    with pytest.raises(UsageError, match="no such row; mend it and extract the features again"):
-        extract_features(small_model(), failing())
+    # A RuntimeError, too, is one of a worker that lives.
+    for kind in (LookupError, RuntimeError):
+        with pytest.raises(UsageError, match=r"failed: .*no such row; mend it and extract "):
+            extract_features(small_model(), failing(kind))
     with pytest.raises(UsageError, match="mend it and go on with --resume"):
         list(loaded(failing()))
-    death = RuntimeError("DataLoader worker (pid 7) is killed")
+
+
+@pytest.mark.parametrize(
+    ("torchs_words", "words"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            r"killed by signal 9, often .* too little memory\): fewer workers need less; extract",
+        ),
+        (
+            "DataLoader worker (pid 7) exited unexpectedly with exit code 3.",
+            r"died \(DataLoader worker \(pid 7\) exited unexpectedly with exit code 3\); extract",
+        ),
+    ],
+)
+def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
 
     def dying():
-        raise death
+        raise RuntimeError(torchs_words)
         yield
 
-    with pytest.raises(UsageError, match=r"out of memory\? fewer workers need less; extract"):
+    with pytest.raises(UsageError, match=words):
         extract_features(small_model(), dying())
+
+
+def test_only_a_lost_connection_is_a_dead_worker(tmp_path):
+    def asking(path):
+        yield Client(path)
+
+    with pytest.raises(UsageError, match="a data worker died"):
+        list(loaded(asking(str(tmp_path / "gone"))))
+    # Whatever else goes wrong between processes is told as it is.
+    with pytest.raises(OSError, match="too long"):
+        list(loaded(asking("x" * 200)))
+
+
+def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing\n"
+        "if multiprocessing.current_process().name == 'MainProcess':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "from torch.utils.data import DataLoader\n"
+        "from timm_lt.data.reading import loaded\n"
+        "list(loaded(DataLoader([1, 2], num_workers=1)))\n"
+    )
+    command = [sys.executable, str(tmp_path / "script.py")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    ends = re.findall(r"^timm_lt.registry.UsageError: (.*)", run.stderr, re.MULTILINE)
+    of_worker, of_main = ends
+    assert of_worker.startswith("a data worker imports the script anew")
+    assert of_main.startswith("a data worker died (DataLoader worker")
+    for end in ends:
+        assert end.endswith("""below `if __name__ == "__main__":`""")
+        assert "memory" not in end
+
+
+# Batches in other layouts -------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    label: object
+    image: object
+
+
+class Unnamed(NamedTuple):
+    first: object
+    second: object
+
+
+@dataclass
+class Record:
+    file: object
+    img: object
+    target: object
+
+
+FILES = ("a", "b", "c")
+LAYOUTS = {
+    "three parts": lambda x, y: (x, y, torch.arange(len(y))),
+    "list": lambda x, y: [x, y],
+    "mapping": lambda x, y: {"label": y, "image": x, "file": FILES},
+    "other keys": lambda x, y: UserDict({"targets": y, "pixel_values": x, "image": FILES}),
+    "capitals": lambda x, y: {"X": x, "Y": y},
+    "named tuple": lambda x, y: Named(y, x),
+    "named tuple in order": Unnamed,
+    "dataclass": lambda x, y: Record(FILES, x, y),
+    "arrays": lambda x, y: (x.numpy(), y.numpy().astype(np.uint8)),
+    "read-only arrays": lambda x, y: (np.broadcast_to(x.numpy(), x.shape), y.numpy()[::-1][::-1]),
+    "labels in a list": lambda x, y: (x, y.tolist()),
+    "labels in a tuple of 0-d tensors": lambda x, y: (x, tuple(y)),
+    "labels as NumPy integers": lambda x, y: (x, list(y.numpy())),
+    "images in a list": lambda x, y: (list(x), y),
+    "images in a list of arrays": lambda x, y: (list(x.numpy()), y),
+    "float64": lambda x, y: (x.double(), y.int()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_of_any_layout_give_the_same_features(layout):
+    model, parts = small_model(), [(IMAGES[:3], LABELS[:3]), (IMAGES[3:], LABELS[3:])]
+    with torch.inference_mode():
+        model.eval()
+        images = torch.cat([model.forward_head(model.forward_features(x), True) for x, _ in parts])
+    features = extract_features(model, [LAYOUTS[layout](x, y) for x, y in parts])
+    torch.testing.assert_close(features.values, images)
+    assert features.targets.equal(LABELS)
+
+
+def test_an_empty_batch_has_no_rows(tmp_path):
+    empty = (IMAGES[:0], [])
+    loader = [empty, (IMAGES[:4], LABELS[:4]), empty, (IMAGES[4:], LABELS[4:])]
+    expected = extract_features(small_model(), loader[1::2])
+    for options in ({}, {"cache_dir": tmp_path, "key": "any"}):
+        features = extract_features(small_model(), loader, **options)
+        assert features.values.equal(expected.values)
+        assert features.targets.equal(LABELS)
+
+
+CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: .*permute"
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (IMAGES, r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\) without labels"),
+        (IMAGES.numpy(), "is a ndarray of shape .* without labels"),
+        ([IMAGES], "is a list of length 1"),
+        ("images", "is a str; expected an image and its label"),
+        (3, "is a int; expected"),
+        ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
+        ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
+        ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\); expected .* add a dimension"),
+        ((IMAGES.flatten(1), LABELS), r"images of batch 0 .* \(11, 3072\); expected \(batch, chan"),
+        ((IMAGES[None], LABELS), r"shape \(1, 11, 3, 32, 32\); expected"),
+        ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
+        ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
+        ((IMAGES.byte(), LABELS), r"are torch.uint8; expected .* divide by 255.*create_loader"),
+        ((IMAGES.bool(), LABELS), r"are torch.bool; expected"),
+        (([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]), r"shapes \(3, 31, 32\), \(3, 32, 32\)"),
+        ((["a.png", "b.png"], [0, 1]), "images .* not one array .* list that begins with 'a.png'"),
+        (([object()], [0]), "not one array of numbers: a list that begins with a object"),
+        ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
+        ((IMAGES, LABELS[0]), r"labels of batch 0 of the loader have shape \(\); expected one"),
+        ((IMAGES, LABELS[:, None]), r"have shape \(11, 1\); .* labels.squeeze\(1\)"),
+        ((IMAGES, torch.eye(11)), r"have shape \(11, 11\); .* labels.argmax\(1\)"),
+        ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
+        ((IMAGES, LABELS > 1), r"labels\[0\] = False is not an integer"),
+        ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with 'cat'; expected the number of the"),
+        ((IMAGES[:2], None), "labels .* not integers: a NoneType"),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_said(batch, words):
+    with pytest.raises(UsageError, match=words):
+        extract_features(small_model(), [batch])
+
+
+def test_the_batch_is_named():
+    with pytest.raises(UsageError, match="batch 1 of the loader is a Tensor"):
+        extract_features(small_model(), [(IMAGES, LABELS), IMAGES])
+
+
+def test_images_of_another_size_than_the_model_is_for():
+    vit = timm.create_model("test_vit", num_classes=4, img_size=64, dynamic_img_size=False)
+    words = r"VisionTransformer fails on images of shape \(11, 3, 32, 32\) \(.*height.*32"
+    with pytest.raises(UsageError, match=words):
+        extract_features(vit, [(IMAGES, LABELS)])
+
+
+@pytest.mark.parametrize("loader", [DATA, IMAGES, 5, datasets.Dataset.from_dict({"label": [0]})])
+def test_only_loaders_are_loaders(loader):
+    with pytest.raises(UsageError, match=r"is not a loader.* timm_lt.create_loader"):
+        extract_features(small_model(), loader)

@@ -1,6 +1,7 @@
 """Features are what the classifier really gets, for every architecture, fitted or not."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -88,7 +89,7 @@ def test_every_module_is_left_in_its_mode_and_without_a_hook():
 
 def test_mode_and_hooks_are_restored_after_an_error():
     model = small_model().train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match=r"fails on images of shape \(1, 7, 32, 32\) "):
         extract_features(model, [(torch.zeros(1, 7, 32, 32), torch.zeros(1, dtype=torch.long))])
     assert model.training
     assert not get_head(model)._forward_pre_hooks
@@ -305,3 +306,57 @@ def test_a_loader_of_unknown_length_is_read_whole():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         extract_features(small_model(), small_batches(), **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "targets"),
+    [
+        (np.eye(3, dtype=np.float32), np.array([2, 0, 1], np.uint8)),
+        (np.broadcast_to(np.float64(1), (3, 2)), [2, 0, 1]),
+        ([[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]], (torch.tensor(2), torch.tensor(0), torch.tensor(1))),
+        (pd.DataFrame(np.eye(3, 2)), pd.Series([2, 0, 1], index=[7, 8, 9])),
+        (torch.eye(3).half(), [np.int32(2), np.int64(0), 1]),
+    ],
+)
+def test_arrays_are_features_too(values, targets):
+    features = Features(values, targets)
+    assert features.values.dtype in (torch.float16, torch.float32, torch.float64)
+    assert features.values.tolist() == np.asarray(values).tolist()
+    assert (features.targets.dtype, features.targets.tolist()) == (torch.int64, [2, 0, 1])
+
+
+def test_an_array_that_is_not_copied_is_that_of_the_caller():
+    array = np.eye(2)
+    features = Features(array, [0, 1])
+    array[0, 0] = 5
+    assert features.values[0, 0] == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "targets", "words"),
+    [
+        (None, [0], r"floating-point \(N, D\) matrix, got a NoneType"),
+        ([["a"]], [0], "got a list"),
+        ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
+        (np.eye(2, dtype=int), [0, 1], r"got torch.int64 \(2, 2\)"),
+        (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
+        (np.eye(2), None, "targets must be a sequence of integers, got None"),
+    ],
+)
+def test_what_is_not_a_matrix_or_a_label_is_refused(values, targets, words):
+    with pytest.raises(UsageError, match=words):
+        Features(values, targets)
+
+
+@pytest.mark.parametrize("given", [(torch.eye(2), torch.tensor([0, 1])), np.eye(2), None])
+def test_a_fit_takes_features_only(given):
+    features = Features(np.eye(2), [0, 1])
+    linear = nn.Linear(2, 2)
+    words = rf"must be timm_lt.Features, got a {type(given).__name__}: pass timm_lt.Features\("
+    with pytest.raises(UsageError, match=f"^features {words}"):
+        timm_lt.fit_head("ncm", given)
+    with pytest.raises(UsageError, match=f"^features {words}"):
+        timm_lt.tau_curve(linear, given)
+    if given is not None:
+        with pytest.raises(UsageError, match=f"^val {words}"):
+            timm_lt.fit_head("tau_norm", features, classifier=linear, val=given)

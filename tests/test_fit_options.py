@@ -27,7 +27,7 @@ from scipy import stats
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import check_fit_classes, check_fit_options, rows
+from timm_lt.fitting import check_fit_classes, check_fit_options, gradient, rows
 from timm_lt.fitting.class_means import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.sgd import train_head
@@ -314,6 +314,24 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
 def test_wrong_options_are_refused_before_anything_is_fitted(name, options, message):
     with pytest.raises(UsageError, match=message):
         check_fit_options(name, options)
+
+
+def test_options_of_crt_are_those_of_the_solver_that_goes_by_size(monkeypatch):
+    fit("crt", max_iterations=2)
+    with pytest.raises(UsageError, match="steps of head 'crt' has no effect with solver 'lbfgs'"):
+        fit("crt", steps=5)
+    monkeypatch.setattr(gradient, "LARGE", len(TRAIN) * C * D - 1)
+    given = {"steps": 5, "lr": 0.1, "sampler": "square_root", "seed": 3}
+    assert fit("crt", **given).weight.equal(fit("crt", solver="sgd", **given).weight)
+    with pytest.raises(UsageError, match=r"max_iterations .* no effect with solver 'sgd'; remove"):
+        fit("crt", max_iterations=2)
+    with pytest.raises(UsageError, match=r"max_iterations .* no effect with solver 'sgd'; remove"):
+        fit("auto", heads={"ncm": {}, "crt": {"max_iterations": 2}})
+    fit("crt", solver="lbfgs", max_iterations=2)
+    # Rows of SMOTE count.
+    monkeypatch.setattr(gradient, "LARGE", len(TRAIN) * C * D)
+    fit("crt", max_iterations=2)
+    fit("crt", steps=5, smote="largest")
 
 
 def test_keeping_the_best_asks_for_validation_features():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import numpy as np
 import pytest
@@ -560,3 +561,29 @@ def test_a_fit_needs_a_head_of_its_name():
         register_fit("no_such_head")
     with pytest.raises(UsageError, match="registered already"):
         register_fit("ncm")
+
+
+def random_states():
+    numpy = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), numpy[1].tolist(), numpy[2], random.getstate()
+
+
+@pytest.mark.parametrize("name", ["auto", *timm_lt.list_heads()])
+def test_fits_leave_the_global_generators_alone(name):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(600, 8, generator=generator)
+    targets = torch.cat([torch.zeros(200), torch.ones(150), torch.arange(250) % 5]).long()
+    features, val = (timm_lt.Features(values[i:], targets[i:]) for i in (0, 350))
+    classifier = timm_lt.create_head("linear", 8, 5)
+    options = {"steps": 20} if name in {"lws", "cosine", "oltr"} else {}
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = random_states()
+        head = timm_lt.fit_head(name, features, classifier=classifier, val=val, seed=3, **options)
+        if name not in {"fslwf", "oltr"}:
+            head.fold()
+        assert random_states() == before
+        heads.append(head.state_dict())
+    for key, value in heads[0].items():
+        assert torch.equal(value, heads[1][key])

@@ -711,6 +711,50 @@ def test_fold_head_keeps_the_predictions_of_the_model():
         torch.testing.assert_close(fold_head(model)(images), before)
 
 
+FOLDING = {
+    **{name: {} for name in list_heads() if name not in ("oltr", "ncm")},
+    "tau_norm": {"keep_bias": False},
+    "ncm": {"metric": "euclidean"},
+}
+
+
+@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_model_has_the_keys_of_timms(name, bias):
+    model = set_head(small_model(), fill(create_head(name, 96, 4, bias=bias, **FOLDING[name])))
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+        plain = small_model()
+        plain.load_state_dict(fold_head(model).state_dict())
+        if name in ("cosine", "fslwf"):
+            assert plain(images).argmax(1).equal(before.argmax(1))
+        else:
+            torch.testing.assert_close(plain(images), before, rtol=1e-4, atol=1e-4)
+
+
+@every_head
+def test_a_low_rank_update_can_be_merged_into_heads_that_use_their_weight_as_it_is(name, features):
+    head = usable_head(name, **HEAD_OPTIONS[name])
+    update = torch.randn(4, 2) @ torch.randn(2, 6)
+    with torch.no_grad():
+        trained = head(features) + features @ update.T
+        head.weight += update
+        same = torch.allclose(head(features), trained, atol=1e-4)
+    # As docs/choose-a-head.md says of LoRA.
+    assert same == (name in ("linear", "crt", "logit_adjusted"))
+
+
+@pytest.mark.parametrize("name", ["tau_norm", "crt"])
+def test_a_folded_model_has_no_bias_where_timms_has_none(name):
+    bare = small_model()
+    bare.fc = nn.Linear(96, 4, bias=False)
+    head = create_head(name, 96, 4)
+    nn.init.zeros_(head.bias)
+    keys = set(bare.state_dict())
+    assert set(fold_head(set_head(bare, head)).state_dict()) == keys
+
+
 @pytest.mark.parametrize("name", NEED_A_FIT)
 def test_set_head_by_name_alone_leaves_it_unfitted(name):
     model = set_head(small_model(), name)

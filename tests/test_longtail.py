@@ -1,13 +1,20 @@
 import json
+from collections import Counter
 from fractions import Fraction
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
+import timm_lt
 from timm_lt.longtail import (
+    check_class_counts,
     check_no_empty_class,
     class_counts,
     describe_shots,
@@ -28,6 +35,10 @@ def test_class_counts_count(labels, spare):
         np.array(labels, dtype=object),
         torch.tensor(labels, dtype=torch.int32),
         [np.int64(label) for label in labels],
+        tuple(torch.tensor(labels)),
+        [np.array(label) for label in labels],
+        pd.Series(labels, index=range(7, 7 + len(labels))),
+        datasets.Dataset.from_dict({"label": labels})["label"],
     ):
         counts = class_counts(given_labels, num_classes)
         assert counts.dtype == torch.int64
@@ -44,8 +55,11 @@ def test_class_counts_count(labels, spare):
         ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
         ([0, 1, True], r"labels\[2\] = True is not an integer"),
         ([0, None], r"labels\[1\] = None is not an integer"),
-        (["cat", "dog"], r"labels\[0\] = 'cat' is not an integer"),
-        (np.array(["cat", "dog"]), r"labels\[0\] = cat is not an integer"),
+        (["cat", "dog"], r"labels\[0\] = 'cat' is not an integer; number the classes first"),
+        (np.array(["cat", "dog"]), r"labels\[0\] = cat is not an integer; number the classes"),
+        (pd.Series(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
+        (Counter([0, 0, 1]), "labels must be a sequence or an array of integers; got a Counter"),
+        ({0, 1}, "labels must be a sequence or an array of integers; got a set"),
         (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
         (np.array([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*float64"),
         (torch.tensor([0.0, 0.5]), r"labels\[1\] = 0.5 is not an integer.*torch.float32"),
@@ -58,6 +72,17 @@ def test_class_counts_count(labels, spare):
         ([[0, 1], [1, 0]], "labels must be one-dimensional"),
         (np.zeros((2, 2), dtype=int), r"labels must be one-dimensional, got shape \(2, 2\)"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
+        ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
+        ((torch.tensor(1), torch.tensor(True)), r"labels\[1\] = True is not an integer"),
+        ([torch.eye(2)[0]], "labels must be one-dimensional"),
+        (pd.Series([1, None]), r"labels\[0\] = 1.0 is not an integer"),
+        (pd.DataFrame({"label": [0]}), "must be one-dimensional, got a DataFrame"),
+        ("012", "labels must be a sequence of integers, got '012'"),
+        (b"012", "labels must be a sequence of integers"),
+        (5, "labels must be a sequence of integers, got 5"),
+        (None, "labels must be a sequence of integers, got None"),
+        (TensorDataset(torch.zeros(2)), r"not a TensorDataset: pass timm_lt.dataset_labels\("),
+        (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
     ],
 )
 def test_class_counts_names_the_culprit(labels, message):
@@ -197,3 +222,116 @@ def test_unknown_rule_lists_the_rules():
     for function in (shot_groups, describe_shots):
         with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
             function([1, 2], "FB")
+
+
+# A rare class first, so that neither the order of keys nor that of frequency is that of labels.
+TAIL_FIRST = [2] * 3 + [0] * 160 + [3] * 60 + [1] * 25
+COUNTS = [160, 25, 3, 60]
+LOGITS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(40) % 4
+
+
+def saved_counts(counts, folder):
+    timm_lt.save_checkpoint(
+        folder, timm.create_model("test_resnet", num_classes=4), heads={}, class_counts=counts
+    )
+    return json.loads((folder / "config.json").read_text())["timm_lt"]["class_counts"]
+
+
+FEATURES = timm_lt.Features(LOGITS, TARGETS)
+CLASSIFIER = timm_lt.create_head("linear", 4, 4)
+DOORS = {
+    name: lambda counts, _, name=name: timm_lt.create_loss(name, counts)(LOGITS, TARGETS)
+    for name in timm_lt.list_losses()
+    if name in {"balanced_softmax", "label_aware_smoothing", "inverse_frequency", "seesaw"}
+} | {
+    "shot_accuracy": lambda counts, _: str(
+        timm_lt.shot_accuracy(LOGITS.argmax(1), TARGETS, counts)
+    ),
+    "evaluate_logits": lambda counts, _: str(timm_lt.evaluate_logits(LOGITS, TARGETS, counts)),
+    "shifted": lambda counts, _: timm_lt.shifted_accuracies(
+        torch.tensor([0.9, 0.5, 0.1, 0.3]), counts
+    ),
+    "set_head": lambda counts, _: (
+        timm_lt.set_head(
+            timm.create_model("test_resnet", num_classes=4), "logit_adjusted", class_counts=counts
+        )
+        .fc.log_prior.exp()
+        .tolist()
+    ),
+    "fit_head": lambda counts, _: timm_lt.fit_head(
+        "logit_adjusted", FEATURES, classifier=CLASSIFIER, class_counts=counts, tau=1.0
+    ).log_prior.tolist(),
+    "tau_curve": lambda counts, _: (
+        timm_lt.tau_curve(CLASSIFIER, FEATURES, adjust="prior", class_counts=counts).best_tau
+    ),
+    "save_checkpoint": saved_counts,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_counts_by_label_are_counts(door, tmp_path):
+    expected = DOORS[door](COUNTS, tmp_path)
+    series = pd.Series(TAIL_FIRST)
+    for by_label in (
+        Counter(TAIL_FIRST),
+        {np.int64(label): np.int32(n) for label, n in Counter(TAIL_FIRST).items()},
+        series.value_counts(),
+        series.value_counts().sort_index(),
+    ):
+        assert DOORS[door](by_label, tmp_path) == expected
+
+
+def test_counts_by_label_of_classes_without_images():
+    assert check_class_counts({0: 9, 3: 1}, num_classes=5).tolist() == [9, 0, 0, 1, 0]
+    logits = torch.eye(5)[[0, 1, 3]]
+    given, whole = (
+        timm_lt.evaluate_logits(logits, [0, 1, 3], counts)
+        for counts in ({0: 900, 3: 1}, [900, 0, 0, 1, 0])
+    )
+    assert str(given) == str(whole)
+
+
+def test_counts_by_name(tmp_path):
+    names = ["owl", "auk", "emu", "jay"]
+    by_name = pd.Series([names[label] for label in TAIL_FIRST]).value_counts()
+    assert check_class_counts(by_name, label_names=names).tolist() == COUNTS
+    assert check_class_counts({"auk": 1, "owl": 2}, label_names=names).tolist() == [2, 1, 0, 0]
+    model = timm.create_model("test_resnet", num_classes=4)
+    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=by_name, label_names=names)
+    block = json.loads((tmp_path / "config.json").read_text())["timm_lt"]
+    assert block["class_counts"] == COUNTS
+    # timm keeps the names of a folder's classes.
+    named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    timm_lt.set_head(named, "logit_adjusted", class_counts=by_name)
+    torch.testing.assert_close(named.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
+    loaded = timm_lt.create_model(
+        f"local-dir:{tmp_path}", head="logit_adjusted", class_counts=by_name[::-1]
+    )
+    assert torch.equal(loaded.fc.log_prior, named.fc.log_prior)
+    with pytest.raises(UsageError, match="keys that are not class names: eel; the names are owl"):
+        check_class_counts({"owl": 1, "eel": 2}, label_names=names)
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_classes", "message"),
+    [
+        ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, too many: 2"),
+        ({1: 5, 2: 3}, 2, "missing: 0, too many: 2"),
+        ({0: 5, 1: 4, 3: 1}, None, "missing: 2, too many: 3"),
+        ({0: 5, -1: 4}, 3, "missing: 1, 2, too many: -1"),
+        ({"0": 5, "1": 4}, None, "has the key '0', a str; the keys must be integer labels"),
+        ({0.0: 5}, None, "has the key 0.0, a float"),
+        ({True: 5, False: 1}, None, "has the key True, a bool"),
+        (Counter(torch.tensor([0, 0, 1])), None, r"has the key tensor\(0\), a Tensor"),
+        ({0: 0.5, 1: 0.5}, None, r"class_counts\[0\] = 0.5 is not an integer"),
+        (pd.Series([0, 0, 1]).value_counts(normalize=True), None, "is not an integer"),
+        (pd.Series([5, 4], index=[0, 0]), None, "has a label twice"),
+        ({}, None, "class_counts must not be empty"),
+        ({0: 0}, None, "must not be all 0"),
+        (Counter(TAIL_FIRST).most_common(), None, "class_counts must be one-dimensional"),
+    ],
+)
+def test_wrong_counts_by_label(counts, num_classes, message):
+    with pytest.raises(UsageError, match=message):
+        check_class_counts(counts, num_classes)

@@ -65,8 +65,7 @@ def test_folded_model_gives_the_logits_and_timms_keys(architecture):
         preds = model(x).argmax(1)
         timm_lt.fold_head(model)
         assert torch.equal(model(x).argmax(1), preds)
-    bias = f"{PATHS[architecture]}.bias"
-    assert set(plain.state_dict()) - set(model.state_dict()) == {bias}
+    assert list(plain.state_dict()) == list(model.state_dict())
 
 
 def test_arguments_of_timm_reach_timm():
@@ -195,16 +194,45 @@ def test_configuration_of_a_tag():
         timm.create_model("lt_resnet10", pretrained=True)
 
 
-def test_features_only_and_no_classes_swallow_the_head():
-    model = timm.create_model("lt_test_resnet", features_only=True, head="tau_norm", tau=0.5)
+@pytest.mark.parametrize("create", [timm.create_model, timm_lt.create_model])
+def test_features_only_swallows_the_head(create):
+    model = create("lt_test_resnet", features_only=True, head="tau_norm", tau=0.5)
     plain = timm.create_model("test_resnet", features_only=True)
     assert model.feature_info.channels() == plain.feature_info.channels()
     shapes = [tuple(t.shape) for t in model.eval()(images(plain))]
     assert shapes == [tuple(t.shape) for t in plain.eval()(images(plain))]
-    model = timm.create_model("lt_test_resnet", num_classes=0, head="tau_norm", tau=0.5).eval()
-    assert model(images(model)).shape == (2, 96)
     with pytest.raises(UsageError, match="unknown head"):
-        timm.create_model("lt_test_resnet", num_classes=0, head="tau")
+        create("lt_test_resnet", features_only=True, head="tau")
+
+
+@pytest.mark.parametrize("create", [timm.create_model, timm_lt.create_model])
+@pytest.mark.parametrize("name", ["lt_test_resnet", "lt_test_resnet.glyph_lt", "lt_resnet32"])
+def test_a_head_needs_classes(create, name):
+    options = {"num_classes": 0, "head": "tau_norm", "pretrained": "." in name}
+    with pytest.raises(UsageError, match="create the model with num_classes >= 1"):
+        create(name, **options)
+
+
+def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    timm_lt.save_checkpoint(tmp_path / "run", model, heads={}, class_counts=None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./run", "run", str(tmp_path / "run"), tmp_path / "run", "local-dir:run"):
+        loaded = timm_lt.create_model(name, head="tau_norm").eval()
+        assert get_head(loaded).kind == "tau_norm"
+        assert torch.equal(get_head(loaded).weight, model.fc.weight)
+    # A name of timm stays one, whatever folder has the same.
+    (tmp_path / "run").rename(tmp_path / "test_vit")
+    assert type(timm_lt.create_model("test_vit")).__name__ == "VisionTransformer"
+    assert type(timm_lt.create_model("./test_vit")).__name__ == "ResNet"
+    (tmp_path / "photos").mkdir()
+    for name in ("photos", "./photos", tmp_path / "photos"):
+        with pytest.raises(UsageError, match=r"photos has no config\.json: it is not a checkpoint"):
+            timm_lt.create_model(name)
+    for name in ("./none", tmp_path / "none"):
+        with pytest.raises(UsageError, match=r"^there is no folder \S*none$"):
+            timm_lt.create_model(name)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])

@@ -107,16 +107,3 @@ def test_the_classifier_of_a_file_is_taken_if_it_is_for_these_classes(
             assert written[key].equal(value), key
     if classes == 4:
         assert written["fc.weight"].equal(own["fc.weight"]) is same
-
-
-@pytest.mark.parametrize("wrapper", ["module.", "model.", "_orig_mod."])
-def test_what_a_wrapper_put_before_all_names_is_left_out(wrapper, tmp_path):
-    own, file = weights(4), tmp_path / "mine.pth"
-    torch.save({"state_dict": {f"{wrapper}{key}": value for key, value in own.items()}}, file)
-    model = timm.create_model("test_resnet", num_classes=4)
-    timm_lt.model.load_weights_file(model, file, "test_resnet")
-    assert all(value.equal(own[key]) for key, value in model.state_dict().items())
-    # A prefix of some names alone is none.
-    torch.save({f"model.{key}" if key != "fc.bias" else key: v for key, v in own.items()}, file)
-    with pytest.raises(timm_lt.UsageError, match=r"it has .*model\.conv1"):
-        timm_lt.model.load_weights_file(model, file, "test_resnet")

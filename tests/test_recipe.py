@@ -1,6 +1,7 @@
 """Recipes: YAML with overrides becomes typed data, and what is wrong is named."""
 
 import dataclasses
+import json
 import typing
 
 import pytest
@@ -18,6 +19,7 @@ from timm_lt.recipe import (
     find_recipe,
     load_recipe,
     parse_command_line,
+    parse_recipe,
     shipped_recipes,
 )
 from timm_lt.registry import UsageError
@@ -50,6 +52,31 @@ def option_names():
 
 
 # ---- what a recipe says --------------------------------------------------------------------------
+
+
+QUOTED = ["null", "true", "1e-3", "", "~", "[1]", "{a: 1}", "12", "yes", "it's", "ä", "--x", "a=b"]
+
+
+@pytest.mark.parametrize("text", QUOTED)
+def test_a_quoted_text_stays_a_text(text, read):
+    given = json.dumps(text)
+    data = f"{{name: {given}, root: {given}, options: {{k: {given}, m: {{n: [{given}, 1e-3]}}}}}}"
+    model = f"{{checkpoint: {given}, trained: [{given}]}}"
+    recipe, _ = read(f"data: {data}\nmodel: {model}\nheads: {{ncm: {{a: {given}}}}}", "--seed=3")
+    assert recipe.data.name == recipe.data.root == recipe.model.checkpoint == text
+    assert recipe.data.options == {"k": text, "m": {"n": [text, 1e-3]}}
+    assert recipe.model.trained == [text]
+    assert recipe.heads == {"ncm": {"a": text}}
+    # The resolved recipe of a run reads back to the same.
+    assert read(recipe.to_yaml())[0] == recipe
+    assert parse_recipe(dataclasses.asdict(recipe), "a grid") == recipe
+    # Options on the command line take the place of the recipe's, and leave the others.
+    changed, _ = read(f"data: {data}", "--data.options.k=null", "--data.root=null")
+    assert changed.data.options == {"k": None, "m": {"n": [text, 1e-3]}}
+    assert changed.data.root is None
+    with pytest.raises(UsageError) as error:
+        read(f"objective: {given}")
+    assert f"unknown objective {text!r}" in str(error.value)
 
 
 def test_an_almost_empty_recipe_has_the_defaults(read):

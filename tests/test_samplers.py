@@ -17,6 +17,8 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
+from timm_lt.data.draws import NumberedSampler
+from timm_lt.data.sharing import check_groups
 from timm_lt.registry import UsageError
 from timm_lt.samplers import (
     ClassSampler,
@@ -91,7 +93,7 @@ def check_epoch(sampler, labels):
     for c in range(len(p)):
         assert c in images_of or p[c] == 0
         drawn, size = drawn_of[c], len(images_of[c])
-        assert abs(len(drawn) - n * p[c].item()) < 1
+        assert abs(len(drawn) - n * p[c].item()) < sampler.group
         assert at_cycle_ends(drawn, size), "an image came twice before another came once"
 
 
@@ -197,9 +199,10 @@ def test_ten_thousand_classes(name, options):
     labels = torch.cat([torch.arange(classes), torch.arange(50).repeat(40)])
     sampler = create_sampler(name, labels, num_samples=15_000, **options)
     for epoch in (8, 0):
-        drawn = sampler.epoch_indices(epoch)
+        sampler.set_epoch(epoch)
+        drawn = sampler.epoch_indices()
         of_class = torch.bincount(labels[drawn], minlength=classes)
-        assert (of_class - 15_000 * sampler.class_probabilities(epoch)).abs().max() < 1
+        assert (of_class - 15_000 * sampler.class_probabilities()).abs().max() < sampler.group
     # In the first epoch every class's cycle begins: no image is two draws ahead of another.
     cycles = -(-of_class // sampler.class_counts)
     assert (torch.bincount(drawn, minlength=len(labels)) <= cycles[labels]).all()
@@ -357,6 +360,10 @@ def test_no_label_needs_more_than_four_bytes():
 # Ranks and states ---------------------------------------------------------------------------------
 
 
+def groups_of(stream, size):
+    return [stream[i : i + size] for i in range(0, len(stream), size)]
+
+
 @contract
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 8, 60])
@@ -369,11 +376,13 @@ def test_ranks_share_the_same_stream(name, options, num_replicas):
             name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
         )
         sampler.set_epoch(2)
-        ranks.append(list(sampler))
-        assert len(ranks[-1]) == len(sampler) == math.ceil(n / num_replicas)
-    together = [index for turn in zip(*ranks, strict=True) for index in turn]
+        group = sampler.group if num_replicas > 1 else 1
+        ranks.append(groups_of(list(sampler), group))
+        turns = math.ceil(n / group / num_replicas)
+        assert len(sampler) == group * len(ranks[-1]) == group * turns
+    together = [part for turn in zip(*ranks, strict=True) for part in turn]
     # The padding is the beginning.
-    assert together == (stream + stream)[: len(together)]
+    assert together == (groups_of(stream, group) * 6)[: len(together)]
 
 
 @contract
@@ -396,7 +405,12 @@ def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after)
         for _ in range(consumed):
             next(iterator)
         state = json.loads(json.dumps(old.state_dict()))
-        assert state["position"] == consumed * before
+        group = old.group if max(before, after) > 1 else 1
+        # Within a group that stays together, the rest begins with the group.
+        position = consumed // (group if before > 1 else 1) * (group if before > 1 else 1) * before
+        assert state["position"] == position
+        if position % group:
+            continue
         rest = []
         for rank in range(after):
             new = create(rank, after)
@@ -404,13 +418,15 @@ def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after)
             assert new.state_dict() == state
             # As accelerate does.
             new.set_epoch(5)
-            rest.append(list(new))
+            rest.append(groups_of(list(new), group))
             assert new.state_dict()["position"] == n
             # Only the first iteration is a rest.
             new.set_epoch(6)
-            assert list(new) == (following + following)[rank : n - n % -after : after]
-        left = stream[consumed * before :]
-        together = [index for turn in zip(*rest, strict=True) for index in turn]
+            turns = math.ceil(n / group / after)
+            expected = (groups_of(following, group) * 2)[rank : turns * after : after]
+            assert groups_of(list(new), group) == expected
+        left = groups_of(stream[position:], group)
+        together = [part for turn in zip(*rest, strict=True) for part in turn]
         assert together[: len(left)] == left
         assert len(together) == math.ceil(len(left) / after) * after
 
@@ -450,6 +466,26 @@ def test_accelerate_shares_the_batches_of_one_stream(name, options):
         sampler = create_sampler(name, LABELS, num_samples=40, **options)
         shard = BatchSamplerShard(BatchSampler(sampler, 5, drop_last=False), 2, rank)
         assert list(shard) == batches[rank::2]
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_accelerate_keeps_samples_per_class_together(split_batches):
+    def create():
+        return create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
+
+    whole = groups_of(create().epoch_indices(0).tolist(), 4)
+    shards = []
+    for rank in range(2):
+        batches = BatchSampler(create(), 16, drop_last=True)
+        shard = BatchSamplerShard(batches, 2, rank, split_batches=split_batches)
+        shards.append([block for batch in shard for block in groups_of(batch, 4)])
+    assert sorted(shards[0] + shards[1]) == sorted(whole)
+    with pytest.raises(UsageError, match=r"groups of 4 .* batches of 6 images on each of 2 proc"):
+        check_groups(create(), 6, 2)
+    check_groups(create(), 6, 1)
+    check_groups(NumberedSampler(create(), len(LABELS), 96), 8, 2)
+    with pytest.raises(UsageError, match="groups of 4"):
+        check_groups(NumberedSampler(create(), len(LABELS), 96), 2, 2)
 
 
 # Probabilities, against the formulas worked out in plain Python. ---------------------------------
@@ -535,14 +571,54 @@ def test_samples_per_class_draws_blocks_in_rounds(k):
     assert len(orders) > 10
 
 
-def test_samples_per_class_ends_with_the_short_blocks():
-    # 15 draws of each class in blocks of 4: three full rounds, then one of blocks of 3.
-    sampler = create_sampler("class_balanced", LABELS, num_samples=60, samples_per_class=4)
-    classes = [LABELS[index] for index in sampler]
-    lengths = [4] * 12 + [3] * 4
-    starts = itertools.accumulate(lengths, initial=0)
-    for start, length in zip(starts, lengths, strict=False):
-        assert len(set(classes[start : start + length])) == 1
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_samples", [3, 36, 42, 58, 1001])
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 7])
+def test_samples_per_class_stay_together_on_a_rank(num_samples, num_replicas):
+    def create(rank):
+        return create_sampler(
+            *("class_balanced", LABELS),
+            num_samples=num_samples,
+            samples_per_class=4,
+            rank=rank,
+            num_replicas=num_replicas,
+        )
+
+    for epoch in range(3):
+        ranks = []
+        for rank in range(num_replicas):
+            sampler = create(rank)
+            sampler.set_epoch(epoch)
+            ranks.append(groups_of(list(sampler), 4))
+        blocks = [part for turn in itertools.zip_longest(*ranks) for part in turn if part]
+        number = math.ceil(num_samples / 4)
+        last = num_samples - 4 * (number - 1)
+        for block in blocks[: number - 1]:
+            assert len(block) == 4
+            assert len({LABELS[index] for index in block}) == 1
+        # The last block may be short; with several ranks it is filled up from the beginning.
+        assert len({LABELS[index] for index in blocks[number - 1][:last]}) == 1
+        stream = [index for block in blocks for index in block]
+        whole = create(0).epoch_indices(epoch).tolist()
+        assert stream[:num_samples] == whole
+        if num_replicas > 1:
+            filled = groups_of(whole + (whole * 2)[: 4 - last], 4)
+            assert blocks == (filled * num_replicas)[: len(blocks)]
+            assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_samples_per_class_draws_every_class_equally_often_in_the_long_run():
+    # 30 draws are 7 blocks of 4 and one of 2, of 4 classes: 2 blocks each, one of them shorter.
+    sampler = create_sampler("class_balanced", LABELS, num_samples=30, samples_per_class=4)
+    drawn = collections.Counter()
+    for epoch in range(400):
+        counts = collections.Counter(LABELS[i] for i in sampler.epoch_indices(epoch).tolist())
+        assert sorted(counts.values()) == [6, 8, 8, 8]
+        drawn += counts
+    # Which class has 6 is chosen uniformly: 7.5 on average, with a deviation of .87 per epoch.
+    assert {c: n / 400 for c, n in drawn.items()} == {
+        c: pytest.approx(7.5, abs=4 * 0.87 / 20) for c in (0, 1, 3, 4)
+    }
 
 
 @pytest.mark.usefixtures("chunks")

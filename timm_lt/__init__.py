@@ -48,8 +48,5 @@ from timm_lt.repo import list_repo_heads as list_repo_heads
 from timm_lt.samplers import create_sampler as create_sampler
 from timm_lt.samplers import list_samplers as list_samplers
 from timm_lt.samplers import register_sampler as register_sampler
-from timm_lt.timm_train_hook import install_from_environment as _install_from_environment
 
 __version__ = "0.1.0"
-
-_install_from_environment()

@@ -1,16 +1,28 @@
-"""The processes and processors of a run: accelerate, threads and numerical precision."""
+"""Processes, devices, threads and numerical precision of a run."""
 
-import ctypes
+import multiprocessing
 import os
-import platform
-import sys
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    extract_model_from_parallel,
+    parse_flag_from_env,
+)
+from torch import nn
+from torch.utils.data._utils import signal_handling
 
 from timm_lt.registry import UsageError, check_choice, check_integer
 
@@ -81,6 +93,112 @@ def create_accelerator(
         raise UsageError(f"mixed_precision {precision}: {error}") from error
 
 
+@contextmanager
+def temporary_accelerator() -> Iterator[Accelerator]:
+    """Yields an accelerator in full precision, and restores accelerate's state afterwards.
+
+    Accelerate has one state per process: a second ``Accelerator`` of another precision or
+    accumulation fails or changes the first. The device and the processes of the caller's own
+    accelerator are used if there is one.
+    """
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    kept, environment = [dict(state) for state in states], set(os.environ)
+    had_group = _has_process_group()
+    try:
+        for state in states[1:]:
+            state.clear()
+        yield create_accelerator(mixed_precision="no")
+    finally:
+        for state, before in zip(states, kept, strict=True):
+            state.clear()
+            state.update(before)
+        if _has_process_group() and not had_group:
+            torch.distributed.destroy_process_group()
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+
+
+def _has_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restores the random states of Python, NumPy and torch (CPU and CUDA) afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # Asking for the state of a GPU would initialize CUDA.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Runs a block with torch's defaults, and restores the caller's settings afterwards.
+
+    These are the random states, the inference mode, the default device and type of tensors, and
+    what the first data worker sets: the start method of processes and the handler of SIGCHLD.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(_kept_worker_settings())
+        stack.enter_context(kept_random_state())
+        stack.enter_context(torch.inference_mode(mode=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextmanager
+def _kept_worker_settings() -> Iterator[None]:
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    number = getattr(signal, "SIGCHLD", None)  # not on Windows
+    handler = None if number is None else signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if start_method is None:
+            multiprocessing.set_start_method(None, force=True)
+        in_main = threading.current_thread() is threading.main_thread()
+        if number is not None and in_main and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+            # Else torch would not set it for the caller's own workers.
+            signal_handling._SIGCHLD_handler_set = False
+
+
+def default_device() -> torch.device:
+    """Returns the device that accelerate computes on, without initializing accelerate.
+
+    It is the one of the process's accelerator if there is one, else of the variables
+    ``ACCELERATE_TORCH_DEVICE`` and ``ACCELERATE_USE_CPU``, else the GPU (CUDA, MPS, XPU, ...) if
+    there is one, else the CPU.
+    """
+    if is_initialized():
+        return torch.device(PartialState().device)
+    if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(name)
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner if inner is model else unwrapped(inner)
+
+
+def process_rank() -> int:
+    """Returns the rank of this process under a launcher; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def set_cpu_threads(threads: int | None = None) -> int:
     """Sets the number of threads that torch computes with in this process.
 
@@ -99,23 +217,6 @@ def set_cpu_threads(threads: int | None = None) -> int:
     if threads is not None:
         torch.set_num_threads(check_integer("threads", threads, minimum=1))
     return torch.get_num_threads()
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C library keep memory that is freed, for what is allocated next.
-
-    The activations and gradients of an update are freed at its end. glibc would return the large
-    ones to the system, which clears their pages and maps them again at every update: a few percent
-    of the time of training on a CPU. The process stays as large as it was at its largest.
-
-    Returns:
-        Whether the C library is one that does.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 def available_cores() -> int:

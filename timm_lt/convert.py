@@ -1,22 +1,23 @@
 """Converting: weights of other projects as a decoupled checkpoint."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.download import download
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
+from timm_lt.longtail import ClassCounts
 from timm_lt.lt_resnet import ARCHITECTURES, expected_state
 from timm_lt.pretrained import batch_norm_statistics
 from timm_lt.published import PUBLISHED
 from timm_lt.registry import UsageError
-from timm_lt.third_party import Weights, check_weights, read_weights
+from timm_lt.third_party import Weights, WeightsFile, check_weights, read_weights
+from timm_lt.weights_file import build
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,17 @@ def convert_checkpoint(
     *,
     model: str | None = None,
     heads: Mapping[str, str] | None = None,
-    class_counts: Tensor | list[int] | None = None,
+    class_counts: ClassCounts | None = None,
     cache_dir: str | Path | None = None,
+    key: str | None = None,
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Writes the weights of another project as a decoupled checkpoint.
 
     Args:
         source: A published name (``lt_resnext50.imagenet_lt``: with all of its heads), a URL, or a
-            file, in one of the layouts of :func:`timm_lt.third_party.read_weights`.
+            file, as for :func:`timm_lt.third_party.read_weights`.
         folder: Where to write; made if missing.
         model: The architecture, with a tag for its normalisation; None finds it: a published URL
             says it, and so do files of timm's ``train.py``; the registered ones are known by the
@@ -59,6 +63,11 @@ def convert_checkpoint(
             the batch-norm statistics of that file if they are others.
         class_counts: Training images per class, (C,); None if they are not known.
         cache_dir: Where downloads are kept; None is timm's cache.
+        key: The key or prefix of the weights, where the source has several networks.
+        image_size: Side of the images in pixels; None is that of the file, or the model's.
+        options: Arguments of ``timm.create_model``, such as ``global_pool``, and the mean, std,
+            interpolation, crop_pct and crop_mode of the images. What is not given is as the file
+            says, if it has its training's arguments.
 
     Raises:
         UsageError: If a file cannot be read, is of another architecture or another number of
@@ -76,27 +85,34 @@ def convert_checkpoint(
         source, heads = published.urls["linear"], {**others, **(heads or {})}
     _check_is_joint(source)
 
-    def check_published(weights: Weights) -> None:
+    def check_published(file: WeightsFile) -> None:
         if model in PUBLISHED:
             expected = expected_state(model, PUBLISHED[model].num_classes)
-            check_weights(weights, expected, source, model)
+            check_weights(file.select(expected, model, key=key), expected, model)
 
-    weights = _read(source, cache_dir, check_published)
-    name, found = (model, "given") if model else _find_name(source, weights)
-    network, expected = _network(name, weights, source)
-    path = classifier_name(network)
-    check_weights(weights, expected, source, name, path)
-    network.load_state_dict(weights.tensors)
-    joint = get_head(network)
+    file = _read(source, cache_dir, check_published)
+    name, found = (model, "given") if model else _find_name(source, file)
+    published = PUBLISHED.get(name)
+    network, weights = build(
+        file,
+        name,
+        num_classes=None if published is None else published.num_classes,
+        key=key,
+        image_size=image_size,
+        **(options or {}),
+    )
+    joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
         fitted["lws"] = _scaled(joint, weights.scale)
     for head, place in (heads or {}).items():
-        check = functools.partial(
-            check_weights, expected=expected, name=place, architecture=name, classifier=path
+
+        def check(other: WeightsFile) -> Weights:
+            return check_weights(other.select(expected, name, path), expected, name, path)
+
+        fitted[head] = _other_head(
+            head, place, check(_read(place, cache_dir, check)), weights, network
         )
-        other = _read(place, cache_dir, check)
-        fitted[head] = _other_head(head, place, other, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
 
@@ -111,14 +127,16 @@ def _check_is_joint(source: str) -> None:
             )
 
 
-def _read(place: str, cache_dir: str | Path | None, check: Callable[[Weights], None]) -> Weights:
+def _read(
+    place: str, cache_dir: str | Path | None, check: Callable[[WeightsFile], object]
+) -> WeightsFile:
     """Reads a file or URL; what is not as it should be does not get into the cache."""
-    read: list[Weights] = []
+    read: list[WeightsFile] = []
 
     def accept(path: Path) -> None:
-        weights = read_weights(path, place)
-        check(weights)
-        read.append(weights)
+        file = read_weights(path, place)
+        check(file)
+        read.append(file)
 
     if "://" not in place:
         accept(Path(place))
@@ -129,23 +147,20 @@ def _read(place: str, cache_dir: str | Path | None, check: Callable[[Weights], N
     return read[0]
 
 
-def _find_name(source: str, weights: Weights) -> tuple[str, str]:
+def _find_name(source: str, file: WeightsFile) -> tuple[str, str]:
     """Finds the architecture of weights, and the tag with their number of classes."""
     for entry in PUBLISHED.values():
         if source in entry.urls.values():
             return entry.name, "published"
-    if weights.architecture is not None and timm.models.is_model(weights.architecture):
-        return weights.architecture, "in the file"
-    shapes = {key: value.shape for key, value in weights.tensors.items()}
-    bias = weights.tensors.get("fc.bias")
-    num_classes = bias.shape[0] if bias is not None and bias.ndim == 1 else 0
-    for architecture in ARCHITECTURES if num_classes else ():
-        expected = expected_state(architecture, num_classes)
-        if {key: value.shape for key, value in expected.items()} == shapes:
+    if file.architecture is not None:
+        return file.architecture, "in the file"
+    for architecture in ARCHITECTURES:
+        classes = _classes_if(file, architecture)
+        if classes is not None:
             tags = [
                 entry.name
                 for entry in PUBLISHED.values()
-                if (entry.architecture, entry.num_classes) == (architecture, num_classes)
+                if (entry.architecture, entry.num_classes) == (architecture, classes)
             ]
             return next(iter(tags), architecture), "by shape"
     raise UsageError(
@@ -154,23 +169,16 @@ def _find_name(source: str, weights: Weights) -> tuple[str, str]:
     )
 
 
-def _network(name: str, weights: Weights, source: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Builds the model of weights and returns it with the state dict that it should have."""
-    if not timm.models.is_model(name.partition(".")[0]):
-        raise UsageError(f"unknown architecture {name!r}; timm.list_models() has all")
+def _classes_if(file: WeightsFile, architecture: str) -> int | None:
+    """Returns the number of classes of weights; None if they are not of this architecture."""
     try:
-        with torch.device("meta"):
-            path = classifier_name(timm.create_model(name, num_classes=1))
-    except RuntimeError as error:
-        raise UsageError(f"model {name!r}: {error}") from error
-    rows = weights.tensors.get(f"{path}.weight")
-    if rows is None or rows.ndim == 0:
-        raise UsageError(f"{source} holds no {name}: it lacks {path}.weight")
-    published = PUBLISHED.get(name)
-    num_classes = len(rows) if published is None else published.num_classes
-    network = timm.create_model(name, num_classes=num_classes)
-    expected: dict[str, Tensor] = network.state_dict()
-    return network, expected
+        state = file.select(expected_state(architecture, 1), architecture)
+        classes = state.num_classes("fc")
+        if classes:
+            check_weights(state, expected_state(architecture, classes), architecture)
+    except UsageError:
+        return None
+    return classes or None
 
 
 def _other_head(

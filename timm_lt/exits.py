@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-from timm_lt.accelerator import is_lost_process
+from timm_lt.accelerator import is_lost_process, process_rank
 from timm_lt.console import error_text, log_traceback
 from timm_lt.data.reading import describe_worker_death, is_worker_death
 from timm_lt.files import sha256
@@ -80,7 +80,8 @@ def _terminable() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         # Not in the middle of ending: a second one, and the death of a worker.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -118,5 +119,5 @@ def _is_first(message: str, *, if_silent: bool) -> bool:
         first: bool = store.add(f"{run}/{sha256(message.encode())}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         # Without a launcher, the store is gone with the first process.
-        return os.environ.get("RANK", "0") == "0"
+        return process_rank() == 0
     return first and not (if_silent and said > 1)

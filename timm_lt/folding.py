@@ -16,11 +16,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from timm_lt.checkpoint import CONFIG, WEIGHTS, save_plain
 from timm_lt.heads import Head, fold_head, get_heads
+from timm_lt.preprocessing import input_size
 from timm_lt.registry import UsageError
 
 ONNX = "model.onnx"
@@ -72,7 +72,7 @@ def write_folded(
     folder = Path(folder)
     if onnx:
         _check_onnx_packages()
-    images = torch.randn(IMAGES, *_input_size(model), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))
     heads = [head for head in get_heads(model).values() if isinstance(head, Head)]
     exact = all(_is_linear(head) for head in heads)
     plain = fold_head(copy.deepcopy(model).cpu().float()).eval()
@@ -97,15 +97,6 @@ def write_folded(
         _export_program(plain, images, folder / PROGRAM)
         others["torch.export"] = _compare_exported(folder / PROGRAM, _run_program, images, folded)
     return FoldReport(exact, difference, others)
-
-
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Returns channels, height and width; arguments of the model come before its configuration."""
-    arguments: dict[str, Any] = getattr(model, "_model_args", {})
-    config: Any = model.pretrained_cfg
-    channels, height, width = config["input_size"]
-    height, width = to_2tuple(arguments.get("img_size", (height, width)))
-    return arguments.get("in_chans", channels), height, width
 
 
 def _is_linear(head: Head) -> bool:

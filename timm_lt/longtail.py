@@ -1,20 +1,25 @@
 """How long the tail is: class counts, long-tail profiles, and the many/medium/few shot groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number, shown_names
 
 Labels: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
+# Counts in label order, or by label, such as a collections.Counter or pandas' value_counts().
+ClassCounts: TypeAlias = Labels | Mapping[Any, int]
 Profile = Literal["exponential", "step", "pareto"]
 ShotRule = Literal["fb", "oltr"]
 
 PARETO_POWER = 6
+NAMES_HINT = "; number the classes first, e.g. [names.index(name) for name in labels]"
 
 
 class ShotBounds(NamedTuple):
@@ -74,6 +79,11 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
 
 def _as_integers(values: Labels, noun: str) -> Tensor:
     """Converts to a LongTensor on the CPU; refuses anything but integers, naming the first one."""
+    if isinstance(values, Mapping | AbstractSet):
+        raise UsageError(
+            f"{noun} must be a sequence or an array of integers; got a {type(values).__name__}, "
+            "whose entries are not in the order of the images"
+        )
     if isinstance(values, Tensor):
         if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
             # NumPy has no bfloat16.
@@ -81,18 +91,37 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
             raise _not_an_integer(wide.detach().cpu().numpy(), noun, values.dtype)
         return values.detach().cpu().long()
     if not isinstance(values, np.ndarray) or values.dtype == object:
-        values = list(values)
+        values = _as_list(values, noun)
         # A set of types is found at C speed; only a wrong list is walked through.
         kinds = {kind for kind in set(map(type, values)) if not _is_integer_type(kind)}
         for index, value in enumerate(values):
             if type(value) in kinds:
                 if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
                     raise UsageError(f"{noun} must be one-dimensional, got {noun}[{index}]={value}")
-                raise UsageError(f"{noun}[{index}] = {value!r} is not an integer")
+                hint = NAMES_HINT if isinstance(value, str) else ""
+                raise UsageError(f"{noun}[{index}] = {value!r} is not an integer{hint}")
         return torch.tensor([int(value) for value in values], dtype=torch.long)
     if not np.issubdtype(values.dtype, np.integer):
         raise _not_an_integer(values, noun, values.dtype)
     return torch.from_numpy(values.astype(np.int64))
+
+
+def _as_list(values: object, noun: str) -> list[Any]:
+    """Returns the values of a list, a pandas Series or the like, without arrays around numbers."""
+    if isinstance(values, Dataset) or hasattr(values, "column_names"):
+        raise UsageError(
+            f"{noun} must be integers, not a {type(values).__name__}: pass "
+            "timm_lt.dataset_labels(dataset)"
+        )
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UsageError(f"{noun} must be a sequence of integers, got {values!r}")
+    if getattr(values, "ndim", 1) != 1:
+        raise UsageError(f"{noun} must be one-dimensional, got a {type(values).__name__}")
+    found = list(values)
+    if any(issubclass(kind, Tensor | np.ndarray) for kind in set(map(type, found))):
+        arrays = [np.asarray(value) for value in found]
+        found = [array if array.ndim else array.item() for array in arrays]
+    return found
 
 
 def _is_integer_type(kind: type) -> bool:
@@ -108,7 +137,8 @@ def _not_an_integer(values: NDArray[Any], noun: str, dtype: object) -> UsageErro
         # NaN and fractions are the telling culprits; all-whole floats are named by their first.
         index = int(np.argmax(~(flat == np.round(flat))))
     where = ", ".join(str(i) for i in np.unravel_index(index, values.shape))
-    return UsageError(f"{noun}[{where}] = {flat[index]} is not an integer: the dtype is {dtype}")
+    hint = NAMES_HINT if values.dtype.kind in "US" else f": the dtype is {dtype}"
+    return UsageError(f"{noun}[{where}] = {flat[index]} is not an integer{hint}")
 
 
 def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
@@ -131,22 +161,83 @@ def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
     return torch.bincount(values, minlength=num_classes or 0)
 
 
-def check_class_counts(class_counts: Labels) -> Tensor:
+def check_class_counts(
+    class_counts: ClassCounts,
+    num_classes: int | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Tensor:
     """Returns class counts as a LongTensor on the CPU, after checking that they can be counts.
+
+    >>> check_class_counts({2: 5, 0: 90}, num_classes=3)
+    tensor([90,  0,  5])
+
+    Args:
+        class_counts: Counts in label order; or by label, as a mapping or a pandas Series.
+        num_classes: Number of classes; a class that a mapping lacks has count 0 then. Without it a
+            mapping must have every class.
+        label_names: Class names in label order; a mapping may have them as its keys then.
 
     Shape:
         class_counts (C,) with C >= 1, non-negative integers, not all of them 0.
 
     Raises:
-        UsageError: If they are not; names the first wrong index and its value.
+        UsageError: If they are not; names the first wrong index and its value, or the wrong keys.
     """
+    by_label = _by_label(class_counts)
+    if by_label is not None:
+        class_counts = _in_label_order(by_label, num_classes, label_names)
     counts = check_labels(class_counts, noun="class_counts")
     if counts.max() == 0:
         raise UsageError(f"class_counts must not be all 0 (got {len(counts)} classes)")
     return counts
 
 
-def check_no_empty_class(class_counts: Labels) -> None:
+def _by_label(class_counts: Any) -> dict[Any, Any] | None:  # noqa: ANN401
+    """Returns the counts of a mapping or a pandas Series by key; None for an array of counts."""
+    if isinstance(class_counts, Mapping):
+        return dict(class_counts)
+    # The index of a list is a method.
+    index = getattr(class_counts, "index", None)
+    if index is None or callable(index) or not hasattr(class_counts, "items"):
+        return None
+    by_label = dict(class_counts.items())
+    if len(by_label) != len(class_counts):
+        raise UsageError("the index of class_counts has a label twice")
+    return by_label
+
+
+def _in_label_order(
+    by_label: dict[Any, int], num_classes: int | None, label_names: Sequence[str] | None
+) -> list[int]:
+    """Returns the counts of a mapping in label order."""
+    names = list(label_names or ())
+    if names and all(isinstance(key, str) for key in by_label):
+        unknown = [name for name in by_label if name not in names]
+        if unknown:
+            raise UsageError(
+                f"class_counts has keys that are not class names: {shown_names(unknown)}; the "
+                f"names are {shown_names(names)}"
+            )
+        return [by_label.get(name, 0) for name in names]
+    for key in by_label:
+        if not _is_integer_type(type(key)):
+            raise UsageError(
+                f"class_counts has the key {key!r}, a {type(key).__name__}; the keys must be "
+                "integer labels from 0 on, or pass the counts in label order"
+            )
+    size = num_classes or len(names) or len(by_label)
+    surplus = sorted(key for key in by_label if not 0 <= key < size)
+    missing = [label for label in range(size) if label not in by_label]
+    if surplus or (missing and num_classes is None and not names):
+        raise UsageError(
+            f"the keys of class_counts must be the labels 0 to {size - 1}, with 0 images for an "
+            f"empty class; missing: {shown_names(missing) or 'none'}, too many: "
+            f"{shown_names(surplus) or 'none'}"
+        )
+    return [by_label.get(label, 0) for label in range(size)]
+
+
+def check_no_empty_class(class_counts: ClassCounts) -> None:
     """Checks that every class has at least one training image.
 
     >>> check_no_empty_class([5, 0, 3, 0])
@@ -237,7 +328,7 @@ def _check_imbalance_factor(imbalance_factor: float, max_count: int) -> None:
         )
 
 
-def shot_groups(class_counts: Labels, rule: ShotRule = "fb") -> dict[str, Tensor]:
+def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, Tensor]:
     """Splits the classes into many-, medium- and few-shot groups by their training images.
 
     ``fb`` (Kang et al.): many > 100, medium 20 to 100, few < 20. ``oltr`` (Liu et al.): many >=
@@ -281,7 +372,9 @@ def shot_rule_texts(rule: ShotRule = "fb") -> dict[str, str]:
     return dict(SHOT_RULES[rule].texts)
 
 
-def describe_shots(class_counts: Labels, rule: ShotRule = "fb") -> dict[str, dict[str, int | str]]:
+def describe_shots(
+    class_counts: ClassCounts, rule: ShotRule = "fb"
+) -> dict[str, dict[str, int | str]]:
     """Returns, JSON-ready, how many classes each shot group has and by what rule.
 
     >>> describe_shots(long_tailed_counts(100, 500, 100))["many_shot"]

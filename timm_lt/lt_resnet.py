@@ -27,7 +27,7 @@ from timm_lt.attention import SpatialAttention, attach_attention
 from timm_lt.bilateral import ANY_BASE, BRANCH_SCALE, create_bilateral, unpair
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.cifar_resnet import CifarResNet
-from timm_lt.heads import HEADS, set_absent_head, set_head
+from timm_lt.heads import HEADS, check_head_options, set_head
 from timm_lt.model import split_options
 from timm_lt.pretrained import PretrainedSource
 from timm_lt.published import PUBLISHED, Published
@@ -148,10 +148,11 @@ def _create(
             overlay = {**overlay, "state_dict": weights.tensors, "source": None}
             timm_options["pretrained_cfg_overlay"] = overlay
     model = _build(variant, pretrained, **timm_options)
-    if getattr(model, "num_classes", 0) == 0:
-        # With features_only or num_classes=0 there is no classifier for a head to replace.
-        return model if kind is None else set_absent_head(model, kind, **head_options)
     if head is None or kind is None:
+        return model
+    if timm_options.get("features_only"):
+        # timm's scripts pass it with any arguments; there is no classifier for a head to replace.
+        check_head_options(kind, head_options)
         return model
     config: Any = model.pretrained_cfg
     if source is None or model.num_classes != config["num_classes"]:

@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,20 @@ from timm_lt.checkpoint import (
 from timm_lt.heads import (
     HEADS,
     Head,
-    classifier_name,
+    check_head_options,
     get_heads,
     head_option_names,
-    set_absent_head,
     set_head,
 )
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.repo import Repo
-from timm_lt.third_party import Weights, check_weights, read_weights
 
 LOCAL_DIR = "local-dir:"
 
 
 def create_model(
-    name: str,
+    name: str | Path,
     pretrained: bool | None = None,
     *,
     head: str | None = None,
@@ -64,12 +61,13 @@ def create_model(
     the cache is not downloaded again, and with ``HF_HUB_OFFLINE=1`` nothing is. No pickle is read.
 
     Args:
-        name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` with a
-            decoupled checkpoint or one of timm's, or ``"hf-hub:NAMESPACE/NAME"`` with the same,
-            ``@REVISION`` behind it for a branch, tag or commit.
+        name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
+            folder) with a decoupled checkpoint or one of timm's, or ``"hf-hub:NAMESPACE/NAME"``
+            with the same, ``@REVISION`` behind it for a branch, tag or commit.
         pretrained: Load weights; None means yes for a checkpoint and no otherwise.
         head: One of :func:`timm_lt.list_heads`, or the name of a head of the checkpoint; None
-            leaves the joint classifier.
+            leaves the joint classifier. With ``features_only=True`` there is no classifier, and the
+            head is only checked.
         token: For ``hf-hub:``, as everywhere on the Hub: None takes the one that is logged in or
             set as ``HF_TOKEN``.
         **options: Options of the head (they take the place of stored ones), and anything that
@@ -80,12 +78,13 @@ def create_model(
 
     Raises:
         UsageError: For an unknown architecture or head, one without pretrained weights, a wrong
-            option, a checkpoint that is not whole or not what it says, or a repo that cannot be
-            read.
+            option, a head on a model with ``num_classes=0``, a checkpoint that is not whole or not
+            what it says, or a repo that cannot be read.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
     """
+    name = _name_of_folder(name)
     source, place = _parse_name(name)
     if source == "hf-hub":
         repo = Repo.parse(place, cache_dir=options.get("cache_dir"), token=token)
@@ -106,78 +105,35 @@ def create_model(
                 return timm.create_model(name, pretrained=pretrained, head=head, **options)
         ours, theirs = split_options(head, options)
         model = timm.create_model(name, pretrained=pretrained, **theirs)
-        headless = theirs.get("num_classes") == 0 and hasattr(model, "get_classifier")
-        absent = theirs.get("features_only") or headless
-        return (set_absent_head if absent else set_head)(model, head, **ours)
+        if theirs.get("features_only"):
+            check_head_options(head, ours)
+            return model
+        return set_head(model, head, **ours)
 
 
-def load_weights_file(
-    model: nn.Module, path: str | Path, name: str, *, classifier: bool = True
-) -> None:
-    """Gives a model the weights that a training left in a file, such as timm's ``train.py``.
-
-    Args:
-        model: A timm model with one classifier; it is changed in place.
-        path: A file of safetensors, or a pickle, of which nothing but tensors is read.
-        name: What the model is called in messages.
-        classifier: Whether the classifier's weights are taken too; without them it stays as it is.
+def _name_of_folder(name: str | Path) -> str:
+    """Returns ``local-dir:FOLDER`` for a folder with a checkpoint, and any other name as it is.
 
     Raises:
-        UsageError: If there is no such file, it is no checkpoint, or it is one of another model or,
-            with its classifier, of another number of classes.
+        UsageError: If it is a folder without a checkpoint, or a path at which there is none.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UsageError(f"checkpoint: there is no file {path}")
-    weights = _read_weights(path, model)
-    if weights.scale is not None:
-        raise UsageError(
-            f"{path} has the scales of an lws head, not a joint classifier: make a checkpoint of "
-            "it with timm-lt convert"
-        )
-    expected, place = model.state_dict(), classifier_name(model)
-    if not classifier:
-        prefix = f"{place}."
-        kept = {key: value for key, value in weights.tensors.items() if not key.startswith(prefix)}
-        own = {key: value for key, value in expected.items() if key.startswith(prefix)}
-        weights = replace(weights, tensors=kept | own)
-    check_weights(weights, expected, str(path), name, place)
-    model.load_state_dict(weights.tensors)
-
-
-def classes_of_file(path: str | Path, model: nn.Module) -> int | None:
-    """Returns for how many classes the classifier in a file of weights is; None if it has none.
-
-    Args:
-        path: As of :func:`load_weights_file`.
-        model: A model of the same architecture.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        return None
-    weight = _read_weights(path, model).tensors.get(f"{classifier_name(model)}.weight")
-    return None if weight is None else len(weight)
-
-
-def _read_weights(path: Path, model: nn.Module) -> Weights:
-    """Reads a file of weights; what a wrapper put before all names, such as ``model.``, goes."""
-    weights, known = read_weights(path), {key.partition(".")[0] for key in model.state_dict()}
-    first = {key.partition(".")[0] for key in weights.tensors}
-    if len(first) == 1 and not first & known:
-        (wrapper,) = first
-        stripped = {key.removeprefix(f"{wrapper}."): v for key, v in weights.tensors.items()}
-        weights = replace(weights, tensors=stripped)
-    return weights
+    if isinstance(name, str) and (":" in name or timm.models.is_model(name.partition(".")[0])):
+        return name
+    folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file():
+        return f"{LOCAL_DIR}{folder}"
+    if folder.is_dir():
+        raise UsageError(f"the folder {name} has no {CONFIG}: it is not a checkpoint of timm")
+    if isinstance(name, Path) or name.startswith(("./", "../", "/", "~")):
+        raise UsageError(f"there is no folder {name}")
+    return name
 
 
 def _parse_name(name: str) -> tuple[str | None, str]:
     try:
         return parse_model_name(name)
     except ValueError as error:
-        hint = (
-            f"; the checkpoint in that folder is {LOCAL_DIR}{name}" if Path(name).is_dir() else ""
-        )
-        raise UsageError(f"{error}{hint}") from error
+        raise UsageError(str(error)) from error
 
 
 @contextmanager
@@ -218,8 +174,6 @@ def _check_architecture(name: str) -> None:
     if not timm.models.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f"; close to it are {', '.join(close)}" if close else ""
-        if Path(name).is_dir():
-            hint = f"; the checkpoint in that folder is {LOCAL_DIR}{name}"
         raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:

@@ -175,9 +175,7 @@ def load_file(
     Raises:
         UsageError: If the file cannot be read, or is not of this model.
     """
-    weights = read_weights(path, place)
-    check_weights(weights, expected, place or str(path), name)
-    return weights
+    return check_weights(read_weights(path, place).select(expected, name), expected, name)
 
 
 def load_url(

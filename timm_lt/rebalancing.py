@@ -7,21 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from timm_lt.accelerator import temporary_accelerator, torch_defaults, unwrapped
 from timm_lt.checkpoint import BACKGROUND, GIVEN_DATA, GIVEN_MODEL
 from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.given import given_splits
+from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
+from timm_lt.label_names import is_for, keeps_classifier, label_names
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
+from timm_lt.recipe.class_order import in_order_of_weights
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
-from timm_lt.recipe.images import TIMM
+from timm_lt.recipe.images import TIMM, on_background
 from timm_lt.recipe.run import given_run
+from timm_lt.recipe.schema import ClassOrder
 from timm_lt.recommendation import JOINT, recommend
 from timm_lt.registry import UsageError, check_mapping
 from timm_lt.run_folder import REPORT
@@ -41,7 +46,8 @@ class Rebalanced:
     """What :func:`rebalance` returns.
 
     Attributes:
-        model: A copy of the model that carries the recommended head, in evaluation mode.
+        model: A copy of the model that carries the recommended head, in evaluation mode and on the
+            same device.
         head: Name of that head.
         heads: All fitted heads by name.
         reports: Test figures by head, fractions.
@@ -67,12 +73,14 @@ class Rebalanced:
 
 
 @pillow_warnings_ignored()
+@torch_defaults()
 def rebalance(
     model: nn.Module,
     dataset: "str | Path | Images | Mapping[str, Images]",
     *,
     options: Mapping[str, Any] | None = None,
     heads: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] = DEFAULT_HEADS,
+    class_order: ClassOrder | None = None,
     fresh_classifier: bool = False,
     objective: Objective | None = None,
     output: str | Path | None = None,
@@ -89,7 +97,8 @@ def rebalance(
     each class is held out for it: files by their paths, the same in every call.
 
     Args:
-        model: A timm model with one classifier. It stays as it is. If it has another number of
+        model: A timm model with one classifier, which may be wrapped in DistributedDataParallel,
+            DataParallel or torch.compile. It stays as it is. If it has another number of
             classes than the data, or other names of them, a linear classifier is fitted first.
         dataset: A folder with a directory of images for each class (or with ``train``, ``val`` and
             ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
@@ -102,6 +111,9 @@ def rebalance(
             folder only.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear`` is
             always among them, for the others are compared with it.
+        class_order: How the classes are numbered in a model without class names, ``"timm"``
+            (folders 1, 2, 10) or ``"sorted"`` (1, 10, 2), as torchvision; None finds it out on
+            training images where the two differ. Classes of the results have the model's order.
         fresh_classifier: Fits the linear classifier anew, even if the model has one of as many
             classes, such as one of other data.
         objective: What validation chooses by, see :func:`timm_lt.fit_head`; None is ``"all"``, or
@@ -128,12 +140,16 @@ def rebalance(
             f"model must be a model of timm, got {model!r}: make one with "
             "timm_lt.create_model(NAME, pretrained=True)"
         )
+    model = unwrapped(model)
     to_fit = _to_fit(heads)
     data, splits = _find_data(dataset, check_mapping("options", options), background)
     recipe = Recipe(
         data=data,
         model=ModelRecipe(
-            name=_architecture(model), checkpoint=GIVEN_MODEL, fresh_classifier=fresh_classifier
+            name=_architecture(model),
+            checkpoint=GIVEN_MODEL,
+            class_order=class_order,
+            fresh_classifier=fresh_classifier,
         ),
         epochs=0,
         features=FeaturesRecipe(cache_dir=None if cache_dir is None else str(cache_dir)),
@@ -144,22 +160,40 @@ def rebalance(
     folder = None if output is None else Path(output)
     if folder is not None:
         check_output(recipe, folder)
-    copied = _without_origin(copy.deepcopy(model)).eval()
+    copied = _plain_copy(model)
     # First, for a model without a classifier is refused there.
-    joint = _is_for(copied, splits) and not fresh_classifier
+    same = get_head(model).out_features == splits.num_classes
+    names = splits.label_names
+    splits = on_background(recipe, splits, copied)
+    # An architecture's tag says nothing certain of weights given in Python, unless names agree.
+    known = model if is_for(model, names) else copied
+    cure = "fresh_classifier=True"
+    joint = same and not fresh_classifier and keeps_classifier(known, names, "the model", cure)
+    if joint:
+        splits = in_order_of_weights(
+            splits,
+            copied,
+            name="the model",
+            label_names=label_names(known),
+            class_order=class_order,
+        )
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
-    run = given_run(
-        recipe,
-        splits,
-        copied,
-        folder=folder,
-        options=RunOptions(overwrite=overwrite, workers=workers, quiet=True),
-        joint=joint,
-    )
-    with closing(run):
-        return _rebalance(run, folder)
+    with temporary_accelerator() as accelerator:
+        run = given_run(
+            recipe,
+            splits,
+            copied,
+            accelerator,
+            folder=folder,
+            options=RunOptions(overwrite=overwrite, workers=workers, quiet=True),
+            joint=joint,
+        )
+        with closing(run):
+            found = _rebalance(run, folder)
+    found.model.to(next(model.parameters()).device)
+    return found
 
 
 def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
@@ -210,7 +244,10 @@ def _find_data(
             raise UsageError(
                 f"options ({', '.join(options)}) are for a folder: give data sets as they are to be"
             )
-        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(given_splits(dataset))
+        datasets = given_splits(dataset)
+        return DataRecipe(GIVEN_DATA, **how), Splits.from_datasets(
+            datasets, root=folder_of(dataset)
+        )
     root = str(dataset)
     if "root" in options:
         raise UsageError("options: root is the folder itself; leave it out")
@@ -225,21 +262,13 @@ def _architecture(model: nn.Module) -> str:
     return str(config.get("architecture") or type(model).__name__)
 
 
-def _without_origin(model: nn.Module) -> nn.Module:
-    """Takes from a model what says of which training its weights are: they may be any."""
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy in full precision, without the origin of its weights: they may be any."""
+    copied: Any = copy.deepcopy(model)
+    # The forward that accelerate wrapped in its mixed precision.
+    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False).eval()
     config = {**(getattr(model, "pretrained_cfg", None) or {})}
     for key in ("tag", "license", "origin_url"):
         config.pop(key, None)
-    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
-    return model
-
-
-def _is_for(model: nn.Module, splits: Splits) -> bool:
-    """Tells whether a model's classifier is for as many classes, of the same names if it has any.
-
-    A classifier without names is taken to be for the classes in their order.
-    """
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    theirs = splits.label_names or ()
-    same = not (own and theirs) or [*own] == [*theirs]
-    return same and get_head(model).out_features == splits.num_classes
+    copied.__dict__["pretrained_cfg"] = copied.__dict__["default_cfg"] = config
+    return copied

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import create_dataset, create_splits
+from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
@@ -299,6 +300,30 @@ def test_small_classes_are_left_out_of_every_split(tmp_path):
     fill(tmp_path, {"train/a": 3, "train/b": 1, "val/a": 1, "val/b": 1, "test/b": 1, "test/a": 2})
     splits = find_splits("folder", root=tmp_path, min_images=2)
     assert [len(splits[split]) for split in ("train", "val", "test")] == [3, 1, 2]
+
+
+SYSTEM = [
+    *("@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", ".@__thumb/s100.png", ".thumbnails/0.png", "._0.png"),
+    *(".AppleDouble/0.png", "__MACOSX/._0.png", "$RECYCLE.BIN/$R1.png", "#recycle/0.png"),
+    *("System Volume Information/0.png", "lost+found/1.png", ".Trash-1000/files/0.png"),
+    *(".ipynb_checkpoints/0-checkpoint.png", "@Recycle/0.png", ".picasaoriginals/0.png"),
+    *(".picasa.ini", "Picasa.ini", "Thumbs.db", "desktop.ini", "Icon\r", "0.THM", "0.LRV"),
+    *("0.AAE", "0.XMP", "0.png.xmp"),
+]
+
+
+def test_thumbnails_and_sidecars_are_no_images_and_no_classes(three):
+    expected = {split: paths(rows) for split, rows in find_splits("folder", root=three).items()}
+    for place in ("", "cat/", "cat/2020/"):
+        for name in SYSTEM:
+            (three / place / name).parent.mkdir(parents=True, exist_ok=True)
+            PICTURE.save(three / place / name, "png")
+    found = find_splits("folder", root=three)
+    assert {split: paths(rows) for split, rows in found.items()} == expected
+    # What predict lists.
+    listed = find_images(str(three))
+    assert sorted(listed.images) == sorted(path for part in expected.values() for path in part)
+    assert not listed.others
 
 
 def test_other_files_can_be_skipped_and_are_counted(three, caplog):

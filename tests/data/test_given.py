@@ -8,7 +8,14 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import Splits, create_splits
@@ -95,6 +102,114 @@ def test_a_part_of_a_folder_and_samples_of_ones_own(root):
     assert isinstance(found.features["label"], datasets.Value)
 
 
+def test_folders_one_after_the_other(root):
+    theirs = ImageFolder(root)
+    both = ConcatDataset([Subset(theirs, [-1, 2]), Subset(theirs, []), theirs])
+    found = given_splits(both)["train"]
+    expected = [theirs.samples[-1], theirs.samples[2], *theirs.samples]
+    assert list(zip(paths(found), found["label"], strict=True)) == expected
+    assert found.features["label"].names == sorted(COUNTS)
+    renamed = ImageFolder(root)
+    renamed.classes = [*"wxyz"]
+    found = given_splits(ConcatDataset([theirs, renamed]))["train"]
+    assert isinstance(found.features["label"], datasets.Value)
+
+
+class Fold(Dataset):
+    """Some rows of a folder, whose list it keeps as a whole."""
+
+    def __init__(self, folder, rows):
+        self.samples, self.targets, self.rows = folder.samples, folder.targets, rows
+        self.classes = folder.classes
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        path, label = self.samples[self.rows[row]]
+        return Image.open(path), label, path
+
+
+class Merged(ImageFolder):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image, min(label, 1)
+
+
+class Grey(timm.data.ImageDataset):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return {"image": image.convert("L"), "label": torch.tensor(label)}
+
+
+def corner(path):
+    with Image.open(path) as image:
+        return image.crop((0, 0, 2, 2))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number, name in enumerate(("ant", "ant", "bee", "cat")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture(number).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+# timm's ImageDataset leaves its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize(
+    ("create", "names"),
+    [
+        (lambda root: Fold(ImageFolder(root), [3, 0]), ["ant", "bee", "cat"]),
+        (Merged, None),
+        (lambda root: ImageFolder(root, loader=corner), ["ant", "bee", "cat"]),
+        (lambda root: Subset(Merged(root), [3, 1]), None),
+        (lambda root: ConcatDataset([Merged(root), ImageFolder(root)]), None),
+        (lambda root: Grey(str(root)), None),
+        (lambda root: timm.data.ImageDataset(str(root), input_img_mode="L"), ["ant", "bee", "cat"]),
+    ],
+)
+def test_the_items_count_where_a_list_of_files_says_something_else(create, names, pictures):
+    theirs = create(pictures)
+    items = [theirs[row] for row in range(len(theirs))]
+    items = [(*item.values(),) if isinstance(item, dict) else item for item in items]
+    found = given_splits(theirs)["train"]
+    assert found["label"][:] == [int(item[1]) for item in items]
+    assert pixels(found) == [np.asarray(item[0].convert("RGB")).tolist() for item in items]
+    assert getattr(found.features["label"], "names", None) == names
+
+
+def test_a_transform_of_a_hugging_face_data_set_is_applied(pictures):
+    images = [picture(number) for number in range(3)]
+    rows = datasets.Dataset.from_dict(
+        {"image": images, "label": [0, 1, 1]},
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[*"ab"])}),
+    )
+
+    def turned(batch):
+        return {**batch, "image": [image.rotate(180) for image in batch["image"]]}
+
+    def swapped(batch):
+        return {**batch, "label": [1 - label for label in batch["label"]]}
+
+    found = given_splits(rows.with_transform(turned).select([2, 0]))["train"]
+    expected = [np.asarray(images[row])[::-1, ::-1].tolist() for row in (2, 0)]
+    assert (pixels(found), found["label"][:]) == (expected, [1, 0])
+    assert found.features["label"].names == ["a", "b"]
+    found = given_splits(rows.with_transform(swapped))["train"]
+    assert found["label"][:] == [1, 0, 0]
+    assert isinstance(found.features["label"], datasets.Value)
+    found = given_splits(rows.with_format("torch"))["train"]
+    assert (pixels(found), found["label"][:]) == (
+        [np.asarray(i).tolist() for i in images],
+        [0, 1, 1],
+    )
+    with pytest.raises(UsageError, match=r"image 0 of a Dataset is a tensor: remove its transform"):
+        given_splits(
+            rows.with_transform(lambda b: {**b, "image": [torch.zeros(3)] * len(b["label"])})
+        )
+
+
 def test_the_same_images_are_held_out_as_of_the_folder(root):
     expected = create_splits("folder", root=str(root))
     found = Splits.from_datasets(given_splits(ImageFolder(root)))
@@ -156,7 +271,7 @@ def test_columns_may_have_the_names_of_others():
         ({"train": "photos"}, ["train split: a str is no data set", "ImageFolder"]),
         ({"train": {"a": 1}}, ["train split: a dict is no data set"]),
         ([], ["the list has no images"]),
-        ([3, 4], ["item 0 of a list is no pair of an image and its label", "ImageFolder"]),
+        ([3, 4], ["item 0 of a list is a int; expected an image and its label"]),
         ([(np.zeros((2, 2, 3)), 0)], ["image 0 of a list is a ndarray", "or the path"]),
         ([("a.png", "cat")], ["cat"]),
         ([("a.png", -1)], ["negative"]),
@@ -165,6 +280,10 @@ def test_columns_may_have_the_names_of_others():
             TensorDataset(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])),
             ["is a tensor", "transform"],
         ),
+        (Subset([("a.png", 0)], [1]), ["item 0 of a Subset cannot be drawn", "IndexError"]),
+        (Subset([("a.png", 0)], []), ["the Subset has no images"]),
+        ([{"image": "a.png", "box": 3}], ["item 0 of a list has no label, only image, box"]),
+        ([("a.png", 0.0)], ["labels[0] = 0.0 is not an integer"]),
         (DataLoader([1]), ["a DataLoader is no data set"]),
         (Stream(), ["a Stream is no data set"]),
         ({"train": datasets.IterableDataset.from_generator(lambda: iter(()))}, ["is a stream"]),

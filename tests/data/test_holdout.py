@@ -1,10 +1,18 @@
 """Validation held out of the training images, class by class."""
 
+from itertools import product
+from pathlib import Path
+
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from timm_lt.data import Splits, create_dataset, create_splits, hold_out, register_dataset
+from timm_lt.data.given import folder_of, given_splits
+from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import DATASETS
 from timm_lt.registry import UsageError
 
@@ -115,3 +123,95 @@ def test_a_split_that_is_there_is_not_touched():
 def test_the_message_of_a_class_of_one_image_says_whose_it_is(without_val):
     with pytest.raises(UsageError, match="train split: 2 of 2 classes have one training image"):
         create_splits(without_val, rows=2)
+
+
+def _dealt(door, root, tmp_path):
+    """Returns the names of the images of each split, whichever door the images came through."""
+    files = sorted(path for path in root.rglob("*.png") if "test" not in path.parts)
+    labels = [["cat", "dog"].index(path.parent.name) for path in files]
+    if door == "list":
+        lines = [f"{f.relative_to(root)} {c}\n" for f, c in zip(files, labels, strict=True)]
+        (tmp_path / "train.txt").write_text("".join(lines))
+        splits = create_splits("list", root=str(root), train=tmp_path / "train.txt")
+    elif door == "folder":
+        splits = create_splits("folder", root=str(root / "2019"))
+    elif door == "folder with train":
+        splits = create_splits("folder", root=str(root))
+    elif door == "parquet":
+        rows = {"image": [{"bytes": f.read_bytes(), "path": "1.png"} for f in files]}
+        rows = datasets.Dataset.from_dict(
+            rows | {"label": labels, "file": [f.name for f in files]},
+            datasets.Features(
+                image=datasets.Image(), label=datasets.Value("int64"), file=datasets.Value("string")
+            ),
+        )
+        rows.to_parquet(tmp_path / "train.parquet")
+        splits = create_splits(
+            "hub", root=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "cache")
+        )
+    else:
+        pairs = list(zip(map(str, files), labels, strict=True))
+        data = pairs if door == "pairs" else ImageFolder(str(root / "2019"))
+        splits = Splits.from_datasets(given_splits(data), root=folder_of(data))
+    known = {path.read_bytes(): path.name for path in root.rglob("*.png")}
+    return {
+        split: {
+            known[image["bytes"] or Path(image["path"]).read_bytes()]
+            for image in encoded_images(rows)["image"]
+        }
+        for split, rows in splits.datasets.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("door", "splits", "added"),
+    [
+        ("folder", ("val", "test"), "2019/dog/new.png"),
+        ("folder with train", ("val",), "train/dog/new.png"),
+        ("list", ("val", "test"), "2020/dog/new.png"),
+        ("pairs", ("val", "test"), "2020/dog/new.png"),
+        ("ImageFolder", ("val", "test"), "2019/dog/new.png"),
+        ("parquet", ("val", "test"), "2019/dog/new.png"),
+    ],
+)
+def test_an_image_of_another_class_or_folder_moves_nothing(tmp_path, door, splits, added):
+    root, start = tmp_path / "photos", "train" if door == "folder with train" else "2019"
+    noise = np.random.default_rng(0)
+
+    def save(path):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (4, 4, 3), np.uint8)).save(root / path)
+
+    for name, count in {"cat": 20, "dog": 9}.items():
+        for number in range(count):
+            save(f"{start}/{name}/{name} {number}.png")
+    if door == "folder with train":
+        save("test/cat/0.png")
+        save("test/dog/0.png")
+    before = _dealt(door, root, tmp_path)
+    for number in range(8):
+        place = added.replace("new", f"new {number}")
+        save(place)
+        after = _dealt(door, root, tmp_path)
+        (root / place).unlink()
+        for split in splits:
+            assert {n for n in after[split] if "cat" in n} == {
+                n for n in before[split] if "cat" in n
+            }
+            # Into the place of one that is displaced, or without displacing one.
+            assert len(before[split] - after[split]) <= (f"new {number}.png" in after[split])
+            assert len(after[split] - before[split]) <= 1
+
+
+def test_the_same_files_are_held_out_through_every_door(tmp_path):
+    root = tmp_path / "photos"
+    for split, name, number in product(("train", "test"), ("cat", "dog"), range(12)):
+        path = root / split / name / "2020" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+    data = {split: ImageFolder(str(root / split)) for split in ("train", "test")}
+    found = Splits.from_datasets(given_splits(data), root=folder_of(data))
+    expected = create_splits("folder", root=str(root))
+    for split, rows in expected.datasets.items():
+        files = [image["path"] for image in encoded_images(rows)["image"]]
+        assert [i["path"] for i in encoded_images(found.datasets[split])["image"]] == files

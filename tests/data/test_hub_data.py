@@ -182,6 +182,12 @@ def test_files_without_a_split_in_their_name_are_train(local):
     assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(6)]
 
 
+def test_copies_of_the_system_are_no_tables(local):
+    files = {f"{p}train.parquet": b"no table" for p in ("._", "@eaDir/", "__MACOSX/")}
+    found = local({"train.parquet": table([0] * 5 + [1] * 5)} | files)
+    assert len(found["train"]) + len(found["test"]) == 10
+
+
 def test_a_subfolder_is_a_config(local):
     files = {f"{name}/train.parquet": table([0, 0, 1, 1]) for name in ("a", "b")}
     with pytest.raises(UsageError, match="has several configs: a, b; say which"):
@@ -259,6 +265,26 @@ def test_a_test_split_is_dealt_out_of_each_class(local):
     assert np.bincount(found["test"]["label"][:]).tolist() == [4, 2]
     assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(15)]
     assert values(local({}, test_fraction=0.4)["test"]) == values(found["test"])
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_small_classes_are_left_out_of_every_split(local, names):
+    files = {"train.parquet": table([0, 2, 2, 2, 0, 0, 1], names)}
+    files |= {"test.parquet": table([2, 1, 0], names, first=7)}
+    found = local(files, min_images=2)
+    expected = ["daisy", "tulip"] if names else ["0", "2"]
+    assert found["train"].features["label"].names == expected
+    assert found["train"]["label"][:] == [0, 1, 1, 1, 0, 0]
+    assert values(found["train"]) == [[i] * 3 for i in range(6)]
+    assert (found["test"]["label"][:], values(found["test"])) == ([1, 0], [[7] * 3, [9] * 3])
+    with pytest.raises(UsageError, match="no class has 9 images"):
+        local({}, min_images=9)
+
+
+def test_columns_that_are_not_used_are_named_once(local, caplog):
+    rows = table([0] * 5 + [1] * 5).add_column("photographer", ["me"] * 10)
+    local({"train.parquet": rows, "test.parquet": rows})
+    assert caplog.text.count("columns that are not used: photographer") == 1
 
 
 def test_a_class_of_one_image_cannot_be_dealt_out(local):

@@ -8,13 +8,15 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from timm_lt.data import create_dataset, create_splits, hold_out
+from timm_lt.data import create_dataset, create_splits, hold_out, read_image_list
 from timm_lt.data.lists import Paths
 from timm_lt.data.lists.presence import missing_rows
+from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
 from timm_lt.registry import UsageError
 
 COLOURS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
+GAP = "labels must be 0 to C - 1, or leave these classes out with the data option min_images=1"
 NUMBERS = {"ant": 6, "bee": 4, "cat": 3}
 
 
@@ -139,7 +141,7 @@ def test_everything_wrong_is_found_together(root):
         f"1 images are in both the train list and the test list: {root}/all photos/cat/train 2.png",
         f"train list: 2 images have different labels on different lines: {twice}",
         f"there is no file {root}/none.txt nor {Path.cwd()}/none.txt",
-        "train list: 1 of 5 classes have no image: 3; labels must be 0 to C - 1",
+        f"train list: 1 of 5 classes have no image: 3; {GAP}",
     ]
 
 
@@ -234,7 +236,7 @@ def test_annotations_say_how_many_classes_there_are(root):
     entries = [{"path": f"all photos/ant/train {i}.png", "category_id": 0} for i in range(4)]
     (root / "l.json").write_text(json.dumps({"annotations": entries, "num_classes": 2}))
     assert problems_of(root, train="l.json") == [
-        "train list: 1 of 2 classes have no image: 1; labels must be 0 to C - 1"
+        f"train list: 1 of 2 classes have no image: 1; {GAP}"
     ]
 
 
@@ -249,3 +251,170 @@ def test_files_are_missing_where_there_is_no_file(tmp_path):
     assert missing_rows(paths).tolist() == [
         row for row, name in enumerate(names) if "\0" in name or not (tmp_path / name).is_file()
     ]
+
+
+def save(root, paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(path), 0, 0)).save(root / path)
+
+
+def files(found):
+    return {
+        split: [image["path"] for image in encoded_images(rows)["image"]]
+        for split, rows in found.items()
+    }
+
+
+def listed_with_splits(root, kind, values):
+    """A list of four images of each of two classes for each value of its column split."""
+    rows = [(f"{v}/{c}{i}.png", c, v) for v in values for c in ("ant", "bee") for i in range(4)]
+    save(root, [path for path, _, _ in rows])
+    if kind == "csv":
+        lines = [f"{path},{v},{c}" for path, c, v in rows]
+        (root / "all.csv").write_text("\n".join(["path,Split,label", *lines]))
+        return "all.csv", rows
+    key = {"bbn": "path", "coco": "file_name"}[kind]
+    entries = [{key: p, "split": v, "category_id": int(c == "bee")} for p, c, v in rows]
+    content = {"annotations": entries}
+    if kind == "coco":
+        content = {
+            "images": [{"id": p, "file_name": p, "split": v} for p, _, v in rows],
+            "annotations": [{"image_id": p, "category_id": int(c == "bee")} for p, c, _ in rows],
+            "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
+        }
+    (root / "all.json").write_text(json.dumps(content))
+    return "all.json", rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "bbn", "coco"])
+@pytest.mark.parametrize(
+    "values", [("train", "val", "test"), ("Train", "VALID", "Test"), ("TRAINING", "dev")]
+)
+def test_a_column_of_splits_is_used(tmp_path, kind, values):
+    name, rows = listed_with_splits(tmp_path, kind, values)
+    split = dict(zip(values, ("train", "val", "test"), strict=False))
+    found = files(find_splits("list", root=tmp_path, train=name))
+    assert ("val" in found, len(found["val"])) == (True, 8)
+    if len(values) < 3:
+        # Held out of train.
+        assert sorted(found["train"] + found.pop("test")) == sorted(
+            f"{tmp_path}/{path}" for path, _, value in rows if split[value] == "train"
+        )
+        return
+    for path, _, value in rows:
+        assert f"{tmp_path}/{path}" in found[split[value]]
+    # The same list for each split is the same.
+    same = find_splits("list", root=tmp_path, train=name, val=name, test=name)
+    assert files(same) == found
+
+
+def test_a_column_of_splits_that_is_not_clear_is_refused(root):
+    name, _ = listed_with_splits(root, "csv", ("train", "val", "holdout", "x"))
+    (problem,) = problems_of(root, train=name)
+    assert "column split has values that are not the name of a split: 'holdout', 'x'" in problem
+    name, _ = listed_with_splits(root, "csv", ("train", "val"))
+    (problem,) = problems_of(root, train=name, val="val.txt")
+    assert "all.csv has val images too, in its column split: remove these rows" in problem
+    problem, *_ = problems_of(root, train="train.txt", test=name)
+    assert "has images of train, val: give it as the option train alone" in problem
+    listed_with_splits(root, "csv", ("val", "test"))
+    (problem,) = problems_of(root, train=name)
+    assert "all.csv has images of val, test: give it as the option train alone" in problem
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path, caplog):
+    save(tmp_path, [f"{c}{i}.png" for c in "ab" for i in range(3)])
+    lines = [f"{i},{c}{i}.png,{c},2020" for c in "ab" for i in range(3)]
+    (tmp_path / "l.csv").write_text("\n".join([",path,label,year", *lines]))
+    find_splits("list", root=tmp_path, train="l.csv")
+    said = f"{tmp_path}/l.csv: columns that are not used: '', year"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def camera_traps(root):
+    """A list as COCO Camera Traps has it."""
+    counts = {"empty": 5, "deer": 4, "lynx": 2}
+    images = [(f"{c}\\{i}.png", f"id-{c}-{i}", c) for c, n in counts.items() for i in range(n)]
+    save(root, [file.replace("\\", "/") for file, _, _ in images] + ["bare.png"])
+    extra = {"seq_id": "s1", "seq_num_frames": 3, "location": 7, "license": 1, "width": 4}
+    content = {
+        "info": {"version": "1"},
+        "licenses": [{"id": 1}],
+        "images": [{"id": i, "file_name": file, **extra} for file, i, _ in images]
+        + [{"id": "bare", "file_name": "bare.png"}],
+        "annotations": [
+            {"id": f"a{k}-{i}", "image_id": i, "category_id": [*counts].index(c), "bbox": [0] * 4}
+            for _, i, c in images
+            for k in range(2)
+        ],
+        "categories": [{"id": k, "name": c} for k, c in enumerate([*counts, "wolf", "bear"])],
+    }
+    (root / "train.json").write_text(json.dumps(content))
+
+
+def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
+    camera_traps(tmp_path)
+    splits = create_splits("list", root=str(tmp_path), train="train.json", min_images=3)
+    assert splits.label_names == ["empty", "deer"]
+    found = [
+        (Path(image["path"]).parent.name, label)
+        for rows in splits.datasets.values()
+        for image, label in zip(
+            *(rows.data[c].to_pylist() for c in ("image", "label")), strict=True
+        )
+    ]
+    assert set(found) == {("empty", 0), ("deer", 1)}
+    text = caplog.text
+    assert "1 of 12 images have no annotation and are left out: bare.png" in text
+    assert "categories that have no image are left out: 2 of 5 (wolf, bear)" in text
+    assert "columns that are not used: license, location, seq_id, seq_num_frames, width" in text
+    # The numbering of the list itself stays, for it may be that of other lists.
+    assert read_image_list(tmp_path / "train.json").names == [
+        "empty",
+        "deer",
+        "lynx",
+        "wolf",
+        "bear",
+    ]
+
+
+def test_categories_have_the_order_of_their_ids(tmp_path):
+    save(tmp_path, [f"{i}.png" for i in range(6)])
+    content = {
+        "images": [{"id": i, "file_name": f"{tmp_path}/{i}.png"} for i in range(6)],
+        "annotations": [{"image_id": i, "category_id": "ba"[i % 2]} for i in range(6)],
+        "categories": [{"id": c, "name": f"name of {c}", "supercategory": "s"} for c in "ab"],
+    }
+    (tmp_path / "l.json").write_text(json.dumps(content))
+    listed = read_image_list(tmp_path / "l.json")
+    assert (listed.labels.tolist(), listed.names) == ([1, 0] * 3, ["name of a", "name of b"])
+    find_splits("list", root=tmp_path, train="l.json")
+
+
+def test_unlabelled_test_images_are_said_to_be_so(tmp_path):
+    (tmp_path / "test.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}]}))
+    with pytest.raises(UsageError, match="no 'annotations', which give the labels, as the test im"):
+        read_image_list(tmp_path / "test.json")
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_small_classes_are_left_out(root, caplog, names):
+    if names:
+        (root / "names.txt").write_text("Ant\nBee\nCat\nDog\n")
+    options = {"label_names": "names.txt"} if names else {}
+    lists = {split: f"{split}.txt" for split in ("train", "val", "test")}
+    caplog.set_level("INFO", "timm_lt")
+    splits = create_splits("list", root=str(root), min_images=4, **lists, **options)
+    assert splits.class_counts.tolist() == [6, 4]
+    assert splits.label_names == (["Ant", "Bee"] if names else ["0", "1"])
+    assert splits.labels["test"].tolist() == [0, 1]
+    left_out = "Cat (3), Dog (0)" if names else "2 (3)"
+    number = "2 of 4" if names else "1 of 3"
+    assert f"min_images 4 leaves out {number} classes: {left_out}" in caplog.text
+    # Labels 0 and 2 are closed up.
+    lines = (root / "train.txt").read_text().splitlines(keepends=True)
+    (root / "gap.txt").write_text("".join(line for line in lines if not line.endswith("1\n")))
+    splits = create_splits("list", root=str(root), train="gap.txt", min_images=1)
+    assert splits.label_names == ["0", "2"]
+    assert problems_of(root, min_images=50) == ["no class has 50 images, as min_images wants"]

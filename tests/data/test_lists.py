@@ -128,6 +128,16 @@ def test_quoted_fields_and_words_as_labels(tmp_path):
     assert listed.paths == [path for path, _ in rows]
 
 
+def test_a_table_of_words_needs_no_header_where_paths_end_as_images_do(tmp_path):
+    for name, blank in (("l.csv", ","), ("l.tsv", "\t")):
+        file = written(tmp_path, f"a/1.JPG{blank}sea lion\nb/2.png{blank}ant\n", name)
+        listed = read_image_list(file)
+        assert (listed.paths, listed.labels.tolist()) == (["a/1.JPG", "b/2.png"], [1, 0])
+        assert listed.names == ["ant", "sea lion"]
+    with pytest.raises(UsageError, match="has no column of paths: its first line is 'img', 'cls'"):
+        read_image_list(written(tmp_path, "img,cls\na.jpg,ant\n", "l.csv"))
+
+
 @pytest.mark.parametrize("key", ["fpath", "im_path", "file_name"])
 def test_annotations_with_paths(tmp_path, key):
     entries = [{key: "a/1.jpg", "category_id": 3}, {key: "b/2.jpg", "category_id": 0}]
@@ -269,7 +279,8 @@ JSON_FAULTS = {
         coco(annotations=[{"image_id": i, "category_id": c} for i, c in ((5, 1), (7, 1), (5, 90))]),
         r"1 images have annotations of different categories: y\.jpg",
     ),
-    "bare": (coco(annotations=[{"image_id": 5, "category_id": 1}]), "1 of 2 .* no annotation: x"),
+    "bare": (coco(annotations=[]), "is empty: it names no image with a label"),
+    "id": (coco(images=[{"id": 5.5, "file_name": "y"}]), "id 5.5, not an integer .* or a text"),
     "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "images have an id more.*: 5"),
     "names": (coco(categories=[{"id": i, "name": "a"} for i in (1, 90)]), "categories are named a"),
 }

@@ -20,11 +20,21 @@ from timm.data import FastCollateMixup, IterableImageDataset
 from timm.data import create_loader as timm_create_loader
 from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+from torchvision.datasets import ImageFolder
 
 import timm_lt
 import train_lt
 from timm_lt.data import loader as loader_module
+from timm_lt.features.fingerprint import samples_fingerprint
 from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent
@@ -231,6 +241,124 @@ def test_rows_of_a_hugging_face_data_set():
     assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
     with pytest.raises(timm_lt.UsageError, match="no column of images, only labels"):
         timm_lt.create_loader(rows.select_columns(["labels"]), 8, 8)
+
+
+class Own(Plain):
+    """Items of a layout of their own, whatever transform is set."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.drawn = layout, Plain()
+
+    def __getitem__(self, index):
+        return self.layout(*self.drawn[index])
+
+
+class Transformed(Own):
+    """A mapping whose image is transformed, if there is a transform."""
+
+    def __getitem__(self, index):
+        image, label = Plain.__getitem__(self, index)
+        return {"image": image, "label": label}
+
+
+def as_array(image):
+    return np.array(image)
+
+
+ROWS = range(len(LABELS))
+PAIRS = [Plain()[row] for row in ROWS]
+TENSORS = torch.stack([torch.from_numpy(as_array(image)).permute(2, 0, 1) for image, _ in PAIRS])
+FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+TABLE = datasets.Dataset.from_dict(
+    {"image": [image for image, _ in PAIRS], "label": LABELS}, FEATURES
+)
+OTHERS = {
+    "subset": lambda: Subset(Plain(), ROWS),
+    "one after the other": lambda: ConcatDataset([Subset(Plain(), ROWS[:9]), PAIRS[9:]]),
+    "pairs": lambda: PAIRS,
+    "three parts": lambda: Own(lambda image, label: (image, label, "file")),
+    "mapping": lambda: Own(lambda image, label: {"y": label, "img": image}),
+    "transformed mapping": lambda: Transformed(None),
+    "transform that is not used": lambda: Own(lambda image, label: (image, label)),
+    "label in a tensor": lambda: Own(lambda image, label: (image, torch.tensor(label))),
+    "label in an array": lambda: Own(lambda image, label: (image, np.array(label, np.uint8))),
+    "images as arrays": lambda: Own(lambda image, label: (as_array(image), label)),
+    "tensors": lambda: TensorDataset(TENSORS, torch.tensor(LABELS)),
+    "table as tensors": lambda: TABLE.with_format("torch"),
+    "table with a transform": lambda: TABLE.with_transform(
+        lambda rows: {"pixel_values": rows["image"], "labels": rows["label"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("use_prefetcher", [True, False])
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_data_set_of_any_layout_shows_its_images(layout, use_prefetcher):
+    data, sampler = OTHERS[layout](), balanced()
+    options = {**RAW, "use_prefetcher": use_prefetcher}
+    loader = timm_lt.create_loader(data, 8, 8, sampler=sampler, **options)
+    assert shown(loader) == chunks(list(sampler), 8)
+    assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
+    assert getattr(data, "transform", None) is None
+
+
+def test_paths_of_files_are_images(tmp_path):
+    for row in (3, 24):
+        PAIRS[row][0].save(tmp_path / f"{row}.png")
+    data = [(str(tmp_path / "24.png"), 1), (tmp_path / "3.png", 0)]
+    assert shown(timm_lt.create_loader(data, 8, 2, **RAW)) == [[24, 3]]
+
+
+def test_tensors_stay_as_they_are_where_there_is_no_prefetcher():
+    data = TensorDataset(TENSORS / 255, torch.tensor(LABELS))
+    ((images, labels),) = timm_lt.create_loader(data, 4, 37, use_prefetcher=False, num_workers=0)
+    assert images.equal(TENSORS / 255)
+    assert labels.tolist() == LABELS
+
+
+def test_the_epoch_of_a_data_set_in_another_layout_is_set():
+    data = Own(lambda image, label: (image, label, "file"))
+    loader = timm_lt.create_loader(data, 8, 8, **RAW)
+    loader.set_epoch(4)
+    assert data.epochs == [4]
+
+
+def test_the_samples_of_a_part_of_a_folder_are_known(tmp_path):
+    (tmp_path / "a").mkdir()
+    for row in range(2):
+        PAIRS[row][0].save(tmp_path / "a" / f"{row}.png")
+    prints = {
+        samples_fingerprint(timm_lt.create_loader(Subset(data, rows), size, 2, **RAW))
+        for data in (ImageFolder(tmp_path), ImageFolder(tmp_path))
+        for rows, size in (([0, 1], 8), ([1, 0], 8), ([0, 1], 4))
+    }
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            TensorDataset(TENSORS / 255, torch.tensor(LABELS)),
+            r"a Tensor of shape \(3, 8, 8\), .*32",
+        ),
+        (
+            Own(lambda image, label: (as_array(image) / 255, label)),
+            "is a ndarray of .* float64; the",
+        ),
+        (Own(lambda image, label: (None, label)), "image 0 of a Own is a NoneType; the transform"),
+        (Own(lambda image, label: (image, "ant")), "item 0 of a Own has the label 'ant', which is"),
+        (Own(lambda image, label: (image, label / 2)), "the label 0.0, which is not an integer"),
+        (Own(lambda image, label: image), "item 0 of a Own is a Image; expected an image and its"),
+        (Own(lambda image, label: 1 // 0), "item 0 of a Own cannot be drawn .ZeroDivisionError"),
+        ("photos", "a str is not a data set"),
+        (DataLoader(PAIRS), "a DataLoader is not a data set"),
+    ],
+)
+def test_what_a_loader_cannot_show_is_named(data, words):
+    with pytest.raises(timm_lt.UsageError, match=words):
+        next(iter(timm_lt.create_loader(data, 8, 8, **RAW)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

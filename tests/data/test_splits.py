@@ -206,10 +206,12 @@ def test_digests_tell_which_split_has_other_images_wherever_the_files_lie():
 
 def test_digests_and_keys_of_images_in_memory():
     images = np.zeros((3, 4, 4, 3), np.uint8)
+    other = images + np.array([0, 1, 2], np.uint8)[:, None, None, None]
     digests = []
-    for part in (images, images[:2], np.zeros((3, 4, 8, 3), np.uint8)):
+    for part in (images, images[:2], np.zeros((3, 4, 8, 3), np.uint8), other):
         dataset = dataset_from_arrays(part, np.zeros(len(part), np.int64), ["a"])
-        assert image_keys(dataset) is None
+        assert len({*image_keys(dataset)}) == (3 if part is other else 1)
+        assert image_keys(dataset.select([1, 0])) == [image_keys(dataset)[i] for i in (1, 0)]
         digests.append(split_digests({"train": dataset}, {"train": label_tensor(dataset)})["train"])
-    assert [digest["images"] for digest in digests] == [3, 2, 3]
-    assert len({digest["sha256"] for digest in digests}) == 3
+    assert [digest["images"] for digest in digests] == [3, 2, 3, 3]
+    assert len({digest["sha256"] for digest in digests}) == 4

@@ -17,6 +17,7 @@ from timm_lt.checkpoint.format import (
 )
 from timm_lt.files import sha256
 from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names, set_head
+from timm_lt.longtail import check_class_counts
 from timm_lt.registry import UsageError, unknown_name
 
 
@@ -81,6 +82,10 @@ def _load_heads(
     for classifier in classifiers.values():
         _check_is_joint(classifier, info, name)
     cls = HEADS[entry.kind]
+    if options.get("class_counts") is not None:
+        num_classes = next(iter(classifiers.values())).out_features
+        counts = check_class_counts(options["class_counts"], num_classes, info.label_names)
+        options = {**options, "class_counts": counts}
     heads = {}
     for path, classifier in classifiers.items():
         stored = from_joint(cls, classifier, entry.options, info.class_counts).options()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -50,31 +49,9 @@ def save_plain(
     return folder
 
 
-def fold_for_timm(model: nn.Module) -> nn.Module:
-    """Replaces a model's heads in place by the classifiers that timm's architecture has.
-
-    What :func:`timm_lt.fold_head` does, but a classifier that has a bias there has one of zeros
-    where the head needs none: timm loads strictly, and the key must be there.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UsageError: If a head is not fitted, or not linear in the features.
-    """
-    heads = get_heads(model)
-    fold_head(model)
-    for path, head in heads.items():
-        folded = model.get_submodule(path)
-        if head.bias is not None and folded.bias is None:
-            zeros = torch.zeros_like(head.bias, dtype=folded.weight.dtype)
-            folded.register_parameter("bias", nn.Parameter(zeros))
-    return model
-
-
 def plain_copy(model: nn.Module) -> nn.Module:
     """Copies a model as what plain timm knows it: timm's architecture name, plain classifiers."""
-    plain = fold_for_timm(copy.deepcopy(model).cpu())
+    plain = fold_head(copy.deepcopy(model).cpu())
     recorded: dict[str, Any] = getattr(model, "_model_args", {})
     head = recorded.get("head")
     ours = {"head", *(head_option_names(head) if head else ())}

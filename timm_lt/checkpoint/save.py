@@ -29,7 +29,7 @@ from timm_lt.data.pixels import check_background
 from timm_lt.data.sources import SelectionProtocol
 from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, get_heads
-from timm_lt.longtail import ShotRule, check_class_counts
+from timm_lt.longtail import ClassCounts, ShotRule, check_class_counts
 from timm_lt.registry import UsageError, check_number, unknown_name
 
 # Metrics that are fractions, as a ShotReport has them.
@@ -44,7 +44,7 @@ def save_checkpoint(
     model: nn.Module,
     *,
     heads: Mapping[str, nn.Linear | Mapping[str, nn.Linear]],
-    class_counts: Tensor | list[int] | None,
+    class_counts: ClassCounts | None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     label_names: list[str] | None = None,
     dataset: str | None = None,
@@ -65,7 +65,8 @@ def save_checkpoint(
         heads: Fitted heads (C, D) by name; for a model with several classifiers a mapping of their
             paths to heads of one kind. A head that starts from the joint classifier must start from
             this model's, one that knows class counts must have these.
-        class_counts: Training images per class, (C,); None if they are not known.
+        class_counts: Training images per class, (C,), in label order or by label or class name;
+            None if they are not known.
         metrics: Figures of each head on the test split, by head.
         label_names: Class names in label order, (C,).
         dataset: Name of the training data, for the model card.
@@ -88,8 +89,12 @@ def save_checkpoint(
     for name in metrics or {}:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
-    counts = None if class_counts is None else [int(n) for n in check_class_counts(class_counts)]
-    _check_joint(get_heads(model), counts, label_names)
+    joint = get_heads(model)
+    num_classes = next(iter(joint.values())).out_features
+    counts: list[int] | None = None
+    if class_counts is not None:
+        counts = check_class_counts(class_counts, num_classes, label_names).tolist()
+    _check_joint(joint, counts, label_names)
     entries, files = {}, {}
     for name, head in heads.items():
         entries[name], content = head_entry(

@@ -144,7 +144,7 @@ def complain(line: str) -> None:
     print(line, file=sys.stderr)  # noqa: T201
 
 
-def parse_options(texts: list[str], example: str) -> dict[str, Any]:
+def parse_options(texts: list[str], example: str, option: str = "--option") -> dict[str, Any]:
     """Parses ``KEY=VALUE`` arguments; values are written as in YAML.
 
     Raises:
@@ -154,9 +154,9 @@ def parse_options(texts: list[str], example: str) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key.isidentifier() and equals):
-            raise UsageError(f"--option takes KEY=VALUE, e.g. {example}, got {text!r}")
+            raise UsageError(f"{option} takes KEY=VALUE, e.g. {example}, got {text!r}")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise UsageError(f"--option {text!r}: the value cannot be read") from error
+            raise UsageError(f"{option} {text!r}: the value cannot be read") from error
     return options

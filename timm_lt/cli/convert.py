@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
+from timm_lt.cli.model_argument import add_weights_options, model_options
 from timm_lt.convert import convert_checkpoint
 from timm_lt.registry import UsageError
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
@@ -38,6 +39,7 @@ def add_parser(commands: Commands) -> None:
     convert.add_argument(
         "--class-counts", type=Path, help="JSON list of the training images of each class"
     )
+    add_weights_options(convert, None)
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
     add_output_options(convert, quiet="what was written")
     convert.set_defaults(command=convert_weights)
@@ -60,7 +62,14 @@ def convert_weights(arguments: argparse.Namespace) -> None:
         arguments.destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite
     ) as folder:
         done = convert_checkpoint(
-            arguments.source, folder, model=arguments.model, heads=heads, class_counts=counts
+            arguments.source,
+            folder,
+            model=arguments.model,
+            heads=heads,
+            class_counts=counts,
+            key=arguments.checkpoint_key,
+            image_size=arguments.image_size,
+            options=model_options(arguments),
         )
     known = {"given": "as given", "in the file": "as the file says"}.get(done.found, done.found)
     result = {

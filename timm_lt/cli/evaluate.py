@@ -1,7 +1,8 @@
 """``timm-lt evaluate``: the figures of a model on a split, by shot group and class."""
 
 import argparse
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from timm_lt.accelerator import create_accelerator, set_cpu_threads
+from timm_lt.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -20,10 +21,13 @@ from timm_lt.cli.common import (
 from timm_lt.cli.model_argument import (
     DATA_HELP,
     MODEL_HELP,
+    add_class_order,
     add_data_options,
+    add_weights_options,
     data_of_run,
     find_data,
     load_model,
+    model_options,
     stored_heads,
 )
 from timm_lt.console import log
@@ -33,6 +37,7 @@ from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
+from timm_lt.label_names import keeps_classifier, label_names, shown_as
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     ShotMetrics,
@@ -42,6 +47,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.recipe.class_order import in_order_of_weights
 from timm_lt.recipe.images import TIMM, create_images, on_background
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
@@ -72,7 +78,8 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument(
         "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all unless given"
     )
-    evaluate.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_weights_options(evaluate, "weights for that architecture")
+    add_class_order(evaluate)
     add_data_options(evaluate)
     evaluate.add_argument(
         "--split",
@@ -82,9 +89,6 @@ def add_parser(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
-    )
-    evaluate.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="the model's unless given"
     )
     evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     evaluate.add_argument("--threads", type=int, help="CPU threads; all unless given")
@@ -110,16 +114,10 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )
-    models = {
-        name: load_model(
-            arguments.model,
-            head=None if name == JOINT else name,
-            checkpoint=arguments.checkpoint,
-        )
-        for name in names
-    }
-    _check_classes(models, splits, arguments.model)
-    reports, images = _evaluate(models, splits, data, arguments)
+    model, heads = _load(names, splits, arguments)
+    recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
+    splits = _in_order(on_background(recipe, splits, model), model, arguments)
+    reports, images = _evaluate(model, heads, splits, data, arguments)
     if arguments.per_class is not None:
         rows = compare_per_class(reports, splits.class_counts, splits.label_names)
         write_per_class(arguments.per_class, rows)
@@ -158,47 +156,92 @@ def _as_in_the_run(model: str, found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "options": options, "val_fraction": run.val_fraction}
 
 
-def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -> None:
+def _load(
+    names: Sequence[str], splits: Splits, arguments: argparse.Namespace
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Loads one backbone, and the classifier of each head; never two backbones at a time."""
+
+    def load(name: str) -> nn.Module:
+        head = None if name == JOINT else name
+        return load_model(
+            arguments.model,
+            head=head,
+            checkpoint=arguments.checkpoint,
+            key=arguments.checkpoint_key,
+            image_size=arguments.image_size,
+            **model_options(arguments),
+        )
+
+    heads: dict[str, nn.Module] = {}
+    model: nn.Module | None = None
+    for name in reversed(names):
+        # Freed before the next is loaded.
+        model = None
+        model = load(name)
+        _check_classes(model, splits, arguments.model)
+        # On the CPU, as the features are.
+        heads[name] = copy.deepcopy(get_head(model))
+    heads = {name: heads[name] for name in names}
+    shared = [name for name in names if not _has_statistics(heads[name])]
+    if model is None or (shared and shared[0] != names[0]):
+        # The model that was loaded last has the batch-norm statistics of its head.
+        model = None
+        model = load(shared[0])
+    return model, heads
+
+
+def _has_statistics(classifier: nn.Module) -> bool:
+    return isinstance(classifier, Head) and bool(classifier.backbone_statistics)
+
+
+def _check_classes(model: nn.Module, splits: Splits, name: str) -> None:
     """Checks that a model tells the classes of the data apart."""
-    for model in models.values():
-        classes = getattr(model, "num_classes", None)
-        if classes != splits.num_classes:
-            raise UsageError(
-                f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
-                "fit heads for them with timm-lt heads"
-            )
-        _check_names(model, splits, name)
+    classes = getattr(model, "num_classes", None)
+    if classes != splits.num_classes:
+        raise UsageError(
+            f"{name} tells {classes} classes apart, and the data have {splits.num_classes}: "
+            "fit heads for them with timm-lt heads"
+        )
 
 
-def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
-    """Checks that the classes mean the same, where both have names for them."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-    theirs = splits.label_names or ()
+def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -> Splits:
+    """Numbers the classes of the data as the model does; warns where names say others."""
+    names, theirs = splits.label_names, splits.label_names or []
+    if keeps_classifier(model, names, arguments.model, "timm-lt heads --fresh-classifier"):
+        return in_order_of_weights(
+            splits,
+            model,
+            name=arguments.model,
+            checkpoint=arguments.checkpoint,
+            label_names=label_names(model),
+            class_order=arguments.class_order,
+            image_size=arguments.image_size,
+        )
+    own = shown_as(model, theirs) or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
-    if not differing:
-        return
-    there, here = differing[0]
-    found = f"class {own.index(there)} is {there!r} in {name} and {here!r} in the data"
-    if sorted(own) == sorted(theirs):
-        raise UsageError(f"the same classes, in another order: {found}")
-    log.warning("%s: figures are right only if such classes mean the same", found)
+    if differing:
+        there, here = differing[0]
+        log.warning(
+            "class %d is %r in %s and %r in the data: figures are right only if such classes mean "
+            "the same",
+            *(own.index(there), there, arguments.model, here),
+        )
+    return splits
 
 
 def _evaluate(
-    models: Mapping[str, nn.Module],
+    model: nn.Module,
+    heads: Mapping[str, nn.Module],
     splits: Splits,
     data: DataRecipe,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, ShotReport], int]:
-    first = next(iter(models.values()))
     recipe = Recipe(data=data, model=ModelRecipe(name=arguments.model))
-    splits = on_background(recipe, splits, first)
-    images = create_images(recipe, splits, first, workers=arguments.workers)[arguments.split]
+    images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
     shared: Features | None = None
     reports = {}
-    for name, model in models.items():
-        classifier = get_head(model)
-        own = isinstance(classifier, Head) and bool(classifier.backbone_statistics)
+    for name, classifier in heads.items():
+        own = _has_statistics(classifier)
         if own or shared is None:
             with head_statistics(model, classifier) if own else nullcontext():
                 features = _features(model, images)
@@ -221,9 +264,9 @@ def _evaluate(
 
 
 def _features(model: nn.Module, images: Images) -> Features:
-    accelerator = create_accelerator(mixed_precision="no")
-    loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
-    return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
+    with temporary_accelerator() as accelerator:
+        loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
+        return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
 
 
 def _figures(

@@ -10,10 +10,13 @@ from timm_lt.cli.model_argument import (
     DATA_HELP,
     HUB_PREFIX,
     MODEL_HELP,
+    add_class_order,
     add_data_options,
+    add_weights_options,
     check_no_file,
     find_data,
     model_name,
+    model_options,
 )
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
@@ -41,9 +44,8 @@ def add_parser(commands: Commands) -> None:
     )
     heads.add_argument("data", help=DATA_HELP)
     heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
-    heads.add_argument(
-        "--checkpoint", metavar="FILE", help="weights of a training of yours, for these classes"
-    )
+    add_weights_options(heads, "weights of a training of yours, for these classes")
+    add_class_order(heads)
     heads.add_argument(
         "--heads",
         nargs="+",
@@ -58,7 +60,6 @@ def add_parser(commands: Commands) -> None:
     heads.add_argument(
         "--objective", choices=OBJECTIVES, help="what validation chooses by (docs/choose-a-head.md)"
     )
-    heads.add_argument("--image-size", type=int, metavar="PIXELS", help="the model's unless given")
     heads.add_argument(
         "--fresh-classifier",
         action="store_true",
@@ -100,6 +101,9 @@ def fit_heads(arguments: argparse.Namespace) -> None:
             name=model_name(arguments.model),
             pretrained=arguments.checkpoint is None,
             checkpoint=arguments.checkpoint,
+            class_order=arguments.class_order,
+            checkpoint_key=arguments.checkpoint_key,
+            options=model_options(arguments),
             fresh_classifier=arguments.fresh_classifier,
         ),
         epochs=0,

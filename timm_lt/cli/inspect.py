@@ -211,8 +211,13 @@ def _list(
         return find_splits(LIST, root=start, train=path.resolve(), **options), []
     except UsageError as error:
         found = read_image_list(path)
-        files = [str(start.absolute() / file) for file in found.paths]
-        return {"train": dataset_from_files(files, found.labels, found.names)}, error.problems
+        parts = found.by_split() or {"train": found}
+        return {
+            split: dataset_from_files(
+                [str(start.absolute() / file) for file in part.paths], part.labels, part.names
+            )
+            for split, part in parts.items()
+        }, error.problems
 
 
 def write_files(output: Path, found: Inspection) -> list[Path]:

@@ -3,24 +3,29 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import timm.data
 from torch import nn
 
 from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, read_checkpoint, read_config
+from timm_lt.cli.common import parse_options
 from timm_lt.console import log, one_line
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.model import LOCAL_DIR, classes_of_file, create_model, load_weights_file
+from timm_lt.label_names import label_names
+from timm_lt.model import LOCAL_DIR
+from timm_lt.preprocessing import create_sized_model
 from timm_lt.recipe import DataRecipe, load_recipe
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.recipe.schema import ClassOrder
+from timm_lt.registry import UsageError, check_integer, unknown_name
 from timm_lt.repo import Repo
+from timm_lt.weights_file import create_from_file
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
 HUB_PREFIX = "hf-hub:"
 REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
     "with --checkpoint an architecture"
@@ -52,6 +57,54 @@ def add_background_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_class_order(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--class-order``."""
+    parser.add_argument(
+        "--class-order",
+        choices=get_args(ClassOrder),
+        help="how weights without class names number the classes: timm (1, 2, 10) or sorted (1, "
+        "10, 2); found out on training images unless given",
+    )
+
+
+def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
+    """Adds what says how a model is built, and from which file.
+
+    Args:
+        parser: Of the command.
+        checkpoint: Help of ``--checkpoint``; None adds no such option.
+    """
+    if checkpoint is not None:
+        parser.add_argument("--checkpoint", metavar="FILE", help=checkpoint)
+    parser.add_argument(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="the file's or the model's unless given"
+    )
+    parser.add_argument(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
+        "crop_mode of its images; those of the file or model unless given; may be repeated",
+    )
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of ``--model-option``, after a check of ``--image-size``."""
+    if arguments.image_size is not None:
+        check_integer("--image-size", arguments.image_size, minimum=1)
+    options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
+    for key in options:
+        if key in RESERVED:
+            raise UsageError(f"--model-option {key} is set by other options of the command")
+    return options
+
+
 def model_name(given: str) -> str:
     """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
     if ":" not in given and (Path(given) / CONFIG).is_file():
@@ -80,7 +133,13 @@ def data_of_run(given: str) -> DataRecipe | None:
 
 
 def load_model(
-    given: str, *, head: str | None = None, checkpoint: str | None = None, **options: Any
+    given: str,
+    *,
+    head: str | None = None,
+    checkpoint: str | None = None,
+    key: str | None = None,
+    image_size: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Loads the model that a user named, in evaluation mode.
 
@@ -88,7 +147,9 @@ def load_model(
         given: See :data:`MODEL_HELP`.
         head: A head, or None.
         checkpoint: File with weights for the architecture, or None.
-        **options: Of :func:`timm_lt.create_model`.
+        key: Key or prefix of the weights in that file, or None.
+        image_size: Side of the images in pixels, or None.
+        **options: Of :func:`timm_lt.preprocessing.create_sized_model`.
 
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
@@ -96,15 +157,13 @@ def load_model(
     name = model_name(given)
     check_no_file(given)
     if checkpoint is None:
-        model = create_model(name, True, head=head, **options)
+        if key is not None:
+            raise UsageError("--checkpoint-key is for a file of weights: give --checkpoint, too")
+        model = create_sized_model(name, True, image_size, head=head, **options)
     elif head is not None:
         raise UsageError("--head is for a model with its own heads, not for a --checkpoint file")
     else:
-        model = create_model(name, False, **options)
-        classes = classes_of_file(checkpoint, model)
-        if "num_classes" not in options and classes not in (None, model.num_classes):
-            model = create_model(name, False, num_classes=classes, **options)
-        load_weights_file(model, checkpoint, name)
+        model = create_from_file(name, checkpoint, key=key, image_size=image_size, **options)
     log.debug(
         "%s: %s, head %s, weights of %s, %d classes, %d parameters",
         *(name, type(model).__name__, head or "linear", checkpoint or name),
@@ -126,17 +185,10 @@ def stored_heads(given: str) -> list[str]:
     return []
 
 
-def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    """Returns the names of a model's classes: its own, or those of ImageNet; None if unknown."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    names = config.get("label_names")
-    if names is not None and len(names) == num_classes:
-        return [one_line(name, 200) for name in names]
-    subset = timm.data.infer_imagenet_subset(model)
-    if subset is None or config.get("num_classes") != num_classes:
-        return None
-    known = timm.data.ImageNetInfo(subset)
-    return [known.index_to_description(index) for index in range(num_classes)]
+def class_names(model: nn.Module) -> list[str] | None:
+    """Returns the names of a model's classes for a terminal; None if they are unknown."""
+    names = label_names(model)
+    return None if names is None else [one_line(name, 200) for name in names]
 
 
 def check_is_list(path: Path) -> None:

@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm.data
 import torch
@@ -15,14 +15,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from timm_lt.accelerator import set_cpu_threads
+from timm_lt.accelerator import default_device, set_cpu_threads
 from timm_lt.checkpoint import background_of
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import (
     MODEL_HELP,
     add_background_option,
+    add_weights_options,
     class_names,
     load_model,
+    model_options,
 )
 from timm_lt.console import log, one_line, result_console
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
@@ -36,6 +38,9 @@ from timm_lt.data.reading import (
     shown_path,
 )
 from timm_lt.files import write_atomic
+from timm_lt.preprocessing import image_config
+from timm_lt.recipe.class_order import class_orders
+from timm_lt.recipe.schema import ClassOrder
 from timm_lt.registry import UsageError, check_integer, shown_names
 
 BATCH_SIZE = 32
@@ -83,7 +88,7 @@ def add_parser(commands: Commands) -> None:
         help="files, and folders of them; what is not read is named",
     )
     predict.add_argument("--head", metavar="NAME", help="the joint classifier unless given")
-    predict.add_argument("--checkpoint", metavar="FILE", help="weights for that architecture")
+    add_weights_options(predict, "weights for that architecture")
     predict.add_argument(
         "--classes",
         type=int,
@@ -98,6 +103,12 @@ def add_parser(commands: Commands) -> None:
         "place of the model's own names. Without either, classes are numbers",
     )
     add_background_option(predict)
+    predict.add_argument(
+        "--class-order",
+        choices=get_args(ClassOrder),
+        help="order of the names in the weights, if it is not that of the file: timm (1, 2, 10) or "
+        "sorted (1, 10, 2)",
+    )
     predict.add_argument(
         "--top",
         type=int,
@@ -132,11 +143,19 @@ def predict_images(arguments: argparse.Namespace) -> None:
     given = arguments.background
     background = None if given == "auto" else check_background(given)
     paths, reasons = image_files(arguments.images)
-    options = {} if arguments.classes is None else {"num_classes": arguments.classes}
+    options = model_options(arguments)
+    if arguments.classes is not None:
+        options["num_classes"] = arguments.classes
     model = load_model(
-        arguments.model, head=arguments.head, checkpoint=arguments.checkpoint, **options
+        arguments.model,
+        head=arguments.head,
+        checkpoint=arguments.checkpoint,
+        key=arguments.checkpoint_key,
+        image_size=arguments.image_size,
+        **options,
     )
     names = None if arguments.names is None else read_names(arguments.names, model)
+    names = names_in_order(names, arguments.class_order)
     found = list(
         predictions(
             model,
@@ -286,6 +305,32 @@ def read_names(path: Path, model: nn.Module) -> list[str]:
     return names
 
 
+def names_in_order(names: list[str] | None, class_order: ClassOrder | None) -> list[str] | None:
+    """Returns class names in the order that the weights have.
+
+    Args:
+        names: The names as they were given, if they were.
+        class_order: That order; None is the order of the names, and a warning if timm's differs.
+
+    Raises:
+        UsageError: If there is an order and no names.
+    """
+    if names is None:
+        if class_order is not None:
+            raise UsageError("--class-order is for the names of --names; remove it, or give these")
+        return None
+    orders = class_orders(names)
+    if class_order is not None:
+        return orders[class_order]
+    if names == orders["sorted"] != orders["timm"]:
+        log.warning(
+            "the names are sorted, and the weights must have the same order; if they number the "
+            "classes as timm does, say --class-order timm (%s)",
+            shown_names(orders["timm"]),
+        )
+    return names
+
+
 def predictions(
     model: nn.Module,
     paths: Sequence[str],
@@ -307,13 +352,15 @@ def predictions(
         background: Colour behind transparent pixels; None is that of the model's checkpoint.
         reasons: Why files are not read, by path.
     """
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    transform = timm.data.create_transform(**image_config(model))
     files = _Files(paths, transform, background or background_of(model), reasons or {})
     loader: DataLoader[Any] = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
+    device = default_device()
+    model = model.to(device)
     done = 0
     for batch in loader:
         readable = [image for image, reason in batch if not reason]
-        rows = iter(_best(model, torch.stack(readable), names, top) if readable else [])
+        rows = iter(_best(model, torch.stack(readable).to(device), names, top) if readable else [])
         for _, reason in batch:
             yield paths[done], [] if reason else next(rows), reason or None
             done += 1
@@ -327,7 +374,7 @@ def _best(
 ) -> list[list[tuple[str, float]]]:
     with torch.inference_mode():
         shares = model(images).softmax(dim=1)
-    names = class_names(model, shares.shape[1]) if names is None else names
+    names = class_names(model) if names is None else names
     best = shares.topk(min(top, shares.shape[1]))
     return [
         [

@@ -14,7 +14,7 @@ from timm_lt.comparison.plot import save_comparison_plot
 from timm_lt.comparison.results import Comparison
 from timm_lt.comparison.runs import Outcome
 from timm_lt.comparison.tables import markdown_table
-from timm_lt.files import read_json, read_yaml, write_atomic, write_json
+from timm_lt.files import read_json, read_yaml, write_atomic, write_json, yaml_text
 from timm_lt.registry import UsageError, shown_names
 from timm_lt.run_folder import LOCK, differences, lock_folder, release_run_folder
 
@@ -54,7 +54,7 @@ def _identity(plan: Plan) -> str:
     recipe = yaml.safe_load(plan.base.to_yaml())
     # The heads are those of the rows, and the seeds may become more.
     shared = {key: value for key, value in recipe.items() if key not in ("heads", "seed")}
-    return yaml.safe_dump({"grid": plan.grid.name, "recipe": shared}, sort_keys=False)
+    return yaml_text({"grid": plan.grid.name, "recipe": shared})
 
 
 @contextmanager

@@ -33,6 +33,11 @@ class NumberedSampler(Sampler[int]):
         self.num_images = num_images
         self.length = length
 
+    @property
+    def group(self) -> int:
+        """Consecutive draws that stay together on a process."""
+        return self.sampler.group
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the 0-based epoch that the next iteration draws."""
         self.sampler.set_epoch(epoch)

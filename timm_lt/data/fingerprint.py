@@ -36,16 +36,16 @@ def dataset_fingerprint(data: object) -> str:
     fingerprint = getattr(data, "fingerprint", None)
     if callable(fingerprint):
         return str(fingerprint())
-    if isinstance(data, Subset) and _reads_as(data, Subset):
+    if isinstance(data, Subset) and reads_as(data, Subset):
         return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
-    if isinstance(data, TensorDataset) and _reads_as(data, TensorDataset):
+    if isinstance(data, TensorDataset) and reads_as(data, TensorDataset):
         return digest(*map(tensor_fingerprint, data.tensors))
-    if isinstance(data, ImageDataset) and _reads_as(data, ImageDataset):
+    if isinstance(data, ImageDataset) and reads_as(data, ImageDataset):
         # Of other readers it is not known what they read.
         if type(data.reader) is ReaderImageFolder:
             options = [data.transform, data.target_transform, data.input_img_mode, data.load_bytes]
             return digest(_files(data.reader.samples), map(described, options))
-    elif isinstance(data, DatasetFolder) and _reads_as(data, DatasetFolder):
+    elif isinstance(data, DatasetFolder) and reads_as(data, DatasetFolder):
         options = [data.transform, data.target_transform, data.transforms, _function(data.loader)]
         return digest(_files(data.samples), map(described, options))
     raise UsageError(
@@ -54,10 +54,14 @@ def dataset_fingerprint(data: object) -> str:
     )
 
 
-def _reads_as(data: object, known: type) -> bool:
-    """Tells whether a data set reads its samples as the known class that it is derived from."""
-    methods = ("__getitem__", "__getitems__")
-    return all(getattr(type(data), name, None) is getattr(known, name, None) for name in methods)
+def reads_as(data: object, *known: type) -> bool:
+    """Tells whether a data set has the items of a known class that it is derived from."""
+    methods = ("__getitem__", "__getitems__", "__len__")
+    return any(
+        isinstance(data, cls)
+        and all(getattr(type(data), name, None) is getattr(cls, name, None) for name in methods)
+        for cls in known
+    )
 
 
 def _function(loader: object) -> str:

@@ -1,20 +1,29 @@
 """Data sets that are given as objects: a Hugging Face one, torchvision's, timm's, or pairs."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from warnings import catch_warnings
 
 import datasets
 from PIL import Image
+from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torchvision.datasets import DatasetFolder
+from torchvision.datasets.folder import default_loader, pil_loader
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.data.columns import check_random_access, image_column, label_column
-from timm_lt.data.folder.directories import SPLIT_WORDS
+from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
+from timm_lt.data.labels import is_plain, subset_rows
+from timm_lt.data.pairs import drawn_item
 from timm_lt.data.pixels import to_rgb, with_alpha
 from timm_lt.data.reading import turned_upright
-from timm_lt.data.sources import dataset_from_files
+from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError, unknown_name
 
@@ -25,6 +34,9 @@ ACCEPTED = (
 )
 # Modes that neither PNG nor TIFF has.
 UNSTORABLE = ("HSV", "I;16N")
+# How torchvision's folders and timm's read a file where nothing else is asked for: whole, in RGB.
+LOADERS = (default_loader, pil_loader)
+MODES = ("RGB", "", None)
 # Rows of a table that are made together.
 ROWS = 1000
 
@@ -32,9 +44,11 @@ ROWS = 1000
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
     """Returns what somebody has as splits with the columns ``image`` and ``label``.
 
-    Files stay files, which are opened when they are drawn: those of torchvision's ``ImageFolder``,
-    of timm's ``ImageDataset`` and of whatever else lists them as ``samples``. Of these a transform
-    is not used. Images of other data sets are read here, and kept in memory as PNG.
+    Files stay files, which are opened when they are drawn: those of torchvision's ``ImageFolder``
+    and of timm's ``ImageDataset`` of a folder, also as a ``Subset`` or ``ConcatDataset``. Of these
+    a transform is not used. Of every other data set, such as one with a ``__getitem__`` or
+    ``loader=`` of its own, the items count: they are drawn here, and their images are kept in
+    memory as PNG.
 
     >>> from PIL import Image
     >>> pairs = [(Image.new("RGB", (4, 4)), 0), ("bee.jpg", 1)]
@@ -42,9 +56,10 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
     [0, 1]
 
     Args:
-        data: A ``datasets.Dataset``, or pairs of an image (of PIL, or the path of a file) and its
-            label, which are the training images; or a mapping to such data sets of ``train``,
-            ``val`` and ``test``, or what directories of splits are called beside.
+        data: A ``datasets.Dataset``, or items of an image (of PIL, or the path of a file) and its
+            label (tuples, or mappings with keys such as ``"image"`` and ``"label"``), which are the
+            training images; or a mapping to such data sets of ``train``, ``val`` and ``test``, or
+            what directories of splits are called beside.
 
     Raises:
         UsageError: If it is none of these; the message says what is. Also if images are tensors, or
@@ -68,49 +83,74 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
 
 def _as_dataset(data: object) -> datasets.Dataset:
     check_random_access(data)
-    if isinstance(data, datasets.Dataset):
+    if isinstance(data, datasets.Dataset) and is_plain(data):
         columns = {image_column(data): "image", label_column(data): "label"}
-        return data.rename_columns({old: new for old, new in columns.items() if old != new})
-    if isinstance(data, Subset):
-        return _as_dataset(data.dataset).select([int(row) for row in data.indices])
-    is_known = isinstance(data, Dataset | Sequence) and hasattr(data, "__len__")
+        plain = data.with_format(None)
+        return plain.rename_columns({old: new for old, new in columns.items() if old != new})
+    is_known = isinstance(data, Dataset | datasets.Dataset | Sequence) and hasattr(data, "__len__")
     if not is_known or isinstance(data, str | IterableDataset):
         raise UsageError(f"a {type(data).__name__} is no data set of images: {ACCEPTED}")
-    pairs = cast("Sequence[tuple[object, object]]", data)
-    if len(pairs) == 0:
+    items = cast("Sequence[object]", data)
+    if len(items) == 0:
         raise UsageError(f"the {type(data).__name__} has no images")
     names = _class_names(data)
-    samples = _samples(data)
-    if samples is None:
-        return _from_pairs(pairs, names)
-    labels = [label for _, label in samples]
-    transform = getattr(data, "target_transform", None)
-    if transform is not None:
-        labels = [transform(label) for label in labels]
-    return dataset_from_files(
-        [str(path) for path, _ in samples], _checked(labels, names).numpy(), names
-    )
+    files = _files(data)
+    if files is None:
+        # Some data sets of torchvision open files that they leave to the garbage collector.
+        with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
+            found = _from_items(items, names)
+        return _with_names(found, data) if isinstance(data, datasets.Dataset) else found
+    paths, labels = zip(*files, strict=True)
+    return dataset_from_files(paths, _checked(labels, names).numpy(), names)
 
 
-def _checked(labels: list[Any], names: list[str] | None) -> Tensor:
+def _with_names(found: datasets.Dataset, data: datasets.Dataset) -> datasets.Dataset:
+    """Gives labels their names, if a data set's transform has left them as they are."""
+    feature = data.features.get("label", data.features.get("labels"))
+    if isinstance(feature, datasets.ClassLabel):
+        stored = data.with_format(None)[label_column(data)][:]
+        if stored == found["label"][:]:
+            return found.cast_column("label", feature)
+    return found
+
+
+def _checked(labels: Sequence[Any], names: list[str] | None) -> Tensor:
     return check_labels(labels, None if names is None else len(names))
 
 
-def _samples(data: object) -> list[tuple[str | Path, Any]] | None:
-    """Returns the files of a data set, or of its reader, and their labels, if it lists them."""
-    for owner in (data, getattr(data, "reader", None)):
-        samples = getattr(owner, "samples", None)
-        if isinstance(samples, Sequence) and all(
-            isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str | Path)
-            for pair in samples
-        ):
-            return list(samples)
-    return None
+def _files(data: object) -> list[tuple[str, Any]] | None:
+    """Returns the files of a data set and their labels, if its items are nothing else."""
+    if isinstance(data, Subset) and reads_as(data, Subset):
+        whole = _files(data.dataset)
+        return None if whole is None else [whole[row] for row in subset_rows(data)]
+    if isinstance(data, ConcatDataset) and reads_as(data, ConcatDataset):
+        parts = [_files(part) for part in data.datasets]
+        known = [part for part in parts if part is not None]
+        return list(itertools.chain(*known)) if len(known) == len(parts) else None
+    if isinstance(data, DatasetFolder) and reads_as(data, DatasetFolder):
+        if data.loader not in LOADERS:
+            return None
+        samples = data.samples
+    elif isinstance(data, ImageDataset) and reads_as(data, ImageDataset):
+        if type(data.reader) is not ReaderImageFolder or data.input_img_mode not in MODES:
+            return None
+        samples = data.reader.samples
+    else:
+        return None
+    transform = data.target_transform or (lambda label: label)
+    return [(str(path), transform(label)) for path, label in samples]
 
 
 def _class_names(data: object) -> list[str] | None:
-    """Returns the names of the classes by label, if a data set knows one of each."""
-    if getattr(data, "target_transform", None) is not None:
+    """Returns the names of the classes by label, if a data set has one of each."""
+    if isinstance(data, Subset) and reads_as(data, Subset):
+        return _class_names(data.dataset)
+    if isinstance(data, ConcatDataset) and reads_as(data, ConcatDataset):
+        first, *others = [_class_names(part) for part in data.datasets]
+        return first if all(names == first for names in others) else None
+    folders = DatasetFolder, ImageDataset
+    renumbered = isinstance(data, folders) and not reads_as(data, *folders)
+    if renumbered or getattr(data, "target_transform", None) is not None:
         return None
     names = getattr(data, "classes", None)
     if names is None:
@@ -122,22 +162,20 @@ def _class_names(data: object) -> list[str] | None:
     return list(names) if known and 0 < len(names) == len(set(names)) else None
 
 
-def _from_pairs(
-    pairs: Sequence[tuple[object, object]], names: list[str] | None
-) -> datasets.Dataset:
+def _from_items(items: Sequence[object], names: list[str] | None) -> datasets.Dataset:
     column, size = datasets.Image(mode="RGB"), 0
     label_type = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
     features = datasets.Features({"image": column, "label": label_type})
     images: list[dict[str, Any]] = []
     labels: list[object] = []
-    for row in range(len(pairs)):
-        image, label = _checked_pair(pairs, row)
+    for row in range(len(items)):
+        image, label = _checked_item(items, row)
         images.append(column.encode_example(image))
-        labels.append(label.item() if isinstance(label, Tensor) else label)
+        labels.append(label)
         size += len(images[-1]["bytes"] or b"")
         if size > MAX_BYTES:
             raise UsageError(
-                f"the images of a {type(pairs).__name__} need more than {MAX_BYTES / 2**30:.0f} "
+                f"the images of a {type(items).__name__} need more than {MAX_BYTES / 2**30:.0f} "
                 "GiB of memory: give the paths of their files in place of images"
             )
     checked = _checked(labels, names).tolist()
@@ -148,18 +186,14 @@ def _from_pairs(
     return datasets.concatenate_datasets([datasets.Dataset.from_dict(p, features) for p in parts])
 
 
-def _checked_pair(
-    pairs: Sequence[tuple[object, object]], row: int
-) -> tuple[str | Image.Image, object]:
+def _checked_item(items: Sequence[object], row: int) -> tuple[str | Image.Image, object]:
     """Returns an image, as it can be encoded without loss, or its file, and its label."""
-    kind, pair = type(pairs).__name__, pairs[row]
-    if not (isinstance(pair, Sequence) and len(pair) == 2 and not isinstance(pair, str)):
-        raise UsageError(f"item {row} of a {kind} is no pair of an image and its label: {ACCEPTED}")
-    image, label = pair
+    kind = type(items).__name__
+    image, label = drawn_item(items, row)
     if isinstance(image, Tensor):
         raise UsageError(
-            f"image {row} of a {kind} is a tensor: leave out its transform, for a model takes "
-            "images as its own preprocessing makes them"
+            f"image {row} of a {kind} is a tensor: remove its transform, for the model's own "
+            "preprocessing makes tensors of images"
         )
     if isinstance(image, str | Path):
         return str(image), label
@@ -173,3 +207,22 @@ def _checked_pair(
     if image.has_transparency_data:
         return with_alpha(image), label
     return image if image.mode not in UNSTORABLE else to_rgb(image), label
+
+
+def folder_of(data: object) -> str | None:
+    """Returns the folder of the training images of data that :func:`given_splits` takes.
+
+    Args:
+        data: The data.
+
+    Returns:
+        The attribute ``root`` of a data set of torchvision, or of the reader of one of timm.
+    """
+    if isinstance(data, Mapping):
+        data = next(
+            (p for n, p in data.items() if SPLIT_WORDS.get(str(n).lower()) == "train"), None
+        )
+    while isinstance(data, Subset):
+        data = data.dataset
+    root = getattr(getattr(data, "reader", data), "root", None)
+    return str(root) if isinstance(root, str | Path) else None

@@ -1,13 +1,17 @@
-"""Holding out images for validation where a data set has no split of its own for it."""
+"""Images held out where a data set lacks a split, and classes that are too small for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from timm_lt.console import log
+from timm_lt.data.reading import shown_path
+from timm_lt.data.sources import Split
 from timm_lt.longtail import Labels, check_labels
 from timm_lt.registry import UsageError, check_integer, check_number, shown_names
 
@@ -34,9 +38,11 @@ def hold_out(
         labels: Integer labels, one per image.
         fraction: In (0, 1).
         seed: A non-negative integer.
-        keys: What each image is known by, (N,), such as its path. Which images are held out then
-            hangs on them and not on the rows: another image in a class moves about one other, and
-            none of another class. None takes the rows.
+        keys: A key for each image, (N,), such as its path. Which images are held out then depends
+            on the keys and not on the rows: another image in a class moves at most one other, and
+            none of another class. Validation and test are taken from the two ends of one order, so
+            that an image that is moved out of one does not move one out of the other. None takes
+            the rows.
         purpose: What the images are held out for, for messages.
         names: Class names, (C,), for messages.
 
@@ -68,6 +74,7 @@ def hold_out(
         raise UsageError(f"keys must be one per image: {len(keys)} keys, {len(values)} labels")
     else:
         order = _order_of_keys(keys, seed)
+        order = order if purpose == "test" else order.flip(0)
     # By class, in random order within it.
     order = order[values[order].sort(stable=True).indices]
     place = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
@@ -85,3 +92,60 @@ def _order_of_keys(keys: Sequence[str | bytes], seed: int) -> Tensor:
         ]
     )
     return torch.from_numpy(np.frombuffer(words, "<u8").argsort(kind="stable"))
+
+
+def small_classes(counts: Mapping[str, int], min_images: int | None) -> set[str]:
+    """Returns the classes that have too few training images, and names them in the log.
+
+    Args:
+        counts: Training images by the name of the class.
+        min_images: How many a class must have; None leaves out no class.
+
+    Raises:
+        UsageError: If that is not a positive integer, or no class has as many.
+    """
+    if min_images is None:
+        return set()
+    check_integer("min_images", min_images, minimum=1)
+    small = {name: number for name, number in counts.items() if number < min_images}
+    if small and len(small) == len(counts):
+        raise UsageError(f"no class has {min_images} images, as min_images wants")
+    if small:
+        log.info(
+            "min_images %d leaves out %d of %d classes: %s",
+            *(min_images, len(small), len(counts)),
+            ", ".join(f"{shown_path(name)} ({number})" for name, number in small.items()),
+        )
+    return set(small)
+
+
+def leave_out_small(
+    labels: Mapping[Split, NDArray[np.int64]], names: Sequence[str] | None, min_images: int | None
+) -> tuple[dict[Split, NDArray[np.int64]], dict[Split, NDArray[np.int64]], list[str] | None]:
+    """Leaves out the classes that have too few training images, and numbers the others anew.
+
+    Args:
+        labels: By split, which must include ``"train"``.
+        names: Class names, (C,), if known.
+        min_images: How many a class must have; None leaves out no class.
+
+    Returns:
+        The rows that stay, by split; their labels; and the names of the classes that stay. Classes
+        without names are named by their labels if those change.
+
+    Raises:
+        UsageError: As :func:`small_classes`.
+    """
+    present, numbers = np.unique(labels["train"], return_counts=True)
+    counts = dict(zip(present.tolist(), numbers.tolist(), strict=True))
+    classes = np.unique(np.concatenate([*labels.values()])) if names is None else range(len(names))
+    titles = {int(c): str(c) if names is None else names[c] for c in classes}
+    small = small_classes({titles[c]: counts.get(c, 0) for c in titles}, min_images)
+    kept = np.array([c for c, title in titles.items() if title not in small], np.int64)
+    has_gaps = kept[-1] + 1 > len(kept)
+    if min_images is None or not (small or has_gaps):
+        rows = {split: np.arange(len(values)) for split, values in labels.items()}
+        return rows, dict(labels), None if names is None else list(names)
+    rows = {split: np.flatnonzero(np.isin(values, kept)) for split, values in labels.items()}
+    anew = {split: np.searchsorted(kept, labels[split][rows[split]]) for split in labels}
+    return rows, anew, [titles[c] for c in kept.tolist()]

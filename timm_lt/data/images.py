@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetInfo, Value
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -31,6 +32,7 @@ from timm_lt.data.reading import (
     is_huge,
     unreadable_images,
 )
+from timm_lt.data.sharing import check_groups
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError
 
@@ -150,6 +152,9 @@ class ImageTensors(TorchDataset[Batch]):
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
     ) -> TrainLoader:
         """Creates a loader of augmented images, in whole batches over all processes."""
+        processes = accelerator.num_processes
+        share = batch_size // processes if accelerator.split_batches else batch_size
+        check_groups(sampler, share, processes)
         loader: TrainLoader = accelerator.prepare_data_loader(
             batches(self, batch_size, sampler, drop_last=True)
         )
@@ -292,6 +297,38 @@ def label_names(dataset: Dataset) -> list[str] | None:
     """Returns the class names of a data set, (C,), if it knows them."""
     feature = dataset.features["label"]
     return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | None) -> Dataset:
+    """Returns a data set with other labels; images are not copied.
+
+    Args:
+        dataset: With a column ``label``.
+        labels: The labels, (N,).
+        names: Class names, (C,), if known.
+    """
+    rows = np.arange(len(dataset))
+    if dataset._indices is not None:
+        rows = dataset._indices.column(0).to_numpy()
+    whole = np.zeros(len(dataset.data), np.int64)
+    whole[rows] = labels
+    features = dataset.features.copy()
+    features["label"] = Value("int64") if names is None else ClassLabel(names=names)
+    place = dataset.data.column_names.index("label")
+    table = dataset.data.table.set_column(place, "label", pa.array(whole))
+    table = table.replace_schema_metadata(None)
+    found = Dataset(
+        table,
+        info=DatasetInfo(features=features),
+        split=dataset.split,
+        indices_table=dataset._indices,
+        # Otherwise all bytes of the table are hashed.
+        fingerprint=digest(dataset._fingerprint, labels.tolist(), names)[:16],
+    )
+    form = dataset.format
+    return found.with_format(
+        form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"]
+    )
 
 
 def batches(

@@ -16,7 +16,10 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from timm_lt.accelerator import default_device
 from timm_lt.data.columns import ImageRows, check_random_access
+from timm_lt.data.items import with_transform
+from timm_lt.data.labels import is_plain
 from timm_lt.data.sharing import prepare, sampler_of, with_sampler
 from timm_lt.registry import UsageError, check_integer, unknown_name
 from timm_lt.samplers import ClassSampler
@@ -153,7 +156,10 @@ def create_loader(
 
     Args:
         dataset: With random access and a ``transform`` that timm sets, such as timm's
-            ``ImageDataset`` or one of torchvision; or a ``datasets.Dataset`` of images and labels.
+            ``ImageDataset`` or one of torchvision; a ``datasets.Dataset`` of images and labels; or
+            whatever else has items of an image (of PIL, a path, or uint8) and its label, such as a
+            ``Subset`` or a list of pairs. Of these the loader itself transforms the images; with
+            ``use_prefetcher=False``, floating-point tensors stay as they are.
         input_size: Of the images, (channels, height, width), (height, width) or the side.
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
@@ -161,8 +167,8 @@ def create_loader(
         background: Colour behind transparent pixels of a ``datasets.Dataset``, such as ``"black"``
             or ``"#808080"``; None is white. Other data sets decode their images themselves:
             torchvision's ``ImageFolder`` as a run does with ``loader=timm_lt.load_image``.
-        **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's, or else
-            the GPU if there is one and the CPU if not.
+        **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's; without
+            one, the device that accelerate would compute on.
 
     Raises:
         UsageError: If an option is unknown or does not go with another, the sampler is not of this
@@ -172,14 +178,18 @@ def create_loader(
     check_random_access(dataset)
     _check_options(options, sampler, accelerator)
     options["device"] = _device(options.get("device"), accelerator)
-    images: Any = dataset
-    if isinstance(dataset, datasets.Dataset):
-        images = ImageRows(dataset, background=background)
+    if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
+        images: Any = ImageRows(dataset.with_format(None), background=background)
     elif background is not None:
         raise UsageError(
-            f"background only applies to a datasets.Dataset; a {type(dataset).__name__} decodes "
-            "its images itself, such as with timm_lt.load_image"
+            f"background only applies to a datasets.Dataset that decodes its images; a "
+            f"{type(dataset).__name__} with a way of its own reads them as it does, such as with "
+            "timm_lt.load_image"
         )
+    else:
+        # The prefetcher takes whatever it is given for uint8.
+        prefetches = options.get("use_prefetcher", True)
+        images = with_transform(dataset, takes_tensors=not prefetches)
     if sampler is not None:
         _check_sampler(sampler, images)
         if options.get("distributed"):
@@ -259,7 +269,7 @@ def _share_among_ranks(sampler: Sampler[Any]) -> None:
 
 def _device(device: torch.device | str | None, accelerator: Accelerator | None) -> torch.device:
     if accelerator is None:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return default_device() if device is None else torch.device(device)
     if device is not None and torch.device(device) != accelerator.device:
         raise UsageError(f"device={device} is not the accelerator's, {accelerator.device}")
     return torch.device(accelerator.device)

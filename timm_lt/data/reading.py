@@ -1,6 +1,7 @@
 """Reading images that may be damaged, in processes that may die."""
 
 import io
+import multiprocessing
 import re
 import struct
 import traceback
@@ -54,6 +55,15 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How torch begins the message of an error that a worker raised.
+CAUGHT = "Caught "
+# What torch says of a worker that was killed by SIGKILL.
+KILLED = "killed by signal: Killed"
+# What its parent meets where a worker went away; not a lack of files or of memory.
+CUT_OFF = (EOFError, ConnectionError, FileNotFoundError)
+# What Python says where a process is started while it still imports the script.
+UNGUARDED = "bootstrapping phase"
+GUARD = 'its work must be below `if __name__ == "__main__":`'
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 T = TypeVar("T")
@@ -318,18 +328,21 @@ def loaded(
     Raises:
         UsageError: If a worker process failed or died.
     """
+    begun = False
     try:
-        yield from batches
+        for batch in batches:
+            begun = True
+            yield batch
     except UsageError as error:
         raise UsageError(_last_line(error)) from error
-    except RuntimeError as error:
-        if not is_worker_death(error):
-            raise
-        raise UsageError(describe_worker_death(error, again, fewer)) from error
     except Exception as error:
-        if _is_cut_off(error):
+        if UNGUARDED in str(error):
+            raise UsageError(f"a data worker imports the script anew: {GUARD}") from error
+        if is_worker_death(error) or _is_cut_off(error):
+            if not begun and multiprocessing.get_start_method() != "fork":
+                again = f"each data worker imports the script anew here: {GUARD}"
             raise UsageError(describe_worker_death(error, again, fewer)) from error
-        if not str(error).startswith("Caught "):
+        if not str(error).startswith(CAUGHT):
             raise
         raise UsageError(
             f"a data worker failed: {_last_line(error)}; mend it and {again}"
@@ -338,7 +351,9 @@ def loaded(
 
 def is_worker_death(error: BaseException) -> bool:
     """Tells whether torch reports the death of a worker: wherever the main process just was."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    text = str(error)
+    dead = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    return dead and not text.startswith(CAUGHT)
 
 
 def describe_worker_death(
@@ -347,16 +362,19 @@ def describe_worker_death(
     """Returns what to do about the death of a worker; see :func:`loaded`."""
     # The first that torch noticed says by which signal.
     first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
+    reason = _last_line(first).strip()
+    if KILLED not in reason:
+        return f"a data worker died ({reason.rstrip('.')}); {again}"
     return (
-        f"a data worker died ({_last_line(first).strip()}): out of memory? {fewer} need "
-        f"less; {again}"
+        "a data worker died (killed by signal 9, often a sign of too little memory): "
+        f"{fewer} need less; {again}"
     )
 
 
 def _is_cut_off(error: BaseException) -> bool:
     """Tells whether a worker went away in the middle of handing over a batch."""
     frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, OSError | EOFError) and any(
+    return isinstance(error, CUT_OFF) and any(
         name.startswith("multiprocessing.") for name in frames
     )
 
@@ -364,6 +382,6 @@ def _is_cut_off(error: BaseException) -> bool:
 def _last_line(error: BaseException) -> str:
     """Returns what an error of a worker says, without the traceback that torch puts before it."""
     text = str(error)
-    if not text.startswith("Caught "):
+    if not text.startswith(CAUGHT):
         return text
     return text.strip().rpartition("\n")[2].removeprefix("timm_lt.registry.UsageError: ")

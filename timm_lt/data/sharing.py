@@ -115,7 +115,7 @@ def prepare(
     """
     if isinstance(loader.batch_sampler, ScheduledBatchSampler):
         return _prepare_schedule(loader, loader.batch_sampler, accelerator, num_batches)
-    _check_shared(accelerator, [loader.batch_size or 1])
+    _check_shared(accelerator, [loader.batch_size or 1], loader.sampler)
     return accelerator.prepare_data_loader(loader)
 
 
@@ -131,10 +131,8 @@ def _prepare_schedule(
             "input_size_choices over several processes needs a sampler that draws the same in each "
             "of them: pass sampler=timm_lt.create_sampler(...)"
         )
-    scale = processes
-    if accelerator.split_batches:
-        _check_shared(accelerator, schedule.batch_sizes)
-        scale = 1
+    scale = 1 if accelerator.split_batches else processes
+    _check_shared(accelerator, schedule.batch_sizes, schedule.sampler)
     batches = scheduled(schedule, schedule.sampler, num_batches, scale)
     part = PartOfBatches(batches, accelerator.process_index, processes)
     return prepare_data_loader(
@@ -148,11 +146,35 @@ def _prepare_schedule(
     )
 
 
-def _check_shared(accelerator: Accelerator, batch_sizes: Iterable[int]) -> None:
-    """Checks that accelerate can split batches of these sizes, if it is to split them."""
+def _check_shared(
+    accelerator: Accelerator, batch_sizes: Iterable[int], sampler: Sampler[Any] | Iterable[Any]
+) -> None:
+    """Checks that accelerate can share batches of these sizes."""
+    processes = accelerator.num_processes
     for size in batch_sizes:
-        if accelerator.split_batches and size % accelerator.num_processes:
+        if accelerator.split_batches and size % processes:
             raise UsageError(
-                f"batch_size {size} is shared by {accelerator.num_processes} processes, so it must "
-                f"be a multiple of {accelerator.num_processes}"
+                f"batch_size {size} is shared by {processes} processes, so it must be a multiple "
+                f"of {processes}"
             )
+        check_groups(sampler, size // processes if accelerator.split_batches else size, processes)
+
+
+def check_groups(sampler: Sampler[Any] | Iterable[Any], batch_size: int, processes: int) -> None:
+    """Checks that several processes do not share draws that a sampler keeps together.
+
+    Args:
+        sampler: Order of the images.
+        batch_size: Images of a batch on each process.
+        processes: Number of processes.
+
+    Raises:
+        UsageError: If the batch size is not a multiple of the size of the sampler's groups.
+    """
+    group = getattr(sampler, "group", 1)
+    if processes > 1 and batch_size % group:
+        raise UsageError(
+            f"the sampler draws groups of {group} images that belong together, and batches of "
+            f"{batch_size} images on each of {processes} processes would divide them: make it a "
+            f"multiple of {group}"
+        )

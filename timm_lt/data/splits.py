@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import as_rgb, check_random_access
 from timm_lt.data.holdout import hold_out
 from timm_lt.data.identity import image_keys
-from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor
+from timm_lt.data.images import ImageTensors, decode_images, label_names, label_tensor, relabelled
 from timm_lt.data.pixels import WHITE
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
@@ -52,6 +53,7 @@ class Splits:
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         protocol: SelectionProtocol = "standard",
+        root: str | Path | None = None,
     ) -> "Splits":
         """Checks three data sets and counts their classes.
 
@@ -64,6 +66,8 @@ class Splits:
             test_fraction: The part for the test, of each class, in (0, 1).
             protocol: With ``"paper"``, validation is the test split, whatever else there is, and
                 nothing is held out.
+            root: Folder of the image files, if it is known: which ones are held out depends on
+                their paths below it.
 
         Raises:
             UsageError: If a split is a stream or empty, none is for training, a class has too few
@@ -81,7 +85,7 @@ class Splits:
         elif len(datasets.get("train", ())) and protocol == "standard":
             val_source = "val" if "val" in datasets else "train"
             with problems.collected("train split: "):
-                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction})
+                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction}, root)
         labels: dict[str, Tensor] = {}
         for split in get_args(Split):
             if split not in datasets and problems.found:
@@ -115,6 +119,25 @@ class Splits:
     def num_classes(self) -> int:
         """Number of classes C."""
         return len(self.class_counts)
+
+    def in_order(self, names: list[str]) -> "Splits":
+        """Returns the same images with the classes in another order.
+
+        Args:
+            names: The class names in that order, (C,).
+        """
+        if names == self.label_names:
+            return self
+        assert self.label_names is not None
+        place = {name: label for label, name in enumerate(names)}
+        places = torch.tensor([place[name] for name in self.label_names])
+        labels = {split: places[values] for split, values in self.labels.items()}
+        datasets = {
+            split: relabelled(self.datasets[split], values.numpy(), names)
+            for split, values in labels.items()
+        }
+        counts = self.class_counts[places.argsort()]
+        return Splits(datasets, labels, counts, names, self.val_source)
 
     @property
     def background(self) -> str:
@@ -171,7 +194,7 @@ class Splits:
 
 
 def _held_out(
-    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float]
+    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float], root: str | Path | None
 ) -> dict[str, Dataset]:
     """Returns the splits with those that are missing, each taken out of what is left of train."""
     found, names = dict(datasets), label_names(datasets["train"])
@@ -184,7 +207,7 @@ def _held_out(
         train, held = hold_out(
             label_tensor(whole),
             fraction,
-            keys=image_keys(whole),
+            keys=image_keys(whole, root),
             purpose="test" if split == "test" else "validation",
             names=names,
         )
@@ -252,4 +275,4 @@ def create_splits(
     """
     check_protocol(name, protocol)
     datasets = find_splits(name, root=root, **options)
-    return Splits.from_datasets(datasets, val_fraction=val_fraction, protocol=protocol)
+    return Splits.from_datasets(datasets, val_fraction=val_fraction, protocol=protocol, root=root)

@@ -2,3 +2,4 @@
 
 from timm_lt.features.extract import extract_features as extract_features
 from timm_lt.features.values import Features as Features
+from timm_lt.features.values import check_features as check_features

@@ -25,7 +25,7 @@ from timm_lt.console import log
 from timm_lt.features.mapped import NAMES, content, map_file
 from timm_lt.features.order import check_shown
 from timm_lt.features.values import Features, check_views
-from timm_lt.files import read_json, write_atomic
+from timm_lt.files import flush_folder, read_json, write_atomic
 from timm_lt.registry import UsageError
 
 # Layout of all files: another number, and they are made anew.
@@ -190,7 +190,7 @@ class Writer:
             os.fsync(self._values.fileno())
             self.close()
             self._names[0].replace(self.file.path)
-            _sync_folder(self.file.folder)
+            flush_folder(self.file.folder)
             self._discard()
 
     def _checked_targets(self, expected: int | None) -> NDArray[np.int64]:
@@ -283,12 +283,3 @@ class Writer:
             first += length
         text = json.dumps(header).encode()
         return struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

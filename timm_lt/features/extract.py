@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from timm_lt.accelerator import torch_defaults, unwrapped
 from timm_lt.console import log
 from timm_lt.data.fingerprint import digest
-from timm_lt.data.reading import UNREADABLE, loaded
+from timm_lt.data.pairs import images_and_labels
+from timm_lt.data.reading import UNREADABLE, is_worker_death, loaded
 from timm_lt.features.backbone import ComputeDtype, backbone, chosen_classifier
 from timm_lt.features.cache import LAYOUT, NO_IMAGES, FeatureFile, Journal, Writer
 from timm_lt.features.fingerprint import backbone_fingerprint, samples_fingerprint
@@ -26,15 +30,18 @@ from timm_lt.features.order import (
     without_first,
 )
 from timm_lt.features.values import Features, check_finite
+from timm_lt.heads import find_classifiers
 from timm_lt.longtail import check_labels
 from timm_lt.registry import UsageError, check_integer, check_literals
 
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 NO_BATCHES = "the loader has no batches, so there are no features to extract"
 AGAIN = "extract the features again (with cache_dir=, it goes on behind what is whole)"
+CHANNELS = (1, 3, 4)
 T = TypeVar("T")
 
 
+@torch_defaults()
 def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
@@ -50,7 +57,7 @@ def extract_features(
     """Runs the backbone once over a data set and keeps the input of the classifier.
 
     The model runs in evaluation mode without gradients; afterwards it is as it came, each module in
-    its mode.
+    its mode. Random states of the process are restored, too.
 
     With ``cache_dir`` the features are written to a safetensors file as they come and read from it
     as a mapped file: the memory holds a batch of them, however many there are. The file's name is a
@@ -62,9 +69,12 @@ def extract_features(
     extracts, the other waits.
 
     Args:
-        model: A timm model with a classifier.
-        loader: Yields (images (B, 3, H, W), targets (B,)), in a fixed order. Images with target -1,
-            which could not be read, are left out.
+        model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
+            DataParallel or torch.compile.
+        loader: Yields images (B, 3, H, W), floating point and normalized, and targets (B,), in a
+            fixed order: as a tuple or list that may have more parts behind them, or as a mapping
+            with keys such as ``"image"`` and ``"label"``; as tensors, NumPy arrays or lists. Images
+            with target -1, which could not be read, are left out.
         classifier: Path of the classifier whose input is taken, for a model with several (as
             ``head_dist`` of a distilled one); None takes the only one.
         accelerator: If the loader is prepared by one, features are gathered from all processes and
@@ -90,7 +100,9 @@ def extract_features(
 
     Raises:
         UsageError: If the loader is empty, shows another number of images than it has, or is not
-            prepared where there are several processes; the model does not call its classifier,
+            prepared where there are several processes; a batch has no labels, or has images or
+            labels of another shape or type; the model fails on the images, does not call its
+            classifier,
             calls it for more than one vector an image, or has several; or a feature is not finite,
             or too large for ``dtype``. With ``cache_dir``, also if the loader
             draws its images; its samples, their order or its ``collate_fn`` are not known and there
@@ -99,7 +111,13 @@ def extract_features(
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)
     check_integer("views", views, minimum=1)
+    if isinstance(loader, Dataset | datasets.Dataset | Tensor) or not hasattr(loader, "__iter__"):
+        raise UsageError(
+            f"{type(loader).__name__} is not a loader, which yields batches of images and labels: "
+            "make one of a data set with timm_lt.create_loader"
+        )
     _check_processes(accelerator, loader)
+    model = unwrapped(model)
     name = chosen_classifier(model, classifier)
     job = _Pass(model, name, loader, accelerator, getattr(torch, dtype), compute_dtype, views)
     features = _in_memory(job) if cache_dir is None else _cached(job, Path(cache_dir), key)
@@ -154,22 +172,48 @@ class _Pass:
                 if hasattr(self.loader, "set_epoch") and (in_order or self.views > 1):
                     self.loader.set_epoch(number)
                 with without_first(self.loader, skipped if number == view else 0) as rest:
-                    for images, labels in loaded(rest, again=AGAIN, fewer="fewer workers"):
+                    batches = loaded(rest, again=AGAIN, fewer="fewer workers")
+                    for place, batch in enumerate(batches, skipped if number == view else 0):
+                        images, labels = images_and_labels(batch, f"batch {place} of the loader")
                         values, targets = self._gathered(features, images, labels)
                         shown = len(targets)
                         values, targets = _kept(values, targets, self.dtype, row)
                         row += len(values)
                         yield values, targets, number, shown
 
+    @property
+    def num_features(self) -> int:
+        """Width of the classifier's input."""
+        return int(find_classifiers(self.model)[self.classifier].weight.shape[1])
+
     def _gathered(
         self, features: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
-            values = features(images)
+            if len(images) == 0 and self.accelerator is None:
+                # Not every model takes an empty batch.
+                return torch.empty(0, self.num_features), torch.empty(0, dtype=torch.int64)
+            try:
+                values = features(images)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                if (explained := _wrong_size(error, self.model, images)) is None:
+                    raise
+                raise explained from error
             batch = (values, labels.to(values.device))
             if self.accelerator is not None:
                 batch = self.accelerator.gather_for_metrics(batch)
             return batch[0].float().cpu(), batch[1].cpu()
+
+
+def _wrong_size(error: Exception, model: nn.Module, images: Tensor) -> UsageError | None:
+    """Returns what to say if a model fails on images; None if they are not the cause."""
+    if isinstance(error, UsageError | torch.OutOfMemoryError) or is_worker_death(error):
+        return None
+    shape = tuple(images.shape)
+    last = shape[1] not in CHANNELS and shape[3] in CHANNELS
+    hint = ", with the channels last: pass images.permute(0, 3, 1, 2)" if last else ""
+    reason = str(error).strip().partition("\n")[0]
+    return UsageError(f"{type(model).__name__} fails on images of shape {shape}{hint} ({reason})")
 
 
 def _kept(values: Tensor, targets: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from warnings import catch_warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,10 @@ class Features:
     They may lie in a mapped file and be larger than the memory: values are read block by block.
 
     Args:
-        values: (N, D), floating point. With K views (K N, D), view by view: row ``v N + i`` is view
-            v of image i.
-        targets: Labels, one a row, of any integer type; kept as int64.
+        values: (N, D), floating point: a tensor, or an array, which is not copied. With K views
+            (K N, D), view by view: row ``v N + i`` is view v of image i.
+        targets: Labels, one a row, of any integer type, also as an array or a list; kept as int64
+            on the CPU, wherever the values are.
         views: Augmented views of each image, K >= 1.
 
     Raises:
@@ -41,6 +44,9 @@ class Features:
     views: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", _as_tensor(self.values))
+        if not isinstance(self.targets, Tensor):
+            object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         if self.values.ndim != 2 or not self.values.is_floating_point():
             raise UsageError(
                 f"feature values must be a floating-point (N, D) matrix, got {self.values.dtype} "
@@ -51,8 +57,7 @@ class Features:
                 f"{len(self.values)} feature rows need as many targets, got targets of shape "
                 f"{tuple(self.targets.shape)}"
             )
-        check_labels(self.targets, noun="targets")
-        object.__setattr__(self, "targets", self.targets.long())
+        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         check_views(self.targets, self.views)
         self.__dict__["feature_mean"] = _checked_mean(self.values)
 
@@ -90,6 +95,33 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def _as_tensor(values: object) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        # Torch warns of an array that is read-only, such as a mapped file: nothing is written.
+        with catch_warnings(action="ignore", category=UserWarning):
+            return torch.from_numpy(np.asarray(values))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            "feature values must be a floating-point (N, D) matrix, got a "
+            f"{type(values).__name__}: {error}"
+        ) from error
+
+
+def check_features(features: object, noun: str) -> None:
+    """Checks that an argument is :class:`Features`.
+
+    Raises:
+        UsageError: If it is not; says how to make it.
+    """
+    if not isinstance(features, Features):
+        raise UsageError(
+            f"{noun} must be timm_lt.Features, got a {type(features).__name__}: pass "
+            "timm_lt.Features(values, targets), or what timm_lt.extract_features returns"
+        )
 
 
 def check_views(targets: Tensor, views: int) -> None:

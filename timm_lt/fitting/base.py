@@ -1,7 +1,7 @@
 """The factory of fitted heads: one fit per head, registered under the head's name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -39,12 +39,15 @@ F = TypeVar("F", bound=Callable[..., Head])
 FITS: Registry[Callable[..., Head]] = Registry("fit of head")
 FIT_CHECKS: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {}
 CLASSES_CHECKS: dict[str, ClassesCheck] = {}
+# By head, what returns the options that the data decide where they are not given.
+FIT_COMPLETIONS: dict[str, Callable[[FitData, dict[str, Any]], dict[str, Any]]] = {}
 
 
 def register_fit(
     name: str,
     *checks: Callable[[dict[str, Any]], None],
     check_classes: ClassesCheck | None = None,
+    complete: Callable[[FitData, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[F], F]:
     """Returns a decorator that registers a fit under the name of its head.
 
@@ -52,6 +55,8 @@ def register_fit(
         name: Name of the head.
         *checks: Called with the options before anything is fitted; raise UsageError.
         check_classes: Called by :func:`check_fit_classes`, for what depends on the class counts.
+        complete: Called with the data and the options before these are checked; returns the options
+            with those that depend on the data.
     """
     HEADS[name]
     add = FITS.register(name)
@@ -61,6 +66,8 @@ def register_fit(
         FIT_CHECKS[name] = checks
         if check_classes is not None:
             CLASSES_CHECKS[name] = check_classes
+        if complete is not None:
+            FIT_COMPLETIONS[name] = complete
         return fit
 
     return decorate
@@ -97,6 +104,18 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     check_literals(f"head {name!r}", FITS[name], options)
     for check in FIT_CHECKS.get(name, ()):
         check(options)
+
+
+def complete_fit_options(name: str, data: FitData, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a fit with those that the data decide, after checking all of them.
+
+    Raises:
+        UsageError: As :func:`check_fit_options`.
+    """
+    complete = FIT_COMPLETIONS.get(name)
+    completed = dict(options) if complete is None else complete(data, dict(options))
+    check_fit_options(name, completed)
+    return completed
 
 
 def check_fit_classes(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.features import Features
+from timm_lt.features import Features, check_features
 from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
 from timm_lt.fitting.steps import objective_steps, on_common_edges
 from timm_lt.heads import (
@@ -19,7 +19,7 @@ from timm_lt.heads import (
     log_prior,
     nonzero_norm,
 )
-from timm_lt.longtail import ShotRule, check_labels, shot_groups
+from timm_lt.longtail import ClassCounts, ShotRule, check_class_counts, check_labels, shot_groups
 from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_choice
 
@@ -125,7 +125,7 @@ def tau_curve(
     features: Features,
     *,
     adjust: Adjustment = "norm",
-    class_counts: Tensor | None = None,
+    class_counts: ClassCounts | None = None,
     group: Literal["many_shot", "medium_shot", "few_shot"] | None = None,
     rule: ShotRule = "fb",
 ) -> AccuracyCurve:
@@ -161,12 +161,11 @@ def tau_curve(
     check_fits(features, "features", num_classes, classifier)
     if class_counts is None and (adjust == "prior" or group is not None):
         raise UsageError("tau_curve needs class_counts= for adjust='prior' and for group=")
-    if class_counts is not None and len(class_counts) != num_classes:
-        raise UsageError(
-            f"class_counts has {len(class_counts)} classes, the classifier {num_classes}"
-        )
+    counts = None if class_counts is None else check_class_counts(class_counts, num_classes)
+    if counts is not None and len(counts) != num_classes:
+        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     targets = features.targets.cpu()
-    shots = {} if class_counts is None else shot_groups(class_counts, rule)
+    shots = {} if counts is None else shot_groups(counts, rule)
     members = {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
     rows = None
     if group is not None:
@@ -179,8 +178,8 @@ def tau_curve(
     if adjust == "norm":
         bias, slopes = None, nonzero_norm(weight).flatten().double().log()
     else:
-        assert class_counts is not None
-        slopes = log_prior(class_counts, num_classes).double()
+        assert counts is not None
+        slopes = log_prior(counts, num_classes).double()
     blocks = logit_blocks(features.values, weight, bias, rows)
     find = IntervalFinder(slopes, logarithmic=adjust == "norm", dtype=weight.dtype)
     low, high = winning_intervals(blocks, targets, find)
@@ -222,8 +221,9 @@ def check_fits(
     """Checks features against the number of classes and the classifier that will take them.
 
     Raises:
-        UsageError: If a target is out of range, or the widths differ.
+        UsageError: If they are not ``Features``, a target is out of range, or the widths differ.
     """
+    check_features(features, noun)
     check_labels(features.targets, num_classes, noun=f"targets of {noun}")
     if classifier is not None and classifier.in_features != features.num_features:
         raise UsageError(

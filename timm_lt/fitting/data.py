@@ -6,9 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_lt.features import Features
+from timm_lt.features import Features, check_features
 from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.longtail import ShotRule, check_class_counts, check_no_empty_class, class_counts
+from timm_lt.longtail import (
+    ClassCounts,
+    ShotRule,
+    check_class_counts,
+    check_no_empty_class,
+    class_counts,
+)
 from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_integer
 
@@ -70,7 +76,7 @@ class FitData:
 def check_fit_data(
     features: Features,
     classifier: nn.Linear | None,
-    counts: Tensor | None,
+    counts: ClassCounts | None,
     val: Features | None,
     *,
     seed: int,
@@ -79,15 +85,19 @@ def check_fit_data(
 ) -> FitData:
     """Checks what is passed to a fit; see :func:`~timm_lt.fitting.fit_head` for the arguments."""
     check_integer("seed", seed, minimum=0)
+    check_features(features, "features")
     if classifier is not None:
         classifier = _joint_copy(classifier)
         num_classes = classifier.out_features
     else:
+        counts = None if counts is None else check_class_counts(counts)
         num_classes = int(features.targets.max()) + 1 if counts is None else len(counts)
     check_fits(features, "features", num_classes, classifier)
     of_features = class_counts(features.targets, num_classes)
     check_no_empty_class(of_features)
-    counts = of_features // features.views if counts is None else check_class_counts(counts)
+    counts = (
+        of_features // features.views if counts is None else check_class_counts(counts, num_classes)
+    )
     if len(counts) != num_classes:
         raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     check_no_empty_class(counts)

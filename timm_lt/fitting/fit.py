@@ -7,14 +7,15 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from timm_lt.accelerator import torch_defaults
 from timm_lt.console import log
 from timm_lt.features import Features
-from timm_lt.fitting.base import FITS, check_fit_options
+from timm_lt.fitting.base import FITS, complete_fit_options
 from timm_lt.fitting.comparison import compare_heads
 from timm_lt.fitting.data import FitData, check_fit_data
 from timm_lt.fitting.selection import predictions
-from timm_lt.heads import Head, as_joint
-from timm_lt.longtail import ShotRule
+from timm_lt.heads import HEADS, Head, as_joint
+from timm_lt.longtail import ClassCounts, ShotRule
 from timm_lt.metrics import Objective
 from timm_lt.registry import UsageError, check_choice, check_options
 
@@ -23,13 +24,14 @@ DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
 HEADS_WITHOUT_CLASSIFIER = ("crt", "ncm")
 
 
+@torch_defaults()
 def fit_head(
     name: str,
     features: Features,
     /,
     *,
     classifier: nn.Module | None = None,
-    class_counts: Tensor | None = None,
+    class_counts: ClassCounts | None = None,
     val: Features | None = None,
     seed: int = 0,
     objective: Objective = "all",
@@ -81,13 +83,16 @@ def fit_head(
     if name == AUTO:
         check_options(f"head {name!r}", _fit_best, options)
     else:
-        check_fit_options(name, options)
+        # A misspelt head, before the data are looked at.
+        HEADS[name]
     joint = None if classifier is None else as_joint(classifier)
     check_choice("objective", objective, get_args(Objective))
     data = check_fit_data(
         features, joint, class_counts, val, seed=seed, objective=objective, rule=rule
     )
-    return _fit_best(data, **options) if name == AUTO else _fit(name, data, options)
+    if name == AUTO:
+        return _fit_best(data, **options)
+    return _fit(name, data, complete_fit_options(name, data, options))
 
 
 def _fit(name: str, data: FitData, options: Mapping[str, Any]) -> Head:
@@ -105,9 +110,10 @@ def _fit_best(
     if heads is None:
         heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
     candidates = _candidates(heads)
-    for name, options in candidates.items():
-        check_fit_options(name, options)
-    fitted = {name: _fit(name, data, options) for name, options in candidates.items()}
+    completed = {
+        name: complete_fit_options(name, data, options) for name, options in candidates.items()
+    }
+    fitted = {name: _fit(name, data, options) for name, options in completed.items()}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
 

@@ -101,7 +101,10 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
         if options.get(key) is not None:
-            raise UsageError(f"{key} of head 'crt' has no effect with solver {solver!r}")
+            raise UsageError(
+                f"{key} of head 'crt' has no effect with solver {solver!r}; remove it, or pass "
+                f"solver={'sgd' if solver == 'lbfgs' else 'lbfgs'!r}"
+            )
     check_length(options)
     if options.get("max_norm") is not None:
         check_number("max_norm of head 'crt'", options["max_norm"], "(0, inf)")
@@ -120,7 +123,7 @@ def _check_crt_options(options: dict[str, Any]) -> None:
             f"{' and '.join(get_args(LBFGSLoss))}"
         )
     try:
-        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2))
+        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2, device="meta"))
     except UsageError as error:
         raise UsageError(f"loss {loss!r} of head 'crt', which is linear: {error}") from error
     if getattr(made, "takes_pairs", False):
@@ -154,7 +157,20 @@ def _check_crt_length(
         ) from error
 
 
-@register_fit("crt", _check_crt_options, check_classes=_check_crt_length)
+def _with_solver(data: FitData, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of crt with the solver that goes by the size of the problem."""
+    if options.get("solver") is not None:
+        return options
+    rows = len(data.features)
+    if options.get("smote") is not None:
+        check_smote(options["smote"])
+        counts = class_counts(data.features.targets, data.num_classes)
+        rows = int(smote_counts(counts, options["smote"]).sum())
+    linear = nn.Linear(data.features.num_features, data.num_classes, device="meta")
+    return {**options, "solver": usual_solver(rows, linear)}
+
+
+@register_fit("crt", _check_crt_options, check_classes=_check_crt_length, complete=_with_solver)
 def fit_crt(
     data: FitData,
     *,
@@ -198,8 +214,6 @@ def fit_crt(
         keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten (sgd).
         smote: Fill up each class with synthetic rows to so many, or to the ``"largest"`` class.
     """
-    if solver is not None:
-        check_choice("solver of head 'crt'", solver, get_args(Solver))
     # With a bias unless the joint classifier, whose place the head takes, has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
     width, num_classes = data.features.num_features, data.num_classes
@@ -207,8 +221,6 @@ def fit_crt(
     features = data.features
     if smote is not None:
         features = add_smote_rows(features, data.num_classes, smote, seed=data.seed)
-    if solver is None:
-        solver = usual_solver(features.num_images * features.views, linear)
     if solver == "lbfgs":
         counts = class_counts(features.targets, num_classes)
         balanced = loss == "balanced_softmax"

@@ -1,5 +1,6 @@
 """Reading features some rows at a time: they may lie in a file that is larger than memory."""
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from torch import Tensor
 ENTRIES, ROWS = 2**22, 64
 # Bytes beyond which a scratch matrix lies in a file.
 MAX_BYTES = 4 * 2**30
+# Bytes of such a file that are written at a time.
+BLOCK_BYTES = 2**24
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
@@ -39,7 +42,15 @@ def scratch_matrix(rows: int, columns: int) -> Tensor:
     """
     if 4 * rows * columns <= MAX_BYTES:
         return torch.empty(rows, columns)
-    with tempfile.NamedTemporaryFile() as file:
+    size = 4 * rows * columns
+    # Without a name: Windows would neither open it twice nor remove it while it is mapped.
+    with tempfile.TemporaryFile() as file:
         # All of it now: a full disk would end the process when a page is written.
-        os.posix_fallocate(file.fileno(), 0, 4 * rows * columns)
-        return torch.from_file(file.name, shared=True, size=rows * columns).view(rows, columns)
+        if hasattr(os, "posix_fallocate"):  # Linux only
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, BLOCK_BYTES):
+                file.write(bytes(min(BLOCK_BYTES, size - start)))
+            file.flush()
+        mapped = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(mapped, dtype=torch.float32).view(rows, columns)

@@ -11,7 +11,6 @@ from timm_lt.heads.attach import find_classifiers as find_classifiers
 from timm_lt.heads.attach import fold_head as fold_head
 from timm_lt.heads.attach import get_head as get_head
 from timm_lt.heads.attach import get_heads as get_heads
-from timm_lt.heads.attach import set_absent_head as set_absent_head
 from timm_lt.heads.attach import set_head as set_head
 from timm_lt.heads.base import Head as Head
 from timm_lt.heads.base import as_linear as as_linear

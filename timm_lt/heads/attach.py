@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from timm_lt.heads.base import Head, as_linear, is_pointwise
-from timm_lt.heads.factory import HEADS, check_head_options
+from timm_lt.heads.factory import HEADS
 from timm_lt.heads.statistics import check_statistics_stay, statistics_of
+from timm_lt.longtail import check_class_counts
 from timm_lt.registry import UsageError
 
 Classifier = nn.Linear | nn.Conv2d
@@ -40,7 +41,7 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
         )
     roots = _as_modules(get_classifier())
     num_classes = getattr(model, "num_classes", None)
-    leaves = {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
+    leaves = _main_classifiers(model)
     if not leaves:
         found = ", ".join(type(root).__name__ for root in roots)
         absent = num_classes == 0 or all(isinstance(root, nn.Identity) for root in roots)
@@ -56,6 +57,13 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
         for path, module in model.named_modules()
         if id(module) in leaves or (path in names and is_classifier(module))
     }
+
+
+def _main_classifiers(model: Any) -> set[int]:  # noqa: ANN401
+    """Returns the ids of the classifiers that a model's ``get_classifier`` gives."""
+    num_classes = getattr(model, "num_classes", None)
+    roots = _as_modules(model.get_classifier())
+    return {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
 
 
 def is_classifier(module: object) -> bool:
@@ -156,6 +164,10 @@ def put_heads(model: nn.Module, heads: Mapping[str, Classifier]) -> None:
     """
     for path, head in heads.items():
         model.set_submodule(path, head)
+    main = _main_classifiers(model)
+    for head in heads.values():
+        if isinstance(head, Head):
+            head.auxiliary = id(head) not in main
     kept = {path: head for path, head in heads.items() if isinstance(head, Head)}
     remember_heads(model, {path: (head.kind, head.options()) for path, head in kept.items()})
 
@@ -224,6 +236,12 @@ def set_head(
     TauNormHead(in_features=96, out_features=3, bias=True, tau=0.7, keep_bias=False)
     """
     present = find_classifiers(model)
+    if options.get("class_counts") is not None:
+        # Names of the classes are known of some models.
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        num_classes = as_linear(next(iter(present.values()))).out_features
+        names = names if names and len(names) == num_classes else None
+        options["class_counts"] = check_class_counts(options["class_counts"], num_classes, names)
     if isinstance(head, str):
         cls = HEADS[head]
         for old in present.values():
@@ -275,25 +293,27 @@ def _in_place_of(old: Classifier, new: Classifier) -> Classifier:
         plain = HEADS["linear"].from_classifier(new)
         plain.spatial = spatial
         new = plain.fold()
+    if new.bias is None and old.bias is not None:
+        # The key must be there, for timm loads strictly.
+        learned = new.weight.requires_grad and getattr(new, "uses_bias", True)
+        zeros = new.weight.new_zeros(len(new.weight))
+        new.register_parameter("bias", nn.Parameter(zeros, learned))
+    elif new.bias is not None and old.bias is None and not _needs_bias(new):
+        new.register_parameter("bias", None)
     return new.to(old.weight.device, old.weight.dtype).train(old.training)
 
 
-def set_absent_head(model: nn.Module, head: str, **options: Any) -> nn.Module:
-    """Makes a model without a classifier get a head when ``reset_classifier`` gives it one.
-
-    Raises:
-        UsageError: For an unknown head or option.
-    """
-    options = check_head_options(head, options)
-    if hasattr(model, "reset_classifier"):
-        remember_heads(model, {"": (head, options)})
-    return model
+def _needs_bias(classifier: Classifier) -> bool:
+    """Returns whether the logits change without the bias."""
+    used = not isinstance(classifier, Head) or classifier.uses_bias
+    return used and bool(classifier.bias is not None and classifier.bias.any())
 
 
 def fold_head(model: nn.Module) -> nn.Module:
     """Replaces the model's heads by plain classifiers with the same predictions, in place.
 
-    Each becomes what stood there before it: an ``nn.Linear``, or a 1×1 convolution.
+    Each becomes what stood there before it: an ``nn.Linear`` or a 1×1 convolution, with a bias of
+    zeros where the head has none. The state dict loads strictly into timm's own model.
 
     Returns:
         The same model; its ``reset_classifier`` is timm's own again.
@@ -305,7 +325,7 @@ def fold_head(model: nn.Module) -> nn.Module:
     >>> import timm
     >>> model = set_head(timm.create_model("test_resnet", num_classes=3), "tau_norm")
     >>> fold_head(model).get_classifier()
-    Linear(in_features=96, out_features=3, bias=False)
+    Linear(in_features=96, out_features=3, bias=True)
     """
     heads = find_classifiers(model)
     put_heads(

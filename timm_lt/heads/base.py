@@ -68,6 +68,8 @@ class Head(nn.Linear):
         spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
             features are (N, D, H, W), logits (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the
             state dict, as timm has it there.
+        auxiliary: The model adds the logits to those of its main classifier, as VOLO does: what is
+            to be added to their sum once, such as logit adjustment, is left to that one.
         backbone_statistics: Batch-norm statistics that belong to the head, by key of the model's
             state dict: those of a classifier that was trained while the backbone's statistics moved
             on. :func:`timm_lt.set_head` copies them into the model. None for most heads.
@@ -97,6 +99,7 @@ class Head(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.spatial = False
+        self.auxiliary = False
         self.backbone_statistics: dict[str, Tensor] | None = None
         # How the options were chosen, e.g. {"tau": 0.8, "objective": "all", "split": "val"}.
         self.selection: dict[str, Any] = {}
@@ -126,14 +129,16 @@ class Head(nn.Linear):
         spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
         classifier = as_linear(classifier)
         weight = classifier.weight
-        head = cls(
-            classifier.in_features,
-            classifier.out_features,
-            classifier.bias is not None,
-            weight.device,
-            weight.dtype,
-            **options,
-        )
+        # The weights that are drawn first are replaced: the global generators stay as they are.
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            head = cls(
+                classifier.in_features,
+                classifier.out_features,
+                classifier.bias is not None,
+                weight.device,
+                weight.dtype,
+                **options,
+            )
         with torch.no_grad():
             head.weight.copy_(weight)
             if classifier.bias is not None:
@@ -164,7 +169,9 @@ class Head(nn.Linear):
         """Returns a plain ``nn.Linear`` with the same argmax for every feature vector.
 
         The logits are the same too, up to rounding, unless the head normalises its input. A
-        ``spatial`` head gives the 1×1 convolution whose place it has taken.
+        ``spatial`` head gives the 1×1 convolution whose place it has taken. It has a bias wherever
+        that classifier had one, of zeros if the head has none, so that its state dict has the keys
+        that plain timm expects.
 
         Raises:
             UsageError: If the head is not linear in the features, even up to a positive factor.
@@ -172,12 +179,15 @@ class Head(nn.Linear):
         self.check_fitted()
         weight, bias = (None if t is None else t.detach() for t in self._folded())
         assert weight is not None
-        size = (self.in_features, self.out_features)
-        plain: nn.Linear | nn.Conv2d
-        if self.spatial:
-            plain = nn.Conv2d(*size, 1, bias=bias is not None).to(weight)
-        else:
-            plain = nn.Linear(*size, bias=bias is not None).to(weight)
+        if bias is None and self.bias is not None:
+            bias = torch.zeros_like(self.bias, dtype=weight.dtype)
+        kind, size = (nn.Conv2d, (1,)) if self.spatial else (nn.Linear, ())
+        plain: nn.Linear | nn.Conv2d = nn.utils.skip_init(
+            *(kind, self.in_features, self.out_features, *size),
+            bias=bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         with torch.no_grad():
             plain.weight.copy_(weight.view_as(plain.weight))
             if bias is not None and plain.bias is not None:

@@ -1,7 +1,6 @@
 """Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import register_head
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.registry import UsageError, check_number
 
 
@@ -33,6 +33,9 @@ class CRTHead(Head):
 class LogitAdjustedHead(Head):
     """Post-hoc logit adjustment: ``w_c·x + b_c − tau · log prior_c``.
 
+    Of a model with several classifiers, each is adjusted where the model averages them, and only
+    the main one where it adds an auxiliary one: the model's logits are adjusted once.
+
     Args:
         *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength, >= 0; 0 is the joint classifier, 1 removes the training prior.
@@ -51,7 +54,7 @@ class LogitAdjustedHead(Head):
         self,
         *size: Any,
         tau: float = 1.0,
-        class_counts: Tensor | Sequence[int] | None = None,
+        class_counts: ClassCounts | None = None,
     ) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
@@ -65,6 +68,8 @@ class LogitAdjustedHead(Head):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight (C, D) and the adjusted bias (C,)."""
+        if self.auxiliary:
+            return self.weight, self.bias
         shift = -self.tau * self.log_prior
         return self.weight, shift if self.bias is None else self.bias + shift
 
@@ -75,7 +80,7 @@ class LogitAdjustedHead(Head):
         )
 
 
-def log_prior(class_counts: Tensor | Sequence[int], num_classes: int) -> Tensor:
+def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
     """Returns the logarithm of each class's share of the training images, (C,) float32.
 
     Raises:
@@ -84,12 +89,12 @@ def log_prior(class_counts: Tensor | Sequence[int], num_classes: int) -> Tensor:
     >>> log_prior([3, 1], 2).exp()
     tensor([0.7500, 0.2500])
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64).detach().cpu()
+    counts = check_class_counts(class_counts, num_classes).double()
     if counts.shape != (num_classes,):
         raise UsageError(
             f"class_counts has shape {tuple(counts.shape)}, the classifier needs ({num_classes},)"
         )
-    empty = torch.nonzero(~(counts >= 1)).flatten().tolist()
+    empty = torch.nonzero(counts < 1).flatten().tolist()
     if empty:
         raise UsageError(
             f"class_counts must be >= 1 for every class; class {empty[0]} has {counts[empty[0]]:g}"

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.longtail import Labels, check_class_counts
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.registry import UsageError, check_choice
 
 Reduction = Literal["mean", "sum", "none"]
@@ -43,7 +43,7 @@ class ClassLoss(nn.Module):
     takes_pairs = False
 
     def __init__(
-        self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"
+        self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, get_args(Reduction))

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
-from timm_lt.registry import UsageError, check_choice, check_mapping
+from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping
 
 Adaptor = Literal[
     "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
@@ -47,9 +47,11 @@ class BilateralLoss(ClassLoss):
         loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
         loss_options: Its options.
         adaptor: How α moves with the share ``s = t / T_div``: ``1 - s^2``, ``1 - s``,
-            ``cos(π s / 2)``, ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch, from
-            torch's global random state. The paper's table 4 compares them.
+            ``cos(π s / 2)``, ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch. The
+            paper's table 4 compares them.
         divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"``.
+        seed: Seed of ``"beta"``, a non-negative integer: α is a function of it, the epoch and the
+            number of the batch in the epoch.
         reduction: Over the pairs; ``"none"`` gives one loss per pair.
 
     Shape:
@@ -75,12 +77,13 @@ class BilateralLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         loss: str = "cross_entropy",
         loss_options: Mapping[str, Any] | None = None,
         adaptor: Adaptor = "parabolic_decay",
         divisor: Divisor = "epochs",
+        seed: int = 0,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(class_counts, reduction=reduction)
@@ -102,11 +105,13 @@ class BilateralLoss(ClassLoss):
             raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
         self._check_linear(loss)
         self.adaptor, self.divisor = adaptor, divisor
+        self.seed = check_integer("seed", seed, minimum=0)
         self._share = 0.0
+        self._epoch, self._batches = 0, 0
 
     def _check_linear(self, name: str) -> None:
         try:
-            self.check_classifier(nn.Linear(1, 2))
+            self.check_classifier(nn.Linear(1, 2, device="meta"))
         except UsageError as error:
             raise UsageError(
                 f"loss bilateral mixes the logits of linear classifiers, and {name} takes others: "
@@ -115,15 +120,17 @@ class BilateralLoss(ClassLoss):
 
     @property
     def alpha(self) -> float:
-        """The weight of the conventional branch, in [0, 1]; with ``beta``, another each time."""
+        """Weight of the conventional branch, in [0, 1]; with ``"beta"``, in the latest batch."""
         if self.adaptor == "beta":
-            return float(torch.distributions.Beta(BETA, BETA).sample())
+            key = [self.seed, self._epoch, max(self._batches, 1)]
+            return float(np.random.default_rng(key).beta(BETA, BETA))
         return ADAPTORS[self.adaptor](self._share)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Moves α to where it is in an epoch, 0-based."""
         divisor = DIVISORS.get(epochs, epochs) if self.divisor == "code" else epochs
         self._share = epoch / divisor
+        self._epoch, self._batches = epoch, 0
         if hasattr(self.loss, "set_epoch"):
             self.loss.set_epoch(epoch, epochs)
 
@@ -140,6 +147,7 @@ class BilateralLoss(ClassLoss):
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
+        self._batches += 1
         alpha = self.alpha
         mixed = alpha * logits[0::2] + (1 - alpha) * logits[1::2]
         conventional, rebalancing = self.loss(mixed, targets[0::2]), self.loss(mixed, targets[1::2])

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.registry import check_number
@@ -28,7 +28,7 @@ class CrossEntropyLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         smoothing: float = 0.0,
         reduction: Reduction = "mean",

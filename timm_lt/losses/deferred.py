@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, nn
 
 from timm_lt.deferral import check_start, first_epoch
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
 from timm_lt.losses.weights import (
@@ -53,7 +53,7 @@ class DeferredReweightingLoss(WeightedLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         loss: str = "cross_entropy",
         loss_options: Mapping[str, Any] | None = None,
@@ -119,7 +119,7 @@ class DeferredReweightingLoss(WeightedLoss):
 
 
 def _class_weights(
-    counts: Labels, weights: str, beta: float | None, exponent: float | None
+    counts: Tensor, weights: str, beta: float | None, exponent: float | None
 ) -> Tensor:
     check_choice("weights", weights, get_args(Weights))
     if weights == "effective_number":

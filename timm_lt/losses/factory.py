@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.registry import Registry, UsageError
 
 LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
@@ -31,7 +31,7 @@ def list_losses() -> list[str]:
     return list(LOSSES)
 
 
-def create_loss(name: str, class_counts: Labels | None = None, **options: Any) -> nn.Module:
+def create_loss(name: str, class_counts: ClassCounts | None = None, **options: Any) -> nn.Module:
     """Creates a loss by name: a module that takes logits (N, C) and targets (N,).
 
     >>> import torch

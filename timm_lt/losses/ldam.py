@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels, check_class_counts, check_no_empty_class
+from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.terms import log_complement
@@ -49,7 +49,7 @@ class LDAMLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,

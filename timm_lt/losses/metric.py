@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
@@ -25,7 +25,9 @@ class _MetricLoss(ClassLoss):
 
     needs_features = True
 
-    def __init__(self, class_counts: Labels | None, *, weight: float, reduction: Reduction) -> None:
+    def __init__(
+        self, class_counts: ClassCounts | None, *, weight: float, reduction: Reduction
+    ) -> None:
         super().__init__(class_counts, reduction=reduction)
         self.weight = check_number("weight", weight, "[0, inf)")
 
@@ -87,7 +89,7 @@ class RangeLoss(_MetricLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         weight: float = 0.0001,
         k: int = 2,
@@ -206,7 +208,7 @@ class LiftedStructureLoss(_MetricLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         weight: float = 0.003,
         neg_margin: float = 1.0,

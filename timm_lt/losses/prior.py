@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels, check_class_counts, check_no_empty_class
+from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.registry import UsageError, check_number
@@ -16,7 +16,7 @@ class _PriorLoss(ClassLoss):
     takes_soft_targets = True
     adjustment: Tensor
 
-    def __init__(self, class_counts: Labels | None, tau: float, reduction: Reduction) -> None:
+    def __init__(self, class_counts: ClassCounts | None, tau: float, reduction: Reduction) -> None:
         super().__init__(class_counts, reduction=reduction)
         if class_counts is None:
             raise UsageError(f"{type(self).__name__} needs class_counts")
@@ -47,7 +47,7 @@ class BalancedSoftmaxLoss(_PriorLoss):
     """
 
     def __init__(
-        self, class_counts: Labels | None = None, *, reduction: Reduction = "mean"
+        self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
     ) -> None:
         super().__init__(class_counts, tau=1.0, reduction=reduction)
 
@@ -70,7 +70,7 @@ class LogitAdjustmentLoss(_PriorLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         tau: float = 1.0,
         reduction: Reduction = "mean",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels, check_class_counts, check_no_empty_class
+from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.weights import given_counts
@@ -41,7 +41,7 @@ class SeesawLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         mitigation: float = 0.8,
         compensation: float = 2.0,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels, check_class_counts
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.terms import one_hot
@@ -53,7 +53,7 @@ class LabelAwareSmoothingLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         head: float = 0.3,
         tail: float = 0.0,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.terms import mean_over_labels, sigmoid_focal, softmax_focal
@@ -45,7 +45,7 @@ class InverseFrequencyLoss(WeightedLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         exponent: float = 1.0,
         normalization: Normalization = "batch",
@@ -67,7 +67,7 @@ class _EffectiveNumberLoss(WeightedLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None,
+        class_counts: ClassCounts | None,
         beta: float,
         normalization: Normalization,
         reduction: Reduction,
@@ -113,7 +113,7 @@ class ClassBalancedLoss(_EffectiveNumberLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         beta: float = 0.9999,
         form: Form = "softmax",
@@ -161,7 +161,7 @@ class ClassBalancedFocalLoss(_EffectiveNumberLoss):
 
     def __init__(
         self,
-        class_counts: Labels | None = None,
+        class_counts: ClassCounts | None = None,
         *,
         beta: float = 0.9999,
         gamma: float = 1.0,

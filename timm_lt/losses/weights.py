@@ -5,14 +5,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, distributed
 
-from timm_lt.longtail import Labels, check_class_counts, check_no_empty_class
+from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.registry import UsageError, check_choice, check_number
 
 Normalization = Literal["batch", "weights"]
 
 
-def inverse_frequency_weights(class_counts: Labels, exponent: float = 1.0) -> Tensor:
+def inverse_frequency_weights(class_counts: ClassCounts, exponent: float = 1.0) -> Tensor:
     """Returns ``w_j = n_j^-exponent``, scaled to a mean of 1 over the classes.
 
     >>> inverse_frequency_weights([100, 50, 25])
@@ -28,12 +28,11 @@ def inverse_frequency_weights(class_counts: Labels, exponent: float = 1.0) -> Te
     exponent = check_number("exponent", exponent, "[0, inf)")
     check_no_empty_class(class_counts)
     # In logarithms, for no power is too large.
-    return torch.softmax(-exponent * check_class_counts(class_counts).double().log(), 0) * len(
-        class_counts
-    )
+    counts = check_class_counts(class_counts)
+    return torch.softmax(-exponent * counts.double().log(), 0) * len(counts)
 
 
-def effective_number_weights(class_counts: Labels, beta: float) -> Tensor:
+def effective_number_weights(class_counts: ClassCounts, beta: float) -> Tensor:
     """Returns ``1 / E_j``, ``E_j = (1 - beta^n_j) / (1 - beta)``, scaled to a mean of 1.
 
     At beta = 0 every class has 1; towards 1 they become the inverse frequencies.
@@ -85,7 +84,7 @@ class WeightedLoss(ClassLoss):
 
     def __init__(
         self,
-        class_counts: Labels,
+        class_counts: ClassCounts,
         weights: Tensor,
         *,
         normalization: Normalization,
@@ -129,11 +128,11 @@ class WeightedLoss(ClassLoss):
         return f"normalization={self.normalization!r}, {super().extra_repr()}"
 
 
-def given_counts(loss: object, class_counts: Labels | None) -> Labels:
-    """Returns the class counts of a loss; UsageError if there are none."""
+def given_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
+    """Returns the class counts (C,) of a loss; UsageError if there are none."""
     if class_counts is None:
         raise UsageError(f"{type(loss).__name__} needs class_counts")
-    return class_counts
+    return check_class_counts(class_counts)
 
 
 def _mean_over_processes(total: Tensor) -> Tensor:

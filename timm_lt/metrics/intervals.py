@@ -8,7 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels, ShotRule, check_class_counts, check_labels, shot_groups
+from timm_lt.longtail import (
+    ClassCounts,
+    Labels,
+    ShotRule,
+    check_class_counts,
+    check_labels,
+    shot_groups,
+)
 from timm_lt.metrics.counting import accuracy_figures
 from timm_lt.metrics.shot_report import Objective, ShotReport, objective_field, objective_value
 from timm_lt.metrics.streaming import shot_accuracy
@@ -37,7 +44,7 @@ class PairedDifference(NamedTuple):
 
 def confidence_intervals(
     report: ShotReport,
-    class_counts: Labels,
+    class_counts: ClassCounts,
     *,
     level: float = 0.95,
     samples: int = 1000,
@@ -96,7 +103,7 @@ def paired_difference(
     preds_a: Labels,
     preds_b: Labels,
     targets: Labels,
-    class_counts: Labels,
+    class_counts: ClassCounts,
     *,
     objective: Objective = "all",
     rule: ShotRule = "fb",
@@ -158,9 +165,10 @@ def paired_difference(
     return PairedDifference(a - b, *_percentiles(drawn[field], level))
 
 
-def _groups(class_counts: Labels, rule: ShotRule, num_classes: int) -> Tensor:
+def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int) -> Tensor:
     """Returns the masks of the shot groups as float64, (3, C)."""
-    masks = torch.stack(list(shot_groups(class_counts, rule).values())).double()
+    counts = check_class_counts(class_counts, num_classes)
+    masks = torch.stack(list(shot_groups(counts, rule).values())).double()
     if masks.shape[1] != num_classes:
         raise UsageError(f"class_counts has {masks.shape[1]} classes, the report has {num_classes}")
     return masks

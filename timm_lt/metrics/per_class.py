@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.files import write_atomic, write_json
-from timm_lt.longtail import Labels, check_class_counts, shot_groups
+from timm_lt.longtail import ClassCounts, check_class_counts, shot_groups
 from timm_lt.metrics.shot_report import ShotReport
 from timm_lt.registry import UsageError
 
@@ -23,7 +23,7 @@ FORMULA_STARTS = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")
 
 
 def per_class_table(
-    report: ShotReport, class_counts: Labels, label_names: Sequence[str] | None = None
+    report: ShotReport, class_counts: ClassCounts, label_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Returns one row per class, JSON-ready.
 
@@ -48,7 +48,7 @@ def per_class_table(
             class.
     """
     right, images = report.right_and_images()
-    counts = check_class_counts(class_counts)
+    counts = check_class_counts(class_counts, len(images), label_names)
     if len(counts) != len(images):
         raise UsageError(f"class_counts has {len(counts)} classes, the report has {len(images)}")
     predicted = torch.as_tensor(report.predicted)
@@ -69,7 +69,7 @@ def per_class_table(
 
 def compare_per_class(
     reports: Mapping[str, ShotReport],
-    class_counts: Labels,
+    class_counts: ClassCounts,
     label_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns one row per class with the accuracy of each of several classifiers.

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels, check_class_counts
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.metrics.shot_report import ShotReport
 from timm_lt.registry import UsageError, check_choice, check_number
 
@@ -19,7 +19,7 @@ SHIFTS = (50, 25, 10, 5, 2)
 
 def shifted_accuracy(
     accuracies: ShotReport | Tensor,
-    class_counts: Labels,
+    class_counts: ClassCounts,
     direction: ShiftDirection,
     imbalance_factor: float = 1.0,
 ) -> float:
@@ -75,12 +75,12 @@ def shifted_accuracy(
 
 
 def _in_order(
-    accuracies: ShotReport | Tensor, class_counts: Labels
+    accuracies: ShotReport | Tensor, class_counts: ClassCounts
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Returns the checked per-class accuracies and the classes, most frequent first."""
-    counts = check_class_counts(class_counts).numpy()
     values = accuracies.per_class if isinstance(accuracies, ShotReport) else accuracies
     accuracy = torch.as_tensor(values).detach().double().cpu().numpy()
+    counts = check_class_counts(class_counts, accuracy.size).numpy()
     if accuracy.shape != counts.shape:
         raise UsageError(
             f"per-class accuracies {accuracy.shape} and class_counts {counts.shape} must have one "
@@ -94,7 +94,9 @@ def _in_order(
     return accuracy, np.argsort(-counts, kind="stable")
 
 
-def shifted_accuracies(accuracies: ShotReport | Tensor, class_counts: Labels) -> dict[str, float]:
+def shifted_accuracies(
+    accuracies: ShotReport | Tensor, class_counts: ClassCounts
+) -> dict[str, float]:
     """Returns :func:`shifted_accuracy` for the shifts that the papers' tables have.
 
     >>> list(shifted_accuracies(torch.tensor([0.9, 0.3]), [500, 5]))

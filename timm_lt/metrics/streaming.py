@@ -7,7 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.longtail import Labels, ShotRule, check_labels, shot_groups
+from timm_lt.longtail import (
+    ClassCounts,
+    Labels,
+    ShotRule,
+    check_class_counts,
+    check_labels,
+    shot_groups,
+)
 from timm_lt.metrics.calibration import ECE_BINS, bin_error, describe_bins
 from timm_lt.metrics.counting import (
     CONFIDENCE_UNITS,
@@ -55,7 +62,7 @@ class ShotMetrics:
     # Not a torchmetrics.Metric: importing torchmetrics takes a third of the time of importing
     # timm_lt, and one sum over the processes is all that it would do.
 
-    def __init__(self, class_counts: Labels, rule: ShotRule = "fb") -> None:
+    def __init__(self, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
         groups = shot_groups(class_counts, rule)
         self.rule = rule
         self._group_names = list(groups)
@@ -242,7 +249,7 @@ def _known(value: Tensor) -> float | None:
 
 
 def shot_accuracy(
-    preds: Labels, targets: Labels, class_counts: Labels, rule: ShotRule = "fb"
+    preds: Labels, targets: Labels, class_counts: ClassCounts, rule: ShotRule = "fb"
 ) -> ShotReport:
     """Computes the accuracy over all images, per shot group and per class, and the macro F1.
 
@@ -277,7 +284,7 @@ def shot_accuracy(
 
 
 def evaluate_logits(
-    logits: Tensor, targets: Labels, class_counts: Labels, rule: ShotRule = "fb"
+    logits: Tensor, targets: Labels, class_counts: ClassCounts, rule: ShotRule = "fb"
 ) -> ShotReport:
     """Computes :func:`shot_accuracy` of the largest logits, top-5, and the calibration.
 
@@ -298,6 +305,7 @@ def evaluate_logits(
         UsageError: If the logits are not a floating-point tensor, the shapes do not fit together, a
             logit is not finite (names the row), or a target is not an integer in [0, C).
     """
-    metrics = ShotMetrics(class_counts, rule)
+    num_classes = logits.shape[1] if are_logits(logits) else None
+    metrics = ShotMetrics(check_class_counts(class_counts, num_classes), rule)
     metrics.update_logits(logits, targets)
     return metrics.compute()

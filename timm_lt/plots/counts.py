@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from timm_lt.longtail import ShotRule, describe_shots
+from timm_lt.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
 from timm_lt.plots.common import GROUP_COLORS, mark_groups, write_figure
 
 
-def save_count_plot(path: Path, class_counts: Tensor, rule: ShotRule = "fb") -> None:
+def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
     """Draws the training images of the classes, from the most to the least frequent, as PNG.
 
     Args:
@@ -21,7 +20,7 @@ def save_count_plot(path: Path, class_counts: Tensor, rule: ShotRule = "fb") -> 
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    counts = class_counts.sort(descending=True).values
+    counts = check_class_counts(class_counts).sort(descending=True).values
     edges = torch.arange(len(counts) + 1) + 0.5
     axes.stairs(counts, edges, fill=True, color="C0", alpha=0.8)
     # The floor shows a class of one image; there is no logarithm of none.
@@ -33,9 +32,9 @@ def save_count_plot(path: Path, class_counts: Tensor, rule: ShotRule = "fb") -> 
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    mark_groups(axes, class_counts, rule)
+    mark_groups(axes, counts, rule)
     end = 0.5
-    for shade, shot in zip(GROUP_COLORS, describe_shots(class_counts, rule).values(), strict=True):
+    for shade, shot in zip(GROUP_COLORS, describe_shots(counts, rule).values(), strict=True):
         start, end = end, end + int(shot["classes"])
         axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
     write_figure(path, figure)

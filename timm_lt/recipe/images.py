@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import get_args
 
-import timm.data
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -14,6 +13,7 @@ from timm_lt.data import Splits, create_augmentation, list_augmentations
 from timm_lt.data.images import Images
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.sources import Split
+from timm_lt.preprocessing import FIELDS, image_config
 from timm_lt.recipe.schema import Recipe
 from timm_lt.registry import Problems, UsageError, check_choice, check_integer
 
@@ -33,14 +33,14 @@ def create_images(
 ) -> dict[Split, Images]:
     """Returns the images of every split as the model takes them; only train is augmented."""
     data = recipe.data
-    config = timm.data.resolve_data_config(model=model)
+    config = image_config(model)
     size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
     images: dict[Split, Images] = {}
     if data.augmentation == TIMM:
         # As many for each process that trains as there are cores for it.
         number = torch.get_num_threads() if workers is None else workers
         check_integer("workers", number, minimum=0, maximum=64 * available_cores())
-        preprocessing = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        preprocessing = {key: config[key] for key in FIELDS}
         for split in get_args(Split):
             images[split] = splits.stored_images(
                 split,

@@ -1,5 +1,6 @@
 """The network of a recipe: the model with its joint classifier, as training starts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,13 @@ from torch import nn
 from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.data import Splits
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.model import (
-    LOCAL_DIR,
-    classes_of_file,
-    create_model,
-    load_weights_file,
-    split_options,
-)
+from timm_lt.label_names import keeps_classifier
+from timm_lt.model import LOCAL_DIR, split_options
+from timm_lt.preprocessing import create_sized_model
 from timm_lt.recipe.schema import ModelRecipe, Recipe
 from timm_lt.registry import UsageError
 from timm_lt.training import start_classifier
+from timm_lt.weights_file import classes_of_file, create_from_file
 
 
 def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -27,37 +25,38 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     given = recipe.model
     head, ours, theirs = _head_put_anew(given)
     try:
-        model = create_model(given.name, given.pretrained, num_classes=num_classes, **theirs)
+        if given.checkpoint is None:
+            model = create_sized_model(
+                given.name,
+                given.pretrained,
+                recipe.data.image_size,
+                num_classes=num_classes,
+                **theirs,
+            )
+        else:
+            model = create_from_file(
+                given.name,
+                given.checkpoint,
+                num_classes=num_classes,
+                classifier=False if given.fresh_classifier else None,
+                key=given.checkpoint_key,
+                image_size=recipe.data.image_size,
+                **theirs,
+            )
     except TypeError as error:
         raise UsageError(f"model.options: {error}") from error
-    if given.checkpoint is not None:
-        takes = not given.fresh_classifier and _file_has_classifier(given, model, num_classes)
-        load_weights_file(model, given.checkpoint, given.name, classifier=takes)
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
-        # The same bits, whatever was drawn while the model was made.
-        torch.manual_seed(recipe.seed)
-        for classifier in find_classifiers(model).values():
-            classifier.reset_parameters()
-    if recipe.data.image_size is not None:
-        _keep_image_size(model, recipe.data.image_size)
+        _draw_classifier(recipe, model)
     return model
 
 
 def _file_has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bool:
     """Returns whether a file of weights has a classifier of so many classes."""
-    return given.checkpoint is not None and classes_of_file(given.checkpoint, model) == num_classes
-
-
-def _keep_image_size(model: nn.Module, size: int) -> None:
-    """Notes the size of the images, so that whoever loads the model gives it the same."""
-    config: dict[str, Any] = {**(getattr(model, "pretrained_cfg", None) or {})}
-    # What the model would be tested at instead, and how.
-    for key in ("test_input_size", "test_crop_pct"):
-        config.pop(key, None)
-    config["input_size"] = (3, size, size)
-    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
+    if given.checkpoint is None:
+        return False
+    return classes_of_file(given.checkpoint, model, given.checkpoint_key) == num_classes
 
 
 def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
@@ -78,23 +77,49 @@ def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict
 def has_classifier(recipe: Recipe, model: nn.Module, splits: Splits) -> bool:
     """Returns whether the classifier of a model with weights is one for the classes of the data.
 
-    It has as many, and where both have names of the classes, they are the same.
+    It has as many, and where both have names of the classes, they are the same in any order.
     """
-    if recipe.model.fresh_classifier:
-        return False
-    if recipe.model.checkpoint:
-        return _file_has_classifier(recipe.model, model, splits.num_classes)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    known, names = config.get("label_names"), splits.label_names
-    same = not (known and names) or list(known) == list(names)
-    return config.get("num_classes") == splits.num_classes and same
+    return _keeps_classifier(recipe.model, model, splits.num_classes, splits.label_names)
 
 
-def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives the classifier the start that the loss wants, unless it is a pretrained one."""
+def _keeps_classifier(
+    given: ModelRecipe, model: nn.Module, num_classes: int, names: Sequence[str] | None
+) -> bool:
     config = getattr(model, "pretrained_cfg", None) or {}
-    pretrained = _file_has_classifier(recipe.model, model, num_classes) or (
-        recipe.model.pretrained and config.get("num_classes") == num_classes
+    stored = _file_has_classifier(given, model, num_classes) or (
+        given.pretrained and config.get("num_classes") == num_classes
     )
-    if recipe.model.fresh_classifier or not pretrained:
-        start_classifier(loss, model, num_classes)
+    if given.fresh_classifier or not stored:
+        return False
+    cure = "model.fresh_classifier (--fresh-classifier)"
+    return keeps_classifier(model, names, given.checkpoint or given.name, cure)
+
+
+def start_network(
+    recipe: Recipe,
+    loss: nn.Module,
+    model: nn.Module,
+    num_classes: int,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Gives the classifier the start that the loss wants, unless it is a pretrained one.
+
+    Args:
+        recipe: The recipe.
+        loss: What is minimised.
+        model: The model; it is changed in place.
+        num_classes: Number of classes C.
+        names: Names of the classes, (C,); the pretrained classifier of others is drawn anew.
+    """
+    if _keeps_classifier(recipe.model, model, num_classes, names):
+        return
+    if recipe.model.pretrained:
+        _draw_classifier(recipe, model)
+    start_classifier(loss, model, num_classes)
+
+
+def _draw_classifier(recipe: Recipe, model: nn.Module) -> None:
+    # The same bits, whatever was drawn while the model was made.
+    torch.manual_seed(recipe.seed)
+    for classifier in find_classifiers(model).values():
+        classifier.reset_parameters()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +20,9 @@ DEFAULT_RECIPE = "lt_test_resnet.glyph_lt"
 
 
 PRINT = "--print_config"
+# Stands before a text of a recipe, in hexadecimal digits: jsonargparse would read "null" or "1e-3"
+# as something else than a text.
+TEXT = "_text_"
 # What to do about the mistakes that jsonargparse only names.
 HINTS = {
     "unrecognized arguments": "; RECIPE comes before the options",
@@ -196,14 +201,15 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[Recipe, RunOptions]
     try:
         parsed = parser.parse_args(_known(parser, argv))
     except ArgumentError as error:
-        message = " ".join(str(error).split())
+        message = _decoded(" ".join(str(error).split()))
         hint = next((hint for start, hint in HINTS.items() if message.startswith(start)), "")
         raise UsageError(message + hint) from error
     hints = get_type_hints(Recipe)
     parts = {field.name: parsed.pop(field.name) for field in dataclasses.fields(Recipe)}
-    for name, value in parts.items():
-        if isinstance(value, Namespace):
-            parts[name] = hints[name](**value.as_dict())
+    for name, given in parts.items():
+        value = _mapped(given.as_dict() if isinstance(given, Namespace) else given, _decoded)
+        is_part = isinstance(hints[name], type) and dataclasses.is_dataclass(hints[name])
+        parts[name] = hints[name](**value) if is_part else value
     run = {field.name: parsed[field.name] for field in dataclasses.fields(RunOptions)}
     run["resume"] = run["resume"] == "auto"
     if run["quiet"] and run["verbose"]:
@@ -231,12 +237,32 @@ def _arguments(noun: str, values: dict[str, Any]) -> list[str]:
 
 
 def _as_text(noun: str, key: str, value: object) -> str:
+    part, _, inner = key.partition(".")
+    hint = get_type_hints(Recipe)[part]
+    hint = get_type_hints(hint)[inner] if inner else hint
+    kinds = {hint, get_origin(hint), *(get_origin(kind) or kind for kind in get_args(hint))}
+    if kinds & {str, dict, list}:
+        value = _mapped(value, lambda text: f"{TEXT}{text.encode().hex()}_")
     try:
         return value if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"{noun}: {key} has a value that is no text, number, list or mapping: {error}"
         ) from error
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401
+    """Returns a value with a function applied to each text in its lists and mappings."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def _decoded(text: str) -> str:
+    """Returns a text, such as a message, with the texts of a recipe as they were."""
+    return re.sub(f"{TEXT}([0-9a-f]*)_", lambda match: bytes.fromhex(match.group(1)).decode(), text)
 
 
 def _known(parser: ArgumentParser, argv: list[str]) -> list[str]:

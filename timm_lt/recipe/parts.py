@@ -10,8 +10,9 @@ from torch import nn
 from timm_lt.data import Splits
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
-from timm_lt.losses import create_loss
+from timm_lt.losses import LOSSES, create_loss
 from timm_lt.recipe.checks import check_heads_of_data, check_objective
+from timm_lt.recipe.class_order import order_classes
 from timm_lt.recipe.images import checked_images, on_background
 from timm_lt.recipe.network import create_network, start_network
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -42,22 +43,24 @@ def create_parts(
 ) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
     """Creates what trains, model and images; what is wrong with the data is reported together.
 
-    The splits are returned with the background of the run.
+    The splits are returned with the background of the run, and the classes in the order of the
+    classifier that the model keeps.
     """
     problems = Problems()
     with problems.collected():
         check_objective(recipe, splits)
     with problems.collected():
         check_heads_of_data(recipe, splits)
-    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     model = create_network(recipe, splits.num_classes)
+    splits = on_background(recipe, splits, model)
+    splits = order_classes(recipe, splits, model.to(accelerator.device))
+    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
     batch = recipe.batch_size // (
         accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
     if trainer is not None:
         check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
-        start_network(recipe, trainer.loss, model, splits.num_classes)
-    splits = on_background(recipe, splits, model)
+        start_network(recipe, trainer.loss, model, splits.num_classes, splits.label_names)
     images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
     if trainer is None:
         check_model(model, images["val"])
@@ -80,7 +83,10 @@ def _create_trainer(
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     with problems.collected():
         check_batch_size(recipe.batch_size, len(sampler), processes, steps)
-    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **recipe.loss.options)
+    options = dict(recipe.loss.options)
+    if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
+        options.setdefault("seed", recipe.seed)
+    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **options)
     return Trainer(sampler, loss)
 
 

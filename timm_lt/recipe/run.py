@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from timm_lt.accelerator import create_accelerator, keep_freed_memory, set_cpu_threads
+from timm_lt.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.console import log, progress, start_logging
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.identity import split_digests
@@ -27,7 +27,7 @@ from timm_lt.recipe.checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.recipe.images import checked_images, on_background
+from timm_lt.recipe.images import checked_images
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.parts import Trainer, create_parts
 from timm_lt.recipe.schema import Recipe, RunOptions
@@ -179,6 +179,7 @@ def given_run(
     recipe: Recipe,
     splits: Splits,
     model: nn.Module,
+    accelerator: Accelerator,
     *,
     folder: Path | None,
     options: RunOptions,
@@ -190,6 +191,7 @@ def given_run(
         recipe: What to run, with 0 epochs.
         splits: The data.
         model: A timm model with a classifier for them.
+        accelerator: Its processes share the images.
         folder: Folder of the run; None writes nothing.
         options: How to run it.
         joint: Whether that classifier has been trained.
@@ -203,8 +205,6 @@ def given_run(
     if folder is not None:
         check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
     check_features(recipe, folder or Path())
-    accelerator = create_accelerator(mixed_precision="no")
-    splits = on_background(recipe, splits, model)
     images = checked_images(recipe, splits, model, accelerator, Problems(), workers=options.workers)
     check_model(model, images["val"])
     lock = None
@@ -235,8 +235,6 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
         folder=folder / LOGS,
     )
     set_cpu_threads(options.threads)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     quiet = options.quiet or not accelerator.is_main_process
     start_logging(quiet=quiet, verbose=options.verbose)
     return accelerator

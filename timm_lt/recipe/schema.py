@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from timm_lt.data.pixels import check_background
+from timm_lt.files import yaml_text
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+
+# The order of class directories in timm's ReaderImageFolder, and in torchvision's ImageFolder.
+ClassOrder = Literal["timm", "sorted"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,13 @@ class ModelRecipe:
         pretrained: Start from that configuration's published weights, or from those of the run.
         checkpoint: File with weights for this architecture, as some training left it, such as
             timm's train.py: .safetensors, or a pickle, of which nothing but tensors is read. Its
-            classifier is taken if it is one for as many classes.
+            classifier is taken if it is one for as many classes. Pooling, image size, normalisation
+            and crop are those of the file, where it has its training's arguments.
+        checkpoint_key: Key or prefix of the weights in that file, e.g. teacher, where it has
+            several networks.
+        class_order: How classes are numbered in weights without class names, timm (folders 1, 2,
+            10) or sorted (1, 10, 2), as torchvision; null finds it out on training images where the
+            two differ.
         fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
             backbone alone.
         trained: Modules that the representation stage trains beside the classifier, e.g.
@@ -81,13 +89,16 @@ class ModelRecipe:
             alone. The others are frozen. null trains all.
         bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
             shift (training mode, they move).
-        options: Further arguments of timm.create_model. A head= that the run in FOLDER has not
-            fitted is put on its classifier anew.
+        options: Further arguments of timm.create_model, e.g. global_pool; and mean, std,
+            interpolation, crop_pct and crop_mode of its images. They come before those of the
+            checkpoint. A head= that the run in FOLDER has not fitted is put on its classifier anew.
     """
 
     name: str = "lt_test_resnet"
     pretrained: bool = False
     checkpoint: str | None = None
+    checkpoint_key: str | None = None
+    class_order: ClassOrder | None = None
     fresh_classifier: bool = False
     trained: list[str] | None = None
     bn: Literal["frozen", "shift"] = "frozen"
@@ -98,6 +109,8 @@ class ModelRecipe:
             raise UsageError(
                 "model.fresh_classifier has no effect without model.pretrained: leave it out"
             )
+        if self.checkpoint_key and not self.checkpoint:
+            raise UsageError("model.checkpoint_key has no effect without model.checkpoint")
         if self.pretrained and self.checkpoint:
             raise UsageError(
                 "model.checkpoint has all weights, and model.pretrained no effect: leave it out"
@@ -339,7 +352,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that reads back to the same recipe."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml_text(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

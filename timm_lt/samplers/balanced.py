@@ -7,21 +7,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels
+from timm_lt.longtail import ClassCounts, Labels, check_class_counts
 from timm_lt.registry import check_integer, check_number
-from timm_lt.samplers.arithmetic import Integers, blocks, sort_order
+from timm_lt.samplers.arithmetic import (
+    Integers,
+    Purpose,
+    blocks,
+    round_systematically,
+    sort_order,
+    torch_generator,
+)
 from timm_lt.samplers.base import ClassSampler, Plan, small_integers
 from timm_lt.samplers.factory import register_sampler
 
 
-def power_probabilities(class_counts: Tensor, q: float) -> Tensor:
+def power_probabilities(class_counts: ClassCounts, q: float) -> Tensor:
     """Returns ``p_j = n_j^q / sum_k n_k^q`` over the classes that have images, 0 for the others.
 
     >>> power_probabilities(torch.tensor([9, 0, 1]), q=0.5)
     tensor([0.7500, 0.0000, 0.2500], dtype=torch.float64)
     """
     # 0^0 is 1: without the mask, q = 0 would draw from empty classes.
-    weights = torch.where(class_counts > 0, class_counts.double() ** q, 0.0)
+    counts = check_class_counts(class_counts)
+    weights = torch.where(counts > 0, counts.double() ** q, 0.0)
     return weights / weights.sum()
 
 
@@ -43,8 +51,10 @@ class ClassBalancedSampler(ClassSampler):
 
     With ``samples_per_class`` = k > 1 the order is not uniformly random: an epoch is a sequence of
     rounds through the classes, in an order shuffled for each round, and a round draws k images of
-    a class in a row. A batch of 512 then holds 128 classes x 4. Where a class's draws are no
-    multiple of k, its last block is shorter.
+    a class in a row. A batch of 512 then holds 128 classes x 4. Classes are drawn in whole blocks
+    of k: numbers differ by at most k. Where ``num_samples`` is not a multiple of k, the last block
+    of the epoch is shorter. A block stays together on a rank, and with accelerate in batches whose
+    size on each process is a multiple of k.
 
     Args:
         labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
@@ -71,6 +81,25 @@ class ClassBalancedSampler(ClassSampler):
         """Returns ``1 / C``."""
         return power_probabilities(self.class_counts, 0.0)
 
+    @property
+    def group(self) -> int:
+        """Consecutive draws of one class, k."""
+        return self.samples_per_class
+
+    def _round(self, epoch: int) -> Integers:
+        k = self.samples_per_class
+        if k == 1:
+            return super()._round(epoch)
+        generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
+        num_blocks = -(-self.num_samples // k)
+        drawn = k * round_systematically(self.class_probabilities(epoch), num_blocks, generator)
+        # The last block of the epoch is that of a class in the last round.
+        last = (drawn == drawn.max()).nonzero().flatten()
+        shorter = last[torch.randint(len(last), (1,), generator=generator)]
+        drawn[shorter] -= k * num_blocks - self.num_samples
+        draws: Integers = drawn.numpy()
+        return draws
+
     def _num_chunks(self, draws: Integers) -> int:
         if self.samples_per_class == 1:
             return super()._num_chunks(draws)
@@ -94,9 +123,11 @@ class ClassBalancedSampler(ClassSampler):
         block_class, round_number = blocks(-(-amounts // self.samples_per_class))
         size = amounts[block_class] - round_number * self.samples_per_class
         order = torch.randperm(len(block_class), generator=generator).numpy()
-        order = order[sort_order(round_number[order])]
+        size = np.minimum(size, self.samples_per_class)
+        # The short block, if there is one, comes last.
+        order = order[sort_order((round_number + (size < self.samples_per_class))[order])]
         classes = small_integers(len(amounts))[block_class[order]]
-        return np.repeat(classes, np.minimum(size, self.samples_per_class)[order])
+        return np.repeat(classes, size[order])
 
 
 @register_sampler("square_root")

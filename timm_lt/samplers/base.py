@@ -39,7 +39,7 @@ class ClassSampler(Sampler[int]):
 
     - class ``j`` is drawn ``floor(n * p_j)`` or ``ceil(n * p_j)`` times, ``n * p_j`` on average
       (systematic rounding with a random offset, so that epochs do not wander as with independent
-      draws);
+      draws); a sampler of blocks of a class rounds to whole blocks;
     - within a class every image is drawn once before any is drawn again, over all epochs: an epoch
       goes on in the class's cycle of images where the one before it ended;
     - the stream is a function of (seed, epoch) and nothing else, least of all the global random
@@ -75,7 +75,7 @@ class ClassSampler(Sampler[int]):
 
     # Draws that are made at once, unless there are more than a quarter as many classes.
     chunk_size: ClassVar[int] = 2**18
-    # Consecutive draws that stay together on a rank.
+    # Draws between which the stream cannot be resumed: 2 for pairs.
     unit: ClassVar[int] = 1
 
     def __init__(
@@ -120,10 +120,10 @@ class ClassSampler(Sampler[int]):
     def shard(self, rank: int, num_replicas: int) -> None:
         """Makes this the sampler of one of several processes, for use without accelerate.
 
-        Of the stream, which is the same whatever the number of processes, rank ``r`` of ``R`` draws
-        places ``r``, ``r + R``, ... (a sampler of pairs: pairs). As in torch's DistributedSampler,
-        all ranks draw equally many: if R does not divide the length, the first draws of the epoch
-        are drawn again at its end.
+        The stream is the same whatever the number of processes. It is shared in groups of
+        :attr:`group` consecutive draws: rank ``r`` of ``R`` gets groups ``r``, ``r + R``, ... As in
+        torch's DistributedSampler, all ranks draw equally many: if the groups cannot be shared
+        evenly, or the last is not full, the first draws of the epoch are drawn again at its end.
         Every rank makes the whole stream, a chunk at a time, and keeps its own.
 
         Args:
@@ -137,9 +137,16 @@ class ClassSampler(Sampler[int]):
         self.num_replicas = check_integer("num_replicas", num_replicas, minimum=1)
         self.rank = check_integer("rank", rank, minimum=0, maximum=num_replicas - 1)
 
+    @property
+    def group(self) -> int:
+        """Consecutive draws that stay together on a rank: 2 for pairs, 1 for most samplers."""
+        return self.unit
+
     def __len__(self) -> int:
-        turn = self.num_replicas * self.unit
-        return (self.num_samples + turn - 1) // turn * self.unit
+        if self.num_replicas == 1:
+            return self.num_samples
+        turn = self.num_replicas * self.group
+        return -(-self.num_samples // turn) * self.group
 
     def __iter__(self) -> Iterator[int]:
         if self.num_replicas > 1 and is_initialized() and PartialState().num_processes > 1:
@@ -151,7 +158,13 @@ class ClassSampler(Sampler[int]):
         plan = self._plan(self.epoch)
         start = self._start
         self._rewind(0)
-        self._cursor = _Cursor(start, self.num_replicas)
+        group = self.group if self.num_replicas > 1 else self.unit
+        if start % group and start < self.num_samples:
+            raise UsageError(
+                f"position {start} lies within a group of {group} draws, which stay together on a "
+                f"process: resume from a multiple of {group}"
+            )
+        self._cursor = _Cursor(start, self.num_replicas, group)
         # A generator that yields every draw would take longer than making them.
         return itertools.chain.from_iterable(self._pieces(plan, self._cursor, self.rank))
 
@@ -161,23 +174,37 @@ class ClassSampler(Sampler[int]):
 
     def _pieces(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[Iterator[int]]:
         """Yields one rank's draws from the cursor on, which moves along, piece by piece."""
-        start, stride, unit = cursor.end, cursor.stride, self.unit
-        at = start + rank * unit
-        for begin, images in self._chunks(plan, start):
-            mine = images.reshape(-1, unit)[(at - begin) // unit :: stride].ravel()
+        stride, group = cursor.stride, cursor.group
+        # The end of the last group, which may be filled up.
+        total = -(-self.num_samples // group) * group
+        start = total if cursor.end == self.num_samples else cursor.end
+        at = start + rank * group
+        for begin, images in self._groups(plan, start, total):
+            mine = images.reshape(-1, group)[(at - begin) // group :: stride].ravel()
             at += len(mine) * stride
             for low in range(0, len(mine), PIECE):
                 yield cursor.over(mine[low : low + PIECE].tolist())
-        # A rank that comes out one short goes on at the beginning.
-        turn = stride * unit
-        ranks_end = start - (start - self.num_samples) // turn * turn
-        if at < ranks_end:
-            place = at % self.num_samples
-            begin, images = next(self._chunks(plan, place))
-            yield cursor.over(images[place - begin : place - begin + unit].tolist())
+        # A rank that comes out one group short goes on at the beginning.
+        turn = stride * group
+        if at < start - (start - total) // turn * turn:
+            begin, images = next(self._groups(plan, at % total, total))
+            place = at % total - begin
+            yield cursor.over(images[place : place + group].tolist())
+
+    def _groups(self, plan: "Plan", start: int, total: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yields chunks from a place on, the last filled up with the first draws of the epoch."""
+        for begin, images in self._chunks(plan, start):
+            if begin + len(images) == self.num_samples < total:
+                _, first = next(self._chunks(plan, 0))
+                missing = total - self.num_samples
+                yield begin, np.concatenate([images, np.resize(first[:missing], missing)])
+            else:
+                yield begin, images
 
     def state_dict(self) -> dict[str, int]:
         """Returns where the last iteration is: how much all ranks have drawn of which stream.
+
+        Within a group that stays together on a rank, that is the beginning of the group.
 
         A DataLoader with workers draws ahead of what it has given. Count its batches then, and put
         their images, over all ranks, in ``"position"``.
@@ -295,8 +322,9 @@ class ClassSampler(Sampler[int]):
 class _Cursor:
     """How far an iteration is, without counting: a list iterator knows what it has left."""
 
-    def __init__(self, end: int, stride: int = 1) -> None:
-        self.end, self.stride = end, stride
+    def __init__(self, start: int, stride: int = 1, group: int = 1) -> None:
+        self.start, self.end = start, start
+        self.stride, self.group = stride, group
         self.piece: Iterator[int] = iter(())
 
     def over(self, piece: list[int]) -> Iterator[int]:
@@ -306,8 +334,9 @@ class _Cursor:
         return self.piece
 
     def position(self) -> int:
-        """Returns how much all ranks have drawn."""
-        return self.end - operator.length_hint(self.piece) * self.stride
+        """Returns how much all ranks have drawn, in whole groups."""
+        drawn = (self.end - self.start) // self.stride - operator.length_hint(self.piece)
+        return self.start + drawn // self.group * self.group * self.stride
 
 
 @dataclass(frozen=True)

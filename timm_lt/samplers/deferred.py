@@ -10,6 +10,7 @@ from torch import Tensor
 from timm_lt.deferral import first_epoch
 from timm_lt.longtail import Labels
 from timm_lt.registry import UsageError, check_integer, check_mapping
+from timm_lt.samplers.arithmetic import Integers
 from timm_lt.samplers.base import ClassSampler, Plan
 from timm_lt.samplers.factory import SAMPLERS, register_sampler
 
@@ -92,6 +93,16 @@ class DeferredSampler(ClassSampler):
         """Returns those of the first sampler before the start, of the second from it on."""
         epoch = self.epoch if epoch is None else epoch
         return self._part(epoch).class_probabilities(epoch)
+
+    @property
+    def group(self) -> int:
+        """Consecutive draws that stay together on a rank, as the sampler of the epoch has them."""
+        return self._part(None).group
+
+    def _round(self, epoch: int) -> Integers:
+        part = self._part(epoch)
+        part.seed = self.seed
+        return part._round(epoch)
 
     def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
         # A part may arrange its epochs in a way of its own.

@@ -170,7 +170,8 @@ def check_model(model: nn.Module, images: Images) -> None:
             ) from error
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, *images.size))
+            weight = next(model.parameters())
+            model.eval()(weight.new_zeros(1, 3, *images.size))
     except (RuntimeError, AssertionError) as error:
         size = (3, *images.size)
         raise UsageError(f"the model does not take images of size {size}: {error}") from error

@@ -1,8 +1,7 @@
 """What the loops over images share: a pass over the batches, the seeds, the buffers."""
 
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -76,17 +75,3 @@ def seed_epoch(seed: int, epoch: int, process: int) -> None:
     torch.manual_seed(int(words[0] >> np.uint64(1)))
     np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002
     random.seed(int(words[0]))
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Gives Python, NumPy and torch (CPU and CUDA) back their random states afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # To ask for the state of a GPU would start CUDA, and only for that.
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(gpus):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

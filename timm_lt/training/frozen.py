@@ -106,10 +106,10 @@ def check_statistics(
     copied.train()
     if frozen is not None:
         frozen.set_mode()
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            copied(torch.zeros(of_each, 3, *size, device=device))
+            copied(weight.new_zeros(of_each, 3, *size))
         except ValueError as error:
             raise UsageError(
                 f"batch norm cannot normalise over {batch} images in a process's batch"

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.bilateral import unpair
 from timm_lt.checkpoint import is_statistic
 from timm_lt.console import log, progress
@@ -17,7 +18,7 @@ from timm_lt.data.images import Images
 from timm_lt.heads import CRTHead, Head, LWSHead, get_head, seeded_linear, set_head
 from timm_lt.registry import UsageError, check_integer
 from timm_lt.samplers import create_sampler
-from timm_lt.training.epoch import kept_random_state, run_updates, seed_epoch, share_buffers
+from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.head_plan import BatchNorm, HeadPlan, plan_head_on_images
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.update import Losses, Update, cpu_copy

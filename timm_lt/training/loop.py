@@ -19,9 +19,11 @@ from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.console import advance, log, progress
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import (
@@ -67,6 +69,7 @@ class Training:
     kept: int
 
 
+@kept_random_state()
 def train_representation(
     model: nn.Module,
     train: Images,
@@ -87,7 +90,7 @@ def train_representation(
     val: Images | None = None,
     validate_every: int = 1,
     keep: Keep = "best",
-    class_counts: Tensor | None = None,
+    class_counts: ClassCounts | None = None,
     trained: Sequence[str] | None = None,
     bn: BatchNorm = "frozen",
     state: TrainingState | None = None,
@@ -242,7 +245,7 @@ class _Loop:
         scheduler: dict[str, Any],
         ema: Mapping[str, Any] | None,
         val: Images | None,
-        class_counts: Tensor | None,
+        class_counts: ClassCounts | None,
         frozen: FrozenParts | None,
         seed: int,
     ) -> None:
@@ -253,7 +256,9 @@ class _Loop:
         self.skips = train.unreadable == "skip"
         width = getattr(model, "num_classes", 0)
         counted = torch.bincount(train.labels, minlength=width)
-        self.class_counts = counted if class_counts is None else class_counts
+        self.class_counts = (
+            counted if class_counts is None else check_class_counts(class_counts, width or None)
+        )
         self.updates = len(sampler) // batch_size
         self.batch_size, self.batches_per_update = batch_size // steps, steps
         self.sharded = accelerator.distributed_type == DistributedType.FSDP

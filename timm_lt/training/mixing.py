@@ -8,6 +8,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
+from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.registry import UsageError, check_choice, check_number, unknown_name
 
 KAPPA, TAU = "remix_kappa", "remix_tau"
@@ -37,10 +38,10 @@ class Remix:
     """
 
     def __init__(
-        self, mixup: Mixup, class_counts: Tensor, *, kappa: float = 3.0, tau: float = 0.5
+        self, mixup: Mixup, class_counts: ClassCounts, *, kappa: float = 3.0, tau: float = 0.5
     ) -> None:
         self.mixup = mixup
-        self.class_counts = class_counts
+        self.class_counts = check_class_counts(class_counts)
         self.kappa = check_number(f"mixup.{KAPPA}", kappa, "[1, inf)")
         self.tau = check_number(f"mixup.{TAU}", tau, "[0, 1]")
 

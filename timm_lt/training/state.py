@@ -18,7 +18,7 @@ from torch import Tensor
 from timm_lt.accelerator import is_lost_process
 from timm_lt.console import log
 from timm_lt.data.reading import is_worker_death
-from timm_lt.files import file_sha256, read_json, write_json
+from timm_lt.files import file_sha256, flush_folder, read_json, write_json
 from timm_lt.registry import UsageError
 from timm_lt.training.history import EpochRecord
 
@@ -83,7 +83,7 @@ class TrainingState:
             if self.accelerator.is_main_process:
                 self._complete(partial, history, ema, best)
                 partial.rename(self._path(epoch))
-                _flush(self.folder)
+                flush_folder(self.folder)
                 self._drop(self.saved_epochs()[:-KEPT])
         except (OSError, RuntimeError, SafetensorError) as error:
             if is_lost_process(error) or is_worker_death(error):
@@ -159,10 +159,15 @@ class TrainingState:
             if before.is_file():
                 shutil.copyfile(before, partial / BEST)
         files = [path for path in partial.rglob("*") if path.is_file()]
-        digests = {str(path.relative_to(partial)): file_sha256(path) for path in sorted(files)}
+        digests = {
+            path.relative_to(partial).as_posix(): file_sha256(path) for path in sorted(files)
+        }
         write_json(partial / MANIFEST, digests)
-        for path in [*files, partial]:
-            _flush(path)
+        for path in files:
+            # For writing: Windows flushes no other.
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        flush_folder(partial)
 
     def _drop(self, epochs: Sequence[int]) -> None:
         """Removes saved states."""
@@ -191,11 +196,3 @@ def find_damage(folder: Path) -> str | None:
     except (UsageError, OSError) as error:
         return str(error)
     return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,15 +17,8 @@ from timm_lt.data.folder.files import (
     suffix,
 )
 from timm_lt.data.reading import shown_path
-from timm_lt.data.sources import Split
+from timm_lt.data.sources import SPLIT_WORDS, Split
 from timm_lt.registry import Problems, UsageError, shown_names
-
-# What directories of a split are called, in any case.
-SPLIT_WORDS: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 
 
 @dataclass

@@ -16,8 +16,18 @@ IMAGE_SUFFIXES = frozenset(
 )
 # Images of telephones that Pillow does not decode.
 HEIC_SUFFIXES = frozenset(("heic", "heif"))
-# Left by the desktops of three systems.
-HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "ehthumbs.db"))
+# Directories and files of systems, network storages and cameras beside the user's own, in lower
+# case: thumbnails, recycle bins, settings. All others begin with a dot.
+SYSTEM_NAMES = frozenset(
+    (
+        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"),
+        *("$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "@sharebin"),
+        *("network trash folder", "temporary items"),
+    )
+)
+# Files that cameras and editors put beside an image or a video: previews and settings.
+SIDECAR_SUFFIXES = frozenset(("thm", "lrv", "aae", "xmp", "ctg", "pp3", "dop"))
 
 
 @dataclass
@@ -115,8 +125,22 @@ def _is_utf8(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a file is one of the system's: images are not looked for in it."""
-    return name.startswith(".") or name.lower() in HIDDEN
+    """Returns whether a file or directory belongs to a system, a storage or a camera.
+
+    >>> is_hidden("@eaDir"), is_hidden("._1.jpg"), is_hidden("IMG_1.XMP"), is_hidden("1.jpg")
+    (True, True, True, False)
+    """
+    is_system = name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return is_system or suffix(name) in SIDECAR_SUFFIXES
+
+
+def visible_files(root: Path, pattern: str) -> list[Path]:
+    """Returns the files below a directory whose names match, sorted, without hidden ones."""
+    return [
+        path
+        for path in sorted(root.rglob(pattern))
+        if not any(map(is_hidden, path.relative_to(root).parts))
+    ]
 
 
 def suffix(path: str) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from timm_lt.console import log
 from timm_lt.data.folder.directories import ImageFolder, read_folder
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, suffix
-from timm_lt.data.holdout import hold_out
+from timm_lt.data.holdout import hold_out, small_classes
+from timm_lt.data.identity import path_keys
 from timm_lt.data.readable import note_damaged_files
-from timm_lt.data.reading import shown_path
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.registry import (
     check_choice,
@@ -69,7 +69,7 @@ def folder(
     files = {split: images.files(split) for split in images.images}
     if "test" not in files:
         paths, labels = files["train"]
-        keys = [path.removeprefix(f"{images.root}/") for path in paths]
+        keys = path_keys(paths, images.root)
         train, test = hold_out(
             labels, test_fraction, seed=seed, keys=keys, purpose="test", names=images.names
         )
@@ -98,28 +98,19 @@ def list_folder(
     if min_images is not None:
         check_integer("min_images", min_images, minimum=1)
     images = read_folder(root)
-    if min_images is not None:
-        leave_out_small(images, min_images)
+    leave_out_small(images, min_images)
     check_folder(images, other_files)
     return images
 
 
-def leave_out_small(images: ImageFolder, min_images: int) -> None:
+def leave_out_small(images: ImageFolder, min_images: int | None) -> None:
     """Leaves out the classes with fewer training images, in every split."""
     train = images.images.get("train", {})
-    small = {name: len(train[name]) for name in sorted(train) if len(train[name]) < min_images}
-    if not small:
-        return
-    if len(small) == len(train):
-        images.problems.add(f"no class has {min_images} images, as min_images wants")
-        return
-    shown = ", ".join(f"{shown_path(name)} ({number})" for name, number in small.items())
-    log.info(
-        "min_images %d leaves out %d of %d classes: %s", min_images, len(small), len(train), shown
-    )
-    for classes in images.images.values():
-        for name in small:
-            classes.pop(name, None)
+    with images.problems.collected():
+        small = small_classes({name: len(train[name]) for name in sorted(train)}, min_images)
+        for classes in images.images.values():
+            for name in small:
+                classes.pop(name, None)
 
 
 def check_folder(images: ImageFolder, other_files: OtherFiles = "raise") -> None:

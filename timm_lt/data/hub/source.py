@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from timm_lt.data.holdout import hold_out
+from timm_lt.data.holdout import hold_out, leave_out_small
 from timm_lt.data.hub.columns import find_image_column, find_label_column
 from timm_lt.data.hub.labels import UNLABELLED, read_labels
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import StoredTables, open_local, open_repo
-from timm_lt.data.images import label_names, label_tensor
+from timm_lt.data.identity import image_keys
+from timm_lt.data.images import label_names, label_tensor, relabelled
+from timm_lt.data.lists.columns import note_unused
 from timm_lt.data.readable import note_damaged
 from timm_lt.data.reading import is_remote
 from timm_lt.data.sources import Split, register_dataset
@@ -43,6 +45,7 @@ def hub(
     test: str | None = None,
     root: str | Path | None = None,
     test_fraction: float = 0.2,
+    min_images: int | None = None,
     incomplete: Incomplete = "raise",
     streaming: bool = False,
     cache_dir: str | Path | None = None,
@@ -71,6 +74,8 @@ def hub(
             what ``save_to_disk`` wrote.
         test_fraction: Part of the training images of each class that becomes the test split where
             there is none, in (0, 1).
+        min_images: Classes with fewer training images are left out, and named in the log; None
+            leaves out none.
         incomplete: What happens to rows without a label or an image: ``"raise"``, or ``"drop"``.
         streaming: Refused: class counts and samplers need the whole data set.
         cache_dir: Where the ``datasets`` library keeps what it prepares; None is its own place.
@@ -103,6 +108,7 @@ def hub(
     with problems.collected():
         columns = _find_columns(tables[names["train"]].features, image, label)
         found, labels = _labelled(tables, columns)
+        note_unused(stored.name, [c for c in tables[names["train"]].features if c not in columns])
     problems.check()
     # A split that test is a part of, too, is looked at once: as that for training.
     purposes = {name: split for split, name in reversed(names.items())}
@@ -112,7 +118,8 @@ def hub(
     splits: dict[Split, Dataset] = {}
     if not problems.found:
         with problems.collected():
-            splits = _dealt(found, names, test_fraction)
+            found = _without_small(found, names, min_images)
+            splits = _dealt(found, names, test_fraction, root)
     if problems.found:
         _note_damaged(problems, found)
     problems.check()
@@ -206,6 +213,21 @@ def _complete(
     return table.select(np.setdiff1d(np.arange(len(table)), dropped))
 
 
+def _without_small(
+    found: "Mapping[str, Dataset]", names: Mapping[Split, str], min_images: int | None
+) -> "dict[str, Dataset]":
+    """Returns the splits without the classes that have too few training images."""
+    if min_images is None:
+        return dict(found)
+    labels = {split: label_tensor(found[name]).numpy() for split, name in names.items()}
+    class_names = label_names(found[names["train"]])
+    rows, labels, class_names = leave_out_small(labels, class_names, min_images)
+    return {
+        name: relabelled(found[name].select(rows[split]), labels[split], class_names)
+        for split, name in names.items()
+    }
+
+
 def rows_without_image(table: "Dataset") -> dict[str, list[int]]:
     """Finds the rows that have no image, an empty one, or a file that is not there.
 
@@ -245,14 +267,21 @@ def _is_lost(path: str | None) -> bool:
 
 
 def _dealt(
-    found: "Mapping[str, Dataset]", names: Mapping[Split, str], test_fraction: float
+    found: "Mapping[str, Dataset]",
+    names: Mapping[Split, str],
+    test_fraction: float,
+    root: str | Path | None,
 ) -> "dict[Split, Dataset]":
     """Returns the splits by what they are for; a test split that there is none of is dealt out."""
     splits = {split: found[name] for split, name in names.items()}
     if names["test"] == names["train"]:
         whole = splits["train"]
         kept, dealt = hold_out(
-            label_tensor(whole), test_fraction, purpose="test", names=label_names(whole)
+            label_tensor(whole),
+            test_fraction,
+            keys=image_keys(whole, root),
+            purpose="test",
+            names=label_names(whole),
         )
         splits |= {"train": whole.select(kept), "test": whole.select(dealt)}
     return splits

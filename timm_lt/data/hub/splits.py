@@ -2,15 +2,8 @@
 
 from collections.abc import Sequence
 
-from timm_lt.data.sources import Split
+from timm_lt.data.sources import SPLIT_WORDS, Split
 from timm_lt.registry import Problems, UsageError, unknown_name
-
-# What they are usually called, compared without case.
-USUAL_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 def choose_splits(
@@ -19,9 +12,10 @@ def choose_splits(
     """Finds the three splits where they are not named.
 
     ``train`` is the split of that name, and validation and test likewise by
-    :data:`USUAL_NAMES`. A data set without a test split is tested on its validation split, unless
-    that was named, and one with neither on a part of train. ``"val"`` is missing where it is to be
-    held out of train. A part of train is asked for by naming the training split once more.
+    :data:`~timm_lt.data.sources.SPLIT_WORDS`. A data set without a test split is tested on its
+    validation split, unless that was named, and one with neither on a part of train. ``"val"`` is
+    missing where it is to be held out of train. A part of train is asked for by naming the training
+    split once more.
 
     >>> choose_splits(["train", "validation"], train=None, val=None, test=None)
     {'train': 'train', 'test': 'validation'}
@@ -71,7 +65,7 @@ def _find(split: Split, name: str | None, available: Sequence[str]) -> str | Non
         if name not in available:
             raise unknown_name(f"split for {split}=:", name, list(available))
         return name
-    candidates = [known for known in available if known.casefold() in USUAL_NAMES[split]]
+    candidates = [known for known in available if SPLIT_WORDS.get(known.lower()) == split]
     if len(candidates) > 1:
         raise UsageError(f"several splits could be {split}: {', '.join(candidates)}; name it")
     return candidates[0] if candidates else None

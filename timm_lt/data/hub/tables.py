@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from timm_lt.data.hub.splits import USUAL_NAMES
+from timm_lt.data.folder.files import visible_files
+from timm_lt.data.sources import SPLIT_WORDS
 from timm_lt.hub_errors import hub_errors
 from timm_lt.registry import UsageError, shown_names, unknown_name
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 SAVED = ("state.json", "dataset_dict.json")
 FORMATS = ("parquet", "arrow")
 SHARD = re.compile(r"-\d+-of-\d+$")
-SPLIT_FOLDERS = frozenset(name for names in USUAL_NAMES.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
         UsageError: If there are none, or several subfolders have a data set of their own.
     """
     for kind in FORMATS:
-        if files := sorted(root.rglob(f"*.{kind}")):
+        if files := visible_files(root, f"*.{kind}"):
             break
     else:
         shown = shown_names(sorted(path.name for path in root.iterdir())) or "nothing"
@@ -132,7 +132,7 @@ def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
     configs: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         folders = file.relative_to(root).parts[:-1]
-        within = [part for part in folders if part.casefold() in SPLIT_FOLDERS]
+        within = [part for part in folders if part.lower() in SPLIT_WORDS]
         others = [part for part in folders if part not in within and part != "data"]
         split = within[-1] if within else SHARD.sub("", file.stem)
         configs["/".join(others)][split].append(file)
@@ -143,7 +143,7 @@ def find_tables(root: Path, config: str | None = None) -> dict[str, list[Path]]:
     if config is not None and config not in configs:
         raise unknown_name(f"config of {str(root)!r}:", config, list(configs))
     splits = configs[config] if config is not None else next(iter(configs.values()))
-    if not any(split.casefold() in SPLIT_FOLDERS for split in splits):
+    if not any(split.lower() in SPLIT_WORDS for split in splits):
         return {"train": [file for parts in splits.values() for file in parts]}
     return dict(splits)
 

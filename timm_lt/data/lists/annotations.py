@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.console import one_line
+from timm_lt.console import log, one_line
+from timm_lt.data.lists.columns import SPLIT_COLUMN, note_unused, read_splits
 from timm_lt.registry import UsageError, shown_names
 
 PATH_KEYS = ("fpath", "im_path", "image_path", "path", "file_name", "filename")
 LABEL_KEYS = ("category_id", "label", "target")
 SURROGATE = re.compile("[\ud800-\udfff]")
 Entry = Mapping[str, Any]
+Id = int | str
+KINDS = {int: "an integer of at most 64 bits", str: "a text in Unicode"}
 
 
 class Annotations(NamedTuple):
@@ -25,6 +28,7 @@ class Annotations(NamedTuple):
     labels: NDArray[np.int64]
     names: list[str] | None
     num_classes: int | None
+    splits: NDArray[np.str_] | None = None
 
 
 def read_annotations(path: Path) -> Annotations:
@@ -48,7 +52,10 @@ def read_annotations(path: Path) -> Annotations:
         content = {"annotations": content}
     if not isinstance(content, dict) or "annotations" not in content:
         found = f"keys {', '.join(content)}" if isinstance(content, dict) else repr(content)[:40]
-        raise UsageError(f"{path} has no 'annotations', which give the labels; found {found}")
+        raise UsageError(
+            f"{path} has no 'annotations', which give the labels, as the test images of a "
+            f"competition; found {found}"
+        )
     if "images" in content:
         return _of_images(path, content)
     return _of_paths(path, content)
@@ -75,7 +82,8 @@ def _of_paths(path: Path, content: Entry) -> Annotations:
             f"{path}: annotations[{row}] ({paths[row]}) has {label_key} {labels[row]}, "
             + ("which is negative" if labels[row] < 0 else f"but num_classes is {num_classes}")
         )
-    return Annotations(paths, labels, None, num_classes)
+    note_unused(path, _other_keys(entries, path_key, label_key))
+    return Annotations(paths, labels, None, num_classes, _splits(path, entries, "annotations"))
 
 
 def _of_images(path: Path, content: Entry) -> Annotations:
@@ -97,15 +105,33 @@ def _of_images(path: Path, content: Entry) -> Annotations:
         places = list(dict.fromkeys(rows[several].tolist()))
         raise UsageError(
             f"{path}: {len(places)} images have annotations of different categories: "
-            f"{shown_names([paths[place] for place in places])}"
+            f"{shown_names([paths[place] for place in places])}; an image has one class: remove "
+            "these images, or all but one category of each"
         )
-    bare = np.flatnonzero(labels < 0)
-    if len(bare):
-        raise UsageError(
-            f"{path}: {len(bare)} of {len(images)} images have no annotation: "
-            f"{shown_names([paths[place] for place in bare[:6]])}"
+    note_unused(path, _other_keys(images, "id", "file_name"))
+    splits = _splits(path, images, "images")
+    kept = np.flatnonzero(labels >= 0)
+    if len(kept) < len(images):
+        bare = np.flatnonzero(labels < 0)
+        shown = shown_names([paths[place] for place in bare[:6]])
+        log.warning(
+            "%s: %d of %d images have no annotation and are left out: %s",
+            *(path, len(bare), len(images), shown),
         )
-    return Annotations(paths, labels, names, len(categories) if names else None)
+        paths, labels = [paths[row] for row in kept], labels[kept]
+        splits = None if splits is None else splits[kept]
+    return Annotations(paths, labels, names, len(categories) if names else None, splits)
+
+
+def _other_keys(entries: list[Entry], *used: str) -> list[str]:
+    keys = {key for entry in entries for key in entry}
+    return sorted(keys - {*used, SPLIT_COLUMN})
+
+
+def _splits(path: Path, entries: list[Entry], where: str) -> NDArray[np.str_] | None:
+    if not any(SPLIT_COLUMN in entry for entry in entries):
+        return None
+    return read_splits(path, _values(path, entries, SPLIT_COLUMN, where, str))
 
 
 def _categories(
@@ -117,20 +143,23 @@ def _categories(
     """
     if "categories" not in content:
         ids = _ids(path, annotations, "category_id", "annotations")
-        if negative := [number for number in ids if number < 0]:
-            raise UsageError(f"{path}: category_id {negative[0]} is negative")
-        return {number: number for number in ids}, None
+        for number in ids:
+            if not isinstance(number, int) or number < 0:
+                raise UsageError(
+                    f"{path}: category_id {number!r} is not a non-negative integer, and there are "
+                    "no categories that name it"
+                )
+        return {number: int(number) for number in ids}, None
     entries = _entries(path, content, "categories")
     ids = _ids(path, entries, "id", "categories")
     _unique(path, ids, "categories")
     names = dict(zip(ids, _values(path, entries, "name", "categories", str), strict=True))
     if len({*names.values()}) < len(names):
-        first: dict[str, int] = {}
+        first: dict[str, Id] = {}
         twice = [name for number, name in names.items() if first.setdefault(name, number) != number]
         raise UsageError(f"{path}: several categories are named {shown_names(twice)}")
-    return {number: label for label, number in enumerate(sorted(ids))}, [
-        names[number] for number in sorted(ids)
-    ]
+    ids = sorted(ids, key=lambda number: (isinstance(number, str), number))
+    return {number: label for label, number in enumerate(ids)}, [names[number] for number in ids]
 
 
 def _entries(path: Path, content: Entry, key: str) -> list[Entry]:
@@ -149,32 +178,32 @@ def _key(path: Path, entry: Entry, keys: Iterable[str], where: str) -> str:
     )
 
 
-def _values(path: Path, entries: list[Entry], key: str, where: str, kind: type) -> list[Any]:
+def _values(path: Path, entries: list[Entry], key: str, where: str, *kinds: type) -> list[Any]:
     """Returns a value of every entry."""
     values = [entry.get(key) for entry in entries]
     for row, value in enumerate(values):
-        if not _fits(value, kind):
+        if not _fits(value, kinds):
             raise UsageError(
                 f"{path}: {where}[{row}] has {key} {one_line(repr(value))}, not "
-                f"{'an integer of at most 64 bits' if kind is int else 'a text in Unicode'}"
+                f"{' or '.join(KINDS[kind] for kind in kinds)}"
             )
     return values
 
 
-def _fits(value: object, kind: type) -> bool:
-    """Tells whether a value is an integer of an int64, or a text of UTF-8: no lone surrogates."""
-    if type(value) is not kind:
+def _fits(value: object, kinds: tuple[type, ...]) -> bool:
+    """Returns whether a value is an int64, or a text in UTF-8: without lone surrogates."""
+    if type(value) not in kinds:
         return False
     if isinstance(value, str):
         return value.isascii() or not SURROGATE.search(value)
     return isinstance(value, int) and value.bit_length() < 64
 
 
-def _ids(path: Path, entries: list[Entry], key: str, where: str) -> list[int]:
-    return _values(path, entries, key, where, int)
+def _ids(path: Path, entries: list[Entry], key: str, where: str) -> list[Id]:
+    return _values(path, entries, key, where, int, str)
 
 
-def _unique(path: Path, ids: list[int], where: str) -> dict[int, int]:
+def _unique(path: Path, ids: list[Id], where: str) -> dict[Id, int]:
     """Returns the place of each id."""
     places = {number: place for place, number in enumerate(ids)}
     if len(places) < len(ids):
@@ -183,9 +212,7 @@ def _unique(path: Path, ids: list[int], where: str) -> dict[int, int]:
     return places
 
 
-def _positions(
-    path: Path, ids: list[int], places: Mapping[int, int], noun: str
-) -> NDArray[np.int64]:
+def _positions(path: Path, ids: list[Id], places: Mapping[Id, int], noun: str) -> NDArray[np.int64]:
     """Returns the place of what each annotation points to."""
     found = np.array([places.get(number, -1) for number in ids], np.int64)
     unknown = np.flatnonzero(found < 0)

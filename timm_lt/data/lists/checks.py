@@ -64,6 +64,16 @@ def joined(root: str, paths: Paths) -> Paths:
     return Paths(pc.if_else(absolute, listed, pc.binary_join_element_wise(start, listed, "/")))
 
 
+def with_slashes(files: Paths) -> Paths:
+    """Returns files with slashes in place of backslashes, unless the first such file is there."""
+    import pyarrow.compute as pc
+
+    first = pc.index(pc.match_substring(files.arrow, "\\"), True).as_py()
+    if first < 0 or Path(files[first]).is_file():
+        return files
+    return Paths(pc.replace_substring(files.arrow, "\\", "/"))
+
+
 def tidy(files: Paths) -> Paths:
     """Returns absolute paths in one spelling each, to be compared."""
     import pyarrow.compute as pc
@@ -152,13 +162,15 @@ def note_gaps(
         start = np.arange(min(num_classes, len(present) + 6))
         problems.add(
             f"train list: {num_classes - len(present):,} of {num_classes:,} classes have no image: "
-            f"{_shown_classes(np.setdiff1d(start, present), names)}; labels must be 0 to C - 1"
+            f"{_shown_classes(np.setdiff1d(start, present), names)}; labels must be 0 to C - 1, or "
+            "leave these classes out with the data option min_images=1"
         )
     few = present[counts <= held_out]
     if len(few):
         problems.add(
             f"train list: {len(few)} of {num_classes} classes have fewer than {held_out + 1} "
-            f"images, one for each split: {_shown_classes(few, names)}; give lists for val and test"
+            f"images, one for each split: {_shown_classes(few, names)}; give lists for val and "
+            f"test, or leave these classes out with the data option min_images={held_out + 1}"
         )
     if "val" in labels:
         lacking = np.setdiff1d(present, labels["val"])

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from timm_lt.data.lists.annotations import read_annotations
 from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.table import header_columns, read_table
 from timm_lt.data.lists.text import BOM, read_text
+from timm_lt.data.sources import Split
 from timm_lt.registry import UsageError
 
 # Bytes of a file that tell its format, and the end of a line of a text list.
@@ -29,17 +30,32 @@ class ImageList:
         labels: (N,) int64, 0 or more.
         names: Class names, (C,), if the list has them.
         num_classes: C, if the list says it.
+        splits: ``"train"``, ``"val"`` or ``"test"``, (N,), if the list says it.
     """
 
     paths: Paths
     labels: NDArray[np.int64]
     names: list[str] | None = None
     num_classes: int | None = None
+    splits: NDArray[np.str_] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the paths and the labels."""
         yield self.paths
         yield self.labels
+
+    def by_split(self) -> "dict[Split, ImageList]":
+        """Returns the images of each split that the list names."""
+        if self.splits is None:
+            return {}
+        parts: dict[Split, ImageList] = {}
+        for split in get_args(Split):
+            rows = np.flatnonzero(self.splits == split)
+            if len(rows):
+                parts[split] = replace(
+                    self, paths=self.paths.take(rows), labels=self.labels[rows], splits=None
+                )
+        return parts
 
 
 def read_image_list(path: str | Path) -> ImageList:
@@ -58,14 +74,19 @@ def read_image_list(path: str | Path) -> ImageList:
       Empty lines count for nothing.
     - CSV (``.csv``; ``.tsv`` with tabs), or text whose first line names such columns: ``path``,
       ``image``, ``filename``, ``file_name`` or ``filepath``, and ``label``, ``target``, ``class``
-      or ``category``; others are left out. The first line may be missing if there are a path and a
-      label only. Labels that are words become the sorted class names.
+      or ``category``; perhaps ``split``. Other columns are named in the log. The first line may be
+      missing if there are a path and a label only, and the label is an integer or the path ends as
+      images do. Labels that are words become the sorted class names.
     - JSON (``.json``, or text that starts like one and whose first line does not end in a label)
       as BBN's: ``annotations`` with a path (``fpath``, ``im_path``, ...) and a ``category_id``, and
       ``num_classes``.
-    - JSON as COCO's and iNaturalist's: ``images`` with ``id`` and ``file_name``, ``annotations``
-      with ``image_id`` and ``category_id``, ``categories`` with ``id`` and ``name``. The categories
-      become labels 0 to C - 1 in the order of their ids.
+    - JSON as COCO's, COCO Camera Traps' and iNaturalist's: ``images`` with ``id`` and
+      ``file_name``, ``annotations`` with ``image_id`` and ``category_id``, ``categories`` with
+      ``id`` and ``name``. Ids are integers or texts. The categories become labels 0 to C - 1 in the
+      order of their ids. Images without an annotation are left out, and counted in the log.
+
+    JSON may have a ``split`` too, beside each path. The value is ``train``, ``val``, ``valid``,
+    ``validation``, ``dev`` or ``test``, in any case.
 
     Text is UTF-8, with or without byte order mark, with line ends of any system.
 
@@ -73,7 +94,7 @@ def read_image_list(path: str | Path) -> ImageList:
         path: The list.
 
     Returns:
-        Paths as they are in the list, labels, and class names if there are any.
+        Paths as they are in the list, labels, and class names and splits if there are any.
 
     Raises:
         UsageError: If the file is missing, empty or no such list, or a label is missing or is not a
@@ -87,7 +108,7 @@ def read_image_list(path: str | Path) -> ImageList:
     except OSError as error:
         raise UsageError(f"list {path} cannot be read: {error.strerror or error}") from error
     if len(found.paths) == 0:
-        raise UsageError(f"list {path} is empty: it names no image")
+        raise UsageError(f"list {path} is empty: it names no image with a label")
     return found
 
 
@@ -104,6 +125,6 @@ def _read(path: Path) -> ImageList:
         annotations = read_annotations(path)
         return ImageList(Paths(annotations.paths), *annotations[1:])
     if ending in (".csv", ".tsv") or header_columns(line):
-        paths, labels, names = read_table(path, delimiter="\t" if ending == ".tsv" else ",")
-        return ImageList(Paths(paths), labels, names)
+        table = read_table(path, delimiter="\t" if ending == ".tsv" else ",")
+        return ImageList(Paths(table.paths), table.labels, table.names, splits=table.splits)
     return ImageList(*read_text(path))

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
+from timm_lt.data.lists.columns import SPLIT_COLUMN, note_unused, read_splits
 from timm_lt.data.lists.text import check_utf8
 from timm_lt.registry import UsageError
 
@@ -26,14 +28,34 @@ class Columns(NamedTuple):
     Attributes:
         path: Index of the column of paths.
         label: Index of that of labels.
-        number: How many there are.
+        names: Names of all columns; empty texts without a header.
         header: Lines before the first image, 0 or 1.
     """
 
     path: int
     label: int
-    number: int
+    names: list[str]
     header: int
+
+    @property
+    def split(self) -> int | None:
+        """Index of the column of splits, if there is one."""
+        return self.names.index(SPLIT_COLUMN) if SPLIT_COLUMN in self.names else None
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the columns that are not used."""
+        used = (self.path, self.label, self.split)
+        return [name for place, name in enumerate(self.names) if place not in used]
+
+
+class Table(NamedTuple):
+    """Columns of a list; see :class:`~timm_lt.data.lists.ImageList`."""
+
+    paths: pa.Array
+    labels: NDArray[np.int64]
+    names: list[str] | None = None
+    splits: NDArray[np.str_] | None = None
 
 
 def header_columns(line: bytes, delimiter: str = ",") -> Columns | None:
@@ -44,7 +66,7 @@ def header_columns(line: bytes, delimiter: str = ",") -> Columns | None:
     label = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
     if path is None or label is None:
         return None
-    return Columns(path, label, len(names), 1)
+    return Columns(path, label, names, 1)
 
 
 def _fields(line: bytes, delimiter: str) -> list[str]:
@@ -52,44 +74,43 @@ def _fields(line: bytes, delimiter: str) -> list[str]:
     return next(csv.reader(text[:1], delimiter=delimiter), [])
 
 
-def read_table(
-    path: Path, *, delimiter: str
-) -> tuple[pa.Array, NDArray[np.int64], list[str] | None]:
-    """Reads paths, labels and class names; see :func:`~timm_lt.data.lists.read_image_list`."""
+def read_table(path: Path, *, delimiter: str) -> Table:
+    """Reads paths, labels, class names and splits; see :func:`read_image_list`."""
     import pyarrow.compute as pc
 
     columns = _columns(path, delimiter)
     if columns is None:
-        return pa.array([], pa.string()), np.empty(0, np.int64), None
+        return Table(pa.array([], pa.string()), np.empty(0, np.int64))
     try:
         table = _parsed(path, delimiter, columns)
     except pa.ArrowInvalid as error:
         with suppress(csv.Error):
             _raise_fault(path, delimiter, columns)
         raise UsageError(f"{path} is no table: {error}") from error
-    paths, texts = (column.combine_chunks() for column in table.columns)
+    paths, texts, *others = (column.combine_chunks() for column in table.columns)
     texts = pc.utf8_trim_whitespace(texts)
     integers = pc.match_substring_regex(texts, INTEGER)
-    if not pc.all(pc.not_equal(paths, "")).as_py():
-        _raise_fault(path, delimiter, columns)
-    if pc.all(integers).as_py():
-        return paths, texts.cast(pa.int64()).to_numpy(), None
     numbers = pc.or_(pc.match_substring_regex(texts, NUMBER), pc.equal(texts, ""))
-    if pc.any(numbers).as_py():
+    all_integers = pc.all(integers).as_py()
+    if pc.any(pc.equal(paths, "")).as_py() or (pc.any(numbers).as_py() and not all_integers):
         _raise_fault(path, delimiter, columns)
+    note_unused(path, columns.unused)
+    splits = read_splits(path, others[0]) if others else None
+    if all_integers:
+        return Table(paths, texts.cast(pa.int64()).to_numpy(), None, splits)
     words = texts.dictionary_encode()
     names = np.array(words.dictionary.to_pylist(), object)
     order = names.argsort()
     ranks = np.empty(len(names), np.int64)
     ranks[order] = np.arange(len(names))
-    return paths, ranks[words.indices.to_numpy()], names[order].tolist()
+    return Table(paths, ranks[words.indices.to_numpy()], names[order].tolist(), splits)
 
 
 def _columns(path: Path, delimiter: str) -> Columns | None:
     """Returns where the columns are; None if the file is empty.
 
     Raises:
-        UsageError: If the first line neither names them nor is a path with an integer label.
+        UsageError: If the first line neither names them nor is the path of an image and a label.
     """
     with path.open("rb") as file:
         line = next((line for line in file if line.strip()), None)
@@ -98,8 +119,8 @@ def _columns(path: Path, delimiter: str) -> Columns | None:
     if columns := header_columns(line, delimiter):
         return columns
     fields = _fields(line, delimiter)
-    if len(fields) == 2 and fields[1].strip().isdecimal():
-        return Columns(0, 1, 2, 0)
+    if len(fields) == 2 and (fields[1].strip().isdecimal() or suffix(fields[0]) in IMAGE_SUFFIXES):
+        return Columns(0, 1, ["", ""], 0)
     raise UsageError(
         f"{path} has no column of {'paths' if _lacks(fields, PATH_COLUMNS) else 'labels'}: its "
         f"first line is {', '.join(map(repr, fields))}, and should have one of "
@@ -112,11 +133,12 @@ def _lacks(fields: list[str], names: tuple[str, ...]) -> bool:
 
 
 def _parsed(path: Path, delimiter: str, columns: Columns) -> pa.Table:
-    """Returns the columns of paths and labels, as strings."""
+    """Returns the columns of paths, labels and perhaps splits, as strings."""
     from pyarrow import csv as arrow_csv
 
-    names = [str(place) for place in range(columns.number)]
-    wanted = [names[columns.path], names[columns.label]]
+    names = [str(place) for place in range(len(columns.names))]
+    places = (columns.path, columns.label, columns.split)
+    wanted = [names[place] for place in places if place is not None]
     read = arrow_csv.ReadOptions(
         use_threads=False, column_names=names, skip_rows_after_names=columns.header
     )
@@ -151,8 +173,10 @@ def _raise_fault(path: Path, delimiter: str, columns: Columns) -> None:
 
 def _fault(row: list[str], columns: Columns) -> str | None:
     """Returns what is wrong with a row by itself."""
-    if len(row) != columns.number:
-        return f"{len(row)} fields, not {columns.number}: a field with a comma in it needs quotes"
+    if len(row) != len(columns.names):
+        return (
+            f"{len(row)} fields, not {len(columns.names)}: a field with a comma in it needs quotes"
+        )
     label = row[columns.label].strip()
     if not row[columns.path]:
         return "no path"

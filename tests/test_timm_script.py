@@ -1,32 +1,26 @@
-"""TIMM_LT_SAMPLER, in scripts that import as timm's train.py does."""
+"""``timm-lt run SCRIPT --sampler``, with scripts that import as timm's train.py does."""
 
 import collections
 import json
-import os
-from pathlib import Path
 
 import pytest
+import timm.data
 from PIL import Image
 
-import train_lt
-from timm_lt.registry import UsageError
+from timm_lt.cli import main
+from timm_lt.cli.run import EpochsInTurn
 from timm_lt.samplers import create_sampler
-from timm_lt.timm_train_hook import VARIABLE, EpochsInTurn, install_from_environment
 
-ROOT = Path(train_lt.__file__).parent
 COUNTS = (15, 6, 3)
 LABELS = [label for label, count in enumerate(COUNTS) for _ in range(count)]
 
 # Image i is of one colour, (i, label, 0): what is shown is read off the pixels.
 SCRIPT = """
-import importlib, json, os, sys
+import json, sys
 import torch
-import timm.data
 from timm.data import create_dataset, create_loader
 from timm import utils
 import argparse
-
-original = create_loader
 
 
 def epochs(loader, distributed, data=None, first=0):
@@ -45,7 +39,6 @@ def epochs(loader, distributed, data=None, first=0):
 
 
 def main():
-    importlib.import_module("timm_lt")
     args = argparse.Namespace(device="cpu")
     device = utils.init_distributed_device(args)
     options = dict(
@@ -59,7 +52,6 @@ def main():
     ]
     result = dict(
         rank=args.rank,
-        kept=[name is original for name in (create_loader, timm.data.create_loader)],
         kinds=[type(loader).__name__ for loader in training],
         evaluation=epochs(evaluation, False)[0],
         training=[epochs(loader, args.distributed) for loader in training],
@@ -97,16 +89,19 @@ WORKERS = (
 )
 
 
+COMMAND = "import sys; from timm_lt.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
 def launch(server, folder, sampler, processes=1, loaders=WORKERS):
-    """Runs the script on several processes, in which timm_lt has not been imported yet."""
-    script = folder.parent / "train.py"
+    """Runs the script by the command, on several processes."""
+    script, command = folder.parent / "train.py", folder.parent / "command.py"
     script.write_text(SCRIPT)
-    assert VARIABLE not in os.environ
-    variables = {} if sampler is None else {VARIABLE: sampler}
-    arguments = (folder, json.dumps(loaders))
+    command.write_text(COMMAND)
+    chosen = () if sampler is None else ("--sampler", sampler)
+    arguments = ("run", script, *chosen, folder, json.dumps(loaders))
     if processes == 1:
-        return [server.run(*arguments, script=script, environment=variables)]
-    return server.on_ranks(processes, *arguments, script=script, environment=variables)
+        return [server.run(*arguments, script=command)]
+    return server.on_ranks(processes, *arguments, script=command)
 
 
 def results(server, folder, sampler, processes=1, **options):
@@ -117,9 +112,8 @@ def results(server, folder, sampler, processes=1, **options):
 
 
 @pytest.mark.slow
-def test_train_py_draws_from_the_sampler(plain_server, folder):
-    (found,) = results(plain_server, folder, "class_balanced")
-    assert found["kept"] == [False, False]
+def test_train_py_draws_from_the_sampler(server, folder):
+    (found,) = results(server, folder, "class_balanced")
     assert set(found["kinds"]) == {"PrefetchLoader"}
     assert found["evaluation"] == list(range(24))
     expected = create_sampler("class_balanced", LABELS)
@@ -133,25 +127,17 @@ def test_train_py_draws_from_the_sampler(plain_server, folder):
 
 
 @pytest.mark.slow
-def test_without_the_variable_nothing_is_touched(plain_server, folder):
-    (found,) = results(plain_server, folder, None)
-    assert found["kept"] == [True, True]
+def test_without_the_option_the_order_is_timms(server, folder):
+    (found,) = results(server, folder, None)
     for training in found["training"]:
         assert all(sorted(epoch) == list(range(24)) for epoch in training)
 
 
 @pytest.mark.slow
-def test_a_wrong_name_is_an_error_before_anything_is_loaded(plain_server, folder):
-    (done,) = launch(plain_server, folder, "clas_balanced")
-    assert done.status != 0
-    assert "did you mean 'class_balanced'?" in done.err.splitlines()[-1]
-
-
-@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_share_each_epoch(plain_server, folder):
+def test_two_processes_share_each_epoch(server, folder):
     variable = "{name: power, q: 0.5, seed: 3, num_samples: 40}"
-    ranks = results(plain_server, folder, variable, processes=2, loaders=WORKERS[:2])
+    ranks = results(server, folder, variable, processes=2, loaders=WORKERS[:2])
     assert [rank["rank"] for rank in ranks] == [0, 1]
     expected = create_sampler("power", LABELS, q=0.5, seed=3, num_samples=40)
     for loader in range(2):
@@ -165,22 +151,51 @@ def test_two_processes_share_each_epoch(plain_server, folder):
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("options", "message"),
     [
-        ("balanced", "TIMM_LT_SAMPLER: unknown sampler 'balanced'.*instance_balanced, class"),
-        ("{name: power}", "TIMM_LT_SAMPLER: sampler 'power' needs the option 'q'"),
-        ("{name: power, p: 1}", "TIMM_LT_SAMPLER: sampler 'power' has no option 'p'"),
-        ("bilateral", "TIMM_LT_SAMPLER: sampler 'bilateral' draws pairs"),
-        ("{q: 0.5}", "must be the name of a sampler or a mapping"),
-        ("3", "must be the name of a sampler or a mapping"),
-        ("[power]", "must be the name of a sampler or a mapping"),
-        ("{name: power", "is not YAML"),
+        (["balanced"], "--sampler: unknown sampler 'balanced'"),
+        (["{name: power}"], "--sampler: sampler 'power' needs the option 'q'"),
+        (["{name: power, p: 1}"], "--sampler: sampler 'power' has no option 'p'"),
+        (["bilateral"], "--sampler: sampler 'bilateral' draws pairs"),
+        (["{q: 0.5}"], "must be the name of a sampler or a mapping"),
+        (["3"], "must be the name of a sampler or a mapping"),
+        (["{name: power"], "is not valid YAML"),
+        ([], "--sampler needs the name of a sampler"),
+        (["class_balanced"], "created no training loader with timm.data.create_loader"),
     ],
 )
-def test_wrong_values_are_named(monkeypatch, value, message):
-    monkeypatch.setenv(VARIABLE, value)
-    with pytest.raises(UsageError, match=message):
-        install_from_environment()
+def test_wrong_values_are_named(tmp_path, capsys, options, message):
+    script = tmp_path / "script.py"
+    script.write_text("from timm.data import create_loader")
+    assert main(["run", str(script), "--sampler", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+SHUFFLED = """
+import json, sys
+from timm.data import create_loader
+from torchvision.datasets import ImageFolder
+data = ImageFolder(sys.argv[1] + "/train")
+loader = create_loader(data, (3, 8, 8), 4, is_training=True, use_prefetcher=False, num_workers=0)
+with open(sys.argv[2], "w") as file:
+    json.dump([label for _, targets in loader for label in targets.tolist()], file)
+"""
+
+
+@pytest.mark.parametrize("place", ["before", "behind", "with ="])
+def test_the_option_stands_on_either_side_of_the_script(folder, tmp_path, place):
+    script = tmp_path / "script.py"
+    script.write_text(SHUFFLED)
+    own, original = [str(folder), str(tmp_path / "drawn")], timm.data.create_loader
+    words = {
+        "before": ["--sampler", "class_balanced", str(script)],
+        "behind": [str(script), "--sampler", "class_balanced"],
+        "with =": [str(script), "--sampler=class_balanced"],
+    }
+    assert main(["run", *words[place], *own]) == 0
+    drawn = create_sampler("class_balanced", LABELS).epoch_indices(0).tolist()
+    assert json.loads((tmp_path / "drawn").read_text()) == [LABELS[image] for image in drawn]
+    assert timm.data.create_loader is timm.data.loader.create_loader is original
 
 
 def test_epochs_in_turn():

@@ -1,0 +1,464 @@
+"""Models from files of weights: their layouts, and what they say of the training."""
+
+import argparse
+import json
+import logging
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models._hub import save_for_hf
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import timm_lt
+from timm_lt.accelerator import create_accelerator
+from timm_lt.cli import main
+from timm_lt.data import create_splits
+from timm_lt.preprocessing import image_config
+from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.recipe.images import create_images
+from timm_lt.registry import UsageError
+from timm_lt.weights_file import classes_of_file, create_from_file
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerate():
+    """A run has the mixed precision of the processor, and other calls have none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def plain(name="test_resnet", classes=3, seed=0, **options):
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=classes, **options).eval()
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def same(model, expected, **tolerances):
+    size = image_config(expected)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), expected(images), **tolerances)
+
+
+STATE, OTHER = plain().state_dict(), plain(seed=1).state_dict()
+COUNTERS = {key for key in STATE if key.endswith("num_batches_tracked")}
+BACKBONE = {key: value for key, value in STATE.items() if not key.startswith("fc.")}
+LOSS = {"criterion.weight": torch.ones(3), "loss_fn.ldam.m_list": torch.ones(3)}
+LAYOUTS = {
+    "bare": STATE,
+    **{
+        prefix: prefixed(prefix, STATE)
+        for prefix in ("module.", "_orig_mod.module.", "module._orig_mod.", "module.module.")
+    },
+    "compiled in Lightning": {"state_dict": prefixed("model._orig_mod.", STATE)},
+    "compiled blocks": {
+        key.replace("layer1.", "layer1._orig_mod.").replace(
+            "layer2.0.", "layer2.0._checkpoint_wrapped_module."
+        ): value
+        for key, value in STATE.items()
+    },
+    "Lightning": {
+        "state_dict": {
+            **prefixed("net.", STATE),
+            "criterion.weight": torch.ones(3),
+            "val_acc.tp": torch.zeros(3),
+        },
+        "pytorch-lightning_version": "2.5.0",
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+    },
+    "a Lightning module that is the network": {"state_dict": {**STATE, **LOSS}},
+    "before counters": {key: value for key, value in STATE.items() if key not in COUNTERS},
+    "profiled": {**STATE, "total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
+    "the tutorial": {"epoch": 3, "model_state_dict": STATE, "optimizer_state_dict": {}},
+    "net": {"net": STATE, "acc": 91.2},
+    "two levels": {"state": {"network": STATE}, "epoch": 2},
+    "mmpretrain": {
+        "meta": {},
+        "state_dict": {
+            **prefixed("backbone.", BACKBONE),
+            **{f"head.{k}": STATE[k] for k in STATE if k not in BACKBONE},
+        },
+    },
+    "backbone and fc": {
+        **prefixed("encoder.", BACKBONE),
+        **{key: value for key, value in STATE.items() if key not in BACKBONE},
+    },
+    "timm": {"arch": "test_resnet", "state_dict": STATE, "state_dict_ema": None},
+    "timm's average": {"state_dict": OTHER, "state_dict_ema": STATE, "arch": "test_resnet"},
+    "torchvision's average": {
+        "model": OTHER,
+        "model_ema": {**prefixed("module.", STATE), "n_averaged": torch.tensor(3)},
+        "args": argparse.Namespace(model="resnet18", lr=0.1),
+    },
+}
+LAYOUTS["torchvision's average"]["args"].model = "test_resnet"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_every_layout_are_found(layout, tmp_path):
+    model = create_from_file("test_resnet", saved(tmp_path / "w.pth", LAYOUTS[layout]))
+    for key, value in model.state_dict().items():
+        if layout != "before counters" or key not in COUNTERS:
+            assert value.equal(STATE[key]), key
+    assert classes_of_file(tmp_path / "w.pth", model) == 3
+
+
+def test_torchs_own_averaged_model_and_safetensors_are_read(tmp_path):
+    model = plain()
+    saved(tmp_path / "swa.pth", AveragedModel(nn.DataParallel(model)).state_dict())
+    same(create_from_file("test_resnet", tmp_path / "swa.pth"), model)
+    save_file(prefixed("module.", model.state_dict()), tmp_path / "model.safetensors")
+    same(create_from_file("test_resnet", tmp_path / "model.safetensors"), model)
+
+
+TWO = {
+    "teacher and student": ({"student": OTHER, "teacher": prefixed("module.", STATE)}, "teacher"),
+    "two in Lightning": (
+        {"state_dict": {**prefixed("m.", OTHER), **prefixed("ema_m.", STATE)}},
+        "ema_m",
+    ),
+    "an average of another name": ({"model_state_dict": OTHER, "ema": STATE}, "ema"),
+}
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_of_several_networks_one_is_chosen_by_its_key(case, tmp_path, capsys):
+    content, key = TWO[case]
+    path = saved(tmp_path / "w.pth", content)
+    with pytest.raises(UsageError, match=rf"several networks: .*{key}.*--checkpoint-key"):
+        create_from_file("test_resnet", path)
+    model = create_from_file("test_resnet", path, key=key)
+    assert model.fc.weight.equal(STATE["fc.weight"])
+    assert classes_of_file(path, model, key) == 3
+    with pytest.raises(UsageError, match="under 'teach'"):
+        create_from_file("test_resnet", path, key="teach")
+    target = str(tmp_path / "out")
+    options = ["--model", "test_resnet", "--checkpoint-key", key]
+    assert main(["convert", str(path), target, *options]) == 0
+    converted = timm.create_model(f"local-dir:{target}", pretrained=True)
+    assert converted.fc.weight.equal(STATE["fc.weight"])
+
+
+def test_the_raw_weights_beside_an_average_have_a_key(tmp_path, caplog):
+    path = saved(tmp_path / "w.pth", {"state_dict": OTHER, "state_dict_ema": STATE})
+    with caplog.at_level(logging.INFO, "timm_lt"):
+        create_from_file("test_resnet", path)
+    assert "took state_dict_ema, not state_dict" in caplog.text
+    model = create_from_file("test_resnet", path, key="state_dict")
+    assert model.fc.weight.equal(OTHER["fc.weight"])
+
+
+REFUSED = {
+    "a foreign tensor": ({**STATE, "layer9.weight": torch.ones(1)}, r"it has layer9\.weight$"),
+    "a foreign part": (prefixed("net.", {**STATE, "attn.q": torch.ones(1)}), r"it has attn\.q$"),
+    "a missing tensor": (prefixed("net.", BACKBONE), r"lacks fc\.weight, fc\.bias"),
+    "half a prefix": (
+        {key if key == "fc.bias" else f"model.{key}": value for key, value in STATE.items()},
+        r"lacks fc\.bias; it has fc\.bias$",
+    ),
+    "twice": ({**prefixed("module.", STATE), "fc.bias": OTHER["fc.bias"]}, r"'fc\.bias' twice"),
+    "another network": (plain("test_vit").state_dict(), r"holds no test_resnet: it lacks"),
+    "another width": ({**STATE, "fc.weight": torch.ones(3, 95)}, r"fc\.weight is \(3, 95\)"),
+    "no tensors": ({"epoch": 3, "state_dict": {}}, "has no weights"),
+    "a list": ([STATE], "holds a list"),
+    "a whole model": (plain(), r"asks for timm\.\S+, not only .* save its state_dict\(\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_files_are_refused(case, tmp_path):
+    content, message = REFUSED[case]
+    path = saved(tmp_path / "w.pth", content)
+    with pytest.raises(UsageError, match=message) as caught:
+        create_from_file("test_resnet", path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "web page.*download the file again"),
+        (b"", "truncated"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(content, message, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        create_from_file("test_resnet", tmp_path / "w.pth")
+
+
+# ---- what a file says of its training ------------------------------------------------------------
+
+ARGS = {
+    "model": "test_resnet",
+    "gp": "max",
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.9],
+    "img_size": 96,
+    "crop_pct": 0.8,
+    "interpolation": "nearest",
+    "crop_mode": "border",
+    "in_chans": None,
+    "model_kwargs": {"drop_rate": 0.1},
+}
+CONFIG = {
+    "input_size": (3, 96, 96),
+    "mean": (0.1, 0.2, 0.3),
+    "std": (0.9, 0.9, 0.9),
+    "crop_pct": 0.8,
+    "interpolation": "nearest",
+    "crop_mode": "border",
+}
+
+
+def timms_file(path, model, args=ARGS, **more):
+    content = {"state_dict": model.state_dict(), "arch": args["model"], "args": args, **more}
+    return saved(path, content)
+
+
+def as_tuples(config):
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+
+
+@pytest.mark.parametrize("kind", [dict, argparse.Namespace, "args.yaml"])
+def test_the_arguments_of_timms_training_are_used(kind, tmp_path, caplog):
+    expected = plain(global_pool="max")
+    path = tmp_path / "model_best.pth.tar"
+    content = {"state_dict": expected.state_dict()}
+    if kind == "args.yaml":
+        (tmp_path / kind).write_text(yaml.safe_dump(ARGS))
+    else:
+        content["args"] = kind(**ARGS)
+    saved(path, content)
+    with caplog.at_level(logging.INFO, "timm_lt"):
+        model = create_from_file("test_resnet", path)
+    assert "model_best.pth.tar was trained with drop_rate 0.1, global_pool max, mean" in caplog.text
+    same(model, expected)
+    assert as_tuples(timm.data.resolve_data_config(model=model)) == CONFIG
+    assert model.drop_rate == 0.1
+
+
+def test_args_yaml_of_another_project_is_left(tmp_path):
+    saved(tmp_path / "w.pth", STATE)
+    (tmp_path / "args.yaml").write_text("model: yolov8n-cls.pt\nmode: train\nimgsz: 640\n")
+    same(create_from_file("test_resnet", tmp_path / "w.pth"), plain())
+
+
+def test_what_is_given_by_hand_comes_first(tmp_path):
+    path = timms_file(tmp_path / "w.pth", plain())
+    model = create_from_file(
+        "test_resnet", path, image_size=64, global_pool="avg", crop_pct=1.0, mean=[0.5] * 3
+    )
+    same(model, plain())
+    config = as_tuples(timm.data.resolve_data_config(model=model))
+    given = {"input_size": (3, 64, 64), "crop_pct": 1.0, "mean": (0.5, 0.5, 0.5)}
+    assert config == {**CONFIG, **given}
+
+
+def test_converted_files_are_the_model_that_was_trained(tmp_path):
+    expected = plain(global_pool="max")
+    path = timms_file(tmp_path / "w.pth", plain(), state_dict_ema=expected.state_dict())
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+    converted = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    same(converted, expected)
+    assert as_tuples(timm.data.resolve_data_config(model=converted)) == CONFIG
+    options = ["--model-option", "global_pool=avg", "--image-size", "32", "--overwrite"]
+    options += ["--model-option", "std=[0.4, 0.5, 0.6]"]
+    assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["global_pool"] == "avg"
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["pretrained_cfg"]["std"] == [0.4, 0.5, 0.6]
+
+
+def test_the_tag_of_the_trained_model_says_how_images_were_normalised(tmp_path):
+    """timm's train.py normalises as the tag's configuration says, if nobody says otherwise."""
+    name = "vit_small_patch16_224.augreg_in21k"
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    model = plain("vit_small_patch16_224", **options)
+    args = {"model": "deit_small_patch16_224.fb_in1k", "model_kwargs": options}
+    path = timms_file(tmp_path / "w.pth", model, args)
+    found = create_from_file("deit_small_patch16_224", path)
+    assert image_config(found)["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
+    # A ViT has the same tensors, and another normalisation.
+    with pytest.raises(UsageError, match=r"has weights of deit_small_patch16_224\.fb_in1k, not of"):
+        create_from_file(name, path)
+
+
+def test_our_names_of_timms_architectures_take_its_files(tmp_path):
+    path = timms_file(tmp_path / "w.pth", plain(), {"model": "test_resnet"})
+    same(create_from_file("lt_test_resnet", path), plain())
+    path = timms_file(tmp_path / "w.pth", plain(), {"model": "lt_test_resnet"})
+    same(create_from_file("test_resnet", path), plain())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"mean": "red"}, "args that are not timm's"),
+        ({"img_size": "large"}, "args that are not timm's"),
+        ({"model_kwargs": ["x"]}, "args that are not timm's"),
+        ({"model_kwargs": {"width": 2}}, "no option 'width'"),
+        ({"model_kwargs": {"layers": [10**9, 1, 1, 1]}}, "far beyond the sizes"),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_line(args, message, tmp_path):
+    path = timms_file(tmp_path / "w.pth", plain(), {"model": "test_resnet", **args})
+    with pytest.raises(UsageError, match=message):
+        create_from_file("test_resnet", path)
+
+
+def test_a_class_map_is_warned_of(tmp_path, caplog):
+    path = timms_file(tmp_path / "w.pth", plain(), {"model": "test_resnet", "class_map": "m.txt"})
+    create_from_file("test_resnet", path)
+    assert "--class-map m.txt: its classes come in the order of that file" in caplog.text
+
+
+# ---- image sizes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"img_size": 96}, {"input_size": [3, 96, 96]}, {"input_size": 96}]
+)
+def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, tmp_path):
+    expected = plain("test_vit", img_size=96)
+    path = timms_file(tmp_path / "w.pth", expected, {"model": "test_vit", **args})
+    model = create_from_file("test_vit", path)
+    same(model, expected)
+    assert image_config(model)["input_size"] == (3, 96, 96)
+
+
+def test_a_vit_of_a_wide_size_is_built_for_it(tmp_path):
+    expected = plain("test_vit", img_size=(96, 128))
+    args = {"model": "test_vit", "input_size": (3, 96, 128)}
+    model = create_from_file("test_vit", timms_file(tmp_path / "w.pth", expected, args))
+    same(model, expected)
+    assert image_config(model)["input_size"] == (3, 96, 128)
+
+
+@pytest.mark.parametrize("size", [64, 160])
+def test_another_size_resamples_position_embeddings_as_timm_does(size, tmp_path):
+    trained = plain("test_vit", img_size=96)
+    path = timms_file(tmp_path / "w.pth", trained, {"model": "test_vit", "img_size": 96})
+    model = create_from_file("test_vit", path, image_size=size)
+    grid = model.patch_embed.grid_size
+    expected = resample_abs_pos_embed(
+        trained.pos_embed.detach(), grid, num_prefix_tokens=model.num_prefix_tokens
+    )
+    torch.testing.assert_close(model.pos_embed.detach(), expected)
+    assert model.pos_embed.shape[1] == grid[0] * grid[1] + model.num_prefix_tokens
+    assert model.head.weight.equal(trained.head.weight)
+
+
+def test_a_swin_of_another_size_is_built_for_it(tmp_path):
+    options = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    expected = plain("swin_tiny_patch4_window7_224", img_size=64, **options)
+    args = {"model": "swin_tiny_patch4_window7_224", "img_size": 64, "model_kwargs": options}
+    same(create_from_file(args["model"], timms_file(tmp_path / "w.pth", expected, args)), expected)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own") / "photos"
+    for label in range(3):
+        (root / "abc"[label]).mkdir(parents=True)
+        for i in range(8):
+            image = Image.new("RGB", (120, 96), (90 * label, 20 * i, 9))
+            image.save(root / "abc"[label] / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("given", [(), ("--image-size", "64")])
+def test_commands_take_a_vit_of_another_size(given, photos, tmp_path, capsys):
+    trained = plain("test_vit", img_size=96)
+    path = str(timms_file(tmp_path / "w.pth", trained, {"model": "test_vit", "img_size": 96}))
+    weights = ["--checkpoint", path, *given]
+    run = tmp_path / "run"
+    heads = ["heads", str(photos), "--model", "test_vit", *weights, "--workers", "0"]
+    assert main([*heads, "--heads", "tau_norm", "--output", str(run)]) == 0, capsys.readouterr().err
+    size = int(given[1]) if given else 96
+    model = timm_lt.create_model(f"local-dir:{run}", head="tau_norm")
+    assert image_config(model)["input_size"] == (3, size, size)
+    capsys.readouterr()
+    assert main(["predict", "test_vit", str(photos), *weights, "--json", "--top", "1"]) == 0
+    by_file = json.loads(capsys.readouterr().out)
+    assert main(["predict", str(run), str(photos), "--json", "--top", "1"]) == 0
+    by_run = json.loads(capsys.readouterr().out)
+    for mine, theirs in zip(by_file, by_run, strict=True):
+        assert mine["classes"][0]["probability"] == pytest.approx(
+            theirs["classes"][0]["probability"], abs=1e-4
+        )
+    # A run goes on at another size.
+    assert main(["predict", str(run), str(photos), "--image-size", "128", "--json"]) == 0
+
+
+def test_predictions_are_of_images_as_the_training_saw_them(photos, tmp_path, capsys):
+    trained = plain(global_pool="max")
+    path = timms_file(tmp_path / "w.pth", trained)
+    assert main(["predict", "test_resnet", str(photos), "--checkpoint", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    transform = timm.data.create_transform(**CONFIG)
+    for entry in found:
+        with Image.open(entry["image"]) as image, torch.no_grad():
+            expected = trained(transform(image.convert("RGB"))[None]).softmax(1)[0]
+        shown = {int(part["name"]): part["probability"] for part in entry["classes"]}
+        torch.testing.assert_close(torch.tensor([shown[c] for c in range(3)]), expected)
+
+
+def test_images_of_a_run_are_cropped_as_the_model_says(photos):
+    model = plain(pretrained_cfg_overlay={"crop_mode": "border", "crop_pct": 1.0})
+    data = DataRecipe("folder", str(photos), augmentation="timm", image_size=64)
+    splits = create_splits("folder", root=str(photos))
+    recipe = Recipe(data=data, model=ModelRecipe("test_resnet"))
+    images = create_images(recipe, splits, model, workers=0)["test"]
+    ((batch, _),) = images.eval_loader(16, create_accelerator(mixed_precision="no"))
+    config = {**timm.data.resolve_data_config(model=model), "input_size": (3, 64, 64)}
+    transform = timm.data.create_transform(**config)
+    expected = [transform(row["image"].convert("RGB")) for row in splits.datasets["test"]]
+    torch.testing.assert_close(batch, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    usual = timm.data.create_transform(**{**config, "crop_mode": "center"})
+    first = splits.datasets["test"][0]["image"].convert("RGB")
+    assert not torch.allclose(usual(first), expected[0], atol=0.1)
+
+
+def test_a_model_of_gray_images_is_refused(photos, tmp_path, capsys):
+    path = str(
+        timms_file(tmp_path / "w.pth", plain(in_chans=1), {"model": "test_resnet", "in_chans": 1})
+    )
+    weights = ["--checkpoint", path, "--workers", "0"]
+    for command in (
+        ["heads", str(photos), "--model", "test_resnet", *weights, "--output", str(tmp_path / "o")],
+        ["evaluate", "test_resnet", str(photos), *weights],
+        ["predict", "test_resnet", str(photos), *weights],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "takes images of 1 channels (in_chans), and images are read as RGB" in error
+
+
+def test_rebalance_refuses_a_model_of_gray_images(photos):
+    with pytest.raises(UsageError, match="in_chans=3"):
+        timm_lt.rebalance(plain(in_chans=1), str(photos), workers=0)
+
+
+def test_a_folder_of_timm_is_taken_at_the_size_of_its_arguments(photos, tmp_path, capsys):
+    """timm's configuration has the default size still, and only the arguments have the model's."""
+    save_for_hf(plain("test_vit", img_size=96), tmp_path / "m", safe_serialization=True)
+    assert main(["predict", str(tmp_path / "m"), str(photos), "--json"]) == 0
+    run = ["--heads", "tau_norm", "--workers", "0", "--output", str(tmp_path / "run")]
+    assert main(["heads", str(photos), "--model", str(tmp_path / "m"), *run]) == 0
