@@ -134,12 +134,12 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
         "mixed/f.jpg": "neither a file nor a directory",
     }
     line, last = error.splitlines()
-    assert "3 files are not read" in line
-    assert "(2 .txt, 1 .pdf): mixed/" in line
+    assert "not read: 3 (2 .txt, 1 .pdf): mixed/" in line
     assert last.startswith("error: 5 of 7 images cannot be read: mixed/b.heic (")
     for hidden in ("DS_Store", "Thumbs", "hidden"):
         assert hidden not in out + error
-    # Named by itself, a raw file is none the less.
+    # Files that are named themselves: a text is no image, and a raw file is not read either.
+    assert "it is no image" in predict("mixed/notes.txt", "--format", "csv")[1]
     assert predict("mixed/e.NEF", "--format", "csv")[0] == 2
 
 
@@ -149,7 +149,7 @@ def test_files_that_are_no_images_are_a_line_and_no_mistake(predict, tmp_path):
     (tmp_path / "some" / "notes.txt").write_text("text")
     status, out, error = predict("some", "--json")
     assert (status, len(json.loads(out))) == (0, 1)
-    assert "1 files are not read, since they are not images" in error
+    assert "not read: 1 (1 .txt): some/notes.txt" in error
     (tmp_path / "some" / "a.png").unlink()
     status, _, error = predict("some")
     assert (status, error) == (2, "error: there is no image in some, only 1 .txt\n")

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import timm_lt
-from timm_lt.checkpoint import read_checkpoint
+from timm_lt.checkpoint import background_of, read_checkpoint
 from timm_lt.cli import main
 from timm_lt.recipe import load_recipe
 
@@ -193,7 +193,7 @@ def test_icons_are_told_apart_on_white_and_the_background_is_recorded(icons, tmp
     arguments = {"heads": "ncm", "cache_dir": tmp_path / "c", "workers": 0, "background": "black"}
     found = timm_lt.rebalance(model, icons, output=tmp_path / "black", **arguments)
     assert found.reports["ncm"].all == 0.5
-    assert read_checkpoint(found.folder).background == "#000000"
+    assert read_checkpoint(found.folder).background == background_of(found.model) == "#000000"
     card = (found.folder / "README.md").read_text(encoding="utf-8")
     assert 'timm_lt.load_image("photo.jpg", background="#000000")' in card
     # A model that was loaded from there goes on with black.

@@ -330,3 +330,20 @@ def test_resume_is_a_flag_or_auto():
     for arguments, resumes in ((["--resume"], True), (["--resume", "auto"], True), ([], False)):
         _, _, options = parse_command_line("train_lt.py", arguments)
         assert options.resume is resumes
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("auto", "auto"), ("black", "black"), ("#808080", "#808080"), ("[1, 2, 3]", [1, 2, 3])],
+)
+def test_a_background_is_a_name_a_code_or_three_levels(given, value, tmp_path):
+    # In YAML a bare # begins a comment.
+    _, recipe, _ = parse_command_line("train_lt.py", ["--data.background", given])
+    assert recipe.data.background == value
+    (tmp_path / "own.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "own.yaml").data.background == value
+
+
+def test_a_background_that_is_no_colour_is_refused():
+    with pytest.raises(UsageError, match="background 'blurple' is not a valid colour"):
+        parse_command_line("train_lt.py", ["--data.background", "blurple"])

@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from timm_lt.accelerator import temporary_accelerator, torch_defaults, unwrapped
-from timm_lt.checkpoint import GIVEN_DATA, GIVEN_MODEL
+from timm_lt.checkpoint import BACKGROUND, GIVEN_DATA, GIVEN_MODEL
 from timm_lt.console import pillow_warnings_ignored
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.given import folder_of, given_splits
@@ -215,6 +215,7 @@ def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
     best = str(record["head"])
     del heads[AUTO], reports[AUTO]
     model = set_head(run.model, copy.deepcopy(heads[best]))
+    model.__dict__[BACKGROUND] = run.splits.background
     return Rebalanced(model.eval(), best, heads, reports, recommend(reports, record), folder)
 
 

@@ -343,7 +343,7 @@ def test_create_loader_refuses_a_background_for_a_data_set_that_decodes_itself(t
     (tmp_path / "a").mkdir()
     RGBA.save(tmp_path / "a" / "x.png")
     with pytest.raises(
-        UsageError, match=r"background only applies to a datasets\.Dataset; a ImageF"
+        UsageError, match=r"background only applies to a datasets\.Dataset that decodes"
     ):
         timm_lt.create_loader(ImageFolder(tmp_path), 8, 1, background="black")
 

@@ -235,7 +235,7 @@ def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise UsageError(f"there is no image {path}")
     if others:
         log.warning(
-            "%d files are not read, since they are not images by their suffix (%s): %s",
+            "files that are not images by their suffix, not read: %d (%s): %s",
             *(len(others), counted_suffixes(others), shown_names(list(map(shown_path, others)))),
         )
     raw = {path: f"a camera raw file; {CONVERT}" for path in paths if suffix(path) in RAW_SUFFIXES}
@@ -270,9 +270,10 @@ class _Files(Dataset[tuple[Tensor, str]]):
         try:
             image = decode_image({"path": path, "bytes": None}, background=self.background)
         except DAMAGE as error:
-            if f".{suffix(path)}" in Image.registered_extensions():
-                return torch.empty(0), damage_of(error)
-            return torch.empty(0), f"Pillow does not decode .{suffix(path)}; {CONVERT}"
+            end = suffix(path)
+            if end in UNUSUAL_SUFFIXES and f".{end}" not in Image.registered_extensions():
+                return torch.empty(0), f"Pillow does not decode .{end}; {CONVERT}"
+            return torch.empty(0), damage_of(error)
         self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 

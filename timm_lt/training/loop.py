@@ -19,6 +19,7 @@ from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from timm_lt.accelerator import kept_random_state
 from timm_lt.console import advance, log, progress
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
@@ -31,7 +32,7 @@ from timm_lt.training.checks import (
     check_optimization,
     check_pairs,
 )
-from timm_lt.training.epoch import kept_random_state, run_updates, seed_epoch, share_buffers
+from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.frozen import FrozenParts, check_statistics, check_trained
 from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.history import EpochRecord, best_record, log_epoch
