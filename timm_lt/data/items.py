@@ -60,7 +60,8 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
             return read_image(given, row, datasets.Image())
         if isinstance(given, Tensor | np.ndarray):
             if str(given.dtype).endswith("uint8") and given.ndim == 3:
-                return to_pil_image(given).convert("RGB")
+                image: Image.Image = to_pil_image(given)
+                return image.convert("RGB")
             kind = f"{type(given).__name__} of shape {tuple(given.shape)}, {given.dtype}"
         else:
             kind = type(given).__name__
