@@ -156,10 +156,14 @@ class Merged(torchvision.datasets.ImageFolder):
         return path, min(label, 1)
 
 
-class FirstTwo(torchvision.datasets.ImageFolder):
-    def __getitem__(self, row):
-        return self.samples[row]
+class Files(torchvision.datasets.ImageFolder):
+    """Paths in place of images, which cannot be decoded."""
 
+    def __init__(self, root):
+        super().__init__(root, loader=str)
+
+
+class FirstTwo(Files):
     def __len__(self):
         return 2
 
@@ -237,7 +241,10 @@ def test_an_attribute_of_many_items_is_verified(attributes, monkeypatch):
 RENUMBERED = [[7 if label == number else label for label in MANY] for number in range(4)]
 
 
-@pytest.mark.parametrize("expected", [*RENUMBERED, MANY[::-1]])
+ALL_BUT_FIRST = [label if row in (0, 6, 10, 12) else 7 for row, label in enumerate(MANY)]
+
+
+@pytest.mark.parametrize("expected", [*RENUMBERED, ALL_BUT_FIRST])
 def test_an_attribute_that_disagrees_is_not_taken(expected, monkeypatch, caplog):
     """However rare a class with other labels is, the first of its images is drawn."""
     monkeypatch.setattr(module, "VERIFIED", 3)

@@ -57,7 +57,7 @@ class Plain(Dataset):
         self.epochs.append(epoch)
 
     def __getitem__(self, index):
-        pixels = np.full((8, 8, 3), (index, self.labels[index], 0), np.uint8)
+        pixels = np.full((8, 8, 3), (index, self.labels[index], 0)).astype(np.uint8)
         if self.noise:
             pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
@@ -350,6 +350,7 @@ def test_the_samples_of_a_part_of_a_folder_are_known(tmp_path):
         (Own(lambda image, label: (None, label)), "image 0 of a Own is a NoneType; the transform"),
         (Own(lambda image, label: (image, "ant")), "item 0 of a Own has the label 'ant', which is"),
         (Own(lambda image, label: (image, label / 2)), "the label 0.0, which is not an integer"),
+        (Plain([0.5] * 8), "item 0 of a Plain has the label 0.5, which is not an integer"),
         (Own(lambda image, label: image), "item 0 of a Own is a Image; expected an image and its"),
         (Own(lambda image, label: 1 // 0), "item 0 of a Own cannot be drawn .ZeroDivisionError"),
         ("photos", "a str is not a data set"),
