@@ -245,8 +245,8 @@ def test_a_clear_difference_is_needed(photos, model):
         half.fc.weight[[1, 2]] = half.fc.weight[[2, 1]]
         half.fc.bias[[1, 2]] = half.fc.bias[[2, 1]]
     with pytest.raises(UsageError, match="it is not clear"):
-        in_order_of_weights(splits, half, name="half", label_names=None)
-    kept = in_order_of_weights(splits, half, name="half", label_names=None, trained=True)
+        in_order_of_weights(splits, half, name="half")
+    kept = in_order_of_weights(splits, half, name="half", trained=True)
     assert kept is splits
 
 
@@ -259,16 +259,16 @@ def test_a_large_class_does_not_outweigh_a_small_one():
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     splits = Splits.from_datasets({"train": rows})
     with pytest.raises(UsageError, match="it is not clear in which order"):
-        in_order_of_weights(splits, constant(1), name="constant", label_names=None)
+        in_order_of_weights(splits, constant(1), name="constant")
 
 
 def test_where_the_orders_are_the_same_nothing_is_looked_at(photos, monkeypatch):
     plain = create_splits("folder", root=str(photos)).in_order(["B", "a", "10", "2", "1"])
-    assert in_order_of_weights(plain, None, name="x", label_names=None) is plain
+    assert in_order_of_weights(plain, torch.nn.Identity(), name="x") is plain
     glyphs = Splits(plain.datasets, plain.labels, plain.class_counts, None)
-    assert in_order_of_weights(glyphs, None, name="x", label_names=None) is glyphs
+    assert in_order_of_weights(glyphs, torch.nn.Identity(), name="x") is glyphs
     with pytest.raises(UsageError, match="the data lack class names"):
-        in_order_of_weights(glyphs, None, name="x", label_names=None, class_order="timm")
+        in_order_of_weights(glyphs, torch.nn.Identity(), name="x", class_order="timm")
 
 
 def test_splits_in_another_order_are_the_same_images(photos):

@@ -18,7 +18,7 @@ from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
-from timm_lt.recipe.class_order import in_order_of_weights
+from timm_lt.recipe.class_order import in_order_of_weights, names_of_model
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
 from timm_lt.recipe.images import TIMM
 from timm_lt.recipe.run import given_run
@@ -151,13 +151,7 @@ def rebalance(
     # First, for a model without a classifier is refused there.
     joint = _is_for(copied, splits) and not fresh_classifier
     if joint:
-        splits = in_order_of_weights(
-            splits,
-            copied,
-            name="the model",
-            label_names=_label_names(copied),
-            class_order=class_order,
-        )
+        splits = in_order_of_weights(splits, copied, name="the model", class_order=class_order)
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
@@ -245,13 +239,8 @@ def _without_origin(model: nn.Module) -> nn.Module:
     return model
 
 
-def _label_names(model: nn.Module) -> list[str]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return [*(config.get("label_names") or ())]
-
-
 def _is_for(model: nn.Module, splits: Splits) -> bool:
     """Returns whether a model's classifier is for as many classes, of the same names if known."""
-    own, theirs = _label_names(model), splits.label_names
+    own, theirs = names_of_model(model), splits.label_names
     same = not (own and theirs) or sorted(own) == sorted(theirs)
     return same and get_head(model).out_features == splits.num_classes

@@ -42,7 +42,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
-from timm_lt.recipe.class_order import in_order_of_weights
+from timm_lt.recipe.class_order import in_order_of_weights, names_of_model
 from timm_lt.recipe.images import TIMM, create_images
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
@@ -126,7 +126,6 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         first,
         name=arguments.model,
         checkpoint=arguments.checkpoint,
-        label_names=None if arguments.checkpoint else _label_names(first),
         class_order=arguments.class_order,
         image_size=arguments.image_size,
     )
@@ -182,14 +181,9 @@ def _check_classes(models: Mapping[str, nn.Module], splits: Splits, name: str) -
             )
 
 
-def _label_names(model: nn.Module) -> list[str]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return [*(config.get("label_names") or ())]
-
-
 def _check_names(model: nn.Module, splits: Splits, name: str) -> None:
     """Checks that the classes mean the same, where both have names for them."""
-    own, theirs = _label_names(model), splits.label_names or []
+    own, theirs = names_of_model(model), splits.label_names or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
     if not differing:
         return
