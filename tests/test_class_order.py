@@ -3,6 +3,7 @@
 import csv
 import json
 
+import datasets
 import pytest
 import safetensors.torch
 import timm.data
@@ -244,24 +245,39 @@ def test_a_clear_difference_is_needed(photos, model):
         half.fc.weight[[1, 2]] = half.fc.weight[[2, 1]]
         half.fc.bias[[1, 2]] = half.fc.bias[[2, 1]]
     with pytest.raises(UsageError, match="it is not clear"):
-        in_order_of_weights(splits, half, name="half", label_names=None)
-    kept = in_order_of_weights(splits, half, name="half", label_names=None, trained=True)
+        in_order_of_weights(splits, half, name="half")
+    kept = in_order_of_weights(splits, half, name="half", trained=True)
     assert kept is splits
+
+
+def test_a_large_class_does_not_outweigh_a_small_one():
+    """The same answer for all images is that of the large class in one of the orders."""
+    names = ["1", "10", "2"]
+    labels = [label for label, count in enumerate((4, 70, 4)) for _ in range(count)]
+    columns = {"image": [Image.new("RGB", (32, 32))] * len(labels), "label": labels}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    splits = Splits.from_datasets({"train": rows})
+    with pytest.raises(UsageError, match="it is not clear in which order"):
+        in_order_of_weights(splits, constant(1), name="constant")
 
 
 def test_where_the_orders_are_the_same_nothing_is_looked_at(photos, monkeypatch):
     plain = create_splits("folder", root=str(photos)).in_order(["B", "a", "10", "2", "1"])
-    assert in_order_of_weights(plain, None, name="x", label_names=None) is plain
+    assert in_order_of_weights(plain, torch.nn.Identity(), name="x") is plain
     glyphs = Splits(plain.datasets, plain.labels, plain.class_counts, None)
-    assert in_order_of_weights(glyphs, None, name="x", label_names=None) is glyphs
+    assert in_order_of_weights(glyphs, torch.nn.Identity(), name="x") is glyphs
     with pytest.raises(UsageError, match="the data lack class names"):
-        in_order_of_weights(glyphs, None, name="x", label_names=None, class_order="timm")
+        in_order_of_weights(glyphs, torch.nn.Identity(), name="x", class_order="timm")
 
 
 def test_splits_in_another_order_are_the_same_images(photos):
     splits = create_splits("folder", root=str(photos))
-    other = splits.in_order(TIMM)
-    assert other.class_counts.tolist() == [splits.class_counts[SORTED.index(name)] for name in TIMM]
+    order = ["a", "1", "10", "2", "B"]
+    other = splits.in_order(order)
+    assert other.class_counts.tolist() == [
+        splits.class_counts[SORTED.index(name)] for name in order
+    ]
     for split, rows in splits.datasets.items():
         names = [rows.features["label"].names[label] for label in rows["label"]]
         there = other.datasets[split]

@@ -18,7 +18,7 @@ from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
-from timm_lt.label_names import is_for, keeps_classifier, label_names
+from timm_lt.label_names import is_for, keeps_classifier
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
@@ -170,13 +170,7 @@ def rebalance(
     cure = "fresh_classifier=True"
     joint = same and not fresh_classifier and keeps_classifier(known, names, "the model", cure)
     if joint:
-        splits = in_order_of_weights(
-            splits,
-            copied,
-            name="the model",
-            label_names=label_names(known),
-            class_order=class_order,
-        )
+        splits = in_order_of_weights(splits, known, name="the model", class_order=class_order)
     if not joint:
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)

@@ -279,7 +279,8 @@ def listed_with_splits(root, kind, values):
     content = {"annotations": entries}
     if kind == "coco":
         content = {
-            "images": [{"id": p, "file_name": p, "split": v} for p, _, v in rows],
+            "images": [{"id": "bare", "file_name": "bare.png", "split": "test"}]
+            + [{"id": p, "file_name": p, "split": v} for p, _, v in rows],
             "annotations": [{"image_id": p, "category_id": int(c == "bee")} for p, c, _ in rows],
             "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
         }

@@ -134,6 +134,10 @@ def test_a_table_of_words_needs_no_header_where_paths_end_as_images_do(tmp_path)
         listed = read_image_list(file)
         assert (listed.paths, listed.labels.tolist()) == (["a/1.JPG", "b/2.png"], [1, 0])
         assert listed.names == ["ant", "sea lion"]
+    with pytest.raises(
+        UsageError, match=r"has no header.*: its first line is 'a\.jpg', 'ant', '3'"
+    ):
+        read_image_list(written(tmp_path, "a.jpg,ant,3\n", "l.csv"))
     with pytest.raises(UsageError, match="has no column of paths: its first line is 'img', 'cls'"):
         read_image_list(written(tmp_path, "img,cls\na.jpg,ant\n", "l.csv"))
 

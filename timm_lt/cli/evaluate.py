@@ -37,7 +37,7 @@ from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.label_names import keeps_classifier, label_names, shown_as
+from timm_lt.label_names import keeps_classifier, shown_as
 from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     ShotMetrics,
@@ -213,7 +213,6 @@ def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -
             model,
             name=arguments.model,
             checkpoint=arguments.checkpoint,
-            label_names=label_names(model),
             class_order=arguments.class_order,
             image_size=arguments.image_size,
         )

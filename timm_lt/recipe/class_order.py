@@ -24,8 +24,8 @@ from timm_lt.third_party import read_weights
 
 # Images that the order is found out on, and those of a batch.
 NUM_IMAGES, BATCH_SIZE = 256, 32
-# Two-sided 1 % point of the normal distribution, and the smallest difference of two accuracies.
-MIN_Z, MIN_DIFFERENCE = 2.576, 0.2
+# Two-sided 2 % point of the normal distribution, and the smallest difference of two accuracies.
+MIN_Z, MIN_DIFFERENCE = 2.326, 0.2
 WORDS: dict[ClassOrder, str] = {"timm": "timm's natural order", "sorted": "sorted order"}
 HOW = "--class-order timm or --class-order sorted (model.class_order in a recipe)"
 
@@ -70,7 +70,6 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
         model,
         name=given.name,
         checkpoint=given.checkpoint,
-        label_names=label_names(model),
         class_order=given.class_order,
         image_size=recipe.data.image_size,
         trained=recipe.epochs > 0,
@@ -82,7 +81,6 @@ def in_order_of_weights(
     model: nn.Module,
     *,
     name: str,
-    label_names: Sequence[str] | None,
     checkpoint: str | None = None,
     class_order: str | None = None,
     image_size: int | None = None,
@@ -99,7 +97,6 @@ def in_order_of_weights(
         splits: The data.
         model: A model with a classifier for as many classes.
         name: What it is called in messages.
-        label_names: Class names that come with the weights, (C,), if they have them.
         checkpoint: The file that the weights are from, if they are from one.
         class_order: ``"timm"`` or ``"sorted"``; None finds it out.
         image_size: Side of the images in pixels; None is the model's.
@@ -111,19 +108,19 @@ def in_order_of_weights(
             choose.
     """
     names = splits.label_names
+    own = label_names(model)
     if class_order is not None:
         check_choice("class order", class_order, get_args(ClassOrder))
-        if label_names or not names:
-            owner = f"the weights of {name} have" if label_names else "the data lack"
+        if own or not names:
+            owner = f"the weights of {name} have" if own else "the data lack"
             raise UsageError(
                 f"class order {class_order}: {owner} class names, and there is nothing to choose; "
                 "remove it"
             )
     if not names:
         return splits
-    if label_names:
-        same = sorted(label_names) == sorted(names)
-        return splits.in_order(list(label_names)) if same else splits
+    if own:
+        return splits.in_order(own) if sorted(own) == sorted(names) else splits
     orders = class_orders(names)
     if class_order is not None:
         return splits.in_order(orders["timm" if class_order == "timm" else "sorted"])

@@ -39,9 +39,10 @@ def folder(
     """Builds the splits of a folder with a directory of images for each class.
 
     Either the classes are directories of the root, or the root has a directory ``train`` with the
-    classes and perhaps one ``val`` (or ``valid``, ``validation``) and ``test``. Classes are sorted
-    by name as torchvision's ``ImageFolder`` does; a directory within a class belongs to it. Hidden
-    files are passed over, links are followed, no image is opened.
+    classes and perhaps one ``val`` (or ``valid``, ``validation``, ``dev``) and ``test``. Classes
+    are sorted by name as torchvision's ``ImageFolder`` does; a directory within a class belongs to
+    it. Hidden files, and those of systems, network storages and cameras, are passed over, links
+    are followed, no image is opened.
 
     Without a directory for it, the test split is a part of each class, the same in every run.
     Without one for validation there is none: a run holds out a part of what is left.

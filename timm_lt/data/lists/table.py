@@ -121,6 +121,12 @@ def _columns(path: Path, delimiter: str) -> Columns | None:
     fields = _fields(line, delimiter)
     if len(fields) == 2 and (fields[1].strip().isdecimal() or suffix(fields[0]) in IMAGE_SUFFIXES):
         return Columns(0, 1, ["", ""], 0)
+    if any(suffix(field) in IMAGE_SUFFIXES for field in fields):
+        raise UsageError(
+            f"{path} has no header, which may be missing only if there are a path and a label "
+            f"alone: its first line is {', '.join(map(repr, fields))}; put a line before it that "
+            "names the columns, e.g. path,label,split"
+        )
     raise UsageError(
         f"{path} has no column of {'paths' if _lacks(fields, PATH_COLUMNS) else 'labels'}: its "
         f"first line is {', '.join(map(repr, fields))}, and should have one of "
