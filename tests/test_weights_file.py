@@ -372,6 +372,19 @@ def test_a_swin_of_another_size_is_built_for_it(tmp_path):
     same(create_from_file(args["model"], timms_file(tmp_path / "w.pth", expected, args)), expected)
 
 
+def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
+    """Tables of relative positions are as large as a window, which may be as large as the image."""
+    name = "swin_tiny_patch4_window7_224"
+    options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
+    expected = plain(name, img_size=128, **options)
+    path = saved(tmp_path / "w.pth", expected.state_dict())
+    with pytest.raises(
+        UsageError, match=r"bias_table \(\d+, 2\) of another image size .*--image-size"
+    ):
+        create_from_file(name, path, **options)
+    same(create_from_file(name, path, image_size=128, **options), expected)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("own") / "photos"

@@ -1,6 +1,7 @@
 """Models from a file of weights that a training left, such as timm's ``train.py``."""
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from timm_lt.third_party import (
 
 # Arguments of timm's train.py by the arguments of create_model.
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
+# Names of tensors whose shapes depend on the image size.
+POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
 # What a configuration says of other weights than those of the file.
 OVERLAY = "pretrained_cfg_overlay"
 # Of the arguments of create_model those that have another place here.
@@ -114,6 +117,8 @@ def build(
         **options,
     )
     takes = classes == model.num_classes if classifier is None else classifier
+    if image_size is not None:
+        state = replace(state, tensors=_resampled(state.tensors, model))
     weights = _load(model, state, name, classifier=takes)
     _forget_origin(model)
     return model, weights
@@ -158,12 +163,19 @@ def _check_joint(weights: Weights, path: str | Path) -> None:
 
 def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Weights:
     expected, place = model.state_dict(), classifier_name(model)
-    tensors = _resampled(state.tensors, expected, model)
+    tensors = state.tensors
     if not classifier:
         prefix = f"{place}."
         kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
         own = {key: value for key, value in expected.items() if key.startswith(prefix)}
         tensors = kept | own
+    for key in _of_another_size(tensors, expected):
+        if POSITIONS.search(key):
+            raise UsageError(
+                f"{state.name} has a {key} {tuple(tensors[key].shape)} of another image size than "
+                f"{name}, {tuple(expected[key].shape)}: give the size with --image-size (in a "
+                "recipe data.image_size)"
+            )
     weights = check_weights(replace(state, tensors=tensors), expected, name, place)
     model.load_state_dict(weights.tensors)
     if state.others:
@@ -173,23 +185,25 @@ def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Wei
     return weights
 
 
-def _resampled(
-    tensors: Mapping[str, Any], expected: Mapping[str, Tensor], model: nn.Module
-) -> dict[str, Any]:
-    """Lets timm fit position embeddings and the like to another image size."""
-    same = all(
-        getattr(tensors.get(key), "shape", value.shape) == value.shape
+def _of_another_size(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
+    return [
+        key
         for key, value in expected.items()
-    )
+        if getattr(tensors.get(key), "shape", value.shape) != value.shape
+    ]
+
+
+def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Lets timm fit position embeddings and the like to another image size."""
     # timm has it beside the architectures that need it.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if same or adapt is None:
-        return dict(tensors)
+    if adapt is None or not _of_another_size(tensors, model.state_dict()):
+        return tensors
     try:
         return {**tensors, **adapt(dict(tensors), model)}
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         # The shapes differ in more than the image size, which is checked next.
-        return dict(tensors)
+        return tensors
 
 
 def _check_architecture(file: WeightsFile, name: str) -> None:
