@@ -200,7 +200,7 @@ def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
         ({"epochs": 0}, "epochs 0 trains no backbone"),
         ({"clip_grad": -1.0}, r"clip_grad must be a number in \(0, inf\)"),
         ({"data": {"augmentation": "crop", "augmentation_options": {"paddin": 1}}}, "padding"),
-        ({"data": {"image_size": 64}, "model": {"name": "vit_tiny_patch16_224"}}, "of size.*64"),
+        ({"data": {"image_size": 4}, "model": {"name": "dla46_c"}}, "of size.*4"),
         (
             {"data": {"options": {"imbalance_factor": 3}}},
             "sets data.options, but differences are p",

@@ -372,6 +372,47 @@ def test_a_swin_of_another_size_is_built_for_it(tmp_path):
     same(create_from_file(args["model"], timms_file(tmp_path / "w.pth", expected, args)), expected)
 
 
+def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
+    """Tables of relative positions are as large as a window, which may be as large as the image."""
+    name = "swin_tiny_patch4_window7_224"
+    options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
+    expected = plain(name, img_size=128, **options)
+    path = saved(tmp_path / "w.pth", expected.state_dict())
+    with pytest.raises(
+        UsageError, match=r"bias_table \(\d+, 2\) of another image size .*--image-size"
+    ):
+        create_from_file(name, path, **options)
+    same(create_from_file(name, path, image_size=128, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("mean=red", "mean must be a number in (-inf, inf), got 'red'"),
+        ("mean=[0.1, 0.2]", "mean must be 1 or 3 numbers, got 2"),
+        ("std=0", "std must be a number in (0, inf)"),
+        ("crop_pct=-1", "crop_pct must be a number in (0, inf), got -1"),
+        ("interpolation=cubic", "unknown interpolation: 'cubic'"),
+        ("crop_mode=middle", "unknown crop_mode: 'middle'"),
+        ("global_pool=middle", "'global_pool': 'middle'}: Only avg, avgmax"),
+        ("width=3", "test_vit has no option 'width'"),
+        ("pretrained=false", "--model-option pretrained is set by other options"),
+        ("mean", "--model-option takes KEY=VALUE, e.g. global_pool=max"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(option, words, photos, tmp_path, capsys):
+    path = str(saved(tmp_path / "w.pth", plain("test_vit").state_dict()))
+    given = ["--checkpoint", path, "--model-option", option]
+    for command in (
+        ["heads", str(photos), "--model", "test_vit", "--output", str(tmp_path / "run"), *given],
+        ["predict", "test_vit", str(photos), *given],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("own") / "photos"

@@ -7,10 +7,15 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from timm_lt.model import create_model
-from timm_lt.registry import UsageError
+from timm_lt.registry import UsageError, check_choice, check_number
 
 # Fields of timm's configuration of a model; arguments of create_loader and create_transform.
 FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": ("center", "squash", "border"),
+}
 
 
 def create_sized_model(
@@ -38,18 +43,16 @@ def create_sized_model(
         UsageError: If there is no such model, or the architecture cannot take that size.
     """
     options = with_overlay({}, options)
-    if image_size is None:
-        return create_model(name, pretrained, head=head, **options)
     try:
-        model = create_model(name, pretrained, head=head, **{"img_size": image_size, **options})
-    except UsageError as error:
-        # Most convolutional architectures take images of any size, and no such argument.
-        if not isinstance(error.__cause__, TypeError):
-            raise
-        model = create_model(name, pretrained, head=head, **options)
+        if image_size is None:
+            return create_model(name, pretrained, head=head, **options)
+        model = _create_at(name, pretrained, image_size, head=head, **options)
+    except UsageError:
+        raise
     except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{name} cannot take images of {image_size} pixels: {reason}") from error
+        size = "" if image_size is None else f" for images of {image_size} pixels"
+        raise UsageError(f"{name} cannot be built{size} with {options}: {reason}") from error
     config: dict[str, Any] = {**(getattr(model, "pretrained_cfg", None) or {})}
     # What the model would be tested at instead, and how.
     for key in ("test_input_size", "test_crop_pct"):
@@ -59,6 +62,18 @@ def create_sized_model(
     return model
 
 
+def _create_at(
+    name: str, pretrained: bool, image_size: int | tuple[int, int], **options: Any
+) -> nn.Module:
+    try:
+        return create_model(name, pretrained, **{"img_size": image_size, **options})
+    except UsageError as error:
+        # Most convolutional architectures take images of any size, and no such argument.
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        return create_model(name, pretrained, **options)
+
+
 def with_overlay(first: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Returns options with their preprocessing where timm takes it, in ``pretrained_cfg_overlay``.
 
@@ -66,15 +81,33 @@ def with_overlay(first: dict[str, Any], options: dict[str, Any]) -> dict[str, An
         first: Options that the others take the place of.
         options: The others.
 
+    Raises:
+        UsageError: If a value is not one of timm's.
+
     >>> with_overlay({"std": 0.5, "crop_pct": 1.0}, {"crop_pct": 0.9, "global_pool": "max"})
-    {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': 0.5, 'crop_pct': 0.9}}
+    {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}}
     """
     key = "pretrained_cfg_overlay"
     overlay: dict[str, Any] = {}
     for given in (first, options):
-        overlay |= {**(given.get(key) or {}), **{k: v for k, v in given.items() if k in FIELDS}}
+        overlay |= given.get(key) or {}
+        overlay |= {k: _checked(k, v) for k, v in given.items() if k in FIELDS}
     others = {k: v for k, v in {**first, **options}.items() if k not in (key, *FIELDS)}
     return others | ({key: overlay} if overlay else {})
+
+
+def _checked(field: str, value: Any) -> Any:  # noqa: ANN401
+    if field == "crop_pct":
+        return check_number(field, value, "(0, inf)")
+    if field in CHOICES:
+        check_choice(f"{field}:", value, CHOICES[field])
+        return value
+    values = [*value] if isinstance(value, list | tuple) else [value]
+    span = "(0, inf)" if field == "std" else "(-inf, inf)"
+    numbers = tuple(check_number(field, number, span) for number in values)
+    if len(numbers) not in (1, 3):
+        raise UsageError(f"{field} must be 1 or 3 numbers, got {len(numbers)}")
+    return numbers * (3 // len(numbers))
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models from a file of weights that a training left, such as timm's ``train.py``."""
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ from timm_lt.third_party import (
 
 # Arguments of timm's train.py by the arguments of create_model.
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
+# Names of tensors whose shapes depend on the image size.
+POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
 # What a configuration says of other weights than those of the file.
-OVERLAY = "pretrained_cfg_overlay"
 # Of the arguments of create_model those that have another place here.
 OTHERS = ("num_classes", "img_size")
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
@@ -114,14 +116,15 @@ def build(
         **options,
     )
     takes = classes == model.num_classes if classifier is None else classifier
+    if image_size is not None:
+        state = replace(state, tensors=_resampled(state.tensors, model))
     weights = _load(model, state, name, classifier=takes)
     _forget_origin(model)
     return model, weights
 
 
 def _log_said(file: WeightsFile, said: dict[str, Any], size: tuple[int, int] | None) -> None:
-    values = {**said, **said.get(OVERLAY, {}), **({"image size": size} if size else {})}
-    values.pop(OVERLAY, None)
+    values = {**said, **({"image size": size} if size else {})}
     if values:
         shown = ", ".join(f"{key} {value}" for key, value in values.items())
         log.info("%s was trained with %s", file.name, shown)
@@ -158,12 +161,19 @@ def _check_joint(weights: Weights, path: str | Path) -> None:
 
 def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Weights:
     expected, place = model.state_dict(), classifier_name(model)
-    tensors = _resampled(state.tensors, expected, model)
+    tensors = state.tensors
     if not classifier:
         prefix = f"{place}."
         kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
         own = {key: value for key, value in expected.items() if key.startswith(prefix)}
         tensors = kept | own
+    for key in _of_another_size(tensors, expected):
+        if POSITIONS.search(key):
+            raise UsageError(
+                f"{state.name} has a {key} {tuple(tensors[key].shape)} of another image size than "
+                f"{name}, {tuple(expected[key].shape)}: give the size with --image-size (in a "
+                "recipe data.image_size)"
+            )
     weights = check_weights(replace(state, tensors=tensors), expected, name, place)
     model.load_state_dict(weights.tensors)
     if state.others:
@@ -173,23 +183,25 @@ def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Wei
     return weights
 
 
-def _resampled(
-    tensors: Mapping[str, Any], expected: Mapping[str, Tensor], model: nn.Module
-) -> dict[str, Any]:
-    """Lets timm fit position embeddings and the like to another image size."""
-    same = all(
-        getattr(tensors.get(key), "shape", value.shape) == value.shape
+def _of_another_size(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
+    return [
+        key
         for key, value in expected.items()
-    )
+        if getattr(tensors.get(key), "shape", value.shape) != value.shape
+    ]
+
+
+def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Lets timm fit position embeddings and the like to another image size."""
     # timm has it beside the architectures that need it.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if same or adapt is None:
-        return dict(tensors)
+    if adapt is None or not _of_another_size(tensors, model.state_dict()):
+        return tensors
     try:
         return {**tensors, **adapt(dict(tensors), model)}
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         # The shapes differ in more than the image size, which is checked next.
-        return dict(tensors)
+        return tensors
 
 
 def _check_architecture(file: WeightsFile, name: str) -> None:
@@ -207,7 +219,7 @@ def _base(architecture: str) -> str:
     """Returns the architecture of timm that another name builds."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         warnings.simplefilter("ignore")  # About names that timm has replaced.
-        model = timm.create_model(architecture)
+        model: Any = timm.create_model(architecture)
     base = getattr(model, "timm_base", None)
     return str(base.architecture if base else model.pretrained_cfg["architecture"])
 
@@ -238,16 +250,16 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
         }
         check_sizes(Path(file.name), {"model_args": options}, shapes)
         config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
-        config |= {key: tuple(map(float, config[key])) for key in ("mean", "std")}
+        options |= {key: config[key] for key in FIELDS if args.get(key)}
+        with_overlay(options, {})
         channels, *size = (int(pixels) for pixels in config["input_size"])
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{file.name} has args that are not timm's: {reason}") from error
     if channels != 3:
         options["in_chans"] = channels
-    overlay = {key: config[key] for key in FIELDS if args.get(key)}
     sized = args.get("img_size") is not None or args.get("input_size") is not None
-    return options | ({OVERLAY: overlay} if overlay else {}), (size[0], size[1]) if sized else None
+    return options, (size[0], size[1]) if sized else None
 
 
 def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
@@ -258,7 +270,7 @@ def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
         model: The model at its default size.
     """
     there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
-    patches = getattr(model, "patch_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
     if (
         there is None
         or here is None
@@ -278,5 +290,6 @@ def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
 
 def _forget_origin(model: nn.Module) -> None:
     """Takes from a model's configuration what it says of other weights."""
-    config = {key: v for key, v in (model.pretrained_cfg or {}).items() if key not in ORIGIN}
+    stored: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config = {key: value for key, value in stored.items() if key not in ORIGIN}
     model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
