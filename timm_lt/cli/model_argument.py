@@ -42,7 +42,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def model_name(given: str) -> str:
     """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
-    if ":" not in given and (Path(given) / CONFIG).is_file():
+    if (Path(given) / CONFIG).is_file():
         return f"{LOCAL_DIR}{given}"
     return given
 
