@@ -113,7 +113,7 @@ def test_the_callers_accelerator_goes_on_as_before(own_accelerator):
     prepared = own.prepare(model)
     batches = own.prepare(DataLoader(TensorDataset(IMAGES, TARGETS), 1))
     synced = []
-    for number, (images, _) in enumerate(batches):
+    for number, _ in enumerate(batches):
         with own.accumulate(prepared):
             synced.append(own.sync_gradients)
         if number == 2:
@@ -126,7 +126,7 @@ def test_the_callers_accelerator_goes_on_as_before(own_accelerator):
     # The copy computes in full precision, with its own weights.
     assert "_original_forward" in vars(model)
     plain = timm_lt.set_head(small_model(), found.heads[found.head]).eval()
-    assert torch.equal(found.model(images), plain(images))
+    assert torch.equal(found.model(IMAGES), plain(IMAGES))
 
 
 def test_an_accelerator_can_be_created_afterwards():

@@ -4,7 +4,7 @@ import pytest
 
 # Without these of Linux's, and with Windows's refusals.
 OTHER_SYSTEM = """
-import os, signal, sys
+import os, shutil, signal, sys
 
 for name in ("posix_fallocate", "sched_getaffinity", "O_DIRECTORY"):
     delattr(os, name)
@@ -25,6 +25,7 @@ def refuse_to_flush_what_is_read(file, _fsync=os.fsync):
     _fsync(file)
 
 os.open, os.fsync = refuse_folders, refuse_to_flush_what_is_read
+shutil._use_fd_functions = False
 """
 
 COMMANDS = """
