@@ -5,6 +5,7 @@ import pytest
 # Without these of Linux's, and with Windows's refusals.
 OTHER_SYSTEM = """
 import os, shutil, signal, sys
+from torch.utils.data._utils import signal_handling
 
 for name in ("posix_fallocate", "sched_getaffinity", "O_DIRECTORY"):
     delattr(os, name)
@@ -25,7 +26,8 @@ def refuse_to_flush_what_is_read(file, _fsync=os.fsync):
     _fsync(file)
 
 os.open, os.fsync = refuse_folders, refuse_to_flush_what_is_read
-shutil._use_fd_functions = False
+# As Python and torch have it there.
+shutil._use_fd_functions, signal_handling.IS_WINDOWS = False, True
 """
 
 COMMANDS = """
