@@ -152,6 +152,70 @@ def test_the_state_is_restored_after_an_error(own_accelerator):
     assert before == (AcceleratorState._shared_state, GradientState._shared_state)
 
 
+ON_TWO = """
+import sys, torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import PartialState
+import timm_lt
+from test_accelerator import PAIRS, small_model
+
+model = small_model()
+own = Accelerator(cpu=True, mixed_precision="bf16") if sys.argv[1] == "own" else None
+found = timm_lt.rebalance(own.prepare(model) if own else model, PAIRS, heads="ncm", workers=0)
+assert found.reports["ncm"].test_images.tolist() == [1, 1, 1]
+assert type(found.model) is type(model)
+assert dist.is_initialized() == (own is not None) == bool(PartialState._shared_state)
+if own:
+    assert (own.mixed_precision, own.num_processes) == ("bf16", 2)
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("accelerator", ["own", "none"])
+def test_two_processes_share_the_images(server, tmp_path, accelerator):
+    script = tmp_path / "script.py"
+    script.write_text(ON_TWO)
+    for rank in server.on_ranks(2, accelerator, script=script):
+        assert rank.status == 0, rank.err
+
+
+NOTEBOOK = """
+import asyncio, threading, torch
+import timm_lt
+from test_accelerator import PAIRS, small_model
+
+torch.set_num_threads(2)
+ended = threading.Event()
+matrix = torch.randn(500, 500)
+
+def compute():
+    while not ended.is_set():
+        matrix @ matrix
+
+async def cells():
+    act = lambda: timm_lt.rebalance(small_model(), PAIRS, heads="ncm", workers=2).head
+    return act(), await asyncio.get_running_loop().run_in_executor(None, act)
+
+thread = threading.Thread(target=compute)
+thread.start()
+try:
+    first, second = asyncio.run(cells())
+    assert first == second
+finally:
+    ended.set()
+    thread.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_workers_start_beside_threads_and_an_event_loop(server):
+    done = server.python(NOTEBOOK)
+    assert done.status == 0, done.err
+
+
 def compiled_in_place(model):
     model.compile(backend="eager")
     return model
