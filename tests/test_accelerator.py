@@ -1,39 +1,288 @@
-"""The memory of a process; the rest of the module is tested where it is used."""
-
-import subprocess
-import sys
+"""The process and its devices: what the library's calls leave as they found it."""
 
 import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
-from timm_lt.accelerator import keep_freed_memory
+import timm_lt
+from timm_lt.accelerator import default_device, process_rank, temporary_accelerator
 
-SCRIPT = """
-import resource, torch
-from timm_lt.accelerator import keep_freed_memory
+PAIRS = [(Image.new("RGB", (32, 32), (70 * c, 9 * i, 9)), c) for c in range(3) for i in range(6)]
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**22)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-before, kept = faults(), keep_freed_memory()
-faults()
-print(before, faults(), kept)
+def small_model():
+    torch.manual_seed(0)
+    return timm.create_model("lt_test_resnet", num_classes=3)
+
+
+def features(model):
+    return timm_lt.extract_features(model, [(IMAGES, TARGETS)]).values
+
+
+@pytest.fixture
+def own_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+SNAPSHOTS = """
+import logging, multiprocessing, os, random, signal, sys, threading, warnings
+import matplotlib, numpy as np, timm, torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import ImageFile
+import timm_lt
+from test_accelerator import IMAGES, PAIRS, TARGETS, small_model
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def snapshot():
+    loggers = [logging.getLogger(name) for name in (None, "timm_lt", "timm", "accelerate")]
+    return {
+        "accelerate": [
+            dict(kind._shared_state) for kind in (AcceleratorState, GradientState, PartialState)
+        ],
+        "environment": dict(os.environ),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "running": threading.enumerate(),
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],
+        "warnings": warnings.filters[:],
+        "matplotlib": {key: str(matplotlib.rcParams._get(key)) for key in matplotlib.rcParams},
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "types": (torch.get_default_dtype(), torch.get_default_device()),
+        "kernels": (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled),
+        "modes": [module.training for module in model.modules()],
+        "hooks": [dict(module._forward_pre_hooks) for module in model.modules()],
+        "gradients": [weight.requires_grad for weight in model.parameters()],
+        "weights": [value.tolist() for value in model.state_dict().values()],
+        "paths": (os.getcwd(), sys.path[:], sys.argv[:]),
+        "pillow": ImageFile.LOAD_TRUNCATED_IMAGES,
+    }
+
+
+model = small_model().train()
+model.layer1.eval().requires_grad_(False)
+loader = DataLoader(TensorDataset(IMAGES, TARGETS), 4, num_workers=1)
+features = timm_lt.Features(torch.randn(8, 5), TARGETS)
+linear = torch.nn.Linear(5, 3)
+cache, out = sys.argv[1] + "/cache", sys.argv[1] + "/out"
+calls = {
+    "extract": lambda: timm_lt.extract_features(model, loader),
+    "extract into a cache": lambda: timm_lt.extract_features(model, loader, cache_dir=cache),
+    "rebalance": lambda: timm_lt.rebalance(model, PAIRS, heads="ncm", output=out, workers=1),
+    "rebalance anew": lambda: timm_lt.rebalance(
+        model, PAIRS, heads=["crt", "lws"], fresh_classifier=True, workers=0
+    ),
+    "fit": lambda: timm_lt.fit_head("auto", features, classifier=linear, val=features),
+}
+random.seed(1), np.random.seed(2), torch.manual_seed(3)
+torch.set_default_dtype(torch.float64)
+warnings.simplefilter("ignore", ResourceWarning)
+for call, act in calls.items():
+    before = snapshot()
+    act()
+    after = snapshot()
+    changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    assert not changed, (call, changed)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is the C library of Linux")
-def test_freed_memory_is_used_again_without_asking_the_system():
-    run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
-    before, after, kept = run.stdout.split()
-    if kept == "False":
-        pytest.skip("the C library is not glibc")
-    # Twenty tensors of 16 MiB: without it, all of their pages (of 2 MiB at most) are mapped anew.
-    assert int(before) >= 20 * 8
-    assert int(after) < 20
+@pytest.mark.slow
+def test_the_process_is_left_as_it_was(server, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SNAPSHOTS)
+    done = server.run(tmp_path, script=script)
+    assert done.status == 0, done.err[-3000:]
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_freed_memory() is False
+def test_the_callers_accelerator_goes_on_as_before(own_accelerator):
+    """Gradients of four batches make an update, before and after, in bfloat16."""
+    model, own = small_model(), own_accelerator
+    prepared = own.prepare(model)
+    batches = own.prepare(DataLoader(TensorDataset(IMAGES, TARGETS), 1))
+    synced = []
+    for number, _ in enumerate(batches):
+        with own.accumulate(prepared):
+            synced.append(own.sync_gradients)
+        if number == 2:
+            # In the middle of an update.
+            found = timm_lt.rebalance(model, PAIRS, heads="ncm", workers=0)
+            assert features(model).dtype == torch.float32
+    assert synced == [False, False, False, True] * 2
+    assert own.mixed_precision == AcceleratorState().mixed_precision == "bf16"
+    assert Accelerator().gradient_accumulation_steps == 1
+    # The copy computes in full precision, with its own weights.
+    assert "_original_forward" in vars(model)
+    plain = timm_lt.set_head(small_model(), found.heads[found.head]).eval()
+    assert torch.equal(found.model(IMAGES), plain(IMAGES))
+
+
+def test_an_accelerator_can_be_created_afterwards():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    timm_lt.rebalance(small_model(), PAIRS, heads="ncm", workers=0)
+    try:
+        own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+        assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 4)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def fail_with(accelerator):
+    assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 1)
+    raise timm_lt.UsageError("x")
+
+
+def test_the_state_is_restored_after_an_error(own_accelerator):
+    before = dict(AcceleratorState._shared_state), dict(GradientState._shared_state)
+    with pytest.raises(timm_lt.UsageError), temporary_accelerator() as accelerator:
+        fail_with(accelerator)
+    assert before == (AcceleratorState._shared_state, GradientState._shared_state)
+
+
+ON_TWO = """
+import sys, torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import PartialState
+import timm_lt
+from test_accelerator import PAIRS, small_model
+
+model = small_model()
+own = Accelerator(cpu=True, mixed_precision="bf16") if sys.argv[1] == "own" else None
+found = timm_lt.rebalance(own.prepare(model) if own else model, PAIRS, heads="ncm", workers=0)
+assert found.reports["ncm"].test_images.tolist() == [1, 1, 1]
+assert type(found.model) is type(model)
+assert dist.is_initialized() == (own is not None) == bool(PartialState._shared_state)
+if own:
+    assert (own.mixed_precision, own.num_processes) == ("bf16", 2)
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("accelerator", ["own", "none"])
+def test_two_processes_share_the_images(server, tmp_path, accelerator):
+    script = tmp_path / "script.py"
+    script.write_text(ON_TWO)
+    for rank in server.on_ranks(2, accelerator, script=script):
+        assert rank.status == 0, rank.err
+
+
+NOTEBOOK = """
+import asyncio, threading, torch
+import timm_lt
+from test_accelerator import PAIRS, small_model
+
+torch.set_num_threads(2)
+ended = threading.Event()
+matrix = torch.randn(500, 500)
+
+def compute():
+    while not ended.is_set():
+        matrix @ matrix
+
+async def cells():
+    act = lambda: timm_lt.rebalance(small_model(), PAIRS, heads="ncm", workers=2).head
+    return act(), await asyncio.get_running_loop().run_in_executor(None, act)
+
+thread = threading.Thread(target=compute)
+thread.start()
+try:
+    first, second = asyncio.run(cells())
+    assert first == second
+finally:
+    ended.set()
+    thread.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_workers_start_beside_threads_and_an_event_loop(server):
+    done = server.python(NOTEBOOK)
+    assert done.status == 0, done.err
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        compiled_in_place,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager"),
+    ],
+    ids=["compile", "compile in place", "DataParallel", "both"],
+)
+def test_wrapped_models(wrap):
+    model, wrapped = small_model().eval(), wrap(small_model().eval())
+    wrapped(IMAGES)
+    assert torch.equal(features(wrapped), features(model))
+    found, expected = (
+        timm_lt.rebalance(given, PAIRS, heads="ncm", workers=0) for given in (wrapped, model)
+    )
+    assert type(found.model) is type(model)
+    assert torch.equal(found.model(IMAGES), expected.model(IMAGES))
+
+
+def test_the_callers_modes_do_not_matter():
+    model = small_model()
+    expected = timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)
+    with torch.inference_mode():
+        found = [timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
+    for one in found:
+        assert torch.equal(one.heads["crt"].weight, expected.heads["crt"].weight)
+        # Neither weights nor caches are tensors of inference mode.
+        images = IMAGES.clone().requires_grad_()
+        one.model(images).sum().backward()
+        assert images.grad.isfinite().all()
+
+
+def test_a_model_in_another_precision():
+    found = timm_lt.rebalance(small_model().bfloat16(), PAIRS, heads="ncm", workers=0)
+    assert found.model(IMAGES.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_device_is_accelerates(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    assert default_device() == (found or torch.device("cpu"))
+    assert not AcceleratorState._shared_state
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    assert default_device() == torch.device("meta")
+    with temporary_accelerator() as accelerator:
+        assert accelerator.device == default_device() == torch.device("meta")
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert default_device() == torch.device("cpu")
+
+
+def test_the_rank_is_read_when_it_is_needed(monkeypatch):
+    assert process_rank() == 0
+    monkeypatch.setenv("RANK", "3")
+    assert process_rank() == 3

@@ -31,6 +31,19 @@ def test_written_files_have_the_usual_rights(tmp_path):
     assert modes[0] == modes[1]
 
 
+def test_files_that_are_replaced_keep_their_rights(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    path.chmod(0o640)
+
+    def refuse(_):
+        raise AssertionError("another thread would make its files with it")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    write_atomic(path, "new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o640)
+
+
 @pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "shutil.copymode"])
 def test_a_failure_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, step):
     path = tmp_path / "file"

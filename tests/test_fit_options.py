@@ -577,3 +577,13 @@ def test_a_disk_without_room_is_an_error_for_smote_and_slow_for_lws(monkeypatch)
     with pytest.raises(UsageError, match=r"No space left on device.*TMPDIR"):
         add_smote_rows(TRAIN, C, 50)
     torch.testing.assert_close(fit("lws", steps=20).scale, expected.scale)
+
+
+def test_a_large_matrix_lies_in_a_file_on_every_platform(monkeypatch):
+    monkeypatch.setattr(rows, "MAX_BYTES", 0)
+    for _ in range(2):
+        scratch = rows.scratch_matrix(700, 9001)
+        scratch[-1] = torch.arange(9001.0)
+        assert torch.equal(scratch[-1], torch.arange(9001.0))
+        # Linux only.
+        monkeypatch.delattr(rows.os, "posix_fallocate", raising=False)

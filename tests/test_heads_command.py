@@ -1,8 +1,10 @@
 """Heads for a model as it is: ``timm-lt heads``, ``evaluate``, ``predict`` and ``run``."""
 
 import csv
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 
 import timm_lt
 from timm_lt.cli import main
@@ -122,6 +125,48 @@ def test_evaluate_finds_what_the_run_found(photos, run, metrics, tmp_path, capsy
     assert [row["name"] for row in rows] == sorted(COUNTS)
     assert [int(row["test_images"]) for row in rows] == [TESTED] * len(COUNTS)
     assert "tau_norm" in capsys.readouterr().out
+
+
+def test_evaluate_holds_one_backbone_whatever_the_heads(photos, run, tmp_path, capsys):
+    """One of them with batch-norm statistics of its own, in each place."""
+    model = timm_lt.create_model(f"local-dir:{run}")
+    heads = {"ncm": timm_lt.create_model(f"local-dir:{run}", head="ncm").get_classifier()}
+    heads["crt"] = timm_lt.create_model(f"local-dir:{run}", head="crt").get_classifier()
+    state = model.state_dict()
+    heads["crt"].backbone_statistics = {
+        key: 0.5 * value for key, value in state.items() if key.endswith(("_mean", "_var"))
+    }
+    timm_lt.save_checkpoint(tmp_path / "two", model, heads=heads, class_counts=[40, 30, 12, 10, 10])
+    paths, labels = images_of_test(photos)
+    expected = {}
+    for name in ("linear", *heads):
+        given = None if name == "linear" else name
+        loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'two'}", head=given)
+        right = shares(loaded, paths).argmax(1) == labels
+        expected[name] = pytest.approx(right.float().mean().item())
+    stems, most = weakref.WeakSet(), 0
+
+    def count(_, name, parameter):
+        nonlocal most
+        if parameter is not None and parameter.shape == stem and not parameter.is_meta:
+            stems.add(parameter)
+            most = max(most, len(stems))
+
+    stem = model.conv1[0].weight.shape
+    del model, loaded
+    gc.collect()
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        for names in (("crt", "ncm", "linear"), ("linear", "crt", "ncm"), ("crt",)):
+            arguments = ["evaluate", str(tmp_path / "two"), str(photos), "--workers", "0", "--json"]
+            assert main([*arguments, "--head", *names]) == 0
+            found = json.loads(capsys.readouterr().out)["heads"]
+            assert {name: part["all"] for name, part in found.items()} == {
+                name: expected[name] for name in names
+            }
+    finally:
+        handle.remove()
+    assert most == 1
 
 
 def test_evaluate_compares_the_names_of_classes(photos, run, metrics, tmp_path, capsys):

@@ -46,6 +46,20 @@ def digits_test_images():
 
 
 @pytest.mark.slow
+def test_only_the_training_state_has_pickles(digits_run):
+    folder, _ = digits_run
+    # torch.save writes a zip archive, pickle a protocol of 2 or later.
+    pickles = {
+        path.relative_to(folder).parts[0]: path.name
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    }
+    assert pickles == {"state": "random_states_0.pkl"}
+    names = {path.name for path in (folder / "state").glob("*/*") if path.read_bytes()[:2] == b"PK"}
+    assert names == {"optimizer.bin", "random_states_0.pkl"}
+
+
+@pytest.mark.slow
 def test_writes_the_folder_and_prints_the_table(digits_run):
     folder, finished = digits_run
     for name in ("config.json", "model.safetensors", "metrics.json", "recipe.yaml", "README.md"):

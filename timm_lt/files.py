@@ -56,8 +56,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Makes the names of files in a folder last through a crash; Windows has no call for it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:

@@ -258,11 +258,11 @@ def _architecture(model: nn.Module) -> str:
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """Returns a copy in full precision, without the origin of its weights: they may be any."""
-    copied: Any = copy.deepcopy(model)
+    copied: nn.Module = copy.deepcopy(model)
     # The forward that accelerate wrapped in its mixed precision.
-    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False).eval()
+    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
     config = {**(getattr(model, "pretrained_cfg", None) or {})}
     for key in ("tag", "license", "origin_url"):
         config.pop(key, None)
     copied.__dict__["pretrained_cfg"] = copied.__dict__["default_cfg"] = config
-    return copied
+    return copied.eval()

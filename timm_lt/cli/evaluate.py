@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -162,6 +163,8 @@ def _load(
     """Loads one backbone, and the classifier of each head; never two backbones at a time."""
 
     def load(name: str) -> nn.Module:
+        # A model with a head refers to itself, so that the one before is not gone yet.
+        gc.collect()
         head = None if name == JOINT else name
         return load_model(
             arguments.model,
@@ -175,7 +178,6 @@ def _load(
     heads: dict[str, nn.Module] = {}
     model: nn.Module | None = None
     for name in reversed(names):
-        # Freed before the next is loaded.
         model = None
         model = load(name)
         _check_classes(model, splits, arguments.model)

@@ -107,7 +107,7 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def model_name(given: str) -> str:
     """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
-    if ":" not in given and (Path(given) / CONFIG).is_file():
+    if (Path(given) / CONFIG).is_file():
         return f"{LOCAL_DIR}{given}"
     return given
 

@@ -40,7 +40,8 @@ class TrainingState:
 
     A sub-folder is written under another name, with the digests of its files, and renamed when it
     is whole and on the disk: a kill at any moment leaves the one before it, and a file that was
-    damaged since is noticed.
+    damaged since is noticed. Optimiser and random states are pickles of accelerate's, which are
+    read with ``weights_only=True``; all else is safetensors and JSON.
 
     Args:
         folder: Where the state lies; over several machines, a folder that they share.
