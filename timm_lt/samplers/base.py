@@ -66,6 +66,7 @@ class ClassSampler(Sampler[int]):
     Attributes:
         epoch: The epoch that the next iteration draws.
         class_counts: Images of each class (C,).
+        warns_of_repetition: Whether a warning is to come if an epoch is drawn again.
 
     Shape:
         labels (N,); an epoch is ``num_samples`` integers in [0, N).
@@ -95,7 +96,8 @@ class ClassSampler(Sampler[int]):
         self.epoch = 0
         self.rank, self.num_replicas = 0, 1
         # Iterations since the epoch was set, and whether one of them came to its end.
-        self._begun, self._exhausted, self._warned = 0, False, False
+        self._begun, self._exhausted = 0, False
+        self.warns_of_repetition = True
         self._rewind(0)
         self._last_plan: Plan | None = None
 
@@ -203,8 +205,8 @@ class ClassSampler(Sampler[int]):
     def _warn_of_repetition(self) -> None:
         """Warns once if an epoch is drawn again and was not set again."""
         # A look at the first batches is not an epoch yet; a second look is a habit.
-        if (self._exhausted or self._begun > 1) and not self._warned:
-            self._warned = True
+        if (self._exhausted or self._begun > 1) and self.warns_of_repetition:
+            self.warns_of_repetition = False
             warnings.warn(
                 f"{type(self).__name__} draws epoch {self.epoch} again, the same images in the "
                 "same order: call set_epoch(epoch) of the sampler, or of its loader, before each "
