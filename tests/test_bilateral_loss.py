@@ -221,3 +221,13 @@ def test_deferred_weights_go_inside():
 def test_half_a_pair_is_refused():
     with pytest.raises(UsageError, match="BilateralLoss takes pairs of rows, got 3 rows"):
         create_loss("bilateral")(torch.zeros(3, 5), torch.zeros(3).long())
+
+
+def test_an_alpha_that_follows_the_epochs_needs_to_know_them():
+    logits, targets = batch(pairs=2)
+    for adaptor in ("parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment"):
+        loss = create_loss("bilateral", adaptor=adaptor)
+        with pytest.raises(UsageError, match="BilateralLoss changes from epoch to epoch and was"):
+            loss(logits, targets)
+    for adaptor in ("equal", "beta"):
+        assert create_loss("bilateral", adaptor=adaptor)(logits, targets).isfinite()

@@ -20,9 +20,10 @@ OF_FEATURES = [name for name in list_losses() if losses.LOSSES[name].needs_featu
 def create_loss(name, class_counts=None, **options):
     """Creates a loss that takes logits and targets; one that needs features is given random ones.
 
-    They depend on how many there are only.
+    They depend on how many there are only. One that has a schedule is in its first epoch.
     """
     loss = timm_lt.create_loss(name, class_counts, **options)
+    loss.set_epoch(0, 10)
     if loss.needs_features:
 
         def with_features(_, inputs):

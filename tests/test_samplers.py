@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import types
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +129,7 @@ def test_every_epoch_keeps_the_contract(name, options, num_samples):
     for epoch in range(9):
         sampler.set_epoch(epoch)
         check_epoch(sampler, LABELS)
+        sampler.set_epoch(epoch)
         assert list(sampler) == sampler.epoch_indices(epoch).tolist()
 
 
@@ -159,6 +162,7 @@ def test_stream_is_a_function_of_seed_and_epoch_alone(name, options):
     second.set_epoch(5)
     list(second)
     second.set_epoch(0)
+    first.set_epoch(0)
     assert list(second) == stream == list(first)
     keys = itertools.product(range(4), range(4))
     streams = set()
@@ -245,7 +249,7 @@ def test_rounding_ties_no_pair_of_classes_together():
 def test_data_loader_draws_the_same_stream(name, options):
     sampler = create_sampler(name, LABELS, **options)
     loader = DataLoader(range(len(LABELS)), batch_size=5, sampler=sampler)
-    assert torch.cat(list(loader)).tolist() == list(sampler)
+    assert torch.cat(list(loader)).tolist() == sampler.epoch_indices().tolist()
 
 
 @contract
@@ -312,7 +316,7 @@ def test_cycles_go_on_across_epochs(name, options, num_samples):
     for epoch in range(9):
         sampler.set_epoch(epoch)
         check_epoch(sampler, LABELS)
-        for index in sampler:
+        for index in sampler.epoch_indices().tolist():
             drawn_of[LABELS[index]].append(index)
         # Without having drawn the epochs before, it is the same.
         fresh = create_sampler(name, LABELS, num_samples=num_samples, seed=3, **options)
@@ -716,7 +720,7 @@ def test_a_new_sampler_is_a_new_class_probabilities(monkeypatch):
     sampler = create_sampler("only_the_last", LABELS, num_samples=6)
     assert isinstance(sampler, OnlyTheLast)
     check_epoch(sampler, LABELS)
-    assert {LABELS[index] for index in sampler} == {4}
+    assert {LABELS[index] for index in sampler.epoch_indices().tolist()} == {4}
 
 
 def test_more_images_than_a_float_counts():
@@ -759,3 +763,59 @@ def test_deferred_draws_as_its_parts_do():
     # A part has no epochs of its own length.
     sampler = create_sampler("deferred", LABELS, start=1, second="over_sampled")
     assert len(sampler) == len(LABELS) == len(sampler.epoch_indices(1))
+
+
+# Epochs that are not set -------------------------------------------------------------------------
+
+
+def warned(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(warning.message) for warning in caught]
+
+
+@contract
+def test_an_epoch_that_is_drawn_again_warns_once(name, options):
+    sampler = create_sampler(name, LABELS, **options)
+    loader = DataLoader(range(len(LABELS)), 4, sampler=sampler)
+    assert warned(lambda: list(loader)) == []
+    (message,) = warned(lambda: [list(loader), list(loader)])
+    assert "draws epoch 0 again" in message
+    assert "set_epoch(epoch)" in message
+
+
+def test_epochs_that_are_set_do_not_warn():
+    sampler = create_sampler("class_balanced", LABELS)
+
+    def draw():
+        # A look at the first batch, before training.
+        next(iter(DataLoader(range(len(LABELS)), 4, sampler=sampler)))
+        list(sampler)
+        for epoch in (1, 2, 2):
+            sampler.set_epoch(epoch)
+            list(sampler)
+        sampler.load_state_dict(sampler.state_dict() | {"position": 8})
+        list(sampler)
+        sampler.set_epoch(3)
+        # Iterators that are made and not drawn from, as DataLoader does.
+        iter(sampler), iter(sampler)
+        for pair in zip(sampler, sampler, strict=True):
+            assert pair[0] == pair[1]
+        sampler.epoch_indices()
+
+    assert warned(draw) == []
+
+
+def test_loops_that_end_early_are_epochs_too():
+    sampler = create_sampler("class_balanced", LABELS)
+    assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []
+    assert len(warned(lambda: [next(iter(sampler)), next(iter(sampler))])) == 1
+
+
+def test_accelerate_sets_the_epochs_itself():
+    sampler = create_sampler("class_balanced", LABELS)
+    loader = Accelerator(cpu=True).prepare(DataLoader(range(len(LABELS)), 4, sampler=sampler))
+    epochs = []
+    assert warned(lambda: epochs.extend(torch.cat(list(loader)).tolist() for _ in range(3))) == []
+    assert epochs == [sampler.epoch_indices(epoch).tolist() for epoch in range(3)]

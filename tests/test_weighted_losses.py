@@ -155,7 +155,7 @@ CROSS_ENTROPY = [
     ("label_aware_smoothing", {"head": 0}),
     ("seesaw", {"mitigation": 0, "compensation": 0}),
     ("deferred_reweighting", {"start": 0, "beta": 0}),
-    ("deferred_reweighting", {}),
+    ("deferred_reweighting", {"start": 0.8}),
 ]
 OF_EQUAL_COUNTS = [
     ("inverse_frequency", {}),
@@ -176,7 +176,9 @@ def test_identities(counts, data):
     cases = [(counts, *case) for case in CROSS_ENTROPY]
     cases += [([7] * len(counts), *case) for case in OF_EQUAL_COUNTS]
     for class_counts, name, options in cases:
-        found = create_loss(name, class_counts, **options)(logits, targets).item()
+        loss = create_loss(name, class_counts, **options)
+        loss.set_epoch(0, 10)
+        found = loss(logits, targets).item()
         assert found == pytest.approx(plain, rel=1e-5, abs=1e-6), (name, options)
 
 
@@ -202,8 +204,7 @@ def test_more_identities():
     )
     equal = create_loss("label_aware_smoothing", [9] * 5, head=0.2, spread="all", reduction="none")
     same(equal(logits, targets), loss("cross_entropy", smoothing=0.2))
-    for start, expected in ((5, "cross_entropy"), (0, "class_balanced")):
-        same(loss("deferred_reweighting", start=start), loss(expected))
+    same(loss("deferred_reweighting", start=0), loss("class_balanced"))
 
 
 # Weights ------------------------------------------------------------------------------------------
@@ -286,6 +287,22 @@ def test_weights_begin_in_their_epoch(start, epochs, first):
     for epoch in [epochs - 1, *range(epochs)]:
         loss.set_epoch(epoch, epochs)
         torch.testing.assert_close(loss(logits, targets), plain if epoch < first else weighted)
+
+
+@pytest.mark.parametrize("start", [0.8, 1, 160])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loss_with_a_schedule_needs_to_know_the_epoch(start, wrapped):
+    loss = create_loss("deferred_reweighting", COUNTS, start=start)
+    inputs = batch()
+    if wrapped:
+        options = {"loss": "deferred_reweighting", "loss_options": {"start": start}}
+        loss = create_loss("deferred_reweighting", COUNTS, start=0, **options)
+    with pytest.raises(UsageError, match=r"was not told the epoch: call loss.set_epoch\(epoch, ep"):
+        loss(*inputs)
+    loss.set_epoch(0, 200)
+    weighted = create_loss("class_balanced", COUNTS, normalization="weights")
+    expected = weighted if wrapped else create_loss("cross_entropy")
+    torch.testing.assert_close(loss(*inputs), expected(*inputs))
 
 
 def test_a_start_after_training_is_refused():

@@ -3,6 +3,14 @@
 from timm_lt.registry import UsageError, check_integer, check_number
 
 
+def epoch_not_set(loss: object) -> UsageError:
+    """Returns the error for a loss with a schedule that is used before its epoch was set."""
+    return UsageError(
+        f"{type(loss).__name__} changes from epoch to epoch and was not told the epoch: call "
+        "loss.set_epoch(epoch, epochs) before each epoch, also before the first"
+    )
+
+
 def check_start(start: float) -> None:
     """Checks a start: a 0-based epoch, or a fraction of the epochs.
 

@@ -178,7 +178,7 @@ def test_batches_follow_a_sampler():
     data = tensors()
     sampler = create_sampler("class_balanced", data.labels, num_samples=10, seed=1)
     targets = torch.cat([targets for _, targets in batches(data, 4, sampler)])
-    assert targets.tolist() == [int(data.labels[i]) for i in sampler]
+    assert targets.tolist() == [int(data.labels[i]) for i in sampler.epoch_indices()]
 
 
 @pytest.mark.parametrize(

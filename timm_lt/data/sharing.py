@@ -9,6 +9,7 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import DataLoader, Sampler
 
 from timm_lt.registry import UsageError
+from timm_lt.samplers import ClassSampler
 
 # What a DataLoader is made of, beside its data set and the order of its images.
 SETTINGS = (
@@ -85,6 +86,9 @@ def scheduled(
     scale: int = 1,
 ) -> ScheduledBatchSampler:
     """Returns a schedule like another, over another sampler, batches ``scale`` times as large."""
+    # A schedule begins the epoch again where it needs more images than there are.
+    if isinstance(sampler, ClassSampler):
+        sampler.warns_of_repetition = False
     return ScheduledBatchSampler(
         sampler,
         batch_sizes=[scale * size for size in like.batch_sizes],

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from torch import Tensor, nn
 
+from timm_lt.deferral import epoch_not_set
 from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
@@ -59,7 +60,8 @@ class BilateralLoss(ClassLoss):
 
     Raises:
         UsageError: If ``loss`` needs features or cosines, or is itself ``bilateral``; if a batch
-            has an odd number of rows.
+            has an odd number of rows; if α follows the epochs, and :meth:`set_epoch` was not
+            called before the first batch.
 
     References:
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
@@ -106,7 +108,7 @@ class BilateralLoss(ClassLoss):
         self._check_linear(loss)
         self.adaptor, self.divisor = adaptor, divisor
         self.seed = check_integer("seed", seed, minimum=0)
-        self._share = 0.0
+        self._share: float | None = None
         self._epoch, self._batches = 0, 0
 
     def _check_linear(self, name: str) -> None:
@@ -124,7 +126,7 @@ class BilateralLoss(ClassLoss):
         if self.adaptor == "beta":
             key = [self.seed, self._epoch, max(self._batches, 1)]
             return float(np.random.default_rng(key).beta(BETA, BETA))
-        return ADAPTORS[self.adaptor](self._share)
+        return ADAPTORS[self.adaptor](self._share or 0.0)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Moves α to where it is in an epoch, 0-based."""
@@ -147,6 +149,8 @@ class BilateralLoss(ClassLoss):
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
+        if self._share is None and self.adaptor not in {"equal", "beta"}:
+            raise epoch_not_set(self)
         self._batches += 1
         alpha = self.alpha
         mixed = alpha * logits[0::2] + (1 - alpha) * logits[1::2]

@@ -5,7 +5,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from timm_lt.deferral import check_start, first_epoch
+from timm_lt.deferral import check_start, epoch_not_set, first_epoch
 from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
@@ -25,8 +25,9 @@ Weights = Literal["effective_number", "inverse_frequency"]
 class DeferredReweightingLoss(WeightedLoss):
     """Deferred re-weighting (DRW): a loss as it is, then, from an epoch on, ``w_y l(z, y)``.
 
-    :meth:`set_epoch` says which epoch it is; the training loop calls it. Until it is called, it is
-    the first. Mixup and features are as the wrapped loss has them, which also hears of epochs.
+    :meth:`set_epoch` says which epoch it is; the training loop calls it. A loss whose ``start`` is
+    not 0 cannot be used before. Mixup and features are as the wrapped loss has them, which also
+    hears of epochs.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
@@ -44,7 +45,8 @@ class DeferredReweightingLoss(WeightedLoss):
 
     Raises:
         UsageError: For options that are wrong here or for the wrapped loss; from
-            :meth:`set_epoch`, if the start is not within training.
+            :meth:`set_epoch`, if the start is not within training; when used before the epoch is
+            set.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
@@ -85,7 +87,7 @@ class DeferredReweightingLoss(WeightedLoss):
             )
         self.takes_soft_targets = getattr(self.loss, "takes_soft_targets", False)
         self.needs_features = getattr(self.loss, "needs_features", False)
-        self.active = start == 0
+        self.active: bool | None = True if start == 0 else None
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Turns the weights on or off; see :meth:`ClassLoss.set_epoch`."""
@@ -97,6 +99,8 @@ class DeferredReweightingLoss(WeightedLoss):
     def forward(self, logits: Tensor, targets: Tensor, *features: Tensor) -> Tensor:
         """Returns the reduced loss of a batch; features (N, D) if the wrapped loss needs them."""
         logits, targets = self._prepared(logits, targets)
+        if self.active is None:
+            raise epoch_not_set(self)
         if not self.active:
             return ClassLoss._reduced(self, self.loss(logits, targets, *features), targets)
         weights, labels = self._weigh(targets)

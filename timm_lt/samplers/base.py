@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,6 +66,7 @@ class ClassSampler(Sampler[int]):
     Attributes:
         epoch: The epoch that the next iteration draws.
         class_counts: Images of each class (C,).
+        warns_of_repetition: Whether a warning is to come if an epoch is drawn again.
 
     Shape:
         labels (N,); an epoch is ``num_samples`` integers in [0, N).
@@ -93,6 +95,9 @@ class ClassSampler(Sampler[int]):
         self.seed = check_integer("seed", seed, minimum=0)
         self.epoch = 0
         self.rank, self.num_replicas = 0, 1
+        # Iterations since the epoch was set, and whether one of them came to its end.
+        self._begun, self._exhausted = 0, False
+        self.warns_of_repetition = True
         self._rewind(0)
         self._last_plan: Plan | None = None
 
@@ -110,12 +115,16 @@ class ClassSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the 0-based epoch that the next iteration draws, from its beginning.
 
+        Call it before each epoch: without it every iteration draws the same epoch, of which a
+        sampler warns once. Whoever wants an epoch again sets it again.
+
         After :meth:`load_state_dict`, setting the epoch of the state leaves its position.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         if epoch != self.epoch:
             self._rewind(0)
         self.epoch = epoch
+        self._begun, self._exhausted = 0, False
 
     def shard(self, rank: int, num_replicas: int) -> None:
         """Makes this the sampler of one of several processes, for use without accelerate.
@@ -174,6 +183,7 @@ class ClassSampler(Sampler[int]):
 
     def _pieces(self, plan: "Plan", cursor: "_Cursor", rank: int) -> Iterator[Iterator[int]]:
         """Yields one rank's draws from the cursor on, which moves along, piece by piece."""
+        self._warn_of_repetition()
         stride, group = cursor.stride, cursor.group
         # The end of the last group, which may be filled up.
         total = -(-self.num_samples // group) * group
@@ -190,6 +200,20 @@ class ClassSampler(Sampler[int]):
             begin, images = next(self._groups(plan, at % total, total))
             place = at % total - begin
             yield cursor.over(images[place : place + group].tolist())
+        self._exhausted = True
+
+    def _warn_of_repetition(self) -> None:
+        """Warns once if an epoch is drawn again and was not set again."""
+        # A look at the first batches is not an epoch yet; a second look is a habit.
+        if (self._exhausted or self._begun > 1) and self.warns_of_repetition:
+            self.warns_of_repetition = False
+            warnings.warn(
+                f"{type(self).__name__} draws epoch {self.epoch} again, the same images in the "
+                "same order: call set_epoch(epoch) of the sampler, or of its loader, before each "
+                "epoch",
+                stacklevel=3,
+            )
+        self._begun += 1
 
     def _groups(self, plan: "Plan", start: int, total: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yields chunks from a place on, the last filled up with the first draws of the epoch."""
@@ -239,6 +263,7 @@ class ClassSampler(Sampler[int]):
         if position % self.unit:
             raise UsageError(f"position {position} lies within a pair: it must be even")
         self.epoch = epoch
+        self._begun, self._exhausted = 0, False
         self._rewind(position)
 
     def epoch_indices(self, epoch: int | None = None) -> Tensor:
