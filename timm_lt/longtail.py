@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -183,10 +183,10 @@ def check_class_counts(
     Raises:
         UsageError: If they are not; names the first wrong index and its value, or the wrong keys.
     """
-    by_label = _by_label(class_counts)
+    by_label, in_order = _by_label(class_counts), cast("Labels", class_counts)
     if by_label is not None:
-        class_counts = _in_label_order(by_label, num_classes, label_names)
-    counts = check_labels(class_counts, noun="class_counts")
+        in_order = _in_label_order(by_label, num_classes, label_names)
+    counts = check_labels(in_order, noun="class_counts")
     if counts.max() == 0:
         raise UsageError(f"class_counts must not be all 0 (got {len(counts)} classes)")
     return counts
