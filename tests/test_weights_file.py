@@ -500,6 +500,8 @@ def test_rebalance_refuses_a_model_of_gray_images(photos):
 def test_a_folder_of_timm_is_taken_at_the_size_of_its_arguments(photos, tmp_path, capsys):
     """timm's configuration has the default size still, and only the arguments have the model's."""
     save_for_hf(plain("test_vit", img_size=96), tmp_path / "m", safe_serialization=True)
+    model = timm_lt.create_model(tmp_path / "m")
+    assert image_config(model)["input_size"] == (3, 96, 96)
     assert main(["predict", str(tmp_path / "m"), str(photos), "--json"]) == 0
     run = ["--heads", "tau_norm", "--workers", "0", "--output", str(tmp_path / "run")]
     assert main(["heads", str(photos), "--model", str(tmp_path / "m"), *run]) == 0
