@@ -165,9 +165,10 @@ def check_class_counts(
         UsageError: If they are not; names the first wrong index and its value, or the wrong keys.
     """
     by_label = _by_label(class_counts)
+    ordered: Any = class_counts
     if by_label is not None:
-        class_counts = _in_label_order(by_label, num_classes, label_names)
-    counts = check_labels(class_counts, noun="class_counts")
+        ordered = _in_label_order(by_label, num_classes, label_names)
+    counts = check_labels(ordered, noun="class_counts")
     if counts.max() == 0:
         raise UsageError(f"class_counts must not be all 0 (got {len(counts)} classes)")
     return counts
