@@ -100,6 +100,7 @@ def gradients():
     for name, options in variants:
         weight = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).requires_grad_()
         loss = timm_lt.create_loss(name, COUNTS, **options).double()
+        loss.set_epoch(0, 10)
         with taken_together(loss):
             loss(inputs[share] @ weight, targets[share]).backward()
         found[f"{name} {options}"] = accelerator.reduce(weight.grad, "mean").flatten().tolist()
