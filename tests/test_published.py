@@ -501,7 +501,7 @@ def test_local_files_of_every_layout(tmp_path):
         "parallel.pth": saved({f"module.{key}": value for key, value in state.items()}),
         "timm.pth.tar": saved({"epoch": 3, "arch": "lt_resnet32", "state_dict": state}),
         "ema.pth": saved(
-            {"state_dict": random_state("lt_resnet32", 10, 5), "state_dict_ema": state}
+            {"state_dict": state, "state_dict_ema": random_state("lt_resnet32", 10, 5)}
         ),
     }
     for name, content in layouts.items():

@@ -98,14 +98,19 @@ LAYOUTS = {
         **{key: value for key, value in STATE.items() if key not in BACKBONE},
     },
     "timm": {"arch": "test_resnet", "state_dict": STATE, "state_dict_ema": None},
-    "timm's average": {"state_dict": OTHER, "state_dict_ema": STATE, "arch": "test_resnet"},
-    "torchvision's average": {
-        "model": OTHER,
-        "model_ema": {**prefixed("module.", STATE), "n_averaged": torch.tensor(3)},
+    "timm with an average": {"state_dict": STATE, "state_dict_ema": OTHER, "arch": "test_resnet"},
+    "an average alone": {"state_dict_ema": STATE, "arch": "test_resnet"},
+    "an average first": {"ema": OTHER, "model_state_dict": STATE},
+    "an average in Lightning": {
+        "state_dict": {**prefixed("ema_model.", OTHER), **prefixed("model.", STATE)}
+    },
+    "torchvision with an average": {
+        "model": STATE,
+        "model_ema": {**prefixed("module.", OTHER), "n_averaged": torch.tensor(3)},
         "args": argparse.Namespace(model="resnet18", lr=0.1),
     },
 }
-LAYOUTS["torchvision's average"]["args"].model = "test_resnet"
+LAYOUTS["torchvision with an average"]["args"].model = "test_resnet"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,10 +133,9 @@ def test_torchs_own_averaged_model_and_safetensors_are_read(tmp_path):
 TWO = {
     "teacher and student": ({"student": OTHER, "teacher": prefixed("module.", STATE)}, "teacher"),
     "two in Lightning": (
-        {"state_dict": {**prefixed("m.", OTHER), **prefixed("ema_m.", STATE)}},
-        "ema_m",
+        {"state_dict": {**prefixed("m.", OTHER), **prefixed("target_m.", STATE)}},
+        "target_m",
     ),
-    "an average of another name": ({"model_state_dict": OTHER, "ema": STATE}, "ema"),
 }
 
 
@@ -153,13 +157,13 @@ def test_of_several_networks_one_is_chosen_by_its_key(case, tmp_path, capsys):
     assert converted.fc.weight.equal(STATE["fc.weight"])
 
 
-def test_the_raw_weights_beside_an_average_have_a_key(tmp_path, caplog):
+def test_an_average_is_taken_if_asked_for(tmp_path, caplog):
     path = saved(tmp_path / "w.pth", {"state_dict": OTHER, "state_dict_ema": STATE})
     with caplog.at_level(logging.INFO, "timm_lt"):
         create_from_file("test_resnet", path)
-    assert "took state_dict_ema, not state_dict" in caplog.text
-    model = create_from_file("test_resnet", path, key="state_dict")
-    assert model.fc.weight.equal(OTHER["fc.weight"])
+    assert "took the weights under state_dict, not state_dict_ema" in caplog.text
+    model = create_from_file("test_resnet", path, key="state_dict_ema")
+    assert model.fc.weight.equal(STATE["fc.weight"])
 
 
 REFUSED = {
@@ -272,7 +276,7 @@ def test_what_is_given_by_hand_comes_first(tmp_path):
 
 def test_converted_files_are_the_model_that_was_trained(tmp_path):
     expected = plain(global_pool="max")
-    path = timms_file(tmp_path / "w.pth", plain(), state_dict_ema=expected.state_dict())
+    path = timms_file(tmp_path / "w.pth", expected, state_dict_ema=plain().state_dict())
     assert main(["convert", str(path), str(tmp_path / "out")]) == 0
     converted = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     same(converted, expected)

@@ -25,8 +25,10 @@ from timm_lt.registry import UsageError
 
 # Where Kang et al. keep the weights.
 DECOUPLED = "state_dict_best"
-# Where timm looks for them, in its order: the moving average first.
-STATE_DICTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# The usual keys of the weights, which come before any other.
+STATE_DICTS = ("state_dict", "model")
+# Part of a key or prefix of a moving average, which is taken only if asked for, or if alone.
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # The arguments of timm's train.py, which it also writes beside its checkpoints.
 ARGS = "args.yaml"
 SHOWN = 3
@@ -141,7 +143,7 @@ class WeightsFile:
                 f"{self.name} holds no {architecture}{under}: it lacks {some(sorted(wanted))}; it "
                 f"has {some(names)}"
             )
-        rank = {place: _rank(place[0]) for place in found}
+        rank = {place: _rank(*place) for place in found}
         best = [place for place in found if rank[place] == min(rank.values())]
         if len(best) > 1:
             raise UsageError(
@@ -191,17 +193,17 @@ def _label(place: str, prefix: str) -> str:
     return ".".join(part for part in (place, prefix.rstrip(".")) if part)
 
 
-def _rank(place: str) -> int:
-    last = place.rpartition(".")[2]
-    return STATE_DICTS.index(last) if last in STATE_DICTS else len(STATE_DICTS)
+def _rank(place: str, prefix: str) -> tuple[bool, bool]:
+    is_average = AVERAGE.search(_label(place, prefix)) is not None
+    return is_average, place.rpartition(".")[2] not in STATE_DICTS
 
 
 def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """Reads a file of weights of another project, a pickle or safetensors.
 
     Known are the layout of Kang et al. (``state_dict_best`` with ``feat_model`` and
-    ``classifier``), checkpoints of timm's ``train.py`` (of which the moving average is taken where
-    there is one), and mappings of names to tensors under any keys.
+    ``classifier``), checkpoints of timm's ``train.py``, and mappings of names to tensors under any
+    keys.
 
     Args:
         path: The file.

@@ -177,7 +177,10 @@ def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Wei
     weights = check_weights(replace(state, tensors=tensors), expected, name, place)
     model.load_state_dict(weights.tensors)
     if state.others:
-        log.info("%s: took %s, not %s", state.name, state.place, ", ".join(state.others))
+        log.info(
+            "%s: took the weights under %s, not %s (--checkpoint-key chooses)",
+            *(state.name, state.place, ", ".join(state.others)),
+        )
     if state.beside:
         log.info("%s: not part of the model: %s", state.name, some([*state.beside]))
     return weights
