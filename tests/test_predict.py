@@ -170,7 +170,8 @@ def test_pillows_warnings_are_one_line(predict, tmp_path, monkeypatch, workers):
     _, out, error = predict("large", "--json", "--workers", workers)
     line, last = error.splitlines()
     assert "3 of 5 images have more than 0 million pixels, and were read all the same" in line
-    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (Image size")
+    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (it has ")
+    assert "more than 0 million pixels, the most that Pillow reads" in last
     assert [entry["image"] for entry in json.loads(out) if "error" in entry] == [
         "large/too large.png"
     ]

@@ -263,6 +263,15 @@ def test_columns_may_have_the_names_of_others():
     }
 
 
+def test_columns_of_a_data_set_that_are_not_used_are_named_once(caplog):
+    given = {"image": [picture(0)], "label": [0], "split": ["test"], "site": [3]}
+    rows = datasets.Dataset.from_dict(given).cast_column("image", datasets.Image())
+    given_splits({"train": rows, "val": rows})
+    assert [record.getMessage() for record in caplog.records] == [
+        "the data set: columns that are not used: split, site"
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -20,6 +20,7 @@ from timm_lt.data.columns import check_random_access, image_column, label_column
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
 from timm_lt.data.labels import is_plain, subset_rows
+from timm_lt.data.lists.columns import note_unused
 from timm_lt.data.pairs import drawn_item
 from timm_lt.data.pixels import to_rgb, with_alpha
 from timm_lt.data.reading import turned_upright
@@ -65,8 +66,13 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
         UsageError: If it is none of these; the message says what is. Also if images are tensors, or
             do not fit in memory, or a label is no integer from 0 on, below the number of classes.
     """
-    if not isinstance(data, Mapping):
-        return {"train": _as_dataset(data)}
+    found = _each_as_dataset(data) if isinstance(data, Mapping) else {"train": _as_dataset(data)}
+    columns = dict.fromkeys(name for rows in found.values() for name in rows.column_names)
+    note_unused("the data set", [name for name in columns if name not in ("image", "label")])
+    return found
+
+
+def _each_as_dataset(data: Mapping[Any, object]) -> dict[str, datasets.Dataset]:
     found: dict[str, datasets.Dataset] = {}
     for name, part in data.items():
         split = SPLIT_WORDS.get(str(name).lower())

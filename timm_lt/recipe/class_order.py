@@ -27,7 +27,10 @@ NUM_IMAGES, BATCH_SIZE = 256, 32
 # Two-sided 2 % point of the normal distribution, and the smallest difference of two accuracies.
 MIN_Z, MIN_DIFFERENCE = 2.326, 0.2
 WORDS: dict[ClassOrder, str] = {"timm": "timm's natural order", "sorted": "sorted order"}
-HOW = "--class-order timm or --class-order sorted (model.class_order in a recipe)"
+HOW = (
+    "--class-order timm or --class-order sorted (class_order= in Python, model.class_order in a "
+    "recipe)"
+)
 
 
 def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
@@ -90,8 +93,9 @@ def in_order_of_weights(
 
     Names that come with the weights decide, if they are those of the data. Otherwise it is the
     order that is asked for; or, where timm's and torchvision's differ, the one in which the model
-    is right about clearly more training images. If neither is clear, it is timm's for a file that
-    names its architecture, as those of timm's ``train.py`` do, and is asked for otherwise.
+    is right about clearly more training images. If neither is clear, it is timm's for data in that
+    order and for a file that names its architecture, as those of timm's ``train.py`` do, and is
+    asked for otherwise.
 
     Args:
         splits: The data.
@@ -136,19 +140,24 @@ def in_order_of_weights(
     elif trained:
         log.info("the order of the classes in the weights of %s is not clear: %s", name, seen)
         return splits
-    elif checkpoint is not None and read_weights(checkpoint).architecture is not None:
+    elif names == orders["timm"] or _is_of_timm(checkpoint):
         taken = "timm"
         log.warning(
-            "classes are numbered in %s, as in files of timm's train.py, for images do not tell "
-            "the order of the weights: %s; if it is wrong, say --class-order sorted",
+            "classes are numbered in %s, as timm's train.py does, for images do not tell the order "
+            "of the weights: %s; if it is wrong, say --class-order sorted (class_order= in Python)",
             *(WORDS[taken], seen),
         )
     else:
         raise UsageError(
             f"it is not clear in which order the weights of {name} have the classes: {seen}; say "
-            f"{HOW}, or fit a new classifier (timm-lt heads --fresh-classifier)"
+            f"{HOW}, or fit a new classifier (--fresh-classifier, in Python fresh_classifier=True)"
         )
     return splits.in_order(orders[taken])
+
+
+def _is_of_timm(checkpoint: str | None) -> bool:
+    """Returns whether a file of weights names its architecture."""
+    return checkpoint is not None and read_weights(checkpoint).architecture is not None
 
 
 def _found_out(
