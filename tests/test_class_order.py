@@ -121,6 +121,7 @@ def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys)
     command = ["heads", str(photos), "--model", "test_resnet", "--checkpoint", file]
     command += ["--heads", "ncm", "--workers", "0", "--output", str(run)]
     assert main(command) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("has no names for its 5 classes") == 1
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["label_names"] == TIMM
     assert metrics["heads"]["linear"]["all"] == 1

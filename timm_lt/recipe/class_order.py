@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_lt.console import log
 from timm_lt.data import Splits
 from timm_lt.data.reading import encoded_images, read_image
-from timm_lt.label_names import label_names
+from timm_lt.label_names import keeps_classifier, label_names
 from timm_lt.preprocessing import image_config
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.schema import ClassOrder, Recipe
@@ -61,7 +61,12 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
             kept.
     """
     given = recipe.model
-    if not (given.pretrained or given.checkpoint) or not has_classifier(recipe, model, splits):
+    cure = "model.fresh_classifier (--fresh-classifier)"
+    if not (
+        (given.pretrained or given.checkpoint)
+        and has_classifier(recipe, model, splits)
+        and keeps_classifier(model, splits.label_names, given.checkpoint or given.name, cure)
+    ):
         if given.class_order is not None:
             raise UsageError(
                 f"model.class_order only applies to a classifier that is kept, and {given.name} "
