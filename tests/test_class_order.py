@@ -215,6 +215,16 @@ def test_names_of_the_model_decide(photos, model):
         timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
 
 
+def test_an_order_for_a_classifier_that_is_not_kept_is_refused(photos):
+    made = constant(0)
+    message = "class order timm only applies to a classifier that is kept"
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", fresh_classifier=True, workers=0)
+    made.pretrained_cfg["label_names"] = list("vwxyz")
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", workers=0)
+
+
 def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog):
     data = timm.data.create_dataset("", str(photos))
     found = timm_lt.rebalance(constant(1), data, heads="ncm", workers=0)

@@ -67,11 +67,7 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
         and has_classifier(recipe, model, splits)
         and keeps_classifier(model, splits.label_names, given.checkpoint or given.name, cure)
     ):
-        if given.class_order is not None:
-            raise UsageError(
-                f"model.class_order only applies to a classifier that is kept, and {given.name} "
-                f"has none for these {splits.num_classes} classes; remove it"
-            )
+        check_no_order(given.class_order, given.name, splits.num_classes)
         return splits
     return in_order_of_weights(
         splits,
@@ -82,6 +78,19 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
         image_size=recipe.data.image_size,
         trained=recipe.epochs > 0,
     )
+
+
+def check_no_order(class_order: str | None, name: str, num_classes: int) -> None:
+    """Checks that no order is asked for where no classifier with its weights is kept.
+
+    Raises:
+        UsageError: If one is.
+    """
+    if class_order is not None:
+        raise UsageError(
+            f"class order {class_order} only applies to a classifier that is kept, and {name} has "
+            f"none for these {num_classes} classes; remove it"
+        )
 
 
 def in_order_of_weights(
