@@ -136,6 +136,12 @@ class Merged(ImageFolder):
         return image, min(label, 1)
 
 
+class Turned(ImageFolder):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image.rotate(90), label
+
+
 class Grey(timm.data.ImageDataset):
     def __getitem__(self, row):
         image, label = super().__getitem__(row)
@@ -162,6 +168,7 @@ def pictures(tmp_path):
     [
         (lambda root: Fold(ImageFolder(root), [3, 0]), ["ant", "bee", "cat"]),
         (Merged, None),
+        (Turned, ["ant", "bee", "cat"]),
         (lambda root: ImageFolder(root, loader=corner), ["ant", "bee", "cat"]),
         (lambda root: Subset(Merged(root), [3, 1]), None),
         (lambda root: ConcatDataset([Merged(root), ImageFolder(root)]), None),

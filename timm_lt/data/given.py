@@ -104,20 +104,21 @@ def _as_dataset(data: object) -> datasets.Dataset:
     if files is None:
         # Some data sets of torchvision open files that they leave to the garbage collector.
         with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
-            found = _from_items(items, names)
-        return _with_names(found, data) if isinstance(data, datasets.Dataset) else found
+            return _with_names(_from_items(items, names), data)
     paths, labels = zip(*files, strict=True)
     return dataset_from_files(paths, _checked(labels, names).numpy(), names)
 
 
-def _with_names(found: datasets.Dataset, data: datasets.Dataset) -> datasets.Dataset:
-    """Gives labels their names, if a data set's transform has left them as they are."""
-    feature = data.features.get("label", data.features.get("labels"))
-    if isinstance(feature, datasets.ClassLabel):
-        stored = data.with_format(None)[label_column(data)][:]
-        if stored == found["label"][:]:
-            return found.cast_column("label", feature)
-    return found
+def _with_names(found: datasets.Dataset, data: object) -> datasets.Dataset:
+    """Gives labels their names, if a way of its own in a data set has left them as they are."""
+    feature, stored = None, None
+    if isinstance(data, datasets.Dataset):
+        feature = data.features.get("label", data.features.get("labels"))
+        if isinstance(feature, datasets.ClassLabel):
+            stored = data.with_format(None)[label_column(data)][:]
+    elif isinstance(data, DatasetFolder):
+        feature, stored = datasets.ClassLabel(names=data.classes), data.targets
+    return found.cast_column("label", feature) if stored == found["label"][:] else found
 
 
 def _checked(labels: Sequence[Any], names: list[str] | None) -> Tensor:
