@@ -121,6 +121,7 @@ def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys)
     command = ["heads", str(photos), "--model", "test_resnet", "--checkpoint", file]
     command += ["--heads", "ncm", "--workers", "0", "--output", str(run)]
     assert main(command) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("has no names for its 5 classes") == 1
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["label_names"] == TIMM
     assert metrics["heads"]["linear"]["all"] == 1
@@ -214,6 +215,24 @@ def test_names_of_the_model_decide(photos, model):
         timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
 
 
+def test_an_order_for_a_classifier_that_is_not_kept_is_refused(photos):
+    made = constant(0)
+    message = "class order timm only applies to a classifier that is kept"
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", fresh_classifier=True, workers=0)
+    made.pretrained_cfg["label_names"] = list("vwxyz")
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", workers=0)
+
+
+def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog):
+    data = timm.data.create_dataset("", str(photos))
+    found = timm_lt.rebalance(constant(1), data, heads="ncm", workers=0)
+    assert found.reports["linear"].per_class.tolist() == [0, 1, 0, 0, 0]
+    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
+    assert "images do not tell the order of the weights" in caplog.text
+
+
 @pytest.mark.parametrize("label", range(5))
 def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
     """A model that always gives the same answer is right as often in both orders."""
@@ -233,7 +252,7 @@ def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, 
     file = saved(made, tmp_path / "best.pth.tar", arch="test_resnet", epoch=3)
     found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
     assert found[TIMM[label]] == 1
-    assert "numbered in timm's natural order, as in files of timm's train.py" in said
+    assert "numbered in timm's natural order, as timm's train.py does" in said
 
 
 def test_a_clear_difference_is_needed(photos, model):

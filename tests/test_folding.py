@@ -1,6 +1,7 @@
 """Folded models on disk: plain timm and onnxruntime load what ``timm-lt fold`` writes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,17 @@ def test_a_folder_is_folded_by_its_names(prefix, tmp_path, capsys):
     capsys.readouterr()
     assert main(["fold", f"{prefix}{ship}", str(ship), "--overwrite"]) == 2
     assert "same folder" in capsys.readouterr().err
+
+
+def test_a_background_that_a_folded_folder_does_not_record_is_said(tmp_path, capsys):
+    source = tmp_path / "run"
+    shutil.copytree(PACKAGED, source)
+    config = json.loads((source / "config.json").read_text())
+    for background, said in (("#ffffff", False), ("#000000", True)):
+        config["timm_lt"]["background"] = background
+        (source / "config.json").write_text(json.dumps(config))
+        assert main(["fold", str(source), str(tmp_path / "ship"), "--overwrite"]) == 0
+        assert ("give predict --background '#000000'" in capsys.readouterr().out) == said
 
 
 def test_a_wrong_head_lists_those_that_can_be_folded(tmp_path, capsys):

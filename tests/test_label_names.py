@@ -108,21 +108,12 @@ def test_predictions_of_ones_own_weights_are_not_called_imagenets(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("names", "kept", "said"),
-    [
-        (IMAGENET.label_names(), True, False),
-        (OWN, False, False),
-        (None, True, True),
-    ],
+    ("names", "kept"), [(IMAGENET.label_names(), True), (OWN, False), (None, True)]
 )
-def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(
-    names, kept, said, caplog
-):
+def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(names, kept):
     splits = SimpleNamespace(num_classes=1000, label_names=names)
     recipe = Recipe(model=ModelRecipe("test_resnet", pretrained=True))
-    with caplog.at_level(logging.INFO, "timm_lt"):
-        assert has_classifier(recipe, timms(), splits) is kept
-    assert ("taken to be for those of the data" in caplog.text) is said
+    assert has_classifier(recipe, timms(), splits) is kept
     # Training starts from a classifier of the same classes only.
     model = timms()
     before = model.fc.weight.clone()
@@ -155,7 +146,7 @@ def test_heads_and_evaluate_say_what_they_take_a_classifier_for(people, tmp_path
         AcceleratorState._reset_state(reset_partial_state=True)
         run = ["--heads", "tau_norm", "--output", str(tmp_path / str(number))]
         assert main(["heads", str(people), *run, *small, "--model", *model]) == 0
-        assert said in capsys.readouterr().err
+        assert capsys.readouterr().err.count(said) == 1
         AcceleratorState._reset_state(reset_partial_state=True)
         assert main(["evaluate", model[0], str(people), *model[1:], *small]) == 0
         assert said in capsys.readouterr().err

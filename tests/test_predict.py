@@ -150,6 +150,12 @@ def test_files_that_are_no_images_are_a_line_and_no_mistake(predict, tmp_path):
     status, out, error = predict("some", "--json")
     assert (status, len(json.loads(out))) == (0, 1)
     assert "not read: 1 (1 .txt): some/notes.txt" in error
+    for i in range(9):
+        (tmp_path / "some" / f"{i}.zip").touch()
+    _, _, error = predict("some", "--json")
+    assert all(f"some/{i}.zip" in error for i in range(9))
+    for i in range(9):
+        (tmp_path / "some" / f"{i}.zip").unlink()
     (tmp_path / "some" / "a.png").unlink()
     status, _, error = predict("some")
     assert (status, error) == (2, "error: there is no image in some, only 1 .txt\n")
@@ -170,7 +176,8 @@ def test_pillows_warnings_are_one_line(predict, tmp_path, monkeypatch, workers):
     _, out, error = predict("large", "--json", "--workers", workers)
     line, last = error.splitlines()
     assert "3 of 5 images have more than 0 million pixels, and were read all the same" in line
-    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (Image size")
+    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (it has ")
+    assert "more than 0 million pixels, the most that Pillow reads" in last
     assert [entry["image"] for entry in json.loads(out) if "error" in entry] == [
         "large/too large.png"
     ]

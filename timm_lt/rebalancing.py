@@ -22,7 +22,7 @@ from timm_lt.label_names import is_for, keeps_classifier
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, Run, RunOptions
 from timm_lt.recipe.checks import check_output
-from timm_lt.recipe.class_order import in_order_of_weights
+from timm_lt.recipe.class_order import check_no_order, in_order_of_weights
 from timm_lt.recipe.classifier import evaluate, extract, fit, fit_joint
 from timm_lt.recipe.images import TIMM, on_background
 from timm_lt.recipe.run import given_run
@@ -171,7 +171,8 @@ def rebalance(
     joint = same and not fresh_classifier and keeps_classifier(known, names, "the model", cure)
     if joint:
         splits = in_order_of_weights(splits, known, name="the model", class_order=class_order)
-    if not joint:
+    else:
+        check_no_order(class_order, "the model", splits.num_classes)
         reset: Any = copied
         reset.reset_classifier(splits.num_classes)
     with temporary_accelerator() as accelerator:

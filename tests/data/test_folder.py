@@ -308,7 +308,7 @@ SYSTEM = [
     *("System Volume Information/0.png", "lost+found/1.png", ".Trash-1000/files/0.png"),
     *(".ipynb_checkpoints/0-checkpoint.png", "@Recycle/0.png", ".picasaoriginals/0.png"),
     *(".picasa.ini", "Picasa.ini", "Thumbs.db", "desktop.ini", "Icon\r", "0.THM", "0.LRV"),
-    *("0.AAE", "0.XMP", "0.png.xmp"),
+    *("0.AAE", "0.XMP", "0.png.xmp", "Thumbs.db:encryptable", "0.png:Zone.Identifier", "0.LRF"),
 ]
 
 

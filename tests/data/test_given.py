@@ -136,6 +136,12 @@ class Merged(ImageFolder):
         return image, min(label, 1)
 
 
+class Turned(ImageFolder):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image.rotate(90), label
+
+
 class Grey(timm.data.ImageDataset):
     def __getitem__(self, row):
         image, label = super().__getitem__(row)
@@ -162,6 +168,7 @@ def pictures(tmp_path):
     [
         (lambda root: Fold(ImageFolder(root), [3, 0]), ["ant", "bee", "cat"]),
         (Merged, None),
+        (Turned, ["ant", "bee", "cat"]),
         (lambda root: ImageFolder(root, loader=corner), ["ant", "bee", "cat"]),
         (lambda root: Subset(Merged(root), [3, 1]), None),
         (lambda root: ConcatDataset([Merged(root), ImageFolder(root)]), None),
@@ -261,6 +268,15 @@ def test_columns_may_have_the_names_of_others():
         "train": ["image", "label"],
         "val": ["image", "label"],
     }
+
+
+def test_columns_of_a_data_set_that_are_not_used_are_named_once(caplog):
+    given = {"image": [picture(0)], "label": [0], "split": ["test"], "site": [3]}
+    rows = datasets.Dataset.from_dict(given).cast_column("image", datasets.Image())
+    given_splits({"train": rows, "val": rows})
+    assert [record.getMessage() for record in caplog.records] == [
+        "the data set: columns that are not used: split, site"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -318,10 +318,13 @@ def test_a_column_of_splits_that_is_not_clear_is_refused(root):
     (problem,) = problems_of(root, train=name, val="val.txt")
     assert "all.csv has val images too, in its column split: remove these rows" in problem
     problem, *_ = problems_of(root, train="train.txt", test=name)
-    assert "has images of train, val: give it as the option train alone" in problem
+    assert "all.csv has no images of test, only of train, val" in problem
+    listed_with_splits(root, "csv", ("train", "test"))
+    problem, *_ = problems_of(root, train="train.txt", test=name)
+    assert "has images of train, test: give it as the option train alone" in problem
     listed_with_splits(root, "csv", ("val", "test"))
     (problem,) = problems_of(root, train=name)
-    assert "all.csv has images of val, test: give it as the option train alone" in problem
+    assert "all.csv has no images of train, only of val, test" in problem
 
 
 def test_columns_that_are_not_used_are_named_once(tmp_path, caplog):
@@ -391,6 +394,17 @@ def test_categories_have_the_order_of_their_ids(tmp_path):
     listed = read_image_list(tmp_path / "l.json")
     assert (listed.labels.tolist(), listed.names) == ([1, 0] * 3, ["name of a", "name of b"])
     find_splits("list", root=tmp_path, train="l.json")
+
+
+def test_an_id_of_another_type_is_shown_as_it_is(tmp_path):
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": i, "category_id": "7"} for i in range(3)],
+        "categories": [{"id": 7, "name": "deer"}],
+    }
+    (tmp_path / "l.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"3 annotations have .* id of no category: '7'$"):
+        read_image_list(tmp_path / "l.json")
 
 
 def test_unlabelled_test_images_are_said_to_be_so(tmp_path):

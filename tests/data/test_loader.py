@@ -297,10 +297,10 @@ OTHERS = {
 @pytest.mark.parametrize("use_prefetcher", [True, False])
 @pytest.mark.parametrize("layout", OTHERS)
 def test_a_data_set_of_any_layout_shows_its_images(layout, use_prefetcher):
-    data, sampler = OTHERS[layout](), balanced()
+    data = OTHERS[layout]()
     options = {**RAW, "use_prefetcher": use_prefetcher}
-    loader = timm_lt.create_loader(data, 8, 8, sampler=sampler, **options)
-    assert shown(loader) == chunks(list(sampler), 8)
+    loader = timm_lt.create_loader(data, 8, 8, sampler=balanced(), **options)
+    assert shown(loader) == chunks(list(balanced()), 8)
     assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
     assert getattr(data, "transform", None) is None
 

@@ -48,7 +48,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
-from timm_lt.recipe.class_order import in_order_of_weights
+from timm_lt.recipe.class_order import check_no_order, in_order_of_weights
 from timm_lt.recipe.images import TIMM, create_images, on_background
 from timm_lt.registry import UsageError
 from timm_lt.report import shot_table
@@ -218,6 +218,7 @@ def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -
             class_order=arguments.class_order,
             image_size=arguments.image_size,
         )
+    check_no_order(arguments.class_order, arguments.model, splits.num_classes)
     own = shown_as(model, theirs) or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
     if differing:

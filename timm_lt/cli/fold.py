@@ -19,6 +19,7 @@ from timm_lt.cli.common import (
     parse_options,
     show_result,
 )
+from timm_lt.data.pixels import WHITE
 from timm_lt.files import read_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import HEADS, create_head, head_option_names
@@ -102,6 +103,11 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
             lines.append(f"{where}: {head} folded, {same}; {_differences(report)}")
             written.append({"folder": str(where), "head": head, **asdict(report)})
         architecture = read_json(target / CONFIG)["architecture"]
+    if info is not None and info.background != WHITE:
+        lines.append(
+            f"it was fitted to images on the background {info.background}, which a folded "
+            f"checkpoint does not record: give predict --background '{info.background}'"
+        )
     if architecture.startswith("lt_"):
         lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
     show_result(arguments, written, "\n".join(lines))

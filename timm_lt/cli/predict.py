@@ -61,6 +61,8 @@ UNUSUAL_SUFFIXES = frozenset(
     )
 )
 CONVERT = "convert it to JPEG"
+# Files that are not images, named one by one.
+SHOWN_OTHERS = 100
 FORMATS = ("table", "csv", "json")
 # An image, its best classes and their probabilities; or why it cannot be read.
 Prediction = tuple[str, list[tuple[str, float]], str | None]
@@ -234,9 +236,10 @@ def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         else:
             raise UsageError(f"there is no image {path}")
     if others:
+        names = shown_names([shown_path(other) for other in others], SHOWN_OTHERS)
         log.warning(
             "files that are not images by their suffix, not read: %d (%s): %s",
-            *(len(others), counted_suffixes(others), shown_names(list(map(shown_path, others)))),
+            *(len(others), counted_suffixes(others), names),
         )
     raw = {path: f"a camera raw file; {CONVERT}" for path in paths if suffix(path) in RAW_SUFFIXES}
     return paths, reasons | raw

@@ -20,6 +20,7 @@ from timm_lt.data.columns import check_random_access, image_column, label_column
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
 from timm_lt.data.labels import is_plain, subset_rows
+from timm_lt.data.lists.columns import note_unused
 from timm_lt.data.pairs import drawn_item
 from timm_lt.data.pixels import to_rgb, with_alpha
 from timm_lt.data.reading import turned_upright
@@ -65,8 +66,13 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
         UsageError: If it is none of these; the message says what is. Also if images are tensors, or
             do not fit in memory, or a label is no integer from 0 on, below the number of classes.
     """
-    if not isinstance(data, Mapping):
-        return {"train": _as_dataset(data)}
+    found = _each_as_dataset(data) if isinstance(data, Mapping) else {"train": _as_dataset(data)}
+    columns = dict.fromkeys(name for rows in found.values() for name in rows.column_names)
+    note_unused("the data set", [name for name in columns if name not in ("image", "label")])
+    return found
+
+
+def _each_as_dataset(data: Mapping[Any, object]) -> dict[str, datasets.Dataset]:
     found: dict[str, datasets.Dataset] = {}
     for name, part in data.items():
         split = SPLIT_WORDS.get(str(name).lower())
@@ -98,20 +104,21 @@ def _as_dataset(data: object) -> datasets.Dataset:
     if files is None:
         # Some data sets of torchvision open files that they leave to the garbage collector.
         with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
-            found = _from_items(items, names)
-        return _with_names(found, data) if isinstance(data, datasets.Dataset) else found
+            return _with_names(_from_items(items, names), data)
     paths, labels = zip(*files, strict=True)
     return dataset_from_files(paths, _checked(labels, names).numpy(), names)
 
 
-def _with_names(found: datasets.Dataset, data: datasets.Dataset) -> datasets.Dataset:
-    """Gives labels their names, if a data set's transform has left them as they are."""
-    feature = data.features.get("label", data.features.get("labels"))
-    if isinstance(feature, datasets.ClassLabel):
-        stored = data.with_format(None)[label_column(data)][:]
-        if stored == found["label"][:]:
-            return found.cast_column("label", feature)
-    return found
+def _with_names(found: datasets.Dataset, data: object) -> datasets.Dataset:
+    """Gives labels their names, if a way of its own in a data set has left them as they are."""
+    feature, stored = None, None
+    if isinstance(data, datasets.Dataset):
+        feature = data.features.get("label", data.features.get("labels"))
+        if isinstance(feature, datasets.ClassLabel):
+            stored = data.with_format(None)[label_column(data)][:]
+    elif isinstance(data, DatasetFolder):
+        feature, stored = datasets.ClassLabel(names=data.classes), data.targets
+    return found.cast_column("label", feature) if stored == found["label"][:] else found
 
 
 def _checked(labels: Sequence[Any], names: list[str] | None) -> Tensor:

@@ -248,6 +248,10 @@ def damage_of(error: Exception) -> str:
     """Returns in a few words why an image cannot be decoded."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image, or of no format that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        # Pillow warns above its limit, and refuses above twice that.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).removesuffix(".") or type(error).__name__

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_lt.console import log
 from timm_lt.data import Splits
 from timm_lt.data.reading import encoded_images, read_image
-from timm_lt.label_names import label_names
+from timm_lt.label_names import keeps_classifier, label_names
 from timm_lt.preprocessing import image_config
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.schema import ClassOrder, Recipe
@@ -27,7 +27,10 @@ NUM_IMAGES, BATCH_SIZE = 256, 32
 # Two-sided 2 % point of the normal distribution, and the smallest difference of two accuracies.
 MIN_Z, MIN_DIFFERENCE = 2.326, 0.2
 WORDS: dict[ClassOrder, str] = {"timm": "timm's natural order", "sorted": "sorted order"}
-HOW = "--class-order timm or --class-order sorted (model.class_order in a recipe)"
+HOW = (
+    "--class-order timm or --class-order sorted (class_order= in Python, model.class_order in a "
+    "recipe)"
+)
 
 
 def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
@@ -58,12 +61,13 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
             kept.
     """
     given = recipe.model
-    if not (given.pretrained or given.checkpoint) or not has_classifier(recipe, model, splits):
-        if given.class_order is not None:
-            raise UsageError(
-                f"model.class_order only applies to a classifier that is kept, and {given.name} "
-                f"has none for these {splits.num_classes} classes; remove it"
-            )
+    cure = "model.fresh_classifier (--fresh-classifier)"
+    if not (
+        (given.pretrained or given.checkpoint)
+        and has_classifier(recipe, model, splits)
+        and keeps_classifier(model, splits.label_names, given.checkpoint or given.name, cure)
+    ):
+        check_no_order(given.class_order, given.name, splits.num_classes)
         return splits
     return in_order_of_weights(
         splits,
@@ -74,6 +78,19 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
         image_size=recipe.data.image_size,
         trained=recipe.epochs > 0,
     )
+
+
+def check_no_order(class_order: str | None, name: str, num_classes: int) -> None:
+    """Checks that no order is asked for where no classifier with its weights is kept.
+
+    Raises:
+        UsageError: If one is.
+    """
+    if class_order is not None:
+        raise UsageError(
+            f"class order {class_order} only applies to a classifier that is kept, and {name} has "
+            f"none for these {num_classes} classes; remove it"
+        )
 
 
 def in_order_of_weights(
@@ -90,8 +107,9 @@ def in_order_of_weights(
 
     Names that come with the weights decide, if they are those of the data. Otherwise it is the
     order that is asked for; or, where timm's and torchvision's differ, the one in which the model
-    is right about clearly more training images. If neither is clear, it is timm's for a file that
-    names its architecture, as those of timm's ``train.py`` do, and is asked for otherwise.
+    is right about clearly more training images. If neither is clear, it is timm's for data in that
+    order and for a file that names its architecture, as those of timm's ``train.py`` do, and is
+    asked for otherwise.
 
     Args:
         splits: The data.
@@ -136,19 +154,24 @@ def in_order_of_weights(
     elif trained:
         log.info("the order of the classes in the weights of %s is not clear: %s", name, seen)
         return splits
-    elif checkpoint is not None and read_weights(checkpoint).architecture is not None:
+    elif names == orders["timm"] or _is_of_timm(checkpoint):
         taken = "timm"
         log.warning(
-            "classes are numbered in %s, as in files of timm's train.py, for images do not tell "
-            "the order of the weights: %s; if it is wrong, say --class-order sorted",
+            "classes are numbered in %s, as timm's train.py does, for images do not tell the order "
+            "of the weights: %s; if it is wrong, say --class-order sorted (class_order= in Python)",
             *(WORDS[taken], seen),
         )
     else:
         raise UsageError(
             f"it is not clear in which order the weights of {name} have the classes: {seen}; say "
-            f"{HOW}, or fit a new classifier (timm-lt heads --fresh-classifier)"
+            f"{HOW}, or fit a new classifier (--fresh-classifier, in Python fresh_classifier=True)"
         )
     return splits.in_order(orders[taken])
+
+
+def _is_of_timm(checkpoint: str | None) -> bool:
+    """Returns whether a file of weights names its architecture."""
+    return checkpoint is not None and read_weights(checkpoint).architecture is not None
 
 
 def _found_out(

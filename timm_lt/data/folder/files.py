@@ -20,14 +20,18 @@ HEIC_SUFFIXES = frozenset(("heic", "heif"))
 # case: thumbnails, recycle bins, settings. All others begin with a dot.
 SYSTEM_NAMES = frozenset(
     (
-        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"),
+        *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db"),
+        *("desktop.ini", "picasa.ini", "icon\r"),
         *("$recycle.bin", "recycler", "system volume information", "lost+found", "__macosx"),
         *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "@sharebin"),
         *("network trash folder", "temporary items"),
     )
 )
-# Files that cameras and editors put beside an image or a video: previews and settings.
-SIDECAR_SUFFIXES = frozenset(("thm", "lrv", "aae", "xmp", "ctg", "pp3", "dop"))
+# Files that cameras and editors put beside an image or a video: previews and settings; and
+# a.jpg:Zone.Identifier, where Windows notes that a file was downloaded.
+SIDECAR_SUFFIXES = frozenset(
+    ("thm", "lrv", "lrf", "aae", "xmp", "ctg", "pp3", "dop", "nksc", "identifier")
+)
 
 
 @dataclass

@@ -217,8 +217,9 @@ def _positions(path: Path, ids: list[Id], places: Mapping[Id, int], noun: str) -
     found = np.array([places.get(number, -1) for number in ids], np.int64)
     unknown = np.flatnonzero(found < 0)
     if len(unknown):
-        shown = shown_names([ids[row] for row in unknown[:6]])
+        shown = shown_names([repr(wrong) for wrong in dict.fromkeys(ids[row] for row in unknown)])
         raise UsageError(
-            f"{path}: {len(unknown)} annotations have a {noun}_id that is in no {noun}: {shown}"
+            f"{path}: {len(unknown)} annotations have values of {noun}_id that are the id of no "
+            f"{noun}: {shown}"
         )
     return found

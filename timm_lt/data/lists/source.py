@@ -145,7 +145,11 @@ def _parts(found: ImageList, split: Split, place: Path) -> dict[Split, ImageList
         return {split: found}
     parts = found.by_split()
     others = [other for other in parts if other != split]
-    if split not in parts or (split != "train" and others):
+    if split not in parts:
+        raise UsageError(
+            f"the column split of {place} has no images of {split}, only of {', '.join(parts)}"
+        )
+    if split != "train" and others:
         raise UsageError(
             f"the column split of {place} has images of {', '.join(parts)}: give it as the option "
             f"train alone, or leave only images of {split} in it"
