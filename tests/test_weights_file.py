@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -82,6 +84,15 @@ LAYOUTS = {
     },
     "a Lightning module that is the network": {"state_dict": {**STATE, **LOSS}},
     "before counters": {key: value for key, value in STATE.items() if key not in COUNTERS},
+    "counters in half precision": {
+        key: value.half() if key in COUNTERS else value for key, value in STATE.items()
+    },
+    "values of NumPy and paths": {
+        "net": STATE,
+        "accuracy": np.float64(91.2),
+        "epoch": np.int64(3),
+        "args": {"output": Path("out")},
+    },
     "profiled": {**STATE, "total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
     "the tutorial": {"epoch": 3, "model_state_dict": STATE, "optimizer_state_dict": {}},
     "net": {"net": STATE, "acc": 91.2},
@@ -101,6 +112,7 @@ LAYOUTS = {
     "timm with an average": {"state_dict": STATE, "state_dict_ema": OTHER, "arch": "test_resnet"},
     "an average alone": {"state_dict_ema": STATE, "arch": "test_resnet"},
     "an average first": {"ema": OTHER, "model_state_dict": STATE},
+    "an average of torch": {"net": STATE, "swa_net": prefixed("module.", OTHER)},
     "an average in Lightning": {
         "state_dict": {**prefixed("ema_model.", OTHER), **prefixed("model.", STATE)}
     },
@@ -120,6 +132,13 @@ def test_weights_of_every_layout_are_found(layout, tmp_path):
         if layout != "before counters" or key not in COUNTERS:
             assert value.equal(STATE[key]), key
     assert classes_of_file(tmp_path / "w.pth", model) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_program_of_torch_is_named(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pth"))
+    with pytest.raises(UsageError, match=r"TorchScript program: .*state_dict\(\) alone$"):
+        create_from_file("test_resnet", tmp_path / "w.pth")
 
 
 def test_torchs_own_averaged_model_and_safetensors_are_read(tmp_path):
@@ -179,6 +198,7 @@ REFUSED = {
     "another width": ({**STATE, "fc.weight": torch.ones(3, 95)}, r"fc\.weight is \(3, 95\)"),
     "no tensors": ({"epoch": 3, "state_dict": {}}, "has no weights"),
     "a list": ([STATE], "holds a list"),
+    "text for a tensor": ({**STATE, "fc.bias": np.float64(3)}, r"Unread under 'fc\.bias'"),
     "a whole model": (plain(), r"asks for timm\.\S+, not only .* save its state_dict\(\)"),
 }
 
@@ -197,7 +217,7 @@ def test_other_files_are_refused(case, tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS.*git lfs pull"),
         (b"\n<!DOCTYPE html><html></html>", "web page.*download the file again"),
-        (b"", "truncated"),
+        (b"", "is empty"),
     ],
 )
 def test_what_stands_in_the_place_of_a_file_is_named(content, message, tmp_path):
@@ -314,8 +334,10 @@ def test_our_names_of_timms_architectures_take_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"mean": "red"}, "args that are not timm's"),
+        ({"mean": "red"}, "args that are not timm's: mean must be"),
+        ({"std": [0.1, 0.2]}, "args that are not timm's: std must be 1 or 3 numbers, got 2"),
         ({"img_size": "large"}, "args that are not timm's"),
+        ({"img_size": -32}, "args that are not timm's: images of -32 × -32 pixels"),
         ({"model_kwargs": ["x"]}, "args that are not timm's"),
         ({"model_kwargs": {"width": 2}}, "no option 'width'"),
         ({"model_kwargs": {"layers": [10**9, 1, 1, 1]}}, "far beyond the sizes"),

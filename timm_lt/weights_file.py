@@ -33,9 +33,9 @@ from timm_lt.third_party import (
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
 # Names of tensors whose shapes depend on the image size.
 POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
-# What a configuration says of other weights than those of the file.
-# Of the arguments of create_model those that have another place here.
+# Arguments of create_model that have another place here.
 OTHERS = ("num_classes", "img_size")
+# What a configuration says of other weights than those of the file.
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
@@ -252,10 +252,12 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
             if isinstance(value, Tensor)
         }
         check_sizes(Path(file.name), {"model_args": options}, shapes)
-        config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
-        options |= {key: config[key] for key in FIELDS if args.get(key)}
+        options |= {key: args.pop(key) for key in FIELDS if args.get(key)}
         with_overlay(options, {})
+        config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
         channels, *size = (int(pixels) for pixels in config["input_size"])
+        if min(size) < 1:
+            raise UsageError(f"images of {size[0]} × {size[1]} pixels")
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{file.name} has args that are not timm's: {reason}") from error

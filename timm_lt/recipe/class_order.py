@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_lt.console import log
 from timm_lt.data import Splits
 from timm_lt.data.reading import encoded_images, read_image
-from timm_lt.label_names import label_names
+from timm_lt.label_names import keeps_classifier, label_names
 from timm_lt.preprocessing import image_config
 from timm_lt.recipe.network import has_classifier
 from timm_lt.recipe.schema import ClassOrder, Recipe
@@ -65,6 +65,9 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
                 f"has none for these {splits.num_classes} classes; remove it"
             )
         return splits
+    cure = "model.fresh_classifier (--fresh-classifier)"
+    # It has the same classes; where that is unknown, the log says so.
+    keeps_classifier(model, splits.label_names, given.checkpoint or given.name, cure)
     return in_order_of_weights(
         splits,
         model,

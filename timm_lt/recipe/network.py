@@ -10,7 +10,7 @@ from torch import nn
 from timm_lt.checkpoint import BLOCK, read_checkpoint, read_config
 from timm_lt.data import Splits
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.label_names import keeps_classifier
+from timm_lt.label_names import is_for
 from timm_lt.model import LOCAL_DIR, split_options
 from timm_lt.preprocessing import create_sized_model
 from timm_lt.recipe.schema import ModelRecipe, Recipe
@@ -89,10 +89,7 @@ def _keeps_classifier(
     stored = _file_has_classifier(given, model, num_classes) or (
         given.pretrained and config.get("num_classes") == num_classes
     )
-    if given.fresh_classifier or not stored:
-        return False
-    cure = "model.fresh_classifier (--fresh-classifier)"
-    return keeps_classifier(model, names, given.checkpoint or given.name, cure)
+    return stored and not given.fresh_classifier and is_for(model, names) is not False
 
 
 def start_network(
