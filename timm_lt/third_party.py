@@ -139,36 +139,30 @@ class WeightsFile:
             UsageError: If no network has these names, or several and nothing says which.
         """
         wanted = {name for name in expected if not name.endswith(COUNTER)}
-        counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        for place, state in self.states.items():
-            for name in state:
-                counts.update((place, start) for start, end in _splits(name) if end in wanted)
-        if key is not None:
-            counts = collections.Counter(
-                {found: n for found, n in counts.items() if f".{key}." in f".{_label(*found)}."}
-            )
+        counts = collections.Counter(
+            (place, prefix)
+            for place, state in self.states.items()
+            for name in state
+            for prefix, rest in _splits(name)
+            if rest in wanted and (key is None or f".{key}." in f".{_label(place, prefix)}.")
+        )
         most = max(counts.values(), default=0)
-        found = [place for place, number in counts.items() if number == most]
+        found = [at for at, number in counts.items() if number == most]
         if not found:
-            names = (
-                [*self.states]
-                if key
-                else [name for state in self.states.values() for name in state]
-            )
+            names = [name for state in self.states.values() for name in state]
             under = f" under {key!r}" if key else ""
             raise UsageError(
                 f"{self.name} holds no {architecture}{under}: it lacks {some(sorted(wanted))}; it "
-                f"has {some(names)}"
+                f"has {some([*self.states] if key else names)}"
             )
-        rank = {place: _rank(*place) for place in found}
-        best = [place for place in found if rank[place] == min(rank.values())]
+        found.sort(key=lambda at: _rank(*at))
+        best = [_label(*at) for at in found if _rank(*at) == _rank(*found[0])]
         if len(best) > 1:
             raise UsageError(
-                f"{self.name} has several networks: {', '.join(_label(*place) for place in best)}; "
-                "choose one with --checkpoint-key (in a recipe model.checkpoint_key)"
+                f"{self.name} has several networks: {', '.join(best)}; choose one with "
+                "--checkpoint-key (in a recipe model.checkpoint_key)"
             )
-        others = [_label(*other) for other in found if other != best[0]]
-        return self._state(*best[0], others, classifier)
+        return self._state(*found[0], [_label(*at) for at in found[1:]], classifier)
 
     def _state(self, place: str, prefix: str, others: list[str], classifier: str) -> State:
         inside: dict[str, Any] = {}
