@@ -369,6 +369,14 @@ def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, tmp_path):
     assert image_config(model)["input_size"] == (3, 96, 96)
 
 
+def test_a_hybrid_vit_is_built_for_the_size_of_its_stem(tmp_path):
+    expected = plain("vit_tiny_r_s16_p8_224", img_size=96, depth=1)
+    path = saved(tmp_path / "w.pth", expected.state_dict())
+    model = create_from_file("vit_tiny_r_s16_p8_224", path, depth=1)
+    assert image_config(model)["input_size"] == (3, 96, 96)
+    same(model, expected)
+
+
 def test_a_vit_of_a_wide_size_is_built_for_it(tmp_path):
     expected = plain("test_vit", img_size=(96, 128))
     args = {"model": "test_vit", "input_size": (3, 96, 128)}
@@ -409,6 +417,10 @@ def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
     ):
         create_from_file(name, path, **options)
     same(create_from_file(name, path, image_size=128, **options), expected)
+    # Embeddings with their width before the rows and columns.
+    path = saved(tmp_path / "w.pth", plain("pit_ti_224", img_size=160).state_dict())
+    with pytest.raises(UsageError, match=r"than pit_ti_224, \(1, 64, 27, 27\): give the size"):
+        create_from_file("pit_ti_224", path)
 
 
 @pytest.mark.parametrize(

@@ -276,21 +276,19 @@ def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
     """
     there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
     patches: Any = getattr(model, "patch_embed", None)
-    if (
-        there is None
-        or here is None
-        or not hasattr(patches, "grid_size")
-        or there.ndim != here.ndim
-    ):
+    grid, pixels = (getattr(patches, name, None) for name in ("grid_size", "img_size"))
+    if grid is None or pixels is None or here is None or not isinstance(there, Tensor):
+        return None
+    if there.ndim != here.ndim or there.shape[-1] != here.shape[-1] or there.shape == here.shape:
         return None
     rows, columns = there.shape[1:3]
     if there.ndim == 3:
-        tokens = there.shape[1] - here.shape[1] + math.prod(patches.grid_size)
+        tokens = there.shape[1] - here.shape[1] + math.prod(grid)
         rows = columns = math.isqrt(max(tokens, 0))
         if rows * columns != tokens:
             return None
-    height, width = patches.patch_size
-    return None if there.shape == here.shape else (rows * height, columns * width)
+    # Of a hybrid, a patch is one of its convolutional stem's output.
+    return rows * pixels[0] // grid[0], columns * pixels[1] // grid[1]
 
 
 def _forget_origin(model: nn.Module) -> None:
