@@ -164,8 +164,9 @@ def test_of_several_networks_one_is_chosen_by_its_key(case, tmp_path, capsys):
     path = saved(tmp_path / "w.pth", content)
     with pytest.raises(UsageError, match=rf"several networks: .*{key}.*--checkpoint-key"):
         create_from_file("test_resnet", path)
-    model = create_from_file("test_resnet", path, key=key)
-    assert model.fc.weight.equal(STATE["fc.weight"])
+    for given in (key, f"{key}."):
+        model = create_from_file("test_resnet", path, key=given)
+        assert model.fc.weight.equal(STATE["fc.weight"])
     assert classes_of_file(path, model, key) == 3
     with pytest.raises(UsageError, match="under 'teach'"):
         create_from_file("test_resnet", path, key="teach")

@@ -138,6 +138,7 @@ class WeightsFile:
         Raises:
             UsageError: If no network has these names, or several and nothing says which.
         """
+        key = key and key.rstrip(".")
         wanted = {name for name in expected if not name.endswith(COUNTER)}
         counts = collections.Counter(
             (place, prefix)
