@@ -370,6 +370,20 @@ def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, tmp_path):
     assert image_config(model)["input_size"] == (3, 96, 96)
 
 
+def test_a_vit_of_any_size_keeps_its_embeddings(tmp_path):
+    expected = plain("test_vit", dynamic_img_size=True)
+    args = {"model": "test_vit", "img_size": 96, "model_kwargs": {"dynamic_img_size": True}}
+    path = timms_file(tmp_path / "w.pth", expected, args)
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+    for model in (
+        create_from_file("test_vit", path),
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True),
+    ):
+        assert image_config(model)["input_size"] == (3, 96, 96)
+        assert model.pos_embed.equal(expected.pos_embed)
+        same(model, expected)
+
+
 def test_a_hybrid_vit_is_built_for_the_size_of_its_stem(tmp_path):
     expected = plain("vit_tiny_r_s16_p8_224", img_size=96, depth=1)
     path = saved(tmp_path / "w.pth", expected.state_dict())
