@@ -273,7 +273,7 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         if start[:2] == b"PK" and not zipfile.is_zipfile(path):
             raise UsageError(f"{name} is truncated: the end of the archive is missing")
         # timm's train.py stores its arguments, which are plain values in a namespace.
-        known = [argparse.Namespace, *((Unread, kind) for kind in UNREAD)]
+        known: list[Any] = [argparse.Namespace, *((Unread, kind) for kind in UNREAD)]
         with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About the pickle's protocol: it loads or it does not.
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251

@@ -4,10 +4,12 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.cli.model_argument import add_weights_options, model_options
 from timm_lt.convert import convert_checkpoint
+from timm_lt.longtail import ClassCounts
 from timm_lt.registry import UsageError
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
 
@@ -94,9 +96,9 @@ def convert_weights(arguments: argparse.Namespace) -> None:
     show_result(arguments, result, line)
 
 
-def _class_counts(path: Path) -> list[int] | dict[int, int] | dict[str, int]:
+def _class_counts(path: Path) -> ClassCounts:
     try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
+        counts: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
     numbers = counts.values() if isinstance(counts, dict) else counts
@@ -107,5 +109,6 @@ def _class_counts(path: Path) -> list[int] | dict[int, int] | dict[str, int]:
             "with an integer for each label"
         )
     if isinstance(counts, dict) and all(NUMBER.fullmatch(key) for key in counts):
-        return {int(key): count for key, count in counts.items()}
-    return counts
+        counts = {int(key): count for key, count in counts.items()}
+    checked: ClassCounts = counts
+    return checked
