@@ -51,7 +51,7 @@ def snapshot():
         ],
         "environment": dict(os.environ),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "running": threading.enumerate(),
+        "running": [thread for thread in threading.enumerate() if thread.is_alive()],
         "start method": multiprocessing.get_start_method(allow_none=True),
         "signals": [signal.getsignal(number) for number in signal.valid_signals()],
         "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],

@@ -363,6 +363,16 @@ def test_a_convolution_without_pooling_gives_logits_at_every_position():
         torch.testing.assert_close(model(x), expected + np.log(4), rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_of_a_convolution_is_saved(tmp_path):
+    plain = timm.create_model("dla46_c", num_classes=4).eval()
+    head = HEADS["tau_norm"].from_classifier(plain.get_classifier())
+    timm_lt.save_checkpoint(tmp_path / "m", plain, heads={"tau_norm": head}, class_counts=None)
+    x, model = torch.randn(2, 3, 32, 32), timm_lt.create_model(tmp_path / "m", head="tau_norm")
+    with torch.no_grad():
+        expected = timm_lt.set_head(plain, head)(x)
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @every_kind
 def test_fitted_heads_are_passed_by_path(kind, pairs):
     plain, _, _ = pairs[kind]

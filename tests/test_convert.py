@@ -93,6 +93,14 @@ def test_joint_file_and_heads_with_their_statistics(files, tmp_path, capsys):
     torch.testing.assert_close(half, logits(states["crt"], images()), rtol=0.02, atol=0.02)
 
 
+def test_class_counts_may_be_by_label(files, tmp_path):
+    folder, _ = files
+    (tmp_path / "counts.json").write_text('{"9": 3, "0": 50, "2": 7}')
+    options = ["--class-counts", str(tmp_path / "counts.json")]
+    assert main(["convert", f"{folder}/joint.pth", str(tmp_path / "net"), *options]) == 0
+    assert read_checkpoint(tmp_path / "net").class_counts == [50, 0, 7, 0, 0, 0, 0, 0, 0, 3]
+
+
 def test_a_head_with_statistics_is_not_followed_by_another(files, tmp_path):
     folder, _ = files
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net")]
@@ -204,6 +212,8 @@ def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, c
         ([""], ["the source is empty"]),
         (["joint.pth", "--class-counts", "joint.pth"], ["--class-counts", "cannot be read"]),
         (["joint.pth", "--class-counts", "few.json"], ["class_counts has 3 classes"]),
+        (["joint.pth", "--class-counts", "names.json"], ["the key '01'", "integer labels"]),
+        (["joint.pth", "--class-counts", "floats.json"], ["--class-counts", "an integer for"]),
         (["ftp://host/x.pth"], ["http"]),
     ],
 )
@@ -211,6 +221,8 @@ def test_mistakes_are_one_line(arguments, words, files, tmp_path, capsys, monkey
     folder, _ = files
     monkeypatch.chdir(folder)
     (folder / "few.json").write_text("[1, 2, 3]")
+    (folder / "names.json").write_text('{"01": 3, "2": 3}')
+    (folder / "floats.json").write_text('{"0": 3.0}')
     source, *options = arguments
     assert main(["convert", source, str(tmp_path / "net"), *options]) == 2
     error = capsys.readouterr().err

@@ -360,7 +360,7 @@ class Wide(torch.nn.Module):
 
 def growth(folder):
     '''Bytes by which 160 MB of features, in batches of 4 MB, make the largest size grow.'''
-    data = TensorDataset(torch.arange(10000.0).view(-1, 1), torch.zeros(10000).long())
+    data = TensorDataset(torch.arange(10000.0).view(-1, 1, 1, 1), torch.zeros(10000).long())
     loader = DataLoader(data, 250)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     features = extract_features(Wide(), loader, cache_dir=folder)

@@ -211,7 +211,9 @@ def test_bn_without_effect_is_refused():
 
 
 def test_the_recipe_has_it():
-    assert Recipe().model == ModelRecipe("lt_test_resnet", False, None, False, None, "frozen", {})
+    assert Recipe().model == ModelRecipe(
+        "lt_test_resnet", pretrained=False, fresh_classifier=False, bn="frozen"
+    )
 
 
 def test_an_average_of_frozen_weights_is_those_weights():

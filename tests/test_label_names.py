@@ -16,7 +16,7 @@ from timm.models._hub import save_for_hf
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.cli.predict import predictions
-from timm_lt.label_names import is_for, label_names
+from timm_lt.label_names import is_for, keeps_classifier, label_names
 from timm_lt.recipe import ModelRecipe, Recipe
 from timm_lt.recipe.network import has_classifier, start_network
 
@@ -75,6 +75,14 @@ def test_names_decide(names, same):
     assert label_names(named) == OWN
 
 
+def test_names_by_label_are_read_as_timm_writes_them(tmp_path):
+    by_label = {"label_names": {label: f"class {label}" for label in (1, 2, 0)}}
+    save_for_hf(timms(3), tmp_path / "m", model_config=by_label, safe_serialization=True)
+    model = timm_lt.create_model(str(tmp_path / "m"))
+    assert label_names(model) == ["class 0", "class 1", "class 2"]
+    assert label_names(timms(3, label_names={1: "a", 2: "b", 3: "c"})) is None
+
+
 def test_other_models_of_a_thousand_classes_are_not_imagenets(tmp_path):
     models = {
         "a folder": save_for_hf(timms(), tmp_path / "m", safe_serialization=True)
@@ -114,6 +122,9 @@ def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(na
     splits = SimpleNamespace(num_classes=1000, label_names=names)
     recipe = Recipe(model=ModelRecipe("test_resnet", pretrained=True))
     assert has_classifier(recipe, timms(), splits) is kept
+    with caplog.at_level(logging.INFO, "timm_lt"):
+        assert keeps_classifier(timms(), names, "it", "--fresh-classifier") is kept
+    assert ("taken to be for those of the data" in caplog.text) is said
     # Training starts from a classifier of the same classes only.
     model = timms()
     before = model.fc.weight.clone()

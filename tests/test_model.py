@@ -233,6 +233,10 @@ def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
     for name in ("./none", tmp_path / "none"):
         with pytest.raises(UsageError, match=r"^there is no folder \S*none$"):
             timm_lt.create_model(name)
+    (tmp_path / "w.pth").touch()
+    for name in ("w.pth", "./w.pth", tmp_path / "w.pth"):
+        with pytest.raises(UsageError, match=r"is a file: .* with checkpoint_path='.*w\.pth'$"):
+            timm_lt.create_model(name)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])

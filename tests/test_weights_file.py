@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -82,6 +84,15 @@ LAYOUTS = {
     },
     "a Lightning module that is the network": {"state_dict": {**STATE, **LOSS}},
     "before counters": {key: value for key, value in STATE.items() if key not in COUNTERS},
+    "counters in half precision": {
+        key: value.half() if key in COUNTERS else value for key, value in STATE.items()
+    },
+    "values of NumPy and paths": {
+        "net": STATE,
+        "accuracy": np.float64(91.2),
+        "epoch": np.int64(3),
+        "args": {"output": Path("out")},
+    },
     "profiled": {**STATE, "total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
     "the tutorial": {"epoch": 3, "model_state_dict": STATE, "optimizer_state_dict": {}},
     "net": {"net": STATE, "acc": 91.2},
@@ -101,6 +112,7 @@ LAYOUTS = {
     "timm with an average": {"state_dict": STATE, "state_dict_ema": OTHER, "arch": "test_resnet"},
     "an average alone": {"state_dict_ema": STATE, "arch": "test_resnet"},
     "an average first": {"ema": OTHER, "model_state_dict": STATE},
+    "an average of torch": {"net": STATE, "swa_net": prefixed("module.", OTHER)},
     "an average in Lightning": {
         "state_dict": {**prefixed("ema_model.", OTHER), **prefixed("model.", STATE)}
     },
@@ -120,6 +132,13 @@ def test_weights_of_every_layout_are_found(layout, tmp_path):
         if layout != "before counters" or key not in COUNTERS:
             assert value.equal(STATE[key]), key
     assert classes_of_file(tmp_path / "w.pth", model) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_program_of_torch_is_named(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pth"))
+    with pytest.raises(UsageError, match=r"TorchScript program: .*state_dict\(\) alone$"):
+        create_from_file("test_resnet", tmp_path / "w.pth")
 
 
 def test_torchs_own_averaged_model_and_safetensors_are_read(tmp_path):
@@ -145,8 +164,9 @@ def test_of_several_networks_one_is_chosen_by_its_key(case, tmp_path, capsys):
     path = saved(tmp_path / "w.pth", content)
     with pytest.raises(UsageError, match=rf"several networks: .*{key}.*--checkpoint-key"):
         create_from_file("test_resnet", path)
-    model = create_from_file("test_resnet", path, key=key)
-    assert model.fc.weight.equal(STATE["fc.weight"])
+    for given in (key, f"{key}."):
+        model = create_from_file("test_resnet", path, key=given)
+        assert model.fc.weight.equal(STATE["fc.weight"])
     assert classes_of_file(path, model, key) == 3
     with pytest.raises(UsageError, match="under 'teach'"):
         create_from_file("test_resnet", path, key="teach")
@@ -179,6 +199,7 @@ REFUSED = {
     "another width": ({**STATE, "fc.weight": torch.ones(3, 95)}, r"fc\.weight is \(3, 95\)"),
     "no tensors": ({"epoch": 3, "state_dict": {}}, "has no weights"),
     "a list": ([STATE], "holds a list"),
+    "text for a tensor": ({**STATE, "fc.bias": np.float64(3)}, r"Unread under 'fc\.bias'"),
     "a whole model": (plain(), r"asks for timm\.\S+, not only .* save its state_dict\(\)"),
 }
 
@@ -197,7 +218,7 @@ def test_other_files_are_refused(case, tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS.*git lfs pull"),
         (b"\n<!DOCTYPE html><html></html>", "web page.*download the file again"),
-        (b"", "truncated"),
+        (b"", "is empty"),
     ],
 )
 def test_what_stands_in_the_place_of_a_file_is_named(content, message, tmp_path):
@@ -314,8 +335,10 @@ def test_our_names_of_timms_architectures_take_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"mean": "red"}, "args that are not timm's"),
+        ({"mean": "red"}, "args that are not timm's: mean must be"),
+        ({"std": [0.1, 0.2]}, "args that are not timm's: std must be 1 or 3 numbers, got 2"),
         ({"img_size": "large"}, "args that are not timm's"),
+        ({"img_size": -32}, "args that are not timm's: images of -32 × -32 pixels"),
         ({"model_kwargs": ["x"]}, "args that are not timm's"),
         ({"model_kwargs": {"width": 2}}, "no option 'width'"),
         ({"model_kwargs": {"layers": [10**9, 1, 1, 1]}}, "far beyond the sizes"),
@@ -345,6 +368,28 @@ def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, tmp_path):
     model = create_from_file("test_vit", path)
     same(model, expected)
     assert image_config(model)["input_size"] == (3, 96, 96)
+
+
+def test_a_vit_of_any_size_keeps_its_embeddings(tmp_path):
+    expected = plain("test_vit", dynamic_img_size=True)
+    args = {"model": "test_vit", "img_size": 96, "model_kwargs": {"dynamic_img_size": True}}
+    path = timms_file(tmp_path / "w.pth", expected, args)
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+    for model in (
+        create_from_file("test_vit", path),
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True),
+    ):
+        assert image_config(model)["input_size"] == (3, 96, 96)
+        assert model.pos_embed.equal(expected.pos_embed)
+        same(model, expected)
+
+
+def test_a_hybrid_vit_is_built_for_the_size_of_its_stem(tmp_path):
+    expected = plain("vit_tiny_r_s16_p8_224", img_size=96, depth=1)
+    path = saved(tmp_path / "w.pth", expected.state_dict())
+    model = create_from_file("vit_tiny_r_s16_p8_224", path, depth=1)
+    assert image_config(model)["input_size"] == (3, 96, 96)
+    same(model, expected)
 
 
 def test_a_vit_of_a_wide_size_is_built_for_it(tmp_path):
@@ -387,6 +432,10 @@ def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
     ):
         create_from_file(name, path, **options)
     same(create_from_file(name, path, image_size=128, **options), expected)
+    # Embeddings with their width before the rows and columns.
+    path = saved(tmp_path / "w.pth", plain("pit_ti_224", img_size=160).state_dict())
+    with pytest.raises(UsageError, match=r"than pit_ti_224, \(1, 64, 27, 27\): give the size"):
+        create_from_file("pit_ti_224", path)
 
 
 @pytest.mark.parametrize(

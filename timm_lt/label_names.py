@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.data
@@ -17,12 +17,25 @@ SHARE = 0.9
 
 def label_names(model: nn.Module) -> list[str] | None:
     """Returns the names of a model's classes: its own, or those of ImageNet; None if unknown."""
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    own = config.get("label_names")
-    if own:
-        return [str(name) for name in own] if len(own) == _num_classes(model) else None
+    if _config(model).get("label_names"):
+        return own_names(model)
     imagenet = _imagenet(model)
     return None if imagenet is None else imagenet.label_descriptions()
+
+
+def own_names(model: nn.Module) -> list[str] | None:
+    """Returns the class names in a model's configuration; None if it has none for each class.
+
+    timm takes a list there, or names by label.
+    """
+    names = _config(model).get("label_names") or ()
+    if isinstance(names, Mapping):
+        # The keys are texts in JSON.
+        by_label = {str(label): name for label, name in names.items()}
+        names = [by_label[label] for label in map(str, range(len(names))) if label in by_label]
+    if not names or len(names) != _num_classes(model):
+        return None
+    return [str(name) for name in names]
 
 
 def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
@@ -85,7 +98,7 @@ def _imagenet(model: nn.Module) -> Any:  # noqa: ANN401
 
     A folder or another repo may have any weights, and has the tag of timm's own nevertheless.
     """
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config = _config(model)
     repo, source = config.get("hf_hub_id") or "", config.get("source")
     timms = not source or (source == "hf-hub" and repo.startswith("timm/"))
     trusted = timms and config.get("tag") and not config.get("label_names")
@@ -93,6 +106,10 @@ def _imagenet(model: nn.Module) -> Any:  # noqa: ANN401
     if not trusted or subset is None or config.get("num_classes") != _num_classes(model):
         return None
     return timm.data.ImageNetInfo(subset)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or {}
 
 
 def _num_classes(model: nn.Module) -> int | None:

@@ -124,6 +124,11 @@ def _name_of_folder(name: str | Path) -> str:
         return f"{LOCAL_DIR}{folder}"
     if folder.is_dir():
         raise UsageError(f"the folder {name} has no {CONFIG}: it is not a checkpoint of timm")
+    if folder.is_file():
+        raise UsageError(
+            f"{name} is a file: create the architecture that it has weights of, with "
+            f"checkpoint_path={str(name)!r}"
+        )
     if isinstance(name, Path) or name.startswith(("./", "../", "/", "~")):
         raise UsageError(f"there is no folder {name}")
     return name

@@ -65,8 +65,10 @@ def create_sized_model(
 def _create_at(
     name: str, pretrained: bool, image_size: int | tuple[int, int], **options: Any
 ) -> nn.Module:
+    # A network of any size fits its embeddings to each image.
+    sized = {} if options.get("dynamic_img_size") else {"img_size": image_size}
     try:
-        return create_model(name, pretrained, **{"img_size": image_size, **options})
+        return create_model(name, pretrained, **{**sized, **options})
     except UsageError as error:
         # Most convolutional architectures take images of any size, and no such argument.
         if not isinstance(error.__cause__, TypeError):
@@ -133,5 +135,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Returns channels, height and width of a model's images."""
     arguments: dict[str, Any] = getattr(model, "_model_args", {})
     channels, height, width = timm.data.resolve_data_config(model=model)["input_size"]
-    height, width = to_2tuple(arguments.get("img_size") or (height, width))
+    # Embeddings that are fitted to each image may be of another size than the images.
+    if arguments.get("img_size") and not arguments.get("dynamic_img_size"):
+        height, width = to_2tuple(arguments["img_size"])
     return arguments.get("in_chans") or channels, height, width

@@ -28,9 +28,10 @@ DECOUPLED = "state_dict_best"
 # The usual keys of the weights, which come before any other.
 STATE_DICTS = ("state_dict", "model")
 # Part of a key or prefix of a moving average, which is taken only if asked for, or if alone.
-AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa|averaged)(?![a-z])", re.IGNORECASE)
 # The arguments of timm's train.py, which it also writes beside its checkpoints.
 ARGS = "args.yaml"
+SAVE = "of a model save its state_dict() alone"
 SHOWN = 3
 LEVELS = 3
 # Types of weights and counters; other types have no use there.
@@ -43,8 +44,24 @@ COUNTER = "num_batches_tracked"
 # Tensors beside those of a network: a loss, torch's AveragedModel, a profiler.
 LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
 EXTRAS = ("n_averaged", "total_ops", "total_params")
+# Values that are often beside the weights. They are not made, for nothing is needed of them.
+UNREAD = (
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    *("pathlib.PosixPath", "pathlib.WindowsPath"),
+    *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
+)
 # What projects call a classifier beside a backbone.
 CLASSIFIERS = ("fc", "classifier", "head", "linear")
+
+
+class Unread:
+    """A value beside the weights that is passed over, such as an accuracy of NumPy's."""
+
+    def __init__(self, *content: object) -> None:
+        """Does nothing with the content in the pickle."""
+
+    def __setstate__(self, content: object) -> None:
+        """Does nothing with the content in the pickle."""
 
 
 @dataclass(frozen=True)
@@ -121,37 +138,32 @@ class WeightsFile:
         Raises:
             UsageError: If no network has these names, or several and nothing says which.
         """
+        key = key and key.rstrip(".")
         wanted = {name for name in expected if not name.endswith(COUNTER)}
-        counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        for place, state in self.states.items():
-            for name in state:
-                counts.update((place, start) for start, end in _splits(name) if end in wanted)
-        if key is not None:
-            counts = collections.Counter(
-                {found: n for found, n in counts.items() if f".{key}." in f".{_label(*found)}."}
-            )
+        counts = collections.Counter(
+            (place, prefix)
+            for place, state in self.states.items()
+            for name in state
+            for prefix, rest in _splits(name)
+            if rest in wanted and (key is None or f".{key}." in f".{_label(place, prefix)}.")
+        )
         most = max(counts.values(), default=0)
-        found = [place for place, number in counts.items() if number == most]
+        found = [at for at, number in counts.items() if number == most]
         if not found:
-            names = (
-                [*self.states]
-                if key
-                else [name for state in self.states.values() for name in state]
-            )
+            names = [name for state in self.states.values() for name in state]
             under = f" under {key!r}" if key else ""
             raise UsageError(
                 f"{self.name} holds no {architecture}{under}: it lacks {some(sorted(wanted))}; it "
-                f"has {some(names)}"
+                f"has {some([*self.states] if key else names)}"
             )
-        rank = {place: _rank(*place) for place in found}
-        best = [place for place in found if rank[place] == min(rank.values())]
+        found.sort(key=lambda at: _rank(*at))
+        best = [_label(*at) for at in found if _rank(*at) == _rank(*found[0])]
         if len(best) > 1:
             raise UsageError(
-                f"{self.name} has several networks: {', '.join(_label(*place) for place in best)}; "
-                "choose one with --checkpoint-key (in a recipe model.checkpoint_key)"
+                f"{self.name} has several networks: {', '.join(best)}; choose one with "
+                "--checkpoint-key (in a recipe model.checkpoint_key)"
             )
-        others = [_label(*other) for other in found if other != best[0]]
-        return self._state(*best[0], others, classifier)
+        return self._state(*found[0], [_label(*at) for at in found[1:]], classifier)
 
     def _state(self, place: str, prefix: str, others: list[str], classifier: str) -> State:
         inside: dict[str, Any] = {}
@@ -261,7 +273,8 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         if start[:2] == b"PK" and not zipfile.is_zipfile(path):
             raise UsageError(f"{name} is truncated: the end of the archive is missing")
         # timm's train.py stores its arguments, which are plain values in a namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        known: list[Any] = [argparse.Namespace, *((Unread, kind) for kind in UNREAD)]
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About the pickle's protocol: it loads or it does not.
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except pickle.UnpicklingError as error:
@@ -275,6 +288,8 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
     except Exception as error:
         # Half a pickle may raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "TorchScript" in reason:
+            raise UsageError(f"{name} is a TorchScript program: {SAVE}") from error
         raise UsageError(
             f"{name} is no whole checkpoint, it may be truncated: {reason[:200]}"
         ) from error
@@ -282,6 +297,8 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
 
 def _check_start(start: bytes, name: str) -> None:
     """Refuses files that were put in the place of the one that was wanted."""
+    if not start:
+        raise UsageError(f"{name} is empty")
     if start.startswith(b"version https://git-lfs"):
         raise UsageError(
             f"{name} is a pointer of Git LFS, not the file itself: fetch that with git lfs pull"
@@ -300,8 +317,7 @@ def _refusal(error: Exception) -> str:
         if mark in text:
             culprit = text.split(mark, 1)[1].split(" ")[0]
             return (
-                f"it is a pickle that asks for {culprit}, not only tensors and plain values; of a "
-                "model save its state_dict() alone"
+                f"it is a pickle that asks for {culprit}, not only tensors and plain values; {SAVE}"
             )
     return "it is no pickle of only tensors and plain values, or it is damaged"
 
@@ -430,7 +446,8 @@ def _check_tensor(state: State, key: str, value: object, wanted: Tensor, archite
             f"{name} holds no {architecture}: {key} is {tuple(value.shape)}, not "
             f"{tuple(wanted.shape)}"
         )
-    if value.is_floating_point() != wanted.is_floating_point():
+    # Whoever converts all tensors to half precision converts the counters, too.
+    if value.is_floating_point() != wanted.is_floating_point() and not key.endswith(COUNTER):
         raise UsageError(
             f"{name} holds no {architecture}: {key} is {value.dtype}, not {wanted.dtype}"
         )

@@ -33,9 +33,9 @@ from timm_lt.third_party import (
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
 # Names of tensors whose shapes depend on the image size.
 POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
-# What a configuration says of other weights than those of the file.
-# Of the arguments of create_model those that have another place here.
+# Arguments of create_model that have another place here.
 OTHERS = ("num_classes", "img_size")
+# What a configuration says of other weights than those of the file.
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
@@ -252,10 +252,12 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
             if isinstance(value, Tensor)
         }
         check_sizes(Path(file.name), {"model_args": options}, shapes)
-        config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
-        options |= {key: config[key] for key in FIELDS if args.get(key)}
+        options |= {key: args.pop(key) for key in FIELDS if args.get(key)}
         with_overlay(options, {})
+        config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
         channels, *size = (int(pixels) for pixels in config["input_size"])
+        if min(size) < 1:
+            raise UsageError(f"images of {size[0]} × {size[1]} pixels")
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{file.name} has args that are not timm's: {reason}") from error
@@ -274,21 +276,19 @@ def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
     """
     there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
     patches: Any = getattr(model, "patch_embed", None)
-    if (
-        there is None
-        or here is None
-        or not hasattr(patches, "grid_size")
-        or there.ndim != here.ndim
-    ):
+    grid, pixels = (getattr(patches, name, None) for name in ("grid_size", "img_size"))
+    if grid is None or pixels is None or here is None or not isinstance(there, Tensor):
+        return None
+    if there.ndim != here.ndim or there.shape[-1] != here.shape[-1] or there.shape == here.shape:
         return None
     rows, columns = there.shape[1:3]
     if there.ndim == 3:
-        tokens = there.shape[1] - here.shape[1] + math.prod(patches.grid_size)
+        tokens = there.shape[1] - here.shape[1] + math.prod(grid)
         rows = columns = math.isqrt(max(tokens, 0))
         if rows * columns != tokens:
             return None
-    height, width = patches.patch_size
-    return None if there.shape == here.shape else (rows * height, columns * width)
+    # Of a hybrid, a patch is one of its convolutional stem's output.
+    return rows * pixels[0] // grid[0], columns * pixels[1] // grid[1]
 
 
 def _forget_origin(model: nn.Module) -> None:

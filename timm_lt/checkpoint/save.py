@@ -278,7 +278,10 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
     if head.uses_bias and (head.bias is None) != (joint.bias is None):
         only = "head" if joint.bias is None else "model's classifier"
         raise UsageError(f"head {name!r} does not belong to the model: only the {only} has a bias")
-    restored = from_joint(type(head), joint, head.options(), counts).state_dict()
+    made = from_joint(type(head), joint, head.options(), counts)
+    # The state dict has the form of a 1×1 convolution then.
+    made.spatial = head.spatial
+    restored = made.state_dict()
     for key, value in head.state_dict().items():
         if key in head.own_state or (key == "bias" and not head.uses_bias):
             continue

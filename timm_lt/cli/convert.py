@@ -2,13 +2,19 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.cli.model_argument import add_weights_options, model_options
 from timm_lt.convert import convert_checkpoint
+from timm_lt.longtail import ClassCounts
 from timm_lt.registry import UsageError
 from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
+
+# A label, not a class name such as 007.
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,7 +43,11 @@ def add_parser(commands: Commands) -> None:
         help="a head from a file with the same backbone; may be repeated",
     )
     convert.add_argument(
-        "--class-counts", type=Path, help="JSON list of the training images of each class"
+        "--class-counts",
+        type=Path,
+        metavar="FILE",
+        help="JSON with the training images of each class: a list in label order, or an object by "
+        "label",
     )
     add_weights_options(convert, None)
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
@@ -86,11 +96,19 @@ def convert_weights(arguments: argparse.Namespace) -> None:
     show_result(arguments, result, line)
 
 
-def _class_counts(path: Path) -> list[int]:
+def _class_counts(path: Path) -> ClassCounts:
     try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
+        counts: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
-    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
-        raise UsageError(f"--class-counts {path} must hold a JSON list of integers, one a class")
-    return counts
+    numbers = counts.values() if isinstance(counts, dict) else counts
+    is_known = isinstance(counts, list | dict)
+    if not is_known or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise UsageError(
+            f"--class-counts {path} must hold a JSON list of integers, one a class, or an object "
+            "with an integer for each label"
+        )
+    if isinstance(counts, dict) and all(NUMBER.fullmatch(key) for key in counts):
+        counts = {int(key): count for key, count in counts.items()}
+    checked: ClassCounts = counts
+    return checked

@@ -23,6 +23,7 @@ from timm_lt.data.pixels import WHITE
 from timm_lt.files import read_json
 from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import HEADS, create_head, head_option_names
+from timm_lt.label_names import own_names
 from timm_lt.published import PUBLISHED
 from timm_lt.registry import UsageError, unknown_name
 from timm_lt.run_folder import new_folder
@@ -130,10 +131,7 @@ def _kinds_of_heads(heads: list[str], given: str, info: CheckpointInfo | None) -
 
 def _label_names(model: nn.Module, info: CheckpointInfo | None) -> list[str] | None:
     """Returns the names of the classes: the checkpoint's, of timm's own those in its config."""
-    if info is not None:
-        return info.label_names
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    return [str(name) for name in names] if isinstance(names, list | tuple) else None
+    return own_names(model) if info is None else info.label_names
 
 
 def _folds(entry: HeadEntry) -> bool:

@@ -32,7 +32,10 @@ from timm_lt.registry import UsageError
 LAYOUT = 2
 # A safetensors header is padded with spaces: its room is there before its content is known.
 HEADER = 16384
-NO_IMAGES = "the loader has no images that can be read: no features to extract"
+NO_IMAGES = (
+    "the loader has no images that can be read: no features to extract (all labels are -1, which "
+    "marks an image that cannot be read)"
+)
 # Longest word of a description in the header.
 WORD = 1000
 # What a kill may cost beside the batch that it cut off.

@@ -182,16 +182,12 @@ class Head(nn.Linear):
         if bias is None and self.bias is not None:
             bias = torch.zeros_like(self.bias, dtype=weight.dtype)
         kind, size = (nn.Conv2d, (1,)) if self.spatial else (nn.Linear, ())
-        plain: nn.Linear | nn.Conv2d = nn.utils.skip_init(
-            *(kind, self.in_features, self.out_features, *size),
-            bias=bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+        # Without memory or random numbers: nothing of its own is kept.
+        plain: nn.Linear | nn.Conv2d = kind(
+            *(self.in_features, self.out_features, *size), bias=bias is not None, device="meta"
         )
-        with torch.no_grad():
-            plain.weight.copy_(weight.view_as(plain.weight))
-            if bias is not None and plain.bias is not None:
-                plain.bias.copy_(bias)
+        plain.weight = nn.Parameter(weight.view(plain.weight.shape).clone())
+        plain.bias = None if bias is None else nn.Parameter(bias.clone())
         return plain.train(self.training)
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:

@@ -74,7 +74,7 @@ def check_update(
     if max_norm is not None:
         check_number("max_norm", max_norm, "(0, inf)")
     create_ema(ema, nn.Linear(1, 1))
-    mixed = create_mixup(mixup, torch.ones(1), batch=batch) is not None
+    mixed = create_mixup(mixup, torch.ones(1, dtype=torch.int64), batch=batch) is not None
     if mixed and not getattr(loss, "takes_soft_targets", False):
         raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
 
