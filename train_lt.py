@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from timm_lt import hub
-from timm_lt.accelerator import process_rank
+from timm_lt.accelerator import fresh_accelerate, process_rank
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.console import log, result_console, start_logging
 from timm_lt.exits import run_to_exit
@@ -65,12 +65,8 @@ def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
         if parsed is not None:
             run_recipe(*parsed)
 
-    try:
+    with fresh_accelerate():
         return run_to_exit(command)
-    finally:
-        # Left open, gloo may abort when the interpreter ends.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:

@@ -9,7 +9,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_lt
-from timm_lt.accelerator import default_device, process_rank, temporary_accelerator
+import train_lt
+from timm_lt.accelerator import (
+    create_accelerator,
+    default_device,
+    process_rank,
+    temporary_accelerator,
+)
 
 PAIRS = [(Image.new("RGB", (32, 32), (70 * c, 9 * i, 9)), c) for c in range(3) for i in range(6)]
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -140,6 +146,20 @@ def test_an_accelerator_can_be_created_afterwards():
         GradientState._reset_state()
 
 
+def test_runs_of_two_precisions_in_one_process(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = []
+
+    def run_recipe(_name, recipe, _options):
+        found.append(create_accelerator(mixed_precision=recipe.mixed_precision).mixed_precision)
+
+    monkeypatch.setattr(train_lt, "run_recipe", run_recipe)
+    for precision in ("no", "bf16"):
+        assert train_lt.main(["resnet18.folder", "--mixed_precision", precision]) == 0
+    assert found == ["no", "bf16"]
+    assert not AcceleratorState._shared_state
+
+
 def fail_with(accelerator):
     assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 1)
     raise timm_lt.UsageError("x")
@@ -253,6 +273,8 @@ def test_the_callers_modes_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
+        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
+    with torch.autocast("cpu", torch.bfloat16):
         found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
     for one in found:
         assert torch.equal(one.heads["crt"].weight, expected.heads["crt"].weight)

@@ -330,6 +330,8 @@ def test_counts_by_name(tmp_path):
         ({}, None, "class_counts must not be empty"),
         ({0: 0}, None, "must not be all 0"),
         (Counter(TAIL_FIRST).most_common(), None, "class_counts must be one-dimensional"),
+        (Counter(TAIL_FIRST).values(), None, "any order: pass the mapping itself"),
+        (pd.DataFrame({"n": COUNTS}), None, "one-dimensional, got a DataFrame"),
     ],
 )
 def test_wrong_counts_by_label(counts, num_classes, message):

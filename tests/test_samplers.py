@@ -808,6 +808,20 @@ def test_epochs_that_are_set_do_not_warn():
     assert warned(draw) == []
 
 
+def test_an_epoch_that_was_set_is_trained_on_and_evaluated():
+    sampler = create_sampler("class_balanced", LABELS)
+
+    def train():
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            # Looks at a batch, trains, and evaluates on the training images.
+            next(iter(sampler)), list(sampler), list(sampler)
+
+    assert warned(train) == []
+    # Never set again: it was forgotten.
+    assert len(warned(lambda: [list(sampler) for _ in range(20)])) == 1
+
+
 def test_loops_that_end_early_are_epochs_too():
     sampler = create_sampler("class_balanced", LABELS)
     assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []

@@ -95,7 +95,14 @@ def create_accelerator(
 
 @contextmanager
 def temporary_accelerator() -> Iterator[Accelerator]:
-    """Yields an accelerator in full precision, and restores accelerate's state afterwards.
+    """Yields an accelerator in full precision, and restores accelerate's state afterwards."""
+    with fresh_accelerate():
+        yield create_accelerator(mixed_precision="no")
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Lets a block create an accelerator of any precision; restores accelerate's state afterwards.
 
     Accelerate has one state per process: a second ``Accelerator`` of another precision or
     accumulation fails or changes the first. The device and the processes of the caller's own
@@ -107,12 +114,13 @@ def temporary_accelerator() -> Iterator[Accelerator]:
     try:
         for state in states[1:]:
             state.clear()
-        yield create_accelerator(mixed_precision="no")
+        yield
     finally:
         for state, before in zip(states, kept, strict=True):
             state.clear()
             state.update(before)
         if _has_process_group() and not had_group:
+            # Left open, gloo may abort when the interpreter ends.
             torch.distributed.destroy_process_group()
         for name in os.environ.keys() - environment:
             del os.environ[name]
@@ -140,14 +148,18 @@ def kept_random_state() -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
-    These are the random states, the inference mode, the default device and type of tensors, and
-    what the first data worker sets: the start method of processes and the handler of SIGCHLD.
+    These are the random states, the inference mode, autocast, the default device and type of
+    tensors, and what the first data worker sets: the start method of processes and the handler of
+    SIGCHLD.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(_kept_worker_settings())
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.inference_mode(mode=False))
+        for device in {"cpu", default_device().type}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)

@@ -1,6 +1,6 @@
 """How long the tail is: class counts, long-tail profiles, and the many/medium/few shot groups."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -82,7 +82,7 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
     if isinstance(values, Mapping | AbstractSet):
         raise UsageError(
             f"{noun} must be a sequence or an array of integers; got a {type(values).__name__}, "
-            "whose entries are not in the order of the images"
+            "whose entries are not in order"
         )
     if isinstance(values, Tensor):
         if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
@@ -196,9 +196,16 @@ def _by_label(class_counts: Any) -> dict[Any, Any] | None:  # noqa: ANN401
     """Returns the counts of a mapping or a pandas Series by key; None for an array of counts."""
     if isinstance(class_counts, Mapping):
         return dict(class_counts)
+    if isinstance(class_counts, ValuesView):
+        # A Counter has them in the order in which the labels came.
+        raise UsageError(
+            f"class_counts is a {type(class_counts).__name__}, which may be in any order: pass the "
+            "mapping itself"
+        )
     # The index of a list is a method.
     index = getattr(class_counts, "index", None)
-    if index is None or callable(index) or not hasattr(class_counts, "items"):
+    is_series = getattr(class_counts, "ndim", 0) == 1 and hasattr(class_counts, "items")
+    if index is None or callable(index) or not is_series:
         return None
     by_label = dict(class_counts.items())
     if len(by_label) != len(class_counts):

@@ -103,10 +103,10 @@ def rebalance(
         dataset: A folder with a directory of images for each class (or with ``train``, ``val`` and
             ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
             one ``label``; torchvision's ``ImageFolder`` or timm's ``ImageDataset``, whose files
-            are opened when they are drawn; or any pairs of an image (of PIL, or the path of a
-            file) and its label. Or data sets by the names ``train``, ``val`` and ``test``. A
-            transform of a folder's data set is not used, for the model's own is; another data set
-            must not have one that makes tensors.
+            are opened when they are drawn; or any pairs of an image (of PIL, uint8 pixels as a
+            tensor or array, or the path of a file) and its label. Or data sets by the names
+            ``train``, ``val`` and ``test``. A transform of a folder's data set is not used, for the
+            model's own is; another data set must not have one that normalizes.
         options: Options of the data source ``folder``, e.g. ``{"other_files": "skip"}``; for a
             folder only.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear`` is

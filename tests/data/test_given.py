@@ -246,6 +246,14 @@ def test_pairs_of_images_keep_every_pixel(tmp_path):
     assert paths(found) == [str(tmp_path / "one.png")]
 
 
+def test_pixels_of_eight_bits_are_images():
+    array = np.asarray(picture(3))
+    given = [array, array[..., 0], torch.from_numpy(array.copy()).permute(2, 0, 1)]
+    found = given_splits([(image, 0) for image in given])["train"]
+    grey = np.repeat(array[..., :1], 3, 2)
+    assert pixels(found) == [array.tolist(), grey.tolist(), array.tolist()]
+
+
 def test_many_images_in_memory_become_tables_of_some_rows(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 2)
     images = [picture(number) for number in range(5)]

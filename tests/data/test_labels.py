@@ -182,6 +182,11 @@ class Stream(IterableDataset):
         return iter(())
 
 
+class Endless(Dataset):
+    def __getitem__(self, row):
+        return "image", row % 3
+
+
 def shown(dataset):
     return [int(dataset[row][1]) for row in range(len(dataset))]
 
@@ -412,6 +417,7 @@ def test_labels_of_fake_data_are_only_in_its_items():
         (DataLoader([1]), "a DataLoader is not a data set: pass its attribute dataset"),
         ("images", "a str is not a data set"),
         (Stream(), "is a stream"),
+        (Endless(), "the labels of a Endless are not known, for it has no length: pass a tensor"),
     ],
 )
 def test_what_has_no_labels_is_refused(dataset, message):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from timm_lt.data import create_dataset, create_splits, hold_out, read_image_list
 from timm_lt.data.lists import Paths
+from timm_lt.data.lists.checks import joined
 from timm_lt.data.lists.presence import missing_rows
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
@@ -55,6 +56,13 @@ def test_lists_become_splits(root):
     for split, dataset in splits.datasets.items():
         for row, label in zip(dataset, splits.labels[split], strict=True):
             assert_array_equal(np.asarray(row["image"])[0, 0], [*COLOURS.values()][label])
+
+
+def test_absolute_paths_of_every_system_do_not_start_at_the_root():
+    absolute = ["/a/1.png", r"C:\a\1.png", "d:/a/1.png", r"\\server\a\1.png"]
+    relative = ["a/1.png", r"a\1.png", "c:.png", "a/C:/1.png"]
+    expected = absolute + [f"/root/{path}" for path in relative]
+    assert list(joined("/root", Paths(absolute + relative))) == expected
 
 
 def test_without_names_classes_are_numbers(root):

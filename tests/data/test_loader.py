@@ -297,10 +297,10 @@ OTHERS = {
 @pytest.mark.parametrize("use_prefetcher", [True, False])
 @pytest.mark.parametrize("layout", OTHERS)
 def test_a_data_set_of_any_layout_shows_its_images(layout, use_prefetcher):
-    data = OTHERS[layout]()
+    data, sampler = OTHERS[layout](), balanced()
     options = {**RAW, "use_prefetcher": use_prefetcher}
-    loader = timm_lt.create_loader(data, 8, 8, sampler=balanced(), **options)
-    assert shown(loader) == chunks(list(balanced()), 8)
+    loader = timm_lt.create_loader(data, 8, 8, sampler=sampler, **options)
+    assert shown(loader) == chunks(sampler.epoch_indices().tolist(), 8)
     assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
     assert getattr(data, "transform", None) is None
 
@@ -355,6 +355,8 @@ def test_the_samples_of_a_part_of_a_folder_are_known(tmp_path):
         (Plain([0.5] * 8), "item 0 of a Plain has the label 0.5, which is not an integer"),
         (Own(lambda image, label: image), "item 0 of a Own is a Image; expected an image and its"),
         (Own(lambda image, label: 1 // 0), "item 0 of a Own cannot be drawn .ZeroDivisionError"),
+        (Own(lambda image, label: (as_array(image).swapaxes(0, 2), label)), "a ndarray of shape"),
+        (Subset(PAIRS, []), "the Subset has no images"),
         ("photos", "a str is not a data set"),
         (DataLoader(PAIRS), "a DataLoader is not a data set"),
     ],

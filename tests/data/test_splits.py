@@ -1,12 +1,14 @@
 """Splits are checked before training; what is wrong is named by split and class."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from datasets import Value
 
 from timm_lt.data import create_splits
-from timm_lt.data.identity import image_keys, split_digests
+from timm_lt.data.identity import image_keys, path_keys, split_digests
 from timm_lt.data.images import label_tensor
 from timm_lt.data.sources import dataset_from_arrays, dataset_from_files
 from timm_lt.data.splits import Splits
@@ -215,3 +217,9 @@ def test_digests_and_keys_of_images_in_memory():
         digests.append(split_digests({"train": dataset}, {"train": label_tensor(dataset)})["train"])
     assert [digest["images"] for digest in digests] == [3, 2, 3, 3]
     assert len({digest["sha256"] for digest in digests}) == 4
+
+
+def test_keys_are_the_same_on_windows(monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    assert path_keys([r"C:\photos\train\cat\1.jpg"]) == ["cat/1.jpg"]
+    assert path_keys([r"/photos\train\cat\1.jpg"], "/photos") == ["cat/1.jpg"]

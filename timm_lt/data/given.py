@@ -19,6 +19,7 @@ from timm_lt.accelerator import kept_random_state
 from timm_lt.data.columns import check_random_access, image_column, label_column
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
+from timm_lt.data.items import as_image
 from timm_lt.data.labels import is_plain, subset_rows
 from timm_lt.data.lists.columns import note_unused
 from timm_lt.data.pairs import drawn_item
@@ -31,7 +32,8 @@ from timm_lt.registry import UsageError, unknown_name
 ACCEPTED = (
     "give a folder of images; a datasets.Dataset with images and labels; torchvision's "
     "ImageFolder, timm's ImageDataset, or any other data set or list of pairs of an image (of PIL, "
-    "or the path of a file) and its label; or a mapping of train, val and test to such data sets"
+    "uint8, or the path of a file) and its label; or a mapping of train, val and test to such data "
+    "sets"
 )
 # Modes that neither PNG nor TIFF has.
 UNSTORABLE = ("HSV", "I;16N")
@@ -57,10 +59,11 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
     [0, 1]
 
     Args:
-        data: A ``datasets.Dataset``, or items of an image (of PIL, or the path of a file) and its
-            label (tuples, or mappings with keys such as ``"image"`` and ``"label"``), which are the
-            training images; or a mapping to such data sets of ``train``, ``val`` and ``test``, or
-            what directories of splits are called beside.
+        data: A ``datasets.Dataset``, or items of an image (of PIL, uint8 pixels as a tensor or
+            array, or the path of a file) and its label (tuples, or mappings with keys such as
+            ``"image"`` and ``"label"``), which are the training images; or a mapping to such data
+            sets of ``train``, ``val`` and ``test``, or what directories of splits are called
+            beside.
 
     Raises:
         UsageError: If it is none of these; the message says what is. Also if images are tensors, or
@@ -197,6 +200,7 @@ def _checked_item(items: Sequence[object], row: int) -> tuple[str | Image.Image,
     """Returns an image, as it can be encoded without loss, or its file, and its label."""
     kind = type(items).__name__
     image, label = drawn_item(items, row)
+    image = as_image(image)
     if isinstance(image, Tensor):
         raise UsageError(
             f"image {row} of a {kind} is a tensor: remove its transform, for the model's own "

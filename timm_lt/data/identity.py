@@ -62,10 +62,12 @@ def path_keys(paths: Sequence[str], root: str | Path | None = None) -> list[str]
         root: Their folder; files elsewhere keep their absolute paths. Without it, the name of a
             file and that of its directory are the key.
     """
+    # Windows separates by backslashes.
+    paths = [path.replace(os.sep, "/") for path in paths]
     if root is None:
         return ["/".join(path.split("/")[-2:]) for path in paths]
     start = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - links stay as they are
-    start = f"{start.rstrip('/')}/"
+    start = f"{start.replace(os.sep, '/').rstrip('/')}/"
     return [_without_split(path.removeprefix(start)) for path in paths]
 
 

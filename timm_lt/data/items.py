@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,10 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
     def _image(self, given: object, row: int) -> Image.Image:
         if isinstance(given, str | Path):
             given = {"path": str(given), "bytes": None}
+        given = as_image(given)
         if isinstance(given, dict | Image.Image):
             return read_image(given, row, datasets.Image())
         if isinstance(given, Tensor | np.ndarray):
-            if str(given.dtype).endswith("uint8") and given.ndim == 3:
-                return read_image(to_pil_image(given), row, datasets.Image())
             kind = f"{type(given).__name__} of shape {tuple(given.shape)}, {given.dtype}"
         else:
             kind = type(given).__name__
@@ -78,6 +78,19 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
     def fingerprint(self) -> str:
         """Returns a digest of the items in their order and of the transform."""
         return digest(dataset_fingerprint(self.items), described(self.transform))
+
+
+def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
+    """Returns uint8 pixels as an image of PIL; whatever else as it is.
+
+    Args:
+        given: A tensor (C, H, W), an array (H, W, C), either without channels, or anything.
+    """
+    is_pixels = isinstance(given, Tensor | np.ndarray) and str(given.dtype).endswith("uint8")
+    # Not of another number of channels or dimensions.
+    with suppress(ValueError, TypeError):
+        return to_pil_image(given) if is_pixels else given
+    return given
 
 
 def with_transform(data: Any, *, takes_tensors: bool) -> Any:  # noqa: ANN401 - of any class

@@ -178,6 +178,8 @@ def _drawn(dataset: Items, column: str | None) -> Labels:
         for labels in _candidates(dataset):
             return labels
         raise UsageError(f"the labels of a {kind} are not known, for it has no items: {PASS}")
+    if not hasattr(dataset, "__len__"):
+        raise UsageError(f"the labels of a {kind} are not known, for it has no length: {PASS}")
     drawn: dict[int, Any] = {}
 
     def label_of(row: int) -> Items:

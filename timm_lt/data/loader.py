@@ -194,6 +194,8 @@ def create_loader(
         _check_sampler(sampler, images)
         if options.get("distributed"):
             _share_among_ranks(sampler)
+    if not isinstance(images, IterableDataset) and len(images) == 0:
+        raise UsageError(f"the {type(dataset).__name__} has no images")
     loader = timm_create_loader(images, input_size, batch_size, **options)
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
     if sampler is not None:

@@ -30,6 +30,8 @@ from timm_lt.samplers.cycles import ImageCycles
 
 # Draws that are turned into Python integers at once.
 PIECE = 2**12
+# Iterations of an epoch that was set: looks at the first batches, training and an evaluation.
+PASSES = 3
 
 
 class ClassSampler(Sampler[int]):
@@ -95,8 +97,8 @@ class ClassSampler(Sampler[int]):
         self.seed = check_integer("seed", seed, minimum=0)
         self.epoch = 0
         self.rank, self.num_replicas = 0, 1
-        # Iterations since the epoch was set, and whether one of them came to its end.
-        self._begun, self._exhausted = 0, False
+        # Iterations since the epoch was set, if it ever was, and whether one came to its end.
+        self._begun, self._exhausted, self._was_set = 0, False, False
         self.warns_of_repetition = True
         self._rewind(0)
         self._last_plan: Plan | None = None
@@ -116,7 +118,8 @@ class ClassSampler(Sampler[int]):
         """Chooses the 0-based epoch that the next iteration draws, from its beginning.
 
         Call it before each epoch: without it every iteration draws the same epoch, of which a
-        sampler warns once. Whoever wants an epoch again sets it again.
+        sampler warns once. An epoch that was set can be iterated three times without a warning, as
+        for training and an evaluation.
 
         After :meth:`load_state_dict`, setting the epoch of the state leaves its position.
         """
@@ -124,7 +127,7 @@ class ClassSampler(Sampler[int]):
         if epoch != self.epoch:
             self._rewind(0)
         self.epoch = epoch
-        self._begun, self._exhausted = 0, False
+        self._begun, self._exhausted, self._was_set = 0, False, True
 
     def shard(self, rank: int, num_replicas: int) -> None:
         """Makes this the sampler of one of several processes, for use without accelerate.
@@ -205,7 +208,8 @@ class ClassSampler(Sampler[int]):
     def _warn_of_repetition(self) -> None:
         """Warns once if an epoch is drawn again and was not set again."""
         # A look at the first batches is not an epoch yet; a second look is a habit.
-        if (self._exhausted or self._begun > 1) and self.warns_of_repetition:
+        passes = PASSES if self._was_set else 1 if self._exhausted else 2
+        if self._begun >= passes and self.warns_of_repetition:
             self.warns_of_repetition = False
             warnings.warn(
                 f"{type(self).__name__} draws epoch {self.epoch} again, the same images in the "

@@ -16,6 +16,8 @@ from timm_lt.data.sources import Split
 from timm_lt.registry import Problems, UsageError, shown_names
 
 Labels = NDArray[np.int64]
+# How an absolute path begins: with a slash, or on Windows with a drive or a share.
+ABSOLUTE = r"^(/|[A-Za-z]:[/\\]|\\\\)"
 # What makes two spellings of one path possible.
 UNTIDY = r"(^|/)\.{0,2}/|/\.{1,2}$"
 
@@ -59,7 +61,7 @@ def joined(root: str, paths: Paths) -> Paths:
     import pyarrow.compute as pc
 
     listed = paths.arrow
-    absolute = pc.starts_with(listed, "/")
+    absolute = pc.match_substring_regex(listed, ABSOLUTE)
     start = pa.scalar(root.rstrip("/"), listed.type)
     return Paths(pc.if_else(absolute, listed, pc.binary_join_element_wise(start, listed, "/")))
 
