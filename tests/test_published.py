@@ -397,7 +397,7 @@ def tampered(content):
 BAD_FILES = {
     "truncated": "truncated|no whole checkpoint",
     "truncated zip": "truncated",
-    "empty": "truncated|no whole",
+    "empty": "is empty",
     "a web page": "no pickle of only tensors",
     "a list": "holds a list, not a checkpoint",
     "a class": "asks for .*mkdir",
