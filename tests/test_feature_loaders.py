@@ -320,7 +320,7 @@ def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
     ],
 )
 def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words, monkeypatch):
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: "fork")
 
     def dying():
         raise RuntimeError(torchs_words)
