@@ -1,5 +1,7 @@
 """The process and its devices: what the library's calls leave as they found it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -282,6 +284,20 @@ def test_the_callers_modes_do_not_matter():
         images = IMAGES.clone().requires_grad_()
         one.model(images).sum().backward()
         assert images.grad.isfinite().all()
+
+
+def test_calls_in_several_threads():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = small_model()
+    expected = timm_lt.rebalance(model, PAIRS, heads="ncm", workers=0).heads["ncm"]
+    with ThreadPoolExecutor(3) as threads:
+        calls = [
+            threads.submit(timm_lt.rebalance, model, PAIRS, heads="ncm", workers=0)
+            for _ in range(6)
+        ]
+    for call in calls:
+        assert torch.equal(call.result().heads["ncm"].weight, expected.weight)
+    assert not AcceleratorState._shared_state
 
 
 def test_a_model_in_another_precision():

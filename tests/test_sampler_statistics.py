@@ -264,6 +264,7 @@ def p_value_of_ranks(runs=3000):
     for seed in range(runs):
         for sampler in ranks:
             sampler.seed = seed
+            sampler.set_epoch(0)
         pairs[tuple(list(sampler)[1] for sampler in ranks)] += 1
     return p_value(pairs, dict.fromkeys(itertools.permutations(range(6), 2), 1))
 

@@ -27,6 +27,8 @@ from torch.utils.data._utils import signal_handling
 from timm_lt.registry import UsageError, check_choice, check_integer
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+# Held while the state of the process is another than its caller's: calls in threads take turns.
+STATE_LOCK = threading.RLock()
 
 
 def check_precision(precision: MixedPrecision) -> None:
@@ -150,10 +152,11 @@ def torch_defaults() -> Iterator[None]:
 
     These are the random states, the inference mode, autocast, the default device and type of
     tensors, and what the first data worker sets: the start method of processes and the handler of
-    SIGCHLD.
+    SIGCHLD. Of several threads one is in such a block at a time.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(STATE_LOCK)
         stack.enter_context(_kept_worker_settings())
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.inference_mode(mode=False))

@@ -102,11 +102,10 @@ def extract_features(
         UsageError: If the loader is empty, shows another number of images than it has, or is not
             prepared where there are several processes; a batch has no labels, or has images or
             labels of another shape or type; the model fails on the images, does not call its
-            classifier,
-            calls it for more than one vector an image, or has several; or a feature is not finite,
-            or too large for ``dtype``. With ``cache_dir``, also if the loader
-            draws its images; its samples, their order or its ``collate_fn`` are not known and there
-            is no key; or the folder cannot be written.
+            classifier, calls it for more than one vector an image, or has several; or a feature is
+            not finite, or too large for ``dtype``. With ``cache_dir``, also if the loader draws its
+            images; its samples, their order or its ``collate_fn`` are not known and there is no
+            key; or the folder cannot be written.
     """
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)

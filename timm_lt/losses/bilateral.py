@@ -67,6 +67,7 @@ class BilateralLoss(ClassLoss):
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
         Recognition, CVPR 2020, https://arxiv.org/abs/1912.02413 (equations 1, 3 and 5).
 
+    >>> import torch
     >>> loss = BilateralLoss()
     >>> loss.set_epoch(5, 10)
     >>> loss.alpha
