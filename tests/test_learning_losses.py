@@ -67,10 +67,10 @@ def test_fine_tuning_on_balanced_classes_learns_the_tail(trained, joint_few_shot
         create_loss("cross_entropy"),
         sampler="class_balanced",
         model=copy.deepcopy(joint()[0]),
-        epochs=1,
+        epochs=2,
         trained=trained,
     )
-    # Measured: 0.58, 0.59 and 0.58.
+    # Measured: 0.60, 0.62 and 0.61; joint training 0.50.
     assert found["few_shot"] > joint_few_shot + 0.05
 
 

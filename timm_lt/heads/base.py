@@ -181,11 +181,13 @@ class Head(nn.Linear):
         assert weight is not None
         if bias is None and self.bias is not None:
             bias = torch.zeros_like(self.bias, dtype=weight.dtype)
-        kind, size = (nn.Conv2d, (1,)) if self.spatial else (nn.Linear, ())
-        # Without memory or random numbers: nothing of its own is kept.
-        plain: nn.Linear | nn.Conv2d = kind(
-            *(self.in_features, self.out_features, *size), bias=bias is not None, device="meta"
-        )
+        size, has_bias = (self.in_features, self.out_features), bias is not None
+        plain: nn.Linear | nn.Conv2d
+        # On the meta device, it takes no memory and draws no random numbers.
+        if self.spatial:
+            plain = nn.Conv2d(*size, 1, bias=has_bias, device="meta")
+        else:
+            plain = nn.Linear(*size, bias=has_bias, device="meta")
         plain.weight = nn.Parameter(weight.view(plain.weight.shape).clone())
         plain.bias = None if bias is None else nn.Parameter(bias.clone())
         return plain.train(self.training)
