@@ -251,7 +251,9 @@ def test_killed_workers_are_named(server, decoded, tmp_path):
             # When torch hears of it in a callback of Python, Python reports that as well.
             (message,) = re.findall(r"^error: .*", run.err, re.MULTILINE)
             assert message.startswith("error: a data worker died")
-            assert message.endswith("--workers need less; go on with --resume")
+            assert message.endswith("; go on with --resume")
+            # The signal is not always known; less memory is advised only where it is.
+            assert ("--workers need less" in message) == ("killed by signal 9" in message)
         else:
             run.kill()
             run.wait()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import timm_lt
 import train_lt
+from timm_lt.accelerator import fresh_accelerate
 from timm_lt.cli import (
     compare,
     completion,
@@ -65,7 +66,8 @@ def _run(argv: list[str]) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         start(arguments)
-        command(arguments)
+        with fresh_accelerate():
+            command(arguments)
     except UsageError as error:
         log_traceback(error)
         complain(f"error: {error_text(str(error))}")

@@ -69,9 +69,6 @@ def order_classes(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
     ):
         check_no_order(given.class_order, given.name, splits.num_classes)
         return splits
-    cure = "model.fresh_classifier (--fresh-classifier)"
-    # It has the same classes; where that is unknown, the log says so.
-    keeps_classifier(model, splits.label_names, given.checkpoint or given.name, cure)
     return in_order_of_weights(
         splits,
         model,
