@@ -52,6 +52,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def snapshot():
+    # The threads of a queue that was closed end by themselves, a moment later.
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(30)
     loggers = [logging.getLogger(name) for name in (None, "timm_lt", "timm", "accelerate")]
     return {
         "accelerate": [
@@ -59,7 +63,7 @@ def snapshot():
         ],
         "environment": dict(os.environ),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "running": [thread for thread in threading.enumerate() if thread.is_alive()],
+        "running": threading.enumerate(),
         "start method": multiprocessing.get_start_method(allow_none=True),
         "signals": [signal.getsignal(number) for number in signal.valid_signals()],
         "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],
