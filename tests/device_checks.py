@@ -1,4 +1,4 @@
-"""What must work on a device other than the CPU: ``python device_checks.py CHECK DEVICE FOLDER``.
+"""Checks on a device other than the CPU: ``python device_checks.py CHECK DEVICE FOLDER``.
 
 Each check compares a device with the CPU. The device is ``cuda``, or the simulated ``sim``.
 """

@@ -105,7 +105,7 @@ def run(func, args, kwargs):
     def wrapped(leaf):
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        # What is changed in place is returned as it came.
+        # A tensor changed in place is returned itself.
         return (
             wrappers.get(id(leaf)) if id(leaf) in wrappers else SimTensor(leaf) if to_us else leaf
         )

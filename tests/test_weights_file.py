@@ -196,6 +196,10 @@ REFUSED = {
     ),
     "twice": ({**prefixed("module.", STATE), "fc.bias": OTHER["fc.bias"]}, r"'fc\.bias' twice"),
     "another network": (plain("test_vit").state_dict(), r"holds no test_resnet: it lacks"),
+    "another network with some of the names": (
+        {f"{at}bn1.{key}": torch.ones(3) for at in ("", "a.", "b.") for key in ("weight", "bias")},
+        r"holds no test_resnet: it lacks bn1\.running_mean",
+    ),
     "another width": ({**STATE, "fc.weight": torch.ones(3, 95)}, r"fc\.weight is \(3, 95\)"),
     "no tensors": ({"epoch": 3, "state_dict": {}}, "has no weights"),
     "a list": ([STATE], "holds a list"),

@@ -320,7 +320,7 @@ def test_thumbnails_and_sidecars_are_no_images_and_no_classes(three):
             PICTURE.save(three / place / name, "png")
     found = find_splits("folder", root=three)
     assert {split: paths(rows) for split, rows in found.items()} == expected
-    # What predict lists.
+    # The listing of predict.
     listed = find_images(str(three))
     assert sorted(listed.images) == sorted(path for part in expected.values() for path in part)
     assert not listed.others

@@ -90,7 +90,7 @@ DEEP = {
         (RAMP * 255).astype(np.int32),
     ),
     "float.tif": (saved(Image.fromarray(RAMP), "TIFF"), np.rint(RAMP * 255)),
-    # What interpolation leaves.
+    # The rest after interpolation.
     "almost.tif": (
         saved(Image.fromarray(RAMP * np.float32(1.001) - np.float32(0.0005)), "TIFF"),
         np.rint((RAMP * np.float32(1.001) - np.float32(0.0005)).astype(np.float64) * 255),
