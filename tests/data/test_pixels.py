@@ -367,6 +367,7 @@ def test_another_background_is_another_fingerprint():
 @pytest.fixture
 def checkpoint(tmp_path):
     """Saves a model whose record has a background."""
+    torch.manual_seed(0)
     model = timm_lt.create_model("test_resnet", num_classes=2).eval()
 
     def save(background):
