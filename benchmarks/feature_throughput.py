@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_lt import create_dataset, extract_features
-from timm_lt.accelerator import native_precision
 from timm_lt.data.images import decode_images, label_tensor
+from timm_lt.utils.accelerator import native_precision
 
 PACKAGED = "lt_test_resnet.glyph_lt"
 

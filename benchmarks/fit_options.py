@@ -16,7 +16,7 @@ import timm_lt
 from timm_lt.data import create_augmentation, create_splits
 from timm_lt.features import Features
 from timm_lt.heads import get_head
-from timm_lt.recipe import load_recipe
+from timm_lt.run.parse import load_recipe
 
 BATCH = 512
 FITS = {

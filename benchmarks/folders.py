@@ -24,12 +24,12 @@ from timing import seconds
 from torchvision.datasets import ImageFolder
 
 from timm_lt import create_sampler
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.folder.directories import read_folder
 from timm_lt.data.verification import find_damaged
-from timm_lt.longtail import long_tailed_counts
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.longtail import long_tailed_counts
 
 CLASSES, IMBALANCE = 1000, 100
 SIZE, BATCH = (224, 224), 256

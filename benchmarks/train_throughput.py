@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_lt.longtail import long_tailed_counts
+from timm_lt.utils.longtail import long_tailed_counts
 
 CLASSES, LARGEST, IMBALANCE = 10, 600, 50
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -125,10 +125,10 @@ def train(folder: Path, case: Case) -> None:
     from datasets import load_dataset
 
     from timm_lt import create_loss, create_model, create_sampler
-    from timm_lt.accelerator import create_accelerator
     from timm_lt.data.images import label_tensor
     from timm_lt.data.stored import StoredImages
     from timm_lt.training import train_representation
+    from timm_lt.utils.accelerator import create_accelerator
 
     torch.manual_seed(0)
     cache = str(folder.parent / "cache")

@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from timm_lt.lt_resnet import ARCHITECTURES
+from timm_lt.models.lt_resnet import ARCHITECTURES
 
 
 def random_state(architecture, num_classes, seed=0):

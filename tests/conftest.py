@@ -14,8 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before timm_lt imports huggingface_hub, which reads the environment once.
 LOOPBACK = hub_server.set_environment()
 
-from timm_lt.console import log  # noqa: E402
 from timm_lt.heads import create_head  # noqa: E402
+from timm_lt.utils.console import log  # noqa: E402
 
 # They register a device with torch, for the whole process: never where other tests run.
 collect_ignore = ["simulated_device.py", "device_checks.py"]

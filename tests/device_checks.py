@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import timm_lt
-from timm_lt.accelerator import default_device, temporary_accelerator
 from timm_lt.cli import main
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import train_representation
+from timm_lt.utils.accelerator import default_device, temporary_accelerator
 
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 COUNTS = torch.tensor([300, 40, 6])

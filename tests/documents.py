@@ -14,8 +14,8 @@ import train_lt
 from timm_lt import cli
 from timm_lt.cli import compare
 from timm_lt.cli.run import parse_sampler
-from timm_lt.comparison import find_grid, load_grid
-from timm_lt.recipe import parse_command_line
+from timm_lt.run.comparison import find_grid, load_grid
+from timm_lt.run.parse import parse_command_line
 
 ROOT = Path(train_lt.__file__).parent
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))

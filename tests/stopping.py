@@ -2,8 +2,8 @@
 
 from accelerate.state import AcceleratorState
 
-from timm_lt.accelerator import create_accelerator
 from timm_lt.training import TrainingState
+from timm_lt.utils.accelerator import create_accelerator
 
 
 class StopError(Exception):

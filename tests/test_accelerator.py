@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_lt
 import train_lt
-from timm_lt.accelerator import (
+from timm_lt.utils.accelerator import (
     create_accelerator,
     default_device,
     process_rank,
@@ -159,7 +159,7 @@ def test_runs_of_two_precisions_in_one_process(monkeypatch):
     def run_recipe(_name, recipe, _options):
         found.append(create_accelerator(mixed_precision=recipe.mixed_precision).mixed_precision)
 
-    monkeypatch.setattr(train_lt, "run_recipe", run_recipe)
+    monkeypatch.setattr("timm_lt.run.execution.run_recipe", run_recipe)
     for precision in ("no", "bf16"):
         assert train_lt.main(["resnet18.folder", "--mixed_precision", precision]) == 0
     assert found == ["no", "bf16"]

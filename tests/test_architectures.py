@@ -18,7 +18,7 @@ from torch import nn
 import timm_lt
 from timm_lt.checkpoint.load import load_model_head
 from timm_lt.heads import HEADS, Head, find_classifiers
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 CLASSES, TAU = 5, 0.6
 

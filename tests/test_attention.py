@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import timm_lt
-from timm_lt.attention import ModulatedAttention, attach_attention
-from timm_lt.registry import UsageError
+from timm_lt.models.attention import ModulatedAttention, attach_attention
+from timm_lt.utils.checks import UsageError
 
 FORMS = ["convolution", "linear"]
 

@@ -16,14 +16,15 @@ from torch.nn import functional as F
 
 import timm_lt
 import train_lt
-from timm_lt.accelerator import create_accelerator
-from timm_lt.bilateral import takes_pairs
-from timm_lt.cifar_resnet import CifarResNet
 from timm_lt.data.images import ImageTensors
-from timm_lt.recipe import RunOptions, create_run, load_recipe
-from timm_lt.recipe.schema import SamplerRecipe
-from timm_lt.registry import UsageError
+from timm_lt.models.bilateral import takes_pairs
+from timm_lt.models.cifar_resnet import CifarResNet
+from timm_lt.run.parse import load_recipe
+from timm_lt.run.recipe import RunOptions, SamplerRecipe
+from timm_lt.run.setup import create_run
 from timm_lt.training import train_head_on_images, train_representation
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 ROOT = Path(train_lt.__file__).parent
 # Basic blocks, one in the last stage; the CIFAR network; bottlenecks of a ResNeXt with attention.

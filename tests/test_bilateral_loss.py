@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from timm_lt.losses import create_loss
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 120, 30, 8, 5]
 

@@ -10,8 +10,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
-from timm_lt.registry import UsageError
 from timm_lt.samplers import ClassSampler, create_sampler, cycles
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [23, 9, 0, 4, 1, 0]
 LABELS = torch.repeat_interleave(torch.tensor(COUNTS)).tolist()

@@ -19,9 +19,9 @@ from timm_lt.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from timm_lt.files import sha256
 from timm_lt.heads import HEADS, create_head, get_head, set_head
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import sha256
 
 COUNTS = [40, 10, 5, 2]
 NAMES = ["ant", "bee", "cat", "dog"]

@@ -15,8 +15,8 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.data import Splits, create_splits
-from timm_lt.recipe.class_order import class_orders, in_order_of_weights
-from timm_lt.registry import UsageError
+from timm_lt.run.class_order import class_orders, in_order_of_weights
+from timm_lt.utils.checks import UsageError
 
 # 2 and 10 change places, and so do a and B.
 COLOURS = {

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import timm_lt
 from timm_lt.cli import compare, create_parser, main
 from timm_lt.cli.completion import subparsers
-from timm_lt.published import CHECKPOINTS
-from timm_lt.recipe import parse_command_line
+from timm_lt.models.published import CHECKPOINTS
+from timm_lt.run.parse import parse_command_line
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_lt.comparison import find_grid, load_grid, make_plan, shipped_grids
-from timm_lt.comparison.grid import Cell
-from timm_lt.recipe import Recipe, find_recipe, load_recipe
-from timm_lt.registry import UsageError
+from timm_lt.run.comparison import find_grid, load_grid, make_plan, shipped_grids
+from timm_lt.run.comparison.grid import Cell
+from timm_lt.run.parse import find_recipe, load_recipe
+from timm_lt.run.recipe import Recipe
+from timm_lt.utils.checks import UsageError
 
 BASE = load_recipe(find_recipe("lt_test_resnet.digits_lt"))
 GOOD = {

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from timm_lt.comparison import (
+from timm_lt.run.comparison import (
     Outcome,
     collect,
     load_grid,
@@ -15,8 +15,8 @@ from timm_lt.comparison import (
     rich_table,
     write_results,
 )
-from timm_lt.comparison.results import Spread
-from timm_lt.recipe import find_recipe, load_recipe
+from timm_lt.run.comparison.results import Spread
+from timm_lt.run.parse import find_recipe, load_recipe
 
 BASE = load_recipe(find_recipe("lt_test_resnet.digits_lt"))
 SHOTS = {

@@ -17,17 +17,17 @@ import yaml
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.comparison import Outcome, run_all, runs
-from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import (
+from timm_lt.run.comparison import Outcome, run_all, runs
+from timm_lt.run.comparison.plan import Run
+from timm_lt.run.comparison.runs import (
     check_runs,
     child_environment,
     default_jobs,
     last_words,
     visible_devices,
 )
-from timm_lt.recipe import Recipe
-from timm_lt.run_folder import OCCUPIED, lock_folder, release_run_folder
+from timm_lt.run.folder import OCCUPIED, lock_folder, release_run_folder
+from timm_lt.run.recipe import Recipe
 
 # What a process of the tests does in place of training: notes when, and leaves figures.
 FINISH = """

@@ -6,7 +6,7 @@ from gaussian_features import COUNTS, TEST, VAL, C, accuracy, fit
 
 from timm_lt.fitting import take_best
 from timm_lt.fitting.comparison import compare_heads
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 OBJECTIVES = ["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"]
 HEADS = {name: fit(name) for name in ("linear", "tau_norm", "crt")}

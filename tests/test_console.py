@@ -5,8 +5,8 @@ import re
 import pytest
 from rich.console import Console
 
-import timm_lt.console as console_module
-from timm_lt.console import advance, console, error_text, log, progress, start_logging
+import timm_lt.utils.console as console_module
+from timm_lt.utils.console import advance, console, error_text, log, progress, start_logging
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from loopback import FileServer
 import timm_lt
 from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli import main
-from timm_lt.lt_resnet import ARCHITECTURES
+from timm_lt.models.lt_resnet import ARCHITECTURES
 
 SCALES = torch.linspace(0.5, 2, 10)
 

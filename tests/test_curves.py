@@ -15,7 +15,7 @@ from timm_lt.fitting.curves import AccuracyCurve
 from timm_lt.fitting.intervals import logit_blocks
 from timm_lt.heads import HEADS
 from timm_lt.metrics import OBJECTIVES, objective_value, shot_accuracy
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 TAUS = [0.0, 0.013, 0.2, 0.51, 0.9, 1.03, 1.77, 2.4, 3.9]
 COUNTS = torch.tensor([500, 120, 40, 21, 6, 2])

@@ -14,13 +14,13 @@ from documents import PAGES, ROOT, TEXTS, anchors, blocks, check_command, prose,
 
 import timm_lt
 from timm_lt import cli
-from timm_lt.comparison import load_grid
 from timm_lt.data.sources import DATASETS
 from timm_lt.heads.factory import HEADS
 from timm_lt.losses import LOSSES
-from timm_lt.published import CHECKPOINTS, PUBLISHED
-from timm_lt.recipe import load_recipe, shipped_recipes
-from timm_lt.recipe.checks import check_heads, check_options_of_parts
+from timm_lt.models.published import CHECKPOINTS, PUBLISHED
+from timm_lt.run.comparison import load_grid
+from timm_lt.run.parse import load_recipe, shipped_recipes
+from timm_lt.run.recipe_checks import check_heads, check_options_of_parts
 from timm_lt.samplers import SAMPLERS
 
 README = TEXTS["README.md"]

@@ -24,7 +24,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
 import timm_lt
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
 from timm_lt.data.images import ImageTensors, batches
@@ -33,7 +32,8 @@ from timm_lt.data.stored import StoredImages
 from timm_lt.features import cache, extract_features
 from timm_lt.features.mapped import map_file
 from timm_lt.heads import get_head
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 ROOT = Path(timm_lt.__file__).parents[1]
 N, SIDE, C = 11, 32, 4
@@ -291,7 +291,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_lt.features import cache, extract_features
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

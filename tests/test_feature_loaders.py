@@ -24,13 +24,13 @@ from timm.data.loader import fast_collate
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Sampler, TensorDataset, default_collate
 
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_loader
 from timm_lt.data.draws import InOrder
 from timm_lt.data.reading import loaded
 from timm_lt.features import cache, extract, extract_features
 from timm_lt.features.fingerprint import samples_fingerprint
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 N = 11
 IMAGES = torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -353,7 +353,7 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    ends = re.findall(r"^timm_lt.registry.UsageError: (.*)", run.stderr, re.MULTILINE)
+    ends = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
     of_worker, of_main = ends
     assert of_worker.startswith("a data worker imports the script anew")
     assert of_main.startswith("a data worker died (DataLoader worker")

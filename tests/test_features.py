@@ -11,7 +11,7 @@ import timm_lt
 from timm_lt.features import Features, extract_features
 from timm_lt.features import values as values_module
 from timm_lt.heads import get_head
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet"]
 

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from timm_lt.files import read_json, read_yaml, sha256, write_atomic, write_json
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import read_json, read_yaml, sha256, write_atomic, write_json
 
 
 def names(folder):

@@ -24,7 +24,7 @@ from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
 from timm_lt.features.fingerprint import backbone_fingerprint
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 IMAGES, LABELS = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).contiguous(), torch.arange(4) % 2

@@ -34,8 +34,8 @@ from timm_lt.fitting.sgd import train_head
 from timm_lt.fitting.smote import add_smote_rows
 from timm_lt.heads.lengths import CRT_LENGTH
 from timm_lt.metrics import shot_accuracy
-from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError
 
 LOG_COUNTS = COUNTS.double().log()
 SGD = {"solver": "sgd"}

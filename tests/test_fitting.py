@@ -33,8 +33,8 @@ from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.fitting.lbfgs import solve_linear
 from timm_lt.fitting.sgd import train_head
 from timm_lt.heads import HEADS, LWSHead, list_heads
-from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError
 
 contract = pytest.mark.parametrize("name", list_heads())
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.folding import write_folded
 from timm_lt.heads import HEADS, find_classifiers, get_heads
-from timm_lt.published import CHECKPOINTS
-from timm_lt.registry import UsageError
+from timm_lt.models.fold import write_folded
+from timm_lt.models.published import CHECKPOINTS
+from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 
@@ -304,7 +304,7 @@ def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
 
 
 def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_lt.folding.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("timm_lt.models.fold.importlib.util.find_spec", lambda name: None)
     assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--onnx"]) == 2
     error = capsys.readouterr().err
     assert "pip install 'timm_lt[onnx]'" in error

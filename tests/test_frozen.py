@@ -12,12 +12,11 @@ from timm.layers import DropPath
 from torch import nn
 
 import timm_lt
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data.images import ImageTensors
-from timm_lt.recipe import Recipe
-from timm_lt.recipe.schema import ModelRecipe
-from timm_lt.registry import UsageError
+from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.training import check_statistics, check_trained, train_representation
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 N, C, SIDE = 24, 3, 32
 RATE, DECAY = 0.02, 0.1

@@ -16,7 +16,7 @@ from timm_lt.fitting.sgd import train_head
 from timm_lt.fitting.weight_generator import WeightGenerator
 from timm_lt.heads import create_head
 from timm_lt.metrics import shot_accuracy
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 K, D = 5, 4
 

@@ -17,14 +17,15 @@ from torch import nn
 
 import timm_lt
 import train_lt
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_augmentation, create_splits
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.stored import StoredImages
 from timm_lt.heads import get_head, head_statistics, seeded_linear
-from timm_lt.recipe import Recipe, stage_heads
+from timm_lt.run.recipe import Recipe
+from timm_lt.run.recipe_checks import stage_heads
 from timm_lt.training import plan_head_on_images, train_head_on_images
+from timm_lt.utils.accelerator import create_accelerator
 
 COUNTS = (24, 10, 6, 2)
 LABELS = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))

@@ -29,7 +29,7 @@ from timm_lt.heads import (
     set_head,
 )
 from timm_lt.heads.statistics import statistics_of
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 NEED_A_FIT = ["ncm", "lws", "logit_adjusted", "fslwf", "oltr"]
 every_head = pytest.mark.parametrize("name", list_heads())

@@ -17,15 +17,15 @@ from PIL import Image
 from report_runs import LONG, figures, long_tail, squares, whole_content
 
 from timm_lt.fitting import AccuracyCurve
-from timm_lt.html_report import ExampleImages, Predictions, gather_report, render_report
-from timm_lt.html_report.content import Change, ClassNote, ClassTable, Comparison, Picture
-from timm_lt.html_report.draw import tau_chart
-from timm_lt.html_report.gather import MAX_CLASSES, MAX_COMPARED
-from timm_lt.html_report.render import write_report
-from timm_lt.html_report.thinning import drawn_steps
-from timm_lt.html_report.thumbnails import MAX_BYTES, SIDE, Thumbnails, data_uri
 from timm_lt.metrics import paired_difference, shot_accuracy
-from timm_lt.registry import UsageError
+from timm_lt.report.content import Change, ClassNote, ClassTable, Comparison, Picture
+from timm_lt.report.differences import Predictions
+from timm_lt.report.draw import tau_chart
+from timm_lt.report.gather import MAX_CLASSES, MAX_COMPARED, gather_report
+from timm_lt.report.html import render_report, write_report
+from timm_lt.report.thinning import drawn_steps
+from timm_lt.report.thumbnails import MAX_BYTES, SIDE, ExampleImages, Thumbnails, data_uri
+from timm_lt.utils.checks import UsageError
 
 # Elements without an end.
 VOID = {"meta", "img", "input", "br", "wbr"}

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from report_runs import whole_content
 
-from timm_lt.html_report import render_report, write_report
+from timm_lt.report.html import render_report, write_report
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

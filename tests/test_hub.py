@@ -25,9 +25,9 @@ from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
 from timm_lt.cli.checkpoint_argument import find_checkpoint
 from timm_lt.heads import HEADS, get_head
-from timm_lt.lt_resnet import _cfg
-from timm_lt.published import CHECKPOINTS, read_published
-from timm_lt.registry import UsageError
+from timm_lt.models.lt_resnet import _cfg
+from timm_lt.models.published import CHECKPOINTS, read_published
+from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

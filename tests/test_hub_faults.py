@@ -9,9 +9,9 @@ import torch
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.heads import get_head
-from timm_lt.published import CHECKPOINTS
-from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
+from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.repo import Repo
+from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 FILES = {

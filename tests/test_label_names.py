@@ -16,9 +16,9 @@ from timm.models._hub import save_for_hf
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.cli.predict import predictions
-from timm_lt.label_names import is_for, label_names
-from timm_lt.recipe import ModelRecipe, Recipe
-from timm_lt.recipe.network import has_classifier, start_network
+from timm_lt.models.label_names import is_for, label_names
+from timm_lt.run.network import has_classifier, start_network
+from timm_lt.run.recipe import ModelRecipe, Recipe
 
 SUBSETS = {
     "imagenet-1k": 1000,
@@ -99,7 +99,7 @@ def test_other_models_of_a_thousand_classes_are_not_imagenets(tmp_path):
 
 def from_file(folder):
     torch.save(timms().state_dict(), folder / "w.pth")
-    return timm_lt.weights_file.create_from_file("test_resnet", folder / "w.pth")
+    return timm_lt.models.weights_file.create_from_file("test_resnet", folder / "w.pth")
 
 
 def test_predictions_of_ones_own_weights_are_not_called_imagenets(tmp_path, capsys):

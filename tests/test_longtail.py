@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 import timm_lt
-from timm_lt.longtail import (
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import (
     check_class_counts,
     check_no_empty_class,
     class_counts,
@@ -21,7 +22,6 @@ from timm_lt.longtail import (
     long_tailed_counts,
     shot_groups,
 )
-from timm_lt.registry import UsageError
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(0, 5))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import timm_lt
 from timm_lt import losses
 from timm_lt.losses import ClassLoss, list_losses, register_loss
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # Their values are those of a batch: tests/test_metric_losses.py has them by hand.
 OF_FEATURES = [name for name in list_losses() if losses.LOSSES[name].needs_features]

@@ -11,7 +11,7 @@ from losses_by_hand import lifted_by_hand, range_by_hand
 
 import timm_lt
 from timm_lt.losses import LOSSES, create_loss, list_losses
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 METRIC = [name for name in list_losses() if LOSSES[name].needs_features]
 # Three classes with several images, one with one, one absent.

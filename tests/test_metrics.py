@@ -18,7 +18,7 @@ from timm_lt.metrics import (
     reliability,
     shot_accuracy,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 

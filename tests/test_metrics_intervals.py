@@ -11,7 +11,7 @@ from timm_lt.metrics import (
     paired_difference,
     shot_accuracy,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 200, 60, 30, 9, 4]
 SCALARS = [

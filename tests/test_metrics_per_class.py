@@ -15,7 +15,7 @@ from timm_lt.metrics import (
     shot_accuracy,
     write_per_class,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 50, 19, 5, 3]
 NAMES = ["cat", 'a "comma", here', "two\nlines", "=1+1", "ü"]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from timm_lt.longtail import long_tailed_counts
 from timm_lt.metrics import shifted_accuracies, shifted_accuracy, shot_accuracy
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import long_tailed_counts
 
 
 def shifted_by_hand(accuracies, counts, factor, backward):

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from timm_lt.metrics import ShotMetrics, ShotReport, evaluate_logits, shot_accuracy
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 200, 100, 60, 15, 3, 1]
 

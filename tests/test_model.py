@@ -8,8 +8,8 @@ from huggingface_hub import constants
 
 import timm_lt
 from timm_lt.heads import classifier_name, get_head
-from timm_lt.model import split_options
-from timm_lt.registry import UsageError
+from timm_lt.models.create import split_options
+from timm_lt.utils.checks import UsageError
 
 PATHS = {
     "test_resnet": "fc",

@@ -10,7 +10,6 @@ from gaussian_features import COUNTS, JOINT, TRAIN, VAL, C, few_shot, fit
 from torch.autograd import gradcheck
 
 import timm_lt
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import create_splits
 from timm_lt.data.images import ImageTensors
 from timm_lt.fitting.data import check_fit_data
@@ -18,9 +17,10 @@ from timm_lt.fitting.oltr import _start
 from timm_lt.heads import set_head
 from timm_lt.losses import DiscriminativeCentroids
 from timm_lt.metrics import open_set_report
-from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
 from timm_lt.training.checks import check_model
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 VARIANTS = [(1.0, "squared"), (10.0, "linear"), (1.0, "linear"), (10.0, "squared")]
 

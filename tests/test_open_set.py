@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from timm_lt.metrics import OpenSetMetrics, choose_threshold, open_set_report
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 C = 4
 

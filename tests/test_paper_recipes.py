@@ -29,12 +29,15 @@ from timm_lt.data.sources import (
     check_protocol,
     dataset_from_files,
 )
-from timm_lt.files import read_yaml
 from timm_lt.losses import create_loss
-from timm_lt.published import PUBLISHED
-from timm_lt.recipe import RunOptions, create_run, load_recipe, shipped_recipes
-from timm_lt.registry import check_options
+from timm_lt.models.published import PUBLISHED
+from timm_lt.run.execution import train
+from timm_lt.run.parse import load_recipe, shipped_recipes
+from timm_lt.run.recipe import RunOptions
+from timm_lt.run.setup import create_run
 from timm_lt.training.schedule import Schedule
+from timm_lt.utils.checks import check_options
+from timm_lt.utils.files import read_yaml
 
 CATALOGUE = (Path(train_lt.__file__).parent / "hub_configs" / "README.md").read_text()
 CLASSES = {
@@ -422,7 +425,7 @@ def train_two_updates(run):
     )
     run.trainer.loss = Recording()
     with pytest.raises(EnoughError):
-        train_lt.train(run)
+        train(run)
     hook.remove()
     tap.remove()
     return recorded

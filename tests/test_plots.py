@@ -11,11 +11,11 @@ from reports import COUNTS, balanced_reports
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve
 from timm_lt.metrics import ShotReport, evaluate_logits, shot_accuracy
-from timm_lt.plots import PLOT_FILES, save_plots
-from timm_lt.plots.common import head_styles
-from timm_lt.plots.differences import draw_confusions, draw_gains, draw_training
-from timm_lt.plots.heads import draw_calibration, draw_curves, draw_frequency
-from timm_lt.report import percent
+from timm_lt.report.plot_common import head_styles
+from timm_lt.report.plot_differences import draw_confusions, draw_gains, draw_training
+from timm_lt.report.plot_heads import draw_calibration, draw_curves, draw_frequency
+from timm_lt.report.plots import PLOT_FILES, save_plots
+from timm_lt.report.tables import percent
 from timm_lt.training.history import EpochRecord
 
 

@@ -9,7 +9,7 @@ import torch
 
 import timm_lt
 from timm_lt.data import create_splits
-from timm_lt.published import CHECKPOINTS
+from timm_lt.models.published import CHECKPOINTS
 
 FOLDER = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())

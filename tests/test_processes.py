@@ -25,8 +25,8 @@ from timm.layers import GroupNorm
 from torch import nn
 
 import timm_lt
-from timm_lt.accelerator import create_accelerator
-from timm_lt.attention import attach_attention
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.models.attention import attach_attention
 from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
@@ -247,7 +247,7 @@ for make in (in_memory, decoded):
 try:
     timm_lt.extract_features(model, data.eval_loader(8, accelerator), accelerator=accelerator,
                              cache_dir=__file__)
-except timm_lt.registry.UsageError as error:
+except timm_lt.utils.checks.UsageError as error:
     result["error"] = str(error)
 # Every process counts the images that are its own, in batches of its own size.
 generator = torch.Generator().manual_seed(1)

@@ -9,8 +9,8 @@ from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli import main
 from timm_lt.data import create_dataset, create_splits, register_dataset
 from timm_lt.data.sources import DATASETS, SELECTED_ON_TEST
-from timm_lt.recipe import Recipe
-from timm_lt.registry import UsageError
+from timm_lt.run.recipe import Recipe
+from timm_lt.utils.checks import UsageError
 
 RECIPE = "hub_configs/lt_test_resnet.digits_lt.yaml"
 NOTE = "hyper-parameters and the epoch were selected on the test split"

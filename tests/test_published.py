@@ -19,12 +19,12 @@ from timm.models import _registry
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import timm_lt
-import timm_lt.download
+import timm_lt.models.download
 from timm_lt.cli import main
-from timm_lt.download import cached_name
-from timm_lt.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.published import PUBLISHED, hub_configs, read_published
-from timm_lt.registry import UsageError
+from timm_lt.models.download import cached_name
+from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
+from timm_lt.models.published import PUBLISHED, hub_configs, read_published
+from timm_lt.utils.checks import UsageError
 
 HOST = "https://dl.fbaipublicfiles.com/classifier-balancing"
 # As the README of the authors' repository lists them.
@@ -111,10 +111,10 @@ def test_a_former_name_warns_and_gives_the_new_one(plain_server):
         package = types.ModuleType("timm_lt")
         package.__path__ = importlib.util.find_spec("timm_lt").submodule_search_locations
         sys.modules["timm_lt"] = package
-        from timm_lt.published import PUBLISHED
+        from timm_lt.models.published import PUBLISHED
         entry = PUBLISHED["lt_test_resnet.glyph_lt"]
         PUBLISHED[entry.name] = dataclasses.replace(entry, formerly=("lt_glyph_resnet",))
-        import timm_lt.lt_resnet
+        import timm_lt.models.lt_resnet
         assert "lt_glyph_resnet" not in timm.list_models("lt_*")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -187,7 +187,7 @@ def publish(monkeypatch, name, urls):
     heads = {
         head: dataclasses.replace(entry.heads[head], url=url)
         if head in entry.heads
-        else timm_lt.published.PublishedHead(url=url)
+        else timm_lt.models.published.PublishedHead(url=url)
         for head, url in urls.items()
     }
     monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(entry, heads=entry.heads | heads))
@@ -200,7 +200,7 @@ NAME = "lt_resnet32.cifar10_lt"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_lt.download, "RETRY_DELAY", 0)
+    monkeypatch.setattr(timm_lt.models.download, "RETRY_DELAY", 0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints" / "timm_lt"
 

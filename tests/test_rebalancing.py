@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.checkpoint import background_of, read_checkpoint
 from timm_lt.cli import main
-from timm_lt.recipe import load_recipe
+from timm_lt.run.parse import load_recipe
 
 COLOURS = {"blue": (10, 20, 200), "green": (20, 180, 30), "red": (220, 20, 10)}
 

@@ -6,23 +6,18 @@ import typing
 
 import pytest
 
-from timm_lt.fitting import AUTO
+from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import list_heads
-from timm_lt.recipe import (
-    DEFAULT_HEADS,
+from timm_lt.run.parse import (
     DEFAULT_RECIPE,
-    DataRecipe,
-    OptimizerRecipe,
-    Recipe,
-    RunOptions,
-    SchedulerRecipe,
     find_recipe,
     load_recipe,
     parse_command_line,
     parse_recipe,
     shipped_recipes,
 )
-from timm_lt.registry import UsageError
+from timm_lt.run.recipe import DataRecipe, OptimizerRecipe, Recipe, RunOptions, SchedulerRecipe
+from timm_lt.utils.checks import UsageError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from timm_lt.registry import (
+from timm_lt.utils.checks import (
     Problems,
     Registry,
     UsageError,

@@ -9,10 +9,10 @@ from reports import COUNTS, balanced_reports
 from rich.console import Console
 
 from timm_lt.checkpoint import read_checkpoint
-from timm_lt.console import one_line
 from timm_lt.metrics import shot_accuracy
-from timm_lt.published import CHECKPOINTS
-from timm_lt.report import brief, describe_selection, head_table, percent, shot_table
+from timm_lt.models.published import CHECKPOINTS
+from timm_lt.report.tables import brief, describe_selection, head_table, percent, shot_table
+from timm_lt.utils.console import one_line
 
 SELECTIONS = {
     "tau_norm": {"tau": 0.8125, "objective": "all", "split": "val", "val_accuracy": 0.5},

@@ -13,9 +13,8 @@ from torch.nn.functional import normalize
 
 import timm_lt
 import train_lt
-from timm_lt.recipe import Recipe
-from timm_lt.recipe.network import create_network, start_network
-from timm_lt.recipe.schema import ModelRecipe
+from timm_lt.run.network import create_network, start_network
+from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.training.history import EpochRecord
 from timm_lt.training.loop import Training
 
@@ -111,7 +110,7 @@ def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, ca
         models.append(copy.deepcopy(model))
         return Training(model, [EpochRecord(1, 1.0, 0.1, 100.0, 1.0, {})], 1)
 
-    monkeypatch.setattr(train_lt, "train_representation", untrained)
+    monkeypatch.setattr("timm_lt.run.execution.train_representation", untrained)
     cosine = {"head": "cosine", "scale": 1.0}
     options = [*FEW, "--model.options", json.dumps(cosine), "--loss.name", "ldam"]
     assert main(capsys, "--output", tmp_path / "run", *options)[0] == 0

@@ -1,8 +1,8 @@
 import pytest
 
-from timm_lt.recipe import Recipe
-from timm_lt.registry import UsageError
-from timm_lt.run_folder import LOCK, RECIPE, check_images, check_run_folder, prepare_run_folder
+from timm_lt.run.folder import LOCK, RECIPE, check_images, check_run_folder, prepare_run_folder
+from timm_lt.run.recipe import Recipe
+from timm_lt.utils.checks import UsageError
 
 FIRST = Recipe(epochs=3).to_yaml()
 OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()

@@ -21,7 +21,6 @@ from torch.utils.data import BatchSampler, DataLoader
 from timm_lt import samplers
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.sharing import check_groups
-from timm_lt.registry import UsageError
 from timm_lt.samplers import (
     ClassSampler,
     arithmetic,
@@ -31,6 +30,7 @@ from timm_lt.samplers import (
     list_samplers,
     register_sampler,
 )
+from timm_lt.utils.checks import UsageError
 
 # A sampler with required options, or whose other options deserve the contract too, has rows here.
 OPTIONS = {

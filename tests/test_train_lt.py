@@ -18,7 +18,7 @@ from PIL import Image
 import timm_lt
 import train_lt
 from timm_lt.data import create_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 ROOT = Path(train_lt.__file__).parent
 DIGITS = "hub_configs/lt_test_resnet.digits_lt.yaml"

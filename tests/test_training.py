@@ -13,7 +13,6 @@ from stopping import StopError, StopsAfterTwo, new_state
 from torch import nn
 
 import timm_lt
-from timm_lt.accelerator import create_accelerator, native_precision, set_cpu_threads
 from timm_lt.data.images import ImageTensors
 from timm_lt.heads import get_head
 from timm_lt.training import (
@@ -23,6 +22,7 @@ from timm_lt.training import (
     train_representation,
     update,
 )
+from timm_lt.utils.accelerator import create_accelerator, native_precision, set_cpu_threads
 
 NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import timm_lt
-from timm_lt.files import sha256
 from timm_lt.heads import HEADS
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import sha256
 
 COUNTS = [40, 10, 5, 2]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

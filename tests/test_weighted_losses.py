@@ -14,8 +14,8 @@ import timm_lt
 from timm_lt import losses
 from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
 from timm_lt.losses.weights import effective_number_weights, inverse_frequency_weights
-from timm_lt.registry import UsageError
 from timm_lt.training.checks import check_classifier, check_schedule, start_classifier
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 120, 30, 8, 5]
 LN2 = math.log(2)

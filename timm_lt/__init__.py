@@ -4,8 +4,6 @@ One backbone with many classifier heads, chosen when the model is loaded. Import
 registers the ``lt_*`` architectures with timm.
 """
 
-from timm_lt import lt_resnet as lt_resnet  # importing it registers the architectures
-from timm_lt.bilateral import create_bilateral as create_bilateral
 from timm_lt.checkpoint import load_head as load_head
 from timm_lt.checkpoint import save_checkpoint as save_checkpoint
 from timm_lt.data import create_dataset as create_dataset
@@ -26,7 +24,6 @@ from timm_lt.heads import register_head as register_head
 from timm_lt.heads import set_head as set_head
 from timm_lt.hub import add_head as add_head
 from timm_lt.hub import push_to_hub as push_to_hub
-from timm_lt.longtail import class_counts as class_counts
 from timm_lt.losses import create_loss as create_loss
 from timm_lt.losses import list_losses as list_losses
 from timm_lt.losses import register_loss as register_loss
@@ -40,13 +37,16 @@ from timm_lt.metrics import shifted_accuracies as shifted_accuracies
 from timm_lt.metrics import shifted_accuracy as shifted_accuracy
 from timm_lt.metrics import shot_accuracy as shot_accuracy
 from timm_lt.metrics import write_per_class as write_per_class
-from timm_lt.model import create_model as create_model
-from timm_lt.rebalancing import Rebalanced as Rebalanced
-from timm_lt.rebalancing import rebalance as rebalance
-from timm_lt.registry import UsageError as UsageError
-from timm_lt.repo import list_repo_heads as list_repo_heads
+from timm_lt.models import lt_resnet as lt_resnet  # importing it registers the architectures
+from timm_lt.models.bilateral import create_bilateral as create_bilateral
+from timm_lt.models.create import create_model as create_model
+from timm_lt.models.repo import list_repo_heads as list_repo_heads
+from timm_lt.run.rebalancing import Rebalanced as Rebalanced
+from timm_lt.run.rebalancing import rebalance as rebalance
 from timm_lt.samplers import create_sampler as create_sampler
 from timm_lt.samplers import list_samplers as list_samplers
 from timm_lt.samplers import register_sampler as register_sampler
+from timm_lt.utils.checks import UsageError as UsageError
+from timm_lt.utils.longtail import class_counts as class_counts
 
 __version__ = "0.1.0"

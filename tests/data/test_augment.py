@@ -16,7 +16,7 @@ from timm_lt.data.augment import (
     random_uniforms,
     register_augmentation,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 ZERO = {"rotation": 0.0, "scale": 0.0, "aspect": 0.0, "shear": 0.0, "shift": 0.0}
 # The uniform number that a symmetric range maps to its middle, and nearly to its end.

@@ -19,7 +19,7 @@ from timm_lt.data import Splits, cifar_manifest, subset_manifest
 from timm_lt.data.cifar.facts import CIFAR10, CIFAR100, Batch, official_rows
 from timm_lt.data.cifar.source import FACTS, published_counts
 from timm_lt.data.sources import find_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 HUB_ORDER = [3, 2, 1, 4, 0]  # of the members of the archive: data_batch_4, 3, 2, 5, 1
 BOTH = [("cifar10_lt", CIFAR10), ("cifar100_lt", CIFAR100)]

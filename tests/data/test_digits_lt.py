@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from timm_lt.data import create_dataset
 from timm_lt.data.digits_lt import enlarge, split_indices
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 SPLITS = ("train", "val", "test")
 # int(120 * 24^(-c / 9)), by hand with 24^(1/9) = 1.42347

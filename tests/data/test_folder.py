@@ -13,7 +13,7 @@ from timm_lt.data import create_dataset, create_splits
 from timm_lt.data.folder.files import find_images
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8))
 

@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from timm_lt.data import Splits, create_splits
 from timm_lt.data import given as module
 from timm_lt.data.given import given_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = {"ant": 9, "bee": 6, "class 10": 4, "class 9": 5}
 

@@ -16,9 +16,10 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from timm_lt.data import create_dataset, glyph_arrays, glyph_lt, render_glyph_atlas
+from timm_lt.data import create_dataset, glyph_arrays, glyph_lt
 from timm_lt.data.glyph_lt import draw_glyphs, glyph_atlas, glyph_names
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from tools import render_glyph_atlas
 
 ATLAS = Path(str(resources.files("timm_lt.data"))) / "glyph_atlas"
 

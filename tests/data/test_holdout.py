@@ -14,7 +14,7 @@ from timm_lt.data import Splits, create_dataset, create_splits, hold_out, regist
 from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import DATASETS
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COUNTS = [100, 30, 8, 3, 2]
 LABELS = torch.repeat_interleave(torch.arange(5), torch.tensor(COUNTS))[torch.randperm(143)]

@@ -15,7 +15,7 @@ from timm_lt.data.hub.columns import find_image_column, find_label_column
 from timm_lt.data.hub.splits import choose_splits
 from timm_lt.data.hub.tables import find_tables
 from timm_lt.data.sources import find_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 NAMES = ["daisy", "rose", "tulip"]
 REPO = "me/flowers"

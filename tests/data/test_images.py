@@ -13,8 +13,8 @@ from timm_lt.data import images as images_module
 from timm_lt.data.augment import create_augmentation
 from timm_lt.data.images import ImageTensors, batches, decode_images, label_names, label_tensor
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.registry import UsageError
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError
 
 
 def arrays(n=7, height=6, width=8):

@@ -14,7 +14,7 @@ from timm_lt.data.lists.checks import joined
 from timm_lt.data.lists.presence import missing_rows
 from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import find_splits
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 COLOURS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
 GAP = "labels must be 0 to C - 1, or leave these classes out with the data option min_images=1"

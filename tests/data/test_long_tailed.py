@@ -11,8 +11,8 @@ from numpy.testing import assert_array_equal
 
 from timm_lt.data import make_long_tailed
 from timm_lt.data.long_tailed import long_tailed_indices
-from timm_lt.longtail import long_tailed_counts
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import long_tailed_counts
 
 
 def balanced(num_classes, per_class):

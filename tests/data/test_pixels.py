@@ -25,8 +25,8 @@ from timm_lt.data.pixels import check_background, to_rgb
 from timm_lt.data.reading import encoded_images, read_image
 from timm_lt.data.sources import dataset_from_files
 from timm_lt.data.stored import StoredImages
-from timm_lt.html_report.thumbnails import ExampleImages, Thumbnails
-from timm_lt.registry import UsageError
+from timm_lt.report.thumbnails import ExampleImages, Thumbnails
+from timm_lt.utils.checks import UsageError
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 SIXTEEN = (RAMP * 65535).astype(np.uint16)

@@ -6,8 +6,8 @@ from hashlib import sha256
 import pytest
 
 from timm_lt.data.published_lists import facts, published
-from timm_lt.longtail import SHOT_RULES
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import SHOT_RULES
 
 
 def shot_groups(counts, rule):

@@ -15,7 +15,7 @@ from timm_lt.data.lists import ImageList, Paths
 from timm_lt.data.published_lists import published, published_splits
 from timm_lt.data.published_lists.check import note_differences, pairs_hash
 from timm_lt.data.sources import find_splits
-from timm_lt.registry import Problems, UsageError
+from timm_lt.utils.checks import Problems, UsageError
 
 NAMES = {
     "imagenet_lt": ["n01440764", "n01443537", "n01484850"],

@@ -16,7 +16,7 @@ from timm_lt.data.sources import (
     encode_bmp,
     find_splits,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 BUILT_IN = ["digits_lt", "glyph_lt"]
 

@@ -13,10 +13,10 @@ from timm.data import create_transform
 from timm.data.loader import fast_collate
 
 from timm_lt import create_sampler
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.stored import StoredImages
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 N, SIDE = 12, 24
 LABELS = torch.arange(N) % 3

@@ -11,13 +11,13 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from timm_lt.accelerator import create_accelerator
 from timm_lt.data import verification
 from timm_lt.data.readable import check_classes_left, verify_images
 from timm_lt.data.reading import DAMAGE
 from timm_lt.data.sources import dataset_from_files
 from timm_lt.data.verification import find_damaged, reason_of_file
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
 
 # Pillow says so of a directory that is cut off, and of a format that it will drop.
 pytestmark = [

@@ -15,10 +15,10 @@ from timm_lt.checkpoint.format import (
     is_statistic,
     read_checkpoint,
 )
-from timm_lt.files import sha256
 from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names, set_head
-from timm_lt.longtail import check_class_counts
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.files import sha256
+from timm_lt.utils.longtail import check_class_counts
 
 
 def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: Any) -> Head:

@@ -11,9 +11,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from timm_lt.checkpoint.format import CONFIG, WEIGHTS, TimmBase
-from timm_lt.files import write_atomic
 from timm_lt.heads import fold_head, get_heads, head_option_names
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import write_atomic
 
 
 def save_plain(

@@ -27,10 +27,10 @@ from timm_lt.checkpoint.load import from_joint
 from timm_lt.checkpoint.plain import config_text, contiguous, plain_copy
 from timm_lt.data.pixels import check_background
 from timm_lt.data.sources import SelectionProtocol
-from timm_lt.files import sha256, write_atomic
 from timm_lt.heads import Head, LinearHead, get_heads
-from timm_lt.longtail import ClassCounts, ShotRule, check_class_counts
-from timm_lt.registry import UsageError, check_number, unknown_name
+from timm_lt.utils.checks import UsageError, check_number, unknown_name
+from timm_lt.utils.files import sha256, write_atomic
+from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts
 
 # Metrics that are fractions, as a ShotReport has them.
 FRACTIONS = {

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from timm_lt.checkpoint.format import CONFIG, WEIGHTS, CheckpointInfo
-from timm_lt.files import file_sha256
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import file_sha256
 
 Shapes = dict[str, tuple[int, ...]]
 # An integer argument up to this is ordinary: a width, a number of classes or layers.

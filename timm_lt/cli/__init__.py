@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 
 import timm_lt
-import train_lt
-from timm_lt.accelerator import fresh_accelerate
 from timm_lt.cli import (
     compare,
     completion,
@@ -24,8 +22,10 @@ from timm_lt.cli import (
     run,
 )
 from timm_lt.cli.common import Commands, complain, start
-from timm_lt.console import epilog, error_text, log_traceback, wrapped
-from timm_lt.registry import UsageError
+from timm_lt.run.execution import main as run_main
+from timm_lt.utils.accelerator import fresh_accelerate
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import epilog, error_text, log_traceback, wrapped
 
 # In the order in which one needs them.
 COMMANDS = (
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         # Its arguments are those of a recipe, which has its own parser.
-        return train_lt.main(argv[1:], prog="timm-lt train")
+        return run_main(argv[1:], prog="timm-lt train")
     if argv[:1] == ["compare"]:
         # So are some of these.
         return compare.main(argv[1:])

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from timm_lt.checkpoint import BLOCK, CheckpointInfo, read_checkpoint, read_config
 from timm_lt.cli.model_argument import HUB_PREFIX, REPO
-from timm_lt.model import LOCAL_DIR
-from timm_lt.published import PUBLISHED
-from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
+from timm_lt.models.create import LOCAL_DIR
+from timm_lt.models.published import PUBLISHED
+from timm_lt.models.repo import Repo
+from timm_lt.utils.checks import UsageError
 
 
 def find_checkpoint(given: str) -> tuple[str, Path | None]:

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import yaml
 from rich.console import RenderableType
 
-from timm_lt.console import epilog, log, result_console, start_logging, wrapped
-from timm_lt.files import write_json
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import epilog, log, result_console, start_logging, wrapped
+from timm_lt.utils.files import write_json
 
 # argparse has no public name for what add_subparsers returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

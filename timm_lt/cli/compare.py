@@ -5,9 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from timm_lt.accelerator import available_cores
 from timm_lt.cli.common import Commands, add_log_options, as_json, say
-from timm_lt.comparison import (
+from timm_lt.run.comparison import (
     Grid,
     Outcome,
     Plan,
@@ -22,13 +21,15 @@ from timm_lt.comparison import (
     shipped_grids,
     write_results,
 )
-from timm_lt.comparison.output import RESULTS
-from timm_lt.comparison.plan import Run
-from timm_lt.comparison.runs import check_runs, default_jobs
-from timm_lt.console import epilog, log, result_console, start_logging, wrapped
-from timm_lt.exits import run_to_exit
-from timm_lt.recipe import Recipe, RunOptions, parse_command_line
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.run.comparison.output import RESULTS
+from timm_lt.run.comparison.plan import Run
+from timm_lt.run.comparison.runs import check_runs, default_jobs
+from timm_lt.run.exits import run_to_exit
+from timm_lt.run.parse import parse_command_line
+from timm_lt.run.recipe import Recipe, RunOptions
+from timm_lt.utils.accelerator import available_cores
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.console import epilog, log, result_console, start_logging, wrapped
 
 PROG = "timm-lt compare"
 INTERRUPTED = "interrupted; the same command goes on from here"

@@ -7,10 +7,10 @@ import shtab
 
 from timm_lt.cli import compare
 from timm_lt.cli.common import Commands, add_command, say
-from timm_lt.comparison import shipped_grids
 from timm_lt.fitting import AUTO
 from timm_lt.heads import list_heads
-from timm_lt.recipe import create_parser, recipe_choices, shipped_recipes
+from timm_lt.run.comparison import shipped_grids
+from timm_lt.run.parse import create_parser, recipe_choices, shipped_recipes
 
 # What stands for a head, a file or a folder in the help.
 HEADS = ("HEAD", "NAME")

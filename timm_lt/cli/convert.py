@@ -8,10 +8,10 @@ from typing import Any
 
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.cli.model_argument import add_weights_options, model_options
-from timm_lt.convert import convert_checkpoint
-from timm_lt.longtail import ClassCounts
-from timm_lt.registry import UsageError
-from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
+from timm_lt.models.convert import convert_checkpoint
+from timm_lt.run.folder import CHECKPOINT_ENTRIES, new_folder
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import ClassCounts
 
 # A label, not a class name such as 007.
 NUMBER = re.compile("0|[1-9][0-9]{0,17}")

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from timm_lt.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -31,15 +30,12 @@ from timm_lt.cli.model_argument import (
     model_options,
     stored_heads,
 )
-from timm_lt.console import log
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.images import Images
 from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.label_names import keeps_classifier, shown_as
-from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     ShotMetrics,
     ShotReport,
@@ -47,12 +43,16 @@ from timm_lt.metrics import (
     confidence_intervals,
     write_per_class,
 )
-from timm_lt.recipe import DataRecipe, ModelRecipe, Recipe
-from timm_lt.recipe.class_order import check_no_order, in_order_of_weights
-from timm_lt.recipe.images import TIMM, create_images, on_background
-from timm_lt.registry import UsageError
-from timm_lt.report import shot_table
+from timm_lt.models.label_names import keeps_classifier, shown_as
+from timm_lt.report.tables import shot_table
+from timm_lt.run.class_order import check_no_order, in_order_of_weights
+from timm_lt.run.images import TIMM, create_images, on_background
+from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
+from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import ShotRule
 
 JOINT = "linear"
 

@@ -20,13 +20,13 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data.pixels import WHITE
-from timm_lt.files import read_json
-from timm_lt.folding import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.heads import HEADS, create_head, head_option_names
-from timm_lt.label_names import own_names
-from timm_lt.published import PUBLISHED
-from timm_lt.registry import UsageError, unknown_name
-from timm_lt.run_folder import new_folder
+from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
+from timm_lt.models.label_names import own_names
+from timm_lt.models.published import PUBLISHED
+from timm_lt.run.folder import new_folder
+from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.files import read_json
 
 
 def add_parser(commands: Commands) -> None:

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import train_lt
 from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
 from timm_lt.cli.model_argument import (
     DATA_HELP,
@@ -20,9 +19,10 @@ from timm_lt.cli.model_argument import (
 )
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.model import LOCAL_DIR
-from timm_lt.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
-from timm_lt.recommendation import JOINT
+from timm_lt.models.create import LOCAL_DIR
+from timm_lt.report.recommendation import JOINT
+from timm_lt.run.execution import run_recipe
+from timm_lt.run.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
 
 
 def add_parser(commands: Commands) -> None:
@@ -112,7 +112,7 @@ def fit_heads(arguments: argparse.Namespace) -> None:
         objective=arguments.objective,
         seed=arguments.seed,
     )
-    train_lt.run_recipe(
+    run_recipe(
         default_name(arguments.model, recipe.data.title),
         recipe,
         RunOptions(

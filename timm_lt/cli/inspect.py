@@ -21,7 +21,6 @@ from timm_lt.cli.common import (
 )
 from timm_lt.cli.inspection_report import print_report
 from timm_lt.cli.model_argument import check_is_list
-from timm_lt.console import advance, progress, result_console
 from timm_lt.data.columns import as_rgb
 from timm_lt.data.folder.source import folder, list_folder
 from timm_lt.data.inspection import Inspection, inspect_splits
@@ -29,17 +28,18 @@ from timm_lt.data.lists import read_image_list
 from timm_lt.data.lists.checks import absolute_root, located
 from timm_lt.data.pixels import check_background
 from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
-from timm_lt.files import write_atomic
-from timm_lt.longtail import ShotRule, shot_groups
-from timm_lt.plots import save_count_plot
-from timm_lt.registry import (
+from timm_lt.report.plot_counts import save_count_plot
+from timm_lt.report.tables import group_word
+from timm_lt.utils.checks import (
     UsageError,
     check_integer,
     check_number,
     check_options,
     unknown_name,
 )
-from timm_lt.report import group_word
+from timm_lt.utils.console import advance, progress, result_console
+from timm_lt.utils.files import write_atomic
+from timm_lt.utils.longtail import ShotRule, shot_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset

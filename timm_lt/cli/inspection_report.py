@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from timm_lt.console import error_text, one_line
 from timm_lt.data.duplicates import Twin
 from timm_lt.data.inspection import Inspection
 from timm_lt.data.verification import Damage
-from timm_lt.report import group_word
+from timm_lt.report.tables import group_word
+from timm_lt.utils.console import error_text, one_line
 
 # Classes, pairs and files that are listed.
 SHOWN = 5

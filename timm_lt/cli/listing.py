@@ -9,11 +9,11 @@ import timm_lt
 from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
 from timm_lt.cli.checkpoint_argument import find_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
-from timm_lt.comparison import shipped_grids
 from timm_lt.data import list_augmentations
-from timm_lt.recipe import shipped_recipes
-from timm_lt.registry import UsageError
-from timm_lt.report import head_table
+from timm_lt.report.tables import head_table
+from timm_lt.run.comparison import shipped_grids
+from timm_lt.run.parse import shipped_recipes
+from timm_lt.utils.checks import UsageError
 
 
 def add_parser(commands: Commands) -> None:

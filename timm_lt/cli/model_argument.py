@@ -9,17 +9,17 @@ from torch import nn
 
 from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, read_checkpoint, read_config
 from timm_lt.cli.common import parse_options
-from timm_lt.console import log, one_line
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.label_names import label_names
-from timm_lt.model import LOCAL_DIR
-from timm_lt.preprocessing import create_sized_model
-from timm_lt.recipe import DataRecipe, load_recipe
-from timm_lt.recipe.schema import ClassOrder
-from timm_lt.registry import UsageError, check_integer, unknown_name
-from timm_lt.repo import Repo
-from timm_lt.weights_file import create_from_file
+from timm_lt.models.create import LOCAL_DIR
+from timm_lt.models.label_names import label_names
+from timm_lt.models.preprocessing import create_sized_model
+from timm_lt.models.repo import Repo
+from timm_lt.models.weights_file import create_from_file
+from timm_lt.run.parse import load_recipe
+from timm_lt.run.recipe import ClassOrder, DataRecipe
+from timm_lt.utils.checks import UsageError, check_integer, unknown_name
+from timm_lt.utils.console import log, one_line
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
@@ -149,7 +149,7 @@ def load_model(
         checkpoint: File with weights for the architecture, or None.
         key: Key or prefix of the weights in that file, or None.
         image_size: Side of the images in pixels, or None.
-        **options: Of :func:`timm_lt.preprocessing.create_sized_model`.
+        **options: Of :func:`timm_lt.models.preprocessing.create_sized_model`.
 
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.

@@ -18,8 +18,8 @@ from timm_lt.checkpoint import (
     save_checkpoint,
 )
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
-from timm_lt.files import read_json, write_json
-from timm_lt.run_folder import CHECKPOINT_ENTRIES, new_folder
+from timm_lt.run.folder import CHECKPOINT_ENTRIES, new_folder
+from timm_lt.utils.files import read_json, write_json
 
 DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

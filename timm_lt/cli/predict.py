@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from timm_lt.accelerator import default_device, set_cpu_threads
 from timm_lt.checkpoint import background_of
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.cli.model_argument import (
@@ -26,7 +25,6 @@ from timm_lt.cli.model_argument import (
     load_model,
     model_options,
 )
-from timm_lt.console import log, one_line, result_console
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
 from timm_lt.data.pixels import check_background
 from timm_lt.data.reading import (
@@ -37,11 +35,13 @@ from timm_lt.data.reading import (
     is_huge,
     shown_path,
 )
-from timm_lt.files import write_atomic
-from timm_lt.preprocessing import image_config
-from timm_lt.recipe.class_order import class_orders
-from timm_lt.recipe.schema import ClassOrder
-from timm_lt.registry import UsageError, check_integer, shown_names
+from timm_lt.models.preprocessing import image_config
+from timm_lt.run.class_order import class_orders
+from timm_lt.run.recipe import ClassOrder
+from timm_lt.utils.accelerator import default_device, set_cpu_threads
+from timm_lt.utils.checks import UsageError, check_integer, shown_names
+from timm_lt.utils.console import log, one_line, result_console
+from timm_lt.utils.files import write_atomic
 
 BATCH_SIZE = 32
 # Raw files of cameras, of which Pillow would decode a preview at most.

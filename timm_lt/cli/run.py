@@ -18,10 +18,10 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Sampler
 
 from timm_lt.cli.common import Commands, add_command
-from timm_lt.console import log
 from timm_lt.data import create_loader, dataset_labels
-from timm_lt.registry import UsageError, check_options
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
+from timm_lt.utils.checks import UsageError, check_options
+from timm_lt.utils.console import log
 
 SAMPLER = "--sampler"
 SAMPLER_HELP = (

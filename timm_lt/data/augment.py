@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.registry import Registry, check_choice, check_integer, check_number
 from timm_lt.samplers.arithmetic import keyed
+from timm_lt.utils.checks import Registry, check_choice, check_integer, check_number
 
 AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
 A = TypeVar("A", bound="type[Augmentation]")

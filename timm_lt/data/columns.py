@@ -12,7 +12,7 @@ from timm_lt.data.described import described
 from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.data.pixels import WHITE, check_background
 from timm_lt.data.reading import decode_column, read_image
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 
 @dataclass

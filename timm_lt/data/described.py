@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # What every module has, beside its weights and its parts.
 OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}

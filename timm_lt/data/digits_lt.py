@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.utils.checks import UsageError, check_integer
 
 from .long_tailed import make_long_tailed
 from .sources import Split, dataset_from_arrays, register_dataset

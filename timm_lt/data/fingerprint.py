@@ -15,7 +15,7 @@ from torchvision.datasets import DatasetFolder
 
 from timm_lt.data.described import described, qualified_name, stable_repr, tensor_fingerprint
 from timm_lt.data.reading import encoded_images, is_remote
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # Rows of a data set that are read together.
 ROWS = 1000

@@ -15,7 +15,6 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
-from timm_lt.accelerator import kept_random_state
 from timm_lt.data.columns import check_random_access, image_column, label_column
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
@@ -26,8 +25,9 @@ from timm_lt.data.pairs import drawn_item
 from timm_lt.data.pixels import to_rgb, with_alpha
 from timm_lt.data.reading import turned_upright
 from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
-from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.utils.accelerator import kept_random_state
+from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.longtail import check_labels
 
 ACCEPTED = (
     "give a folder of images; a datasets.Dataset with images and labels; torchvision's "

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from timm_lt.longtail import long_tailed_counts
-from timm_lt.registry import check_choice, check_integer
+from timm_lt.utils.checks import check_choice, check_integer
+from timm_lt.utils.longtail import long_tailed_counts
 
 from .sources import Split, dataset_from_arrays, register_dataset
 

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.console import log
 from timm_lt.data.reading import shown_path
 from timm_lt.data.sources import Split
-from timm_lt.longtail import Labels, check_labels
-from timm_lt.registry import UsageError, check_integer, check_number, shown_names
+from timm_lt.utils.checks import UsageError, check_integer, check_number, shown_names
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import Labels, check_labels
 
 
 def hold_out(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from timm_lt.console import log
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
 from timm_lt.data.described import described, tensor_fingerprint
 from timm_lt.data.draws import InOrder
@@ -33,8 +32,9 @@ from timm_lt.data.reading import (
     unreadable_images,
 )
 from timm_lt.data.sharing import check_groups
-from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import check_labels
 
 # Beyond this, decoded images do not belong in memory.
 MAX_BYTES = 8 * 2**30

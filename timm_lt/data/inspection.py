@@ -28,8 +28,8 @@ from timm_lt.data.reading import (
 )
 from timm_lt.data.splits import Splits
 from timm_lt.data.verification import Damage, StoredFiles, find_damaged, in_threads
-from timm_lt.longtail import ShotRule, describe_shots, shot_groups
-from timm_lt.registry import Problems
+from timm_lt.utils.checks import Problems
+from timm_lt.utils.longtail import ShotRule, describe_shots, shot_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import to_pil_image
 
-from timm_lt.accelerator import kept_random_state
 from timm_lt.data.described import described
 from timm_lt.data.fingerprint import dataset_fingerprint, digest, reads_as
 from timm_lt.data.pairs import drawn_item
 from timm_lt.data.reading import read_image
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import kept_random_state
+from timm_lt.utils.checks import UsageError
 
 
 class TransformedItems(Dataset[tuple[Any, Any]]):

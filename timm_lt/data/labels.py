@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
-from timm_lt.accelerator import kept_random_state
-from timm_lt.console import log
 from timm_lt.data.columns import ImageRows, check_random_access, label_column
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.items import TransformedItems
 from timm_lt.data.pairs import LABEL_KEYS, drawn_item
-from timm_lt.longtail import Labels, check_labels
-from timm_lt.registry import UsageError
+from timm_lt.utils.accelerator import kept_random_state
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import Labels, check_labels
 
 # A data set with random access: len(items) and items[row].
 Items: TypeAlias = Any

@@ -16,13 +16,13 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_lt.accelerator import default_device
 from timm_lt.data.columns import ImageRows, check_random_access
 from timm_lt.data.items import with_transform
 from timm_lt.data.labels import is_plain
 from timm_lt.data.sharing import prepare, sampler_of, with_sampler
-from timm_lt.registry import UsageError, check_integer, unknown_name
 from timm_lt.samplers import ClassSampler
+from timm_lt.utils.accelerator import default_device
+from timm_lt.utils.checks import UsageError, check_integer, unknown_name
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
 

@@ -5,8 +5,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.longtail import Labels, Profile, check_labels, class_counts, long_tailed_counts
-from timm_lt.registry import UsageError, check_integer, shown_names
+from timm_lt.utils.checks import UsageError, check_integer, shown_names
+from timm_lt.utils.longtail import (
+    Labels,
+    Profile,
+    check_labels,
+    class_counts,
+    long_tailed_counts,
+)
 
 from .columns import check_random_access, label_column
 from .labels import dataset_labels
@@ -69,8 +75,8 @@ def long_tailed_indices(
 ) -> NDArray[np.int64]:
     """Chooses the images of a long-tailed subset as LDAM-DRW chooses them.
 
-    The counts are those of :func:`timm_lt.longtail.long_tailed_counts` with ``n_max`` the largest
-    class. For each class in order, its indices are shuffled and the first ``n_c`` taken.
+    The counts are those of :func:`~timm_lt.utils.longtail.long_tailed_counts` with ``n_max`` the
+    largest class. For each class in order, its indices are shuffled and the first ``n_c`` taken.
 
     >>> long_tailed_indices([0, 1] * 4, imbalance_factor=4).tolist()
     [4, 6, 2, 0, 1]

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from timm_lt.files import read_json, sha256
-from timm_lt.longtail import Labels, check_labels, class_counts
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.files import read_json, sha256
+from timm_lt.utils.longtail import Labels, check_labels, class_counts
 
 COMPARED = ("num_images", "class_counts", "indices_sha256", "labels_sha256", "all_labels_sha256")
 

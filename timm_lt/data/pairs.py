@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import check_labels
 
 # Keys of images and of labels in a sample or batch that is a mapping, the first present is taken.
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "input", "inputs", "x", "data")

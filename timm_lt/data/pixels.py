@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 WHITE = "#ffffff"
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262

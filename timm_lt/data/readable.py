@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from timm_lt.console import log
 from timm_lt.data.reading import Unreadable, describe_huge, image_names, unreadable_images
 from timm_lt.data.sources import Split, dataset_from_files
 from timm_lt.data.verification import Damage, find_damaged
-from timm_lt.registry import Problems, shown_names
+from timm_lt.utils.checks import Problems, shown_names
+from timm_lt.utils.console import log
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,9 +19,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from timm_lt.console import ignore_pillow_warnings
 from timm_lt.data.pixels import WHITE, check_background, to_rgb
-from timm_lt.registry import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names
+from timm_lt.utils.console import ignore_pillow_warnings
 
 # What to do about an image that cannot be read.
 Unreadable = Literal["raise", "skip"]
@@ -388,4 +388,4 @@ def _last_line(error: BaseException) -> str:
     text = str(error)
     if not text.startswith(CAUGHT):
         return text
-    return text.strip().rpartition("\n")[2].removeprefix("timm_lt.registry.UsageError: ")
+    return text.strip().rpartition("\n")[2].removeprefix("timm_lt.utils.checks.UsageError: ")

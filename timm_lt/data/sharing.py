@@ -8,8 +8,8 @@ from accelerate.data_loader import DataLoaderAdapter, prepare_data_loader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import DataLoader, Sampler
 
-from timm_lt.registry import UsageError
 from timm_lt.samplers import ClassSampler
+from timm_lt.utils.checks import UsageError
 
 # What a DataLoader is made of, beside its data set and the order of its images.
 SETTINGS = (

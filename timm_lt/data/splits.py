@@ -19,8 +19,8 @@ from timm_lt.data.pixels import WHITE
 from timm_lt.data.reading import Unreadable
 from timm_lt.data.sources import SelectionProtocol, Split, check_protocol, find_splits
 from timm_lt.data.stored import StoredImages
-from timm_lt.longtail import class_counts
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.longtail import class_counts
 
 ValSource = Literal["val", "train", "test"]
 HeldOut = Literal["test", "val"]

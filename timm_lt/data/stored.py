@@ -22,8 +22,8 @@ from timm_lt.data.fingerprint import digest, images_fingerprint
 from timm_lt.data.images import Batch, TrainLoader
 from timm_lt.data.loader import Loader, create_loader
 from timm_lt.data.reading import UNREADABLE, Unreadable, encoded_images, is_huge, read_image
-from timm_lt.registry import UsageError
 from timm_lt.samplers.arithmetic import keyed
+from timm_lt.utils.checks import UsageError
 
 # Options of create_loader that training sets.
 OURS = (

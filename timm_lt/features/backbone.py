@@ -10,7 +10,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from timm_lt.heads import classifier_name, find_classifiers
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, unknown_name
 
 ComputeDtype = Literal["float32", "bfloat16"]
 

@@ -21,12 +21,12 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.console import log
 from timm_lt.features.mapped import NAMES, content, map_file
 from timm_lt.features.order import check_shown
 from timm_lt.features.values import Features, check_views
-from timm_lt.files import flush_folder, read_json, write_atomic
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+from timm_lt.utils.files import flush_folder, read_json, write_atomic
 
 # Layout of all files: another number, and they are made anew.
 LAYOUT = 2

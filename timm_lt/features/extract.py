@@ -13,8 +13,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_lt.accelerator import torch_defaults, unwrapped
-from timm_lt.console import log
 from timm_lt.data.fingerprint import digest
 from timm_lt.data.pairs import images_and_labels
 from timm_lt.data.reading import UNREADABLE, is_worker_death, loaded
@@ -31,8 +29,10 @@ from timm_lt.features.order import (
 )
 from timm_lt.features.values import Features, check_finite
 from timm_lt.heads import find_classifiers
-from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError, check_integer, check_literals
+from timm_lt.utils.accelerator import torch_defaults, unwrapped
+from timm_lt.utils.checks import UsageError, check_integer, check_literals
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import check_labels
 
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 NO_BATCHES = "the loader has no batches, so there are no features to extract"
@@ -84,8 +84,8 @@ def extract_features(
         dtype: How the values are kept. float16 has 11 significant bits up to 65,504, bfloat16 has
             8.
         compute_dtype: What the backbone computes in. ``"bfloat16"`` is fast where
-            :func:`~timm_lt.accelerator.native_precision` says so and slow elsewhere; the features
-            of a ResNet-50 are then about 0.4 % from those in float32.
+            :func:`~timm_lt.utils.accelerator.native_precision` says so and slow elsewhere; the
+            features of a ResNet-50 are then about 0.4 % from those in float32.
         views: Passes over the loader, K >= 1, each of which shows other augmented views of the same
             images. Before each, ``loader.set_epoch(view)`` is called if there is such a method. The
             loaders of ``views_loader`` give view v of an image the same augmentation whatever came

@@ -15,7 +15,7 @@ from timm_lt.data.fingerprint import dataset_fingerprint, digest
 from timm_lt.data.images import as_it_is
 from timm_lt.data.stored import collate
 from timm_lt.features.order import layers_of, num_images
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # Functions that make a batch of the samples as they are.
 COLLATING = (default_collate, fast_collate, collate, as_it_is)

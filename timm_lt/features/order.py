@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 
 from timm_lt.data.draws import InOrder
 from timm_lt.data.loader import Loader
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 
 def layers_of(loader: object) -> list[Any]:

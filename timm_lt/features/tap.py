@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from timm_lt.features.backbone import as_rows, chosen_classifier
 from timm_lt.heads import find_classifiers
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 
 class FeatureTap:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_lt.longtail import check_labels
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.longtail import check_labels
 
 # Values that are looked at together: what is held of a mapped file at a time.
 BLOCK = 2**20

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from timm_lt.fitting.data import FitData
 from timm_lt.heads import HEADS, Head, head_option_names
-from timm_lt.longtail import ShotRule
-from timm_lt.registry import (
+from timm_lt.utils.checks import (
     Registry,
     UsageError,
     check_integer,
@@ -17,6 +16,7 @@ from timm_lt.registry import (
     check_number,
     check_options,
 )
+from timm_lt.utils.longtail import ShotRule
 
 
 class Fit(Protocol):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from timm_lt.fitting.rows import take_rows
 from timm_lt.heads.metric import FeatureSpace
-from timm_lt.longtail import class_counts
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import class_counts
 
 # Rows that are summed at a time: in three spaces, they are to come from the processor's cache.
 ROWS = 512

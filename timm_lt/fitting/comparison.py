@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_lt.longtail import ShotRule
 from timm_lt.metrics import (
     Objective,
     confidence_intervals,
@@ -14,7 +13,8 @@ from timm_lt.metrics import (
     paired_difference,
     shot_accuracy,
 )
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import ShotRule
 
 
 def compare_heads(

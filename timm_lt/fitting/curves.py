@@ -19,9 +19,15 @@ from timm_lt.heads import (
     log_prior,
     nonzero_norm,
 )
-from timm_lt.longtail import ClassCounts, ShotRule, check_class_counts, check_labels, shot_groups
 from timm_lt.metrics import Objective
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.longtail import (
+    ClassCounts,
+    ShotRule,
+    check_class_counts,
+    check_labels,
+    shot_groups,
+)
 
 Adjustment = Literal["norm", "prior"]
 # Beyond it, powers of small norms leave float32; the taus of the papers lie below 2.

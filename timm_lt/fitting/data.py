@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features, check_features
 from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.longtail import (
+from timm_lt.metrics import Objective
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.longtail import (
     ClassCounts,
     ShotRule,
     check_class_counts,
     check_no_empty_class,
     class_counts,
 )
-from timm_lt.metrics import Objective
-from timm_lt.registry import UsageError, check_integer
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from timm_lt.accelerator import torch_defaults
-from timm_lt.console import log
 from timm_lt.features import Features
 from timm_lt.fitting.base import FITS, complete_fit_options
 from timm_lt.fitting.comparison import compare_heads
 from timm_lt.fitting.data import FitData, check_fit_data
 from timm_lt.fitting.selection import predictions
 from timm_lt.heads import HEADS, Head, as_joint
-from timm_lt.longtail import ClassCounts, ShotRule
 from timm_lt.metrics import Objective
-from timm_lt.registry import UsageError, check_choice, check_options
+from timm_lt.utils.accelerator import torch_defaults
+from timm_lt.utils.checks import UsageError, check_choice, check_options
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import ClassCounts, ShotRule
 
 AUTO = "auto"
 DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")

@@ -17,9 +17,9 @@ from timm_lt.fitting.sgd import check_length
 from timm_lt.fitting.weight_generator import WeightGenerator
 from timm_lt.heads import FSLwFHead
 from timm_lt.heads.lengths import BATCH_SIZE, LWS_LENGTH
-from timm_lt.longtail import ShotRule, class_counts, shot_groups, shot_rule_texts
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.longtail import ShotRule, class_counts, shot_groups, shot_rule_texts
 
 Groups = Literal["many_shot", "many_and_medium"]
 Base: TypeAlias = int | Groups

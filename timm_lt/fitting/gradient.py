@@ -22,10 +22,16 @@ from timm_lt.fitting.sgd import (
 from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote, smote_counts
 from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, seeded_linear
 from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
-from timm_lt.longtail import ShotRule, class_counts
 from timm_lt.losses import create_loss
-from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping, check_number
 from timm_lt.samplers import check_sampler
+from timm_lt.utils.checks import (
+    UsageError,
+    check_choice,
+    check_integer,
+    check_mapping,
+    check_number,
+)
+from timm_lt.utils.longtail import ShotRule, class_counts
 
 H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks
-from timm_lt.longtail import class_counts
+from timm_lt.utils.longtail import class_counts
 
 
 @dataclass(frozen=True)

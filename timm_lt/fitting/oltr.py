@@ -17,8 +17,8 @@ from timm_lt.heads.lengths import OLTR_BATCH_SIZE, OLTR_LENGTH
 from timm_lt.heads.oltr import Squash
 from timm_lt.losses import DiscriminativeCentroids
 from timm_lt.losses.centroids import Hinge
-from timm_lt.registry import UsageError, check_choice, check_number
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 Centroids = Literal["learned", "means"]
 # As in the authors' code: images of a class in succession, and drops of the learning rate to a

@@ -15,8 +15,8 @@ from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
 from timm_lt.heads import Head, LWSHead, limit_norms
 from timm_lt.heads.lengths import BATCH_SIZE
-from timm_lt.registry import UsageError, check_integer, check_number
 from timm_lt.samplers import create_sampler
+from timm_lt.utils.checks import UsageError, check_integer, check_number
 
 # How often during training validation is looked at, if it is.
 LOOKS = 10

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from timm_lt.features import Features
 from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
-from timm_lt.longtail import class_counts
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.longtail import class_counts
 
 SmoteTarget: TypeAlias = int | Literal["largest"]
 NEIGHBORS = 5

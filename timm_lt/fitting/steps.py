@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from timm_lt.longtail import class_counts
 from timm_lt.metrics import Objective
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import class_counts
 
 # Entries of the (edges, C) matrices from which the worst class is taken at a time.
 ENTRIES = 2**22

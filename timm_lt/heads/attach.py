@@ -13,8 +13,8 @@ from torch import nn
 from timm_lt.heads.base import Head, as_linear, is_pointwise
 from timm_lt.heads.factory import HEADS
 from timm_lt.heads.statistics import check_statistics_stay, statistics_of
-from timm_lt.longtail import check_class_counts
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import check_class_counts
 
 Classifier = nn.Linear | nn.Conv2d
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from timm_lt.heads.base import Head
-from timm_lt.registry import Registry, UsageError, check_options
+from timm_lt.utils.checks import Registry, UsageError, check_options
 
 HEADS: Registry[type[Head]] = Registry("head")
 H = TypeVar("H", bound=type[Head])
@@ -39,7 +39,7 @@ def check_flag(noun: str, value: bool) -> bool:
 
     >>> check_flag("keep_bias", "false")
     Traceback (most recent call last):
-    timm_lt.registry.UsageError: keep_bias must be true or false, got 'false'
+    timm_lt.utils.checks.UsageError: keep_bias must be true or false, got 'false'
 
     Raises:
         UsageError: If the value is no boolean.

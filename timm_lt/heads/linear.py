@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import register_head
-from timm_lt.longtail import ClassCounts, check_class_counts
-from timm_lt.registry import UsageError, check_number
+from timm_lt.utils.checks import UsageError, check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 
 @register_head("linear")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import check_flag, register_head
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 Metric = Literal["cosine", "euclidean"]
 FeatureSpace = Literal["raw", "l2", "centered_l2"]

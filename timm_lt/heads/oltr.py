@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import register_head
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 Squash = Literal["squared", "linear"]
 

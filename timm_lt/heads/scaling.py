@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
 from timm_lt.heads.factory import check_flag, register_head
-from timm_lt.registry import check_number
+from timm_lt.utils.checks import check_number
 
 
 @register_head("tau_norm")

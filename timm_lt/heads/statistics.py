@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.heads.base import Head
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 
 def check_statistics_stay(old: Head) -> None:

@@ -9,10 +9,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from timm_lt.checkpoint import (
     TEXT_LIMIT,
 )
-from timm_lt.files import read_text
-from timm_lt.hub_errors import hub_errors
-from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
+from timm_lt.models.repo import Repo
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import read_text
+from timm_lt.utils.hub_errors import hub_errors
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from timm_lt.checkpoint import (
     CheckpointInfo,
     check_weights_file,
 )
-from timm_lt.files import file_sha256, read_json, read_yaml
-from timm_lt.plots import PLOT_FILES
-from timm_lt.registry import UsageError
+from timm_lt.report.plots import PLOT_FILES
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import file_sha256, read_json, read_yaml
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -20,17 +20,15 @@ from timm_lt.checkpoint import (
     head_entry,
     read_checkpoint,
 )
-from timm_lt.files import read_json
+from timm_lt.hub.card import render_card
+from timm_lt.hub.card_update import update_card
 from timm_lt.hub.commit import Pushed, check_nothing_is_ignored, commit, remote_text
-from timm_lt.hub_errors import HF_HUB, hub_errors
 from timm_lt.metrics import ShotReport
-from timm_lt.model import create_model
-from timm_lt.model_card import (
-    render_card,
-    update_card,
-)
-from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
+from timm_lt.models.create import create_model
+from timm_lt.models.repo import Repo
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import read_json
+from timm_lt.utils.hub_errors import HF_HUB, hub_errors
 
 
 def add_head(

@@ -15,18 +15,14 @@ from timm_lt.checkpoint import (
     CheckpointInfo,
     read_checkpoint,
 )
-from timm_lt.files import read_text
+from timm_lt.hub.card_update import folder_card, merge_cards, stated_license
 from timm_lt.hub.commit import Pushed, check_nothing_is_ignored, commit, remote_text
 from timm_lt.hub.files import checkpoint_files
-from timm_lt.hub_errors import HF_HUB, LOGIN, hub_errors
-from timm_lt.model_card import (
-    folder_card,
-    merge_cards,
-    stated_license,
-)
-from timm_lt.plots import PLOT_FILES
-from timm_lt.registry import UsageError
-from timm_lt.repo import Repo
+from timm_lt.models.repo import Repo
+from timm_lt.report.plots import PLOT_FILES
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import read_text
+from timm_lt.utils.hub_errors import HF_HUB, LOGIN, hub_errors
 
 
 def push_to_hub(

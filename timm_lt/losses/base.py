@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.longtail import ClassCounts, check_class_counts
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 Reduction = Literal["mean", "sum", "none"]
 

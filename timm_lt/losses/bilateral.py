@@ -7,11 +7,11 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from torch import Tensor, nn
 
-from timm_lt.deferral import epoch_not_set
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
-from timm_lt.registry import UsageError, check_choice, check_integer, check_mapping
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping
+from timm_lt.utils.deferral import epoch_not_set
+from timm_lt.utils.longtail import ClassCounts
 
 Adaptor = Literal[
     "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"

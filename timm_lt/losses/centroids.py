@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 Hinge = Literal["example", "batch"]
 

@@ -3,10 +3,10 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
-from timm_lt.registry import check_number
+from timm_lt.utils.checks import check_number
+from timm_lt.utils.longtail import ClassCounts
 
 
 @register_loss("cross_entropy")

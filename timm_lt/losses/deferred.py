@@ -5,8 +5,6 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from timm_lt.deferral import check_start, epoch_not_set, first_epoch
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import create_loss, register_loss
 from timm_lt.losses.weights import (
@@ -16,7 +14,9 @@ from timm_lt.losses.weights import (
     given_counts,
     inverse_frequency_weights,
 )
-from timm_lt.registry import UsageError, check_choice, check_mapping
+from timm_lt.utils.checks import UsageError, check_choice, check_mapping
+from timm_lt.utils.deferral import check_start, epoch_not_set, first_epoch
+from timm_lt.utils.longtail import ClassCounts
 
 Weights = Literal["effective_number", "inverse_frequency"]
 

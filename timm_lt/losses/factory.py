@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from timm_lt.longtail import ClassCounts
-from timm_lt.registry import Registry, UsageError
+from timm_lt.utils.checks import Registry, UsageError
+from timm_lt.utils.longtail import ClassCounts
 
 LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
 

@@ -4,12 +4,12 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.terms import sigmoid_focal, softmax_focal
 from timm_lt.losses.weighted import sigmoid_bias
-from timm_lt.registry import check_choice, check_number
+from timm_lt.utils.checks import check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts
 
 FocalForm = Literal["softmax", "sigmoid"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.longtail import ClassCounts
 
 Distance = Literal["squared", "euclidean"]
 # Squared distances below it count as it: the harmonic mean divides by them.

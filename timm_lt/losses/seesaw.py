@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.weights import given_counts
-from timm_lt.registry import check_number
+from timm_lt.utils.checks import check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 
 @register_loss("seesaw")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.longtail import ClassCounts
 from timm_lt.losses.base import Reduction
 from timm_lt.losses.factory import register_loss
 from timm_lt.losses.terms import mean_over_labels, sigmoid_focal, softmax_focal
@@ -18,7 +17,8 @@ from timm_lt.losses.weights import (
     given_counts,
     inverse_frequency_weights,
 )
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts
 
 Form = Literal["softmax", "sigmoid", "focal"]
 FocalForm = Literal["sigmoid", "softmax"]

@@ -5,9 +5,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, distributed
 
-from timm_lt.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.losses.base import ClassLoss, Reduction
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 Normalization = Literal["batch", "weights"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.utils.checks import UsageError, check_integer
 
 ECE_BINS = 15
 

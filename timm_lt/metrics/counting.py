@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.metrics.calibration import ECE_BINS, confidence_bins
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 TOP = 5
 # Confidences are summed as integers, in units of 2^-32: a sum of integers does not depend on its

@@ -8,7 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import (
+from timm_lt.metrics.counting import accuracy_figures
+from timm_lt.metrics.shot_report import Objective, ShotReport, objective_field, objective_value
+from timm_lt.metrics.streaming import shot_accuracy
+from timm_lt.utils.checks import UsageError, check_integer, check_number
+from timm_lt.utils.longtail import (
     ClassCounts,
     Labels,
     ShotRule,
@@ -16,10 +20,6 @@ from timm_lt.longtail import (
     check_labels,
     shot_groups,
 )
-from timm_lt.metrics.counting import accuracy_figures
-from timm_lt.metrics.shot_report import Objective, ShotReport, objective_field, objective_value
-from timm_lt.metrics.streaming import shot_accuracy
-from timm_lt.registry import UsageError, check_integer, check_number
 
 Figures: TypeAlias = dict[str, Tensor]
 Draw: TypeAlias = Callable[[np.random.Generator, int], Figures]

@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.longtail import Labels, check_labels
 from timm_lt.metrics.counting import check_finite, check_logits, judge
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.longtail import Labels, check_labels
 
 OpenSetRule = Literal["fb", "oltr"]
 # Target of an image of no known class.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_lt.files import write_atomic, write_json
-from timm_lt.longtail import ClassCounts, check_class_counts, shot_groups
 from timm_lt.metrics.shot_report import ShotReport
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import write_atomic, write_json
+from timm_lt.utils.longtail import ClassCounts, check_class_counts, shot_groups
 
 # The columns that depend on the classifier.
 FIGURES = ("accuracy", "precision", "f1")

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import ClassCounts, check_class_counts
 from timm_lt.metrics.shot_report import ShotReport
-from timm_lt.registry import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ShiftDirection = Literal["forward", "uniform", "backward"]
 

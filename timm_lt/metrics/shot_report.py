@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from timm_lt.longtail import ShotRule, shot_rule_texts
-from timm_lt.registry import UsageError, check_choice
+from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.longtail import ShotRule, shot_rule_texts
 
 Objective = Literal["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

@@ -7,14 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.longtail import (
-    ClassCounts,
-    Labels,
-    ShotRule,
-    check_class_counts,
-    check_labels,
-    shot_groups,
-)
 from timm_lt.metrics.calibration import ECE_BINS, bin_error, describe_bins
 from timm_lt.metrics.counting import (
     CONFIDENCE_UNITS,
@@ -29,7 +21,15 @@ from timm_lt.metrics.counting import (
     judge,
 )
 from timm_lt.metrics.shot_report import ShotReport
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import (
+    ClassCounts,
+    Labels,
+    ShotRule,
+    check_class_counts,
+    check_labels,
+    shot_groups,
+)
 
 
 class ShotMetrics:

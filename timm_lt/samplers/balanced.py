@@ -7,8 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import ClassCounts, Labels, check_class_counts
-from timm_lt.registry import check_integer, check_number
 from timm_lt.samplers.arithmetic import (
     Integers,
     Purpose,
@@ -19,6 +17,8 @@ from timm_lt.samplers.arithmetic import (
 )
 from timm_lt.samplers.base import ClassSampler, Plan, small_integers
 from timm_lt.samplers.factory import register_sampler
+from timm_lt.utils.checks import check_integer, check_number
+from timm_lt.utils.longtail import ClassCounts, Labels, check_class_counts
 
 
 def power_probabilities(class_counts: ClassCounts, q: float) -> Tensor:

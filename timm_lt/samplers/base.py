@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_integer
 from timm_lt.samplers.arithmetic import (
     Integers,
     Purpose,
@@ -27,6 +25,8 @@ from timm_lt.samplers.arithmetic import (
     torch_generator,
 )
 from timm_lt.samplers.cycles import ImageCycles
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.longtail import Labels
 
 # Draws that are turned into Python integers at once.
 PIECE = 2**12

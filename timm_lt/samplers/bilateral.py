@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers.arithmetic import Purpose, seed_word
 from timm_lt.samplers.balanced import InstanceBalancedSampler
 from timm_lt.samplers.base import ClassSampler, Plan
 from timm_lt.samplers.factory import SAMPLERS, register_sampler
+from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.longtail import Labels
 
 Rebalancing = Literal["reversed", "class_balanced", "instance_balanced"]
 

@@ -7,8 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels, check_labels
-from timm_lt.registry import UsageError
 from timm_lt.samplers.arithmetic import (
     Integers,
     Purpose,
@@ -19,6 +17,8 @@ from timm_lt.samplers.arithmetic import (
     seed_word,
     sort_order,
 )
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import Labels, check_labels
 
 # Labels, or images, that are handled at once: what is temporary is proportional to it.
 BLOCK = 2**18

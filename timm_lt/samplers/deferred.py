@@ -7,12 +7,12 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.deferral import first_epoch
-from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_integer, check_mapping
 from timm_lt.samplers.arithmetic import Integers
 from timm_lt.samplers.base import ClassSampler, Plan
 from timm_lt.samplers.factory import SAMPLERS, register_sampler
+from timm_lt.utils.checks import UsageError, check_integer, check_mapping
+from timm_lt.utils.deferral import first_epoch
+from timm_lt.utils.longtail import Labels
 
 
 @register_sampler("deferred")

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import Registry, UsageError
 from timm_lt.samplers.base import ClassSampler
+from timm_lt.utils.checks import Registry, UsageError
+from timm_lt.utils.longtail import Labels
 
 SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")
 # What whoever uses a sampler sets, so that it is no option for a user.

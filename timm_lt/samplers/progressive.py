@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers.arithmetic import Integers, Purpose, keyed, seed_word, sort_order
 from timm_lt.samplers.balanced import power_probabilities
 from timm_lt.samplers.base import ClassSampler, Plan, small_integers
 from timm_lt.samplers.factory import register_sampler
+from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.longtail import Labels
 
 Schedule = Literal["t/T", "t/(T-1)"]
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import check_integer
 from timm_lt.samplers.base import ClassSampler
 from timm_lt.samplers.factory import register_sampler
+from timm_lt.utils.checks import check_integer
+from timm_lt.utils.longtail import Labels
 
 
 class _TargetSampler(ClassSampler):

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from timm_lt.longtail import Labels
-from timm_lt.registry import check_number
 from timm_lt.samplers.balanced import power_probabilities
 from timm_lt.samplers.base import ClassSampler
 from timm_lt.samplers.factory import register_sampler
+from timm_lt.utils.checks import check_number
+from timm_lt.utils.longtail import Labels
 
 
 @register_sampler("reversed")

@@ -10,11 +10,11 @@ from accelerate.utils import broadcast
 from rich.progress import Progress
 from torch import Tensor
 
-from timm_lt.console import advance
 from timm_lt.data.images import Batch
 from timm_lt.data.reading import loaded, without_unreadable
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.update import Losses, Update
+from timm_lt.utils.console import advance
 
 
 def run_updates(

@@ -7,12 +7,12 @@ from typing import get_args
 import torch
 from torch import nn
 
-from timm_lt.bilateral import takes_pairs
 from timm_lt.checkpoint import is_statistic
 from timm_lt.heads import find_classifiers
-from timm_lt.registry import UsageError, check_choice, unknown_name
+from timm_lt.models.bilateral import takes_pairs
 from timm_lt.training.head_plan import BatchNorm
 from timm_lt.training.last_block import LAST_BLOCK, last_block
+from timm_lt.utils.checks import UsageError, check_choice, unknown_name
 
 
 def check_trained(model: nn.Module, trained: Sequence[str] | None, bn: BatchNorm) -> None:

@@ -9,19 +9,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from timm_lt.accelerator import kept_random_state
-from timm_lt.bilateral import unpair
 from timm_lt.checkpoint import is_statistic
-from timm_lt.console import log, progress
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
 from timm_lt.heads import CRTHead, Head, LWSHead, get_head, seeded_linear, set_head
-from timm_lt.registry import UsageError, check_integer
+from timm_lt.models.bilateral import unpair
 from timm_lt.samplers import create_sampler
 from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.head_plan import BatchNorm, HeadPlan, plan_head_on_images
 from timm_lt.training.schedule import Schedule
 from timm_lt.training.update import Losses, Update, cpu_copy
+from timm_lt.utils.accelerator import kept_random_state
+from timm_lt.utils.checks import UsageError, check_integer
+from timm_lt.utils.console import log, progress
 
 
 @kept_random_state()
@@ -64,7 +64,7 @@ def train_head_on_images(
         name: ``"crt"`` or ``"lws"``.
         model: A timm model with its joint classifier (C, D). It stays as it is; a copy is trained.
         train: Training images with their augmentation, an image of every class.
-        accelerator: From :func:`timm_lt.accelerator.create_accelerator`.
+        accelerator: From :func:`timm_lt.utils.accelerator.create_accelerator`.
         bn: What batch norm does, ``"frozen"`` or ``"shift"``.
         epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
             updates. The last N mod ``batch_size`` images of each pass are left out.

@@ -12,10 +12,16 @@ from timm_lt.checkpoint import is_statistic
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, check_head_options, get_head, head_option_names
 from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
-from timm_lt.longtail import check_no_empty_class, class_counts
-from timm_lt.registry import UsageError, check_choice, check_integer, check_number, unknown_name
 from timm_lt.samplers import check_sampler
 from timm_lt.training.checks import check_batch_size
+from timm_lt.utils.checks import (
+    UsageError,
+    check_choice,
+    check_integer,
+    check_number,
+    unknown_name,
+)
+from timm_lt.utils.longtail import check_no_empty_class, class_counts
 
 BatchNorm = Literal["frozen", "shift"]
 LENGTHS = {"crt": CRT_LENGTH, "lws": LWS_LENGTH}

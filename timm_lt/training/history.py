@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
-from timm_lt.console import log
+from timm_lt.utils.console import log
 
 SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from timm_lt.attention import ModulatedAttention
-from timm_lt.bilateral import BilateralBlock
-from timm_lt.registry import UsageError
+from timm_lt.models.attention import ModulatedAttention
+from timm_lt.models.bilateral import BilateralBlock
+from timm_lt.utils.checks import UsageError
 
 # In the list of modules that are trained: the path that last_block finds.
 LAST_BLOCK = "last_block"

@@ -19,12 +19,8 @@ from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from timm_lt.accelerator import kept_random_state
-from timm_lt.console import advance, log, progress
 from timm_lt.data.draws import NumberedSampler
 from timm_lt.data.images import Images
-from timm_lt.longtail import ClassCounts, check_class_counts
-from timm_lt.registry import UsageError, check_choice, check_integer
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import (
     check_batch_size,
@@ -50,6 +46,10 @@ from timm_lt.training.update import (
     taken_together,
 )
 from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
+from timm_lt.utils.accelerator import kept_random_state
+from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.console import advance, log, progress
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 Keep = Literal["best", "last"]
 

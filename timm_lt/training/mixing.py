@@ -8,8 +8,8 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from timm_lt.longtail import ClassCounts, check_class_counts
-from timm_lt.registry import UsageError, check_choice, check_number, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 KAPPA, TAU = "remix_kappa", "remix_tau"
 

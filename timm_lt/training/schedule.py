@@ -7,8 +7,8 @@ from typing import Any
 from timm.scheduler import create_scheduler_v2
 from torch.optim import Optimizer
 
-from timm_lt.registry import UsageError
 from timm_lt.training.history import EpochRecord
+from timm_lt.utils.checks import UsageError
 
 STEPPED_PER_UPDATE = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 PLATEAU = "plateau"

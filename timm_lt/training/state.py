@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from timm_lt.accelerator import is_lost_process
-from timm_lt.console import log
 from timm_lt.data.reading import is_worker_death
-from timm_lt.files import file_sha256, flush_folder, read_json, write_json
-from timm_lt.registry import UsageError
 from timm_lt.training.history import EpochRecord
+from timm_lt.utils.accelerator import is_lost_process
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+from timm_lt.utils.files import file_sha256, flush_folder, read_json, write_json
 
 HISTORY = "history.json"
 MANIFEST = "manifest.json"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from timm_lt.features.tap import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
-from timm_lt.registry import UsageError, check_choice, check_number
 from timm_lt.training.mixing import Mixing, check_names, create_mixup
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 ClipMode = Literal["norm", "value", "agc"]
 # Batches after which losses are looked at: it waits for the device.

@@ -14,7 +14,7 @@ from timm_lt.data.cifar.facts import NO_LABEL, CifarFacts
 from timm_lt.data.hub.columns import find_image_column
 from timm_lt.data.hub.tables import find_tables, open_repo
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.registry import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.longtail import class_counts
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.longtail import class_counts
 
 # As the datasets library stores an image without a label.
 NO_LABEL = -1

@@ -12,8 +12,8 @@ from timm_lt.data.cifar.facts import CIFAR10, CIFAR100, CifarFacts, check_counts
 from timm_lt.data.long_tailed import long_tailed_indices
 from timm_lt.data.manifest import check_manifest, subset_manifest
 from timm_lt.data.sources import Split, register_dataset
-from timm_lt.longtail import Profile
-from timm_lt.registry import Problems, UsageError, check_choice, check_integer
+from timm_lt.utils.checks import Problems, UsageError, check_choice, check_integer
+from timm_lt.utils.longtail import Profile
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,7 +18,7 @@ from timm_lt.data.folder.files import (
 )
 from timm_lt.data.reading import shown_path
 from timm_lt.data.sources import SPLIT_WORDS, Split
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
 
 
 @dataclass

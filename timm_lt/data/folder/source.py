@@ -4,19 +4,14 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from timm_lt.console import log
 from timm_lt.data.folder.directories import ImageFolder, read_folder
 from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, suffix
 from timm_lt.data.holdout import hold_out, small_classes
 from timm_lt.data.identity import path_keys
 from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
-from timm_lt.registry import (
-    check_choice,
-    check_integer,
-    check_number,
-    shown_names,
-)
+from timm_lt.utils.checks import check_choice, check_integer, check_number, shown_names
+from timm_lt.utils.console import log
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from timm_lt.registry import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from datasets import Features

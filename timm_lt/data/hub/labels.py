@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from timm_lt.data.hub.columns import described, label_kind
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
 
 if TYPE_CHECKING:
     from datasets import Dataset

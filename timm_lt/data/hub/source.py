@@ -21,8 +21,8 @@ from timm_lt.data.readable import note_damaged
 from timm_lt.data.reading import is_remote
 from timm_lt.data.sources import Split, register_dataset
 from timm_lt.data.verification import find_damaged
-from timm_lt.hub_errors import split_revision
-from timm_lt.registry import Problems, UsageError, check_choice, check_number, shown_names
+from timm_lt.utils.checks import Problems, UsageError, check_choice, check_number, shown_names
+from timm_lt.utils.hub_errors import split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

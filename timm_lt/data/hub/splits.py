@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from timm_lt.data.sources import SPLIT_WORDS, Split
-from timm_lt.registry import Problems, UsageError, unknown_name
+from timm_lt.utils.checks import Problems, UsageError, unknown_name
 
 
 def choose_splits(

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from timm_lt.data.folder.files import visible_files
 from timm_lt.data.sources import SPLIT_WORDS
-from timm_lt.hub_errors import hub_errors
-from timm_lt.registry import UsageError, shown_names, unknown_name
+from timm_lt.utils.checks import UsageError, shown_names, unknown_name
+from timm_lt.utils.hub_errors import hub_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features

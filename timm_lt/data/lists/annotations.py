@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.console import log, one_line
 from timm_lt.data.lists.columns import SPLIT_COLUMN, note_unused, read_splits
-from timm_lt.registry import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names
+from timm_lt.utils.console import log, one_line
 
 PATH_KEYS = ("fpath", "im_path", "image_path", "path", "file_name", "filename")
 LABEL_KEYS = ("category_id", "label", "target")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.presence import missing_rows
 from timm_lt.data.sources import Split
-from timm_lt.registry import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names
 
 Labels = NDArray[np.int64]
 # How an absolute path begins: with a slash, or on Windows with a drive or a share.

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.console import log
 from timm_lt.data.sources import SPLIT_WORDS
-from timm_lt.registry import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names
+from timm_lt.utils.console import log
 
 SPLIT_COLUMN = "split"
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.data.lists.paths import Paths
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 
 def missing_rows(paths: Paths) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.table import header_columns, read_table
 from timm_lt.data.lists.text import BOM, read_text
 from timm_lt.data.sources import Split
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # Bytes of a file that tell its format, and the end of a line of a text list.
 START = 4096

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.console import log
 from timm_lt.data.holdout import hold_out, leave_out_small
 from timm_lt.data.identity import image_keys
 from timm_lt.data.lists.checks import (
@@ -28,7 +27,8 @@ from timm_lt.data.lists.paths import Paths
 from timm_lt.data.lists.reader import ImageList, read_image_list
 from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
-from timm_lt.registry import Problems, UsageError, check_integer, check_number, shown_names
+from timm_lt.utils.checks import Problems, UsageError, check_integer, check_number, shown_names
+from timm_lt.utils.console import log
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm_lt.data.folder.files import IMAGE_SUFFIXES, suffix
 from timm_lt.data.lists.columns import SPLIT_COLUMN, note_unused, read_splits
 from timm_lt.data.lists.text import check_utf8
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 PATH_COLUMNS = ("path", "image", "filename", "file_name", "filepath")
 LABEL_COLUMNS = ("label", "target", "class", "category")

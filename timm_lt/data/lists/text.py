@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from timm_lt.data.lists.paths import Paths
-from timm_lt.registry import UsageError
+from timm_lt.utils.checks import UsageError
 
 # Bytes that are looked at together: what is computed of them stays in the processor's cache.
 BLOCK = 2**20

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from timm_lt.data.lists import ImageList, Paths, read_image_list
 from timm_lt.data.published_lists.facts import NAMES, Published, PublishedList, published
 from timm_lt.data.sources import Split
-from timm_lt.registry import Problems, check_choice, shown_names
+from timm_lt.utils.checks import Problems, check_choice, shown_names
 
 
 def check_image_list(name: str, split: Split, path: str | Path) -> ImageList:

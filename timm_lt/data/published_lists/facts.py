@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.data.sources import Split
-from timm_lt.registry import check_choice
+from timm_lt.utils.checks import check_choice
 
 FOLDER = Path(__file__).parent
 # The data sets, each with a file of its name.

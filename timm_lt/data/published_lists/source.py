@@ -22,7 +22,7 @@ from timm_lt.data.published_lists.check import note_differences
 from timm_lt.data.published_lists.facts import Published
 from timm_lt.data.readable import note_damaged_files
 from timm_lt.data.sources import Split, dataset_from_files
-from timm_lt.registry import Problems, UsageError
+from timm_lt.utils.checks import Problems, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,0 +1,281 @@
+"""ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
+
+Each is one of timm's own ResNets, so its weights load into plain timm, but for what timm lacks: the
+``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10`` with its
+attention. ``timm.create_model`` takes ``head=`` and that head's options beside its usual arguments.
+What is published under which name, ``hub_configs/`` says. The file's name is the module name that
+timm shows, and must differ from timm's own modules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    model_entrypoint,
+    register_model,
+    register_model_deprecations,
+)
+from torch import Tensor, nn
+
+from timm_lt.checkpoint import WEIGHTS, TimmBase
+from timm_lt.heads import HEADS, check_head_options, set_head
+from timm_lt.models.attention import SpatialAttention, attach_attention
+from timm_lt.models.bilateral import ANY_BASE, BRANCH_SCALE, create_bilateral, unpair
+from timm_lt.models.cifar_resnet import CifarResNet
+from timm_lt.models.create import split_options
+from timm_lt.models.pretrained import PretrainedSource
+from timm_lt.models.published import PUBLISHED, Published
+from timm_lt.utils.checks import UsageError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a registered name builds.
+
+    Attributes:
+        base: timm's architecture, or None for one that timm lacks.
+        bilateral: Has two branches, which timm lacks, too.
+        own: What builds one that timm lacks, from timm's usual arguments, if not as these say.
+        first_conv: Path of the convolution that sees the images.
+        reduction: Image size divided by the size of the last feature map.
+        feature_cfg: timm's settings of ``features_only``.
+    """
+
+    base: TimmBase | None
+    bilateral: bool = False
+    own: Callable[..., nn.Module] | None = None
+    first_conv: str = "conv1"
+    reduction: int = 32
+    feature_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **options: Any) -> nn.Module:
+        """Builds the model with timm's usual arguments, without weights."""
+        if self.own is not None:
+            return self.own(**options)
+        if not self.bilateral:
+            return self._plain(self.base, options)
+        scale = options.pop("branch_scale", BRANCH_SCALE)
+        base = TimmBase(options.pop("base"), {}) if "base" in options else self.base
+        model = create_bilateral(self._plain(base, options), branch_scale=scale, fresh=True)
+        # Its own name builds it.
+        model.__dict__.pop("timm_base", None)
+        return model
+
+    def _plain(self, base: TimmBase | None, options: dict[str, Any]) -> nn.Module:
+        if base is None:
+            return CifarResNet(**options)
+        if not is_model(base.architecture):
+            raise UsageError(f"unknown base {base.architecture!r}; timm.list_models() has all")
+        entrypoint = model_entrypoint(base.architecture)
+        model: nn.Module = entrypoint(pretrained=False, **{**base.model_args, **options})
+        return model
+
+
+def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any) -> nn.Module:
+    return attach_attention(ARCHITECTURES["lt_resnet10"].build(**options), spatial=spatial)
+
+
+CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
+# What of a pretrained configuration says how a network takes images.
+IMAGE_KEYS = (
+    *("input_size", "pool_size", "first_conv", "interpolation", "crop_pct", "crop_mode"),
+    *("mean", "std"),
+)
+ARCHITECTURES = {
+    "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
+    "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
+    "lt_oltr_resnet10": Architecture(None, own=_oltr_resnet10),
+    "lt_resnet32": Architecture(None, reduction=4, feature_cfg=CIFAR_FEATURES),
+    "lt_resnet50": Architecture(TimmBase("resnet50", {})),
+    "lt_resnet101": Architecture(TimmBase("resnet101", {})),
+    "lt_resnet152": Architecture(TimmBase("resnet152", {})),
+    "lt_resnext50": Architecture(TimmBase("resnext50_32x4d", {})),
+    "lt_resnext101": Architecture(TimmBase("resnext101_32x4d", {})),
+    "lt_resnext152": Architecture(TimmBase("resnext50_32x4d", {"layers": [3, 8, 36, 3]})),
+    "lt_bbn_resnet32": Architecture(None, True, reduction=4, feature_cfg=CIFAR_FEATURES),
+    "lt_bbn_resnet50": Architecture(TimmBase("resnet50", {}), True),
+    ANY_BASE: Architecture(TimmBase("resnet18", {}), True),
+}
+
+
+def _cfg(entry: Published) -> dict[str, Any]:
+    architecture = ARCHITECTURES[entry.architecture]
+    _, height, width = entry.input_size
+    return {
+        **entry.pretrained_cfg(),
+        "file": str(entry.folder / WEIGHTS) if entry.folder else None,
+        "first_conv": architecture.first_conv,
+        "classifier": "fc",
+        "pool_size": (height // architecture.reduction, width // architecture.reduction),
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{name: _cfg(entry) for name, entry in PUBLISHED.items()},
+        # Of no data: timm's own normalisation.
+        ANY_BASE: {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"},
+    }
+)
+
+
+def _create(
+    variant: str, pretrained: bool = False, *, head: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """Builds an architecture, loads its weights, and puts the head on it."""
+    kind = head
+    if pretrained and head is not None and head not in HEADS:
+        kind = PretrainedSource.kind(variant, head, kwargs)
+    head_options, timm_options = split_options(kind, kwargs)
+    source = None
+    if pretrained:
+        source = PretrainedSource.find(variant, head, head_options, timm_options)
+        if source.remote:
+            # A wrong option shows before anything is downloaded.
+            with torch.device("meta"):
+                _build(variant, False, **timm_options)
+        expected = expected_state(variant, source.config.num_classes)
+        weights = source.read(expected, timm_options.get("cache_dir"))
+        if weights is not None:
+            overlay = timm_options.get("pretrained_cfg_overlay") or {}
+            # Without a source, by which timm would read the weights once more.
+            overlay = {**overlay, "state_dict": weights.tensors, "source": None}
+            timm_options["pretrained_cfg_overlay"] = overlay
+    model = _build(variant, pretrained, **timm_options)
+    if head is None or kind is None:
+        return model
+    if timm_options.get("features_only"):
+        # timm's scripts pass it with any arguments; there is no classifier for a head to replace.
+        check_head_options(kind, head_options)
+        return model
+    config: Any = model.pretrained_cfg
+    if source is None or model.num_classes != config["num_classes"]:
+        return set_head(model, kind, **head_options)
+    return source.put_head(model, head, head_options)
+
+
+def _build(variant: str, pretrained: bool, **options: Any) -> nn.Module:
+    architecture = ARCHITECTURES[variant]
+    feature_cfg = dict(ARCHITECTURES.get(options.get("base", ""), architecture).feature_cfg)
+    model: nn.Module = build_model_with_cfg(
+        architecture.build, variant, pretrained, feature_cfg=feature_cfg, **options
+    )
+    for module in model.modules():
+        # The weights that were loaded from there would stay in memory with it.
+        module.__dict__.get("pretrained_cfg", {}).pop("state_dict", None)
+    if architecture.bilateral and options.get("features_only"):
+        unpair(model)
+    if architecture.base is not None and not architecture.bilateral:
+        model.__dict__["timm_base"] = architecture.base
+    return model
+
+
+def expected_state(name: str, num_classes: int) -> dict[str, Tensor]:
+    """Returns the state dict of a registered architecture on the meta device: names and shapes.
+
+    Args:
+        name: The architecture, with or without a tag.
+        num_classes: Number of classes of its classifier.
+    """
+    with torch.device("meta"):
+        model = ARCHITECTURES[name.partition(".")[0]].build(num_classes=num_classes)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+@register_model
+def lt_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's ``test_resnet`` (0.4 M parameters): the model of the embedded data set."""
+    return _create("lt_test_resnet", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage."""
+    return _create("lt_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def lt_oltr_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-10 with the modulated attention of OLTR behind its last stage.
+
+    ``spatial="linear"`` has the published form, for images of 224 pixels only.
+    """
+    return _create("lt_oltr_resnet10", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture."""
+    return _create("lt_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-50 as in Kang et al., ICLR 2020."""
+    return _create("lt_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-101 as in Kang et al., ICLR 2020."""
+    return _create("lt_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-152 as in Kang et al., ICLR 2020."""
+    return _create("lt_resnet152", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnext50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-50 32x4d as in Kang et al., ICLR 2020."""
+    return _create("lt_resnext50", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnext101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-101 32x4d as in Kang et al., ICLR 2020."""
+    return _create("lt_resnext101", pretrained, **kwargs)
+
+
+@register_model
+def lt_resnext152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt-152 32x4d as in Kang et al., ICLR 2020: blocks 3, 8, 36 and 3."""
+    return _create("lt_resnext152", pretrained, **kwargs)
+
+
+@register_model
+def lt_bbn_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Bilateral ResNet-32 for CIFAR as in BBN; trained with sampler and loss ``bilateral``."""
+    return _create("lt_bbn_resnet32", pretrained, **kwargs)
+
+
+@register_model
+def lt_bbn_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Bilateral ResNet-50 as in BBN; trained with sampler and loss ``bilateral``."""
+    return _create("lt_bbn_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def lt_bbn_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Bilateral network of timm's class ResNet, ``base=`` its name; of a ResNet-18 without."""
+    if kwargs.get("pretrained_cfg") is None:
+        # Its images are those of its base.
+        base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))
+        given = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = given | overlay
+    return _create(ANY_BASE, pretrained, **kwargs)
+
+
+register_model_deprecations(
+    __name__, {old: entry.name for entry in PUBLISHED.values() for old in entry.formerly}
+)

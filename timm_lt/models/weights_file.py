@@ -1,0 +1,298 @@
+"""Models from a file of weights that a training left, such as timm's ``train.py``."""
+
+import math
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from timm_lt.checkpoint import check_sizes
+from timm_lt.checkpoint.format import RESERVED
+from timm_lt.heads import classifier_name
+from timm_lt.models.preprocessing import FIELDS, create_sized_model, with_overlay
+from timm_lt.models.third_party import (
+    State,
+    Weights,
+    WeightsFile,
+    check_weights,
+    read_weights,
+    some,
+)
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.console import log
+
+# Arguments of timm's train.py by the arguments of create_model.
+MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
+# Names of tensors whose shapes depend on the image size.
+POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
+# Arguments of create_model that have another place here.
+OTHERS = ("num_classes", "img_size")
+# What a configuration says of other weights than those of the file.
+ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
+
+
+def create_from_file(
+    name: str,
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    classifier: bool | None = True,
+    key: str | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Creates a model with the weights that a training left in a file.
+
+    What the file says of its training (the arguments of timm's ``train.py``, or ``args.yaml``
+    beside it) goes for the model: pooling, channels, image size, normalisation, crop. So does the
+    image size that the position embeddings have. Options given here come first.
+
+    Args:
+        name: A timm architecture, or what else :func:`timm_lt.create_model` takes.
+        path: A file of safetensors, or a pickle, of which nothing but tensors is read.
+        num_classes: Number of classes; None is that of the file.
+        classifier: Whether the classifier's weights are taken; None takes them if they are for as
+            many classes.
+        key: The key or prefix of the weights, where the file has several networks.
+        image_size: Side of the images in pixels; None is that of the file, or the model's.
+        **options: Arguments of :func:`timm_lt.models.preprocessing.create_sized_model`.
+
+    Raises:
+        UsageError: If there is no such file, it is not a checkpoint, or it is one of another model
+            or, with its classifier, of another number of classes.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UsageError(f"checkpoint: there is no file {path}")
+    model, weights = build(
+        read_weights(path),
+        name,
+        num_classes=num_classes,
+        classifier=classifier,
+        key=key,
+        image_size=image_size,
+        **options,
+    )
+    _check_joint(weights, path)
+    return model
+
+
+def build(
+    file: WeightsFile,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    classifier: bool | None = True,
+    key: str | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Weights]:
+    """Creates a model with the weights of a file that was read; see :func:`create_from_file`."""
+    _check_architecture(file, name)
+    if (file.architecture or "").partition(".")[0] == name:
+        # Its tag says how images were normalised.
+        name = file.architecture or name
+    said, size = _said(file)
+    _log_said(file, said, size)
+    options = with_overlay(said, options)
+    # Without memory: its shapes may be any.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        probe = create_sized_model(name, False, image_size or size, num_classes=1, **options)
+    state = file.select(probe.state_dict(), name, classifier_name(probe), key=key)
+    classes = state.num_classes(classifier_name(probe))
+    model = create_sized_model(
+        name,
+        False,
+        image_size or size or _embedded_size(state, probe),
+        num_classes=num_classes or classes or 1,
+        **options,
+    )
+    takes = classes == model.num_classes if classifier is None else classifier
+    if image_size is not None:
+        state = replace(state, tensors=_resampled(state.tensors, model))
+    weights = _load(model, state, name, classifier=takes)
+    _forget_origin(model)
+    return model, weights
+
+
+def _log_said(file: WeightsFile, said: dict[str, Any], size: tuple[int, int] | None) -> None:
+    values = {**said, **({"image size": size} if size else {})}
+    if values:
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        log.info("%s was trained with %s", file.name, shown)
+    if file.args.get("class_map"):
+        log.warning(
+            "%s was trained with --class-map %s: its classes come in the order of that file, not "
+            "in that of the folders",
+            *(file.name, file.args["class_map"]),
+        )
+
+
+def classes_of_file(path: str | Path, model: nn.Module, key: str | None = None) -> int | None:
+    """Returns for how many classes the classifier in a file of weights is; None if it has none.
+
+    Args:
+        path: As for :func:`create_from_file`.
+        model: A model of the same architecture.
+        key: As for :func:`create_from_file`.
+    """
+    place = classifier_name(model)
+    state = read_weights(Path(path).expanduser()).select(
+        model.state_dict(), type(model).__name__, place, key=key
+    )
+    return state.num_classes(place)
+
+
+def _check_joint(weights: Weights, path: str | Path) -> None:
+    if weights.scale is not None:
+        raise UsageError(
+            f"{path} has the scales of an lws head, not a joint classifier: make a checkpoint of "
+            "it with timm-lt convert"
+        )
+
+
+def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Weights:
+    expected, place = model.state_dict(), classifier_name(model)
+    tensors = state.tensors
+    if not classifier:
+        prefix = f"{place}."
+        kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+        own = {key: value for key, value in expected.items() if key.startswith(prefix)}
+        tensors = kept | own
+    for key in _of_another_size(tensors, expected):
+        if POSITIONS.search(key):
+            raise UsageError(
+                f"{state.name} has a {key} {tuple(tensors[key].shape)} of another image size than "
+                f"{name}, {tuple(expected[key].shape)}: give the size with --image-size (in a "
+                "recipe data.image_size)"
+            )
+    weights = check_weights(replace(state, tensors=tensors), expected, name, place)
+    model.load_state_dict(weights.tensors)
+    if state.others:
+        log.info(
+            "%s: took the weights under %s, not %s (--checkpoint-key chooses)",
+            *(state.name, state.place, ", ".join(state.others)),
+        )
+    if state.beside:
+        log.info("%s: not part of the model: %s", state.name, some([*state.beside]))
+    return weights
+
+
+def _of_another_size(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
+    return [
+        key
+        for key, value in expected.items()
+        if getattr(tensors.get(key), "shape", value.shape) != value.shape
+    ]
+
+
+def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Lets timm fit position embeddings and the like to another image size."""
+    # timm has it beside the architectures that need it.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or not _of_another_size(tensors, model.state_dict()):
+        return tensors
+    try:
+        return {**tensors, **adapt(dict(tensors), model)}
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        # The shapes differ in more than the image size, which is checked next.
+        return tensors
+
+
+def _check_architecture(file: WeightsFile, name: str) -> None:
+    """Refuses weights of another architecture, whose tensors may have the same names and shapes."""
+    said, given = file.architecture, name.partition(".")[0]
+    if said is None or not timm.models.is_model(given) or given == said.partition(".")[0]:
+        return
+    if _base(said.partition(".")[0]) != _base(given):
+        raise UsageError(
+            f"{file.name} has weights of {said}, not of {name}: name that architecture"
+        )
+
+
+def _base(architecture: str) -> str:
+    """Returns the architecture of timm that another name builds."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        warnings.simplefilter("ignore")  # About names that timm has replaced.
+        model: Any = timm.create_model(architecture)
+    base = getattr(model, "timm_base", None)
+    return str(base.architecture if base else model.pretrained_cfg["architecture"])
+
+
+def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Returns what a file says of its training: options of the model, and the size of its images.
+
+    Raises:
+        UsageError: If a value cannot be one of timm's, or is far beyond the sizes of the weights.
+    """
+    args = {key: value for key, value in file.args.items() if value is not None}
+    if isinstance(args.get("input_size"), int):
+        # Scripts of other projects, whose arguments are timm's otherwise.
+        args.setdefault("img_size", args["input_size"])
+        del args["input_size"]
+    kwargs = args.get("model_kwargs") or {}
+    try:
+        options = {key: v for key, v in dict(kwargs).items() if key not in (*RESERVED, *OTHERS)}
+        args.setdefault("img_size", dict(kwargs).get("img_size"))
+        if isinstance(args["img_size"], list | tuple):
+            args["input_size"] = (args.get("in_chans", 3), *args["img_size"])
+        options |= {ours: args[key] for key, ours in MODEL_ARGS.items() if args.get(key)}
+        shapes = {
+            key: tuple(value.shape)
+            for state in file.states.values()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        check_sizes(Path(file.name), {"model_args": options}, shapes)
+        options |= {key: args.pop(key) for key in FIELDS if args.get(key)}
+        with_overlay(options, {})
+        config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
+        channels, *size = (int(pixels) for pixels in config["input_size"])
+        if min(size) < 1:
+            raise UsageError(f"images of {size[0]} × {size[1]} pixels")
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{file.name} has args that are not timm's: {reason}") from error
+    if channels != 3:
+        options["in_chans"] = channels
+    sized = args.get("img_size") is not None or args.get("input_size") is not None
+    return options, (size[0], size[1]) if sized else None
+
+
+def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
+    """Returns the image size of position embeddings, if they are another model's than the default.
+
+    Args:
+        state: Tensors with ``pos_embed`` of shape (1, tokens, D) or (1, rows, columns, D).
+        model: The model at its default size.
+    """
+    there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
+    patches: Any = getattr(model, "patch_embed", None)
+    grid, pixels = (getattr(patches, name, None) for name in ("grid_size", "img_size"))
+    if grid is None or pixels is None or here is None or not isinstance(there, Tensor):
+        return None
+    if there.ndim != here.ndim or there.shape[-1] != here.shape[-1] or there.shape == here.shape:
+        return None
+    rows, columns = there.shape[1:3]
+    if there.ndim == 3:
+        tokens = there.shape[1] - here.shape[1] + math.prod(grid)
+        rows = columns = math.isqrt(max(tokens, 0))
+        if rows * columns != tokens:
+            return None
+    # Of a hybrid, a patch is one of its convolutional stem's output.
+    return rows * pixels[0] // grid[0], columns * pixels[1] // grid[1]
+
+
+def _forget_origin(model: nn.Module) -> None:
+    """Takes from a model's configuration what it says of other weights."""
+    stored: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config = {key: value for key, value in stored.items() if key not in ORIGIN}
+    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config

@@ -1,0 +1,206 @@
+"""Tables of a run or a checkpoint; and figures in words, for the model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from timm_lt.checkpoint import CheckpointInfo
+from timm_lt.metrics import ShotReport, confidence_intervals
+from timm_lt.utils.console import one_line
+from timm_lt.utils.longtail import describe_shots
+
+GROUPS = ("many_shot", "medium_shot", "few_shot")
+# What a record of a selection has beside the selected option.
+SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
+# What options may be selected for, in words.
+OBJECTIVE_WORDS: Mapping[str, str] = {
+    "all": "overall accuracy",
+    "class_mean": "the mean accuracy of the classes",
+    "few_shot": "few-shot accuracy",
+    "harmonic_mean": "the harmonic mean of the shot groups",
+    "worst_class": "the accuracy of the worst class",
+}
+
+# Said wherever a run under the protocol "paper" shows figures.
+TEST_SELECTION = (
+    "protocol paper: hyper-parameters and the epoch were selected on the test split, as in the "
+    "paper; the figures are optimistic"
+)
+
+
+def percent(fraction: float | None) -> str:
+    """Returns a fraction as percent with one decimal; None, for no such class, as a dash.
+
+    >>> percent(0.5), percent(None)
+    ('50.0', '-')
+    """
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def known_fraction(value: object) -> float | None:
+    """Returns a figure of unknown origin if it is a fraction in [0, 1], else None.
+
+    >>> known_fraction(0.5), known_fraction(70.1), known_fraction("0.5")
+    (0.5, None, None)
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    # A mean of ones may come out a rounding error above 1.
+    return float(value) if 0 <= value <= 1 + 1e-9 else None
+
+
+def brief(value: object, digits: int = 3) -> str:
+    """Returns a JSON value of unknown origin as a few characters.
+
+    >>> brief(0.8125), brief(500), brief("cosine"), brief([1, 2])
+    ('0.812', '500', 'cosine', 'a list')
+
+    Args:
+        value: The value.
+        digits: Significant digits of a number that is not whole.
+    """
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return one_line(str(value), 30)
+
+
+def selected_option(selection: Mapping[str, Any]) -> str | None:
+    """Returns the name of the option that a record says was selected, None if it names none."""
+    return next((key for key in selection if key not in SELECTION_FIELDS), None)
+
+
+def describe_selection(selection: Mapping[str, Any]) -> str:
+    """Returns what was chosen on validation for a head.
+
+    >>> describe_selection({"tau": 0.8125, "objective": "all", "split": "val"})
+    'tau 0.812'
+    """
+    option = selected_option(selection)
+    return "" if option is None else f"{one_line(option, 30)} {brief(selection[option])}"
+
+
+def group_word(group: str) -> str:
+    """Returns the word for a shot group in a table.
+
+    >>> group_word("many_shot")
+    'many'
+    """
+    return group.removesuffix("_shot")
+
+
+def shot_table(
+    reports: Mapping[str, ShotReport],
+    class_counts: Tensor,
+    *,
+    seconds: Mapping[str, float],
+    selections: Mapping[str, Mapping[str, Any]],
+    title: str,
+    note: str | None = None,
+    intervals: bool = False,
+) -> Table:
+    """Builds the table of heads by shot group, in percent.
+
+    Args:
+        reports: Test figures by head.
+        class_counts: Training images per class, (C,).
+        seconds: Time that each head took, if known; without any the table has no such column.
+        selections: How each head's options were chosen; likewise.
+        title: Line above the table.
+        note: Line below the table and its legend, if any.
+        intervals: Has a 95 % interval below each accuracy, of other test images of the same
+            classes: :func:`~timm_lt.metrics.confidence_intervals`.
+    """
+    rule = next(iter(reports.values())).rule
+    legend = shot_legend(describe_shots(class_counts, rule))
+    if intervals:
+        legend += (
+            "\nbelow each accuracy: its 95 % interval, over other test images of these classes"
+        )
+    table = new_table(title, legend if note is None else f"{legend}\n{note}")
+    balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
+    names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
+    table.add_column("head", no_wrap=True)
+    for name in names:
+        style = "bold" if name == "all" else ""
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    if seconds:
+        table.add_column("seconds", justify="right")
+    if selections:
+        table.add_column("selected")
+    fields = [*GROUPS, "all", *([] if balanced else ["class_mean"])]
+    for name, report in reports.items():
+        ends = confidence_intervals(report, class_counts) if intervals else {}
+        cells = [percent(getattr(report, field)) + _below(ends.get(field)) for field in fields]
+        cells.append(percent(report.ece))
+        if seconds:
+            cells.append(f"{seconds[name]:.1f}" if name in seconds else "-")
+        if selections:
+            cells.append(escape(describe_selection(selections.get(name, {}))))
+        table.add_row(name, *cells)
+    return table
+
+
+def _below(ends: tuple[float, float] | None) -> str:
+    """Returns an interval as a second line of a cell."""
+    return "" if ends is None else f"\n[dim]{100 * ends[0]:.0f}-{100 * ends[1]:.0f}[/dim]"
+
+
+def head_table(info: CheckpointInfo) -> Table:
+    """Builds the table of a checkpoint's heads: test figures in percent, and options.
+
+    Args:
+        info: What the checkpoint says of itself.
+    """
+    counts, rule = info.class_counts, info.shot_rule
+    legend = [shot_legend(describe_shots(torch.tensor(counts), rule))] if counts and rule else []
+    legend += [TEST_SELECTION] if info.protocol == "paper" else []
+    title = f"{one_line(info.architecture)}, {info.num_classes} classes"
+    table = new_table(title, "\n".join(legend) or None)
+    table.add_column("head", no_wrap=True)
+    for name in ("many", "medium", "few", "all"):
+        style = "bold" if name == "all" else ""
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    table.add_column("options")
+    for name, entry in info.heads.items():
+        figures = [entry.metrics.get(key) for key in (*GROUPS, "all")]
+        kind = [] if entry.kind == name else [f"a {entry.kind} head"]
+        options = [f"{key}={brief(value)}" for key, value in entry.options.items()]
+        table.add_row(
+            name,
+            *(percent(known_fraction(value)) for value in figures),
+            escape(", ".join(kind + options)),
+        )
+    return table
+
+
+def new_table(title: str, caption: str | None) -> Table:
+    """Returns an empty table in the style of all tables, with lines above and below it."""
+    return Table(
+        title=escape(title),
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+
+
+def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
+    """Returns a line about the shot groups, as ``describe_shots`` gives them.
+
+    >>> shot_legend({"many_shot": {"rule": "> 100", "classes": 3}})
+    'shots: many > 100 (3 classes)'
+    """
+    parts = [
+        f"{group_word(name)} {shot['rule']} ({shot['classes']})" for name, shot in shots.items()
+    ]
+    return f"shots: {', '.join(parts).replace(')', ' classes)', 1)}"

@@ -1,0 +1,287 @@
+"""One registry class for every kind of named part: register, create, list."""
+
+import difflib
+import inspect
+import math
+import numbers
+import operator
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+P = TypeVar("P")
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: the message names the culprit and the fix.
+
+    Every error that timm_lt raises about its input is one of these; the command line prints the
+    message without a traceback and exits with status 2.
+
+    Attributes:
+        problems: What is wrong, one sentence each; see :class:`Problems`.
+    """
+
+    def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems) or [message]
+
+
+class Problems:
+    """Collects what is wrong with some input, so that all of it is reported together.
+
+    >>> problems = Problems("2 files")
+    >>> problems.add("a.png is empty")
+    >>> with problems.collected():
+    ...     check_integer("seed", -1, minimum=0)
+    >>> problems.check()
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: 2 files: 2 problems
+    - a.png is empty
+    - seed must be an integer >= 0, got -1
+
+    Args:
+        owner: Whose problems they are, for the message; may be empty.
+    """
+
+    def __init__(self, owner: str = "") -> None:
+        self.owner = owner
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Notes a problem: what is wrong, and how to mend it."""
+        self.found.append(problem)
+
+    @contextmanager
+    def collected(self, prefix: str = "") -> Iterator[None]:
+        """Notes the :class:`UsageError` of a block, which ends there, instead of raising it."""
+        try:
+            yield
+        except UsageError as error:
+            self.found += [prefix + problem for problem in error.problems]
+
+    def check(self) -> None:
+        """Raises what was noted, if anything was.
+
+        Raises:
+            UsageError: With all problems, also as ``problems``; one is a sentence, several a list.
+        """
+        if not self.found:
+            return
+        owner = f"{self.owner}: " if self.owner else ""
+        if len(self.found) == 1:
+            raise UsageError(owner + self.found[0])
+        lines = "".join(f"\n- {problem}" for problem in self.found)
+        raise UsageError(f"{owner}{len(self.found)} problems{lines}", problems=self.found)
+
+
+def shown_names(names: Sequence[object], limit: int = 5) -> str:
+    """Returns the first of many names, for messages.
+
+    >>> shown_names(["a", "b", "c"], 2)
+    'a, b, ...'
+    """
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
+    """Builds the error for a name that is not among the choices: it lists them and the closest.
+
+    >>> str(unknown_name("head", "tau_nrom", ["linear", "tau_norm"]))
+    "unknown head 'tau_nrom' (did you mean 'tau_norm'?); choose one of: linear, tau_norm"
+    """
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return UsageError(f"unknown {noun} {name!r}{hint}; choose one of: {', '.join(choices)}")
+
+
+def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Checks that a part takes the given options: its keyword-only parameters are the valid ones.
+
+    Args:
+        owner: Whose options they are, for the message, e.g. ``"loss 'cross_entropy'"``.
+        part: The class or function that will receive them. A ``**kwargs`` in its signature takes
+            any name.
+        options: The options by name.
+
+    Raises:
+        UsageError: If an option is unknown or a required one is missing; lists the valid ones.
+    """
+    parameters = inspect.signature(part).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    valid = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    listing = f"valid options: {', '.join(valid) or 'none'}"
+    for name in options:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UsageError(f"{owner} has no option {name!r}{hint}; {listing}")
+    for name, parameter in valid.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise UsageError(f"{owner} needs the option {name!r}; {listing}")
+
+
+def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
+    """Checks that a value is one of a closed set, usually ``typing.get_args`` of its Literal.
+
+    Raises:
+        UsageError: If it is not; the message lists the choices.
+    """
+    if value not in choices:
+        raise unknown_name(noun, value, list(choices))
+
+
+def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
+
+    Where the annotation allows None beside it, None passes.
+
+    Raises:
+        UsageError: If a value is not in its set; the message lists the set.
+    """
+    hints = typing.get_type_hints(part)
+    for name, value in options.items():
+        annotation = hints.get(name)
+        is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+        parts = typing.get_args(annotation) if is_union else (annotation,)
+        closed = [part for part in parts if part is not NoneType]
+        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
+            continue
+        if value is not None or NoneType not in parts:
+            check_choice(f"{name} of {owner}:", value, typing.get_args(closed[0]))
+
+
+def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns options as a dict after checking that they are a mapping by name; None is empty.
+
+    >>> check_mapping("loss_options", 5)
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: loss_options must be a mapping of names to values, got 5
+
+    Raises:
+        UsageError: If they are not.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{noun} must be a mapping of names to values, got {value!r}")
+    return dict(value)
+
+
+def check_number(noun: str, value: float, interval: str) -> float:
+    """Returns a number after checking that it lies in an interval; NaN lies in none.
+
+    >>> check_number("q", 0.5, "[0, 1]")
+    0.5
+    >>> check_number("smoothing", 1, "[0, 1)")
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: smoothing must be a number in [0, 1), got 1
+
+    Args:
+        noun: What the number is called in the message.
+        value: The number.
+        interval: Two bounds in interval notation: a round bracket leaves its bound out, ``inf``
+            stands for no bound.
+
+    Raises:
+        UsageError: If the value is no real number or lies outside.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = operator.ge if interval[0] == "[" else operator.gt
+    below = operator.le if interval[-1] == "]" else operator.lt
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and above(value, low) and below(value, high) and _fits_float(value)):
+        raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
+    return float(value)
+
+
+def _fits_float(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:
+    """Returns an integer after checking its range; NumPy integers are integers, booleans are not.
+
+    >>> check_integer("num_samples", 0, minimum=1)
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: num_samples must be an integer >= 1, got 0
+
+    Raises:
+        UsageError: If the value is no integer or lies outside ``minimum`` to ``maximum``.
+    """
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not (is_integer and minimum <= operator.index(value) <= maximum):
+        bounds = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+        raise UsageError(f"{noun} must be an integer {bounds}, got {value!r}")
+    return operator.index(value)
+
+
+class Registry(Generic[T]):
+    """Named parts of one kind, in the order in which they were registered.
+
+    Args:
+        noun: What a part is called in messages, e.g. ``"head"``.
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a class or function under a name.
+
+        Raises:
+            UsageError: If the name is taken or is no lower-case identifier.
+        """
+        if not (name.isidentifier() and name == name.lower()):
+            raise UsageError(f"{self.noun} name {name!r} must be a lower-case identifier")
+        if name in self._parts:
+            raise UsageError(
+                f"{self.noun} {name!r} is registered already, by {self._parts[name]!r}"
+            )
+
+        def add(part: T) -> T:
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """Returns the part of that name; a wrong one raises UsageError, listing the right ones."""
+        if not isinstance(name, str) or name not in self._parts:
+            raise unknown_name(self.noun, name, list(self._parts))
+        return self._parts[name]
+
+    def create(self: "Registry[Callable[..., P]]", name: str, /, *args: Any, **options: Any) -> P:
+        """Builds the part of that name from positional arguments and options.
+
+        The convention for parts: what every part of the kind is given comes first, the part's own
+        options are keyword-only.
+
+        Args:
+            name: The registered name.
+            *args: Passed on as they are.
+            **options: Passed on after :func:`check_options`.
+
+        Raises:
+            UsageError: If the name or an option is unknown, or a required option is missing.
+        """
+        part = self[name]
+        check_options(f"{self.noun} {name!r}", part, options)
+        return part(*args, **options)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

@@ -1,0 +1,400 @@
+"""How long the tail is: class counts, long-tail profiles, and the many/medium/few shot groups."""
+
+from collections.abc import Iterable, Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from timm_lt.utils.checks import (
+    UsageError,
+    check_choice,
+    check_integer,
+    check_number,
+    shown_names,
+)
+
+Labels: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
+# Counts in label order, or by label, such as a collections.Counter or pandas' value_counts().
+ClassCounts: TypeAlias = Labels | Mapping[Any, int]
+Profile = Literal["exponential", "step", "pareto"]
+ShotRule = Literal["fb", "oltr"]
+
+PARETO_POWER = 6
+NAMES_HINT = "; number the classes first, e.g. [names.index(name) for name in labels]"
+
+
+class ShotBounds(NamedTuple):
+    """The boundaries of the shot groups on the number of training images of a class."""
+
+    many_min: int
+    few_max: int
+    texts: dict[str, str]
+
+
+SHOT_RULES: dict[ShotRule, ShotBounds] = {
+    "fb": ShotBounds(
+        101, 19, {"many_shot": "> 100", "medium_shot": "20 to 100", "few_shot": "< 20"}
+    ),
+    "oltr": ShotBounds(
+        100, 20, {"many_shot": ">= 100", "medium_shot": "21 to 99", "few_shot": "<= 20"}
+    ),
+}
+
+
+def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "labels") -> Tensor:
+    """Returns labels as a LongTensor on the CPU, after checking every one of them.
+
+    Args:
+        labels: Integers in [0, num_classes), one per image. A NumPy array or a tensor must have an
+            integer dtype: a float label is refused even if its value is whole.
+        num_classes: Number of classes, at least 1; None leaves the labels unbounded above.
+        noun: What the labels are called in the messages.
+
+    Shape:
+        labels (N,) with N >= 1, returned as (N,).
+
+    Raises:
+        UsageError: If there are no labels, they are not one-dimensional, or one of them is not an
+            integer in range; names the first such index and its value.
+    """
+    values = _as_integers(labels, noun)
+    if values.ndim != 1:
+        raise UsageError(f"{noun} must be one-dimensional, got shape {tuple(values.shape)}")
+    if len(values) == 0:
+        raise UsageError(f"{noun} must not be empty")
+    if num_classes is not None:
+        check_integer("num_classes", num_classes, minimum=1)
+    limit = 2**63 if num_classes is None else num_classes
+    # Read as unsigned, a negative label is 2^63 or more: one pass, at NumPy's speed.
+    unsigned = values.numpy().view(np.uint64)
+    if unsigned.max() >= limit:
+        index = int((unsigned >= limit).argmax())
+        fault = (
+            "is negative"
+            if values[index] < 0
+            else f"is not below num_classes={num_classes}; valid labels are 0 to {limit - 1}"
+        )
+        raise UsageError(f"{noun}[{index}] = {int(values[index])} {fault}")
+    return values
+
+
+def _as_integers(values: Labels, noun: str) -> Tensor:
+    """Converts to a LongTensor on the CPU; refuses anything but integers, naming the first one."""
+    if isinstance(values, Mapping | AbstractSet):
+        raise UsageError(
+            f"{noun} must be a sequence or an array of integers; got a {type(values).__name__}, "
+            "whose entries are not in order"
+        )
+    if isinstance(values, Tensor):
+        if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+            # NumPy has no bfloat16.
+            wide = values.double() if values.is_floating_point() else values
+            raise _not_an_integer(wide.detach().cpu().numpy(), noun, values.dtype)
+        return values.detach().cpu().long()
+    if not isinstance(values, np.ndarray) or values.dtype == object:
+        values = _as_list(values, noun)
+        # A set of types is found at C speed; only a wrong list is walked through.
+        kinds = {kind for kind in set(map(type, values)) if not _is_integer_type(kind)}
+        for index, value in enumerate(values):
+            if type(value) in kinds:
+                if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+                    raise UsageError(f"{noun} must be one-dimensional, got {noun}[{index}]={value}")
+                hint = NAMES_HINT if isinstance(value, str) else ""
+                raise UsageError(f"{noun}[{index}] = {value!r} is not an integer{hint}")
+        return torch.tensor([int(value) for value in values], dtype=torch.long)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise _not_an_integer(values, noun, values.dtype)
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _as_list(values: object, noun: str) -> list[Any]:
+    """Returns the values of a list, a pandas Series or the like, without arrays around numbers."""
+    if isinstance(values, Dataset) or hasattr(values, "column_names"):
+        raise UsageError(
+            f"{noun} must be integers, not a {type(values).__name__}: pass "
+            "timm_lt.dataset_labels(dataset)"
+        )
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UsageError(f"{noun} must be a sequence of integers, got {values!r}")
+    if getattr(values, "ndim", 1) != 1:
+        raise UsageError(f"{noun} must be one-dimensional, got a {type(values).__name__}")
+    found = list(values)
+    if any(issubclass(kind, Tensor | np.ndarray) for kind in set(map(type, found))):
+        arrays = [np.asarray(value) for value in found]
+        found = [array if array.ndim else array.item() for array in arrays]
+    return found
+
+
+def _is_integer_type(kind: type) -> bool:
+    return issubclass(kind, int | np.integer) and not issubclass(kind, bool)
+
+
+def _not_an_integer(values: NDArray[Any], noun: str, dtype: object) -> UsageError:
+    if values.size == 0:
+        return UsageError(f"{noun} must not be empty")
+    flat = values.reshape(-1)
+    index = 0
+    if np.issubdtype(values.dtype, np.floating):
+        # NaN and fractions are the telling culprits; all-whole floats are named by their first.
+        index = int(np.argmax(~(flat == np.round(flat))))
+    where = ", ".join(str(i) for i in np.unravel_index(index, values.shape))
+    hint = NAMES_HINT if values.dtype.kind in "US" else f": the dtype is {dtype}"
+    return UsageError(f"{noun}[{where}] = {flat[index]} is not an integer{hint}")
+
+
+def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
+    """Counts the images of every class.
+
+    >>> class_counts([0, 2, 0], num_classes=4)
+    tensor([2, 0, 1, 0])
+
+    Args:
+        labels: Integer labels, one per image.
+        num_classes: Number of classes; None takes the largest label plus one.
+
+    Shape:
+        labels (N,) with N >= 1; returns (C,) int64. An empty class has count 0.
+
+    Raises:
+        UsageError: If a label is not an integer in [0, num_classes); names its index and value.
+    """
+    values = check_labels(labels, num_classes)
+    return torch.bincount(values, minlength=num_classes or 0)
+
+
+def check_class_counts(
+    class_counts: ClassCounts,
+    num_classes: int | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Tensor:
+    """Returns class counts as a LongTensor on the CPU, after checking that they can be counts.
+
+    >>> check_class_counts({2: 5, 0: 90}, num_classes=3)
+    tensor([90,  0,  5])
+
+    Args:
+        class_counts: Counts in label order; or by label, as a mapping or a pandas Series.
+        num_classes: Number of classes; a class that a mapping lacks has count 0 then. Without it a
+            mapping must have every class.
+        label_names: Class names in label order; a mapping may have them as its keys then.
+
+    Shape:
+        class_counts (C,) with C >= 1, non-negative integers, not all of them 0.
+
+    Raises:
+        UsageError: If they are not; names the first wrong index and its value, or the wrong keys.
+    """
+    by_label, in_order = _by_label(class_counts), cast("Labels", class_counts)
+    if by_label is not None:
+        in_order = _in_label_order(by_label, num_classes, label_names)
+    counts = check_labels(in_order, noun="class_counts")
+    if counts.max() == 0:
+        raise UsageError(f"class_counts must not be all 0 (got {len(counts)} classes)")
+    return counts
+
+
+def _by_label(class_counts: Any) -> dict[Any, Any] | None:  # noqa: ANN401
+    """Returns the counts of a mapping or a pandas Series by key; None for an array of counts."""
+    if isinstance(class_counts, Mapping):
+        return dict(class_counts)
+    if isinstance(class_counts, ValuesView):
+        # A Counter has them in the order in which the labels came.
+        raise UsageError(
+            f"class_counts is a {type(class_counts).__name__}, which may be in any order: pass the "
+            "mapping itself"
+        )
+    # The index of a list is a method.
+    index = getattr(class_counts, "index", None)
+    is_series = getattr(class_counts, "ndim", 0) == 1 and hasattr(class_counts, "items")
+    if index is None or callable(index) or not is_series:
+        return None
+    by_label = dict(class_counts.items())
+    if len(by_label) != len(class_counts):
+        raise UsageError("the index of class_counts has a label twice")
+    return by_label
+
+
+def _in_label_order(
+    by_label: dict[Any, int], num_classes: int | None, label_names: Sequence[str] | None
+) -> list[int]:
+    """Returns the counts of a mapping in label order."""
+    names = list(label_names or ())
+    if names and all(isinstance(key, str) for key in by_label):
+        unknown = [name for name in by_label if name not in names]
+        if unknown:
+            raise UsageError(
+                f"class_counts has keys that are not class names: {shown_names(unknown)}; the "
+                f"names are {shown_names(names)}"
+            )
+        return [by_label.get(name, 0) for name in names]
+    for key in by_label:
+        if not _is_integer_type(type(key)):
+            raise UsageError(
+                f"class_counts has the key {key!r}, a {type(key).__name__}; the keys must be "
+                "integer labels from 0 on, or pass the counts in label order"
+            )
+    size = num_classes or len(names) or len(by_label)
+    surplus = sorted(key for key in by_label if not 0 <= key < size)
+    missing = [label for label in range(size) if label not in by_label]
+    if surplus or (missing and num_classes is None and not names):
+        raise UsageError(
+            f"the keys of class_counts must be the labels 0 to {size - 1}, with 0 images for an "
+            f"empty class; missing: {shown_names(missing) or 'none'}, too many: "
+            f"{shown_names(surplus) or 'none'}"
+        )
+    return [by_label.get(label, 0) for label in range(size)]
+
+
+def check_no_empty_class(class_counts: ClassCounts) -> None:
+    """Checks that every class has at least one training image.
+
+    >>> check_no_empty_class([5, 0, 3, 0])
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: 2 of 4 classes have no training image: 1, 3
+
+    Raises:
+        UsageError: If a class has none; says how many and names the first five.
+    """
+    counts = check_class_counts(class_counts)
+    empty: list[int] = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UsageError(
+            f"{len(empty)} of {len(counts)} classes have no training image: {shown_names(empty)}"
+        )
+
+
+def long_tailed_counts(
+    num_classes: int, max_count: int, imbalance_factor: float, profile: Profile = "exponential"
+) -> list[int]:
+    """Returns the images per class of a long-tailed data set, most frequent class first.
+
+    With ``r`` the imbalance factor, ``x = i / (C - 1)`` the relative rank of class ``i``:
+
+    - exponential: ``n_i = int(n_max * r^-x)``;
+    - step: ``n_max`` for the first ``C // 2`` classes, ``int(n_max / r)`` for the others;
+    - pareto: ``n_i = int(n_max * (1 + x * (r^(1/6) - 1))^-6)``, the density of a Pareto law of
+      power 6 cut so that it ends at ``n_max / r``: a steeper head, a flatter tail.
+
+    At imbalance factor 1 every class has ``max_count``. The Pareto profile is a reading of "sampled
+    from a Pareto distribution with power 6" (Liu et al.), not what gave ImageNet-LT its counts:
+    those look like draws from the law, and for the 1,000 classes from 1,280 to 5 sum to 115,846
+    where this profile has 166,769.
+
+    >>> long_tailed_counts(5, 500, 100)
+    [500, 158, 50, 15, 5]
+    >>> long_tailed_counts(5, 500, 100, "step")
+    [500, 500, 5, 5, 5]
+
+    Args:
+        num_classes: C, at least 1. A single class has ``max_count``.
+        max_count: ``n_max``, the images of the most frequent class, at least 1.
+        imbalance_factor: Largest class over smallest class, from 1 to ``max_count``.
+        profile: The shape of the decay.
+
+    Raises:
+        UsageError: If a value is out of range.
+
+    References:
+        Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
+        2019, https://arxiv.org/abs/1906.07413 (exponential, step).
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160 (Pareto, power 6).
+    """
+    check_integer("num_classes", num_classes, minimum=1)
+    check_integer("max_count", max_count, minimum=1)
+    check_choice("profile", profile, get_args(Profile))
+    _check_imbalance_factor(imbalance_factor, max_count)
+    r = imbalance_factor
+    # arange / (C - 1) would be 0 / 0 for one class.
+    x = np.arange(num_classes) / max(num_classes - 1, 1)
+    if profile == "exponential":
+        share = r**-x
+    elif profile == "step":
+        # A single class is a head class: some class must have max_count.
+        head = max(num_classes // 2, 1)
+        share = np.where(np.arange(num_classes) < head, 1.0, 1 / r)
+    else:
+        share = (1 + x * (r ** (1 / PARETO_POWER) - 1)) ** -PARETO_POWER
+    # int() of a product that should be whole but came out one rounding error short loses an image.
+    counts: list[int] = (max_count * share * (1 + 1e-12)).astype(np.int64).tolist()
+    return counts
+
+
+def _check_imbalance_factor(imbalance_factor: float, max_count: int) -> None:
+    """Checks the range, and explains the two ways to get it wrong."""
+    check_number("imbalance_factor", imbalance_factor, "(0, inf)")
+    if imbalance_factor < 1:
+        raise UsageError(
+            f"imbalance_factor must be at least 1 (largest class / smallest class), got "
+            f"{imbalance_factor}; LDAM-DRW and its family write it inverted: their "
+            f"{imbalance_factor} is {1 / imbalance_factor:g} here"
+        )
+    if imbalance_factor > max_count:
+        raise UsageError(
+            f"imbalance_factor {imbalance_factor} with max_count {max_count} would leave the "
+            f"rarest class empty: it must be at most max_count"
+        )
+
+
+def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, Tensor]:
+    """Splits the classes into many-, medium- and few-shot groups by their training images.
+
+    ``fb`` (Kang et al.): many > 100, medium 20 to 100, few < 20. ``oltr`` (Liu et al.): many >=
+    100, medium 21 to 99, few <= 20. An empty class is few-shot.
+
+    >>> {name: mask.tolist() for name, mask in shot_groups([500, 100, 20]).items()}
+    {'many_shot': [True, False, False],
+     'medium_shot': [False, True, True],
+     'few_shot': [False, False, False]}
+
+    Args:
+        class_counts: Training images per class.
+        rule: Where the boundaries lie; published few-shot numbers depend on it.
+
+    Shape:
+        class_counts (C,); returns three boolean masks (C,), of which each class is in exactly one.
+
+    Raises:
+        UsageError: If the rule is unknown or the counts are not counts.
+
+    References:
+        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
+        2020, https://arxiv.org/abs/1910.09217
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160
+    """
+    check_choice("shot rule", rule, get_args(ShotRule))
+    counts = check_class_counts(class_counts)
+    bounds = SHOT_RULES[rule]
+    many, few = counts >= bounds.many_min, counts <= bounds.few_max
+    return {"many_shot": many, "medium_shot": ~(many | few), "few_shot": few}
+
+
+def shot_rule_texts(rule: ShotRule = "fb") -> dict[str, str]:
+    """Returns what the rule says of each group.
+
+    >>> shot_rule_texts("oltr")
+    {'many_shot': '>= 100', 'medium_shot': '21 to 99', 'few_shot': '<= 20'}
+    """
+    check_choice("shot rule", rule, get_args(ShotRule))
+    return dict(SHOT_RULES[rule].texts)
+
+
+def describe_shots(
+    class_counts: ClassCounts, rule: ShotRule = "fb"
+) -> dict[str, dict[str, int | str]]:
+    """Returns, JSON-ready, how many classes each shot group has and by what rule.
+
+    >>> describe_shots(long_tailed_counts(100, 500, 100))["many_shot"]
+    {'classes': 35, 'rule': '> 100'}
+    """
+    texts = shot_rule_texts(rule)
+    groups = shot_groups(class_counts, rule)
+    return {
+        name: {"classes": int(mask.sum()), "rule": texts[name]} for name, mask in groups.items()
+    }
