@@ -16,7 +16,7 @@ from PIL import Image
 from timing import ratio, seconds
 
 from timm_lt.data import create_dataset
-from timm_lt.data.cifar.facts import CIFAR100
+from timm_lt.data.cifar import CIFAR100
 
 SIZES = {"train": 500, "test": 100}
 

@@ -21,10 +21,10 @@ from timing import Ratio, ratio
 from torch import nn
 
 from timm_lt import Features
-from timm_lt.fitting.class_means import class_means
+from timm_lt.fitting.closed_form import class_means
 from timm_lt.fitting.sgd import scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
-from timm_lt.heads.lengths import BATCH_SIZE
+from timm_lt.heads.linear import BATCH_SIZE
 
 WIDTH = 2048
 SPACES = ("raw", "l2", "centered_l2")

@@ -25,9 +25,9 @@ from torchvision.datasets import ImageFolder
 
 from timm_lt import create_sampler
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.draws import NumberedSampler
-from timm_lt.data.folder.directories import read_folder
-from timm_lt.data.verification import find_damaged
+from timm_lt.data.decode import find_damaged
+from timm_lt.data.folder import read_folder
+from timm_lt.data.loader import NumberedSampler
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.longtail import long_tailed_counts
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from timm_lt.features import Features
 from timm_lt.fitting import tau_curve
-from timm_lt.fitting.intervals import logit_blocks
+from timm_lt.fitting.curves import logit_blocks
 
 SIZES = {1000: 4096, 8142: 1024}  # Images by classes.
 TAUS = [step / 10 for step in range(21)]

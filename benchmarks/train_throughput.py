@@ -125,8 +125,7 @@ def train(folder: Path, case: Case) -> None:
     from datasets import load_dataset
 
     from timm_lt import create_loss, create_model, create_sampler
-    from timm_lt.data.images import label_tensor
-    from timm_lt.data.stored import StoredImages
+    from timm_lt.data.images import StoredImages, label_tensor
     from timm_lt.training import train_representation
     from timm_lt.utils.accelerator import create_accelerator
 

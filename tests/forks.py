@@ -118,7 +118,7 @@ def import_all():
     import torch
 
     import train_lt  # noqa: F401
-    from timm_lt.report.plot_counts import save_count_plot
+    from timm_lt.report.plots import save_count_plot
 
     with tempfile.TemporaryDirectory() as scratch:
         save_count_plot(Path(scratch) / "plot.png", torch.tensor([9, 3, 1]))

@@ -9,7 +9,7 @@ import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import train_representation
-from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
+from timm_lt.training.loop import EVAL_BATCH_SIZE, validate
 from timm_lt.utils.accelerator import create_accelerator
 
 # From 160 to 4, of 20 classes: 3 are many-shot, 8 medium-shot and 9 few-shot.

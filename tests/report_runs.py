@@ -7,9 +7,7 @@ from PIL import Image
 
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import evaluate_logits
-from timm_lt.report.differences import Predictions
-from timm_lt.report.gather import gather_report
-from timm_lt.report.thumbnails import ExampleImages
+from timm_lt.report.html import ExampleImages, Predictions, gather_report
 from timm_lt.training import EpochRecord
 
 LONG = "a name that goes on and on and on until nobody reads it any more " * 3

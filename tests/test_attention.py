@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import timm_lt
-from timm_lt.models.attention import ModulatedAttention, attach_attention
+from timm_lt.models.networks import ModulatedAttention, attach_attention
 from timm_lt.utils.checks import UsageError
 
 FORMS = ["convolution", "linear"]

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 import timm_lt
 import train_lt
 from timm_lt.data.images import ImageTensors
-from timm_lt.models.bilateral import takes_pairs
-from timm_lt.models.cifar_resnet import CifarResNet
+from timm_lt.models.networks import CifarResNet, takes_pairs
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import RunOptions, SamplerRecipe
 from timm_lt.run.setup import create_run

@@ -10,7 +10,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
-from timm_lt.samplers import ClassSampler, create_sampler, cycles
+from timm_lt.samplers import ClassSampler, create_sampler
+from timm_lt.samplers import streams as cycles
 from timm_lt.utils.checks import UsageError
 
 COUNTS = [23, 9, 0, 4, 1, 0]

@@ -5,7 +5,7 @@ import torch
 from timm.models import build_model_with_cfg, group_parameters
 from torch.nn import functional as F
 
-from timm_lt.models.cifar_resnet import CifarResNet
+from timm_lt.models.networks import CifarResNet
 from timm_lt.utils.checks import UsageError
 
 LAYERS = (2, 2, 2)

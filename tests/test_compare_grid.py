@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_lt.run.comparison import find_grid, load_grid, make_plan, shipped_grids
-from timm_lt.run.comparison.grid import Cell
+from timm_lt.run.comparison import Cell, find_grid, load_grid, make_plan, shipped_grids
 from timm_lt.run.parse import find_recipe, load_recipe
 from timm_lt.run.recipe import Recipe
 from timm_lt.utils.checks import UsageError

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from timm_lt.run.comparison import (
     Outcome,
+    Spread,
     collect,
     load_grid,
     make_plan,
@@ -15,7 +16,6 @@ from timm_lt.run.comparison import (
     rich_table,
     write_results,
 )
-from timm_lt.run.comparison.results import Spread
 from timm_lt.run.parse import find_recipe, load_recipe
 
 BASE = load_recipe(find_recipe("lt_test_resnet.digits_lt"))

@@ -17,13 +17,15 @@ import yaml
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.run.comparison import Outcome, run_all, runs
-from timm_lt.run.comparison.plan import Run
-from timm_lt.run.comparison.runs import (
+from timm_lt.run import comparison as runs
+from timm_lt.run.comparison import (
+    Outcome,
+    Run,
     check_runs,
     child_environment,
     default_jobs,
     last_words,
+    run_all,
     visible_devices,
 )
 from timm_lt.run.folder import OCCUPIED, lock_folder, release_run_folder

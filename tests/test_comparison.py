@@ -5,7 +5,7 @@ import pytest
 from gaussian_features import COUNTS, TEST, VAL, C, accuracy, fit
 
 from timm_lt.fitting import take_best
-from timm_lt.fitting.comparison import compare_heads
+from timm_lt.fitting.base import compare_heads
 from timm_lt.utils.checks import UsageError
 
 OBJECTIVES = ["all", "class_mean", "few_shot", "harmonic_mean", "worst_class"]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import fit_head, intervals, tau_curve
-from timm_lt.fitting.curves import AccuracyCurve
-from timm_lt.fitting.intervals import logit_blocks
+from timm_lt.fitting import curves as intervals
+from timm_lt.fitting import fit_head, tau_curve
+from timm_lt.fitting.curves import AccuracyCurve, logit_blocks
 from timm_lt.heads import HEADS
 from timm_lt.metrics import OBJECTIVES, objective_value, shot_accuracy
 from timm_lt.utils.checks import UsageError

@@ -15,7 +15,7 @@ from documents import PAGES, ROOT, TEXTS, anchors, blocks, check_command, prose,
 import timm_lt
 from timm_lt import cli
 from timm_lt.data.sources import DATASETS
-from timm_lt.heads.factory import HEADS
+from timm_lt.heads.base import HEADS
 from timm_lt.losses import LOSSES
 from timm_lt.models.published import CHECKPOINTS, PUBLISHED
 from timm_lt.run.comparison import load_grid

@@ -15,8 +15,8 @@ import pytest
 from loopback import Answer, FileServer
 from rich.console import Console
 
-import timm_lt.models.download as download_module
-from timm_lt.models.download import ATTEMPTS, LONGEST_DELAY, cached_name, download
+import timm_lt.models.pretrained as download_module
+from timm_lt.models.pretrained import ATTEMPTS, LONGEST_DELAY, cached_name, download
 from timm_lt.utils.checks import UsageError
 
 KANG = "https://dl.fbaipublicfiles.com/classifier-balancing/"
@@ -538,7 +538,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch, where):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"timm_lt.models.download.{where}", full)
+        patch.setattr(f"timm_lt.models.pretrained.{where}", full)
         message = refused(server.url(PATH), tmp_path)
     assert "No space left on device" in message
     assert "NAME" not in left(tmp_path)

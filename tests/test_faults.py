@@ -21,7 +21,7 @@ from damaged import DAMAGE
 
 import timm_lt
 from timm_lt.data import create_splits
-from timm_lt.data.reading import loaded
+from timm_lt.data.decode import loaded
 from timm_lt.run.exits import run_to_exit
 from timm_lt.training.state import find_damage
 

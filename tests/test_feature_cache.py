@@ -26,11 +26,10 @@ from torchvision.transforms import ToTensor
 import timm_lt
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
-from timm_lt.data.images import ImageTensors, batches
+from timm_lt.data.images import ImageTensors, StoredImages, batches
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.data.stored import StoredImages
 from timm_lt.features import cache, extract_features
-from timm_lt.features.mapped import map_file
+from timm_lt.features.cache import map_file
 from timm_lt.heads import get_head
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError

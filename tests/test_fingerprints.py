@@ -18,12 +18,10 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, create_augmentation
-from timm_lt.data.described import described
-from timm_lt.data.fingerprint import dataset_fingerprint
-from timm_lt.data.images import ImageTensors
+from timm_lt.data.fingerprint import dataset_fingerprint, described
+from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.data.stored import StoredImages
-from timm_lt.features.fingerprint import backbone_fingerprint
+from timm_lt.features.cache import backbone_fingerprint
 from timm_lt.utils.checks import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)

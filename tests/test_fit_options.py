@@ -27,12 +27,12 @@ from scipy import stats
 from torch import nn
 
 from timm_lt.features import Features
-from timm_lt.fitting import check_fit_classes, check_fit_options, gradient, rows
-from timm_lt.fitting.class_means import class_means
+from timm_lt.fitting import check_fit_classes, check_fit_options, gradient
+from timm_lt.fitting import sgd as rows
+from timm_lt.fitting.closed_form import class_means
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
-from timm_lt.fitting.sgd import train_head
-from timm_lt.fitting.smote import add_smote_rows
-from timm_lt.heads.lengths import CRT_LENGTH
+from timm_lt.fitting.sgd import add_smote_rows, train_head
+from timm_lt.heads.linear import CRT_LENGTH
 from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError

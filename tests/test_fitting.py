@@ -30,8 +30,7 @@ from timm_lt.features import Features
 from timm_lt.fitting import FITS, check_fit_options, gradient, tau_curve
 from timm_lt.fitting.base import register_fit
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
-from timm_lt.fitting.lbfgs import solve_linear
-from timm_lt.fitting.sgd import train_head
+from timm_lt.fitting.sgd import solve_linear, train_head
 from timm_lt.heads import HEADS, LWSHead, list_heads
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError

@@ -12,8 +12,8 @@ from torch import nn
 import timm_lt
 from timm_lt.features import Features
 from timm_lt.fitting import check_fit_options, fslwf
+from timm_lt.fitting.fslwf import WeightGenerator
 from timm_lt.fitting.sgd import train_head
-from timm_lt.fitting.weight_generator import WeightGenerator
 from timm_lt.heads import create_head
 from timm_lt.metrics import shot_accuracy
 from timm_lt.utils.checks import UsageError

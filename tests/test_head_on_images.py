@@ -18,9 +18,8 @@ from torch import nn
 import timm_lt
 import train_lt
 from timm_lt.data import create_augmentation, create_splits
-from timm_lt.data.images import ImageTensors
+from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.data.stored import StoredImages
 from timm_lt.heads import get_head, head_statistics, seeded_linear
 from timm_lt.run.recipe import Recipe
 from timm_lt.run.recipe_checks import stage_heads
@@ -466,7 +465,7 @@ def test_a_loss_or_weights_that_are_not_finite_are_an_error(model, data, acceler
 
 
 def test_options_of_a_recipe_are_those_of_the_function():
-    from timm_lt.training.head_plan import OPTIONS
+    from timm_lt.training.head import OPTIONS
 
     parameters = inspect.signature(train_head_on_images).parameters.values()
     named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

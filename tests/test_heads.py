@@ -28,7 +28,7 @@ from timm_lt.heads import (
     register_head,
     set_head,
 )
-from timm_lt.heads.statistics import statistics_of
+from timm_lt.heads.attach import statistics_of
 from timm_lt.utils.checks import UsageError
 
 NEED_A_FIT = ["ncm", "lws", "logit_adjusted", "fslwf", "oltr"]

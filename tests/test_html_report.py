@@ -18,13 +18,26 @@ from report_runs import LONG, figures, long_tail, squares, whole_content
 
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import paired_difference, shot_accuracy
-from timm_lt.report.content import Change, ClassNote, ClassTable, Comparison, Picture
-from timm_lt.report.differences import Predictions
-from timm_lt.report.draw import tau_chart
-from timm_lt.report.gather import MAX_CLASSES, MAX_COMPARED, gather_report
-from timm_lt.report.html import render_report, write_report
-from timm_lt.report.thinning import drawn_steps
-from timm_lt.report.thumbnails import MAX_BYTES, SIDE, ExampleImages, Thumbnails, data_uri
+from timm_lt.report.html import (
+    MAX_BYTES,
+    MAX_CLASSES,
+    MAX_COMPARED,
+    SIDE,
+    Change,
+    ClassNote,
+    ClassTable,
+    Comparison,
+    ExampleImages,
+    Picture,
+    Predictions,
+    Thumbnails,
+    data_uri,
+    drawn_steps,
+    gather_report,
+    render_report,
+    tau_chart,
+    write_report,
+)
 from timm_lt.utils.checks import UsageError
 
 # Elements without an end.

@@ -23,7 +23,7 @@ import timm_lt
 import train_lt
 from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
-from timm_lt.cli.checkpoint_argument import find_checkpoint
+from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.heads import HEADS, get_head
 from timm_lt.models.lt_resnet import _cfg
 from timm_lt.models.published import CHECKPOINTS, read_published

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from timm_lt.cli import main
-from timm_lt.report.plot_counts import save_count_plot
+from timm_lt.report.plots import save_count_plot
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import timm_lt
-from timm_lt.training.frozen import FrozenParts
-from timm_lt.training.last_block import last_block
+from timm_lt.training.frozen import FrozenParts, last_block
 
 # By the architecture's own code: the last of the repeated blocks in front of the classifier.
 BLOCKS = {

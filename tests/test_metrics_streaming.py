@@ -58,7 +58,7 @@ def test_order_and_parts_do_not_matter():
 def test_many_classes_are_judged_in_blocks(monkeypatch):
     logits, targets = cases()
     whole = evaluate_logits(logits, targets, COUNTS).to_dict()
-    monkeypatch.setattr("timm_lt.metrics.counting.BLOCK", 30)
+    monkeypatch.setattr("timm_lt.metrics.streaming.BLOCK", 30)
     assert evaluate_logits(logits, targets, COUNTS).to_dict() == whole
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from timm_lt import UsageError
-from timm_lt.training.epoch import seed_epoch
-from timm_lt.training.mixing import Remix, create_mixup
+from timm_lt.training.update import Remix, create_mixup, seed_epoch
 
 COUNTS = torch.tensor([500, 100, 34, 33, 5])
 

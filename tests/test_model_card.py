@@ -15,8 +15,7 @@ from markdown_it import MarkdownIt
 
 import timm_lt
 from timm_lt.checkpoint import HeadEntry, read_checkpoint
-from timm_lt.hub.card import render_card
-from timm_lt.hub.card_update import folder_card, merge_cards, update_card, write_card
+from timm_lt.hub.card import folder_card, merge_cards, render_card, update_card, write_card
 from timm_lt.models.published import CHECKPOINTS
 from timm_lt.utils.checks import UsageError
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.images import ImageTensors
-from timm_lt.fitting.data import check_fit_data
+from timm_lt.fitting.base import check_fit_data
 from timm_lt.fitting.oltr import _start
 from timm_lt.heads import set_head
 from timm_lt.losses import DiscriminativeCentroids

@@ -11,10 +11,17 @@ from reports import COUNTS, balanced_reports
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve
 from timm_lt.metrics import ShotReport, evaluate_logits, shot_accuracy
-from timm_lt.report.plot_common import head_styles
-from timm_lt.report.plot_differences import draw_confusions, draw_gains, draw_training
-from timm_lt.report.plot_heads import draw_calibration, draw_curves, draw_frequency
-from timm_lt.report.plots import PLOT_FILES, save_plots
+from timm_lt.report.plots import (
+    PLOT_FILES,
+    draw_calibration,
+    draw_confusions,
+    draw_curves,
+    draw_frequency,
+    draw_gains,
+    draw_training,
+    head_styles,
+    save_plots,
+)
 from timm_lt.report.tables import percent
 from timm_lt.training.history import EpochRecord
 

@@ -26,11 +26,11 @@ from torch import nn
 
 import timm_lt
 from timm_lt.utils.accelerator import create_accelerator
-from timm_lt.models.attention import attach_attention
+from timm_lt.models.networks import attach_attention
 from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.data.stored import StoredImages
+from timm_lt.data.images import StoredImages
 from timm_lt.training import train_head_on_images, train_representation
 from timm_lt.training.update import taken_together
 

@@ -19,10 +19,10 @@ from timm.models import _registry
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import timm_lt
-import timm_lt.models.download
+import timm_lt.models.pretrained
 from timm_lt.cli import main
-from timm_lt.models.download import cached_name
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
+from timm_lt.models.pretrained import cached_name
 from timm_lt.models.published import PUBLISHED, hub_configs, read_published
 from timm_lt.utils.checks import UsageError
 
@@ -200,7 +200,7 @@ NAME = "lt_resnet32.cifar10_lt"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_lt.models.download, "RETRY_DELAY", 0)
+    monkeypatch.setattr(timm_lt.models.pretrained, "RETRY_DELAY", 0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints" / "timm_lt"
 

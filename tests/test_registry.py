@@ -5,13 +5,13 @@ import pytest
 
 from timm_lt.utils.checks import (
     Problems,
-    Registry,
     UsageError,
     check_choice,
     check_integer,
     check_number,
     unknown_name,
 )
+from timm_lt.utils.registry import Registry
 
 
 @pytest.fixture

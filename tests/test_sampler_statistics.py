@@ -13,7 +13,17 @@ import pytest
 import torch
 from scipy import stats
 
-from timm_lt.samplers import ClassSampler, arithmetic, base, create_sampler, cycles
+from timm_lt.samplers import (
+    ClassSampler,
+    base,
+    create_sampler,
+)
+from timm_lt.samplers import (
+    streams as arithmetic,
+)
+from timm_lt.samplers import (
+    streams as cycles,
+)
 
 PLAUSIBLE, ABSURD = 1e-5, 1e-20
 

@@ -19,16 +19,19 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
-from timm_lt.data.draws import NumberedSampler
-from timm_lt.data.sharing import check_groups
+from timm_lt.data.loader import NumberedSampler, check_groups
 from timm_lt.samplers import (
     ClassSampler,
-    arithmetic,
     base,
     create_sampler,
-    cycles,
     list_samplers,
     register_sampler,
+)
+from timm_lt.samplers import (
+    streams as arithmetic,
+)
+from timm_lt.samplers import (
+    streams as cycles,
 )
 from timm_lt.utils.checks import UsageError
 

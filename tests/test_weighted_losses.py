@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import timm_lt
 from timm_lt import losses
 from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
-from timm_lt.losses.weights import effective_number_weights, inverse_frequency_weights
+from timm_lt.losses.reweighted import effective_number_weights, inverse_frequency_weights
 from timm_lt.training.checks import check_classifier, check_schedule, start_classifier
 from timm_lt.utils.checks import UsageError
 

@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.data import create_splits
-from timm_lt.models.preprocessing import image_config
+from timm_lt.models.create import image_config
 from timm_lt.models.weights_file import classes_of_file, create_from_file
-from timm_lt.run.images import create_images
+from timm_lt.run.network import create_images
 from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError

@@ -38,8 +38,8 @@ from timm_lt.metrics import shifted_accuracy as shifted_accuracy
 from timm_lt.metrics import shot_accuracy as shot_accuracy
 from timm_lt.metrics import write_per_class as write_per_class
 from timm_lt.models import lt_resnet as lt_resnet  # importing it registers the architectures
-from timm_lt.models.bilateral import create_bilateral as create_bilateral
 from timm_lt.models.create import create_model as create_model
+from timm_lt.models.networks import create_bilateral as create_bilateral
 from timm_lt.models.repo import list_repo_heads as list_repo_heads
 from timm_lt.run.rebalancing import Rebalanced as Rebalanced
 from timm_lt.run.rebalancing import rebalance as rebalance

@@ -16,8 +16,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from timm_lt.data import Splits, cifar_manifest, subset_manifest
-from timm_lt.data.cifar.facts import CIFAR10, CIFAR100, Batch, official_rows
-from timm_lt.data.cifar.source import FACTS, published_counts
+from timm_lt.data.cifar import CIFAR10, CIFAR100, FACTS, Batch, official_rows, published_counts
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 

@@ -1,7 +1,7 @@
 import itertools
 
 from timm_lt import create_sampler
-from timm_lt.data.draws import NumberedSampler
+from timm_lt.data.loader import NumberedSampler
 
 
 def test_draws_are_images_and_numbers_that_never_come_again():

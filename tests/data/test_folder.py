@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import create_dataset, create_splits
-from timm_lt.data.folder.files import find_images
-from timm_lt.data.reading import encoded_images
+from timm_lt.data.decode import encoded_images
+from timm_lt.data.folder import find_images
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 

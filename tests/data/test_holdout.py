@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from timm_lt.data import Splits, create_dataset, create_splits, hold_out, register_dataset
+from timm_lt.data.decode import encoded_images
 from timm_lt.data.given import folder_of, given_splits
-from timm_lt.data.reading import encoded_images
 from timm_lt.data.sources import DATASETS
 from timm_lt.utils.checks import UsageError
 

@@ -11,9 +11,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from timm_lt.data import Splits, create_loader, create_splits, dataset_labels
-from timm_lt.data.hub.columns import find_image_column, find_label_column
-from timm_lt.data.hub.splits import choose_splits
-from timm_lt.data.hub.tables import find_tables
+from timm_lt.data.columns import find_image_column, find_label_column
+from timm_lt.data.hub import choose_splits, find_tables
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 

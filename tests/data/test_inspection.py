@@ -13,7 +13,7 @@ from PIL import Image
 
 from timm_lt.data import create_dataset, inspect_splits
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.duplicates import Twin, find_duplicates
+from timm_lt.data.inspection import Twin, find_duplicates
 from timm_lt.utils.console import pillow_warnings_ignored
 
 NAMES = ["a", "b", "c"]

@@ -9,10 +9,9 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from timm_lt.data import create_dataset, create_splits, hold_out, read_image_list
-from timm_lt.data.lists import Paths
-from timm_lt.data.lists.checks import joined
-from timm_lt.data.lists.presence import missing_rows
-from timm_lt.data.reading import encoded_images
+from timm_lt.data.decode import encoded_images
+from timm_lt.data.list_files import Paths
+from timm_lt.data.lists import joined, missing_rows
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 

@@ -10,8 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import timm_lt
+from timm_lt.data import list_files as reader
+from timm_lt.data import list_files as text
 from timm_lt.data import read_image_list
-from timm_lt.data.lists import Paths, reader, text
+from timm_lt.data.list_files import Paths
 from timm_lt.utils.checks import UsageError
 
 LINES = [("a/1.jpg", 0), ("my photos/é 2.jpg", 12), ("b", 123456), ("3 4/5", 99999), ("c.jpg", 7)]

@@ -34,7 +34,7 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 import train_lt
 from timm_lt.data import loader as loader_module
-from timm_lt.features.fingerprint import samples_fingerprint
+from timm_lt.features.cache import samples_fingerprint
 from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent

@@ -5,7 +5,8 @@ from hashlib import sha256
 
 import pytest
 
-from timm_lt.data.published_lists import facts, published
+from timm_lt.data import published as facts
+from timm_lt.data.published import published
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import SHOT_RULES
 

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from timm_lt.data import check_image_list, create_splits
-from timm_lt.data.lists import ImageList, Paths
-from timm_lt.data.published_lists import published, published_splits
-from timm_lt.data.published_lists.check import note_differences, pairs_hash
+from timm_lt.data.list_files import ImageList, Paths
+from timm_lt.data.published import note_differences, pairs_hash, published, published_splits
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import Problems, UsageError
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from timm_lt.data.images import decode_images
-from timm_lt.data.reading import shown_path
+from timm_lt.data.decode import shown_path
+from timm_lt.data.images import StoredImages, decode_images
 from timm_lt.data.sources import dataset_from_files
-from timm_lt.data.stored import StoredImages
 from timm_lt.utils.checks import UsageError
 
 LEVELS = np.array([[0, 255, 256], [25600, 32768, 65535]], np.uint16)

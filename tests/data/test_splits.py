@@ -8,10 +8,9 @@ import torch
 from datasets import Value
 
 from timm_lt.data import create_splits
-from timm_lt.data.identity import image_keys, path_keys, split_digests
 from timm_lt.data.images import label_tensor
 from timm_lt.data.sources import dataset_from_arrays, dataset_from_files
-from timm_lt.data.splits import Splits
+from timm_lt.data.splits import Splits, image_keys, path_keys, split_digests
 from timm_lt.utils.checks import UsageError
 
 NAMES = ["ant", "bee", "cat"]

@@ -13,8 +13,8 @@ from timm.data import create_transform
 from timm.data.loader import fast_collate
 
 from timm_lt import create_sampler
-from timm_lt.data.draws import NumberedSampler
-from timm_lt.data.stored import StoredImages
+from timm_lt.data.images import StoredImages
+from timm_lt.data.loader import NumberedSampler
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 

@@ -11,11 +11,15 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from timm_lt.data import verification
-from timm_lt.data.readable import check_classes_left, verify_images
-from timm_lt.data.reading import DAMAGE
+from timm_lt.data import decode as verification
+from timm_lt.data.decode import (
+    DAMAGE,
+    check_classes_left,
+    find_damaged,
+    reason_of_file,
+    verify_images,
+)
 from timm_lt.data.sources import dataset_from_files
-from timm_lt.data.verification import find_damaged, reason_of_file
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 

@@ -29,10 +29,10 @@ from timm_lt.checkpoint.load import find_entry as find_entry
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
 from timm_lt.checkpoint.load import load_model_head as load_model_head
-from timm_lt.checkpoint.plain import save_plain as save_plain
 from timm_lt.checkpoint.save import check_text as check_text
 from timm_lt.checkpoint.save import head_entry as head_entry
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
+from timm_lt.checkpoint.save import save_plain as save_plain
 from timm_lt.checkpoint.weights import bounded_build as bounded_build
 from timm_lt.checkpoint.weights import check_memory as check_memory
 from timm_lt.checkpoint.weights import check_shapes as check_shapes

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from timm_lt.data.pixels import WHITE
+from timm_lt.data.decode import WHITE
 from timm_lt.data.sources import SelectionProtocol
 from timm_lt.heads import HEADS, check_head_options
 from timm_lt.utils.checks import UsageError, unknown_name

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from timm_lt.cli.common import Commands, add_log_options, as_json, say
 from timm_lt.run.comparison import (
+    RESULTS,
     Grid,
     Outcome,
     Plan,
-    check_output,
+    Run,
+    check_comparison_folder,
+    check_runs,
     collect,
+    default_jobs,
     find_grid,
     load_grid,
     make_plan,
@@ -21,9 +25,6 @@ from timm_lt.run.comparison import (
     shipped_grids,
     write_results,
 )
-from timm_lt.run.comparison.output import RESULTS
-from timm_lt.run.comparison.plan import Run
-from timm_lt.run.comparison.runs import check_runs, default_jobs
 from timm_lt.run.exits import run_to_exit
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions
@@ -89,7 +90,7 @@ def compare(argv: list[str]) -> Mapping[Run, Outcome]:
     folder = Path(arguments.output or Path("output") / grid.name)
     plan = make_plan(grid, base, folder, seeds=seeds, only=arguments.only, given=_keys(rest))
     jobs = _jobs(arguments.jobs, threads)
-    check_output(folder, plan)
+    check_comparison_folder(folder, plan)
     check_runs(plan.runs)
     start_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     log.info("%s", _describe(plan, min(jobs, len(plan.runs)), threads, folder))

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from timm_lt.cli.arguments import add_weights_options, model_options
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
-from timm_lt.cli.model_argument import add_weights_options, model_options
 from timm_lt.models.convert import convert_checkpoint
 from timm_lt.run.folder import CHECKPOINT_ENTRIES, new_folder
 from timm_lt.utils.checks import UsageError

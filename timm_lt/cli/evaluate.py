@@ -11,14 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from timm_lt.cli.common import (
-    Commands,
-    add_command,
-    add_output_options,
-    parse_options,
-    show_result,
-)
-from timm_lt.cli.model_argument import (
+from timm_lt.cli.arguments import (
     DATA_HELP,
     MODEL_HELP,
     add_class_order,
@@ -30,9 +23,16 @@ from timm_lt.cli.model_argument import (
     model_options,
     stored_heads,
 )
+from timm_lt.cli.common import (
+    Commands,
+    add_command,
+    add_output_options,
+    parse_options,
+    show_result,
+)
 from timm_lt.data import Splits, create_splits
+from timm_lt.data.decode import log_exceptional
 from timm_lt.data.images import Images
-from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
 from timm_lt.heads import Head, get_head, head_statistics
@@ -46,7 +46,7 @@ from timm_lt.metrics import (
 from timm_lt.models.label_names import keeps_classifier, shown_as
 from timm_lt.report.tables import shot_table
 from timm_lt.run.class_order import check_no_order, in_order_of_weights
-from timm_lt.run.images import TIMM, create_images, on_background
+from timm_lt.run.network import TIMM, create_images, on_background
 from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator

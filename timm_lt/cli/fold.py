@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_lt
 from timm_lt.checkpoint import CONFIG, CheckpointInfo, HeadEntry
-from timm_lt.cli.checkpoint_argument import decoupled_info, find_checkpoint
+from timm_lt.cli.arguments import decoupled_info, find_checkpoint
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -19,7 +19,7 @@ from timm_lt.cli.common import (
     parse_options,
     show_result,
 )
-from timm_lt.data.pixels import WHITE
+from timm_lt.data.decode import WHITE
 from timm_lt.heads import HEADS, create_head, head_option_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.models.label_names import own_names

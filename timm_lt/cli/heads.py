@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
-from timm_lt.cli.model_argument import (
+from timm_lt.cli.arguments import (
     DATA_HELP,
     HUB_PREFIX,
     MODEL_HELP,
@@ -17,10 +16,11 @@ from timm_lt.cli.model_argument import (
     model_name,
     model_options,
 )
+from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.models.create import LOCAL_DIR
-from timm_lt.report.recommendation import JOINT
+from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
 from timm_lt.run.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
 

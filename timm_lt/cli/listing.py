@@ -7,7 +7,7 @@ from rich.table import Table
 
 import timm_lt
 from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
-from timm_lt.cli.checkpoint_argument import find_checkpoint
+from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import list_augmentations
 from timm_lt.report.tables import head_table

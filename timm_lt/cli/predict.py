@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.checkpoint import background_of
-from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
-from timm_lt.cli.model_argument import (
+from timm_lt.cli.arguments import (
     MODEL_HELP,
     add_background_option,
     add_weights_options,
@@ -25,17 +24,18 @@ from timm_lt.cli.model_argument import (
     load_model,
     model_options,
 )
-from timm_lt.data.folder.files import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
-from timm_lt.data.pixels import check_background
-from timm_lt.data.reading import (
+from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
+from timm_lt.data.decode import (
     DAMAGE,
+    check_background,
     damage_of,
     decode_image,
     describe_huge,
     is_huge,
     shown_path,
 )
-from timm_lt.models.preprocessing import image_config
+from timm_lt.data.folder import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
+from timm_lt.models.create import image_config
 from timm_lt.run.class_order import class_orders
 from timm_lt.run.recipe import ClassOrder
 from timm_lt.utils.accelerator import default_device, set_cpu_threads

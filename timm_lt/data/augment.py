@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.samplers.arithmetic import keyed
-from timm_lt.utils.checks import Registry, check_choice, check_integer, check_number
+from timm_lt.samplers.streams import keyed
+from timm_lt.utils.checks import check_choice, check_integer, check_number
+from timm_lt.utils.registry import Registry
 
 AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
 A = TypeVar("A", bound="type[Augmentation]")
@@ -56,7 +57,7 @@ def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
 
     Args:
         seed: A non-negative integer.
-        draws: Which draws, (B,) int64; see :class:`~timm_lt.data.draws.NumberedSampler`.
+        draws: Which draws, (B,) int64; see :class:`~timm_lt.data.loader.NumberedSampler`.
         count: Numbers per draw.
 
     Shape:

@@ -16,14 +16,12 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
 from timm_lt.data.columns import check_random_access, image_column, label_column
+from timm_lt.data.decode import to_rgb, turned_upright, with_alpha
 from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
-from timm_lt.data.items import as_image
+from timm_lt.data.items import as_image, drawn_item
 from timm_lt.data.labels import is_plain, subset_rows
-from timm_lt.data.lists.columns import note_unused
-from timm_lt.data.pairs import drawn_item
-from timm_lt.data.pixels import to_rgb, with_alpha
-from timm_lt.data.reading import turned_upright
+from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError, unknown_name

@@ -1,11 +1,15 @@
-"""A look at a data set before training: its classes, its files, and what is wrong with them."""
+"""A look at a data set before training: its classes, its files, and what is wrong with them.
+
+Images with the same content, within a split and across splits.
+"""
 
 import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,27 +17,111 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_lt.data.duplicates import Duplicates, Twin, find_duplicates
-from timm_lt.data.images import label_names, label_tensor
-from timm_lt.data.pixels import is_flat, loses_levels
-from timm_lt.data.reading import (
+from timm_lt.data.decode import (
     DAMAGE,
+    Damage,
+    StoredFiles,
     damage_of,
     decode_column,
+    find_damaged,
+    in_threads,
+    is_flat,
     is_huge,
     is_remote,
+    loses_levels,
     open_image,
     pillow_errors,
     unreadable_images,
 )
+from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.splits import Splits
-from timm_lt.data.verification import Damage, StoredFiles, find_damaged, in_threads
 from timm_lt.utils.checks import Problems
 from timm_lt.utils.longtail import ShotRule, describe_shots, shot_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from datasets import Image as ImageColumn
+
+# Pairs that are listed of many.
+SHOWN = 5
+
+
+class Twin(NamedTuple):
+    """One of several images with the same content.
+
+    Attributes:
+        split: The split that has it.
+        name: What it is called in messages.
+        label: Its class.
+    """
+
+    split: str
+    name: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """How many images are the same as others.
+
+    Attributes:
+        within: By split, images that repeat an earlier one of the split.
+        across: By two splits, images of the second that the first has too.
+        conflicts: Images that repeat an earlier one, of any split, under another label.
+        pairs: The first five pairs of each of these, by ``"train"``, ``"train, test"`` and
+            ``"conflicts"``.
+    """
+
+    within: dict[str, int] = field(default_factory=dict)
+    across: dict[str, int] = field(default_factory=dict)
+    conflicts: int = 0
+    pairs: dict[str, list[tuple[Twin, Twin]]] = field(default_factory=dict)
+
+
+def find_duplicates(images: Iterable[tuple[Hashable, Twin]], splits: Iterable[str]) -> Duplicates:
+    """Counts images with the same content.
+
+    >>> images = [("x", Twin("train", "a", 0)), ("x", Twin("test", "b", 1))]
+    >>> found = find_duplicates(images, ["train", "test"])
+    >>> found.within, found.across, found.conflicts
+    ({'train': 0, 'test': 0}, {'train, test': 1}, 1)
+
+    Args:
+        images: What stands for the content of each, such as a digest, and the image; split by
+            split.
+        splits: Names of the splits in their order.
+    """
+    same: dict[Hashable, list[Twin]] = {}
+    for content, twin in images:
+        same.setdefault(content, []).append(twin)
+    pairs: dict[str, list[tuple[Twin, Twin]]] = {}
+    for twins in same.values():
+        if len(twins) > 1:
+            for key, pair in _pairs(twins):
+                pairs.setdefault(key, []).append(pair)
+    names = list(splits)
+    number = {key: len(found) for key, found in pairs.items()}
+    return Duplicates(
+        within={split: number.get(split, 0) for split in names},
+        across={key: number.get(key, 0) for key in map(", ".join, combinations(names, 2))},
+        conflicts=number.get("conflicts", 0),
+        pairs={key: found[:SHOWN] for key, found in pairs.items()},
+    )
+
+
+def _pairs(twins: list[Twin]) -> Iterable[tuple[str, tuple[Twin, Twin]]]:
+    """Yields the pairs of images with the same content, by what they count for."""
+    first_of: Mapping[str, Twin] = {twin.split: twin for twin in reversed(twins)}
+    for place, twin in enumerate(twins):
+        for split, first in first_of.items():
+            if split == twin.split and first is not twin:
+                yield split, (first, twin)
+        earlier = dict.fromkeys(other.split for other in twins[:place] if other.split != twin.split)
+        for split in earlier:
+            yield f"{split}, {twin.split}", (first_of[split], twin)
+        if place and twin.label != twins[0].label:
+            yield "conflicts", (twins[0], twin)
+
 
 # Labels without an image that are counted as classes, next to those that occur.
 GAPS = 1000

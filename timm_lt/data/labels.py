@@ -18,8 +18,7 @@ from torchvision.datasets import DatasetFolder
 
 from timm_lt.data.columns import ImageRows, check_random_access, label_column
 from timm_lt.data.fingerprint import reads_as
-from timm_lt.data.items import TransformedItems
-from timm_lt.data.pairs import LABEL_KEYS, drawn_item
+from timm_lt.data.items import LABEL_KEYS, TransformedItems, drawn_item
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log

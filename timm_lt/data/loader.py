@@ -1,6 +1,13 @@
-"""timm's loader with any sampler, for one process or several."""
+"""timm's loader with any sampler, for one process or several.
+
+Gives timm's loader another sampler, and accelerate's processes their share of its batches.
+
+Numbered draws: which image, and which of all draws of the training it is.
+"""
 
 import inspect
+import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -8,21 +15,194 @@ import datasets
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderShard
+from accelerate.data_loader import DataLoaderAdapter, DataLoaderShard, prepare_data_loader
 from accelerate.state import PartialState, is_initialized
 from timm.data import FastCollateMixup
 from timm.data import create_loader as timm_create_loader
 from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from timm_lt.data.columns import ImageRows, check_random_access
 from timm_lt.data.items import with_transform
 from timm_lt.data.labels import is_plain
-from timm_lt.data.sharing import prepare, sampler_of, with_sampler
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
+
+# What a DataLoader is made of, beside its data set and the order of its images.
+SETTINGS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+# A scheduled batch: pairs of an index and the number of a size.
+Batch = list[tuple[Any, int]]
+
+
+class PartOfBatches(Sampler[Batch]):
+    """The part of each batch of a schedule that one process shows: accelerate cannot divide them.
+
+    Args:
+        batches: The batches of all processes together, each a multiple of their number.
+        rank: Number of this process.
+        num_processes: Number of processes.
+    """
+
+    def __init__(self, batches: ScheduledBatchSampler, rank: int, num_processes: int) -> None:
+        self.batches = batches
+        self.rank, self.num_processes = rank, num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the schedule and of its sampler."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            part = len(batch) // self.num_processes
+            yield batch[self.rank * part : (self.rank + 1) * part]
+
+
+def with_sampler(
+    loader: DataLoader[Any], sampler: Sampler[Any], num_batches: int | None
+) -> DataLoader[Any]:
+    """Returns a loader like one that was not iterated yet, with another order of its images.
+
+    Args:
+        loader: timm's, with its own sampler.
+        sampler: The order.
+        num_batches: timm's option of that name, for a schedule of sizes.
+    """
+    if isinstance(loader.batch_sampler, ScheduledBatchSampler):
+        schedule = scheduled(loader.batch_sampler, sampler, num_batches)
+        return rebuild(loader, batch_sampler=schedule)
+    batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    return rebuild(loader, sampler=sampler, **batches)
+
+
+def rebuild(loader: DataLoader[Any], **batches: Any) -> DataLoader[Any]:
+    """Returns a loader with the same data set and settings and other batches."""
+    settings = {name: getattr(loader, name) for name in SETTINGS}
+    return type(loader)(loader.dataset, **batches, **settings)
+
+
+def scheduled(
+    like: ScheduledBatchSampler,
+    sampler: Sampler[Any],
+    num_batches: int | None,
+    scale: int = 1,
+) -> ScheduledBatchSampler:
+    """Returns a schedule like another, over another sampler, batches ``scale`` times as large."""
+    # A schedule begins the epoch again where it needs more images than there are.
+    if isinstance(sampler, ClassSampler):
+        sampler.warns_of_repetition = False
+    return ScheduledBatchSampler(
+        sampler,
+        batch_sizes=[scale * size for size in like.batch_sizes],
+        choice_weights=like.choice_weights.tolist(),
+        seed=like.seed,
+        drop_last=like.drop_last,
+        num_batches=num_batches,
+        choice_schedule=like.choice_schedule,
+        schedule_epochs=like.schedule_epochs,
+        schedule_spread=like.schedule_spread,
+        schedule_random_mix=like.schedule_random_mix,
+    )
+
+
+def sampler_of(loader: DataLoader[Any]) -> Sampler[Any] | Iterable[Any]:
+    """Returns the order of a loader's images."""
+    batches = loader.batch_sampler
+    return batches.sampler if isinstance(batches, ScheduledBatchSampler) else loader.sampler
+
+
+def prepare(
+    loader: DataLoader[Any], accelerator: Accelerator, num_batches: int | None
+) -> DataLoaderAdapter:
+    """Prepares a loader of timm with accelerate, which cannot divide the batches of a schedule.
+
+    Raises:
+        UsageError: If a batch size is no multiple of the number of processes that share it.
+    """
+    if isinstance(loader.batch_sampler, ScheduledBatchSampler):
+        return _prepare_schedule(loader, loader.batch_sampler, accelerator, num_batches)
+    _check_shared(accelerator, [loader.batch_size or 1], loader.sampler)
+    return accelerator.prepare_data_loader(loader)
+
+
+def _prepare_schedule(
+    loader: DataLoader[Any],
+    schedule: ScheduledBatchSampler,
+    accelerator: Accelerator,
+    num_batches: int | None,
+) -> DataLoaderAdapter:
+    processes = accelerator.num_processes
+    if processes > 1 and not hasattr(schedule.sampler, "set_epoch"):
+        raise UsageError(
+            "input_size_choices over several processes needs a sampler that draws the same in each "
+            "of them: pass sampler=timm_lt.create_sampler(...)"
+        )
+    scale = 1 if accelerator.split_batches else processes
+    _check_shared(accelerator, schedule.batch_sizes, schedule.sampler)
+    batches = scheduled(schedule, schedule.sampler, num_batches, scale)
+    part = PartOfBatches(batches, accelerator.process_index, processes)
+    return prepare_data_loader(
+        rebuild(loader, batch_sampler=part),
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types),
+        non_blocking=accelerator.non_blocking,
+    )
+
+
+def _check_shared(
+    accelerator: Accelerator, batch_sizes: Iterable[int], sampler: Sampler[Any] | Iterable[Any]
+) -> None:
+    """Checks that accelerate can share batches of these sizes."""
+    processes = accelerator.num_processes
+    for size in batch_sizes:
+        if accelerator.split_batches and size % processes:
+            raise UsageError(
+                f"batch_size {size} is shared by {processes} processes, so it must be a multiple "
+                f"of {processes}"
+            )
+        check_groups(sampler, size // processes if accelerator.split_batches else size, processes)
+
+
+def check_groups(sampler: Sampler[Any] | Iterable[Any], batch_size: int, processes: int) -> None:
+    """Checks that several processes do not share draws that a sampler keeps together.
+
+    Args:
+        sampler: Order of the images.
+        batch_size: Images of a batch on each process.
+        processes: Number of processes.
+
+    Raises:
+        UsageError: If the batch size is not a multiple of the size of the sampler's groups.
+    """
+    group = getattr(sampler, "group", 1)
+    if processes > 1 and batch_size % group:
+        raise UsageError(
+            f"the sampler draws groups of {group} images that belong together, and batches of "
+            f"{batch_size} images on each of {processes} processes would divide them: make it a "
+            f"multiple of {group}"
+        )
+
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
 
@@ -275,3 +455,77 @@ def _device(device: torch.device | str | None, accelerator: Accelerator | None) 
     if device is not None and torch.device(device) != accelerator.device:
         raise UsageError(f"device={device} is not the accelerator's, {accelerator.device}")
     return torch.device(accelerator.device)
+
+
+class NumberedSampler(Sampler[int]):
+    """Gives every draw of a sampler a number, so that its augmentation can depend on it.
+
+    A class-balanced epoch draws a rare image many times: each of these draws is to be augmented
+    differently, but the same on every process and after a restart. A draw is one integer, ``t N +
+    i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
+
+    Args:
+        sampler: The order of the images.
+        num_images: N.
+        length: Draws per epoch; the rest of each epoch of the sampler is left out.
+
+    >>> from timm_lt.samplers import create_sampler
+    >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
+    >>> sampler.set_epoch(5)
+    >>> [draw // 3 for draw in sampler]
+    [10, 11]
+    """
+
+    def __init__(self, sampler: ClassSampler, num_images: int, length: int) -> None:
+        self.sampler = sampler
+        self.num_images = num_images
+        self.length = length
+
+    @property
+    def group(self) -> int:
+        """Consecutive draws that stay together on a process."""
+        return self.sampler.group
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the 0-based epoch that the next iteration draws."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.sampler.epoch * self.length * self.num_images
+        numbers = itertools.count(first, self.num_images)
+        images = itertools.islice(self.sampler, self.length)
+        return map(operator.add, images, numbers)
+
+
+class InOrder(Sampler[int]):
+    """Shows every image once, in the order of the data set; each epoch is another view of them.
+
+    View v of image i, of N, is draw ``v N + i``, whatever came before: its augmentation depends on
+    nothing else.
+
+    Args:
+        num_images: N.
+
+    >>> sampler = InOrder(3)
+    >>> sampler.set_epoch(2)
+    >>> list(sampler)
+    [6, 7, 8]
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self.view = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the 0-based view that the next iteration shows."""
+        self.view = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.view * self.num_images
+        return iter(range(first, first + self.num_images))

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.utils.checks import Registry, UsageError, check_choice, check_options
+from timm_lt.utils.checks import UsageError, check_choice, check_options
+from timm_lt.utils.registry import Registry
 
 if TYPE_CHECKING:
     from datasets import Dataset

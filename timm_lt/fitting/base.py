@@ -1,22 +1,157 @@
-"""The factory of fitted heads: one fit per head, registered under the head's name."""
+"""The factory of fitted heads: one fit per head, registered under the head's name.
 
+What a fit may use, checked once for all fits.
+
+Choosing on validation: what is maximised, the best of some candidates, and a record of it.
+
+Several heads on the same validation images: which is best, and how sure that is.
+"""
+
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from timm_lt.fitting.data import FitData
+from timm_lt.features import Features, check_features
+from timm_lt.fitting.curves import check_fits, check_joint
+from timm_lt.fitting.sgd import row_blocks
 from timm_lt.heads import HEADS, Head, head_option_names
+from timm_lt.metrics import (
+    Objective,
+    confidence_intervals,
+    objective_field,
+    objective_value,
+    paired_difference,
+    shot_accuracy,
+)
 from timm_lt.utils.checks import (
-    Registry,
     UsageError,
     check_integer,
     check_literals,
     check_number,
     check_options,
 )
-from timm_lt.utils.longtail import ShotRule
+from timm_lt.utils.longtail import (
+    ClassCounts,
+    ShotRule,
+    check_class_counts,
+    check_no_empty_class,
+    class_counts,
+)
+from timm_lt.utils.registry import Registry
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a fit may use; every field has been checked against the others.
+
+    Attributes:
+        features: Training features, values (N, D) as they came, maybe in a mapped file, with rows
+            of every class. They are to be read in blocks, as float32.
+        class_counts: Training images per class, (C,), all >= 1; those of the joint classifier,
+            which need not be those of the features.
+        classifier: A copy of the joint classifier (C, D) in float32 on the CPU, or None.
+        val: Validation features, or None.
+        seed: Seed of whatever is random.
+        objective: What is maximised on validation.
+        rule: Where the shot groups have their boundaries.
+    """
+
+    features: Features
+    class_counts: Tensor
+    classifier: nn.Linear | None
+    val: Features | None
+    seed: int
+    objective: Objective
+    rule: ShotRule
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.class_counts)
+
+    def need_classifier(self, name: str) -> nn.Linear:
+        """Returns the joint classifier, or raises UsageError for a head that starts from it."""
+        if self.classifier is None:
+            raise UsageError(f"head {name!r} starts from the joint classifier: pass classifier=")
+        return self.classifier
+
+    def need_val(self, name: str, option: str, otherwise: str | None = None) -> Features:
+        """Returns the validation features, or raises UsageError for an option to be selected."""
+        if self.val is None:
+            raise UsageError(
+                f"head {name!r} selects {option} on validation features: pass val=, or "
+                f"{otherwise or option + '='}"
+            )
+        return self.val
+
+    def new_linear(self) -> nn.Linear:
+        """Returns an ``nn.Linear`` (C, D) as a start: the joint classifier, or zeros."""
+        if self.classifier is not None:
+            return self.classifier
+        linear = nn.Linear(self.features.num_features, self.num_classes)
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
+        return linear
+
+
+def check_fit_data(
+    features: Features,
+    classifier: nn.Linear | None,
+    counts: ClassCounts | None,
+    val: Features | None,
+    *,
+    seed: int,
+    objective: Objective,
+    rule: ShotRule,
+) -> FitData:
+    """Checks what is passed to a fit; see :func:`~timm_lt.fitting.fit_head` for the arguments."""
+    check_integer("seed", seed, minimum=0)
+    check_features(features, "features")
+    if classifier is not None:
+        classifier = _joint_copy(classifier)
+        num_classes = classifier.out_features
+    else:
+        counts = None if counts is None else check_class_counts(counts)
+        num_classes = int(features.targets.max()) + 1 if counts is None else len(counts)
+    check_fits(features, "features", num_classes, classifier)
+    of_features = class_counts(features.targets, num_classes)
+    check_no_empty_class(of_features)
+    counts = (
+        of_features // features.views if counts is None else check_class_counts(counts, num_classes)
+    )
+    if len(counts) != num_classes:
+        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
+    check_no_empty_class(counts)
+    if val is not None:
+        check_fits(val, "val", num_classes, classifier)
+        if val.num_features != features.num_features:
+            raise UsageError(
+                f"val has {val.num_features} features per row, the training features "
+                f"{features.num_features}"
+            )
+        _check_validation(class_counts(val.targets, num_classes))
+    return FitData(features, counts, classifier, val, seed, objective, rule)
+
+
+def _joint_copy(classifier: nn.Linear) -> nn.Linear:
+    """Copies the joint classifier, so that the model from which it comes stays where it is."""
+    check_joint(classifier)
+    return copy.deepcopy(classifier).to("cpu", torch.float32)
+
+
+def _check_validation(counts: Tensor) -> None:
+    missing = torch.nonzero(counts == 0).flatten().tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise UsageError(
+            f"{len(missing)} of {len(counts)} classes have no validation image: {shown}; selecting "
+            "on such a split would ignore them"
+        )
 
 
 class Fit(Protocol):
@@ -141,3 +276,109 @@ def check_fit_classes(
     check = CLASSES_CHECKS.get(name)
     if check is not None:
         check(options, class_counts, rule=rule, views=views)
+
+
+H = TypeVar("H", bound=Head)
+
+
+def predictions(head: Head, features: Features) -> Tensor:
+    """Returns the classes (N,) that a head predicts, block by block."""
+    with torch.inference_mode():
+        blocks = row_blocks(features.values, head.out_features)
+        return torch.cat([head(block).argmax(1) for block in blocks])
+
+
+def validation_score(head: Head, data: FitData, val: Features) -> tuple[float, float]:
+    """Returns the value of the fit's objective on validation, and what decides between equals.
+
+    That is the mean over the classes: an objective such as the worst class is often 0 for all.
+    """
+    report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
+    return objective_value(report, data.objective), report.class_mean
+
+
+def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option: str) -> H:
+    """Returns the head with the highest objective on validation and records the choice.
+
+    Args:
+        candidates: Values of the option with the heads that they give; the first best wins.
+        data: The fit's data.
+        val: Validation features.
+        option: Name of what is selected.
+    """
+    scores = [validation_score(head, data, val) for _, head in candidates]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    value, head = candidates[best]
+    head.selection = selection_record(option, value, scores[best][0], data)
+    head.selection["compared"] = [
+        [value, score] for (value, _), (score, _) in zip(candidates, scores, strict=True)
+    ]
+    return head
+
+
+def selection_record(option: str, value: float, accuracy: float, data: FitData) -> dict[str, Any]:
+    """Returns what a checkpoint records of a selected option.
+
+    Its ``val_accuracy`` is the value of the objective.
+    """
+    return {
+        option: value,
+        "objective": data.objective,
+        "split": "val",
+        "val_accuracy": accuracy,
+    }
+
+
+def compare_heads(
+    preds: Mapping[str, Tensor],
+    targets: Tensor,
+    counts: Tensor,
+    *,
+    objective: Objective = "all",
+    rule: ShotRule = "fb",
+) -> dict[str, Any]:
+    """Returns which head is best on validation, with 95 % confidence intervals.
+
+    The intervals are those of :func:`~timm_lt.metrics.confidence_intervals`, and of
+    :func:`~timm_lt.metrics.paired_difference` for how far a head lies behind the best. They say how
+    much hangs on which images happen to be in the split; the heads stay as they are.
+
+    Args:
+        preds: Predicted classes by head, (N,) each; at least one head.
+        targets: True classes, (N,).
+        counts: Training images per class, (C,).
+        objective: What is compared.
+        rule: Where the shot groups have their boundaries.
+
+    Returns:
+        A record as of a selected option: ``head``, the one with the highest value; ``objective``,
+        ``split`` and ``val_accuracy``, that value; ``compared``, each head with its value;
+        ``intervals`` of the values and ``behind``, intervals of how far each head lies behind the
+        best.
+
+    Raises:
+        UsageError: If there is no head, or the split has no image of the objective's shot group.
+    """
+    if not preds:
+        raise UsageError("there are no heads to choose from")
+    reports = {name: shot_accuracy(given, targets, counts, rule) for name, given in preds.items()}
+    values = {name: objective_value(report, objective) for name, report in reports.items()}
+    # Of equals, as where all have a class with no image right, the mean over the classes decides.
+    best = max(values, key=lambda name: (values[name], reports[name].class_mean))
+    field = objective_field(objective)
+    intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}
+    behind = {
+        name: paired_difference(
+            preds[best], given, targets, counts, objective=objective, rule=rule
+        )[1:]
+        for name, given in preds.items()
+    }
+    return {
+        "head": best,
+        "objective": objective,
+        "split": "val",
+        "val_accuracy": values[best],
+        "compared": [list(pair) for pair in values.items()],
+        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "behind": {name: list(interval) for name, interval in behind.items()},
+    }

@@ -1,15 +1,41 @@
-"""Accuracy as an exact function of tau, for tau-normalisation and logit adjustment."""
+"""Accuracy as an exact function of tau, for tau-normalisation and logit adjustment.
 
-from collections.abc import Mapping
+For which tau each image is right: one interval per image, from one pass over its logits.
+
+At any tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
+
+- Logit adjustment, ``z_c − tau·log prior_c``: lead is ``z_c − z_t``, rise is ``log prior_c −
+  log prior_t``.
+- Tau-normalisation, ``z_c / ‖w_c‖^tau``, with ``z_t > 0``: the logarithm of a positive logit is the
+  line ``log z_c − tau·log‖w_c‖``, so lead is ``log(z_c / z_t)`` and rise is ``log‖w_c‖ −
+  log‖w_t‖``. A logit that is not positive never wins: its lead is −∞.
+- Tau-normalisation with ``z_t < 0``: a class with ``z_c >= 0`` wins at every tau, its lead is ∞.
+  Of negative logits the one of least magnitude wins: lead and rise change their signs.
+- Tau-normalisation with ``z_t = 0``, which no tau changes: a positive logit always wins, a negative
+  one never; lead is the sign of ``z_c``, rise is 0.
+
+So each class gives one bound: a heavier one (``rise > 0``) holds tau to ``>= lead / rise``, a
+lighter one (``rise < 0``) to ``<= lead / rise``, one of equal weight allows every tau or none. The
+label wins on the interval from the highest lower to the lowest upper bound. A lighter class of
+greater lead leaves no ``tau >= 0``: with the classes ordered by norm, only running maxima of the
+positive logits ever win, and rows with other labels are dropped before a logarithm is taken.
+
+Step functions of tau: what an objective is between any two taus at which an image changes.
+
+An image that is right on ``[low, high]`` adds its weight there, so an objective that is a weighted
+mean over images changes at 2 N taus at most, and sorting gives it everywhere.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.features import Features, check_features
-from timm_lt.fitting.intervals import IntervalFinder, logit_blocks, winning_intervals
-from timm_lt.fitting.steps import objective_steps, on_common_edges
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -26,8 +52,291 @@ from timm_lt.utils.longtail import (
     ShotRule,
     check_class_counts,
     check_labels,
+    class_counts,
     shot_groups,
 )
+
+# Entries of the logits that one product gives; with few rows a product is slow.
+BLOCK, BLOCK_ROWS = 2**21, 128
+# Entries of the logits that are judged at a time, in a few matrices of this size.
+PART = 2**18
+# Ratios of logits below this count as not positive, and as this, since the logarithm of zero and
+# less is slow. It is the smallest difference between lines, too.
+SMALLEST, LOG_SMALLEST = 1e-35, -80.0
+
+
+class IntervalFinder:
+    """Finds the taus at which labels win, for a few rows of logits at a time.
+
+    All is computed in the type of the logits: each bound is right for logits that differ from the
+    given ones by a few of their roundings, and right at ``tau = 0`` for the given ones.
+
+    Args:
+        slopes: What tau counts against each class: ``log‖w_c‖`` or ``log prior_c``, (C,) float64.
+        logarithmic: The lines are logarithms of the logits (tau-normalisation), not the logits.
+        dtype: Type of the logits.
+    """
+
+    def __init__(self, slopes: Tensor, *, logarithmic: bool, dtype: torch.dtype) -> None:
+        self.slopes = slopes
+        self.logarithmic = logarithmic
+        self.classes = torch.arange(len(slopes)).to(dtype)
+        # They differ where slopes do; float32 counts exactly up to 16 million.
+        self.ranks = slopes.unique(return_inverse=True)[1].to(dtype)
+        # By this share of its lead a class that wins ties lies higher: it exceeds the rounding of
+        # the bounds, and no order at tau = 0 depends on it.
+        self.tie = 4 * torch.finfo(dtype).eps
+        self.largest = torch.finfo(dtype).max
+        self.max_rows = max(PART // len(slopes), 1)
+        # Fresh memory for each step would take longer than the step.
+        self.work = torch.empty(4, self.max_rows, len(slopes), dtype=dtype)
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the first and the last tau >= 0 at which each label wins; (inf, -inf) if none.
+
+        Shape:
+            logits (B, C) with B <= ``max_rows``, targets (B,); (B,) each.
+        """
+        low = torch.full((len(logits),), math.inf, dtype=logits.dtype)
+        high = -low
+        alive = (~self._hopeless(logits, targets)).nonzero().flatten()
+        low[alive], high[alive] = self._bounds(logits, targets[alive], alive)
+        return low, high
+
+    def _hopeless(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns which labels (B,) surely win at no tau >= 0, from comparisons alone."""
+        column = targets[:, None]
+        own = logits.gather(1, column)
+        above, lighter = self.work[:2, : len(logits)]
+        torch.sub(logits, own, out=above)
+        torch.sub(self.ranks[column], self.ranks, out=lighter)
+        # The smaller of the two is positive where both are: a lighter class lies higher.
+        beaten = torch.minimum(above, lighter, out=lighter).amax(1) > 0
+        if not self.logarithmic:
+            return beaten
+        return torch.where(own[:, 0] > 0, beaten, logits.amax(1) > 0)
+
+    def _bounds(self, logits: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the interval of the labels (B,) of some rows of the logits."""
+        lead, rise, heavier, lighter = self.work[:, : len(rows)]
+        torch.index_select(logits, 0, rows, out=lead)
+        column = targets[:, None]
+        own = lead.gather(1, column)
+        # The difference in float64, or norms that are almost equal would count as equal.
+        torch.sub(self.slopes, self.slopes[column], out=rise)
+        if self.logarithmic:
+            _log_ratios(lead, rise, own)
+        else:
+            lead -= own
+        # Classes before the label win ties, those after it lose them.
+        before = torch.sub(column.to(lead.dtype), self.classes, out=heavier).clamp_(-1, 1)
+        size = torch.abs(lead, out=lighter).clamp_(max=self.largest)
+        lead += size.mul_(self.tie).add_(SMALLEST).mul_(before)
+        # The label itself sets no bound.
+        lead.scatter_(1, column, -1.0)
+        torch.clamp(rise, min=0, out=heavier)
+        torch.sub(heavier, rise, out=lighter)
+        # Divided by the 0 of a class that is not heavier, a lead below 0 gives -inf, no bound, and
+        # one above 0 inf, no tau at all.
+        low = torch.div(lead, heavier, out=heavier).amax(1).clamp_min_(0)
+        # A class that is not lighter gives -inf, no bound.
+        high = -torch.div(lead.clamp_max_(-SMALLEST), lighter, out=lighter).amax(1)
+        return low, high.masked_fill_(low == math.inf, -math.inf)
+
+
+def _log_ratios(logits: Tensor, rise: Tensor, own: Tensor) -> None:
+    """Turns logits (B, C) into their leads over the label's, in place, and rises with them."""
+    sign = own.sign()
+    zero = (own[:, 0] == 0).nonzero().flatten()
+    signs = logits[zero].sign()
+    # Not by 0: the logarithms of what comes out are slow.
+    logits.div_(own.masked_fill(own == 0, 1)).clamp_min_(SMALLEST).log_()
+    F.threshold(logits, LOG_SMALLEST, -math.inf, inplace=True)
+    if (sign != 1).any():
+        logits.mul_(sign)
+        # Adding 0 turns -0 into 0, which division tells apart.
+        rise.mul_(sign).add_(0.0)
+    logits[zero] = signs
+
+
+def winning_intervals(
+    blocks: Iterator[Tensor], targets: Tensor, find: IntervalFinder
+) -> tuple[Tensor, Tensor]:
+    """Returns the interval of tau of every row of the blocks of logits, one after the other.
+
+    Shape:
+        blocks of (any, C), together N rows; targets (N,); (N,) float64 each.
+    """
+    low, high = torch.empty(2, len(targets), dtype=torch.float64)
+    start = 0
+    for block in blocks:
+        for logits in block.split(find.max_rows):
+            rows = slice(start, start + len(logits))
+            low[rows], high[rows] = find(logits, targets[rows])
+            start += len(logits)
+    return low, high
+
+
+def logit_blocks(
+    values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yields the logits, some rows at a time, so that memory does not grow with the features.
+
+    Args:
+        values: Features (N, D), which may lie in a mapped file.
+        weight: The classifier, (C, D) on the CPU; logits are computed in its type.
+        bias: Its bias, (C,), or None.
+        rows: Indices of the rows to take, (M,); None for all.
+    """
+    count = len(values) if rows is None else len(rows)
+    step = max(BLOCK // max(weight.shape), BLOCK_ROWS)
+    for start in range(0, count, step):
+        chosen = slice(start, start + step)
+        block = values[chosen if rows is None else rows[chosen].to(values.device)]
+        yield F.linear(block.detach().to("cpu", weight.dtype), weight, bias)
+
+
+# Entries of the (edges, C) matrices from which the worst class is taken at a time.
+ENTRIES = 2**22
+
+
+def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where a weighted mean changes, (K,) ascending from 0, and its value after each.
+
+    Args:
+        low: First tau at which each image is right, (N,) float64.
+        high: Last such tau, (N,).
+        weights: Weight of each image in the mean, (N,) >= 0.
+    """
+    total = weights.double().sum()
+    low, high, weights = _real(low, high, weights.double())
+    edges = _edges(low, high)
+    # An image counts from its low edge on, up to and including its high edge.
+    started = _sum_up_to(low, weights, edges)
+    ended = _sum_up_to(high, weights, edges)
+    return edges, (started - ended) / total
+
+
+def _real(low: Tensor, high: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves out images that are right at no tau >= 0."""
+    kept = (low <= high) & (high >= 0)
+    return low[kept].clamp_min(0), high[kept], extra[kept]
+
+
+def _edges(low: Tensor, high: Tensor) -> Tensor:
+    taus = torch.cat([torch.zeros(1, dtype=low.dtype), low, high[high.isfinite()]])
+    edges: Tensor = taus.unique()
+    return edges
+
+
+def _sum_up_to(points: Tensor, weights: Tensor, edges: Tensor) -> Tensor:
+    """Returns the weight of the points up to each edge."""
+    points, order = points.sort()
+    sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
+    up_to: Tensor = sums[torch.searchsorted(points, edges, right=True)]
+    return up_to
+
+
+def objective_steps(
+    low: Tensor,
+    high: Tensor,
+    objective: Objective,
+    *,
+    targets: Tensor | None,
+    shots: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns where an objective may change, (K,) ascending from 0, and its value after each.
+
+    Args:
+        low: First tau at which each image is right, (N,) float64.
+        high: Last such tau, (N,).
+        objective: As of :func:`timm_lt.fit_head`.
+        targets: Class of each image, (N,), if known.
+        shots: Whether each class belongs to a shot group, (C,) by group, if known.
+
+    Raises:
+        UsageError: If the classes or shot groups that the objective needs are not known, or the
+            split has no image of the group.
+    """
+    if objective == "all":
+        return weighted_steps(low, high, torch.ones(len(low)))
+    if targets is None:
+        raise UsageError(f"objective {objective!r} needs a curve that knows its targets")
+    if objective == "worst_class":
+        return _worst_class(low, high, targets)
+    weights = class_counts(targets).double().reciprocal()[targets]
+    if objective == "class_mean":
+        return weighted_steps(low, high, weights)
+    if not shots:
+        raise UsageError(f"objective {objective!r} needs class_counts= for the shot groups")
+    groups = {}
+    for name, members in shots.items():
+        rows = members[targets]
+        if rows.any():
+            groups[name] = weighted_steps(low[rows], high[rows], weights[rows])
+    if objective == "harmonic_mean":
+        return _harmonic_mean(list(groups.values()))
+    if objective not in groups:
+        raise UsageError(
+            f"the split has no image of a few-shot class: take another objective than {objective!r}"
+        )
+    return groups[objective]
+
+
+def on_common_edges(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Returns the edges of all of some step functions, and the values of each after them."""
+    edges = torch.cat([edges for edges, _ in steps]).unique()
+    values = [
+        values[torch.searchsorted(own_edges, edges, right=True) - 1] for own_edges, values in steps
+    ]
+    return edges, values
+
+
+def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns the harmonic mean of step functions, 0 where one of them is 0."""
+    edges, values = on_common_edges(steps)
+    inverse = torch.stack(values).clamp_min(0).reciprocal().mean(0)
+    return edges, inverse.reciprocal()
+
+
+def _worst_class(low: Tensor, high: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the least accuracy of a class that has images."""
+    counts = class_counts(targets)
+    present = counts.nonzero().flatten()
+    column = torch.zeros_like(counts)
+    column[present] = torch.arange(len(present))
+    low, high, columns = _real(low, high, column[targets])
+    edges = _edges(low, high)
+    values = [
+        (right / counts[present]).amin(1)
+        for right in _right_per_class(low, high, columns, edges, len(present))
+    ]
+    return edges, torch.cat(values)
+
+
+def _right_per_class(
+    low: Tensor, high: Tensor, columns: Tensor, edges: Tensor, num_classes: int
+) -> Iterator[Tensor]:
+    """Yields how many images of each class are right after each edge, some edges at a time."""
+    finite = high.isfinite()
+    taus = torch.cat([low, high[finite]])
+    classes = torch.cat([columns, columns[finite]])
+    changes = torch.cat([torch.ones(len(low)), -torch.ones(int(finite.sum()))]).double()
+    place = torch.searchsorted(edges, taus)
+    place, order = place.sort()
+    right = torch.zeros(num_classes, dtype=torch.float64)
+    step = max(ENTRIES // num_classes, 1)
+    for start in range(0, len(edges), step):
+        rows = min(step, len(edges) - start)
+        first, last = torch.searchsorted(place, torch.tensor([start, start + rows])).tolist()
+        chosen = order[first:last]
+        part = torch.zeros(rows, num_classes, dtype=torch.float64)
+        part.index_put_((place[first:last] - start, classes[chosen]), changes[chosen], True)
+        part[0] += right
+        part = part.cumsum(0)
+        right = part[-1]
+        yield part
+
 
 Adjustment = Literal["norm", "prior"]
 # Beyond it, powers of small norms leave float32; the taus of the papers lie below 2.
@@ -139,7 +448,7 @@ def tau_curve(
 
     With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
     ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. Either way the label of an image
-    wins on one interval of tau, which :mod:`timm_lt.fitting.intervals` finds from one product of
+    wins on one interval of tau, which :mod:`timm_lt.fitting.curves` finds from one product of
     features and weight. The ends are exact up to the rounding of the logits, which have the
     type that a head's have, float32 at least. Features may lie in a mapped file: they are
     read block by block.

@@ -8,10 +8,14 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.base import FITS, complete_fit_options
-from timm_lt.fitting.comparison import compare_heads
-from timm_lt.fitting.data import FitData, check_fit_data
-from timm_lt.fitting.selection import predictions
+from timm_lt.fitting.base import (
+    FITS,
+    FitData,
+    check_fit_data,
+    compare_heads,
+    complete_fit_options,
+    predictions,
+)
 from timm_lt.heads import HEADS, Head, as_joint
 from timm_lt.metrics import Objective
 from timm_lt.utils.accelerator import torch_defaults
@@ -144,7 +148,7 @@ def take_best(
 ) -> Head:
     """Returns a copy of the head with the highest objective, with a record of what was compared.
 
-    The record is its ``selection``: that of :func:`~timm_lt.fitting.comparison.compare_heads`, and
+    The record is its ``selection``: that of :func:`~timm_lt.fitting.base.compare_heads`, and
     ``options`` with what had been selected for the head itself.
 
     Args:

@@ -7,21 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.base import register_fit
-from timm_lt.fitting.data import FitData
-from timm_lt.fitting.lbfgs import Softmax, solve_linear
-from timm_lt.fitting.selection import select, selection_record, validation_score
+from timm_lt.fitting.base import FitData, register_fit, select, selection_record, validation_score
 from timm_lt.fitting.sgd import (
     BestStep,
     Score,
+    SmoteTarget,
+    Softmax,
+    add_smote_rows,
     check_length,
+    check_smote,
     epochs_of,
     scale_gradient,
+    smote_counts,
+    solve_linear,
     train_head,
 )
-from timm_lt.fitting.smote import SmoteTarget, add_smote_rows, check_smote, smote_counts
 from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, seeded_linear
-from timm_lt.heads.lengths import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
+from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler
 from timm_lt.utils.checks import (

@@ -7,16 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.base import register_fit
-from timm_lt.fitting.class_means import class_means
-from timm_lt.fitting.data import FitData
-from timm_lt.fitting.rows import take_rows
-from timm_lt.fitting.sgd import check_length
+from timm_lt.fitting.base import FitData, register_fit
+from timm_lt.fitting.closed_form import class_means
+from timm_lt.fitting.sgd import check_length, take_rows
 from timm_lt.heads import OLTRHead, seeded_linear
-from timm_lt.heads.lengths import OLTR_BATCH_SIZE, OLTR_LENGTH
+from timm_lt.heads.linear import OLTR_BATCH_SIZE, OLTR_LENGTH
 from timm_lt.heads.oltr import Squash
 from timm_lt.losses import DiscriminativeCentroids
-from timm_lt.losses.centroids import Hinge
+from timm_lt.losses.metric import Hinge
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError, check_choice, check_number
 

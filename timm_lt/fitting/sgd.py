@@ -1,22 +1,80 @@
-"""Training a head by minibatch SGD on cached features, with the settings of Kang et al."""
+"""Training a head by minibatch SGD on cached features, with the settings of Kang et al.
+
+Reading features some rows at a time: they may lie in a file that is larger than memory.
+
+Synthetic features of rare classes, between neighbours of the same class (SMOTE).
+
+The best linear classifier of cached features: a convex problem, solved by L-BFGS.
+"""
 
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.rows import row_blocks, scratch_matrix, take_rows
 from timm_lt.heads import Head, LWSHead, limit_norms
-from timm_lt.heads.lengths import BATCH_SIZE
+from timm_lt.heads.linear import BATCH_SIZE
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError, check_integer, check_number
+from timm_lt.utils.longtail import class_counts
+
+# Entries of what is made of the rows at a time; but at least so many rows, or products are slow.
+ENTRIES, ROWS = 2**22, 64
+# Bytes beyond which a scratch matrix lies in a file.
+MAX_BYTES = 4 * 2**30
+# Bytes of such a file that are written at a time.
+BLOCK_BYTES = 2**24
+
+
+def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
+    """Yields features in order, a block at a time, as float32 on the CPU.
+
+    Args:
+        values: Features (N, D) of any floating type, which may lie in a mapped file.
+        width: Entries that are made of a row; with the row's own they size the blocks.
+    """
+    step = max(ENTRIES // max(width, values.shape[1]), ROWS)
+    for start in range(0, len(values), step):
+        yield values[start : start + step].detach().to("cpu", torch.float32)
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Returns some rows of features as float32 on the CPU."""
+    # Several times as fast as indexing with them.
+    return values.detach().index_select(0, rows.to(values.device)).to("cpu", torch.float32)
+
+
+def scratch_matrix(rows: int, columns: int) -> Tensor:
+    """Returns a float32 matrix to be filled; a large one lies in a file that goes away with it.
+
+    Raises:
+        OSError: If there is no room for the file.
+    """
+    if 4 * rows * columns <= MAX_BYTES:
+        return torch.empty(rows, columns)
+    size = 4 * rows * columns
+    # Without a name: Windows would neither open it twice nor remove it while it is mapped.
+    with tempfile.TemporaryFile() as file:
+        # All of it now: a full disk would end the process when a page is written.
+        if hasattr(os, "posix_fallocate"):  # Linux only
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, BLOCK_BYTES):
+                file.write(bytes(min(BLOCK_BYTES, size - start)))
+            file.flush()
+        mapped = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(mapped, dtype=torch.float32).view(rows, columns)
+
 
 # How often during training validation is looked at, if it is.
 LOOKS = 10
@@ -240,3 +298,212 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
         head.scale.grad = wrong.mul_(frozen).mean(0)
 
     return backward
+
+
+SmoteTarget: TypeAlias = int | Literal["largest"]
+NEIGHBORS = 5
+# Rows of a class, at most.
+MAX_ROWS = 10_000_000
+
+
+def check_smote(target: SmoteTarget | None) -> None:
+    """Checks to how many rows classes are to be filled up, and that the library is there."""
+    if target is None:
+        return
+    if target != "largest":
+        if isinstance(target, str):
+            raise UsageError(
+                f"smote must be a number of rows or 'largest', the rows of the largest class; got "
+                f"{target!r}"
+            )
+        check_integer("smote", target, minimum=1, maximum=MAX_ROWS)
+    _import_smote()
+
+
+def _import_smote() -> Any:  # noqa: ANN401
+    try:
+        from imblearn.over_sampling import SMOTE
+    except ImportError as error:
+        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
+    return SMOTE
+
+
+def add_smote_rows(
+    features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
+) -> Features:
+    """Adds synthetic rows behind the given ones, until each class has enough.
+
+    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
+    of the same class, of ``n``, and ``u`` is uniform in [0, 1]. A class of one row has no
+    neighbour: its row is repeated.
+
+    Args:
+        features: Values (N, D).
+        num_classes: C.
+        target: Rows that each class has afterwards, if it has not more; ``"largest"`` is those of
+            the largest class.
+        seed: Seed of the draws.
+
+    Raises:
+        UsageError: If the target is no positive number, imbalanced-learn is not installed, or there
+            is no room for the rows.
+
+    References:
+        Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
+        https://arxiv.org/abs/1106.1813
+    """
+    check_smote(target)
+    counts = class_counts(features.targets, num_classes)
+    missing = smote_counts(counts, target) - counts
+    rows = len(features) + int(missing.sum())
+    try:
+        values = scratch_matrix(rows, features.num_features)
+    except OSError as error:
+        raise UsageError(
+            f"smote makes {rows:,} rows, for which {tempfile.gettempdir()} has no room ({error}): "
+            "take fewer rows, or set TMPDIR to a folder on another disk"
+        ) from error
+    end = 0
+    for block in row_blocks(features.values, 1):
+        values[end : end + len(block)] = block
+        end += len(block)
+    by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
+    for label in missing.nonzero().flatten().tolist():
+        added = int(missing[label])
+        of_class = take_rows(features.values, by_class[label])
+        values[end : end + added] = _synthetic(of_class, added, seed + label)
+        end += added
+    labels = torch.repeat_interleave(torch.arange(num_classes), missing)
+    return Features(values, torch.cat([features.targets.cpu(), labels]))
+
+
+def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
+    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays so."""
+    wanted = int(counts.max()) if target == "largest" else target
+    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
+
+
+def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
+    """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
+    if len(rows) == 1:
+        return rows.expand(number, -1)
+    smote = _import_smote()(
+        sampling_strategy={1: len(rows) + number},
+        k_neighbors=min(NEIGHBORS, len(rows) - 1),
+        random_state=seed % 2**32,
+    )
+    # imbalanced-learn wants a second class, of which it adds nothing.
+    labels = [1] * len(rows) + [0]
+    resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
+    return torch.from_numpy(resampled[len(labels) :])
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A weighted cross-entropy: ``Σ_i share_i ℓ(z_i + offset, y_i)``.
+
+    Attributes:
+        shares: Weight of each row by its class, (C,); over all rows they add up to 1.
+        offset: Added to the logits, (C,), or None.
+    """
+
+    shares: Tensor
+    offset: Tensor | None = None
+
+    @classmethod
+    def class_balanced(cls, counts: Tensor) -> "Softmax":
+        """Every class has the same weight: ``share = 1 / (C n_c)``.
+
+        It is the expectation of what class-balanced sampling minimises. ``counts`` (C,).
+        """
+        return cls((1.0 / (len(counts) * counts.double())).float())
+
+    @classmethod
+    def instance_balanced(cls, counts: Tensor) -> "Softmax":
+        """Every row has the same weight. ``counts`` (C,)."""
+        return cls(torch.full((len(counts),), 1.0 / int(counts.sum())))
+
+    @classmethod
+    def balanced_softmax(cls, counts: Tensor) -> "Softmax":
+        """Every row has the same weight, and ``log n_c`` is added to the logits.
+
+        References:
+            Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
+            equation 4, https://arxiv.org/abs/2007.10740
+        """
+        return cls(cls.instance_balanced(counts).shares, counts.float().log())
+
+
+def solve_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    features: Features,
+    *,
+    weight_decay: float,
+    max_iterations: int,
+    loss: Softmax | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Minimises the cross-entropy of a linear classifier by L-BFGS.
+
+    The objective is ``Σ_i share_i ℓ(W x_i + b, y_i) + weight_decay / 2 · ‖W‖²``. It is convex, so
+    nothing is random. An evaluation is two products per block of rows: features may lie in a mapped
+    file that is larger than memory.
+
+    Args:
+        weight: Start, (C, D).
+        bias: Start, (C,), never decayed; None for a classifier without one.
+        features: Training features, values (N, D), with rows of every class.
+        weight_decay: >= 0; at 0, where separable classes have no minimum, the limit ends it.
+        max_iterations: Limit on the iterations.
+        loss: The weights of the rows; None is class-balanced.
+
+    Returns:
+        Weight (C, D) and bias (C,) or None.
+    """
+    num_classes = len(weight)
+    if loss is None:
+        loss = Softmax.class_balanced(class_counts(features.targets, num_classes))
+    # In units in which features have root mean square 1: with tiny features the first steps would
+    # be lost in rounding, and taken for convergence.
+    unit = _root_mean_square(features.values) or 1.0
+    weight = (weight.detach() * unit).requires_grad_()
+    bias = None if bias is None else bias.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight] if bias is None else [weight, bias],
+        max_iter=max_iterations,
+        history_size=10,
+        # The gradient at a class's weight starts at the order of 1 / C.
+        tolerance_grad=min(1e-5, 1e-3 / num_classes),
+        tolerance_change=1e-8,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        start = 0
+        for block in row_blocks(features.values, num_classes):
+            targets = features.targets[start : start + len(block)]
+            start += len(block)
+            logits = F.linear(block, weight / unit, bias)
+            if loss.offset is not None:
+                logits = logits + loss.offset
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            value = (loss.shares[targets] * losses).sum()
+            # Block by block, or the graph would hold all of them.
+            value.backward()
+            total += float(value.detach())
+        if weight_decay > 0:
+            decay = weight_decay / 2 / unit**2 * weight.square().sum()
+            decay.backward()
+            total += float(decay.detach())
+        return total
+
+    optimizer.step(objective)
+    return weight.detach() / unit, None if bias is None else bias.detach()
+
+
+def _root_mean_square(values: Tensor) -> float:
+    # In float64 the square of a float32 is finite, and not 0.
+    total = sum(float(block.double().square().sum()) for block in row_blocks(values, 1))
+    return float((total / values.numel()) ** 0.5)

@@ -1,13 +1,18 @@
-"""Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment."""
+"""Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment.
+
+Heads that rescale the joint classifier class by class: tau-normalised, learned scales.
+
+How long heads are trained by SGD, on features as on images: what the reference code does.
+"""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head
-from timm_lt.heads.factory import register_head
+from timm_lt.heads.base import Head, check_flag, register_head
 from timm_lt.utils.checks import UsageError, check_number
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -149,3 +154,152 @@ def limit_norms(classifier: nn.Linear, max_norm: float) -> None:
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.5]]
     """
     classifier.weight.renorm_(2, 0, max_norm)
+
+
+@register_head("tau_norm")
+class TauNormHead(Head):
+    """Tau-normalised classifier: ``w_c / ‖w_c‖^tau · x``.
+
+    ``tau=0`` is the joint classifier without its bias, ``tau=1`` gives every class the same norm. A
+    class whose weight is all zeros keeps zero logits.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+        tau: Strength of the normalisation, >= 0.
+        keep_bias: Add the bias of the joint classifier unchanged (as BagofTricks-LT does); the
+            paper's code drops it.
+
+    References:
+        Kang et al., ICLR 2020, section 4.2, equation 3, https://arxiv.org/abs/1910.09217
+    """
+
+    def __init__(
+        self,
+        *size: Any,
+        tau: float = 1.0,
+        keep_bias: bool = False,
+    ) -> None:
+        super().__init__(*size)
+        self.tau = check_number("tau", tau, "[0, inf)")
+        self.keep_bias = check_flag("keep_bias", keep_bias)
+        if not self.keep_bias:
+            self._freeze(self.bias)
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the logits depend on ``bias``: only if it is kept."""
+        return self.keep_bias
+
+    def options(self) -> dict[str, Any]:
+        """Returns tau and keep_bias."""
+        return {"tau": self.tau, "keep_bias": self.keep_bias}
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the normalised weight (C, D) and the bias, if kept."""
+        weight = self.weight / nonzero_norm(self.weight).pow(self.tau)
+        return weight, self.bias if self.keep_bias else None
+
+
+def nonzero_norm(weight: Tensor) -> Tensor:
+    """Returns the norm of each row of a weight (C, D) as (C, 1), and 1 for a row of zeros.
+
+    A class that never got a gradient may have such a row, which stays zero at every tau.
+
+    >>> nonzero_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[5.0], [1.0]]
+    """
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
+
+
+@register_head("lws")
+class LWSHead(Head):
+    """Learnable weight scaling: ``scale_c · (w_c·x + b_c)`` with weight and bias frozen.
+
+    Args:
+        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
+        scale_bias: Scale the bias too, as the paper's code does; otherwise ``scale_c · w_c·x +
+            b_c``.
+
+    References:
+        Kang et al., ICLR 2020, section 4.2, equation 4, https://arxiv.org/abs/1910.09217
+    """
+
+    fitted_state = ("scale",)
+    own_state = ("scale",)
+    fixed_options = ("scale_bias",)
+    scale: nn.Parameter
+
+    def __init__(
+        self,
+        *size: Any,
+        scale_bias: bool = True,
+    ) -> None:
+        super().__init__(*size)
+        self.scale_bias = check_flag("scale_bias", scale_bias)
+        self._set_unfitted("scale", self.out_features, learned=True)
+        self._freeze(self.weight, self.bias)
+
+    def options(self) -> dict[str, Any]:
+        """Returns scale_bias."""
+        return {"scale_bias": self.scale_bias}
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the scaled weight (C, D) and bias (C,)."""
+        weight = self.weight * self.scale.unsqueeze(1)
+        if self.bias is None or not self.scale_bias:
+            return weight, self.bias
+        return weight, self.bias * self.scale
+
+
+# Rows or images of an update.
+BATCH_SIZE = 512
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How long a head is trained unless somebody says so.
+
+    Attributes:
+        epochs: Of the reference code on ImageNet-LT.
+        least_updates: At least so many: an epoch of a small data set is a handful of them.
+    """
+
+    epochs: int
+    least_updates: int
+
+    def updates(
+        self,
+        images: int,
+        *,
+        batch_size: int = BATCH_SIZE,
+        epochs: int | None = None,
+        steps: int | None = None,
+    ) -> int:
+        """Returns for how many updates to train.
+
+        >>> CRT_LENGTH.updates(115_846)
+        2260
+        >>> CRT_LENGTH.updates(10_847)
+        1000
+        >>> CRT_LENGTH.updates(10_847, batch_size=128, epochs=2)
+        168
+
+        Args:
+            images: Images of an epoch; fewer than a batch are one update.
+            batch_size: Images of an update.
+            epochs: Given as epochs, in place of the length of the reference code.
+            steps: Given as such, and returned; it goes before ``epochs``.
+        """
+        if steps is not None:
+            return steps
+        per_epoch = max(images // batch_size, 1)
+        if epochs is not None:
+            return epochs * per_epoch
+        return max(self.epochs * per_epoch, self.least_updates)
+
+
+CRT_LENGTH, LWS_LENGTH = TrainingLength(10, 1000), TrainingLength(5, 500)
+# Not the 60 epochs of its paper, in which the backbone learns too: on frozen features more of them
+# help many-shot classes at the cost of the others (docs/choose-a-head.md has validation figures).
+OLTR_LENGTH, OLTR_BATCH_SIZE = TrainingLength(2, 150), 128

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head
-from timm_lt.heads.factory import check_flag, register_head
+from timm_lt.heads.base import Head, check_flag, register_head
 from timm_lt.utils.checks import UsageError, check_choice, check_number
 
 Metric = Literal["cosine", "euclidean"]

@@ -1,12 +1,20 @@
-"""The base class of losses: shapes, precision and reduction."""
+"""The base class of losses: shapes, precision and reduction.
 
-from typing import Literal, get_args
+The registry of losses and their factory.
+
+What the losses are made of, each stable at any logits.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
+from timm_lt.utils.registry import Registry
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -112,3 +120,95 @@ class ClassLoss(nn.Module):
     def extra_repr(self) -> str:
         """Names the reduction when the module is printed."""
         return f"reduction={self.reduction!r}"
+
+
+LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
+
+L = TypeVar("L", bound=Callable[..., nn.Module])
+
+
+def register_loss(name: str) -> Callable[[L], L]:
+    """Returns a class decorator that registers a loss under a name.
+
+    Its constructor takes ``class_counts``, which may be None, and, keyword-only, its own options.
+    """
+
+    def add(cls: L) -> L:
+        LOSSES.register(name)(cls)
+        return cls
+
+    return add
+
+
+def list_losses() -> list[str]:
+    """Returns the names that :func:`create_loss` knows."""
+    return list(LOSSES)
+
+
+def create_loss(name: str, class_counts: ClassCounts | None = None, **options: Any) -> nn.Module:
+    """Creates a loss by name: a module that takes logits (N, C) and targets (N,).
+
+    >>> import torch
+    >>> loss = create_loss("balanced_softmax", class_counts=[90, 10])
+    >>> loss(torch.zeros(2, 2), torch.tensor([0, 1]))  # -(log .9 + log .1) / 2
+    tensor(1.2040)
+
+    Args:
+        name: One of :func:`list_losses`.
+        class_counts: Training images per class (C,). May be given to every loss; some need it.
+        **options: The loss's own options.
+
+    Raises:
+        UsageError: If the name or an option is unknown, a value is out of range, or the loss needs
+            class_counts and has none.
+    """
+    loss = LOSSES[name]
+    if class_counts is None and getattr(loss, "needs_class_counts", False):
+        raise UsageError(f"loss {name!r} needs class_counts, the training images per class")
+    return LOSSES.create(name, class_counts, **options)
+
+
+def mean_over_labels(per_class: Tensor, targets: Tensor) -> Tensor:
+    """Returns the values (N,) of labels, or their mean under distributions, out of (N, C)."""
+    if targets.ndim == 1:
+        return per_class.gather(1, targets[:, None]).squeeze(1)
+    return (targets * per_class).sum(1)
+
+
+def one_hot(targets: Tensor, like: Tensor) -> Tensor:
+    """Returns targets as distributions (N, C), in the type of logits (N, C)."""
+    if targets.ndim == 2:
+        return targets
+    return torch.zeros_like(like).scatter(1, targets[:, None], 1.0)
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """Returns ``log(1 - p_j)`` (N, C) of the logarithms of probabilities (N, C)."""
+    top = log_p.argmax(1, keepdim=True)
+    # 1 - p loses its digits where p is near 1, so there the others are summed.
+    lowest = torch.finfo(log_p.dtype).min / 2
+    others = log_p.scatter(1, top, lowest).logsumexp(1, keepdim=True)
+    return torch.log1p(-log_p.exp().scatter(1, top, 0.0)).scatter(1, top, others)
+
+
+def softmax_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """Returns ``-(1 - p_y)^gamma log p_y`` (N,), p the softmax."""
+    log_p = F.log_softmax(logits, 1)
+    # A power of 1 - p would have an infinite slope at 0 for gamma < 1.
+    return mean_over_labels(-log_p * torch.exp(gamma * log_complement(log_p)), targets)
+
+
+def sigmoid_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """Returns the sum over the classes (N,) of ``-(1 - p_t)^gamma log p_t``.
+
+    ``p_t`` is sigmoid(z_j) for the label and 1 - sigmoid(z_j) for the other classes.
+    """
+    # -log(1 - sigmoid), so that its negative is the logarithm of a base of a power.
+    positive, negative = F.softplus(-logits), F.softplus(logits)
+    if gamma > 0:
+        positive, negative = (
+            positive * torch.exp(-gamma * negative),
+            negative * torch.exp(-gamma * positive),
+        )
+    targets = one_hot(targets, logits)
+    return (targets * positive + (1 - targets) * negative).sum(1)

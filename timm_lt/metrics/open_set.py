@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.metrics.counting import check_finite, check_logits, judge
+from timm_lt.metrics.streaming import check_finite, check_logits, judge
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 from timm_lt.utils.longtail import Labels, check_labels
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
-from timm_lt.models.download import download
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics
+from timm_lt.models.pretrained import batch_norm_statistics, download
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.third_party import Weights, WeightsFile, check_weights, read_weights
 from timm_lt.models.weights_file import build

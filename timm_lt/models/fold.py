@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import CONFIG, WEIGHTS, save_plain
 from timm_lt.heads import Head, fold_head, get_heads
-from timm_lt.models.preprocessing import input_size
+from timm_lt.models.create import input_size
 from timm_lt.utils.checks import UsageError
 
 ONNX = "model.onnx"

@@ -25,10 +25,16 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.heads import HEADS, check_head_options, set_head
-from timm_lt.models.attention import SpatialAttention, attach_attention
-from timm_lt.models.bilateral import ANY_BASE, BRANCH_SCALE, create_bilateral, unpair
-from timm_lt.models.cifar_resnet import CifarResNet
 from timm_lt.models.create import split_options
+from timm_lt.models.networks import (
+    ANY_BASE,
+    BRANCH_SCALE,
+    CifarResNet,
+    SpatialAttention,
+    attach_attention,
+    create_bilateral,
+    unpair,
+)
 from timm_lt.models.pretrained import PretrainedSource
 from timm_lt.models.published import PUBLISHED, Published
 from timm_lt.utils.checks import UsageError

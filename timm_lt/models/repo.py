@@ -23,7 +23,7 @@ from timm_lt.checkpoint import (
 )
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import file_sha256
-from timm_lt.utils.hub_errors import hub_errors, split_revision
+from timm_lt.utils.hub import hub_errors, split_revision
 
 
 @dataclass(frozen=True)

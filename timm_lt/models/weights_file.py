@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_lt.checkpoint import check_sizes
 from timm_lt.checkpoint.format import RESERVED
 from timm_lt.heads import classifier_name
-from timm_lt.models.preprocessing import FIELDS, create_sized_model, with_overlay
+from timm_lt.models.create import FIELDS, create_sized_model, with_overlay
 from timm_lt.models.third_party import (
     State,
     Weights,
@@ -63,7 +63,7 @@ def create_from_file(
             many classes.
         key: The key or prefix of the weights, where the file has several networks.
         image_size: Side of the images in pixels; None is that of the file, or the model's.
-        **options: Arguments of :func:`timm_lt.models.preprocessing.create_sized_model`.
+        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
 
     Raises:
         UsageError: If there is no such file, it is not a checkpoint, or it is one of another model

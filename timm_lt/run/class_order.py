@@ -13,9 +13,9 @@ from timm.utils import natural_key
 from torch import Tensor, nn
 
 from timm_lt.data import Splits
-from timm_lt.data.reading import encoded_images, read_image
+from timm_lt.data.decode import encoded_images, read_image
+from timm_lt.models.create import image_config
 from timm_lt.models.label_names import keeps_classifier, label_names
-from timm_lt.models.preprocessing import image_config
 from timm_lt.models.third_party import read_weights
 from timm_lt.run.network import has_classifier
 from timm_lt.run.recipe import ClassOrder, Recipe

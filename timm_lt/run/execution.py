@@ -12,7 +12,7 @@ from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.fitting import AUTO, head_curves
 from timm_lt.heads import Head, fold_head, get_head
-from timm_lt.hub.card_update import write_card
+from timm_lt.hub.card import write_card
 from timm_lt.metrics import (
     ShotReport,
     compare_per_class,
@@ -21,13 +21,11 @@ from timm_lt.metrics import (
 )
 from timm_lt.report.html import write_report
 from timm_lt.report.plots import save_plots
-from timm_lt.report.recommendation import recommend
-from timm_lt.report.tables import TEST_SELECTION, shot_table
+from timm_lt.report.tables import TEST_SELECTION, recommend, shot_table
 from timm_lt.run.exits import run_to_exit
 from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions
-from timm_lt.run.reporting import report_of_run
 from timm_lt.run.setup import Run, create_run
 from timm_lt.run.stages import (
     Evaluation,
@@ -37,6 +35,7 @@ from timm_lt.run.stages import (
     extract_for_heads,
     fit,
     fit_joint,
+    report_of_run,
     train_heads,
 )
 from timm_lt.training import (

@@ -130,7 +130,7 @@ def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         folder: The folder; without a training state, nothing was trained.
-        images: Number and digest by split, of :func:`~timm_lt.data.identity.split_digests`.
+        images: Number and digest by split, of :func:`~timm_lt.data.splits.split_digests`.
 
     Raises:
         UsageError: If a split has other images; names the splits.

@@ -18,11 +18,11 @@ from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.models.label_names import is_for, keeps_classifier
-from timm_lt.report.recommendation import JOINT, recommend
+from timm_lt.report.tables import JOINT, recommend
 from timm_lt.run.class_order import check_no_order, in_order_of_weights
 from timm_lt.run.execution import save, write_metrics
 from timm_lt.run.folder import REPORT
-from timm_lt.run.images import TIMM, on_background
+from timm_lt.run.network import TIMM, on_background
 from timm_lt.run.recipe import (
     ClassOrder,
     DataRecipe,

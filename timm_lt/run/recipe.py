@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from timm_lt.data.pixels import check_background
+from timm_lt.data.decode import check_background
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number

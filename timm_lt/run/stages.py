@@ -1,4 +1,7 @@
-"""The classifier stage of a run: features are taken once, then every head is made of them."""
+"""The classifier stage of a run: features are taken once, then every head is made of them.
+
+What the report of a run says.
+"""
 
 import hashlib
 import time
@@ -9,15 +12,22 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from timm_lt.data.decode import log_exceptional
 from timm_lt.data.images import Images
-from timm_lt.data.readable import log_exceptional
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
-from timm_lt.fitting import AUTO, fit_head, take_best
-from timm_lt.fitting.selection import predictions
+from timm_lt.fitting import AUTO, AccuracyCurve, fit_head, take_best
+from timm_lt.fitting.base import predictions
 from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.metrics import ShotMetrics, ShotReport
-from timm_lt.report.differences import Predictions
+from timm_lt.metrics import ShotMetrics, ShotReport, objective_value, shot_accuracy
+from timm_lt.report.html import (
+    ExampleImages,
+    Predictions,
+    ReportContent,
+    evaluated_rows,
+    gather_report,
+)
+from timm_lt.report.tables import TEST_SELECTION
 from timm_lt.run.recipe_checks import head_kind, stage_heads
 from timm_lt.run.setup import Run
 from timm_lt.training import EVAL_BATCH_SIZE, train_head_on_images
@@ -233,3 +243,71 @@ def evaluate(run: Run, name: str, head: Head, features: RunFeatures) -> Evaluati
         digest.update(logits.numpy().tobytes())
     predictions = Predictions(torch.cat(preds), torch.cat(confidences))
     return Evaluation(metrics.compute(), digest.hexdigest(), predictions)
+
+
+def report_of_run(
+    run: Run,
+    heads: Mapping[str, Head],
+    evaluated: Mapping[str, Evaluation],
+    features: RunFeatures,
+    curves: Mapping[str, tuple[AccuracyCurve, float]],
+) -> ReportContent:
+    """Gathers what the report of a run says; ``auto`` is the head that it took.
+
+    Args:
+        run: The run.
+        heads: Its heads by name.
+        evaluated: What they do on the test images.
+        features: Features of the splits.
+        curves: Accuracy on validation against tau, by head.
+    """
+    recipe, splits = run.recipe, run.splits
+    own = {name: head for name, head in heads.items() if name != AUTO}
+    return gather_report(
+        title=run.name,
+        reports={name: evaluated[name].report for name in own},
+        class_counts=splits.class_counts,
+        targets=features.shared["test"].targets,
+        predictions={name: evaluated[name].predictions for name in own},
+        label_names=splits.label_names,
+        curves=curves,
+        selections={name: head.selection for name, head in own.items()},
+        seconds=run.seconds["heads"] | {"linear": run.seconds["representation"]},
+        recommended=best_on_validation(run, heads, features),
+        images=_example_images(run, features),
+        history=run.history,
+        kept_epoch=run.kept_epoch or None,
+        recipe=recipe.to_yaml(),
+        facts={
+            "Data": recipe.data.title,
+            "Model": recipe.model.name,
+            "Validation": f"{run.val_name}, objective {run.objective}",
+            "Seed": str(recipe.seed),
+        },
+        warning=TEST_SELECTION if recipe.protocol == "paper" else None,
+    )
+
+
+def best_on_validation(run: Run, heads: Mapping[str, Head], features: RunFeatures) -> str:
+    """Returns the name of the head with the highest objective on validation."""
+    if AUTO in heads:
+        return str(heads[AUTO].selection["head"])
+    values = {}
+    for name, head in heads.items():
+        val = features.of(name, "val")
+        preds, rule = predictions(head, val), run.recipe.shot_rule
+        report = shot_accuracy(preds, val.targets, run.splits.class_counts, rule)
+        # Of equals, the mean over the classes decides.
+        values[name] = objective_value(report, run.objective), report.class_mean
+    return max(values, key=values.__getitem__)
+
+
+def _example_images(run: Run, features: RunFeatures) -> ExampleImages:
+    splits, evaluated = run.splits, features.shared["test"].num_images
+    unreadable = run.unreadable_rows.get("test", [])
+    return ExampleImages(
+        train=splits.datasets["train"],
+        train_labels=splits.labels["train"],
+        test=splits.datasets["test"],
+        test_rows=evaluated_rows(len(splits.labels["test"]), unreadable, evaluated),
+    )

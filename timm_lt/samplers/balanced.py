@@ -1,4 +1,9 @@
-"""Samplers between instance-balanced and class-balanced."""
+"""Samplers between instance-balanced and class-balanced.
+
+Samplers that draw rare classes more often than frequent ones, or by effective numbers.
+
+Samplers that bring every class to a target number of images per epoch.
+"""
 
 from typing import Any
 
@@ -7,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.samplers.arithmetic import (
+from timm_lt.samplers.base import ClassSampler, Plan, register_sampler, small_integers
+from timm_lt.samplers.streams import (
     Integers,
     Purpose,
     blocks,
@@ -15,8 +21,6 @@ from timm_lt.samplers.arithmetic import (
     sort_order,
     torch_generator,
 )
-from timm_lt.samplers.base import ClassSampler, Plan, small_integers
-from timm_lt.samplers.factory import register_sampler
 from timm_lt.utils.checks import check_integer, check_number
 from timm_lt.utils.longtail import ClassCounts, Labels, check_class_counts
 
@@ -174,3 +178,132 @@ class PowerSampler(ClassSampler):
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns ``n_j^q / sum_k n_k^q``."""
         return power_probabilities(self.class_counts, self.q)
+
+
+@register_sampler("reversed")
+class ReversedSampler(ClassSampler):
+    """Draws rare classes most often: ``p_j = w_j / sum_k w_k`` with ``w_j = n_max / n_j``.
+
+    The sampler of the re-balancing branch of BBN. Unlike there, the images of a class are drawn in
+    cycles and not independently.
+
+    References:
+        Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
+        Recognition, CVPR 2020, https://arxiv.org/abs/1912.02413 (section 4.2).
+    """
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``(1 / n_j) / sum_k (1 / n_k)``; n_max cancels."""
+        return power_probabilities(self.class_counts, -1.0)
+
+
+@register_sampler("effective_number")
+class EffectiveNumberSampler(ClassSampler):
+    """Draws every image by the inverse effective number of its class: ``p_j`` is as ``n_j / E_j``.
+
+    ``E_j = (1 - beta^n_j) / (1 - beta)``, so ``p_j = (n_j / E_j) / sum_k (n_k / E_k)``: the paper
+    weighs the loss of each image by ``1 / E_j``, this draws it that often. ``beta`` = 0 is
+    instance-balanced (E_j = 1), ``beta`` towards 1 class-balanced (E_j towards n_j).
+
+    Args:
+        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
+        beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
+
+    References:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
+        https://arxiv.org/abs/1901.05555 (equations 2 and 6).
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        *,
+        beta: float,
+    ) -> None:
+        super().__init__(labels, num_samples, seed, num_classes)
+        self.beta = check_number("beta", beta, "[0, 1)")
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``n_j / E_j``, normalised."""
+        n = self.class_counts.double()
+        beta = torch.tensor(self.beta, dtype=torch.float64)
+        # 1 - beta^n without its rounding error for beta near 1; 1 - beta cancels.
+        inverse = -1 / torch.expm1(n.clamp(min=1) * torch.log(beta))
+        weights = n * inverse
+        return weights / weights.sum()
+
+
+class _TargetSampler(ClassSampler):
+    """Draws ``m_j`` images of each class in an epoch, as the target says."""
+
+    def __init__(
+        self,
+        labels: Labels,
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        *,
+        target: int | None = None,
+    ) -> None:
+        super().__init__(labels, num_samples, seed, num_classes)
+        self.target = None if target is None else check_integer("target", target, minimum=1)
+        if num_samples is None:
+            self.num_samples = int(self.images_per_class().sum())
+
+    def images_per_class(self) -> Tensor:
+        """Returns ``m_j`` (C,), 0 for a class without images."""
+        raise NotImplementedError
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``m_j / sum_k m_k``."""
+        images = self.images_per_class().double()
+        return images / images.sum()
+
+
+@register_sampler("under_sampled")
+class UnderSampledSampler(_TargetSampler):
+    """Draws at most ``target`` images of each class in an epoch: ``p_j`` is as min(n_j, target).
+
+    The images that an epoch leaves out come in the next ones: none is lost for good, unlike where
+    a data set is reduced once and for all, as for random under-sampling in the reference.
+
+    Args:
+        labels, seed, num_classes: As in :class:`ClassSampler`.
+        num_samples: None takes ``sum_j min(n_j, target)``; another length keeps the proportions.
+        target: Images per class, at least 1; None takes the smallest class that has any.
+
+    References:
+        He and Garcia, Learning from Imbalanced Data, TKDE 2009,
+        https://doi.org/10.1109/TKDE.2008.239 (section 3.1).
+    """
+
+    def images_per_class(self) -> Tensor:
+        """Returns ``min(n_j, target)``."""
+        counts = self.class_counts
+        return counts.clamp(max=self.target or int(counts[counts > 0].min()))
+
+
+@register_sampler("over_sampled")
+class OverSampledSampler(_TargetSampler):
+    """Draws at least ``target`` images of each class in an epoch: ``p_j`` is as max(n_j, target).
+
+    The images of a small class repeat equally often, give or take one.
+
+    Args:
+        labels, seed, num_classes: As in :class:`ClassSampler`.
+        num_samples: None takes ``sum_j max(n_j, target)``; another length keeps the proportions.
+        target: Images per class, at least 1; None takes the largest class.
+
+    References:
+        He and Garcia, Learning from Imbalanced Data, TKDE 2009,
+        https://doi.org/10.1109/TKDE.2008.239 (section 3.1).
+    """
+
+    def images_per_class(self) -> Tensor:
+        """Returns ``max(n_j, target)`` for a class with images."""
+        counts = self.class_counts
+        target = self.target or int(counts.max())
+        return counts.clamp(min=target).where(counts > 0, 0)

@@ -1,12 +1,15 @@
-"""What every sampler is: the stream of an epoch."""
+"""What every sampler is: the stream of an epoch.
+
+The samplers by name.
+"""
 
 import bisect
 import itertools
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from timm_lt.samplers.arithmetic import (
+from timm_lt.samplers.streams import (
+    ImageCycles,
     Integers,
     Purpose,
     drawn_before,
@@ -24,9 +28,9 @@ from timm_lt.samplers.arithmetic import (
     sort_order,
     torch_generator,
 )
-from timm_lt.samplers.cycles import ImageCycles
 from timm_lt.utils.checks import UsageError, check_integer
 from timm_lt.utils.longtail import Labels
+from timm_lt.utils.registry import Registry
 
 # Draws that are turned into Python integers at once.
 PIECE = 2**12
@@ -381,3 +385,94 @@ class Plan:
 def small_integers(stop: int) -> NDArray[Any]:
     """Returns 0, ..., stop - 1 as the smallest integers that hold them: the fastest to sort."""
     return np.arange(stop, dtype=np.int16 if stop <= 2**15 else np.int32)
+
+
+SAMPLERS: Registry[Callable[..., ClassSampler]] = Registry("sampler")
+# What whoever uses a sampler sets, so that it is no option for a user.
+SET_BY_OWNER = ("labels", "num_samples", "seed", "num_classes", "rank", "num_replicas")
+
+S = TypeVar("S", bound=type[ClassSampler])
+
+
+def register_sampler(name: str) -> Callable[[S], S]:
+    """Returns a class decorator that registers a :class:`ClassSampler` under a name.
+
+    Its constructor takes ``(labels, num_samples, seed, num_classes)`` and, keyword-only, its own
+    options.
+    """
+
+    def add(cls: S) -> S:
+        SAMPLERS.register(name)(cls)
+        return cls
+
+    return add
+
+
+def list_samplers() -> list[str]:
+    """Returns the names that :func:`create_sampler` knows."""
+    return list(SAMPLERS)
+
+
+def create_sampler(
+    name: str,
+    labels: Labels,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    rank: int = 0,
+    num_replicas: int = 1,
+    **options: Any,
+) -> ClassSampler:
+    """Creates a sampler by name; see :class:`ClassSampler` for what all of them guarantee.
+
+    >>> import torch
+    >>> sampler = create_sampler("class_balanced", [0] * 90 + [1] * 10, num_samples=40)
+    >>> torch.bincount(torch.tensor(list(sampler)) // 90)
+    tensor([20, 20])
+
+    Args:
+        name: One of :func:`list_samplers`.
+        labels: Integer labels (N,), one per image.
+        num_samples: Length of an epoch over all processes, at least 1; None takes N.
+        seed: A non-negative integer.
+        num_classes: Number of classes; None takes the largest label plus one.
+        rank: Number of this process, without accelerate; see :meth:`ClassSampler.shard`.
+        num_replicas: Number of processes, without accelerate. With it, leave both out.
+        **options: The sampler's own options.
+
+    Raises:
+        UsageError: If the name or an option is unknown, or a value is out of range.
+    """
+    sampler = SAMPLERS.create(name, labels, num_samples, seed, num_classes, **options)
+    sampler.shard(rank, num_replicas)
+    return sampler
+
+
+def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -> None:
+    """Checks the sampler that something is trained with, name and options, without data.
+
+    Args:
+        owner: What is trained, for the message, e.g. ``"of head 'crt'"``.
+        sampler: The name.
+        options: Its ``sampler_options``, or None.
+
+    Raises:
+        UsageError: If the name or an option is unknown, a value is out of range, the option is set
+            elsewhere, or the sampler changes from epoch to epoch: all draws of a head are one.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"sampler_options {owner} must be a mapping, got {options!r}")
+    given = dict(options or {})
+    for key in SET_BY_OWNER:
+        if key in given:
+            raise UsageError(f"{key} in sampler_options {owner} is set elsewhere: leave it out")
+    try:
+        made = create_sampler(sampler, [0, 1], num_samples=1, **given)
+    except UsageError as error:
+        raise UsageError(f"sampler {owner}: {error}") from error
+    if getattr(made, "epochs", 1) != 1:
+        raise UsageError(
+            f"sampler {sampler!r} {owner} changes from epoch to epoch, and all draws of a head are "
+            "one: take another, or one that changes within an epoch and epochs: 1"
+        )

@@ -9,9 +9,9 @@ from torch import nn
 
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, find_classifiers, get_head, get_heads
-from timm_lt.models.bilateral import takes_pairs
+from timm_lt.models.networks import takes_pairs
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.schedule import SCHEDULERS, Schedule
+from timm_lt.training.update import SCHEDULERS, Schedule
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 
 LOOKAHEAD = "lookahead_"

@@ -3,11 +3,15 @@
 Every epoch is a function of (seed, epoch) and the state at its start: the sampler, the augmentation
 and the global random state are seeded from these two. A run that is killed and resumed therefore
 ends with the same weights, bit for bit on one CPU process with the same number of threads.
+
+What the loops over images share: a pass over the batches, the seeds, the buffers.
+
+Accuracy on validation while training goes on.
 """
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,8 +23,10 @@ from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from timm_lt.data.draws import NumberedSampler
-from timm_lt.data.images import Images
+from timm_lt.data.decode import UNREADABLE, loaded
+from timm_lt.data.images import Batch, Images
+from timm_lt.data.loader import NumberedSampler
+from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import (
     check_batch_size,
@@ -28,28 +34,58 @@ from timm_lt.training.checks import (
     check_optimization,
     check_pairs,
 )
-from timm_lt.training.epoch import run_updates, seed_epoch, share_buffers
 from timm_lt.training.frozen import FrozenParts, check_statistics, check_trained
-from timm_lt.training.head_plan import BatchNorm
-from timm_lt.training.history import EpochRecord, best_record, log_epoch
-from timm_lt.training.mixing import create_mixup
-from timm_lt.training.schedule import Schedule
+from timm_lt.training.head import BatchNorm
+from timm_lt.training.history import SHOT_GROUPS, EpochRecord, best_record, log_epoch
 from timm_lt.training.state import BEST, EMA, TrainingState
 from timm_lt.training.update import (
     ClipMode,
     Losses,
+    Schedule,
     Update,
     check_update,
     check_weights,
     cpu_copy,
     create_ema,
+    create_mixup,
+    run_updates,
+    seed_epoch,
+    share_buffers,
     taken_together,
 )
-from timm_lt.training.validate import EVAL_BATCH_SIZE, validate
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError, check_choice, check_integer
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
+
+EVAL_BATCH_SIZE = 256
+
+
+def validate(
+    model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator, counts: Tensor
+) -> dict[str, float | None]:
+    """Returns the accuracy over all images and per shot group; every image counts once.
+
+    Args:
+        model: Left in evaluation mode.
+        loader: Prepared by the accelerator.
+        accelerator: Gathers from all processes.
+        counts: Training images per class (C,).
+    """
+    model.eval()
+    preds, targets = [], []
+    with torch.inference_mode(), accelerator.autocast():
+        for images, labels in loaded(loader):
+            logits = model(images.to(memory_format=torch.channels_last))
+            both = accelerator.gather_for_metrics((logits.argmax(1), labels))
+            preds.append(both[0].cpu())
+            targets.append(both[1].cpu())
+    labels = torch.cat(targets)
+    readable = labels != UNREADABLE
+    labels = labels[readable]
+    report = shot_accuracy(torch.cat(preds)[readable], labels, counts)
+    return {name: getattr(report, name) for name in ("all", *SHOT_GROUPS)}
+
 
 Keep = Literal["best", "last"]
 
@@ -124,7 +160,7 @@ def train_representation(
             Recognition via Weight Balancing, CVPR 2022. None leaves them.
         mixup: Arguments of ``timm.data.Mixup``; without an alpha above 0, images are not mixed.
             With ``remix_kappa``, and ``remix_tau``, they are by
-            :class:`~timm_lt.training.mixing.Remix`.
+            :class:`~timm_lt.training.update.Remix`.
         mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
         ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are what
             is validated and what goes on.

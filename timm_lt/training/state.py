@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from timm_lt.data.reading import is_worker_death
+from timm_lt.data.decode import is_worker_death
 from timm_lt.training.history import EpochRecord
 from timm_lt.utils.accelerator import is_lost_process
 from timm_lt.utils.checks import UsageError

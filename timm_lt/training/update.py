@@ -1,21 +1,153 @@
-"""One update of the weights: mixing, loss, gradients, limits, and their moving average."""
+"""One update of the weights: mixing, loss, gradients, limits, and their moving average.
 
-from collections.abc import Iterator, Mapping
+How the images of a batch are mixed with each other: timm's mixup and cutmix, and remix.
+
+The learning rate, update by update.
+"""
+
+import inspect
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast
+from rich.progress import Progress
+from timm.data import Mixup
 from timm.models import model_parameters
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from timm_lt.features.tap import FeatureTap
+from timm_lt.data.decode import loaded, without_unreadable
+from timm_lt.data.images import Batch
+from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
-from timm_lt.training.mixing import Mixing, check_names, create_mixup
-from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.training.history import EpochRecord
+from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
+from timm_lt.utils.console import advance
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
+
+KAPPA, TAU = "remix_kappa", "remix_tau"
+
+
+class Remix:
+    """Mixup whose labels go to the rarer class where the counts of the two differ much.
+
+    An image ``λ x_i + (1 − λ) x_j`` of classes with n_i and n_j images has the label ``λ_y y_i + (1
+    − λ_y) y_j``, where::
+
+        λ_y = 0  if n_i / n_j >= κ and λ < τ
+              1  if n_i / n_j <= 1 / κ and 1 − λ < τ
+              λ  otherwise
+
+    so an image of which the frequent class has a part below τ belongs to the rare one alone.
+
+    Args:
+        mixup: timm's, of mixup, cutmix or both, without label smoothing.
+        class_counts: Training images per class, (C,), each >= 1.
+        kappa: κ, >= 1; 3 in the paper.
+        tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
+
+    References:
+        Chou, Chang, Pan, Wei, Juan. Remix: Rebalanced mixup. ECCV 2020 Workshops,
+        https://arxiv.org/abs/2007.03943
+    """
+
+    def __init__(
+        self, mixup: Mixup, class_counts: ClassCounts, *, kappa: float = 3.0, tau: float = 0.5
+    ) -> None:
+        self.mixup = mixup
+        self.class_counts = check_class_counts(class_counts)
+        self.kappa = check_number(f"mixup.{KAPPA}", kappa, "[1, inf)")
+        self.tau = check_number(f"mixup.{TAU}", tau, "[0, 1]")
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self.mixup.mixup_enabled = enabled
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes images (B, 3, H, W), in place, and labels (B,) to targets (B, C)."""
+        images, soft = self.mixup(images, targets)
+        # timm mixes an image with that at the same place from the end.
+        own, other = targets[:, None], targets.flip(0)[:, None]
+        share = soft.gather(1, own)
+        counts = self.class_counts.to(targets.device, share.dtype)
+        ratio = counts[own] / counts[other]
+        share = torch.where((ratio >= self.kappa) & (share < self.tau), 0.0, share)
+        share = torch.where((ratio <= 1 / self.kappa) & (1 - share < self.tau), 1.0, share)
+        mixed = torch.zeros_like(soft).scatter_(1, own, share)
+        return images, mixed.scatter_add_(1, other, 1 - share)
+
+
+Mixing = Mixup | Remix
+
+
+def create_mixup(
+    options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
+) -> Mixing | None:
+    """Creates timm's mixup and cutmix, or remix; None if neither has an alpha.
+
+    Args:
+        options: Arguments of ``timm.data.Mixup``, of which label smoothing is the loss's; and
+            ``remix_kappa`` and ``remix_tau``, κ and τ of :class:`Remix`, which a κ chooses.
+        class_counts: Training images per class, (C,); targets become (B, C).
+        batch: Images that are mixed with each other.
+
+    Raises:
+        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
+    """
+    given = dict(options or {})
+    kappa, tau = given.pop(KAPPA, None), given.pop(TAU, None)
+    check_names("mixup", Mixup, given)
+    for name in ("label_smoothing", "num_classes"):
+        if name in given:
+            raise UsageError(f"mixup.{name} is not set here: smoothing is an option of the loss")
+    for name, interval in {
+        "mixup_alpha": "[0, inf)",
+        "cutmix_alpha": "[0, inf)",
+        "prob": "[0, 1]",
+        "switch_prob": "[0, 1]",
+    }.items():
+        check_number(f"mixup.{name}", given.get(name, 0.0), interval)
+    check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
+    mixup_alpha = given.setdefault("mixup_alpha", 0.0)
+    mixes = bool(mixup_alpha or given.get("cutmix_alpha") or given.get("cutmix_minmax"))
+    for name, value, needs in (
+        (KAPPA, kappa, None if mixes else "mixup_alpha or cutmix_alpha"),
+        (TAU, tau, KAPPA if kappa is None else None),
+    ):
+        if value is not None and needs is not None:
+            raise UsageError(f"mixup.{name} has no effect without mixup.{needs}")
+    if not mixes:
+        return None
+    if batch % 2:
+        raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
+    mixup = Mixup(label_smoothing=0.0, num_classes=len(class_counts), **given)
+    if kappa is None:
+        return mixup
+    return Remix(mixup, class_counts, kappa=kappa, **({} if tau is None else {"tau": tau}))
+
+
+def check_names(owner: str, part: type, options: Mapping[str, Any]) -> None:
+    """Checks that the constructor of a class of timm takes some options."""
+    names = list(inspect.signature(part).parameters)
+    for name in options:
+        if name not in names:
+            raise unknown_name(f"option of {owner}:", name, names)
+
 
 ClipMode = Literal["norm", "value", "agc"]
 # Batches after which losses are looked at: it waits for the device.
@@ -254,3 +386,150 @@ def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
     }
+
+
+STEPPED_PER_UPDATE = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+PLATEAU = "plateau"
+SCHEDULERS = (*STEPPED_PER_UPDATE, PLATEAU)
+
+
+class Schedule:
+    """timm's scheduler over a number of epochs; plateau has a warm-up by updates, as the others.
+
+    Args:
+        optimizer: Whose learning rate it sets.
+        options: Arguments of ``timm.scheduler.create_scheduler_v2``.
+        epochs: Length of the whole, with cooldown, warm-up and cycles.
+        updates_per_epoch: At least 1.
+
+    Raises:
+        UsageError: If an option is unknown, or the schedule cannot have that length.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: Mapping[str, Any],
+        *,
+        epochs: int,
+        updates_per_epoch: int,
+    ) -> None:
+        self.plateau = options.get("sched") == PLATEAU
+        given = dict(options)
+        if self.plateau:
+            self._warmup = given.pop("warmup_epochs", 0)
+            self._warmup_lr = given.pop("warmup_lr", 1e-5)
+        given |= {"step_on_epochs": self.plateau, "updates_per_epoch": updates_per_epoch}
+        self._updates = updates_per_epoch
+        self._optimizer = optimizer
+        try:
+            self._scheduler = _create(optimizer, given, epochs)
+        except UsageError:
+            raise
+        except (TypeError, ValueError, AssertionError, IndexError) as error:
+            raise UsageError(f"scheduler: {error}") from error
+
+    def before_update(self, step: int) -> None:
+        """Sets the learning rate of an update, counted from the beginning of training."""
+        if not self.plateau:
+            self._scheduler.step_update(step)
+            return
+        last = self._warmup * self._updates
+        for group, base in self._bases():
+            if step < last:
+                group["lr"] = self._warmup_lr + (base - self._warmup_lr) * step / last
+            elif step == last:
+                group["lr"] = base
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        """Tells the scheduler called plateau how well an epoch did."""
+        if self.plateau and record.val and record.epoch > self._warmup:
+            self._scheduler.step(record.epoch, record.score)
+
+    def replay(self, history: Sequence[EpochRecord]) -> None:
+        """Brings a new schedule to where an interrupted one was, if it depends on more than t."""
+        if not self.plateau:
+            return
+        for group, base in self._bases():
+            group["lr"] = base
+        for record in history:
+            self.after_epoch(record)
+
+    def _bases(self) -> list[tuple[dict[str, Any], float]]:
+        groups = self._optimizer.param_groups
+        return [(group, group["initial_lr"] * group.get("lr_scale", 1.0)) for group in groups]
+
+
+def _create(optimizer: Optimizer, options: dict[str, Any], epochs: int) -> Any:  # noqa: ANN401
+    """Creates the scheduler whose length, with all that timm adds to it, is ``epochs``."""
+    with warnings.catch_warnings():
+        # Of plateau, whose state timm does not save; here it is replayed.
+        warnings.simplefilter("ignore", FutureWarning)
+        for main in range(epochs, 0, -1):
+            scheduler, total = create_scheduler_v2(optimizer, num_epochs=main, **options)
+            if total == epochs:
+                return scheduler
+    raise UsageError(
+        f"scheduler.options {options} make the schedule longer than {epochs} epochs: raise epochs, "
+        "or shorten cooldown, warm-up or cycles"
+    )
+
+
+def run_updates(
+    batches: Iterable[Batch],
+    update: Update,
+    schedule: Schedule,
+    losses: Losses,
+    *,
+    first: int,
+    batches_per_update: int,
+    skips: bool,
+    bar: Progress,
+) -> float:
+    """Makes the updates of one pass over the training images.
+
+    Args:
+        batches: From a training loader, whole updates.
+        update: Takes each batch.
+        schedule: Sets the learning rate before each update.
+        losses: Takes the loss of each batch.
+        first: Updates that were made before.
+        batches_per_update: At least 1.
+        skips: Images that cannot be read are left out.
+        bar: Advances by one for each update.
+
+    Returns:
+        The mean loss over the batches of all processes.
+
+    Raises:
+        UsageError: If an image cannot be read, or a loss is not finite.
+    """
+    # After a pass that was cut short, accelerate still counts the batches of its last update.
+    update.accelerator.step = 0
+    for number, batch in enumerate(loaded(batches)):
+        step = first + number // batches_per_update
+        if number % batches_per_update == 0:
+            schedule.before_update(step)
+        images, targets = without_unreadable(*batch) if skips else batch
+        losses.add(update(images, targets, step))
+        if (number + 1) % batches_per_update == 0:
+            advance(bar)
+    return losses.mean()
+
+
+def share_buffers(buffers: Iterable[Tensor], accelerator: Accelerator) -> None:
+    """Gives every process the main one's buffers, such as the statistics of batch norm."""
+    if accelerator.num_processes == 1:
+        return
+    with torch.no_grad():
+        for buffer in buffers:
+            buffer.copy_(broadcast(buffer))
+
+
+def seed_epoch(seed: int, epoch: int, process: int) -> None:
+    """Seeds Python, NumPy and torch as a function of the run's seed, the epoch and the process."""
+    # For dropout, mixup and the like; each process has its own images, so its own numbers.
+    words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002
+    random.seed(int(words[0]))

@@ -1,0 +1,381 @@
+"""Losses that weigh the classes by how many images they have.
+
+Weights of the classes, and losses that multiply by them.
+
+The focal loss.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from timm_lt.losses.base import (
+    ClassLoss,
+    Reduction,
+    mean_over_labels,
+    register_loss,
+    sigmoid_focal,
+    softmax_focal,
+)
+from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
+
+Normalization = Literal["batch", "weights"]
+
+
+def inverse_frequency_weights(class_counts: ClassCounts, exponent: float = 1.0) -> Tensor:
+    """Returns ``w_j = n_j^-exponent``, scaled to a mean of 1 over the classes.
+
+    >>> inverse_frequency_weights([100, 50, 25])
+    tensor([0.4286, 0.8571, 1.7143], dtype=torch.float64)
+
+    Args:
+        class_counts: Training images per class (C,), at least 1 each.
+        exponent: At least 0: 0 gives every class 1, 0.5 the inverse square root.
+
+    Raises:
+        UsageError: If a class is empty, or the exponent is out of range.
+    """
+    exponent = check_number("exponent", exponent, "[0, inf)")
+    check_no_empty_class(class_counts)
+    # In logarithms, for no power is too large.
+    counts = check_class_counts(class_counts)
+    return torch.softmax(-exponent * counts.double().log(), 0) * len(counts)
+
+
+def effective_number_weights(class_counts: ClassCounts, beta: float) -> Tensor:
+    """Returns ``1 / E_j``, ``E_j = (1 - beta^n_j) / (1 - beta)``, scaled to a mean of 1.
+
+    At beta = 0 every class has 1; towards 1 they become the inverse frequencies.
+
+    >>> effective_number_weights([3, 1], 0.5)
+    tensor([0.7273, 1.2727], dtype=torch.float64)
+
+    Args:
+        class_counts: Training images per class (C,), at least 1 each.
+        beta: In [0, 1).
+
+    Raises:
+        UsageError: If a class is empty, or beta is out of range.
+
+    References:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
+        https://arxiv.org/abs/1901.05555 (equations 2 and 6).
+    """
+    beta = check_number("beta", beta, "[0, 1)")
+    check_no_empty_class(class_counts)
+    counts = check_class_counts(class_counts).double()
+    # 1 - beta^n without its rounding error for beta near 1; 1 - beta cancels.
+    inverse = -1 / torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
+    return inverse / inverse.mean()
+
+
+class WeightedLoss(ClassLoss):
+    """Multiplies the loss of an image by the weight of its class: ``w_y l(z, y)``.
+
+    A target that is a distribution t gets ``sum_j t_j w_j l(z, j)``; for cross-entropy, ``-sum_j
+    t_j w_j log p_j`` as in torch. The mean divides by the number of images with ``normalization``
+    ``"batch"``, and by the sum of their weights, ``sum_j t_j w_j`` each, with ``"weights"``. For
+    labels that is torch's mean; of distributions torch takes that over the batch.
+
+    Where ``across_processes`` is True, as the training loop has it, the sum of the weights is over
+    the images of all processes: each update is that of one process. With gradient accumulation it
+    is over the images that are taken at once.
+
+    Args:
+        class_counts: As in :class:`ClassLoss`.
+        weights: w (C,), above 0.
+        normalization: What the mean divides by.
+        reduction: As in :class:`ClassLoss`.
+    """
+
+    needs_class_counts = True
+    takes_soft_targets = True
+    weights: Tensor
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        weights: Tensor,
+        *,
+        normalization: Normalization,
+        reduction: Reduction,
+    ) -> None:
+        super().__init__(class_counts, reduction=reduction)
+        check_choice("normalization", normalization, get_args(Normalization))
+        self.normalization = normalization
+        # Only where all processes take the loss together: one alone would wait for ever.
+        self.across_processes = False
+        # Above 0 in float32, too: a batch of such images alone has a mean.
+        weights = weights.float().clamp_min(torch.finfo(torch.float32).tiny)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses (N,), of which that of a distribution is the mean over its labels."""
+        raise NotImplementedError
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the weighted losses (N,)."""
+        weights, targets = self._weigh(targets)
+        return weights * self.unweighted(logits, targets)
+
+    def _weigh(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the weights of the images (N,) and the targets whose losses they multiply."""
+        if targets.ndim == 1:
+            return self.weights[targets], targets
+        shares = targets * self.weights
+        weights = shares.sum(1)
+        return weights, shares / weights.clamp_min(torch.finfo(weights.dtype).tiny)[:, None]
+
+    def _reduced(self, losses: Tensor, targets: Tensor) -> Tensor:
+        if self.reduction != "mean" or self.normalization == "batch":
+            return super()._reduced(losses, targets)
+        weights, _ = self._weigh(targets)
+        total = weights.sum()
+        return losses.sum() / (_mean_over_processes(total) if self.across_processes else total)
+
+    def extra_repr(self) -> str:
+        """Names normalization and reduction when the module is printed."""
+        return f"normalization={self.normalization!r}, {super().extra_repr()}"
+
+
+def given_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
+    """Returns the class counts (C,) of a loss; UsageError if there are none."""
+    if class_counts is None:
+        raise UsageError(f"{type(loss).__name__} needs class_counts")
+    return check_class_counts(class_counts)
+
+
+def _mean_over_processes(total: Tensor) -> Tensor:
+    # Gradients are averaged over the processes, so that each divides by its equal share.
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return total
+    total = total.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
+Form = Literal["softmax", "sigmoid", "focal"]
+FocalForm = Literal["sigmoid", "softmax"]
+Probability = Literal["unweighted", "weighted"]
+
+
+@register_loss("inverse_frequency")
+class InverseFrequencyLoss(WeightedLoss):
+    """Cross-entropy, weighted by inverse class frequency: ``l = -w_y log softmax_y(z)``.
+
+    ``w_j`` is as ``n_j^-exponent``, with a mean of 1 over the classes. From a random start it
+    trains slowly; see docs/losses.md for why and what helps.
+
+    Args:
+        class_counts: Training images ``n_j`` per class, at least 1 each.
+        exponent: At least 0: 0 is cross-entropy, 0.5 weighs by the inverse square root.
+        normalization: As in :class:`~timm_lt.losses.reweighted.WeightedLoss`, like reduction.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    References:
+        Huang et al., Learning Deep Representation for Imbalanced Classification, CVPR 2016,
+        https://doi.org/10.1109/CVPR.2016.580 (as a baseline).
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        *,
+        exponent: float = 1.0,
+        normalization: Normalization = "batch",
+        reduction: Reduction = "mean",
+    ) -> None:
+        counts = given_counts(self, class_counts)
+        weights = inverse_frequency_weights(counts, exponent)
+        super().__init__(counts, weights, normalization=normalization, reduction=reduction)
+
+    def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropies (N,)."""
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+class _EffectiveNumberLoss(WeightedLoss):
+    """Softmax or sigmoid losses, weighted by the inverse effective number."""
+
+    sigmoid = False
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None,
+        beta: float,
+        normalization: Normalization,
+        reduction: Reduction,
+    ) -> None:
+        counts = given_counts(self, class_counts)
+        weights = effective_number_weights(counts, beta)
+        super().__init__(counts, weights, normalization=normalization, reduction=reduction)
+
+    def initial_bias(self, num_classes: int) -> float | None:
+        """Returns ``-log(C - 1)`` for a sigmoid, so that every class starts at 1 / C."""
+        return sigmoid_bias(num_classes) if self.sigmoid else None
+
+
+@register_loss("class_balanced")
+class ClassBalancedLoss(_EffectiveNumberLoss):
+    """Class-balanced loss: ``w_y l(z, y)``, with ``w_j`` as ``(1 - beta) / (1 - beta^n_j)``.
+
+    The weights are the inverse effective numbers of images, with a mean of 1 over the classes: at
+    beta = 0 all are 1, towards 1 they become the inverse frequencies. l is, by ``form``,
+
+    - ``"softmax"``: cross-entropy, ``-log softmax_y(z)``;
+    - ``"sigmoid"``: ``-log sigmoid(z_y) - sum_{j != y} log(1 - sigmoid(z_j))``;
+    - ``"focal"``: the same sum, each term times (1 - its probability)^gamma.
+
+    A sigmoid should start with its bias at ``-log(C - 1)``, which a recipe sets, and without decay
+    of that bias, as timm's optimisers have it unless ``filter_bias_and_bn`` is false. Otherwise
+    the C - 1 negatives of an image are all there is to learn at first.
+
+    Args:
+        class_counts: Training images ``n_j`` per class, at least 1 each.
+        beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
+        form: Which loss is weighted.
+        gamma: At least 0, only for ``form="focal"``; None takes 1, as the authors' code does.
+        normalization: ``"batch"``, the authors' code in TensorFlow, or ``"weights"``, torch's
+            weighted mean, that of most later code; see
+            :class:`~timm_lt.losses.reweighted.WeightedLoss`.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    References:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
+        https://arxiv.org/abs/1901.05555
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        *,
+        beta: float = 0.9999,
+        form: Form = "softmax",
+        gamma: float | None = None,
+        normalization: Normalization = "batch",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, beta, normalization, reduction)
+        check_choice("form", form, get_args(Form))
+        if gamma is not None and form != "focal":
+            raise UsageError(f"gamma is for form 'focal': leave it out with form {form!r}")
+        self.form, self.sigmoid = form, form != "softmax"
+        given = 1.0 if gamma is None else check_number("gamma", gamma, "[0, inf)")
+        self.gamma = given if form == "focal" else 0.0
+
+    def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses (N,) of the form."""
+        if self.sigmoid:
+            return sigmoid_focal(logits, targets, self.gamma)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+@register_loss("class_balanced_focal")
+class ClassBalancedFocalLoss(_EffectiveNumberLoss):
+    """Class-balanced focal loss: ``w_y f(z, y)``, with ``w_j`` as ``(1 - beta) / (1 - beta^n_j)``.
+
+    The paper's f is a sigmoid for each class, ``class_balanced`` with ``form="focal"``; see there
+    for the bias. Later code has the softmax, ``f = -(1 - p_y)^gamma log p_y``, and that of LDAM
+    takes ``p_y = exp(-w_y CE)``, which is no probability: then ``w_y (1 - p_y)^gamma CE``.
+
+    Args:
+        class_counts: Training images ``n_j`` per class, at least 1 each.
+        beta: In [0, 1).
+        gamma: At least 0; the paper tries 0.5, 1 and 2.
+        form: ``"sigmoid"``, the paper's, or ``"softmax"``.
+        probability: With ``form="softmax"``, whether p is the softmax (``"unweighted"``) or, as
+            in the code of LDAM, has the weight inside (``"weighted"``).
+        normalization: As in :class:`~timm_lt.losses.reweighted.WeightedLoss`, like reduction.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    References:
+        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
+        https://arxiv.org/abs/1901.05555
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        *,
+        beta: float = 0.9999,
+        gamma: float = 1.0,
+        form: FocalForm = "sigmoid",
+        probability: Probability = "unweighted",
+        normalization: Normalization = "batch",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, beta, normalization, reduction)
+        check_choice("form", form, get_args(FocalForm))
+        check_choice("probability", probability, get_args(Probability))
+        if probability == "weighted" and form != "softmax":
+            raise UsageError("probability 'weighted' is for form 'softmax': leave it out")
+        self.gamma = check_number("gamma", gamma, "[0, inf)")
+        self.sigmoid, self.probability = form == "sigmoid", probability
+
+    def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the focal losses (N,)."""
+        if self.sigmoid:
+            return sigmoid_focal(logits, targets, self.gamma)
+        if self.probability == "unweighted":
+            return softmax_focal(logits, targets, self.gamma)
+        log_p = F.log_softmax(logits, 1)
+        # A power of 0, where p rounds to 1, has no slope for gamma < 1.
+        tiny = torch.finfo(log_p.dtype).tiny
+        modulator = (-torch.expm1(self.weights * log_p)).clamp_min(tiny) ** self.gamma
+        return mean_over_labels(-log_p * modulator, targets)
+
+
+def sigmoid_bias(num_classes: int) -> float:
+    """Returns ``-log(C - 1)``, where a sigmoid is 1 / C; 0 for one class."""
+    return -math.log(max(num_classes - 1, 1))
+
+
+FocalActivation = Literal["softmax", "sigmoid"]
+
+
+@register_loss("focal")
+class FocalLoss(ClassLoss):
+    """Focal loss: ``l = -(1 - p_t)^gamma log p_t``; at gamma = 0 the plain loss.
+
+    With ``form="softmax"`` ``p_t`` is the softmax of the label. With ``form="sigmoid"``, the
+    paper's detector, every class is a binary problem: l is summed over the classes, where ``p_t``
+    is sigmoid(z_j) for the label and 1 - sigmoid(z_j) for the others. For its bias see
+    ``class_balanced``.
+
+    Args:
+        class_counts: As in :class:`ClassLoss`, like reduction; not used.
+        gamma: How little the images count that are right already, at least 0.
+        form: ``"softmax"``, which long-tail papers compare with, or ``"sigmoid"``.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017,
+        https://arxiv.org/abs/1708.02002
+    """
+
+    takes_soft_targets = True
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        *,
+        gamma: float = 2.0,
+        form: FocalActivation = "softmax",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(class_counts, reduction=reduction)
+        self.gamma = check_number("gamma", gamma, "[0, inf)")
+        check_choice("form", form, get_args(FocalActivation))
+        self.form = form
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the focal losses (N,)."""
+        focal = sigmoid_focal if self.form == "sigmoid" else softmax_focal
+        return focal(logits, targets, self.gamma)
+
+    def initial_bias(self, num_classes: int) -> float | None:
+        """Returns ``-log(C - 1)`` for a sigmoid, so that every class starts at 1 / C."""
+        return sigmoid_bias(num_classes) if self.form == "sigmoid" else None

@@ -1,0 +1,536 @@
+"""Bilateral-branch networks: a ResNet whose last block there is twice, in two branches.
+
+Modulated attention of OLTR: a block behind the last stage of a ResNet.
+
+The small ResNet for 32-pixel images that the CIFAR-LT papers train, as a timm ResNet.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from timm_lt.checkpoint import TimmBase
+from timm_lt.heads import Head
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+
+SpatialAttention = Literal["convolution", "linear"]
+# Name of the block in the last stage, e.g. layer4.attention.
+ATTENTION = "attention"
+# Height and width of a ResNet's last map for images of 224 pixels.
+PUBLISHED_SIZE = 7
+
+
+class ModulatedAttention(nn.Module):
+    """Adds to a feature map what it sees of itself, where it matters: ``y = x + m ⊙ SA(x)``.
+
+    ``SA`` is self-attention over the P = H W positions with embedded Gaussians,
+    ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)``, where θ, φ and g are 1×1 convolutions to
+    ``channels // reduction`` channels. ``m`` is a weight for each position, the same for all
+    channels:
+
+    - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, at any map size. The factor is 1
+      on the 7×7 map of the paper; with it the mean weight is 1/49 on every map, so that a model
+      means the same at another image size.
+    - ``spatial="linear"``: ``m = softmax_p(A vec(x) + b)_p`` with A (49, 49 channels), as
+      published. It takes 7×7 maps only, those of a ResNet on images of 224 pixels.
+
+    ``W_o`` starts at zero: the block is the identity until it is trained. φ and a have no bias,
+    since softmax cancels it.
+
+    Args:
+        channels: Channels of the map, >= 2.
+        reduction: What they are divided by inside the self-attention, from 1 to ``channels``; 2 in
+            the paper.
+        spatial: How positions are weighted.
+        device: Where the parameters are created.
+        dtype: The type of the parameters.
+
+    Shape:
+        (N, channels, H, W) to the same.
+
+    Raises:
+        UsageError: If a number is out of range; by the forward pass, if ``spatial="linear"`` gets
+            a map that is not 7×7.
+
+    References:
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160; self-attention: Wang et al., Non-local Neural Networks,
+        CVPR 2018, https://arxiv.org/abs/1711.07971
+
+    >>> x = torch.randn(2, 8, 5, 4)
+    >>> torch.equal(ModulatedAttention(8)(x), x)
+    True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 2,
+        spatial: SpatialAttention = "convolution",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("channels", channels, minimum=2)
+        check_integer("reduction", reduction, 1, channels)
+        check_choice("spatial", spatial, get_args(SpatialAttention))
+        self.linear = spatial == "linear"
+        width, positions = channels // reduction, PUBLISHED_SIZE**2
+        self.query = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        self.key = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
+        self.value = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
+        self.output = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
+        self.spatial: nn.Module
+        if self.linear:
+            self.spatial = nn.Linear(positions * channels, positions, device=device, dtype=dtype)
+        else:
+            self.spatial = nn.Conv2d(channels, 1, 1, bias=False, device=device, dtype=dtype)
+        nn.init.zeros_(self.output.weight)
+        if self.output.bias is not None:
+            nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the attended map, (N, channels, H, W)."""
+        return x + self.spatial_weights(x) * self.self_attention(x)
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        """Returns SA(x), (N, channels, H, W)."""
+        # (N, 1, P, width): one head. It keeps the scores in float32, which half precision needs:
+        # those of embedded Gaussians are not divided by the root of the width.
+        query = self.query(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        key = self.key(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        value = self.value(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        seen = seen.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        attended: Tensor = self.output(seen)
+        return attended
+
+    def spatial_weights(self, x: Tensor) -> Tensor:
+        """Returns m, (N, 1, H, W)."""
+        height, width = x.shape[2], x.shape[3]
+        if self.linear:
+            if height != 7 or width != 7:
+                raise UsageError(
+                    f"spatial='linear' takes 7×7 maps, those of images of 224 pixels, and got "
+                    f"{height}×{width}; spatial='convolution' takes any"
+                )
+            logits = self.spatial(x.flatten(1))
+        else:
+            logits = self.spatial(x).flatten(1)
+        weights: Tensor = logits.softmax(1).to(x.dtype)
+        if not self.linear:
+            weights = weights * (height * width / 49)
+        return weights.view(-1, 1, height, width)
+
+    def extra_repr(self) -> str:
+        """Names how positions are weighted when the module is printed."""
+        return f"spatial={'linear' if self.linear else 'convolution'!r}"
+
+
+def attach_attention(
+    model: nn.Module, *, reduction: int = 2, spatial: SpatialAttention = "convolution"
+) -> nn.Module:
+    """Puts modulated attention behind the last stage of a ResNet or ResNeXt, in place.
+
+    It is the stage's last module, such as ``layer4.attention``: the features of the model and of
+    timm's ``features_only`` have passed it. Until it is trained, predictions stay as they were. The
+    name is what ``model.trained`` of a recipe takes, to train it and the classifier alone.
+
+    Args:
+        model: A ``ResNet`` of timm, of any depth and kind of block.
+        reduction: As of :class:`ModulatedAttention`.
+        spatial: As there.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: If the model is another, is bilateral, or has the attention already.
+
+    >>> import timm
+    >>> model = attach_attention(timm.create_model("test_resnet", num_classes=3))
+    >>> model(torch.zeros(1, 3, 40, 56)).shape
+    torch.Size([1, 3])
+    """
+    if not isinstance(model, ResNet):
+        raise UsageError(
+            f"modulated attention goes behind the last stage of timm's ResNets and ResNeXts, and "
+            f"this is a {type(model).__name__}"
+        )
+    # The CIFAR ResNet has no fourth stage.
+    last: dict[str, Any] = model.feature_info[-1]
+    stage = model.get_submodule(last["module"])
+    if hasattr(stage, ATTENTION):
+        raise UsageError(f"the model has {last['module']}.{ATTENTION} already")
+    # By its name, since bilateral networks are built on top of this.
+    if any(hasattr(block, "rebalancing") for block in stage.children()):
+        raise UsageError(
+            "modulated attention does not go behind the branches of a bilateral network"
+        )
+    weight = next(stage.parameters())
+    attention = ModulatedAttention(
+        last["num_chs"],
+        reduction=reduction,
+        spatial=spatial,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    stage.add_module(ATTENTION, attention.train(model.training))
+    return model
+
+
+class ZeroPadShortcut(nn.Module):
+    """Halves the resolution and adds channels of zeros: the shortcut "option A", no parameters.
+
+    Args:
+        padding: Channels of zeros on each side, before and after the old ones.
+
+    Shape:
+        (N, C, H, W) to (N, C + 2 padding, ceil(H / 2), ceil(W / 2)).
+    """
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns every second pixel, between channels of zeros."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class CifarResNet(ResNet):
+    """Classifies small images by the CIFAR ResNet of He et al., section 4.2.
+
+    A 3x3 convolution with 16 channels and no max pooling, three stages of n basic blocks
+    ``x <- relu(shortcut(x) + bn(conv(relu(bn(conv(x))))))`` with 16, 32 and 64 channels and strides
+    1, 2 and 2, pooling, and the linear classifier ``fc``: depth 6n + 2. LDAM and BBN use
+    ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10 classes).
+
+    The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV 2015), every
+    batch normalisation starts as the identity, and ``fc`` as timm's. All of timm's model interface
+    works; there are four features (stem and stages) at strides 1, 1, 2 and 4, so timm's
+    ``features_only`` needs ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
+
+    Args:
+        layers: Basic blocks per stage, three numbers.
+        num_classes: Outputs of ``fc``; 0 for none, the model then returns its features.
+        in_chans: Channels of the images.
+        global_pool: timm's name of the pooling, ``"avg"`` in the papers.
+        drop_rate: Dropout before the classifier, in [0, 1).
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); grows linearly from 0.
+        device: Where the parameters are created.
+        dtype: The type of the parameters.
+
+    Shape:
+        images (N, in_chans, H, W); features (N, 64, ceil(H / 4), ceil(W / 4)); logits (N, C).
+
+    Raises:
+        UsageError: If there are not three stages.
+
+    References:
+        He, Zhang, Ren, Sun. Deep residual learning for image recognition. CVPR 2016.
+        https://arxiv.org/abs/1512.03385
+        He, Zhang, Ren, Sun. Delving deep into rectifiers. ICCV 2015.
+        https://arxiv.org/abs/1502.01852
+        Cao, Wei, Gaidon, Arechiga, Ma. Learning imbalanced datasets with label-distribution-aware
+        margin loss. NeurIPS 2019. https://arxiv.org/abs/1906.07413
+        Zhou, Cui, Wei, Chen. BBN: Bilateral-branch network with cumulative learning for long-tailed
+        visual recognition. CVPR 2020. https://arxiv.org/abs/1912.02413
+
+    >>> CifarResNet(layers=(1, 1, 1))(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (5, 5, 5),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(layers) != 3:
+            raise UsageError(f"layers must be three numbers, one per stage, got {tuple(layers)}")
+        super().__init__(
+            BasicBlock,  # type: ignore[arg-type]  # timm's annotation misses type[]
+            tuple(layers),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            # timm's plain stem always has 64 channels, the deep one 2 * stem_width: it makes bn1
+            # and the stages as wide as they should be, and its convolutions are replaced below.
+            stem_type="deep",
+            stem_width=8,
+            channels=(16, 32, 64),
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            zero_init_last=False,
+            device=device,
+            dtype=dtype,
+        )
+        stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, device=device, dtype=dtype)
+        self.set_submodule("conv1", stem)
+        self.set_submodule("maxpool", nn.Identity())
+        self.set_submodule("layer2.0.downsample", ZeroPadShortcut(8))
+        self.set_submodule("layer3.0.downsample", ZeroPadShortcut(16))
+        # timm's forward runs four stages; where it prunes one, it leaves an empty one like this.
+        self.set_submodule("layer4", nn.Sequential())
+        for feature, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
+            feature["reduction"] = reduction
+        self.init_weights()
+
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Draws the weights of the convolutions; the last batch normalisations can start at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            elif zero_init_last and isinstance(module, BasicBlock):
+                module.zero_init_last()
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Returns what timm's ResNet does; None, n and -n count the four features, not five."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, *args, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what timm's ResNet does, with indices as in ``forward_intermediates``."""
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        if last == 3 and not prune_head:
+            return taken  # timm would drop the head, as if a fourth stage had been cut off
+        return super().prune_intermediate_layers(taken, prune_norm, prune_head)
+
+
+# As in equation 1 of the paper; the authors' code has 2.
+BRANCH_SCALE = 1.0
+# The registered architecture that takes any ResNet as its base.
+ANY_BASE = "lt_bbn_resnet"
+STAGES = ("layer4", "layer3", "layer2", "layer1")
+
+
+class BilateralBlock(nn.Module):
+    """A residual block once for each branch; it widens the features from d to 2 d channels.
+
+    In evaluation mode, or if ``paired`` is False, every image goes through both branches and
+    leaves ``s / 2 (f_c, f_r)``. In training mode the rows of a batch are pairs: an even one goes
+    through the conventional branch and leaves ``s (f_c, 0)``, the odd one below it through the
+    re-balancing branch and leaves ``s (0, f_r)``.
+
+    Args:
+        conventional: The block of the conventional branch.
+        rebalancing: That of the re-balancing branch.
+        scale: s, > 0.
+
+    Attributes:
+        paired: Whether rows are pairs in training mode. Where images come one by one in training
+            mode, as in fine-tuning by another loop, set it to False.
+
+    Shape:
+        (N, C, H, W) to (N, 2 d, H', W'), N even where rows are pairs.
+    """
+
+    def __init__(self, conventional: nn.Module, rebalancing: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.conventional, self.rebalancing = conventional, rebalancing
+        self.scale = scale
+        self.paired = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the features of both branches, or of the pairs of a batch."""
+        if self.training and self.paired:
+            return self.in_pairs(x[0::2], x[1::2])
+        both = torch.cat([self.conventional(x), self.rebalancing(x)], dim=1)
+        return both if self.scale == 2 else self.scale / 2 * both
+
+    @torch.jit.unused
+    def in_pairs(self, uniform: Tensor, reversed_: Tensor) -> Tensor:
+        """Returns the rows (2 B, 2 d, ...) of pairs, from the inputs (B, C, ...) of each stream."""
+        if len(uniform) != len(reversed_):
+            raise UsageError(
+                f"a bilateral network trains on pairs of images, and this batch has "
+                f"{len(uniform) + len(reversed_)}: take sampler bilateral and an even batch size"
+            )
+        f_c = self.scale * self.conventional(uniform)
+        f_r = self.scale * self.rebalancing(reversed_)
+        zeros = torch.zeros_like(f_c)
+        rows = torch.stack([torch.cat([f_c, zeros], 1), torch.cat([zeros, f_r], 1)], dim=1)
+        return rows.flatten(0, 1)
+
+
+class _Bilateral(ResNet):
+    """What :func:`create_bilateral` adds to a ResNet: the streams pass the trunk one by one."""
+
+    if TYPE_CHECKING:  # TorchScript takes no such annotation
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Returns the feature map (N, 2 d, H, W)."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._features_or_pairs(x)
+        # TorchScript lacks super().
+        x = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
+        features: Tensor = self.layer4(self.layer3(self.layer2(x)))
+        return features
+
+    @torch.jit.unused
+    def _features_or_pairs(self, x: Tensor) -> Tensor:
+        blocks: list[nn.Module] = [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+        # Pruned of its last stage, a model has no branches; it may have no block at all.
+        last = blocks.pop() if blocks else None
+        if not (self.training and isinstance(last, BilateralBlock) and last.paired):
+            return super().forward_features(x)
+        return last.in_pairs(self._through(blocks, x[0::2]), self._through(blocks, x[1::2]))
+
+    def _through(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
+        """Returns what a branch takes of the images of a stream."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if self.grad_checkpointing:
+            checked: Tensor = checkpoint_seq(blocks, x)
+            return checked
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+class BilateralResNet(_Bilateral):
+    """timm's ResNet with two branches; :func:`create_bilateral` makes it."""
+
+
+class BilateralCifarResNet(_Bilateral, CifarResNet):
+    """The CIFAR ResNet with two branches; :func:`create_bilateral` makes it."""
+
+
+KINDS: dict[type[nn.Module], type[_Bilateral]] = {
+    ResNet: BilateralResNet,
+    CifarResNet: BilateralCifarResNet,
+}
+
+
+def create_bilateral(
+    model: nn.Module, *, branch_scale: float = BRANCH_SCALE, fresh: bool = False
+) -> nn.Module:
+    """Makes a bilateral-branch network (BBN) of a ResNet or ResNeXt, in place.
+
+    All is shared by the branches but the last residual block, which each has for itself, and the
+    classifier, whose weight (C, 2 d) is ``(W_c, W_r)``. In evaluation mode it is a timm model like
+    any other, with ``num_features`` = 2 d: the logits of an image are ``s / 2 (W_c f_c + W_r f_r) +
+    b``, where d are the features of a branch and s is ``branch_scale``.
+
+    In training mode, rows 2 i and 2 i + 1 of a batch are a pair, as sampler ``bilateral`` draws
+    them, and have the logits ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``. The loss
+    ``bilateral`` mixes them to ``α z_c + (1 - α) z_r``, which is that of the features
+    ``s (α f_c, (1 - α) f_r)``. As in the authors' code, the two streams pass the shared trunk one
+    after the other: batch norm normalises each by its own statistics, and its running ones move
+    twice. (``forward_intermediates`` does not tell the streams apart before the last block.)
+
+    Args:
+        model: A ``ResNet`` of timm, with any of its blocks, or a :class:`CifarResNet`.
+        branch_scale: s, > 0; 1 as in equation 1 of the paper. The authors' code has 2, with which
+            every feature has its size in evaluation, and the classifier learns four times as fast.
+        fresh: Draws the re-balancing block and the classifier anew, as for training from scratch.
+            Otherwise both branches begin as the model's last block, and the network computes what
+            the model did, in both modes.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: If the model is no ResNet, is bilateral already, has something behind its last
+            residual block, or carries a head.
+
+    References:
+        Zhou, Cui, Wei, Chen. BBN: Bilateral-branch network with cumulative learning for long-tailed
+        visual recognition. CVPR 2020. https://arxiv.org/abs/1912.02413
+
+    >>> import timm
+    >>> model = create_bilateral(timm.create_model("test_resnet", num_classes=3))
+    >>> model.num_features, model.train()(torch.zeros(4, 3, 32, 32)).shape
+    (192, torch.Size([4, 3]))
+    """
+    if type(model) not in KINDS:
+        raise UsageError(
+            f"a bilateral network is made of timm's ResNet or ResNeXt, or of a CifarResNet, not of "
+            f"a {type(model).__name__}"
+        )
+    joint: Any = model.fc
+    if isinstance(joint, Head):
+        raise UsageError(
+            f"the model carries a {joint.kind!r} head: fold it (timm_lt.fold_head), or put it "
+            "on the bilateral network"
+        )
+    scale = check_number("branch_scale", branch_scale, "(0, inf)")
+    stages: list[Any] = [model.get_submodule(name) for name in STAGES]
+    stage = next(stage for stage in stages if len(stage))
+    last = stage[-1]
+    if not hasattr(last, "conv1"):
+        raise UsageError(
+            f"a bilateral network doubles the last residual block, and behind that of this model "
+            f"is a {type(last).__name__}"
+        )
+    twin = copy.deepcopy(last)
+    if fresh:
+        # As the model's own: it initialises whatever modules are inside. The last batch norms that
+        # start at 0 are copies already.
+        KINDS[type(model)].init_weights(twin, zero_init_last=False)
+    stage[-1] = BilateralBlock(last, twin, scale).train(last.training)
+    model.__class__ = KINDS[type(model)]
+    _rename(model, scale)
+    bilateral: Any = model
+    bilateral.num_features *= 2
+    bilateral.feature_info[-1]["num_chs"] *= 2
+    bilateral.reset_classifier(bilateral.num_classes)
+    if isinstance(joint, nn.Linear) and not fresh:
+        _share(joint, bilateral.fc, bilateral.global_pool.feat_mult(), scale)
+    return model
+
+
+def _rename(model: nn.Module, scale: float) -> None:
+    """Notes how a checkpoint is to build the network again: a registered name, of this base."""
+    plain: TimmBase | None = model.__dict__.get("timm_base")
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if plain is None and config:
+        plain = TimmBase(config["architecture"], {})
+    if plain is not None:
+        options = {"base": plain.architecture, **plain.model_args, "branch_scale": scale}
+        model.__dict__["timm_base"] = TimmBase(ANY_BASE, options)
+
+
+@torch.no_grad()
+def _share(joint: nn.Linear, both: nn.Linear, parts: int, scale: float) -> None:
+    """Gives each branch the joint classifier, so that the logits stay what they were.
+
+    Some poolings give several parts of features, each of which has become twice as wide.
+    """
+    for part, weight in zip(both.weight.chunk(parts, 1), joint.weight.chunk(parts, 1), strict=True):
+        part.copy_(weight.repeat(1, 2) / scale)
+    if joint.bias is not None:
+        both.bias.copy_(joint.bias)
+
+
+def takes_pairs(model: nn.Module) -> bool:
+    """Returns whether the rows of a batch are pairs for a model in training mode."""
+    return any(isinstance(m, BilateralBlock) and m.paired for m in model.modules())
+
+
+def unpair(model: nn.Module) -> None:
+    """Lets a model take images one by one in training mode too."""
+    for module in model.modules():
+        if isinstance(module, BilateralBlock):
+            module.paired = False

@@ -1,0 +1,73 @@
+"""One registry class for every kind of named part: register, create, list."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from timm_lt.utils.checks import UsageError, check_options, unknown_name
+
+T = TypeVar("T")
+P = TypeVar("P")
+
+
+class Registry(Generic[T]):
+    """Named parts of one kind, in the order in which they were registered.
+
+    Args:
+        noun: What a part is called in messages, e.g. ``"head"``.
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a class or function under a name.
+
+        Raises:
+            UsageError: If the name is taken or is no lower-case identifier.
+        """
+        if not (name.isidentifier() and name == name.lower()):
+            raise UsageError(f"{self.noun} name {name!r} must be a lower-case identifier")
+        if name in self._parts:
+            raise UsageError(
+                f"{self.noun} {name!r} is registered already, by {self._parts[name]!r}"
+            )
+
+        def add(part: T) -> T:
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """Returns the part of that name; a wrong one raises UsageError, listing the right ones."""
+        if not isinstance(name, str) or name not in self._parts:
+            raise unknown_name(self.noun, name, list(self._parts))
+        return self._parts[name]
+
+    def create(self: "Registry[Callable[..., P]]", name: str, /, *args: Any, **options: Any) -> P:
+        """Builds the part of that name from positional arguments and options.
+
+        The convention for parts: what every part of the kind is given comes first, the part's own
+        options are keyword-only.
+
+        Args:
+            name: The registered name.
+            *args: Passed on as they are.
+            **options: Passed on after :func:`check_options`.
+
+        Raises:
+            UsageError: If the name or an option is unknown, or a required option is missing.
+        """
+        part = self[name]
+        check_options(f"{self.noun} {name!r}", part, options)
+        return part(*args, **options)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
