@@ -64,10 +64,10 @@ from timm_lt.run.recipe_checks import (
     check_views,
     head_kind,
 )
-from timm_lt.run.setup import check_network, check_parts, sampler_options
+from timm_lt.run.setup import sampler_options, training_options
 from timm_lt.samplers import create_sampler
-from timm_lt.training import check_batch_size, check_optimization
-from timm_lt.utils.accelerator import available_cores, check_precision
+from timm_lt.training import RepresentationTrainer, check_model
+from timm_lt.utils.accelerator import available_cores, create_accelerator, fresh_accelerate
 from timm_lt.utils.checks import UsageError, check_choice, check_number, shown_names, unknown_name
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json, yaml_text
@@ -338,27 +338,36 @@ def check_recipes(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
 def _check_without_model(recipe: Recipe) -> None:
     check_heads(recipe)
     check_options_of_parts(recipe)
-    if recipe.epochs:
-        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
-        check_optimization(*arguments, recipe.epochs)
     check_protocol(recipe.data.name, recipe.protocol)
     checked_source(recipe.data.name, recipe.data.root, dict(recipe.data.options))
     check_views(recipe)
-    check_precision(recipe.mixed_precision)
-    check_batch_size(recipe.batch_size, recipe.batch_size, 1, recipe.accumulation_steps)
 
 
 def _check_with_model(recipe: Recipe, network: ModelRecipe, splits: Splits) -> None:
     """Checks the parts that go together, made of two classes in place of those of the data."""
     if not recipe.epochs:
         return
-    sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **sampler_options(recipe))
-    loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
     model = create_network(replace(recipe, model=network), _num_classes(network))
-    batch = recipe.batch_size // recipe.accumulation_steps
-    check_parts(recipe, sampler, loss, model, batch=batch)
     images = create_images(recipe, splits, model, workers=0)
-    check_network(recipe, model, images["val"], batch=batch)
+    check_model(model, images["val"])
+    # An epoch of one batch, since the real data are not loaded here.
+    sampler = create_sampler(
+        recipe.sampler.name, [0, 1], num_samples=recipe.batch_size, **sampler_options(recipe)
+    )
+    loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
+    with fresh_accelerate():
+        accelerator = create_accelerator(
+            mixed_precision=recipe.mixed_precision, accumulation_steps=recipe.accumulation_steps
+        )
+        RepresentationTrainer(
+            model,
+            images["train"],
+            sampler,
+            loss,
+            training_options(recipe),
+            accelerator=accelerator,
+            val=images["val"],
+        )
 
 
 def _two_images() -> Splits:

@@ -38,12 +38,7 @@ from timm_lt.run.stages import (
     report_of_run,
     train_heads,
 )
-from timm_lt.training import (
-    TrainingState,
-    describe_history,
-    representation_seconds,
-    train_representation,
-)
+from timm_lt.training import TrainingState, describe_history, representation_seconds
 from timm_lt.utils.accelerator import fresh_accelerate, process_rank
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log, result_console, start_logging
@@ -180,36 +175,11 @@ def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
 
 def train(run: Run) -> None:
     """Trains the representation, or goes on with it."""
-    recipe = run.recipe
     if run.trainer is None:
         run.seconds["representation"] = 0.0
         run.model.to(run.accelerator.device)
         return
-    training = train_representation(
-        run.model,
-        run.images["train"],
-        run.trainer.sampler,
-        run.trainer.loss,
-        accelerator=run.accelerator,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer.arguments(),
-        scheduler=recipe.scheduler.arguments(),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-        max_norm=recipe.max_norm,
-        mixup=recipe.mixup.arguments(),
-        mixup_off_epoch=recipe.mixup.off_epoch,
-        ema=recipe.ema.arguments(),
-        val=run.images["val"],
-        validate_every=recipe.validate_every,
-        keep=recipe.keep,
-        class_counts=run.splits.class_counts,
-        trained=recipe.model.trained,
-        bn=recipe.model.bn,
-        state=TrainingState(run.folder / STATE, run.accelerator),
-        seed=recipe.seed,
-    )
+    training = run.trainer.run(TrainingState(run.folder / STATE, run.accelerator))
     # As a loaded model has it: another memory format may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.

@@ -8,7 +8,7 @@ from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits
 from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
 from timm_lt.run.recipe import Recipe
-from timm_lt.training import check_image_options
+from timm_lt.training import image_options
 from timm_lt.utils.checks import Problems, UsageError, check_choice
 from timm_lt.utils.longtail import shot_groups
 
@@ -54,7 +54,7 @@ def check_heads(recipe: Recipe) -> None:
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
         check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
     for name, options in stage_heads(recipe, "images").items():
-        check_image_options(head_kind(recipe, name), options)
+        image_options(head_kind(recipe, name), options)
     for name, options in stage_heads(recipe, "features").items():
         if "bn" in options:
             raise UsageError(

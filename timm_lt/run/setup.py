@@ -44,32 +44,18 @@ from timm_lt.run.recipe_checks import (
     head_kind,
     stage_heads,
 )
-from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
+from timm_lt.samplers import SAMPLERS, create_sampler
 from timm_lt.training import (
     EpochRecord,
     HeadPlan,
-    check_batch_size,
-    check_classifier,
+    RepresentationTrainer,
+    TrainingOptions,
     check_model,
-    check_optimization,
-    check_pairs,
-    check_schedule,
-    check_statistics,
-    check_trained,
-    check_update,
     plan_head_on_images,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import Problems, UsageError
 from timm_lt.utils.console import log, progress, start_logging
-
-
-@dataclass
-class Trainer:
-    """What the representation stage has beside the model and the images."""
-
-    sampler: ClassSampler
-    loss: nn.Module
 
 
 @dataclass
@@ -95,7 +81,7 @@ class Run:
     accelerator: Accelerator
     splits: Splits
     images: Mapping[Split, Images]
-    trainer: Trainer | None
+    trainer: RepresentationTrainer | None
     model: nn.Module
     seconds: dict[str, Any]
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
@@ -141,9 +127,6 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     check_heads(recipe)
     check_options_of_parts(recipe)
     check_output(recipe, folder)
-    if recipe.epochs:
-        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
-        check_optimization(*arguments, recipe.epochs)
     accelerator = _start(recipe, folder, options)
     check_features(recipe, folder)
     started = time.perf_counter()
@@ -275,7 +258,7 @@ def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
 
 def create_parts(
     recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
+) -> tuple[RepresentationTrainer | None, nn.Module, Splits, dict[Split, Images]]:
     """Creates what trains, model and images; what is wrong with the data is reported together.
 
     The splits are returned with the background of the run, and the classes in the order of the
@@ -289,25 +272,28 @@ def create_parts(
     model = create_network(recipe, splits.num_classes)
     splits = on_background(recipe, splits, model)
     splits = order_classes(recipe, splits, model.to(accelerator.device))
-    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
-    batch = recipe.batch_size // (
-        accelerator.num_processes * accelerator.gradient_accumulation_steps
-    )
-    if trainer is not None:
-        check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
-        start_network(recipe, trainer.loss, model, splits.num_classes, splits.label_names)
     images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
-    if trainer is None:
-        check_model(model, images["val"])
-    else:
-        check_network(recipe, model, images["val"], batch=batch)
+    check_model(model, images["val"])
+    trainer = create_trainer(recipe, splits, model, images, accelerator) if recipe.epochs else None
     return trainer, model, splits, images
 
 
-def _create_trainer(
-    recipe: Recipe, splits: Splits, accelerator: Accelerator, problems: Problems
-) -> Trainer:
-    """Creates what trains the representation."""
+def create_trainer(
+    recipe: Recipe,
+    splits: Splits,
+    model: nn.Module,
+    images: Mapping[Split, Images],
+    accelerator: Accelerator,
+) -> RepresentationTrainer:
+    """Creates the representation stage; its parts refuse what is wrong with the recipe.
+
+    Args:
+        recipe: What to run.
+        splits: The data.
+        model: The model; its classifier gets the start that the loss wants.
+        images: Images of the splits.
+        accelerator: Of the run.
+    """
     sampler = create_sampler(
         recipe.sampler.name,
         splits.labels["train"],
@@ -315,40 +301,42 @@ def _create_trainer(
         num_classes=splits.num_classes,
         **sampler_options(recipe),
     )
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    with problems.collected():
-        check_batch_size(recipe.batch_size, len(sampler), processes, steps)
     options = dict(recipe.loss.options)
     if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
         options.setdefault("seed", recipe.seed)
     loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **options)
-    return Trainer(sampler, loss)
-
-
-def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:
-    """Checks that a model takes images of this size, and so many of them at once in training."""
-    check_model(model, images)
-    trained, bn = recipe.model.trained, recipe.model.bn
-    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
-
-
-def check_parts(
-    recipe: Recipe, sampler: ClassSampler, loss: nn.Module, model: nn.Module, *, batch: int
-) -> None:
-    """Checks that the parts of a recipe go together, for batches of so many images of a process."""
-    check_schedule(loss, recipe.epochs)
-    check_update(
+    start_network(recipe, loss, model, splits.num_classes, splits.label_names)
+    return RepresentationTrainer(
+        model,
+        images["train"],
+        sampler,
         loss,
-        batch=batch,
-        mixup=recipe.mixup.arguments(),
-        ema=recipe.ema.arguments(),
+        training_options(recipe),
+        accelerator=accelerator,
+        val=images["val"],
+        class_counts=splits.class_counts,
+    )
+
+
+def training_options(recipe: Recipe) -> TrainingOptions:
+    """Returns the hyper-parameters of the representation stage."""
+    return TrainingOptions(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        optimizer=recipe.optimizer.arguments(),
+        scheduler=recipe.scheduler.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
         max_norm=recipe.max_norm,
+        mixup=recipe.mixup.arguments(),
+        mixup_off_epoch=recipe.mixup.off_epoch,
+        ema=recipe.ema.arguments(),
+        validate_every=recipe.validate_every,
+        keep=recipe.keep,
+        trained=recipe.model.trained,
+        bn=recipe.model.bn,
+        seed=recipe.seed,
     )
-    check_pairs(model, sampler, loss, batch=batch)
-    check_classifier(loss, model)
-    check_trained(model, recipe.model.trained, recipe.model.bn)
 
 
 def sampler_options(recipe: Recipe) -> dict[str, Any]:
@@ -358,6 +346,6 @@ def sampler_options(recipe: Recipe) -> dict[str, Any]:
     if scheduled and options.setdefault("epochs", recipe.epochs) != recipe.epochs:
         raise UsageError(
             f"sampler.options.epochs is {options['epochs']}, but training has {recipe.epochs} "
-            "epochs: leave it out"
+            "epochs: remove it"
         )
     return options
