@@ -150,6 +150,7 @@ def create_mixup(
     """
     given = {"mixup_alpha": 0.0} | dict(options or {})
     kappa, tau = given.pop(KAPPA, None), given.pop(TAU, None)
+    check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
     mixes = any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
     if (kappa is not None and not mixes) or (tau is not None and kappa is None):
         raise UsageError(

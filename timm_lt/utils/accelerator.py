@@ -67,6 +67,8 @@ def create_accelerator(
     if mixed_precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         precision = native_precision() if launched == "no" else launched  # type: ignore[assignment]
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
     try:
         return Accelerator(
