@@ -235,7 +235,7 @@ def failing(capsys, *arguments):
         (["--seed", "99999999999999999999"], ["seed", "from 0"]),
         (["--model.name", "repvit_m0_9"], ["2 classifiers", "head.head_dist.l"]),
         (HEADLESS, ["has no classifier"]),
-        (["--model.options", "{'head': 'lws'}"], ["lws", "remove head= from model.options"]),
+        (["--model.options", "{'head': 'lws'}"], ["lws", "trained with this head"]),
         (["--heads.lws.lr", "null"], ["lr", "null"]),
         (["--heads.crt.steps", "5"], ["steps", "no effect", "lbfgs"]),
         (["--scheduler.options.cooldown_epochs", "6"], ["cooldown", "longer than 5 epochs"]),
