@@ -1,0 +1,307 @@
+"""Lists of images: every format against what is read line by line, every fault with its place."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import timm_lt
+from timm_lt.data import list_files as reader
+from timm_lt.data import list_files as text
+from timm_lt.data import read_image_list
+from timm_lt.data.list_files import Paths
+from timm_lt.utils.checks import UsageError
+
+LINES = [("a/1.jpg", 0), ("my photos/é 2.jpg", 12), ("b", 123456), ("3 4/5", 99999), ("c.jpg", 7)]
+
+
+def written(folder, content, name="list.txt"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(folder, content, name="list.txt"):
+    paths, labels = read_image_list(written(folder, content, name))
+    return list(zip(paths, labels.tolist(), strict=True))
+
+
+def in_plain_python(content):
+    pairs = (line.rsplit(None, 1) for line in content.split("\n") if line.strip())
+    return [(path, int(label)) for path, label in pairs]
+
+
+# Paths may have blanks inside, not at their ends.
+names = st.text(st.sampled_from("ab 7/.é\t"), min_size=1, max_size=12).filter(
+    lambda name: name == name.strip()
+)
+labels = st.integers(0, 10**18 - 1) | st.integers(0, 11_000)
+lines = st.tuples(names, st.sampled_from([" ", "\t", "  ", " \t"]), labels, st.just("\n"))
+windows_lines = st.tuples(names, st.just(" "), labels, st.just("\r\n"))
+odd_lines = st.tuples(
+    names, st.just(" "), labels, st.sampled_from([" \n", "\r\n", "\n\n", "\n \r\n"])
+)
+
+
+@given(
+    st.lists(lines, min_size=1)
+    | st.lists(windows_lines, min_size=1)
+    | st.lists(lines | odd_lines, min_size=1),
+    st.integers(40, 90),
+)
+@example([("a", " ", 5, "\n")], 40)
+def test_text_is_read_as_line_by_line(tmp_path_factory, parts, block):
+    content = "".join(f"{path}{blank}{label}{end}" for path, blank, label, end in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        # A few lines long, so that lines lie across the ends of blocks.
+        patch.setattr(text, "BLOCK", block)
+        found = read(tmp_path_factory.getbasetemp(), content)
+    assert found == in_plain_python(content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "  \n"])
+@pytest.mark.parametrize("blank", [" ", "\t", "   "])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_of_any_editor(tmp_path, end, blank, mark):
+    content = mark + end.join(f"{path}{blank}{label}" for path, label in LINES)
+    assert read(tmp_path, content) == LINES
+    assert read(tmp_path, content + end, "list.lst") == LINES
+
+
+def test_a_list_unpacks_and_its_paths_are_a_sequence_of_strings(tmp_path):
+    listed = timm_lt.read_image_list(written(tmp_path, "a/1.jpg 3\nb/2.jpg 0\nc/3.jpg 1\n"))
+    paths, labels = listed
+    assert listed.names is None
+    assert labels.dtype == np.int64
+    assert (paths[0], paths[-1], len(paths)) == ("a/1.jpg", "c/3.jpg", 3)
+    assert paths == ["a/1.jpg", "b/2.jpg", "c/3.jpg"]
+    assert paths[1:] == Paths(["b/2.jpg", "c/3.jpg"])
+    assert paths[::-2] == ["c/3.jpg", "a/1.jpg"]
+    assert pa.array(paths).to_pylist() == list(paths)
+    assert paths.take(np.array([2, 0])) == ["c/3.jpg", "a/1.jpg"]
+    assert repr(paths) == "Paths(['a/1.jpg', 'b/2.jpg', 'c/3.jpg'])"
+    with pytest.raises(IndexError):
+        paths[3]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_parts_of_paths(depth):
+    paths = ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/y/z/d.jpg", "/e.jpg", ""]
+    folders, tails = Paths(paths).parts(depth)
+    for path, folder, tail in zip(paths, folders, tails, strict=True):
+        split = path.rsplit("/", depth)
+        if len(split) > depth:
+            assert (folder, tail) == (split[0], "/".join(split[1:]))
+        else:
+            assert (folder, tail) == ("", path)
+
+
+TABLE = "id,filepath,label\n1,a/1.jpg,3\n2,b/2.jpg,0\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (TABLE, "l.csv"),
+        (TABLE, "l.txt"),
+        ("\ufeff" + TABLE.replace("\n", "\r\n"), "l.csv"),
+        (TABLE.replace(",", "\t"), "l.tsv"),
+        (TABLE.replace("filepath", "Image").replace("label", "target") + "\n\n", "l.csv"),
+        ("label,path\n3,a/1.jpg\n0,b/2.jpg", "l.csv"),
+        ("a/1.jpg,3\nb/2.jpg,0", "l.csv"),
+        ('class,file_name\n"3","a/1.jpg"\n0,"b/2.jpg"\n', "l.csv"),
+    ],
+)
+def test_tables(tmp_path, content, name):
+    assert read(tmp_path, content, name) == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+
+
+def test_quoted_fields_and_words_as_labels(tmp_path):
+    rows = [("a, b/1.jpg", "sea lion"), ('say "x".jpg', "ant"), ("c.jpg", "sea lion")]
+    with (tmp_path / "l.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "category"), *rows])
+    listed = read_image_list(tmp_path / "l.csv")
+    assert listed.names == ["ant", "sea lion"]
+    assert listed.labels.tolist() == [1, 0, 1]
+    assert listed.paths == [path for path, _ in rows]
+
+
+def test_a_table_of_words_needs_no_header_where_paths_end_as_images_do(tmp_path):
+    for name, blank in (("l.csv", ","), ("l.tsv", "\t")):
+        file = written(tmp_path, f"a/1.JPG{blank}sea lion\nb/2.png{blank}ant\n", name)
+        listed = read_image_list(file)
+        assert (listed.paths, listed.labels.tolist()) == (["a/1.JPG", "b/2.png"], [1, 0])
+        assert listed.names == ["ant", "sea lion"]
+    with pytest.raises(
+        UsageError, match=r"has no header.*: its first line is 'a\.jpg', 'ant', '3'"
+    ):
+        read_image_list(written(tmp_path, "a.jpg,ant,3\n", "l.csv"))
+    with pytest.raises(UsageError, match="has no column of paths: its first line is 'img', 'cls'"):
+        read_image_list(written(tmp_path, "img,cls\na.jpg,ant\n", "l.csv"))
+
+
+@pytest.mark.parametrize("key", ["fpath", "im_path", "file_name"])
+def test_annotations_with_paths(tmp_path, key):
+    entries = [{key: "a/1.jpg", "category_id": 3}, {key: "b/2.jpg", "category_id": 0}]
+    content = {"annotations": entries, "num_classes": 9}
+    assert read(tmp_path, json.dumps(content), "l.json") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+    assert read_image_list(tmp_path / "l.json").num_classes == 9
+    assert read(tmp_path, json.dumps(entries), "l.txt") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+
+
+def test_the_largest_label_is_one(tmp_path):
+    entries = [{"path": "a.jpg", "category_id": 2**63 - 1}]
+    assert read(tmp_path, json.dumps(entries), "l.json") == [("a.jpg", 2**63 - 1)]
+
+
+@pytest.mark.parametrize("start", ["{x}.jpg", "[1].jpg", "{ 7/a b"])
+def test_a_path_may_start_like_json(tmp_path, start):
+    expected = [(start, 0), ("b.jpg", 13)]
+    for end in ("\n", "\r\n"):
+        assert read(tmp_path, f"\ufeff{start} 0{end}b.jpg\t13") == expected
+    assert read(tmp_path, f"{start} 7") == [(start, 7)]
+    assert read(tmp_path, f"{start},0\nb.jpg,13", "l.csv") == expected
+
+
+def test_a_long_line_of_json_is_json_wherever_it_is_cut(tmp_path, monkeypatch):
+    entries = [{"path": "a.jpg", "label": 1234}]
+    for length in range(2, 40):
+        monkeypatch.setattr(reader, "START", length)
+        assert read(tmp_path, json.dumps(entries)) == [("a.jpg", 1234)]
+
+
+def coco(**changed):
+    return {
+        "images": [{"id": 7, "file_name": "x.jpg"}, {"id": 5, "file_name": "y.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 90},
+            {"id": 2, "image_id": 7, "category_id": 1},
+            {"id": 3, "image_id": 5, "category_id": 90},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}],
+    } | changed
+
+
+def test_annotations_of_images_and_categories(tmp_path):
+    listed = read_image_list(written(tmp_path, json.dumps(coco()), "l.json"))
+    assert (list(listed.paths), listed.labels.tolist()) == (["x.jpg", "y.jpg"], [0, 1])
+    assert listed.names == ["person", "toothbrush"]
+    bare = coco()
+    del bare["categories"]
+    assert read(tmp_path, json.dumps(bare)) == [("x.jpg", 1), ("y.jpg", 90)]
+
+
+FAULTS = {
+    "no label": ("a 1\nb.jpg\nc 2\n", "line 2: 'b.jpg' has no label"),
+    "no path": ("a 1\n\n 7\n", "line 3: ' 7' has no label"),
+    "no path behind a mark": ("\ufeff 7\n", "line 1: ' 7' has no label"),
+    "other blank": ("a\u30007\n", "line 1: .* has no label"),
+    "word": ("a 1\nb 2\n\nc/d.jpg x7\n", "line 4: label 'x7' is not a non-negative integer"),
+    "negative": ("a -1\n", "line 1: label '-1' is not"),
+    "fraction": ("a 1.0\n", "line 1: label '1.0' is not"),
+    "too long": ("a 1234567890123456789\n", "line 1: label '1234567890123456789' is not"),
+    "comma": ("a b.jpg,1\n", "line 1: label 'b.jpg,1' is not.*named .csv"),
+    "bytes": (b"a 1\nb\xff 2\n", "line 2: byte 0xff is not UTF-8"),
+    "bytes and label": (b"a 1\nb\xe9 2\nb x\n", "line 2: byte 0xe9|line 3: label 'x'"),
+    "zero": ("a 1\nb 2\n".encode("utf-16-le"), "line 1: there is a zero byte inside"),
+    "return": ("a 1\nb\r2.jpg 1\n", "line 2: there is a carriage return inside"),
+    "old Mac": ("a 1\rb 1\rc 2", "line 1: there is a carriage return inside"),
+    "empty": ("", "list .*list.txt is empty"),
+    "blank": (" \n\r\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_of_text_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content)
+    assert "list.txt" in str(caught.value)
+
+
+def test_the_line_of_a_fault_is_counted_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 64)
+    content = "".join(f"folder/{row}.jpg {row}\n" * (1 + row % 2) for row in range(40))
+    with pytest.raises(UsageError, match="line 61: label 'b' is not"):
+        read(tmp_path, content + "a b\n")
+    with pytest.raises(UsageError, match="line 61: byte 0xfe"):
+        read(tmp_path, content.encode() + b"a\xfe 1\n")
+    with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
+        read(tmp_path, content.replace("\n", "\r"))
+    with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
+        read(tmp_path, content + "a" * 200)
+
+
+TABLE_FAULTS = {
+    "columns": ("id,label\n1,2\n", "has no column of paths: its first line is 'id', 'label'"),
+    "no label": ("path,name\na,b\n", "has no column of labels.*label, target, class, category"),
+    "semicolon": ("path;label\na;1\n", "has no column of paths: its first line is 'path;label'"),
+    "fields": ("path,label\na,1\nb,c,2\n", "line 3: 3 fields, not 2: a field with a comma"),
+    "empty label": ("path,label\na,1\nb,\n", "line 3: no label"),
+    "empty path": ("path,label\n,1\n", "line 2: no path"),
+    "negative": ("path,label\na,1\nb,-1\n", "line 3: label '-1' is not a non-negative integer"),
+    "float": ("path,label\na,1.0\nb,2.0\n", "line 2: label '1.0' is not a non-negative integer"),
+    "mixed": ("path,label\na,ant\nb,2\n", "line 3: label '2' is an integer, unlike those above"),
+    "mixed later": ("path,label\na,1\nb,x\n", "line 3: label 'x' is no integer, unlike"),
+    "bytes": (b"path,label\na,1\n\xe9,2\n", "line 3: byte 0xe9 is not UTF-8"),
+    "empty": ("", "is empty"),
+    "header alone": ("path,label\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), TABLE_FAULTS.values(), ids=TABLE_FAULTS)
+def test_faults_of_tables_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content, "l.csv")
+    assert "l.csv" in str(caught.value)
+
+
+def entry(**values):
+    return {"annotations": [{"path": "a", "category_id": 0}, {"path": "b", **values}]}
+
+
+JSON_FAULTS = {
+    "syntax": ('{\n"annotations": [}', r"line 2, column 17: no JSON"),
+    "bytes": (b'{\n"\xff": 1}', "line 2: no UTF-8"),
+    "test set": ({"images": [], "info": {}}, "no 'annotations'.*found keys images, info"),
+    "number": ("7", "no 'annotations'.*found 7"),
+    "keys": ({"annotations": [{"x": 1}]}, "none of fpath.*; the first has x"),
+    "text": (entry(category_id="3"), r"annotations\[1\] has category_id '3', not an integer"),
+    "negative": (entry(category_id=-3), r"annotations\[1\] \(b\) has category_id -3.*negative"),
+    "beyond": (entry(category_id=4) | {"num_classes": 4}, "category_id 4, but num_classes is 4"),
+    "labels": (entry(category_id=10**22), r"category_id 10{22}, not an integer of at most 64 b"),
+    "long": (f"[{'7' * 5000}]", "a number that cannot be read: Exceeds the limit"),
+    "deep": ("[" * 100_000, "has lists in lists too deep"),
+    "half": (entry(path="\ud800", category_id=0), r"\[1\] has path '\\ud800', not a text in Uni"),
+    "count": (entry(category_id=4) | {"num_classes": 0}, "num_classes is 0, not an integer"),
+    "none": ({"annotations": []}, "is empty"),
+    "list": ({"annotations": [3]}, "'annotations' must be a list of objects"),
+    "image": (coco(images=[{"id": 5, "file_name": "y"}]), "1 annotations have .* no image: 7"),
+    "category": (coco(categories=[{"id": 1, "name": "a"}]), "2 annotations .* category: 90"),
+    "two": (
+        coco(annotations=[{"image_id": i, "category_id": c} for i, c in ((5, 1), (7, 1), (5, 90))]),
+        r"1 images have annotations of different categories: y\.jpg",
+    ),
+    "bare": (coco(annotations=[]), "is empty: it names no image with a label"),
+    "id": (coco(images=[{"id": 5.5, "file_name": "y"}]), "id 5.5, not an integer .* or a text"),
+    "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "images have an id more.*: 5"),
+    "names": (coco(categories=[{"id": i, "name": "a"} for i in (1, 90)]), "categories are named a"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS)
+def test_faults_of_annotations_name_file_and_place(tmp_path, content, message):
+    content = json.dumps(content) if isinstance(content, dict) else content
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content, "l.json")
+    assert "l.json" in str(caught.value)
+
+
+def test_a_missing_list(tmp_path):
+    with pytest.raises(UsageError, match=r"list .*none\.txt does not exist"):
+        read_image_list(tmp_path / "none.txt")
+    with pytest.raises(UsageError, match="is no file"):
+        read_image_list(tmp_path)
