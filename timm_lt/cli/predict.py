@@ -223,9 +223,8 @@ def image_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if path.is_dir():
             found = find_images(str(path))
             photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
-            unnamed = {ascii(name): "its name is not UTF-8; rename it" for name in found.unnamed}
-            reasons |= found.broken | unnamed
-            images = sorted([*found.images, *photos, *found.broken, *unnamed])
+            reasons |= found.broken
+            images = sorted([*found.images, *photos, *found.broken])
             if not images:
                 there = f", only {counted_suffixes(found.others)}" if found.others else ""
                 raise UsageError(f"there is no image in {path}{there}")
