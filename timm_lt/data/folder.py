@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -194,20 +194,9 @@ def list_folder(
     root = find_root(root)
     problems = Problems(f"folder {shown_path(root)}")
     found = Found()
-    directories, loose = _directories(root, found)
-    splits = _split_directories(problems, root, directories)
-    listed: dict[tuple[int, int], str] = {}
-    classes: dict[Split, dict[str, list[str]]] = {}
-    for split, directory in splits.items():
-        names, more = (directories, []) if directory == root else _directories(directory, found)
-        loose += more
-        classes[split] = {}
-        for name in names:
-            below = find_images(f"{directory}/{name}", listed)
-            classes[split][name] = below.images
-            found.others += below.others
-            found.broken |= below.broken
-    images = _numbered(root, classes, problems)
+    loose: list[str] = []
+    splits = _split_directories(problems, root, _directories(root, found, loose))
+    images = ImageFolder(root, *_read_splits(root, splits, found, loose), problems)
     if not images.files["train"]:
         if "train" in splits:
             problems.add(
@@ -230,14 +219,16 @@ def list_folder(
     return images
 
 
-def _directories(directory: str, found: Found) -> tuple[list[str], list[str]]:
-    """Returns the names of the directories in one, and the images directly in it."""
-    entries = _entries(directory, found)
-    names = [entry.name for entry in entries if entry.is_dir()]
-    # Other files beside the classes, such as a licence, do no harm.
-    kinds = IMAGE_SUFFIXES | HEIC_SUFFIXES
-    loose = [e.path for e in entries if e.name not in names and suffix(e.name) in kinds]
-    return names, loose
+def _directories(directory: str, found: Found, loose: list[str]) -> list[str]:
+    """Returns the names of the directories in one; adds the images directly in it to ``loose``."""
+    names = []
+    for entry in _entries(directory, found):
+        if entry.is_dir():
+            names.append(entry.name)
+        elif suffix(entry.name) in IMAGE_SUFFIXES | HEIC_SUFFIXES:
+            # Other files beside the classes, such as a licence, do no harm.
+            loose.append(entry.path)
+    return names
 
 
 def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> dict[Split, str]:
@@ -247,8 +238,8 @@ def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> d
     if others or not words:
         for name in (name for name, split in words.items() if split == "train"):
             # A class may be called train, too: then images lie in it.
-            classes, loose = _directories(f"{root}/{name}", Found())
-            if classes and not loose:
+            loose: list[str] = []
+            if _directories(f"{root}/{name}", Found(), loose) and not loose:
                 problems.add(
                     f"directories of classes lie beside {name}, which has classes of its own: "
                     f"{shown_names(others)}; move them into it, or elsewhere"
@@ -266,17 +257,27 @@ def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> d
     return splits
 
 
-def _numbered(
-    root: str, classes: dict[Split, dict[str, list[str]]], problems: Problems
-) -> ImageFolder:
-    names = sorted({name for found in classes.values() for name in found})
+def _read_splits(
+    root: str, splits: Mapping[Split, str], found: Found, loose: list[str]
+) -> tuple[dict[Split, list[str]], dict[Split, LabelArray], list[str]]:
+    """Returns the files and labels of each split, and the class names."""
+    listed: dict[tuple[int, int], str] = {}
+    classes: dict[Split, dict[str, list[str]]] = {}
+    for split, directory in splits.items():
+        names = _directories(directory, found, [] if directory == root else loose)
+        below = {name: find_images(f"{directory}/{name}", listed) for name in names}
+        classes[split] = {name: images.images for name, images in below.items()}
+        for images in below.values():
+            found.others += images.others
+            found.broken |= images.broken
+    names = sorted({name for of_split in classes.values() for name in of_split})
     files: dict[Split, list[str]] = {"train": []}
     labels: dict[Split, LabelArray] = {"train": np.empty(0, np.int64)}
-    for split, found in classes.items():
-        of_class = [found.get(name, []) for name in names]
-        files[split] = [path for paths in of_class for path in paths]
-        labels[split] = np.repeat(np.arange(len(names)), [len(paths) for paths in of_class])
-    return ImageFolder(root, files, labels, names, problems)
+    for split, of_split in classes.items():
+        parts = [of_split.get(name, []) for name in names]
+        files[split] = [path for paths in parts for path in paths]
+        labels[split] = np.repeat(np.arange(len(names)), [len(paths) for paths in parts])
+    return files, labels, names
 
 
 def _note_other_files(

@@ -198,15 +198,15 @@ def _read(path: Path) -> ImageList:
     return _read_text(path)
 
 
-def _decoded(path: Path) -> str:
-    """Returns the text of a list; names the line of bytes that are not UTF-8."""
+def read_utf8(path: Path) -> str:
+    """Returns the text of a file without byte order mark; names the line of a wrong byte."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(
             f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the "
-            "list as UTF-8"
+            "file as UTF-8"
         ) from None
 
 
@@ -243,11 +243,9 @@ def _read_text(path: Path) -> ImageList:
 def _parse_lines(
     block: NDArray[np.uint8],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-    """Parses the lines that end in a block.
+    """Returns the newlines, the ends of the paths and the labels in a block of lines.
 
-    Returns:
-        Positions of the newlines, the ends of the paths, and the labels; None if a line is not a
-        path, one blank and a label.
+    None if a line is not a path, one blank and a label: :func:`_read_lines` reads it.
     """
     newlines = np.flatnonzero(block == NEWLINE)
     # The shortest line is a path, a blank and a label of one byte each.
@@ -275,7 +273,7 @@ def _parse_lines(
 def _read_lines(path: Path) -> ImageList:
     """Reads a text list of any kind line by line; names the line of the first mistake."""
     paths, labels = [], []
-    for number, line in enumerate(io.StringIO(_decoded(path), newline=None), 1):
+    for number, line in enumerate(io.StringIO(read_utf8(path), newline=None), 1):
         fields = line.rsplit(None, 1)
         if not fields:
             continue
@@ -313,15 +311,8 @@ def _read_table(path: Path, fields: list[str], delimiter: str) -> ImageList:
                 f"line is {', '.join(map(repr, fields))}; expected one of "
                 f"{', '.join(TABLE_COLUMNS['path'])} and one of {', '.join(TABLE_COLUMNS['label'])}"
             )
-    names = [str(place) for place in range(len(fields))]
-    read = arrow_csv.ReadOptions(
-        use_threads=False, column_names=names, skip_rows_after_names=int(has_header)
-    )
-    strings = {names[place]: pa.string() for place in used.values()}
-    convert = arrow_csv.ConvertOptions(include_columns=[*strings], column_types=strings)
-    parse = arrow_csv.ParseOptions(delimiter=delimiter)
     try:
-        table = arrow_csv.read_csv(path, read, parse, convert)
+        table = _columns(path, delimiter, len(fields), used, has_header)
     except pa.ArrowInvalid as error:
         _raise_fault(path, delimiter, used, has_header)
         raise UsageError(f"{path} is not a valid table: {error}") from error
@@ -345,9 +336,25 @@ def _read_table(path: Path, fields: list[str], delimiter: str) -> ImageList:
     return ImageList(Paths(paths), labels, names, splits=found)
 
 
+def _columns(
+    path: Path, delimiter: str, width: int, used: Mapping[str, int], has_header: bool
+) -> "pa.Table":
+    """Returns the used columns of a table as strings."""
+    names = [str(place) for place in range(width)]
+    strings = {names[place]: pa.string() for place in used.values()}
+    return arrow_csv.read_csv(
+        path,
+        arrow_csv.ReadOptions(
+            use_threads=False, column_names=names, skip_rows_after_names=int(has_header)
+        ),
+        arrow_csv.ParseOptions(delimiter=delimiter),
+        arrow_csv.ConvertOptions(include_columns=[*strings], column_types=strings),
+    )
+
+
 def _raise_fault(path: Path, delimiter: str, used: Mapping[str, int], has_header: bool) -> None:
     """Reads a table once more, row by row, and names the first line that is wrong."""
-    rows = csv.reader(io.StringIO(_decoded(path), newline=None), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(read_utf8(path), newline=None), delimiter=delimiter)
     lines = [(rows.line_num, row) for row in rows if row]
     width = len(lines[0][1])
     lines = lines[has_header:]
@@ -386,7 +393,7 @@ def note_unused(owner: str | Path, names: Sequence[str]) -> None:
 
 
 def _read_json(path: Path) -> ImageList:
-    text = _decoded(path)
+    text = read_utf8(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

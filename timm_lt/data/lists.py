@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from timm_lt.data.list_files import ImageList, Paths, read_image_list
+from timm_lt.data.list_files import ImageList, Paths, read_image_list, read_utf8
 from timm_lt.data.sources import Split, find_root, register_dataset
 from timm_lt.data.splits import LabelArray, leave_out_small, note_classes, splits_from_files
 from timm_lt.utils.checks import Problems, UsageError, shown_names
@@ -232,10 +232,7 @@ def _read_lists(
 
 def _read_names(path: Path) -> list[str]:
     """Reads class names, one on each line."""
-    try:
-        names = [name.strip() for name in path.read_text("utf-8-sig").rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"label names {path} cannot be read: {error}") from error
+    names = [name.strip() for name in read_utf8(path).rstrip().split("\n")]
     if "" in names:
         raise UsageError(f"label names {path}: line {names.index('') + 1} is empty")
     return names

@@ -69,7 +69,6 @@ class Published:
         depth: Number of components at the end of a path that are the same in every layout.
         lists: The lists by split.
         folders: Folders below the root where the lists are looked for.
-        other_lists: Other lists by their number of lines.
         where: Where the lists are published.
     """
 
@@ -80,7 +79,6 @@ class Published:
     depth: int
     lists: Mapping[Split, PublishedList]
     folders: tuple[str, ...]
-    other_lists: Mapping[int, str]
     where: str
 
     @property
@@ -98,20 +96,15 @@ def published(name: str) -> Published:
     """
     check_choice("data set with published lists", name, NAMES)
     content: dict[str, Any] = json.loads((FACTS / f"{name}.json").read_text("utf-8"))
-    number = content["num_classes"]
-    lists = {split: _list(known, number) for split, known in content.pop("lists").items()}
-    others = {int(lines): other for lines, other in content.pop("other_lists").items()}
-    # The others say where the facts come from, for readers of the file.
+    lists = content.pop("lists")
+    for split, facts in lists.items():
+        each = facts.pop("images_per_class", None)
+        counts = facts.pop("class_counts", each and [each] * content["num_classes"])
+        class_counts = None if counts is None else np.array(counts, np.int64)
+        lists[split] = PublishedList(**facts, class_counts=class_counts)
+    # Other fields say where the facts come from, for readers of the file.
     fields = {key: content[key] for key in Published.__annotations__ if key in content}
-    return Published(**fields, lists=lists, other_lists=others)
-
-
-def _list(content: dict[str, Any], num_classes: int) -> PublishedList:
-    each = content.pop("images_per_class", None)
-    counts = content.pop("class_counts", None if each is None else [each] * num_classes)
-    return PublishedList(
-        **content, class_counts=None if counts is None else np.array(counts, np.int64)
-    )
+    return Published(**fields, lists=lists)
 
 
 def check_image_list(name: str, split: Split, path: str | Path) -> ImageList:
@@ -158,8 +151,7 @@ def find_difference(known: Published, split: Split, listed: ImageList) -> str | 
     """Returns the first known difference of a list from the published one, if there is one."""
     expected, labels = known.lists[split], listed.labels
     if len(labels) != expected.lines:
-        other = _list_of_length(known, len(labels))
-        return f"it has {len(labels):,} images, not {expected.lines:,}{other}"
+        return f"it has {len(labels):,} images, not {expected.lines:,}"
     if labels.max() >= known.num_classes:
         return f"label {labels.max()} is not below the number of classes, {known.num_classes:,}"
     if expected.class_counts is not None:
@@ -173,16 +165,6 @@ def find_difference(known: Published, split: Split, listed: ImageList) -> str | 
     if found is None and expected.sha256 not in (None, pairs_hash(listed)):
         return "the classes have the right numbers of images, but some images are others"
     return found
-
-
-def _list_of_length(known: Published, lines: int) -> str:
-    """Returns which list has that many lines, for messages; empty if none is known."""
-    others = dict(known.other_lists)
-    for other in map(published, NAMES):
-        others |= {
-            one.lines: f"the {split} list of {other.title}" for split, one in other.lists.items()
-        }
-    return f": it seems to be {others[lines]}" if lines in others else ""
 
 
 def _difference_of_directories(
@@ -320,25 +302,20 @@ def imagenet_lt(
 ) -> "dict[Split, Dataset]":
     """Builds ImageNet-LT from ImageNet's images (ILSVRC 2012) and the published lists.
 
-    115,846 training images; 20 a class for validation, out of ImageNet's training images; for
-    testing ImageNet's validation images, 50 a class. The training images are in
-    ``train/<wnid>/``, those for testing in ``val/<wnid>/`` or in ``val/``, whatever the lists say.
-    Classes are called by their wnid.
-
-    The lists are checked: see :func:`~timm_lt.data.check_image_list`. Which images are in the
-    training and the test list is not known, only how many of each class. Of a test list that has
-    no directories of classes, the label of one image alone is checked beside that.
+    115,846 training images of 1,000 classes, 1,280 to 5 each; 20 a class for validation, out of
+    ImageNet's training images; ImageNet's validation images, 50 a class, for the test. Training
+    images are in ``train/<wnid>/``, test images in ``val/<wnid>/`` or in ``val/``, whatever the
+    lists say. The lists are checked: see :func:`~timm_lt.data.check_image_list`.
 
     Args:
         root: The folder with the images.
         train: The training list; None looks for ``ImageNet_LT_train.txt`` in the root and in its
             usual folders. A relative path is looked for in the root, then in the working directory.
-        val: That of validation images, ``ImageNet_LT_val.txt``.
-        test: That of test images, ``ImageNet_LT_test.txt``.
+        val: The list of validation images, ``ImageNet_LT_val.txt``.
+        test: The list of test images, ``ImageNet_LT_test.txt``.
 
     Raises:
-        UsageError: For all that is wrong at once: see
-            :func:`~timm_lt.data.published.published_splits`.
+        UsageError: As :func:`published_splits`.
 
     References:
         Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
@@ -348,32 +325,29 @@ def imagenet_lt(
     return published_splits(published("imagenet_lt"), root, given)
 
 
-# Their code has no validation split here: the best epoch, and tau, are those of the test split.
+# Their code has no validation split here: the best epoch and tau are those of the test split.
 @register_dataset("inat2018", selected_on_test="Kang et al., ICLR 2020")
 def inat2018(
     *, root: str | Path, train: str | Path | None = None, test: str | Path | None = None
 ) -> "dict[Split, Dataset]":
     """Builds iNaturalist 2018 from the competition's images and lists.
 
-    437,513 training images, and the official validation images, 3 a class, as the test split that
-    papers report on: there is no split for validation, and a run holds out a part of training, or
-    selects on the test split as Kang et al. did (``protocol="paper"``).
-    The images are in ``train_val2018/<super category>/<class>/``, below the root or as the root.
-
-    The lists are the official JSON files, or the text files of Kang et al. made of them. They are
-    checked: see :func:`~timm_lt.data.check_image_list`. Classes have names if the list of training
-    images, or that of test images, is JSON.
+    437,513 training images of 8,142 species, 1,000 to 2 each; the official validation images, 3 a
+    class, are the test split that papers report on. There is no validation split: a run holds out
+    a part of training, or selects on the test split as Kang et al. did (``protocol="paper"``).
+    Images are in ``train_val2018/<super category>/<class>/``, below the root or as the root. The
+    lists are checked: see :func:`~timm_lt.data.check_image_list`. Classes have names if a list is
+    JSON.
 
     Args:
         root: The folder with the images.
-        train: The training list; None looks for ``iNaturalist18_train.txt`` and ``train2018.json``
-            in the root and in its usual folders. A relative path is looked for in the root, then in
-            the working directory.
-        test: That of test images, ``iNaturalist18_val.txt`` or ``val2018.json``.
+        train: The training list, the official JSON file or the text file of Kang et al.; None looks
+            for ``iNaturalist18_train.txt`` and ``train2018.json`` in the root and in its usual
+            folders. A relative path is looked for in the root, then in the working directory.
+        test: The list of test images, ``iNaturalist18_val.txt`` or ``val2018.json``.
 
     Raises:
-        UsageError: For all that is wrong at once: see
-            :func:`~timm_lt.data.published.published_splits`.
+        UsageError: As :func:`published_splits`.
 
     References:
         Van Horn et al., The iNaturalist Species Classification and Detection Dataset, CVPR 2018,
@@ -392,27 +366,22 @@ def places_lt(
 ) -> "dict[Split, Dataset]":
     """Builds Places-LT from the images of Places365-Standard and the published lists.
 
-    62,500 training images; 20 a class for validation, out of Places365's training images; for
-    testing Places365's validation images, 100 a class. Lists and images may each have either
-    layout: ``train/apartment_building-outdoor/`` and ``val/<class>/``, or
-    ``data_256/a/apartment_building/outdoor/`` and ``val_256/``; torchvision's
-    ``data_256_standard`` and the large images are known too.
-
-    The lists are checked: see :func:`~timm_lt.data.check_image_list`. Which images are in the test
-    list is not known, only how many of each class. Five classes have other labels than in
-    Places365: a list that numbers them so is refused, a test list without directories of classes
-    by the labels of six images, which are all that is checked of it beside that.
+    62,500 training images of 365 classes, 4,980 to 5 each; 20 a class for validation, out of
+    Places365's training images; Places365's validation images, 100 a class, for the test. Lists and
+    images may each have either layout of Places365: ``train/<class>/`` and ``val/<class>/``, or
+    ``data_256/<letter>/<class>/`` and ``val_256/``. Five classes have other labels than in
+    Places365; a list with those of Places365 is refused. The lists are checked: see
+    :func:`~timm_lt.data.check_image_list`.
 
     Args:
         root: The folder with the images.
         train: The training list; None looks for ``Places_LT_train.txt`` in the root and in its
             usual folders. A relative path is looked for in the root, then in the working directory.
-        val: That of validation images, ``Places_LT_val.txt``.
-        test: That of test images, ``Places_LT_test.txt``.
+        val: The list of validation images, ``Places_LT_val.txt``.
+        test: The list of test images, ``Places_LT_test.txt``.
 
     Raises:
-        UsageError: For all that is wrong at once: see
-            :func:`~timm_lt.data.published.published_splits`.
+        UsageError: As :func:`published_splits`.
 
     References:
         Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,

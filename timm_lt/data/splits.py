@@ -127,17 +127,8 @@ def hold_out_split(
 ) -> dict[Any, Dataset]:
     """Returns the splits of a data set, with one that is missing held out of train.
 
-    The same images are held out whatever the order of the files: see :func:`image_keys`.
-
-    Args:
-        datasets: The splits by name.
-        split: The split to hold out if it is missing.
-        fraction: Part of each class, in (0, 1).
-        root: Folder of the image files, if known.
-        seed: A non-negative integer.
-
-    Raises:
-        UsageError: As :func:`hold_out`.
+    The same images are held out whatever the order of the files and the folder above ``root``; see
+    :func:`hold_out` and :func:`image_keys`.
     """
     if split in datasets:
         return dict(datasets)
@@ -160,13 +151,13 @@ def leave_out_small(
     """Leaves out the classes with few training images, and renumbers the others.
 
     Args:
-        labels: Labels by split, which must include ``"train"``.
+        labels: Labels by split, with ``"train"``.
         names: Class names, (C,), if known.
         min_images: Smallest number of training images of a class; None leaves out no class.
 
     Returns:
-        The remaining rows by split, their labels, and the names of the remaining classes. Classes
-        without names are named by their labels if those change.
+        The remaining rows by split, their labels, and the remaining class names. Classes without
+        names are named by their labels if those change.
 
     Raises:
         UsageError: If ``min_images`` is not a positive integer, or no class has so many images.
@@ -205,27 +196,14 @@ def note_classes(
 ) -> None:
     """Notes the classes that keep a run from training.
 
-    A class without a test image is none of them: it has no accuracy, and the report says so.
-
-    Args:
-        problems: Collects the problems.
-        labels: Labels by split, which must include ``"train"``.
-        num_classes: Number of classes C.
-        names: Class names, (C,), if known.
-        held_out: Splits that will be held out of train.
+    A class without a test image does not: its accuracy is NaN. Splits that will be held out of
+    train are in ``held_out``.
     """
-    alike = alike_names(names or ())
-    if alike:
-        problems.add(
-            f"{len(alike)} class names differ only in case, blanks or composed letters: "
-            f"{shown_names(alike)}; rename these classes or merge them"
-        )
+    note_alike_names(problems, names or ())
     for split, values in labels.items():
         if int(values.max(initial=0)) >= num_classes:
-            problems.add(
-                f"{split} split: label {values.max()} is not below the number of classes, "
-                f"{num_classes:,}"
-            )
+            fault = f"is not below the number of classes, {num_classes:,}"
+            problems.add(f"{split} split: label {values.max()} {fault}")
     present, counts = np.unique(labels["train"], return_counts=True)
     # The first gaps lie among so many labels, however large a wrong label is.
     start = np.arange(min(num_classes, len(present) + 6))
@@ -247,16 +225,17 @@ def note_classes(
             )
 
 
-def alike_names(names: Sequence[str]) -> list[str]:
-    r"""Returns the names that are the same but for case, blanks or composed letters, as texts.
-
-    >>> alike_names(["sea lion", "dog", "Sea  Lion"])
-    ["'sea lion' and 'Sea  Lion'"]
-    """
+def note_alike_names(problems: Problems, names: Sequence[str]) -> None:
+    """Notes class names that are the same but for case, blanks or composed letters."""
     groups = defaultdict(list)
     for name in names:
-        groups[unicodedata.normalize("NFC", " ".join(name.split())).casefold()].append(name)
-    return [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+        groups[unicodedata.normalize("NFC", " ".join(name.split())).casefold()].append(repr(name))
+    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    if alike:
+        problems.add(
+            f"{len(alike)} class names differ only in case, blanks or composed letters: "
+            f"{shown_names(alike)}; rename these classes or merge them"
+        )
 
 
 def _shown_classes(classes: LabelArray, names: Sequence[str] | None) -> str:
@@ -275,19 +254,11 @@ def splits_from_files(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> dict[Any, Dataset]:
-    """Builds the splits of image files; a test split that is missing is held out of train.
-
-    Args:
-        problems: Problems found so far; if there are any, damaged files are added to them.
-        files: Image files by split.
-        labels: Their labels.
-        names: Class names, (C,), if known.
-        root: Folder of the files.
-        test_fraction: Part of each class that is held out for the test, in (0, 1).
-        seed: Of the choice of the test images, a non-negative integer.
+    """Builds the splits of image files (N,) and labels (N,); a missing test split is held out.
 
     Raises:
-        UsageError: With all problems; or if ``test_fraction`` or ``seed`` is out of range.
+        UsageError: With all problems, to which damaged files are added if there are any; or if
+            ``test_fraction`` or ``seed`` is out of range.
     """
     if problems.found:
         note_damaged_files(problems, {split: list(paths) for split, paths in files.items()})
@@ -304,14 +275,7 @@ def image_keys(dataset: "Dataset", root: str | Path | None = None) -> list[str |
     """Returns a key for each image that depends on no other image, to hold images out by.
 
     The key of a file is its path, see :func:`path_keys`; that of an image stored in the data set
-    is the end of its bytes and their number.
-
-    Args:
-        dataset: With a column ``image``.
-        root: Folder of the files, if known.
-
-    Returns:
-        The keys, (N,); None if the images are stored in another way.
+    is the end of its bytes and their number. None if the images are stored in another way.
     """
     column = dataset.data.column("image")
     if not pa.types.is_struct(column.type):
@@ -339,10 +303,8 @@ def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> li
     >>> path_keys(["/photos/cat/1.jpg"])
     ['cat/1.jpg']
 
-    Args:
-        paths: The files.
-        root: Their folder; files elsewhere keep their absolute paths. Without it, the name of a
-            file and that of its directory are the key.
+    Files outside the root keep their absolute paths. Without a root, the name of a file and that of
+    its directory are the key.
     """
     # Windows separates by backslashes.
     files = [(path or "").replace(os.sep, "/") for path in paths]
