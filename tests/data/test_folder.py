@@ -87,13 +87,6 @@ def test_the_test_part_is_stratified_and_stays_the_same(three, monkeypatch):
     assert not set(paths(first["test"])) <= set(paths(other["test"]))
 
 
-def test_a_run_holds_validation_out_of_the_rest(three):
-    splits = create_splits("folder", root=str(three))
-    assert splits.class_counts.tolist() == [3, 13, 6]
-    assert splits.label_names == ["Emu", "cat", "dog"]
-    assert splits.val_source == "train"
-
-
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])
 def test_directories_of_splits_go_by_several_names(tmp_path, name):
     fill(tmp_path, {"Train/a": 2, "Train/b": 1, f"{name}/a": 1, f"{name}/b": 1, "TEST/a": 1})

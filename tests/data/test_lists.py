@@ -364,19 +364,6 @@ def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
     ]
 
 
-def test_categories_have_the_order_of_their_ids(tmp_path):
-    save(tmp_path, [f"{i}.png" for i in range(6)])
-    content = {
-        "images": [{"id": i, "file_name": f"{tmp_path}/{i}.png"} for i in range(6)],
-        "annotations": [{"image_id": i, "category_id": "ba"[i % 2]} for i in range(6)],
-        "categories": [{"id": c, "name": f"name of {c}", "supercategory": "s"} for c in "ab"],
-    }
-    (tmp_path / "l.json").write_text(json.dumps(content))
-    listed = read_image_list(tmp_path / "l.json")
-    assert (listed.labels.tolist(), listed.names) == ([1, 0] * 3, ["name of a", "name of b"])
-    find_splits("list", root=tmp_path, train="l.json")
-
-
 @pytest.mark.parametrize("names", [False, True])
 def test_small_classes_are_left_out(root, caplog, names):
     if names:
