@@ -259,15 +259,15 @@ def _parse_lines(
         is_digit = digits < 10
         if not is_digit.any():
             break
-        labels += digits * (is_digit * 10**exponent)
+        labels += digits * is_digit * np.int64(10**exponent)
         ends = ends - is_digit
     blank, before = block[ends], block[ends - 1]
     is_usual = (ends < last) & ((blank == SPACE) | (blank == TAB)) & (before > SPACE)
     is_usual[1:] &= ends[1:] > newlines[:-1] + 1
-    only_ends = np.count_nonzero(block[: newlines[-1]] == RETURN) == np.count_nonzero(returns)
-    if not (is_usual.all() and ends[0] > 0 and only_ends and not is_digit.any()):
-        return None
-    return newlines, ends, labels
+    is_usual &= ~is_digit
+    # A carriage return inside a line ends one, too.
+    inside = np.count_nonzero(block[: newlines[-1]] == RETURN) - np.count_nonzero(returns)
+    return (newlines, ends, labels) if is_usual.all() and ends[0] > 0 and not inside else None
 
 
 def _read_lines(path: Path) -> ImageList:

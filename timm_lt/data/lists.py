@@ -1,8 +1,8 @@
 """The data set list: images that are named by a list for each split."""
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,14 +65,13 @@ def missing_rows(paths: Paths) -> NDArray[np.int64]:
     Raises:
         UsageError: If a directory cannot be listed.
     """
-    rows_by_folder = defaultdict(list)
-    for row, path in enumerate(paths):
-        rows_by_folder[path.rpartition("/")[0]].append(row)
+    files_in = cache(_files_in)
     missing: list[int] = []
-    for folder, rows in rows_by_folder.items():
-        names = _files_in(folder)
-        missing += [row for row in rows if paths[row].rpartition("/")[2] not in names]
-    return np.array(sorted(missing), np.int64)
+    for row, path in enumerate(paths):
+        folder, _, name = path.rpartition("/")
+        if name not in files_in(folder):
+            missing.append(row)
+    return np.array(missing, np.int64)
 
 
 def _files_in(folder: str) -> set[str]:
