@@ -70,6 +70,13 @@ def test_text_of_any_editor(tmp_path, end, blank, mark):
     assert read(tmp_path, content + end, "list.lst") == LINES
 
 
+def test_usual_lists_are_not_read_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_files, "_read_lines", None)
+    for blank, end in ((" ", "\n"), ("\t", "\r\n")):
+        lines = [f"{path}{blank}{label}" for path, label in LINES]
+        assert read(tmp_path, end.join(lines)) == LINES
+
+
 def test_a_list_unpacks_and_its_paths_are_a_sequence_of_strings(tmp_path):
     listed = timm_lt.read_image_list(written(tmp_path, "a/1.jpg 3\nb/2.jpg 0\nc/3.jpg 1\n"))
     paths, labels = listed

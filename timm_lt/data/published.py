@@ -282,10 +282,9 @@ def _laid_out(known: Published, layout: str, listed: ImageList, root: str) -> Pa
     if not layout:
         return joined(root, listed.paths)
     parent = layout.rpartition("/")[0]
-    nested = [f"{name[0]}/{name.replace('-', '/')}" for name in known.directories]
     directories = [
-        f"{root}/{parent.format(name=name, nested=other)}"
-        for name, other in zip(known.directories, nested, strict=True)
+        f"{root}/" + parent.format(name=name, nested=f"{name[0]}/{name.replace('-', '/')}")
+        for name in known.directories
     ]
     starts = pc.utf8_rtrim(pa.array(directories), "/").take(pa.array(listed.labels))
     ends = _ends(listed.paths, known.depth)
