@@ -157,14 +157,6 @@ def test_everything_wrong_is_found_together(root):
     )
 
 
-def test_damaged_files_are_reported_with_what_else_is_wrong(root):
-    (root / "all photos/ant/train 0.png").write_bytes(b"no image")
-    (root / "all photos/cat/train 1.png").unlink()
-    missing, damaged = problems_of(root, val="val.txt", test="test.txt")
-    assert missing.startswith("train list: 1 of 13 files do not exist: ")
-    assert damaged.startswith(f"train split: image 0 ({root}/all photos/ant/train 0.png) cannot")
-
-
 def test_a_missing_root_and_missing_lists(root):
     for wrong, fault in ((root / "none", "does not exist"), (root / "val.txt", "is not a folder")):
         assert problems_of(wrong, train=root / "train.txt") == [f"root '{wrong}' {fault}"]
@@ -188,13 +180,9 @@ def test_a_wrong_root_is_named_where_no_file_is_there(root):
             "998 of 1,000,000,000,000,001 classes have no image: 1, 2, 3, 4, 5, ...",
         ),
         ([0, 0, 0, 1, 1], {}, "1 of 2 .* fewer than 3 images, one each for train, val, test: 1;"),
-        ([0, 0, 1], {"val": [0, 1]}, "fewer than 2 images, one each for train, test: 1;"),
-        ([0, 1], {"val": [0], "test": [0]}, "val split: 1 of 2 classes have no image: 1"),
-        ([0, 1], {"val": [0, 1], "test": [2]}, "test split: label 2 is not below .* classes, 2"),
         ([0, 1], {"val": [0, 1, 9**17], "test": [0]}, "val split: label 16677181699666569 is not"),
         ([0, 2], {"val": [0, 2], "test": [2], "label_names": "abc"}, "1 of 3 .* no image: b;"),
         ([0, 1], {"val": [0, 1], "test": [2], "label_names": "ab"}, "label 2 is not below"),
-        ([0, 1], {"val": [0, 1], "test": [0], "label_names": "aA"}, "1 class names .*'a' and 'A'"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": " a"}, "line 1 is empty"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": ""}, "line 1 is empty"),
     ],
