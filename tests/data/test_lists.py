@@ -183,6 +183,7 @@ def test_a_wrong_root_is_named_where_no_file_is_there(root):
         ([0, 1], {"val": [0, 1, 9**17], "test": [0]}, "val split: label 16677181699666569 is not"),
         ([0, 2], {"val": [0, 2], "test": [2], "label_names": "abc"}, "1 of 3 .* no image: b;"),
         ([0, 1], {"val": [0, 1], "test": [2], "label_names": "ab"}, "label 2 is not below"),
+        ([0, 1], {"val": [0, 1], "test": [0], "label_names": "aA"}, "1 class names .*'a' and 'A'"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": " a"}, "line 1 is empty"),
         ([0, 1], {"val": [0, 1], "test": [0], "label_names": ""}, "line 1 is empty"),
     ],

@@ -111,6 +111,12 @@ def test_a_label_that_is_far_too_large_is_reported_without_counting_up_to_it():
         Splits.from_datasets(three(named=False, train=labels))
 
 
+def test_class_names_of_a_table_may_differ_in_case_only():
+    names = ["a", "A", "b"]
+    parts = {split: dataset_of([0, 1, 2], names) for split in ("train", "val", "test")}
+    assert Splits.from_datasets(parts).label_names == names
+
+
 def test_a_class_without_test_image_is_allowed():
     assert Splits.from_datasets(three(test=[0, 0])).num_classes == 3
 

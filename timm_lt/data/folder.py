@@ -11,7 +11,13 @@ import numpy as np
 
 from timm_lt.data.decode import shown_path
 from timm_lt.data.sources import SPLIT_WORDS, Split, find_root, register_dataset
-from timm_lt.data.splits import LabelArray, leave_out_small, note_classes, splits_from_files
+from timm_lt.data.splits import (
+    LabelArray,
+    leave_out_small,
+    note_alike_names,
+    note_classes,
+    splits_from_files,
+)
 from timm_lt.utils.checks import Problems, check_choice, shown_names
 from timm_lt.utils.console import log
 
@@ -208,6 +214,7 @@ def list_folder(
     images.files = {s: [images.files[s][row] for row in rows[s].tolist()] for s in rows}
     images.names = left or []
     held_out = [split for split in get_args(Split) if split not in splits]
+    note_alike_names(problems, images.names)
     note_classes(problems, images.labels, len(images.names), images.names, held_out)
     depth = splits["train"].count("/") + 2
     if len(images.names) == 1 and min(path.count("/") for path in images.files["train"]) > depth:

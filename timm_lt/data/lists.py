@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from timm_lt.data.list_files import ImageList, Paths, read_image_list, read_utf8
 from timm_lt.data.sources import Split, find_root, register_dataset
-from timm_lt.data.splits import LabelArray, leave_out_small, note_classes, splits_from_files
+from timm_lt.data.splits import (
+    LabelArray,
+    leave_out_small,
+    note_alike_names,
+    note_classes,
+    splits_from_files,
+)
 from timm_lt.utils.checks import Problems, UsageError, shown_names
 from timm_lt.utils.console import log
 
@@ -191,6 +197,7 @@ def listed(
             stated = [found.num_classes or 0 for found in lists.values() if min_images is None]
             num_classes = len(names) if names else max([int(labels["train"].max()) + 1, *stated])
             held_out = [split for split in given if split not in lists and given[split] is None]
+            note_alike_names(problems, names or ())
             note_classes(problems, labels, num_classes, names, held_out)
     return splits_from_files(
         problems,

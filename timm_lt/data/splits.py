@@ -199,7 +199,6 @@ def note_classes(
     A class without a test image does not: its accuracy is NaN. Splits that will be held out of
     train are in ``held_out``.
     """
-    note_alike_names(problems, names or ())
     for split, values in labels.items():
         if int(values.max(initial=0)) >= num_classes:
             fault = f"is not below the number of classes, {num_classes:,}"
@@ -226,7 +225,10 @@ def note_classes(
 
 
 def note_alike_names(problems: Problems, names: Sequence[str]) -> None:
-    """Notes class names that are the same but for case, blanks or composed letters."""
+    """Notes class names that are the same but for case, blanks or composed letters.
+
+    For names of directories and words in lists; a ``ClassLabel`` may have both "a" and "A".
+    """
     groups = defaultdict(list)
     for name in names:
         groups[unicodedata.normalize("NFC", " ".join(name.split())).casefold()].append(repr(name))
