@@ -125,8 +125,8 @@ def test_bad_tables_are_refused():
         per_class_table(report, COUNTS, ["cat"])
     with pytest.raises(UsageError, match="label_names must be 5 names"):
         per_class_table(report, COUNTS, "abcde")
-    with pytest.raises(UsageError, match=r"label_names\[4\] = 7 is not a text"):
+    with pytest.raises(UsageError, match="label_names must be 5 names"):
         per_class_table(report, COUNTS, [*NAMES[:4], 7])
     fields = report.to_dict() | {"test_images": None, "predicted": None}
-    with pytest.raises(UsageError, match="an older version wrote it"):
+    with pytest.raises(UsageError, match="an older version"):
         per_class_table(ShotReport.from_dict(fields), COUNTS)
