@@ -169,9 +169,9 @@ def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
     with pytest.raises(UsageError, match="an epoch is 180 rows\\): start 6 is not within"):
         check(loss_options={"start": 6})
     check(loss_options={"start": 2}, smote="largest")
-    with pytest.raises(UsageError, match="480 rows.: start 3"):
+    with pytest.raises(UsageError, match=r"480 rows\): start 3"):
         check(loss_options={"start": 3}, smote="largest")
-    with pytest.raises(UsageError, match="360 rows: start 3"):
+    with pytest.raises(UsageError, match=r"360 rows\): start 3"):
         check_fit_classes("crt", {**drw, "loss_options": {"start": 3}}, COUNTS, views=2)
 
 
