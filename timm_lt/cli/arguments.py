@@ -1,23 +1,18 @@
-"""The model and the data that commands take.
-
-The checkpoint that commands take: a folder, a repo of the Hub, or a published name.
-"""
+"""The model and the data that commands take."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
-from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, CheckpointInfo, read_checkpoint, read_config
+from timm_lt.checkpoint import CONFIG, RECIPE, find_info
 from timm_lt.cli.common import parse_options
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.models.create import LOCAL_DIR, create_sized_model
+from timm_lt.models.create import create_sized_model
 from timm_lt.models.label_names import label_names
-from timm_lt.models.published import PUBLISHED
-from timm_lt.models.repo import Repo
+from timm_lt.models.repo import REPO, ModelSource
 from timm_lt.models.weights_file import create_from_file
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import ClassOrder, DataRecipe
@@ -26,8 +21,6 @@ from timm_lt.utils.console import log, one_line
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
-HUB_PREFIX = "hf-hub:"
-REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
@@ -108,31 +101,11 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def model_name(given: str) -> str:
-    """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
-    if (Path(given) / CONFIG).is_file():
-        return f"{LOCAL_DIR}{given}"
-    return given
-
-
-def check_no_file(given: str) -> None:
-    """Refuses a file of weights where a model is meant.
-
-    Raises:
-        UsageError: If it is one; says how it is given.
-    """
-    if Path(model_name(given)).is_file():
-        raise UsageError(
-            f"{given} is a file of weights: name its architecture, and give the file with "
-            "--checkpoint"
-        )
-
-
 def data_of_run(given: str) -> DataRecipe | None:
     """Returns the data of the run in whose folder a model lies; None if it lies in none."""
-    name = model_name(given)
-    file = Path(name.removeprefix(LOCAL_DIR)) / RECIPE
-    return load_recipe(file).data if name.startswith(LOCAL_DIR) and file.is_file() else None
+    folder = ModelSource.parse(given).folder
+    file = None if folder is None else folder / RECIPE
+    return load_recipe(file).data if file is not None and file.is_file() else None
 
 
 def load_model(
@@ -157,8 +130,7 @@ def load_model(
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
-    name = model_name(given)
-    check_no_file(given)
+    name = ModelSource.parse(given).name
     if checkpoint is None:
         if key is not None:
             raise UsageError("--checkpoint-key is for a file of weights: give --checkpoint, too")
@@ -177,15 +149,11 @@ def load_model(
 
 def stored_heads(given: str) -> list[str]:
     """Returns the names of the heads that a model's checkpoint has beside the joint classifier."""
-    name = model_name(given)
-    if name.startswith(LOCAL_DIR):
-        folder = Path(name.removeprefix(LOCAL_DIR))
-        has_heads = BLOCK in read_config(folder)
-        return [*read_checkpoint(folder).heads] if has_heads else []
-    if name.startswith(HUB_PREFIX):
-        info = Repo.parse(name.removeprefix(HUB_PREFIX)).read_info()
-        return [*info.heads]
-    return []
+    source = ModelSource.parse(given)
+    if source.repo is not None:
+        return [*source.repo.read_info().heads]
+    info = None if source.folder is None else find_info(source.folder)
+    return [] if info is None else [*info.heads]
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -235,46 +203,3 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> dict[str,
     if REPO.fullmatch(data):
         return {"name": HUB, "root": None, "options": {"repo": data, **options}}
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
-
-
-def find_checkpoint(given: str) -> tuple[str, Path | None]:
-    """Finds the checkpoint that a user named; of a repo, downloads the configuration.
-
-    Args:
-        given: ``local-dir:FOLDER`` or just the folder, ``hf-hub:NAMESPACE/NAME`` or just that,
-            with ``@REVISION`` for a certain one, or a name of timm's registry.
-
-    Returns:
-        The name for :func:`timm_lt.create_model`, and the folder that has the configuration; None
-        if the name is one of a registry whose weights are no checkpoint on this disk.
-
-    Raises:
-        UsageError: If the repo cannot be read.
-    """
-    name = given
-    if not given.startswith((LOCAL_DIR, HUB_PREFIX)) and Path(given).is_dir():
-        name = f"{LOCAL_DIR}{given}"
-    elif REPO.fullmatch(given):
-        name = f"{HUB_PREFIX}{given}"
-    if name.startswith(LOCAL_DIR):
-        return name, Path(name.removeprefix(LOCAL_DIR))
-    if not name.startswith(HUB_PREFIX):
-        return name, PUBLISHED[name].folder if name in PUBLISHED else None
-    repo = Repo.parse(name)
-    try:
-        folder = repo.download(weights=False)
-    except UsageError as error:
-        if name == given:
-            raise
-        raise UsageError(
-            f"there is no folder {given}, and as a repo of the Hub: {error}"
-        ) from error
-    # The branch may move on while one head is loaded after the other.
-    return f"{HUB_PREFIX}{repo.repo_id}@{folder.name}", folder
-
-
-def decoupled_info(folder: Path | None) -> CheckpointInfo | None:
-    """Returns what a decoupled checkpoint says of itself; None for one of timm's own."""
-    if folder is None or BLOCK not in read_config(folder):
-        return None
-    return read_checkpoint(folder)

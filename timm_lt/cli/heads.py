@@ -6,23 +6,21 @@ from typing import Any
 
 from timm_lt.cli.arguments import (
     DATA_HELP,
-    HUB_PREFIX,
     MODEL_HELP,
     add_class_order,
     add_data_options,
     add_weights_options,
-    check_no_file,
     find_data,
-    model_name,
     model_options,
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.models.create import LOCAL_DIR
+from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
 from timm_lt.run.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.utils.hub import HF_HUB
 
 
 def add_parser(commands: Commands) -> None:
@@ -80,7 +78,7 @@ def add_parser(commands: Commands) -> None:
 
 def fit_heads(arguments: argparse.Namespace) -> None:
     """Runs the classifier stage on a model and data, and prints the table and the best head."""
-    check_no_file(arguments.model)
+    model = ModelSource.parse(arguments.model).name
     data = find_data(
         arguments.data, arguments.root, parse_options(arguments.option, "test_fraction=0.3")
     )
@@ -98,7 +96,7 @@ def fit_heads(arguments: argparse.Namespace) -> None:
             unreadable="skip",
         ),
         model=ModelRecipe(
-            name=model_name(arguments.model),
+            name=model,
             pretrained=arguments.checkpoint is None,
             checkpoint=arguments.checkpoint,
             class_order=arguments.class_order,
@@ -134,5 +132,5 @@ def default_name(model: str, data: str) -> str:
     >>> default_name("hf-hub:me/birds@v2", "photos"), default_name("local-dir:output/x", "me/y")
     ('birds.photos', 'x.y')
     """
-    plain = model.removeprefix(HUB_PREFIX).removeprefix(LOCAL_DIR).partition("@")[0]
+    plain = model.removeprefix(HF_HUB).removeprefix(LOCAL_DIR).partition("@")[0]
     return f"{Path(plain).name}.{Path(data).name}"
