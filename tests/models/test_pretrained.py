@@ -1,15 +1,21 @@
-"""The packaged checkpoint: offline, small, and as good as its table says."""
+"""The packaged checkpoint: offline, small, as good as its table; and files read by URL."""
 
 import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from loopback import FileServer
 
 import timm_lt
 from timm_lt.data import create_splits
+from timm_lt.models.pretrained import cached_name, read_url
 from timm_lt.models.published import CHECKPOINTS
+from timm_lt.utils.checks import UsageError
 
 FOLDER = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
@@ -76,3 +82,121 @@ def test_the_folder_is_an_ordinary_decoupled_checkpoint():
     model = timm_lt.create_model(f"local-dir:{FOLDER}", head="crt")
     assert model.get_classifier().kind == "crt"
     assert Path(FOLDER / "README.md").read_text().startswith("---\n")
+
+
+# ---- files by URL -------------------------------------------------------------------------------
+
+URLS = (
+    "https://a.org/m/x.pth",
+    "http://a.org/m/x.pth",
+    "https://a.org:8000/m/x.pth",
+    "https://b.org/m/x.pth",
+    "https://a.org/M/x.pth",
+    "https://a.org/m--x.pth",
+    "https://a.org/m%2Fx.pth",
+    "https://a.org/m/x.pth?v=1",
+    "https://a.org/m/x.pth?v=2",
+    "https://a.org/other/long/way/m/x.pth",
+    "https://a.org/another/long/way/m/x.pth",
+    f"https://a.org/{'a' * 300}.pth",
+    f"https://a.org/{'a' * 301}.pth",
+    "https://a.org/x.a%2F..%2F..%2Fetc",
+    "https://a.org/../../../etc/passwd",
+    "https://a.org/é ü:*?.pth",
+    "https://a.org/%00%0a.pth",
+    "https://a.org/-rf",
+)
+
+
+def test_cached_names_are_unique_and_valid_file_names():
+    names = [cached_name(url) for url in URLS]
+    # Some file systems do not tell capitals from small letters.
+    assert len({name.lower() for name in names}) == len(URLS)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.[0-9a-f]{16}(\.pth)?", name)
+        assert len(name) <= 133
+
+
+PATH, CONTENT = "/models/x.pth", bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def files():
+    with FileServer({PATH: CONTENT}) as running:
+        yield running
+
+
+def read(path):
+    """Reads the file; anything but its content is refused."""
+    if path.read_bytes() != CONTENT:
+        raise UsageError("it is damaged")
+    return path.read_bytes()
+
+
+def cached(folder):
+    return [path.name for path in folder.glob("timm_lt/*") if path.suffix != ".lock"]
+
+
+def test_a_url_is_downloaded_once(files, tmp_path, monkeypatch):
+    url = files.url(PATH)
+    for _ in range(2):
+        assert read_url(url, read, tmp_path) == CONTENT
+    assert files.requests == [PATH]
+    assert cached(tmp_path) == [cached_name(url)]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    assert read_url(url, read) == CONTENT
+    assert (tmp_path / "home/hub/checkpoints/timm_lt" / cached_name(url)).is_file()
+
+
+@pytest.mark.parametrize("fault", [{"cut": 1000}, {"status": 404}, {"status": 503}, {"files": {}}])
+def test_only_a_whole_file_is_kept(files, tmp_path, fault):
+    before = {key: getattr(files, key) for key in fault}
+    vars(files).update(fault)
+    with pytest.raises(UsageError) as caught:
+        read_url(files.url(PATH), read, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert cached(tmp_path) == []
+    vars(files).update(before)
+    assert read_url(files.url(PATH), read, tmp_path) == CONTENT
+
+
+def test_a_damaged_file_in_the_cache_is_named(files, tmp_path):
+    read_url(files.url(PATH), read, tmp_path)
+    path = tmp_path / "timm_lt" / cached_name(files.url(PATH))
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match=f"it is damaged; delete {path} to download it again"):
+        read_url(files.url(PATH), read, tmp_path)
+
+
+def test_offline_is_one_sentence_with_a_way_out(tmp_path):
+    with FileServer({}) as files:
+        url = files.url(PATH)
+    path = tmp_path / "timm_lt" / cached_name(url)
+    with pytest.raises(UsageError, match=f"{url} cannot .*refused.*, or put the file at {path}$"):
+        read_url(url, read, tmp_path)
+    path.write_bytes(CONTENT)
+    assert read_url(url, read, tmp_path) == CONTENT
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "/models/x.pth", "data:,x", ""])
+def test_only_the_web_is_asked(tmp_path, url):
+    with pytest.raises(UsageError, match="is not an http:// or https:// URL"):
+        read_url(url, read, tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(files, tmp_path):
+    (tmp_path / "timm_lt").write_text("")
+    with pytest.raises(UsageError, match=f"cannot be downloaded: .*{tmp_path}"):
+        read_url(files.url(PATH), read, tmp_path)
+
+
+def test_two_at_once_make_one_download(files, tmp_path):
+    barrier = threading.Barrier(2)
+
+    def call(_):
+        barrier.wait()
+        return read_url(files.url(PATH), read, tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == [CONTENT] * 2
+    assert files.requests == [PATH]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics, download
+from timm_lt.models.pretrained import batch_norm_statistics, read_url
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.third_party import Weights, WeightsFile, check_weights, read_weights
 from timm_lt.models.weights_file import build
@@ -129,21 +129,14 @@ def _check_is_joint(source: str) -> None:
 def _read(
     place: str, cache_dir: str | Path | None, check: Callable[[WeightsFile], object]
 ) -> WeightsFile:
-    """Reads a file or URL; what is not as it should be does not get into the cache."""
-    read: list[WeightsFile] = []
+    """Reads a file or URL; a download that fails the check is not kept in the cache."""
 
-    def accept(path: Path) -> None:
+    def read(path: Path) -> WeightsFile:
         file = read_weights(path, place)
         check(file)
-        read.append(file)
+        return file
 
-    if "://" not in place:
-        accept(Path(place))
-        return read[0]
-    path = download(place, cache_dir=cache_dir, check=accept)
-    if not read:
-        accept(path)
-    return read[0]
+    return read_url(place, read, cache_dir) if "://" in place else read(Path(place))
 
 
 def _find_name(source: str, file: WeightsFile) -> tuple[str, str]:
