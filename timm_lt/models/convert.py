@@ -110,7 +110,7 @@ def convert_checkpoint(
     if weights.scale is not None:
         fitted["lws"] = _scaled(joint, weights.scale)
     for head, place in (heads or {}).items():
-        fitted[head] = _other_head(head, place, cache_dir, weights, network)
+        fitted[head] = _other_head(head, place, name, cache_dir, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
 
@@ -166,13 +166,13 @@ def _classes_if(file: WeightsFile, architecture: str) -> int | None:
 def _other_head(
     head: str,
     place: str,
+    name: str,
     cache_dir: str | Path | None,
     weights: Weights,
     network: nn.Module,
 ) -> Head:
     """Makes a head from a file whose backbone must be that of the checkpoint."""
     joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
-    name = type(network).__name__
 
     def read(file: Path) -> Weights:
         state = read_weights(file, place).select(expected, name, path)
