@@ -177,7 +177,7 @@ def test_wrong_values_are_refused(options, message):
 
 
 def test_the_published_form_says_that_it_takes_one_size():
-    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels, and got 6×7;.*'convolution'"):
+    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels\), got 6×7;.*'convolution'"):
         attention(spatial="linear")(maps(1, 6, 6, 7))
 
 
@@ -189,7 +189,7 @@ def test_attached_attention_changes_nothing_until_it_is_trained(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3).eval()
     if name == "resnext26ts":
-        with pytest.raises(UsageError, match="this is a ByobNet"):
+        with pytest.raises(UsageError, match="not for a ByobNet"):
             attach_attention(model)
         return
     images = torch.randn(2, 3, 64, 48)
@@ -205,13 +205,13 @@ def test_attached_attention_changes_nothing_until_it_is_trained(name):
         final, maps = model.forward_intermediates(images)
     assert torch.equal(final, taken)
     assert maps[-1].shape[1] == model.feature_info[-1]["num_chs"] == model.num_features
-    with pytest.raises(UsageError, match=f"has {last}.attention already"):
+    with pytest.raises(UsageError, match=f"already has {last}.attention"):
         attach_attention(model)
 
 
 def test_a_bilateral_network_is_refused():
     model = timm.create_model("lt_bbn_resnet", base="test_resnet", num_classes=3)
-    with pytest.raises(UsageError, match="does not go behind the branches of a bilateral network"):
+    with pytest.raises(UsageError, match="not for a BilateralResNet"):
         attach_attention(model)
 
 

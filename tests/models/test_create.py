@@ -109,7 +109,7 @@ def test_unknown_tag_lists_the_tags():
 
 
 def test_an_architecture_without_weights_is_a_mistake_of_the_user():
-    with pytest.raises(UsageError, match=r"no pretrained weights of lt_resnet10; load a file"):
+    with pytest.raises(UsageError, match=r"lt_resnet10 has no pretrained weights; load a file"):
         timm_lt.create_model("lt_resnet10", True)
 
 
@@ -228,14 +228,14 @@ def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
     assert type(timm_lt.create_model("./test_vit")).__name__ == "ResNet"
     (tmp_path / "photos").mkdir()
     for name in ("photos", "./photos", tmp_path / "photos"):
-        with pytest.raises(UsageError, match=r"photos has no config\.json: it is not a checkpoint"):
+        with pytest.raises(UsageError, match=r"photos is not a checkpoint folder"):
             timm_lt.create_model(name)
     for name in ("./none", tmp_path / "none"):
-        with pytest.raises(UsageError, match=r"^there is no folder \S*none$"):
+        with pytest.raises(UsageError, match=r"none is not a checkpoint folder"):
             timm_lt.create_model(name)
     (tmp_path / "w.pth").touch()
     for name in ("w.pth", "./w.pth", tmp_path / "w.pth"):
-        with pytest.raises(UsageError, match=r"is a file: .* with checkpoint_path='.*w\.pth'$"):
+        with pytest.raises(UsageError, match=r"is a file of weights: name its architecture"):
             timm_lt.create_model(name)
 
 

@@ -190,7 +190,7 @@ def save_checkpoint(
     if protocol is not None:
         block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
-    parse_text(folder, config)
+    parse_text(Path(), config)
     (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
         write_atomic(folder / path, content)

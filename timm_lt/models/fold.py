@@ -115,11 +115,11 @@ def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool) -> float:
     difference = float((found - wanted).abs().max() / scale)
     best, other = wanted.argmax(1, keepdim=True), found.argmax(1, keepdim=True)
     gap = float((wanted.gather(1, best) - wanted.gather(1, other)).max() / scale)
-    if not (difference if exact else gap) <= TOLERANCE:
-        noun = "logits" if exact else "predictions"
+    error, noun = (difference, "logits") if exact else (gap, "predictions")
+    if not error <= TOLERANCE:
         raise UsageError(
-            f"{what} gives other {noun} than the model with the head: they differ by "
-            f"{difference:.1e} of the largest logit"
+            f"{what} gives other {noun} than the model with the head, by {error:.1e} of the "
+            "largest logit"
         )
     return difference
 

@@ -173,6 +173,9 @@ class WeightsFile:
         for name, value in self.states[place].items():
             part = inside if name.startswith(prefix) else beside
             part[name.removeprefix(prefix)] = value
+        twice = inside.keys() & beside.keys()
+        if twice:
+            raise UsageError(f"{self.name} has {min(twice)!r} twice in its weights")
         inside = _classifier_beside(inside, beside, classifier)
         others = [_label(*at) for at in found[1:]]
         return State(self.name, _label(place, prefix), others, inside, beside)
@@ -282,10 +285,10 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         raise
     except Exception as error:
         # A part of a pickle may raise anything.
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or str(error).partition(". ")[0]
         raise UsageError(
             f"{name} cannot be read as weights, it may be truncated: "
-            f"{reason or type(error).__name__}"
+            f"{' '.join(reason.split())[:200] or type(error).__name__}"
         ) from error
 
 
