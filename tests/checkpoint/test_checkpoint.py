@@ -211,16 +211,6 @@ def test_a_loaded_model_can_be_saved_again(folder, tmp_path, heads, features):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_linear_head_on_the_model_is_saved_as_the_plain_classifier(tmp_path, images):
-    model = joint_model(head="linear")
-    folder = save_checkpoint(tmp_path, model, heads={}, class_counts=COUNTS)
-    assert get_head(model).kind == "linear"
-    loaded = load(folder)
-    assert type(get_head(loaded)) is nn.Linear
-    with torch.no_grad():
-        assert torch.equal(loaded(images), model(images))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tmp_path, model, heads, features, dtype):
     folder = save_checkpoint(tmp_path, model, heads=heads, class_counts=COUNTS, dtype=dtype)
@@ -379,14 +369,6 @@ def test_an_interrupted_save_leaves_no_config(folder, model, heads, monkeypatch)
         load(folder)
 
 
-def test_saving_does_not_change_the_model(folder, model, images):
-    with torch.no_grad():
-        before = model(images)
-        save_checkpoint(folder, model, heads={}, class_counts=COUNTS, dtype=torch.float16)
-        assert torch.equal(model(images), before)
-    assert model.pretrained_cfg["architecture"] == "lt_test_resnet"
-
-
 # ---- loading refuses -----------------------------------------------------------------------------
 
 IN_CRT = ("heads", "crt")
@@ -480,11 +462,6 @@ def test_weights_of_another_run_are_refused(folder, tmp_path, heads):
         load(folder, "lws")
 
 
-def test_unknown_head_lists_those_that_can_be_had(folder):
-    with pytest.raises(UsageError, match=r"'ctr' \(did you mean 'crt'\?\); choose one of: linear"):
-        load(folder, "ctr")
-
-
 def test_missing_head_file_is_refused(folder):
     (folder / "heads/crt.safetensors").unlink()
     with pytest.raises(UsageError, match=r"crt\.safetensors is not a readable safetensors file"):
@@ -539,7 +516,7 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_args": {"num_classes": 9}}, r"model_args\.num_classes must be 4, .* found 9"),
+        ({"model_args": {"num_classes": 9}}, r"model_args\.num_classes must be 4 .* found 9"),
         ({"model_args": ["x"]}, "model_args must be an object"),
         (
             {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},

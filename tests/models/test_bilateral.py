@@ -365,15 +365,6 @@ def test_an_odd_batch_and_other_networks_are_refused():
         create("lt_oltr_resnet10")
 
 
-def test_autocast_gives_the_logits_of_pairs():
-    model, x = create().train(), images(8, dtype=torch.float32)
-    expected = copy.deepcopy(model)(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = copy.deepcopy(model)(x)
-    assert found.shape == expected.shape == (8, 5)
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
-
-
 def test_a_recipe_with_half_of_it_stops_before_it_writes(tmp_path):
     recipe = load_recipe(ROOT / "hub_configs" / "lt_test_resnet.digits_lt.yaml")
     recipe = dataclasses.replace(recipe, sampler=SamplerRecipe("bilateral"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.models import build_model_with_cfg, group_parameters
+from timm.models import build_model_with_cfg
 from torch.nn import functional as F
 
 from timm_lt.models.networks import CifarResNet
@@ -185,16 +185,6 @@ def test_dropout_and_stochastic_depth():
     torch.testing.assert_close(model(images()), create()(images()))
     features = model.train().forward_head(torch.ones(4, 64, 2, 2), pre_logits=True)
     assert features.unique().tolist() == [0, 4]
-
-
-def test_parameter_groups_follow_the_depth():
-    model = CifarResNet(device="meta")
-    stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    blocks = group_parameters(model, model.group_matcher(), reverse=True)
-    names = ["conv1.weight", "layer1.0.bn1.bias", "layer2.4.conv2.weight", "layer3.4.bn2.weight"]
-    assert [stages[name] for name in names] == [0, 1, 2, 3]
-    assert [blocks[name] for name in names] == [0, 1, 10, 15]
-    assert set(stages) == {name for name, _ in model.named_parameters()}
 
 
 def test_there_are_three_stages():

@@ -140,15 +140,10 @@ def is_statistic(key: str) -> bool:
 
 
 def check_head_name(where: str, name: str, kind: str | None = None) -> None:
-    """Checks that a name can be the name of a head file, and is not that of another kind of head.
-
-    Args:
-        where: Owner of the name, for the message.
-        name: The name.
-        kind: The registered head that has it, if known.
+    """Checks a name of a head, which is also that of its file; ``where`` is for the message.
 
     Raises:
-        UsageError: If it cannot.
+        UsageError: If it is not valid, or is the name of another kind of head.
     """
     if not HEAD_NAME.fullmatch(name):
         raise UsageError(
@@ -170,24 +165,41 @@ class _Fields:
         self.where, self.content = where, content
 
     def read(
-        self, key: str, is_valid: Callable[[Any], object], expected: str, default: object = None
+        self,
+        key: str,
+        is_valid: Callable[[Any], object],
+        expected: str,
+        *,
+        default: object = None,
+        optional: bool = False,
     ) -> Any:  # noqa: ANN401
         """Returns a field; one that is not valid raises UsageError."""
         value = self.content.get(key, default)
-        if not is_valid(value):
-            found = reprlib.repr(value)
-            raise UsageError(f"{self.where}{key} must be {expected}, found {found}")
+        if not (is_valid(value) or (optional and value is None)):
+            expected = f"null or {expected}" if optional else expected
+            raise UsageError(f"{self.where}{key} must be {expected}, found {reprlib.repr(value)}")
         return value
+
+    def read_choice(self, key: str, choices: Iterable[str], *, optional: bool = False) -> Any:  # noqa: ANN401
+        """Returns a field that is one of several strings."""
+        names = list(choices)
+        return self.read(
+            key, lambda value: value in names, f"one of {', '.join(names)}", optional=optional
+        )
 
     def read_object(self, key: str, default: object = None) -> "_Fields":
         """Returns the fields of an object inside of this one."""
-        content = self.read(key, lambda value: isinstance(value, dict), "an object", default)
+        content = self.read(key, _is(dict), "an object", default=default)
         return _Fields(f"{self.where}{key}.", content)
 
     def refuse(self, keys: Iterable[str]) -> None:
         """Refuses fields that have a value."""
         for key in sorted(keys):
             self.read(key, lambda value: not value, "absent")
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def read_checkpoint(folder: str | Path) -> CheckpointInfo:
@@ -233,11 +245,7 @@ def parse_text(folder: Path, text: str) -> CheckpointInfo:
 
 
 def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
-    """Returns the description of a decoupled checkpoint from its config.
-
-    Args:
-        folder: Folder of the checkpoint; it need not exist yet.
-        content: The config.
+    """Returns the description of a decoupled checkpoint with this config; it need not exist yet.
 
     Raises:
         UsageError: If a field is not valid; the message names it.
@@ -248,11 +256,10 @@ def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
     block = config.read_object(BLOCK)
     block.read("version", lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt")
     num_classes = config.read("num_classes", lambda c: type(c) is int and c > 0, "an integer >= 1")
-    same = f"{num_classes}, the number of classes of the checkpoint"
     for part in ("model_args", "pretrained_cfg"):
-        # timm would drop the classifier.
-        fields = config.read_object(part, {})
-        fields.read("num_classes", lambda c: c == num_classes, same, num_classes)
+        # With another number, timm would drop the classifier.
+        fields, same = config.read_object(part, {}), f"{num_classes} as in the checkpoint"
+        fields.read("num_classes", lambda c: c == num_classes, same, default=num_classes)
     fields.refuse((*SOURCES, "label_offset"))
     heads = block.read_object("heads")
     return CheckpointInfo(
@@ -262,31 +269,22 @@ def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
         weights_sha256=block.read("weights_sha256", _is_digest, SHA256),
         class_counts=block.read(
             "class_counts",
-            lambda counts: counts is None or _are_counts(counts, num_classes),
-            f"null or {num_classes} integers >= 0, not all 0",
+            lambda counts: _are_counts(counts) and len(counts) == num_classes,
+            f"{num_classes} integers >= 0, not all 0",
+            optional=True,
         ),
         label_names=block.read(
             "label_names",
-            lambda names: names is None or (_are_texts(names) and len(names) == num_classes),
-            f"null or {num_classes} strings",
+            lambda names: _are_texts(names) and len(names) == num_classes,
+            f"{num_classes} strings",
+            optional=True,
         ),
-        dataset=block.read(
-            "dataset", lambda name: name is None or isinstance(name, str), "null or a string"
-        ),
-        shot_rule=_read_choice(block, "shot_rule", get_args(ShotRule)),
-        protocol=_read_choice(block, "protocol", get_args(SelectionProtocol)),
-        seed=block.read(
-            "seed",
-            lambda seed: seed is None or (type(seed) is int and 0 <= seed < 2**63),
-            "null or an integer >= 0",
-        ),
+        dataset=block.read("dataset", _is(str), "a string", optional=True),
+        shot_rule=block.read_choice("shot_rule", get_args(ShotRule), optional=True),
+        protocol=block.read_choice("protocol", get_args(SelectionProtocol), optional=True),
+        seed=block.read("seed", _is_seed, "an integer >= 0", optional=True),
         # Not recorded in the first checkpoints.
-        background=block.read(
-            "background",
-            lambda color: isinstance(color, str) and COLOR.fullmatch(color),
-            "a colour '#rrggbb'",
-            WHITE,
-        ),
+        background=block.read("background", _is_color, "a colour '#rrggbb'", default=WHITE),
         heads={name: _read_entry(name, heads.read_object(name)) for name in heads.content},
     )
 
@@ -294,7 +292,7 @@ def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
 def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
     """Returns a config after checking the fields that timm reads."""
     config = _Fields(f"{path}: ", content)
-    config.read("architecture", lambda name: isinstance(name, str), "a string")
+    config.read("architecture", _is(str), "a string")
     config.read_object("model_args", {}).refuse(RESERVED)
     config.read_object("pretrained_cfg", {}).read(
         "classifier",
@@ -305,11 +303,7 @@ def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
 
 
 def _read_entry(name: str, entry: _Fields) -> HeadEntry:
-    kind = entry.read(
-        "kind",
-        lambda kind: isinstance(kind, str) and kind in HEADS,
-        f"one of {', '.join(HEADS)}",
-    )
+    kind = entry.read_choice("kind", HEADS)
     check_head_name(entry.where.removesuffix("."), name, kind)
     options, metrics = entry.read_object("options", {}), entry.read_object("metrics", {})
     # They are those of the block.
@@ -320,9 +314,7 @@ def _read_entry(name: str, entry: _Fields) -> HeadEntry:
         raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
     for key in metrics.content:
         metrics.read(key, _is_metric, "a number or null, or an object of these")
-    statistics = entry.read(
-        "backbone_statistics", lambda value: isinstance(value, bool), "true or false", False
-    )
+    statistics = entry.read("backbone_statistics", _is(bool), "true or false", default=False)
     has_file = bool(HEADS[kind].own_state or statistics)
     file = f"heads/{name}.safetensors" if has_file else None
     return HeadEntry(
@@ -337,18 +329,21 @@ def _read_entry(name: str, entry: _Fields) -> HeadEntry:
     )
 
 
-def _read_choice(block: _Fields, key: str, choices: tuple[Any, ...]) -> Any:  # noqa: ANN401
-    expected = f"null or one of {', '.join(choices)}"
-    return block.read(key, lambda value: value is None or value in choices, expected)
-
-
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and DIGEST.fullmatch(value) is not None
 
 
-def _are_counts(value: object, num_classes: int) -> bool:
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_color(value: object) -> bool:
+    return isinstance(value, str) and COLOR.fullmatch(value) is not None
+
+
+def _are_counts(value: object) -> bool:
     # Their sum must fit 64 bits.
-    counts = value if isinstance(value, list) and len(value) == num_classes else []
+    counts = value if isinstance(value, list) else []
     return all(type(n) is int and 0 <= n < 2**40 for n in counts) and sum(counts) > 0
 
 

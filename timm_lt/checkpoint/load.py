@@ -103,7 +103,7 @@ def _load_heads(
 
 
 def find_entry(info: CheckpointInfo | None, name: str, source: str) -> HeadEntry:
-    """Returns the entry of a head; a head without own tensors needs none in the checkpoint.
+    """Returns the entry of a head; every checkpoint has the heads without own tensors.
 
     Args:
         info: Description of the checkpoint; None for a plain timm checkpoint.

@@ -30,11 +30,7 @@ FREE_ELEMENTS = 2**24
 
 @contextmanager
 def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
-    """Opens a safetensors file of a checkpoint.
-
-    Args:
-        path: The file.
-        digest: Its SHA-256; None for a plain timm checkpoint, which records none.
+    """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None.
 
     Raises:
         UsageError: If the file is missing, damaged or has another digest.
@@ -49,11 +45,7 @@ def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
 
 
 def read_shapes(folder: Path, info: CheckpointInfo | None) -> Shapes:
-    """Returns the shape of each tensor in the weights of a checkpoint folder.
-
-    Args:
-        folder: The folder.
-        info: Description of the checkpoint; None for a plain timm checkpoint.
+    """Returns the shape of each tensor in the weights of a checkpoint; ``info`` has the digest.
 
     Raises:
         UsageError: If the file is missing, damaged, or not the one that the config describes.
@@ -67,11 +59,8 @@ def check_build(
 ) -> None:
     """Checks that the model of a config is that of the weights, before memory is taken for it.
 
-    Args:
-        folder: The checkpoint folder.
-        config: Its config.
-        info: Description of the checkpoint; None for a plain timm checkpoint.
-        pretrained: Whether the weights will be loaded; they bound the size of the model.
+    Without ``pretrained``, only the size of the model is checked. timm adapts the weights of a
+    plain timm checkpoint, which has no ``info``.
 
     Raises:
         UsageError: If the weights are missing or damaged, the model is far larger than they are,
@@ -92,7 +81,6 @@ def check_build(
             f"that are accepted for {hint}"
         )
     if info is None or not pretrained:
-        # timm adapts weights of other projects to the model.
         return
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*wanted, *shapes]:
@@ -150,11 +138,6 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     """Refuses a config with numbers far beyond the sizes in its weights.
 
     A list of numbers counts as their sum, since it may be layers by stage.
-
-    Args:
-        path: The config.
-        config: Its content.
-        shapes: Shapes in the weights; empty if there are none.
 
     Raises:
         UsageError: If a number is neither ordinary nor within the sizes of the weights, or values

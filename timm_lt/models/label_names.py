@@ -41,9 +41,6 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
     Names of ImageNet's classes are WordNet ids, or one or all words of their synset. The numbers 0
     to C - 1 are not names.
 
-    Args:
-        model: A model with C classes.
-        names: Class names, (C,), if known.
     """
     own = label_names(model)
     if own is None or not names or [*names] == [str(label) for label in range(len(names))]:
@@ -61,13 +58,10 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
 
 
 def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:
-    """Returns whether to keep the classifier of a model with C classes; logs it if unclear.
+    """Returns whether to keep the classifier of a model with as many classes as the data.
 
-    Args:
-        model: The model.
-        names: Class names of the data, (C,), if known.
-        what: Name of the model in the log.
-        cure: Option that fits another classifier, for the log.
+    If that is unclear, the log says so, with ``what`` as the name of the model and ``cure`` as the
+    option that fits another classifier.
     """
     known = is_for(model, names)
     if known is None:

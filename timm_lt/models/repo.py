@@ -79,10 +79,6 @@ class Repo:
         Cached files are not downloaded again. A file with another digest than the config records is
         downloaded once more, and removed from the cache if that does not help.
 
-        Args:
-            weights: Download the backbone with the joint classifier.
-            head: Head whose file is downloaded, if it has one. Ignored for a plain timm repo.
-
         Returns:
             The folder of the commit in the cache; all files are of that commit.
 
@@ -102,15 +98,10 @@ class Repo:
         return folder
 
     def fetch(self, file: str, *, limit: int | None = None, force: bool = False) -> Path:
-        """Returns the path of a file in the cache, downloaded if necessary.
-
-        Args:
-            file: Path in the repo.
-            limit: Most bytes that it may have; checked before the download.
-            force: Download it even if it is cached.
+        """Returns the path of a file in the cache, downloaded if necessary or with ``force``.
 
         Raises:
-            UsageError: If it cannot be downloaded.
+            UsageError: If it cannot be downloaded, or has more than ``limit`` bytes.
         """
         options: dict[str, Any] = {
             "revision": self.revision,
@@ -129,20 +120,31 @@ class Repo:
         path = self.fetch(file)
         if digest is None or file_sha256(path) == digest:
             return
-        damaged = f"{file} of {self.repo_id} is not the one that {CONFIG} describes"
+        cause = None
         if constants.is_offline_mode():
-            raise UsageError(f"{damaged} (SHA-256 differs); load it once while online")
-        try:
-            path = self.fetch(file, force=True)
-        except UsageError as error:
-            raise UsageError(f"{damaged} (SHA-256 differs); fetching it again: {error}") from error
-        if file_sha256(path) != digest:
-            blob = path.resolve()
-            path.unlink(missing_ok=True)
-            # A blob with its own digest as its name is intact, and may belong to another commit.
-            if blob.is_file() and file_sha256(blob) != blob.name:
-                blob.unlink()
-            raise UsageError(f"{damaged} (SHA-256 differs); it was not kept in the cache")
+            cure = "load it once while online"
+        else:
+            try:
+                path = self.fetch(file, force=True)
+                if file_sha256(path) == digest:
+                    return
+                _remove(path)
+                cure = "it was not kept in the cache"
+            except UsageError as error:
+                cause, cure = error, f"fetching it again: {error}"
+        raise UsageError(
+            f"{file} of {self.repo_id} is not the one that {CONFIG} describes (SHA-256 differs); "
+            f"{cure}"
+        ) from cause
+
+
+def _remove(path: Path) -> None:
+    """Removes a damaged file from the cache."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    # A blob with its own digest as its name is intact, and may belong to another commit.
+    if blob.is_file() and file_sha256(blob) != blob.name:
+        blob.unlink()
 
 
 @dataclass(frozen=True)
@@ -194,24 +196,20 @@ class ModelSource:
             scheme, rest = parse_model_name(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        folder = Path(rest) if scheme == "local-dir" else None
-        is_repo = scheme == "hf-hub"
-        return cls(
-            name,
-            folder,
-            Repo.parse(rest, cache_dir=cache_dir, token=token) if is_repo else None,
-        )
+        if scheme == "hf-hub":
+            return cls(name, repo=Repo.parse(rest, cache_dir=cache_dir, token=token))
+        return cls(name, Path(rest) if scheme == "local-dir" else None)
 
     @classmethod
     def find(cls, given: str) -> "ModelSource":
-        """Finds a checkpoint and its config on this disk; that of a repo is downloaded.
+        """Finds the folder with the config of a checkpoint; that of a repo is downloaded.
 
         Args:
             given: A name as for :meth:`parse`, or just the id of a repo.
 
         Returns:
-            The source, with the commit of a repo. It has no folder if it is the name of an
-            architecture or of pretrained weights that are not on this disk.
+            The source, with the commit of a repo; without a folder for an architecture or for
+            pretrained weights that are not on this disk.
 
         Raises:
             UsageError: If the repo cannot be read.

@@ -131,11 +131,7 @@ class WeightsFile:
     ) -> State:
         """Finds the network with a model's names of tensors, whatever their prefix.
 
-        Args:
-            expected: The state dict of the model, on any device.
-            architecture: Name of the model in messages.
-            classifier: Path of the classifier.
-            key: Key or prefix of the network, if several have these names.
+        ``expected`` is the state dict of the model, on any device; ``key`` chooses one of several.
 
         Raises:
             UsageError: If no network has these names, or several and the choice is not clear.
@@ -360,13 +356,8 @@ def check_weights(
 ) -> Weights:
     """Returns the weights of an architecture: no tensor missing, foreign or misshapen.
 
-    Batch-norm counters that an old file lacks are zero. Tensors of a loss and the like are ignored.
-
-    Args:
-        state: The tensors.
-        expected: The state dict of the architecture, on any device.
-        architecture: Name of the architecture in messages.
-        classifier: Path of the classifier.
+    ``expected`` is the state dict of the architecture, on any device. Batch-norm counters that an
+    old file lacks are zero. Tensors of a loss and the like are ignored.
 
     Raises:
         UsageError: If the tensors do not fit; names the first.

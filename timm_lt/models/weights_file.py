@@ -138,13 +138,7 @@ def _log_training(file: WeightsFile, options: dict[str, Any], size: tuple[int, i
 
 
 def classes_of_file(path: str | Path, model: nn.Module, key: str | None = None) -> int | None:
-    """Returns the number of classes of the classifier in a file; None if it has no classifier.
-
-    Args:
-        path: A file as for :func:`create_from_file`.
-        model: A model of the same architecture.
-        key: Key or prefix of the weights, if the file has several networks.
-    """
+    """Returns the number of classes of a file for this kind of model; None without a classifier."""
     classifier = classifier_name(model)
     file = read_weights(Path(path).expanduser())
     state = file.select(model.state_dict(), type(model).__name__, classifier, key=key)
@@ -264,9 +258,7 @@ def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int
 def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
     """Returns the image size of position embeddings; None if it is that of the model, or unknown.
 
-    Args:
-        state: Tensors with ``pos_embed`` of shape (1, tokens, D) or (1, rows, columns, D).
-        model: The model at its default size.
+    They have shape (1, tokens, D) or (1, rows, columns, D).
     """
     there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
     patches: Any = getattr(model, "patch_embed", None)
