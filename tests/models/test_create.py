@@ -168,23 +168,6 @@ def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
             timm_lt.create_model(name)
 
 
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
-def test_pooling_channels_and_dropout_with_a_head(pool):
-    arguments = {"num_classes": 4, "in_chans": 1, "drop_rate": 0.3, "global_pool": pool}
-    model = timm.create_model("lt_test_resnet", head="cosine", **arguments).eval()
-    plain = timm.create_model("test_resnet", **arguments).eval()
-    state = {k: v for k, v in model.state_dict().items() if k != "fc.scale"}
-    plain.load_state_dict(state)
-    assert model.drop_rate == 0.3
-    x = images(plain, channels=1)
-    with torch.no_grad():
-        features = plain.forward_head(plain.forward_features(x), pre_logits=True)
-        expected = 16 * torch.nn.functional.cosine_similarity(
-            features[:, None], plain.fc.weight[None], dim=-1
-        )
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_reset_classifier_can_change_the_pooling():
     model = timm.create_model("lt_test_resnet", num_classes=4, head="cosine")
     model.reset_classifier(3, global_pool="max")

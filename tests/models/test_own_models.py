@@ -61,19 +61,6 @@ def test_the_images_that_the_run_held_out_are_evaluated(photos, tmp_path, capsys
     assert "(test_fraction=0.4, seed=3): it may have been fitted on images that are" in log
 
 
-def test_linear_is_always_there_and_json_says_all(photos, tmp_path, capsys):
-    capsys.readouterr()
-    arguments = ["heads", str(photos), "--model", MODEL, "--heads", "crt", "ncm", "--json"]
-    assert main([*arguments, "--output", str(tmp_path / "run"), "--workers", "0"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["heads"]) == ["linear", "crt", "ncm", "auto"]
-    assert found["label_names"] == list(COUNTS)
-    assert found["recommendation"].startswith(("Take ", "Keep linear"))
-    report = timm_lt.ShotReport.from_dict(found["heads"]["crt"])
-    low, high = timm_lt.confidence_intervals(report, found["class_counts"])["all"]
-    assert found["intervals"]["crt"]["all"] == [low, high]
-
-
 def weights(classes, seed=0):
     torch.manual_seed(seed)
     return timm.create_model("test_resnet", num_classes=classes).state_dict()

@@ -300,29 +300,6 @@ def test_folded_models_are_timms_and_run_in_onnxruntime(kind, pairs):
     np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "dla46_c", "repvit_m0_9"])
-def test_arguments_of_timm_keep_working(name):
-    plain = timm.create_model(name, num_classes=4, in_chans=1, drop_rate=0.3).eval()
-    model = timm_lt.create_model(
-        name, num_classes=4, in_chans=1, drop_rate=0.3, head="linear"
-    ).eval()
-    model.load_state_dict(plain.state_dict())
-    rates = [{m.p for m in x.modules() if isinstance(m, nn.Dropout)} for x in (model, plain)]
-    assert rates[0] == rates[1]
-    pixels = 160 if name == "test_vit" else 32
-    x = torch.randn(2, 1, pixels, pixels)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UsageError, match=r"create the model with num_classes >= 1"):
-        timm_lt.create_model(name, num_classes=0, head="cosine", scale=3.0)
-    levels = timm_lt.create_model(name, features_only=True, head="cosine", scale=3.0)
-    assert levels.feature_info.channels() == (
-        timm.create_model(name, features_only=True).feature_info.channels()
-    )
-    with pytest.raises(UsageError, match="unknown head 'cos'"):
-        timm_lt.create_model(name, features_only=True, head="cos")
-
-
 def test_a_convolution_without_pooling_gives_logits_at_every_position():
     plain = timm.create_model("dla46_c", num_classes=4, global_pool="").eval()
     x = torch.randn(2, 3, 96, 64)
