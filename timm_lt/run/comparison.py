@@ -41,8 +41,9 @@ from timm_lt.data import Splits
 from timm_lt.data.sources import check_protocol, checked_source, dataset_from_arrays
 from timm_lt.fitting import AUTO, FITS
 from timm_lt.losses import create_loss
-from timm_lt.models.create import LOCAL_DIR, split_options
+from timm_lt.models.create import split_options
 from timm_lt.models.published import hub_configs
+from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import COLORS, write_figure
 from timm_lt.report.tables import GROUPS, group_word, new_table, shot_legend
 from timm_lt.run.folder import (

@@ -19,8 +19,9 @@ from timm_lt.data.decode import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.models.create import FIELDS, LOCAL_DIR, create_sized_model, image_config, split_options
+from timm_lt.models.create import FIELDS, create_sized_model, image_config, split_options
 from timm_lt.models.label_names import is_for
+from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.weights_file import classes_of_file, create_from_file
 from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.training import (
