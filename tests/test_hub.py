@@ -499,7 +499,7 @@ def other_backbone(model):
 ADD_REFUSED = {
     "not fitted": (lambda m: HEADS["lws"].from_classifier(m.fc), {}, "not fitted"),
     "other backbone": (other_backbone, {}, "has another weight than the joint classifier"),
-    "not a head": (lambda m: m.fc, {}, "is Linear, not a timm_lt head"),
+    "not a head": (lambda m: m.fc, {}, "must have a timm_lt head for fc; got fc: Linear"),
     "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
     "taken": (
         lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"

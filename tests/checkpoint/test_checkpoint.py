@@ -305,7 +305,10 @@ REFUSED = {
         lambda m: {"heads": {"crt": crt_with_bias(m, float("nan"))}},
         "bias of head 'crt' has values .*not finite",
     ),
-    "not a head": (lambda m: {"heads": {"a": nn.Linear(96, 4)}}, "is Linear, not a timm_lt head"),
+    "not a head": (
+        lambda m: {"heads": {"a": nn.Linear(96, 4)}},
+        "must have a timm_lt head for fc; got fc: Linear",
+    ),
     "shape": (lambda m: {"heads": {"a": create_head("crt", 96, 5)}}, r"\(5, 96\).*\(4, 96\)"),
     "other backbone": (
         lambda m: {"heads": {"a": HEADS["tau_norm"].from_classifier(joint_model(9).fc)}},

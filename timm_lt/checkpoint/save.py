@@ -26,7 +26,14 @@ from timm_lt.checkpoint.format import (
 from timm_lt.checkpoint.load import from_joint
 from timm_lt.data.decode import check_background
 from timm_lt.data.sources import SelectionProtocol
-from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
+from timm_lt.heads import (
+    Head,
+    LinearHead,
+    classifier_name,
+    fold_head,
+    get_heads,
+    head_option_names,
+)
 from timm_lt.utils.checks import UsageError, check_number, unknown_name
 from timm_lt.utils.files import sha256, write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts
@@ -199,26 +206,21 @@ def save_checkpoint(
 
 
 def _by_classifier(
-    name: str, head: nn.Linear | Mapping[str, nn.Linear], joint: Mapping[str, nn.Linear]
+    name: str, head: nn.Linear | Mapping[str, nn.Linear], model: nn.Module
 ) -> dict[str, Head]:
-    """Returns a head for each joint classifier, by path in their order."""
-    if not isinstance(head, Mapping) and len(joint) == 1:
-        head = dict.fromkeys(joint, head)
-    if not isinstance(head, Mapping) or set(head) != set(joint):
+    """Returns a head for each classifier of a model, by path in their order."""
+    paths = list(get_heads(model))
+    given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
+    parts = {path: part for path, part in given.items() if isinstance(part, Head)}
+    if set(given) != set(paths) or len(parts) != len(paths):
+        found = ", ".join(f"{path}: {type(part).__name__}" for path, part in given.items())
         raise UsageError(
-            f"head {name!r} must be a mapping of the model's classifiers ({', '.join(joint)}) to "
-            "heads"
+            f"head {name!r} must have a timm_lt head for {', '.join(paths)}; got {found or 'none'}"
         )
-    parts: dict[str, Head] = {}
-    for path in joint:
-        part = head[path]
-        if not isinstance(part, Head):
-            raise UsageError(f"head {name!r} is {type(part).__name__}, not a timm_lt head")
-        parts[path] = part
     first = next(iter(parts.values()))
     if any((p.kind, p.options()) != (first.kind, first.options()) for p in parts.values()):
         raise UsageError(f"head {name!r} differs in kind or options between the classifiers")
-    return parts
+    return {path: parts[path] for path in paths}
 
 
 def head_entry(
@@ -232,20 +234,14 @@ def head_entry(
 ) -> tuple[dict[str, Any], bytes | None]:
     """Returns the entry of a head in the config, and the content of its file, if it has one.
 
-    Args:
-        name: Name in the checkpoint.
-        head: The head, as in :func:`save_checkpoint`.
-        model: The model with the checkpoint's joint classifier.
-        class_counts: Class counts of the checkpoint, (C,).
-        metrics: Metrics of the head on the test split.
-        dtype: Floating-point type of the stored tensors.
+    The arguments are those of :func:`save_checkpoint`, for one head.
 
     Raises:
         UsageError: If the head does not belong to the model, is not fitted or not finite, or its
             metrics or selection are not JSON.
     """
     joint = get_heads(model)
-    parts = _by_classifier(name, head, joint)
+    parts = _by_classifier(name, head, model)
     for path, part in parts.items():
         _check_restorable(name, part, joint[path], class_counts)
     entry, content = _describe(name, parts, dtype)

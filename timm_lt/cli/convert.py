@@ -58,10 +58,10 @@ def convert_weights(arguments: argparse.Namespace) -> None:
     """Writes the weights of another project as a decoupled checkpoint."""
     heads = {}
     for text in arguments.head:
-        name, _, place = text.partition("=")
-        if not (name and place) or name in heads:
+        name, _, location = text.partition("=")
+        if not (name and location) or name in heads:
             raise UsageError(f"--head takes NAME=URL_OR_FILE, each NAME once; got {text!r}")
-        heads[name] = place
+        heads[name] = location
     counts = None
     if arguments.class_counts is not None:
         counts = _class_counts(arguments.class_counts)

@@ -109,8 +109,8 @@ def convert_checkpoint(
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
         fitted["lws"] = _scaled(joint, weights.scale)
-    for head, place in (heads or {}).items():
-        fitted[head] = _other_head(head, place, name, cache_dir, weights, network)
+    for head, location in (heads or {}).items():
+        fitted[head] = _other_head(head, location, name, cache_dir, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
 
@@ -127,9 +127,9 @@ def _published_name(url: str) -> str | None:
     return None
 
 
-def _fetch(place: str, cache_dir: str | Path | None, read: Callable[[Path], T]) -> T:
+def _fetch(location: str, cache_dir: str | Path | None, read: Callable[[Path], T]) -> T:
     """Reads a file or URL; a download that cannot be read is not kept in the cache."""
-    return read_url(place, read, cache_dir) if "://" in place else read(Path(place))
+    return read_url(location, read, cache_dir) if "://" in location else read(Path(location))
 
 
 def _name_of_file(source: str, file: WeightsFile) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def _classes_if(file: WeightsFile, architecture: str) -> int | None:
 
 def _other_head(
     head: str,
-    place: str,
+    location: str,
     name: str,
     cache_dir: str | Path | None,
     weights: Weights,
@@ -175,15 +175,15 @@ def _other_head(
     joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
 
     def read(file: Path) -> Weights:
-        state = read_weights(file, place).select(expected, name, path)
+        state = read_weights(file, location).select(expected, name, path)
         return check_weights(state, expected, name, path)
 
-    other = _fetch(place, cache_dir, read)
+    other = _fetch(location, cache_dir, read)
     own = () if other.scale is not None else (f"{path}.weight", f"{path}.bias")
     for key, value in weights.tensors.items():
         if not is_statistic(key) and key not in own and not torch.equal(value, other.tensors[key]):
             raise UsageError(
-                f"head {head!r} of {place} has another {key} than the checkpoint; convert it on "
+                f"head {head!r} of {location} has another {key} than the checkpoint; convert it on "
                 "its own"
             )
     if other.scale is not None:

@@ -139,11 +139,11 @@ class WeightsFile:
         key = key and key.rstrip(".")
         wanted = {name for name in expected if not name.endswith(COUNTER)}
         counts = collections.Counter(
-            (place, prefix)
-            for place, state in self.states.items()
+            (keys, prefix)
+            for keys, state in self.states.items()
             for name in state
             for prefix, rest in _splits(name)
-            if rest in wanted and (key is None or f".{key}." in f".{_label(place, prefix)}.")
+            if rest in wanted and (key is None or f".{key}." in f".{_label(keys, prefix)}.")
         )
         most = max(counts.values(), default=0)
         found = [at for at, number in counts.items() if number == most]
@@ -163,10 +163,10 @@ class WeightsFile:
                 f"{self.name} has several networks: {', '.join(best)}; choose one with "
                 "--checkpoint-key (in a recipe model.checkpoint_key)"
             )
-        place, prefix = found[0]
+        keys, prefix = found[0]
         inside: dict[str, Any] = {}
         beside: dict[str, Any] = {}
-        for name, value in self.states[place].items():
+        for name, value in self.states[keys].items():
             part = inside if name.startswith(prefix) else beside
             part[name.removeprefix(prefix)] = value
         twice = inside.keys() & beside.keys()
@@ -174,7 +174,7 @@ class WeightsFile:
             raise UsageError(f"{self.name} has {min(twice)!r} twice in its weights")
         inside = _classifier_beside(inside, beside, classifier)
         others = [_label(*at) for at in found[1:]]
-        return State(self.name, _label(place, prefix), others, inside, beside)
+        return State(self.name, _label(keys, prefix), others, inside, beside)
 
 
 def _classifier_beside(
@@ -200,13 +200,13 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield name[: dot.end()], name[dot.end() :]
 
 
-def _label(place: str, prefix: str) -> str:
-    return ".".join(part for part in (place, prefix.rstrip(".")) if part)
+def _label(keys: str, prefix: str) -> str:
+    return ".".join(part for part in (keys, prefix.rstrip(".")) if part)
 
 
-def _rank(place: str, prefix: str) -> tuple[bool, bool]:
-    is_average = AVERAGE.search(_label(place, prefix)) is not None
-    return is_average, place.rpartition(".")[2] not in STATE_DICTS
+def _rank(keys: str, prefix: str) -> tuple[bool, bool]:
+    is_average = AVERAGE.search(_label(keys, prefix)) is not None
+    return is_average, keys.rpartition(".")[2] not in STATE_DICTS
 
 
 def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
@@ -230,7 +230,7 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     if isinstance(content, Mapping):
         joined = _decoupled(content.get(DECOUPLED))
         found = _states(content) if joined is None else [(DECOUPLED, joined)]
-        states = {place: _clean(state, name) for place, state in found}
+        states = {keys: _clean(state, name) for keys, state in found}
     if not states:
         raise UsageError(f"{name} has no weights: found {_kind(content)}")
     args = _args(content, path)
@@ -309,15 +309,15 @@ def _decoupled(content: object) -> dict[Any, Any] | None:
     return {**mappings[0], **mappings[1]} if len(mappings) == 2 else None
 
 
-def _states(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _states(content: Mapping[Any, Any], keys: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the mappings of names to tensors in a checkpoint, with the keys that lead to them."""
     named = {key: value for key, value in content.items() if isinstance(key, str)}
     if any(isinstance(value, Tensor) for value in named.values()):
-        yield place, named
-    if place.count(".") + 1 < LEVELS:
+        yield keys, named
+    if keys.count(".") + 1 < LEVELS:
         for key, value in named.items():
             if isinstance(value, Mapping):
-                yield from _states(value, _label(place, key))
+                yield from _states(value, _label(keys, key))
 
 
 def _clean(state: Mapping[Any, Any], name: str) -> dict[str, Any]:
@@ -420,7 +420,7 @@ def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
     return None
 
 
-def some(keys: list[str]) -> str:
+def some(names: list[str]) -> str:
     """Returns the first of several names, and how many more there are."""
-    more = len(keys) - SHOWN
-    return ", ".join(keys[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
