@@ -40,36 +40,27 @@ def volo(num_classes=CLASSES, **arguments):
     return _create_volo("volo_d1_224", num_classes=num_classes, **arguments)
 
 
-THIN = {
-    "num_heads": (2, 2, 2),
-    "depth": (1, 1, 1),
-    "key_dim": 8,
-    "embed_dim": (32, 48, 64),
-    "img_size": 64,
-}
 # What timm calls the classifiers, their number of pixels, and a small model that has them.
 KINDS = {
     "linear": (["fc"], 32, timm_model("test_resnet")),
-    "linear, transformer": (["head"], 160, timm_model("test_vit")),
     "in MlpHead": (["head.fc.fc2"], 32, caformer),
-    "in NormLinear": (["head.linear"], 64, timm_model("levit_256d", **THIN)),
+    "in NormLinear": (
+        ["head.linear", "head_dist.linear"],
+        64,
+        timm_model(
+            "levit_128s",
+            num_heads=(2, 2, 2),
+            depth=(1, 1, 1),
+            key_dim=8,
+            embed_dim=(32, 48, 64),
+            img_size=64,
+        ),
+    ),
     "in LinearLayer": (
         ["head.classifier.linear"],
         32,
         timm_model(
             "cpubone_b0_bfrobust", width_list=[8, 16, 16, 32, 32], depth_list=[0, 1, 1, 1, 1]
-        ),
-    ),
-    "in ClassifierHead": (
-        ["head.fc"],
-        32,
-        timm_model(
-            "samvit_base_patch16",
-            img_size=32,
-            embed_dim=32,
-            depth=1,
-            num_heads=2,
-            global_attn_indexes=(0,),
         ),
     ),
     "in RepVitClassifier": (
@@ -83,11 +74,6 @@ KINDS = {
         timm_model(
             "deit_tiny_distilled_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=32
         ),
-    ),
-    "distilled NormLinear": (
-        ["head.linear", "head_dist.linear"],
-        64,
-        timm_model("levit_128s", **THIN),
     ),
     "two scales": (
         ["head.0", "head.1"],
@@ -204,7 +190,7 @@ def test_what_training_modes_return_is_adjusted_once():
     counts = torch.tensor([90, 9, 1, 40, 2])
     shift = TAU * (counts / counts.sum()).log()
     options = {"tau": TAU, "class_counts": counts}
-    for kind in ("distilled", "distilled NormLinear", "in RepVitClassifier"):
+    for kind in ("distilled", "in NormLinear", "in RepVitClassifier"):
         plain = build(kind)
         model = timm_lt.set_head(copy.deepcopy(plain), "logit_adjusted", **options)
         outputs = []
