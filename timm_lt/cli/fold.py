@@ -34,7 +34,6 @@ def add_parser(commands: Commands) -> None:
     fold = add_command(
         commands,
         "fold",
-        summary="write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
         description=(
             "Folds a head into a plain classifier and writes what plain timm loads, without "
             "timm_lt. What was written is loaded again and compared."

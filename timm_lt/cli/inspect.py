@@ -224,7 +224,6 @@ def add_parser(commands: Commands) -> None:
     inspect = add_command(
         commands,
         "inspect",
-        summary="look at a data set before training",
         description=(
             "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
             "image sizes and whatever would keep a run from training, and writes a table and a "
