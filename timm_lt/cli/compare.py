@@ -15,13 +15,12 @@ from timm_lt.run.comparison import (
     measure,
     shipped_grids,
     terminal_table,
-    visible_devices,
     write_results,
 )
 from timm_lt.run.exits import run_to_exit
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import RunOptions
-from timm_lt.utils.accelerator import available_cores
+from timm_lt.utils.accelerator import available_cores, visible_devices
 from timm_lt.utils.checks import UsageError, check_choice, check_integer
 from timm_lt.utils.console import epilog, log, result_console, start_logging, wrapped
 

@@ -185,7 +185,7 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if others:
         names = shown_names([shown_path(other) for other in others], SHOWN_OTHERS)
         log.warning(
-            "skipped %d files that are not images by their suffix (%s): %s",
+            "not images by their suffix, skipped: %d (%s): %s",
             *(len(others), counted_suffixes(others), names),
         )
     known = Image.registered_extensions()

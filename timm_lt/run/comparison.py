@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,7 +30,12 @@ from timm_lt.run.recipe_checks import check_heads, check_options_of_parts, check
 from timm_lt.run.setup import create_parts
 from timm_lt.training import check_optimization
 from timm_lt.utils import checks
-from timm_lt.utils.accelerator import create_accelerator, fresh_accelerate
+from timm_lt.utils.accelerator import (
+    VISIBLE_DEVICES,
+    create_accelerator,
+    fresh_accelerate,
+    visible_devices,
+)
 from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_options
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
@@ -45,7 +49,6 @@ OWN_DATA = ("data.augmentation", "data.augmentation_options", "data.image_size",
 CLASS_MEAN = "class_mean"
 RESULTS, MARKDOWN = "results.json", "results.md"
 OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,13 +383,6 @@ class Runner:
         status = process.wait()
         del self._active[process]
         return status
-
-
-def visible_devices() -> list[str]:
-    """Returns the GPUs, each as ``CUDA_VISIBLE_DEVICES`` names it to a process."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    given = os.environ.get(VISIBLE_DEVICES)
-    return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
 def measure(
