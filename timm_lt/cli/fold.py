@@ -19,13 +19,12 @@ from timm_lt.cli.common import (
     parse_options,
     show_result,
 )
-from timm_lt.data.decode import WHITE
 from timm_lt.heads import HEADS, create_head, head_option_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.models.label_names import own_names
 from timm_lt.models.published import PUBLISHED
 from timm_lt.run.folder import new_folder
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import WHITE, UsageError, unknown_name
 from timm_lt.utils.files import read_json
 
 

@@ -29,7 +29,7 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.decode import Damage, check_background
+from timm_lt.data.decode import Damage
 from timm_lt.data.folder import folder, list_folder
 from timm_lt.data.inspection import Inspection, Twin, inspect_splits
 from timm_lt.data.list_files import read_image_list
@@ -39,6 +39,7 @@ from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
 from timm_lt.utils.checks import (
     UsageError,
+    check_background,
     check_integer,
     check_number,
     check_options,

@@ -28,7 +28,6 @@ from timm_lt.cli.arguments import (
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.data.decode import (
     DAMAGE,
-    check_background,
     damage_of,
     decode_image,
     describe_huge,
@@ -41,7 +40,7 @@ from timm_lt.models.label_names import label_names
 from timm_lt.run.class_order import class_orders
 from timm_lt.run.recipe import ClassOrder
 from timm_lt.utils.accelerator import default_device, set_cpu_threads
-from timm_lt.utils.checks import UsageError, check_integer, shown_names
+from timm_lt.utils.checks import UsageError, check_background, check_integer, shown_names
 from timm_lt.utils.console import log, one_line, result_console
 from timm_lt.utils.files import write_atomic
 
