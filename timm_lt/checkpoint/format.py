@@ -14,12 +14,10 @@ from typing import Any, get_args
 
 from torch import nn
 
-from timm_lt.data.decode import WHITE
-from timm_lt.data.sources import SelectionProtocol
 from timm_lt.heads import HEADS, check_head_options
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import WHITE, UsageError
 from timm_lt.utils.files import read_json
-from timm_lt.utils.longtail import ShotRule
+from timm_lt.utils.longtail import SelectionProtocol, ShotRule
 
 FORMAT_VERSION = 1
 # Attribute of a loaded model: colour behind transparent pixels of its training images.

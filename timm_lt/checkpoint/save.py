@@ -24,8 +24,6 @@ from timm_lt.checkpoint.format import (
     parse_text,
 )
 from timm_lt.checkpoint.load import from_joint
-from timm_lt.data.decode import check_background
-from timm_lt.data.sources import SelectionProtocol
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -34,9 +32,9 @@ from timm_lt.heads import (
     get_heads,
     head_option_names,
 )
-from timm_lt.utils.checks import UsageError, check_number, unknown_name
+from timm_lt.utils.checks import UsageError, check_background, check_number, unknown_name
 from timm_lt.utils.files import sha256, write_atomic
-from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts
+from timm_lt.utils.longtail import ClassCounts, SelectionProtocol, ShotRule, check_class_counts
 
 
 def save_plain(

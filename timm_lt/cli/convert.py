@@ -21,7 +21,6 @@ def add_parser(commands: Commands) -> None:
     convert = add_command(
         commands,
         "convert",
-        summary="write weights of another project as a decoupled checkpoint",
         description=(
             "Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict, and "
             "writes a decoupled checkpoint."

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 import timm_lt
-from timm_lt.checkpoint import CheckpointInfo, find_entry, find_info, read_config
+from timm_lt.checkpoint import CheckpointInfo, find_entry, read_config
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -16,14 +16,13 @@ from timm_lt.cli.common import (
     parse_options,
     show_result,
 )
-from timm_lt.data.decode import WHITE
 from timm_lt.heads import head_option_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.models.label_names import own_names
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import new_folder
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import WHITE, UsageError, unknown_name
 
 
 def add_parser(commands: Commands) -> None:
@@ -31,7 +30,6 @@ def add_parser(commands: Commands) -> None:
     fold = add_command(
         commands,
         "fold",
-        summary="write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
         description=(
             "Folds a head into a plain classifier and writes what plain timm loads, without "
             "timm_lt. The written model is loaded again and compared."
@@ -80,7 +78,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     if folder is None and not timm.models.is_model_pretrained(name):
         noun = "checkpoint (no such folder, nor a pretrained model of timm):"
         raise unknown_name(noun, name, timm.list_pretrained("lt_*"))
-    info = None if folder is None else find_info(folder)
+    info = source.read_info()
     kinds = {head: _kind(head, arguments.source, info) for head in heads}
     options = _options_by_head(arguments.option, kinds)
     models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}

@@ -166,10 +166,13 @@ class ModelSource:
         cls,
         given: str | Path,
         *,
+        bare_repo: bool = False,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
     ) -> "ModelSource":
         """Parses an architecture, ``local-dir:FOLDER`` or just the folder, or ``hf-hub:REPO``.
+
+        With ``bare_repo``, just the id of a repo is valid, too.
 
         >>> ModelSource.parse("local-dir:output/birds").folder.name
         'birds'
@@ -192,6 +195,8 @@ class ModelSource:
             path.is_dir() or isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
         ):
             raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
+        elif not is_name and bare_repo and REPO.fullmatch(name):
+            name = f"{HF_HUB}{name}"
         try:
             scheme, rest = parse_model_name(name)
         except ValueError as error:
@@ -214,8 +219,7 @@ class ModelSource:
         Raises:
             UsageError: If the repo cannot be read.
         """
-        is_repo = REPO.fullmatch(given) is not None and not Path(given).exists()
-        source = cls.parse(f"{HF_HUB}{given}" if is_repo else given)
+        source = cls.parse(given, bare_repo=True)
         if source.name in PUBLISHED:
             return replace(source, folder=PUBLISHED[source.name].folder)
         if source.repo is None:
@@ -223,12 +227,16 @@ class ModelSource:
         try:
             folder = source.repo.download(weights=False)
         except UsageError as error:
-            if not is_repo:
+            if source.name == given:
                 raise
             raise UsageError(f"no folder {given}, and as a repo of the Hub: {error}") from error
         # The branch may move on while one head is loaded after the other.
         commit = replace(source.repo, revision=folder.name)
         return cls(f"{HF_HUB}{commit}", folder, commit)
+
+    def read_info(self) -> CheckpointInfo | None:
+        """Reads the description of a decoupled checkpoint; returns None if the folder has none."""
+        return None if self.folder is None else find_info(self.folder)
 
 
 def list_repo_heads(
