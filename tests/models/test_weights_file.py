@@ -433,7 +433,7 @@ def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
     same(create_from_file(name, path, image_size=128, **options), expected)
     # Embeddings with their width before the rows and columns.
     path = saved(tmp_path / "w.pth", plain("pit_ti_224", img_size=160).state_dict())
-    with pytest.raises(UsageError, match=r"not \(1, 64, 27, 27\); give the size"):
+    with pytest.raises(UsageError, match=r"not \(1, 64, 27, 27\); give the size of its images"):
         create_from_file("pit_ti_224", path)
 
 

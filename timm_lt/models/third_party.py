@@ -49,6 +49,8 @@ UNREAD = (
     *("pathlib.PosixPath", "pathlib.WindowsPath"),
     *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
 )
+# Part of the names of tensors whose shapes depend on the image size.
+POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
 # Usual names of a classifier beside a backbone.
 CLASSIFIERS = ("fc", "classifier", "head", "linear")
 # Beginnings of files that are not the wanted one.
@@ -411,7 +413,9 @@ def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
     if not isinstance(value, Tensor) or not _is_plain(value):
         return f"is {_kind(value)}, not a tensor"
     if value.shape != wanted.shape:
-        return f"is {tuple(value.shape)}, not {tuple(wanted.shape)}"
+        cure = "; give the size of its images with --image-size (in a recipe data.image_size)"
+        shapes = f"is {tuple(value.shape)}, not {tuple(wanted.shape)}"
+        return shapes + (cure if POSITIONS.search(key) else "")
     # Conversion to half precision often includes the counters.
     if value.is_floating_point() != wanted.is_floating_point() and not key.endswith(COUNTER):
         return f"is {value.dtype}, not {wanted.dtype}"

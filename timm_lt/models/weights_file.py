@@ -1,10 +1,8 @@
 """Models from a file of weights of another project, such as timm's ``train.py``."""
 
 import math
-import re
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,53 +29,25 @@ from timm_lt.utils.console import log
 
 # Arguments of create_model by those of timm's train.py.
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
-# Names of tensors whose shapes depend on the image size.
-POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
 # Arguments of create_model that are handled separately.
 OTHERS = ("num_classes", "img_size")
 # Fields of pretrained_cfg about weights other than those of the file.
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
-def create_from_file(
-    name: str,
-    path: str | Path,
-    *,
-    num_classes: int | None = None,
-    classifier: bool | None = True,
-    key: str | None = None,
-    image_size: int | None = None,
-    **options: Any,
-) -> nn.Module:
+def create_from_file(name: str, path: str | Path, **options: Any) -> nn.Module:
     """Creates a model with the weights in a file of another project.
-
-    Pooling, channels, image size, normalisation and crop are those of the training, if the file (or
-    ``args.yaml`` beside it) has the arguments of timm's ``train.py``. Otherwise the image size is
-    that of the position embeddings. Options given here take precedence.
 
     Args:
         name: A timm architecture, or another name as for :func:`timm_lt.create_model`.
         path: A safetensors file, or a pickle of tensors and plain values.
-        num_classes: Number of classes; None is that of the file.
-        classifier: Whether to load the weights of the classifier; None loads them if their number
-            of classes is that of the model.
-        key: Key or prefix of the weights, if the file has several networks.
-        image_size: Side of the images in pixels; None is that of the file, or of the model.
-        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
+        **options: Options of :func:`build`.
 
     Raises:
         UsageError: If the file is not a checkpoint, or is one of another model or, with its
             classifier, of another number of classes.
     """
-    model, weights = build(
-        read_weights(Path(path).expanduser()),
-        name,
-        num_classes=num_classes,
-        classifier=classifier,
-        key=key,
-        image_size=image_size,
-        **options,
-    )
+    model, weights = build(read_weights(Path(path).expanduser()), name, **options)
     if weights.scale is not None:
         raise UsageError(
             f"{path} has the scales of an lws head, not a joint classifier; convert it to a "
@@ -96,7 +66,25 @@ def build(
     image_size: int | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Weights]:
-    """Creates a model with the weights of a file; see :func:`create_from_file`."""
+    """Creates a model with the weights of a file, and returns both.
+
+    Pooling, channels, image size, normalisation and crop are those of the training, if the file (or
+    ``args.yaml`` beside it) has the arguments of timm's ``train.py``. Otherwise the image size is
+    that of the position embeddings. Options given here take precedence.
+
+    Args:
+        file: The file.
+        name: Name of the model.
+        num_classes: Number of classes; None is that of the file.
+        classifier: Whether to load the weights of the classifier; None loads them if their number
+            of classes is that of the model.
+        key: Key or prefix of the weights, if the file has several networks.
+        image_size: Side of the images in pixels; None is that of the file, or of the model.
+        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
+
+    Raises:
+        UsageError: If the weights do not fit the model.
+    """
     _check_architecture(file, name)
     if (file.architecture or "").partition(".")[0] == name:
         # With the tag, which determines the normalisation of the images.
@@ -153,13 +141,6 @@ def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Wei
         kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
         own = {key: value for key, value in expected.items() if key.startswith(prefix)}
         tensors = kept | own
-    for key in _other_shapes(tensors, expected):
-        if POSITIONS.search(key):
-            raise UsageError(
-                f"{state.name} was trained on another image size than {name}: {key} is "
-                f"{tuple(tensors[key].shape)}, not {tuple(expected[key].shape)}; give the size "
-                "with --image-size (in a recipe data.image_size)"
-            )
     weights = check_weights(replace(state, tensors=tensors), expected, name, path)
     model.load_state_dict(weights.tensors)
     if state.others:
@@ -172,19 +153,15 @@ def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Wei
     return weights
 
 
-def _other_shapes(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
-    return [
-        key
-        for key, value in expected.items()
-        if getattr(tensors.get(key), "shape", value.shape) != value.shape
-    ]
-
-
 def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Returns tensors with position embeddings that timm resampled to the model's image size."""
     # A function in the module of each architecture that needs it.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is None or not _other_shapes(tensors, model.state_dict()):
+    is_other = (
+        getattr(tensors.get(key), "shape", value.shape) != value.shape
+        for key, value in model.state_dict().items()
+    )
+    if adapt is None or not any(is_other):
         return tensors
     try:
         return {**tensors, **adapt(dict(tensors), model)}
