@@ -180,23 +180,7 @@ class ModelSource:
         Raises:
             UsageError: If it is not valid, a folder without a checkpoint, or a file of weights.
         """
-        name, path = str(given), Path(given).expanduser()
-        is_name = isinstance(given, str) and (
-            ":" in name or timm.models.is_model(name.partition(".")[0])
-        )
-        if not is_name and (path / CONFIG).is_file():
-            name = f"{LOCAL_DIR}{path}"
-        elif not is_name and path.is_file():
-            raise UsageError(
-                f"{given} is a file of weights: name its architecture, and pass the file with "
-                "--checkpoint (in Python checkpoint_path=)"
-            )
-        elif not is_name and (
-            path.is_dir() or isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
-        ):
-            raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
-        elif not is_name and bare_repo and REPO.fullmatch(name):
-            name = f"{HF_HUB}{name}"
+        name = _full_name(given, bare_repo)
         try:
             scheme, rest = parse_model_name(name)
         except ValueError as error:
@@ -237,6 +221,25 @@ class ModelSource:
     def read_info(self) -> CheckpointInfo | None:
         """Reads the description of a decoupled checkpoint; returns None if the folder has none."""
         return None if self.folder is None else find_info(self.folder)
+
+
+def _full_name(given: str | Path, bare_repo: bool) -> str:
+    """Returns a name for timm, with the scheme of a folder or repo."""
+    name, path = str(given), Path(given).expanduser()
+    is_registered = ":" in name or timm.models.is_model(name.partition(".")[0])
+    if isinstance(given, str) and is_registered:
+        return name
+    if (path / CONFIG).is_file():
+        return f"{LOCAL_DIR}{path}"
+    if path.is_file():
+        raise UsageError(
+            f"{given} is a file of weights: name its architecture, and pass the file with "
+            "--checkpoint (in Python checkpoint_path=)"
+        )
+    is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
+    if is_path or path.is_dir():
+        raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
+    return f"{HF_HUB}{name}" if bare_repo and REPO.fullmatch(name) else name
 
 
 def list_repo_heads(
