@@ -328,7 +328,7 @@ REFUSED = {
     "empty name": (lambda m: {"heads": {"": create_head("crt", 96, 4)}}, "ASCII letters"),
     "fp16 range": (
         lambda m: {"heads": {"crt": crt_with_bias(m, 1e5)}, "dtype": torch.float16},
-        "bias of head 'crt' is beyond the range of torch.float16",
+        "bias of head 'crt' has values that are not finite in torch.float16",
     ),
     "integer type": (lambda m: {"dtype": torch.int8}, "dtype must be a floating-point type"),
     "counts": (lambda m: {"class_counts": [1, 2]}, r"class_counts must be .* 4 integers"),

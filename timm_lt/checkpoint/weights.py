@@ -148,12 +148,15 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     limit = max([ORDINARY, *sizes])
     for key in ("model_args", "pretrained_cfg"):
         try:
-            integers = list(_integers(config.get(key, {}), key))
-        except RecursionError as error:
-            raise UsageError(f"{path}: {key} is nested too deeply") from error
-        for name, size in integers:
-            if abs(size) > limit:
-                raise UsageError(f"{path}: {name} is {size}, far beyond the sizes in {WEIGHTS}")
+            problems = [
+                f"{name} is {size}, far beyond the sizes in {WEIGHTS}"
+                for name, size in _integers(config.get(key, {}), key)
+                if abs(size) > limit
+            ]
+        except RecursionError:
+            problems = [f"{key} is nested too deeply"]
+        if problems:
+            raise UsageError(f"{path}: {problems[0]}")
 
 
 def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:
