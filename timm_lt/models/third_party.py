@@ -283,11 +283,11 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         raise
     except Exception as error:
         # A part of a pickle may raise anything.
-        reason = getattr(error, "strerror", None) or str(error).partition(". ")[0]
-        raise UsageError(
-            f"{name} cannot be read as weights, it may be truncated: "
-            f"{' '.join(reason.split())[:200] or type(error).__name__}"
-        ) from error
+        reason = getattr(error, "strerror", None)
+        if reason is None:
+            first = " ".join(str(error).partition(". ")[0].split())[:200]
+            reason = f"{first or type(error).__name__}; it may be truncated"
+        raise UsageError(f"{name} cannot be read as weights: {reason}") from error
 
 
 def _refusal(error: Exception) -> str:
