@@ -23,10 +23,10 @@ import timm_lt
 import train_lt
 from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
-from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.heads import HEADS, get_head
 from timm_lt.models.lt_resnet import _cfg
 from timm_lt.models.published import CHECKPOINTS, read_published
+from timm_lt.models.repo import ModelSource
 from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
@@ -428,7 +428,7 @@ def test_a_repo_is_folded_and_listed_by_its_names(pushed, tmp_path, capsys):
         [f"hf-hub:{pushed.repo_id}", pushed.repo_id, f"{pushed.repo_id}@main"]
     ):
         # All of one commit, whatever happens to the branch meanwhile.
-        assert find_checkpoint(name)[0] == f"hf-hub:{pushed.repo_id}@{commit}"
+        assert ModelSource.find(name).name == f"hf-hub:{pushed.repo_id}@{commit}"
         ship = tmp_path / str(k)
         assert main(["fold", name, str(ship), "--head", "crt"]) == 0
         plain = timm.create_model(f"local-dir:{ship}", pretrained=True).eval()
@@ -499,7 +499,7 @@ def other_backbone(model):
 ADD_REFUSED = {
     "not fitted": (lambda m: HEADS["lws"].from_classifier(m.fc), {}, "not fitted"),
     "other backbone": (other_backbone, {}, "has another weight than the joint classifier"),
-    "not a head": (lambda m: m.fc, {}, "is Linear, not a timm_lt head"),
+    "not a head": (lambda m: m.fc, {}, "must have a timm_lt head for fc; got fc: Linear"),
     "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
     "taken": (
         lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"

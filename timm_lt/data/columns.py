@@ -18,9 +18,16 @@ import torch.utils.data
 from numpy.typing import NDArray
 from PIL import Image
 
-from timm_lt.data.decode import WHITE, check_background, decode_column, read_image
+from timm_lt.data.decode import decode_column, read_image
 from timm_lt.data.fingerprint import described, digest, images_fingerprint
-from timm_lt.utils.checks import Problems, UsageError, shown_names, unknown_name
+from timm_lt.utils.checks import (
+    WHITE,
+    Problems,
+    UsageError,
+    check_background,
+    shown_names,
+    unknown_name,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -55,7 +62,7 @@ def as_rgb(
     Args:
         dataset: The data set.
         column: Its column of images.
-        background: See :func:`~timm_lt.data.decode.check_background`; None keeps the column's own,
+        background: See :func:`~timm_lt.utils.checks.check_background`; None keeps the column's own,
             or takes white.
 
     Raises:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from timm_lt.utils.checks import UsageError, check_choice, check_options
+from timm_lt.utils.longtail import SelectionProtocol
 from timm_lt.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ SPLIT_WORDS: dict[str, Split] = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# Selection is on validation, or on the test split as a paper did it.
-SelectionProtocol = Literal["standard", "paper"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
 # Files in a column of paths: more with the longest paths would not fit 2 GiB.

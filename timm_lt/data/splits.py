@@ -23,7 +23,7 @@ from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import as_rgb, check_random_access
-from timm_lt.data.decode import WHITE, Unreadable, shown_path
+from timm_lt.data.decode import Unreadable, shown_path
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,
@@ -32,10 +32,17 @@ from timm_lt.data.images import (
     label_tensor,
     relabelled,
 )
-from timm_lt.data.sources import SPLIT_WORDS, SelectionProtocol, Split, check_protocol, find_splits
-from timm_lt.utils.checks import Problems, UsageError, check_integer, check_number, shown_names
+from timm_lt.data.sources import SPLIT_WORDS, Split, check_protocol, find_splits
+from timm_lt.utils.checks import (
+    WHITE,
+    Problems,
+    UsageError,
+    check_integer,
+    check_number,
+    shown_names,
+)
 from timm_lt.utils.console import log
-from timm_lt.utils.longtail import Labels, check_labels, class_counts
+from timm_lt.utils.longtail import Labels, SelectionProtocol, check_labels, class_counts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -399,7 +406,7 @@ class Splits:
         """Returns the splits with transparent pixels composited onto another colour.
 
         Args:
-            background: See :func:`~timm_lt.data.decode.check_background`.
+            background: See :func:`~timm_lt.utils.checks.check_background`.
         """
         datasets = {
             split: as_rgb(dataset, background=background)

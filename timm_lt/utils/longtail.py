@@ -22,6 +22,8 @@ Labels: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 # Counts in label order, or by label, such as a collections.Counter or pandas' value_counts().
 ClassCounts: TypeAlias = Labels | Mapping[Any, int]
 Profile = Literal["exponential", "step", "pareto"]
+# Selection on validation, or on the test split where a paper did so.
+SelectionProtocol = Literal["standard", "paper"]
 ShotRule = Literal["fb", "oltr"]
 
 PARETO_POWER = 6
