@@ -173,9 +173,8 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         found = find_images(str(path))
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
-        unnamed = {ascii(name): "its name is not UTF-8; rename it" for name in found.unnamed}
-        errors |= found.broken | unnamed
-        images = sorted([*found.images, *photos, *found.broken, *unnamed])
+        errors |= found.broken
+        images = sorted([*found.images, *photos, *found.broken])
         if not images:
             only = f", only {counted_suffixes(found.others)}" if found.others else ""
             raise UsageError(f"there is no image in {path}{only}")
