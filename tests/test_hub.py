@@ -597,7 +597,7 @@ def test_the_main_job_asks_the_hub_before_it_trains(loopback_hub, tmp_path, caps
     cases = [
         (loopback_hub.READER, "me/birds", "the token may only read"),
         ("hf_nonsense", "me/birds", "the token is not valid"),
-        (loopback_hub.WRITER, "birds", "write namespace/name"),
+        (loopback_hub.WRITER, "birds", "expected 'namespace/name'"),
         (loopback_hub.WRITER, "me/birds@dev", "must be NAMESPACE/NAME"),
         (loopback_hub.WRITER, "you/birds", "you/birds: the token is for me"),
     ]
