@@ -1,6 +1,5 @@
 """Columns of a ``datasets.Dataset``: finding images and labels, decoding, numbering labels."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -148,10 +147,10 @@ def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
 
 
 def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
-    """Finds the column of labels: integers, names, or a ``ClassLabel``.
+    """Finds the column of labels: ``label`` or ``labels`` with integers, else a ``ClassLabel``.
 
-    Taken is ``label`` or ``labels`` with integers; else the ``ClassLabel``; else a column with a
-    usual name such as ``target`` or ``class``. Of several, the one called ``label`` is taken.
+    Otherwise it is a column of integers or texts with a usual name such as ``target`` or ``class``.
+    Of several columns, the one called ``label`` is taken.
 
     Args:
         rows: The data set.
@@ -215,19 +214,18 @@ def read_labels(
 ) -> tuple[dict[str, NDArray[np.int64]], list[str] | None]:
     """Reads the labels of all splits as integers with one list of class names.
 
-    The names of a ``ClassLabel`` are those of the first split; splits that list them in another
-    order are renumbered. Texts are names, sorted over all splits. Integers have no names.
+    The names of a ``ClassLabel`` are those of the first split; splits with another order are
+    renumbered. Texts are names, sorted over all splits. Integers have no names.
 
     Args:
-        tables: The splits by name, that for training first.
+        tables: The splits by name, the training split first.
         column: The column of labels.
 
     Returns:
-        The labels by split, (N,) int64, -1 where an image has none; and the class names, (C,).
+        The labels by split, (N,) int64, -1 where there is none; and the class names, (C,).
 
     Raises:
-        UsageError: If a split has another type of labels or other classes than the first, a class
-            below the largest has no image in any split, or two names differ in case only.
+        UsageError: If a split has another type of labels or other classes than the first.
     """
     first = next(iter(tables))
     features = {split: table.features[column] for split, table in tables.items()}
@@ -238,72 +236,29 @@ def read_labels(
                 f"{_type_name(features[first])} in split {first!r}"
             )
     values = {split: arrow_column(table, column) for split, table in tables.items()}
-    kind = label_kind(features[first])
-    if kind == "texts":
-        return _numbered(values, column)
-    labels = {split: _integers(array) for split, array in values.items()}
-    if kind == "names":
-        names = list(features[first].names)
-        return {
-            split: _renumbered(labels[split], features[split], names) for split in labels
-        }, names
-    used = np.unique(np.concatenate(list(labels.values())))
-    used = used[used != UNLABELLED]
-    wrong = np.flatnonzero(used != np.arange(len(used)))
-    if len(wrong):
-        raise UsageError(
-            f"labels of column {column!r} must be 0 to C - 1 without a gap; found {used[wrong[0]]} "
-            f"but no {wrong[0]} in any split; renumber them, or use texts or a ClassLabel"
-        )
-    return labels, None
+    names: list[str] | None = getattr(features[first], "names", None)
+    if label_kind(features[first]) == "texts":
+        values = {split: array.cast(pa.string()) for split, array in values.items()}
+        texts = {text for array in values.values() for text in pc.unique(array).to_pylist()}
+        names = sorted(text for text in texts if text and text.strip())
+        known = pa.array(names, pa.string())
+        values = {split: pc.index_in(array, value_set=known) for split, array in values.items()}
+    labels: dict[str, NDArray[np.int64]] = {}
+    for split, array in values.items():
+        labels[split] = array.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
+        own: list[str] | None = getattr(features[split], "names", names)
+        if names is None or own is None or own == names:
+            continue
+        if unknown := sorted(set(own) - set(names)):
+            raise UsageError(
+                f"{len(unknown)} classes of split {split!r} are not among those of {first!r}: "
+                f"{shown_names(unknown)}"
+            )
+        # The last number is for -1.
+        labels[split] = np.array([*map(names.index, own), UNLABELLED])[labels[split]]
+    return labels, names
 
 
 def arrow_column(table: datasets.Dataset, column: str) -> pa.ChunkedArray:
     """Returns a column as it is stored."""
     return cast(pa.Table, table.select_columns(column).with_format("arrow")[:]).column(0)
-
-
-def _integers(values: pa.ChunkedArray) -> NDArray[np.int64]:
-    numbers: NDArray[np.int64] = values.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
-    return numbers
-
-
-def _renumbered(
-    labels: NDArray[np.int64], feature: datasets.ClassLabel, names: list[str]
-) -> NDArray[np.int64]:
-    """Returns labels that count on one list of names in the order of another list."""
-    if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(feature.names):
-        raise UsageError(
-            f"labels must be -1 to {len(feature.names) - 1}, for there are {len(feature.names)} "
-            f"classes; found {labels.min()} to {labels.max()}"
-        )
-    if feature.names == names:
-        return labels
-    if unknown := sorted(set(feature.names) - set(names)):
-        raise UsageError(
-            f"{len(unknown)} classes are not among those of the training split: "
-            f"{shown_names(unknown)}"
-        )
-    # The last one is for -1.
-    numbers: NDArray[np.int64] = np.array([*map(names.index, feature.names), UNLABELLED])
-    return numbers[labels]
-
-
-def _numbered(
-    values: Mapping[str, pa.ChunkedArray], column: str
-) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """Returns texts as the indices of their sorted names; blank ones are missing."""
-    texts = {split: array.cast(pa.string()) for split, array in values.items()}
-    distinct = set().union(*(pc.unique(array).drop_null().to_pylist() for array in texts.values()))
-    names = sorted(name for name in distinct if name.strip())
-    same: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        same[name.strip().casefold()].append(repr(name))
-    if alike := [" and ".join(group) for group in same.values() if len(group) > 1]:
-        raise UsageError(
-            f"{len(alike)} classes of column {column!r} are written in several ways: "
-            f"{shown_names(alike)}; write each in one way, or use a ClassLabel"
-        )
-    known = pa.array(names, pa.string())
-    numbers = {split: pc.index_in(array, value_set=known) for split, array in texts.items()}
-    return {split: _integers(array) for split, array in numbers.items()}, names

@@ -318,15 +318,15 @@ def _labelled(
             image, label = image_column(table, image), label_column(table, label)
     problems.check()
     note_unused(problems.owner, [c for c in first.column_names if c not in (image, label)])
+    rows = {}
     with _readable(f"column {label!r}"):
         labels, names = read_labels(tables, str(label))
-    feature = Value("int64") if names is None else ClassLabel(names=names)
-    rows = {}
-    for name, table in tables.items():
-        images = table.with_format(None).select_columns(str(image))
-        images = images if image == "image" else images.rename_column(str(image), "image")
-        images = images.cast_column("image", Image(mode="RGB"))
-        rows[name] = images.add_column("label", labels[name], feature=feature)
+        feature = Value("int64") if names is None else ClassLabel(names=names)
+        for name, table in tables.items():
+            images = table.with_format(None).select_columns(str(image))
+            images = images if image == "image" else images.rename_column(str(image), "image")
+            images = images.cast_column("image", Image(mode="RGB"))
+            rows[name] = images.add_column("label", labels[name], feature=feature)
     return rows, labels
 
 
