@@ -546,7 +546,7 @@ def test_add_head_notices_that_the_repo_moved_on(loopback_hub, tmp_path, monkeyp
         return commit(self, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", after_somebody_else)
-    with pytest.raises(UsageError, match="the branch moved on meanwhile"):
+    with pytest.raises(UsageError, match="the branch has changed meanwhile"):
         timm_lt.add_head("me/birds", "mine", head, cache_dir=tmp_path)
     config = json.loads(loopback_hub.files("me/birds")[CONFIG])
     assert "mine" not in config["timm_lt"]["heads"]
