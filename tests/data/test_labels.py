@@ -84,7 +84,7 @@ def test_columns():
     with pytest.raises(timm_lt.UsageError, match=r"no column of labels; .* fine \(int64\)"):
         labels_of(rows(fine=LABELS))
     with pytest.raises(
-        timm_lt.UsageError, match=r"unknown label column 'coarse'; .*: image, fine, label"
+        timm_lt.UsageError, match=r"no column 'coarse' of labels; .* fine .int64., label"
     ):
         labels_of(both, column="coarse")
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from timm_lt.data.decode import WHITE, check_background, decode_column, read_image
 from timm_lt.data.fingerprint import described, digest, images_fingerprint
-from timm_lt.utils.checks import UsageError, shown_names, unknown_name
+from timm_lt.utils.checks import UsageError, shown_names
 
 
 @dataclass
@@ -175,17 +175,14 @@ def _choose(
     """Returns the named column if it is accepted, or the only one of the first non-empty list."""
     if column in accepted:
         return column
-    if column is not None and column not in rows.features:
-        raise unknown_name(f"{noun} column", column, rows.column_names)
+    names = next(filter(None, found), [])
+    if column is None and (noun in names or len(names) == 1):
+        return noun if noun in names else names[0]
+    problem = f"no column {column!r} of {noun}s" if column else f"no column of {noun}s"
+    if column is None and names:
+        problem = f"several columns could be the {noun}: {', '.join(names)}; name one"
     columns = [f"{name} ({_type_name(kind)})" for name, kind in rows.features.items()]
-    shown = f"the columns are {', '.join(columns) or 'none'}"
-    if column is not None:
-        raise UsageError(f"column {column!r} does not contain {noun}s; {shown}")
-    for names in filter(None, found):
-        if noun in names or len(names) == 1:
-            return noun if noun in names else names[0]
-        raise UsageError(f"several columns could be the {noun}: {', '.join(names)}; name one")
-    raise UsageError(f"no column of {noun}s; {shown}; name one, if it is among them")
+    raise UsageError(f"{problem}; the columns are {', '.join(columns) or 'none'}")
 
 
 def label_kind(feature: object) -> Literal["names", "integers", "texts"] | None:

@@ -52,28 +52,31 @@ def hub_errors(
         revision: Its revision.
         file: The file in it.
     """
-    what = f"{file} of {repo_id}" if file else repo_id
     try:
         yield
     except UsageError:
         raise
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is not a valid repo id: {_line(error)}") from error
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{repo_id} has no branch, tag or commit {revision!r}") from error
-    except GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{repo_id}"
-        raise UsageError(f"{repo_id} is gated: ask for access at {page} and {LOGIN}") from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"there is no model repo {repo_id}, or it is private and you have no access: {LOGIN}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError(f"{what} is not in the cache, and {_reason(error, what)}") from error
-    except EntryNotFoundError as error:
-        raise UsageError(f"{repo_id} has no file {file}") from error
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{what}: {_reason(error, what)}") from error
+        raise UsageError(_message(error, repo_id, revision, file)) from error
+
+
+def _message(error: Exception, repo_id: str, revision: str | None, file: str | None) -> str:
+    what = f"{file} of {repo_id}" if file else repo_id
+    match error:
+        case HFValidationError():
+            return f"{repo_id!r} is not a valid repo id: {_line(error)}"
+        case RevisionNotFoundError():
+            return f"{repo_id} has no branch, tag or commit {revision!r}"
+        case GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repo_id}"
+            return f"{repo_id} is gated: ask for access at {page} and {LOGIN}"
+        case RepositoryNotFoundError():
+            return f"there is no model repo {repo_id}, or it is private; {LOGIN}"
+        case LocalEntryNotFoundError():
+            return f"{what} is not in the cache, and {_reason(error, what)}"
+        case EntryNotFoundError():
+            return f"{repo_id} has no file {file}"
+    return f"{what}: {_reason(error, what)}"
 
 
 def _reason(error: BaseException, what: str) -> str:
