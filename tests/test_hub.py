@@ -360,7 +360,7 @@ timm_lt.create_model("hf-hub:me/other", head="lws", cache_dir=r"{pushed.cache}")
 def test_a_private_repo_needs_a_token(pushed, monkeypatch):
     token = os.environ["HF_TOKEN"]
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UsageError, match=r"it is private and you have no access.*hf auth login"):
+    with pytest.raises(UsageError, match=r"or it is private; .*hf auth login"):
         load(pushed, "lws")
     assert pushed.downloaded() == []
     assert get_head(load(pushed, "lws", token=token)).kind == "lws"
@@ -546,7 +546,7 @@ def test_add_head_notices_that_the_repo_moved_on(loopback_hub, tmp_path, monkeyp
         return commit(self, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", after_somebody_else)
-    with pytest.raises(UsageError, match="the branch moved on meanwhile"):
+    with pytest.raises(UsageError, match="the branch has changed meanwhile"):
         timm_lt.add_head("me/birds", "mine", head, cache_dir=tmp_path)
     config = json.loads(loopback_hub.files("me/birds")[CONFIG])
     assert "mine" not in config["timm_lt"]["heads"]
@@ -597,7 +597,7 @@ def test_the_main_job_asks_the_hub_before_it_trains(loopback_hub, tmp_path, caps
     cases = [
         (loopback_hub.READER, "me/birds", "the token may only read"),
         ("hf_nonsense", "me/birds", "the token is not valid"),
-        (loopback_hub.WRITER, "birds", "write namespace/name"),
+        (loopback_hub.WRITER, "birds", "expected 'namespace/name'"),
         (loopback_hub.WRITER, "me/birds@dev", "must be NAMESPACE/NAME"),
         (loopback_hub.WRITER, "you/birds", "you/birds: the token is for me"),
     ]

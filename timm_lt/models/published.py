@@ -120,7 +120,9 @@ def read_published(path: Path) -> Published | None:
     if block is None:
         return None
     where = f"{path}: {PUBLISHED_BLOCK}"
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in block.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
+    }
     try:
         heads = {
             name: PublishedHead(**values or {})
