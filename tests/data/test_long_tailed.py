@@ -87,10 +87,10 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_data_set_without_labels_is_refused():
-    rows = datasets.Dataset.from_dict({"target": [0, 1]})
-    with pytest.raises(UsageError, match="no column 'label' or 'labels', only target"):
+    rows = datasets.Dataset.from_dict({"score": [0, 1]})
+    with pytest.raises(UsageError, match=r"no column of labels; the columns are score \(int64\)"):
         make_long_tailed(rows, imbalance_factor=2)
-    with pytest.raises(UsageError, match="no column 'labl', only target"):
+    with pytest.raises(UsageError, match="no column 'labl' of labels; the columns are score"):
         make_long_tailed(rows, imbalance_factor=2, column="labl")
 
 

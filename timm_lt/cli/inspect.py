@@ -29,7 +29,7 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.decode import Damage, check_background
+from timm_lt.data.decode import Damage
 from timm_lt.data.folder import folder, list_folder
 from timm_lt.data.inspection import Inspection, Twin, inspect_splits
 from timm_lt.data.list_files import read_image_list
@@ -39,6 +39,7 @@ from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
 from timm_lt.utils.checks import (
     UsageError,
+    check_background,
     check_integer,
     check_number,
     check_options,
@@ -224,7 +225,6 @@ def add_parser(commands: Commands) -> None:
     inspect = add_command(
         commands,
         "inspect",
-        summary="look at a data set before training",
         description=(
             "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
             "image sizes and whatever would keep a run from training, and writes a table and a "

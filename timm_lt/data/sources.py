@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from timm_lt.utils.checks import UsageError, check_choice, check_options
+from timm_lt.utils.longtail import SelectionProtocol
 from timm_lt.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ SPLIT_WORDS: dict[str, Split] = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# "paper": hyper-parameters are selected on the test split, as a paper did.
-SelectionProtocol = Literal["standard", "paper"]
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
 # Files per chunk of a column: more of the longest paths would exceed 2 GiB.

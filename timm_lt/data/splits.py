@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import as_rgb, check_random_access
-from timm_lt.data.decode import WHITE, Unreadable, note_damaged_files, shown_path
+from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,
@@ -31,15 +31,21 @@ from timm_lt.data.images import (
 )
 from timm_lt.data.sources import (
     SPLIT_WORDS,
-    SelectionProtocol,
     Split,
     check_protocol,
     dataset_from_files,
     find_splits,
 )
-from timm_lt.utils.checks import Problems, UsageError, check_integer, check_number, shown_names
+from timm_lt.utils.checks import (
+    WHITE,
+    Problems,
+    UsageError,
+    check_integer,
+    check_number,
+    shown_names,
+)
 from timm_lt.utils.console import log
-from timm_lt.utils.longtail import Labels, check_labels, class_counts
+from timm_lt.utils.longtail import Labels, SelectionProtocol, check_labels, class_counts
 
 ValSource = Literal["val", "train", "test"]
 LabelArray = NDArray[np.int64]
