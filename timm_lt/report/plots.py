@@ -10,6 +10,7 @@ The plot of a data set: training images by class.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ DPI = 120
 GROUP_COLORS = ("C2", "C1", "C3")
 # Colours that are told apart on white, and from the grey of the training images.
 COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
@@ -440,4 +442,47 @@ def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb"
     for shade, shot in zip(GROUP_COLORS, describe_shots(counts, rule).values(), strict=True):
         start, end = end, end + int(shot["classes"])
         axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
+    write_figure(path, figure)
+
+
+def save_spread_plot(
+    path: Path,
+    spreads: Mapping[str, Mapping[tuple[str, str], tuple[float | None, float | None]]],
+    *,
+    title: str,
+) -> None:
+    """Draws a panel for each shot group: columns along the axis, a marker for each row.
+
+    Args:
+        path: PNG file to write.
+        spreads: By shot group, then by row and column, the mean accuracy and its standard
+            deviation, fractions; None if unknown.
+        title: Heading of the rows.
+    """
+    from matplotlib.figure import Figure
+
+    cells = next(iter(spreads.values()))
+    labels, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    figure = Figure(figsize=(2.7 * len(spreads), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(spreads), squeeze=False)[0]
+    for axes, (group, by_cell) in zip(panels, spreads.items(), strict=True):
+        for number, label in enumerate(labels):
+            points = {column: by_cell[row, column] for row, column in by_cell if row == label}
+            axes.errorbar(
+                # Beside each other: markers of one column would hide each other.
+                [columns.index(column) + number / len(labels) / 2 for column in points],
+                [math.nan if mean is None else 100 * mean for mean, _ in points.values()],
+                yerr=[100 * (sd or 0.0) for _, sd in points.values()],
+                label=label,
+                color=COLORS[number % len(COLORS)],
+                marker=MARKERS[number % len(MARKERS)],
+                linestyle="none",
+                capsize=2,
+            )
+        axes.set_title(group)
+        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("test accuracy, %")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, title=title, loc="outside upper center", ncols=len(labels))
     write_figure(path, figure)

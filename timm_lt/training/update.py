@@ -108,14 +108,14 @@ class Remix(Mixup):
         remix_tau: float = 0.5,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
         self.class_counts = check_class_counts(class_counts)
         self.kappa = check_number("mixup.remix_kappa", remix_kappa, "[1, inf)")
         self.tau = check_number("mixup.remix_tau", remix_tau, "[0, 1]")
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes images (B, 3, H, W), in place, and labels (B,) to targets (B, C)."""
-        images, soft = super().__call__(images, targets)
+        images, soft = super().__call__(images, targets)  # type: ignore[no-untyped-call]
         # timm mixes image i from the beginning with image i from the end.
         own, other = targets[:, None], targets.flip(0)[:, None]
         share = soft.gather(1, own)
