@@ -21,8 +21,7 @@ from timm_lt.data import create_augmentation, create_splits
 from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.heads import get_head, head_statistics, seeded_linear
-from timm_lt.run.recipe import Recipe
-from timm_lt.run.recipe_checks import stage_heads
+from timm_lt.run.recipe import Recipe, stage_heads
 from timm_lt.training import plan_head_on_images, train_head_on_images
 from timm_lt.utils.accelerator import create_accelerator
 

@@ -10,7 +10,7 @@ from timm_lt.cli.common import Commands, add_command, say
 from timm_lt.fitting import AUTO
 from timm_lt.heads import list_heads
 from timm_lt.run.comparison import shipped_grids
-from timm_lt.run.parse import create_parser, recipe_choices, shipped_recipes
+from timm_lt.run.parse import create_parser, shipped_recipes
 
 # What stands for a head, a file or a folder in the help.
 HEADS = ("HEAD", "NAME")
@@ -78,7 +78,6 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser) -> None:
     """Gives a parser the options of another one, for their names and choices alone."""
-    choices = recipe_choices()
     known = {option for action in parser._actions for option in action.option_strings}
     for action in other._actions:
         names = [name for name in action.option_strings if name.startswith("--")]
@@ -86,7 +85,7 @@ def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser
             continue
         kind = "store_true" if action.nargs == 0 else "store"
         added = parser.add_argument(*names, action=kind)
-        added.choices = action.choices or choices.get(action.dest)
+        added.choices = action.choices
 
 
 def _complete_heads(parser: argparse.ArgumentParser) -> None:

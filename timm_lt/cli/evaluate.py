@@ -45,8 +45,7 @@ from timm_lt.metrics import (
 )
 from timm_lt.models.label_names import keeps_classifier, shown_as
 from timm_lt.report.tables import shot_table
-from timm_lt.run.class_order import check_no_order, in_order_of_weights
-from timm_lt.run.network import TIMM, create_images, on_background
+from timm_lt.run.network import TIMM, create_images, in_order_of_weights, on_background
 from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
@@ -209,16 +208,14 @@ def _check_classes(model: nn.Module, splits: Splits, name: str) -> None:
 def _in_order(splits: Splits, model: nn.Module, arguments: argparse.Namespace) -> Splits:
     """Numbers the classes of the data as the model does; warns where names say others."""
     names, theirs = splits.label_names, splits.label_names or []
-    if keeps_classifier(model, names, arguments.model, "timm-lt heads --fresh-classifier"):
-        return in_order_of_weights(
-            splits,
-            model,
-            name=arguments.model,
-            checkpoint=arguments.checkpoint,
-            class_order=arguments.class_order,
-            image_size=arguments.image_size,
-        )
-    check_no_order(arguments.class_order, arguments.model, splits.num_classes)
+    kept = keeps_classifier(model, names, arguments.model, "timm-lt heads --fresh-classifier")
+    given = ModelRecipe(
+        arguments.model, checkpoint=arguments.checkpoint, class_order=arguments.class_order
+    )
+    size = arguments.image_size
+    splits = in_order_of_weights(splits, model, kept=kept, given=given, image_size=size)
+    if kept:
+        return splits
     own = shown_as(model, theirs) or []
     differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
     if differing:

@@ -40,7 +40,6 @@ from timm_lt.checkpoint import METRICS, PLOTS, RECIPE, read_config
 from timm_lt.data import Splits
 from timm_lt.data.sources import check_protocol, checked_source, dataset_from_arrays
 from timm_lt.fitting import AUTO, FITS
-from timm_lt.losses import create_loss
 from timm_lt.models.create import LOCAL_DIR, split_options
 from timm_lt.models.published import hub_configs
 from timm_lt.report.plots import COLORS, write_figure
@@ -48,6 +47,7 @@ from timm_lt.report.tables import GROUPS, group_word, new_table, shot_legend
 from timm_lt.run.folder import (
     LOCK,
     OCCUPIED,
+    check_places,
     differences,
     is_running,
     lock_folder,
@@ -56,17 +56,15 @@ from timm_lt.run.folder import (
 )
 from timm_lt.run.network import create_images, create_network
 from timm_lt.run.parse import parse_recipe
-from timm_lt.run.recipe import ModelRecipe, Recipe
-from timm_lt.run.recipe_checks import (
+from timm_lt.run.recipe import ModelRecipe, Recipe, head_kind
+from timm_lt.run.setup import (
+    Trainer,
     check_heads,
-    check_options_of_parts,
-    check_output,
-    check_views,
-    head_kind,
+    check_training,
+    create_training_loss,
+    create_training_sampler,
 )
-from timm_lt.run.setup import check_network, check_parts, sampler_options
-from timm_lt.samplers import create_sampler
-from timm_lt.training import check_batch_size, check_optimization
+from timm_lt.training import check_batch_size
 from timm_lt.utils.accelerator import available_cores, check_precision
 from timm_lt.utils.checks import UsageError, check_choice, check_number, shown_names, unknown_name
 from timm_lt.utils.console import log, one_line
@@ -337,13 +335,8 @@ def check_recipes(grid: Grid, recipes: Mapping[str, Recipe]) -> None:
 
 def _check_without_model(recipe: Recipe) -> None:
     check_heads(recipe)
-    check_options_of_parts(recipe)
-    if recipe.epochs:
-        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
-        check_optimization(*arguments, recipe.epochs)
     check_protocol(recipe.data.name, recipe.protocol)
     checked_source(recipe.data.name, recipe.data.root, dict(recipe.data.options))
-    check_views(recipe)
     check_precision(recipe.mixed_precision)
     check_batch_size(recipe.batch_size, recipe.batch_size, 1, recipe.accumulation_steps)
 
@@ -352,13 +345,11 @@ def _check_with_model(recipe: Recipe, network: ModelRecipe, splits: Splits) -> N
     """Checks the parts that go together, made of two classes in place of those of the data."""
     if not recipe.epochs:
         return
-    sampler = create_sampler(recipe.sampler.name, [0, 1], num_samples=2, **sampler_options(recipe))
-    loss = create_loss(recipe.loss.name, class_counts=[2, 1], **recipe.loss.options)
+    sampler = create_training_sampler(recipe, torch.tensor([0, 1]), 2)
+    trainer = Trainer(sampler, create_training_loss(recipe, torch.tensor([2, 1])))
     model = create_network(replace(recipe, model=network), _num_classes(network))
-    batch = recipe.batch_size // recipe.accumulation_steps
-    check_parts(recipe, sampler, loss, model, batch=batch)
-    images = create_images(recipe, splits, model, workers=0)
-    check_network(recipe, model, images["val"], batch=batch)
+    images = create_images(recipe, splits, model, workers=0)["val"]
+    check_training(recipe, trainer, model, images, recipe.accumulation_steps)
 
 
 def _two_images() -> Splits:
@@ -487,7 +478,7 @@ def make_plan(
     for name in _in_order(grid, {cell.representation for cell in cells}):
         recipes[name] = _recipe(grid, name, base, heads[name], given)
     check_recipes(grid, recipes)
-    check_output(base, folder)
+    check_places(base, folder)
     # Absolute, since what goes on from a run is the same from wherever the command is called.
     folder = folder.resolve()
     made: dict[tuple[str, int], Run] = {}

@@ -19,10 +19,9 @@ from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.models.label_names import is_for, keeps_classifier
 from timm_lt.report.tables import JOINT, recommend
-from timm_lt.run.class_order import check_no_order, in_order_of_weights
-from timm_lt.run.execution import save, write_metrics
-from timm_lt.run.folder import REPORT
-from timm_lt.run.network import TIMM, on_background
+from timm_lt.run.execution import save
+from timm_lt.run.folder import REPORT, check_places, check_run_folder
+from timm_lt.run.network import TIMM, in_order_of_weights, on_background
 from timm_lt.run.recipe import (
     ClassOrder,
     DataRecipe,
@@ -31,9 +30,8 @@ from timm_lt.run.recipe import (
     Recipe,
     RunOptions,
 )
-from timm_lt.run.recipe_checks import check_output
-from timm_lt.run.setup import Run, given_run
-from timm_lt.run.stages import evaluate, extract, fit, fit_joint
+from timm_lt.run.setup import Run, complete_run
+from timm_lt.run.stages import evaluate, extract, fit, train
 from timm_lt.utils.accelerator import temporary_accelerator, torch_defaults, unwrapped
 from timm_lt.utils.checks import UsageError, check_mapping
 from timm_lt.utils.console import pillow_warnings_ignored
@@ -165,57 +163,35 @@ def rebalance(
         seed=seed,
     )
     folder = None if output is None else Path(output)
+    check_places(recipe, folder)
     if folder is not None:
-        check_output(recipe, folder)
-    copied = _plain_copy(model)
-    # First, for a model without a classifier is refused there.
-    same = get_head(model).out_features == splits.num_classes
-    names = splits.label_names
-    splits = on_background(recipe, splits, copied)
-    # An architecture's tag says nothing certain of weights given in Python, unless names agree.
+        check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=overwrite)
+    copied: Any = _plain_copy(model)
+    # A model without a classifier is refused here.
+    joint = get_head(model).out_features == splits.num_classes and not fresh_classifier
+    names, splits = splits.label_names, on_background(recipe, splits, copied)
+    # The architecture's tag says nothing about weights given in Python, unless names agree.
     known = model if is_for(model, names) else copied
-    cure = "fresh_classifier=True"
-    joint = same and not fresh_classifier and keeps_classifier(known, names, "the model", cure)
-    if joint:
-        splits = in_order_of_weights(splits, known, name="the model", class_order=class_order)
-    else:
-        check_no_order(class_order, "the model", splits.num_classes)
-        reset: Any = copied
-        reset.reset_classifier(splits.num_classes)
+    joint = joint and keeps_classifier(known, names, "the model", "fresh_classifier=True")
+    weights = ModelRecipe("the model", class_order=class_order)
+    splits = in_order_of_weights(splits, known, kept=joint, given=weights)
+    if not joint:
+        copied.reset_classifier(splits.num_classes)
     with temporary_accelerator() as accelerator:
-        run = given_run(
-            recipe,
-            splits,
-            copied,
-            accelerator,
-            folder=folder,
-            options=RunOptions(overwrite=overwrite, workers=workers, quiet=True),
-            joint=joint,
-        )
+        name = "rebalanced" if folder is None else folder.name
+        copied.to(accelerator.device)
+        run = Run(name, recipe, folder, accelerator, splits, copied, joint)
+        complete_run(run, RunOptions(overwrite=overwrite, workers=workers))
         with closing(run):
-            found = _rebalance(run, folder)
-    found.model.to(next(model.parameters()).device)
-    return found
-
-
-def _rebalance(run: Run, folder: Path | None) -> Rebalanced:
-    features = extract(run)
-    if not run.joint:
-        fit_joint(run, features)
-    run.seconds["heads"] = {}
-    heads = fit(run, features, {})
-    found = {name: evaluate(run, name, head, features) for name, head in heads.items()}
-    reports = {name: evaluation.report for name, evaluation in found.items()}
-    if folder is not None:
-        save(run, heads, found, features)
-        digests = {name: evaluation.logits_sha256 for name, evaluation in found.items()}
-        write_metrics(run, heads, reports, digests)
-    record = heads[AUTO].selection
+            for stage in (train, extract, fit, evaluate, save):
+                stage(run)
+    reports = {name: found.report for name, found in run.evaluations.items() if name != AUTO}
+    record = run.heads.pop(AUTO).selection
     best = str(record["head"])
-    del heads[AUTO], reports[AUTO]
-    model = set_head(run.model, copy.deepcopy(heads[best]))
-    model.__dict__[BACKGROUND] = run.splits.background
-    return Rebalanced(model.eval(), best, heads, reports, recommend(reports, record), folder)
+    balanced = set_head(run.model, copy.deepcopy(run.heads[best]))
+    balanced.__dict__[BACKGROUND] = run.splits.background
+    balanced.eval().to(next(model.parameters()).device)
+    return Rebalanced(balanced, best, run.heads, reports, recommend(reports, record), folder)
 
 
 def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, ca
         models.append(copy.deepcopy(model))
         return Training(model, [EpochRecord(1, 1.0, 0.1, 100.0, 1.0, {})], 1)
 
-    monkeypatch.setattr("timm_lt.run.execution.train_representation", untrained)
+    monkeypatch.setattr("timm_lt.run.stages.train_representation", untrained)
     cosine = {"head": "cosine", "scale": 1.0}
     options = [*FEW, "--model.options", json.dumps(cosine), "--loss.name", "ldam"]
     assert main(capsys, "--output", tmp_path / "run", *options)[0] == 0

@@ -22,10 +22,10 @@ from damaged import DAMAGE
 import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.decode import loaded
-from timm_lt.run.exits import run_to_exit
+from timm_lt.run.execution import run_to_exit
 from timm_lt.training.state import find_damage
 
-RECIPE = Path(__file__).parent / "small_digits.yaml"
+RECIPE = Path(__file__).parent.parent / "small_digits.yaml"
 KILLS, SEED = 20, 0
 RESULTS = ("config.json", "metrics.json", "README.md", "model.safetensors")
 

@@ -13,7 +13,7 @@ from PIL import Image
 import timm_lt
 from timm_lt.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def commands():
