@@ -511,7 +511,7 @@ def test_a_run_evaluates_what_its_checkpoint_gives(tmp_path, accelerator):
     [
         ("{ncm: {stage: images}}", ["'ncm'", "not trained on images", "crt and lws"]),
         ("{crt: {stage: pictures}}", ["stage of head 'crt'", "'pictures'", "features, images"]),
-        ("{crt: {bn: shift}}", ["bn of head 'crt'", "stage: images"]),
+        ("{crt: {bn: shift}}", ["head 'crt' has no option 'bn'"]),
         ("{crt: {stage: images, solver: sgd}}", ["'solver'", "head 'crt' on images", "momentum"]),
         ("{crt: {stage: images, lr: null}}", ["lr of head 'crt'", "None"]),
         ("{lws: {stage: images, batch_size: 390}}", ["batch_size 390", "389 images"]),

@@ -192,7 +192,7 @@ def test_one_class_is_nothing_to_tell_apart(photos, tmp_path, capsys):
     shutil.copytree(photos / "train" / "a", tmp_path / "one" / "a")
     out = ["--output", str(tmp_path / "run"), "--workers", "0"]
     assert main(["heads", str(tmp_path / "one"), "--model", MODEL, *out]) == 2
-    assert "one class: there is nothing to tell apart" in capsys.readouterr().err
+    assert "at least 2 classes; found 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -496,8 +496,21 @@ def is_trained(recipe, key):
     return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
 
 
+# One of each family of data and method, on its smallest network.
+SAMPLE = {
+    *("lt_resnet10.imagenet_lt", "lt_resnet50.inat2018_e90"),
+    *("lt_resnet32.cifar10_lt_if10_ldam", "lt_bbn_resnet32.cifar10_lt_if10"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SAMPLE else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in RECIPES
+    ],
+)
 def test_two_updates(name, stand_in, tmp_path):
     run = prepared(name, stand_in, tmp_path / "run")
     recipe, classes = run.recipe, CLASSES[DATA[name]]

@@ -78,7 +78,8 @@ def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
     heads = values.get("heads")
     if isinstance(heads, dict):
         # `tau_norm:` with nothing behind it is a head without options.
-        values = {**values, "heads": {name: given or {} for name, given in heads.items()}}
+        heads = {name: {} if given is None else given for name, given in heads.items()}
+        values = {**values, "heads": heads}
     with prefixed(noun):
         recipe: Recipe = _create(Recipe, values)
     return recipe
@@ -123,10 +124,12 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
         return value in inner
     if kind in (Union, UnionType):
         return any(fits(value, part) for part in inner)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        return kind is bool and isinstance(value, bool)
-    if isinstance(value, list) and inner:
-        return all(fits(item, inner[0]) for item in value)
+    # In Python, true and false are integers.
+    right = isinstance(value, int | float if kind is float else kind)
+    if not right or isinstance(value, bool) != (kind is bool):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, *inner) for item in value)
     if isinstance(value, dict) and inner:
         return all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     return True

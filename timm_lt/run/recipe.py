@@ -263,17 +263,9 @@ class FeaturesRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete experiment.
+    """A complete experiment: its parts, each with a docstring of its own, and further keys.
 
     Args:
-        data: Images.
-        model: Network.
-        sampler: Sampler of the representation stage.
-        loss: Loss of the representation stage.
-        optimizer: Optimiser of the representation stage.
-        scheduler: Learning rate schedule.
-        mixup: Mixup, cutmix and remix.
-        ema: Moving average of the weights.
         epochs: Epochs of the representation stage, >= 0. With 0, only heads are fitted, on a model
             with weights; if its joint classifier is not for these classes, one is fitted first.
         batch_size: Images per update, over all processes, >= 1.
@@ -283,7 +275,6 @@ class Recipe:
         max_norm: Largest norm of a class's weights in the joint classifier, > 0; null is no limit.
         validate_every: Epochs from one validation to the next, >= 1.
         keep: Keep the weights of the best epoch on validation (overall accuracy), or of the last.
-        features: Features of all images, for the classifier stage.
         heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
             on what, features or images; the latter trains crt and lws as in their paper. A head
             with a name of its own has the option kind, e.g. {crt_smote: {kind: crt, smote: 100}}.

@@ -185,13 +185,14 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     started = time.perf_counter()
     with progress(f"loading {recipe.data.name}", None):
         data = recipe.data
-        splits = create_splits(
-            data.name,
-            root=data.root,
-            val_fraction=data.val_fraction,
-            protocol=recipe.protocol,
-            **data.options,
-        )
+        with prefixed("data"):
+            splits = create_splits(
+                data.name,
+                root=data.root,
+                val_fraction=data.val_fraction,
+                protocol=recipe.protocol,
+                **data.options,
+            )
         digests = split_digests(splits.datasets, splits.labels, data.root)
         if options.resume:
             check_images(folder, digests)
