@@ -213,7 +213,7 @@ def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
         ({"after": "joint", "loss": {"name": "ldam"}}, "ldam .* needs cosines"),
         ({"after": "joint", "sampler": {"name": "bilateral"}}, "not bilateral: model, loss"),
         ({"after": "joint", "model": {"options": {"drop_rat": 0.1}}}, "drop_rat"),
-        ({"after": "joint", "model": {"options": {"head": "lws"}}}, "leave head= out"),
+        ({"after": "joint", "model": {"options": {"head": "lws"}}}, "remove head="),
     ],
 )
 def test_a_wrong_representation_is_refused_and_named(grid, tmp_path, changes, message):

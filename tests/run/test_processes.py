@@ -31,8 +31,8 @@ from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.images import StoredImages
-from timm_lt.training import train_head_on_images, train_representation
-from timm_lt.training.update import taken_together
+from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
+from timm_lt.training.update import means_over_processes
 
 N, C, SIDE = 42, 4, 32
 arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
@@ -101,7 +101,7 @@ def gradients():
         weight = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).requires_grad_()
         loss = timm_lt.create_loss(name, COUNTS, **options).double()
         loss.set_epoch(0, 10)
-        with taken_together(loss):
+        with means_over_processes(loss):
             loss(inputs[share] @ weight, targets[share]).backward()
         found[f"{name} {options}"] = accelerator.reduce(weight.grad, "mean").flatten().tolist()
     return found
@@ -174,11 +174,13 @@ def run(
         data,
         timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
+        TrainingOptions(
+            epochs=epochs,
+            batch_size=8,
+            optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
+            **options,
+        ),
         accelerator=accelerator,
-        epochs=epochs,
-        batch_size=8,
-        optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
-        **options,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     epochs = [record.loss for record in training.history]
@@ -208,11 +210,11 @@ for processes in (2, 4) if accelerator.num_processes == 1 else (1,):
     result["of_features"][processes] = run(in_memory(), OfFeatures(processes), **options)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
-options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
+options = TrainingOptions(epochs=2, batch_size=8, ema={"decay": 0.5})
 sampler = timm_lt.create_sampler("instance_balanced", labels)
 loss = timm_lt.create_loss("cross_entropy")
 training = train_representation(
-    model, in_memory(), sampler, loss, ema={"decay": 0.5}, **options
+    model, in_memory(), sampler, loss, options, accelerator=accelerator, val=in_memory()
 )
 state = training.model.state_dict()
 result["batch_norm"] = [float(tensor.double().sum()) for tensor in state.values()]

@@ -58,14 +58,13 @@ from timm_lt.run.network import create_images, create_network
 from timm_lt.run.parse import parse_recipe
 from timm_lt.run.recipe import ModelRecipe, Recipe, head_kind
 from timm_lt.run.setup import (
-    Trainer,
     check_heads,
-    check_training,
     create_training_loss,
     create_training_sampler,
+    training_options,
 )
-from timm_lt.training import check_batch_size
-from timm_lt.utils.accelerator import available_cores, check_precision
+from timm_lt.training import RepresentationTrainer, check_model
+from timm_lt.utils.accelerator import available_cores, create_accelerator, fresh_accelerate
 from timm_lt.utils.checks import UsageError, check_choice, check_number, shown_names, unknown_name
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json, yaml_text
@@ -337,19 +336,33 @@ def _check_without_model(recipe: Recipe) -> None:
     check_heads(recipe)
     check_protocol(recipe.data.name, recipe.protocol)
     checked_source(recipe.data.name, recipe.data.root, dict(recipe.data.options))
-    check_precision(recipe.mixed_precision)
-    check_batch_size(recipe.batch_size, recipe.batch_size, 1, recipe.accumulation_steps)
 
 
 def _check_with_model(recipe: Recipe, network: ModelRecipe, splits: Splits) -> None:
     """Checks the parts that go together, made of two classes in place of those of the data."""
     if not recipe.epochs:
         return
-    sampler = create_training_sampler(recipe, torch.tensor([0, 1]), 2)
-    trainer = Trainer(sampler, create_training_loss(recipe, torch.tensor([2, 1])))
     model = create_network(replace(recipe, model=network), _num_classes(network))
-    images = create_images(recipe, splits, model, workers=0)["val"]
-    check_training(recipe, trainer, model, images, recipe.accumulation_steps)
+    images = create_images(recipe, splits, model, workers=0)
+    check_model(model, images["val"])
+    # An epoch of one batch, since the real data are not loaded here.
+    options = {"num_samples": recipe.batch_size} | recipe.sampler.options
+    drawn = replace(recipe, sampler=replace(recipe.sampler, options=options))
+    sampler = create_training_sampler(drawn, torch.tensor([0, 1]), 2)
+    loss = create_training_loss(recipe, torch.tensor([2, 1]))
+    with fresh_accelerate():
+        accelerator = create_accelerator(
+            mixed_precision=recipe.mixed_precision, accumulation_steps=recipe.accumulation_steps
+        )
+        RepresentationTrainer(
+            model,
+            images["train"],
+            sampler,
+            loss,
+            training_options(recipe),
+            accelerator=accelerator,
+            val=images["val"],
+        )
 
 
 def _two_images() -> Splits:

@@ -44,15 +44,9 @@ from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     EpochRecord,
     HeadPlan,
-    check_batch_size,
-    check_classifier,
+    RepresentationTrainer,
+    TrainingOptions,
     check_model,
-    check_optimization,
-    check_pairs,
-    check_schedule,
-    check_statistics,
-    check_trained,
-    check_update,
     plan_head_on_images,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
@@ -62,14 +56,6 @@ from timm_lt.utils.longtail import ClassCounts, Labels, shot_groups
 
 # Option that fits a new classifier, for messages.
 CURE = "model.fresh_classifier (--fresh-classifier)"
-
-
-@dataclass
-class Trainer:
-    """What the representation stage needs besides the model and the images."""
-
-    sampler: ClassSampler
-    loss: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +86,7 @@ class Run:
         model: The model with its joint classifier.
         joint: Whether that classifier is for these classes, or will be after training.
         images: Images by split, as the model takes them.
-        trainer: Sampler and loss; None if nothing but heads is trained.
+        trainer: The representation stage; None if nothing but heads is trained.
         plans: How heads are trained on images, by name.
         lock: Lock on the folder, on the main process.
         seconds: Wall times.
@@ -123,7 +109,7 @@ class Run:
     model: nn.Module
     joint: bool
     images: Mapping[Split, Images] = field(default_factory=dict)
-    trainer: Trainer | None = None
+    trainer: RepresentationTrainer | None = None
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
     lock: FileLock | None = None
     seconds: dict[str, Any] = field(default_factory=dict)
@@ -232,24 +218,17 @@ def complete_run(
             wrong with the data, for all of them together.
     """
     recipe, splits, accelerator = run.recipe, run.splits, run.accelerator
-    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
     problems = Problems()
     with problems.collected():
         check_heads(recipe, splits)
-    if recipe.epochs:
-        with problems.collected():
-            run.trainer = create_trainer(recipe, splits, accelerator)
     with problems.collected():
         run.images = readable_images(
             recipe, splits, run.model, accelerator, workers=options.workers
         )
     problems.check()
-    if run.trainer is None:
-        check_model(run.model, run.images["val"])
-    else:
-        check_training(recipe, run.trainer, run.model, run.images["val"], parts)
-        named = splits.num_classes, splits.label_names
-        start_network(recipe, run.trainer.loss, run.model, *named)
+    check_model(run.model, run.images["val"])
+    if recipe.epochs:
+        run.trainer = _create_trainer(run)
     run.plans = {
         head: plan_head_on_images(
             head_kind(recipe, head), run.model, run.images["train"], accelerator, **given
@@ -299,16 +278,22 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
         )
 
 
-def create_trainer(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Trainer:
-    """Creates sampler and loss of the representation stage.
-
-    Raises:
-        UsageError: For a wrong option, or if the batches cannot be shared by the processes.
-    """
+def _create_trainer(run: Run) -> RepresentationTrainer:
+    """Creates the representation stage; its parts refuse what is wrong with the recipe."""
+    recipe, splits = run.recipe, run.splits
     sampler = create_training_sampler(recipe, splits.labels["train"], splits.num_classes)
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    check_batch_size(recipe.batch_size, len(sampler), processes, steps)
-    return Trainer(sampler, create_training_loss(recipe, splits.class_counts))
+    loss = create_training_loss(recipe, splits.class_counts)
+    start_network(recipe, loss, run.model, splits.num_classes, splits.label_names)
+    return RepresentationTrainer(
+        run.model,
+        run.images["train"],
+        sampler,
+        loss,
+        training_options(recipe),
+        accelerator=run.accelerator,
+        val=run.images["val"],
+        class_counts=splits.class_counts,
+    )
 
 
 def create_training_sampler(recipe: Recipe, labels: Labels, num_classes: int) -> ClassSampler:
@@ -341,50 +326,26 @@ def create_training_loss(recipe: Recipe, class_counts: ClassCounts) -> nn.Module
         return create_loss(class_counts=class_counts, reduction="mean", **options)
 
 
-def training_options(recipe: Recipe) -> dict[str, Any]:
-    """Returns the arguments of ``train_representation`` that come from the recipe alone."""
+def training_options(recipe: Recipe) -> TrainingOptions:
+    """Returns the hyper-parameters of the representation stage."""
     mixup = recipe.mixup.arguments()
-    return {
-        "epochs": recipe.epochs,
-        "optimizer": recipe.optimizer.arguments(),
-        "scheduler": recipe.scheduler.arguments(),
-        "clip_grad": recipe.clip_grad,
-        "clip_mode": recipe.clip_mode,
-        "max_norm": recipe.max_norm,
-        "mixup_off_epoch": mixup.pop("off_epoch", None),
-        "mixup": mixup,
-        "ema": recipe.ema.arguments(),
-        "trained": recipe.model.trained,
-        "bn": recipe.model.bn,
-    }
-
-
-def check_training(
-    recipe: Recipe, trainer: Trainer, model: nn.Module, images: Images, parts: int
-) -> None:
-    """Checks that the parts of the representation stage go together.
-
-    Args:
-        recipe: The recipe.
-        trainer: Its sampler and loss.
-        model: Its model.
-        images: Images of the size that is trained on.
-        parts: Parts in which processes and accumulation take a batch.
-
-    Raises:
-        UsageError: If not.
-    """
-    loss, batch, given = trainer.loss, recipe.batch_size // parts, training_options(recipe)
-    check_optimization(given["optimizer"], given["scheduler"], recipe.epochs)
-    check_schedule(loss, recipe.epochs)
-    update = {key: given[key] for key in ("mixup", "ema", "clip_grad", "clip_mode", "max_norm")}
-    check_update(loss, batch=batch, **update)
-    check_pairs(model, trainer.sampler, loss, batch=batch)
-    check_classifier(loss, model)
-    trained, bn = recipe.model.trained, recipe.model.bn
-    check_trained(model, trained, bn)
-    check_model(model, images)
-    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
+    return TrainingOptions(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        optimizer=recipe.optimizer.arguments(),
+        scheduler=recipe.scheduler.arguments(),
+        clip_grad=recipe.clip_grad,
+        clip_mode=recipe.clip_mode,
+        max_norm=recipe.max_norm,
+        mixup_off_epoch=mixup.pop("off_epoch", None),
+        mixup=mixup,
+        ema=recipe.ema.arguments(),
+        validate_every=recipe.validate_every,
+        keep=recipe.keep,
+        trained=recipe.model.trained,
+        bn=recipe.model.bn,
+        seed=recipe.seed,
+    )
 
 
 def _describe(run: Run) -> None:

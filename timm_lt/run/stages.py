@@ -19,40 +19,24 @@ from timm_lt.metrics import ShotMetrics
 from timm_lt.report.html import Predictions
 from timm_lt.run.folder import STATE
 from timm_lt.run.recipe import head_kind, stage_heads
-from timm_lt.run.setup import Evaluation, Run, training_options
+from timm_lt.run.setup import Evaluation, Run
 from timm_lt.training import (
     EVAL_BATCH_SIZE,
     TrainingState,
     describe_history,
     representation_seconds,
     train_head_on_images,
-    train_representation,
 )
 from timm_lt.utils.console import advance, log, progress
 
 
 def train(run: Run) -> None:
     """Trains the representation, or resumes it; with ``epochs: 0`` there is nothing to train."""
-    recipe = run.recipe
     run.seconds["representation"] = 0.0
     if run.trainer is None:
         return
     assert run.folder is not None
-    training = train_representation(
-        run.model,
-        run.images["train"],
-        run.trainer.sampler,
-        run.trainer.loss,
-        accelerator=run.accelerator,
-        batch_size=recipe.batch_size,
-        val=run.images["val"],
-        validate_every=recipe.validate_every,
-        keep=recipe.keep,
-        class_counts=run.splits.class_counts,
-        state=TrainingState(run.folder / STATE, run.accelerator),
-        seed=recipe.seed,
-        **training_options(recipe),
-    )
+    training = run.trainer.run(TrainingState(run.folder / STATE, run.accelerator))
     # The memory format of a loaded model: another may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
     # A cosine head, say, becomes the linear classifier with its normalised weights.
