@@ -299,14 +299,6 @@ def test_a_damaged_image_is_named(server, tmp_path, path, split):
     assert metrics(folder)["unreadable_images"] == expected
 
 
-def test_a_wrong_batch_size_hides_no_damage(server, tmp_path):
-    run = server.run(*options(tmp_path / "run", *DAMAGED, "--batch_size", "5000"))
-    assert run.status == 2
-    problems = re.findall(r"^- (.*)", run.err, re.MULTILINE)
-    assert problems[0] == "batch_size 5000 exceeds the 389 images of an epoch: make it smaller"
-    assert [problem.split()[0] for problem in problems[1:]] == [*DAMAGE]
-
-
 def test_without_verification_a_worker_names_the_image_that_it_comes_to(server, tmp_path):
     unverified = (*DAMAGED, *PATHS[2], "--data.verify", "false")
     run = server.run(*options(tmp_path / "run", *unverified, "--data.options", "{damaged: val}"))

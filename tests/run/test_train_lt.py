@@ -222,6 +222,8 @@ def failing(capsys, *arguments):
         (["--scheduler.options.cooldown_epochs", "6"], ["cooldown", "longer than 5 epochs"]),
         (["--batch_size", "100000"], ["batch_size", "389"]),
         (["--batch_size", "1"], ["batch norm", "1 images in a process's batch"]),
+        (["--validate_every", "0"], ["validate_every must be an integer >= 1"]),
+        (["--accumulation_steps", "0"], ["accumulation_steps must be an integer >= 1"]),
         (["--accumulation_steps", "3"], ["accumulation_steps", "multiple of 3"]),
         (["--mixup.mixup_alpha", "-1"], ["mixup_alpha", "[0, inf)"]),
         (["--ema.decay", "1"], ["ema.decay", "[0, 1)"]),

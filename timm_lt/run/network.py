@@ -181,29 +181,22 @@ def create_images(
     return images
 
 
-def readable_images(
-    recipe: Recipe,
-    splits: Splits,
-    model: nn.Module,
-    accelerator: Accelerator,
-    *,
-    workers: int | None,
-) -> dict[Split, Images]:
-    """Creates the images of every split, after a look at whether they can be read.
+def check_readable(
+    recipe: Recipe, splits: Splits, images: Mapping[Split, Images], accelerator: Accelerator
+) -> None:
+    """Checks that images can be read; or, if those that cannot are skipped, what is left.
 
     Raises:
-        UsageError: If images cannot be read; or, if these are skipped, a class has no others.
+        UsageError: If images cannot be read, or a class has no others.
     """
     data = recipe.data
-    images = create_images(recipe, splits, model, workers=workers)
     if data.augmentation != TIMM:
         unreadable = {str(split): found.unreadable_rows() for split, found in images.items()}
     elif data.verify:
         unreadable = verify_images(splits.datasets, accelerator, unreadable=data.unreadable)
     else:
-        return images
+        return
     check_classes_left(splits.labels, unreadable, splits.label_names)
-    return images
 
 
 def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:

@@ -318,8 +318,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=0)
-        for name in ("batch_size", "accumulation_steps", "validate_every"):
-            check_integer(name, getattr(self, name), minimum=1)
         check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
         if self.objective is not None:
             check_choice("objective", self.objective, OBJECTIVES)

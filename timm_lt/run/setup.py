@@ -32,11 +32,12 @@ from timm_lt.run.folder import (
     release_run_folder,
 )
 from timm_lt.run.network import (
+    check_readable,
+    create_images,
     create_network,
     has_classifier,
     in_order_of_weights,
     on_background,
-    readable_images,
     start_network,
 )
 from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
@@ -222,9 +223,7 @@ def complete_run(
     with problems.collected():
         check_heads(recipe, splits)
     with problems.collected():
-        run.images = readable_images(
-            recipe, splits, run.model, accelerator, workers=options.workers
-        )
+        run.images = create_images(recipe, splits, run.model, workers=options.workers)
     problems.check()
     check_model(run.model, run.images["val"])
     if recipe.epochs:
@@ -235,6 +234,8 @@ def complete_run(
         )
         for head, given in stage_heads(recipe, "images").items()
     }
+    # Last, since it may take minutes.
+    check_readable(recipe, splits, run.images, accelerator)
     _describe(run)
     if accelerator.is_main_process and run.folder is not None:
         overwrite = options.overwrite
