@@ -423,7 +423,7 @@ def train_two_updates(run):
     tap = run.model.fc.register_forward_pre_hook(
         lambda _, arguments: features.append(arguments[0].detach().double())
     )
-    run.trainer.loss = Recording()
+    run.trainer.update.loss = Recording()
     with pytest.raises(EnoughError):
         train(run)
     hook.remove()
