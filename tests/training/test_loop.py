@@ -555,7 +555,7 @@ def sgd(**options):
         ({"scheduler": {"warmup": 1}}, "unknown option of scheduler: 'warmup'"),
         ({"scheduler": {"cooldown_epochs": 3}}, "longer than 3 epochs"),
         ({"max_norm": 0}, r"max_norm must be a number in \(0, inf\)"),
-        ({"clip_mode": "agc"}, "clip_mode has no effect without clip_grad"),
+        ({"clip_mode": "agc"}, "clip_mode agc has no effect without clip_grad"),
         ({"mixup": {"remix_kappa": 3.0}}, "remix_kappa has no effect without mixup.mixup_alpha or"),
         ({"mixup": {"mixup_alpha": 1.0, "remix_tau": 0.5}}, "without mixup.remix_kappa"),
         ({"mixup": {"mixup_alpha": 0.2}, "batch_size": 5}, r"even number of images .* not 5"),

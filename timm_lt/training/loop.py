@@ -113,7 +113,12 @@ class TrainingOptions:
         mixup, ema = self.mixup or {}, self.ema or {}
         kappa = mixup.get(KAPPA) is not None
         for name, is_set, needed, is_there in (
-            ("clip_mode", self.clip_mode != "norm", "clip_grad", self.clip_grad is not None),
+            (
+                f"clip_mode {self.clip_mode}",
+                self.clip_mode != "norm",
+                "clip_grad",
+                self.clip_grad is not None,
+            ),
             (f"mixup.{KAPPA}", kappa, "mixup.mixup_alpha or cutmix_alpha", mixes(mixup)),
             (f"mixup.{TAU}", mixup.get(TAU) is not None, f"mixup.{KAPPA}", kappa),
             (f"ema options {[*ema]}", bool(ema), "ema.decay", ema.get("decay") is not None),
