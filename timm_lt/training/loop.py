@@ -430,7 +430,9 @@ def check_model(model: nn.Module, images: Images) -> None:
         with torch.inference_mode():
             model.eval()(next(model.parameters()).new_zeros(1, *size))
     except UsageError as error:
-        raise UsageError(f"the model cannot be trained with this head: {error}") from error
+        raise UsageError(
+            f"the model cannot be trained with this head; remove head= ({error})"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the model does not take images of size {size}: {error}") from error
 
