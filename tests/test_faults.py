@@ -21,7 +21,7 @@ from damaged import DAMAGE
 
 import timm_lt
 from timm_lt.data import create_splits
-from timm_lt.data.decode import loaded
+from timm_lt.data.loader import loaded
 from timm_lt.run.exits import run_to_exit
 from timm_lt.training.state import find_damage
 
@@ -571,7 +571,7 @@ def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_p
     # Not by the first process, which loses the other and says nothing.
     assert [run.status for run in runs] == [2, 2]
     (line,) = errors_of(runs)
-    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is no image"
+    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is not an image"
     assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
     skips = on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip")
     assert [run.status for run in skips] == [0, 0]

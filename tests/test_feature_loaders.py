@@ -25,8 +25,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Sampler, TensorDataset, default_collate
 
 from timm_lt.data import create_loader
-from timm_lt.data.decode import loaded
-from timm_lt.data.loader import InOrder
+from timm_lt.data.loader import InOrder, loaded
 from timm_lt.features import cache, extract, extract_features
 from timm_lt.features.cache import samples_fingerprint
 from timm_lt.utils.accelerator import create_accelerator
@@ -347,7 +346,7 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
         "if multiprocessing.current_process().name == 'MainProcess':\n"
         "    multiprocessing.set_start_method('spawn')\n"
         "from torch.utils.data import DataLoader\n"
-        "from timm_lt.data.decode import loaded\n"
+        "from timm_lt.data.loader import loaded\n"
         "list(loaded(DataLoader([1, 2], num_workers=1)))\n"
     )
     command = [sys.executable, str(tmp_path / "script.py")]

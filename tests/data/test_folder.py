@@ -215,7 +215,7 @@ def test_all_problems_are_reported_together(tmp_path):
         "HEIC files, which Pillow does not decode: 1 (train/dog/photo.HEIC); convert",
         "files that are no images by their suffix: 3 (train/dog/",
         "train split: image 4 ({}/train/cat/zero.png) cannot be decoded: 0 bytes; repair",
-        "val split: image 2 ({}/val/cat/text.jpg) cannot be decoded: it is no image",
+        "val split: image 2 ({}/val/cat/text.jpg) cannot be decoded: it is not an image",
     ]
     assert len(found) == len(expected)
     for problem, start in zip(found, expected, strict=True):

@@ -449,7 +449,7 @@ def test_missing_and_empty_images_are_found_before_training_all_together(local):
     good = {"bytes": png(1), "path": None}
     none, empty = {"bytes": None, "path": None}, {"bytes": b"", "path": None}
     lost = {"bytes": None, "path": "/not/there.png"}
-    no_image = "it is no image, or of no format that Pillow reads"
+    no_image = "it is not an image, or has a format that Pillow does not read"
     text = {"bytes": b"no image", "path": None}
     files = {
         "train.parquet": rows(good, none, None, good, empty, good),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from timm_lt.data import create_dataset, inspect_splits
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.inspection import Twin, find_duplicates
+from timm_lt.data.inspection import DuplicateImage, find_duplicates
 from timm_lt.utils.console import pillow_warnings_ignored
 
 NAMES = ["a", "b", "c"]
@@ -117,10 +117,10 @@ def test_duplicates_are_counted_within_and_across(three_splits):
     assert twins.across == {"train, val": 1, "train, test": 1, "val, test": 2}
     assert twins.conflicts == 2
     assert twins.pairs["train"] == [
-        (Twin("train", "image 3", 0), Twin("train", "image 12", 0)),
-        (Twin("train", "image 3", 0), Twin("train", "image 13", 1)),
+        (DuplicateImage("train", "image 3", 0), DuplicateImage("train", "image 12", 0)),
+        (DuplicateImage("train", "image 3", 0), DuplicateImage("train", "image 13", 1)),
     ]
-    assert twins.pairs["train, test"] == [(Twin("train", "image 3", 0), Twin("test", "image 0", 0))]
+    assert twins.pairs["train, test"] == [(DuplicateImage("train", "image 3", 0), DuplicateImage("test", "image 0", 0))]
 
 
 def test_quick_decodes_nothing_and_compares_nothing(three_splits):
@@ -137,7 +137,7 @@ def test_quick_decodes_nothing_and_compares_nothing(three_splits):
 )
 def test_counts_of_duplicates_are_those_of_a_naive_loop(images):
     images.sort(key=lambda image: SPLITS.index(image[1]))
-    given = [(c, Twin(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
+    given = [(c, DuplicateImage(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
     found = find_duplicates(given, SPLITS)
     for split in SPLITS:
         contents = [content for content, twin in given if twin.split == split]

@@ -108,7 +108,7 @@ def test_all_images_that_cannot_be_decoded_are_named(tmp_path):
     dataset = dataset_from_files(paths, np.zeros(9, np.int64), ["a"])
     with pytest.raises(UsageError) as caught:
         decode_images(dataset)
-    no_image = "it is no image, or of no format that Pillow reads"
+    no_image = "it is not an image, or has a format that Pillow does not read"
     reasons = ["0 bytes", no_image, "No such file or directory"]
     shown = ", ".join(f"image {n} ({paths[n]}): {reason}" for n, reason in enumerate(reasons))
     assert str(caught.value).startswith(f"8 of 9 images cannot be decoded: {shown}, image 4 (")

@@ -182,7 +182,9 @@ def test_reasons_are_told(tmp_path):
     os.mkfifo(pipe)
     text.write_text("no image")
     assert reason_of_file(str(pipe)) == "0 bytes"
-    assert reason_of_file(str(text)) == "it is no image, or of no format that Pillow reads"
+    assert (
+        reason_of_file(str(text)) == "it is not an image, or has a format that Pillow does not read"
+    )
     assert reason_of_file(str(tmp_path / "none.jpg")) == "No such file or directory"
     assert reason_of_file(str(tmp_path)) == "Is a directory"
     locked.write_bytes(encoded("JPEG")[:-100])

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.data.decode import note_damaged_files, shown_path
+from timm_lt.data.damaged import note_damaged_files
+from timm_lt.data.decode import shown_path
 from timm_lt.data.sources import SPLIT_WORDS, Split, dataset_from_files, register_dataset
 from timm_lt.data.splits import hold_out, path_keys, small_classes
 from timm_lt.utils.checks import (

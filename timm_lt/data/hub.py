@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from timm_lt.data.columns import UNLABELLED, find_image_column, find_label_column, read_labels
-from timm_lt.data.decode import find_damaged, is_remote, note_damaged
+from timm_lt.data.damaged import find_damaged, note_damaged
+from timm_lt.data.decode import is_remote
 from timm_lt.data.folder import visible_files
 from timm_lt.data.images import label_names, label_tensor, relabelled
 from timm_lt.data.list_files import note_unused

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from timm_lt.data.decode import note_damaged_files
+from timm_lt.data.damaged import note_damaged_files
 from timm_lt.data.list_files import ImageList, Paths, read_image_list
 from timm_lt.data.sources import Split, dataset_from_files, register_dataset
 from timm_lt.data.splits import hold_out, image_keys, leave_out_small

@@ -22,9 +22,10 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_lt.data.decode import UNREADABLE, is_worker_death, loaded
+from timm_lt.data.decode import UNREADABLE, is_worker_death
 from timm_lt.data.fingerprint import digest
 from timm_lt.data.items import images_and_labels
+from timm_lt.data.loader import loaded
 from timm_lt.features.cache import (
     LAYOUT,
     NO_IMAGES,
@@ -336,7 +337,7 @@ class _Pass:
                 if hasattr(self.loader, "set_epoch") and (in_order or self.views > 1):
                     self.loader.set_epoch(number)
                 with without_first(self.loader, skipped if number == view else 0) as rest:
-                    batches = loaded(rest, again=AGAIN, fewer="fewer workers")
+                    batches = loaded(rest, again=AGAIN)
                     for place, batch in enumerate(batches, skipped if number == view else 0):
                         images, labels = images_and_labels(batch, f"batch {place} of the loader")
                         values, targets = self._gathered(features, images, labels)

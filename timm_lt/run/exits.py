@@ -11,7 +11,8 @@ from types import FrameType
 
 import torch
 
-from timm_lt.data.decode import describe_worker_death, is_worker_death
+from timm_lt.data.decode import is_worker_death
+from timm_lt.data.loader import describe_worker_death
 from timm_lt.utils.accelerator import is_lost_process, process_rank
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import error_text, log_traceback

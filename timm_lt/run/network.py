@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_lt.checkpoint import BLOCK, background_of, read_checkpoint, read_config
 from timm_lt.data import Splits, create_augmentation, list_augmentations
-from timm_lt.data.decode import check_classes_left, verify_images
+from timm_lt.data.damaged import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.heads import HEADS, find_classifiers, set_head

@@ -23,9 +23,9 @@ from rich.progress import Progress
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from timm_lt.data.decode import UNREADABLE, loaded
+from timm_lt.data.decode import UNREADABLE
 from timm_lt.data.images import Batch, Images
-from timm_lt.data.loader import NumberedSampler
+from timm_lt.data.loader import NumberedSampler, loaded
 from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import ClassSampler
 from timm_lt.training.checks import (
