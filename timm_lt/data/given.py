@@ -62,6 +62,8 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
         try:
             splits[split] = _as_dataset(part)
         except UsageError as error:
+            if not isinstance(data, Mapping):
+                raise
             raise UsageError(f"{name} split: {error}") from error
     columns = dict.fromkeys(name for rows in splits.values() for name in rows.column_names)
     note_unused("the data set", [name for name in columns if name not in ("image", "label")])

@@ -95,8 +95,10 @@ def _reader_labels(reader: Reader) -> Labels | None:
         return None
     if isinstance(reader, ReaderHfds):
         return list(reader.iter_targets())
-    samples = getattr(reader, "samples", None)
-    return getattr(reader, "targets", None) if samples is None else [label for _, label in samples]
+    labels: Labels | None = getattr(reader, "targets", None)
+    if labels is None and hasattr(reader, "samples"):
+        return [label for _, label in reader.samples]
+    return labels
 
 
 def _transformed(labels: Labels, transform: Any) -> Labels:  # noqa: ANN401

@@ -305,8 +305,12 @@ def _with_sampler(
 def _check_shares(loader: DataLoader[Any], accelerator: Accelerator) -> None:
     """Checks that accelerate can share the batches of a loader among its processes."""
     processes = accelerator.num_processes
-    if processes > 1 and isinstance(loader.batch_sampler, ScheduledBatchSampler):
-        raise UsageError("input_size_choices does not go with several processes of accelerate")
+    batches: Any = loader.batch_sampler
+    if isinstance(batches, ScheduledBatchSampler):
+        if processes > 1:
+            raise UsageError("input_size_choices does not go with several processes of accelerate")
+        # Accelerate asks for it when it splits batches.
+        batches.batch_size = max(batches.batch_sizes)
     size = loader.batch_size or 1
     check_groups(
         loader.sampler, size // processes if accelerator.split_batches else size, processes
