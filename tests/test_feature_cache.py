@@ -247,19 +247,20 @@ def test_samples_that_are_not_known_need_a_key(tmp_path):
         extract_features(model, batches, cache_dir=tmp_path)
 
     pairs = [*zip(*tensors().tensors, strict=True)]
-    with pytest.raises(UsageError, match="is not known: pass key="):
+    with pytest.raises(UsageError, match="a list have no fingerprint; pass key="):
         extract_features(model, DataLoader(pairs, 4), cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
     assert ran(model, batches, tmp_path, key="a") == N
     assert ran(model, batches, tmp_path, key="a") == 0
 
 
-def test_a_transform_that_does_not_say_what_it_does_needs_a_key(tmp_path):
+def test_a_transform_without_a_name_is_known_by_its_code(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
-    data = ImageFolder(tmp_path, transform=lambda image: ToTensor()(image.copy()))
-    with pytest.raises(UsageError, match=r"does not say what it does: .* pass key="):
-        extract_features(small_model(), DataLoader(data, 2), cache_dir=tmp_path / "cache")
+    model, cache = small_model(), tmp_path / "cache"
+    for angle, images in ((0, 1), (0, 0), (90, 1)):
+        data = ImageFolder(tmp_path, transform=lambda x, a=angle: ToTensor()(x.rotate(a)))
+        assert ran(model, DataLoader(data, 2), cache) == images
 
 
 def test_a_loader_that_draws_is_refused(tmp_path, accelerator):

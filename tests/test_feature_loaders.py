@@ -299,9 +299,9 @@ def failing(kind=LookupError):
 def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
     # A RuntimeError, too, is one of a worker that lives.
     for kind in (LookupError, RuntimeError):
-        with pytest.raises(UsageError, match=r"failed: .*no such row; mend it and extract "):
+        with pytest.raises(UsageError, match=r"failed: .*no such row; fix it and extract "):
             extract_features(small_model(), failing(kind))
-    with pytest.raises(UsageError, match="mend it and go on with --resume"):
+    with pytest.raises(UsageError, match="fix it and go on with --resume"):
         list(loaded(failing()))
 
 
@@ -310,7 +310,7 @@ def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
     [
         (
             "DataLoader worker (pid 7) is killed by signal: Killed. ",
-            r"killed by signal 9, often .* too little memory\): fewer workers need less; extract",
+            r"killed by signal 9, often .* too little memory; fewer workers need less\); extract",
         ),
         (
             "DataLoader worker (pid 7) exited unexpectedly with exit code 3.",
@@ -340,7 +340,7 @@ def test_only_a_lost_connection_is_a_dead_worker(tmp_path):
         list(loaded(asking("x" * 200)))
 
 
-def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
+def test_a_script_without_its_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
         "import multiprocessing\n"
         "if multiprocessing.current_process().name == 'MainProcess':\n"
@@ -352,13 +352,10 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    ends = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
-    of_worker, of_main = ends
-    assert of_worker.startswith("a data worker imports the script anew")
-    assert of_main.startswith("a data worker died (DataLoader worker")
-    for end in ends:
-        assert end.endswith("""below `if __name__ == "__main__":`""")
-        assert "memory" not in end
+    (end,) = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
+    assert end.startswith("a data worker died (DataLoader worker")
+    assert end.endswith("""below `if __name__ == "__main__":`""")
+    assert "memory" not in end
 
 
 # Batches in other layouts -------------------------------------------------------------------------
@@ -429,31 +426,32 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (IMAGES, r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\) without labels"),
-        (IMAGES.numpy(), "is a ndarray of shape .* without labels"),
+        (
+            IMAGES,
+            r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\), torch.float32; exp",
+        ),
         ([IMAGES], "is a list of length 1"),
         ("images", "is a str; expected an image and its label"),
-        (3, "is a int; expected"),
         ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
         ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
-        ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\); expected .* add a dimension"),
-        ((IMAGES.flatten(1), LABELS), r"images of batch 0 .* \(11, 3072\); expected \(batch, chan"),
-        ((IMAGES[None], LABELS), r"shape \(1, 11, 3, 32, 32\); expected"),
+        (
+            (IMAGES[0], LABELS[0]),
+            r"images of batch 0 .* shape \(3, 32, 32\), .*; expected floating",
+        ),
         ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
         ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
-        ((IMAGES.byte(), LABELS), r"are torch.uint8; expected .* divide by 255.*create_loader"),
-        ((IMAGES.bool(), LABELS), r"are torch.bool; expected"),
-        (([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]), r"shapes \(3, 31, 32\), \(3, 32, 32\)"),
-        ((["a.png", "b.png"], [0, 1]), "images .* not one array .* list that begins with 'a.png'"),
-        (([object()], [0]), "not one array of numbers: a list that begins with a object"),
+        ((IMAGES.byte(), LABELS), r"torch.uint8; expected .* divided by 255.*create_loader"),
+        (
+            ([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]),
+            r"are a list of length 2, which begins with a Te",
+        ),
+        ((["a.png", "b.png"], [0, 1]), "images .* are a list of length 2, which begins with a str"),
         ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
-        ((IMAGES, LABELS[0]), r"labels of batch 0 of the loader have shape \(\); expected one"),
-        ((IMAGES, LABELS[:, None]), r"have shape \(11, 1\); .* labels.squeeze\(1\)"),
-        ((IMAGES, torch.eye(11)), r"have shape \(11, 11\); .* labels.argmax\(1\)"),
+        ((IMAGES, LABELS[:, None]), r"labels of batch 0 .* \(11, 1\), .*; expected one integer"),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
         ((IMAGES, LABELS > 1), r"labels\[0\] = False is not an integer"),
-        ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with 'cat'; expected the number of the"),
-        ((IMAGES[:2], None), "labels .* not integers: a NoneType"),
+        ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with a str; expected one integer"),
+        ((IMAGES[:2], None), "labels .* are a NoneType; expected one integer"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

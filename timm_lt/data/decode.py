@@ -342,7 +342,7 @@ def describe_huge(number: int, total: int, names: Sequence[str], split: str = ""
     """Returns the message about all images that Pillow would warn of one by one."""
     limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
     return (
-        f"{number} of {total} {noun} have more than {limit:.0f} million pixels and were read all "
+        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read all "
         f"the same: {shown_names(names)}"
     )
 
