@@ -257,7 +257,7 @@ def test_samples_that_are_not_known_need_a_key(tmp_path):
 def test_a_transform_without_a_name_is_known_by_its_code(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
-    model, cache = small_model(), tmp_path / "cache"
+    model, cache = small_model(), tmp_path / "a" / "cache"
     for angle, images in ((0, 1), (0, 0), (90, 1)):
         data = ImageFolder(tmp_path, transform=lambda x, a=angle: ToTensor()(x.rotate(a)))
         assert ran(model, DataLoader(data, 2), cache) == images

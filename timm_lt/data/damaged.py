@@ -70,14 +70,13 @@ def find_damaged(dataset: Dataset, *, first: int = 0, step: int = 1) -> list[Unr
     return found
 
 
-def _damage(encoded: dict[str, Any]) -> str | None:
+def _damage(encoded: dict[str, Any] | None) -> str | None:
     """Returns the reason why an image cannot be read, if its header or its end shows one."""
-    path, content = encoded["path"], encoded["bytes"]
-    if content is None:
-        if path is None:
-            return "there is no image"
-        if is_remote(path):
-            return None
+    path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
+    if content is None and path is None:
+        return "there is no image"
+    if content is None and is_remote(path):
+        return None
     try:
         with pillow_errors(), open_image(path if content is None else content) as image:
             if image.format in ("JPEG", "MPO") and not _has_end_marker(cast(Any, image).fp):

@@ -320,15 +320,15 @@ def _image_stats(dataset: Dataset) -> Iterator[ImageStats]:
             yield from threads.map(look, batch.column("image").to_pylist())
 
 
-def _stats(encoded: dict[str, Any], column: ImageColumn) -> ImageStats:
-    path, content, digest = encoded["path"], encoded["bytes"], None
+def _stats(encoded: dict[str, Any] | None, column: ImageColumn) -> ImageStats:
+    path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
+    if content is None and path is None:
+        return ImageStats(reason="there is no image")
+    if content is None and is_remote(path):
+        return ImageStats()
+    digest = None
     try:
-        if content is None:
-            if path is None:
-                raise ValueError("there is no image")
-            if is_remote(path):
-                return ImageStats()
-            content = Path(path).read_bytes()
+        content = Path(path).read_bytes() if content is None else content
         digest = hashlib.sha256(content).digest()
         with pillow_errors(), open_image(content) as image:
             traits = {
