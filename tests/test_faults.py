@@ -253,7 +253,7 @@ def test_killed_workers_are_named(server, decoded, tmp_path):
             assert message.startswith("error: a data worker died")
             assert message.endswith("; go on with --resume")
             # The signal is not always known; less memory is advised only where it is.
-            assert ("--workers need less" in message) == ("killed by signal 9" in message)
+            assert ("fewer workers need less" in message) == ("killed by signal 9" in message)
         else:
             run.kill()
             run.wait()

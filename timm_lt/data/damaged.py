@@ -23,6 +23,7 @@ from timm_lt.data.decode import (
     is_remote,
     open_image,
     pillow_errors,
+    source_of,
     unreadable_images,
 )
 from timm_lt.data.sources import Split, dataset_from_files
@@ -72,13 +73,13 @@ def find_damaged(dataset: Dataset, *, first: int = 0, step: int = 1) -> list[Unr
 
 def _damage(encoded: dict[str, Any] | None) -> str | None:
     """Returns the reason why an image cannot be read, if its header or its end shows one."""
-    path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
-    if content is None and path is None:
+    source = source_of(encoded)
+    if source is None:
         return "there is no image"
-    if content is None and is_remote(path):
+    if is_remote(source):
         return None
     try:
-        with pillow_errors(), open_image(path if content is None else content) as image:
+        with pillow_errors(), open_image(source) as image:
             if image.format in ("JPEG", "MPO") and not _has_end_marker(cast(Any, image).fp):
                 image.load()
     except DAMAGE as error:

@@ -206,13 +206,21 @@ def encoded_images(dataset: Dataset) -> Dataset:
     return images.cast_column("image", ImageColumn(decode=False))
 
 
-def is_remote(path: str) -> bool:
-    """Tells whether a path is a URL, such as that of a file on the Hub, and not a local file.
+def source_of(encoded: dict[str, Any] | None) -> str | bytes | None:
+    """Returns the bytes of a stored image, else its path; None if there is no image."""
+    if encoded is None:
+        return None
+    source: str | bytes | None = encoded["bytes"]
+    return encoded["path"] if source is None else source
+
+
+def is_remote(source: object) -> bool:
+    """Tells whether the source of an image is a URL, such as that of a file on the Hub.
 
     >>> is_remote("hf://datasets/me/birds/a.jpg"), is_remote("/data/a://b.jpg")
     (True, False)
     """
-    return REMOTE.match(path) is not None
+    return isinstance(source, str) and REMOTE.match(source) is not None
 
 
 def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> Image.Image:
@@ -277,17 +285,17 @@ def decode_image(
     """
     if get_worker_info() is not None:
         _ignore_warnings_once()
-    if isinstance(encoded, dict):
-        path, content = encoded["path"], encoded["bytes"]
-        if content is not None or not (path is None or is_remote(path)):
-            # Without `with`, Pillow leaves damaged files and those with several frames open.
-            with pillow_errors(), open_image(path if content is None else content) as image:
-                return upright(_in_mode(to_rgb(image, background), mode), image)
-        encoded = ImageColumn().decode_example(encoded)
-    if not isinstance(encoded, Image.Image):
+    source = encoded if isinstance(encoded, Image.Image) else source_of(encoded)
+    if source is None:
         raise ValueError("there is no image")
+    if is_remote(source):
+        source = ImageColumn().decode_example({"path": source, "bytes": None})
     with pillow_errors():
-        return _in_mode(to_rgb(encoded, background), mode)
+        if isinstance(source, Image.Image):
+            return _in_mode(to_rgb(source, background), mode)
+        # Without `with`, Pillow leaves damaged files and those with several frames open.
+        with open_image(source) as image:
+            return upright(_in_mode(to_rgb(image, background), mode), image)
 
 
 def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:

@@ -5,7 +5,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -75,9 +75,12 @@ class Images(TorchDataset[Any], ABC):
         unreadable: What happens to an image that cannot be read. With ``"skip"`` its target is -1.
     """
 
-    labels: Tensor
-    size: tuple[int, int]
-    unreadable: Unreadable
+    def __init__(self, labels: Tensor, size: tuple[int, int], unreadable: Unreadable) -> None:
+        self.labels, self.size = labels, size
+        self.unreadable: Unreadable = unreadable
+        # Shared with the workers, which write to them.
+        self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     @abstractmethod
     def train_loader(
@@ -100,17 +103,15 @@ class Images(TorchDataset[Any], ABC):
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
 
-    @abstractmethod
     def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that this process could not read so far."""
+        """Returns the rows of the images that this process and its workers could not read."""
+        rows: list[int] = self._missing.nonzero().flatten().tolist()
+        return rows
 
-    @abstractmethod
     def huge_rows(self) -> list[int]:
-        """Returns the rows of the images so far read that Pillow warns of for their size."""
-
-    @abstractmethod
-    def __getitems__(self, draws: list[int]) -> Any:  # noqa: ANN401 - a batch, or its items
-        """Returns several draws; torch's loader calls this instead of one call per image."""
+        """Returns the rows of the images read from files that Pillow warns of for their size."""
+        rows: list[int] = self._huge.nonzero().flatten().tolist()
+        return rows
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,17 +154,14 @@ class ImageTensors(Images):
                 f"images must be (N, 3, H, W) uint8 with N labels, got {tuple(images.shape)} "
                 f"{images.dtype} and {len(labels)} labels"
             )
+        super().__init__(labels, (images.shape[2], images.shape[3]), "skip" if missing else "raise")
         self.images = images
-        self.labels = labels
-        self.size = (images.shape[2], images.shape[3])
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
-        self.missing = list(missing)
-        self.unreadable: Unreadable = "skip" if self.missing else "raise"
-        self._targets = labels.clone()
-        self._targets[self.missing] = UNREADABLE
+        self._missing[list(missing)] = True
+        self._targets = labels.masked_fill(self._missing, UNREADABLE)
 
     def without_augmentation(self) -> "ImageTensors":
         """Returns the same images without augmentation, sharing their memory."""
@@ -178,10 +176,10 @@ class ImageTensors(Images):
         processes = accelerator.num_processes
         share = batch_size // processes if accelerator.split_batches else batch_size
         check_groups(sampler, share, processes)
-        return cast(
-            TrainLoader,
-            accelerator.prepare_data_loader(batches(self, batch_size, sampler, drop_last=True)),
+        loader: TrainLoader = accelerator.prepare_data_loader(
+            batches(self, batch_size, sampler, drop_last=True)
         )
+        return loader
 
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
         """Creates a loader of all images in order, not augmented."""
@@ -204,14 +202,6 @@ class ImageTensors(Images):
         if type(self.augmentation) is not NoAugmentation:
             parts += [described(self.augmentation), str(self.seed)]
         return digest(*parts)
-
-    def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that could not be read."""
-        return self.missing
-
-    def huge_rows(self) -> list[int]:
-        """Returns no row: :func:`decode_images` has logged such images."""
-        return []
 
     def __getitem__(self, draw: int) -> Batch:
         images, labels = self.__getitems__([draw])
@@ -346,14 +336,7 @@ def batches(
     *,
     drop_last: bool = False,
 ) -> DataLoader[Batch]:
-    """Creates a loader that yields whole batches from ``__getitems__``.
-
-    Args:
-        data: The images.
-        batch_size: Images per batch, over all processes.
-        sampler: Draws of images, in order; None is the order of the data set.
-        drop_last: Drop a last batch that is not full.
-    """
+    """Creates a loader that yields whole batches from ``__getitems__``, by default in order."""
     return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=as_it_is)
 
 
@@ -393,11 +376,9 @@ class StoredImages(Images):
         unreadable: Unreadable = "raise",
         name: str = "data set",
     ) -> None:
+        super().__init__(labels, size, unreadable)
         self.dataset = dataset
         self.name = name
-        self.labels = labels
-        self.size = size
-        self.unreadable: Unreadable = unreadable
         self.transform: Any = None
         self.augmented = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
@@ -405,9 +386,6 @@ class StoredImages(Images):
         self._augmentation = dict(augmentation or {})
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
-        # Shared with the workers, which write to them.
-        self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-        self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         for option in RESERVED:
             if option in self._augmentation:
                 raise UsageError(f"augmentation option {option!r} is set automatically; remove it")
@@ -482,16 +460,6 @@ class StoredImages(Images):
         if options.get("collate_fn") is collate and not options.get("input_size_choices"):
             loader.normalize_by_rows(self.size[1])
         return loader
-
-    def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that this process and its workers could not read."""
-        rows: list[int] = self._missing.nonzero().flatten().tolist()
-        return rows
-
-    def huge_rows(self) -> list[int]:
-        """Returns the rows of the images that Pillow warns of for their size."""
-        rows: list[int] = self._huge.nonzero().flatten().tolist()
-        return rows
 
     def __getitem__(self, draw: int) -> tuple[Any, int]:
         return self.__getitems__([draw])[0]

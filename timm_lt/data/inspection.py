@@ -29,6 +29,7 @@ from timm_lt.data.decode import (
     loses_levels,
     open_image,
     pillow_errors,
+    source_of,
 )
 from timm_lt.data.images import label_names, label_tensor
 from timm_lt.data.splits import Splits
@@ -321,14 +322,13 @@ def _image_stats(dataset: Dataset) -> Iterator[ImageStats]:
 
 
 def _stats(encoded: dict[str, Any] | None, column: ImageColumn) -> ImageStats:
-    path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
-    if content is None and path is None:
+    source, digest = source_of(encoded), None
+    if source is None:
         return ImageStats(reason="there is no image")
-    if content is None and is_remote(path):
+    if is_remote(source):
         return ImageStats()
-    digest = None
     try:
-        content = Path(path).read_bytes() if content is None else content
+        content = Path(source).read_bytes() if isinstance(source, str) else source
         digest = hashlib.sha256(content).digest()
         with pillow_errors(), open_image(content) as image:
             traits = {

@@ -310,7 +310,7 @@ def _check_shares(loader: DataLoader[Any], accelerator: Accelerator) -> None:
         if processes > 1:
             raise UsageError("input_size_choices does not go with several processes of accelerate")
         # Accelerate asks for it when it splits batches.
-        batches.batch_size = max(batches.batch_sizes)
+        batches.batch_size = max(batches.batch_sizes)  # type: ignore[attr-defined]
     size = loader.batch_size or 1
     check_groups(
         loader.sampler, size // processes if accelerator.split_batches else size, processes

@@ -32,7 +32,7 @@ class DataRecipe:
             [red, green, blue]; auto is that of the model's checkpoint, or white.
         unreadable: What happens to an image that cannot be read, raise or skip; those that are
             skipped are counted.
-        verify: Look for damaged files before training: at both ends of each, without decoding it.
+        verify: Look for damaged files before training, by header and end, without decoding them.
             Only for augmentation timm, since otherwise all images are decoded first.
         val_fraction: Part of the training images of each class that is held out for validation
             where the data set has no split for it, in (0, 1).
