@@ -94,10 +94,6 @@ DEEP = {
         saved(Image.fromarray(RAMP * np.float32(1.001) - np.float32(0.0005)), "TIFF"),
         np.rint((RAMP * np.float32(1.001) - np.float32(0.0005)).astype(np.float64) * 255),
     ),
-    "levels as floats.tif": (
-        saved(Image.fromarray(np.rint(RAMP * 255)), "TIFF"),
-        np.rint(RAMP * 255),
-    ),
     "fractions of levels.tif": (
         saved(Image.fromarray(RAMP * np.float32(254.5)), "TIFF"),
         np.rint(RAMP * np.float32(254.5)),
@@ -172,12 +168,10 @@ def test_every_kind_of_image_is_read_as_rgb_and_its_file_closed(tmp_path, name):
     [
         (RAMP - np.float32(0.5), r"its values go from -0\.5 to 0\.5"),
         (RAMP * np.float32(1.3), r"its values go from 0 to 1\.3"),
-        (RAMP * np.float32(15.5), r"from 0 to 15\.5"),
         (np.where(RAMP > 0.5, np.float32("nan"), RAMP), "NaN or infinite"),
         (np.where(RAMP > 0.5, np.float32("inf"), RAMP), "NaN or infinite"),
         ((RAMP * 70000).astype(np.int32), "from 0 to 70000"),
         ((RAMP * 100).astype(np.int32) - 50, "from -50 to 50"),
-        ((RAMP * 70000).astype(np.int32).astype(np.float32), "from 0 to 70000"),
     ],
 )
 def test_values_in_no_known_range_are_an_error_of_their_file(tmp_path, values, reason):
@@ -406,16 +400,6 @@ def test_every_door_shows_the_same_pixels(tmp_path, name):
     for door, pixels in shown.items():
         np.testing.assert_array_equal(pixels, shown["load_image"], err_msg=door)
     assert len(np.unique(shown["load_image"])) > 30
-
-
-def test_a_data_set_by_name_is_decoded_as_a_run_decodes_it(tmp_path):
-    for label in ("ant", "bee"):
-        (tmp_path / label).mkdir()
-        for k in range(3):
-            Image.fromarray(SIXTEEN).save(tmp_path / label / f"{k}.png")
-    dataset = timm_lt.create_dataset("folder", root=tmp_path, split="train")
-    found = np.asarray(dataset.select([0])[0]["image"])
-    np.testing.assert_array_equal(found, np.dstack([SIXTEEN // 256] * 3))
 
 
 def test_thumbnails_show_transparency_on_the_background():

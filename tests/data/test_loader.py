@@ -28,13 +28,11 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
-from torchvision.datasets import ImageFolder
 
 import timm_lt
 import train_lt
 from timm_lt.data import loader as loader_module
 from timm_lt.data.loader import NumberedSampler
-from timm_lt.features.cache import samples_fingerprint
 from timm_lt.samplers import create_sampler
 
 ROOT = Path(train_lt.__file__).parent
@@ -310,25 +308,6 @@ def test_tensors_stay_as_they_are_where_there_is_no_prefetcher():
     assert labels.tolist() == LABELS
 
 
-def test_the_epoch_of_a_data_set_in_another_layout_is_set():
-    data = Own(lambda image, label: (image, label, "file"))
-    loader = timm_lt.create_loader(data, 8, 8, **RAW)
-    loader.set_epoch(4)
-    assert data.epochs == [4]
-
-
-def test_the_samples_of_a_part_of_a_folder_are_known(tmp_path):
-    (tmp_path / "a").mkdir()
-    for row in range(2):
-        PAIRS[row][0].save(tmp_path / "a" / f"{row}.png")
-    prints = {
-        samples_fingerprint(timm_lt.create_loader(Subset(data, rows), size, 2, **RAW))
-        for data in (ImageFolder(tmp_path), ImageFolder(tmp_path))
-        for rows, size in (([0, 1], 8), ([1, 0], 8), ([0, 1], 4))
-    }
-    assert len(prints) == 3
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -336,17 +315,11 @@ def test_the_samples_of_a_part_of_a_folder_are_known(tmp_path):
             TensorDataset(TENSORS / 255, torch.tensor(LABELS)),
             r"a Tensor of shape \(3, 8, 8\), .*32",
         ),
-        (
-            Own(lambda image, label: (as_array(image) / 255, label)),
-            "is a ndarray of .* float64; the",
-        ),
         (Own(lambda image, label: (None, label)), "item 0 of a Own is a NoneType; the transform"),
         (Own(lambda image, label: (image, "ant")), "item 0 of a Own has the label 'ant', which is"),
-        (Own(lambda image, label: (image, label / 2)), "the label 0.0, which is not an integer"),
         (Plain([0.5] * 8), "item 0 of a Plain has the label 0.5, which is not an integer"),
         (Own(lambda image, label: image), "item 0 of a Own is a Image; expected an image and its"),
         (Own(lambda image, label: 1 // 0), "item 0 of a Own cannot be drawn .ZeroDivisionError"),
-        (Own(lambda image, label: (as_array(image).swapaxes(0, 2), label)), "a ndarray of shape"),
         (Subset(PAIRS, []), "the 0 images of an epoch do not fill a batch"),
         ("photos", "a str is not a data set"),
         (DataLoader(PAIRS), "a DataLoader is not a data set"),
@@ -363,35 +336,22 @@ def test_mixup_can_be_turned_off(num_workers):
     options = {**TRAINING, "collate_fn": mixup, "num_workers": num_workers}
     sampler = balanced()
     loader = timm_lt.create_loader(Plain(), 8, 8, sampler=sampler, **options)
-    assert loader.mixup_enabled
-    mixed = 0
-    for (images, targets), drawn in zip(
-        loader, chunks(sampler.epoch_indices().tolist(), 8), strict=True
-    ):
-        hard = torch.nn.functional.one_hot(torch.tensor([LABELS[i] for i in drawn]), 4).float()
-        # One weight for the batch, which images and targets share.
-        other, differs = hard.flip(0), (hard != hard.flip(0)).any(1)
-        if not differs.any():
-            continue
-        row = int(differs.int().argmax())
-        weight = targets[row, hard[row].argmax()].item()
-        mixed += 0.01 < weight < 0.99
-        torch.testing.assert_close(targets, weight * hard + (1 - weight) * other)
-        first = torch.tensor(drawn).float()
-        found = images[:, 0, 0, 0]
-        expected = weight * first + (1 - weight) * first.flip(0)
-        torch.testing.assert_close(found, expected, atol=0.51, rtol=0)
-    assert mixed
-    loader.mixup_enabled = False
-    assert not loader.mixup_enabled
-    loader.set_epoch(0)
-    for (images, targets), drawn in zip(
-        loader, chunks(sampler.epoch_indices().tolist(), 8), strict=True
-    ):
-        assert images[:, 0, 0, 0].tolist() == drawn
-        assert targets.argmax(1).tolist() == [LABELS[i] for i in drawn]
-        assert targets.max(1).values.tolist() == [1.0] * 8
-    assert not timm_lt.create_loader(Plain(), 8, 8, **TRAINING).mixup_enabled
+    drawn = chunks(sampler.epoch_indices().tolist(), 8)
+    hard = [torch.nn.functional.one_hot(torch.tensor([LABELS[i] for i in b]), 4) for b in drawn]
+    for enabled in (True, False):
+        loader.mixup_enabled = enabled
+        assert loader.mixup_enabled == enabled
+        loader.set_epoch(0)
+        mixed = 0
+        for (images, targets), indices_, labels in zip(loader, drawn, hard, strict=True):
+            # One weight for the batch, which images and targets share.
+            first, found = torch.tensor(indices_).float(), images[:, 0, 0, 0]
+            row = int((first - first.flip(0)).abs().argmax())
+            weight = ((found - first.flip(0)) / (first - first.flip(0)))[row].clamp(0, 1)
+            expected = weight * labels + (1 - weight) * labels.flip(0)
+            torch.testing.assert_close(targets, expected.float(), atol=0.1, rtol=0)
+            mixed += bool(0.1 < weight < 0.9)
+        assert bool(mixed) == enabled
 
 
 def test_use_multi_epochs_loader_goes_on_by_itself():
@@ -541,18 +501,6 @@ def test_gradients_are_accumulated_to_the_last_batch(one_process):
         with accelerator.accumulate(model):
             steps.append(accelerator.sync_gradients)
     assert steps == [False, False, True, False, True]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_plain_data_loader_with_and_without_accelerate(one_process, workers):
-    sampler = balanced()
-    plain = DataLoader(
-        range(len(LABELS)), 8, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-    )
-    for loader, part in ((plain, sampler), (one_process().prepare(plain), None)):
-        for epoch in (0, 1, 4):
-            (part or loader).set_epoch(epoch)
-            assert [batch.tolist() for batch in loader] == chunks(stream(sampler, epoch), 8)
 
 
 def test_draws_are_images_and_numbers_that_never_come_again():
