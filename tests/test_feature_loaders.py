@@ -432,8 +432,14 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
         ),
         ([IMAGES], "is a list of length 1"),
         ("images", "is a str; expected an image and its label"),
-        ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
-        ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
+        (
+            {"image": IMAGES, "box": 0},
+            "is a dict with the keys image, box; expected .* one of label, ",
+        ),
+        (
+            {"picture": IMAGES, "label": LABELS},
+            "with the keys picture, label; expected .* of the keys pixel",
+        ),
         (
             (IMAGES[0], LABELS[0]),
             r"images of batch 0 .* shape \(3, 32, 32\), .*; expected floating",
@@ -446,7 +452,10 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
             r"are a list of length 2, which begins with a Te",
         ),
         ((["a.png", "b.png"], [0, 1]), "images .* are a list of length 2, which begins with a str"),
-        ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
+        (
+            (IMAGES, LABELS[1:]),
+            "Tensor of shape .10,., .*; expected one integer for each of the 11",
+        ),
         ((IMAGES, LABELS[:, None]), r"labels of batch 0 .* \(11, 1\), .*; expected one integer"),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
         ((IMAGES, LABELS > 1), r"labels\[0\] = False is not an integer"),

@@ -315,9 +315,15 @@ def test_tensors_stay_as_they_are_where_there_is_no_prefetcher():
             TensorDataset(TENSORS / 255, torch.tensor(LABELS)),
             r"a Tensor of shape \(3, 8, 8\), .*32",
         ),
-        (Own(lambda image, label: (None, label)), "item 0 of a Own is a NoneType; the transform"),
-        (Own(lambda image, label: (image, "ant")), "item 0 of a Own has the label 'ant', which is"),
-        (Plain([0.5] * 8), "item 0 of a Plain has the label 0.5, which is not an integer"),
+        (
+            Own(lambda image, label: (None, label)),
+            "item 0 of a Own has a NoneType and the label 0;",
+        ),
+        (
+            Own(lambda image, label: (image, "ant")),
+            "item 0 of a Own has a Image and the label 'ant'",
+        ),
+        (Plain([0.5] * 8), "item 0 of a Plain has a Image and the label 0.5; .* integer labels"),
         (Own(lambda image, label: image), "item 0 of a Own is a Image; expected an image and its"),
         (Own(lambda image, label: 1 // 0), "item 0 of a Own cannot be drawn .ZeroDivisionError"),
         (Subset(PAIRS, []), "the 0 images of an epoch do not fill a batch"),
@@ -418,8 +424,6 @@ def test_iterable_data_sets_load_as_in_timm():
     loader.set_epoch(1)
     assert data.reader.epochs == (1,)
     assert shown(loader) == [[0, 1, 2, 3], [4, 5]]
-    with pytest.raises(timm_lt.UsageError, match="IterableImageDataset is read in its own order"):
-        timm_lt.create_loader(data, 8, 4, sampler=balanced(), **RAW)
 
 
 @pytest.mark.parametrize(

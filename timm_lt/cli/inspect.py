@@ -97,8 +97,12 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     name = _data_name(source, root, options)
     output = arguments.output or Path(f"inspect_{name}")
     check_folder("--output", output)
-    if source == FOLDER and root is not None:
-        _check_outside(output, Path(root).resolve())
+    if source == FOLDER and root and output.resolve().is_relative_to(Path(root).resolve()):
+        beside = Path(root).resolve().parent / f"inspect_{name}"
+        raise UsageError(
+            f"{output} would lie in the folder {root} and be taken for a class; choose a folder "
+            f"elsewhere, e.g. --output {shlex.quote(str(beside))}"
+        )
     background = check_background(arguments.background)
     splits, problems = _load(source, root, options)
     splits = {key: as_rgb(data, background=background) for key, data in splits.items()}
@@ -123,16 +127,6 @@ def _data_name(source: str, root: str | None, options: dict[str, Any]) -> str:
     if source == FOLDER and root is not None:
         return Path(root).resolve().name
     return Path(options["train"]).stem if source == LIST and "train" in options else source
-
-
-def _check_outside(output: Path, root: Path) -> None:
-    """Checks that nothing is written into a folder of images."""
-    if output.resolve().is_relative_to(root):
-        beside = root.parent / f"inspect_{root.name}"
-        raise UsageError(
-            f"{output} would lie in the folder {root} and be taken for a class; choose a folder "
-            f"elsewhere, e.g. --output {shlex.quote(str(beside))}"
-        )
 
 
 def _load(

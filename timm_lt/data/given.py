@@ -21,7 +21,7 @@ from timm_lt.data.items import ACCEPTED, as_image, check_dataset, drawn_item, fl
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import Problems, UsageError, unknown_name
 from timm_lt.utils.longtail import check_labels
 
 # Loaders of torchvision's folders, and modes of timm's, that read a whole file in RGB.
@@ -54,17 +54,17 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
         UsageError: If it is none of these, images are tensors or do not fit in memory, or a label
             is not an integer from 0 to the number of classes.
     """
+    if not isinstance(data, Mapping):
+        data = {"train": data}
     splits: dict[str, datasets.Dataset] = {}
-    for name, part in (data if isinstance(data, Mapping) else {"train": data}).items():
+    problems = Problems()
+    for name, part in data.items():
         split = SPLIT_WORDS.get(str(name).lower())
         if split is None or split in splits:
             raise unknown_name("split (each at most once):", name, ["train", "val", "test"])
-        try:
+        with problems.collected(f"{name} split: "):
             splits[split] = _as_dataset(part)
-        except UsageError as error:
-            if not isinstance(data, Mapping):
-                raise
-            raise UsageError(f"{name} split: {error}") from error
+    problems.check()
     columns = dict.fromkeys(name for rows in splits.values() for name in rows.column_names)
     note_unused("the data set", [name for name in columns if name not in ("image", "label")])
     return splits
@@ -76,8 +76,6 @@ def _as_dataset(data: Any) -> datasets.Dataset:  # noqa: ANN401 - of any class
         columns = {image_column(data): "image", label_column(data): "label"}
         plain = data.with_format(None)
         return plain.rename_columns({old: new for old, new in columns.items() if old != new})
-    if len(data) == 0:
-        raise UsageError(f"the {type(data).__name__} has no images")
     parts, part_of, row_of = flattened(data)
     files, names = [_files(part) for part in parts], [_class_names(part) for part in parts]
     shared = names[0] if all(other == names[0] for other in names) else None
@@ -85,12 +83,11 @@ def _as_dataset(data: Any) -> datasets.Dataset:  # noqa: ANN401 - of any class
         # Some data sets of torchvision open files that they leave to the garbage collector.
         with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
             return _with_names(_from_items(data, shared), data)
-    samples: list[Any] = [
-        files[part][row] for part, row in zip(part_of.tolist(), row_of.tolist(), strict=True)
-    ]
-    paths, labels = zip(*samples, strict=True)
+    rows = zip(part_of.tolist(), row_of.tolist(), strict=True)
+    samples: list[Any] = [files[part][row] for part, row in rows]
+    labels = [label for _, label in samples]
     checked = check_labels(labels, None if shared is None else len(shared))
-    return dataset_from_files(paths, checked.numpy(), shared)
+    return dataset_from_files([path for path, _ in samples], checked.numpy(), shared)
 
 
 def _files(data: object) -> list[tuple[str, Any]] | None:

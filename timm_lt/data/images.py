@@ -386,9 +386,6 @@ class StoredImages(Images):
         self._augmentation = dict(augmentation or {})
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
-        for option in RESERVED:
-            if option in self._augmentation:
-                raise UsageError(f"augmentation option {option!r} is set automatically; remove it")
         self._augmented()
 
     def train_loader(
@@ -408,8 +405,6 @@ class StoredImages(Images):
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
         """Creates a loader of all images in order, augmented; each epoch is another view."""
         options = self._preprocessing | self._augmentation
-        if options.get("input_size_choices"):
-            raise UsageError("views need images of one size; remove input_size_choices")
         if options.get("re_prob"):
             # Erasing in the prefetcher would not be a function of the draw.
             options["use_prefetcher"] = False
@@ -438,6 +433,9 @@ class StoredImages(Images):
         options = self._preprocessing | self._augmentation | options
         augmented = copy.copy(self)
         try:
+            for option in self._augmentation:
+                if option in RESERVED:
+                    raise ValueError(f"{option!r} is set automatically; remove it")
             create_loader(augmented, (3, *self.size), 1, is_training=True, **options)
         except (AssertionError, TypeError, ValueError, KeyError) as error:
             reason = error if str(error) else type(error).__name__

@@ -31,8 +31,8 @@ IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "input", "inputs
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 NOT_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
 EXPECTED = (
-    "expected an image and its label, as a pair or as a mapping such as "
-    "{'image': ..., 'label': ...}; a batch has images and labels"
+    "expected an image and its label (a batch: images and labels) as a pair, or as a mapping with "
+    f"one of the keys {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}"
 )
 ACCEPTED = (
     "a datasets.Dataset with images and labels, torchvision's ImageFolder, timm's ImageDataset, or "
@@ -74,18 +74,10 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
 
     Returns:
         The data sets; and for each item the number of its data set and its row there, (N,).
-
-    Raises:
-        UsageError: If an index of a ``Subset`` is out of range.
     """
     if isinstance(data, Subset) and reads_as(data, Subset):
         parts, part, row = flattened(data.dataset)
         rows = np.array(list(map(int, data.indices)), np.int64)
-        if len(rows) and not -len(row) <= rows.min() <= rows.max() < len(row):
-            raise UsageError(
-                f"a Subset has indices from {rows.min()} to {rows.max()}, but its data set has "
-                f"{len(row)} items"
-            )
         return parts, part[rows], row[rows]
     if isinstance(data, ConcatDataset) and reads_as(data, ConcatDataset):
         parts, numbers, rows_of = [], [], []
@@ -142,12 +134,6 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
         )
         if image is not None and label is not None:
             return fields[image], fields[label]
-        if not isinstance(sample, tuple):
-            missing, keys = ("image", IMAGE_KEYS) if image is None else ("label", LABEL_KEYS)
-            raise UsageError(
-                f"{noun} has no {missing}, only {', '.join(map(str, fields)) or 'no key at all'}; "
-                f"name it one of {', '.join(keys)}"
-            )
     if isinstance(sample, str) or not isinstance(sample, Sequence) or len(sample) < 2:
         raise UsageError(f"{noun} is a {_kind(sample)}; {EXPECTED}")
     return sample[0], sample[1]
@@ -186,13 +172,11 @@ def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
             "255, less the mean, divided by the standard deviation. timm_lt.create_loader yields "
             "such batches"
         )
-    if labels is None or labels.ndim != 1:
+    if labels is None or labels.shape != images.shape[:1]:
         raise UsageError(
-            f"the labels of {noun} are a {_kind(targets)}; expected one integer for each image, of "
-            "shape (batch,)"
+            f"the labels of {noun} are a {_kind(targets)}; expected one integer for each of the "
+            f"{len(images)} images"
         )
-    if len(labels) != len(images):
-        raise UsageError(f"{noun} has {len(images)} images and {len(labels)} labels")
     if len(labels) and (labels.is_floating_point() or labels.dtype in NOT_INTEGERS):
         # Names the first label that is not an integer.
         check_labels(labels, noun=f"{noun}: labels")
@@ -213,9 +197,11 @@ def _as_tensor(values: object) -> Tensor | None:
 
 
 def _kind(value: object) -> str:
-    """Returns the class of a value with its shape and type, or its length and first entry."""
+    """Returns the class of a value with its shape and type, its keys, or its first entry."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{_name(value)} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"{_name(value)} with the keys {', '.join(map(str, value)) or '(none)'}"
     if isinstance(value, list | tuple):
         first = f", which begins with a {_kind(value[0])}" if value else ""
         return f"{_name(value)} of length {len(value)}{first}"
@@ -247,17 +233,16 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, row: int) -> tuple[Any, Any]:
         given, label = drawn_item(self.items, row)
-        noun = f"item {row} of a {_name(self.items)}"
-        if not _is_label(label):
-            raise UsageError(f"{noun} has the label {label!r}, which is not an integer")
-        if self.takes_tensors and isinstance(given, Tensor) and given.is_floating_point():
+        is_tensor = isinstance(given, Tensor) and given.is_floating_point()
+        if self.takes_tensors and is_tensor and _is_label(label):
             return given, label
         image = as_image(given)
-        if not isinstance(image, dict | Image.Image):
+        if not (isinstance(image, dict | Image.Image) and _is_label(label)):
             raise UsageError(
-                f"the image of {noun} is a {_kind(image)}; the transform of a loader takes images "
-                "of PIL, paths or uint8: remove the data set's own transform, or pass "
-                "use_prefetcher=False, which leaves floating-point tensors unchanged"
+                f"item {row} of a {_name(self.items)} has a {_kind(image)} and the label {label!r}; a"
+                " loader takes images of PIL, paths or uint8, and integer labels. Remove the data "
+                "set's own transform, or pass use_prefetcher=False, which leaves floating-point "
+                "tensors unchanged"
             )
         image = read_image(image, row, datasets.Image())
         return (self.transform(image) if self.transform else image), label

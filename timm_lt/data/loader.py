@@ -243,11 +243,6 @@ def _with_transform(data: Any, background: object, options: dict[str, Any]) -> A
 
 def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> None:  # noqa: ANN401
     """Checks that a sampler is of a data set, and shards it if the processes are distributed."""
-    if isinstance(dataset, IterableDataset):
-        raise UsageError(
-            f"a sampler needs a data set with random access, and {type(dataset).__name__} is read "
-            "in its own order"
-        )
     if isinstance(sampler, ClassSampler):
         num_labels = int(sampler.class_counts.sum())
         if num_labels != len(dataset):
@@ -432,14 +427,14 @@ def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
                     "each data worker imports the script anew here: its work must be below "
                     '`if __name__ == "__main__":`'
                 )
-            raise UsageError(describe_worker_death(error, again)) from error
-        if isinstance(error, UsageError):
-            raise UsageError(_last_line(error)) from error
-        if not str(error).startswith(CAUGHT):
+            message = describe_worker_death(error, again)
+        elif isinstance(error, UsageError):
+            message = _last_line(error)
+        elif str(error).startswith(CAUGHT):
+            message = f"a data worker failed: {_last_line(error)}; fix it and {again}"
+        else:
             raise
-        raise UsageError(
-            f"a data worker failed: {_last_line(error)}; fix it and {again}"
-        ) from error
+        raise UsageError(message) from error
 
 
 def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
