@@ -239,10 +239,10 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
         image = as_image(given)
         if not (isinstance(image, dict | Image.Image) and _is_label(label)):
             raise UsageError(
-                f"item {row} of a {_name(self.items)} has a {_kind(image)} and the label {label!r}; a"
-                " loader takes images of PIL, paths or uint8, and integer labels. Remove the data "
-                "set's own transform, or pass use_prefetcher=False, which leaves floating-point "
-                "tensors unchanged"
+                f"item {row} of a {_name(self.items)} has a {_kind(image)} and the label {label!r};"
+                " a loader takes images of PIL, paths or uint8, and integer labels. Remove the "
+                "data set's own transform, or pass use_prefetcher=False, which leaves "
+                "floating-point tensors unchanged"
             )
         image = read_image(image, row, datasets.Image())
         return (self.transform(image) if self.transform else image), label
