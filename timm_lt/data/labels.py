@@ -32,7 +32,7 @@ COLUMNS = 8
 def dataset_labels(dataset: Dataset[Any] | datasets.Dataset, column: str | None = None) -> Tensor:
     """Returns the label of every image of a data set, equal to that of its item.
 
-    >>> dataset_labels(TensorDataset(torch.zeros(3, 3, 8, 8), torch.tensor([2, 0, 1])))
+    >>> dataset_labels([("a.png", 2), ("b.png", 0), ("c.png", 1)])
     tensor([2, 0, 1])
 
     No image is decoded for a ``datasets.Dataset`` without a transform, torchvision's
