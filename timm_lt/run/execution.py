@@ -15,7 +15,8 @@ import torch
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.data.decode import describe_worker_death, is_worker_death
+from timm_lt.data.decode import is_worker_death
+from timm_lt.data.loader import describe_worker_death
 from timm_lt.fitting import AUTO, AccuracyCurve, head_curves
 from timm_lt.heads import get_head
 from timm_lt.hub.card import write_card
