@@ -23,7 +23,8 @@ from timm_lt.data.decode import check_background, encoded_images, read_image, to
 from timm_lt.data.given import given_splits
 from timm_lt.data.images import StoredImages, decode_images
 from timm_lt.data.sources import dataset_from_files
-from timm_lt.report.html import ExampleImages, Thumbnails
+from timm_lt.report import ExampleImages
+from timm_lt.report.changes import Thumbnails
 from timm_lt.utils.checks import UsageError
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

@@ -220,13 +220,13 @@ def test_plots_metrics_and_recipe_that_are_gone_here_go_there(pushed, folder):
     )
 
 
-def test_a_licence_for_a_card_of_somebodys_own_is_refused(loopback_hub, folder):
-    (folder / CARD).write_text("---\nlibrary_name: timm\n---\n# Mine\n")
-    with pytest.raises(UsageError, match="is somebody's own: state the licence 'mit' in it"):
-        timm_lt.push_to_hub(folder, "me/birds", license="mit")
-    assert loopback_hub.repos == {}
-    timm_lt.push_to_hub(folder, "me/birds")
-    assert loopback_hub.files("me/birds")[CARD] == (folder / CARD).read_bytes()
+def test_an_edited_card_here_is_pushed_with_new_metadata(loopback_hub, folder):
+    (folder / CARD).write_text("---\nlanguage: en\n---\n# Mine\n")
+    timm_lt.push_to_hub(folder, "me/birds", license="mit")
+    card = ModelCard(loopback_hub.files("me/birds")[CARD].decode())
+    assert card.text == "# Mine\n"
+    assert (card.data.language, card.data.license) == ("en", "mit")
+    assert len(card.data.eval_results) == 30
 
 
 def test_a_token_can_be_given(loopback_hub, monkeypatch, tmp_path):
@@ -242,32 +242,33 @@ def test_a_token_can_be_given(loopback_hub, monkeypatch, tmp_path):
         timm_lt.create_model("lt_test_resnet", **token)
 
 
-def test_what_a_person_wrote_into_the_card_stays(pushed, folder):
-    card = ModelCard.load(pushed.repo_id)
-    card.text += "\nPhotographed by us.\n"
-    card.data.tags.append("birds")
-    card.push_to_hub(pushed.repo_id)
+def test_a_card_that_a_person_edited_keeps_its_text(pushed, folder):
     with_one_more(folder)
     timm_lt.push_to_hub(folder, pushed.repo_id)
     card = ModelCard.load(pushed.repo_id)
-    assert "Photographed by us." in card.text
-    assert "birds" in card.data.tags
-    assert card.data.license == "apache-2.0"
     assert "`mine`" in card.text
+    assert card.data.license == "apache-2.0"
+    card.text += "\nPhotographed by us.\n"
+    card.data.tags.append("birds")
+    card.push_to_hub(pushed.repo_id)
+    timm_lt.push_to_hub(folder, pushed.repo_id)
     tau = HEADS["tau_norm"].from_classifier(load(pushed).fc, tau=0.25)
-    timm_lt.add_head(pushed.repo_id, "quarter", tau, cache_dir=pushed.cache)
-    text = ModelCard.load(pushed.repo_id).text
-    assert "Photographed by us." in text
-    assert "`quarter`" in text
+    timm_lt.add_head(pushed.repo_id, "quarter", tau, metrics={"all": 0.5}, cache_dir=pushed.cache)
+    edited = ModelCard.load(pushed.repo_id)
+    assert edited.text == card.text
+    assert "birds" in edited.data.tags
+    assert edited.data.license == "apache-2.0"
+    names = [result.metric_name for result in edited.data.eval_results]
+    assert "overall accuracy, head quarter" in names
 
 
 BAD_FOLDERS = {
     "altered weights": (WEIGHTS, b"x", "is not the one that config.json describes"),
-    "altered head": ("heads/crt.safetensors", b"x", "file of head 'crt' .* missing or altered"),
-    "a picture that is none": ("plots/calibration.png", b"#!/bin/sh", "is no PNG file"),
+    "altered head": ("heads/crt.safetensors", b"x", "crt.safetensors is missing or altered"),
+    "a picture that is none": ("plots/calibration.png", b"#!/bin/sh", "is not a PNG file"),
     "metrics": ("metrics.json", b"{", "is not a readable JSON file"),
     "recipe": ("recipe.yaml", b"a: [", "is not valid YAML"),
-    "card": (CARD, b"---\n: [\n---\n<!-- timm_lt:use -->\n<!-- /timm_lt:use -->\n", CARD),
+    "card": (CARD, b"---\n: [\n---\n# Mine\n", CARD),
     "config": (CONFIG, b"{}", "architecture must be a string"),
 }
 

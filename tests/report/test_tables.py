@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from reports import COUNTS, balanced_reports
+from report_runs import COUNTS, balanced_reports
 from rich.console import Console
 
 from timm_lt.checkpoint import read_checkpoint

@@ -19,8 +19,7 @@ from timm_lt.metrics import (
     confidence_intervals,
     write_per_class,
 )
-from timm_lt.report.html import write_report
-from timm_lt.report.plots import save_plots
+from timm_lt.report import save_plots, write_report
 from timm_lt.report.tables import TEST_SELECTION, recommend, shot_table
 from timm_lt.run.exits import run_to_exit
 from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
@@ -280,17 +279,7 @@ def save(
     write_per_class(run.folder / PER_CLASS, rows)
     own = {name: head for name, head in heads.items() if name != AUTO}
     curves = head_curves(get_head(run.model), own, features.shared["val"], counts, rule)
-    content = report_of_run(run, heads, evaluated, features, curves)
-    save_plots(
-        run.folder / PLOTS,
-        {name: report for name, report in reports.items() if name != AUTO},
-        counts,
-        curves,
-        objectives={curve.head: curve.objective for curve in content.curves},
-        compared=content.recommended,
-        confusions={name: found.groups for name, found in content.confusions.items()},
-        history=run.history,
-        kept_epoch=content.kept_epoch,
-    )
+    report = report_of_run(run, heads, evaluated, features, curves)
+    save_plots(run.folder / PLOTS, report)
     write_card(run.folder, name=run.name)
-    write_report(run.folder / REPORT, content)
+    write_report(run.folder / REPORT, report)

@@ -20,13 +20,7 @@ from timm_lt.fitting import AUTO, AccuracyCurve, fit_head, take_best
 from timm_lt.fitting.base import predictions
 from timm_lt.heads import Head, get_head, head_statistics
 from timm_lt.metrics import ShotMetrics, ShotReport, objective_value, shot_accuracy
-from timm_lt.report.html import (
-    ExampleImages,
-    Predictions,
-    ReportContent,
-    evaluated_rows,
-    gather_report,
-)
+from timm_lt.report import ExampleImages, Predictions, Report, evaluated_rows
 from timm_lt.report.tables import TEST_SELECTION
 from timm_lt.run.recipe_checks import head_kind, stage_heads
 from timm_lt.run.setup import Run
@@ -251,8 +245,8 @@ def report_of_run(
     evaluated: Mapping[str, Evaluation],
     features: RunFeatures,
     curves: Mapping[str, tuple[AccuracyCurve, float]],
-) -> ReportContent:
-    """Gathers what the report of a run says; ``auto`` is the head that it took.
+) -> Report:
+    """Returns the report of a run, without head ``auto``, which is one of the others.
 
     Args:
         run: The run.
@@ -263,7 +257,7 @@ def report_of_run(
     """
     recipe, splits = run.recipe, run.splits
     own = {name: head for name, head in heads.items() if name != AUTO}
-    return gather_report(
+    return Report(
         title=run.name,
         reports={name: evaluated[name].report for name in own},
         class_counts=splits.class_counts,
