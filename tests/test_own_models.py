@@ -69,7 +69,7 @@ def test_linear_is_always_there_and_json_says_all(photos, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["heads"]) == ["linear", "crt", "ncm", "auto"]
     assert found["label_names"] == list(COUNTS)
-    assert found["recommendation"].startswith(("Take ", "Keep linear"))
+    assert found["recommendation"].startswith("Recommended: ")
     report = timm_lt.ShotReport.from_dict(found["heads"]["crt"])
     low, high = timm_lt.confidence_intervals(report, found["class_counts"])["all"]
     assert found["intervals"]["crt"]["all"] == [low, high]
