@@ -96,12 +96,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def table(columns: Mapping[str, list[str]], right: Sequence[str]) -> str:
-    """Returns a table.
-
-    Args:
-        columns: Cells by heading, in Markdown without line breaks and bars.
-        right: Headings of the columns that are aligned on the right.
-    """
+    """Returns a table of cells by heading; the columns in ``right`` are aligned on the right."""
     rules = ["---:" if heading in right else "---" for heading in columns]
     rows = [list(columns), rules, *map(list, zip(*columns.values(), strict=True))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -167,17 +162,7 @@ def render_card(
 def folder_card(
     folder: str | Path, *, name: str, repo_id: str | None = None, license: str | None = None
 ) -> str:
-    """Renders the model card of a checkpoint folder, from its config, plots and recipe.
-
-    Args:
-        folder: The checkpoint's folder.
-        name: Title of the card.
-        repo_id: ``namespace/name`` on the Hub, for the examples; None is the folder itself.
-        license: Licence of the weights, by its identifier on the Hub.
-
-    Raises:
-        UsageError: If the folder has no readable checkpoint.
-    """
+    """Renders the model card of a checkpoint folder, from its config, plots and recipe."""
     folder = Path(folder)
     return render_card(
         read_checkpoint(folder),
@@ -214,13 +199,6 @@ def update_card(old: str | None, fresh: str) -> str:
     """Returns the card that replaces an old one: the fresh one, or an edited one's own text.
 
     In the metadata our keys are replaced, tags are united, and all else is kept.
-
-    Args:
-        old: The old card, if any.
-        fresh: The card as :func:`render_card` gives it now.
-
-    Raises:
-        UsageError: If the metadata of the old card cannot be read.
     """
     if old is None:
         return fresh
@@ -241,14 +219,6 @@ def merge_cards(local: str | None, remote: str | None, fresh: str) -> str:
     """Returns the card to push where there may be one here and one on the Hub.
 
     A card that somebody edited here is pushed; else one that somebody edited on the Hub stays.
-
-    Args:
-        local: The card beside the checkpoint.
-        remote: The card of the repo.
-        fresh: The card as :func:`render_card` gives it now, for the repo.
-
-    Raises:
-        UsageError: If the metadata of a card cannot be read.
     """
     mine = update_card(local, fresh)
     return mine if local is not None and is_edited(local) else update_card(remote, mine)

@@ -91,7 +91,7 @@ def push_to_hub(
     folder = Path(folder)
     api = _client(repo_id, token)
     info = read_checkpoint(folder)
-    files = checkpoint_files(folder, info)
+    files = _checkpoint_files(folder, info)
     # Errors in the folder come before anything is created on the Hub.
     _card_to_push(folder, repo_id, None, license)
     with hub_errors(repo_id, revision):
@@ -108,11 +108,11 @@ def push_to_hub(
             f"{repo_id} has heads that the folder lacks ({', '.join(lost)}); remove them with "
             "overwrite=True, or --overwrite of timm-lt push"
         )
-    card = _card_to_push(folder, repo_id, remote_text(repo, CARD, there), license)
+    card = _card_to_push(folder, repo_id, _remote_text(repo, CARD, there), license)
     message = commit_message or f"Push {repo_id.rpartition('/')[2]} with timm_lt"
     additions: dict[str, Path | bytes] = {CARD: card.encode(), **files}
     stale = [path for path in there if _is_ours(path) and path not in files]
-    return commit(api, repo_id, revision, additions, stale, before=before, message=message)
+    return _commit(api, repo_id, revision, additions, stale, before=before, message=message)
 
 
 def check_push(
@@ -142,18 +142,10 @@ def check_push(
     _check_private(repo_id, private, now=now)
 
 
-def checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
-    """Finds the files of a checkpoint but for its card; nothing else is ever pushed.
+def _checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
+    """Returns the files to push by their path in the repo, all but the card.
 
-    Args:
-        folder: The checkpoint's folder.
-        info: Its description.
-
-    Returns:
-        The files by their path in the repo.
-
-    Raises:
-        UsageError: If a file is missing, altered, not of its type, or a link to another place.
+    A file that is missing, altered, not of its type, or a link to another place is refused.
     """
     check_weights_file(folder, info)
     digests = {entry.file: entry.sha256 for entry in info.heads.values() if entry.file is not None}
@@ -245,12 +237,12 @@ def _card_to_push(folder: Path, repo_id: str, remote: str | None, license_id: st
     return merge_cards(local, remote, fresh)
 
 
-def remote_text(repo: Repo, path: str, there: Iterable[str]) -> str | None:
+def _remote_text(repo: Repo, path: str, there: Iterable[str]) -> str | None:
     """Returns a text file of a repo, None if it is not among the files that are there."""
     return read_text(repo.fetch(path, limit=TEXT_LIMIT)) if path in there else None
 
 
-def commit(
+def _commit(
     api: HfApi,
     repo_id: str,
     revision: str | None,
@@ -260,19 +252,9 @@ def commit(
     before: str,
     message: str,
 ) -> Pushed:
-    """Makes one commit; files that the repo has already are not uploaded.
+    """Makes one commit on a branch that is still at ``before``.
 
-    Args:
-        api: The client, with the token.
-        repo_id: ``namespace/name``.
-        revision: The branch; None is the main one.
-        additions: Contents to write, by path in the repo.
-        removed: Paths to remove.
-        before: Commit at which the branch must still be.
-        message: Title of the commit.
-
-    Raises:
-        UsageError: If the Hub refuses or cannot be reached, or the branch moved on.
+    Files that the repo has already are not uploaded.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path, content) for path, content in additions.items()
@@ -353,20 +335,20 @@ def add_head(
     old = info.heads[name].file if name in info.heads else None
     removed = [old] if old is not None and content is None else []
     message = commit_message or f"Add head {name}"
-    return commit(
+    return _commit(
         api, repo.repo_id, repo.revision, additions, removed, before=before, message=message
     )
 
 
 def _card_with_head(repo: Repo, info: CheckpointInfo, there: list[str]) -> str:
     """Returns the card of a repo for its new config."""
-    old = remote_text(repo, CARD, there)
+    old = _remote_text(repo, CARD, there)
     fresh = render_card(
         info,
         name=repo.repo_id.rpartition("/")[2],
         repo_id=repo.repo_id,
         plots=[path.removeprefix(f"{PLOTS}/") for path in there if path.startswith(f"{PLOTS}/")],
-        recipe=remote_text(repo, RECIPE, there),
+        recipe=_remote_text(repo, RECIPE, there),
         license=stated_license(old),
     )
     return update_card(old, fresh)

@@ -98,11 +98,8 @@ def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
 def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
     """Returns a matplotlib figure as SVG to be put into a page that defines the palette.
 
-    A ``gid`` that begins with ``tip:`` becomes the text that a browser shows over the artist.
-
-    Args:
-        figure: The figure.
-        salt: Text that sets the figure's ids apart from those of others in the page.
+    A ``gid`` that begins with ``tip:`` becomes the text that a browser shows over the artist. The
+    salt sets the figure's ids apart from those of others in the page.
     """
     from matplotlib import rc_context
 
@@ -144,16 +141,10 @@ def _lay_out(figure: Any, dpi: int) -> None:  # noqa: ANN401
 def panels(
     count: int, width: float, size: tuple[float, float, float], **options: Any
 ) -> tuple[Any, list[Any]]:
-    """Creates a figure with panels, as many in a row as fit.
+    """Creates a figure with panels, as many in a row as fit; returns it and its axes.
 
-    Args:
-        count: Number of panels.
-        width: Largest width of the figure in inches.
-        size: Least and largest width of a panel, and its height.
-        **options: Options of matplotlib's ``Figure.subplots``.
-
-    Returns:
-        The figure and its axes.
+    ``width`` is the largest one of the figure in inches; ``size`` has the least and the largest
+    width of a panel, and its height.
     """
     from matplotlib.figure import Figure
 

@@ -59,10 +59,6 @@ def brief(value: object, digits: int = 3) -> str:
 
     >>> brief(0.8125), brief(500), brief("cosine"), brief([1, 2])
     ('0.812', '500', 'cosine', 'a list')
-
-    Args:
-        value: The value.
-        digits: Significant digits of a float.
     """
     if isinstance(value, float):
         return f"{value:.{digits}g}"
