@@ -6,7 +6,6 @@ fixture ``hub`` against the real one.
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -165,18 +164,13 @@ def test_heads_of_the_repo_are_not_removed_by_the_way(pushed, folder, capsys):
     assert f"pushed to {HfApi().endpoint}/{pushed.repo_id}, commit" in capsys.readouterr().out
 
 
-def test_a_repo_is_as_private_as_was_asked_for(hub):
-    api = HfApi()
-    api.create_repo(hub.repo_id, private=True)
-    with pytest.raises(UsageError, match="exists and is private; change that in its settings"):
-        timm_lt.push_to_hub(PACKAGED, hub.repo_id, private=False)
-    assert set(hub.files()) == {".gitattributes"}
-
-
-def test_a_public_repo_is_not_taken_for_a_private_one(loopback_hub):
-    loopback_hub.create("me/birds")
-    with pytest.raises(UsageError, match="exists and is public; change that in its settings"):
-        timm_lt.push_to_hub(PACKAGED, "me/birds", private=True)
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repo_is_as_private_as_was_asked_for(loopback_hub, private):
+    HfApi().create_repo("me/birds", private=private)
+    loopback_hub.forget()
+    there = "private" if private else "public"
+    with pytest.raises(UsageError, match=f"exists and is {there}; change that in its settings"):
+        timm_lt.push_to_hub(PACKAGED, "me/birds", private=not private)
     assert loopback_hub.uploads() == []
 
 
@@ -187,7 +181,7 @@ def test_an_ignore_file_that_would_leave_files_out_is_refused(loopback_hub, tmp_
     assert loopback_hub.uploads() == []
 
 
-@pytest.mark.parametrize("path", ["metrics.json", CARD, "plots/calibration.png", "plots"])
+@pytest.mark.parametrize("path", [CARD, "plots"])
 def test_links_to_elsewhere_are_not_followed(loopback_hub, folder, tmp_path, path):
     elsewhere = tmp_path / "elsewhere"
     (folder / path).rename(elsewhere)
@@ -500,7 +494,6 @@ def other_backbone(model):
 ADD_REFUSED = {
     "not fitted": (lambda m: HEADS["lws"].from_classifier(m.fc), {}, "not fitted"),
     "other backbone": (other_backbone, {}, "has another weight than the joint classifier"),
-    "not a head": (lambda m: m.fc, {}, "is Linear, not a timm_lt head"),
     "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
     "taken": (
         lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"
@@ -509,11 +502,6 @@ ADD_REFUSED = {
         lambda m: HEADS["linear"].from_classifier(m.fc),
         {"metrics": {"all": 70.1}},
         r"all of head 'mine' in metrics must be a number in \[0, 1\]",
-    ),
-    "dtype": (
-        lambda m: fill(HEADS["lws"].from_classifier(m.fc)),
-        {"dtype": torch.int8},
-        "dtype must be a floating-point type",
     ),
     "other rule": (
         lambda m: HEADS["linear"].from_classifier(m.fc),
@@ -553,21 +541,7 @@ def test_add_head_notices_that_the_repo_moved_on(loopback_hub, tmp_path, monkeyp
     assert "mine" not in config["timm_lt"]["heads"]
 
 
-# ---- the card and the main job -------------------------------------------------------------------
-
-
-def test_the_snippets_of_the_card_run_as_they_stand(server, plain_server, pushed):
-    text = ModelCard.load(pushed.repo_id).text
-    snippets = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 3
-    assert all(f"hf-hub:{pushed.repo_id}" in snippet for snippet in snippets)
-    plain = [snippet for snippet in snippets if "timm_lt" not in snippet]
-    assert len(plain) == 1
-    done = server.python("\n".join(set(snippets) - set(plain)), HF_TOKEN=os.environ["HF_TOKEN"])
-    assert done.status == 0, done.err
-    code = plain[0] + "\nimport sys\nassert 'timm_lt' not in sys.modules"
-    done = plain_server.python(code, HF_TOKEN=os.environ["HF_TOKEN"])
-    assert done.status == 0, done.err
+# ---- the main job --------------------------------------------------------------------------------
 
 
 RECIPE = ["lt_test_resnet.digits_lt", "--epochs", "1", "--quiet", "--heads", '{"tau_norm": {}}']
