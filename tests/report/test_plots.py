@@ -249,7 +249,7 @@ def test_training_is_drawn_where_it_was_validated():
 
 
 def test_a_chart_as_svg_is_reproducible_and_has_no_colours_of_its_own():
-    hostile = "$x_{$ <b>\"&amp;'"
+    hostile = "$x_{$ <b>\"&amp;' font-family: 猫"
     reports = {hostile: balanced_reports()["crt"], "_hidden": balanced_reports()["linear"]}
     one, two = (
         [

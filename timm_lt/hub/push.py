@@ -98,8 +98,7 @@ def push_to_hub(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        now_private = api.model_info(repo_id).private
-        before, there = _read_repo(api, repo_id, revision)
+        before, there, now_private = _read_repo(api, repo_id, revision)
     _check_private(repo_id, private, now=now_private)
     repo = Repo(repo_id, before, token=token)
     lost = [] if overwrite else [name for name in _heads(repo, there) if name not in info.heads]
@@ -191,15 +190,17 @@ def _client(repo_id: str, token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="timm_lt")
 
 
-def _read_repo(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, list[str]]:
-    """Returns the commit and the files of a repo."""
+def _read_repo(
+    api: HfApi, repo_id: str, revision: str | None
+) -> tuple[str, list[str], bool | None]:
+    """Returns the commit and the files of a repo, and whether it is private."""
     info = api.model_info(repo_id, revision=revision)
     files = [sibling.rfilename for sibling in info.siblings or []]
     if ".gitignore" in files:
         # The client would silently skip the files that it names.
         raise UsageError(f"{repo_id} has a .gitignore, which may keep files out; delete it there")
     assert info.sha is not None
-    return info.sha, files
+    return info.sha, files, info.private
 
 
 def _check_private(repo_id: str, private: bool | None, *, now: bool | None) -> None:
@@ -328,7 +329,7 @@ def add_head(
     additions = {CONFIG: text.encode()}
     api = _client(repo.repo_id, token)
     with hub_errors(repo.repo_id, repo.revision):
-        before, there = _read_repo(api, repo.repo_id, folder.name)
+        before, there, _ = _read_repo(api, repo.repo_id, folder.name)
     if content is not None:
         additions[entry["file"]] = content
     additions[CARD] = _card_with_head(pinned, check_text(folder, text), there).encode()

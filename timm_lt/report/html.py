@@ -65,8 +65,8 @@ def render_report(report: Report) -> str:
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
     thumbnails = Thumbnails(report.images)
-    counts, joint, shown = report.class_counts, report.base, _shown(report)
-    bases = [] if joint is None else [joint]
+    counts, shown = report.class_counts, _shown(report)
+    bases = [] if report.base is None else [report.base]
     page: str = (
         _environment()
         .get_template("report.html")
@@ -78,12 +78,7 @@ def render_report(report: Report) -> str:
             groups=GROUPS,
             group_of=[GROUPS[k] for k in report.group_of.tolist()],
             counts=counts.tolist(),
-            columns=_columns(report),
-            best={key: _best(report, key) for key in (*GROUPS, "all", "class_mean")},
-            intervals={n: confidence_intervals(r, counts) for n, r in report.reports.items()},
-            gains={name: _gain(report, name) for name in report.reports if name not in bases},
-            selected={n: describe_selection(report.selections.get(n, {})) for n in report.reports},
-            swatches={name: _swatch(style) for name, style in head_styles(report).items()},
+            **_heads(report),
             shown=shown,
             min_images=_min_images(min_images(report)),
             comparisons={n: compare(report, n, thumbnails) for n in report.compared if bases},
@@ -100,6 +95,19 @@ def render_report(report: Report) -> str:
         )
     )
     return page.lstrip()
+
+
+def _heads(report: Report) -> dict[str, Any]:
+    """Returns the values for the table of heads."""
+    heads = report.reports
+    return {
+        "columns": _columns(report),
+        "best": {key: _best(report, key) for key in (*GROUPS, "all", "class_mean")},
+        "intervals": {n: confidence_intervals(r, report.class_counts) for n, r in heads.items()},
+        "gains": {name: _gain(report, name) for name in heads if name != report.base},
+        "selected": {n: describe_selection(report.selections.get(n, {})) for n in heads},
+        "swatches": {name: _swatch(style) for name, style in head_styles(report).items()},
+    }
 
 
 def write_report(path: str | Path, report: Report) -> None:

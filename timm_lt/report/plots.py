@@ -1,12 +1,13 @@
 """Charts of a run, drawn with matplotlib: PNG files for its folder, SVG for the HTML report."""
 
-import functools
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
 
-P = ParamSpec("P")
 # Every colour of the charts, for light pages and PNG files and for dark pages. The report has them
 # as variables of its style sheet; no two light ones may be equal, and none black.
 PALETTE: Mapping[str, tuple[str, str]] = {
@@ -73,20 +73,18 @@ SURE_SHARE = 0.005
 RANKS = "classes, from the most to the least frequent"
 
 
-def styled(draw: Callable[P, Any]) -> Callable[P, Any]:
-    """Decorates a function that draws: it uses the style of all charts."""
+@contextmanager
+def chart_style(**more: Any) -> Iterator[None]:
+    """Uses the style of all charts, also as a decorator of a function that draws."""
+    from matplotlib import rc_context
 
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **options: P.kwargs) -> Any:  # noqa: ANN401
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
-            return draw(*args, **options)
-
-    return drawn
+    with rc_context(STYLE | more), warnings.catch_warnings():
+        # A browser has the glyphs that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing")
+        yield
 
 
-@styled
+@chart_style()
 def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
     """Writes a matplotlib figure as PNG, whole or not at all."""
     image = io.BytesIO()
@@ -101,11 +99,9 @@ def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
     A ``gid`` that begins with ``tip:`` becomes the text that a browser shows over the artist. The
     salt sets the figure's ids apart from those of others in the page.
     """
-    from matplotlib import rc_context
-
     file = io.StringIO()
-    _lay_out(figure, 72)
-    with rc_context({**STYLE, "svg.hashsalt": salt}):
+    with chart_style(**{"svg.hashsalt": salt}):
+        _lay_out(figure, 72)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
@@ -113,7 +109,7 @@ def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
     text = head.sub(r'<svg \2 style="--width: \1" focusable="false">', text)
     text = re.sub(r'<g id="tip:([^"]*)"', r"<g><title>\1</title", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r"font-family: [^;\"<]*;? ?", "", text)
     text = re.sub(r"\n\s*", "\n", text)
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     return page_colors(text).strip()
@@ -228,7 +224,7 @@ def _running_mean(values: Tensor) -> tuple[Tensor, Tensor, int]:
     return ranks[known], 100 * means[known], width
 
 
-@styled
+@chart_style()
 def draw_frequency(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws the test accuracy of each head from frequent to rare classes."""
     figure, (axes,) = panels(1, width, (width, width, 2.6 + 0.16 * width))
@@ -256,7 +252,7 @@ def draw_frequency(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-@styled
+@chart_style()
 def draw_curves(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws validation accuracy against tau, a panel for each head that has such a curve."""
     if not report.curves:
@@ -311,7 +307,7 @@ def _draw_steps(axes: Any, steps: tuple[Tensor, Tensor], right: float, **style: 
     return axes.step(edges, 100 * values, where="post", **style)[0]
 
 
-@styled
+@chart_style()
 def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws how often predictions of each confidence are right, a panel for each head."""
     heads = {name: found for name, found in report.reports.items() if found.reliability}
@@ -341,7 +337,7 @@ def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-@styled
+@chart_style()
 def draw_training(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws training loss, accuracy on validation and learning rate by epoch."""
     if not report.history:
@@ -378,7 +374,7 @@ def draw_training(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-@styled
+@chart_style()
 def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws what each class gains or loses with the recommended head."""
     head, joint = report.recommended, report.base
@@ -403,7 +399,7 @@ def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-@styled
+@chart_style()
 def draw_confusions(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws what the joint classifier and the recommended head take each shot group for."""
     heads = [name for name in (report.base, report.recommended) if name is not None]
@@ -466,7 +462,7 @@ def save_plots(folder: Path, report: Report) -> list[Path]:
     return paths
 
 
-@styled
+@chart_style()
 def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
     """Draws the training images of the classes, from the most to the least frequent, as PNG.
 

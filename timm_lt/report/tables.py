@@ -237,11 +237,10 @@ def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> s
         for field, word in words.items()
     ]
     options = describe_selection(record.get("options", {}))
+    name = f"{best} ({options})" if options else best
     by = "" if record["objective"] == "all" else f" by {record['objective']}"
-    return (
-        f"Recommended: {best}{f' ({options})' if options else ''}, the best on validation{by}. "
-        f"On the test images, {_listed(changes)}.{tied}"
-    )
+    start = f"Recommended: {name}, the best on validation{by}."
+    return f"{start} On the test images, {_listed(changes)}.{tied}"
 
 
 def _change(before: float | None, after: float | None) -> str:
