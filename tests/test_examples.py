@@ -37,8 +37,8 @@ nbformat.write(notebook, "executed.ipynb")
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.first
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_a_notebook_runs_and_shows_what_it_has_shown(path, tmp_path):
     done = subprocess.run(

@@ -19,13 +19,13 @@ import timm_lt
 from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli.predict import predictions
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.decode import check_background, encoded_images, read_image, to_rgb
+from timm_lt.data.decode import encoded_images, read_image, to_rgb
 from timm_lt.data.given import given_splits
 from timm_lt.data.images import StoredImages, decode_images
 from timm_lt.data.sources import dataset_from_files
 from timm_lt.report import ExampleImages
 from timm_lt.report.changes import Thumbnails
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, check_background
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 SIXTEEN = (RAMP * 65535).astype(np.uint16)

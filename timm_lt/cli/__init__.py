@@ -1,37 +1,23 @@
-"""The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``."""
+"""The command line ``timm-lt COMMAND``, also ``python -m timm_lt COMMAND``.
+
+Only the module of the command that is called is imported: the others would cost seconds.
+"""
 
 import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from importlib import import_module
 
 import timm_lt
-from timm_lt.cli import (
-    compare,
-    completion,
-    convert,
-    evaluate,
-    fold,
-    heads,
-    inspect,
-    listing,
-    pack,
-    predict,
-    push,
-    run,
-)
-from timm_lt.cli.common import Commands, complain, start
-from timm_lt.run.execution import main as run_main
-from timm_lt.utils.accelerator import fresh_accelerate
+from timm_lt.cli.common import COMMANDS, Commands, complain, start
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import epilog, error_text, log_traceback, wrapped
 
-# In the order in which one needs them.
-COMMANDS = (
-    heads, evaluate, predict, listing, inspect, fold, push, pack, convert, run
-)  # fmt: skip
-# What a shell gives to a program whose reader has gone.
+# Commands that parse their own arguments, since these include the options of a recipe.
+OWN_PARSER = ("train", "compare")
+# Exit status of a program whose reader has closed the pipe.
 BROKEN_PIPE = 141
 
 
@@ -42,43 +28,53 @@ def main(argv: list[str] | None = None) -> int:
         status = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # As `timm-lt list | head -1` does; the interpreter must not flush once more.
+        # `timm-lt list | head -1`; keep the interpreter from flushing once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        log_traceback(error)
-        place = error.filename or "standard output"
-        complain(f"error: {error_text(f'{place}: {error.strerror}')}")
-        return 2
+        return _fail(error, f"{error.filename or 'standard output'}: {error.strerror}")
     return status
 
 
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
-        # Its arguments are those of a recipe, which has its own parser.
-        return run_main(argv[1:], prog="timm-lt train")
+        from timm_lt.run import main as train
+
+        return train(argv[1:], prog="timm-lt train")
     if argv[:1] == ["compare"]:
-        # So are some of these.
+        from timm_lt.cli import compare
+
         return compare.main(argv[1:])
-    arguments = create_parser().parse_args(argv)
+    arguments = create_parser(argv[:1]).parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command
+    from timm_lt.utils.accelerator import fresh_accelerate
+
     try:
         start(arguments)
         with fresh_accelerate():
             command(arguments)
     except UsageError as error:
-        log_traceback(error)
-        complain(f"error: {error_text(str(error))}")
-        return 2
+        return _fail(error, str(error))
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def create_parser() -> argparse.ArgumentParser:
-    """Creates the parser of all commands; ``train`` and ``compare`` have their own besides."""
+def _fail(error: Exception, message: str) -> int:
+    log_traceback(error)
+    complain(f"error: {error_text(message)}")
+    return 2
+
+
+def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Creates the parser of ``timm-lt``.
+
+    Args:
+        names: Commands whose arguments it parses; the others are only listed. ``train`` and
+            ``compare`` have parsers of their own.
+    """
     parser = argparse.ArgumentParser(
         prog="timm-lt",
         description=wrapped(
@@ -97,9 +93,10 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"timm_lt {timm_lt.__version__}")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    commands.add_parser("train", help="train a backbone, fit and compare heads", add_help=False)
-    compare.add_parser(commands)
-    for module in COMMANDS:
-        module.add_parser(commands)
-    completion.add_parser(commands, parser)
+    for name, summary in COMMANDS.items():
+        if name in OWN_PARSER or name not in names:
+            commands.add_parser(name, help=summary, add_help=False)
+        else:
+            module = import_module(f"timm_lt.cli.{'listing' if name == 'list' else name}")
+            module.add_parser(commands)
     return parser

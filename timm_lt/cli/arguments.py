@@ -1,33 +1,24 @@
-"""The model and the data that commands take.
-
-The checkpoint that commands take: a folder, a repo of the Hub, or a published name.
-"""
+"""The model and the data that commands take."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
-from timm_lt.checkpoint import BLOCK, CONFIG, RECIPE, CheckpointInfo, read_checkpoint, read_config
+from timm_lt.checkpoint import CONFIG
 from timm_lt.cli.common import parse_options
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.models.create import LOCAL_DIR, create_sized_model
-from timm_lt.models.label_names import label_names
-from timm_lt.models.published import PUBLISHED
-from timm_lt.models.repo import Repo
+from timm_lt.models.create import create_sized_model
+from timm_lt.models.repo import REPO
 from timm_lt.models.weights_file import create_from_file
-from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import ClassOrder, DataRecipe
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
-from timm_lt.utils.console import log, one_line
+from timm_lt.utils.console import log
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
-HUB_PREFIX = "hf-hub:"
-REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
@@ -37,7 +28,7 @@ DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/N
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says where the images of the argument ``data`` are."""
+    """Adds the options of the argument ``data``: ``--root``, ``--option`` and ``--background``."""
     parser.add_argument("--root", help="folder with the files of a list or a data set")
     parser.add_argument(
         "--option",
@@ -55,8 +46,8 @@ def add_background_option(parser: argparse.ArgumentParser) -> None:
         "--background",
         default="auto",
         metavar="COLOR",
-        help="behind transparent pixels, e.g. white, black or '#808080'; that of the model's "
-        "checkpoint, or white, unless given",
+        help="behind transparent pixels, e.g. white, black or '#808080'; by default that of the "
+        "model's checkpoint, or white",
     )
 
 
@@ -65,16 +56,27 @@ def add_class_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-order",
         choices=get_args(ClassOrder),
-        help="how weights without class names number the classes: timm (1, 2, 10) or sorted (1, "
-        "10, 2); found out on training images unless given",
+        help="order of the classes in weights without class names: timm (1, 2, 10) or sorted (1, "
+        "10, 2); by default determined from training images, or for predict that of --names",
+    )
+
+
+def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
+    """Adds ``--threads`` and ``--workers``."""
+    parser.add_argument("--threads", type=int, help="CPU threads; all by default")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=workers,
+        help=f"processes that decode images; by default {workers or 'as the cores allow'}",
     )
 
 
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
-    """Adds what says how a model is built, and from which file.
+    """Adds the options of how a model is created, and from which file.
 
     Args:
-        parser: Of the command.
+        parser: Parser of the command.
         checkpoint: Help of ``--checkpoint``; None adds no such option.
     """
     if checkpoint is not None:
@@ -85,7 +87,7 @@ def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None)
         help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="the file's or the model's unless given"
+        "--image-size", type=int, metavar="PIXELS", help="by default that of the file or model"
     )
     parser.add_argument(
         "--model-option",
@@ -93,12 +95,12 @@ def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None)
         default=[],
         metavar="KEY=VALUE",
         help="argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
-        "crop_mode of its images; those of the file or model unless given; may be repeated",
+        "crop_mode of its images; by default those of the file or model; may be repeated",
     )
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of ``--model-option``, after a check of ``--image-size``."""
+    """Returns the options of ``--model-option``, and checks ``--image-size``."""
     if arguments.image_size is not None:
         check_integer("--image-size", arguments.image_size, minimum=1)
     options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
@@ -108,173 +110,64 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def model_name(given: str) -> str:
-    """Returns the name of a model: a folder with a checkpoint is meant as ``local-dir:``."""
-    if (Path(given) / CONFIG).is_file():
-        return f"{LOCAL_DIR}{given}"
-    return given
-
-
-def check_no_file(given: str) -> None:
-    """Refuses a file of weights where a model is meant.
-
-    Raises:
-        UsageError: If it is one; says how it is given.
-    """
-    if Path(model_name(given)).is_file():
-        raise UsageError(
-            f"{given} is a file of weights: name its architecture, and give the file with "
-            "--checkpoint"
-        )
-
-
-def data_of_run(given: str) -> DataRecipe | None:
-    """Returns the data of the run in whose folder a model lies; None if it lies in none."""
-    name = model_name(given)
-    file = Path(name.removeprefix(LOCAL_DIR)) / RECIPE
-    return load_recipe(file).data if name.startswith(LOCAL_DIR) and file.is_file() else None
-
-
-def load_model(
-    given: str,
-    *,
-    head: str | None = None,
-    checkpoint: str | None = None,
-    key: str | None = None,
-    image_size: int | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Loads the model that a user named, in evaluation mode.
+def load_model(name: str, arguments: argparse.Namespace, **options: Any) -> nn.Module:
+    """Loads a model in evaluation mode, with the options of :func:`add_weights_options`.
 
     Args:
-        given: See :data:`MODEL_HELP`.
-        head: A head, or None.
-        checkpoint: File with weights for the architecture, or None.
-        key: Key or prefix of the weights in that file, or None.
-        image_size: Side of the images in pixels, or None.
-        **options: Of :func:`timm_lt.models.create.create_sized_model`.
+        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
+        arguments: Arguments of the command.
+        **options: Further options of :func:`timm_lt.create_model`, such as ``head``.
 
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
-    name = model_name(given)
-    check_no_file(given)
-    if checkpoint is None:
+    options |= model_options(arguments)
+    file, key, size = arguments.checkpoint, arguments.checkpoint_key, arguments.image_size
+    if file is None:
         if key is not None:
-            raise UsageError("--checkpoint-key is for a file of weights: give --checkpoint, too")
-        model = create_sized_model(name, True, image_size, head=head, **options)
-    elif head is not None:
-        raise UsageError("--head is for a model with its own heads, not for a --checkpoint file")
+            raise UsageError("--checkpoint-key is for a file of weights; give --checkpoint, too")
+        model = create_sized_model(name, True, size, **options)
     else:
-        model = create_from_file(name, checkpoint, key=key, image_size=image_size, **options)
-    log.debug(
-        "%s: %s, head %s, weights of %s, %d classes, %d parameters",
-        *(name, type(model).__name__, head or "linear", checkpoint or name),
-        *(model.num_classes, sum(tensor.numel() for tensor in model.parameters())),
-    )
+        if options.pop("head", None) is not None:
+            raise UsageError("--head is for a model with its own heads, not for --checkpoint")
+        model = create_from_file(name, file, key=key, image_size=size, **options)
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    log.debug("%s: weights of %s, %d parameters", name, file or name, parameters)
     return model.eval()
 
 
-def stored_heads(given: str) -> list[str]:
-    """Returns the names of the heads that a model's checkpoint has beside the joint classifier."""
-    name = model_name(given)
-    if name.startswith(LOCAL_DIR):
-        folder = Path(name.removeprefix(LOCAL_DIR))
-        has_heads = BLOCK in read_config(folder)
-        return [*read_checkpoint(folder).heads] if has_heads else []
-    if name.startswith(HUB_PREFIX):
-        info = Repo.parse(name.removeprefix(HUB_PREFIX)).read_info()
-        return [*info.heads]
-    return []
-
-
-def class_names(model: nn.Module) -> list[str] | None:
-    """Returns the names of a model's classes for a terminal; None if they are unknown."""
-    names = label_names(model)
-    return None if names is None else [one_line(name, 200) for name in names]
-
-
-def check_is_list(path: Path) -> None:
-    """Refuses files that are known by their endings to be no list of images."""
-    kind = suffix(path.name)
-    if kind in TABLES:
-        raise UsageError(f"{path} is a table, no list: give hub, with --root {path}")
-    if kind in IMAGE_SUFFIXES:
-        raise UsageError(
-            f"{path} is an image: give the folder that has a directory for each class, or a list"
-        )
-
-
-def find_data(data: str, root: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Finds what a user means by a folder, a list or a name.
+def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecipe:
+    """Finds the data that a user means by a folder, a list or a name.
 
     Args:
-        data: What is meant.
+        data: A folder of images, a list of images, a data set's name, or NAMESPACE/NAME on the Hub.
         root: Folder with the files of a list or a data set, or None.
         options: Options of the data set.
-
-    Returns:
-        ``name``, ``root`` and ``options`` of the recipe's data.
 
     Raises:
         UsageError: If there is no such thing.
     """
     path = Path(data).expanduser()
     if data in DATASETS and not path.is_dir():
-        return {"name": data, "root": root, "options": options}
+        return DataRecipe(data, root, options)
     if path.is_dir():
         if (path / CONFIG).is_file():
             raise UsageError(f"{data} is a checkpoint, not a folder of images")
         if root is not None:
-            raise UsageError("--root is for lists and data sets: a folder is its own root")
-        return {"name": FOLDER, "root": str(path), "options": options}
+            raise UsageError("--root is for lists and data sets; a folder is its own root")
+        return DataRecipe(FOLDER, str(path), options)
     if path.is_file():
         check_is_list(path)
         start = str(path.parent) if root is None else root
-        return {"name": LIST, "root": start, "options": {"train": str(path.resolve()), **options}}
+        return DataRecipe(LIST, start, {"train": str(path.resolve()), **options})
     if REPO.fullmatch(data):
-        return {"name": HUB, "root": None, "options": {"repo": data, **options}}
+        return DataRecipe(HUB, None, {"repo": data, **options})
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
 
 
-def find_checkpoint(given: str) -> tuple[str, Path | None]:
-    """Finds the checkpoint that a user named; of a repo, downloads the configuration.
-
-    Args:
-        given: ``local-dir:FOLDER`` or just the folder, ``hf-hub:NAMESPACE/NAME`` or just that,
-            with ``@REVISION`` for a certain one, or a name of timm's registry.
-
-    Returns:
-        The name for :func:`timm_lt.create_model`, and the folder that has the configuration; None
-        if the name is one of a registry whose weights are no checkpoint on this disk.
-
-    Raises:
-        UsageError: If the repo cannot be read.
-    """
-    name = given
-    if not given.startswith((LOCAL_DIR, HUB_PREFIX)) and Path(given).is_dir():
-        name = f"{LOCAL_DIR}{given}"
-    elif REPO.fullmatch(given):
-        name = f"{HUB_PREFIX}{given}"
-    if name.startswith(LOCAL_DIR):
-        return name, Path(name.removeprefix(LOCAL_DIR))
-    if not name.startswith(HUB_PREFIX):
-        return name, PUBLISHED[name].folder if name in PUBLISHED else None
-    repo = Repo.parse(name)
-    try:
-        folder = repo.download(weights=False)
-    except UsageError as error:
-        if name == given:
-            raise
-        raise UsageError(
-            f"there is no folder {given}, and as a repo of the Hub: {error}"
-        ) from error
-    # The branch may move on while one head is loaded after the other.
-    return f"{HUB_PREFIX}{repo.repo_id}@{folder.name}", folder
-
-
-def decoupled_info(folder: Path | None) -> CheckpointInfo | None:
-    """Returns what a decoupled checkpoint says of itself; None for one of timm's own."""
-    if folder is None or BLOCK not in read_config(folder):
-        return None
-    return read_checkpoint(folder)
+def check_is_list(path: Path) -> None:
+    """Refuses files that are not lists of images by their endings."""
+    kind = suffix(path.name)
+    if kind in (*TABLES, *IMAGE_SUFFIXES):
+        cure = f"give hub, with --root {path}" if kind in TABLES else "give its folder, or a list"
+        raise UsageError(f"{path} is not a list of images: {cure}")

@@ -1,4 +1,4 @@
-"""What the commands share: how each is described, what it prints, and how much of it."""
+"""Shared by all commands: their names, help, log and output options, and results."""
 
 import argparse
 import json
@@ -14,27 +14,42 @@ from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import epilog, log, result_console, start_logging, wrapped
 from timm_lt.utils.files import write_json
 
-# argparse has no public name for what add_subparsers returns.
+# argparse has no public name for the result of add_subparsers.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+# The commands in the order in which users meet them, with their line in `timm-lt --help`.
+COMMANDS = {
+    "train": "train a backbone, fit and compare heads",
+    "compare": "train and compare the methods of a paper's table",
+    "heads": "fit and compare heads on a model of yours, without training it",
+    "evaluate": "accuracy of a model by shot group and class",
+    "predict": "classes and probabilities of images",
+    "list": "list models, heads, losses and so on; or the heads of a checkpoint",
+    "inspect": "look at a data set before training",
+    "fold": "write a head as a plain timm checkpoint, ONNX or torch.export, to ship",
+    "push": "push a checkpoint to the Hugging Face Hub",
+    "pack": "write a smaller copy of a run's checkpoint",
+    "convert": "write weights of another project as a decoupled checkpoint",
+    "run": "run one of timm's scripts, with the lt_* models and samplers",
+    "completion": "print a script for tab completion",
+}
 STDOUT = "-"
 JSON_SUFFIX = ".json"
 
 
 def add_command(
-    commands: Commands, name: str, *, summary: str, description: str, examples: Sequence[str]
+    commands: Commands, name: str, *, description: str, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """Adds a command, whose help is documentation: what it does, its arguments, examples.
+    """Adds one of :data:`COMMANDS`.
 
     Args:
-        commands: Of the whole program.
-        name: Its name.
-        summary: Its line in the list of commands.
-        description: What it does, in sentences.
+        commands: Commands of the whole program.
+        name: Name of the command.
+        description: Purpose of the command, in sentences.
         examples: Whole command lines.
     """
     return commands.add_parser(
         name,
-        help=summary,
+        help=COMMANDS[name],
         description=wrapped(description),
         epilog=epilog(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,15 +60,15 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
     """Adds ``--json``, ``--quiet`` and ``--verbose``.
 
     Args:
-        parser: Of a command that ends in :func:`show_result`.
-        quiet: What is still printed with ``--quiet``.
+        parser: Parser of a command that ends in :func:`show_result`.
+        quiet: Output that ``--quiet`` keeps.
     """
     parser.add_argument(
         "--json",
         nargs="?",
         const=STDOUT,
         metavar="FILE.json",
-        help="for machines: print JSON and nothing else on standard output, or write it there",
+        help="for machines: print JSON and nothing else on standard output, or write it to a file",
     )
     add_log_options(parser, quiet=quiet)
 
@@ -65,57 +80,54 @@ def add_log_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
     level.add_argument(
         "--verbose",
         action="store_true",
-        help="say each step on standard error, and where in the code an error arose",
+        help="log each step on standard error, and where in the code an error arose",
     )
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Starts the log as the options say, and checks where JSON goes before there is any.
+    """Starts the log, and checks that JSON can be written before there is any.
 
     Raises:
-        UsageError: If it cannot go there.
+        UsageError: If not.
     """
-    start_logging(
-        quiet=getattr(arguments, "quiet", False), verbose=getattr(arguments, "verbose", False)
-    )
-    file = getattr(arguments, "json", None)
+    given = vars(arguments)
+    start_logging(quiet=given.get("quiet", False), verbose=given.get("verbose", False))
+    file = given.get("json")
     if not isinstance(file, str) or file == STDOUT:
         return
-    if not file.endswith(JSON_SUFFIX):
-        # It may have swallowed the argument behind it.
+    if not file.endswith(JSON_SUFFIX) or Path(file).is_dir():
+        # It may be the next argument of the command.
         raise UsageError(
             f"--json takes a file that ends in {JSON_SUFFIX}, got {file!r}; to print JSON, put "
             "--json behind the other arguments"
         )
     check_folder("--json", Path(file).parent)
     for name in ("data", "destination"):
-        place = getattr(arguments, name, None)
+        place = given.get(name)
         if place is not None and Path(file).resolve().is_relative_to(Path(place).resolve()):
-            raise UsageError(f"--json: {file} would lie in {place}: choose a place elsewhere")
-    if Path(file).is_dir():
-        raise UsageError(f"--json: {file} is a folder, not a file to write")
+            raise UsageError(f"--json: {file} lies in {place}; choose another folder")
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Checks that a folder could be made.
+    """Checks that a folder can be created.
 
     Raises:
-        UsageError: If something else has its name, or that of a folder above it.
+        UsageError: If it, or a folder above it, is a file.
     """
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
-            raise UsageError(f"{option}: {place} is no folder; choose another")
+            raise UsageError(f"{option}: {place} is not a folder; choose another")
 
 
 def show_result(
     arguments: argparse.Namespace, result: object, shown: str | RenderableType | None
 ) -> None:
-    """Prints what a command has found: for people, or as JSON.
+    """Prints the result of a command, as text or as JSON.
 
     Args:
-        arguments: Of the command.
-        result: What goes into JSON.
-        shown: A line or table for people; None if there is nothing more to print.
+        arguments: Arguments of the command.
+        result: The result for JSON.
+        shown: The same as a line or a table; None if it has been printed.
     """
     if arguments.json == STDOUT:
         say(as_json(result))
@@ -130,7 +142,7 @@ def show_result(
 
 
 def as_json(value: object) -> str:
-    """Returns JSON for a terminal or a pipe: ASCII, whatever a file or a repo has in its texts."""
+    """Returns JSON in ASCII, whatever texts come from a file or a repo."""
     return json.dumps(value, indent=2, allow_nan=False)
 
 
@@ -145,18 +157,18 @@ def complain(line: str) -> None:
 
 
 def parse_options(texts: list[str], example: str, option: str = "--option") -> dict[str, Any]:
-    """Parses ``KEY=VALUE`` arguments; values are written as in YAML.
+    """Parses ``KEY=VALUE`` arguments, whose values are YAML.
 
     Raises:
-        UsageError: If one is none; the message has the example.
+        UsageError: If an argument has another form; the message has the example.
     """
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not (key.isidentifier() and equals):
-            raise UsageError(f"{option} takes KEY=VALUE, e.g. {example}, got {text!r}")
         try:
             options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UsageError(f"{option} {text!r}: the value cannot be read") from error
+        except (yaml.YAMLError, ValueError):
+            equals = ""
+        if not (key.isidentifier() and equals):
+            raise UsageError(f"{option} takes KEY=VALUE, e.g. {example}, got {text!r}")
     return options

@@ -1,28 +1,28 @@
-"""``timm-lt heads``: fits and compares heads on a model as it is, for one's own images."""
+"""``timm-lt heads``: fits and compares heads on a model as it is, for a user's own images."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from timm_lt.cli.arguments import (
     DATA_HELP,
-    HUB_PREFIX,
     MODEL_HELP,
     add_class_order,
+    add_compute_options,
     add_data_options,
     add_weights_options,
-    check_no_file,
     find_data,
-    model_name,
     model_options,
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.models.create import LOCAL_DIR
+from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
-from timm_lt.run.recipe import DataRecipe, FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.run.recipe import FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.utils.hub import HF_HUB
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,11 +30,10 @@ def add_parser(commands: Commands) -> None:
     heads = add_command(
         commands,
         "heads",
-        summary="fit and compare heads on a model of yours, without training it",
         description=(
-            "Takes the features of your images once, fits every classifier head on them, chooses "
-            "on validation, and writes a checkpoint with all of them and a report. Nothing but "
-            "heads is trained."
+            "Extracts the features of your images once, fits every classifier head on them, "
+            "chooses on validation, and writes a checkpoint with all heads and a report. Only "
+            "heads are trained."
         ),
         examples=[
             "timm-lt heads photos --model resnet50.a1_in1k",
@@ -44,33 +43,30 @@ def add_parser(commands: Commands) -> None:
     )
     heads.add_argument("data", help=DATA_HELP)
     heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
-    add_weights_options(heads, "weights of a training of yours, for these classes")
+    add_weights_options(heads, "weights that you trained, for these classes")
     add_class_order(heads)
     heads.add_argument(
         "--heads",
         nargs="+",
         default=list(DEFAULT_HEADS),
         metavar="HEAD",
-        help="which heads beside linear; all but oltr, fslwf and cosine unless given",
+        help="heads beside linear; by default all but oltr, fslwf and cosine",
     )
     add_data_options(heads)
-    heads.add_argument("--output", help="folder to write; output/MODEL.DATA unless given")
+    heads.add_argument("--output", help="folder to write; output/MODEL.DATA by default")
     heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
-    heads.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    heads.add_argument("--resume", action="store_true", help="continue the run in that folder")
     heads.add_argument(
-        "--objective", choices=OBJECTIVES, help="what validation chooses by (docs/choose-a-head.md)"
+        "--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)"
     )
     heads.add_argument(
         "--fresh-classifier",
         action="store_true",
         help="fit the linear classifier anew, even if the model has one of as many classes",
     )
-    heads.add_argument("--cache-dir", help="keep features there, for the next time")
-    heads.add_argument("--seed", type=int, default=0, help="of the fits")
-    heads.add_argument("--threads", type=int, help="CPU threads; all unless given")
-    heads.add_argument(
-        "--workers", type=int, help="processes that decode images; by the cores unless given"
-    )
+    heads.add_argument("--cache-dir", help="folder that keeps the features for the next time")
+    heads.add_argument("--seed", type=int, default=0, help="seed of the fits")
+    add_compute_options(heads)
     heads.add_argument(
         "--json", action="store_true", help="for machines: print metrics.json instead of the table"
     )
@@ -79,26 +75,23 @@ def add_parser(commands: Commands) -> None:
 
 
 def fit_heads(arguments: argparse.Namespace) -> None:
-    """Runs the classifier stage on a model and data, and prints the table and the best head."""
-    check_no_file(arguments.model)
-    data = find_data(
-        arguments.data, arguments.root, parse_options(arguments.option, "test_fraction=0.3")
-    )
-    # What the others are compared with, and costs nothing.
-    names = list(dict.fromkeys([JOINT, *arguments.heads]))
-    options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    if len(names) > 1 and AUTO not in options:
-        options[AUTO] = {}
+    """Fits heads on a model and data, and prints the table and the recommended head."""
+    options = parse_options(arguments.option, "test_fraction=0.3")
+    # The others are compared with the joint classifier.
+    names = dict.fromkeys([JOINT, *arguments.heads])
+    heads: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if len(heads) > 1:
+        heads[AUTO] = {}
     recipe = Recipe(
-        data=DataRecipe(
-            **data,
+        data=replace(
+            find_data(arguments.data, arguments.root, options),
             augmentation="timm",
             background=arguments.background,
             image_size=arguments.image_size,
             unreadable="skip",
         ),
         model=ModelRecipe(
-            name=model_name(arguments.model),
+            name=ModelSource.parse(arguments.model, bare_repo=True).name,
             pretrained=arguments.checkpoint is None,
             checkpoint=arguments.checkpoint,
             class_order=arguments.class_order,
@@ -108,24 +101,13 @@ def fit_heads(arguments: argparse.Namespace) -> None:
         ),
         epochs=0,
         features=FeaturesRecipe(cache_dir=arguments.cache_dir),
-        heads=options,
+        heads=heads,
         objective=arguments.objective,
         seed=arguments.seed,
     )
-    run_recipe(
-        default_name(arguments.model, recipe.data.title),
-        recipe,
-        RunOptions(
-            output=arguments.output,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            threads=arguments.threads,
-            workers=arguments.workers,
-            quiet=arguments.quiet,
-            verbose=arguments.verbose,
-            json=arguments.json,
-        ),
-    )
+    own = ("output", "resume", "overwrite", "threads", "workers", "quiet", "verbose", "json")
+    run_options = RunOptions(**{name: getattr(arguments, name) for name in own})
+    run_recipe(default_name(arguments.model, recipe.data.title), recipe, run_options)
 
 
 def default_name(model: str, data: str) -> str:
@@ -134,5 +116,5 @@ def default_name(model: str, data: str) -> str:
     >>> default_name("hf-hub:me/birds@v2", "photos"), default_name("local-dir:output/x", "me/y")
     ('birds.photos', 'x.y')
     """
-    plain = model.removeprefix(HUB_PREFIX).removeprefix(LOCAL_DIR).partition("@")[0]
+    plain = model.removeprefix(HF_HUB).removeprefix(LOCAL_DIR).partition("@")[0]
     return f"{Path(plain).name}.{Path(data).name}"

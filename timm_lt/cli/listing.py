@@ -1,4 +1,4 @@
-"""``timm-lt list``: what there is, or the heads of a checkpoint."""
+"""``timm-lt list``: registered names, or the heads of a checkpoint."""
 
 import argparse
 
@@ -7,9 +7,9 @@ from rich.table import Table
 
 import timm_lt
 from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
-from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import list_augmentations
+from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import head_table
 from timm_lt.run.comparison import shipped_grids
 from timm_lt.run.parse import shipped_recipes
@@ -21,16 +21,11 @@ def add_parser(commands: Commands) -> None:
     listing = add_command(
         commands,
         "list",
-        summary="name what there is; or the heads of a checkpoint",
         description=(
-            "Names the registered models, heads, samplers, losses, data sets and recipes; or the "
+            "Lists the registered models, heads, samplers, losses, data sets and recipes; or the "
             "heads of a checkpoint with options and metrics, without downloading weights."
         ),
-        examples=[
-            "timm-lt list",
-            "timm-lt list me/birds",
-            "timm-lt list output/birds",
-        ],
+        examples=["timm-lt list", "timm-lt list me/birds", "timm-lt list output/birds"],
     )
     listing.add_argument(
         "checkpoint",
@@ -42,46 +37,41 @@ def add_parser(commands: Commands) -> None:
 
 
 def list_parts(arguments: argparse.Namespace) -> None:
-    """Prints the registered names, one row per kind; or the heads of a checkpoint."""
-    place = arguments.checkpoint
-    if place is not None:
-        _, folder = find_checkpoint(place)
+    """Prints the registered names, a row for each kind; or the heads of a checkpoint."""
+    given = arguments.checkpoint
+    if given is not None:
+        folder = ModelSource.find(given).folder
         if folder is None:
-            raise UsageError(f"{place!r} is no folder here, nor a repo NAMESPACE/NAME of the Hub")
+            raise UsageError(f"{given!r} is not a folder, nor a repo NAMESPACE/NAME of the Hub")
         info = read_checkpoint(folder)
-        show_result(arguments, _heads(info), head_table(info))
+        show_result(arguments, _describe(info), head_table(info))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows: dict[str, list[str]] = {
         "models": timm.list_models("lt_*"),
         "pretrained": timm.list_pretrained("lt_*"),
         "heads": timm_lt.list_heads(),
         "samplers": timm_lt.list_samplers(),
         "losses": timm_lt.list_losses(),
-        "data sets": timm_lt.list_datasets(),
+        "data_sets": timm_lt.list_datasets(),
         "augmentations": list_augmentations(),
         "recipes": list(shipped_recipes()),
         "grids": list(shipped_grids()),
     }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for kind, names in rows.items():
         more = ["and any other timm architecture"] if kind == "models" else []
-        table.add_row(f"[bold]{kind}", ", ".join([*names, *more]))
-    show_result(arguments, {kind.replace(" ", "_"): names for kind, names in rows.items()}, table)
+        table.add_row(f"[bold]{kind.replace('_', ' ')}", ", ".join([*names, *more]))
+    show_result(arguments, rows, table)
 
 
-def _heads(info: CheckpointInfo) -> dict[str, object]:
-    """Returns what a checkpoint says of itself and its heads."""
+def _describe(info: CheckpointInfo) -> dict[str, object]:
+    fields = ("kind", "options", "metrics", "selection")
     return {
         "dataset": info.dataset,
         "num_classes": info.num_classes,
         "class_counts": info.class_counts,
         "heads": {
-            name: {
-                "kind": head.kind,
-                "options": head.options,
-                "metrics": head.metrics,
-                "selection": head.selection,
-            }
+            name: {field: getattr(head, field) for field in fields}
             for name, head in info.heads.items()
         },
     }

@@ -30,7 +30,6 @@ def add_parser(commands: Commands) -> None:
     pack = add_command(
         commands,
         "pack",
-        summary="write a smaller copy of a run's checkpoint",
         description=(
             "Copies the decoupled checkpoint of a run without its training state, in half "
             "precision."

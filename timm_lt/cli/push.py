@@ -1,4 +1,4 @@
-"""``timm-lt push``: a checkpoint to the Hub."""
+"""``timm-lt push``: pushes a checkpoint to the Hub."""
 
 import argparse
 from pathlib import Path
@@ -12,19 +12,18 @@ def add_parser(commands: Commands) -> None:
     push = add_command(
         commands,
         "push",
-        summary="push a checkpoint to the Hugging Face Hub",
         description=(
-            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit, of which "
-            "only what has changed is uploaded. Log in first: hf auth login, or HF_TOKEN."
+            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit; only changed "
+            "files are uploaded. Log in first: hf auth login, or HF_TOKEN."
         ),
         examples=[
             "timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0",
         ],
     )
     push.add_argument("folder", type=Path, help="folder of a run, or a decoupled checkpoint")
-    push.add_argument("repo", metavar="NAMESPACE/NAME", help="the repo; made if it is missing")
+    push.add_argument("repo", metavar="NAMESPACE/NAME", help="the repo; created if missing")
     push.add_argument("--private", action="store_true", default=None, help="make it private")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if missing")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; created if missing")
     push.add_argument("--license", metavar="ID", help="licence for the card, such as apache-2.0")
     push.add_argument("--message", help="title of the commit")
     push.add_argument(

@@ -1,12 +1,12 @@
-"""``timm-lt run``: one of timm's own scripts, with the models and samplers of timm_lt."""
+"""``timm-lt run``: runs one of timm's own scripts with the models and samplers of timm_lt."""
 
 import argparse
 import functools
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from timm_lt.cli.common import Commands, add_command
 from timm_lt.data import create_loader, dataset_labels
+from timm_lt.models import lt_resnet as lt_resnet  # importing it registers the architectures
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.utils.checks import UsageError, check_options
 from timm_lt.utils.console import log
 
 SAMPLER = "--sampler"
-SAMPLER_HELP = (
-    "of the script's training images: a name, or YAML with options, as '{name: power, q: 0.5}'"
-)
 # Options of all samplers that suit a script of timm.
 COMMON = ("num_samples", "seed", "num_classes")
 
@@ -36,65 +34,54 @@ def add_parser(commands: Commands) -> None:
     run = add_command(
         commands,
         "run",
-        summary="run one of timm's scripts, with the lt_* models and samplers",
         description=(
-            "Runs a script, such as timm's validate.py, inference.py and train.py, which lie in "
-            "timm's repository and not in its package, after timm_lt has registered its models. "
-            "What follows SCRIPT is for the script, except for --sampler directly behind it."
+            "Runs a script, such as validate.py, inference.py or train.py of timm's repository "
+            "(they are not in its package), with the lt_* models registered. The arguments behind "
+            "SCRIPT are those of the script, except for --sampler directly behind it."
         ),
         examples=[
             "timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained",
             "timm-lt run train.py --sampler class_balanced photos --model resnet18",
         ],
     )
-    run.add_argument(SAMPLER, metavar="SAMPLER", help=SAMPLER_HELP)
+    run.add_argument(
+        SAMPLER,
+        help="sampler of the training images: a name, or YAML with options, as '{name: power, q: "
+        "0.5}'",
+    )
     run.add_argument("script", metavar="SCRIPT", help="a Python file")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     run.set_defaults(command=run_script)
 
 
 def run_script(arguments: argparse.Namespace) -> None:
-    """Runs a script as if Python did, and ends as it does."""
-    path = Path(arguments.script)
+    """Runs a script as Python would."""
+    path, sampler, rest = Path(arguments.script), arguments.sampler, arguments.arguments
     if not path.is_file():
         raise UsageError(
-            f"there is no script {path}: timm's own are in its repository, not in its package; "
+            f"there is no script {path}; timm's own are in its repository, not in its package: "
             "clone it, and give the path of the script"
         )
-    sampler, rest = _split_sampler(arguments.sampler, arguments.arguments)
-    if sampler is None:
-        _run(path, rest)
-        return
-    name, options = parse_sampler(sampler)
-    with training_sampler(name, options) as used:
-        _run(path, rest)
-    if not used:
+    if rest[:1] == [SAMPLER]:
+        sampler, rest = "".join(rest[1:2]), rest[2:]
+    elif rest and rest[0].startswith(f"{SAMPLER}="):
+        sampler, rest = rest[0].partition("=")[2], rest[1:]
+    scope: AbstractContextManager[list[EpochsInTurn]] = nullcontext([])
+    if sampler is not None:
+        scope = training_sampler(*parse_sampler(sampler))
+    with scope as used:
+        before = sys.argv, sys.path[:]
+        sys.argv = [str(path), *rest]
+        sys.path.insert(0, str(path.resolve().parent))
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            sys.argv, sys.path[:] = before
+    if sampler is not None and not used:
         raise UsageError(
             f"{SAMPLER} had no effect: {path} created no training loader with "
             "timm.data.create_loader"
         )
-
-
-def _split_sampler(sampler: str | None, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Returns the value of ``--sampler`` and the arguments of the script."""
-    first, equals, value = arguments[0].partition("=") if arguments else ("", "", "")
-    if first != SAMPLER or sampler is not None:
-        return sampler, arguments
-    if equals:
-        return value, arguments[1:]
-    if len(arguments) < 2:
-        raise UsageError(f"{SAMPLER} needs the name of a sampler")
-    return arguments[1], arguments[2:]
-
-
-def _run(path: Path, arguments: list[str]) -> None:
-    before = sys.argv, sys.path[:]
-    sys.argv = [str(path), *arguments]
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    finally:
-        sys.argv, sys.path[:] = before
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
@@ -107,33 +94,33 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
         UsageError: If it is neither, or there is no such sampler or option.
     """
     try:
-        stated = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{SAMPLER} {text!r} is not valid YAML: {error}") from error
-    options = {"name": stated} if isinstance(stated, str) else stated
+        options = yaml.safe_load(text)
+    except yaml.YAMLError:
+        options = None
+    options = {"name": options} if isinstance(options, str) else options
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise UsageError(
-            f"{SAMPLER} {text!r} must be the name of a sampler or a mapping with its name and "
-            "options, as {name: power, q: 0.5}"
+            f"{SAMPLER} {text!r} must be the name of a sampler, or YAML with its name and options, "
+            "as {name: power, q: 0.5}"
         )
     name = options.pop("name")
     try:
         part = SAMPLERS[name]
         own = {key: option for key, option in options.items() if key not in COMMON}
         check_options(f"sampler {name!r}", part, own)
-        if getattr(part, "unit", 1) > 1:
-            raise UsageError(
-                f"sampler {name!r} draws pairs, and timm's train.py has no loss for them: train "
-                "with train_lt.py"
-            )
     except UsageError as error:
         raise UsageError(f"{SAMPLER}: {error}") from error
+    if getattr(part, "unit", 1) > 1:
+        raise UsageError(
+            f"{SAMPLER}: sampler {name!r} draws pairs, and timm's train.py has no loss for them; "
+            "use timm-lt train"
+        )
     return name, options
 
 
 @contextmanager
 def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["EpochsInTurn"]]:
-    """Has ``timm.data.create_loader`` draw training images with a sampler while the block runs.
+    """Makes ``timm.data.create_loader`` draw training images with a sampler while the block runs.
 
     Args:
         name: Name of the sampler.
@@ -159,9 +146,9 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
         used.append(EpochsInTurn(sampler))
         loader = create_loader(**call, sampler=used[-1]).loader
         dataset = call["dataset"]
-        dataset.set_epoch = _SetEpochs(
-            [*filter(None, [getattr(dataset, "set_epoch", None)]), used[-1].set_epoch]
-        )
+        # train.py calls it before each epoch; workers get a copy.
+        setters = [*filter(None, [getattr(dataset, "set_epoch", None)]), used[-1].set_epoch]
+        dataset.set_epoch = functools.partial(_set_epochs, setters)
         return loader
 
     modules: tuple[Any, ...] = (timm.data, timm.data.loader)
@@ -175,9 +162,9 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
 
 
 class EpochsInTurn(Sampler[int]):
-    """A sampler that goes on to the next epoch whenever it is iterated again.
+    """A sampler that moves on to the next epoch whenever it is iterated again.
 
-    train.py sets the epoch of a sampler only if it runs several processes, older ones that of no
+    train.py sets the epoch of a sampler only in several processes, and old versions set none of the
     data set.
 
     Attributes:
@@ -197,18 +184,12 @@ class EpochsInTurn(Sampler[int]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        # A generator: an iterator that is made and thrown away, as DataLoader does, moves nothing.
+        # A generator: creating an iterator alone, as DataLoader does, must not move on.
         self.sampler.set_epoch(self.epoch)
         self.epoch += 1
         yield from self.sampler
 
 
-class _SetEpochs:
-    """The ``set_epoch`` of a data set, which train.py calls before each epoch."""
-
-    def __init__(self, parts: list[Callable[[int], object]]) -> None:
-        self.parts = parts
-
-    def __call__(self, epoch: int) -> None:
-        for part in self.parts:
-            part(epoch)
+def _set_epochs(setters: Sequence[Callable[[int], object]], epoch: int) -> None:
+    for setter in setters:
+        setter(epoch)

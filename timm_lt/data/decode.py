@@ -29,51 +29,21 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from timm_lt.data.sources import Split, dataset_from_files
-from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, shown_names
 from timm_lt.utils.console import ignore_pillow_warnings, log
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WHITE = "#ffffff"
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 REMEDY = "save it with 8 or 16 bits"
 # Below this, floats beyond 1 are not taken for levels of 8 bits.
 DARK = 16
-
-
-def check_background(background: object) -> str:
-    """Returns a background colour as ``#rrggbb``.
-
-    >>> check_background("white"), check_background([0, 128, 255])
-    ('#ffffff', '#0080ff')
-
-    Args:
-        background: A colour name or specification of ``PIL.ImageColor``, such as ``"black"`` or
-            ``"#808080"``; or red, green and blue, from 0 to 255.
-
-    Raises:
-        UsageError: If it is none of these, or is transparent itself.
-    """
-    color: tuple[int, ...] | None = None
-    if isinstance(background, str):
-        try:
-            color = ImageColor.getrgb(background)
-        except ValueError:
-            color = None
-    elif isinstance(background, list | tuple) and all(type(level) is int for level in background):
-        color = tuple(background)
-    if color is None or len(color) != 3 or not all(0 <= level <= 255 for level in color):
-        raise UsageError(
-            f"background {background!r} is not a valid colour; expected a name such as 'white', "
-            "'#rrggbb', or three integers from 0 to 255"
-        )
-    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:

@@ -21,7 +21,6 @@ from timm_lt.checkpoint import (
     read_checkpoint,
 )
 from timm_lt.data import list_datasets
-from timm_lt.data.decode import WHITE
 from timm_lt.fitting import AUTO
 from timm_lt.report.plots import PLOT_FILES
 from timm_lt.report.tables import (
@@ -35,7 +34,7 @@ from timm_lt.report.tables import (
     percent,
     selected_option,
 )
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import WHITE, UsageError
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import YAML_ERRORS, read_text, write_atomic
 from timm_lt.utils.longtail import describe_shots, shot_groups, shot_rule_texts

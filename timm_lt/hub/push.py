@@ -20,10 +20,10 @@ from timm_lt.checkpoint import (
     TEXT_LIMIT,
     WEIGHTS,
     CheckpointInfo,
-    check_text,
-    check_weights_file,
     head_entry,
+    parse_text,
     read_checkpoint,
+    read_shapes,
 )
 from timm_lt.hub.card import folder_card, merge_cards, render_card, stated_license, update_card
 from timm_lt.metrics import ShotReport
@@ -146,7 +146,7 @@ def _checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
 
     A file that is missing, altered, not of its type, or a link to another place is refused.
     """
-    check_weights_file(folder, info)
+    read_shapes(folder, info)
     digests = {entry.file: entry.sha256 for entry in info.heads.values() if entry.file is not None}
     optional: dict[str, Callable[[Path], object]] = {METRICS: read_json, RECIPE: read_yaml}
     for path, read in optional.items():
@@ -332,7 +332,7 @@ def add_head(
         before, there, _ = _read_repo(api, repo.repo_id, folder.name)
     if content is not None:
         additions[entry["file"]] = content
-    additions[CARD] = _card_with_head(pinned, check_text(folder, text), there).encode()
+    additions[CARD] = _card_with_head(pinned, parse_text(folder, text), there).encode()
     old = info.heads[name].file if name in info.heads else None
     removed = [old] if old is not None and content is None else []
     message = commit_message or f"Add head {name}"

@@ -43,6 +43,7 @@ PALETTE: Mapping[str, tuple[str, str]] = {
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 # Colours of heads beside the joint classifier; every other one is dashed, too.
 COLORS = tuple(color for name, color in LIGHT.items() if re.fullmatch(r"c\d", name))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("", "6 2", "", "2 1.5", "", "5 2 1.5 2", "", "4 4", "")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -485,4 +486,43 @@ def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb"
         start, end = end, end + int(shot["classes"])
         shade = LIGHT[group_word(name)]
         axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
+    write_figure(path, figure)
+
+
+@chart_style()
+def save_spread_plot(
+    path: Path,
+    spreads: Mapping[str, Mapping[tuple[str, str], tuple[float | None, float | None]]],
+    *,
+    title: str,
+) -> None:
+    """Draws a panel for each shot group: columns along the axis, a marker for each row.
+
+    Args:
+        path: PNG file to write.
+        spreads: By shot group, then by row and column, the mean accuracy and its standard
+            deviation, fractions; None if unknown.
+        title: Heading of the rows.
+    """
+    cells = next(iter(spreads.values()))
+    labels, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    figure, axes = panels(len(spreads), 2.7 * len(spreads), (2.7, 2.7, 3.6))
+    lines: dict[str, Any] = {}
+    for panel, (group, by_cell) in zip(axes, spreads.items(), strict=True):
+        for number, label in enumerate(labels):
+            points = {column: by_cell[row, column] for row, column in by_cell if row == label}
+            lines[label] = panel.errorbar(
+                # Beside each other: markers of one column would hide each other.
+                [columns.index(column) + number / len(labels) / 2 for column in points],
+                [math.nan if mean is None else 100 * mean for mean, _ in points.values()],
+                yerr=[100 * (sd or 0.0) for _, sd in points.values()],
+                color=COLORS[number % len(COLORS)],
+                marker=MARKERS[number % len(MARKERS)],
+                linestyle="none",
+                capsize=2,
+            )
+        panel.set_title(group)
+        panel.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes[0].set_ylabel("test accuracy, %")
+    add_legend(figure, lines, title=title, alignment="left")
     write_figure(path, figure)

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from timm_lt.data.decode import check_background
 from timm_lt.fitting import DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import (
+    UsageError,
+    check_background,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from timm_lt.utils.files import yaml_text
 
 # The order of class directories in timm's ReaderImageFolder, and in torchvision's ImageFolder.

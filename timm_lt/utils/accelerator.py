@@ -26,6 +26,7 @@ from torch.utils.data._utils import signal_handling
 
 from timm_lt.utils.checks import UsageError, check_choice, check_integer
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 # Held while the state of the process is another than its caller's: calls in threads take turns.
 STATE_LOCK = threading.RLock()
@@ -232,6 +233,13 @@ def set_cpu_threads(threads: int | None = None) -> int:
     if threads is not None:
         torch.set_num_threads(check_integer("threads", threads, minimum=1))
     return torch.get_num_threads()
+
+
+def visible_devices() -> list[str]:
+    """Returns the GPUs, each as ``CUDA_VISIBLE_DEVICES`` names it to a process."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = os.environ.get(VISIBLE_DEVICES)
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
 def available_cores() -> int:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 P = TypeVar("P")
+# Background of transparent pixels.
+WHITE = "#ffffff"
 
 
 class UsageError(ValueError):
@@ -221,3 +223,34 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
         bounds = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
         raise UsageError(f"{noun} must be an integer {bounds}, got {value!r}")
     return operator.index(value)
+
+
+def check_background(background: object) -> str:
+    """Returns a background colour as ``#rrggbb``.
+
+    >>> check_background("white"), check_background([0, 128, 255])
+    ('#ffffff', '#0080ff')
+
+    Args:
+        background: A colour name or specification of ``PIL.ImageColor``, such as ``"black"`` or
+            ``"#808080"``; or red, green and blue, from 0 to 255.
+
+    Raises:
+        UsageError: If it is none of these, or is transparent itself.
+    """
+    from PIL import ImageColor
+
+    color: tuple[int, ...] | None = None
+    if isinstance(background, str):
+        try:
+            color = ImageColor.getrgb(background)
+        except ValueError:
+            color = None
+    elif isinstance(background, list | tuple) and all(type(level) is int for level in background):
+        color = tuple(background)
+    if color is None or len(color) != 3 or not all(0 <= level <= 255 for level in color):
+        raise UsageError(
+            f"background {background!r} is not a valid colour; expected a name such as 'white', "
+            "'#rrggbb', or three integers from 0 to 255"
+        )
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,4 +1,4 @@
-"""What a person sees: help, and while something runs a log and progress bars on standard error."""
+"""Console output: help text, and logging and progress bars on standard error."""
 
 import logging
 import shutil
@@ -15,17 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)
 log = logging.getLogger("timm_lt")
-# Characters of a line that is not on a terminal.
+# Width of tables that are not on a terminal.
 WIDE = 130
-STATUS = "Exit status: 0 if all went well, 2 for a mistake, which is one line, 130 after Ctrl-C."
+STATUS = "Exit status: 0 on success, 2 for a mistake (one line on stderr), 130 after Ctrl-C."
 
 
 def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Sends timm_lt's log to the console, and keeps Pillow's warnings off it.
+    """Sends timm_lt's log to the console, without Pillow's warnings.
 
     Args:
-        quiet: Only warnings and errors.
-        verbose: Every step, too.
+        quiet: Log warnings and errors only.
+        verbose: Log debug messages, too.
     """
     ignore_pillow_warnings()
     handler: logging.Handler
@@ -40,9 +40,9 @@ def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
 
 
 def ignore_pillow_warnings() -> None:
-    """Ignores Pillow's warnings, of which there is one per file; what matters is counted instead.
+    """Ignores Pillow's warnings, one per file; commands count the affected files instead.
 
-    Changes the state of the process: for commands and data workers only.
+    It changes the state of the process: for commands and data workers only.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -56,13 +56,13 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 
 def result_console() -> Console:
-    """Returns a console for results on standard output; in a file there is room for wide tables."""
+    """Returns a console for results on standard output; wide tables fit if it is not a terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=WIDE)
 
 
 def log_traceback(error: BaseException) -> None:
-    """Says at level debug where in the code an error arose, as it may go to a terminal."""
+    """Logs the traceback of an error at level debug, without control characters."""
     if not log.isEnabledFor(logging.DEBUG):
         return
     lines = "".join(traceback.format_exception(error)).splitlines()
@@ -72,15 +72,15 @@ def log_traceback(error: BaseException) -> None:
 
 @contextmanager
 def progress(description: str, total: int | None, *, unit: str = "") -> Iterator[Progress]:
-    """Shows a progress bar while the block runs, if there is a terminal to show it on.
+    """Shows a progress bar while the block runs, if standard error is a terminal.
 
     The bar is the first task of the yielded ``Progress``: ``bar.update(bar.task_ids[0],
     advance=1)``.
 
     Args:
-        description: What is going on.
+        description: Text before the bar.
         total: Number of steps; None shows a pulse.
-        unit: What is counted.
+        unit: Unit of the steps.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -96,23 +96,23 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
 
 
 def advance(bar: Progress, steps: int = 1, description: str | None = None) -> None:
-    """Moves the bar on, and changes its description if one is given."""
+    """Advances the bar, and changes its description if one is given."""
     bar.update(bar.task_ids[0], advance=steps, description=description)
 
 
 def wrapped(text: str) -> str:
-    """Returns a paragraph in lines as wide as the terminal."""
+    """Wraps a paragraph to the width of the terminal."""
     return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
 
 
 def epilog(examples: Sequence[str], status: str = STATUS) -> str:
-    """Returns what stands below the options in the help of a command."""
+    """Returns the text below the options in the help of a command: examples and exit status."""
     lines = [f"  {example}" for example in examples]
     return "\n".join(["examples:", *lines, "", wrapped(status)])
 
 
 def one_line(text: str, limit: int = 80) -> str:
-    r"""Returns a text of unknown origin without control characters, cut to a length.
+    r"""Returns an untrusted text as one line without control characters, cut to a length.
 
     >>> one_line(" two\nlines\x1b[2J")
     'two lines [2J'
@@ -125,7 +125,7 @@ def one_line(text: str, limit: int = 80) -> str:
 
 
 def error_text(message: str) -> str:
-    r"""Returns a message as it may go to a terminal, whatever it quotes from a file or a repo.
+    r"""Returns a message without control characters that it may quote from a file or a repo.
 
     >>> error_text("two problems\n- a\x1b[2J\n- b")
     'two problems\n- a [2J\n- b'

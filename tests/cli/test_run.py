@@ -154,13 +154,10 @@ def test_two_processes_share_each_epoch(server, folder):
     ("options", "message"),
     [
         (["balanced"], "--sampler: unknown sampler 'balanced'"),
-        (["{name: power}"], "--sampler: sampler 'power' needs the option 'q'"),
         (["{name: power, p: 1}"], "--sampler: sampler 'power' has no option 'p'"),
         (["bilateral"], "--sampler: sampler 'bilateral' draws pairs"),
-        (["{q: 0.5}"], "must be the name of a sampler or a mapping"),
-        (["3"], "must be the name of a sampler or a mapping"),
-        (["{name: power"], "is not valid YAML"),
-        ([], "--sampler needs the name of a sampler"),
+        (["{q: 0.5}"], "must be the name of a sampler, or YAML"),
+        (["{name: power"], "must be the name of a sampler, or YAML"),
         (["class_balanced"], "created no training loader with timm.data.create_loader"),
     ],
 )

@@ -1,0 +1,594 @@
+"""Comparisons: grids and their recipes, processes, figures worked out by hand, and the command."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from timm_lt.cli import main
+from timm_lt.run import comparison
+from timm_lt.run.comparison import (
+    Run,
+    Runner,
+    check_folder,
+    load_grid,
+    make_runs,
+    measure,
+    shipped_grids,
+    spread,
+    terminal_table,
+    write_results,
+)
+from timm_lt.run.folder import lock_folder, release_run_folder
+from timm_lt.run.parse import find_recipe, load_recipe
+from timm_lt.run.recipe import Recipe
+from timm_lt.utils.accelerator import visible_devices
+from timm_lt.utils.checks import UsageError
+
+BASE = load_recipe(find_recipe("lt_test_resnet.digits_lt"))
+GOOD = {
+    "title": "What is re-trained",
+    "source": "a paper",
+    "recipe": "lt_test_resnet.digits_lt",
+    "representations": {
+        "joint": None,
+        "again": {
+            "after": "joint",
+            "lr_factor": 0.1,
+            "model.trained": ["last_block"],
+            "model.fresh_classifier": True,
+            "epochs": 3,
+        },
+        "smooth": {"loss.name": "logit_adjustment", "loss.options": {"tau": 0.5}},
+    },
+    "heads": {"half": {"kind": "tau_norm", "tau": 0.5}},
+    "rows": [
+        {"label": "joint", "representation": "joint", "head": "linear", "quoted": 0.5},
+        {"label": "half", "representation": "joint", "head": "half"},
+        {"label": "LWS", "representation": "joint", "head": "lws"},
+        {"label": "LB + C", "representation": "again", "head": "linear"},
+        {"label": "LA", "representation": "smooth", "head": "ncm"},
+    ],
+}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Returns a function: changes to a good grid -> the grid of a file with them."""
+
+    def load(**changes):
+        path = tmp_path / "mine.yaml"
+        values = {key: value for key, value in (GOOD | changes).items() if value is not ...}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return load_grid(str(path))
+
+    return load
+
+
+def runs_of(grid, tmp_path, *, base=BASE, seeds=(0, 1), rows=None, **options):
+    return make_runs(grid, rows or grid.rows, base, tmp_path / "out", seeds=seeds, **options)
+
+
+# ---- grids and recipes ---------------------------------------------------------------------------
+
+
+def test_runs_are_made_once_each_behind_their_source(grid, tmp_path):
+    runs = {str(run): run for run in runs_of(grid(), tmp_path)}
+    assert set(runs) == {f"{n}.seed_{s}" for n in ("joint", "again", "smooth") for s in (0, 1)}
+    assert list(runs)[-2:] == ["again.seed_0", "again.seed_1"]
+    joint, again, smooth = (runs[f"{name}.seed_1"] for name in ("joint", "again", "smooth"))
+    assert (joint.after, again.after, smooth.after) == (None, joint, None)
+    # A representation keeps what it does not change.
+    plain = {"heads": {}, "seed": 0}
+    assert dataclasses.replace(joint.recipe, **plain) == dataclasses.replace(BASE, **plain)
+    assert {run.recipe.seed for run in runs.values()} == {0, 1}
+    half = {"kind": "tau_norm", "tau": 0.5}
+    assert joint.recipe.heads == {"linear": {}, "half": half, "lws": {"steps": 100}}
+    model = again.recipe.model
+    assert model.name == f"local-dir:{joint.folder}"
+    assert (model.pretrained, model.fresh_classifier, model.trained) == (True, True, ["last_block"])
+    assert again.recipe.optimizer.lr == pytest.approx(0.1 * BASE.optimizer.lr)
+    assert (again.recipe.epochs, again.recipe.heads) == (3, {"linear": {}})
+    assert smooth.recipe.loss.options == {"tau": 0.5}
+
+
+def test_some_rows_have_their_runs_with_the_heads_of_all_rows(grid, tmp_path):
+    own = {"crt_smote": {"kind": "crt", "smote": 100}}
+    base = dataclasses.replace(BASE, heads={**BASE.heads, **own})
+    row = {"label": "x", "representation": "joint", "head": "crt_smote"}
+    some = grid(rows=[*GOOD["rows"], row])
+    joint, again = runs_of(some, tmp_path, base=base, rows=some.rows[3:4], seeds=[5])
+    assert (str(joint), str(again)) == ("joint.seed_5", "again.seed_5")
+    # Else the other rows could not go on with the run.
+    assert list(joint.recipe.heads) == ["linear", "half", "lws", "crt_smote"]
+    assert joint.recipe.heads["crt_smote"] == own["crt_smote"]
+
+
+def test_the_command_line_shortens_every_run_and_sets_nothing_of_the_grid(grid, tmp_path):
+    base = dataclasses.replace(BASE, epochs=1)
+    runs = runs_of(grid(), tmp_path, base=base, given=["epochs"])
+    assert {run.recipe.epochs for run in runs} == {1}
+    for key in ("loss.name", "loss.options.tau", "model.trained", "seed", "heads.lws.steps"):
+        with pytest.raises(UsageError, match=f"--{key} is set by the grid"):
+            runs_of(grid(), tmp_path, given=[key])
+
+
+ROW = {"label": "x", "representation": "joint", "head": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"titel": "x"}, r"no option 'titel' \(did you mean 'title'"),
+        ({"rows": ...}, "needs the option 'rows'"),
+        ({"rows": [ROW, ROW]}, "rows must differ in label or column"),
+        ({"rows": [{**ROW, "representation": "jiont"}]}, "of 'x': 'jiont'.*mean 'joint'"),
+        ({"rows": [{**ROW, "quoted": 41.8}]}, r"quoted of 'x' must be a number in \[0, 1\]"),
+        ({"metric": "loss"}, "unknown metric of the grid: 'loss'.*accuracy, error"),
+        ({"plot": True}, "plot and metric error need columns"),
+        ({"representations": {"../a": {}}, "rows": []}, "must be letters, digits and underscores"),
+        ({"representations": {"joint": {"after": "joint"}}}, "representation before 'joint'"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_named(grid, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        grid(**changes)
+    assert str(caught.value).startswith(f"grid {tmp_path / 'mine.yaml'}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.name": "focall"}, "unknown loss 'focall'"),
+        ({"optimizer.lr": "fast"}, "optimizer.lr"),
+        ({"sampler.name": "bilateral"}, "not bilateral: model, loss"),
+        ({"model.trained": ["layer9"]}, "unknown module in trained: 'layer9'"),
+        ({"after": "joint", "model.name": "resnet18"}, "model.name must be the same for all rows"),
+        ({"after": "joint", "model.options": {"drop_rat": 0.1}}, "drop_rat"),
+        ({"data.options": {"imbalance_factor": 3}}, "data.options must be the same for all rows"),
+        ({"accumulation_steps": 5}, "multiple of 5"),
+    ],
+)
+def test_a_wrong_representation_is_refused_and_named(grid, tmp_path, changes, message):
+    wrong = grid(representations=GOOD["representations"] | {"smooth": changes})
+    with pytest.raises(UsageError, match=message) as caught:
+        runs_of(wrong, tmp_path)
+    assert str(caught.value).startswith("representation 'smooth': ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_head_is_refused_and_named(grid, tmp_path):
+    with pytest.raises(UsageError, match=r"'joint': .*'crtt' \(did you mean 'crt'\?\)"):
+        runs_of(grid(rows=[{**ROW, "head": "crtt"}]), tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped_grids())
+def test_a_shipped_grid_says_its_command_and_its_runs_can_be_built(name, tmp_path):
+    path = shipped_grids()[name]
+    assert path.read_text(encoding="utf-8").startswith(f"# timm-lt compare {name}\n")
+    grid = load_grid(f"{name}.yaml")
+    assert grid == load_grid(str(path))
+    runs = runs_of(grid, tmp_path, base=load_recipe(find_recipe(grid.recipe)), seeds=[0])
+    assert {run.representation for run in runs} == set(grid.representations)
+
+
+def test_the_tables_train_what_their_papers_compare(tmp_path):
+    labels = {
+        name: list(dict.fromkeys(row.label for row in load_grid(name).rows))
+        for name in shipped_grids()
+    }
+    assert labels["kang_table1"] == ["B + C", "B + C (0.1 × lr)", "LB + C", "C"]
+    assert len(labels["kang_table2"]) == 17
+    assert labels["bbn_figure2"] == ["CE", "RW", "RS"]
+    assert len(labels["kang_figure1"]) == 4
+    base = load_recipe(find_recipe("lt_test_resnet.glyph_lt_quick"))
+    runs = runs_of(load_grid("kang_table1"), tmp_path, base=base, seeds=[0])
+    found = {
+        run.representation: (run.recipe.optimizer.lr / base.optimizer.lr, run.recipe.model.trained)
+        for run in runs
+    }
+    assert found == {
+        "joint": (1, None),
+        "backbone": (1, None),
+        "backbone_low_lr": (pytest.approx(0.1), None),
+        "last_block": (1, ["last_block"]),
+        "classifier": (1, []),
+    }
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+# A process in place of training: it notes when it ran, and leaves figures.
+FINISH = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+started = time.time()
+time.sleep(0.6)
+with (folder.parents[2] / "times.txt").open("a") as file:
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ["OMP_NUM_THREADS"]
+    file.write(f"{folder.parent.name} {started} {time.time()} {variable}\\n")
+(folder / "metrics.json").write_text("{}")
+"""
+FAIL = "print('one'); print('error: there is no data'); raise SystemExit(2)"
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+HANG = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Returns a function: names with scripts -> runs of these scripts."""
+    popen = subprocess.Popen
+    scripts = {}
+
+    def start(command, **options):
+        name = next(name for name in scripts if f"/{name}/" in " ".join(command))
+        return popen([command[0], "-S", "-c", scripts[name], *command[1:]], **options)
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", start)
+
+    def make(**given):
+        scripts.update(given)
+        return [Run(name, 0, Recipe(), tmp_path, None) for name in given]
+
+    return make
+
+
+def test_so_many_run_side_by_side_and_each_behind_its_source(runs, tmp_path):
+    made = runs(first=FINISH, b=FINISH, c=FINISH, after=FINISH)
+    made[3] = dataclasses.replace(made[3], after=made[0])
+    assert Runner(2, 1).run(made) == {}
+    lines = [line.split() for line in (tmp_path / "times.txt").read_text().splitlines()]
+    spans = {name: (float(start), float(end)) for name, start, end, _ in lines}
+    assert {threads for *_, threads in lines} == {"1"}
+    assert spans["after"][0] >= spans["first"][1]
+    running = [sum(s <= t < e for s, e in spans.values()) for t, _ in spans.values()]
+    assert max(running) == 2
+    # All of them are kept as they are the next time.
+    assert Runner(2, 1).run(made) == {}
+    assert len((tmp_path / "times.txt").read_text().splitlines()) == len(made)
+
+
+def test_each_gpu_has_a_run(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    assert visible_devices() == ["3", "GPU-ab"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices() == ["0", "1"]
+    Runner(3, 1).run(runs(a=FINISH, b=FINISH, c=FINISH))
+    lines = (tmp_path / "times.txt").read_text().splitlines()
+    assert sorted(line.split()[3] for line in lines) in (["0", "0", "1"], ["0", "1", "1"])
+
+
+def test_a_failure_is_reported_and_the_others_go_on(runs, tmp_path, caplog):
+    broken, dead, good, after, behind = runs(
+        broken=FAIL, dead=KILL, good=FINISH, after=FINISH, behind=FINISH
+    )
+    after = dataclasses.replace(after, after=broken)
+    behind = dataclasses.replace(behind, after=after)
+    failures = Runner(1, 1).run([broken, dead, good, after, behind])
+    assert failures == {
+        broken: "there is no data",
+        dead: "killed by signal 9",
+        after: "left out, since broken.seed_0 failed",
+        behind: "left out, since after.seed_0 failed",
+    }
+    assert "broken.seed_0 failed: there is no data" in caplog.text
+    # Another try keeps what the former printed.
+    Runner(1, 1).run([broken])
+    assert (tmp_path / "logs" / "broken.seed_0.log").read_text().count("no data") == 2
+
+
+def test_a_process_that_outlived_its_comparison_is_waited_for(runs, tmp_path):
+    (run,) = runs(run=FINISH)
+    lock = lock_folder(run.folder)
+    timer = threading.Timer(0.5, lambda: release_run_folder(lock))
+    started = time.perf_counter()
+    timer.start()
+    assert Runner(1, 1).run([run]) == {}
+    timer.join()
+    assert time.perf_counter() - started > 0.5
+
+
+def test_ctrl_c_ends_the_processes(runs, monkeypatch):
+    started = []
+    start = comparison.subprocess.Popen
+
+    def popen(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        Runner(1, 1).run(runs(a=HANG, b=HANG))
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+def test_a_folder_with_something_else_is_refused(grid, tmp_path):
+    folder = tmp_path / "out"
+    found = grid()
+    made = runs_of(found, tmp_path)
+    check_folder(folder, found, made)
+    made[0].folder.mkdir(parents=True)
+    (made[0].folder / "recipe.yaml").write_text(
+        dataclasses.replace(made[0].recipe, epochs=7).to_yaml()
+    )
+    with pytest.raises(UsageError, match=r"another recipe.*epochs 7 there"):
+        check_folder(folder, found, made)
+    (folder / "results.json").write_text('{"name": "kang_table2"}')
+    with pytest.raises(UsageError, match=r"something else \(results.json\)"):
+        check_folder(folder, found, made)
+    (folder / "a thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match=r"something else \(a thesis.tex, results.json\)"):
+        check_folder(folder, found, made)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+SHOTS = {
+    "many_shot": {"classes": 1, "rule": "> 100"},
+    "medium_shot": {"classes": 5, "rule": "20 to 100"},
+    "few_shot": {"classes": 4, "rule": "< 20"},
+}
+TABLE = """
+title: Three methods
+source: a paper, table 7
+recipe: lt_test_resnet.digits_lt
+quoted_from: another data set
+representations: {joint: , smooth: {loss.name: balanced_softmax}}
+rows:
+  - {label: joint, representation: joint, head: linear, quoted: .444}
+  - {label: NCM, representation: joint, head: ncm}
+  - {label: B|S, representation: smooth, head: linear, quoted: .514}
+"""
+MATRIX = """
+title: A grid
+source: a paper, figure 2
+recipe: lt_test_resnet.digits_lt
+metric: error
+rows_title: classifier
+columns_title: representation
+representations: {joint: , smooth: {loss.name: balanced_softmax}}
+rows:
+  - {label: CE, column: J, representation: joint, head: linear}
+  - {label: CE, column: S, representation: smooth, head: linear}
+  - {label: NC, column: J, representation: joint, head: ncm}
+  - {label: NC, column: S, representation: smooth, head: ncm}
+"""
+# Overall accuracies by representation, head and seed: hundredths, by hand below.
+ALL = {
+    ("joint", "linear"): {0: 0.50, 1: 0.54, 2: 0.52},
+    ("joint", "ncm"): {0: 0.60, 1: 0.58, 2: 0.62},
+    ("smooth", "linear"): {0: 0.55, 1: 0.65, 2: 0.60},
+    ("smooth", "ncm"): {0: 0.40, 1: 0.40, 2: 0.40},
+}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Returns a function: text of a grid, seeds, failed runs -> grid, record, table in Markdown."""
+
+    def make(text, seeds=(0, 1, 2), failed=(), few=None, class_mean=None):
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        grid = load_grid(str(tmp_path / "mine.yaml"))
+        made = runs_of(grid, tmp_path, seeds=seeds)
+        for run in made:
+            heads = {}
+            for head in ("linear", "ncm"):
+                value = ALL[run.representation, head][run.seed]
+                mean = value if class_mean is None else class_mean
+                heads[head] = {"many_shot": value + 0.2, "medium_shot": value, "few_shot": few}
+                heads[head] |= {"all": value, "class_mean": mean}
+            run.folder.mkdir(parents=True)
+            metrics = {"heads": heads, "shots": SHOTS, "note": None}
+            (run.folder / "metrics.json").write_text(json.dumps(metrics))
+        failures = {run: "no data" for run in made if str(run) in failed}
+        record = measure(grid, grid.rows, made, failures)
+        write_results(tmp_path / "out", grid, record)
+        return grid, record, (tmp_path / "out" / "results.md").read_text().splitlines()
+
+    return make
+
+
+def test_means_deviations_and_paired_differences_by_hand(measured):
+    _, record, _ = measured(TABLE)
+    joint, ncm, smooth = record["rows"]
+    # 50, 54, 52: mean 52, squared deviations 4 + 4 + 0, over n - 1 = 2, sd 2.
+    assert spread(joint, "all") == pytest.approx((0.52, 0.02))
+    assert spread(joint, "many_shot") == pytest.approx((0.72, 0.02))
+    # 10, 4, 10: mean 8, squared deviations 4 + 16 + 4, sd sqrt(12).
+    assert spread(ncm, "all", joint) == pytest.approx((0.08, 0.12**0.5 / 10))
+    # 5, 11, 8: mean 8 too, but sd 3: pairs matter.
+    assert spread(smooth, "all", joint) == pytest.approx((0.08, 0.03))
+    # No class is few-shot here.
+    assert spread(joint, "few_shot") == spread(ncm, "few_shot", joint) == (None, None)
+
+
+def test_the_table_of_shot_groups(measured):
+    grid, record, lines = measured(TABLE, few=0.125)
+    assert lines[0] == "Three methods, test accuracy in percent."
+    assert lines[2] == "| method | many | medium | few | all | all, to the first row | quoted |"
+    assert lines[4] == "| joint | 72.0 ± 2.0 | 52.0 ± 2.0 | 12.5 ± 0.0 | 52.0 ± 2.0 |  | 44.4 |"
+    assert lines[6] == (
+        "| B\\|S | 80.0 ± 5.0 | 60.0 ± 5.0 | 12.5 ± 0.0 | 60.0 ± 5.0 | +8.0 ± 3.0 | 51.4 |"
+    )
+    assert "quoted, not measured here: another data set" in lines[8]
+    console = Console(width=130, record=True, file=None)
+    with console.capture() as capture:
+        console.print(terminal_table(grid, record))
+    for text in (*lines[4].split(" | ")[1:5], "B|S", "seeds 0, 1, 2", "few < 20 (4)"):
+        assert text.strip() in capture.get()
+
+
+def test_an_unbalanced_split_has_the_mean_over_classes_and_one_seed_no_deviation(measured):
+    _, _, lines = measured(TABLE, seeds=[1], class_mean=0.3)
+    assert lines[2].split(" | ")[4:6] == ["all", "class mean"]
+    assert lines[5] == "| NCM | 78.0 | 58.0 | - | 58.0 | 30.0 | +4.0 |  |"
+    assert "seeds 1: mean" in lines[8]
+
+
+def test_what_failed_is_left_out_of_pairs_and_said(measured):
+    _, record, lines = measured(TABLE, failed=["smooth.seed_1"])
+    joint, _, smooth = record["rows"]
+    assert list(smooth["by_seed"]) == [0, 2]
+    assert spread(smooth, "all")[0] == pytest.approx(0.575)
+    # 5 and 8.
+    assert spread(smooth, "all", joint)[0] == pytest.approx(0.065)
+    assert lines[6].startswith("| B\\|S (2 of 3 seeds) | ")
+    assert record["runs"]["smooth.seed_1"] == "no data"
+
+
+def test_a_matrix_shows_errors(measured):
+    _, _, lines = measured(MATRIX, failed=["smooth.seed_1", "smooth.seed_2"])
+    assert lines[0] == "A grid, test error in percent."
+    assert lines[2] == "| classifier / representation | J | S |"
+    assert lines[4] == "| CE | 48.0 ± 2.0 | 45.0 (1 of 3 seeds) |"
+    assert lines[5] == "| NC | 40.0 ± 2.0 | 60.0 (1 of 3 seeds) |"
+
+
+def test_a_plot_shows_shot_groups_by_row_and_column(measured, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        comparison, "save_spread_plot", lambda _, spreads, **__: drawn.update(spreads)
+    )
+    text = MATRIX.replace("metric: error", "plot: true")
+    _, _, lines = measured(text, seeds=[0, 1], failed=["smooth.seed_1"], few=0.125)
+    assert list(drawn) == ["many", "medium", "few", "all"]
+    assert drawn["all"]["NC", "J"] == pytest.approx((0.59, 0.02**0.5 / 10))
+    # The table has a row for each cell.
+    assert lines[2].startswith("| classifier | representation | many |")
+    assert lines[7] == "| NC (1 of 2 seeds) | S | 60.0 | 40.0 | 12.5 | 40.0 | -10.0 |  |"
+    monkeypatch.undo()
+    for folder in (tmp_path / "out" / "runs").glob("*/*"):
+        (folder / "metrics.json").unlink()
+        folder.rmdir()
+    measured(text, seeds=[0, 1], few=0.125)
+    assert (tmp_path / "out" / "plots" / "mine.png").read_bytes()[1:4] == b"PNG"
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kang_tabel1"], ["no such file", "did you mean 'kang_table1'", "bbn_figure2"]),
+        (["kang_table1", "--only", "B+C"], ["'B+C'", "LB + C"]),
+        (["kang_table1", "--overwrite"], ["options of the recipe and its own"]),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(
+    tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert all(word in error for word in words)
+    assert not list(tmp_path.iterdir())
+    assert main(["compare"]) == 0
+    assert "kang_table1: What is re-trained" in capsys.readouterr().out
+
+
+GRID = {
+    "title": "A small table",
+    "source": "these tests",
+    "recipe": "lt_test_resnet.digits_lt",
+    "heads": {
+        "half": {"kind": "tau_norm", "tau": 0.5},
+        # Only the class counts show it.
+        "bold": {"kind": "fslwf", "base": 1000},
+    },
+    "representations": {
+        "joint": {"epochs": 1},
+        "again": {
+            "after": "joint",
+            # So many that the kill comes before the last, on a slow machine too.
+            "epochs": 5,
+            "model.trained": ["last_block"],
+            "model.fresh_classifier": True,
+            "sampler.name": "class_balanced",
+        },
+        "broken": {"epochs": 1},
+    },
+    "rows": [
+        {"label": "joint", "representation": "joint", "head": "linear"},
+        {"label": "half", "representation": "joint", "head": "half"},
+        {"label": "LB + C", "representation": "again", "head": "linear"},
+        {"label": "broken", "representation": "broken", "head": "bold"},
+    ],
+}
+
+
+def killed_half_way(server, arguments, state):
+    """Starts a comparison and kills it, with its runs, when a state is there."""
+    script = state.parents[5] / "compare.py"
+    script.write_text(
+        f"import os, timm_lt.cli\nos.chdir({str(script.parent)!r})\ntimm_lt.cli.main({arguments})\n"
+    )
+    process = server.start(script=script)
+    end = time.monotonic() + 300
+    while not state.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
+
+
+@pytest.mark.first
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(
+    server, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+    arguments = ["compare", "mine.yaml", "--seeds", "3", "--threads", "1", "--output", "out"]
+    folder = tmp_path / "out"
+    epoch = folder / "runs" / "again" / "seed_3" / "state" / "epoch_0001"
+    killed_half_way(server, [*arguments, "--jobs", "1"], epoch)
+    joint = folder / "runs" / "joint" / "seed_3"
+    times = {path: path.stat().st_mtime_ns for path in joint.rglob("*")}
+    assert not (folder / "results.json").exists()
+
+    assert main([*arguments, "--jobs", "2"]) == 1
+    said = capsys.readouterr()
+    assert "joint.seed_3 is finished already" in said.err
+    assert "broken.seed_3 failed: " in said.err
+    assert "fewer than two base classes" in said.err
+    assert "Traceback" not in said.err
+    assert "A small table" in said.out
+    assert times == {path: path.stat().st_mtime_ns for path in joint.rglob("*")}
+    log = (folder / "logs" / "again.seed_3.log").read_text()
+    assert re.search(r"resumed after epoch [1-4]\n", log)
+    assert "epoch   5/5" in log
+    assert log.count("epoch   1/5") == 1
+
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["runs"]["joint.seed_3"], results["runs"]["again.seed_3"]) == 2 * ("finished",)
+    assert "fewer than two" in results["runs"]["broken.seed_3"]
+    metrics = json.loads((joint / "metrics.json").read_text())["heads"]
+    figures = {row["label"]: row["by_seed"] for row in results["rows"]}
+    for row, head in (("joint", "linear"), ("half", "half")):
+        assert figures[row]["3"] == {key: metrics[head][key] for key in figures[row]["3"]}
+    assert figures["broken"] == {}
+    assert "| broken (0 of 1 seeds) | - | - |" in (folder / "results.md").read_text()
+
+    # Another recipe does not go on with these runs.
+    other = copy.deepcopy(GRID)
+    other["representations"]["again"]["epochs"] = 3
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
+    assert main(arguments) == 2
+    assert "another recipe (epochs 5 there, 3 now)" in capsys.readouterr().err
