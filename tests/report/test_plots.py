@@ -267,7 +267,7 @@ def test_a_chart_as_svg_is_reproducible_and_has_no_colours_of_its_own():
         assert not re.search(r"#[0-9a-f]{6}\b", svg)
         assert not root.findall(".//style")
         # The text takes the page's font and stays text.
-        assert "font-family" not in svg
+        assert "DejaVu" not in svg
     other = figure_svg(draw_frequency(report_of(reports), 7), "b")
     assert not set(re.findall(r' id="(.*?)"', one[0])) & set(re.findall(r' id="(.*?)"', other))
     assert "<title>crt</title>" in figure_svg(draw_frequency(whole_report(), 7), "x")

@@ -110,7 +110,7 @@ def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
     text = head.sub(r'<svg \2 style="--width: \1" focusable="false">', text)
     text = re.sub(r'<g id="tip:([^"]*)"', r"<g><title>\1</title", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font-family: [^;\"<]*;? ?", "", text)
+    text = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*;? ?', r"\1", text)
     text = re.sub(r"\n\s*", "\n", text)
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     return page_colors(text).strip()

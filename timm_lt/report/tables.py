@@ -233,7 +233,7 @@ def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> s
     if report.few_shot is not None:
         words["few_shot"] = "few-shot accuracy"
     changes = [
-        f"{word} {_change(joint and getattr(joint, field), getattr(report, field))}"
+        f"{word} {_change(getattr(joint, field, None), getattr(report, field))}"
         for field, word in words.items()
     ]
     options = describe_selection(record.get("options", {}))
