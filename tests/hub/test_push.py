@@ -232,7 +232,7 @@ def test_a_token_can_be_given(loopback_hub, monkeypatch, tmp_path):
     tau = HEADS["tau_norm"].from_classifier(model.fc, tau=0.25)
     timm_lt.add_head("me/birds", "mine", tau, cache_dir=tmp_path, **token)
     assert "mine" in timm_lt.list_repo_heads("me/birds", cache_dir=tmp_path, **token)
-    with pytest.raises(UsageError, match="token is for names that start with hf-hub:"):
+    with pytest.raises(UsageError, match="token only applies to names that start with hf-hub:"):
         timm_lt.create_model("lt_test_resnet", **token)
 
 
@@ -257,7 +257,7 @@ def test_a_card_that_a_person_edited_keeps_its_text(pushed, folder):
 
 
 BAD_FOLDERS = {
-    "altered weights": (WEIGHTS, b"x", "is not the one that config.json describes"),
+    "altered weights": (WEIGHTS, b"x", "is not the file that config.json describes"),
     "altered head": ("heads/crt.safetensors", b"x", "crt.safetensors is missing or altered"),
     "a picture that is none": ("plots/calibration.png", b"#!/bin/sh", "is not a PNG file"),
     "metrics": ("metrics.json", b"{", "is not a readable JSON file"),
@@ -434,9 +434,7 @@ def test_a_repo_is_folded_and_listed_by_its_names(pushed, tmp_path, capsys):
         assert "logit_adjusted" in capsys.readouterr().out
     assert main(["fold", f"{pushed.repo_id}x", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"error: there is no folder {pushed.repo_id}x, and as a repo of the Hub"
-    )
+    assert error.startswith(f"error: no folder {pushed.repo_id}x, and as a repo of the Hub")
     assert error.count("\n") == 1
 
 
