@@ -41,11 +41,10 @@ from timm_lt.metrics import (
     confidence_intervals,
     write_per_class,
 )
-from timm_lt.models.label_names import shown_as
+from timm_lt.models.label_names import keeps_classifier, shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
-from timm_lt.run.class_order import order_classes
-from timm_lt.run.network import TIMM, create_images, on_background
+from timm_lt.run.network import TIMM, create_images, in_order_of_weights, on_background
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
@@ -123,8 +122,15 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             f"{arguments.model} has {model.num_classes} classes, and the data have "
             f"{splits.num_classes}; fit heads for them with timm-lt heads"
         )
-    splits = order_classes(recipe, on_background(recipe, splits, model), model)
-    _warn_of_names(splits, model, arguments.model)
+    splits = on_background(recipe, splits, model)
+    kept = keeps_classifier(
+        model, splits.label_names, arguments.model, "timm-lt heads --fresh-classifier"
+    )
+    splits = in_order_of_weights(
+        splits, model, kept=kept, given=recipe.model, image_size=arguments.image_size
+    )
+    if not kept:
+        _warn_of_names(splits, model, arguments.model)
     images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
     reports = _evaluate(model, heads, images, splits.class_counts, arguments.shot_rule)
     rows = images.unreadable_rows()

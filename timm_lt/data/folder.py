@@ -62,12 +62,14 @@ class Found:
     Attributes:
         images: Image files by their suffix, in the order of torchvision's ``ImageFolder``.
         others: Files with other suffixes.
+        loose: Images beside the directories of classes.
         broken: Entries that cannot be used, with the reason: links to nothing or to a directory
             that was listed already, directories that cannot be listed, names that are not UTF-8.
     """
 
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
 
 
@@ -200,13 +202,12 @@ def list_folder(
     root = find_root(root)
     problems = Problems(f"folder {shown_path(root)}")
     found = Found()
-    loose: list[str] = []
-    splits = _split_directories(problems, root, _directories(root, found, loose))
-    images = ImageFolder(root, *_read_splits(root, splits, found, loose), problems)
+    splits = _split_directories(problems, root, _directories(root, found))
+    images = ImageFolder(root, *_read_splits(root, splits, found), problems)
     if not images.files["train"]:
         if "train" in splits:
             problems.add(
-                f"no images in directories of classes, {len(loose)} directly in it: make a "
+                f"no images in directories of classes, {len(found.loose)} directly in it: make a "
                 "directory for each class"
             )
         return images
@@ -222,19 +223,19 @@ def list_folder(
             f"the only class, {shown_path(images.names[0])}, has directories and no images of its "
             "own: is it the root?"
         )
-    _note_other_files(problems, root, found, loose, other_files)
+    _note_other_files(problems, root, found, other_files)
     return images
 
 
-def _directories(directory: str, found: Found, loose: list[str]) -> list[str]:
-    """Returns the names of the directories in one; adds the images directly in it to ``loose``."""
+def _directories(directory: str, found: Found) -> list[str]:
+    """Returns the names of the directories in one, and notes the images directly in it."""
     names = []
     for entry in _entries(directory, found):
         if entry.is_dir():
             names.append(entry.name)
         elif suffix(entry.name) in IMAGE_SUFFIXES | HEIC_SUFFIXES:
             # Other files beside the classes, such as a licence, do no harm.
-            loose.append(entry.path)
+            found.loose.append(entry.path)
     return names
 
 
@@ -245,8 +246,8 @@ def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> d
     if others or not words:
         for name in (name for name, split in words.items() if split == "train"):
             # A class may be called train, too: then images lie in it.
-            loose: list[str] = []
-            if _directories(f"{root}/{name}", Found(), loose) and not loose:
+            found = Found()
+            if _directories(f"{root}/{name}", found) and not found.loose:
                 problems.add(
                     f"directories of classes lie beside {name}, which has classes of its own: "
                     f"{shown_names(others)}; move them into it, or elsewhere"
@@ -265,13 +266,14 @@ def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> d
 
 
 def _read_splits(
-    root: str, splits: Mapping[Split, str], found: Found, loose: list[str]
+    root: str, splits: Mapping[Split, str], found: Found
 ) -> tuple[dict[Split, list[str]], dict[Split, LabelArray], list[str]]:
     """Returns the files and labels of each split, and the class names."""
     listed: dict[tuple[int, int], str] = {}
     classes: dict[Split, dict[str, list[str]]] = {}
     for split, directory in splits.items():
-        names = _directories(directory, found, [] if directory == root else loose)
+        # The root was listed already.
+        names = _directories(directory, Found() if directory == root else found)
         below = {name: find_images(f"{directory}/{name}", listed) for name in names}
         classes[split] = {name: images.images for name, images in below.items()}
         for images in below.values():
@@ -287,13 +289,11 @@ def _read_splits(
     return files, labels, names
 
 
-def _note_other_files(
-    problems: Problems, root: str, found: Found, loose: list[str], other_files: OtherFiles
-) -> None:
+def _note_other_files(problems: Problems, root: str, found: Found, other_files: OtherFiles) -> None:
     """Notes or logs what is not an image in a class."""
     unusable = [f"{path} ({reason})" for path, reason in found.broken.items()]
     for what, paths, fix in (
-        ("images in no class", loose, "move them into one"),
+        ("images in no class", found.loose, "move them into one"),
         (
             f"files that are not images by their suffix ({counted_suffixes(found.others)})",
             found.others,

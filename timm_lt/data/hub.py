@@ -25,7 +25,7 @@ from timm_lt.data.folder import visible_files
 from timm_lt.data.images import label_names, label_tensor, relabelled
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, Split, register_dataset
-from timm_lt.data.splits import hold_out, image_keys, leave_out_small
+from timm_lt.data.splits import hold_out_split, leave_out_small
 from timm_lt.utils.checks import (
     Problems,
     UsageError,
@@ -117,7 +117,8 @@ def hub(
     problems.check()
     splits = _without_small({split: rows[name] for split, name in names.items()}, min_images)
     if names["test"] == names["train"]:
-        return _with_test_split(splits, test_fraction, root)
+        del splits["test"]
+        return hold_out_split(splits, "test", test_fraction, root=root)
     return splits
 
 
@@ -383,18 +384,3 @@ def _without_small(
         split: relabelled(rows.select(kept[split]), labels[split], names)
         for split, rows in splits.items()
     }
-
-
-def _with_test_split(
-    splits: "dict[Split, Dataset]", test_fraction: float, root: str | Path | None
-) -> "dict[Split, Dataset]":
-    """Holds out a part of the training split for the test."""
-    whole = splits["train"]
-    kept, held_out = hold_out(
-        label_tensor(whole),
-        test_fraction,
-        keys=image_keys(whole, root),
-        purpose="test",
-        names=label_names(whole),
-    )
-    return {**splits, "train": whole.select(kept), "test": whole.select(held_out)}

@@ -173,7 +173,7 @@ def read_image_list(path: str | Path) -> ImageList:
     path = Path(path)
     try:
         found = _read(path)
-    except (OSError, OverflowError, UnicodeEncodeError) as error:
+    except (OSError, OverflowError, UnicodeEncodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"list {path} cannot be read: {reason}") from error
     if len(found.paths) == 0:

@@ -246,8 +246,7 @@ def published_splits(
     labels = {split: listed.labels for split, listed in lists.items()}
     if files:
         note_repeats(problems, files, labels)
-    named = [listed.names for listed in lists.values() if listed.names]
-    names = known.class_names or (named[0] if named else None)
+    names = known.class_names or next((one.names for one in lists.values() if one.names), None)
     return splits_from_files(problems, files, labels, names, root=folder)
 
 

@@ -16,7 +16,7 @@ from timm_lt.run.parse import (
     parse_recipe,
     shipped_recipes,
 )
-from timm_lt.run.recipe import DataRecipe, OptimizerRecipe, Recipe, RunOptions, SchedulerRecipe
+from timm_lt.run.recipe import OptimizerRecipe, Recipe, RunOptions
 from timm_lt.utils.checks import UsageError
 
 
@@ -49,7 +49,7 @@ def option_names():
 # ---- what a recipe says --------------------------------------------------------------------------
 
 
-QUOTED = ["null", "true", "1e-3", "", "~", "[1]", "{a: 1}", "12", "yes", "it's", "ä", "--x", "a=b"]
+QUOTED = ["null", "1e-3", "", "{a: 1}", "yes", "it's", "ä", "--x"]
 
 
 @pytest.mark.parametrize("text", QUOTED)
@@ -69,9 +69,6 @@ def test_a_quoted_text_stays_a_text(text, read):
     changed, _ = read(f"data: {data}", "--data.options.k=null", "--data.root=null")
     assert changed.data.options == {"k": None, "m": {"n": [text, 1e-3]}}
     assert changed.data.root is None
-    with pytest.raises(UsageError) as error:
-        read(f"objective: {given}")
-    assert f"unknown objective {text!r}" in str(error.value)
 
 
 def test_an_almost_empty_recipe_has_the_defaults(read):
@@ -135,7 +132,7 @@ def test_values_of_a_file(read):
     assert recipe.shot_rule == "oltr"
 
 
-@pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.e-4", ".5e-3", "+5e-4", "0.0005", "5.0e-4"])
+@pytest.mark.parametrize("text", ["5e-4", "5.E-4", ".5e-3", "+5e-4", "0.0005"])
 def test_numbers_with_an_exponent_are_numbers(read, text):
     recipe, _ = read(f"heads: {{crt: {{lr: {text}}}}}\noptimizer: {{lr: {text}}}")
     assert recipe.heads["crt"]["lr"] == recipe.optimizer.lr == 0.0005
@@ -145,7 +142,8 @@ def test_numbers_with_an_exponent_are_numbers(read, text):
 
 def test_overrides_take_the_place_of_single_values(read):
     recipe, options = read(
-        "epochs: 5\nheads: {tau_norm: {tau: .5}, lws:}\ndata: {options: {a: 1, b: 2}}",
+        "epochs: 5\nheads: {tau_norm: {tau: .5, keep_bias: true}, lws:}\n"
+        "data: {options: {a: 1, b: 2}}",
         *["--epochs=7", "--seed", "3", "--seed", "4"],
         *["--heads.tau_norm.tau", "0.7", "--heads.crt.steps=9", "--data.options.a", "5"],
         *[
@@ -161,7 +159,8 @@ def test_overrides_take_the_place_of_single_values(read):
     )
     assert (recipe.epochs, recipe.seed, recipe.model.name) == (7, 4, "test_vit")
     assert recipe.model.trained == ["blocks.5"]
-    assert recipe.heads == {"tau_norm": {"tau": 0.7}, "lws": {}, "crt": {"steps": 9}}
+    tau_norm = {"tau": 0.7, "keep_bias": True}
+    assert recipe.heads == {"tau_norm": tau_norm, "lws": {}, "crt": {"steps": 9}}
     assert recipe.data.options == {"a": 5, "b": 2}
     assert options == RunOptions(output="x/y", resume=True, overwrite=False, quiet=True)
     recipe, _ = read("heads: {tau_norm:}", "--heads", '{"ncm": {"metric": "euclidean"}}')
@@ -178,56 +177,46 @@ def test_print_config_reads_back_to_the_same_recipe(read, capsys):
     assert read(printed)[0] == recipe
 
 
-def test_merged_mappings_are_no_duplicates(read):
-    recipe, _ = read("data: &d {name: digits_lt}\nmodel: {<<: *d, pretrained: true}")
-    assert (recipe.model.name, recipe.model.pretrained) == ("digits_lt", True)
+def test_resume_is_a_flag_or_auto(read):
+    for arguments, resumes in ((["--resume"], True), (["--resume", "auto"], True), ([], False)):
+        assert read("seed: 0", *arguments)[1].resume is resumes
 
 
-def test_recipe_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Recipe().epochs = 3
-
-
-# ---- what is wrong -------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 BAD_FILES = [
-    ("epoch: 5", r"unknown key .*'epoch' \(did you mean 'epochs'\?\); choose one of: data, model"),
+    ("epoch: 5", r"unknown key 'epoch' \(did you mean 'epochs'\?\); choose one of: data, model"),
     ("model: {nmae: x}", r"'model.nmae'.*did you mean 'model.name'.*model.pretrained"),
     ("epochs: 5\nseed: 1\nepochs: 6", r"key 'epochs' is given twice, the second time in line 3"),
-    ("heads: {crt: {}, crt: {}}", r"key 'crt' is given twice"),
-    ("model: {name: a, name: b}", r"key 'name' is given twice"),
-    ("epochs: five", r'"epochs": Expected a .*int.*five'),
-    ("epochs: 1.5", r'"epochs"'),
-    ("epochs: true", r'"epochs"'),
-    ("epochs: -1", r"epochs must be an integer >= 0, got -1"),
+    ("epochs: five", "epochs must be int, got 'five'"),
+    ("epochs: 1.5", "epochs must be int, got 1.5"),
+    ("epochs: true", "epochs must be int, got True"),
+    ("epochs: -1", "epochs must be an integer >= 0, got -1"),
     ("epochs: 0", r"epochs 0 trains no backbone: it needs model\.pretrained"),
-    (
-        "model: {pretrained: true, checkpoint: x.pth}",
-        r"model\.checkpoint has all weights, and model\.pretrained no effect",
-    ),
-    ("batch_size: -1", r"batch_size must be an integer >= 1"),
-    ("seed: -1", r"seed must be an integer from 0"),
+    ("seed: -1", "seed must be an integer from 0"),
     ("data: {image_size: 0}", r"data\.image_size must be an integer >= 1"),
-    ("scheduler: {warmup_epochs: -1}", r"scheduler\.warmup_epochs must be an integer >= 0"),
-    ("optimizer: {lr: fast}", r'"optimizer.lr"'),
-    ("model: {pretrained: maybe}", r'"model.pretrained"'),
-    ("protocol: test", r"protocol.*'standard', 'paper'.*test"),
-    ("model: {trained: layer4.2}", r'"model.trained".*layer4.2'),
-    ("model: {bn: moving}", r"model.bn.*'frozen', 'shift'.*moving"),
-    ("shot_rule: fbi", r"shot_rule.*'fb', 'oltr'.*fbi"),
-    ("mixed_precision: fp8", r"mixed_precision.*'bf16', 'fp16'.*fp8"),
-    ("model: 5", r"model must be a mapping, got 5"),
-    ("model:", r"model must be a mapping, got None"),
-    ("heads: [linear]", r'"heads".*dict'),
-    ("heads: {crt: 5}", r'"heads".*dict'),
-    ("heads:", r'"heads".*dict'),
-    ("data: {options: 3}", r'"data.options"'),
-    ("data: {options: {day: 2020-01-01}}", r"data.options has a value that is no text, number"),
+    ("data: {val_fraction: 1}", r"data\.val_fraction must be a number in \(0, 1\)"),
+    ("features: {views: 0}", r"features\.views must be an integer >= 1"),
+    ("objective: f1", "unknown objective 'f1'.*worst_class"),
+    ("optimizer: {lr: fast}", "optimizer.lr must be float, got 'fast'"),
+    ("model: {pretrained: maybe}", "model.pretrained must be bool"),
+    ("protocol: test", "unknown protocol 'test'.*standard, paper"),
+    ("protocol:", "unknown protocol None.*standard, paper"),
+    ("model: {trained: layer4.2}", r"model.trained must be list\[str\] | None, got 'layer4.2'"),
+    ("model: 5", "model must be a mapping, got 5"),
+    ("heads: [linear]", "heads must be a mapping"),
+    ("heads: {crt: 5}", "heads must be a mapping"),
+    ("data: {options: 3}", "data.options must be a mapping"),
     ("- a", "must be a mapping of keys to values"),
-    ("", "must be a mapping of keys to values"),
     ("a: [1", "is not valid YAML"),
     ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ("{[a]: 1}", "key in line 1 must be a word"),
+    # Keys that would have no effect.
+    ("model: {fresh_classifier: true}", "model.fresh_classifier has no effect without weights"),
+    ("model: {checkpoint_key: a}", "model.checkpoint_key has no effect"),
+    ("model: {pretrained: true, checkpoint: x.pth}", "model.pretrained has no effect with"),
+    ("mixup: {off_epoch: 1}", "mixup.off_epoch has no effect without mixup"),
+    ("features: {views: 2}", "features.views has no effect without augmentation"),
 ]
 
 
@@ -241,16 +230,18 @@ def test_bad_file_is_refused_and_named(read, tmp_path, text, message):
 BAD_ARGUMENTS = [
     (["--sed", "4"], r"unknown option '--sed' \(did you mean '--seed'\?\).*--epochs"),
     (["--model.nmae", "x"], r"unknown option '--model.nmae' \(did you mean '--model.name'"),
-    (["--config", "x"], "unknown option '--config'"),
+    (["--lr", "0.1"], "did you mean --optimizer.lr"),
     (["--data.optionsx.a", "1"], "unknown option '--data.optionsx.a'"),
     (["--epochs"], "--epochs: expected one argument"),
-    (["--epochs", "x"], '"epochs"'),
-    (["--epochs", "-1"], "epochs must be an integer >= 0"),
+    (["--heads.crt.lr"], "--heads.crt.lr needs a value"),
+    (["--epochs", "x"], "epochs must be int, got 'x'"),
     (["--seed", "-4"], "seed must be an integer from 0"),
     (["--shot_rule", "x"], "'fb', 'oltr'"),
-    (["--heads.crt", "5"], "heads"),
-    (["other.yaml"], "unrecognized arguments: other.yaml"),
-    (["-x"], "unrecognized arguments: -x"),
+    (["--heads", "crt"], "heads must be a mapping, got 'crt'"),
+    (["--heads.crt", "5"], "heads must be a mapping"),
+    (["other.yaml"], "unexpected argument 'other.yaml'; RECIPE comes before"),
+    (["--resume", "always"], "--resume.*auto"),
+    (["--quiet", "--verbose"], "not allowed with"),
 ]
 
 
@@ -261,84 +252,39 @@ def test_bad_arguments_are_refused(read, argv, message):
     assert "mine.yaml" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nope.yaml", "lt_test_resnet.gylph_lt", "elsewhere/x.yaml", "."])
-def test_missing_recipe_lists_the_shipped_ones(name):
-    with pytest.raises(UsageError, match=f"no such file.*{DEFAULT_RECIPE}"):
-        parse_command_line("train_lt.py", [name])
-
-
-def test_file_that_cannot_be_read(tmp_path):
+def test_files_that_are_no_recipe(tmp_path):
+    for name in ("nope.yaml", "lt_test_resnet.gylph_lt", "elsewhere/x.yaml", "."):
+        with pytest.raises(UsageError, match=f"no such file.*{DEFAULT_RECIPE}"):
+            parse_command_line("train_lt.py", [name])
     with pytest.raises(UsageError, match=r"x\.yaml cannot be read"):
         load_recipe(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match=r"x\.yaml is not valid YAML"):
         load_recipe(tmp_path / "x.yaml")
+    for name in ("lt_resnet32.cifar10_lt", "hub_configs/lt_resnet32.cifar10_lt.yaml"):
+        with pytest.raises(UsageError, match=r"is not a recipe; load them with timm.create_mo"):
+            parse_command_line("train_lt.py", [name])
 
 
-@pytest.mark.parametrize(
-    ("cls", "values"),
-    [
-        (Recipe, {"epochs": 0}),
-        (DataRecipe, {"image_size": -3}),
-        (SchedulerRecipe, {"warmup_epochs": -1}),
-    ],
-)
-def test_recipes_made_in_python_are_checked_too(cls, values):
-    with pytest.raises(UsageError, match=next(iter(values))):
-        cls(**values)
+def test_an_option_with_a_key_of_its_own_is_refused():
+    with pytest.raises(UsageError, match=r"optimizer\.options: lr is set elsewhere; remove it"):
+        OptimizerRecipe(options={"lr": 1}).arguments()
 
 
 # ---- help ----------------------------------------------------------------------------------------
 
 
-def test_help_explains_every_option(capsys, monkeypatch):
+def test_help_explains_every_option_with_the_values_of_the_recipe(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "mine.yaml").write_text("epochs: 77")
     with pytest.raises(SystemExit) as caught:
-        parse_command_line("train_lt.py", ["--help"])
+        parse_command_line("train_lt.py", [str(tmp_path / "mine.yaml"), "--help"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "usage: train_lt.py [RECIPE] [--option value ...]"
     for name in option_names():
         at = next(i for i, line in enumerate(lines) if line.split()[:1] == [name])
         # The explanation stands behind the name, or in the line below a long one.
-        text = " ".join(lines[at : at + 2]).split("  ")
-        explanation = next(part for part in text[2:] if part.strip())
+        explanation = " ".join(lines[at : at + 2]).partition("  ")[2]
         assert len(explanation.split()) >= 3, name
-        assert not explanation.strip().startswith("(type"), name
-
-
-def test_help_shows_the_values_of_the_recipe(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "mine.yaml").write_text("epochs: 77")
-    with pytest.raises(SystemExit):
-        parse_command_line("train_lt.py", [str(tmp_path / "mine.yaml"), "--help"])
-    assert "default: 77" in capsys.readouterr().out
-
-
-def test_published_weights_without_a_recipe_say_so(tmp_path):
-    for name in ("lt_resnet32.cifar10_lt", "hub_configs/lt_resnet32.cifar10_lt.yaml"):
-        with pytest.raises(UsageError, match=r"is no recipe to run; load them with timm.create_mo"):
-            parse_command_line("train_lt.py", [name])
-
-
-def test_resume_is_a_flag_or_auto():
-    for arguments, resumes in ((["--resume"], True), (["--resume", "auto"], True), ([], False)):
-        _, _, options = parse_command_line("train_lt.py", arguments)
-        assert options.resume is resumes
-
-
-@pytest.mark.parametrize(
-    ("given", "value"),
-    [("auto", "auto"), ("black", "black"), ("#808080", "#808080"), ("[1, 2, 3]", [1, 2, 3])],
-)
-def test_a_background_is_a_name_a_code_or_three_levels(given, value, tmp_path):
-    # In YAML a bare # begins a comment.
-    _, recipe, _ = parse_command_line("train_lt.py", ["--data.background", given])
-    assert recipe.data.background == value
-    (tmp_path / "own.yaml").write_text(recipe.to_yaml())
-    assert load_recipe(tmp_path / "own.yaml").data.background == value
-
-
-def test_a_background_that_is_no_colour_is_refused():
-    with pytest.raises(UsageError, match="background 'blurple' is not a valid colour"):
-        parse_command_line("train_lt.py", ["--data.background", "blurple"])
+    assert any("--epochs" in line and "(default: 77)" in " ".join(lines) for line in lines)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from odd_images import CLASSES, TRUNCATED, make_odd_images
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 import timm_lt
 from timm_lt.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def commands():
@@ -57,7 +58,7 @@ def test_the_lines_of_the_readme_go_from_a_folder_to_a_pushed_checkpoint(
     assert main(push) == 0
     capsys.readouterr()
     model = timm_lt.create_model("hf-hub:me/birds", head="auto", cache_dir=tmp_path / "cache")
-    transform = timm_lt_transform(model)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     with Image.open(root / "ant" / "grey.png") as image:
         pixels = transform(image.convert("RGB"))[None]
     local = timm_lt.create_model(f"local-dir:{tmp_path / 'birds'}", head="auto")
@@ -65,12 +66,6 @@ def test_the_lines_of_the_readme_go_from_a_folder_to_a_pushed_checkpoint(
         torch.testing.assert_close(model.eval()(pixels), local.eval()(pixels))
     config = json.loads((tmp_path / "birds" / "config.json").read_text())
     assert config["timm_lt"]["label_names"] == sorted(CLASSES)
-
-
-def timm_lt_transform(model):
-    import timm
-
-    return timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
 
 def test_a_broken_file_stops_the_run_before_training(odd_images, tmp_path, capsys):

@@ -97,39 +97,6 @@ def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, d
     assert "on train, held out" in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--heads", "{auto: {}}"], ["head 'auto'", "give at least one"]),
-        (["--heads", "{ncm: {}, auto: {tau: 1}}"], ["head 'auto'", "takes no options"]),
-        (["--objective", "f1"], ["objective", "worst_class"]),
-        (["--features.views", "0"], ["features.views", ">= 1"]),
-        (["--features.dtype", "float64"], ["features.dtype", "bfloat16"]),
-        (
-            ["--features.views", "2", "--data.augmentation", "none"],
-            ["features.views has no effect", "none"],
-        ),
-        (["--features.cache_dir", "pyproject.toml/x"], ["pyproject.toml/x cannot be written"]),
-        (["--data.val_fraction", "1"], ["data.val_fraction", "(0, 1)"]),
-    ],
-)
-def test_mistakes_are_named_before_training(tmp_path, capsys, arguments, words):
-    folder = tmp_path / "run"
-    assert train_lt.main([*DIGITS, *arguments, "--output", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert all(word in error for word in words), error
-    assert not folder.exists()
-
-
-def test_a_cache_within_the_folder_of_the_run_is_refused(tmp_path, capsys):
-    folder = tmp_path / "run"
-    inside = str(folder / "features")
-    arguments = [*DIGITS, "--output", str(folder), "--features.cache_dir", inside]
-    assert train_lt.main(arguments) == 2
-    assert "lies in the folder of the run" in capsys.readouterr().err
-    assert not folder.exists()
-
-
 def test_an_objective_that_the_data_cannot_answer_is_named_before_training(
     tmp_path, capsys, digits_without_few_shot
 ):

@@ -1,4 +1,4 @@
-"""One training run, whatever the number of processes: 1, 2 and 4 CPU ranks at one global batch."""
+"""One training run with 1, 2 and 4 CPU processes and the same global batch."""
 
 import itertools
 import json
@@ -31,8 +31,8 @@ from timm_lt.data import create_augmentation
 from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.images import StoredImages
-from timm_lt.training import train_head_on_images, train_representation
-from timm_lt.training.update import taken_together
+from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
+from timm_lt.training.update import means_over_processes
 
 N, C, SIDE = 42, 4, 32
 arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
@@ -101,7 +101,7 @@ def gradients():
         weight = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).requires_grad_()
         loss = timm_lt.create_loss(name, COUNTS, **options).double()
         loss.set_epoch(0, 10)
-        with taken_together(loss):
+        with means_over_processes(loss):
             loss(inputs[share] @ weight, targets[share]).backward()
         found[f"{name} {options}"] = accelerator.reduce(weight.grad, "mean").flatten().tolist()
     return found
@@ -174,11 +174,13 @@ def run(
         data,
         timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
         Loss(),
+        TrainingOptions(
+            epochs=epochs,
+            batch_size=8,
+            optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
+            **options,
+        ),
         accelerator=accelerator,
-        epochs=epochs,
-        batch_size=8,
-        optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
-        **options,
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     epochs = [record.loss for record in training.history]
@@ -208,11 +210,11 @@ for processes in (2, 4) if accelerator.num_processes == 1 else (1,):
     result["of_features"][processes] = run(in_memory(), OfFeatures(processes), **options)
 accelerator.free_memory()
 model = timm.create_model("test_resnet", num_classes=C)
-options = {"accelerator": accelerator, "epochs": 2, "batch_size": 8, "val": in_memory()}
+options = TrainingOptions(epochs=2, batch_size=8, ema={"decay": 0.5})
 sampler = timm_lt.create_sampler("instance_balanced", labels)
 loss = timm_lt.create_loss("cross_entropy")
 training = train_representation(
-    model, in_memory(), sampler, loss, ema={"decay": 0.5}, **options
+    model, in_memory(), sampler, loss, options, accelerator=accelerator, val=in_memory()
 )
 state = training.model.state_dict()
 result["batch_norm"] = [float(tensor.double().sum()) for tensor in state.values()]
@@ -285,35 +287,34 @@ accelerator.end_training()
 """
 
 
+class Results(dict):
+    """By number of processes, what each rank noted; they run when they are asked for."""
+
+    def __init__(self, server, folder):
+        self.server, self.folder = server, folder
+        (folder / "ranks.py").write_text(SCRIPT)
+
+    def __missing__(self, processes):
+        for rank in self.server.on_ranks(processes, self.folder, script=self.folder / "ranks.py"):
+            assert rank.status == 0, rank.err
+        files = [self.folder / f"{processes}_{rank}.json" for rank in range(processes)]
+        self[processes] = [json.loads(file.read_text()) for file in files]
+        return self[processes]
+
+
 @pytest.fixture(scope="module")
 def results(server, tmp_path_factory):
-    """What each rank noted, by number of processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "ranks.py"
-    script.write_text(SCRIPT)
-    for processes in (1, 2, 4):
-        for rank in server.on_ranks(processes, folder, script=script):
-            assert rank.status == 0, rank.err
-    return {
-        processes: [
-            json.loads((folder / f"{processes}_{rank}.json").read_text())
-            for rank in range(processes)
-        ]
-        for processes in (1, 2, 4)
-    }
+    return Results(server, tmp_path_factory.mktemp("ranks"))
 
 
+FOUR = pytest.param(4, marks=pytest.mark.exhaustive)
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_there_are_as_many_processes(results, processes):
-    assert [rank["num_processes"] for rank in results[processes]] == [processes] * processes
-
-
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 @pytest.mark.parametrize("kind", ["in_memory", "deferred"])
 def test_every_global_batch_is_the_same_images(results, processes, kind):
+    assert [rank["num_processes"] for rank in results[processes]] == [processes] * processes
     alone = results[1][0][kind]["seen"]
     ranks = [rank[kind]["seen"] for rank in results[processes]]
     # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
@@ -325,7 +326,7 @@ def test_every_global_batch_is_the_same_images(results, processes, kind):
         assert len(set(batch)) == 8
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 @pytest.mark.parametrize(
     "kind", ["in_memory", "decoded", "partly", "deferred", "bilateral", "attention"]
 )
@@ -345,7 +346,7 @@ def test_the_loss_curve_is_the_same(results, processes, kind):
     assert max(means) - min(means) > 0.01
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_every_loss_has_the_gradient_of_the_whole_batch(results, processes):
     alone = results[1][0]["gradients"]
     others = {"range", "lifted_structure"}
@@ -356,7 +357,7 @@ def test_every_loss_has_the_gradient_of_the_whole_batch(results, processes):
             assert max(map(abs, gradient)) > 1e-3
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_losses_of_features_are_those_of_the_parts_of_a_batch(results, processes):
     """Each process pairs the images that it takes, and the gradients are averaged."""
     alone = results[1][0]["of_features"]
@@ -369,21 +370,21 @@ def test_losses_of_features_are_those_of_the_parts_of_a_batch(results, processes
     assert alone["2"]["losses"] != pytest.approx(alone["4"]["losses"], rel=0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, FOUR])
 def test_every_image_is_evaluated_once_and_in_order(results, processes):
     expected = [list(range(number)) for number in (1, 3, 8, 13, 42) for _ in range(2)]
     for rank in results[processes]:
         assert rank["targets"] == expected
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_every_process_ends_with_the_same_model(results, processes):
     """Averaged batch-norm statistics too, which each process takes of its own images."""
     first, *others = (rank["batch_norm"] for rank in results[processes])
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_a_head_on_images_is_the_same(results, processes):
     alone = results[1][0]["head"]
     for rank in results[processes]:
@@ -391,14 +392,14 @@ def test_a_head_on_images_is_the_same(results, processes):
         assert rank["head"] == pytest.approx(alone, abs=1e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_every_process_has_the_same_moved_statistics(results, processes):
     first, *others = (rank["moved"] for rank in results[processes])
     assert all(other == first for other in others)
     assert first != pytest.approx(results[1][0]["moved"], rel=1e-6)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, FOUR])
 def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results, processes):
     alone = results[1][0]["cached"]
     for rank in results[processes]:
@@ -411,7 +412,7 @@ def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results,
         assert "ranks.py cannot be written" in rank["error"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, FOUR])
 def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, processes):
     generator = torch.Generator().manual_seed(1)
     logits, classes = torch.randn(301, 7, generator=generator), torch.arange(301) % 6
@@ -424,7 +425,7 @@ def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, proc
     assert 0 < expected.open < 1
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_fits_on_features_do_not_depend_on_the_processes(results, processes):
     for rank in results[processes]:
         for found, alone in zip(rank["fitted"], results[1][0]["fitted"], strict=True):

@@ -8,13 +8,10 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing import resource_sharer
 from pathlib import Path
 
-import forks
 import pytest
 import torch
 from damaged import DAMAGE
@@ -22,11 +19,11 @@ from damaged import DAMAGE
 import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.decode import loaded
-from timm_lt.run.exits import run_to_exit
+from timm_lt.run.execution import run_to_exit
 from timm_lt.training.state import find_damage
 
-RECIPE = Path(__file__).parent / "small_digits.yaml"
-KILLS, SEED = 20, 0
+RECIPE = Path(__file__).parent.parent / "small_digits.yaml"
+SEED = 0
 RESULTS = ("config.json", "metrics.json", "README.md", "model.safetensors")
 
 pytestmark = pytest.mark.slow
@@ -100,31 +97,25 @@ def wait_for(condition, seconds=300):
 
 # Kills -------------------------------------------------------------------------------------------
 
-# What a run is about to touch when it is killed.
-MOMENTS = (
-    "*/recipe.yaml",
-    "*/state/.partial_0001",
-    "*/state/.partial_*/optimizer.bin",
-    "*/state/.partial_*/manifest.json",
-    "*/state/epoch_0004",
-    "*/heads/.lws.*",
-    "*/model.safetensors",
-    "*/metrics.json",
+# Paths that a run is about to touch when it is killed; None is a random moment.
+MOMENTS = ("*/state/.partial_*/optimizer.bin", None, "*/heads/.lws.*")
+MORE_MOMENTS = (
+    *("*/recipe.yaml", "*/state/.partial_0001", "*/state/.partial_*/manifest.json"),
+    *("*/state/epoch_0004", "*/model.safetensors", "*/metrics.json", *[None] * 11),
 )
 
 
 @pytest.mark.first
-def test_twenty_kills_change_nothing(server, whole, seconds, tmp_path):
-    """Most at random moments of all that a run has still to do, some in the middle of a write."""
+@pytest.mark.parametrize("more", [(), pytest.param(MORE_MOMENTS, marks=pytest.mark.exhaustive)])
+def test_kills_change_nothing(server, whole, seconds, tmp_path, more):
     rng = random.Random(SEED)
     per_epoch = metrics(whole)["seconds"]["representation"] / 5
-    aimed = [*MOMENTS, *[None] * (KILLS - len(MOMENTS))]
+    aimed = [*MOMENTS, *more]
     rng.shuffle(aimed)
     folders = [tmp_path / "0"]
     kills = in_folder = 0
-    while kills < KILLS:
-        folder = folders[-1]
-        moment = aimed[kills]
+    while kills < len(aimed):
+        folder, moment = folders[-1], aimed[kills]
         run = server.start(*options(folder, "--resume"), at=moment)
         if moment is None:
             done = max(saved(folder), default=0)
@@ -137,38 +128,40 @@ def test_twenty_kills_change_nothing(server, whole, seconds, tmp_path):
             kills += 1
             in_folder += 1
             assert not (folder / "metrics.json").exists()
-        if run.status == 0 or in_folder == KILLS // 4:
+        if run.status == 0 or in_folder == 5:
             folders.append(tmp_path / str(len(folders)))
             in_folder = 0
     for folder in folders:
         finish(server, folder)
         assert bits(folder) == bits(whole)
-        leftovers = [path.name for path in folder.rglob(".*")]
-        assert leftovers == []
+        assert [path.name for path in folder.rglob(".*")] == []
 
 
 # Full disks --------------------------------------------------------------------------------------
 
 
-# Where the disk is full, how many bytes a file may have then, and what is said.
+# Where the disk is full, how many bytes a file may have then, and words of the message.
 FULL = (
-    (None, 100, ["recipe.yaml", "cannot be written"]),
     (None, 10_000, ["state after epoch 1", "there is no other"]),
+    ("*/heads/.crt*", 5000, ["results", "model.safetensors"]),
+    ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
+)
+MORE_FULL = (
+    (None, 100, ["recipe.yaml", "cannot be written"]),
     ("*/state/.partial_0003", 500_000, ["state after epoch 3", "after epoch 2 is whole"]),
     ("*/state/.partial_0004/.history.json*", 100, ["after epoch 4", "history.json"]),
     ("*/heads/.crt*", 3000, ["results", "crt.safetensors"]),
-    ("*/heads/.crt*", 5000, ["results", "model.safetensors"]),
     ("*/run/.config.json*", 500, ["results", "config.json"]),
     ("*/plots", 20_000, ["results", "accuracy_by_frequency.png"]),
     ("*/run/.README.md*", 5000, ["results", "README.md"]),
     ("*/run/.report.html*", 20_000, ["results", "report.html"]),
-    ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
 )
 
 
-def test_full_disks_are_one_line_each_and_no_loss(server, whole, tmp_path):
+@pytest.mark.parametrize("full", [FULL, pytest.param(MORE_FULL, marks=pytest.mark.exhaustive)])
+def test_full_disks_are_one_line_each_and_no_loss(server, whole, tmp_path, full):
     folder = tmp_path / "run"
-    for at, limit, words in FULL:
+    for at, limit, words in full:
         run = server.run(*options(folder, "--resume"), at=at, limit=limit)
         message = failed(run, *words, "File too large")
         if "recipe.yaml" not in message:
@@ -176,18 +169,6 @@ def test_full_disks_are_one_line_each_and_no_loss(server, whole, tmp_path):
         assert not (folder / "metrics.json").exists()
         saved(folder)
         assert [path for path in folder.rglob(".*") if path.name != ".lock"] == []
-    finish(server, folder)
-    assert bits(folder) == bits(whole)
-
-
-def test_a_state_folder_that_cannot_be_made(server, whole, tmp_path):
-    folder = tmp_path / "run"
-    server.run(*options(folder), at="*/state/epoch_0001")
-    shutil.rmtree(folder / "state")
-    (folder / "state").write_text("")
-    run = server.run(*options(folder, "--resume"))
-    failed(run, "cannot be written", str(folder / "state"))
-    (folder / "state").unlink()
     finish(server, folder)
     assert bits(folder) == bits(whole)
 
@@ -231,34 +212,19 @@ def test_a_run_with_every_option_resumes_to_the_same_bits(server, tmp_path):
     assert bits(folder) == bits(whole)
 
 
-def test_killed_workers_are_named(server, decoded, tmp_path):
-    """Whatever the main process and the worker do at that moment."""
-    folder, rng = tmp_path / "run", random.Random(SEED)
-    named = 0
-    for _ in range(8):
-        run = server.start(*options(folder, *DECODED, "--workers", "1", "--resume"))
-        worker = wait_for(lambda run=run: children(run.pid))[0]
-        time.sleep(rng.uniform(0, 0.5))
-        # It has no more to do when the run takes features with workers of their own.
-        if worker in children(run.pid):
-            os.kill(worker, signal.SIGKILL)
-            run.wait()
-            if run.status == 0:
-                # Its last batch was taken a moment before.
-                break
-            assert run.status == 2, run.err
-            named += 1
-            # When torch hears of it in a callback of Python, Python reports that as well.
-            (message,) = re.findall(r"^error: .*", run.err, re.MULTILINE)
-            assert message.startswith("error: a data worker died")
-            assert message.endswith("; go on with --resume")
-            # The signal is not always known; less memory is advised only where it is.
-            assert ("--workers need less" in message) == ("killed by signal 9" in message)
-        else:
-            run.kill()
-            run.wait()
-        saved(folder)
-    assert named
+def test_a_killed_worker_is_named(server, decoded, tmp_path):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *DECODED, "--workers", "1"))
+    (worker,) = wait_for(lambda: children(run.pid))
+    os.kill(worker, signal.SIGKILL)
+    run.wait()
+    assert run.status == 2, run.err
+    # If torch hears of it in a callback of Python, Python reports that as well.
+    (message,) = re.findall(r"^error: .*", run.err, re.MULTILINE)
+    assert message.startswith("error: a data worker died")
+    assert message.endswith("; go on with --resume")
+    # The signal is not always known; less memory is advised only where it is.
+    assert ("--workers need less" in message) == ("killed by signal 9" in message)
     finish(server, folder, *DECODED, "--workers", "1")
     assert bits(folder) == bits(decoded)
 
@@ -288,16 +254,14 @@ def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named():
         list(loaded(batches))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_worker_that_raises_is_quoted(server, tmp_path, workers):
-    broken = ("--data.name", "failing_digits", *DECODED, "--workers", workers)
-    run = server.run(*options(tmp_path / "run", *broken, "--data.options", "{row: 20}"))
-    if workers:
-        failed(run, "data worker failed", "a mistake in somebody's code", "--resume")
-    else:
-        # A mistake in code in this process: its author wants to see where.
-        assert run.status == 1
-        assert run.err.endswith("LookupError: a mistake in somebody's code\n")
+def test_a_worker_that_raises_is_quoted(server, tmp_path):
+    broken = ("--data.name", "failing_digits", *DECODED, "--data.options", "{row: 20}")
+    run = server.run(*options(tmp_path / "run", *broken, "--workers", "1"))
+    failed(run, "data worker failed", "a mistake in somebody's code", "--resume")
+    # In this process: the author of the code wants to see where.
+    run = server.run(*options(tmp_path / "own", *broken, "--workers", "0"))
+    assert run.status == 1
+    assert run.err.endswith("LookupError: a mistake in somebody's code\n")
 
 
 # Images that cannot be read ----------------------------------------------------------------------
@@ -311,7 +275,12 @@ COUNTS = {split: len(rows) for split, rows in DAMAGE.items()}
 
 @pytest.mark.parametrize(
     ("split", "path"),
-    [*((split, ()) for split in DAMAGE), *zip(DAMAGE, PATHS[1:] + PATHS[2:], strict=True)],
+    [
+        ("train", PATHS[1]),
+        ("test", PATHS[2]),
+        *(pytest.param(split, (), marks=pytest.mark.exhaustive) for split in DAMAGE),
+        pytest.param("val", PATHS[2], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_damaged_image_is_named(server, tmp_path, path, split):
     folder = tmp_path / "run"
@@ -328,15 +297,6 @@ def test_a_damaged_image_is_named(server, tmp_path, path, split):
     finish(server, folder, *DAMAGED, "--data.options", only, *path, "--data.unreadable", "skip")
     expected = {name: len(rows) if name == split else 0 for name, rows in DAMAGE.items()}
     assert metrics(folder)["unreadable_images"] == expected
-
-
-@pytest.mark.parametrize("path", PATHS[:2])
-def test_a_wrong_batch_size_hides_no_damage(server, tmp_path, path):
-    run = server.run(*options(tmp_path / "run", *DAMAGED, *path, "--batch_size", "5000"))
-    assert run.status == 2
-    problems = re.findall(r"^- (.*)", run.err, re.MULTILINE)
-    assert problems[0] == "batch_size 5000 exceeds the 389 images of an epoch: make it smaller"
-    assert [problem.split()[0] for problem in problems[1:]] == [*DAMAGE]
 
 
 def test_without_verification_a_worker_names_the_image_that_it_comes_to(server, tmp_path):
@@ -421,6 +381,7 @@ def test_a_loss_that_is_not_finite_stops_every_time(server, tmp_path):
     assert kept == state
 
 
+@pytest.mark.exhaustive
 def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
     """The last update of an epoch breaks them, after its loss."""
     folder = tmp_path / "run"
@@ -437,8 +398,15 @@ def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
 # Signals and locks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [(), (*TIMM, "1")])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("path", "number", "status"),
+    [
+        ((), signal.SIGTERM, 143),
+        ((*TIMM, "1"), signal.SIGINT, 130),
+        pytest.param((), signal.SIGINT, 130, marks=pytest.mark.exhaustive),
+        pytest.param((*TIMM, "1"), signal.SIGTERM, 143, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_signal_ends_the_run_in_one_line(server, whole, tmp_path, path, number, status):
     for attempt in range(3):
         folder = tmp_path / f"run_{attempt}"
@@ -493,25 +461,6 @@ def test_workers_of_a_killed_run_do_not_keep_its_folder(server, decoded, tmp_pat
 
 # Several processes -------------------------------------------------------------------------------
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def launch(folder, *more):
-    """Starts the command on two processes."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    # It ends all as soon as it sees that one has ended, which on a busy machine may be before the
-    # other has come to where it waits for that one, and can say so. Let it look later.
-    launcher += ["--monitor_interval", "30"]
-    arguments = [sys.executable, *launcher, "train_lt.py", *options(folder, "--resume", *more)]
-    return subprocess.Popen(
-        list(map(str, arguments)),
-        cwd=forks.ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 def on_two(server, folder, *more):
     """Runs the command on two processes, as a launcher does, which would import all again."""
@@ -523,32 +472,17 @@ def errors_of(runs):
     return [line for line in lines if line.startswith("error: ")]
 
 
-def ended(process, seconds=120):
-    """Waits for a launcher; returns its status and its standard error."""
-    _, errors = process.communicate(timeout=seconds)
-    return process.returncode, errors
-
-
-def rank_of(pid):
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
-
-
 @pytest.mark.multiprocess
 def test_one_of_two_processes_is_killed(server, tmp_path):
     folder, untouched = tmp_path / "run", tmp_path / "whole"
     fast = ("--threads", "1", "--epochs", "4", "--heads", "{linear: {}, crt: {}, ncm: {}}")
     for run in on_two(server, untouched, *fast):
         assert run.status == 0, run.err
-    process = launch(folder, *fast)
+    first, second = server.start_ranks(2, *options(folder, *fast))
     wait_for((folder / "state" / "epoch_0001").exists)
-    victim = next(pid for pid in children(process.pid) if rank_of(pid) == 1)
-    os.kill(victim, signal.SIGKILL)
-    status, errors = ended(process, seconds=60)
-    assert status != 0
-    assert f"Signal 9 (SIGKILL) received by PID {victim}" in errors
-    assert errors.count("error: another process of this run has ended") == 1
-    assert 'train_lt.py", line' not in errors
+    second.kill()
+    assert second.wait().status == -signal.SIGKILL
+    failed(first.wait(), "another process of this run has ended", "--resume")
     assert saved(folder)
     assert not (folder / "metrics.json").exists()
     shutil.copytree(folder, tmp_path / "alone")
@@ -568,25 +502,12 @@ def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_p
     timm = (*DAMAGED, *TIMM, "1")
     only = ("--data.options", "{damaged: test}")
     runs = on_two(server, tmp_path / "raises", *timm, *only)
-    # Not by the first process, which loses the other and says nothing.
     assert [run.status for run in runs] == [2, 2]
-    (line,) = errors_of(runs)
     named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is no image"
-    assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
+    for line in errors_of(runs):
+        assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
     skips = on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip")
     assert [run.status for run in skips] == [0, 0]
     named = "left out: image 130 (test_130.png), image 250 (test_250.png)\n"
     assert "".join(run.err for run in skips).count(named) == 1
     assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS
-
-
-@pytest.mark.multiprocess
-def test_two_processes_say_once_what_is_wrong_for_both(server, tmp_path):
-    runs = on_two(server, tmp_path / "run", *DAMAGED)
-    assert [run.status for run in runs] == [2, 2]
-    (line,) = errors_of(runs)
-    assert line == "error: 3 problems"
-    said = "".join(run.err for run in runs)
-    for split, name in (("train", "train_3.png"), ("val", "val_7.png"), ("test", "test_130.png")):
-        assert len(re.findall(rf"^- {split} split: .*{name}", said, flags=re.MULTILINE)) == 1
-    assert not (tmp_path / "run").exists()

@@ -1,8 +1,7 @@
-"""A feature cache: what makes it anew, kills, two processes, damage, and several views."""
+"""A feature cache: its key, kills, damage, two processes, and several views."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +14,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from PIL import Image
-from safetensors import safe_open
-from timm.data import ImageDataset
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from timm.data import FastCollateMixup, ImageDataset
+from timm.data.loader import fast_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
@@ -27,9 +28,10 @@ import timm_lt
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
 from timm_lt.data.images import ImageTensors, StoredImages, batches
+from timm_lt.data.loader import InOrder
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.features import cache, extract_features
-from timm_lt.features.cache import map_file
+from timm_lt.features.cache import samples_fingerprint
 from timm_lt.heads import get_head
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
@@ -38,6 +40,7 @@ ROOT = Path(timm_lt.__file__).parents[1]
 N, SIDE, C = 11, 32, 4
 PIXELS = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
 LABELS = torch.arange(N) % C
+ENDS = {"values.npy", "targets.npy", "json", "lock"}
 
 
 @pytest.fixture
@@ -73,75 +76,65 @@ def tensors(number=N, seed=1):
 
 
 def ran(model, loader, folder, **options):
-    """How many images the backbone saw."""
+    """Returns the number of images that the backbone got."""
     model._seen.clear()
     timm_lt.extract_features(model, loader, cache_dir=folder, **options)
     return sum(model._seen)
 
 
-# What is in it ------------------------------------------------------------------------------------
+def ends(folder):
+    return {path.name.partition(".")[2] for path in folder.iterdir()}
+
+
+def finished(folder):
+    return [path for path in folder.glob("*.json") if json.loads(path.read_text())["complete"]]
+
+
+# Files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_cache_has_the_bits_of_features_in_memory_and_is_a_safetensors_file(tmp_path, dtype):
+def test_a_cache_has_the_bits_of_features_in_memory_in_numpy_files(tmp_path, dtype):
     model, loader = small_model(), DataLoader(tensors(), 4)
     expected = extract_features(model, loader).values.to(getattr(torch, dtype))
     for _ in range(2):
         features = extract_features(model, loader, cache_dir=tmp_path, dtype=dtype)
         assert features.values.equal(expected)
         assert features.targets.equal(LABELS)
+        # Writing to the values does not reach the file.
+        features.values.zero_()
         assert extract_features(model, loader, dtype=dtype).values.equal(expected)
     assert sum(model._seen) == 4 * N
-    (path,) = tmp_path.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        assert file.get_tensor("values").equal(expected)
-        assert file.get_tensor("targets").equal(LABELS)
-        assert file.metadata()["dtype"] == dtype
-        assert file.metadata()["key"] == path.stem
-    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".lock"}
-
-
-def test_rows_of_an_odd_number_of_bytes_leave_the_targets_aligned(tmp_path):
-    class Narrow(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = torch.nn.Linear(3, 2)
-
-        def get_classifier(self):
-            return self.fc
-
-        def forward(self, images):
-            return self.fc(images.mean((2, 3)))
-
-    data = DataLoader(tensors(), 4)
-    features = extract_features(Narrow(), data, cache_dir=tmp_path, dtype="float16")
-    assert features.values.equal(extract_features(Narrow(), data).values.half())
-    (path,) = tmp_path.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        assert file.get_tensor("targets").equal(LABELS)
-
-
-def test_what_is_written_to_the_values_stays_in_memory(tmp_path):
-    model, loader = small_model(), DataLoader(tensors(), 4)
-    kept = extract_features(model, loader, cache_dir=tmp_path).values
-    expected = kept.clone()
-    kept.zero_()
-    assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected)
+    (path,) = tmp_path.glob("*.values.npy")
+    kept = torch.from_numpy(np.load(path))
+    assert (kept.view(torch.bfloat16) if dtype == "bfloat16" else kept).equal(expected)
+    assert ends(tmp_path) == ENDS
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
     model = small_model()
-    data = in_memory(missing=[0, 1, 2, 3, 9])
-    loader = batches(data, 4)
+    loader = batches(in_memory(missing=[0, 1, 2, 3, 9]), 4)
     features = extract_features(model, loader, cache_dir=tmp_path)
     assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
     assert features.values.equal(extract_features(model, loader).values)
     nothing = batches(in_memory(missing=range(N)), 4)
-    with pytest.raises(UsageError, match="no images that can be read"):
-        extract_features(model, nothing, cache_dir=tmp_path)
+    for options in ({}, {"cache_dir": tmp_path}):
+        with pytest.raises(UsageError, match="no images that can be read"):
+            extract_features(model, nothing, **options)
 
 
-# Its key ------------------------------------------------------------------------------------------
+def test_an_empty_batch_has_no_rows(tmp_path):
+    images, labels = tensors().tensors
+    empty = (images[:0], [])
+    loader = [empty, (images[:4], labels[:4]), empty, (images[4:], labels[4:])]
+    expected = extract_features(small_model(), loader[1::2])
+    for options in ({}, {"cache_dir": tmp_path, "key": "any"}):
+        features = extract_features(small_model(), loader, **options)
+        assert features.values.equal(expected.values)
+        assert features.targets.equal(LABELS)
+
+
+# The key ------------------------------------------------------------------------------------------
 
 
 def test_what_changes_the_model_makes_another_file_and_its_classifier_does_not(tmp_path):
@@ -164,7 +157,7 @@ def test_what_changes_the_model_makes_another_file_and_its_classifier_does_not(t
     assert ran(model, loader, tmp_path, views=2) == 2 * N
     assert ran(model, loader, tmp_path, key="mine") == N
     assert ran(model, loader, tmp_path, key="mine") == 0
-    assert len(list(tmp_path.glob("*.safetensors"))) == 8
+    assert len(finished(tmp_path)) == 8
 
 
 def changed(pixels=PIXELS, labels=LABELS):
@@ -241,25 +234,25 @@ def test_a_subset_is_known_by_its_indices(tmp_path):
     assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2, drop_last=True), tmp_path) == 2
 
 
-def test_samples_that_are_not_known_need_a_key(tmp_path):
+def test_samples_that_cannot_be_told_need_a_key(tmp_path):
     model, batches = small_model(), list(DataLoader(tensors(), 4))
-    with pytest.raises(UsageError, match=r"what a list shows is not known: pass key="):
-        extract_features(model, batches, cache_dir=tmp_path)
-
-    pairs = [*zip(*tensors().tensors, strict=True)]
-    with pytest.raises(UsageError, match="is not known: pass key="):
-        extract_features(model, DataLoader(pairs, 4), cache_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
-    assert ran(model, batches, tmp_path, key="a") == N
-    assert ran(model, batches, tmp_path, key="a") == 0
-
-
-def test_a_transform_that_does_not_say_what_it_does_needs_a_key(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
-    data = ImageFolder(tmp_path, transform=lambda image: ToTensor()(image.copy()))
-    with pytest.raises(UsageError, match=r"does not say what it does: .* pass key="):
-        extract_features(small_model(), DataLoader(data, 2), cache_dir=tmp_path / "cache")
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.fromarray(PIXELS[0]).save(tmp_path / "images" / "a" / "0.png")
+    folder = ImageFolder(tmp_path / "images", transform=lambda image: ToTensor()(image.copy()))
+    store = tmp_path / "cache"
+    for loader, message in (
+        (batches, "the samples of a list are not known"),
+        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "is not known"),
+        (DataLoader(folder, 2), "does not say what it does"),
+        (DataLoader(tensors(), batch_sampler=[[3, 2, 1], [0, 5]]), "order of the images of a Data"),
+    ):
+        with pytest.raises(UsageError, match=rf"{message}.* pass key="):
+            extract_features(model, loader, cache_dir=store)
+    assert not store.exists()
+    assert ran(model, batches, store, key="a") == N
+    assert ran(model, batches, store, key="a") == 0
+    features = extract_features(model, loader, cache_dir=store, key="b")
+    assert features.targets.equal(LABELS[[3, 2, 1, 0, 5]])
 
 
 def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
@@ -270,9 +263,41 @@ def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
     ):
         with pytest.raises(UsageError, match=r"in the order of the data set, not as a \w*Sampler"):
             extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dispatching = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
+    )
+    loader = dispatching.prepare(DataLoader(tensors(), 2))
+    with pytest.raises(UsageError, match=r"order of the images of a DataLoaderDispatcher"):
+        extract_features(small_model(), loader, cache_dir=tmp_path)
+
+
+def test_what_a_loader_does_to_the_images_is_in_the_key(tmp_path):
+    def doubled(batch):
+        images, targets = default_collate(batch)
+        return 2 * images, targets
+
+    known = samples_fingerprint(DataLoader(tensors(), 4))
+    assert known == samples_fingerprint(DataLoader(tensors(), 4, collate_fn=default_collate))
+    samples_fingerprint(DataLoader(tensors(), 4, collate_fn=fast_collate))
+    for collate in (doubled, FastCollateMixup(mixup_alpha=1.0)):
+        with pytest.raises(UsageError, match=r"collate_fn=.* may change the images: .* pass key="):
+            samples_fingerprint(DataLoader(tensors(), 4, collate_fn=collate))
+    (tmp_path / "a").mkdir()
+    for row in range(4):
+        Image.fromarray(PIXELS[row]).save(tmp_path / "a" / f"{row}.png")
+
+    def fingerprint(**options):
+        options |= {"is_training": True, "sampler": InOrder(4), "num_workers": 0, "re_prob": 0.5}
+        return samples_fingerprint(create_loader(ImageDataset(str(tmp_path)), 32, 2, **options))
+
+    variants = [{}, {"re_mode": "pixel"}, {"re_count": 3}]
+    assert len({fingerprint(**options) for options in variants}) == len(variants)
+    assert fingerprint() == fingerprint()
 
 
 # Kills and faults ---------------------------------------------------------------------------------
+
 
 # Forks of one process that imported all: each takes the features of 11 images, two at a time.
 SCRIPT = """
@@ -369,7 +394,9 @@ def growth(folder):
 
 
 def finished(folder):
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")]
+    done = [json.loads(path.read_text())["complete"] for path in folder.glob("*.json")]
+    files = sorted(folder.glob("*.npy")) if any(done) else []
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 root = Path(sys.argv[1])
@@ -382,7 +409,7 @@ for moment in range(1, whole["events"] + 1, 3):
     results["kills"].append([status, before, run(folder)[1]["read"], finished(folder)])
 folder = root / "full"
 # Room for six rows of width 96 and a part of the seventh.
-results["full"] = run(folder, limit=cache.HEADER + 6 * 4 * 96 + 100)[1]
+results["full"] = run(folder, limit=128 + 6 * 4 * 96 + 100)[1]
 results["before"], results["rest"] = finished(folder), run(folder)[1]["read"]
 results["after"] = finished(folder)
 for name in ("cache", "memory"):
@@ -402,9 +429,9 @@ def faults(tmp_path_factory):
     return json.loads(child.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
-    assert len(faults["bits"]) == 1
+    assert len(faults["bits"]) == 2
     assert len(faults["kills"]) >= 8
     read = []
     for status, before, rows, after in faults["kills"]:
@@ -421,15 +448,15 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
     assert len(set(read)) >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
-    assert "partial cannot be written: File too large; what is whole is kept" in faults["full"]
+    assert "values.npy cannot be written: File too large; whole batches are kept" in faults["full"]
     assert faults["before"] == []
     assert faults["rest"] == list(range(6, N))
     assert faults["after"] == faults["bits"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
     size = 10000 * 4096 * 4
     assert faults["cache"] < size / 2
@@ -439,23 +466,16 @@ def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
 
 def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    width = 2**20
+    width, path = 2**20, tmp_path / "large.npy"
     rows = 2 * memory // (4 * width)
-    header = {
-        "values": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, 4 * rows * width]}
-    }
-    text = json.dumps(header).encode()
-    path = tmp_path / "large.safetensors"
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text.ljust(len(text)))
-        try:
-            # Without blocks on the disk.
-            file.truncate(8 + len(text) + 4 * rows * width)
-        except OSError:
-            pytest.skip("no file of this length can be here")
-    tensors, _ = map_file(path)
-    assert tensors["values"].shape == (rows, width)
-    assert float(tensors["values"][-1, -1]) == 0
+    try:
+        # Without blocks on the disk.
+        np.lib.format.open_memmap(path, "w+", np.float32, (rows, width))
+    except OSError:
+        pytest.skip("no file of this length can be here")
+    values = cache._mapped(path, torch.float32)
+    assert values.shape == (rows, width)
+    assert float(values[-1, -1]) == 0
     path.unlink()
 
 
@@ -477,69 +497,76 @@ def interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         extract_features(small_model(), Broken(tensors(), 4), cache_dir=tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not finished(tmp_path)
     return tmp_path
 
 
-def test_an_interrupted_cache_is_gone_on_with_in_the_same_batches(interrupted):
-    model = small_model()
-    expected = extract_features(model, DataLoader(tensors(), 4))
-    assert ran(model, DataLoader(tensors(), 4), interrupted) == N - 8
-    assert extract_features(model, DataLoader(tensors(), 4), cache_dir=interrupted).values.equal(
-        expected.values
-    )
+def test_an_interrupted_cache_is_continued_in_the_same_batches_only(interrupted, tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader)
+    assert ran(model, loader, interrupted) == N - 8
+    assert extract_features(model, loader, cache_dir=interrupted).values.equal(expected.values)
 
 
 def test_in_other_batches_it_is_started_anew(interrupted):
     assert ran(small_model(), DataLoader(tensors(), 3), interrupted) == N
 
 
-@pytest.mark.parametrize("end", ["partial", "targets", "journal"])
+@pytest.mark.parametrize("end", ["values.npy", "targets.npy", "json"])
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
-def test_a_partial_file_that_is_damaged_is_started_anew(interrupted, end, damage):
+def test_a_damaged_unfinished_cache_is_started_anew(interrupted, end, damage):
     (path,) = interrupted.glob(f"*.{end}")
     if damage == "shorter":
         os.truncate(path, path.stat().st_size - 1)
     else:
         path.unlink()
-    model = small_model()
-    assert ran(model, DataLoader(tensors(), 4), interrupted) == N
-    expected = extract_features(model, DataLoader(tensors(), 4))
-    found = extract_features(model, DataLoader(tensors(), 4), cache_dir=interrupted)
-    assert found.values.equal(expected.values)
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    assert ran(model, loader, interrupted) == N
+    expected = extract_features(model, loader)
+    assert extract_features(model, loader, cache_dir=interrupted).values.equal(expected.values)
 
 
-def test_a_partial_file_of_another_layout_is_started_anew(interrupted):
-    (path,) = interrupted.glob("*.journal")
-    journal = json.loads(path.read_text())
-    journal["settings"]["layout"] += 1
-    path.write_text(json.dumps(journal))
-    assert ran(small_model(), DataLoader(tensors(), 4), interrupted) == N
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, cache.HEADER, -1])
-def test_a_damaged_file_is_made_anew(tmp_path, keep, caplog):
+@pytest.mark.parametrize(
+    ("end", "keep"), [("values.npy", k) for k in (0, 5, 128, -1)] + [("json", 9)]
+)
+def test_a_damaged_cache_is_made_anew(tmp_path, end, keep, caplog):
     model, loader = small_model(), DataLoader(tensors(), 4)
     expected = extract_features(model, loader, cache_dir=tmp_path).values.clone()
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob(f"*.{end}")
     path.write_bytes(path.read_bytes()[:keep])
-    assert ran(model, loader, tmp_path) == N
+    with caplog.at_level("WARNING", "timm_lt"):
+        assert ran(model, loader, tmp_path) == N
+    assert "is damaged" in caplog.text
     assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected)
-
-
-def test_the_file_of_another_key_is_not_taken(tmp_path):
-    model, loader = small_model(), DataLoader(tensors(), 4)
-    for key in ("a", "b"):
-        extract_features(model, loader, cache_dir=tmp_path / key, key=key)
-    (of_a,), (of_b,) = ((tmp_path / key).glob("*.safetensors") for key in ("a", "b"))
-    shutil.copy(of_a, of_b)
-    assert ran(model, loader, tmp_path / "b", key="b") == N
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cache_dir .*file cannot be written"):
         extract_features(small_model(), DataLoader(tensors(), 4), cache_dir=tmp_path / "file")
+
+
+class Ending(DataLoader):
+    """Ends before its last batch."""
+
+    whole = False
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter(batches if self.whole else batches[:-1])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_loader_that_gives_another_number_of_images_is_refused(tmp_path, monkeypatch, cached):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    options = {"cache_dir": tmp_path} if cached else {}
+    loader = Ending(tensors(), 4)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="gave 16 images in all instead of 22"):
+            extract_features(small_model(), loader, views=2, **options)
+    loader.whole = True
+    features = extract_features(small_model(), loader, views=2, **options)
+    assert features.targets.equal(LABELS.repeat(2))
 
 
 def test_a_second_process_waits_and_reads(tmp_path):
@@ -610,7 +637,7 @@ def test_views_are_those_of_their_draws_whatever_the_batches_and_the_start(
     torch.testing.assert_close(image, expected)
 
 
-def test_views_are_gone_on_with_in_the_middle(tmp_path, monkeypatch, accelerator):
+def test_views_are_continued_in_the_middle(tmp_path, monkeypatch, accelerator):
     monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
     model = small_model()
     data = in_memory(augmentation=create_augmentation("affine"))
@@ -640,21 +667,26 @@ def test_views_are_gone_on_with_in_the_middle(tmp_path, monkeypatch, accelerator
     assert ran(model, data.views_loader(4, accelerator), tmp_path, views=3) == 3 * N
 
 
-def test_a_loader_that_shows_other_images_in_each_view_is_refused(tmp_path):
-    torch.manual_seed(0)
-    loader = DataLoader(tensors(), 4, shuffle=True)
-    with pytest.raises(UsageError, match="every view must have the same images"):
-        extract_features(small_model(), loader, views=2)
+class Views:
+    """Gives the images of the second view in another order, as long as it is broken."""
 
-    class Moving(TensorDataset):
-        def set_epoch(self, epoch):
-            self.tensors = tuple(tensor.roll(epoch, 0) for tensor in self.tensors)
+    broken = True
 
-    class Loader(DataLoader):
-        def set_epoch(self, epoch):
-            self.dataset.set_epoch(epoch)
+    def set_epoch(self, epoch):
+        self.order = torch.arange(N).flip(0) if self.broken and epoch else torch.arange(N)
 
-    with pytest.raises(UsageError, match="every view must have the same images"):
-        extract_features(
-            small_model(), Loader(Moving(*tensors().tensors), 4), views=2, cache_dir=tmp_path
-        )
+    def __iter__(self):
+        images, labels = tensors().tensors
+        return ((images[rows], labels[rows]) for rows in self.order.split(4))
+
+
+def test_views_of_other_images_are_refused_and_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    loader, model = Views(), small_model()
+    for options in ({}, {"cache_dir": tmp_path, "key": "a"}):
+        with pytest.raises(UsageError, match="every view must have the same images"):
+            extract_features(model, loader, views=2, **options)
+    assert ends(tmp_path) == {"lock"}
+    loader.broken = False
+    features = extract_features(model, loader, views=2, cache_dir=tmp_path, key="a")
+    assert features.targets.equal(LABELS.repeat(2))

@@ -80,20 +80,3 @@ def test_a_run_says_it_everywhere(digits_of_a_paper, tmp_path, capsys):
     assert card.count(NOTE) == 1
     assert "for overall accuracy on test" in card
     assert "protocol: paper" in (folder / "recipe.yaml").read_text()
-
-
-@pytest.mark.slow
-def test_a_standard_run_says_nothing_of_it(tmp_path, capsys):
-    folder = tmp_path / "run"
-    arguments = [RECIPE, "--output", str(folder), "--epochs", "1", "--heads", "{linear: {}}"]
-    assert train_lt.main(arguments) == 0
-    assert NOTE not in " ".join(capsys.readouterr().out.split())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["protocol"], metrics["validation"], metrics["note"]) == (
-        "standard",
-        "val",
-        None,
-    )
-    assert read_checkpoint(folder).protocol == "standard"
-    assert NOTE not in (folder / "README.md").read_text()
-    assert train_lt.main([*arguments, "--overwrite", "--protocol", "paper"]) == 2

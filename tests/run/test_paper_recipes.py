@@ -31,10 +31,10 @@ from timm_lt.data.sources import (
 )
 from timm_lt.losses import create_loss
 from timm_lt.models.published import PUBLISHED
-from timm_lt.run.execution import train
 from timm_lt.run.parse import load_recipe, shipped_recipes
 from timm_lt.run.recipe import RunOptions
 from timm_lt.run.setup import create_run
+from timm_lt.run.stages import train
 from timm_lt.training.update import Schedule
 from timm_lt.utils.checks import check_options
 from timm_lt.utils.files import read_yaml
@@ -423,7 +423,7 @@ def train_two_updates(run):
     tap = run.model.fc.register_forward_pre_hook(
         lambda _, arguments: features.append(arguments[0].detach().double())
     )
-    run.trainer.loss = Recording()
+    run.trainer.update.loss = Recording()
     with pytest.raises(EnoughError):
         train(run)
     hook.remove()
@@ -496,8 +496,21 @@ def is_trained(recipe, key):
     return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
 
 
+# One of each family of data and method, on its smallest network.
+SAMPLE = {
+    *("lt_resnet10.imagenet_lt", "lt_resnet50.inat2018_e90"),
+    *("lt_resnet32.cifar10_lt_if10_ldam", "lt_bbn_resnet32.cifar10_lt_if10"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SAMPLE else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in RECIPES
+    ],
+)
 def test_two_updates(name, stand_in, tmp_path):
     run = prepared(name, stand_in, tmp_path / "run")
     recipe, classes = run.recipe, CLASSES[DATA[name]]

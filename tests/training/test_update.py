@@ -10,7 +10,7 @@ COUNTS = torch.tensor([500, 100, 34, 33, 5])
 
 
 def mix(targets, seed=0, **options):
-    """Returns images whose pixels are all their own share λ, and the targets."""
+    """Returns images whose pixels are their own share λ, and the targets."""
     mixing = create_mixup({"mixup_alpha": 1.0, **options}, COUNTS, len(targets))
     seed_epoch(seed, 0, 0)
     # Row i is the i-th unit vector: what is mixed into a row can be read off.
@@ -83,18 +83,10 @@ def test_images_are_no_longer_mixed_when_it_is_off():
     ("options", "message"),
     [
         ({"mixup_alpha": 1.0, "remix_kappa": 0.5}, r"mixup.remix_kappa must be .* \[1, inf\)"),
-        (
-            {"mixup_alpha": 1.0, "remix_kappa": 3.0, "remix_tau": 2},
-            r"mixup.remix_tau must be .* \[0, 1\]",
-        ),
-        (
-            {"mixup_alpha": 1.0, "remix_tau": 0.5},
-            "remix_tau has no effect without mixup.remix_kappa",
-        ),
-        (
-            {"remix_kappa": 3.0},
-            "remix_kappa has no effect without mixup.mixup_alpha or cutmix_alpha",
-        ),
+        ({"cutmix_alpha": 1.0, "remix_kappa": 3, "remix_tau": 2}, r"remix_tau must be .* \[0, 1\]"),
+        ({"mixup_alpha": 1.0, "remix_tau": 0.5}, "remix_tau none without remix_kappa"),
+        ({"remix_kappa": 3.0}, "remix_kappa has no effect without an alpha"),
+        ({"mixup_alpha": -1.0}, r"mixup.mixup_alpha must be a number in \[0, inf\)"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
