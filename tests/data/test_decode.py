@@ -24,7 +24,8 @@ from timm_lt.data.decode import encoded_images, read_image, to_rgb
 from timm_lt.data.given import given_splits
 from timm_lt.data.images import StoredImages, decode_images
 from timm_lt.data.sources import dataset_from_files
-from timm_lt.report.html import ExampleImages, Thumbnails
+from timm_lt.report import ExampleImages
+from timm_lt.report.changes import Thumbnails
 from timm_lt.utils.checks import UsageError, check_background
 
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
