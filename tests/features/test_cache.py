@@ -236,14 +236,10 @@ def test_a_subset_is_known_by_its_indices(tmp_path):
 
 def test_samples_that_cannot_be_told_need_a_key(tmp_path):
     model, batches = small_model(), list(DataLoader(tensors(), 4))
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    Image.fromarray(PIXELS[0]).save(tmp_path / "images" / "a" / "0.png")
-    folder = ImageFolder(tmp_path / "images", transform=lambda image: ToTensor()(image.copy()))
     store = tmp_path / "cache"
     for loader, message in (
         (batches, "unknown samples of a list"),
-        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "a list shows is not known"),
-        (DataLoader(folder, 2), "does not say what it does"),
+        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "is not known"),
         (
             DataLoader(tensors(), batch_sampler=[[3, 2, 1], [0, 5]]),
             "unknown order of the images",
@@ -256,6 +252,15 @@ def test_samples_that_cannot_be_told_need_a_key(tmp_path):
     assert ran(model, batches, store, key="a") == 0
     features = extract_features(model, loader, cache_dir=store, key="b")
     assert features.targets.equal(LABELS[[3, 2, 1, 0, 5]])
+
+
+def test_a_transform_without_a_name_is_known_by_its_code(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
+    model, cache = small_model(), tmp_path / "a" / "cache"
+    for angle, images in ((0, 1), (0, 0), (90, 1)):
+        data = ImageFolder(tmp_path, transform=lambda x, a=angle: ToTensor()(x.rotate(a)))
+        assert ran(model, DataLoader(data, 2), cache) == images
 
 
 def test_a_loader_that_draws_is_refused(tmp_path, accelerator):

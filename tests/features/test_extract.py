@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_lt
 from timm_lt.data import create_loader
-from timm_lt.data.decode import loaded
+from timm_lt.data.loader import loaded
 from timm_lt.features import Features, extract, extract_features
 from timm_lt.features import values as values_module
 from timm_lt.heads import get_head
@@ -465,7 +465,7 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
         "if multiprocessing.current_process().name == 'MainProcess':\n"
         "    multiprocessing.set_start_method('spawn')\n"
         "from torch.utils.data import DataLoader\n"
-        "from timm_lt.data.decode import loaded\n"
+        "from timm_lt.data.loader import loaded\n"
         "list(loaded(DataLoader([1, 2], num_workers=1)))\n"
     )
     command = [sys.executable, str(tmp_path / "script.py")]

@@ -18,7 +18,7 @@ from damaged import DAMAGE
 
 import timm_lt
 from timm_lt.data import create_splits
-from timm_lt.data.decode import loaded
+from timm_lt.data.loader import loaded
 from timm_lt.run.execution import run_to_exit
 from timm_lt.training.state import find_damage
 
@@ -224,7 +224,7 @@ def test_a_killed_worker_is_named(server, decoded, tmp_path):
     assert message.startswith("error: a data worker died")
     assert message.endswith("; go on with --resume")
     # The signal is not always known; less memory is advised only where it is.
-    assert ("--workers need less" in message) == ("killed by signal 9" in message)
+    assert ("fewer workers need less" in message) == ("killed by signal 9" in message)
     finish(server, folder, *DECODED, "--workers", "1")
     assert bits(folder) == bits(decoded)
 
@@ -503,7 +503,7 @@ def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_p
     only = ("--data.options", "{damaged: test}")
     runs = on_two(server, tmp_path / "raises", *timm, *only)
     assert [run.status for run in runs] == [2, 2]
-    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is no image"
+    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is not an image"
     for line in errors_of(runs):
         assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
     skips = on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip")

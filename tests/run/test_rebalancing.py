@@ -131,7 +131,7 @@ def test_options_are_those_of_the_folder(photos, model, tmp_path):
     [
         ({"model": "resnet50"}, "timm_lt.create_model(NAME, pretrained=True)"),
         ({"model": torch.nn.Linear(3, 3), "fresh_classifier": True}, "Linear has no classifier"),
-        ({"dataset": None}, "a NoneType is no data set of images: give a folder"),
+        ({"dataset": None}, "a NoneType is not a data set"),
         ({"heads": "linear"}, "give a head besides linear"),
         ({"heads": []}, "give a head besides linear"),
         ({"heads": ["auto"]}, "give a head besides linear"),

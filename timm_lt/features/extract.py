@@ -15,8 +15,9 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_lt.data.decode import UNREADABLE, is_worker_death, loaded
+from timm_lt.data.decode import UNREADABLE, is_worker_death
 from timm_lt.data.items import images_and_labels
+from timm_lt.data.loader import loaded
 from timm_lt.features.cache import (
     FeatureCache,
     backbone_fingerprint,
@@ -244,7 +245,7 @@ class _Extraction:
                     self.loader.set_epoch(number)
                 first = skipped if number == view else 0
                 with without_first(self.loader, first) as rest:
-                    batches = loaded(rest, again=AGAIN, fewer="fewer workers")
+                    batches = loaded(rest, again=AGAIN)
                     for index, batch in enumerate(batches, first):
                         images, labels = images_and_labels(batch, f"batch {index} of the loader")
                         values, targets = self._gathered(features, images, labels)

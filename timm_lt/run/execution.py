@@ -15,19 +15,13 @@ import torch
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.data.decode import describe_worker_death, is_worker_death
+from timm_lt.data.decode import is_worker_death
+from timm_lt.data.loader import describe_worker_death
 from timm_lt.fitting import AUTO, AccuracyCurve, head_curves
 from timm_lt.heads import get_head
 from timm_lt.hub.card import write_card
 from timm_lt.metrics import ShotReport, compare_per_class, confidence_intervals, write_per_class
-from timm_lt.report.html import (
-    ExampleImages,
-    ReportContent,
-    evaluated_rows,
-    gather_report,
-    write_report,
-)
-from timm_lt.report.plots import save_plots
+from timm_lt.report import ExampleImages, Report, evaluated_rows, save_plots, write_report
 from timm_lt.report.tables import JOINT, TEST_SELECTION, recommend, shot_table
 from timm_lt.run.folder import PER_CLASS, REPORT, check_run_folder
 from timm_lt.run.parse import parse_command_line
@@ -147,29 +141,19 @@ def _write(run: Run, folder: Path) -> None:
     own = {name: head for name, head in run.heads.items() if name != AUTO}
     joint = get_head(run.model)
     curves = head_curves(joint, own, run.features["val"], counts, recipe.shot_rule)
-    content = _report(run, curves)
-    save_plots(
-        folder / PLOTS,
-        {name: report for name, report in reports.items() if name != AUTO},
-        counts,
-        curves,
-        objectives={curve.head: curve.objective for curve in content.curves},
-        compared=content.recommended,
-        confusions={name: found.groups for name, found in content.confusions.items()},
-        history=run.history,
-        kept_epoch=content.kept_epoch,
-    )
+    report = _report(run, curves)
+    save_plots(folder / PLOTS, report)
     write_card(folder, name=run.name)
-    write_report(folder / REPORT, content)
+    write_report(folder / REPORT, report)
 
 
-def _report(run: Run, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> ReportContent:
-    """Gathers the content of the report; ``auto`` is the head that it chose."""
+def _report(run: Run, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> Report:
+    """Returns the report, without head ``auto``, which is one of the others."""
     recipe, splits = run.recipe, run.splits
     own = {name: found for name, found in run.evaluations.items() if name != AUTO}
     auto = run.heads[AUTO] if AUTO in run.heads else best_on_validation(run, run.heads)
     evaluated, rows = run.features["test"].num_images, run.unreadable_rows.get("test", [])
-    return gather_report(
+    return Report(
         title=run.name,
         reports={name: found.report for name, found in own.items()},
         class_counts=splits.class_counts,

@@ -67,8 +67,8 @@ class DataRecipe:
         background: Colour behind transparent pixels, a name such as white or black, "#rrggbb", or
             [red, green, blue]; auto takes the one of the model's checkpoint, or white.
         unreadable: Raise an error for an image that cannot be read, or skip and count it.
-        verify: Look for damaged files before training, at both ends of each file, without decoding
-            it. Only for augmentation timm; otherwise all images are decoded first anyway.
+        verify: Look for damaged files before training, by header and end, without decoding them.
+            Only for augmentation timm, since otherwise all images are decoded first.
         val_fraction: Fraction of each class's training images that is held out for validation if
             the data set has no validation split, in (0, 1).
     """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_lt.data.decode import log_exceptional
+from timm_lt.data.damaged import log_exceptional
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
@@ -16,7 +16,7 @@ from timm_lt.fitting import AUTO, fit_head, take_best
 from timm_lt.fitting.base import predictions
 from timm_lt.heads import Head, fold_head, get_head, head_statistics
 from timm_lt.metrics import ShotMetrics
-from timm_lt.report.html import Predictions
+from timm_lt.report import Predictions
 from timm_lt.run.folder import STATE
 from timm_lt.run.recipe import head_kind, stage_heads
 from timm_lt.run.setup import Evaluation, Run

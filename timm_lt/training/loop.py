@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from timm_lt.data.decode import UNREADABLE, loaded
+from timm_lt.data.decode import UNREADABLE
 from timm_lt.data.images import Batch, Images
-from timm_lt.data.loader import NumberedSampler
+from timm_lt.data.loader import NumberedSampler, loaded
 from timm_lt.heads import Head, find_classifiers, get_head, get_heads
 from timm_lt.metrics import shot_accuracy
 from timm_lt.models.networks import takes_pairs

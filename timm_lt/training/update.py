@@ -22,8 +22,9 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_lt.data.decode import loaded, without_unreadable
+from timm_lt.data.decode import without_unreadable
 from timm_lt.data.images import Batch
+from timm_lt.data.loader import loaded
 from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
 from timm_lt.training.history import EpochRecord

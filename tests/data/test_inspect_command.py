@@ -7,11 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from timm_lt.cli import main
-from timm_lt.report.plots import save_count_plot
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def test_a_folder_is_looked_at_as_a_run_takes_it(photos, capsys):
     assert "duplicates (images with the same bytes): none" in text
     assert "unreadable images (all were decoded): none" in text
     assert "width 6 / 6 / 6, height 5 / 5 / 5" in text
-    assert text.endswith("nothing of this keeps a run from training\n")
+    assert text.endswith("none of this keeps a run from training\n")
     folder = photos.parent / "inspect_photos"
     with (folder / "classes.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -64,9 +62,9 @@ def test_the_source_folder_is_looked_at_as_its_root_is(photos, capsys):
     assert inspect(capsys, "folder", "--root", "photos") == inspect(capsys, "photos")
     (photos / "empty").mkdir()
     assert "1 problem would" in inspect(capsys, "folder", "--root", "photos", "--quick")
+    assert "does not exist" in inspect(capsys, "folder", "--root", "gone", status=2)
     photos.rename("folder")
     assert "folder: 21 images of 4 classes" in inspect(capsys, "folder", "--quick")
-    assert "does not exist" in inspect(capsys, "folder", "--root", "gone", status=2)
 
 
 def test_a_bad_folder_is_looked_at_and_its_problems_come_last(photos, capsys):
@@ -92,7 +90,7 @@ def test_a_bad_folder_is_looked_at_and_its_problems_come_last(photos, capsys):
     options = ("--option", "min_images=4", "--option", "other_files=skip", "--quick")
     text = inspect(capsys, "photos", *options)
     assert "duplicates: not looked for" in text
-    assert "(by a look at both ends of the files): 2\n" in text
+    assert "(by header and end of the files): 1\n" in text
     assert "val (held out of train by a run)" in text
     assert "empty" not in text
     assert "would keep a run from training:\n- " in text
@@ -111,17 +109,7 @@ def test_a_list_is_looked_at(photos, capsys):
     assert "2 of 14 files do not exist" in text
     name = ("list", "--option", "train=../all.txt", "--root", "photos", "--output", "named")
     named = inspect(capsys, *name)
-    assert named.replace("named", "inspect_all").replace("list: 14", "all: 14") == text
-
-
-def test_labels_that_are_far_apart_are_looked_at(photos, capsys):
-    lines = [f"{path.relative_to(photos)} 999999999999999999" for path in photos.glob("c*/*")]
-    (photos / "train.txt").write_text("\n".join(lines) + "\nowl/0.png 0\n")
-    text = inspect(capsys, photos / "train.txt")
-    assert "train: 13 images of 2 classes" in text
-    assert "999,999,999,999,999,998 of 1,000,000,000,000,000,000 classes have no image" in text
-    rows = (photos.parent / "inspect_train" / "classes.csv").read_text().splitlines()
-    assert rows == ["label,name,train,shot", "0,0,1,few", "1,999999999999999999,12,few"]
+    assert named.replace("named", "inspect_all") == text
 
 
 def test_a_name_is_looked_at(photos, capsys):
@@ -145,9 +133,6 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos/cat/0.png"], "0.png is an image: give the folder"),
         (["x.parquet"], r"x\.parquet is a table, no list: give hub, with --root x\.parquet"),
         (["photos", "--output", "file/here"], "--output: file is no folder; choose another"),
-        (["photos", "--json", "file/x.json"], "--json: file is no folder; choose another"),
-        (["photos", "--json", "f.json"], r"--json: f\.json is a folder, not a file to write"),
-        (["photos", "--json", "figures"], r"a file that ends in \.json, got 'figures'; to print"),
         (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
         (["bad.txt", "--option", "seed=-1"], "seed must be"),
         (["digits_lt", "--root", "photos"], "reads no files; remove the root"),
@@ -157,7 +142,6 @@ def test_mistakes_are_told(photos, capsys, arguments, message):
     (photos.parent / "bad" / "empty").mkdir(parents=True)
     shutil.copytree(photos / "cat", photos.parent / "bad" / "cat")
     (photos.parent / "bad.txt").write_text("gone.jpg 0\n")
-    (photos.parent / "f.json").mkdir()
     for name in ("x.parquet", "file"):
         (photos.parent / name).touch()
     error = inspect(capsys, *arguments, status=2)
@@ -176,11 +160,3 @@ def test_nothing_is_written_among_the_images(photos, capsys, monkeypatch, argume
     assert sorted(photos.rglob("*")) == before
     inspect(capsys, *arguments, "--quick", "--output", "../here")
     assert (photos.parent / "here" / "classes.csv").exists()
-
-
-@pytest.mark.parametrize("counts", [[1], [3, 0, 1], [500, 20, 100, 19, 101] * 30])
-def test_the_plot_of_any_counts_is_drawn(tmp_path, counts):
-    path = tmp_path / "plot.png"
-    save_count_plot(path, torch.tensor(counts))
-    with Image.open(path) as plot:
-        assert np.asarray(plot.convert("L")).std() > 10

@@ -1,17 +1,17 @@
-"""What a run shows: the table; and values of unknown origin in words."""
+"""Tables of heads, and values from untrusted files in words."""
 
 import dataclasses
 import io
 
 import pytest
 import torch
-from reports import COUNTS, balanced_reports
+from report_runs import COUNTS, balanced_reports
 from rich.console import Console
 
 from timm_lt.checkpoint import read_checkpoint
 from timm_lt.metrics import shot_accuracy
 from timm_lt.models.published import CHECKPOINTS
-from timm_lt.report.tables import brief, describe_selection, head_table, percent, shot_table
+from timm_lt.report.tables import brief, describe_selection, head_table, recommend, shot_table
 from timm_lt.utils.console import one_line
 
 SELECTIONS = {
@@ -89,17 +89,9 @@ def test_the_other_shot_rule_is_named():
     assert "many >= 100 (2 classes), medium 21 to 99 (1), few <= 20 (1)" in text
 
 
-@pytest.mark.parametrize(
-    ("fraction", "text"), [(0.0, "0.0"), (1.0, "100.0"), (0.12345, "12.3"), (None, "-")]
-)
-def test_percent(fraction, text):
-    assert percent(fraction) == text
-
-
 def test_a_selection_in_words():
-    assert describe_selection({}) == ""
     assert describe_selection(SELECTIONS["crt"]) == "weight_decay 0.0003"
-    # Nothing that was selected, only how.
+    assert brief(123456.789, 4) == "1.235e+05"
     assert describe_selection({"split": "val", "val_accuracy": 0.5}) == ""
     assert describe_selection({"objective": "all", "tau": 2.0}) == "tau 2"
 
@@ -127,11 +119,28 @@ def test_a_selection_that_holds_anything_is_a_short_line(value):
     assert "[/red]tau" in shown
 
 
-def test_text_of_unknown_origin_is_one_printable_line():
+def test_text_from_untrusted_files_is_one_printable_line():
     assert one_line("a\r\nb\u2028c\ud800\x00\u202e d") == "a b c d"
     assert one_line("é 猫 🙂") == "é 猫 🙂"
     assert one_line("x" * 100) == "x" * 79 + "…"
-    assert brief(123456.789, 4) == "1.235e+05"
+
+
+def test_the_recommendation_has_the_figures_that_change():
+    before = shot_accuracy([0, 0, 0, 0], [0, 0, 0, 1], [500, 5])
+    after = shot_accuracy([0, 0, 1, 1], [0, 0, 0, 1], [500, 5])
+    reports = {"linear": before, "crt": after}
+    record = {"head": "crt", "objective": "class_mean", "behind": {"linear": [0.1, 0.2]}}
+    assert recommend(reports, record | {"options": {"tau": 0.5}}) == (
+        "Recommended: crt (tau 0.5), the best on validation by class_mean. On the test images, "
+        "overall accuracy stays at 75.0 %, the mean over classes rises from 50.0 % to 83.3 % and "
+        "few-shot accuracy rises from 0.0 % to 100.0 %."
+    )
+    assert recommend({"crt": before}, record).endswith("and few-shot accuracy is 0.0 %.")
+    tied = {"head": "linear", "objective": "all", "behind": {"crt": [0, 0.1], "ncm": [-0.1, 0]}}
+    assert recommend(reports, tied) == (
+        "Recommended: linear; no other head is better on validation. crt and ncm are "
+        "statistically tied."
+    )
 
 
 def test_the_table_of_a_checkpoint_stands_anything_in_its_metrics():

@@ -1,4 +1,4 @@
-"""What a report may be made of: a long tail of random predictions with coloured squares."""
+"""Reports: figures that can be worked out by hand, and a long tail of random predictions."""
 
 import datasets
 import numpy as np
@@ -7,11 +7,13 @@ from PIL import Image
 
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import evaluate_logits
-from timm_lt.report.html import ExampleImages, Predictions, gather_report
+from timm_lt.report import ExampleImages, Predictions, Report
 from timm_lt.training import EpochRecord
 
 LONG = "a name that goes on and on and on until nobody reads it any more " * 3
 ODD_NAMES = ["<script>alert(1)</script>", LONG, "שלום עולם", "a_b_c", "'\"&amp;", "=1+1"]
+# Two many-shot and two medium-shot classes; no few-shot class.
+COUNTS = torch.tensor([300, 150, 60, 20])
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 
 
@@ -38,7 +40,7 @@ def long_tail(num_classes=30, *, heads=("linear", "crt", "tau_norm"), images=4, 
 
 
 def figures(counts, targets, logits):
-    """Returns what gather_report must have."""
+    """Returns the required arguments of a report."""
     probabilities = {name: values.softmax(1).max(1) for name, values in logits.items()}
     return {
         "title": "birds",
@@ -51,15 +53,15 @@ def figures(counts, targets, logits):
     }
 
 
-def whole_content(num_classes=30, **options):
-    """Returns a report that has all that it can have."""
+def whole_report(num_classes=30, **options):
+    """Returns a report with every section."""
     counts, targets, logits = long_tail(num_classes, **options)
     train_labels = torch.arange(num_classes)
     generator = torch.Generator().manual_seed(1)
     low = torch.rand(400, generator=generator).double() * 2
     curve = AccuracyCurve(low, low + 1)
     curve = AccuracyCurve(low, low + 1, dict.fromkeys(GROUPS, curve))
-    return gather_report(
+    return Report(
         **figures(counts, targets, logits),
         label_names=(ODD_NAMES + [f"bird_{c}" for c in range(num_classes)])[:num_classes],
         curves={"tau_norm": (curve, 0.9)},
@@ -81,3 +83,21 @@ def whole_content(num_classes=30, **options):
         facts={"Data": "birds & <b>bees</b>"},
         warning="selected on test",
     )
+
+
+def balanced_reports():
+    """Three heads with figures that can be worked out by hand."""
+    targets = torch.arange(4).repeat_interleave(8)
+    reports = {}
+    # How many of the eight images of each class are right.
+    for name, right in {
+        "linear": [8, 7, 3, 0],
+        "crt": [7, 7, 5, 3],
+        "tau_norm": [6, 6, 6, 5],
+    }.items():
+        preds = (targets + 1) % 4
+        for c, k in enumerate(right):
+            preds[8 * c : 8 * c + k] = c
+        logits = torch.nn.functional.one_hot(preds, 4).float() * 3
+        reports[name] = evaluate_logits(logits, targets, COUNTS)
+    return reports
