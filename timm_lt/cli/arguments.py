@@ -32,7 +32,7 @@ DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/N
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the argument ``data``: ``--root``, ``--option`` and ``--background``."""
+    """Adds the options of the argument ``data``: ``--root`` and ``--option``."""
     parser.add_argument("--root", help="folder with the files of a list or a data set")
     parser.add_argument(
         "--option",
@@ -41,59 +41,46 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="option of the data set, e.g. test_fraction=0.3; may be repeated",
     )
-    add_background_option(parser)
-
-
-def add_background_option(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--background``."""
-    parser.add_argument(
-        "--background",
-        default="auto",
-        metavar="COLOR",
-        help="behind transparent pixels, e.g. white, black or '#808080'; by default that of the "
-        "model's checkpoint, or white",
-    )
-
-
-def add_class_order(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--class-order``."""
-    parser.add_argument(
-        "--class-order",
-        choices=get_args(ClassOrder),
-        help="order of the classes in weights without class names: timm (1, 2, 10) or sorted (1, "
-        "10, 2); by default determined from training images, or for predict that of --names",
-    )
 
 
 def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
-    """Adds ``--threads`` and ``--workers``."""
+    """Adds ``--threads`` and ``--workers``, with a default of the latter."""
+    default = "as the cores allow" if workers is None else workers
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=workers,
-        help=f"processes that decode images; by default {workers or 'as the cores allow'}",
-    )
+    decode = f"processes that decode images; by default {default}"
+    parser.add_argument("--workers", type=int, default=workers, help=decode)
 
 
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
-    """Adds the options of how a model is created, and from which file.
+    """Adds the options of how a model is created, and of its images and classes.
 
     Args:
         parser: Parser of the command.
-        checkpoint: Help of ``--checkpoint``; None adds no such option.
+        checkpoint: Help of ``--checkpoint``; None adds only what creates a model.
     """
+    add = parser.add_argument
     if checkpoint is not None:
-        parser.add_argument("--checkpoint", metavar="FILE", help=checkpoint)
-    parser.add_argument(
+        add("--checkpoint", metavar="FILE", help=checkpoint)
+        add(
+            "--class-order",
+            choices=get_args(ClassOrder),
+            help="order of the classes in weights without class names: timm (1, 2, 10) or sorted "
+            "(1, 10, 2); by default determined from training images, in predict that of --names",
+        )
+        add(
+            "--background",
+            default="auto",
+            metavar="COLOR",
+            help="behind transparent pixels, e.g. white, black or '#808080'; by default that of "
+            "the model's checkpoint, or white",
+        )
+    add(
         "--checkpoint-key",
         metavar="KEY",
         help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
     )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="by default that of the file or model"
-    )
-    parser.add_argument(
+    add("--image-size", type=int, metavar="PIXELS", help="by default that of the file or model")
+    add(
         "--model-option",
         action="append",
         default=[],
@@ -108,9 +95,9 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.image_size is not None:
         check_integer("--image-size", arguments.image_size, minimum=1)
     options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
-    for key in options:
-        if key in RESERVED:
-            raise UsageError(f"--model-option {key} is set by other options of the command")
+    reserved = [key for key in options if key in RESERVED]
+    if reserved:
+        raise UsageError(f"--model-option {reserved[0]} is set by other options of the command")
     return options
 
 

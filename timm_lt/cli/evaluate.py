@@ -15,7 +15,6 @@ from timm_lt.cli.arguments import (
     DATA_HELP,
     HUB_PREFIX,
     MODEL_HELP,
-    add_class_order,
     add_compute_options,
     add_data_options,
     add_weights_options,
@@ -73,24 +72,20 @@ def add_parser(commands: Commands) -> None:
             "timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar",
         ],
     )
-    evaluate.add_argument("model", help=MODEL_HELP)
-    evaluate.add_argument("data", help=DATA_HELP)
-    evaluate.add_argument(
-        "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default"
-    )
+    add = evaluate.add_argument
+    add("model", help=MODEL_HELP)
+    add("data", help=DATA_HELP)
+    add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
     add_weights_options(evaluate, "weights for that architecture")
-    add_class_order(evaluate)
     add_data_options(evaluate)
-    evaluate.add_argument(
+    add(
         "--split",
         choices=get_args(Split),
         default="test",
         help="split to evaluate on; by default test, which is held out of a folder without splits",
     )
-    evaluate.add_argument(
-        "--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups"
-    )
-    evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
+    add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
+    add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     add_compute_options(evaluate)
     add_output_options(evaluate, quiet="the table")
     evaluate.set_defaults(command=evaluate_model)

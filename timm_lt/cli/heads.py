@@ -9,7 +9,6 @@ from timm_lt.cli.arguments import (
     DATA_HELP,
     HUB_PREFIX,
     MODEL_HELP,
-    add_class_order,
     add_compute_options,
     add_data_options,
     add_weights_options,
@@ -42,11 +41,11 @@ def add_parser(commands: Commands) -> None:
             "timm-lt heads train.txt --root photos --model output/birds --heads crt tau_norm",
         ],
     )
-    heads.add_argument("data", help=DATA_HELP)
-    heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    add = heads.add_argument
+    add("data", help=DATA_HELP)
+    add("--model", required=True, metavar="NAME", help=MODEL_HELP)
     add_weights_options(heads, "weights that you trained, for these classes")
-    add_class_order(heads)
-    heads.add_argument(
+    add(
         "--heads",
         nargs="+",
         default=list(DEFAULT_HEADS),
@@ -54,23 +53,19 @@ def add_parser(commands: Commands) -> None:
         help="heads beside linear; by default all but oltr, fslwf and cosine",
     )
     add_data_options(heads)
-    heads.add_argument("--output", help="folder to write; output/MODEL.DATA by default")
-    heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
-    heads.add_argument("--resume", action="store_true", help="continue the run in that folder")
-    heads.add_argument(
-        "--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)"
-    )
-    heads.add_argument(
+    add("--output", help="folder to write; output/MODEL.DATA by default")
+    add("--overwrite", action="store_true", help="delete the run in that folder")
+    add("--resume", action="store_true", help="continue the run in that folder")
+    add("--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)")
+    add(
         "--fresh-classifier",
         action="store_true",
         help="fit the linear classifier anew, even if the model has one of as many classes",
     )
-    heads.add_argument("--cache-dir", help="folder that keeps the features for the next time")
-    heads.add_argument("--seed", type=int, default=0, help="seed of the fits")
+    add("--cache-dir", help="folder that keeps the features for the next time")
+    add("--seed", type=int, default=0, help="seed of the fits")
     add_compute_options(heads)
-    heads.add_argument(
-        "--json", action="store_true", help="for machines: print metrics.json instead of the table"
-    )
+    add("--json", action="store_true", help="for machines: print metrics.json instead of the table")
     add_log_options(heads, quiet="the final table")
     heads.set_defaults(command=fit_heads)
 

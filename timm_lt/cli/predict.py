@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.checkpoint import background_of
 from timm_lt.cli.arguments import (
     MODEL_HELP,
-    add_background_option,
-    add_class_order,
     add_compute_options,
     add_weights_options,
     find_model,
@@ -82,36 +80,31 @@ def add_parser(commands: Commands) -> None:
             "timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt",
         ],
     )
-    predict.add_argument("model", help=MODEL_HELP)
-    predict.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named"
-    )
-    predict.add_argument("--head", metavar="NAME", help="the joint classifier by default")
+    add = predict.add_argument
+    add("model", help=MODEL_HELP)
+    add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
+    add("--head", metavar="NAME", help="the joint classifier by default")
     add_weights_options(predict, "weights for that architecture")
-    predict.add_argument(
+    add(
         "--classes",
         type=int,
         metavar="C",
         help="number of classes; by default that in the file of --checkpoint",
     )
-    predict.add_argument(
+    add(
         "--names",
         type=Path,
         metavar="FILE",
         help="UTF-8 text file with one class name per line, the first that of class 0, in place of "
         "the model's own names; without either, classes are numbers",
     )
-    add_background_option(predict)
-    add_class_order(predict)
-    predict.add_argument(
-        "--top", type=int, default=3, metavar="N", help="classes of each image; 3 by default"
-    )
+    add("--top", type=int, default=3, metavar="N", help="classes of each image; 3 by default")
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
     form.add_argument(
         "--json", action="store_const", const="json", dest="format", help="--format json"
     )
-    predict.add_argument("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
+    add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
     predict.set_defaults(command=predict_images)

@@ -320,7 +320,7 @@ class Runner:
     """
 
     def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads = jobs, threads
+        self.jobs, self.threads, self._stopped = jobs, threads, False
         self._failures: dict[Run, Future[str]] = {}
         self._active: dict[subprocess.Popen[bytes], str | None] = {}
 
@@ -341,6 +341,7 @@ class Runner:
                     self._failures[run] = pool.submit(self._run, run)
                 failures = {run: failure.result() for run, failure in self._failures.items()}
             finally:
+                self._stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in [*self._active]:
                     process.terminate()
@@ -352,7 +353,7 @@ class Runner:
             return ""
         if run.after is not None and self._failures[run.after].result():
             return f"left out, since {run.after} failed"
-        while is_running(run.folder):
+        while is_running(run.folder) and not self._stopped:
             # A process that outlived a comparison that was killed.
             time.sleep(1)
         file, output = run.output / "recipes" / f"{run}.yaml", run.output / "logs" / f"{run}.log"
@@ -380,6 +381,8 @@ class Runner:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
         self._active[process] = device
+        if self._stopped:
+            process.terminate()
         status = process.wait()
         del self._active[process]
         return status
