@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from timm_lt.models.create import LOCAL_DIR, create_sized_model
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.repo import Repo
 from timm_lt.models.weights_file import create_from_file
-from timm_lt.run.recipe import ClassOrder, DataRecipe
+from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
 from timm_lt.utils.console import log
 
@@ -101,6 +102,35 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
+    """Returns the model of the options of :func:`add_weights_options`.
+
+    Args:
+        arguments: Arguments of the command.
+        name: Name of the model, from :func:`find_model`.
+    """
+    return ModelRecipe(
+        name,
+        pretrained=arguments.checkpoint is None,
+        checkpoint=arguments.checkpoint,
+        checkpoint_key=arguments.checkpoint_key,
+        class_order=arguments.class_order,
+        options=model_options(arguments),
+    )
+
+
+def data_recipe(arguments: argparse.Namespace) -> DataRecipe:
+    """Returns the data of the argument ``data`` and its options, with the model's preprocessing."""
+    options = parse_options(arguments.option, "test_fraction=0.3")
+    return replace(
+        find_data(arguments.data, arguments.root, options),
+        augmentation="timm",
+        background=arguments.background,
+        image_size=arguments.image_size,
+        unreadable="skip",
+    )
+
+
 def find_model(given: str) -> str:
     """Returns the name of a model for :func:`timm_lt.create_model`.
 
@@ -160,29 +190,31 @@ def decoupled_info(folder: Path | None) -> CheckpointInfo | None:
     return read_checkpoint(folder)
 
 
-def load_model(name: str, arguments: argparse.Namespace, **options: Any) -> nn.Module:
-    """Loads a model in evaluation mode, with the options of :func:`add_weights_options`.
+def load_model(
+    recipe: ModelRecipe, image_size: int | None, *, head: str | None = None, **options: Any
+) -> nn.Module:
+    """Loads a model in evaluation mode.
 
     Args:
-        name: Name of the model, of :func:`find_model`.
-        arguments: Arguments of the command.
-        **options: Further options of :func:`timm_lt.create_model`, such as ``head``.
+        recipe: The model.
+        image_size: Side of its images in pixels; None is that of the file or model.
+        head: A head of its checkpoint; None is the joint classifier.
+        **options: Further options of :func:`timm_lt.create_model`.
 
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
-    options |= model_options(arguments)
-    file, key, size = arguments.checkpoint, arguments.checkpoint_key, arguments.image_size
-    if file is None:
-        if key is not None:
-            raise UsageError("--checkpoint-key is for a file of weights; give --checkpoint, too")
-        model = create_sized_model(name, True, size, **options)
+    options |= recipe.options
+    if recipe.checkpoint is None:
+        model = create_sized_model(recipe.name, True, image_size, head=head, **options)
+    elif head is not None:
+        raise UsageError("--head is for a model with its own heads, not for --checkpoint")
     else:
-        if options.pop("head", None) is not None:
-            raise UsageError("--head is for a model with its own heads, not for --checkpoint")
-        model = create_from_file(name, file, key=key, image_size=size, **options)
+        file, key = recipe.checkpoint, recipe.checkpoint_key
+        model = create_from_file(recipe.name, file, key=key, image_size=image_size, **options)
     parameters = sum(tensor.numel() for tensor in model.parameters())
-    log.debug("%s: weights of %s, %d parameters", name, file or name, parameters)
+    weights = recipe.checkpoint or recipe.name
+    log.debug("%s: weights of %s, %d parameters", recipe.name, weights, parameters)
     return model.eval()
 
 

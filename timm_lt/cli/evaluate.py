@@ -18,16 +18,16 @@ from timm_lt.cli.arguments import (
     add_compute_options,
     add_data_options,
     add_weights_options,
+    data_recipe,
     decoupled_info,
     find_checkpoint,
-    find_data,
     load_model,
+    model_recipe,
 )
 from timm_lt.cli.common import (
     Commands,
     add_command,
     add_output_options,
-    parse_options,
     show_result,
 )
 from timm_lt.data import Splits, create_splits
@@ -47,9 +47,9 @@ from timm_lt.models.label_names import shown_as
 from timm_lt.models.repo import Repo
 from timm_lt.report.tables import JOINT, shot_table
 from timm_lt.run.class_order import order_classes
-from timm_lt.run.network import TIMM, create_images, on_background
+from timm_lt.run.network import create_images, on_background
 from timm_lt.run.parse import load_recipe
-from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.run.recipe import DataRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.utils.checks import UsageError
@@ -95,27 +95,12 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     """Evaluates a model with one head after the other, on features that are extracted once."""
     set_cpu_threads(arguments.threads)
     name, folder = find_checkpoint(arguments.model)
-    options = parse_options(arguments.option, "test_fraction=0.3")
-    data = _same_split(find_data(arguments.data, arguments.root, options), folder)
-    recipe = Recipe(
-        data=replace(
-            data,
-            augmentation=TIMM,
-            background=arguments.background,
-            image_size=arguments.image_size,
-            unreadable="skip",
-        ),
-        model=ModelRecipe(
-            name=name,
-            pretrained=arguments.checkpoint is None,
-            checkpoint=arguments.checkpoint,
-            class_order=arguments.class_order,
-        ),
-    )
+    data = _same_split(data_recipe(arguments), folder)
+    recipe = Recipe(data=data, model=model_recipe(arguments, name))
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )
-    model, heads = _load(name, folder, arguments)
+    model, heads = _load(recipe, folder, arguments.head)
     if getattr(model, "num_classes", None) != splits.num_classes:
         raise UsageError(
             f"{arguments.model} has {model.num_classes} classes, and the data have "
@@ -166,22 +151,23 @@ def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
 
 
 def _load(
-    name: str, folder: Path | None, arguments: argparse.Namespace
+    recipe: Recipe, folder: Path | None, names: list[str] | None
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Loads a model with its joint classifier, and the heads."""
-    model = load_model(name, arguments)
-    info = None if arguments.checkpoint else decoupled_info(folder)
+    """Loads a model with its joint classifier once, and the heads for it."""
+    given, size = recipe.model, recipe.data.image_size
+    model = load_model(given, size)
+    info = None if given.checkpoint else decoupled_info(folder)
     heads: dict[str, nn.Module] = {}
-    for head in arguments.head or (info and [*info.heads]) or [JOINT]:
-        if info is not None and head in info.heads:
-            if name.startswith(HUB_PREFIX):
-                folder = Repo.parse(name).download(weights=False, head=head)
-            heads[head] = load_head(info.folder, head, get_head(model))
-        elif head == JOINT:
-            heads[head] = copy.deepcopy(get_head(model))
+    for name in names or (info and [*info.heads]) or [JOINT]:
+        if info is not None and name in info.heads:
+            if given.name.startswith(HUB_PREFIX):
+                Repo.parse(given.name).download(weights=False, head=name)
+            heads[name] = load_head(info.folder, name, get_head(model))
+        elif name == JOINT:
+            heads[name] = copy.deepcopy(get_head(model))
         else:
             # Refuses an unknown head, and one that has to be fitted.
-            heads[head] = get_head(load_model(name, arguments, head=head))
+            heads[name] = get_head(load_model(given, size, head=name))
     return model, heads
 
 

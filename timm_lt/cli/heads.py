@@ -12,17 +12,17 @@ from timm_lt.cli.arguments import (
     add_compute_options,
     add_data_options,
     add_weights_options,
-    find_data,
+    data_recipe,
     find_model,
-    model_options,
+    model_recipe,
 )
-from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
+from timm_lt.cli.common import Commands, add_command, add_log_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.models.create import LOCAL_DIR
 from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
-from timm_lt.run.recipe import FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.run.recipe import FeaturesRecipe, Recipe, RunOptions
 
 
 def add_parser(commands: Commands) -> None:
@@ -72,29 +72,15 @@ def add_parser(commands: Commands) -> None:
 
 def fit_heads(arguments: argparse.Namespace) -> None:
     """Fits heads on a model and data, and prints the table and the recommended head."""
-    options = parse_options(arguments.option, "test_fraction=0.3")
     # The others are compared with the joint classifier.
     names = dict.fromkeys([JOINT, *arguments.heads])
     heads: dict[str, dict[str, Any]] = {name: {} for name in names}
     if len(heads) > 1:
         heads[AUTO] = {}
+    model = model_recipe(arguments, find_model(arguments.model))
     recipe = Recipe(
-        data=replace(
-            find_data(arguments.data, arguments.root, options),
-            augmentation="timm",
-            background=arguments.background,
-            image_size=arguments.image_size,
-            unreadable="skip",
-        ),
-        model=ModelRecipe(
-            name=find_model(arguments.model),
-            pretrained=arguments.checkpoint is None,
-            checkpoint=arguments.checkpoint,
-            class_order=arguments.class_order,
-            checkpoint_key=arguments.checkpoint_key,
-            options=model_options(arguments),
-            fresh_classifier=arguments.fresh_classifier,
-        ),
+        data=data_recipe(arguments),
+        model=replace(model, fresh_classifier=arguments.fresh_classifier),
         epochs=0,
         features=FeaturesRecipe(cache_dir=arguments.cache_dir),
         heads=heads,

@@ -22,6 +22,7 @@ from timm_lt.cli.arguments import (
     add_weights_options,
     find_model,
     load_model,
+    model_recipe,
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.data.decode import (
@@ -123,8 +124,8 @@ def predict_images(arguments: argparse.Namespace) -> None:
     background = None if given == "auto" else check_background(given)
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
-    name = find_model(arguments.model)
-    model = load_model(name, arguments, head=arguments.head, **options)
+    recipe = model_recipe(arguments, find_model(arguments.model))
+    model = load_model(recipe, arguments.image_size, head=arguments.head, **options)
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)
@@ -180,11 +181,14 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             "not images by their suffix, skipped: %d (%s): %s",
             *(len(others), counted_suffixes(others), names),
         )
-    known = Image.registered_extensions()
-    for file in paths:
-        if suffix(file) in UNUSUAL_SUFFIXES and f".{suffix(file)}" not in known:
-            errors[file] = f"Pillow does not decode .{suffix(file)}; convert it to JPEG"
-    return paths, errors
+    return paths, errors | _undecodable(paths)
+
+
+def _undecodable(paths: Sequence[str]) -> dict[str, str]:
+    """Returns why files cannot be read whose format Pillow does not decode."""
+    unknown = UNUSUAL_SUFFIXES - {end[1:] for end in Image.registered_extensions()}
+    unread = [path for path in paths if suffix(path) in unknown]
+    return {path: f"Pillow does not decode .{suffix(path)}; convert it to JPEG" for path in unread}
 
 
 class ImageFiles(Dataset[tuple[Tensor, str]]):

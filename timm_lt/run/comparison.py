@@ -412,7 +412,8 @@ def measure(
         records.append({**vars(row), "by_seed": by_seed})
     one: Mapping[str, Any] = next(iter(metrics.values()), {})
     return {
-        **{key: getattr(grid, key) for key in ("name", "title", "source", "quoted_from")},
+        "title": f"{grid.title}, test {grid.metric} in percent",
+        **{key: getattr(grid, key) for key in ("name", "source", "quoted_from")},
         **{key: one.get(key) for key in ("shots", "note")},
         "seeds": sorted({run.seed for run in runs}),
         "figures": figures,
@@ -428,7 +429,7 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
     texts = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
     table = [f"| {text} |" for text in texts]
-    text = [f"{table_title(grid)}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
+    text = [f"{record['title']}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
     write_atomic(folder / MARKDOWN, "\n".join(text))
     if grid.plot:
         path = folder / PLOTS / f"{grid.name}.png"
@@ -444,17 +445,12 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
 def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
     """Returns the table for the terminal."""
     headings, *rows = table_texts(grid, record)
-    table = new_table(table_title(grid), escape("\n".join(legend(record))))
+    table = new_table(record["title"], escape("\n".join(legend(record))))
     for number, heading in enumerate(headings):
         table.add_column(escape(heading), justify="right" if number else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
-
-
-def table_title(grid: Grid) -> str:
-    """Returns the line above the table."""
-    return f"{grid.title}, test {grid.metric} in percent"
 
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
