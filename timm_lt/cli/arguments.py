@@ -250,6 +250,7 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecip
 def check_is_list(path: Path) -> None:
     """Refuses files that are not lists of images by their endings."""
     kind = suffix(path.name)
-    if kind in (*TABLES, *IMAGE_SUFFIXES):
-        cure = f"give hub, with --root {path}" if kind in TABLES else "give its folder, or a list"
-        raise UsageError(f"{path} is not a list of images: {cure}")
+    if kind in TABLES:
+        raise UsageError(f"{path} is a table, not a list: give hub, with --root {path}")
+    if kind in IMAGE_SUFFIXES:
+        raise UsageError(f"{path} is an image: give the folder of a directory per class, or a list")

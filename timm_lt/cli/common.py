@@ -96,7 +96,7 @@ def start(arguments: argparse.Namespace) -> None:
         # It may be the next argument of the command.
         raise UsageError(
             f"--json takes a file that ends in {JSON_SUFFIX}, got {file!r}; to print JSON, put "
-            "--json behind the other arguments"
+            "--json after the other arguments"
         )
     check_folder("--json", Path(file).parent)
     for name in ("data", "destination"):

@@ -96,7 +96,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     set_cpu_threads(arguments.threads)
     name, folder = find_checkpoint(arguments.model)
     data = _same_split(data_recipe(arguments), folder)
-    recipe = Recipe(data=data, model=model_recipe(arguments, name))
+    recipe = Recipe(data=data, model=model_recipe(arguments, name), epochs=0)
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )

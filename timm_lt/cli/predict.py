@@ -253,7 +253,7 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
     if order is None and names == orders["sorted"] != orders["timm"]:
         log.warning(
             "the names are sorted, and the weights must have the same order; if they number the "
-            "classes as timm does, give --class-order timm (%s)",
+            "classes as timm does, say --class-order timm (%s)",
             shown_names(orders["timm"]),
         )
     return names if order is None else orders[order]

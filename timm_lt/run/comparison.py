@@ -209,7 +209,7 @@ def make_runs(
     seeds: Sequence[int],
     given: Sequence[str] = (),
 ) -> list[Run]:
-    """Creates the runs that some rows need, each behind its source; checks them without data.
+    """Creates the runs that some rows need, each after its source, and checks them without data.
 
     Args:
         grid: The grid.
@@ -330,7 +330,7 @@ class Runner:
         Ctrl-C and SIGTERM end the processes, which leave what can be resumed.
 
         Args:
-            runs: Each behind the one that it starts from.
+            runs: The runs, each after the one that it starts from.
 
         Returns:
             Why runs failed; without those that have figures.
@@ -411,10 +411,14 @@ def measure(
         by_seed = {seed: {key: head[key] for key in figures} for seed, head in found.items()}
         records.append({**vars(row), "by_seed": by_seed})
     one: Mapping[str, Any] = next(iter(metrics.values()), {})
+    quoted = any(row.quoted is not None for row in rows)
     return {
         "title": f"{grid.title}, test {grid.metric} in percent",
-        **{key: getattr(grid, key) for key in ("name", "source", "quoted_from")},
-        **{key: one.get(key) for key in ("shots", "note")},
+        "name": grid.name,
+        "source": grid.source,
+        "quoted_from": (grid.quoted_from or grid.source) if quoted else None,
+        "shots": one.get("shots"),
+        "note": one.get("note"),
         "seeds": sorted({run.seed for run in runs}),
         "figures": figures,
         "rows": records,
@@ -463,19 +467,21 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
         if grid.is_matrix:
             mean, sd = spread(row, "all")
             mean = 1 - mean if grid.metric == "error" and mean is not None else mean
-            lines.setdefault((row["label"],), []).append(spread_text((mean, sd)) + missing)
+            texts = lines.setdefault((row["label"],), [""] * len(grid.columns))
+            texts[grid.columns.index(row["column"])] = spread_text((mean, sd)) + missing
         else:
             label = row["label"] + missing, *([row["column"]] if grid.columns else [])
-            change = "" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f")
-            quoted = "" if row["quoted"] is None else percent(row["quoted"])
             texts = [spread_text(spread(row, key)) for key in record["figures"]]
-            lines[label] = [*texts, change, quoted]
+            texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
+            if record["quoted_from"]:
+                texts.append("" if row["quoted"] is None else percent(row["quoted"]))
+            lines[label] = texts
     if grid.is_matrix:
         headings = [f"{grid.rows_title} / {grid.columns_title}", *grid.columns]
     else:
         headings = [grid.rows_title, *([grid.columns_title] if grid.columns else [])]
         headings += [group_word(key).replace("_", " ") for key in record["figures"]]
-        headings += ["all, to the first row", "quoted"]
+        headings += ["all, to the first row", *(["quoted"] if record["quoted_from"] else [])]
     return [headings, *([*label, *texts] for label, texts in lines.items())]
 
 
@@ -483,8 +489,7 @@ def legend(record: Mapping[str, Any]) -> list[str]:
     """Returns the lines below the table."""
     lines = [f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation"]
     lines += [shot_legend(record["shots"])] if record["shots"] else []
-    if any(row["quoted"] is not None for row in record["rows"]):
-        lines.append(f"quoted, not measured here: {record['quoted_from'] or record['source']}")
+    lines += [f"quoted, not measured here: {found}"] if (found := record["quoted_from"]) else []
     return [*lines, *filter(None, [record["note"]])]
 
 
