@@ -95,7 +95,7 @@ def create_parser() -> argparse.ArgumentParser:
         ),
         epilog=epilog(
             [
-                f"{PROG}   # lists the grids",
+                f"{PROG}   # names the grids",
                 f"{PROG} kang_table2 --seeds 0,1,2",
                 f'{PROG} kang_table2 --only joint cRT "balanced softmax" --jobs 2',
                 f"{PROG} mine.yaml --data.root photos --json",

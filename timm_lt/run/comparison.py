@@ -163,7 +163,8 @@ def load_grid(name: str) -> Grid:
         rows = [check_mapping("a row", row) for row in values["rows"]]
         for row in rows:
             check_options("a row", Row, row)
-        return Grid(**values | {"rows": [Row(**row) for row in rows]})
+        labelled = [Row(**row | {"label": str(row["label"])}) for row in rows]
+        return Grid(**values | {"rows": labelled})
     except (UsageError, TypeError) as error:
         raise UsageError(f"grid {path}: {error}") from error
 
