@@ -16,14 +16,15 @@ from PIL import Image
 from timing import ratio, seconds
 
 from timm_lt.data import create_dataset
-from timm_lt.data.cifar import CIFAR100
+from timm_lt.data.cifar import SPECS
 
+CIFAR100 = SPECS["cifar100_lt"]
 SIZES = {"train": 500, "test": 100}
 
 
 def labels_of(part: str) -> np.ndarray:
     """Returns labels that begin as the published ones, as many of each class."""
-    first = CIFAR100.batches[0].first
+    first = CIFAR100.batches[0]["first"]
     left = SIZES[part] - np.bincount(first, minlength=100)
     rest = np.repeat(np.arange(100), left)
     return np.concatenate([first, np.random.default_rng(0).permutation(rest)])

@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder
 from timm_lt import create_sampler
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.decode import find_damaged
-from timm_lt.data.folder import read_folder
+from timm_lt.data.folder import list_folder
 from timm_lt.data.loader import NumberedSampler
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.longtail import long_tailed_counts
@@ -101,7 +101,7 @@ def timm_batches(root: Path, workers: int) -> Iterator[Any]:
 def startup(root: Path) -> None:
     """Prints the seconds of what happens before the first batch is there."""
     print(f"{'':48} {'wall s':>8} {'CPU s':>8}")
-    _, listing = timed(lambda: read_folder(root))
+    _, listing = timed(lambda: list_folder(root))
     print(f"{'listing':48} {listing}")
     splits, making = timed(lambda: create_splits("folder", root=root))
     print(f"{'listing, splits, labels and class counts':48} {making}")

@@ -1,62 +1,22 @@
-"""A web server on 127.0.0.1 that serves bytes, ranges of them, and every fault a test asks for."""
+"""A web server on 127.0.0.1 that serves bytes and logs the requests."""
 
-import hashlib
 import os
-import re
 import threading
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 
-@dataclass(frozen=True)
-class Answer:
-    """How one request is answered; the default serves the file, or the range that is asked for.
-
-    ``status`` other than 200 is sent without a body, and 0 closes the connection without a word.
-    ``cut`` closes it after that many bytes of the body. ``announce`` is another Content-Length than
-    the true one. ``framing`` says how the end is told: "length", "chunked", or "close" for not at
-    all. ``hang`` stays silent after the ``cut``, from the start without one, and does not close.
-    """
-
-    status: int = 200
-    headers: dict = field(default_factory=dict)
-    cut: int | None = None
-    announce: int | None = None
-    framing: str = "length"
-    ranges: bool = True
-    if_range: bool = True
-    hang: bool = False
-
-
-@dataclass
-class Asked:
-    """A request that arrived; ``sent`` counts the body's bytes in its answer."""
-
-    path: str
-    headers: dict
-    sent: int = 0
-
-    @property
-    def range(self):
-        return self.headers.get("Range")
-
-
 class FileServer:
-    """Serves ``files``, which may change between requests, while its ``with`` block runs.
+    """Serves ``files``, path -> bytes, while its ``with`` block runs.
 
-    ``answers`` are used up one per request, then ``default`` holds. ``etag`` is a pattern for the
-    digest of the content, or None; ``last_modified`` a date, or None.
+    ``requests`` lists the requested paths. ``status`` other than 200 is sent without a body, and
+    ``cut`` closes the connection after that many bytes of a body.
     """
 
-    def __init__(self, files, *, answers=(), default=None):
+    def __init__(self, files):
         self.files = dict(files)
-        self.answers = list(answers)
-        self.default = default or Answer()
-        self.etag = '"{}"'
-        self.last_modified = None
         self.requests = []
-        self.stopping = threading.Event()
+        self.status, self.cut = 200, None
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"files": self})
@@ -69,7 +29,6 @@ class FileServer:
         return self
 
     def __exit__(self, *_):
-        self.stopping.set()
         self._environment.stop()
         self._server.shutdown()
         self._thread.join()
@@ -80,63 +39,17 @@ class FileServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
     files: FileServer
 
     def do_GET(self):
         server = self.files
-        self.asked = Asked(self.path, dict(self.headers))
-        server.requests.append(self.asked)
-        answer = server.answers.pop(0) if server.answers else server.default
-        self.close_connection = True
-        if answer.hang and answer.cut is None:
-            server.stopping.wait()
-        elif answer.status == 200 and self.path in server.files:
-            self.serve(answer, server.files[self.path])
-        elif answer.status:
-            self.head(404 if answer.status == 200 else answer.status, {"Content-Length": 0}, answer)
-
-    def head(self, status, headers, answer):
-        self.send_response(status)
-        for name, value in ({"Connection": "close"} | headers | answer.headers).items():
-            if value is not None:
-                self.send_header(name, str(value))
+        server.requests.append(self.path)
+        content = server.files.get(self.path)
+        self.send_response(404 if content is None else server.status)
+        content = content if content is not None and server.status == 200 else b""
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-
-    def serve(self, answer, content):
-        server = self.files
-        etag = server.etag and server.etag.format(hashlib.sha256(content).hexdigest()[:8])
-        headers = {"ETag": etag, "Last-Modified": server.last_modified}
-        current = self.headers["If-Range"] in (None, etag, server.last_modified)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        status, start = 200, 0
-        if asked and answer.ranges and (current or not answer.if_range):
-            status, start = 206, int(asked[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            if start >= len(content):
-                headers |= {"Content-Range": f"bytes */{len(content)}", "Content-Length": 0}
-                return self.head(416, headers, answer)
-        body = content[start:]
-        if answer.framing == "length":
-            headers["Content-Length"] = len(body) if answer.announce is None else answer.announce
-        elif answer.framing == "chunked":
-            headers["Transfer-Encoding"] = "chunked"
-        self.head(status, headers, answer)
-        return self.body(answer, body)
-
-    def body(self, answer, body):
-        part = body[: answer.cut]
-        self.asked.sent = len(part)
-        if answer.framing == "chunked":
-            half = len(part) // 2
-            for chunk in filter(None, (part[:half], part[half:])):
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            if answer.cut is None:
-                self.wfile.write(b"0\r\n\r\n")
-        else:
-            self.wfile.write(part)
-        if answer.hang:
-            self.files.stopping.wait()
+        self.wfile.write(content[: server.cut])
 
     def log_message(self, *_):
         pass

@@ -178,15 +178,15 @@ def test_extremes_and_many_classes():
     [
         ({"adaptor": "linear"}, "'linear'.*linear_decay.*parabolic_increment, equal, beta"),
         ({"divisor": "T"}, "unknown divisor 'T'.*epochs, code"),
-        ({"loss": "bilateral"}, "by another loss, not by itself"),
+        ({"loss": "bilateral"}, "cannot wrap itself"),
         ({"loss": "ce"}, "unknown loss 'ce'"),
         ({"loss_options": {"tau": 1}}, "loss 'cross_entropy' has no option 'tau'"),
-        ({"loss_options": {"reduction": "mean"}}, "reduction is set elsewhere"),
-        ({"loss": "balanced_softmax"}, "loss 'balanced_softmax' needs class_counts"),
-        ({"loss_options": {"normalization": "batch"}}, "no effect in loss bilateral"),
+        ({"loss_options": {"reduction": "mean"}}, "reduction is set by BilateralLoss"),
+        ({"loss": "balanced_softmax"}, "BalancedSoftmaxLoss needs class_counts"),
+        ({"loss_options": {"normalization": "batch"}}, "normalization is set by BilateralLoss"),
         (
             {"loss": "ldam", "class_counts": COUNTS},
-            "mixes the logits of linear .* ldam takes other",
+            "needs a linear classifier, and ldam another",
         ),
     ],
 )
@@ -214,12 +214,12 @@ def test_deferred_weights_go_inside():
                 parts.append(share * value * (weights[y] if epoch >= 2 else 1))
         found = at(epoch, 4, reduction="sum", **options)(logits, targets)
         assert found.item() == pytest.approx(sum(parts), rel=1e-5)
-    with pytest.raises(UsageError, match="put deferred_reweighting into its options"):
+    with pytest.raises(UsageError, match="use loss bilateral with the option"):
         create_loss("deferred_reweighting", COUNTS, loss="bilateral")
 
 
 def test_half_a_pair_is_refused():
-    with pytest.raises(UsageError, match="BilateralLoss takes pairs of rows, got 3 rows"):
+    with pytest.raises(UsageError, match=r"needs an even number of rows.* got 3"):
         create_loss("bilateral")(torch.zeros(3, 5), torch.zeros(3).long())
 
 

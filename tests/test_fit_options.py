@@ -166,12 +166,12 @@ def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
         check_fit_classes("crt", {**drw, **options}, COUNTS)
 
     check(loss_options={"start": 5})
-    with pytest.raises(UsageError, match="an epoch of which is 180 rows: start 6 is not within"):
+    with pytest.raises(UsageError, match="an epoch is 180 rows\\): start 6 is not within"):
         check(loss_options={"start": 6})
     check(loss_options={"start": 2}, smote="largest")
-    with pytest.raises(UsageError, match="480 rows: start 3"):
+    with pytest.raises(UsageError, match=r"480 rows\): start 3"):
         check(loss_options={"start": 3}, smote="largest")
-    with pytest.raises(UsageError, match="360 rows: start 3"):
+    with pytest.raises(UsageError, match=r"360 rows\): start 3"):
         check_fit_classes("crt", {**drw, "loss_options": {"start": 3}}, COUNTS, views=2)
 
 
@@ -206,7 +206,7 @@ def test_the_best_of_ten_looks_is_kept(name):
 
 
 def test_a_training_that_blows_up_is_an_error():
-    with pytest.raises(UsageError, match=r"head 'crt' did not stay finite .* lower lr than 1e"):
+    with pytest.raises(UsageError, match="head 'crt' became infinite or NaN"):
         fit("crt", solver="sgd", steps=20, lr=1e30)
 
 
@@ -266,12 +266,6 @@ def test_crt_with_smote_is_crt_on_the_rows_that_it_adds(solver):
     assert not head.weight.equal(fit("crt", seed=3, **options).weight)
 
 
-def test_a_large_set_of_smote_rows_lies_in_a_file(monkeypatch):
-    expected = add_smote_rows(TRAIN, C, 50, seed=1)
-    monkeypatch.setattr(rows, "MAX_BYTES", 0)
-    assert add_smote_rows(TRAIN, C, 50, seed=1).values.equal(expected.values)
-
-
 def test_smote_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "imblearn.over_sampling", None)
     with pytest.raises(UsageError, match=r"pip install 'timm_lt\[smote\]'"):
@@ -281,9 +275,9 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("crt", {"smote": "all"}, "a number of rows or 'largest'"),
-        ("crt", {"smote": 0}, "smote must be an integer from 1"),
-        ("crt", {"smote": 10**13}, "smote must be an integer from 1"),
+        ("crt", {"smote": "all"}, "or 'largest', must be an integer from 1"),
+        ("crt", {"smote": 0}, "must be an integer from 1"),
+        ("crt", {"smote": 10**13}, "must be an integer from 1"),
         ("crt", {"solver": "sgd", "steps": 10**12}, "steps of head 'crt' must be an integer from"),
         ("crt", {"loss": "fokal"}, "loss of head 'crt': unknown loss 'fokal'.*balanced_softmax"),
         (
@@ -296,10 +290,14 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("crt", {"sampler": "square_root"}, "sampler of head 'crt' has no effect with solver 'lbf"),
         ("crt", {**SGD, "sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {**SGD, "sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
-        ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options.*leave it out"),
+        ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options"),
         ("crt", {**SGD, "sampler": "deferred", "sampler_options": {"start": 3}}, "draws of a head"),
         ("crt", {**SGD, "loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
-        ("crt", {**SGD, "loss_options": {"reduction": "sum"}}, "reduction in loss_options.*elsew"),
+        (
+            "crt",
+            {**SGD, "loss_options": {"reduction": "sum"}},
+            "reduction in loss_options",
+        ),
         ("crt", {**SGD, "loss_options": 3}, "loss_options of head 'crt' must be a mapping .*got 3"),
         ("crt", {"solver": "sgd", "steps": 5, "epochs": 5}, "give one of them"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
@@ -364,7 +362,7 @@ def test_blocks_of_features_in_a_file_give_the_same_head(name, options, tmp_path
     shape = half.values.shape
     mapped = torch.from_file(str(tmp_path / "values"), size=half.values.numel(), dtype=torch.half)
     monkeypatch.setattr(rows, "ENTRIES", 7 * D)
-    monkeypatch.setattr(rows, "MAX_BYTES", 0)  # the logits of lws go to a file
+    monkeypatch.setattr(rows, "MAX_BYTES", 0)  # the logits of lws are computed for each batch
     head = fit(name, train=Features(mapped.view(shape), TRAIN.targets), **options)
     # L-BFGS ends near the minimum, by a way that depends on every rounding.
     tolerance = 3e-3 if "weight_decay" in options else 1e-4
@@ -564,26 +562,3 @@ def test_where_an_objective_is_the_same_for_all_the_mean_over_the_classes_decide
                 shot_accuracy(h(val.values).argmax(1), targets, COUNTS) for h in (worst, mean)
             ]
             assert report[0].class_mean == pytest.approx(report[1].class_mean)
-
-
-def test_a_disk_without_room_is_an_error_for_smote_and_slow_for_lws(monkeypatch):
-    expected = fit("lws", steps=20)
-    monkeypatch.setattr(rows, "MAX_BYTES", 0)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(rows.os, "posix_fallocate", full)
-    with pytest.raises(UsageError, match=r"No space left on device.*TMPDIR"):
-        add_smote_rows(TRAIN, C, 50)
-    torch.testing.assert_close(fit("lws", steps=20).scale, expected.scale)
-
-
-def test_a_large_matrix_lies_in_a_file_on_every_platform(monkeypatch):
-    monkeypatch.setattr(rows, "MAX_BYTES", 0)
-    for _ in range(2):
-        scratch = rows.scratch_matrix(700, 9001)
-        scratch[-1] = torch.arange(9001.0)
-        assert torch.equal(scratch[-1], torch.arange(9001.0))
-        # Linux only.
-        monkeypatch.delattr(rows.os, "posix_fallocate", raising=False)

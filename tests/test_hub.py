@@ -23,10 +23,10 @@ import timm_lt
 import train_lt
 from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
-from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.heads import HEADS, get_head
 from timm_lt.models.lt_resnet import _cfg
 from timm_lt.models.published import CHECKPOINTS, read_published
+from timm_lt.models.repo import ModelSource
 from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
@@ -360,7 +360,7 @@ timm_lt.create_model("hf-hub:me/other", head="lws", cache_dir=r"{pushed.cache}")
 def test_a_private_repo_needs_a_token(pushed, monkeypatch):
     token = os.environ["HF_TOKEN"]
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UsageError, match=r"it is private and you have no access.*hf auth login"):
+    with pytest.raises(UsageError, match=r"or it is private; .*hf auth login"):
         load(pushed, "lws")
     assert pushed.downloaded() == []
     assert get_head(load(pushed, "lws", token=token)).kind == "lws"
@@ -428,7 +428,7 @@ def test_a_repo_is_folded_and_listed_by_its_names(pushed, tmp_path, capsys):
         [f"hf-hub:{pushed.repo_id}", pushed.repo_id, f"{pushed.repo_id}@main"]
     ):
         # All of one commit, whatever happens to the branch meanwhile.
-        assert find_checkpoint(name)[0] == f"hf-hub:{pushed.repo_id}@{commit}"
+        assert ModelSource.find(name).name == f"hf-hub:{pushed.repo_id}@{commit}"
         ship = tmp_path / str(k)
         assert main(["fold", name, str(ship), "--head", "crt"]) == 0
         plain = timm.create_model(f"local-dir:{ship}", pretrained=True).eval()
@@ -499,7 +499,7 @@ def other_backbone(model):
 ADD_REFUSED = {
     "not fitted": (lambda m: HEADS["lws"].from_classifier(m.fc), {}, "not fitted"),
     "other backbone": (other_backbone, {}, "has another weight than the joint classifier"),
-    "not a head": (lambda m: m.fc, {}, "is Linear, not a timm_lt head"),
+    "not a head": (lambda m: m.fc, {}, "must have a timm_lt head for fc; got fc: Linear"),
     "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
     "taken": (
         lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"
@@ -546,7 +546,7 @@ def test_add_head_notices_that_the_repo_moved_on(loopback_hub, tmp_path, monkeyp
         return commit(self, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", after_somebody_else)
-    with pytest.raises(UsageError, match="the branch moved on meanwhile"):
+    with pytest.raises(UsageError, match="the branch has changed meanwhile"):
         timm_lt.add_head("me/birds", "mine", head, cache_dir=tmp_path)
     config = json.loads(loopback_hub.files("me/birds")[CONFIG])
     assert "mine" not in config["timm_lt"]["heads"]
@@ -597,7 +597,7 @@ def test_the_main_job_asks_the_hub_before_it_trains(loopback_hub, tmp_path, caps
     cases = [
         (loopback_hub.READER, "me/birds", "the token may only read"),
         ("hf_nonsense", "me/birds", "the token is not valid"),
-        (loopback_hub.WRITER, "birds", "write namespace/name"),
+        (loopback_hub.WRITER, "birds", "expected 'namespace/name'"),
         (loopback_hub.WRITER, "me/birds@dev", "must be NAMESPACE/NAME"),
         (loopback_hub.WRITER, "you/birds", "you/birds: the token is for me"),
     ]

@@ -84,8 +84,8 @@ def test_a_bad_folder_is_looked_at_and_its_problems_come_last(photos, capsys):
     body, problems = text.split("3 problems would keep a run from training:\n")
     assert "[b]dog" in body
     assert [line[:38] for line in problems.splitlines()] == [
-        "- 1 of 4 classes have no image: empty;",
-        "- files that are no images by their su",
+        "- train split: 1 of 4 classes have no ",
+        "- files that are not images by their s",
         "- train split: 2 of 22 images cannot b",
     ]
     assert (photos.parent / "here" / "classes.csv").exists()
@@ -108,7 +108,7 @@ def test_a_list_is_looked_at(photos, capsys):
     assert "all: 14 images of 2 classes" in text
     assert "gone/1.png): No such file or directory" in text
     assert "1 problem would keep" in text
-    assert "2 of 14 files are not there" in text
+    assert "2 of 14 files do not exist" in text
     name = ("list", "--option", "train=../all.txt", "--root", "photos", "--output", "named")
     named = inspect(capsys, *name)
     assert named.replace("named", "inspect_all").replace("list: 14", "all: 14") == text
@@ -141,7 +141,7 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--option", "min_images=0"], "min_images must be an integer >= 1"),
         (["photos", "--option", "test_fraction=2"], "test_fraction must be"),
         (["photos", "--option", "min_images"], "--option takes KEY=VALUE, e.g. min_images=5"),
-        (["photos/cat"], "no images in directories of classes, 12 straight in it"),
+        (["photos/cat"], "no images in directories of classes, 12 directly in it"),
         (["photos/cat/0.png"], "0.png is an image: give the folder"),
         (["x.parquet"], r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
         (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
@@ -150,7 +150,7 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--json", "figures"], r"a file that ends in \.json, got 'figures'; to print"),
         (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
         (["bad.txt", "--option", "seed=-1"], "seed must be"),
-        (["digits_lt", "--root", "photos"], "needs no root"),
+        (["digits_lt", "--root", "photos"], "reads no files; remove the root"),
     ],
 )
 def test_mistakes_are_told(photos, capsys, arguments, message):

@@ -180,8 +180,8 @@ def test_state_dict_is_empty_and_buffers_move(name):
     ("name", "class_counts", "options", "message"),
     [
         ("CE", None, {}, "unknown loss 'CE'.*cross_entropy, .*balanced_softmax, logit_adjustment"),
-        ("balanced_softmax", None, {}, "loss 'balanced_softmax' needs class_counts"),
-        ("logit_adjustment", None, {}, "loss 'logit_adjustment' needs class_counts"),
+        ("balanced_softmax", None, {}, "BalancedSoftmaxLoss needs class_counts"),
+        ("logit_adjustment", None, {}, "LogitAdjustmentLoss needs class_counts"),
         ("balanced_softmax", [3, 0], {}, "1 of 2 classes have no training image: 1"),
         ("balanced_softmax", [3, 1.5], {}, r"class_counts\[1\] = 1.5 is not an integer"),
         ("balanced_softmax", COUNTS, {"tau": 1}, "has no option 'tau'; valid options: reduction"),

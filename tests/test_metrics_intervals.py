@@ -148,7 +148,7 @@ def test_intervals_of_a_hundred_thousand_classes():
         ({"level": 1.0}, r"level must be a number in \(0, 1\), got 1.0"),
         ({"samples": 0}, "samples must be an integer >= 1, got 0"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
-        ({"class_counts": [5]}, "class_counts has 1 classes, the report has 2"),
+        ({"class_counts": [5]}, "class_counts has 1 classes, expected 2"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -160,7 +160,7 @@ def test_bad_options_are_refused(options, message):
 def test_bad_pairs_are_refused():
     with pytest.raises(UsageError, match=r"preds \(1,\) and targets \(2,\)"):
         paired_difference([0, 1], [0], [0, 1], [5, 5])
-    with pytest.raises(UsageError, match="no image of a few-shot class"):
+    with pytest.raises(UsageError, match="no value for the objective"):
         paired_difference([0], [0], [0], [500, 5], objective="few_shot")
     with pytest.raises(UsageError, match="unknown objective 'best'"):
         paired_difference([0], [0], [0], [500, 5], objective="best")

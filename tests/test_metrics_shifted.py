@@ -83,10 +83,10 @@ def test_one_class():
     [
         ([0.5, 0.5], ("sideways", 2), r"unknown direction 'sideways'.*forward, uniform, backward"),
         ([0.5, 0.5], ("forward", 0.1), r"imbalance_factor must be a number in \[1, inf\), got 0.1"),
-        ([0.5, 0.5], ("uniform", 2), "a uniform test set has imbalance_factor 1, got 2"),
-        ([0.5], ("forward", 2), r"accuracies \(1,\) and class_counts \(2,\)"),
-        ([0.5, 50.0], ("forward", 2), r"accuracy of class 1 = 50.0 is not in \[0, 1\]"),
-        ([math.nan] * 2, ("forward", 2), "no class has a known accuracy"),
+        ([0.5, 0.5], ("uniform", 2), "needs imbalance_factor 1, got 2"),
+        ([0.5], ("forward", 2), "class_counts has 2 classes, expected 1"),
+        ([0.5, 50.0], ("forward", 2), r"accuracies must be in \[0, 1\]"),
+        ([math.nan] * 2, ("forward", 2), "or NaN for some classes"),
     ],
 )
 def test_bad_input_is_refused(accuracies, arguments, message):

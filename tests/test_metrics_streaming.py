@@ -155,9 +155,9 @@ def test_a_mistake_leaves_the_counts_as_they_were(outputs, targets, message):
 def test_logits_and_predictions_do_not_mix():
     logits, targets = cases(20)
     metrics, others = streamed(logits, targets, 20), streamed(logits.argmax(1), targets, 20)
-    with pytest.raises(UsageError, match="give logits in all of them or in none"):
+    with pytest.raises(UsageError, match="pass logits in all or in none"):
         metrics.update(logits.argmax(1), targets)
-    with pytest.raises(UsageError, match="give logits in all of them or in none"):
+    with pytest.raises(UsageError, match="pass logits in all or in none"):
         others.update(logits, targets)
     metrics.merge(others)
     with pytest.raises(UsageError, match="20 of 40 images have logits"):

@@ -41,7 +41,7 @@ def test_validation_is_the_test_split_and_nothing_is_held_out(digits_of_a_paper)
 def test_it_is_refused_where_no_paper_did_so(name, digits_of_a_paper):
     with pytest.raises(
         UsageError,
-        match=rf"test split.*none is known.*'{name}'.*standard.*digits_of_a_paper \(Doe et al\.",
+        match=rf"test split.*no paper.*'{name}'.*standard.*digits_of_a_paper \(Doe et al\.",
     ):
         create_splits(name, protocol="paper")
 

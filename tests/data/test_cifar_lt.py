@@ -1,4 +1,4 @@
-"""CIFAR-LT out of stand-ins in every layout; the subset is LDAM-DRW's whatever the stored order."""
+"""CIFAR-LT from stand-ins in every layout: the subset is that of LDAM-DRW in any stored order."""
 
 import dataclasses
 import hashlib
@@ -15,13 +15,14 @@ import torchvision
 from huggingface_hub import constants
 from PIL import Image
 
-from timm_lt.data import Splits, cifar_manifest, subset_manifest
-from timm_lt.data.cifar import CIFAR10, CIFAR100, FACTS, Batch, official_rows, published_counts
+from timm_lt.data import Splits, cifar_manifest
+from timm_lt.data.cifar import SPECS, official_rows
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 
 HUB_ORDER = [3, 2, 1, 4, 0]  # of the members of the archive: data_batch_4, 3, 2, 5, 1
-BOTH = [("cifar10_lt", CIFAR10), ("cifar100_lt", CIFAR100)]
+CIFAR10, CIFAR100 = SPECS.values()
+BOTH = list(SPECS.items())
 SIZES = {
     "cifar10_lt": {10: 20431, 50: 13996, 100: 12406, 200: 11203},
     "cifar100_lt": {10: 19573, 50: 12608, 100: 10847, 200: 9502},
@@ -30,9 +31,10 @@ SIZES = {
 
 def labels_of(batch, seed):
     """Labels that begin as those of a published file, and are as many of each class."""
-    rest = np.array(batch.counts) - np.bincount(batch.first, minlength=len(batch.counts))
+    first, counts = batch["first"], batch["counts"]
+    rest = np.array(counts) - np.bincount(first, minlength=len(counts))
     rest = np.repeat(np.arange(len(rest)), rest)
-    return np.concatenate([batch.first, np.random.default_rng(seed).permutation(rest)])
+    return np.concatenate([first, np.random.default_rng(seed).permutation(rest)])
 
 
 def parquet(path, facts, labels, rows):
@@ -43,6 +45,14 @@ def parquet(path, facts, labels, rows):
     table = pa.table({"img": images, facts.label: labels}).cast(kinds.arrow_schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
+
+
+@pytest.fixture(autouse=True)
+def _prepared(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,7 @@ def hub_copies(tmp_path_factory):
         labels = np.concatenate([batches[i] for i in stored])
         place = np.concatenate([rows[i] for i in stored])
         parquet(root / "plain_text/train-00000-of-00001.parquet", facts, labels, place)
-        test = np.repeat(np.arange(facts.num_classes), facts.test_per_class)
+        test = np.repeat(np.arange(len(facts.names)), facts.test_per_class)
         parquet(root / "plain_text/test-00000-of-00001.parquet", facts, test, range(10_000))
         copies[name] = root, np.concatenate(batches)
     return copies
@@ -86,16 +96,21 @@ def naive_subset(labels, factor, profile, num_classes):
     return chosen
 
 
-@pytest.mark.parametrize(("name", "facts"), BOTH)
 @pytest.mark.parametrize(
-    ("factor", "profile"), [(100, "exponential"), (10, "step"), (200, "exponential")]
+    ("name", "factor", "profile"),
+    [
+        ("cifar10_lt", 100, "exponential"),
+        ("cifar10_lt", 10, "step"),
+        ("cifar100_lt", 100, "exponential"),
+        ("cifar100_lt", 200, "exponential"),
+    ],
 )
 def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
-    hub_copies, name, facts, factor, profile
+    hub_copies, name, factor, profile
 ):
-    root, labels = hub_copies[name]
+    (root, labels), facts = hub_copies[name], SPECS[name]
     found = find_splits(name, root=root, imbalance_factor=factor, profile=profile)
-    expected = naive_subset(labels, factor, profile, facts.num_classes)
+    expected = naive_subset(labels, factor, profile, len(facts.names))
     assert places(found["train"]) == expected
     assert found["train"]["label"][:] == labels[expected].tolist()
     assert found["train"].features["label"].names == list(facts.names)
@@ -105,48 +120,35 @@ def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
         assert len(expected) == SIZES[name][factor]
 
 
-def test_an_order_of_files_that_was_never_seen_is_recognised_too(hub_copies):
+def test_the_order_of_the_files_is_recognised_or_refused(hub_copies):
     _, labels = hub_copies["cifar10_lt"]
     blocks = np.arange(50_000).reshape(5, -1)
     for order in ([0, 1, 2, 3, 4], HUB_ORDER, [4, 0, 3, 1, 2]):
         rows = np.concatenate([blocks[i] for i in order])
         assert (rows[official_rows(CIFAR10, labels[rows])] == np.arange(50_000)).all()
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_a_copy_in_an_unknown_order_is_refused(hub_copies, name, tmp_path):
-    root, labels = hub_copies[name]
-    facts = FACTS[name]
-    order = np.argsort(labels, kind="stable")
-    parquet(tmp_path / "train.parquet", facts, labels[order], order)
-    (tmp_path / "test.parquet").symlink_to(*root.rglob("test*"))
-    message = (
-        rf"order of the rows is not known: .* begin with 0 0 0.*officially with \d.*{name[:5]}"
-    )
-    with pytest.raises(UsageError, match="(?i)" + message):
-        find_splits(name, root=tmp_path)
-
-
-def test_the_first_labels_alone_do_not_make_a_file(hub_copies):
-    labels = hub_copies["cifar10_lt"][1].copy()
+    message = r"unknown order .* CIFAR-10: .* begin with \[0, 0, .*, officially with \[6, 9.*0 of 5"
+    with pytest.raises(UsageError, match=message):
+        official_rows(CIFAR10, np.sort(labels))
     # Two images of the first file change places with two of the second: the counts differ.
     mine = np.flatnonzero(labels[:10_000] == 0)[-2:]
     other = 10_000 + np.flatnonzero(labels[10_000:20_000] == 1)[-2:]
+    labels = labels.copy()
     labels[mine], labels[other] = 1, 0
-    with pytest.raises(UsageError, match="2 of 5 blocks are no file of CIFAR-10"):
+    with pytest.raises(UsageError, match="3 of 5 blocks are official files"):
         official_rows(CIFAR10, labels)
 
 
-def test_the_facts_agree_with_what_is_published():
-    assert np.sum([batch.counts for batch in CIFAR10.batches], 0).tolist() == [5000] * 10
-    assert [sum(batch.counts) for batch in CIFAR10.batches] == [10_000] * 5
-    assert (CIFAR10.train_per_class, CIFAR100.train_per_class) == (5000, 500)
+def test_the_facts_agree_with_the_published_sizes():
+    assert np.sum([batch["counts"] for batch in CIFAR10.batches], 0).tolist() == [5000] * 10
+    assert [sum(batch["counts"]) for batch in CIFAR10.batches] == [10_000] * 5
+    assert CIFAR10.per_class == {"train": 5000, "test": 1000}
+    assert CIFAR100.per_class == {"train": 500, "test": 100}
     assert len(set(CIFAR100.names)) == 100
-    assert list(CIFAR100.names) == sorted(CIFAR100.names)
+    assert CIFAR100.names == sorted(CIFAR100.names)
     for name, sizes in SIZES.items():
-        counts = published_counts(name)
-        assert {factor: sum(numbers) for factor, numbers in counts.items()} == sizes
-        assert {numbers[0] for numbers in counts.values()} == {FACTS[name].train_per_class}
+        published = SPECS[name].published
+        assert {int(factor): sum(counts) for factor, counts in published.items()} == sizes
+        assert {counts[0] for counts in published.values()} == {SPECS[name].per_class["train"]}
 
 
 # Local copies in the other layouts, of ten training images a class and two test images.
@@ -158,15 +160,15 @@ def small(monkeypatch):
     made = {}
     rng = np.random.default_rng(0)
     for name, facts in BOTH:
-        classes, batches = facts.num_classes, len(facts.batches)
+        classes = len(facts.names)
         labels = rng.permutation(np.repeat(np.arange(classes), 10))
-        parts = labels.reshape(batches, -1)
-        tables = [
-            Batch(tuple(p[:5].tolist()), tuple(np.bincount(p, minlength=classes).tolist()))
+        parts = labels.reshape(len(facts.batches), -1)
+        batches = [
+            {"first": p[:5].tolist(), "counts": np.bincount(p, minlength=classes).tolist()}
             for p in parts
         ]
-        changed = dataclasses.replace(facts, batches=tuple(tables), test_per_class=2)
-        monkeypatch.setitem(FACTS, name, changed)
+        changed = dataclasses.replace(facts, batches=batches, test_per_class=2, published={})
+        monkeypatch.setitem(SPECS, name, changed)
         test = np.repeat(np.arange(classes), 2)
         made[name] = {
             "train": (rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8), labels),
@@ -181,7 +183,7 @@ def pixels(images):
 
 
 def write_binary(folder, name, parts):
-    facts = FACTS[name]
+    facts = SPECS[name]
     folder.mkdir(parents=True)
     files = dict.fromkeys(facts.binary_train, "train") | {facts.binary_test: "test"}
     for part, (images, labels) in parts.items():
@@ -194,7 +196,7 @@ def write_binary(folder, name, parts):
 
 def write_python(folder, name, parts, monkeypatch):
     """Writes pickles, and lets torchvision expect their MD5."""
-    facts = FACTS[name]
+    facts = SPECS[name]
     loader = getattr(torchvision.datasets, facts.name.replace("-", ""))
     folder.mkdir(parents=True)
     key = {"cifar10_lt": "labels", "cifar100_lt": "fine_labels"}[name]
@@ -217,7 +219,7 @@ def write_python(folder, name, parts, monkeypatch):
 
 
 def write_parquet(root, name, parts):
-    facts = FACTS[name]
+    facts = SPECS[name]
     for part, (images, labels) in parts.items():
         files = []
         for image in images:
@@ -232,9 +234,9 @@ def write_parquet(root, name, parts):
 
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("layout", ["binary", "python", "parquet"])
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", SPECS)
 def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_path, monkeypatch):
-    parts, facts = small[name], FACTS[name]
+    parts, facts = small[name], SPECS[name]
     folder = tmp_path / {"binary": facts.binary, "python": facts.python}.get(layout, "data")
     if layout == "binary":
         write_binary(folder, name, parts)
@@ -244,7 +246,7 @@ def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_pat
         write_parquet(folder, name, parts)
     found = find_splits(name, root=folder if within else tmp_path, imbalance_factor=5)
     images, labels = parts["train"]
-    chosen = naive_subset(labels, 5, "exponential", facts.num_classes)
+    chosen = naive_subset(labels, 5, "exponential", len(facts.names))
     assert found["train"]["label"][:] == labels[chosen].tolist()
     shown = np.stack([np.asarray(image) for image in found["train"]["image"]])
     assert (shown == images[chosen]).all()
@@ -254,9 +256,9 @@ def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_pat
     assert splits.label_names == list(facts.names)
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_pickle_that_is_not_the_published_one_is_never_opened(small, name, tmp_path, monkeypatch):
-    facts = FACTS[name]
+    facts = SPECS[name]
     folder = tmp_path / facts.python
     write_python(folder, name, small[name], monkeypatch)
     opened = tmp_path / "opened"
@@ -267,11 +269,11 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(small, name, tmp
 
     victim = sorted(folder.glob("test*"))[0]
     victim.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UsageError, match="a file with another MD5; such files can hold code"):
+    with pytest.raises(UsageError, match="is missing or has another MD5; such files can run code"):
         find_splits(name, root=tmp_path)
     assert not opened.exists()
     victim.unlink()
-    with pytest.raises(UsageError, match=f"Python version of CIFAR-10.*: it lacks {victim.name}"):
+    with pytest.raises(UsageError, match=r"Python version of CIFAR-10.*: a file is missing"):
         find_splits(name, root=tmp_path)
 
 
@@ -281,54 +283,39 @@ def test_a_binary_copy_that_is_cut_off_or_incomplete(small, tmp_path):
     file = folder / "data_batch_3.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(UsageError, match=r"data_batch_3\.bin has 61,459 bytes, no multiple of 3,0"):
+    with pytest.raises(UsageError, match=r"not the official binary version of CIFAR-10: .*3073"):
         find_splits("cifar10_lt", root=tmp_path)
     file.write_bytes(whole[:-3073])
-    with pytest.raises(UsageError, match="train: there are 99 images, not 100"):
+    with pytest.raises(UsageError, match="train needs 10 images of each class, found 9 of "):
         find_splits("cifar10_lt", root=tmp_path)
     file.unlink()
-    with pytest.raises(UsageError, match=r"lacks data_batch_3\.bin: CIFAR-10 is the folder"):
+    with pytest.raises(UsageError, match=r"No such file .*data_batch_3\.bin"):
         find_splits("cifar10_lt", root=tmp_path)
 
 
 def test_a_root_without_a_copy_says_which_download_is_meant(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").touch()
-    message = r"has cifar-10-python\.tar\.gz: CIFAR-10 is .*unpack cifar-10-python\.tar\.gz.*from"
+    message = "no parquet or arrow file.*CIFAR-10 is the folder cifar-10-batches-py or .*uoft-cs"
     with pytest.raises(UsageError, match=message):
         find_splits("cifar10_lt", root=tmp_path)
-    with pytest.raises(UsageError, match="is no folder: CIFAR-100 is the folder cifar-100-python"):
-        find_splits("cifar100_lt", root=tmp_path / "nowhere")
 
 
 def test_a_table_of_another_data_set_is_refused(hub_copies, small, tmp_path):
-    with pytest.raises(UsageError, match="no column 'fine_label' as uoft-cs/cifar100 has, only"):
+    with pytest.raises(UsageError, match="no column 'fine_label' of labels"):
         find_splits("cifar100_lt", root=hub_copies["cifar10_lt"][0])
     facts = dataclasses.replace(CIFAR10, names=CIFAR10.names[::-1])
     parquet(tmp_path / "train.parquet", facts, [0], [0])
-    with pytest.raises(UsageError, match="has no parquet file of test, only train"):
+    with pytest.raises(UsageError, match="unknown split for test=: 'test'"):
         find_splits("cifar10_lt", root=tmp_path)
     parquet(tmp_path / "test.parquet", facts, [0], [0])
-    with pytest.raises(UsageError, match=r"'label' are truck, ship, .* not those of CIFAR-10: air"):
+    with pytest.raises(
+        UsageError, match=r"classes .* are truck, ship, .* not those of CIFAR-10: air"
+    ):
         find_splits("cifar10_lt", root=tmp_path)
     test_only = small["cifar10_lt"]["test"]
     write_parquet(tmp_path / "b", "cifar10_lt", {"train": test_only, "test": test_only})
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="train needs 10 images of each class, found 2 of airpla"):
         find_splits("cifar10_lt", root=tmp_path / "b")
-    assert "10 of 10 classes have not 10 images: airplane has 2" in caught.value.problems[1]
-
-
-@pytest.mark.parametrize("none", [None, -1])
-def test_an_image_without_a_label_is_refused(small, tmp_path, none):
-    parts = small["cifar10_lt"]
-    labels = {part: stored.tolist() for part, (_, stored) in parts.items()}
-    labels["train"][3] = labels["train"][7] = labels["test"][0] = none
-    write_parquet(tmp_path, "cifar10_lt", {p: (parts[p][0], labels[p]) for p in parts})
-    with pytest.raises(UsageError) as caught:
-        find_splits("cifar10_lt", root=tmp_path)
-    assert caught.value.problems == [
-        "train: 2 images have no label, only null or -1: rows 3, 7",
-        "test: 1 images have no label, only null or -1: rows 0",
-    ]
 
 
 def test_a_tilde_is_the_home_directory(small, tmp_path, monkeypatch):
@@ -342,9 +329,8 @@ def test_a_tilde_is_the_home_directory(small, tmp_path, monkeypatch):
 
 def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    datasets.disable_progress_bars()
     for name, parts in small.items():
-        facts = FACTS[name]
+        facts = SPECS[name]
         order = np.arange(len(parts["train"][1])).reshape(len(facts.batches), -1)[::-1].ravel()
         stored = parts | {"train": tuple(array[order] for array in parts["train"])}
         write_parquet(tmp_path / name, name, stored)
@@ -353,18 +339,16 @@ def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_pa
         options = {"imbalance_factor": 5, "cache_dir": tmp_path / "prepared"}
         found = find_splits(name, **options)["train"]
         images, labels = parts["train"]
-        chosen = naive_subset(labels, 5, "exponential", facts.num_classes)
+        chosen = naive_subset(labels, 5, "exponential", len(facts.names))
         assert (np.stack([np.asarray(i) for i in found["image"]]) == images[chosen]).all()
-        del FACTS[name]
-    datasets.enable_progress_bars()
 
 
 def test_the_misspelt_class_of_the_hub_is_known(hub_copies, tmp_path):
-    root, labels = hub_copies["cifar100_lt"]
+    _, labels = hub_copies["cifar100_lt"]
     names = [{"crab": "cra"}.get(name, name) for name in CIFAR100.names]
-    facts = dataclasses.replace(CIFAR100, names=tuple(names))
+    facts = dataclasses.replace(CIFAR100, names=names)
     parquet(tmp_path / "train.parquet", facts, labels, range(50_000))
-    (tmp_path / "test.parquet").symlink_to(*root.rglob("test*"))
+    parquet(tmp_path / "test.parquet", facts, np.repeat(np.arange(100), 100), range(10_000))
     found = find_splits("cifar100_lt", root=tmp_path)
     assert found["train"].features["label"].names[26] == "crab"
 
@@ -388,38 +372,23 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path):
     found = find_splits("cifar10_lt", root=root, imbalance_factor=50, manifest=path)
     assert len(found["train"]) == 13996
     options = {"imbalance_factor": 50, "seed": 1, "manifest": path}
-    with pytest.raises(UsageError, match=r"not that of .*manifest\.json: indices_sha256 is"):
+    with pytest.raises(UsageError, match=r"differs from .*manifest\.json: indices_sha256 is"):
         find_splits("cifar10_lt", root=root, **options)
-    with pytest.raises(UsageError, match="num_images is 12406, there 13996"):
+    with pytest.raises(UsageError, match="num_images is 12406, not 13996"):
         find_splits("cifar10_lt", root=root, manifest=path)
     manifest["indices"][7] += 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="its indices are others"):
+    with pytest.raises(UsageError, match="the indices differ"):
         find_splits("cifar10_lt", root=root, imbalance_factor=50, manifest=path)
     path.write_text("{}")
-    with pytest.raises(UsageError, match="is no manifest: it has none of num_images"):
+    with pytest.raises(UsageError, match="is not a manifest: it has none of num_images"):
         find_splits("cifar10_lt", root=root, manifest=path)
 
 
-def test_a_manifest_of_any_subset():
-    manifest = subset_manifest([0, 2, 1, 2], [3, 0], num_classes=4, note="mine")
-    assert (manifest["note"], manifest["class_counts"]) == ("mine", [1, 0, 1, 0])
-    # sha256sum of the sixteen bytes 03 00 ... 00 00 00 ... 00
-    digest = hashlib.sha256(bytes([3] + [0] * 15)).hexdigest()
-    assert manifest["indices_sha256"] == digest
-    with pytest.raises(UsageError, match=r"indices\[0\] = 4 is not below"):
-        subset_manifest([0, 1], [4])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"imbalance_factor": 0.01}, "their 0.01 is 100 here"),
+def test_options_out_of_range(hub_copies):
+    for options, message in (
         ({"imbalance_factor": 501}, "at most max_count"),
-        ({"profile": "exp"}, "exponential, step, pareto"),
         ({"seed": -1}, "seed must be an integer from 0"),
-    ],
-)
-def test_options_out_of_range(hub_copies, options, message):
-    with pytest.raises(UsageError, match=message):
-        find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], **options)
+    ):
+        with pytest.raises(UsageError, match=message):
+            find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], **options)

@@ -311,7 +311,10 @@ def test_columns_of_a_data_set_that_are_not_used_are_named_once(caplog):
         (DataLoader([1]), ["a DataLoader is no data set"]),
         (Stream(), ["a Stream is no data set"]),
         ({"train": datasets.IterableDataset.from_generator(lambda: iter(()))}, ["is a stream"]),
-        (datasets.Dataset.from_dict({"label": [0]}), ["no column of images, only label"]),
+        (
+            datasets.Dataset.from_dict({"label": [0]}),
+            ["no column of images; the columns are label"],
+        ),
         ({"unsupervised": [("a.png", 0)]}, ["unsupervised", "train, val, test"]),
         ({"val": [("a.png", 0)], "valid": [("b.png", 0)]}, ["two splits are for val"]),
     ],

@@ -65,7 +65,7 @@ def test_labels_far_apart_are_counted_by_name(large):
     found = inspect_splits({"train": train, "test": train})
     assert found.label_names == ["0", "7", str(large)]
     assert found.class_counts == {"train": [2, 2, 2], "test": [2, 2, 2]}
-    assert any(f"of {large + 1} classes have no image" in problem for problem in found.problems)
+    assert any(f"of {large + 1:,} classes have no image" in problem for problem in found.problems)
 
 
 def test_what_is_damaged_and_how_large_the_others_are(three_splits):
@@ -184,7 +184,7 @@ def test_whatever_can_be_is_inspected_of_splits_that_cannot_be_trained_on():
     found = inspect_splits({"train": good, "val": bad})
     assert found.class_counts == {"train": [2, 0, 1, 1]}
     assert found.imbalance_factor == 2
-    assert any("none can be held out for test" in problem for problem in found.problems)
+    assert any("fewer than 2 images" in problem for problem in found.problems)
     assert any("labels[2] = -1 is negative" in problem for problem in found.problems)
     none = inspect_splits({"test": bad}, quick=True)
     assert (none.class_counts, none.imbalance_factor, none.num_classes) == ({}, None, 0)

@@ -1,307 +1,375 @@
-"""Lists of images: every format against what is read line by line, every fault with its place."""
+"""The data set list: splits of lists of images, and every mistake found before training."""
 
-import csv
 import json
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from PIL import Image
 
-import timm_lt
-from timm_lt.data import list_files as reader
-from timm_lt.data import list_files as text
-from timm_lt.data import read_image_list
+from timm_lt.data import create_dataset, create_splits, hold_out, read_image_list
+from timm_lt.data.decode import encoded_images
 from timm_lt.data.list_files import Paths
+from timm_lt.data.lists import joined, missing_rows
+from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 
-LINES = [("a/1.jpg", 0), ("my photos/é 2.jpg", 12), ("b", 123456), ("3 4/5", 99999), ("c.jpg", 7)]
+COLOURS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
+LEAVE_OUT = "add images, or leave these classes out"
+GAP = f"{LEAVE_OUT}, e.g. with the data option min_images=1"
+NUMBERS = {"ant": 6, "bee": 4, "cat": 3}
 
 
-def written(folder, content, name="list.txt"):
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+@pytest.fixture
+def root(tmp_path):
+    """Images of three classes in two folders, and lists of them."""
+    lines = {"train": [], "val": [], "test": []}
+    for label, (name, colour) in enumerate(COLOURS.items()):
+        (tmp_path / "all photos" / name).mkdir(parents=True)
+        for split in lines:
+            for number in range(NUMBERS[name] if split == "train" else 1):
+                path = f"all photos/{name}/{split} {number}.png"
+                Image.new("RGB", (4, 4), colour).save(tmp_path / path)
+                lines[split].append(f"{path} {label}\n")
+    for split, listed in lines.items():
+        (tmp_path / f"{split}.txt").write_text("".join(listed))
+    return tmp_path
 
 
-def read(folder, content, name="list.txt"):
-    paths, labels = read_image_list(written(folder, content, name))
-    return list(zip(paths, labels.tolist(), strict=True))
+def problems_of(root, **options):
+    with pytest.raises(UsageError) as caught:
+        find_splits("list", root=root, **({"train": "train.txt"} | options))
+    owner = f"lists of images in {root}: "
+    # A single problem has its owner in front.
+    return [problem.removeprefix(owner) for problem in caught.value.problems]
 
 
-def in_plain_python(content):
-    pairs = (line.rsplit(None, 1) for line in content.split("\n") if line.strip())
-    return [(path, int(label)) for path, label in pairs]
+def test_lists_become_splits(root):
+    (root / "names.txt").write_text("Ant\nHoney bee\nCat\n")
+    lists = {split: f"{split}.txt" for split in ("train", "val", "test")}
+    splits = create_splits("list", root=str(root), label_names="names.txt", **lists)
+    assert splits.class_counts.tolist() == [6, 4, 3]
+    assert splits.label_names == ["Ant", "Honey bee", "Cat"]
+    assert splits.val_source == "val"
+    assert splits.labels["test"].tolist() == [0, 1, 2]
+    for split, dataset in splits.datasets.items():
+        for row, label in zip(dataset, splits.labels[split], strict=True):
+            assert_array_equal(np.asarray(row["image"])[0, 0], [*COLOURS.values()][label])
 
 
-# Paths may have blanks inside, not at their ends.
-names = st.text(st.sampled_from("ab 7/.é\t"), min_size=1, max_size=12).filter(
-    lambda name: name == name.strip()
-)
-labels = st.integers(0, 10**18 - 1) | st.integers(0, 11_000)
-lines = st.tuples(names, st.sampled_from([" ", "\t", "  ", " \t"]), labels, st.just("\n"))
-windows_lines = st.tuples(names, st.just(" "), labels, st.just("\r\n"))
-odd_lines = st.tuples(
-    names, st.just(" "), labels, st.sampled_from([" \n", "\r\n", "\n\n", "\n \r\n"])
-)
+def test_absolute_paths_of_every_system_do_not_start_at_the_root():
+    absolute = ["/a/1.png", r"C:\a\1.png", "d:/a/1.png", r"\\server\a\1.png"]
+    relative = ["a/1.png", r"a\1.png", "c:.png", "a/C:/1.png"]
+    expected = absolute + [f"/root/{path}" for path in relative]
+    # Backslashes become slashes, as there is no such file.
+    expected = [path.replace("\\", "/") for path in expected]
+    assert list(joined("/root", Paths(absolute + relative))) == expected
 
 
-@given(
-    st.lists(lines, min_size=1)
-    | st.lists(windows_lines, min_size=1)
-    | st.lists(lines | odd_lines, min_size=1),
-    st.integers(40, 90),
-)
-@example([("a", " ", 5, "\n")], 40)
-def test_text_is_read_as_line_by_line(tmp_path_factory, parts, block):
-    content = "".join(f"{path}{blank}{label}{end}" for path, blank, label, end in parts)
-    with pytest.MonkeyPatch.context() as patch:
-        # A few lines long, so that lines lie across the ends of blocks.
-        patch.setattr(text, "BLOCK", block)
-        found = read(tmp_path_factory.getbasetemp(), content)
-    assert found == in_plain_python(content)
+def test_without_names_classes_are_numbers(root):
+    train = create_dataset("list", root=root, train="train.txt", test="test.txt")
+    assert train.column_names == ["image", "label"]
+    assert not hasattr(train.features["label"], "names")
+    with pytest.raises(UsageError, match="no val split"):
+        create_dataset("list", split="val", root=root, train="train.txt")
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "  \n"])
-@pytest.mark.parametrize("blank", [" ", "\t", "   "])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_text_of_any_editor(tmp_path, end, blank, mark):
-    content = mark + end.join(f"{path}{blank}{label}" for path, label in LINES)
-    assert read(tmp_path, content) == LINES
-    assert read(tmp_path, content + end, "list.lst") == LINES
+def test_without_a_test_list_a_part_of_training_is_held_out(root):
+    found = find_splits("list", root=root, train="train.txt", test_fraction=0.4)
+    labels = [0] * 6 + [1] * 4 + [2] * 3
+    train, test = hold_out(labels, 0.4)
+    assert {split: rows["label"][:] for split, rows in found.items()} == {
+        "train": [labels[row] for row in train],
+        "test": [labels[row] for row in test],
+    }
+    assert create_splits("list", root=str(root), train="train.txt").val_source == "train"
+    assert problems_of(root, test_fraction=1) == ["test fraction must be a number in (0, 1), got 1"]
 
 
-def test_a_list_unpacks_and_its_paths_are_a_sequence_of_strings(tmp_path):
-    listed = timm_lt.read_image_list(written(tmp_path, "a/1.jpg 3\nb/2.jpg 0\nc/3.jpg 1\n"))
-    paths, labels = listed
-    assert listed.names is None
-    assert labels.dtype == np.int64
-    assert (paths[0], paths[-1], len(paths)) == ("a/1.jpg", "c/3.jpg", 3)
-    assert paths == ["a/1.jpg", "b/2.jpg", "c/3.jpg"]
-    assert paths[1:] == Paths(["b/2.jpg", "c/3.jpg"])
-    assert paths[::-2] == ["c/3.jpg", "a/1.jpg"]
-    assert pa.array(paths).to_pylist() == list(paths)
-    assert paths.take(np.array([2, 0])) == ["c/3.jpg", "a/1.jpg"]
-    assert repr(paths) == "Paths(['a/1.jpg', 'b/2.jpg', 'c/3.jpg'])"
-    with pytest.raises(IndexError):
-        paths[3]
+def test_paths_start_at_the_root_and_lists_are_found_there_or_here(root, tmp_path, monkeypatch):
+    (root / "here").mkdir()
+    monkeypatch.chdir(root / "here")
+    absolute = "".join(f"{root}/{line}\n" for line in (root / "test.txt").read_text().splitlines())
+    (root / "here" / "elsewhere.txt").write_text(absolute)
+    found = find_splits("list", root="..", train="train.txt", test="elsewhere.txt")
+    assert len(found["test"]) == 3
+    assert found["train"][12]["image"].getpixel((0, 0)) == COLOURS["cat"]
+    # The root comes first.
+    (root / "here" / "train.txt").write_text("")
+    assert len(find_splits("list", root="..", train="train.txt")["train"]) > 0
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_parts_of_paths(depth):
-    paths = ["a.jpg", "x/b.jpg", "x/y/c.jpg", "x/y/z/d.jpg", "/e.jpg", ""]
-    folders, tails = Paths(paths).parts(depth)
-    for path, folder, tail in zip(paths, folders, tails, strict=True):
-        split = path.rsplit("/", depth)
-        if len(split) > depth:
-            assert (folder, tail) == (split[0], "/".join(split[1:]))
-        else:
-            assert (folder, tail) == ("", path)
+def table(root, name, rows):
+    content = "".join(f"all photos/{label}/{file},{label}\n" for label, file in rows)
+    (root / name).write_text("path,label\n" + content)
+    return name
 
 
-TABLE = "id,filepath,label\n1,a/1.jpg,3\n2,b/2.jpg,0\n"
+def test_words_as_labels_mean_the_same_in_every_list(root):
+    images = [(name, f"train {i}.png") for name in ("cat", "ant", "bee") for i in range(3)]
+    train = table(root, "train.csv", images)
+    # By itself, this list would number "cat" as 0.
+    test = table(root, "test.csv", [("cat", "test 0.png")])
+    found = find_splits("list", root=root, train=train, test=test)
+    assert found["test"].features["label"].names == ["ant", "bee", "cat"]
+    assert found["test"]["label"][:] == [2]
+    assert found["train"]["label"][:] == [2] * 3 + [0] * 3 + [1] * 3
+    (root / "names.txt").write_text("cat\r\nbee\r\nant\r\n")
+    found = find_splits("list", root=root, train=train, test=test, label_names="names.txt")
+    assert found["train"]["label"][:] == [0] * 3 + [2] * 3 + [1] * 3
+    assert found["test"].features["label"].names == ["cat", "bee", "ant"]
+    (root / "names.txt").write_text("cat\nbee\n")
+    assert problems_of(root, train=train, test=test, label_names="names.txt") == [
+        "train list: 1 classes are not in label_names: ant"
+    ]
+    (root / "new.csv").write_text("path,label\nall photos/cat/test 0.png,dog\n")
+    assert problems_of(root, train=train, test="new.csv") == [
+        "test list: 1 classes are not in the train list: dog"
+    ]
+    for lists in ({"test": test}, {"train": train, "test": "test.txt"}):
+        (problem,) = problems_of(root, **lists)
+        assert "must both be class names or both be numbers; otherwise give" in problem
+
+
+def test_everything_wrong_is_found_together(root):
+    with (root / "train.txt").open("a") as file:
+        file.write("".join(f"all photos/ant/gone {i}.png 0\n" for i in range(7)))
+        file.write("all photos/ant/train 0.png 1\nall photos/ant/train 0.png 2\n")
+        file.write("all photos/bee/../ant/./train 1.png 4\n")
+        file.write("all photos/ant 0\n")
+    with (root / "test.txt").open("a") as file:
+        file.write("no such folder/x.png 1\nall photos/./cat//train 2.png 2\n")
+    (root / "val.txt").write_text("all photos/cat/val 0.png\n")
+    gone = ", ".join(f"{root}/all photos/ant/gone {i}.png" for i in range(5))
+    found = problems_of(root, val="val.txt", test="test.txt", label_names="none.txt")
+    assert found[0].startswith(f"val list: {root}/val.txt, line 1: expected a path, a blank and")
+    assert found[1:3] + found[4:] == [
+        f"train list: 8 of 24 files do not exist: {gone}, ...",
+        f"test list: 1 of 5 files do not exist: {root}/no such folder/x.png",
+        f"there is no file {root}/none.txt nor {Path.cwd()}/none.txt",
+    ]
+    assert found[3] == (
+        "3 images are listed more than once, here with their splits and labels: "
+        f"{root}/all photos/ant/train 0.png (train 0, train 1, train 2), "
+        f"{root}/all photos/ant/train 1.png (train 0, train 4), "
+        f"{root}/all photos/cat/train 2.png (train 2, test 2); keep one line for each"
+    )
+
+
+def test_a_missing_root_and_missing_lists(root):
+    for wrong, fault in ((root / "none", "does not exist"), (root / "val.txt", "is not a folder")):
+        assert problems_of(wrong, train=root / "train.txt") == [f"root '{wrong}' {fault}"]
+    assert problems_of(root, val="v.txt", test=root / "t.txt") == [
+        f"val list: there is no file {root}/v.txt nor {Path.cwd()}/v.txt",
+        f"test list: there is no file {root}/t.txt",
+    ]
+
+
+def test_a_wrong_root_is_named_where_no_file_is_there(root):
+    (problem,) = problems_of(root / "all photos", train=root / "train.txt")
+    assert problem.endswith(f", ...; relative paths start at the root {root}/all photos")
 
 
 @pytest.mark.parametrize(
-    ("content", "name"),
+    ("train", "options", "problem"),
     [
-        (TABLE, "l.csv"),
-        (TABLE, "l.txt"),
-        ("\ufeff" + TABLE.replace("\n", "\r\n"), "l.csv"),
-        (TABLE.replace(",", "\t"), "l.tsv"),
-        (TABLE.replace("filepath", "Image").replace("label", "target") + "\n\n", "l.csv"),
-        ("label,path\n3,a/1.jpg\n0,b/2.jpg", "l.csv"),
-        ("a/1.jpg,3\nb/2.jpg,0", "l.csv"),
-        ('class,file_name\n"3","a/1.jpg"\n0,"b/2.jpg"\n', "l.csv"),
+        (
+            [0, 0, 0, 9, 9, 9, *[10**15] * 3],
+            {},
+            "998 of 1,000,000,000,000,001 classes have no image: 1, 2, 3, 4, 5, ...",
+        ),
+        ([0, 0, 0, 1, 1], {}, "1 of 2 .* fewer than 3 images, one each for train, val, test: 1;"),
+        ([0, 1], {"val": [0, 1, 9**17], "test": [0]}, "val split: label 16677181699666569 is not"),
+        ([0, 2], {"val": [0, 2], "test": [2], "label_names": "abc"}, "1 of 3 .* no image: b;"),
+        ([0, 1], {"val": [0, 1], "test": [2], "label_names": "ab"}, "label 2 is not below"),
+        ([0, 1], {"val": [0, 1], "test": [0], "label_names": "aA"}, "1 class names .*'a' and 'A'"),
+        ([0, 1], {"val": [0, 1], "test": [0], "label_names": " a"}, "line 1 is empty"),
+        ([0, 1], {"val": [0, 1], "test": [0], "label_names": ""}, "line 1 is empty"),
     ],
 )
-def test_tables(tmp_path, content, name):
-    assert read(tmp_path, content, name) == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+def test_classes_that_cannot_be_trained(tmp_path, train, options, problem):
+    for split, labels in {"train": train, **options}.items():
+        if split == "label_names":
+            (tmp_path / "names.txt").write_text("\n".join(labels))
+            options[split] = "names.txt"
+            continue
+        for row in range(len(labels)):
+            Image.new("L", (1, 1)).save(tmp_path / f"{split}{row}.png")
+        lines = [f"{split}{row}.png {label}\n" for row, label in enumerate(labels)]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+        options = options | {split: f"{split}.txt"}
+    with pytest.raises(UsageError, match=problem) as caught:
+        find_splits("list", root=tmp_path, **options)
+    assert len(caught.value.problems) == 1
 
 
-def test_quoted_fields_and_words_as_labels(tmp_path):
-    rows = [("a, b/1.jpg", "sea lion"), ('say "x".jpg', "ant"), ("c.jpg", "sea lion")]
-    with (tmp_path / "l.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "category"), *rows])
-    listed = read_image_list(tmp_path / "l.csv")
-    assert listed.names == ["ant", "sea lion"]
-    assert listed.labels.tolist() == [1, 0, 1]
-    assert listed.paths == [path for path, _ in rows]
+def test_annotations_say_how_many_classes_there_are(root):
+    entries = [{"path": f"all photos/ant/train {i}.png", "category_id": 0} for i in range(4)]
+    (root / "l.json").write_text(json.dumps({"annotations": entries, "num_classes": 2}))
+    assert problems_of(root, train="l.json") == [
+        f"train split: 1 of 2 classes have no image: 1; {GAP}"
+    ]
 
 
-def test_a_table_of_words_needs_no_header_where_paths_end_as_images_do(tmp_path):
-    for name, blank in (("l.csv", ","), ("l.tsv", "\t")):
-        file = written(tmp_path, f"a/1.JPG{blank}sea lion\nb/2.png{blank}ant\n", name)
-        listed = read_image_list(file)
-        assert (listed.paths, listed.labels.tolist()) == (["a/1.JPG", "b/2.png"], [1, 0])
-        assert listed.names == ["ant", "sea lion"]
-    with pytest.raises(
-        UsageError, match=r"has no header.*: its first line is 'a\.jpg', 'ant', '3'"
-    ):
-        read_image_list(written(tmp_path, "a.jpg,ant,3\n", "l.csv"))
-    with pytest.raises(UsageError, match="has no column of paths: its first line is 'img', 'cls'"):
-        read_image_list(written(tmp_path, "img,cls\na.jpg,ant\n", "l.csv"))
+def test_files_are_missing_where_there_is_no_file(tmp_path):
+    for name in ("a/b/1", "a/2", "c/3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/link").symlink_to(tmp_path / "c/3")
+    (tmp_path / "a/broken").symlink_to(tmp_path / "c/none")
+    names = ["c/3", "a/b", "a/2", "a/b/1", "a/b/2", "a/link", "a/broken", "a/2/x", "d/4", "\0/5"]
+    paths = Paths([f"{tmp_path}/{name}" for name in names])
+    assert missing_rows(paths).tolist() == [
+        row for row, name in enumerate(names) if "\0" in name or not (tmp_path / name).is_file()
+    ]
 
 
-@pytest.mark.parametrize("key", ["fpath", "im_path", "file_name"])
-def test_annotations_with_paths(tmp_path, key):
-    entries = [{key: "a/1.jpg", "category_id": 3}, {key: "b/2.jpg", "category_id": 0}]
-    content = {"annotations": entries, "num_classes": 9}
-    assert read(tmp_path, json.dumps(content), "l.json") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
-    assert read_image_list(tmp_path / "l.json").num_classes == 9
-    assert read(tmp_path, json.dumps(entries), "l.txt") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+def save(root, paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(path), 0, 0)).save(root / path)
 
 
-def test_the_largest_label_is_one(tmp_path):
-    entries = [{"path": "a.jpg", "category_id": 2**63 - 1}]
-    assert read(tmp_path, json.dumps(entries), "l.json") == [("a.jpg", 2**63 - 1)]
-
-
-@pytest.mark.parametrize("start", ["{x}.jpg", "[1].jpg", "{ 7/a b"])
-def test_a_path_may_start_like_json(tmp_path, start):
-    expected = [(start, 0), ("b.jpg", 13)]
-    for end in ("\n", "\r\n"):
-        assert read(tmp_path, f"\ufeff{start} 0{end}b.jpg\t13") == expected
-    assert read(tmp_path, f"{start} 7") == [(start, 7)]
-    assert read(tmp_path, f"{start},0\nb.jpg,13", "l.csv") == expected
-
-
-def test_a_long_line_of_json_is_json_wherever_it_is_cut(tmp_path, monkeypatch):
-    entries = [{"path": "a.jpg", "label": 1234}]
-    for length in range(2, 40):
-        monkeypatch.setattr(reader, "START", length)
-        assert read(tmp_path, json.dumps(entries)) == [("a.jpg", 1234)]
-
-
-def coco(**changed):
+def files(found):
     return {
-        "images": [{"id": 7, "file_name": "x.jpg"}, {"id": 5, "file_name": "y.jpg"}],
+        split: [image["path"] for image in encoded_images(rows)["image"]]
+        for split, rows in found.items()
+    }
+
+
+def listed_with_splits(root, kind, values):
+    """A list of four images of each of two classes for each value of its column split."""
+    rows = [(f"{v}/{c}{i}.png", c, v) for v in values for c in ("ant", "bee") for i in range(4)]
+    save(root, [path for path, _, _ in rows])
+    if kind == "csv":
+        lines = [f"{path},{v},{c}" for path, c, v in rows]
+        (root / "all.csv").write_text("\n".join(["path,Split,label", *lines]))
+        return "all.csv", rows
+    key = {"bbn": "path", "coco": "file_name"}[kind]
+    entries = [{key: p, "split": v, "category_id": int(c == "bee")} for p, c, v in rows]
+    content = {"annotations": entries}
+    if kind == "coco":
+        content = {
+            "images": [{"id": "bare", "file_name": "bare.png", "split": "test"}]
+            + [{"id": p, "file_name": p, "split": v} for p, _, v in rows],
+            "annotations": [{"image_id": p, "category_id": int(c == "bee")} for p, c, _ in rows],
+            "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
+        }
+    (root / "all.json").write_text(json.dumps(content))
+    return "all.json", rows
+
+
+@pytest.mark.parametrize("kind", ["csv", "bbn", "coco"])
+@pytest.mark.parametrize(
+    "values", [("train", "val", "test"), ("Train", "VALID", "Test"), ("TRAINING", "dev")]
+)
+def test_a_column_of_splits_is_used(tmp_path, kind, values):
+    name, rows = listed_with_splits(tmp_path, kind, values)
+    split = dict(zip(values, ("train", "val", "test"), strict=False))
+    found = files(find_splits("list", root=tmp_path, train=name))
+    assert ("val" in found, len(found["val"])) == (True, 8)
+    if len(values) < 3:
+        # Held out of train.
+        assert sorted(found["train"] + found.pop("test")) == sorted(
+            f"{tmp_path}/{path}" for path, _, value in rows if split[value] == "train"
+        )
+        return
+    for path, _, value in rows:
+        assert f"{tmp_path}/{path}" in found[split[value]]
+    # The same list for each split is the same.
+    same = find_splits("list", root=tmp_path, train=name, val=name, test=name)
+    assert files(same) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "owner", "present"),
+    [
+        (("train", "val"), {"train": "all.csv", "val": "val.txt"}, "all.csv", "train, val"),
+        (("train", "val"), {"train": "train.txt", "test": "all.csv"}, "all.csv", "train, val"),
+        (("train", "test"), {"train": "train.txt", "test": "all.csv"}, "all.csv", "train, test"),
+        (("val", "test"), {"train": "all.csv"}, "all.csv", "val, test"),
+    ],
+)
+def test_a_column_of_splits_that_does_not_fit_is_refused(root, values, options, owner, present):
+    listed_with_splits(root, "csv", values)
+    problem = problems_of(root, **options)[0]
+    assert f"the split column of {root}/{owner} has images of {present}: give" in problem
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path, caplog):
+    save(tmp_path, [f"{c}{i}.png" for c in "ab" for i in range(3)])
+    lines = [f"{i},{c}{i}.png,{c},2020" for c in "ab" for i in range(3)]
+    (tmp_path / "l.csv").write_text("\n".join([",path,label,year", *lines]))
+    find_splits("list", root=tmp_path, train="l.csv")
+    said = f"{tmp_path}/l.csv: columns that are not used: '', year"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def camera_traps(root):
+    """A list as COCO Camera Traps has it."""
+    counts = {"empty": 5, "deer": 4, "lynx": 2}
+    images = [(f"{c}\\{i}.png", f"id-{c}-{i}", c) for c, n in counts.items() for i in range(n)]
+    save(root, [file.replace("\\", "/") for file, _, _ in images] + ["bare.png"])
+    extra = {"seq_id": "s1", "seq_num_frames": 3, "location": 7, "license": 1, "width": 4}
+    content = {
+        "info": {"version": "1"},
+        "licenses": [{"id": 1}],
+        "images": [{"id": i, "file_name": file, **extra} for file, i, _ in images]
+        + [{"id": "bare", "file_name": "bare.png"}],
         "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 90},
-            {"id": 2, "image_id": 7, "category_id": 1},
-            {"id": 3, "image_id": 5, "category_id": 90},
+            {"id": f"a{k}-{i}", "image_id": i, "category_id": [*counts].index(c), "bbox": [0] * 4}
+            for _, i, c in images
+            for k in range(2)
         ],
-        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}],
-    } | changed
+        "categories": [{"id": k, "name": c} for k, c in enumerate([*counts, "wolf", "bear"])],
+    }
+    (root / "train.json").write_text(json.dumps(content))
 
 
-def test_annotations_of_images_and_categories(tmp_path):
-    listed = read_image_list(written(tmp_path, json.dumps(coco()), "l.json"))
-    assert (list(listed.paths), listed.labels.tolist()) == (["x.jpg", "y.jpg"], [0, 1])
-    assert listed.names == ["person", "toothbrush"]
-    bare = coco()
-    del bare["categories"]
-    assert read(tmp_path, json.dumps(bare)) == [("x.jpg", 1), ("y.jpg", 90)]
+def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
+    camera_traps(tmp_path)
+    splits = create_splits("list", root=str(tmp_path), train="train.json", min_images=3)
+    assert splits.label_names == ["empty", "deer"]
+    found = [
+        (Path(image["path"]).parent.name, label)
+        for rows in splits.datasets.values()
+        for image, label in zip(
+            *(rows.data[c].to_pylist() for c in ("image", "label")), strict=True
+        )
+    ]
+    assert set(found) == {("empty", 0), ("deer", 1)}
+    text = caplog.text
+    assert "1 of 12 images have no annotation and are left out: bare.png" in text
+    assert "categories that have no image are left out: 2 of 5 (wolf, bear)" in text
+    assert "columns that are not used: license, location, seq_id, seq_num_frames, width" in text
+    # The numbering of the list itself stays, for it may be that of other lists.
+    assert read_image_list(tmp_path / "train.json").names == [
+        "empty",
+        "deer",
+        "lynx",
+        "wolf",
+        "bear",
+    ]
 
 
-FAULTS = {
-    "no label": ("a 1\nb.jpg\nc 2\n", "line 2: 'b.jpg' has no label"),
-    "no path": ("a 1\n\n 7\n", "line 3: ' 7' has no label"),
-    "no path behind a mark": ("\ufeff 7\n", "line 1: ' 7' has no label"),
-    "other blank": ("a\u30007\n", "line 1: .* has no label"),
-    "word": ("a 1\nb 2\n\nc/d.jpg x7\n", "line 4: label 'x7' is not a non-negative integer"),
-    "negative": ("a -1\n", "line 1: label '-1' is not"),
-    "fraction": ("a 1.0\n", "line 1: label '1.0' is not"),
-    "too long": ("a 1234567890123456789\n", "line 1: label '1234567890123456789' is not"),
-    "comma": ("a b.jpg,1\n", "line 1: label 'b.jpg,1' is not.*named .csv"),
-    "bytes": (b"a 1\nb\xff 2\n", "line 2: byte 0xff is not UTF-8"),
-    "bytes and label": (b"a 1\nb\xe9 2\nb x\n", "line 2: byte 0xe9|line 3: label 'x'"),
-    "zero": ("a 1\nb 2\n".encode("utf-16-le"), "line 1: there is a zero byte inside"),
-    "return": ("a 1\nb\r2.jpg 1\n", "line 2: there is a carriage return inside"),
-    "old Mac": ("a 1\rb 1\rc 2", "line 1: there is a carriage return inside"),
-    "empty": ("", "list .*list.txt is empty"),
-    "blank": (" \n\r\n", "is empty"),
-}
-
-
-@pytest.mark.parametrize(("content", "message"), FAULTS.values(), ids=FAULTS)
-def test_faults_of_text_name_file_and_line(tmp_path, content, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        read(tmp_path, content)
-    assert "list.txt" in str(caught.value)
-
-
-def test_the_line_of_a_fault_is_counted_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", 64)
-    content = "".join(f"folder/{row}.jpg {row}\n" * (1 + row % 2) for row in range(40))
-    with pytest.raises(UsageError, match="line 61: label 'b' is not"):
-        read(tmp_path, content + "a b\n")
-    with pytest.raises(UsageError, match="line 61: byte 0xfe"):
-        read(tmp_path, content.encode() + b"a\xfe 1\n")
-    with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
-        read(tmp_path, content.replace("\n", "\r"))
-    with pytest.raises(UsageError, match="more than 64 bytes: it is no list"):
-        read(tmp_path, content + "a" * 200)
-
-
-TABLE_FAULTS = {
-    "columns": ("id,label\n1,2\n", "has no column of paths: its first line is 'id', 'label'"),
-    "no label": ("path,name\na,b\n", "has no column of labels.*label, target, class, category"),
-    "semicolon": ("path;label\na;1\n", "has no column of paths: its first line is 'path;label'"),
-    "fields": ("path,label\na,1\nb,c,2\n", "line 3: 3 fields, not 2: a field with a comma"),
-    "empty label": ("path,label\na,1\nb,\n", "line 3: no label"),
-    "empty path": ("path,label\n,1\n", "line 2: no path"),
-    "negative": ("path,label\na,1\nb,-1\n", "line 3: label '-1' is not a non-negative integer"),
-    "float": ("path,label\na,1.0\nb,2.0\n", "line 2: label '1.0' is not a non-negative integer"),
-    "mixed": ("path,label\na,ant\nb,2\n", "line 3: label '2' is an integer, unlike those above"),
-    "mixed later": ("path,label\na,1\nb,x\n", "line 3: label 'x' is no integer, unlike"),
-    "bytes": (b"path,label\na,1\n\xe9,2\n", "line 3: byte 0xe9 is not UTF-8"),
-    "empty": ("", "is empty"),
-    "header alone": ("path,label\n", "is empty"),
-}
-
-
-@pytest.mark.parametrize(("content", "message"), TABLE_FAULTS.values(), ids=TABLE_FAULTS)
-def test_faults_of_tables_name_file_and_line(tmp_path, content, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        read(tmp_path, content, "l.csv")
-    assert "l.csv" in str(caught.value)
-
-
-def entry(**values):
-    return {"annotations": [{"path": "a", "category_id": 0}, {"path": "b", **values}]}
-
-
-JSON_FAULTS = {
-    "syntax": ('{\n"annotations": [}', r"line 2, column 17: no JSON"),
-    "bytes": (b'{\n"\xff": 1}', "line 2: no UTF-8"),
-    "test set": ({"images": [], "info": {}}, "no 'annotations'.*found keys images, info"),
-    "number": ("7", "no 'annotations'.*found 7"),
-    "keys": ({"annotations": [{"x": 1}]}, "none of fpath.*; the first has x"),
-    "text": (entry(category_id="3"), r"annotations\[1\] has category_id '3', not an integer"),
-    "negative": (entry(category_id=-3), r"annotations\[1\] \(b\) has category_id -3.*negative"),
-    "beyond": (entry(category_id=4) | {"num_classes": 4}, "category_id 4, but num_classes is 4"),
-    "labels": (entry(category_id=10**22), r"category_id 10{22}, not an integer of at most 64 b"),
-    "long": (f"[{'7' * 5000}]", "a number that cannot be read: Exceeds the limit"),
-    "deep": ("[" * 100_000, "has lists in lists too deep"),
-    "half": (entry(path="\ud800", category_id=0), r"\[1\] has path '\\ud800', not a text in Uni"),
-    "count": (entry(category_id=4) | {"num_classes": 0}, "num_classes is 0, not an integer"),
-    "none": ({"annotations": []}, "is empty"),
-    "list": ({"annotations": [3]}, "'annotations' must be a list of objects"),
-    "image": (coco(images=[{"id": 5, "file_name": "y"}]), "1 annotations have .* no image: 7"),
-    "category": (coco(categories=[{"id": 1, "name": "a"}]), "2 annotations .* category: 90"),
-    "two": (
-        coco(annotations=[{"image_id": i, "category_id": c} for i, c in ((5, 1), (7, 1), (5, 90))]),
-        r"1 images have annotations of different categories: y\.jpg",
-    ),
-    "bare": (coco(annotations=[]), "is empty: it names no image with a label"),
-    "id": (coco(images=[{"id": 5.5, "file_name": "y"}]), "id 5.5, not an integer .* or a text"),
-    "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "images have an id more.*: 5"),
-    "names": (coco(categories=[{"id": i, "name": "a"} for i in (1, 90)]), "categories are named a"),
-}
-
-
-@pytest.mark.parametrize(("content", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS)
-def test_faults_of_annotations_name_file_and_place(tmp_path, content, message):
-    content = json.dumps(content) if isinstance(content, dict) else content
-    with pytest.raises(UsageError, match=message) as caught:
-        read(tmp_path, content, "l.json")
-    assert "l.json" in str(caught.value)
-
-
-def test_a_missing_list(tmp_path):
-    with pytest.raises(UsageError, match=r"list .*none\.txt does not exist"):
-        read_image_list(tmp_path / "none.txt")
-    with pytest.raises(UsageError, match="is no file"):
-        read_image_list(tmp_path)
+@pytest.mark.parametrize("names", [False, True])
+def test_small_classes_are_left_out(root, caplog, names):
+    if names:
+        (root / "names.txt").write_text("Ant\nBee\nCat\nDog\n")
+    options = {"label_names": "names.txt"} if names else {}
+    lists = {split: f"{split}.txt" for split in ("train", "val", "test")}
+    caplog.set_level("INFO", "timm_lt")
+    splits = create_splits("list", root=str(root), min_images=4, **lists, **options)
+    assert splits.class_counts.tolist() == [6, 4]
+    assert splits.label_names == (["Ant", "Bee"] if names else ["0", "1"])
+    assert splits.labels["test"].tolist() == [0, 1]
+    left_out = "Cat (3), Dog (0)" if names else "2 (3)"
+    number = "2 of 4" if names else "1 of 3"
+    assert f"min_images 4 leaves out {number} classes: {left_out}" in caplog.text
+    # Labels 0 and 2 are closed up.
+    lines = (root / "train.txt").read_text().splitlines(keepends=True)
+    (root / "gap.txt").write_text("".join(line for line in lines if not line.endswith("1\n")))
+    splits = create_splits("list", root=str(root), train="gap.txt", min_images=1)
+    assert splits.label_names == ["0", "2"]
+    assert problems_of(root, min_images=50) == ["no class has 50 images, as min_images requires"]

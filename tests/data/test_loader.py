@@ -241,7 +241,7 @@ def test_rows_of_a_hugging_face_data_set():
     loader = timm_lt.create_loader(rows, 8, 8, sampler=sampler, **TRAINING)
     assert shown(loader) == chunks(sampler.epoch_indices().tolist(), 8)
     assert timm_lt.dataset_labels(loader.dataset).tolist() == LABELS
-    with pytest.raises(timm_lt.UsageError, match="no column of images, only labels"):
+    with pytest.raises(timm_lt.UsageError, match="no column of images; the columns are labels"):
         timm_lt.create_loader(rows.select_columns(["labels"]), 8, 8)
 
 

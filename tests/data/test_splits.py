@@ -1,15 +1,21 @@
-"""Splits are checked before training; what is wrong is named by split and class."""
+"""Hold-out, the identity of images, and the checks of splits before training."""
 
 import os
+from itertools import product
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Value
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from timm_lt.data import create_splits
+from timm_lt.data import create_dataset, create_splits, hold_out, register_dataset
+from timm_lt.data.decode import encoded_images
+from timm_lt.data.given import folder_of, given_splits
 from timm_lt.data.images import label_tensor
-from timm_lt.data.sources import dataset_from_arrays, dataset_from_files
+from timm_lt.data.sources import DATASETS, dataset_from_arrays, dataset_from_files
 from timm_lt.data.splits import Splits, image_keys, path_keys, split_digests
 from timm_lt.utils.checks import UsageError
 
@@ -22,7 +28,7 @@ def dataset_of(labels, names=NAMES, *, named=True):
     images = np.broadcast_to(images, (len(labels), 4, 6, 3))
     # A ClassLabel refuses labels beyond its names itself; Value does not.
     dataset = dataset_from_arrays(np.ascontiguousarray(images), np.array(labels), names)
-    return dataset if named else dataset.cast_column("label", Value("int64"))
+    return dataset if named else dataset.cast_column("label", datasets.Value("int64"))
 
 
 def three(*, named=True, **changed):
@@ -42,38 +48,26 @@ def test_splits_know_labels_counts_and_names():
     }
 
 
-def test_without_names_the_training_labels_say_how_many_classes():
-    splits = Splits.from_datasets(three(named=False))
-    assert splits.label_names is None
-    assert splits.num_classes == 3
-
-
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_an_empty_split_is_named(split):
-    datasets = three()
-    datasets[split] = datasets[split].select([])
-    with pytest.raises(UsageError, match=f"the {split} split has no images"):
-        Splits.from_datasets(datasets)
-
-
-def test_a_missing_split_is_named():
-    datasets = three()
-    del datasets["train"]
-    with pytest.raises(UsageError, match="the train split has no images"):
-        Splits.from_datasets(datasets)
-    datasets = three()
-    del datasets["test"]
-    with pytest.raises(UsageError, match="the test split has no images"):
-        Splits.from_datasets(datasets, protocol="paper")
+def test_a_missing_or_empty_split_is_named():
+    for split, protocol in (("train", "standard"), ("test", "paper")):
+        found = three()
+        del found[split]
+        with pytest.raises(UsageError, match=f"the {split} split has no images"):
+            Splits.from_datasets(found, protocol=protocol)
+    for split in ("train", "val", "test"):
+        found = three()
+        found[split] = found[split].select([])
+        with pytest.raises(UsageError, match=f"the {split} split has no images"):
+            Splits.from_datasets(found)
 
 
 @pytest.mark.parametrize("with_val", [True, False])
 def test_a_part_of_each_class_is_held_out_for_the_test(with_val):
     train = [0] * 20 + [1] * 10 + [2] * 3
-    datasets = {"train": dataset_of(train)}
+    found = {"train": dataset_of(train)}
     if with_val:
-        datasets["val"] = dataset_of([0, 1, 2])
-    splits = Splits.from_datasets(datasets)
+        found["val"] = dataset_of([0, 1, 2])
+    splits = Splits.from_datasets(found)
     assert torch.bincount(splits.labels["test"]).tolist() == [4, 2, 1]
     assert splits.class_counts.tolist() == ([16, 8, 2] if with_val else [13, 6, 1])
     assert splits.val_source == ("val" if with_val else "train")
@@ -81,14 +75,14 @@ def test_a_part_of_each_class_is_held_out_for_the_test(with_val):
     parts = ["train", "test"] if with_val else ["train", "val", "test"]
     rows = [image.getpixel((0, 0))[0] for part in parts for image in splits.datasets[part]["image"]]
     assert sorted(rows) == list(range(33))
-    larger = Splits.from_datasets(datasets, test_fraction=0.4)
+    larger = Splits.from_datasets(found, test_fraction=0.4)
     assert torch.bincount(larger.labels["test"]).tolist() == [8, 4, 1]
 
 
 def test_a_class_with_too_few_images_for_the_splits_is_named():
     message = (
         r"^train split: 2 of 3 classes have fewer than 3 images, one each for train, val, test: "
-        r"1 \(bee\), 2 \(cat\); give splits"
+        r"bee, cat; add images"
     )
     with pytest.raises(UsageError, match=message):
         Splits.from_datasets({"train": dataset_of([0, 0, 0, 1, 1, 2])})
@@ -97,9 +91,9 @@ def test_a_class_with_too_few_images_for_the_splits_is_named():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"train": [0, 0, 2]}, r"^train split: 1 of 3 classes have no image: 1 \(bee\)$"),
-        ({"train": [1]}, r"^train split: 2 of 3 classes have no image: 0 \(ant\), 2 \(cat\)$"),
-        ({"val": [0, 1]}, r"^val split: 1 of 3 classes have no image: 2 \(cat\)$"),
+        ({"train": [0, 0, 2]}, r"^train split: 1 of 3 classes have no image: bee; add images, or"),
+        ({"train": [1]}, r"^train split: 2 of 3 classes have no image: ant, cat; add"),
+        ({"val": [0, 1]}, r"^val split: 1 of 3 classes have no image: cat; add"),
     ],
 )
 def test_a_class_without_image_is_named(changed, message):
@@ -107,53 +101,49 @@ def test_a_class_without_image_is_named(changed, message):
         Splits.from_datasets(three(**changed))
 
 
-def test_a_class_without_image_is_named_by_number_where_it_has_no_name():
-    with pytest.raises(UsageError, match=r"^val split: 1 of 3 classes have no image: 2$"):
-        Splits.from_datasets(three(named=False, val=[0, 1]))
-
-
-def test_a_label_that_is_far_too_large_is_told_without_counting_up_to_it():
-    datasets = three(named=False, train=[0, 0, 1, 1, 2 * 10**18, 2 * 10**18])
-    message = r"^train split: 1999999999999999998 of 2000000000000000001 .*: 2, 3, 4, 5, 6, \.\.\.$"
+def test_a_label_that_is_far_too_large_is_reported_without_counting_up_to_it():
+    labels = [0, 0, 0, 1, 1, 1, *[2 * 10**18] * 3]
+    message = (
+        r"train split: 1,999,999,999,999,999,998 of 2,000,000,000,000,000,001 classes have no "
+        r"image: 2, 3, 4, 5, 6, \.\.\.;"
+    )
     with pytest.raises(UsageError, match=message):
-        Splits.from_datasets(datasets)
-    del datasets["val"]
-    with pytest.raises(UsageError, match=message):
-        Splits.from_datasets(datasets)
+        Splits.from_datasets(three(named=False, train=labels))
 
 
-def test_only_the_first_missing_classes_are_named():
-    names = [f"c{i}" for i in range(9)]
-    datasets = {split: dataset_of(range(9), names) for split in ("train", "val", "test")}
-    datasets["val"] = dataset_of([0], names)
-    with pytest.raises(UsageError, match=r"8 of 9 .*: 1 \(c1\).*, 5 \(c5\), \.\.\.$"):
-        Splits.from_datasets(datasets)
+def test_class_names_of_a_table_may_differ_in_case_only():
+    names = ["a", "A", "b"]
+    parts = {split: dataset_of([0, 1, 2], names) for split in ("train", "val", "test")}
+    assert Splits.from_datasets(parts).label_names == names
 
 
 def test_a_class_without_test_image_is_allowed():
     assert Splits.from_datasets(three(test=[0, 0])).num_classes == 3
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_a_label_beyond_the_classes_is_named(split):
-    with pytest.raises(UsageError, match=rf"^{split} split: labels\[1\] = 3 is not below"):
-        Splits.from_datasets(three(named=False, **{split: [0, 3, 1, 2]}))
-
-
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_negative_label_is_named(split):
-    with pytest.raises(UsageError, match=rf"^{split} split: labels\[0\] = -1 is negative"):
-        Splits.from_datasets(three(named=False, **{split: [-1, 0, 1, 2]}))
+@pytest.mark.parametrize(
+    ("split", "label", "message"),
+    [
+        ("val", 3, "label 3 is not below the number of classes, 3"),
+        ("test", 3, "label 3 is not below the number of classes, 3"),
+        ("train", -1, r"labels\[0\] = -1 is negative"),
+        ("test", -1, r"labels\[0\] = -1 is negative"),
+    ],
+)
+def test_a_label_out_of_range_is_named(split, label, message):
+    assert Splits.from_datasets(three(named=False)).num_classes == 3
+    with pytest.raises(UsageError, match=f"{split} split: {message}"):
+        Splits.from_datasets(three(named=False, **{split: [label, 0, 1, 2]}))
 
 
 def test_splits_that_number_their_classes_differently_are_refused():
-    datasets = three()
-    datasets["test"] = dataset_of([0, 1, 2], ["ant", "cat", "bee"])
-    with pytest.raises(UsageError, match=r"test split: label 1 is class 'cat', in .* 'bee'"):
-        Splits.from_datasets(datasets)
-    datasets["test"] = dataset_of([0, 1, 2], [*NAMES, "dog"])
-    with pytest.raises(UsageError, match=r"test split: label 3 is class 'dog', in .* None"):
-        Splits.from_datasets(datasets)
+    found = three()
+    found["test"] = dataset_of([0, 1, 2], ["ant", "cat", "bee"])
+    with pytest.raises(UsageError, match="test split: label 1 is class 'cat', not 'bee'"):
+        Splits.from_datasets(found)
+    found["test"] = dataset_of([0, 1, 2], [*NAMES, "dog"])
+    with pytest.raises(UsageError, match="test split: label 3 is class 'dog', not None"):
+        Splits.from_datasets(found)
 
 
 def test_images_of_a_split_are_decoded_with_its_labels():
@@ -169,22 +159,20 @@ def test_images_of_a_split_are_decoded_with_its_labels():
 
 def test_create_splits_makes_all_three_of_a_data_set():
     splits = create_splits("digits_lt")
-    assert splits.num_classes == 10
+    assert (splits.num_classes, splits.val_source, len(splits.datasets["val"])) == (10, "val", 200)
     assert set(splits.datasets) == {"train", "val", "test"}
     assert splits.class_counts.equal(torch.bincount(splits.labels["train"]))
-    with pytest.raises(UsageError, match="unknown data set 'digitslt'"):
-        create_splits("digitslt")
-    with pytest.raises(UsageError, match="needs no root"):
-        create_splits("digits_lt", root="somewhere")
 
 
 def test_the_problems_of_all_splits_are_reported_together():
     with pytest.raises(UsageError) as caught:
         Splits.from_datasets(three(train=[0, 1], val=[2]))
-    assert caught.value.problems == [
-        "train split: 1 of 3 classes have no image: 2 (cat)",
-        "val split: 2 of 3 classes have no image: 0 (ant), 1 (bee)",
+    starts = [
+        "train split: 1 of 3 classes have no image: cat;",
+        "val split: 2 of 3 classes have no",
     ]
+    for problem, start in zip(caught.value.problems, starts, strict=True):
+        assert problem.startswith(start)
 
 
 def test_digests_tell_which_split_has_other_images_wherever_the_files_lie():
@@ -222,3 +210,175 @@ def test_keys_are_the_same_on_windows(monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
     assert path_keys([r"C:\photos\train\cat\1.jpg"]) == ["cat/1.jpg"]
     assert path_keys([r"/photos\train\cat\1.jpg"], "/photos") == ["cat/1.jpg"]
+
+
+COUNTS = [100, 30, 8, 3, 2]
+LABELS = torch.repeat_interleave(torch.arange(5), torch.tensor(COUNTS))[torch.randperm(143)]
+
+
+def test_every_class_gives_its_share_and_keeps_an_image():
+    train, val = hold_out(LABELS, 0.2, seed=1)
+    # 0.2 n, rounded: 20, 6, 1.6, 0.6, 0.4 (but at least one).
+    assert torch.bincount(LABELS[val]).tolist() == [20, 6, 2, 1, 1]
+    assert torch.bincount(LABELS[train]).tolist() == [80, 24, 6, 2, 1]
+    assert sorted(train.tolist() + val.tolist()) == list(range(143))
+    assert torch.bincount(LABELS[hold_out(LABELS, 0.9)[0]]).tolist() == [10, 3, 1, 1, 1]
+
+
+def test_it_depends_on_the_seed_alone_and_on_every_image_alike():
+    one, again, other = (hold_out(LABELS, seed=seed)[1] for seed in (3, 3, 4))
+    assert one.equal(again)
+    assert not one.equal(other)
+    hits = torch.zeros(143)
+    for seed in range(500):
+        hits[hold_out(LABELS, 0.2, seed=seed)[1]] += 1
+    # Each image of the largest class is held out with probability 1 / 5: sd 8.9 of 500.
+    assert (hits[LABELS == 0] - 100).abs().max() < 4.5 * 8.95
+
+
+def test_with_keys_an_added_image_moves_one_other_at_most_and_rows_do_not_matter():
+    def held(keys, labels):
+        return {keys[row] for row in hold_out(labels, 0.2, seed=1, keys=keys)[1].tolist()}
+
+    labels = LABELS.tolist()
+    keys = [f"{label}/{row}.jpg" for row, label in enumerate(labels)]
+    before = held(keys, labels)
+    order = torch.randperm(143).tolist()
+    assert held([keys[row] for row in order], [labels[row] for row in order]) == before
+    assert torch.bincount(torch.tensor([int(key[0]) for key in before])).tolist() == [
+        *(20, 6, 2, 1, 1)
+    ]
+    for number in range(20):
+        new = f"1/new {number}.jpg"
+        # Of 31 images 6 are held out too, so a new one among them takes the place of one.
+        moved = held([new, *keys], [1, *labels]) ^ before
+        assert len(moved) in (0, 2)
+        assert len(moved - {new}) <= 1
+        assert all(key.startswith("1/") for key in moved)
+    hits = torch.zeros(143)
+    for seed in range(500):
+        hits[hold_out(LABELS, 0.2, seed=seed, keys=keys)[1]] += 1
+    assert (hits[LABELS == 0] - 100).abs().max() < 4.5 * 8.95
+    with pytest.raises(UsageError, match="142 keys, 143 labels"):
+        hold_out(LABELS, keys=keys[1:])
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "message"),
+    [
+        ([0, 0, 1, 2, 2, 3], 0.2, "2 of 4 classes have only one image.*: 1, 3; give a val"),
+        ([0, 0, 10**18], 0.2, "1 of 2 classes have only one image.*: 1000000000000000000;"),
+        ([0, 0], 0.0, r"fraction must be a number in \(0, 1\)"),
+        ([0, 0], 1.0, r"fraction must be a number in \(0, 1\)"),
+        ([], 0.2, "must not be empty"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(labels, fraction, message):
+    with pytest.raises(UsageError, match=message):
+        hold_out(labels, fraction)
+
+
+@pytest.fixture
+def without_val():
+    """A registered data set that has no validation split."""
+
+    @register_dataset("without_val")
+    def source(split, *, rows=40):
+        if split == "val":
+            return None
+        column = datasets.Features(
+            {"image": datasets.Value("int64"), "label": datasets.ClassLabel(2)}
+        )
+        given = {"image": list(range(rows)), "label": [i % 2 for i in range(rows)]}
+        return datasets.Dataset.from_dict(given, column)
+
+    yield "without_val"
+    del DATASETS._parts["without_val"]
+
+
+def test_a_data_set_without_validation_split_gives_a_part_of_train(without_val):
+    splits = create_splits(without_val, val_fraction=0.25)
+    assert splits.val_source == "train"
+    rows = {split: splits.datasets[split]["image"][:] for split in ("train", "val", "test")}
+    assert len(rows["val"]) == 10
+    assert sorted(rows["train"] + rows["val"]) == list(range(40)) == rows["test"]
+    # Class counts are those that are trained on.
+    assert splits.class_counts.tolist() == [15, 15]
+    assert splits.labels["val"].tolist() == [row % 2 for row in rows["val"]]
+    with pytest.raises(UsageError, match="has no val split: hold out a part of train"):
+        create_dataset(without_val, split="val")
+
+
+def _held_out(door, root, tmp_path):
+    """Returns the names of the images of each split of a folder, a list or a table."""
+    files = sorted(root.rglob("*.png"))
+    labels = [["cat", "dog"].index(path.parent.name) for path in files]
+    if door == "folder":
+        splits = create_splits("folder", root=str(root / "2019"))
+    elif door == "list":
+        lines = [f"{f.relative_to(root)} {c}\n" for f, c in zip(files, labels, strict=True)]
+        (tmp_path / "train.txt").write_text("".join(lines))
+        splits = create_splits("list", root=str(root), train=tmp_path / "train.txt")
+    else:
+        table = tmp_path / "train.parquet"
+        rows = {"image": [{"bytes": f.read_bytes(), "path": "1.png"} for f in files]}
+        columns = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        datasets.Dataset.from_dict(rows | {"label": labels}, columns).to_parquet(table)
+        splits = create_splits("hub", root=str(table), cache_dir=str(tmp_path / "cache"))
+    known = {path.read_bytes(): path.name for path in files}
+    return {
+        split: {
+            known[image["bytes"] or Path(image["path"]).read_bytes()]
+            for image in encoded_images(rows)["image"]
+        }
+        for split, rows in splits.datasets.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("door", "added"),
+    [
+        ("folder", "2019/dog/new.png"),
+        ("list", "2020/dog/new.png"),
+        ("table", "2019/dog/new.png"),
+    ],
+)
+def test_an_image_of_another_class_or_folder_moves_nothing(tmp_path, door, added):
+    root = tmp_path / "photos"
+    noise = np.random.default_rng(0)
+
+    def save(path):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (4, 4, 3), np.uint8)).save(root / path)
+
+    for name, count in {"cat": 20, "dog": 8}.items():
+        for number in range(count):
+            save(f"2019/{name}/{name} {number}.png")
+    before = _held_out(door, root, tmp_path)
+    for number in range(8):
+        place = added.replace("new", f"new {number}")
+        save(place)
+        after = _held_out(door, root, tmp_path)
+        (root / place).unlink()
+        for split in ("val", "test"):
+            cats = [{name for name in part[split] if "cat" in name} for part in (before, after)]
+            assert cats[0] == cats[1]
+            # Into the place of one that is displaced, or without displacing one.
+            assert len(before[split] - after[split]) <= (f"new {number}.png" in after[split])
+            assert len(after[split] - before[split]) <= 1
+    root = root.rename(tmp_path / "moved photos")
+    assert _held_out(door, root, tmp_path) == before
+
+
+def test_the_same_files_are_held_out_through_every_door(tmp_path):
+    root = tmp_path / "photos"
+    for split, name, number in product(("train", "test"), ("cat", "dog"), range(12)):
+        path = root / split / name / "2020" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+    data = {split: ImageFolder(str(root / split)) for split in ("train", "test")}
+    found = Splits.from_datasets(given_splits(data), root=folder_of(data))
+    expected = create_splits("folder", root=str(root))
+    for split, rows in expected.datasets.items():
+        files = [image["path"] for image in encoded_images(rows)["image"]]
+        assert [i["path"] for i in encoded_images(found.datasets[split])["image"]] == files

@@ -34,7 +34,6 @@ class Fault:
     error_code: str | None = None
     cut: int | None = None
     corrupt: bool = False
-    replace: bytes | None = None
     drop: str | None = None
     times: int | None = None
 
@@ -43,8 +42,6 @@ class Fault:
         return self.times != 0 and of_method and re.search(self.path, request.path)
 
     def alter(self, body):
-        if self.replace is not None:
-            return self.replace
         if self.corrupt and body:
             middle = len(body) // 2
             return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
@@ -110,9 +107,9 @@ class LoopbackHub:
         The expressions match the whole method and any part of the path, which is unquoted and has
         no query. ``status`` answers an error instead of doing anything, with ``error_code`` as
         X-Error-Code; ``headers`` are set on any answer, None removes one. A body is closed after
-        ``cut`` bytes, has one bit flipped (``corrupt``) or other bytes (``replace``); HEAD stays
-        true. ``drop`` closes the connection: "request" while half of the request's body is read,
-        "answer" when the work is done but nobody is told.
+        ``cut`` bytes, or has one bit flipped (``corrupt``); HEAD stays true. ``drop`` closes the
+        connection: "request" while half of the request's body is read, "answer" when the work is
+        done but nobody is told.
         """
         self.faults.append(Fault(method, path_regex, **what))
 

@@ -2,14 +2,13 @@
 
 ``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier;
 plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
-``heads/*.safetensors`` hold what each adds.
+``heads/*.safetensors`` have their tensors.
 """
 
 from timm_lt.checkpoint.format import BACKGROUND as BACKGROUND
 from timm_lt.checkpoint.format import BLOCK as BLOCK
 from timm_lt.checkpoint.format import CARD as CARD
 from timm_lt.checkpoint.format import CONFIG as CONFIG
-from timm_lt.checkpoint.format import FORMAT_VERSION as FORMAT_VERSION
 from timm_lt.checkpoint.format import GIVEN_DATA as GIVEN_DATA
 from timm_lt.checkpoint.format import GIVEN_MODEL as GIVEN_MODEL
 from timm_lt.checkpoint.format import METRICS as METRICS
@@ -22,19 +21,19 @@ from timm_lt.checkpoint.format import HeadEntry as HeadEntry
 from timm_lt.checkpoint.format import TimmBase as TimmBase
 from timm_lt.checkpoint.format import background_of as background_of
 from timm_lt.checkpoint.format import check_head_name as check_head_name
+from timm_lt.checkpoint.format import find_info as find_info
 from timm_lt.checkpoint.format import is_statistic as is_statistic
+from timm_lt.checkpoint.format import parse_text as parse_text
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
 from timm_lt.checkpoint.format import read_config as read_config
 from timm_lt.checkpoint.load import find_entry as find_entry
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
 from timm_lt.checkpoint.load import load_model_head as load_model_head
-from timm_lt.checkpoint.save import check_text as check_text
 from timm_lt.checkpoint.save import head_entry as head_entry
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
 from timm_lt.checkpoint.save import save_plain as save_plain
-from timm_lt.checkpoint.weights import bounded_build as bounded_build
-from timm_lt.checkpoint.weights import check_memory as check_memory
-from timm_lt.checkpoint.weights import check_shapes as check_shapes
+from timm_lt.checkpoint.weights import check_build as check_build
 from timm_lt.checkpoint.weights import check_sizes as check_sizes
-from timm_lt.checkpoint.weights import check_weights_file as check_weights_file
+from timm_lt.checkpoint.weights import load_error as load_error
+from timm_lt.checkpoint.weights import read_shapes as read_shapes

@@ -1,10 +1,13 @@
-"""What a checkpoint folder says of itself: the ``timm_lt`` block of its config.
+"""Format of a checkpoint folder: its files, and the ``timm_lt`` block of ``config.json``.
 
-A folder may come from anybody. Names in it are looked up and never imported, no path in it is
-followed but those of its own files, and every field is checked before it is used.
+A folder may come from anybody: every field is checked before it is used, names are looked up in
+registries and never imported, and only the folder's own files are opened.
 """
 
+import json
 import re
+import reprlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,12 +15,12 @@ from typing import Any, get_args
 from torch import nn
 
 from timm_lt.heads import HEADS, check_head_options
-from timm_lt.utils.checks import WHITE, UsageError, unknown_name
+from timm_lt.utils.checks import WHITE, UsageError
 from timm_lt.utils.files import read_json
 from timm_lt.utils.longtail import SelectionProtocol, ShotRule
 
 FORMAT_VERSION = 1
-# Attribute of a model from a checkpoint: colour behind transparent pixels of its training images.
+# Attribute of a loaded model: colour behind transparent pixels of its training images.
 BACKGROUND = "_background"
 BLOCK = "timm_lt"
 CONFIG = "config.json"
@@ -26,16 +29,16 @@ METRICS = "metrics.json"
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 PLOTS = "plots"
-# What a recipe has for a model and data that were given as objects: it cannot run with them again.
+# In a recipe, for a model and data that were given as objects; such a recipe cannot run again.
 GIVEN_MODEL = "a model given in Python"
 GIVEN_DATA = "data given in Python"
-# Bytes of a config or another text of a checkpoint: names and counts of 30,000 classes fit.
+# Most bytes of a config or another text of a checkpoint; enough for 30,000 classes.
 TEXT_LIMIT = 4 * 2**20
-# Before the keys of batch-norm statistics in a head's file.
+# Prefix of batch-norm statistics in a head's file.
 STATISTICS = "backbone."
 COLOR = re.compile(r"#[0-9a-f]{6}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-# Arguments of timm.create_model that are none of the architecture's.
+DIGEST, SHA256 = re.compile(r"[0-9a-f]{64}"), "the 64 hexadecimal digits of a SHA-256"
+# Arguments of timm.create_model that do not belong to the architecture.
 RESERVED = {
     "pretrained",
     "pretrained_cfg",
@@ -46,20 +49,20 @@ RESERVED = {
     "model_name",
     "head",
 }
-# By these a configuration would say where weights come from, or which of them to drop.
+# Fields of pretrained_cfg that name another source of weights.
 SOURCES = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")
 HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class TimmBase:
-    """Which of timm's own models a registered ``lt_*`` model is: what plain timm must build.
+    """The model of plain timm that a registered ``lt_*`` model is.
 
-    Of a model that was made bilateral it is which of ours, since timm has none.
+    A bilateral model, which timm lacks, has a registered ``lt_*`` model here.
 
     Attributes:
-        architecture: The name in timm's registry.
-        model_args: Arguments beside it.
+        architecture: Name in timm's registry.
+        model_args: Further arguments of ``timm.create_model``.
     """
 
     architecture: str
@@ -74,11 +77,11 @@ class HeadEntry:
         name: Name in the checkpoint.
         kind: Registered head.
         options: Options of the head.
-        file: Path of its tensors relative to the folder; None if it needs none.
+        file: Path of its tensors relative to the folder; None for a head without own tensors.
         sha256: Digest of that file.
         backbone_statistics: The file also has the backbone's batch-norm statistics.
-        metrics: Its figures on the test split, fractions.
-        selection: How its options were chosen.
+        metrics: Metrics on the test split, fractions.
+        selection: How the options were selected.
     """
 
     name: str
@@ -93,10 +96,10 @@ class HeadEntry:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself; None stands for what is not known.
+    """Description of a decoupled checkpoint; unknown values are None.
 
     Attributes:
-        folder: Where the checkpoint lies.
+        folder: Folder of the checkpoint.
         architecture: timm's name of the backbone.
         num_classes: Number of classes C.
         weights_sha256: Digest of the file with backbone and joint classifier.
@@ -125,22 +128,20 @@ class CheckpointInfo:
 
 
 def background_of(model: nn.Module) -> str:
-    """Returns the colour behind transparent pixels that a model's checkpoint records, or white."""
+    """Returns the background colour that a model's checkpoint records, or white."""
     return str(getattr(model, BACKGROUND, WHITE))
 
 
 def is_statistic(key: str) -> bool:
-    """Returns whether a key of a model's state dict is one of batch norm's statistics."""
+    """Returns whether a key of a state dict belongs to the batch-norm statistics."""
     return key.endswith((".running_mean", ".running_var", ".num_batches_tracked"))
 
 
 def check_head_name(where: str, name: str, kind: str | None = None) -> None:
-    """Raises UsageError for a name that could not be that of the head's file, or is another kind's.
+    """Checks a name of a head, which is also that of its file; ``where`` is for the message.
 
-    Args:
-        where: What has the name, for the message.
-        name: The name.
-        kind: The registered head that has it, if that is known.
+    Raises:
+        UsageError: If it is not valid, or is the name of another kind of head.
     """
     if not HEAD_NAME.fullmatch(name):
         raise UsageError(
@@ -150,201 +151,204 @@ def check_head_name(where: str, name: str, kind: str | None = None) -> None:
         raise UsageError(f"{where} is a {kind!r} head, but {name!r} is the name of another kind")
 
 
+class _Fields:
+    """Fields of a JSON object in a config, each checked as it is read.
+
+    Args:
+        where: File and path of the object, in front of a field's name in messages.
+        content: The object.
+    """
+
+    def __init__(self, where: str, content: dict[str, Any]) -> None:
+        self.where, self.content = where, content
+
+    def read(
+        self,
+        key: str,
+        is_valid: Callable[[Any], object],
+        expected: str,
+        *,
+        default: object = None,
+        optional: bool = False,
+    ) -> Any:  # noqa: ANN401
+        """Returns a field; one that is not valid raises UsageError."""
+        value = self.content.get(key, default)
+        if not (is_valid(value) or (optional and value is None)):
+            expected = f"null or {expected}" if optional else expected
+            raise UsageError(f"{self.where}{key} must be {expected}, found {reprlib.repr(value)}")
+        return value
+
+    def read_choice(self, key: str, choices: Iterable[str], *, optional: bool = False) -> Any:  # noqa: ANN401
+        """Returns a field that is one of several strings."""
+        names = list(choices)
+        return self.read(
+            key, lambda value: value in names, f"one of {', '.join(names)}", optional=optional
+        )
+
+    def read_object(self, key: str, default: object = None) -> "_Fields":
+        """Returns the fields of an object inside of this one."""
+        content = self.read(key, _is(dict), "an object", default=default)
+        return _Fields(f"{self.where}{key}.", content)
+
+    def refuse(self, keys: Iterable[str]) -> None:
+        """Refuses fields that have a value."""
+        for key in sorted(keys):
+            self.read(key, lambda value: not value, "absent")
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
+
+
 def read_checkpoint(folder: str | Path) -> CheckpointInfo:
-    """Reads what a checkpoint folder says of itself, without its weights.
+    """Reads the description of a decoupled checkpoint, without its weights.
 
     Raises:
-        UsageError: If the folder has no readable ``timm_lt`` block; the message names the field.
+        UsageError: If the folder has no valid ``timm_lt`` block; the message names the field.
     """
     folder = Path(folder)
     return parse_checkpoint(folder, read_config(folder))
 
 
-def parse_checkpoint(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
-    """Reads what a checkpoint says of itself from its config.
-
-    Args:
-        folder: Where the checkpoint lies, or will lie.
-        config: The config, after :func:`check_config`.
+def find_info(folder: str | Path) -> CheckpointInfo | None:
+    """Reads the description of a decoupled checkpoint; returns None for a plain timm checkpoint.
 
     Raises:
-        UsageError: If a field is not as it should be; the message names it.
+        UsageError: If the folder has no valid ``config.json``; the message names the field.
     """
-    block, where = config.get(BLOCK), f"{folder / CONFIG}: {BLOCK}"
-    if not isinstance(block, dict):
-        raise UsageError(f"{where}: missing; this is a plain timm checkpoint without heads")
-    if block.get("version") != FORMAT_VERSION:
-        raise UsageError(
-            f"{where}.version is {block.get('version')!r}, this timm_lt reads {FORMAT_VERSION}"
-        )
-    digest = block.get("weights_sha256")
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise UsageError(f"{where}.weights_sha256 must be the 64 hexadecimal digits of a SHA-256")
-    counts = _read_counts(where, block.get("class_counts"))
-    num_classes = _read_num_classes(folder / CONFIG, config, counts)
-    names = block.get("label_names")
-    named = isinstance(names, list) and len(names) == num_classes
-    if not (names is None or (named and all(isinstance(name, str) for name in names))):
-        raise UsageError(f"{where}.label_names must be null or {num_classes} strings")
-    heads = block.get("heads")
-    if not isinstance(heads, dict):
-        raise UsageError(f"{where}.heads must be an object")
-    return CheckpointInfo(
-        folder,
-        config["architecture"],
-        num_classes,
-        digest,
-        counts,
-        names,
-        *_read_origin(where, block),
-        _read_background(where, block),
-        {key: _read_entry(f"{where}.heads.{key}", key, value) for key, value in heads.items()},
-    )
+    config = read_config(Path(folder))
+    return parse_checkpoint(Path(folder), config) if BLOCK in config else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config of a timm checkpoint, with or without heads.
 
     Raises:
-        UsageError: If there is none, or it is not as :func:`check_config` wants it.
+        UsageError: If there is none, a field that timm reads has the wrong type, or it asks for
+            other weights than those of the folder.
     """
-    if not folder.is_dir():
-        raise UsageError(f"checkpoint folder {folder} does not exist")
     path = folder / CONFIG
-    if not path.exists():
-        raise UsageError(f"{folder} is no checkpoint: {path} does not exist")
-    return check_config(path, read_json(path, limit=TEXT_LIMIT))
+    return _timm_fields(path, read_json(path, limit=TEXT_LIMIT)).content
 
 
-def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Checks what timm reads of a config, and returns it.
+def parse_text(folder: Path, text: str) -> CheckpointInfo:
+    """Parses the text of a config that is about to be written into a folder.
 
     Raises:
-        UsageError: If a field is of the wrong type, or says where else weights should come from.
+        UsageError: If it could not be read back; the message names the field.
     """
-    if not isinstance(config.get("architecture"), str):
-        raise UsageError(f"{path}: architecture must be a string")
-    arguments, settings = config.get("model_args", {}), config.get("pretrained_cfg", {})
-    for key, value in (("model_args", arguments), ("pretrained_cfg", settings)):
-        if not isinstance(value, dict):
-            raise UsageError(f"{path}: {key} must be an object")
-    classifier = settings.get("classifier")
-    names = classifier if isinstance(classifier, list) else [classifier or ""]
-    if not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{path}: pretrained_cfg.classifier must be a string or a list of them")
-    reserved = sorted(RESERVED & set(arguments))
-    if reserved:
-        raise UsageError(f"{path}: model_args must not have {', '.join(reserved)}")
-    return config
+    if len(text.encode()) > TEXT_LIMIT:
+        raise UsageError(f"{folder / CONFIG} would have more than {TEXT_LIMIT:,} bytes")
+    return parse_checkpoint(folder, json.loads(text))
 
 
-def _read_counts(where: str, counts: object) -> list[int] | None:
-    if counts is None:
-        return None
-    # Sums of them must fit 64 bits.
-    whole = isinstance(counts, list) and all(type(n) is int and 0 <= n < 2**40 for n in counts)
-    if not (isinstance(counts, list) and whole and sum(counts)):
-        raise UsageError(f"{where}.class_counts must be null or a list of integers >= 0, one > 0")
-    return counts
+def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
+    """Returns the description of a decoupled checkpoint with this config; it need not exist yet.
 
-
-def _read_num_classes(path: Path, config: dict[str, Any], counts: list[int] | None) -> int:
-    """Reads C, on which all parts of the config must agree: timm would drop the classifier."""
-    num_classes = config.get("num_classes")
-    if type(num_classes) is not int or num_classes < 1:
-        raise UsageError(f"{path}: num_classes must be an integer >= 1")
-    if counts is not None and len(counts) != num_classes:
-        raise UsageError(
-            f"{path}: {BLOCK}.class_counts has {len(counts)} classes, num_classes is {num_classes}"
-        )
-    settings = config.get("pretrained_cfg", {})
-    for key, part in (
-        ("model_args.num_classes", config.get("model_args", {})),
-        ("pretrained_cfg.num_classes", settings),
-    ):
-        value = part.get("num_classes", num_classes)
-        if type(value) is not int or value != num_classes:
-            raise UsageError(
-                f"{path}: {key} is {value!r}, the checkpoint has {num_classes} classes"
-            )
-    named = [key for key in (*SOURCES, "label_offset") if settings.get(key)]
-    if named:
-        raise UsageError(f"{path}: pretrained_cfg must not have {', '.join(named)}")
-    return num_classes
-
-
-def _read_origin(
-    where: str, block: dict[str, Any]
-) -> tuple[str | None, ShotRule | None, SelectionProtocol | None, int | None]:
-    dataset, seed = block.get("dataset"), block.get("seed")
-    if not (dataset is None or isinstance(dataset, str)):
-        raise UsageError(f"{where}.dataset must be null or a string")
-    for key, choices in (
-        ("shot_rule", get_args(ShotRule)),
-        ("protocol", get_args(SelectionProtocol)),
-    ):
-        if not (block.get(key) is None or block[key] in choices):
-            raise UsageError(f"{where}.{key} must be null or one of {', '.join(choices)}")
-    if not (seed is None or (type(seed) is int and 0 <= seed < 2**63)):
-        raise UsageError(f"{where}.seed must be null or an integer >= 0")
-    return dataset, block.get("shot_rule"), block.get("protocol"), seed
-
-
-def _read_background(where: str, block: dict[str, Any]) -> str:
-    # Checkpoints of before it was recorded have none.
-    background = block.get("background", WHITE)
-    if not (isinstance(background, str) and COLOR.fullmatch(background)):
-        raise UsageError(f"{where}.background must be a colour '#rrggbb', got {background!r}")
-    return background
-
-
-def _read_entry(where: str, name: str, entry: object) -> HeadEntry:
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} must be an object")
-    kind = entry.get("kind")
-    if not isinstance(kind, str) or kind not in HEADS:
-        raise unknown_name(f"head at {where}.kind:", kind, list(HEADS))
-    check_head_name(where, name, kind)
-    statistics = entry.get("backbone_statistics", False)
-    if not isinstance(statistics, bool):
-        raise UsageError(f"{where}.backbone_statistics must be true or false, got {statistics!r}")
-    for key in ("options", "metrics", "selection"):
-        if not isinstance(entry.get(key, {}), dict):
-            raise UsageError(f"{where}.{key} must be an object")
-    options, metrics = entry.get("options", {}), entry.get("metrics", {})
-    _check_options(f"{where}.options", kind, options)
-    _check_metrics(f"{where}.metrics", metrics)
-    file, digest = _read_file(where, name, entry, needed=bool(HEADS[kind].own_state or statistics))
-    return HeadEntry(
-        name, kind, options, file, digest, statistics, metrics, entry.get("selection", {})
+    Raises:
+        UsageError: If a field is not valid; the message names it.
+    """
+    config = _timm_fields(folder / CONFIG, content)
+    if BLOCK not in content:
+        raise UsageError(f"{folder / CONFIG} is a plain timm checkpoint without heads ({BLOCK})")
+    block = config.read_object(BLOCK)
+    block.read("version", lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt")
+    num_classes = config.read("num_classes", lambda c: type(c) is int and c > 0, "an integer >= 1")
+    for part in ("model_args", "pretrained_cfg"):
+        # With another number, timm would drop the classifier.
+        fields, same = config.read_object(part, {}), f"{num_classes} as in the checkpoint"
+        fields.read("num_classes", lambda c: c == num_classes, same, default=num_classes)
+    fields.refuse((*SOURCES, "label_offset"))
+    heads = block.read_object("heads")
+    return CheckpointInfo(
+        folder=folder,
+        architecture=content["architecture"],
+        num_classes=num_classes,
+        weights_sha256=block.read("weights_sha256", _is_digest, SHA256),
+        class_counts=block.read(
+            "class_counts",
+            lambda counts: _are_counts(counts) and len(counts) == num_classes,
+            f"{num_classes} integers >= 0, not all 0",
+            optional=True,
+        ),
+        label_names=block.read(
+            "label_names",
+            lambda names: _are_texts(names) and len(names) == num_classes,
+            f"{num_classes} strings",
+            optional=True,
+        ),
+        dataset=block.read("dataset", _is(str), "a string", optional=True),
+        shot_rule=block.read_choice("shot_rule", get_args(ShotRule), optional=True),
+        protocol=block.read_choice("protocol", get_args(SelectionProtocol), optional=True),
+        seed=block.read("seed", _is_seed, "an integer >= 0", optional=True),
+        # Not recorded in the first checkpoints.
+        background=block.read("background", _is_color, "a colour '#rrggbb'", default=WHITE),
+        heads={name: _read_entry(name, heads.read_object(name)) for name in heads.content},
     )
 
 
-def _read_file(
-    where: str, name: str, entry: dict[str, Any], *, needed: bool
-) -> tuple[str | None, str | None]:
-    file, digest = entry.get("file"), entry.get("sha256")
-    if file is not None and file != f"heads/{name}.safetensors":
-        raise UsageError(f"{where}.file must be 'heads/{name}.safetensors' or null, got {file!r}")
-    if (file is None) == needed:
-        needs = "needs a file" if file is None else "has no file of its own"
-        raise UsageError(f"{where}.file is {file!r}, but a {entry['kind']!r} head {needs}")
-    if file is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-        raise UsageError(f"{where}.sha256 must be the 64 hexadecimal digits of a SHA-256")
-    return file, digest
+def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
+    """Returns a config after checking the fields that timm reads."""
+    config = _Fields(f"{path}: ", content)
+    config.read("architecture", _is(str), "a string")
+    config.read_object("model_args", {}).refuse(RESERVED)
+    config.read_object("pretrained_cfg", {}).read(
+        "classifier",
+        lambda names: _are_texts(names if isinstance(names, list) else [names or ""]),
+        "a string or a list of strings",
+    )
+    return config
 
 
-def _check_options(where: str, kind: str, options: dict[str, Any]) -> None:
-    if "class_counts" in options:
-        raise UsageError(f"{where} must not have class_counts; they stand in {BLOCK}.class_counts")
+def _read_entry(name: str, entry: _Fields) -> HeadEntry:
+    kind = entry.read_choice("kind", HEADS)
+    check_head_name(entry.where.removesuffix("."), name, kind)
+    options, metrics = entry.read_object("options", {}), entry.read_object("metrics", {})
+    # They are those of the block.
+    options.refuse(["class_counts"])
     try:
-        check_head_options(kind, options)
+        check_head_options(kind, options.content)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
+    for key in metrics.content:
+        metrics.read(key, _is_metric, "a number or null, or an object of these")
+    statistics = entry.read("backbone_statistics", _is(bool), "true or false", default=False)
+    has_file = bool(HEADS[kind].own_state or statistics)
+    file = f"heads/{name}.safetensors" if has_file else None
+    return HeadEntry(
+        name=name,
+        kind=kind,
+        options=options.content,
+        file=entry.read("file", lambda value: value == file, json.dumps(file)),
+        sha256=entry.read("sha256", _is_digest, SHA256) if has_file else None,
+        backbone_statistics=statistics,
+        metrics=metrics.content,
+        selection=entry.read_object("selection", {}).content,
+    )
 
 
-def _check_metrics(where: str, metrics: dict[str, Any]) -> None:
-    for key, value in metrics.items():
-        group = value if isinstance(value, dict) else {"": value}
-        if not all(n is None or type(n) in (int, float) for n in group.values()):
-            raise UsageError(f"{where}.{key} must be a number or null, got {value!r}")
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_color(value: object) -> bool:
+    return isinstance(value, str) and COLOR.fullmatch(value) is not None
+
+
+def _are_counts(value: object) -> bool:
+    # Their sum must fit 64 bits.
+    counts = value if isinstance(value, list) else []
+    return all(type(n) is int and 0 <= n < 2**40 for n in counts) and sum(counts) > 0
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_metric(value: object) -> bool:
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(number is None or type(number) in (int, float) for number in values)

@@ -1,56 +1,53 @@
-"""Loading heads from a checkpoint folder onto a joint classifier."""
+"""Loading heads from a checkpoint folder."""
 
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.checkpoint.format import (
-    CONFIG,
     STATISTICS,
     CheckpointInfo,
     HeadEntry,
     is_statistic,
     read_checkpoint,
 )
+from timm_lt.checkpoint.weights import open_weights
 from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names, set_head
 from timm_lt.utils.checks import UsageError, unknown_name
-from timm_lt.utils.files import sha256
 from timm_lt.utils.longtail import check_class_counts
 
 
 def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: Any) -> Head:
-    """Loads a head of a checkpoint of a model with one classifier.
+    """Loads a head of a checkpoint whose model has one classifier.
 
-    A head that needs nothing but the joint classifier (``linear``, ``tau_norm``,
-    ``logit_adjusted``) can be had from every checkpoint; stored options are its defaults.
+    Every checkpoint has the heads that need nothing but the joint classifier (``linear``,
+    ``tau_norm``, ``logit_adjusted``).
 
     Args:
-        folder: The checkpoint's folder.
-        name: Name of the head there.
-        classifier: The checkpoint's joint classifier (C, D), as ``model.get_classifier()`` gives
-            it, or a head that keeps its weight.
-        **options: Options that take the place of the stored ones.
+        folder: Folder of the checkpoint.
+        name: Name of the head in the checkpoint.
+        classifier: The joint classifier (C, D) of the checkpoint, as returned by
+            ``model.get_classifier()``, or a head that keeps its weight.
+        **options: Options of the head; the stored ones are the defaults.
 
     Returns:
-        The head; if its file has batch-norm statistics, they are its ``backbone_statistics``, which
+        The head. Batch-norm statistics in its file become its ``backbone_statistics``, which
         :func:`timm_lt.set_head` copies into the model.
 
     Raises:
-        UsageError: If there is no such head, an option is wrong or cannot change any more, or the
-            head's file is missing, altered, or of another shape; nothing is loaded then.
+        UsageError: If there is no such head, an option is wrong or fixed by the fit, or the file of
+            the head is missing, altered, or has other shapes; nothing is loaded then.
     """
     info = read_checkpoint(folder)
     return _load_heads(info, name, {"": as_joint(classifier)}, options)[""]
 
 
 def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) -> dict[str, Head]:
-    """Loads a head of a checkpoint for each classifier of a model that has the checkpoint's.
+    """Loads a head of a checkpoint for each joint classifier of a model; the model is unchanged.
 
     Returns:
-        Heads by the path of their classifier; the model stays as it is.
+        Heads by the path of their classifier.
 
     Raises:
         UsageError: As :func:`load_head`.
@@ -63,7 +60,7 @@ def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) 
 
 
 def load_model_head(folder: str | Path, model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Puts a head of a checkpoint on a model that carries the checkpoint's joint classifier.
+    """Puts a head of a checkpoint on a model with the checkpoint's joint classifier, in place.
 
     Returns:
         The same model.
@@ -77,14 +74,13 @@ def load_model_head(folder: str | Path, model: nn.Module, name: str, **options: 
 def _load_heads(
     info: CheckpointInfo, name: str, classifiers: dict[str, nn.Linear], options: dict[str, Any]
 ) -> dict[str, Head]:
-    """Loads what a head of a checkpoint is for each classifier, by path; "" is an only one."""
+    """Loads a head for each classifier, by path; the path "" is that of an only one."""
     entry = find_entry(info, name, str(info.folder))
     for classifier in classifiers.values():
         _check_is_joint(classifier, info, name)
     cls = HEADS[entry.kind]
     if options.get("class_counts") is not None:
-        num_classes = next(iter(classifiers.values())).out_features
-        counts = check_class_counts(options["class_counts"], num_classes, info.label_names)
+        counts = check_class_counts(options["class_counts"], info.num_classes, info.label_names)
         options = {**options, "class_counts": counts}
     heads = {}
     for path, classifier in classifiers.items():
@@ -96,61 +92,56 @@ def _load_heads(
                     "afterwards; fit it again with timm_lt.fit_head"
                 )
         head = from_joint(cls, classifier, {**entry.options, **options}, info.class_counts)
-        # A value that the caller chose was not selected the way that the checkpoint records.
+        # The recorded selection does not apply to a value that the caller chose.
         head.selection = dict(entry.selection) if head.options() == stored else {}
         heads[path] = head
     if entry.file is not None:
-        _load_tensors(heads, entry, info.folder)
+        _load_tensors(heads, entry, info.folder / entry.file)
     for head in heads.values():
         head.check_fitted()
     return heads
 
 
-def find_entry(info: CheckpointInfo, name: str, place: str) -> HeadEntry:
-    """Returns what a checkpoint says of a head, or what every checkpoint has of one without a file.
+def find_entry(info: CheckpointInfo | None, name: str, source: str) -> HeadEntry:
+    """Returns the entry of a head; every checkpoint has the heads without own tensors.
 
     Args:
-        info: What the checkpoint says of itself.
+        info: Description of the checkpoint; None for a plain timm checkpoint.
         name: Name of the head.
-        place: What the checkpoint is called in messages.
+        source: Name of the checkpoint in messages.
 
     Raises:
-        UsageError: If there is no such head; it lists those that there are.
+        UsageError: If there is no such head; lists those that there are.
     """
-    if name in info.heads:
-        return info.heads[name]
-    if name not in HEADS or HEADS[name].own_state:
-        free = [key for key in HEADS if not HEADS[key].own_state and key not in info.heads]
-        raise unknown_name(f"head of {place}:", name, [*info.heads, *free])
+    heads = {} if info is None else info.heads
+    if name in heads:
+        return heads[name]
+    free = [key for key in HEADS if not HEADS[key].own_state and key not in heads]
+    if name not in free:
+        raise unknown_name(f"head of {source}:", name, [*heads, *free])
     return HeadEntry(name, name, {}, None, None, False, {}, {})
 
 
 def _check_is_joint(classifier: nn.Linear, info: CheckpointInfo, name: str) -> None:
-    if classifier.out_features != info.num_classes:
+    is_replaced = isinstance(classifier, Head) and (
+        "weight" in classifier.own_state or classifier.backbone_statistics is not None
+    )
+    if is_replaced or classifier.out_features != info.num_classes:
         raise UsageError(
-            f"{info.folder} has {info.num_classes} classes, the classifier for its head {name!r} "
-            f"{classifier.out_features}"
-        )
-    if not isinstance(classifier, Head):
-        return
-    if "weight" in classifier.own_state or classifier.backbone_statistics is not None:
-        raise UsageError(
-            f"a {classifier.kind!r} head has taken the place of the joint classifier, from which "
-            f"head {name!r} of {info.folder} starts; create the model again"
+            f"head {name!r} of {info.folder} starts from the joint classifier of "
+            f"{info.num_classes} classes, but the model has {classifier}; create the model again"
         )
 
 
-def _load_tensors(heads: dict[str, Head], entry: HeadEntry, folder: Path) -> None:
-    assert entry.file is not None
-    path = folder / entry.file
-    tensors = _read_tensors(path, entry)
+def _load_tensors(heads: dict[str, Head], entry: HeadEntry, path: Path) -> None:
+    with open_weights(path, entry.sha256) as file:
+        # Copies: the file may be replaced while the heads are in use.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     statistics = {
         key.removeprefix(STATISTICS): tensors.pop(key)
         for key in list(tensors)
-        if entry.backbone_statistics and key.startswith(STATISTICS)
+        if entry.backbone_statistics and key.startswith(STATISTICS) and is_statistic(key)
     }
-    if entry.backbone_statistics and not (statistics and all(map(is_statistic, statistics))):
-        raise UsageError(f"head file {path} should hold batch-norm statistics and does not")
     own = {
         f"{where}.{key}" if where else key: (head, key)
         for where, head in heads.items()
@@ -159,33 +150,20 @@ def _load_tensors(heads: dict[str, Head], entry: HeadEntry, folder: Path) -> Non
     }
     wanted = {name: tuple(getattr(head, key).shape) for name, (head, key) in own.items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
-    if wanted != found:
+    if wanted != found or bool(statistics) != entry.backbone_statistics:
+        more = " and batch-norm statistics" if entry.backbone_statistics else ""
         raise UsageError(
-            f"head file {path} holds {found}, a {entry.kind!r} head here needs {wanted}"
+            f"head file {path} has {found} and {len(statistics)} batch-norm statistics; a "
+            f"{entry.kind!r} head here needs {wanted}{more}"
         )
     for name, value in {**tensors, **statistics}.items():
-        # NaN stands for a state that is not fitted.
+        # All NaN means not fitted, which the head itself refuses.
         if not value.isfinite().all() and not value.isnan().all():
             raise UsageError(f"{name} in head file {path} has values that are not finite")
     for head in heads.values():
         loaded = {key: tensors[name] for name, (owner, key) in own.items() if owner is head}
         head.load_state_dict({**head.state_dict(), **loaded})
         head.backbone_statistics = statistics or None
-
-
-def _read_tensors(path: Path, entry: HeadEntry) -> dict[str, Tensor]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"head file {path} cannot be read: {error.strerror}") from error
-    if sha256(content) != entry.sha256:
-        raise UsageError(
-            f"head file {path} is not the one that {CONFIG} describes (SHA-256 differs)"
-        )
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise UsageError(f"head file {path} is no safetensors file: {error}") from error
 
 
 def from_joint(

@@ -1,7 +1,4 @@
-"""Writing a checkpoint folder: everything is checked first, the config is written last.
-
-What plain timm knows of a model: its name for the architecture, and plain classifiers.
-"""
+"""Writing a checkpoint folder: everything is checked first, and the config is written last."""
 
 import copy
 import json
@@ -20,18 +17,21 @@ from timm_lt.checkpoint.format import (
     CONFIG,
     FORMAT_VERSION,
     STATISTICS,
-    TEXT_LIMIT,
     WEIGHTS,
-    CheckpointInfo,
     TimmBase,
     background_of,
-    check_config,
-    check_head_name,
     is_statistic,
-    parse_checkpoint,
+    parse_text,
 )
 from timm_lt.checkpoint.load import from_joint
-from timm_lt.heads import Head, LinearHead, fold_head, get_heads, head_option_names
+from timm_lt.heads import (
+    Head,
+    LinearHead,
+    classifier_name,
+    fold_head,
+    get_heads,
+    head_option_names,
+)
 from timm_lt.utils.checks import UsageError, check_background, check_number, unknown_name
 from timm_lt.utils.files import sha256, write_atomic
 from timm_lt.utils.longtail import ClassCounts, SelectionProtocol, ShotRule, check_class_counts
@@ -71,7 +71,7 @@ def save_plain(
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Copies a model as what plain timm knows it: timm's architecture name, plain classifiers."""
+    """Returns a copy for plain timm: folded classifiers, and timm's name of the architecture."""
     plain = fold_head(copy.deepcopy(model).cpu())
     recorded: dict[str, Any] = getattr(model, "_model_args", {})
     head = recorded.get("head")
@@ -84,14 +84,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
         config.pop("tag", None)
         config["architecture"] = base.architecture
         arguments = {**base.model_args, **arguments}
-    # timm keeps both as plain instance attributes, which nn.Module's types do not know.
+    # Plain instance attributes, unknown to the types of nn.Module.
     plain.__dict__["pretrained_cfg"] = config
     plain.__dict__["_model_args"] = arguments
     return plain
 
 
 def config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str, Any]) -> str:
-    """Returns the text of ``config.json`` as timm writes it, with more at its top level."""
+    """Returns timm's text of ``config.json``, with further top-level fields."""
     labels = {"label_names": label_names} if label_names else {}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
@@ -100,11 +100,11 @@ def config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str,
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors on the CPU as safetensors takes them."""
+    """Returns tensors on the CPU, in the layout that safetensors needs."""
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
-# Metrics that are fractions, as a ShotReport has them.
+# Metrics of a ShotReport that are fractions.
 FRACTIONS = {
     *("all", "class_mean", "many_shot", "medium_shot", "few_shot", "macro_f1", "worst_class"),
     *("harmonic_mean", "geometric_mean", "group_harmonic_mean", "macro_precision", "top5"),
@@ -126,54 +126,59 @@ def save_checkpoint(
     background: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Writes a model with its joint classifier and any number of fitted heads as one folder.
+    """Writes a model with its joint classifier and any number of fitted heads into one folder.
 
-    Nothing is written before all is checked. Each file is written atomically and ``config.json``
-    last, an older one being removed first, so a folder with a config is whole.
+    Everything is checked before anything is written. Each file is written atomically. An older
+    ``config.json`` is removed first and the new one written last, so a folder with a config is
+    complete.
 
     Args:
-        folder: Where to write; made if missing.
+        folder: The folder; made if missing.
         model: The model with its joint classifier: a plain one or a ``linear`` head.
-        heads: Fitted heads (C, D) by name; for a model with several classifiers a mapping of their
+        heads: Fitted heads (C, D) by name; for a model with several classifiers, a mapping of their
             paths to heads of one kind. A head that starts from the joint classifier must start from
-            this model's, one that knows class counts must have these.
+            that of this model, and one with class counts must have these.
         class_counts: Training images per class, (C,), in label order or by label or class name;
-            None if they are not known.
-        metrics: Figures of each head on the test split, by head.
+            None if unknown.
+        metrics: Metrics of each head on the test split, by head.
         label_names: Class names in label order, (C,).
         dataset: Name of the training data, for the model card.
         shot_rule: Rule of the shot groups in the metrics.
         protocol: ``"paper"`` if hyper-parameters and the epoch were selected on the test split.
         seed: Seed of the run.
         background: Colour behind transparent pixels of the training images, such as ``"black"``;
-            None is that of the checkpoint that the model was loaded from, or white.
-        dtype: Type in which floating-point tensors are stored; batch-norm statistics of a head are
+            None is that of the checkpoint from which the model was loaded, or white.
+        dtype: Floating-point type of the stored tensors; batch-norm statistics of a head are
             float32.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If a head does not belong to the model, is not fitted or not finite, or does not
-            fit the type; or if metrics name no head or are no JSON.
+        UsageError: If a head does not belong to the model, is not fitted, not finite or beyond the
+            range of the type, or another argument is not valid.
     """
     folder = Path(folder)
-    for name in metrics or {}:
+    metrics = metrics or {}
+    for name in metrics:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
-    joint = get_heads(model)
-    num_classes = next(iter(joint.values())).out_features
+    joint = next(iter(get_heads(model).values()))
     counts: list[int] | None = None
     if class_counts is not None:
-        counts = check_class_counts(class_counts, num_classes, label_names).tolist()
-    _check_joint(joint, counts, label_names)
+        counts = check_class_counts(class_counts, joint.out_features, label_names).tolist()
     entries, files = {}, {}
     for name, head in heads.items():
         entries[name], content = head_entry(
-            name, head, model, class_counts=counts, metrics=(metrics or {}).get(name), dtype=dtype
+            name, head, model, class_counts=counts, metrics=metrics.get(name), dtype=dtype
         )
         if content is not None:
             files[entries[name]["file"]] = content
+    if isinstance(joint, Head) and not isinstance(joint, LinearHead):
+        raise UsageError(
+            f"the model carries a {joint.kind!r} head; save it with its joint classifier, and pass "
+            "other heads in heads="
+        )
     plain = plain_copy(model)
     files[WEIGHTS] = safetensors.torch.save(_in_type(plain.state_dict(), dtype, "the model"))
     block = {
@@ -190,7 +195,7 @@ def save_checkpoint(
     if protocol is not None:
         block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
-    check_text(folder, config)
+    parse_text(Path(), config)
     (folder / CONFIG).unlink(missing_ok=True)
     for path, content in files.items():
         write_atomic(folder / path, content)
@@ -198,72 +203,22 @@ def save_checkpoint(
     return folder
 
 
-def check_text(folder: Path, text: str) -> CheckpointInfo:
-    """Checks that a config that is about to be written can be read again.
-
-    Returns:
-        What it says.
-
-    Raises:
-        UsageError: If it cannot; the message names the field.
-    """
-    if len(text.encode()) > TEXT_LIMIT:
-        raise UsageError(f"{folder / CONFIG} would have more than {TEXT_LIMIT:,} bytes")
-    return parse_checkpoint(folder, check_config(folder / CONFIG, json.loads(text)))
-
-
-def _check_joint(
-    joint: Mapping[str, nn.Linear], counts: list[int] | None, label_names: list[str] | None
-) -> None:
-    for classifier in joint.values():
-        if isinstance(classifier, Head) and not isinstance(classifier, LinearHead):
-            raise UsageError(
-                f"the model carries a {classifier.kind!r} head; a checkpoint is saved with the "
-                "joint classifier on the model and the other heads in heads="
-            )
-    num_classes = next(iter(joint.values())).out_features
-    if counts is not None and len(counts) != num_classes:
-        raise UsageError(f"class_counts has {len(counts)} classes, the model {num_classes}")
-    if label_names is not None and len(label_names) != num_classes:
-        raise UsageError(f"label_names has {len(label_names)} names for {num_classes} classes")
-
-
 def _by_classifier(
-    name: str, head: nn.Linear | Mapping[str, nn.Linear], joint: Mapping[str, nn.Linear]
+    name: str, head: nn.Linear | Mapping[str, nn.Linear], model: nn.Module
 ) -> dict[str, Head]:
-    """Returns a head for each joint classifier, by path in their order."""
-    if not isinstance(head, Mapping):
-        if len(joint) > 1:
-            raise UsageError(
-                f"head {name!r} is one head, but the model has the classifiers {', '.join(joint)}: "
-                "pass a mapping of these to heads"
-            )
-        head = dict.fromkeys(joint, head)
-    if set(head) != set(joint):
+    """Returns a head for each classifier of a model, by path in their order."""
+    paths = list(get_heads(model))
+    given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
+    parts = {path: part for path, part in given.items() if isinstance(part, Head)}
+    if set(given) != set(paths) or len(parts) != len(paths):
+        found = ", ".join(f"{path}: {type(part).__name__}" for path, part in given.items())
         raise UsageError(
-            f"head {name!r} has parts for {', '.join(head)}, the model's classifiers are "
-            f"{', '.join(joint)}"
+            f"head {name!r} must have a timm_lt head for {', '.join(paths)}; got {found or 'none'}"
         )
-    parts: dict[str, Head] = {}
-    for path in joint:
-        part = head[path]
-        if not isinstance(part, Head):
-            raise UsageError(f"head {name!r} is {type(part).__name__}, not a timm_lt head")
-        parts[path] = part
     first = next(iter(parts.values()))
     if any((p.kind, p.options()) != (first.kind, first.options()) for p in parts.values()):
         raise UsageError(f"head {name!r} differs in kind or options between the classifiers")
-    return parts
-
-
-def _check_belongs(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:
-    if head.weight.shape != joint.weight.shape:
-        raise UsageError(
-            f"head {name!r} is {tuple(head.weight.shape)} (classes, features), the model's "
-            f"classifier {tuple(joint.weight.shape)}"
-        )
-    head.check_fitted()
-    _check_restorable(name, head, joint, counts)
+    return {path: parts[path] for path in paths}
 
 
 def head_entry(
@@ -275,26 +230,19 @@ def head_entry(
     metrics: Mapping[str, Any] | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Any], bytes | None]:
-    """Makes what a checkpoint has of a head: its entry in the config and the content of its file.
+    """Returns the entry of a head in the config, and the content of its file, if it has one.
 
-    Args:
-        name: Name in the checkpoint.
-        head: As in :func:`save_checkpoint`.
-        model: The model with the checkpoint's joint classifier.
-        class_counts: Those of the checkpoint, (C,).
-        metrics: Figures of the head on the test split.
-        dtype: Type in which the head's tensors are stored.
+    The arguments are those of :func:`save_checkpoint`, for one head.
 
     Raises:
-        UsageError: If the head does not belong to the model, is not fitted or not finite, or the
-            metrics or its selection are no JSON.
+        UsageError: If the head does not belong to the model, is not fitted or not finite, or its
+            metrics or selection are not JSON.
     """
     joint = get_heads(model)
-    parts = _by_classifier(name, head, joint)
-    for part, classifier in zip(parts.values(), joint.values(), strict=True):
-        _check_belongs(name, part, classifier, class_counts)
+    parts = _by_classifier(name, head, model)
+    for path, part in parts.items():
+        _check_restorable(name, part, joint[path], class_counts)
     entry, content = _describe(name, parts, dtype)
-    check_head_name(f"head name {name!r}", name, entry["kind"])
     entry["metrics"] = dict(metrics or {})
     for key in FRACTIONS & set(entry["metrics"]):
         if entry["metrics"][key] is not None:
@@ -318,21 +266,20 @@ def _describe(
         for key, value in (part.backbone_statistics or {}).items()
     }
     if not all(map(is_statistic, statistics)):
-        raise UsageError(f"backbone_statistics of head {name!r} holds more than statistics")
+        raise UsageError(
+            f"backbone_statistics of head {name!r} may only have batch-norm statistics"
+        )
     own = {
         f"{path}.{key}" if len(parts) > 1 else key: getattr(part, key)
         for path, part in parts.items()
         for key in head.own_state
         if getattr(part, key) is not None
     }
-    for key, value in {**own, **statistics}.items():
-        if not value.isfinite().all():
-            raise UsageError(f"{key} of head {name!r} has values that are not finite")
     content = None
     if own or statistics:
-        stored = _in_type(own, dtype, f"head {name!r}")
-        # In half precision a small variance could become 0.
-        stored |= _in_type(statistics, torch.float32, f"head {name!r}")
+        stored = _in_type(own, dtype, f"head {name!r}", finite=True)
+        # A small variance could become 0 in half precision.
+        stored |= _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
         content = safetensors.torch.save(stored)
     entry = {
         "kind": head.kind,
@@ -346,18 +293,25 @@ def _describe(
 
 
 def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:
-    """Checks that what a checkpoint leaves out of a head's file comes back when it is loaded."""
-    if head.uses_bias and (head.bias is None) != (joint.bias is None):
-        only = "head" if joint.bias is None else "model's classifier"
-        raise UsageError(f"head {name!r} does not belong to the model: only the {only} has a bias")
+    """Checks that loading restores the tensors of a head that are not stored in its file."""
+    head.check_fitted()
     made = from_joint(type(head), joint, head.options(), counts)
-    # The state dict has the form of a 1×1 convolution then.
+    # The weight of a pointwise convolution has two dimensions more in the state dict.
     made.spatial = head.spatial
-    restored = made.state_dict()
-    for key, value in head.state_dict().items():
-        if key in head.own_state or (key == "bias" and not head.uses_bias):
-            continue
-        if not torch.equal(value.cpu(), restored[key].to(value.dtype).cpu()):
+    restored, given = made.state_dict(), head.state_dict()
+    if not head.uses_bias:
+        restored.pop("bias", None)
+        given.pop("bias", None)
+    shapes = [
+        {key: tuple(value.shape) for key, value in part.items()} for part in (given, restored)
+    ]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"head {name!r} does not belong to the model: it has {shapes[0]}, made from the "
+            f"model's classifier it would have {shapes[1]}"
+        )
+    for key in given.keys() - set(head.own_state):
+        if not torch.equal(given[key].cpu(), restored[key].to(given[key].dtype).cpu()):
             origin = "class counts" if key == "log_prior" else "joint classifier"
             raise UsageError(
                 f"head {name!r} has another {key} than the {origin} of this checkpoint, from "
@@ -365,12 +319,16 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
             )
 
 
-def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
+def _in_type(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str, *, finite: bool = False
+) -> dict[str, Tensor]:
+    """Returns tensors in a floating-point type, whose range they must not exceed."""
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a floating-point type, got {dtype}")
     stored = {}
     for key, tensor in contiguous(tensors).items():
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not torch.equal(stored[key].isfinite(), tensor.isfinite()):
-            raise UsageError(f"{key} of {what} is beyond the range of {dtype}")
+        lost = ~stored[key].isfinite() & (tensor.isfinite() | finite)
+        if lost.any():
+            raise UsageError(f"{key} of {what} has values that are not finite in {dtype}")
     return stored

@@ -1,20 +1,18 @@
 """The model and the data that commands take."""
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
 
-from timm_lt.checkpoint import BLOCK, CONFIG, CheckpointInfo, read_checkpoint, read_config
+from timm_lt.checkpoint import CONFIG
 from timm_lt.cli.common import parse_options
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
-from timm_lt.models.create import LOCAL_DIR, create_sized_model
-from timm_lt.models.published import PUBLISHED
-from timm_lt.models.repo import Repo
+from timm_lt.models.create import create_sized_model
+from timm_lt.models.repo import REPO
 from timm_lt.models.weights_file import create_from_file
 from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
@@ -22,8 +20,6 @@ from timm_lt.utils.console import log
 
 FOLDER, LIST, HUB = "folder", "list", "hub"
 TABLES = ("parquet", "arrow")
-HUB_PREFIX = "hf-hub:"
-REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
@@ -107,7 +103,7 @@ def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
 
     Args:
         arguments: Arguments of the command.
-        name: Name of the model, from :func:`find_model`.
+        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
     """
     return ModelRecipe(
         name,
@@ -129,65 +125,6 @@ def data_recipe(arguments: argparse.Namespace) -> DataRecipe:
         image_size=arguments.image_size,
         unreadable="skip",
     )
-
-
-def find_model(given: str) -> str:
-    """Returns the name of a model for :func:`timm_lt.create_model`.
-
-    Args:
-        given: ``local-dir:FOLDER`` or the folder of a checkpoint, ``hf-hub:NAMESPACE/NAME`` or just
-            that, with ``@REVISION`` for a certain one, or a name of timm's registry.
-
-    Raises:
-        UsageError: If it is a file of weights.
-    """
-    path = Path(given)
-    if path.is_file():
-        raise UsageError(
-            f"{given} is a file of weights; give the name of its architecture, and the file with "
-            "--checkpoint"
-        )
-    # A folder may have the name of an architecture.
-    if (path / CONFIG).is_file() or (path.is_dir() and "/" in given):
-        return f"{LOCAL_DIR}{given}"
-    return f"{HUB_PREFIX}{given}" if REPO.fullmatch(given) else given
-
-
-def find_checkpoint(given: str) -> tuple[str, Path | None]:
-    """Returns the name of a model, and the folder of its configuration, which a repo downloads.
-
-    Args:
-        given: See :func:`find_model`.
-
-    Returns:
-        The name, with the commit of a repo; and the folder, None if the model is one of timm's.
-
-    Raises:
-        UsageError: If the repo cannot be read.
-    """
-    name = find_model(given)
-    if name.startswith(LOCAL_DIR):
-        return name, Path(name.removeprefix(LOCAL_DIR))
-    if not name.startswith(HUB_PREFIX):
-        return name, PUBLISHED[name].folder if name in PUBLISHED else None
-    repo = Repo.parse(name)
-    try:
-        folder = repo.download(weights=False)
-    except UsageError as error:
-        if name == given:
-            raise
-        raise UsageError(
-            f"there is no folder {given}, nor such a repo of the Hub: {error}"
-        ) from error
-    # Pin the commit: the branch may move between two loads.
-    return f"{HUB_PREFIX}{repo.repo_id}@{folder.name}", folder
-
-
-def decoupled_info(folder: Path | None) -> CheckpointInfo | None:
-    """Returns the description of a decoupled checkpoint; None for one of timm's own."""
-    if folder is None or BLOCK not in read_config(folder):
-        return None
-    return read_checkpoint(folder)
 
 
 def load_model(

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from timm_lt.cli.arguments import add_weights_options, model_options
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
@@ -58,18 +57,15 @@ def convert_weights(arguments: argparse.Namespace) -> None:
     """Writes the weights of another project as a decoupled checkpoint."""
     heads = {}
     for text in arguments.head:
-        name, equals, place = text.partition("=")
-        if not (name and equals and place):
-            raise UsageError(f"--head takes NAME=URL_OR_FILE, got {text!r}")
-        if name in heads:
-            raise UsageError(f"--head {name} is given twice")
-        heads[name] = place
+        name, _, location = text.partition("=")
+        if not (name and location) or name in heads:
+            raise UsageError(f"--head takes NAME=URL_OR_FILE, each NAME once; got {text!r}")
+        heads[name] = location
     counts = None
     if arguments.class_counts is not None:
         counts = _class_counts(arguments.class_counts)
-    with new_folder(
-        arguments.destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite
-    ) as folder:
+    destination = arguments.destination
+    with new_folder(destination, CHECKPOINT_ENTRIES, overwrite=arguments.overwrite) as folder:
         done = convert_checkpoint(
             arguments.source,
             folder,
@@ -80,34 +76,27 @@ def convert_weights(arguments: argparse.Namespace) -> None:
             image_size=arguments.image_size,
             options=model_options(arguments),
         )
-    known = {"given": "as given", "in the file": "as the file says"}.get(done.found, done.found)
     result = {
-        "folder": str(arguments.destination),
+        "folder": str(destination),
         "model": done.name,
         "found": done.found,
         "num_classes": done.num_classes,
-        "heads": list(done.heads),
+        "heads": done.heads,
     }
-    line = (
-        f"{arguments.destination}: {done.name} ({known}), {done.num_classes} classes, heads "
-        f"{', '.join(done.heads)}"
+    show_result(
+        arguments,
+        result,
+        f"{destination}: {done.name} ({done.found}), {done.num_classes} classes, heads "
+        f"{', '.join(done.heads)}",
     )
-    show_result(arguments, result, line)
 
 
 def _class_counts(path: Path) -> ClassCounts:
     try:
-        counts: Any = json.loads(path.read_text(encoding="utf-8"))
+        counts: ClassCounts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
-    numbers = counts.values() if isinstance(counts, dict) else counts
-    is_known = isinstance(counts, list | dict)
-    if not is_known or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise UsageError(
-            f"--class-counts {path} must hold a JSON list of integers, one a class, or an object "
-            "with an integer for each label"
-        )
+    # Keys are strings in JSON.
     if isinstance(counts, dict) and all(NUMBER.fullmatch(key) for key in counts):
-        counts = {int(key): count for key, count in counts.items()}
-    checked: ClassCounts = counts
-    return checked
+        return {int(key): count for key, count in counts.items()}
+    return counts

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from timm_lt.checkpoint import RECIPE, load_head
 from timm_lt.cli.arguments import (
     DATA_HELP,
-    HUB_PREFIX,
     MODEL_HELP,
     add_compute_options,
     add_data_options,
     add_weights_options,
     data_recipe,
-    decoupled_info,
-    find_checkpoint,
     load_model,
     model_recipe,
 )
@@ -44,7 +41,7 @@ from timm_lt.metrics import (
     write_per_class,
 )
 from timm_lt.models.label_names import shown_as
-from timm_lt.models.repo import Repo
+from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
 from timm_lt.run.class_order import order_classes
 from timm_lt.run.network import create_images, on_background
@@ -94,13 +91,13 @@ def add_parser(commands: Commands) -> None:
 def evaluate_model(arguments: argparse.Namespace) -> None:
     """Evaluates a model with one head after the other, on features that are extracted once."""
     set_cpu_threads(arguments.threads)
-    name, folder = find_checkpoint(arguments.model)
-    data = _same_split(data_recipe(arguments), folder)
-    recipe = Recipe(data=data, model=model_recipe(arguments, name), epochs=0)
+    source = ModelSource.find(arguments.model)
+    data = _same_split(data_recipe(arguments), source.folder)
+    recipe = Recipe(data=data, model=model_recipe(arguments, source.name), epochs=0)
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )
-    model, heads = _load(recipe, folder, arguments.head)
+    model, heads = _load(recipe, source, arguments.head)
     if getattr(model, "num_classes", None) != splits.num_classes:
         raise UsageError(
             f"{arguments.model} has {model.num_classes} classes, and the data have "
@@ -151,17 +148,17 @@ def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
 
 
 def _load(
-    recipe: Recipe, folder: Path | None, names: list[str] | None
+    recipe: Recipe, source: ModelSource, names: list[str] | None
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Loads a model with its joint classifier once, and the heads for it."""
     given, size = recipe.model, recipe.data.image_size
     model = load_model(given, size)
-    info = None if given.checkpoint else decoupled_info(folder)
+    info = None if given.checkpoint else source.read_info()
     heads: dict[str, nn.Module] = {}
     for name in names or (info and [*info.heads]) or [JOINT]:
         if info is not None and name in info.heads:
-            if given.name.startswith(HUB_PREFIX):
-                Repo.parse(given.name).download(weights=False, head=name)
+            if source.repo is not None:
+                source.repo.download(weights=False, head=name)
             heads[name] = load_head(info.folder, name, get_head(model))
         elif name == JOINT:
             heads[name] = copy.deepcopy(get_head(model))

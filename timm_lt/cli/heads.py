@@ -7,22 +7,21 @@ from typing import Any
 
 from timm_lt.cli.arguments import (
     DATA_HELP,
-    HUB_PREFIX,
     MODEL_HELP,
     add_compute_options,
     add_data_options,
     add_weights_options,
     data_recipe,
-    find_model,
     model_recipe,
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.models.create import LOCAL_DIR
+from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
 from timm_lt.run.recipe import FeaturesRecipe, Recipe, RunOptions
+from timm_lt.utils.hub import HF_HUB
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,7 +76,7 @@ def fit_heads(arguments: argparse.Namespace) -> None:
     heads: dict[str, dict[str, Any]] = {name: {} for name in names}
     if len(heads) > 1:
         heads[AUTO] = {}
-    model = model_recipe(arguments, find_model(arguments.model))
+    model = model_recipe(arguments, ModelSource.parse(arguments.model, bare_repo=True).name)
     recipe = Recipe(
         data=data_recipe(arguments),
         model=replace(model, fresh_classifier=arguments.fresh_classifier),
@@ -98,5 +97,5 @@ def default_name(model: str, data: str) -> str:
     >>> default_name("hf-hub:me/birds@v2", "photos"), default_name("local-dir:output/x", "me/y")
     ('birds.photos', 'x.y')
     """
-    plain = model.removeprefix(HUB_PREFIX).removeprefix(LOCAL_DIR).partition("@")[0]
+    plain = model.removeprefix(HF_HUB).removeprefix(LOCAL_DIR).partition("@")[0]
     return f"{Path(plain).name}.{Path(data).name}"

@@ -33,8 +33,8 @@ from timm_lt.data.decode import Damage
 from timm_lt.data.folder import folder, list_folder
 from timm_lt.data.inspection import Inspection, Twin, inspect_splits
 from timm_lt.data.list_files import read_image_list
-from timm_lt.data.lists import absolute_root, located
-from timm_lt.data.sources import DATASETS, dataset_from_files, find_splits
+from timm_lt.data.lists import located
+from timm_lt.data.sources import DATASETS, dataset_from_files, find_root, find_splits
 from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
 from timm_lt.utils.checks import (
@@ -312,7 +312,7 @@ def find_data(
         path, root = Path(root).expanduser(), None
     elif data in DATASETS and not (data == FOLDER and path.is_dir()):
         if data == LIST and root is not None and isinstance(options.get("train"), str):
-            train = located(options.pop("train"), absolute_root(root))
+            train = located(options.pop("train"), find_root(root))
             return data, *_list(train, root, options)
         return data, find_splits(data, root=root, **options), []
     if path.is_dir() or data == FOLDER:
@@ -362,12 +362,12 @@ def _folder(path: Path, options: dict[str, Any]) -> "tuple[Mapping[str, Dataset]
         listed = {key: options[key] for key in ("min_images", "other_files") if key in options}
         images = list_folder(path, **listed)
         # Else it is another option that is wrong, or there is nothing to look at.
-        if not (images.problems.found and any(images.images.get("train", {}).values())):
+        if not (images.problems.found and images.files["train"]):
             raise
-        datasets: dict[str, Dataset] = {}
-        for split in images.images:
-            paths, labels = images.files(split)
-            datasets[split] = dataset_from_files(paths, labels, images.names)
+        datasets: dict[str, Dataset] = {
+            split: dataset_from_files(paths, images.labels[split], images.names)
+            for split, paths in images.files.items()
+        }
         return datasets, images.problems.found
 
 

@@ -7,9 +7,9 @@ from rich.table import Table
 
 import timm_lt
 from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
-from timm_lt.cli.arguments import find_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import list_augmentations
+from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import head_table
 from timm_lt.run.comparison import shipped_grids
 from timm_lt.run.parse import shipped_recipes
@@ -40,7 +40,7 @@ def list_parts(arguments: argparse.Namespace) -> None:
     """Prints the registered names, a row for each kind; or the heads of a checkpoint."""
     given = arguments.checkpoint
     if given is not None:
-        _, folder = find_checkpoint(given)
+        folder = ModelSource.find(given).folder
         if folder is None:
             raise UsageError(f"{given!r} is not a folder, nor a repo NAMESPACE/NAME of the Hub")
         info = read_checkpoint(folder)

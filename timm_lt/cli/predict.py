@@ -20,7 +20,6 @@ from timm_lt.cli.arguments import (
     MODEL_HELP,
     add_compute_options,
     add_weights_options,
-    find_model,
     load_model,
     model_recipe,
 )
@@ -36,6 +35,7 @@ from timm_lt.data.decode import (
 from timm_lt.data.folder import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
 from timm_lt.models.create import image_config
 from timm_lt.models.label_names import label_names
+from timm_lt.models.repo import ModelSource
 from timm_lt.run.class_order import class_orders
 from timm_lt.run.recipe import ClassOrder
 from timm_lt.utils.accelerator import default_device, set_cpu_threads
@@ -124,7 +124,8 @@ def predict_images(arguments: argparse.Namespace) -> None:
     background = None if given == "auto" else check_background(given)
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
-    recipe = model_recipe(arguments, find_model(arguments.model))
+    name = ModelSource.parse(arguments.model, bare_repo=True).name
+    recipe = model_recipe(arguments, name)
     model = load_model(recipe, arguments.image_size, head=arguments.head, **options)
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
@@ -167,9 +168,8 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             continue
         found = find_images(str(path))
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
-        unnamed = {ascii(name): "its name is not UTF-8; rename it" for name in found.unnamed}
-        errors |= found.broken | unnamed
-        images = sorted([*found.images, *photos, *found.broken, *unnamed])
+        errors |= found.broken
+        images = sorted([*found.images, *photos, *found.broken])
         if not images:
             only = f", only {counted_suffixes(found.others)}" if found.others else ""
             raise UsageError(f"there is no image in {path}{only}")

@@ -1,14 +1,8 @@
-"""A ``datasets.Dataset`` of images as timm's loader wants one: pairs, and a transform to be set.
+"""Columns of a ``datasets.Dataset``: finding images and labels, decoding, numbering labels."""
 
-Which columns of somebody's table hold the images and the labels.
-
-Labels of somebody's tables, of any kind, as integers with one list of names for all splits.
-"""
-
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -20,17 +14,7 @@ from PIL import Image
 
 from timm_lt.data.decode import decode_column, read_image
 from timm_lt.data.fingerprint import described, digest, images_fingerprint
-from timm_lt.utils.checks import (
-    WHITE,
-    Problems,
-    UsageError,
-    check_background,
-    shown_names,
-    unknown_name,
-)
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
+from timm_lt.utils.checks import WHITE, UsageError, check_background, shown_names
 
 
 @dataclass
@@ -55,9 +39,9 @@ class RGBImage(datasets.Image):  # type: ignore[misc]
 def as_rgb(
     dataset: datasets.Dataset, *, column: str = "image", background: object = None
 ) -> datasets.Dataset:
-    """Returns a data set whose images timm_lt decodes, wherever they are decoded.
+    """Returns a data set whose images are always decoded by timm_lt.
 
-    One with a transform of its own stays as it is, unless a background is given.
+    A data set with a transform of its own is returned unchanged, unless a background is given.
 
     Args:
         dataset: The data set.
@@ -78,17 +62,17 @@ def as_rgb(
 
 
 class ImageRows(torch.utils.data.Dataset[tuple[Any, int]]):
-    """The rows of a ``datasets.Dataset`` as pairs of a transformed image and its label.
+    """Rows of a ``datasets.Dataset`` as pairs of a transformed image and its label.
 
     Args:
-        rows: With a column of images and one of labels.
-        background: Colour behind transparent pixels; None is that of the column, or white.
+        rows: A data set with a column of images and one of labels.
+        background: Colour behind transparent pixels; None keeps that of the column, or white.
 
     Attributes:
-        transform: Applied to each image, RGB; None leaves it a PIL image.
+        transform: Applied to each RGB image; None leaves it a PIL image.
 
     Raises:
-        UsageError: If there is no such column; lists those that there are.
+        UsageError: If a column is missing; lists the columns.
     """
 
     def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
@@ -119,10 +103,10 @@ class ImageRows(torch.utils.data.Dataset[tuple[Any, int]]):
 
 
 def check_random_access(dataset: object) -> None:
-    """Checks that a data set is no stream, nor a set of several splits.
+    """Checks that a data set is neither a stream nor a dict of splits.
 
     Raises:
-        UsageError: If it is one; says why, and what to pass.
+        UsageError: If it is; says why it is not accepted, and what to pass.
     """
     if isinstance(dataset, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise UsageError(
@@ -135,118 +119,75 @@ def check_random_access(dataset: object) -> None:
         )
 
 
-def image_column(rows: datasets.Dataset) -> str:
-    """Returns the name of the first column of images.
-
-    Raises:
-        UsageError: If there is none; lists the columns that there are.
-    """
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            return str(name)
-    raise UsageError(f"the data set has no column of images, only {', '.join(rows.column_names)}")
-
-
-def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
-    """Returns the name of the column of labels: ``"label"``, else ``"labels"``, or the one given.
-
-    Raises:
-        UsageError: If there is no such column; lists those that there are.
-    """
-    if not isinstance(rows, datasets.Dataset):
-        raise UsageError(f"a {type(rows).__name__} is no datasets.Dataset, which has columns")
-    names = ["label", "labels"] if column is None else [column]
-    for name in names:
-        if name in rows.column_names:
-            return name
-    raise UsageError(
-        f"the data set has no column {' or '.join(map(repr, names))}, only "
-        f"{', '.join(rows.column_names)}" + ("; name one with column=" if column is None else "")
-    )
-
-
-# Of labels that are no ClassLabel, compared without case.
+# Names of columns of labels, compared without case.
 LABEL_NAMES = (
     *("label", "labels", "target", "targets", "class", "classes", "class_name", "class_label"),
     *("category", "fine_label", "label_name", "species", "y"),
 )
 
 
-def find_image_column(features: "Features", column: str | None = None) -> str:
-    """Finds the column of images: the one that is of ``Image``, else of encoded bytes.
+def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
+    """Finds the column of images: of type ``Image``, else of encoded bytes.
 
-    Encoded bytes are a ``struct`` of ``bytes`` and ``path``, or plain binary.
+    Encoded bytes are a struct of ``bytes`` and ``path``, or binary. Of several columns of a type,
+    the one called ``image`` is taken.
 
     Args:
-        features: The columns with their types.
-        column: The column, if the user named it.
+        rows: The data set.
+        column: Name of the column, if it is known.
 
     Raises:
-        UsageError: If there is none, or several could be meant; lists the columns.
+        UsageError: If there is no such column, or several; lists the columns.
     """
-    from datasets import Image
+    kinds = rows.features.items()
+    images = [name for name, kind in kinds if isinstance(kind, datasets.Image)]
+    encoded = [n for n, kind in kinds if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+    binary = [name for name, kind in kinds if _dtype(kind) in ("binary", "large_binary")]
+    return _choose("image", rows, column, images + encoded + binary, images, encoded, binary)
 
-    tests = (lambda kind: isinstance(kind, Image), _is_encoded, _is_binary)
-    if column is not None:
-        _check_exists("image", column, features)
-        if not any(test(features[column]) for test in tests):
-            raise UsageError(
-                f"column {column!r} holds {column_type(features[column])}, no images: an image is "
-                f"an Image, a struct of bytes and path, or binary; the columns are "
-                f"{listed(features)}"
-            )
+
+def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
+    """Finds the column of labels: ``label`` or ``labels`` with integers, else a ``ClassLabel``.
+
+    Otherwise it is a column of integers or texts with a usual name such as ``target`` or ``class``.
+    Of several columns, the one called ``label`` is taken.
+
+    Args:
+        rows: The data set.
+        column: Name of the column, if it is known.
+
+    Raises:
+        UsageError: If there is no such column, or several; lists the columns.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        raise UsageError(f"a {type(rows).__name__} is not a datasets.Dataset, so has no columns")
+    kinds = {name: label_kind(kind) for name, kind in rows.features.items()}
+    accepted = [name for name, kind in kinds.items() if kind]
+    integers = [name for name in ("label", "labels") if kinds.get(name) in ("names", "integers")]
+    classes = [name for name in accepted if kinds[name] == "names"]
+    named = [name for name in accepted if name.casefold() in LABEL_NAMES]
+    return _choose("label", rows, column, accepted, integers[:1], classes, named)
+
+
+def _choose(
+    noun: str, rows: datasets.Dataset, column: str | None, accepted: list[str], *found: list[str]
+) -> str:
+    """Returns the named column if it is accepted, or the only one of the first non-empty list."""
+    if column in accepted:
         return column
-    for test in tests:
-        if found := [name for name, kind in features.items() if test(kind)]:
-            return _only("image", found)
-    raise UsageError(
-        f"no column of images (Image, a struct of bytes and path, or binary), only "
-        f"{listed(features)}"
-    )
+    names = next(filter(None, found), [])
+    if column is None and (noun in names or len(names) == 1):
+        return noun if noun in names else names[0]
+    problem = f"no column {column!r} of {noun}s" if column else f"no column of {noun}s"
+    if column is None and names:
+        problem = f"several columns could be the {noun}: {', '.join(names)}; name one"
+    columns = [f"{name} ({_type_name(kind)})" for name, kind in rows.features.items()]
+    raise UsageError(f"{problem}; the columns are {', '.join(columns) or 'none'}")
 
 
-def find_label_column(features: "Features", column: str | None = None) -> str:
-    """Finds the column of labels: the ``ClassLabel``, else one of a usual name.
-
-    Of several, the one that is called ``label`` is meant.
-
-    Args:
-        features: The columns with their types.
-        column: The column, if the user named it.
-
-    Raises:
-        UsageError: If there is none, or several could be meant, or it holds no labels; lists the
-            columns.
-    """
-    from datasets import ClassLabel
-
-    if column is None:
-        found = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-        found = found or [
-            name
-            for name, kind in features.items()
-            if name.casefold() in LABEL_NAMES and label_kind(kind)
-        ]
-        if not found:
-            raise UsageError(
-                f"no column of labels (a ClassLabel, or integers or texts under a usual name like "
-                f"label, target or class), only {listed(features)}: say which with label="
-            )
-        return "label" if "label" in found else _only("label", found)
-    _check_exists("label", column, features)
-    if label_kind(features[column]) is None:
-        raise UsageError(
-            f"column {column!r} holds {column_type(features[column])}, no labels: a label is one "
-            f"ClassLabel, integer or text per image; the columns are {listed(features)}"
-        )
-    return column
-
-
-def label_kind(feature: object) -> str | None:
-    """Returns what kind of labels a column has: names, integers or texts; None for no labels."""
-    from datasets import ClassLabel
-
-    if isinstance(feature, ClassLabel):
+def label_kind(feature: object) -> Literal["names", "integers", "texts"] | None:
+    """Returns the kind of labels in a column of this type; None for a type without labels."""
+    if isinstance(feature, datasets.ClassLabel):
         return "names"
     kind = _dtype(feature) or ""
     if "int" in kind:
@@ -254,174 +195,67 @@ def label_kind(feature: object) -> str | None:
     return "texts" if kind in ("string", "large_string", "string_view") else None
 
 
-def listed(features: "Features") -> str:
-    """Returns the columns with their types, for messages."""
-    return ", ".join(f"{name} ({column_type(kind)})" for name, kind in features.items())
-
-
-def column_type(feature: object) -> str:
-    """Returns the type of a column in a word, for messages."""
-    return _dtype(feature) or type(feature).__name__
-
-
 def _dtype(feature: object) -> str | None:
-    from datasets import Value
-
-    return str(feature.dtype) if isinstance(feature, Value) else None
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else None
 
 
-def _is_encoded(feature: object) -> bool:
-    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-
-
-def _is_binary(feature: object) -> bool:
-    return _dtype(feature) in ("binary", "large_binary")
-
-
-def _check_exists(option: str, column: str, features: "Features") -> None:
-    if column not in features:
-        raise unknown_name(f"column for {option}=:", column, list(features))
-
-
-def _only(option: str, found: list[str]) -> str:
-    if len(found) > 1:
-        raise UsageError(
-            f"several columns could be the {option}: {', '.join(found)}; say which with {option}="
-        )
-    return found[0]
+def _type_name(feature: object) -> str:
+    return _dtype(feature) or type(feature).__name__
 
 
 UNLABELLED = -1
 
 
 def read_labels(
-    tables: "Mapping[str, Dataset]", column: str
+    tables: Mapping[str, datasets.Dataset], column: str
 ) -> tuple[dict[str, NDArray[np.int64]], list[str] | None]:
-    """Reads the labels of all splits.
+    """Reads the labels of all splits as integers with one list of class names.
 
-    A ``ClassLabel`` has its names; of a split that lists them in another order the labels are
-    renumbered. Integers have none. Texts are the names, sorted over all splits.
+    The names of a ``ClassLabel`` are those of the first split; splits with another order are
+    renumbered. Texts are names, sorted over all splits. Integers have no names.
 
     Args:
-        tables: The splits by the names that messages have for them, that for training first.
+        tables: The splits by name, the training split first.
         column: The column of labels.
 
     Returns:
-        The labels by split, (N,) int64, -1 where an image has none; and the class names, (C,).
+        The labels by split, (N,) int64, -1 where there is none; and the class names, (C,).
 
     Raises:
-        UsageError: If a class has no image in any split though a later one has, two names differ in
-            case only, or the splits have different kinds of labels or other classes than the first.
+        UsageError: If a split has another type of labels or other classes than the first.
     """
-    kinds = {split: label_kind(table.features[column]) for split, table in tables.items()}
-    first, kind = next(iter(kinds.items()))
-    for split, other in kinds.items():
-        if other != kind:
-            shown = [column_type(tables[name].features[column]) for name in (split, first)]
+    first = next(iter(tables))
+    features = {split: table.features[column] for split, table in tables.items()}
+    for split, feature in features.items():
+        if label_kind(feature) != label_kind(features[first]):
             raise UsageError(
-                f"column {column!r} is {shown[0]} in split {split!r} but {shown[1]} in {first!r}"
+                f"column {column!r} is {_type_name(feature)} in split {split!r} but "
+                f"{_type_name(features[first])} in split {first!r}"
             )
-    if kind == "names":
-        return _named(tables, column)
-    values = {split: _column(table, column) for split, table in tables.items()}
-    if kind == "texts":
-        return _texts(values, column)
-    labels = {split: _integers(array, column) for split, array in values.items()}
-    _check_gaps(labels, column)
-    return labels, None
-
-
-def _column(table: "Dataset", column: str) -> pa.ChunkedArray:
-    rows = cast(pa.Table, table.select_columns(column).with_format("arrow")[:])
-    return rows.column(0)
-
-
-def _integers(values: pa.ChunkedArray, column: str) -> NDArray[np.int64]:
-    try:
-        filled = values.cast(pa.int64()).fill_null(UNLABELLED)
-    except pa.ArrowInvalid as error:
-        raise UsageError(
-            f"labels of column {column!r} must be 0 to C - 1, got {pc.max(values).as_py()}"
-        ) from error
-    numbers: NDArray[np.int64] = filled.to_numpy()
-    return numbers
-
-
-def _named(
-    tables: "Mapping[str, Dataset]", column: str
-) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    names: list[str] = list(next(iter(tables.values())).features[column].names)
-    problems = Problems()
-    labels = {}
-    for split, table in tables.items():
-        numbers = _integers(_column(table, column), column)
-        own = list(table.features[column].names)
-        if unknown := sorted(set(own) - set(names)):
-            problems.add(
-                f"{len(unknown)} classes of split {split!r} are not among those of "
-                f"{next(iter(tables))!r}: {shown_names(unknown)}"
-            )
+    values = {split: arrow_column(table, column) for split, table in tables.items()}
+    names: list[str] | None = getattr(features[first], "names", None)
+    if label_kind(features[first]) == "texts":
+        values = {split: array.cast(pa.string()) for split, array in values.items()}
+        texts = {text for array in values.values() for text in pc.unique(array).to_pylist()}
+        names = sorted(text for text in texts if text and text.strip())
+        known = pa.array(names, pa.string())
+        values = {split: pc.index_in(array, value_set=known) for split, array in values.items()}
+    labels: dict[str, NDArray[np.int64]] = {}
+    for split, array in values.items():
+        labels[split] = array.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
+        own: list[str] | None = getattr(features[split], "names", names)
+        if names is None or own is None or own == names:
             continue
-        wrong = np.unique(numbers[(numbers < UNLABELLED) | (numbers >= len(own))])
-        if len(wrong):
-            problems.add(
-                f"labels of split {split!r} must be 0 to {len(own) - 1}, as column {column!r} has "
-                f"{len(own)} classes: got {shown_names(wrong.tolist())}"
+        if unknown := sorted(set(own) - set(names)):
+            raise UsageError(
+                f"{len(unknown)} classes of split {split!r} are not among those of {first!r}: "
+                f"{shown_names(unknown)}"
             )
-        elif own != names:
-            # The last place is that of -1.
-            place = np.array([*map(names.index, own), UNLABELLED])
-            numbers = place[numbers]
-        labels[split] = numbers
-    problems.check()
+        # The last number is for -1.
+        labels[split] = np.array([*map(names.index, own), UNLABELLED])[labels[split]]
     return labels, names
 
 
-def _texts(
-    values: dict[str, pa.ChunkedArray], column: str
-) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    values = {split: _without_empty(array) for split, array in values.items()}
-    distinct: set[str] = set()
-    for array in values.values():
-        distinct.update(pc.unique(array).drop_null().to_pylist())
-    names = sorted(distinct)
-    same = defaultdict(list)
-    for name in names:
-        same[name.strip().casefold()].append(repr(name))
-    alike = [" and ".join(group) for group in same.values() if len(group) > 1]
-    if alike:
-        raise UsageError(
-            f"{len(alike)} classes of column {column!r} are written in several ways: "
-            f"{shown_names(alike)}; write each in one way, or make the column a ClassLabel if they "
-            "are different classes"
-        )
-    known = pa.array(names, pa.string())
-    encoded: dict[str, Any] = {
-        split: pc.index_in(array, value_set=known) for split, array in values.items()
-    }
-    return {split: _integers(array, column) for split, array in encoded.items()}, names
-
-
-def _without_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Returns texts with nulls in place of those that are empty, or blank."""
-    texts = texts.cast(pa.string())
-    blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
-    return cast(pa.ChunkedArray, pc.if_else(blank, pa.scalar(None, pa.string()), texts))
-
-
-def _check_gaps(labels: dict[str, NDArray[np.int64]], column: str) -> None:
-    used = np.unique(np.concatenate(list(labels.values())))
-    if len(used) and used[0] < UNLABELLED:
-        raise UsageError(f"column {column!r} has negative labels: {int(used[0])}")
-    used = used[used >= 0]
-    if len(used) == 0 or int(used[-1]) + 1 == len(used):
-        return
-    top = int(used[-1])
-    # Of up to top labels, the first that are missing lie within the first len(used) + 5.
-    missing = np.setdiff1d(np.arange(min(top, len(used) + 5)), used)
-    shown = shown_names([*missing.tolist()[:5], *(["..."] if top + 1 - len(used) > 5 else [])], 6)
-    raise UsageError(
-        f"labels of column {column!r} must be 0 to C - 1 without a gap: the largest is {top}, and "
-        f"{top + 1 - len(used)} below it occur in no split: {shown}; renumber them, or make them "
-        "texts or a ClassLabel"
-    )
+def arrow_column(table: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    """Returns a column as it is stored."""
+    return cast(pa.Table, table.select_columns(column).with_format("arrow")[:]).column(0)

@@ -1,4 +1,4 @@
-"""digits_lt: scikit-learn's real handwritten digits with a long tail, the two-second smoke test."""
+"""digits_lt: scikit-learn's handwritten digits with a long tail, a smoke test of two seconds."""
 
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,7 @@ from .sources import Split, dataset_from_arrays, register_dataset
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EVALUATION_IMAGES = {"test": 30, "val": 20}  # per class; the digit 8 has 174 images in all
-TRAIN_IMAGES = 120
+SIZES = {"test": 30, "val": 20, "train": 120}  # per class; the digit 8 has 174 images in all
 IMBALANCE_FACTOR = 24.0  # 120 ... 5: one class is many-shot, five medium, four few
 SIZE = 32
 
@@ -24,12 +23,11 @@ SIZE = 32
 def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
     """Builds a split of digits_lt: train 120 to 5 images per class, val 20 and test 30.
 
-    The splits are disjoint. The digits are 8 x 8 in 17 grey levels; here they are 32 x 32 RGB,
-    enlarged bilinearly.
+    The splits are disjoint. The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
-        seed: Of the choice of images, a non-negative integer.
+        seed: Seed of the choice of images, a non-negative integer.
 
     Raises:
         UsageError: If scikit-learn is not installed or the seed is out of range.
@@ -56,29 +54,20 @@ def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
 
 
 def split_indices(labels: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Deals the images of each class out: to test, then val, then the pool that train is cut from.
-
-    Shape:
-        ``labels (N,)``; returns three disjoint index arrays, class by class.
-    """
+    """Splits the images of each class into test, val and the pool of train; returns indices."""
     rng = np.random.default_rng(seed)
-    sizes = [*EVALUATION_IMAGES.values(), TRAIN_IMAGES]
-    dealt = []
+    ends = np.cumsum([*SIZES.values()])
+    parts = []
     for label in range(10):
         indices = rng.permutation(np.flatnonzero(labels == label))
-        dealt.append(np.split(indices[: sum(sizes)], np.cumsum(sizes)[:-1]))
-    names = [*EVALUATION_IMAGES, "train"]
+        parts.append(np.split(indices[: ends[-1]], ends[:-1]))
     return {
-        name: np.concatenate([parts[place] for parts in dealt]) for place, name in enumerate(names)
+        name: np.concatenate(p) for name, p in zip(SIZES, zip(*parts, strict=True), strict=True)
     }
 
 
 def enlarge(digit: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Enlarges a digit.
-
-    Shape:
-        ``digit (8, 8)`` in [0, 16]; returns ``(32, 32, 3)``.
-    """
+    """Enlarges a digit (8, 8) in [0, 16] bilinearly to (32, 32, 3)."""
     grey = Image.fromarray((digit * (255 / 16)).astype(np.uint8))
     enlarged = np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     return np.repeat(enlarged[:, :, None], 3, axis=2)

@@ -25,10 +25,10 @@ NUM_CLASSES = 100
 NUM_FACES = 16
 CELL = 48  # side of a glyph in the atlas
 SIZE = 32  # side of an image
-SPLITS = {"train": 0, "val": 1, "test": 2}  # the number is part of the seed
+SPLITS = {"train": 0, "val": 1, "test": 2}  # second part of the seed
 EVALUATION_IMAGES = {"val": 20, "test": 50}  # per class
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-CHUNK = 256  # images drawn at a time: their planes stay in the cache; the drawn images depend on it
+CHUNK = 256  # images drawn together, for the CPU cache; the images depend on it
 
 
 @register_dataset("glyph_lt")
@@ -40,17 +40,14 @@ def glyph_lt(split: Split, *, seed: int = 0) -> "Dataset":
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
-        seed: A non-negative integer; another one gives other images of the same kind.
-
-    Raises:
-        UsageError: If the seed is not a non-negative integer.
+        seed: Seed of the generated images, a non-negative integer.
     """
     images, labels = glyph_arrays(split, seed)
     return dataset_from_arrays(images, labels, glyph_names())
 
 
 def glyph_counts(split: Split) -> list[int]:
-    """Returns the number of images of each class in a split.
+    """Returns the number of images per class in a split.
 
     >>> counts = glyph_counts("train")
     >>> counts[0], counts[99], sum(counts)
@@ -73,11 +70,7 @@ def glyph_names() -> list[str]:
 
 @lru_cache(maxsize=1)
 def glyph_atlas() -> Floats:
-    """Returns how much ink each pixel of each glyph has, in [0, 1].
-
-    Shape:
-        ``(100, 16, 48, 48)``: class, face, row, column.
-    """
+    """Returns the ink of each pixel in [0, 1]: class, face, row, column (100, 16, 48, 48)."""
     with (resources.files("timm_lt.data") / "glyph_atlas" / "atlas.png").open("rb") as file:
         sheet = np.asarray(Image.open(file), np.float32) / np.float32(255)
     cells = sheet.reshape(NUM_CLASSES, CELL, NUM_FACES, CELL).transpose(0, 2, 1, 3)
@@ -87,12 +80,12 @@ def glyph_atlas() -> Floats:
 def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Generates the images of a split.
 
-    The same arguments give the same bytes, whatever the number of threads: numpy does the
-    arithmetic element by element, and torch only interpolates, each pixel by itself.
+    The same arguments give the same bytes for any number of threads: numpy works element by
+    element, and torch only interpolates, pixel by pixel.
 
     Args:
         split: ``"train"`` (500 to 5 images per class), ``"val"`` (20) or ``"test"`` (50).
-        seed: A non-negative integer; another one gives other images of the same kind.
+        seed: Seed of the generated images, a non-negative integer.
 
     Shape:
         Returns ``images (N, 32, 32, 3)`` and ``labels (N,)``.
@@ -113,13 +106,10 @@ def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArra
 
 
 def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Draws one image per label, from the background to the pixel noise.
+    """Draws one image per label: labels (N,), images (N, 3, 32, 32).
 
     Two background colours, two distractor glyphs at the border, the glyph itself, an occluding bar,
     blur, noise.
-
-    Shape:
-        ``labels (N,)``; returns ``(N, 3, 32, 32)``.
     """
     number = len(labels)
     first, second, ink = draw_colours(rng, number)
@@ -139,11 +129,7 @@ def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[
 
 
 def add_distractor(rng: np.random.Generator, image: Floats) -> Floats:
-    """Draws another glyph across the border of three out of four images.
-
-    Shape:
-        ``image (N, 3, 32, 32)``; returns the same.
-    """
+    """Draws another glyph across the border of three out of four images (N, 3, 32, 32)."""
     number = len(image)
     others = rng.integers(NUM_CLASSES, size=number)
     present = (rng.random((number, 1, 1, 1)) < 0.75).astype(np.float32)
@@ -155,17 +141,14 @@ def add_distractor(rng: np.random.Generator, image: Floats) -> Floats:
 
 
 def per_image(rng: np.random.Generator, low: float, high: float, number: int) -> Floats:
-    """Draws one uniform value per image, of shape ``(N, 1, 1, 1)``."""
+    """Draws one uniform value per image, (N, 1, 1, 1)."""
     return rng.uniform(low, high, (number, 1, 1, 1)).astype(np.float32)
 
 
 def draw_colours(rng: np.random.Generator, number: int) -> tuple[Floats, Floats, Floats]:
-    """Draws two related background colours and an ink of another luma.
+    """Draws two related background colours and an ink of another luma, (N, 3, 1, 1) each.
 
-    The contrast is .28 to .78, or what is left to black or white where there is less.
-
-    Shape:
-        Returns three of ``(N, 3, 1, 1)``.
+    The contrast is .28 to .78, clipped at black and white.
     """
     first = rng.uniform(0, 1, (number, 3))
     second = np.clip(first + rng.uniform(-0.25, 0.25, (number, 3)), 0, 1)
@@ -183,11 +166,7 @@ def draw_colours(rng: np.random.Generator, number: int) -> tuple[Floats, Floats,
 def smooth_noise(
     rng: np.random.Generator, amplitude: float, number: int, channels: int, knots: int
 ) -> Floats:
-    """Draws a smooth random field within about ``amplitude`` of 0: coarse noise, interpolated.
-
-    Shape:
-        Returns ``(N, channels, 32, 32)``.
-    """
+    """Draws coarse noise within ``amplitude`` of 0 and interpolates it to (N, channels, 32, 32)."""
     coarse = rng.uniform(-amplitude, amplitude, (number, channels, knots, knots))
     field = F.interpolate(
         torch.from_numpy(coarse.astype(np.float32)), size=SIZE, mode="bilinear", align_corners=True
@@ -196,7 +175,7 @@ def smooth_noise(
 
 
 def pixel_grid() -> tuple[Floats, Floats]:
-    """Returns the x and y of each pixel's centre, ``(32, 32)`` each, -1 to 1 over the image."""
+    """Returns x and y of the pixel centres, (32, 32) each, from -1 to 1 over the image."""
     line = ((np.arange(SIZE) * 2 + 1) / SIZE - 1).astype(np.float32)
     x, y = np.meshgrid(line, line)
     return x, y
@@ -209,16 +188,16 @@ def draw_glyphs(
     scale: tuple[float, float],
     centre: NDArray[np.float64],
 ) -> Floats:
-    """Draws how much each pixel is covered by a glyph in a random face, pose and stroke weight.
+    """Draws the coverage of pixels by glyphs in a random face, pose and stroke weight.
 
     Args:
-        rng: Where the randomness comes from.
-        labels: Which glyphs.
+        rng: The random number generator.
+        labels: Classes of the glyphs, (N,).
         scale: Range of the size; 1 is a glyph of 27 pixels.
-        centre: Where the glyphs are, (0, 0) is the middle and (1, 1) the lower right corner.
+        centre: Centres of the glyphs, (N, 2), from (-1, -1) to (1, 1) over the image.
 
     Shape:
-        ``labels (N,)``, ``centre (N, 2)``; returns ``(N, 1, 32, 32)``.
+        Returns ``(N, 1, 32, 32)``.
     """
     number = len(labels)
     glyphs = glyph_atlas()[labels, rng.integers(NUM_FACES, size=number)]
@@ -246,11 +225,7 @@ def draw_glyphs(
 def draw_poses(
     rng: np.random.Generator, number: int, scale: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Draws the linear part of a glyph's pose: rotation after shear after stretching.
-
-    Shape:
-        Returns ``(N, 2, 2)``.
-    """
+    """Draws the linear part of the poses, (N, 2, 2): rotation after shear after stretching."""
     angle = rng.uniform(-0.30, 0.30, number)
     size = rng.uniform(*scale, number)
     aspect = np.exp(rng.uniform(-0.18, 0.18, number))
@@ -266,11 +241,7 @@ def draw_poses(
 
 
 def draw_bars(rng: np.random.Generator, number: int) -> Floats:
-    """Draws how much each pixel is covered by an occluding bar, which half of the images have.
-
-    Shape:
-        Returns ``(N, 1, 32, 32)``.
-    """
+    """Draws the coverage of pixels by a bar in half of the images, (N, 1, 32, 32)."""
     x, y = pixel_grid()
     angle = rng.uniform(0, np.pi, (number, 1, 1, 1))
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -281,11 +252,7 @@ def draw_bars(rng: np.random.Generator, number: int) -> Floats:
 
 
 def blur(image: Floats, amount: Floats) -> Floats:
-    """Mixes an image with its average over 3 x 3 pixels, weighted 1-2-1 both ways.
-
-    Shape:
-        ``image (N, 3, 32, 32)``, ``amount (N, 1, 1, 1)`` in [0, 1]; returns ``(N, 3, 32, 32)``.
-    """
+    """Blends images with their 1-2-1 blur, by an amount (N, 1, 1, 1) in [0, 1]."""
     smooth = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     smooth = smooth[:, :, :-2] + 2 * smooth[:, :, 1:-1] + smooth[:, :, 2:]
     smooth = smooth[:, :, :, :-2] + 2 * smooth[:, :, :, 1:-1] + smooth[:, :, :, 2:]

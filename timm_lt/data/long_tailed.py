@@ -1,7 +1,4 @@
-"""A long-tailed subset of a balanced data set.
-
-Manifests: which images a subset has, in numbers and hashes that two people can compare.
-"""
+"""Long-tailed subsets of balanced data sets, and manifests to compare them by."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,25 +32,25 @@ def make_long_tailed(
     seed: int = 0,
     column: str | None = None,
 ) -> "Dataset":
-    """Takes a long-tailed subset: class 0 keeps every image, the last class the fewest.
+    """Returns a long-tailed subset: class 0 keeps all of its images, the last class the fewest.
 
-    The images are those of :func:`long_tailed_indices`. With seed 0 the subset of CIFAR is
-    therefore the one that most papers report on, if the rows are in the official order. Imbalance
-    factor 1 keeps as many images as there are.
+    The images are chosen by :func:`long_tailed_indices`. With seed 0, the subset of CIFAR is the
+    one that most papers report on if the rows are in the official order. Imbalance factor 1 keeps
+    every image.
 
     Args:
-        dataset: A ``datasets.Dataset`` with a column of labels; a class without images is an error.
+        dataset: A ``datasets.Dataset`` with a column of labels and images of every class.
         imbalance_factor: Largest class over smallest class, at least 1.
         profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
-        seed: Of the choice of images, a non-negative integer below 2^32.
-        column: The column of labels; None takes ``"label"``, else ``"labels"``.
+        seed: Seed of the choice of images, a non-negative integer below 2^32.
+        column: The column of labels; None takes ``"label"`` or ``"labels"``.
 
     Returns:
         The subset, class by class.
 
     Raises:
-        UsageError: If the data set is a stream or has no such column, a class has fewer images than
-            it should keep, or an option is out of range.
+        UsageError: If the data set is a stream or has no such column, a class has too few images,
+            or an option is out of range.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
@@ -79,10 +76,11 @@ def long_tailed_indices(
     seed: int = 0,
     num_classes: int | None = None,
 ) -> NDArray[np.int64]:
-    """Chooses the images of a long-tailed subset as LDAM-DRW chooses them.
+    """Returns the indices of a long-tailed subset, chosen as LDAM-DRW does.
 
-    The counts are those of :func:`~timm_lt.utils.longtail.long_tailed_counts` with ``n_max`` the
-    largest class. For each class in order, its indices are shuffled and the first ``n_c`` taken.
+    The counts ``n_c`` are those of :func:`~timm_lt.utils.longtail.long_tailed_counts` with
+    ``n_max`` the largest class. The indices of each class in turn are shuffled, and the first
+    ``n_c`` are taken.
 
     >>> long_tailed_indices([0, 1] * 4, imbalance_factor=4).tolist()
     [4, 6, 2, 0, 1]
@@ -95,7 +93,7 @@ def long_tailed_indices(
         num_classes: Number of classes; None takes the largest label plus one.
 
     Shape:
-        labels (N,); returns indices into them, class by class.
+        labels (N,); returns indices, class by class.
 
     Raises:
         UsageError: As :func:`make_long_tailed`.
@@ -108,11 +106,11 @@ def long_tailed_indices(
     if short:
         raise UsageError(
             f"{len(short)} of {len(counts)} classes have fewer images than they should keep: "
-            f"{shown_names(short)}; make_long_tailed needs a balanced data set, and a class keeps "
-            f"up to as many as the largest has, {int(available.max())}"
+            f"{shown_names(short)}; make_long_tailed needs a balanced data set, as a class may "
+            f"keep as many images as the largest class has, {int(available.max())}"
         )
     values = check_labels(labels).numpy()
-    # LDAM-DRW's generator, so that the subset is the published one.
+    # LDAM-DRW's generator: gives the published subset.
     shuffler = np.random.RandomState(seed)
     kept = []
     for label, count in enumerate(counts):
@@ -128,25 +126,25 @@ COMPARED = ("num_images", "class_counts", "indices_sha256", "labels_sha256", "al
 def subset_manifest(
     labels: Labels, indices: Labels, *, num_classes: int | None = None, **description: Any
 ) -> dict[str, Any]:
-    """Describes a subset, ready for JSON.
+    """Returns a description of a subset for JSON: counts and hashes of its indices and labels.
 
     >>> subset_manifest([1, 0, 1], [2, 1], seed=0)["class_counts"]
     [1, 1]
 
-    A hash is the SHA-256 of integers as 8 bytes each, little-endian.
+    A hash is the SHA-256 of 64-bit little-endian integers.
 
     Args:
-        labels: The labels of the whole data set, (N,).
-        indices: The rows of the subset, in their order.
+        labels: Labels of the whole data set, (N,).
+        indices: Indices of the subset, in order.
         num_classes: Number of classes; None takes the largest label plus one.
-        description: What else the manifest says, e.g. how the subset was made.
+        description: Further entries, e.g. how the subset was made.
 
     Returns:
         The description, ``num_images``, ``class_counts`` (C,), ``indices_sha256``,
         ``labels_sha256`` of the subset, ``all_labels_sha256`` of the whole, and ``indices``.
 
     Raises:
-        UsageError: If an index is not of an image.
+        UsageError: If an index is out of range.
     """
     everything = check_labels(labels)
     rows = check_labels(indices, len(everything), noun="indices")
@@ -164,24 +162,24 @@ def subset_manifest(
 
 
 def check_manifest(found: Mapping[str, Any], path: str | Path) -> None:
-    """Checks that a subset is the one of a manifest.
+    """Checks that a subset is that of a manifest file.
 
     Args:
         found: The manifest of the subset.
-        path: JSON file of the manifest that it should have. What that leaves out is not compared.
+        path: The JSON file; entries that it lacks are not compared.
 
     Raises:
-        UsageError: If the file is no manifest, or something differs; says what.
+        UsageError: If the file is not a manifest, or the subset differs; lists the differences.
     """
     expected = read_json(Path(path))
     if not set(COMPARED) & set(expected):
-        raise UsageError(f"{path} is no manifest: it has none of {', '.join(COMPARED)}")
-    problems = Problems(f"the subset is not that of {path}")
+        raise UsageError(f"{path} is not a manifest: it has none of {', '.join(COMPARED)}")
+    problems = Problems(f"the subset differs from {path}")
     for name in COMPARED:
         if name in expected and expected[name] != found[name]:
-            problems.add(f"{name} is {_brief(found[name])}, there {_brief(expected[name])}")
+            problems.add(f"{name} is {_brief(found[name])}, not {_brief(expected[name])}")
     if not problems.found and expected.get("indices", found["indices"]) != found["indices"]:
-        problems.add("its indices are others, though their hash is the same")
+        problems.add("the indices differ, though their hash is the same")
     problems.check()
 
 

@@ -1,6 +1,7 @@
-"""Data sets by name: each is a function that returns one split as a ``datasets.Dataset``."""
+"""Registry of data sets, and data sets made of files or of arrays."""
 
 import inspect
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,11 @@ SPLIT_WORDS: dict[str, Split] = {
 }
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
-# Files in a column of paths: more with the longest paths would not fit 2 GiB.
+# Files per chunk of a column: more of the longest paths would exceed 2 GiB.
 FILES = 500_000
 
 DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
-# Data sets by name on whose test split a paper selected, and which paper.
+# Papers that selected on the test split, by data set.
 SELECTED_ON_TEST: dict[str, str] = {}
 
 
@@ -41,19 +42,18 @@ def register_dataset(
 
     The decorated function is called as ``function(split, **options)`` and returns a
     ``datasets.Dataset`` with the columns ``image`` (a ``datasets.Image``) and ``label`` (a
-    ``datasets.ClassLabel``), or None for ``"val"`` if there is no such split; its keyword-only
-    parameters are the options. One that reads files has a keyword-only parameter ``root``.
-
-    One that makes all of its splits together, because files are listed once, has no parameter
-    ``split``: it is called as ``function(**options)`` and returns them by name.
+    ``datasets.ClassLabel``), or None for a ``"val"`` that does not exist. Its keyword-only
+    parameters are the options; a data set that reads files has an option ``root``. A function
+    without a parameter ``split`` is called as ``function(**options)`` and returns all splits by
+    name.
 
     Args:
         name: The name, a lower-case identifier.
         selected_on_test: The paper that selected hyper-parameters or the epoch on the test split of
-            this data set, if one did: it permits the protocol ``"paper"``, which does so too.
+            this data set, if one did; this allows the protocol ``"paper"``.
 
     Raises:
-        UsageError: If the name is taken or is no lower-case identifier.
+        UsageError: If the name is taken or is not a lower-case identifier.
     """
     register = DATASETS.register(name)
 
@@ -79,23 +79,22 @@ def check_protocol(name: str, protocol: str) -> None:
     """Checks that a data set may be used under a protocol.
 
     Args:
-        name: A name out of :func:`list_datasets`.
+        name: A name from :func:`list_datasets`.
         protocol: ``"standard"``, or ``"paper"``, which selects on the test split.
 
     Raises:
-        UsageError: If there is no such protocol, or no paper selected on the test split of the data
-            set; the message lists where one did.
+        UsageError: If the protocol is unknown, or no paper selected on the test split of the data
+            set; the message lists the data sets where one did.
     """
     check_choice("data set", name, tuple(DATASETS))
     check_choice("protocol", protocol, get_args(SelectionProtocol))
-    if protocol == "standard" or name in SELECTED_ON_TEST:
-        return
-    known = [f"{key} ({paper})" for key, paper in SELECTED_ON_TEST.items() if key in DATASETS]
-    raise UsageError(
-        "protocol paper selects hyper-parameters and the epoch on the test split, and is there "
-        f"only where a paper did so, which none is known to have done for {name!r}: take protocol "
-        f"standard; it is there for: {', '.join(known) or 'no data set'}"
-    )
+    if protocol == "paper" and name not in SELECTED_ON_TEST:
+        known = [f"{key} ({paper})" for key, paper in SELECTED_ON_TEST.items() if key in DATASETS]
+        raise UsageError(
+            "protocol paper selects hyper-parameters and the epoch on the test split, and no paper "
+            f"is known to have done so for {name!r}; use protocol standard, or one of: "
+            f"{', '.join(known) or 'no data set'}"
+        )
 
 
 def create_dataset(
@@ -108,41 +107,30 @@ def create_dataset(
     (2000, (32, 32), 100)
 
     Args:
-        name: A name out of :func:`list_datasets`.
+        name: A name from :func:`list_datasets`.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        root: The folder with the files, for data sets that read files; the others refuse it.
+        root: The folder with the files, for data sets that read files.
         options: The data set's own options.
 
     Returns:
         A ``datasets.Dataset`` with the columns ``image`` (decoded to a PIL image in RGB, as in a
-        run) and
-        ``label`` (an integer, with the class names in ``features["label"].names``).
+        run) and ``label`` (an integer; class names are in ``features["label"].names``).
 
     Raises:
         UsageError: If the name, the split or an option is unknown; the message lists the valid
-            ones. Also if a root is given to a data set that needs none, or the data set has no
-            validation split.
+            ones. Also if a root is missing or not needed, or the data set has no such split.
     """
-    dataset = find_split(name, split=split, root=root, **options)
+    from timm_lt.data.columns import as_rgb
+
+    source = checked_source(name, root, options)
+    check_choice(f"split of data set {name!r}", split, get_args(Split))
+    dataset = source(split, **options) if _takes_split(source) else source(**options).get(split)
     if dataset is None:
         raise UsageError(
             f"data set {name!r} has no {split} split: hold out a part of train with "
             "timm_lt.data.hold_out, as a run does"
         )
-    return dataset
-
-
-def find_split(
-    name: str, *, split: Split, root: str | Path | None = None, **options: Any
-) -> "Dataset | None":
-    """Builds one split as :func:`create_dataset` does; None if there is no such split."""
-    from timm_lt.data.columns import as_rgb
-
-    source = checked_source(name, root, options)
-    check_choice(f"split of data set {name!r}", split, get_args(Split))
-    takes_split = _takes_split(source)
-    found = source(split, **options) if takes_split else source(**options).get(split)
-    return None if found is None else as_rgb(found)
+    return as_rgb(dataset)
 
 
 def find_splits(
@@ -162,24 +150,32 @@ def find_splits(
 def checked_source(
     name: str, root: str | Path | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Returns the function of a data set; puts the root into its options and checks their names.
+    """Returns the function of a data set after checking its options, which get the root.
 
     Raises:
-        UsageError: If the data set or an option is unknown, or a root is missing or out of place.
+        UsageError: If the data set or an option is unknown, or a root is missing or not needed.
     """
     source = DATASETS[name]
     owner = f"data set {name!r}"
     if root is not None:
+        if "root" not in inspect.signature(source).parameters:
+            raise UsageError(f"{owner} reads no files; remove the root {str(root)!r}")
         options["root"] = root
-    try:
-        check_options(owner, source, options)
-    except UsageError as error:
-        if "root" in options and "no option 'root'" in str(error):
-            raise UsageError(f"{owner} needs no root, got {str(root)!r}: leave it out") from None
-        if "needs the option 'root'" in str(error):
-            raise UsageError(f"{owner} reads files: give their folder as root") from None
-        raise
+    check_options(owner, source, options)
     return source
+
+
+def find_root(root: str | Path) -> str:
+    """Returns the absolute path of a folder that holds files; symbolic links are kept.
+
+    Raises:
+        UsageError: If it does not exist or is not a folder.
+    """
+    path = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() follows links
+    if not Path(path).is_dir():
+        fault = "is not a folder" if Path(path).exists() else "does not exist"
+        raise UsageError(f"root {path!r} {fault}")
+    return path
 
 
 def _takes_split(source: Callable[..., Any]) -> bool:
@@ -190,12 +186,12 @@ def _takes_split(source: Callable[..., Any]) -> bool:
 def dataset_from_files(
     paths: "Sequence[str] | pa.Array", labels: NDArray[np.int64], names: list[str] | None
 ) -> "Dataset":
-    """Makes a data set of image files, which are opened when they are drawn.
+    """Makes a data set of image files, which are opened when an item is read.
 
     Args:
         paths: The files, (N,).
         labels: Their labels, (N,).
-        names: Class names, (C,); None leaves the classes without names.
+        names: Class names, (C,), if known.
     """
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
@@ -214,7 +210,7 @@ def dataset_from_files(
 def dataset_from_arrays(
     images: NDArray[np.uint8], labels: NDArray[np.int64], names: list[str]
 ) -> "Dataset":
-    """Wraps images in memory as a data set.
+    """Makes a data set of images in memory, encoded as BMP files.
 
     Shape:
         ``images (N, H, W, 3)``, RGB; ``labels (N,)``, in [0, len(names)).
@@ -223,10 +219,9 @@ def dataset_from_arrays(
 
     features = Features({"image": Image(mode="RGB"), "label": ClassLabel(names=names)})
     files = encode_bmp(images)
-    offsets = np.arange(len(files) + 1, dtype=np.int64) * files.shape[1]
-    encoded = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(files), [None, pa.py_buffer(offsets), pa.py_buffer(files)]
-    ).cast(pa.binary())
+    fixed = pa.binary(files.shape[1])
+    encoded = pa.Array.from_buffers(fixed, len(files), [None, pa.py_buffer(files)])
+    encoded = encoded.cast(pa.binary())
     paths = pa.nulls(len(files), pa.string())
     column = pa.StructArray.from_arrays([encoded, paths], ["bytes", "path"])
     table = pa.table({"image": column, "label": pa.array(labels)})
@@ -234,14 +229,7 @@ def dataset_from_arrays(
 
 
 def encode_bmp(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Encodes images of one size as BMP files: a header and the pixels, so it costs one copy.
-
-    PNG would take a second of processor time for the images of GlyphLT-100 and save nothing on
-    noise.
-
-    Shape:
-        ``images (N, H, W, 3)``, RGB; returns ``(N, bytes per file)``.
-    """
+    """Encodes images (N, H, W, 3) of one size as BMP files (N, bytes), with one copy."""
     number, height, width, _ = images.shape
     row = -(-width * 3 // 4) * 4  # rows are padded to whole words
     size = 54 + height * row

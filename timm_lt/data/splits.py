@@ -1,17 +1,14 @@
-"""The three splits of a data set, checked before anything is trained on them.
-
-Images held out where a data set lacks a split, and classes that are too small for it.
-
-Which images a split has: what says so from run to run, without looking at a file.
-"""
+"""Splits of a data set: hold-out, small classes, the identity of images, and what is checked."""
 
 import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +20,7 @@ from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import as_rgb, check_random_access
-from timm_lt.data.decode import Unreadable, shown_path
+from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,
@@ -32,7 +29,13 @@ from timm_lt.data.images import (
     label_tensor,
     relabelled,
 )
-from timm_lt.data.sources import SPLIT_WORDS, Split, check_protocol, find_splits
+from timm_lt.data.sources import (
+    SPLIT_WORDS,
+    Split,
+    check_protocol,
+    dataset_from_files,
+    find_splits,
+)
 from timm_lt.utils.checks import (
     WHITE,
     Problems,
@@ -44,8 +47,10 @@ from timm_lt.utils.checks import (
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import Labels, SelectionProtocol, check_labels, class_counts
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+ValSource = Literal["val", "train", "test"]
+LabelArray = NDArray[np.int64]
+# Bytes at the end of an encoded image that tell it from others of the same length.
+END = 512
 
 
 def hold_out(
@@ -57,7 +62,7 @@ def hold_out(
     purpose: Literal["validation", "test"] = "validation",
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Deals the images of each class out to training and to validation or test.
+    """Splits the images of each class into training images and held-out images.
 
     Of the ``n`` images of a class, ``fraction * n`` are held out, rounded, but at least one and
     not all: the split is stratified.
@@ -68,36 +73,32 @@ def hold_out(
 
     Args:
         labels: Integer labels, one per image.
-        fraction: In (0, 1).
+        fraction: Part of each class, in (0, 1).
         seed: A non-negative integer.
-        keys: A key for each image, (N,), such as its path. Which images are held out then depends
-            on the keys and not on the rows: another image in a class moves at most one other, and
-            none of another class. Validation and test are taken from the two ends of one order, so
-            that an image that is moved out of one does not move one out of the other. None takes
-            the rows.
-        purpose: What the images are held out for, for messages.
+        keys: A key for each image, (N,), such as its path. The split then depends on the keys and
+            not on the rows: another image in a class moves at most one other, and none of another
+            class. Validation and test are taken from the two ends of one order, so that an image
+            that leaves one does not displace an image of the other. None takes the rows.
+        purpose: The split that is held out.
         names: Class names, (C,), for messages.
 
     Shape:
-        labels (N,); two index tensors, ascending, that together are all images.
+        labels (N,); two index tensors, ascending, that together contain all images.
 
     Raises:
-        UsageError: If a class has one image only, which cannot be in both; names the classes.
-            If there is not one key per image.
+        UsageError: If a class has only one image, which cannot be in both splits, or there is not
+            one key per image.
     """
-    check_number("fraction", fraction, "(0, 1)")
+    check_number(f"{purpose} fraction", fraction, "(0, 1)")
     check_integer("seed", seed, minimum=0)
-    # Places among the labels that occur: a wrong label may be too large to count up to.
+    # Count only labels that occur: a wrong label may be too large to count up to.
     present, values, counts = check_labels(labels).unique(return_inverse=True, return_counts=True)
-    single = present[counts == 1].tolist()
-    if single:
-        shown = shown_names(
-            [f"{c} ({names[c]})" if names and c < len(names) else c for c in single]
-        )
+    single = present[counts == 1].numpy()
+    if len(single):
         raise UsageError(
-            f"{len(single)} of {len(counts)} classes have one training image, so none can be held "
-            f"out for {purpose}: {shown}; give a {purpose} split, or leave these "
-            "classes out"
+            f"{len(single)} of {len(counts)} classes have only one image, which cannot be held out "
+            f"for {purpose}: {_shown_classes(single, names)}; give a {purpose} split, add images, "
+            "or leave these classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)
     if keys is None:
@@ -109,113 +110,198 @@ def hold_out(
         order = order if purpose == "test" else order.flip(0)
     # By class, in random order within it.
     order = order[values[order].sort(stable=True).indices]
-    place = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
-    chosen = place < held[values[order]]
+    rank = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
+    chosen = rank < held[values[order]]
     return order[~chosen].sort().values, order[chosen].sort().values
 
 
 def _order_of_keys(keys: Sequence[str | bytes], seed: int) -> Tensor:
-    """Returns the images in an order as good as random, in which two keys never change places."""
+    """Returns a pseudo-random order of the images in which two keys never change places."""
     start = f"{seed} ".encode()
-    words = b"".join(
-        [
-            blake2b(start + (key.encode() if isinstance(key, str) else key), digest_size=8).digest()
-            for key in keys
-        ]
-    )
+    encoded = (key.encode() if isinstance(key, str) else key for key in keys)
+    words = b"".join([blake2b(start + key, digest_size=8).digest() for key in encoded])
     return torch.from_numpy(np.frombuffer(words, "<u8").argsort(kind="stable"))
 
 
-def small_classes(counts: Mapping[str, int], min_images: int | None) -> set[str]:
-    """Returns the classes that have too few training images, and names them in the log.
+def hold_out_split(
+    datasets: Mapping[Any, Dataset],
+    split: Literal["val", "test"],
+    fraction: float,
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+) -> dict[Any, Dataset]:
+    """Returns the splits of a data set, with one that is missing held out of train.
 
-    Args:
-        counts: Training images by the name of the class.
-        min_images: How many a class must have; None leaves out no class.
-
-    Raises:
-        UsageError: If that is not a positive integer, or no class has as many.
+    The same images are held out whatever the order of the files and the folder above ``root``; see
+    :func:`hold_out` and :func:`image_keys`.
     """
-    if min_images is None:
-        return set()
-    check_integer("min_images", min_images, minimum=1)
-    small = {name: number for name, number in counts.items() if number < min_images}
-    if small and len(small) == len(counts):
-        raise UsageError(f"no class has {min_images} images, as min_images wants")
-    if small:
-        log.info(
-            "min_images %d leaves out %d of %d classes: %s",
-            *(min_images, len(small), len(counts)),
-            ", ".join(f"{shown_path(name)} ({number})" for name, number in small.items()),
-        )
-    return set(small)
+    if split in datasets:
+        return dict(datasets)
+    whole = datasets["train"]
+    train, held = hold_out(
+        label_tensor(whole),
+        fraction,
+        seed=seed,
+        keys=image_keys(whole, root),
+        purpose="test" if split == "test" else "validation",
+        names=label_names(whole),
+    )
+    # As arrays: datasets fingerprints a list by pickling its numbers.
+    return {**datasets, "train": whole.select(train.numpy()), split: whole.select(held.numpy())}
 
 
 def leave_out_small(
-    labels: Mapping[Split, NDArray[np.int64]], names: Sequence[str] | None, min_images: int | None
-) -> tuple[dict[Split, NDArray[np.int64]], dict[Split, NDArray[np.int64]], list[str] | None]:
-    """Leaves out the classes that have too few training images, and numbers the others anew.
+    labels: Mapping[Split, LabelArray], names: Sequence[str] | None, min_images: int | None
+) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str] | None]:
+    """Leaves out the classes with few training images, and renumbers the others.
 
     Args:
-        labels: By split, which must include ``"train"``.
+        labels: Labels by split, with ``"train"``.
         names: Class names, (C,), if known.
-        min_images: How many a class must have; None leaves out no class.
+        min_images: Smallest number of training images of a class; None leaves out no class.
 
     Returns:
-        The rows that stay, by split; their labels; and the names of the classes that stay. Classes
-        without names are named by their labels if those change.
+        The remaining rows by split, their labels, and the remaining class names. Classes without
+        names are named by their labels if those change.
 
     Raises:
-        UsageError: As :func:`small_classes`.
+        UsageError: If ``min_images`` is not a positive integer, or no class has so many images.
     """
+    rows = {split: np.arange(len(values)) for split, values in labels.items()}
+    if min_images is None:
+        return rows, dict(labels), None if names is None else list(names)
+    check_integer("min_images", min_images, minimum=1)
     present, numbers = np.unique(labels["train"], return_counts=True)
     counts = dict(zip(present.tolist(), numbers.tolist(), strict=True))
     classes = np.unique(np.concatenate([*labels.values()])) if names is None else range(len(names))
     titles = {int(c): str(c) if names is None else names[c] for c in classes}
-    small = small_classes({titles[c]: counts.get(c, 0) for c in titles}, min_images)
-    kept = np.array([c for c, title in titles.items() if title not in small], np.int64)
-    has_gaps = kept[-1] + 1 > len(kept)
-    if min_images is None or not (small or has_gaps):
-        rows = {split: np.arange(len(values)) for split, values in labels.items()}
+    small = {c: counts.get(c, 0) for c in titles if counts.get(c, 0) < min_images}
+    kept = np.array([c for c in titles if c not in small], np.int64)
+    if len(kept) == 0:
+        raise UsageError(f"no class has {min_images} images, as min_images requires")
+    if small:
+        log.info(
+            "min_images %d leaves out %d of %d classes: %s",
+            *(min_images, len(small), len(titles)),
+            ", ".join(f"{shown_path(titles[c])} ({number})" for c, number in small.items()),
+        )
+    if len(kept) == kept[-1] + 1 == len(titles):
         return rows, dict(labels), None if names is None else list(names)
     rows = {split: np.flatnonzero(np.isin(values, kept)) for split, values in labels.items()}
-    anew = {split: np.searchsorted(kept, labels[split][rows[split]]) for split in labels}
-    return rows, anew, [titles[c] for c in kept.tolist()]
+    renumbered = {split: np.searchsorted(kept, labels[split][rows[split]]) for split in labels}
+    return rows, renumbered, [titles[c] for c in kept.tolist()]
 
 
-# Bytes at the end of an image that tell it from others of the same length.
-END = 512
+def note_classes(
+    problems: Problems,
+    labels: Mapping[Split, LabelArray],
+    num_classes: int,
+    names: Sequence[str] | None,
+    held_out: Sequence[Split] = (),
+) -> None:
+    """Notes the classes that keep a run from training.
+
+    A class without a test image does not: its accuracy is NaN. Splits that will be held out of
+    train are in ``held_out``.
+    """
+    for split, values in labels.items():
+        if int(values.max(initial=0)) >= num_classes:
+            fault = f"is not below the number of classes, {num_classes:,}"
+            problems.add(f"{split} split: label {values.max()} {fault}")
+    present, counts = np.unique(labels["train"], return_counts=True)
+    # The first gaps lie among so many labels, however large a wrong label is.
+    start = np.arange(min(num_classes, len(present) + 6))
+    empty = num_classes - len(present[present < num_classes])
+    needed = 1 + len(held_out)
+    few = present[counts < needed]
+    without_val = np.setdiff1d(present, labels.get("val", present))
+    purposes = ", ".join(("train", *held_out))
+    for split, number, classes, fault, minimum in (
+        ("train", empty, np.setdiff1d(start, present), "no image", 1),
+        ("train", len(few), few, f"fewer than {needed} images, one each for {purposes}", needed),
+        ("val", len(without_val), without_val, "no image", 0),
+    ):
+        if number:
+            hint = f", e.g. with the data option min_images={minimum}" if minimum else ""
+            problems.add(
+                f"{split} split: {number:,} of {num_classes:,} classes have {fault}: "
+                f"{_shown_classes(classes, names)}; add images, or leave these classes out{hint}"
+            )
+
+
+def note_alike_names(problems: Problems, names: Sequence[str]) -> None:
+    """Notes class names that are the same but for case, blanks or composed letters.
+
+    For names of directories and words in lists; a ``ClassLabel`` may have both "a" and "A".
+    """
+    groups = defaultdict(list)
+    for name in names:
+        groups[unicodedata.normalize("NFC", " ".join(name.split())).casefold()].append(repr(name))
+    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    if alike:
+        problems.add(
+            f"{len(alike)} class names differ only in case, blanks or composed letters: "
+            f"{shown_names(alike)}; rename these classes or merge them"
+        )
+
+
+def _shown_classes(classes: LabelArray, names: Sequence[str] | None) -> str:
+    """Returns the first classes by name, or by label without names."""
+    first = classes[:6].tolist()
+    return shown_names([shown_path(names[c]) if names and c < len(names) else c for c in first])
+
+
+def splits_from_files(
+    problems: Problems,
+    files: Mapping[Split, Sequence[str]],
+    labels: Mapping[Split, LabelArray],
+    names: list[str] | None,
+    *,
+    root: str,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> dict[Any, Dataset]:
+    """Builds the splits of image files (N,) and labels (N,); a missing test split is held out.
+
+    Raises:
+        UsageError: With all problems, to which damaged files are added if there are any; or if
+            ``test_fraction`` or ``seed`` is out of range.
+    """
+    if problems.found:
+        note_damaged_files(problems, {split: list(paths) for split, paths in files.items()})
+    problems.check()
+    datasets = {
+        split: dataset_from_files(files[split], labels[split], names)
+        for split in get_args(Split)
+        if split in files
+    }
+    return hold_out_split(datasets, "test", test_fraction, root=root, seed=seed)
 
 
 def image_keys(dataset: "Dataset", root: str | Path | None = None) -> list[str | bytes] | None:
     """Returns a key for each image that depends on no other image, to hold images out by.
 
-    An image file is known by its path, as :func:`path_keys` returns it, and an image that is stored
-    in the data set by the length and the end of its bytes.
-
-    Args:
-        dataset: With a column ``image``.
-        root: Folder of the files, if it is known.
-
-    Returns:
-        The keys, (N,); None if the images are stored in another way.
+    The key of a file is its path, see :func:`path_keys`; that of an image stored in the data set
+    is the end of its bytes and their number. None if the images are stored in another way.
     """
-    stored = _stored(dataset)
-    if stored is None:
+    column = dataset.data.column("image")
+    if not pa.types.is_struct(column.type):
         return None
-    paths, lengths, ends = stored
+    content = pc.struct_field(column, "bytes")
+    lengths, ends = pc.binary_length(content), pc.binary_slice(content, -END)
+    parts = [pc.struct_field(column, "path"), lengths, ends]
+    # After the bytes are cut, as a selection would copy them.
+    if dataset._indices is not None:
+        parts = [part.take(dataset._indices.column(0)) for part in parts]
+    paths, *stored = (part.to_pylist() for part in parts)
     return [
         key if length is None else end + length.to_bytes(8, "little")
-        for key, length, end in zip(
-            path_keys([path or "" for path in paths.to_pylist()], root),
-            lengths.to_pylist(),
-            ends.to_pylist(),
-            strict=True,
-        )
+        for key, length, end in zip(path_keys(paths, root), *stored, strict=True)
     ]
 
 
-def path_keys(paths: Sequence[str], root: str | Path | None = None) -> list[str]:
+def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> list[str]:
     """Returns the paths of image files below the root, without the directory of their split.
 
     They stay the same when the data are moved or other images are added.
@@ -225,23 +311,21 @@ def path_keys(paths: Sequence[str], root: str | Path | None = None) -> list[str]
     >>> path_keys(["/photos/cat/1.jpg"])
     ['cat/1.jpg']
 
-    Args:
-        paths: The files.
-        root: Their folder; files elsewhere keep their absolute paths. Without it, the name of a
-            file and that of its directory are the key.
+    Files outside the root keep their absolute paths. Without a root, the name of a file and that of
+    its directory are the key.
     """
     # Windows separates by backslashes.
-    paths = [path.replace(os.sep, "/") for path in paths]
+    files = [(path or "").replace(os.sep, "/") for path in paths]
     if root is None:
-        return ["/".join(path.split("/")[-2:]) for path in paths]
-    start = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - links stay as they are
+        return ["/".join(path.split("/")[-2:]) for path in files]
+    start = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() follows links
     start = f"{start.replace(os.sep, '/').rstrip('/')}/"
-    return [_without_split(path.removeprefix(start)) for path in paths]
-
-
-def _without_split(path: str) -> str:
-    first, _, rest = path.partition("/")
-    return rest if "/" in rest and first.lower() in SPLIT_WORDS else path
+    below = [path.removeprefix(start) for path in files]
+    parts = [path.partition("/") for path in below]
+    return [
+        rest if "/" in rest and first.lower() in SPLIT_WORDS else path
+        for path, (first, _, rest) in zip(below, parts, strict=True)
+    ]
 
 
 def split_digests(
@@ -249,10 +333,7 @@ def split_digests(
     labels: Mapping[str, Tensor],
     root: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns for each split its number of images and a digest of which they are, in order.
-
-    The digest is of the labels and the keys of the images; no file is looked at.
-    """
+    """Returns the number of images of each split, and a digest of their labels and keys."""
     digests = {}
     for split, values in labels.items():
         state = sha256(values.numpy().astype("<i8").tobytes())
@@ -263,38 +344,17 @@ def split_digests(
     return digests
 
 
-def _stored(
-    dataset: "Dataset",
-) -> "tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray] | None":
-    """Returns the paths of the images, and the lengths and ends of the bytes that are stored."""
-    column = dataset.data.column("image")
-    if not pa.types.is_struct(column.type):
-        return None
-    paths = pc.struct_field(column, "path")
-    content = pc.struct_field(column, "bytes")
-    lengths, ends = pc.binary_length(content), pc.binary_slice(content, -END)
-    # Before a selection, which would copy the bytes.
-    if dataset._indices is not None:
-        rows = dataset._indices.column(0)
-        paths, lengths, ends = paths.take(rows), lengths.take(rows), ends.take(rows)
-    return paths, lengths, ends
-
-
-ValSource = Literal["val", "train", "test"]
-HeldOut = Literal["test", "val"]
-
-
 @dataclass(frozen=True)
 class Splits:
-    """Train, validation and test split with what is known of their classes.
+    """Train, validation and test split with their labels and classes.
 
     Attributes:
         datasets: The splits by name, each with the columns ``image`` and ``label``.
         labels: Their labels, (N,) int64, by name.
         class_counts: Training images per class, (C,).
         label_names: Class names, (C,), if known.
-        val_source: The split from which validation comes: its own, ``"val"``, a part of
-            ``"train"``, or ``"test"`` itself.
+        val_source: Source of the validation split: ``"val"`` itself, a part of ``"train"``, or
+            ``"test"``.
     """
 
     datasets: Mapping[str, Dataset]
@@ -313,65 +373,50 @@ class Splits:
         protocol: SelectionProtocol = "standard",
         root: str | Path | None = None,
     ) -> "Splits":
-        """Checks three data sets and counts their classes.
+        """Checks the splits of a data set, and holds out those that are missing.
 
         Args:
             datasets: The splits by name. Without ``"test"``, a part of ``"train"`` is held out for
-                it, and without ``"val"`` a part of what is left: the same ones whatever the seed of
-                a run, and image files by their paths.
-            val_fraction: The part for validation, of each class, in (0, 1); see
-                :func:`~timm_lt.data.splits.hold_out`.
-            test_fraction: The part for the test, of each class, in (0, 1).
-            protocol: With ``"paper"``, validation is the test split, whatever else there is, and
-                nothing is held out.
-            root: Folder of the image files, if it is known: which ones are held out depends on
-                their paths below it.
+                it, and without ``"val"`` a part of the rest: the same images in every run.
+            val_fraction: Part of each class for validation, in (0, 1); see :func:`hold_out`.
+            test_fraction: Part of each class for the test, in (0, 1).
+            protocol: With ``"paper"``, validation is the test split, and nothing is held out.
+            root: Folder of the image files, if known; the split depends on their paths below it.
 
         Raises:
-            UsageError: If a split is a stream or empty, none is for training, a class has too few
-                images to be held out, a label is negative or beyond the classes, the splits name
-                their classes differently, or a class has no training or no validation image; the
-                message names split and class, of all such problems.
+            UsageError: For everything that is wrong at once: a split is a stream or has no images,
+                a class has too few images for the splits, a label is negative or not below the
+                number of classes, or the splits name their classes differently.
         """
         for dataset in datasets.values():
             check_random_access(dataset)
-        datasets = {split: as_rgb(dataset) for split, dataset in datasets.items()}
+        found: dict[Any, Dataset] = {split: as_rgb(data) for split, data in datasets.items()}
+        held_out: list[Split] = [split for split in ("val", "test") if split not in found]
+        val_source: ValSource = "train" if "val" in held_out else "val"
+        if protocol == "paper":
+            held_out, val_source = [], "test"
+            found |= {"val": found["test"]} if "test" in found else {}
         problems = Problems()
-        val_source: ValSource = "val"
-        if protocol == "paper" and "test" in datasets:
-            datasets, val_source = {**datasets, "val": datasets["test"]}, "test"
-        elif len(datasets.get("train", ())) and protocol == "standard":
-            val_source = "val" if "val" in datasets else "train"
-            with problems.collected("train split: "):
-                datasets = _held_out(datasets, {"test": test_fraction, "val": val_fraction}, root)
-        labels: dict[str, Tensor] = {}
+        names = label_names(found["train"]) if "train" in found else None
+        labels: dict[Split, LabelArray] = {}
         for split in get_args(Split):
-            if split not in datasets and problems.found:
-                # Why it could not be held out is among the problems.
-                continue
-            if split not in datasets or len(datasets[split]) == 0:
-                problems.add(f"the {split} split has no images")
-                continue
             with problems.collected(f"{split} split: "):
-                labels[split] = label_tensor(datasets[split])
-        problems.check()
-        names = label_names(datasets["train"])
-        num_classes = len(names) if names else int(labels["train"].max()) + 1
-        with problems.collected("train split: "):
-            _check_every_class(labels["train"], num_classes, names)
-        if names is None and num_classes > len(labels["train"]):
-            # A wrong label may be larger than can be counted up to.
+                if len(found.get(split, ())):
+                    labels[split] = label_tensor(found[split]).numpy()
+                    note_other_names(problems, split, label_names(found[split]), names)
+                elif split not in held_out:
+                    problems.add(f"the {split} split has no images")
+        if "train" not in labels:
             problems.check()
-        counts = {}
-        for split, values in labels.items():
-            with problems.collected(f"{split} split: "):
-                _check_same_names(label_names(datasets[split]), names)
-                counts[split] = class_counts(values, num_classes)
-                # A class without a test image has no accuracy; the report says so.
-                if split == "val":
-                    _check_every_class(values, num_classes, names)
+        num_classes = len(names) if names else int(labels["train"].max()) + 1
+        note_classes(problems, labels, num_classes, names, held_out)
         problems.check()
-        return cls(datasets, labels, counts["train"], names, val_source)
+        # Test first: its images do not depend on whether there is a validation split.
+        found = hold_out_split(found, "test", test_fraction, root=root)
+        found = hold_out_split(found, "val", val_fraction, root=root)
+        tensors = {split: label_tensor(found[split]) for split in get_args(Split)}
+        counts = class_counts(tensors["train"], num_classes)
+        return cls(found, tensors, counts, names, val_source)
 
     @property
     def num_classes(self) -> int:
@@ -379,11 +424,7 @@ class Splits:
         return len(self.class_counts)
 
     def in_order(self, names: list[str]) -> "Splits":
-        """Returns the same images with the classes in another order.
-
-        Args:
-            names: The class names in that order, (C,).
-        """
+        """Returns the same images with the classes in the order of their names (C,)."""
         if names == self.label_names:
             return self
         assert self.label_names is not None
@@ -403,11 +444,7 @@ class Splits:
         return str(getattr(self.datasets["train"].features["image"], "background", WHITE))
 
     def on_background(self, background: object) -> "Splits":
-        """Returns the splits with transparent pixels composited onto another colour.
-
-        Args:
-            background: See :func:`~timm_lt.utils.checks.check_background`.
-        """
+        """Returns the splits with transparent pixels composited onto another colour."""
         datasets = {
             split: as_rgb(dataset, background=background)
             for split, dataset in self.datasets.items()
@@ -451,61 +488,16 @@ class Splits:
         return StoredImages(self.datasets[split], self.labels[split], name=name, **options)
 
 
-def _held_out(
-    datasets: Mapping[str, Dataset], fractions: Mapping[HeldOut, float], root: str | Path | None
-) -> dict[str, Dataset]:
-    """Returns the splits with those that are missing, each taken out of what is left of train."""
-    found, names = dict(datasets), label_names(datasets["train"])
-    missing = {split: part for split, part in fractions.items() if split not in datasets}
-    if len(missing) > 1:
-        _check_enough(label_tensor(datasets["train"]), names, 1 + len(missing))
-    # The images of the test are the same, whether there is a split for validation or not.
-    for split, fraction in missing.items():
-        whole = found["train"]
-        train, held = hold_out(
-            label_tensor(whole),
-            fraction,
-            keys=image_keys(whole, root),
-            purpose="test" if split == "test" else "validation",
-            names=names,
-        )
-        # Of an array, the fingerprint is that of its bytes; a list would be pickled as numbers.
-        found["train"], found[split] = whole.select(train.numpy()), whole.select(held.numpy())
-    return found
-
-
-def _check_enough(labels: Tensor, names: list[str] | None, needed: int) -> None:
-    """Checks that each class that occurs has an image for every split that is made of it."""
-    present, counts = labels.unique(return_counts=True)
-    few = present[counts < needed].tolist()
-    if few:
-        shown = shown_names([f"{c} ({names[c]})" if names and c < len(names) else c for c in few])
-        raise UsageError(
-            f"{len(few)} of {len(counts)} classes have fewer than {needed} images, one each for "
-            f"train, val, test: {shown}; give splits for val and test, or leave these classes out"
-        )
-
-
-def _check_same_names(found: list[str] | None, expected: list[str] | None) -> None:
-    if found and expected and found != expected:
-        differing = zip_longest(found, expected)
-        label, (here, there) = next(
-            (i, pair) for i, pair in enumerate(differing) if len({*pair}) > 1
-        )
-        raise UsageError(f"label {label} is class {here!r}, in the train split it is {there!r}")
-
-
-def _check_every_class(labels: Tensor, num_classes: int, names: list[str] | None) -> None:
-    present = labels.unique()
-    present = present[present < num_classes]
-    if len(present) < num_classes:
-        # Among so many labels there are the first six gaps, however large a wrong label is.
-        first = torch.arange(min(num_classes, len(present) + 6))
-        empty = first[~torch.isin(first, present)].tolist()
-        shown = shown_names([f"{c} ({names[c]})" if names else c for c in empty])
-        raise UsageError(
-            f"{num_classes - len(present)} of {num_classes} classes have no image: {shown}"
-        )
+def note_other_names(
+    problems: Problems, split: Split, found: list[str] | None, expected: list[str] | None
+) -> None:
+    """Notes the first class that a split names differently than the train split."""
+    for label, (name, other) in enumerate(zip_longest(found or (), expected or ())):
+        if found and expected and name != other:
+            problems.add(
+                f"{split} split: label {label} is class {name!r}, not {other!r} as in train"
+            )
+            return
 
 
 def create_splits(
@@ -519,12 +511,12 @@ def create_splits(
     """Creates the three splits of a registered data set.
 
     Args:
-        name: A name out of :func:`timm_lt.list_datasets`.
+        name: A name from :func:`timm_lt.list_datasets`.
         root: The folder with the files, for data sets that read files.
-        val_fraction: Part of the training images that is held out for validation where the data set
-            has no split for it.
-        protocol: ``"standard"``; or ``"paper"``, under which validation is the test split and
-            nothing is held out: for a data set where a paper selected so, to compare with it.
+        val_fraction: Part of the training images that is held out for validation if the data set
+            has no validation split.
+        protocol: ``"standard"``; or ``"paper"``, under which validation is the test split, for a
+            data set where a paper selected so.
         options: The data set's own options.
 
     Raises:

@@ -1,11 +1,4 @@
-"""The factory of fitted heads: one fit per head, registered under the head's name.
-
-What a fit may use, checked once for all fits.
-
-Choosing on validation: what is maximised, the best of some candidates, and a record of it.
-
-Several heads on the same validation images: which is best, and how sure that is.
-"""
+"""The registry of fits, the data that they take, and selection on validation."""
 
 import copy
 import inspect
@@ -34,6 +27,7 @@ from timm_lt.utils.checks import (
     check_literals,
     check_number,
     check_options,
+    shown_names,
 )
 from timm_lt.utils.longtail import (
     ClassCounts,
@@ -47,18 +41,18 @@ from timm_lt.utils.registry import Registry
 
 @dataclass(frozen=True)
 class FitData:
-    """What a fit may use; every field has been checked against the others.
+    """Checked input of a fit.
 
     Attributes:
-        features: Training features, values (N, D) as they came, maybe in a mapped file, with rows
-            of every class. They are to be read in blocks, as float32.
-        class_counts: Training images per class, (C,), all >= 1; those of the joint classifier,
-            which need not be those of the features.
-        classifier: A copy of the joint classifier (C, D) in float32 on the CPU, or None.
+        features: Training features, values (N, D) of any floating type, maybe memory-mapped, with
+            rows of every class; to be read in blocks.
+        class_counts: Training images per class, (C,), all >= 1, of the joint classifier; they may
+            differ from the counts of the features.
+        classifier: A float32 copy of the joint classifier (C, D) on the CPU, or None.
         val: Validation features, or None.
-        seed: Seed of whatever is random.
+        seed: Random seed.
         objective: What is maximised on validation.
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
     """
 
     features: Features
@@ -75,13 +69,13 @@ class FitData:
         return len(self.class_counts)
 
     def need_classifier(self, name: str) -> nn.Linear:
-        """Returns the joint classifier, or raises UsageError for a head that starts from it."""
+        """Returns the joint classifier; UsageError if there is none."""
         if self.classifier is None:
             raise UsageError(f"head {name!r} starts from the joint classifier: pass classifier=")
         return self.classifier
 
     def need_val(self, name: str, option: str, otherwise: str | None = None) -> Features:
-        """Returns the validation features, or raises UsageError for an option to be selected."""
+        """Returns the validation features on which ``option`` is selected; UsageError if none."""
         if self.val is None:
             raise UsageError(
                 f"head {name!r} selects {option} on validation features: pass val=, or "
@@ -90,7 +84,7 @@ class FitData:
         return self.val
 
     def new_linear(self) -> nn.Linear:
-        """Returns an ``nn.Linear`` (C, D) as a start: the joint classifier, or zeros."""
+        """Returns the initial ``nn.Linear`` (C, D): the joint classifier, or zeros."""
         if self.classifier is not None:
             return self.classifier
         linear = nn.Linear(self.features.num_features, self.num_classes)
@@ -109,11 +103,13 @@ def check_fit_data(
     objective: Objective,
     rule: ShotRule,
 ) -> FitData:
-    """Checks what is passed to a fit; see :func:`~timm_lt.fitting.fit_head` for the arguments."""
+    """Checks the arguments of :func:`~timm_lt.fitting.fit_head`."""
     check_integer("seed", seed, minimum=0)
     check_features(features, "features")
     if classifier is not None:
-        classifier = _joint_copy(classifier)
+        check_joint(classifier)
+        # A copy, so that the model stays on its device.
+        classifier = copy.deepcopy(classifier).to("cpu", torch.float32)
         num_classes = classifier.out_features
     else:
         counts = None if counts is None else check_class_counts(counts)
@@ -124,8 +120,6 @@ def check_fit_data(
     counts = (
         of_features // features.views if counts is None else check_class_counts(counts, num_classes)
     )
-    if len(counts) != num_classes:
-        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     check_no_empty_class(counts)
     if val is not None:
         check_fits(val, "val", num_classes, classifier)
@@ -134,47 +128,36 @@ def check_fit_data(
                 f"val has {val.num_features} features per row, the training features "
                 f"{features.num_features}"
             )
-        _check_validation(class_counts(val.targets, num_classes))
+        empty = (class_counts(val.targets, num_classes) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise UsageError(
+                f"{len(empty)} of {num_classes} classes have no validation image: "
+                f"{shown_names(empty)}; selecting on such a split would ignore them"
+            )
     return FitData(features, counts, classifier, val, seed, objective, rule)
 
 
-def _joint_copy(classifier: nn.Linear) -> nn.Linear:
-    """Copies the joint classifier, so that the model from which it comes stays where it is."""
-    check_joint(classifier)
-    return copy.deepcopy(classifier).to("cpu", torch.float32)
-
-
-def _check_validation(counts: Tensor) -> None:
-    missing = torch.nonzero(counts == 0).flatten().tolist()
-    if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise UsageError(
-            f"{len(missing)} of {len(counts)} classes have no validation image: {shown}; selecting "
-            "on such a split would ignore them"
-        )
-
-
 class Fit(Protocol):
-    """A function that makes a fitted head; its keyword-only parameters are the fit's options."""
+    """A function that fits a head; its keyword-only parameters are the options."""
 
     def __call__(self, data: FitData, /, **options: Any) -> Head:
         """Returns the fitted head."""
 
 
 class ClassesCheck(Protocol):
-    """A check of a fit's options that knows how many images the classes have."""
+    """A check of a fit's options that depends on the class counts."""
 
     def __call__(
         self, options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
     ) -> None:
-        """Raises UsageError if there is no such fit of classes of these sizes."""
+        """Raises UsageError if classes of these sizes cannot be fitted."""
 
 
 F = TypeVar("F", bound=Callable[..., Head])
 FITS: Registry[Callable[..., Head]] = Registry("fit of head")
 FIT_CHECKS: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {}
 CLASSES_CHECKS: dict[str, ClassesCheck] = {}
-# By head, what returns the options that the data decide where they are not given.
+# By head, a function that adds default options that depend on the data.
 FIT_COMPLETIONS: dict[str, Callable[[FitData, dict[str, Any]], dict[str, Any]]] = {}
 
 
@@ -188,10 +171,9 @@ def register_fit(
 
     Args:
         name: Name of the head.
-        *checks: Called with the options before anything is fitted; raise UsageError.
-        check_classes: Called by :func:`check_fit_classes`, for what depends on the class counts.
-        complete: Called with the data and the options before these are checked; returns the options
-            with those that depend on the data.
+        *checks: Check the options before anything is fitted.
+        check_classes: Checks what depends on the class counts; see :func:`check_fit_classes`.
+        complete: Returns the options together with the defaults that depend on the data.
     """
     HEADS[name]
     add = FITS.register(name)
@@ -208,10 +190,10 @@ def register_fit(
     return decorate
 
 
-# Ranges of the numbers that fits take, as intervals; the heads check those of their own options.
+# Ranges of the options of fits; heads check their own options.
 FIT_RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)"}
 FIT_MINIMA = {"steps": 1, "epochs": 1, "max_iterations": 1}
-# Beyond it, the draws of a training would not fit into memory.
+# More draws would not fit into memory.
 FIT_MAXIMUM = 10_000_000
 
 
@@ -226,9 +208,9 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
     defaults = inspect.signature(FITS[name]).parameters
     for key, value in options.items():
         if value is None and defaults[key].default is not None:
-            raise UsageError(f"{key} of head {name!r} cannot be null; leave it out for its default")
+            raise UsageError(f"{key} of head {name!r} cannot be null; remove it for its default")
     of_head = {key: options[key] for key in head_option_names(name) if key in options}
-    # None stands for an option that is to be selected.
+    # None: to be selected on validation.
     cls(1, 1, **{key: value for key, value in of_head.items() if value is not None})
     for key, value in options.items():
         if key in FIT_RANGES and value is not None:
@@ -242,11 +224,7 @@ def check_fit_options(name: str, options: dict[str, Any]) -> None:
 
 
 def complete_fit_options(name: str, data: FitData, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of a fit with those that the data decide, after checking all of them.
-
-    Raises:
-        UsageError: As :func:`check_fit_options`.
-    """
+    """Adds default options that depend on the data, and checks all as :func:`check_fit_options`."""
     complete = FIT_COMPLETIONS.get(name)
     completed = dict(options) if complete is None else complete(data, dict(options))
     check_fit_options(name, completed)
@@ -261,17 +239,17 @@ def check_fit_classes(
     rule: ShotRule = "fb",
     views: int = 1,
 ) -> None:
-    """Checks that a head can be fitted on classes of so many images, without features.
+    """Checks, before features exist, that a head can be fitted on classes of these sizes.
 
     Args:
         name: Name of the head.
         options: Options that :func:`check_fit_options` has checked.
         class_counts: Training images per class (C,), at least 1 each.
-        rule: Where the shot groups have their boundaries.
-        views: Rows of features that each image has.
+        rule: Bounds of the shot groups.
+        views: Rows of features per image.
 
     Raises:
-        UsageError: If not: a group that the head needs is empty, or a schedule is too long for it.
+        UsageError: If a group that the head needs is empty, or a schedule is too long.
     """
     check = CLASSES_CHECKS.get(name)
     if check is not None:
@@ -282,30 +260,23 @@ H = TypeVar("H", bound=Head)
 
 
 def predictions(head: Head, features: Features) -> Tensor:
-    """Returns the classes (N,) that a head predicts, block by block."""
+    """Returns the predicted classes (N,)."""
     with torch.inference_mode():
         blocks = row_blocks(features.values, head.out_features)
         return torch.cat([head(block).argmax(1) for block in blocks])
 
 
 def validation_score(head: Head, data: FitData, val: Features) -> tuple[float, float]:
-    """Returns the value of the fit's objective on validation, and what decides between equals.
+    """Returns the objective on validation and the class mean, which breaks ties.
 
-    That is the mean over the classes: an objective such as the worst class is often 0 for all.
+    An objective such as the worst class is often 0 for all candidates.
     """
     report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
     return objective_value(report, data.objective), report.class_mean
 
 
 def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option: str) -> H:
-    """Returns the head with the highest objective on validation and records the choice.
-
-    Args:
-        candidates: Values of the option with the heads that they give; the first best wins.
-        data: The fit's data.
-        val: Validation features.
-        option: Name of what is selected.
-    """
+    """Returns the first candidate (value of the option, head) with the highest objective on val."""
     scores = [validation_score(head, data, val) for _, head in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     value, head = candidates[best]
@@ -317,10 +288,7 @@ def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option
 
 
 def selection_record(option: str, value: float, accuracy: float, data: FitData) -> dict[str, Any]:
-    """Returns what a checkpoint records of a selected option.
-
-    Its ``val_accuracy`` is the value of the objective.
-    """
+    """Returns a checkpoint's record of a selected option; ``val_accuracy`` is the objective."""
     return {
         option: value,
         "objective": data.objective,
@@ -337,24 +305,19 @@ def compare_heads(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> dict[str, Any]:
-    """Returns which head is best on validation, with 95 % confidence intervals.
-
-    The intervals are those of :func:`~timm_lt.metrics.confidence_intervals`, and of
-    :func:`~timm_lt.metrics.paired_difference` for how far a head lies behind the best. They say how
-    much hangs on which images happen to be in the split; the heads stay as they are.
+    """Compares heads on validation, with 95 % bootstrap intervals over the images.
 
     Args:
         preds: Predicted classes by head, (N,) each; at least one head.
         targets: True classes, (N,).
         counts: Training images per class, (C,).
         objective: What is compared.
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
 
     Returns:
-        A record as of a selected option: ``head``, the one with the highest value; ``objective``,
-        ``split`` and ``val_accuracy``, that value; ``compared``, each head with its value;
-        ``intervals`` of the values and ``behind``, intervals of how far each head lies behind the
-        best.
+        A selection record: the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
+        value; ``compared``, the value of each head; their ``intervals``; and ``behind``, the
+        intervals of the difference between the best head and each.
 
     Raises:
         UsageError: If there is no head, or the split has no image of the objective's shot group.
@@ -363,7 +326,7 @@ def compare_heads(
         raise UsageError("there are no heads to choose from")
     reports = {name: shot_accuracy(given, targets, counts, rule) for name, given in preds.items()}
     values = {name: objective_value(report, objective) for name, report in reports.items()}
-    # Of equals, as where all have a class with no image right, the mean over the classes decides.
+    # The class mean breaks ties, e.g. where the worst class is 0 for all.
     best = max(values, key=lambda name: (values[name], reports[name].class_mean))
     field = objective_field(objective)
     intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}

@@ -44,30 +44,28 @@ def fit_head(
 ) -> Head:
     """Fits a head on frozen features.
 
-    What is not given as an option is chosen on the validation features, and ``head.selection`` says
-    how. Everything is computed in float32, whatever the type of the features, and what is passed in
-    stays as it is. Features are read some rows at a time: they may lie in a mapped file that is
-    larger than memory. Those of several views of each image are so many more rows.
+    Options that are not given are selected on the validation features; ``head.selection`` records
+    how. Everything is computed in float32. Features are read in blocks and may be memory-mapped and
+    larger than memory; several views of an image are several rows.
 
     Args:
-        name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several of them and
-            takes the one with the highest objective on validation. Its option ``heads`` gives
-            their names, or maps each to its options; without it they are those of
-            :data:`DEFAULT_HEADS` that can be fitted from what is passed.
+        name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several heads and
+            returns the one with the highest objective on validation. Its option ``heads`` has their
+            names, or maps each to its options; by default those of :data:`DEFAULT_HEADS` that can
+            be fitted from the arguments.
         features: Training features, values (N, D).
-        classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it (an
-            ``nn.Linear``, alone or inside of a module, or a 1×1 convolution), or a ``linear`` head;
-            needed by the heads that start from it.
-        class_counts: Training images per class (C,), on which the joint classifier was trained;
-            None counts the images by their targets. They are the prior of ``logit_adjusted``; what
-            balances classes counts the features that it is given, which may be a part of the
-            training set.
+        classifier: The joint classifier (C, D) as returned by ``model.get_classifier()``
+            (``nn.Linear``, alone or in a module, or a 1×1 convolution), or a ``linear`` head; for
+            heads that start from it.
+        class_counts: Training images per class (C,) of the joint classifier, the prior of
+            ``logit_adjusted``; None counts the targets. Class-balanced fits always count the
+            features, which may be a part of the training set.
         val: Validation features, values (M, D), with an image of every class.
-        seed: A non-negative integer, for the fits that draw batches.
-        objective: What is maximised on validation: ``"all"``, accuracy over the images;
-            ``"class_mean"``, the mean over the classes, which is the same on a balanced split;
-            ``"few_shot"``; ``"harmonic_mean"`` of the shot groups; or ``"worst_class"``.
-        rule: Where the shot groups have their boundaries.
+        seed: Random seed, at least 0, of the fits that draw batches.
+        objective: What is maximised on validation: ``"all"`` (accuracy over images),
+            ``"class_mean"``, ``"few_shot"``, ``"harmonic_mean"`` of the shot groups, or
+            ``"worst_class"``.
+        rule: Bounds of the shot groups.
         **options: Options of the head and its fit.
 
     Returns:
@@ -87,7 +85,7 @@ def fit_head(
     if name == AUTO:
         check_options(f"head {name!r}", _fit_best, options)
     else:
-        # A misspelt head, before the data are looked at.
+        # Unknown names fail before the data are checked.
         HEADS[name]
     joint = None if classifier is None else as_joint(classifier)
     check_choice("objective", objective, get_args(Objective))
@@ -109,7 +107,7 @@ def _fit(name: str, data: FitData, options: Mapping[str, Any]) -> Head:
 def _fit_best(
     data: FitData, *, heads: Mapping[str, dict[str, Any] | None] | Sequence[str] | None = None
 ) -> Head:
-    """Fits several heads and returns the one with the highest objective on validation."""
+    """Fits several heads and returns the best on validation."""
     val = data.need_val(AUTO, "a head", "the name of one")
     if heads is None:
         heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
@@ -125,7 +123,7 @@ def _fit_best(
 def _candidates(
     heads: Mapping[str, dict[str, Any] | None] | Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Returns the heads that are compared, each with its options."""
+    """Returns the options of each head to compare."""
     if isinstance(heads, Mapping):
         options = {name: {} if given is None else given for name, given in heads.items()}
     else:
@@ -146,18 +144,10 @@ def take_best(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> Head:
-    """Returns a copy of the head with the highest objective, with a record of what was compared.
+    """Returns a copy of the best head by its predictions on validation, ``preds`` (M,) each.
 
-    The record is its ``selection``: that of :func:`~timm_lt.fitting.base.compare_heads`, and
-    ``options`` with what had been selected for the head itself.
-
-    Args:
-        heads: Fitted heads by name.
-        preds: What they predict on validation, (M,) each.
-        targets: The labels, (M,).
-        class_counts: Training images per class, (C,).
-        objective: What is maximised.
-        rule: Where the shot groups have their boundaries.
+    Its ``selection`` is the record of :func:`~timm_lt.fitting.base.compare_heads`, with the head's
+    own selection as ``options``.
     """
     record = compare_heads(preds, targets, class_counts, objective=objective, rule=rule)
     best = copy.deepcopy(heads[record["head"]])

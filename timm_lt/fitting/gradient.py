@@ -1,4 +1,4 @@
-"""Fits by gradients on cached features: linear, cRT, learnable weight scaling, cosine."""
+"""Fits by gradient on cached features: linear, crt, lws and cosine."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
@@ -37,26 +37,21 @@ from timm_lt.utils.longtail import ShotRule, class_counts
 
 H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]
-# The losses whose optimum lbfgs finds; sgd takes any that is registered.
+# Losses of the lbfgs solver; sgd takes any registered loss.
 LBFGSLoss = Literal["cross_entropy", "balanced_softmax"]
 Keep = Literal["last", "best"]
 SGD_OPTIONS = (
     *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
 )
 MAX_ITERATIONS = 100
-# Rows times features times classes, from which lbfgs, with its weight decays, takes minutes.
+# Rows x features x classes above which lbfgs, with its weight decays, takes minutes.
 LARGE = 5_000_000_000
-# From strong to weak: each solution is a good start for the next.
+# From strong to weak: each solution is the start of the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def usual_solver(rows: int, linear: nn.Linear) -> Solver:
-    """Returns ``"lbfgs"``, or ``"sgd"`` where lbfgs would take minutes on a few CPU cores.
-
-    Args:
-        rows: Number of training features.
-        linear: The classifier, (C, D).
-    """
+    """Returns ``"sgd"`` where lbfgs would take minutes on a few CPU cores, else ``"lbfgs"``."""
     return "lbfgs" if rows * linear.weight.numel() <= LARGE else "sgd"
 
 
@@ -64,24 +59,21 @@ def usual_solver(rows: int, linear: nn.Linear) -> Solver:
 def fit_linear(
     data: FitData, *, solver: Solver | None = None, weight_decay: float | None = None
 ) -> LinearHead:
-    """Returns the joint classifier as a head; where there is none, fits one (a linear probe).
+    """Returns the joint classifier as a head, or without one fits a linear probe.
 
-    What is fitted minimises the cross-entropy over the rows as they are distributed, as joint
-    training would.
+    The probe minimises the cross-entropy over the rows as they are distributed.
 
     Args:
-        data: The fit's data.
-        solver: ``"lbfgs"`` or ``"sgd"``, see :func:`fit_crt`; None goes by the size of the problem,
-            :func:`usual_solver`.
-        weight_decay: Given, or selected on validation (lbfgs), or 5e-4 (sgd).
+        data: Input of the fit.
+        solver: As in :func:`fit_crt`.
+        weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
     """
     if data.classifier is not None:
-        for name, value in {"solver": solver, "weight_decay": weight_decay}.items():
-            if value is not None:
-                raise UsageError(
-                    f"{name} of head 'linear' has no effect with a joint classifier, which it is: "
-                    "leave it out"
-                )
+        if solver is not None or weight_decay is not None:
+            raise UsageError(
+                "solver and weight_decay of head 'linear' have no effect with a joint classifier; "
+                "remove them"
+            )
         return LinearHead.from_classifier(data.classifier)
     features = data.features
     linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
@@ -104,7 +96,7 @@ def fit_linear(
 
 
 def _check_crt_options(options: dict[str, Any]) -> None:
-    """Refuses an option of the solver that was not chosen, which would have no effect."""
+    """Checks the options by themselves; those of the other solver have no effect."""
     solver = options.get("solver") or "lbfgs"
     of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
     for key in of_others:
@@ -120,7 +112,7 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     loss = options.get("loss", "cross_entropy")
     given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
     for key in {"class_counts", "reduction"} & set(given):
-        raise UsageError(f"{key} in loss_options of head 'crt' is set elsewhere: leave it out")
+        raise UsageError(f"{key} in loss_options of head 'crt' is set by the fit; remove it")
     try:
         made = create_loss(loss, class_counts=[2, 1], **given)
     except UsageError as error:
@@ -135,20 +127,20 @@ def _check_crt_options(options: dict[str, Any]) -> None:
     except UsageError as error:
         raise UsageError(f"loss {loss!r} of head 'crt', which is linear: {error}") from error
     if getattr(made, "takes_pairs", False):
-        raise UsageError(f"loss {loss!r} of head 'crt' takes pairs of images: choose another")
+        raise UsageError(f"loss {loss!r} of head 'crt' takes pairs of images; choose another")
     sampler = options.get("sampler") or _usual_sampler(loss)
     check_sampler("of head 'crt'", sampler, options.get("sampler_options"))
 
 
 def _usual_sampler(loss: str) -> str:
-    """Returns how rows are drawn for a loss where nothing is said."""
+    """Returns the default sampler of a loss."""
     return "instance_balanced" if loss == "balanced_softmax" else "class_balanced"
 
 
 def _check_crt_length(
     options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
 ) -> None:
-    """Checks that what a loss does in some epochs only fits into the training."""
+    """Checks that the schedule of a loss fits into the epochs."""
     if options.get("solver") != "sgd":
         return
     rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
@@ -160,13 +152,11 @@ def _check_crt_length(
     try:
         getattr(loss, "set_epoch", lambda *_: None)(0, epochs_of(length * BATCH_SIZE, rows))
     except UsageError as error:
-        raise UsageError(
-            f"loss of head 'crt', an epoch of which is {rows} rows: {error}"
-        ) from error
+        raise UsageError(f"loss of head 'crt' (an epoch is {rows} rows): {error}") from error
 
 
 def _with_solver(data: FitData, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of crt with the solver that goes by the size of the problem."""
+    """Adds the default solver, which depends on the size of the problem."""
     if options.get("solver") is not None:
         return options
     rows = len(data.features)
@@ -199,30 +189,30 @@ def fit_crt(
     """Re-trains the classifier from scratch on class-balanced data.
 
     Args:
-        data: The fit's data.
+        data: Input of the fit.
         solver: ``"lbfgs"`` solves the expected problem, ``"sgd"`` follows Kang et al.; None is
-            lbfgs, or sgd where lbfgs would take minutes, see :func:`usual_solver`.
-        loss: ``"cross_entropy"`` with classes balanced by sampling (or, for lbfgs, by weights), or
-            ``"balanced_softmax"`` on the features as they are distributed. For sgd any of
+            lbfgs, or sgd where lbfgs would take minutes.
+        loss: ``"cross_entropy"``, balanced by sampling (sgd) or weights (lbfgs), or
+            ``"balanced_softmax"`` on the features as they are distributed. With sgd any of
             :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
-            "instance_balanced"``; its class counts are those of the features. One that starts the
-            bias somewhere, as those of sigmoids do, has it there, without weight decay.
+            "instance_balanced"``; its class counts are those of the features. An initial bias of
+            the loss (sigmoids) is set, without weight decay.
         loss_options: Options of the loss (sgd).
-        sampler: How sgd draws rows, one of :func:`timm_lt.list_samplers`; None is
-            ``"class_balanced"``, and ``"instance_balanced"`` for balanced softmax.
+        sampler: One of :func:`timm_lt.list_samplers` (sgd); None is ``"class_balanced"``, or
+            ``"instance_balanced"`` for balanced softmax.
         sampler_options: Options of the sampler (sgd).
-        weight_decay: Given, or selected on validation (lbfgs), or 5e-4 (sgd).
+        weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
         max_iterations: Iterations of lbfgs per weight decay.
-        steps: Updates of sgd, of 512 rows; None goes by epochs.
-        epochs: Epochs of sgd; None takes the 10 of the paper, but at least 1,000 updates.
-        lr: Learning rate of sgd at the start.
-        max_norm: Largest length of a class's weights, kept after each update of sgd, > 0; None does
-            not limit it. With weight decay it is the second stage of Alshammari et al., Long-Tailed
-            Recognition via Weight Balancing, CVPR 2022.
-        keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten (sgd).
-        smote: Fill up each class with synthetic rows to so many, or to the ``"largest"`` class.
+        steps: Updates of sgd, 512 rows each; None goes by epochs.
+        epochs: Epochs of sgd; None is the paper's 10, but at least 1,000 updates.
+        lr: Initial learning rate of sgd.
+        max_norm: Largest norm of a class's weights after each update of sgd, > 0; None is no limit.
+            With weight decay, the second stage of Alshammari et al., Long-Tailed Recognition via
+            Weight Balancing, CVPR 2022.
+        keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation (sgd).
+        smote: Add synthetic rows up to so many per class, or up to the ``"largest"`` class.
     """
-    # With a bias unless the joint classifier, whose place the head takes, has none.
+    # Without a bias only if the joint classifier has none.
     with_bias = data.classifier is None or data.classifier.bias is not None
     width, num_classes = data.features.num_features, data.num_classes
     linear = seeded_linear(width, num_classes, bias=with_bias, seed=data.seed)
@@ -276,7 +266,7 @@ def _solve(
     weight_decay: float | None,
     max_iterations: int = MAX_ITERATIONS,
 ) -> H:
-    """Returns the head that L-BFGS finds from zero, at the best weight decay on validation."""
+    """Solves by L-BFGS from zero, selecting the weight decay on validation if it is None."""
     check_integer("max_iterations", max_iterations, minimum=1)
     if weight_decay is not None:
         check_number("weight_decay", weight_decay, "[0, inf)")
@@ -313,16 +303,16 @@ def fit_lws(
     weight_decay: float = 5e-4,
     keep: Keep = "last",
 ) -> LWSHead:
-    """Learns one factor per class, from 1, by class-balanced SGD; see :func:`train_head`.
+    """Learns one factor per class, starting at 1, by class-balanced SGD (:func:`train_head`).
 
     Args:
-        data: The fit's data.
-        scale_bias: As of the head.
-        steps: Updates, of 512 rows; None goes by epochs.
-        epochs: None takes the 5 of the paper's code, but at least 500 updates.
-        lr: Learning rate at the start.
-        weight_decay: On the factors, as in the paper's code.
-        keep: State of the ``"last"`` update, or the ``"best"`` on validation of ten.
+        data: Input of the fit.
+        scale_bias: Option of the head.
+        steps: Updates, 512 rows each; None goes by epochs.
+        epochs: None is the 5 of the authors' code, but at least 500 updates.
+        lr: Initial learning rate.
+        weight_decay: On the factors, as in the authors' code.
+        keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation.
     """
     head = LWSHead.from_classifier(data.need_classifier("lws"), scale_bias=scale_bias)
     with torch.no_grad():
@@ -362,7 +352,7 @@ def fit_cosine(
 
 
 def _score(head: Head, data: FitData, keep: Keep) -> Callable[[], Score] | None:
-    """Returns what is looked at during training, None if it is not."""
+    """Returns the validation score during training, None for ``keep="last"``."""
     check_choice(f"keep of head {head.kind!r}", keep, get_args(Keep))
     if keep == "last":
         return None
@@ -371,7 +361,7 @@ def _score(head: Head, data: FitData, keep: Keep) -> Callable[[], Score] | None:
 
 
 def _record(head: Head, best: BestStep | None, data: FitData) -> None:
-    """Records which update was best, if that was looked at."""
+    """Records the best update, if there is one."""
     if best is not None:
         head.selection = selection_record("steps", best.step, best.score, data)
         head.selection["compared"] = [list(pair) for pair in best.compared]

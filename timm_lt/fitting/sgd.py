@@ -1,18 +1,7 @@
-"""Training a head by minibatch SGD on cached features, with the settings of Kang et al.
+"""Solvers on cached features, read in blocks: minibatch SGD, L-BFGS, and SMOTE."""
 
-Reading features some rows at a time: they may lie in a file that is larger than memory.
-
-Synthetic features of rare classes, between neighbours of the same class (SMOTE).
-
-The best linear classifier of cached features: a convex problem, solved by L-BFGS.
-"""
-
-import contextlib
 import copy
 import math
-import mmap
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -28,20 +17,18 @@ from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError, check_integer, check_number
 from timm_lt.utils.longtail import class_counts
 
-# Entries of what is made of the rows at a time; but at least so many rows, or products are slow.
+# Largest number of elements per block, and smallest number of rows (small products are slow).
 ENTRIES, ROWS = 2**22, 64
-# Bytes beyond which a scratch matrix lies in a file.
+# Logits of lws are cached up to this size.
 MAX_BYTES = 4 * 2**30
-# Bytes of such a file that are written at a time.
-BLOCK_BYTES = 2**24
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
     """Yields features in order, a block at a time, as float32 on the CPU.
 
     Args:
-        values: Features (N, D) of any floating type, which may lie in a mapped file.
-        width: Entries that are made of a row; with the row's own they size the blocks.
+        values: Features (N, D) of any floating type, maybe memory-mapped.
+        width: Output columns per row, used to choose the block size.
     """
     step = max(ENTRIES // max(width, values.shape[1]), ROWS)
     for start in range(0, len(values), step):
@@ -50,49 +37,21 @@ def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """Returns some rows of features as float32 on the CPU."""
-    # Several times as fast as indexing with them.
+    # Several times as fast as fancy indexing.
     return values.detach().index_select(0, rows.to(values.device)).to("cpu", torch.float32)
 
 
-def scratch_matrix(rows: int, columns: int) -> Tensor:
-    """Returns a float32 matrix to be filled; a large one lies in a file that goes away with it.
-
-    Raises:
-        OSError: If there is no room for the file.
-    """
-    if 4 * rows * columns <= MAX_BYTES:
-        return torch.empty(rows, columns)
-    size = 4 * rows * columns
-    # Without a name: Windows would neither open it twice nor remove it while it is mapped.
-    with tempfile.TemporaryFile() as file:
-        # All of it now: a full disk would end the process when a page is written.
-        if hasattr(os, "posix_fallocate"):  # Linux only
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            for start in range(0, size, BLOCK_BYTES):
-                file.write(bytes(min(BLOCK_BYTES, size - start)))
-            file.flush()
-        mapped = mmap.mmap(file.fileno(), size)
-    return torch.frombuffer(mapped, dtype=torch.float32).view(rows, columns)
-
-
-# How often during training validation is looked at, if it is.
+# Validations during training, with keep='best'.
 LOOKS = 10
 
 Backward = Callable[[Tensor], None]
-# An objective, and what decides between equals.
+# The objective, and the tie-breaker.
 Score = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class BestStep:
-    """The step after which a head was best on validation.
-
-    Attributes:
-        step: Number of updates.
-        score: Value of the objective then.
-        compared: (updates, value) of every look.
-    """
+    """Number of updates after which a head was best on validation, and the scores compared."""
 
     step: int
     score: float
@@ -100,9 +59,9 @@ class BestStep:
 
 
 def check_length(options: dict[str, Any]) -> None:
-    """Refuses a length in steps and in epochs at once."""
+    """Checks that the length is given in steps or in epochs, not both."""
     if options.get("steps") is not None and options.get("epochs") is not None:
-        raise UsageError("steps and epochs both say how long to train: give one of them")
+        raise UsageError("steps and epochs exclude each other; give one of them")
 
 
 def train_head(
@@ -123,11 +82,10 @@ def train_head(
     backward: Backward | None = None,
     score: Callable[[], Score] | None = None,
 ) -> BestStep | None:
-    """Trains what is trainable in a head by SGD on batches of features.
+    """Trains the trainable parameters of a head by SGD on batches of features.
 
-    The settings of Kang et al.: momentum 0.9, weight decay 5e-4 on all that is trained (the scales
-    of lws too), batch 512, learning rate falling to zero along a cosine. They train 10 epochs of
-    ImageNet-LT; on small data an epoch is a handful of steps, so the length is given in steps.
+    The settings are those of Kang et al.: momentum 0.9, weight decay 5e-4 on all trained parameters
+    (also the scales of lws), batch size 512, cosine learning rate to zero.
 
     Args:
         head: The head; trained in place.
@@ -139,19 +97,16 @@ def train_head(
         momentum: In [0, 1).
         max_norm: Largest length of a class's weights after an update, > 0; None does not limit it.
         batch_size: Rows per update, >= 1.
-        sampler: How rows are drawn, one of :func:`timm_lt.list_samplers`, over all draws of the
-            training as one epoch.
-        sampler_options: Its options.
-        loss: Of the head's logits, one of ``timm_lt.create_loss``; None is cross-entropy. It hears
-            of epochs of N rows each.
-        decay_bias: The bias decays, too.
-        backward: Sets the gradients for some rows, given their indices; None differentiates the
-            loss.
-        score: Looked at after each tenth of the training; the head keeps the state of the highest
-            value, the first such. None keeps the last state.
+        sampler: One of :func:`timm_lt.list_samplers`; the whole training is one of its epochs.
+        sampler_options: Options of the sampler.
+        loss: One of ``timm_lt.create_loss``; None is cross-entropy. Its epochs have N rows.
+        decay_bias: Whether weight decay applies to the bias.
+        backward: Sets the gradients for the rows of given indices; None differentiates the loss.
+        score: Evaluated after each tenth of the training; the head keeps the first best state.
+            None keeps the last state.
 
     Returns:
-        Where the score was best, None without one.
+        The best step, None without a score.
 
     Raises:
         UsageError: If a number is out of range, or the weights do not stay finite.
@@ -196,19 +151,18 @@ def train_head(
             best.after(step + 1)
     if not all(parameter.isfinite().all() for parameter in trained):
         raise UsageError(
-            f"head {head.kind!r} did not stay finite while it was trained: take a lower lr than "
-            f"{lr:g}"
+            f"the weights of head {head.kind!r} became infinite or NaN; choose an lr below {lr:g}"
         )
     return None if best is None else best.restore()
 
 
 def epochs_of(draws: int, rows: int) -> int:
-    """Returns how many passes over the rows so many draws are, the last maybe cut short."""
+    """Returns the number of epochs of so many draws; the last may be incomplete."""
     return -(-draws // rows)
 
 
 class _Best:
-    """Keeps the state of a head that scores highest."""
+    """Keeps the head's state with the highest score."""
 
     def __init__(self, head: Head, score: Callable[[], Score], steps: int) -> None:
         self.head, self.score = head, score
@@ -217,7 +171,7 @@ class _Best:
         self.best: tuple[Score, int, dict[str, Tensor]] | None = None
 
     def after(self, step: int) -> None:
-        """Looks at the head after some updates, if it is time."""
+        """Scores the head after an update, if it is due."""
         if step not in self.looks:
             return
         self.head.eval()
@@ -228,7 +182,7 @@ class _Best:
             self.best = score, step, copy.deepcopy(self.head.state_dict())
 
     def restore(self) -> BestStep:
-        """Gives the head its best state."""
+        """Restores the head's best state."""
         assert self.best is not None
         score, step, state = self.best
         self.head.load_state_dict(state)
@@ -236,7 +190,7 @@ class _Best:
 
 
 class _Epochs:
-    """Tells a loss that has a schedule which pass over the rows begins."""
+    """Calls ``set_epoch`` of a loss that has one."""
 
     def __init__(self, loss: nn.Module, draws: int, rows: int) -> None:
         self.set_epoch = getattr(loss, "set_epoch", None)
@@ -244,7 +198,7 @@ class _Epochs:
         self.last = -1
 
     def begin(self, drawn: int) -> None:
-        """Hears how many rows were drawn before the batch that begins."""
+        """Sets the epoch of the next batch, after so many rows."""
         epoch = drawn // self.rows
         if self.set_epoch is not None and epoch > self.last:
             self.set_epoch(epoch, self.number)
@@ -252,7 +206,7 @@ class _Epochs:
 
 
 def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
-    """Returns the derivative of the loss of a head's logits."""
+    """Returns a function that computes the gradients of a loss of the head's logits."""
     more = getattr(loss, "needs_features", False)
 
     def backward(rows: Tensor) -> None:
@@ -263,12 +217,11 @@ def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
 
 
 def scale_gradient(head: LWSHead, features: Features) -> Backward:
-    """Returns the derivative of the mean cross-entropy in the scales of an lws head.
+    """Returns a function that computes the gradient of the cross-entropy in the scales of lws.
 
-    With ``u`` the logits of the frozen classifier, those of the head are ``s ∘ u`` (and ``u`` has
-    the bias) or ``s ∘ u + b``; the gradient is the mean of ``(p − y) ∘ u``. The logits ``u`` of all
-    rows are computed once; more than 4 GiB of them go to a temporary file, and only where there is
-    no room for it are they computed when they are drawn.
+    With ``u`` the logits of the frozen classifier, the head's are ``s ∘ u`` (``u`` includes the
+    bias) or ``s ∘ u + b``; the gradient is the mean of ``(p − y) ∘ u``. The logits ``u`` are
+    computed once, or, if they need more than 4 GiB, for each batch.
     """
     weight, bias = head.weight, head.bias
     inside, outside = (bias, None) if head.scale_bias else (None, bias)
@@ -278,12 +231,10 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
         return F.linear(values, weight, inside)
 
     cached: Tensor | None = None
-    with contextlib.suppress(OSError), torch.no_grad():
-        cached = scratch_matrix(len(features), num_classes)
-        start = 0
-        for block in row_blocks(features.values, num_classes):
-            cached[start : start + len(block)] = compute(block)
-            start += len(block)
+    if 4 * len(features) * num_classes <= MAX_BYTES:
+        with torch.no_grad():
+            blocks = row_blocks(features.values, num_classes)
+            cached = torch.cat([compute(block) for block in blocks])
 
     @torch.no_grad()
     def backward(rows: Tensor) -> None:
@@ -302,21 +253,16 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
 
 SmoteTarget: TypeAlias = int | Literal["largest"]
 NEIGHBORS = 5
-# Rows of a class, at most.
+# Largest number of rows per class.
 MAX_ROWS = 10_000_000
 
 
 def check_smote(target: SmoteTarget | None) -> None:
-    """Checks to how many rows classes are to be filled up, and that the library is there."""
+    """Checks the target number of rows per class, and that imbalanced-learn is installed."""
     if target is None:
         return
     if target != "largest":
-        if isinstance(target, str):
-            raise UsageError(
-                f"smote must be a number of rows or 'largest', the rows of the largest class; got "
-                f"{target!r}"
-            )
-        check_integer("smote", target, minimum=1, maximum=MAX_ROWS)
+        check_integer("smote, rows per class or 'largest',", target, minimum=1, maximum=MAX_ROWS)
     _import_smote()
 
 
@@ -331,22 +277,21 @@ def _import_smote() -> Any:  # noqa: ANN401
 def add_smote_rows(
     features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
 ) -> Features:
-    """Adds synthetic rows behind the given ones, until each class has enough.
+    """Appends synthetic rows until each class has ``target`` rows.
 
     A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
-    of the same class, of ``n``, and ``u`` is uniform in [0, 1]. A class of one row has no
-    neighbour: its row is repeated.
+    of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
+    is repeated.
 
     Args:
-        features: Values (N, D).
+        features: Values (N, D); the result is in memory.
         num_classes: C.
-        target: Rows that each class has afterwards, if it has not more; ``"largest"`` is those of
-            the largest class.
+        target: Smallest number of rows per class afterwards; ``"largest"`` is that of the largest
+            class.
         seed: Seed of the draws.
 
     Raises:
-        UsageError: If the target is no positive number, imbalanced-learn is not installed, or there
-            is no room for the rows.
+        UsageError: If the target is out of range, or imbalanced-learn is not installed.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
@@ -355,26 +300,14 @@ def add_smote_rows(
     check_smote(target)
     counts = class_counts(features.targets, num_classes)
     missing = smote_counts(counts, target) - counts
-    rows = len(features) + int(missing.sum())
-    try:
-        values = scratch_matrix(rows, features.num_features)
-    except OSError as error:
-        raise UsageError(
-            f"smote makes {rows:,} rows, for which {tempfile.gettempdir()} has no room ({error}): "
-            "take fewer rows, or set TMPDIR to a folder on another disk"
-        ) from error
-    end = 0
-    for block in row_blocks(features.values, 1):
-        values[end : end + len(block)] = block
-        end += len(block)
+    parts = list(row_blocks(features.values, 1))
     by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
     for label in missing.nonzero().flatten().tolist():
         added = int(missing[label])
         of_class = take_rows(features.values, by_class[label])
-        values[end : end + added] = _synthetic(of_class, added, seed + label)
-        end += added
+        parts.append(_synthetic(of_class, added, seed + label))
     labels = torch.repeat_interleave(torch.arange(num_classes), missing)
-    return Features(values, torch.cat([features.targets.cpu(), labels]))
+    return Features(torch.cat(parts), torch.cat([features.targets.cpu(), labels]))
 
 
 def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
@@ -392,7 +325,7 @@ def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
         k_neighbors=min(NEIGHBORS, len(rows) - 1),
         random_state=seed % 2**32,
     )
-    # imbalanced-learn wants a second class, of which it adds nothing.
+    # imbalanced-learn needs a second class.
     labels = [1] * len(rows) + [0]
     resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
     return torch.from_numpy(resampled[len(labels) :])
@@ -412,20 +345,17 @@ class Softmax:
 
     @classmethod
     def class_balanced(cls, counts: Tensor) -> "Softmax":
-        """Every class has the same weight: ``share = 1 / (C n_c)``.
-
-        It is the expectation of what class-balanced sampling minimises. ``counts`` (C,).
-        """
+        """Equal weight per class, ``1 / (C n_c)``: the expectation of class-balanced sampling."""
         return cls((1.0 / (len(counts) * counts.double())).float())
 
     @classmethod
     def instance_balanced(cls, counts: Tensor) -> "Softmax":
-        """Every row has the same weight. ``counts`` (C,)."""
+        """Equal weight per row."""
         return cls(torch.full((len(counts),), 1.0 / int(counts.sum())))
 
     @classmethod
     def balanced_softmax(cls, counts: Tensor) -> "Softmax":
-        """Every row has the same weight, and ``log n_c`` is added to the logits.
+        """Equal weight per row, with ``log n_c`` added to the logits.
 
         References:
             Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
@@ -445,17 +375,16 @@ def solve_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """Minimises the cross-entropy of a linear classifier by L-BFGS.
 
-    The objective is ``Σ_i share_i ℓ(W x_i + b, y_i) + weight_decay / 2 · ‖W‖²``. It is convex, so
-    nothing is random. An evaluation is two products per block of rows: features may lie in a mapped
-    file that is larger than memory.
+    The objective ``Σ_i share_i ℓ(W x_i + b, y_i) + weight_decay / 2 · ‖W‖²`` is convex, so the
+    result is deterministic. Features are read in blocks and may be larger than memory.
 
     Args:
         weight: Start, (C, D).
-        bias: Start, (C,), never decayed; None for a classifier without one.
+        bias: Start, (C,), without weight decay; None for a classifier without bias.
         features: Training features, values (N, D), with rows of every class.
-        weight_decay: >= 0; at 0, where separable classes have no minimum, the limit ends it.
-        max_iterations: Limit on the iterations.
-        loss: The weights of the rows; None is class-balanced.
+        weight_decay: >= 0; at 0 separable classes have no minimum.
+        max_iterations: Largest number of iterations.
+        loss: Weights of the rows; None is class-balanced.
 
     Returns:
         Weight (C, D) and bias (C,) or None.
@@ -463,8 +392,8 @@ def solve_linear(
     num_classes = len(weight)
     if loss is None:
         loss = Softmax.class_balanced(class_counts(features.targets, num_classes))
-    # In units in which features have root mean square 1: with tiny features the first steps would
-    # be lost in rounding, and taken for convergence.
+    # Scale features to root mean square 1: with tiny features the first steps would be lost in
+    # rounding and look like convergence.
     unit = _root_mean_square(features.values) or 1.0
     weight = (weight.detach() * unit).requires_grad_()
     bias = None if bias is None else bias.detach().clone().requires_grad_()
@@ -472,7 +401,7 @@ def solve_linear(
         [weight] if bias is None else [weight, bias],
         max_iter=max_iterations,
         history_size=10,
-        # The gradient at a class's weight starts at the order of 1 / C.
+        # The initial gradient of a class's weights is of the order of 1 / C.
         tolerance_grad=min(1e-5, 1e-3 / num_classes),
         tolerance_change=1e-8,
         line_search_fn="strong_wolfe",
@@ -490,7 +419,7 @@ def solve_linear(
                 logits = logits + loss.offset
             losses = F.cross_entropy(logits, targets, reduction="none")
             value = (loss.shares[targets] * losses).sum()
-            # Block by block, or the graph would hold all of them.
+            # Per block, so that the graph holds one block.
             value.backward()
             total += float(value.detach())
         if weight_decay > 0:
@@ -504,6 +433,6 @@ def solve_linear(
 
 
 def _root_mean_square(values: Tensor) -> float:
-    # In float64 the square of a float32 is finite, and not 0.
+    # In float64, the square of a float32 neither overflows nor underflows.
     total = sum(float(block.double().square().sum()) for block in row_blocks(values, 1))
     return float((total / values.numel()) ** 0.5)

@@ -27,10 +27,10 @@ from timm_lt.checkpoint import (
     TEXT_LIMIT,
     WEIGHTS,
     CheckpointInfo,
-    check_text,
-    check_weights_file,
     head_entry,
+    parse_text,
     read_checkpoint,
+    read_shapes,
 )
 from timm_lt.hub.card import folder_card, merge_cards, render_card, stated_license, update_card
 from timm_lt.metrics import ShotReport
@@ -126,7 +126,7 @@ def checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
     Raises:
         UsageError: If a file is missing, altered, or not of its type.
     """
-    check_weights_file(folder, info)
+    read_shapes(folder, info)
     files = {CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     for name, entry in info.heads.items():
         if entry.file is None:
@@ -372,7 +372,7 @@ def add_head(
     check_nothing_is_ignored(repo.repo_id, there)
     if content is not None:
         additions[entry["file"]] = content
-    additions[CARD] = _card_with_head(pinned, check_text(folder, text), there).encode()
+    additions[CARD] = _card_with_head(pinned, parse_text(folder, text), there).encode()
     old = info.heads[name].file if name in info.heads else None
     removed = [old] if old is not None and content is None else []
     message = commit_message or f"Add head {name}"

@@ -1,9 +1,4 @@
-"""Cross-entropy, plain or with label smoothing.
-
-Label smoothing that is stronger for frequent classes.
-
-Losses that add a function of the class frequencies to the logits.
-"""
+"""Cross-entropy: plain, smoothed by class size, or with logits shifted by the class prior."""
 
 import math
 from typing import Literal, get_args
@@ -12,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timm_lt.losses.base import ClassLoss, Reduction, one_hot, register_loss
-from timm_lt.losses.reweighted import given_counts
-from timm_lt.utils.checks import UsageError, check_choice, check_number
-from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
+from timm_lt.losses.base import ClassLoss, Reduction, one_hot, register_loss, required_counts
+from timm_lt.utils.checks import check_choice, check_number
+from timm_lt.utils.longtail import ClassCounts
 
 
 @register_loss("cross_entropy")
@@ -66,16 +60,16 @@ class LabelAwareSmoothingLoss(ClassLoss):
     - ``"linear"``: ``tail + d r_j``
     - ``"convex"``: ``head + d sin(3 pi / 2 + r_j pi / 2)``
 
-    Head and tail at 0 are cross-entropy. Classes of equal size count as the largest.
+    With ``head = tail = 0`` this is cross-entropy. If all classes have the same size, all get
+    ``head``.
 
     Args:
-        class_counts: Training images ``n_j`` per class.
+        class_counts: Training images ``n_j`` per class, at least 1 each.
         head: eps of the largest class, in [tail, 1).
         tail: eps of the smallest class, in [0, 1).
         shape: How eps grows with the size.
-        spread: ``"others"``, as the paper has it, or ``"all"``: eps is shared among all C classes
-            and the label's part comes on top, ``q_y = 1 - eps_y + eps_y / C``, ordinary label
-            smoothing, as in the authors' code.
+        spread: ``"others"`` as in the paper, or ``"all"`` as in the authors' code: eps is shared
+            among all C classes, so ``q_y = 1 - eps_y + eps_y / C`` (ordinary label smoothing).
         reduction: As in :class:`ClassLoss`.
 
     References:
@@ -83,7 +77,6 @@ class LabelAwareSmoothingLoss(ClassLoss):
         https://arxiv.org/abs/2104.00466 (section 3.2)
     """
 
-    needs_class_counts = True
     takes_soft_targets = True
     smoothing: Tensor
 
@@ -97,19 +90,14 @@ class LabelAwareSmoothingLoss(ClassLoss):
         spread: Spread = "others",
         reduction: Reduction = "mean",
     ) -> None:
-        counts = given_counts(self, class_counts)
+        counts = required_counts(self, class_counts)
         super().__init__(counts, reduction=reduction)
-        head, tail = (
-            check_number(key, value, "[0, 1)") for key, value in (("head", head), ("tail", tail))
-        )
-        if head < tail:
-            raise UsageError(
-                f"head {head} is below tail {tail}: frequent classes are smoothed more"
-            )
+        tail = check_number("tail", tail, "[0, 1)")
+        head = check_number("head", head, f"[{tail:g}, 1)")
         check_choice("shape", shape, get_args(Shape))
         check_choice("spread", spread, get_args(Spread))
         self.spread = spread
-        n = check_class_counts(counts).double()
+        n = counts.double()
         span = n.max() - n.min()
         share = (n - n.min()) / span if span > 0 else torch.ones_like(n)
         smoothing = {
@@ -133,16 +121,12 @@ class LabelAwareSmoothingLoss(ClassLoss):
 class _PriorLoss(ClassLoss):
     """Cross-entropy of logits to which a function of the class frequencies is added."""
 
-    needs_class_counts = True
     takes_soft_targets = True
     adjustment: Tensor
 
     def __init__(self, class_counts: ClassCounts | None, tau: float, reduction: Reduction) -> None:
+        counts = required_counts(self, class_counts).double()
         super().__init__(class_counts, reduction=reduction)
-        if class_counts is None:
-            raise UsageError(f"{type(self).__name__} needs class_counts")
-        check_no_empty_class(class_counts)
-        counts = check_class_counts(class_counts).double()
         adjustment = tau * (counts / counts.sum()).log()
         self.register_buffer("adjustment", adjustment.float(), persistent=False)
 
@@ -155,8 +139,8 @@ class _PriorLoss(ClassLoss):
 class BalancedSoftmaxLoss(_PriorLoss):
     """Balanced softmax: ``l = -log(n_y e^{z_y} / sum_j n_j e^{z_j})``.
 
-    The loss of a classifier that knows the training class frequencies; without them, at test time,
-    the logits are those of a balanced prior. Equal to logit adjustment at tau = 1.
+    Training adds the log frequencies to the logits; without them, at test time, the logits are
+    those of a balanced prior. Equal to logit adjustment at tau = 1.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.

@@ -1,7 +1,4 @@
-"""Label-distribution-aware margins.
-
-The seesaw loss.
-"""
+"""Losses that shift logits by label: LDAM and seesaw."""
 
 import math
 from typing import Literal, get_args
@@ -10,10 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.losses.base import ClassLoss, Reduction, log_complement, register_loss
-from timm_lt.losses.reweighted import given_counts
+from timm_lt.losses.base import (
+    ClassLoss,
+    Reduction,
+    log_complement,
+    register_loss,
+    required_counts,
+)
 from timm_lt.utils.checks import UsageError, check_choice, check_number
-from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
+from timm_lt.utils.longtail import ClassCounts
 
 Logits = Literal["cosine", "scaled"]
 
@@ -22,13 +24,13 @@ Logits = Literal["cosine", "scaled"]
 class LDAMLoss(ClassLoss):
     """LDAM: cross-entropy of ``s (z_j - Delta_y [j = y])``, ``Delta_j = m (n_j / n_min)^(-1/4)``.
 
-    The logits z are cosines: the margin means something only between normalised weights and
-    features, so the model needs a cosine classifier. The smallest class has the margin m.
+    The logits z are cosines (margins need normalised weights and features), so the model needs a
+    cosine classifier. The smallest class has margin m.
 
-    - ``logits="cosine"``: z as they are, of ``head="cosine", scale=1.0``;
-    - ``logits="scaled"``: the classifier gives ``s z``, that of ``head="cosine", scale=30.0``, and
-      the loss is the cross-entropy of ``s z_j - s Delta_y [j = y]``. The same numbers, but the
-      softmax of the model's output is then that of the loss without margins.
+    - ``logits="cosine"``: the classifier returns z, as ``head="cosine", scale=1.0`` does;
+    - ``logits="scaled"``: the classifier returns ``s z``, as ``head="cosine", scale=30.0`` does.
+      The loss is the same, and the softmax of the model's output is that of the loss without
+      margins.
 
     :func:`~timm_lt.training.train_representation` refuses a model whose classifier is another.
 
@@ -44,7 +46,6 @@ class LDAMLoss(ClassLoss):
         2019, https://arxiv.org/abs/1906.07413 (equations 12 and 13).
     """
 
-    needs_class_counts = True
     takes_soft_targets = True
     margins: Tensor
 
@@ -57,14 +58,13 @@ class LDAMLoss(ClassLoss):
         logits: Logits = "cosine",
         reduction: Reduction = "mean",
     ) -> None:
-        counts = given_counts(self, class_counts)
+        counts = required_counts(self, class_counts)
         super().__init__(counts, reduction=reduction)
         max_margin = check_number("max_margin", max_margin, "[0, inf)")
         self.scale = check_number("scale", scale, "(0, inf)")
         check_choice("logits", logits, get_args(Logits))
         self.logits = logits
-        check_no_empty_class(counts)
-        n = check_class_counts(counts).double()
+        n = counts.double()
         margins = max_margin * (n / n.min()) ** -0.25
         self.register_buffer("margins", margins.float(), persistent=False)
 
@@ -76,7 +76,7 @@ class LDAMLoss(ClassLoss):
             labels = targets[:, None]
             reduced = logits.scatter_add(1, labels, -margins[labels])
             return F.cross_entropy(reduced, targets, reduction="none")
-        # Were class j the label, e^(z_j) would shrink to e^(z_j - m_j) in the sum, too.
+        # If class j is the label, the denominator has e^(z_j - m_j) in place of e^(z_j).
         log_p = F.log_softmax(logits, 1)
         label_p = log_p - margins
         per_class = torch.logaddexp(log_complement(log_p), label_p) - label_p
@@ -92,13 +92,13 @@ class LDAMLoss(ClassLoss):
         kind = getattr(classifier, "kind", "linear")
         if kind == "cosine":
             options = classifier.options()  # type: ignore[operator]
-            # The head has the scale in float32.
+            # The head stores the scale in float32.
             if math.isclose(options["scale"], scale, rel_tol=1e-6) and not options["learn_scale"]:
                 return
             kind = f"cosine ({', '.join(f'{k}: {v}' for k, v in options.items())})"
         raise UsageError(
-            f"loss ldam with logits={self.logits!r} needs cosines from the model, whose classifier "
-            f"is {kind}: give it the options {{head: cosine, scale: {scale}}}"
+            f"loss ldam with logits={self.logits!r} needs a cosine classifier, and the model has "
+            f"{kind}: give it the options {{head: cosine, scale: {scale}}}"
         )
 
 
@@ -106,14 +106,13 @@ class LDAMLoss(ClassLoss):
 class SeesawLoss(ClassLoss):
     """Seesaw: ``l = -log(e^{z_y} / (e^{z_y} + sum_{j != y} M_yj K_yj e^{z_j}))``.
 
-    Images of a frequent class push a rarer one down less, the mitigation ``M_yj = min(1, n_j /
-    n_y)^p``; unless they are mistaken for it, the compensation ``K_yj = max(1, p_j / p_y)^q``,
-    where ``p_j`` is the softmax, through which no gradient goes. At ``mitigation`` = p = 0 and
+    The mitigation ``M_yj = min(1, n_j / n_y)^p`` makes images of a frequent class push a rarer one
+    down less; the compensation ``K_yj = max(1, p_j / p_y)^q`` restores the push where the image is
+    mistaken for it. ``p_j`` is the detached softmax. With ``mitigation`` = p = 0 and
     ``compensation`` = q = 0 this is cross-entropy.
 
-    The paper counts images while it trains; here ``n_j`` are the class counts, from the first
-    update on, so that a resumed run and one on several processes are the same. It takes labels
-    only: the factors depend on the label.
+    The paper accumulates ``n_j`` during training; here they are the class counts, so that resumed
+    and multi-process runs are the same. Soft targets are not supported.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
@@ -127,7 +126,6 @@ class SeesawLoss(ClassLoss):
         https://arxiv.org/abs/2008.10032 (equations 4 to 7; its classifier is a cosine one).
     """
 
-    needs_class_counts = True
     log_counts: Tensor
 
     def __init__(
@@ -139,13 +137,12 @@ class SeesawLoss(ClassLoss):
         min_probability: float = 0.0,
         reduction: Reduction = "mean",
     ) -> None:
-        counts = given_counts(self, class_counts)
+        counts = required_counts(self, class_counts)
         super().__init__(counts, reduction=reduction)
         self.mitigation = check_number("mitigation", mitigation, "[0, inf)")
         self.compensation = check_number("compensation", compensation, "[0, inf)")
         self.min_probability = check_number("min_probability", min_probability, "[0, 1)")
-        check_no_empty_class(counts)
-        log_counts = check_class_counts(counts).double().log()
+        log_counts = counts.double().log()
         self.register_buffer("log_counts", log_counts.float(), persistent=False)
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -156,7 +153,7 @@ class SeesawLoss(ClassLoss):
         label_p = log_p.gather(1, labels)
         if self.min_probability > 0:
             label_p = label_p.clamp_min(float(torch.tensor(self.min_probability).log()))
-        # M and K as what they add to the logits; both are 0 for the label itself.
+        # log M and log K, added to the logits; both are 0 for the label.
         compensation = (log_p - label_p).clamp_min(0)
         factors = self.mitigation * mitigation + self.compensation * compensation
         return F.cross_entropy(logits + factors, targets, reduction="none")

@@ -1,9 +1,6 @@
-"""Metric-learning losses: cross-entropy plus a term on the distances between a batch's features.
+"""Metric-learning losses: cross-entropy plus a term on distances between a batch's features."""
 
-The loss of OLTR's centroids, which pulls features and centroids of a class together.
-"""
-
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +11,15 @@ from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_
 from timm_lt.utils.longtail import ClassCounts
 
 Distance = Literal["squared", "euclidean"]
-# Squared distances below it count as it: the harmonic mean divides by them.
+# Lower bound of squared distances, which the harmonic mean divides by.
 NO_DISTANCE = 1e-12
 
 
 class _MetricLoss(ClassLoss):
     """Cross-entropy plus ``weight`` times a term of the whole batch.
 
-    Each image's loss has all of the term, so the mean over the images is the loss, and
-    ``reduction="none"`` and ``"sum"`` fit to it. The batch is that of the process.
+    The term is added to each image's loss, so that the three reductions agree. The batch is that of
+    one process.
     """
 
     needs_features = True
@@ -64,24 +61,23 @@ class RangeLoss(_MetricLoss):
     distances between two images of the class. ``L_inter = max(0, margin − D)`` has the smallest
     distance D between two class means of the batch.
 
-    With fewer than k pairs of a class, all of them are taken; a class with one image has none and
-    adds 0. ``L_inter`` is 0 in a batch of one class. A squared distance below 1e-12 counts as
-    1e-12, without a gradient: a class of equal features adds (next to) nothing.
+    A class with fewer than k pairs uses all of them; a class with one image adds 0. ``L_inter`` is
+    0 in a batch of one class. Squared distances are clamped to at least 1e-12, without a gradient
+    below.
 
-    Most batches of a long tail have one image of a rare class, which no pair pulls anywhere: draw
+    Most batches of a long-tailed set hold at most one image of a rare class, and so no pair: draw
     several with the sampler ``class_balanced`` and its option ``samples_per_class``.
 
     Args:
         class_counts: As in :class:`ClassLoss`; not used.
-        weight: Of the term, at least 0; 0 is cross-entropy. Squared distances of features as they
-            are make the term large: at 0.1 a small ResNet learns nothing.
-        k: Distances per class, at least 1. The paper has 2.
-        margin: Between class means, at least 0; a squared distance if distance is. What the paper
-            and its comparisons took for margin, alpha, beta and weight is not known here: these
-            depend on the scale of the features and are to be tuned.
-        alpha: Of the distances within classes, at least 0.
-        beta: Of the distance between classes, at least 0.
-        distance: ``"squared"`` Euclidean distances, as in the paper, or ``"euclidean"`` ones.
+        weight: Weight of the term, at least 0; 0 is cross-entropy. Squared distances between
+            features are large: at 0.1 a small ResNet learns nothing.
+        k: Distances per class, at least 1; 2 in the paper.
+        margin: Margin between class means, at least 0, in the unit of ``distance``. The paper does
+            not give margin, alpha, beta and weight; tune them to the scale of the features.
+        alpha: Weight of the distances within classes, at least 0.
+        beta: Weight of the distance between classes, at least 0.
+        distance: ``"squared"`` Euclidean as in the paper, or ``"euclidean"``.
         reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
 
     References:
@@ -112,7 +108,7 @@ class RangeLoss(_MetricLoss):
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
         """Returns ``alpha · L_intra + beta · L_inter``."""
         same = targets[:, None] == targets
-        # Within the batch a class goes by the row of its first image.
+        # Classes are numbered by the row of their first image.
         group = same.int().argmax(1)
         intra = self._intra(features, same, group)
         return self.alpha * intra + self.beta * self._inter(features, group)
@@ -135,7 +131,7 @@ class RangeLoss(_MetricLoss):
         with torch.no_grad():
             pairs = (there[:, None] & there).triu(1)
             nearest = torch.cdist(means, means).masked_fill(~pairs, torch.inf).argmin()
-        # Indexing with a scalar would wait for the device.
+        # Indexing with a scalar would synchronise.
         ends = means.index_select(0, torch.stack([nearest // len(means), nearest % len(means)]))
         gap = self._between(ends[0], ends[1])
         return (self.margin - gap).relu().where(pairs.any(), 0)
@@ -149,22 +145,14 @@ class RangeLoss(_MetricLoss):
 def _largest(
     features: Tensor, same: Tensor, group: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Finds the k largest distances within each group of rows.
+    """Finds the k largest distances within each group of rows, without a device synchronisation.
 
-    Nothing here depends on the values in shape, so no device has to wait for them.
-
-    Args:
-        features: (N, D).
-        same: Whether two rows are of one group, (N, N).
-        group: Group of each row, (N,).
-        k: At least 1.
-
-    Returns:
-        First and second row, group, and whether it is among the k largest, of each candidate pair.
+    Takes features (N, D), whether two rows share a group (N, N), and the group of each row (N,).
+    Returns, for each candidate pair: first row, second row, group, and whether it is among the k.
     """
     k = min(k, len(features))
     distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
-    # Those of a group are among those of its rows.
+    # A group's k largest are among the k largest of its rows.
     lengths, second = (found.flatten() for found in distances.topk(k, dim=1))
     first = torch.arange(len(features), device=group.device).repeat_interleave(k)
     order = lengths.argsort(descending=True)
@@ -185,19 +173,18 @@ class LiftedStructureLoss(_MetricLoss):
         ``J_ij = log sum_{n: y_n != y_i} (e^{neg_margin − D_in} + e^{neg_margin − D_jn})
         + D_ij − pos_margin``.
 
-    In a batch without a pair of one class, or of one class only, the term is 0. It is computed by
-    pytorch-metric-learning, with memory for each pair times each two images of different classes:
-    for 4 images per class 25 MB a matrix at 128 images, 200 MB at 256. Draw several images of a
-    class with the sampler ``class_balanced`` and its option ``samples_per_class``.
+    The term is 0 in a batch without positive pairs or without negatives. pytorch-metric-learning
+    computes it with matrices of positive times negative pairs: with 4 images per class 25 MB each
+    at batch size 128, 200 MB at 256. Draw several images of a class with the sampler
+    ``class_balanced`` and its option ``samples_per_class``.
 
     Args:
         class_counts: As in :class:`ClassLoss`; not used.
-        weight: Of the term, at least 0; 0 is cross-entropy. What the comparisons on long-tailed
-            data took for it is not known here.
-        neg_margin: The paper's alpha, a number; 1 there.
-        pos_margin: A number; 0 in the paper.
-        normalize: Take the features at unit length, as pytorch-metric-learning does unless told
-            otherwise; the paper takes them as they are.
+        weight: Weight of the term, at least 0; 0 is cross-entropy.
+        neg_margin: Alpha of the paper, 1 there.
+        pos_margin: 0 in the paper.
+        normalize: Normalise the features to unit length, pytorch-metric-learning's default; the
+            paper does not.
         reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
 
     Raises:
@@ -223,7 +210,12 @@ class LiftedStructureLoss(_MetricLoss):
         check_number("pos_margin", pos_margin, "(-inf, inf)")
         if not isinstance(normalize, bool):
             raise UsageError(f"normalize must be true or false, got {normalize!r}")
-        losses, distances = _import_metric_learning()
+        try:
+            from pytorch_metric_learning import distances, losses
+        except ImportError as error:
+            raise UsageError(
+                "lifted_structure needs pytorch-metric-learning: pip install 'timm_lt[metric]'"
+            ) from error
         self.term = losses.LiftedStructureLoss(
             neg_margin=neg_margin,
             pos_margin=pos_margin,
@@ -236,16 +228,6 @@ class LiftedStructureLoss(_MetricLoss):
         return term
 
 
-def _import_metric_learning() -> tuple[Any, Any]:
-    try:
-        from pytorch_metric_learning import distances, losses
-    except ImportError as error:
-        raise UsageError(
-            "lifted_structure needs pytorch-metric-learning: pip install 'timm_lt[metric]'"
-        ) from error
-    return losses, distances
-
-
 Hinge = Literal["example", "batch"]
 
 
@@ -256,11 +238,10 @@ class DiscriminativeCentroids(nn.Module):
     ``r_i = (1/C) Σ_{j≠y} ‖x_i − c_j‖²`` is, for the hinge, that of the example, or with
     ``hinge="batch"``, as in the authors' code, the mean over the batch.
 
-    It is no loss of :func:`timm_lt.create_loss`: the centroids are parameters of its own, which an
-    optimizer has to be given, and which neither data parallelism nor a saved training state would
-    know of. :func:`timm_lt.fit_head` trains them with the ``oltr`` head. Its gradient is the
-    derivative of the loss. (The authors' code has one of its own for the centroids, which ignores
-    the weight of the loss and divides by (1 + n_y) B; that is not here.)
+    Not a loss of :func:`timm_lt.create_loss`: the centroids are parameters that an optimizer has to
+    be given; :func:`timm_lt.fit_head` trains them with the ``oltr`` head. The gradient is the
+    derivative of the loss, unlike the authors' code, whose gradient of the centroids ignores the
+    weight of the loss and divides by (1 + n_y) B.
 
     Args:
         centroids: Start of the centroids, usually the class means.
@@ -307,8 +288,8 @@ class DiscriminativeCentroids(nn.Module):
                 f"{tuple(targets.shape)}"
             )
         wide = torch.promote_types(features.dtype, torch.float32)
-        # Seen from the middle of the centroids, where their sum is 0: all distances of an example
-        # together then cost no more than one, and nothing cancels.
+        # Centred, the centroids sum to 0: the sum of all distances costs one product, and nothing
+        # cancels.
         middle = self.centroids.to(wide).mean(dim=0)
         x, c = features.to(wide) - middle, self.centroids.to(wide) - middle
         own = (x - c[targets]).square().sum(dim=1)

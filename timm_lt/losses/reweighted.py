@@ -1,9 +1,4 @@
-"""Losses that weigh the classes by how many images they have.
-
-Weights of the classes, and losses that multiply by them.
-
-The focal loss.
-"""
+"""Losses weighted by class size, and the focal loss."""
 
 import math
 from typing import Literal, get_args
@@ -17,6 +12,7 @@ from timm_lt.losses.base import (
     Reduction,
     mean_over_labels,
     register_loss,
+    required_counts,
     sigmoid_focal,
     softmax_focal,
 )
@@ -41,8 +37,8 @@ def inverse_frequency_weights(class_counts: ClassCounts, exponent: float = 1.0) 
     """
     exponent = check_number("exponent", exponent, "[0, inf)")
     check_no_empty_class(class_counts)
-    # In logarithms, for no power is too large.
     counts = check_class_counts(class_counts)
+    # In logarithms: a large power would overflow.
     return torch.softmax(-exponent * counts.double().log(), 0) * len(counts)
 
 
@@ -68,7 +64,7 @@ def effective_number_weights(class_counts: ClassCounts, beta: float) -> Tensor:
     beta = check_number("beta", beta, "[0, 1)")
     check_no_empty_class(class_counts)
     counts = check_class_counts(class_counts).double()
-    # 1 - beta^n without its rounding error for beta near 1; 1 - beta cancels.
+    # expm1 keeps the digits of 1 - beta^n for beta near 1; the factor 1 - beta cancels.
     inverse = -1 / torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
     return inverse / inverse.mean()
 
@@ -76,14 +72,14 @@ def effective_number_weights(class_counts: ClassCounts, beta: float) -> Tensor:
 class WeightedLoss(ClassLoss):
     """Multiplies the loss of an image by the weight of its class: ``w_y l(z, y)``.
 
-    A target that is a distribution t gets ``sum_j t_j w_j l(z, j)``; for cross-entropy, ``-sum_j
-    t_j w_j log p_j`` as in torch. The mean divides by the number of images with ``normalization``
-    ``"batch"``, and by the sum of their weights, ``sum_j t_j w_j`` each, with ``"weights"``. For
-    labels that is torch's mean; of distributions torch takes that over the batch.
+    A soft target t gives ``sum_j t_j w_j l(z, j)``; for cross-entropy that is ``-sum_j t_j w_j log
+    p_j``, as in torch. The mean divides by the number of images (``normalization="batch"``) or by
+    the sum of their weights, ``sum_j t_j w_j`` each (``"weights"``; torch's weighted mean for
+    labels, while torch divides by the batch size for soft targets).
 
-    Where ``across_processes`` is True, as the training loop has it, the sum of the weights is over
-    the images of all processes: each update is that of one process. With gradient accumulation it
-    is over the images that are taken at once.
+    With ``across_processes`` (set by the training loop) the weights are summed over all processes,
+    so that an update equals that of one process. With gradient accumulation the sum is over each
+    micro-batch.
 
     Args:
         class_counts: As in :class:`ClassLoss`.
@@ -92,7 +88,6 @@ class WeightedLoss(ClassLoss):
         reduction: As in :class:`ClassLoss`.
     """
 
-    needs_class_counts = True
     takes_soft_targets = True
     weights: Tensor
 
@@ -107,14 +102,14 @@ class WeightedLoss(ClassLoss):
         super().__init__(class_counts, reduction=reduction)
         check_choice("normalization", normalization, get_args(Normalization))
         self.normalization = normalization
-        # Only where all processes take the loss together: one alone would wait for ever.
+        # A collective: only where all processes compute the loss together.
         self.across_processes = False
-        # Above 0 in float32, too: a batch of such images alone has a mean.
+        # Above 0 in float32, so that the weights of a batch never sum to 0.
         weights = weights.float().clamp_min(torch.finfo(torch.float32).tiny)
         self.register_buffer("weights", weights, persistent=False)
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the losses (N,), of which that of a distribution is the mean over its labels."""
+        """Returns the unweighted losses (N,)."""
         raise NotImplementedError
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -123,7 +118,7 @@ class WeightedLoss(ClassLoss):
         return weights * self.unweighted(logits, targets)
 
     def _weigh(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the weights of the images (N,) and the targets whose losses they multiply."""
+        """Returns the weight of each image (N,), and the targets of its unweighted loss."""
         if targets.ndim == 1:
             return self.weights[targets], targets
         shares = targets * self.weights
@@ -138,19 +133,12 @@ class WeightedLoss(ClassLoss):
         return losses.sum() / (_mean_over_processes(total) if self.across_processes else total)
 
     def extra_repr(self) -> str:
-        """Names normalization and reduction when the module is printed."""
+        """Adds the normalization to the printed module."""
         return f"normalization={self.normalization!r}, {super().extra_repr()}"
 
 
-def given_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
-    """Returns the class counts (C,) of a loss; UsageError if there are none."""
-    if class_counts is None:
-        raise UsageError(f"{type(loss).__name__} needs class_counts")
-    return check_class_counts(class_counts)
-
-
 def _mean_over_processes(total: Tensor) -> Tensor:
-    # Gradients are averaged over the processes, so that each divides by its equal share.
+    # DDP averages gradients, so each process divides by its equal share of the total.
     if not (distributed.is_available() and distributed.is_initialized()):
         return total
     total = total.clone()
@@ -159,7 +147,7 @@ def _mean_over_processes(total: Tensor) -> Tensor:
 
 
 Form = Literal["softmax", "sigmoid", "focal"]
-FocalForm = Literal["sigmoid", "softmax"]
+FocalForm = Literal["softmax", "sigmoid"]
 Probability = Literal["unweighted", "weighted"]
 
 
@@ -167,8 +155,8 @@ Probability = Literal["unweighted", "weighted"]
 class InverseFrequencyLoss(WeightedLoss):
     """Cross-entropy, weighted by inverse class frequency: ``l = -w_y log softmax_y(z)``.
 
-    ``w_j`` is as ``n_j^-exponent``, with a mean of 1 over the classes. From a random start it
-    trains slowly; see docs/losses.md for why and what helps.
+    ``w_j`` is proportional to ``n_j^-exponent``, with a mean of 1 over the classes. Training from
+    scratch is slow; docs/losses.md says why and what helps.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
@@ -189,7 +177,7 @@ class InverseFrequencyLoss(WeightedLoss):
         normalization: Normalization = "batch",
         reduction: Reduction = "mean",
     ) -> None:
-        counts = given_counts(self, class_counts)
+        counts = required_counts(self, class_counts)
         weights = inverse_frequency_weights(counts, exponent)
         super().__init__(counts, weights, normalization=normalization, reduction=reduction)
 
@@ -210,7 +198,7 @@ class _EffectiveNumberLoss(WeightedLoss):
         normalization: Normalization,
         reduction: Reduction,
     ) -> None:
-        counts = given_counts(self, class_counts)
+        counts = required_counts(self, class_counts)
         weights = effective_number_weights(counts, beta)
         super().__init__(counts, weights, normalization=normalization, reduction=reduction)
 
@@ -221,27 +209,25 @@ class _EffectiveNumberLoss(WeightedLoss):
 
 @register_loss("class_balanced")
 class ClassBalancedLoss(_EffectiveNumberLoss):
-    """Class-balanced loss: ``w_y l(z, y)``, with ``w_j`` as ``(1 - beta) / (1 - beta^n_j)``.
+    """Class-balanced loss: ``w_y l(z, y)``, ``w_j`` prop. to ``(1 - beta) / (1 - beta^n_j)``.
 
-    The weights are the inverse effective numbers of images, with a mean of 1 over the classes: at
-    beta = 0 all are 1, towards 1 they become the inverse frequencies. l is, by ``form``,
+    The weights are inverse effective numbers of images with a mean of 1 over the classes: all 1 at
+    beta = 0, inverse frequencies as beta tends to 1. ``form`` chooses l:
 
     - ``"softmax"``: cross-entropy, ``-log softmax_y(z)``;
     - ``"sigmoid"``: ``-log sigmoid(z_y) - sum_{j != y} log(1 - sigmoid(z_j))``;
     - ``"focal"``: the same sum, each term times (1 - its probability)^gamma.
 
-    A sigmoid should start with its bias at ``-log(C - 1)``, which a recipe sets, and without decay
-    of that bias, as timm's optimisers have it unless ``filter_bias_and_bn`` is false. Otherwise
-    the C - 1 negatives of an image are all there is to learn at first.
+    A sigmoid should start with a bias of ``-log(C - 1)`` (recipes set it) without weight decay on
+    the bias (timm's default); otherwise the C - 1 negatives of each image dominate at first.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
         form: Which loss is weighted.
-        gamma: At least 0, only for ``form="focal"``; None takes 1, as the authors' code does.
-        normalization: ``"batch"``, the authors' code in TensorFlow, or ``"weights"``, torch's
-            weighted mean, that of most later code; see
-            :class:`~timm_lt.losses.reweighted.WeightedLoss`.
+        gamma: At least 0, only for ``form="focal"``; None is 1, as in the authors' code.
+        normalization: ``"batch"`` as in the authors' TensorFlow code, or ``"weights"``, torch's
+            weighted mean, as in most later code.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     References:
@@ -262,7 +248,7 @@ class ClassBalancedLoss(_EffectiveNumberLoss):
         super().__init__(class_counts, beta, normalization, reduction)
         check_choice("form", form, get_args(Form))
         if gamma is not None and form != "focal":
-            raise UsageError(f"gamma is for form 'focal': leave it out with form {form!r}")
+            raise UsageError(f"gamma only applies with form='focal', got form={form!r}")
         self.form, self.sigmoid = form, form != "softmax"
         given = 1.0 if gamma is None else check_number("gamma", gamma, "[0, inf)")
         self.gamma = given if form == "focal" else 0.0
@@ -276,19 +262,19 @@ class ClassBalancedLoss(_EffectiveNumberLoss):
 
 @register_loss("class_balanced_focal")
 class ClassBalancedFocalLoss(_EffectiveNumberLoss):
-    """Class-balanced focal loss: ``w_y f(z, y)``, with ``w_j`` as ``(1 - beta) / (1 - beta^n_j)``.
+    """Class-balanced focal loss: ``w_y f(z, y)``, ``w_j`` as in ``class_balanced``.
 
-    The paper's f is a sigmoid for each class, ``class_balanced`` with ``form="focal"``; see there
-    for the bias. Later code has the softmax, ``f = -(1 - p_y)^gamma log p_y``, and that of LDAM
-    takes ``p_y = exp(-w_y CE)``, which is no probability: then ``w_y (1 - p_y)^gamma CE``.
+    The paper's f has a sigmoid per class and equals ``class_balanced`` with ``form="focal"``, whose
+    note on the bias applies. Later code takes the softmax, ``f = -(1 - p_y)^gamma log p_y``; LDAM's
+    takes ``p_y = exp(-w_y CE)``, not a probability, for ``w_y (1 - p_y)^gamma CE``.
 
     Args:
         class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1).
         gamma: At least 0; the paper tries 0.5, 1 and 2.
         form: ``"sigmoid"``, the paper's, or ``"softmax"``.
-        probability: With ``form="softmax"``, whether p is the softmax (``"unweighted"``) or, as
-            in the code of LDAM, has the weight inside (``"weighted"``).
+        probability: With ``form="softmax"``: p is the softmax (``"unweighted"``) or, as in LDAM's
+            code, has the weight inside (``"weighted"``).
         normalization: As in :class:`~timm_lt.losses.reweighted.WeightedLoss`, like reduction.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -312,7 +298,7 @@ class ClassBalancedFocalLoss(_EffectiveNumberLoss):
         check_choice("form", form, get_args(FocalForm))
         check_choice("probability", probability, get_args(Probability))
         if probability == "weighted" and form != "softmax":
-            raise UsageError("probability 'weighted' is for form 'softmax': leave it out")
+            raise UsageError("probability='weighted' only applies with form='softmax'")
         self.gamma = check_number("gamma", gamma, "[0, inf)")
         self.sigmoid, self.probability = form == "sigmoid", probability
 
@@ -323,33 +309,29 @@ class ClassBalancedFocalLoss(_EffectiveNumberLoss):
         if self.probability == "unweighted":
             return softmax_focal(logits, targets, self.gamma)
         log_p = F.log_softmax(logits, 1)
-        # A power of 0, where p rounds to 1, has no slope for gamma < 1.
+        # Where p rounds to 1: 0^gamma has an infinite slope for gamma < 1.
         tiny = torch.finfo(log_p.dtype).tiny
         modulator = (-torch.expm1(self.weights * log_p)).clamp_min(tiny) ** self.gamma
         return mean_over_labels(-log_p * modulator, targets)
 
 
 def sigmoid_bias(num_classes: int) -> float:
-    """Returns ``-log(C - 1)``, where a sigmoid is 1 / C; 0 for one class."""
+    """Returns ``-log(C - 1)``, at which a sigmoid is 1 / C; 0 for one class."""
     return -math.log(max(num_classes - 1, 1))
-
-
-FocalActivation = Literal["softmax", "sigmoid"]
 
 
 @register_loss("focal")
 class FocalLoss(ClassLoss):
     """Focal loss: ``l = -(1 - p_t)^gamma log p_t``; at gamma = 0 the plain loss.
 
-    With ``form="softmax"`` ``p_t`` is the softmax of the label. With ``form="sigmoid"``, the
-    paper's detector, every class is a binary problem: l is summed over the classes, where ``p_t``
-    is sigmoid(z_j) for the label and 1 - sigmoid(z_j) for the others. For its bias see
-    ``class_balanced``.
+    With ``form="softmax"``, ``p_t`` is the softmax of the label. With ``form="sigmoid"`` (the
+    paper's detector) l is summed over the classes, with ``p_t = sigmoid(z_j)`` for the label and
+    ``1 - sigmoid(z_j)`` for the others; its bias is that of ``class_balanced``.
 
     Args:
         class_counts: As in :class:`ClassLoss`, like reduction; not used.
-        gamma: How little the images count that are right already, at least 0.
-        form: ``"softmax"``, which long-tail papers compare with, or ``"sigmoid"``.
+        gamma: At least 0; larger values down-weight images that are classified well already.
+        form: ``"softmax"``, the baseline of long-tail papers, or ``"sigmoid"``.
 
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017,
@@ -363,12 +345,12 @@ class FocalLoss(ClassLoss):
         class_counts: ClassCounts | None = None,
         *,
         gamma: float = 2.0,
-        form: FocalActivation = "softmax",
+        form: FocalForm = "softmax",
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(class_counts, reduction=reduction)
         self.gamma = check_number("gamma", gamma, "[0, inf)")
-        check_choice("form", form, get_args(FocalActivation))
+        check_choice("form", form, get_args(FocalForm))
         self.form = form
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:

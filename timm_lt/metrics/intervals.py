@@ -1,10 +1,7 @@
-"""Confidence intervals: what a figure would be on other test images of the same classes.
-
-Accuracy where the test set has another distribution of classes than the one at hand.
-"""
+"""Bootstrap confidence intervals, and the accuracy under another class distribution."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -26,18 +23,12 @@ from timm_lt.utils.longtail import (
 Figures: TypeAlias = dict[str, Tensor]
 Draw: TypeAlias = Callable[[np.random.Generator, int], Figures]
 
-# Numbers that are drawn at a time.
+# Random numbers per block.
 BLOCK = 2**20
 
 
 class PairedDifference(NamedTuple):
-    """By how much a figure of classifier a exceeds that of classifier b on the same images.
-
-    Attributes:
-        difference: On the images as they are.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-    """
+    """Difference a - b of two classifiers on the same images, with its interval [low, high]."""
 
     difference: float
     low: float
@@ -52,36 +43,33 @@ def confidence_intervals(
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Computes bootstrap intervals of the figures that follow from the per-class accuracies.
+    """Computes bootstrap intervals of the figures that are functions of the per-class accuracies.
 
     These are ``all``, ``class_mean``, ``many_shot``, ``medium_shot``, ``few_shot``,
-    ``worst_class``, ``harmonic_mean``, ``geometric_mean`` and ``group_harmonic_mean``. Precision,
-    F1, top-5 and calibration depend on more than the counts per class and have none here.
+    ``worst_class``, ``harmonic_mean``, ``geometric_mean`` and ``group_harmonic_mean``.
 
-    Images are drawn anew within each class (stratified), as fits a test set whose number of images
-    per class was chosen and not drawn, such as a balanced one: the number ``k_c`` of right images
-    out of ``n_c`` is binomial with the probability that was found. The interval is between the
-    percentiles. It says nothing of another training run. With few images per class, that of a
-    figure which a single class decides (the worst class, the harmonic and the geometric mean) is
-    rough and lies low, since the minimum of noisy accuracies is below that of the true ones.
+    Images are resampled within each class (stratified): the number of right images of class c is
+    binomial with ``n_c`` draws and the observed accuracy. Intervals are between percentiles, and do
+    not cover the variation between training runs. With few images per class, intervals of figures
+    that one class decides (worst class, harmonic and geometric mean) are rough and too low.
 
     >>> report = shot_accuracy([0, 0, 0, 1], [0, 0, 0, 0], class_counts=[500, 5])
     >>> confidence_intervals(report, [500, 5])["many_shot"]
     (0.25, 1.0)
 
     Args:
-        report: Figures of a split.
+        report: Report on a split.
         class_counts: Training images per class, as for the report, (C,).
         level: Share of the draws inside the interval, in (0, 1).
-        samples: Number of draws, at least 1. The cost is one binomial number per draw and class.
+        samples: Number of draws, at least 1; each costs one binomial number per class.
         seed: Seed of the draws.
 
     Returns:
-        Low and high by name of the figure; a shot group without images has none.
+        (low, high) by figure; without shot groups that have no images.
 
     Raises:
-        UsageError: If the sizes differ, a value is out of range, or the report is of an older
-            version that had no images per class.
+        UsageError: If the sizes differ, a value is out of range, or an older version wrote the
+            report, without the images per class.
     """
     counts = report.right_and_images()
     groups = _groups(class_counts, report.rule, len(report.per_class))
@@ -113,12 +101,11 @@ def paired_difference(
     samples: int = 1000,
     seed: int = 0,
 ) -> PairedDifference:
-    """Computes by how much classifier a is better than b, with a bootstrap interval.
+    """Computes how much better classifier a is than b on the same images, with an interval.
 
-    The two are compared on the same images, so what makes an image hard for both cancels out: of
-    each class it counts how many images both have right, only a, only b and neither, and draws
-    those four anew (multinomial within each class, as :func:`confidence_intervals`). An interval
-    that contains 0 does not tell the two apart.
+    Per class, the images that both, only a, only b and neither get right are resampled together
+    (multinomial), so that what makes an image hard for both cancels out. If the interval contains
+    0, the two are not distinguishable.
 
     >>> paired_difference([0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1], [500, 5])
     PairedDifference(difference=0.25, low=0.0, high=0.5)
@@ -128,8 +115,8 @@ def paired_difference(
         preds_b: Classes that b predicts, integers in [0, C).
         targets: True classes, integers in [0, C).
         class_counts: Training images per class.
-        objective: The figure to compare, as :func:`~timm_lt.metrics.objective_value` has them.
-        rule: Where the shot groups have their boundaries.
+        objective: Figure to compare; see :func:`~timm_lt.metrics.objective_value`.
+        rule: Bounds of the shot groups.
         level: Share of the draws inside the interval, in (0, 1).
         samples: Number of draws, at least 1.
         seed: Seed of the draws.
@@ -138,8 +125,8 @@ def paired_difference(
         preds_a (N,), preds_b (N,), targets (N,), class_counts (C,).
 
     Raises:
-        UsageError: If the shapes differ, a label or a value is out of range, or the objective is
-            that of a shot group without images.
+        UsageError: If the shapes differ, a label or a value is out of range, or the objective's
+            shot group has no images.
     """
     field = objective_field(objective)
     a, b = (
@@ -149,7 +136,7 @@ def paired_difference(
     targets = check_labels(targets)
     right_a, right_b = (check_labels(preds) == targets for preds in (preds_a, preds_b))
     groups = _groups(class_counts, rule, len(check_class_counts(class_counts)))
-    # By class: neither, only b, only a, both.
+    # Columns: neither right, only b, only a, both.
     cells = torch.bincount(4 * targets + 2 * right_a + right_b, minlength=4 * groups.shape[1])
     cells = cells.view(-1, 4)
     present = cells.sum(1) > 0
@@ -170,10 +157,7 @@ def paired_difference(
 def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int) -> Tensor:
     """Returns the masks of the shot groups as float64, (3, C)."""
     counts = check_class_counts(class_counts, num_classes)
-    masks = torch.stack(list(shot_groups(counts, rule).values())).double()
-    if masks.shape[1] != num_classes:
-        raise UsageError(f"class_counts has {masks.shape[1]} classes, the report has {num_classes}")
-    return masks
+    return torch.stack(list(shot_groups(counts, rule).values())).double()
 
 
 def _figures(right: NDArray[np.int64], images: NDArray[np.int64], groups: Tensor) -> Figures:
@@ -183,7 +167,7 @@ def _figures(right: NDArray[np.int64], images: NDArray[np.int64], groups: Tensor
 
 
 def _bootstrap(draw: Draw, width: int, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Returns the figures of all draws, (samples,), from a few draws of ``width`` at a time."""
+    """Returns the figures of all draws, (samples,), drawing ``width`` numbers each in blocks."""
     check_integer("samples", samples, minimum=1)
     check_integer("seed", seed, minimum=0)
     generator = np.random.default_rng(seed)
@@ -200,7 +184,7 @@ def _percentiles(values: NDArray[np.float64], level: float) -> tuple[float, floa
 
 ShiftDirection = Literal["forward", "uniform", "backward"]
 
-# The imbalance factors of the papers' tables.
+# Imbalance factors of the papers' tables.
 SHIFTS = (50, 25, 10, 5, 2)
 
 
@@ -210,16 +194,13 @@ def shifted_accuracy(
     direction: ShiftDirection,
     imbalance_factor: float = 1.0,
 ) -> float:
-    """Computes the accuracy to expect on a test set with a long tail of its own.
+    """Computes the expected accuracy on a test set with a long tail of its own.
 
-    With the classes in the order of their training images, most frequent first (``i`` = 0, ...,
-    C - 1; equally frequent ones by class), the share of class i is ``p_i ~ r^(-i / (C - 1))``,
-    ``r`` the imbalance factor; backward, the order is reversed. The accuracy is
-    ``sum_c p_c a_c / sum_c p_c`` over the classes whose accuracy ``a_c`` is known. This is the
-    expectation over test sets that are drawn from the one at hand, whose class sizes the papers
-    round to whole images.
-
-    At imbalance factor 1 both directions are uniform: the mean of the per-class accuracies.
+    With the classes sorted by training images, most frequent first (``i`` = 0, ..., C - 1; ties by
+    class), the share of class i is ``p_i ~ r^(-i / (C - 1))``, r being the imbalance factor;
+    ``"backward"`` reverses the order. The accuracy is ``sum_c p_c a_c / sum_c p_c`` over the
+    classes with a known accuracy ``a_c``: the expectation over test sets drawn from the one at hand
+    (the papers round class sizes to whole images). At r = 1 it is the mean over the classes.
 
     >>> a = torch.tensor([0.9, 0.6, 0.3])
     >>> [round(shifted_accuracy(a, [500, 50, 5], d, 4), 3) for d in ("forward", "backward")]
@@ -228,10 +209,9 @@ def shifted_accuracy(
     0.6
 
     Args:
-        accuracies: A report, or the accuracy of each class, (C,); NaN where it is not known.
+        accuracies: A report, or the accuracy of each class, (C,); NaN where unknown.
         class_counts: Training images per class, (C,).
-        direction: ``"forward"`` falls as the training set does, ``"backward"`` rises where that
-            falls.
+        direction: ``"forward"`` has the order of the training set, ``"backward"`` the reverse.
         imbalance_factor: Largest over smallest class of the test set, at least 1; 1 for uniform.
 
     Raises:
@@ -246,56 +226,38 @@ def shifted_accuracy(
     check_choice("direction", direction, get_args(ShiftDirection))
     check_number("imbalance_factor", imbalance_factor, "[1, inf)")
     if direction == "uniform" and imbalance_factor != 1:
-        raise UsageError(
-            f"a uniform test set has imbalance_factor 1, got {imbalance_factor}; take direction "
-            "'forward' or 'backward' for another"
-        )
-    accuracy, order = _in_order(accuracies, class_counts)
+        raise UsageError(f"direction 'uniform' needs imbalance_factor 1, got {imbalance_factor}")
+    values = accuracies.per_class if isinstance(accuracies, ShotReport) else accuracies
+    accuracy = torch.as_tensor(values).detach().double().cpu().numpy()
+    counts = check_class_counts(class_counts, accuracy.size).numpy()
+    known = ~np.isnan(accuracy)
+    if not known.any() or (accuracy[known] < 0).any() or (accuracy[known] > 1).any():
+        raise UsageError("accuracies must be in [0, 1], or NaN for some classes")
+    order = np.argsort(-counts, kind="stable")
     # arange / (C - 1) would be 0 / 0 for one class.
     ranks = np.arange(len(order)) / max(len(order) - 1, 1)
     share = imbalance_factor**-ranks
     if direction == "backward":
         share = share[::-1]
-    accuracy = accuracy[order]
-    known = ~np.isnan(accuracy)
+    accuracy, known = accuracy[order], known[order]
     return float((share * accuracy)[known].sum() / share[known].sum())
-
-
-def _in_order(
-    accuracies: ShotReport | Tensor, class_counts: ClassCounts
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Returns the checked per-class accuracies and the classes, most frequent first."""
-    values = accuracies.per_class if isinstance(accuracies, ShotReport) else accuracies
-    accuracy = torch.as_tensor(values).detach().double().cpu().numpy()
-    counts = check_class_counts(class_counts, accuracy.size).numpy()
-    if accuracy.shape != counts.shape:
-        raise UsageError(
-            f"per-class accuracies {accuracy.shape} and class_counts {counts.shape} must have one "
-            "shape, (C,)"
-        )
-    wrong = np.flatnonzero((accuracy < 0) | (accuracy > 1))
-    if len(wrong):
-        raise UsageError(f"accuracy of class {wrong[0]} = {accuracy[wrong[0]]} is not in [0, 1]")
-    if np.isnan(accuracy).all():
-        raise UsageError("no class has a known accuracy: all of them are NaN")
-    return accuracy, np.argsort(-counts, kind="stable")
 
 
 def shifted_accuracies(
     accuracies: ShotReport | Tensor, class_counts: ClassCounts
 ) -> dict[str, float]:
-    """Returns :func:`shifted_accuracy` for the shifts that the papers' tables have.
+    """Returns :func:`shifted_accuracy` for the shifts of the papers' tables.
 
     >>> list(shifted_accuracies(torch.tensor([0.9, 0.3]), [500, 5]))
     ['forward_50', 'forward_25', 'forward_10', 'forward_5', 'forward_2', 'uniform',
      'backward_2', 'backward_5', 'backward_10', 'backward_25', 'backward_50']
 
     Args:
-        accuracies: A report, or the accuracy of each class, (C,); NaN where it is not known.
+        accuracies: A report, or the accuracy of each class, (C,); NaN where unknown.
         class_counts: Training images per class, (C,).
 
     Returns:
-        The accuracy by direction and imbalance factor, from training-like to reversed.
+        Accuracies by direction and imbalance factor, from training-like to reversed.
 
     Raises:
         UsageError: If the sizes differ, or no accuracy is known.

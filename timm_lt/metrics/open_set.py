@@ -1,4 +1,4 @@
-"""Open-set recognition: images of no known class are to be rejected, by a threshold."""
+"""Open-set recognition: a confidence threshold rejects images of unknown classes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -7,28 +7,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.metrics.streaming import check_finite, check_logits, judge
+from timm_lt.metrics.streaming import check_logits, judge
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 from timm_lt.utils.longtail import Labels, check_labels
 
 OpenSetRule = Literal["fb", "oltr"]
-# Target of an image of no known class.
+# Target of an image of an unknown class.
 OPEN = -1
 
 
 @dataclass(frozen=True)
 class OpenSetReport:
-    """What a classifier that may reject images gets right; all figures are fractions.
+    """Open-set accuracies, as fractions; None where the denominator is 0.
 
     Attributes:
-        f_measure: ``2 P R / (P + R)``, 0 if nothing is right; None without any image that P or R
-            counts.
-        precision: P, None if nothing is accepted (with the rule ``"oltr"``, without known images).
-        recall: R, None if no known image is right and no open one accepted.
-        all: Share of all images that are right: known ones in their class, open ones rejected.
-        known: Share of the known images that are accepted and in their class, None without any.
-        open: Share of the open images that are rejected, None without any.
-        rejected_known: Share of the known images that are rejected, None without any.
+        f_measure: ``2 P R / (P + R)``.
+        precision: P.
+        recall: R.
+        all: Share of images that are right: known ones classified, open ones rejected.
+        known: Share of the known images that are accepted and right.
+        open: Share of the open images that are rejected.
+        rejected_known: Share of the known images that are rejected.
         threshold: Confidence below which images are rejected.
         rule: Whether rejected known images are false positives.
         images: Number of known and of open images.
@@ -46,28 +45,26 @@ class OpenSetReport:
     images: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns every field in types that JSON has."""
+        """Returns all fields, JSON-ready."""
         return asdict(self) | {"images": list(self.images)}
 
 
 class OpenSetMetrics:
-    """Counts what a classifier says of known images and of open ones, which have no known class.
+    """Accumulates the outcomes of known images and of open ones, which have an unknown class.
 
-    An image is rejected if its largest softmax probability is below the threshold. With TP known
-    images that are accepted and right, FP those that are accepted and wrong, and FN open images
-    that are accepted, ``P = TP / (TP + FP)`` and ``R = TP / (TP + FN)``, both as in the authors'
-    code. (Elsewhere an open image that is accepted is a false positive.) Known images that are
-    rejected are false positives too in the code of OLTR (``rule="oltr"``), and are not in that of
-    Kang et al. (``"fb"``), which so costs nothing but the right answers that are lost.
+    An image is rejected if its largest softmax probability is below the threshold. With TP the
+    known images that are accepted and right, FP those accepted and wrong, and FN the open images
+    that are accepted, ``P = TP / (TP + FP)`` and ``R = TP / (TP + FN)`` as in the authors' code
+    (elsewhere an accepted open image is a false positive). Rejected known images are false
+    positives in the code of OLTR (``rule="oltr"``), but not in that of Kang et al. (``"fb"``).
 
-    All that is kept are five integers: the report is the same for any order of the images, any
-    batches and any number of processes. As with :class:`ShotMetrics`, drop the duplicates that fill
-    up the last batch first, and images that could not be read: a loader gives them the target -1,
-    which is that of an open image here.
+    The state is five integers: the report is the same for any order, batches and number of
+    processes. As with :class:`ShotMetrics`, first drop the duplicates of the last batch, and images
+    that could not be read, whose target -1 would make them open images here.
 
     Args:
         num_classes: Number of known classes C.
-        threshold: Confidence below which an image is rejected, in [0, 1]; 0.1 in the paper. See
+        threshold: Confidence below which an image is rejected, in [0, 1]; 0.1 in the paper; see
             :func:`choose_threshold`.
         rule: Whether rejected known images are false positives.
 
@@ -97,7 +94,7 @@ class OpenSetMetrics:
         self._counts = torch.zeros(5, dtype=torch.long)
 
     def update(self, logits: Tensor, targets: Labels) -> None:
-        """Counts some images; a mistake in them leaves the counts as they were.
+        """Counts a batch; an error leaves the counts unchanged.
 
         Args:
             logits: Finite scores of the known classes, on any device.
@@ -107,8 +104,8 @@ class OpenSetMetrics:
             logits (N, C), targets (N,); N may be 0.
 
         Raises:
-            UsageError: If the shapes do not fit together, a target is out of range, or a logit is
-                not finite.
+            UsageError: If the shapes do not match, a target is out of range, or a logit is not
+                finite.
         """
         confidences, right, known = _judged(logits, targets, self.num_classes)
         accepted = confidences >= self.threshold
@@ -123,24 +120,16 @@ class OpenSetMetrics:
         )
 
     def merge(self, other: "OpenSetMetrics") -> None:
-        """Counts the images that another accumulator counted.
-
-        Raises:
-            UsageError: If the two differ in classes, threshold or rule.
-        """
+        """Adds the counts of another accumulator; UsageError if their options differ."""
         for name in ("num_classes", "threshold", "rule"):
             if getattr(self, name) != getattr(other, name):
                 raise UsageError(f"only metrics with the same {name} can be merged")
         self._counts += other._counts
 
     def reduce(self, accelerator: Accelerator) -> "OpenSetMetrics":
-        """Returns the metrics of the images that all processes have counted, the same on each.
+        """Returns the metrics summed over all processes, which must all call it.
 
-        Every process must call it, unless it gathered the logits of all before it counted them.
-        This accumulator keeps what this process has counted.
-
-        Args:
-            accelerator: Adds up over the processes.
+        This accumulator keeps the counts of its own process.
         """
         whole = OpenSetMetrics(self.num_classes, threshold=self.threshold, rule=self.rule)
         counts = self._counts.to(accelerator.device)
@@ -148,11 +137,7 @@ class OpenSetMetrics:
         return whole
 
     def compute(self) -> OpenSetReport:
-        """Returns the report on all images that were counted.
-
-        Raises:
-            UsageError: If there are none.
-        """
+        """Returns the report on all counted images; UsageError if there are none."""
         right, wrong, rejected, accepted_open, rejected_open = self._counts.tolist()
         known, of_none = right + wrong + rejected, accepted_open + rejected_open
         if known + of_none == 0:
@@ -175,50 +160,35 @@ class OpenSetMetrics:
 def open_set_report(
     logits: Tensor, targets: Labels, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
 ) -> OpenSetReport:
-    """Computes the figures of :class:`OpenSetMetrics` for images that are there at once.
-
-    Args:
-        logits: Finite scores of the known classes, (N, C).
-        targets: True classes in [0, C), and -1 for open images, (N,).
-        threshold: As there.
-        rule: As there.
-
-    Raises:
-        UsageError: As there.
-    """
-    check_logits(logits)
-    metrics = OpenSetMetrics(logits.shape[1], threshold=threshold, rule=rule)
+    """Computes the report of :class:`OpenSetMetrics` in one call; same arguments and errors."""
+    metrics = OpenSetMetrics(logits.shape[-1], threshold=threshold, rule=rule)
     metrics.update(logits, targets)
     return metrics.compute()
 
 
 def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "oltr") -> float:
-    """Returns the threshold with the highest F measure on validation, exactly; of equals the least.
+    """Returns the threshold with the highest F measure, exactly; the lowest of ties.
 
     Args:
-        logits: Finite scores of the known classes, (N, C), of all processes together.
+        logits: Finite validation scores of the known classes, (N, C), of all processes.
         targets: True classes in [0, C), and -1 for open images, (N,).
-        rule: As of :class:`OpenSetMetrics`.
+        rule: See :class:`OpenSetMetrics`.
 
     Raises:
-        UsageError: As there, or if there are no open images, or no known one is right at any
-            threshold.
+        UsageError: As :class:`OpenSetMetrics`, or without open images or right known ones.
 
     >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
-    >>> round(choose_threshold(logits, [0, 0, -1]), 3)  # that of the second, 1 / (1 + e^-1)
+    >>> round(choose_threshold(logits, [0, 0, -1]), 3)  # of the second image, 1 / (1 + e^-1)
     0.731
     """
     check_choice("rule", rule, get_args(OpenSetRule))
-    check_logits(logits)
-    confidences, right, known = _judged(logits, targets, logits.shape[1])
-    if known.all():
+    confidences, right, known = _judged(logits, targets, logits.shape[-1])
+    if known.all() or not right.any():
         raise UsageError(
-            "a threshold is chosen on open images too, targets -1, and there are none: give some, "
-            "or take the paper's 0.1"
+            "choosing a threshold needs open images (targets -1) and known ones that are right; "
+            "or use the paper's 0.1"
         )
-    if not right.any():
-        raise UsageError("no known image is right, so every threshold has an F measure of 0")
-    # At each confidence as the threshold, from high to low: what is accepted.
+    # Cumulative counts with each confidence as the threshold, from high to low.
     confidences, order = confidences.sort(descending=True)
     right, known = right[order], known[order]
     hits, positives = right.cumsum(0), known.cumsum(0)
@@ -226,7 +196,7 @@ def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "ol
     if rule == "oltr":
         positives = known.sum().expand_as(positives)
     f_measure = 2 * hits.double() / (positives + hits + accepted_open).clamp_min(1)
-    # Of equal confidences all are accepted or none.
+    # Equal confidences are accepted together.
     last = torch.ones_like(known)
     last[:-1] = confidences[1:] != confidences[:-1]
     f_measure, candidates = f_measure[last], confidences[last]
@@ -234,19 +204,13 @@ def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "ol
 
 
 def _judged(logits: Tensor, targets: Labels, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns confidences, and whether images are known and right, and known; (N,) on the CPU."""
-    check_logits(logits)
+    """Returns confidences, known and right, known, each (N,) on the CPU."""
     given = torch.as_tensor(targets).cpu()
     known = given != OPEN
-    if logits.shape != (len(given), num_classes):
-        raise UsageError(
-            f"logits must be (N, C) = {(len(given), num_classes)} as targets and num_classes have "
-            f"it, got {tuple(logits.shape)}"
-        )
+    check_logits(logits, len(given), num_classes)
     if len(given) == 0:
         return torch.zeros(0, dtype=torch.float64), known, known
     classes = check_labels(given.masked_fill(~known, 0), num_classes, noun="targets")
-    check_finite(logits)
     preds, confidences, _ = judge(logits, classes)
     return confidences.double(), known & (preds == classes), known
 

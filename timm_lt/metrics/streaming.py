@@ -1,7 +1,4 @@
-"""The accumulator of a split's images, batch by batch and over processes, and its two shortcuts.
-
-Counting: integers per class and per bin of confidence, and the figures that follow from them.
-"""
+"""Accuracy of a split, counted batch by batch and over processes; the figures from the counts."""
 
 import math
 from typing import Any, NamedTuple, TypeGuard
@@ -24,15 +21,15 @@ from timm_lt.utils.longtail import (
 )
 
 TOP = 5
-# Confidences are summed as integers, in units of 2^-32: a sum of integers does not depend on its
-# order, and that of 2^31 - 1 confidences of 1 fits int64, whose largest number is 2^63 - 1.
+# Confidences are summed as integers in units of 2^-32: the sum does not depend on the order, and
+# that of 2^31 - 1 confidences fits int64.
 CONFIDENCE_UNITS, MAX_SCORED = 2**32, 2**31 - 1
-# Entries of the logits that are judged at a time.
+# Logits (elements) per block in `judge`.
 BLOCK = 2**22
 
 
 class Outcomes(NamedTuple):
-    """What the logits of a few images say, each (N,) on the CPU."""
+    """Predictions of some images, each (N,) on the CPU."""
 
     preds: Tensor
     confidences: Tensor
@@ -42,15 +39,10 @@ class Outcomes(NamedTuple):
 def count_classes(counts: Tensor, preds: Tensor, targets: Tensor) -> None:
     """Adds images to the rows wrong, right and predicted of ``counts``, int64 (3 or more, C).
 
-    The cost is that of a few passes over the images; none is over the classes.
-
-    Args:
-        counts: What was counted before.
-        preds: Checked, (N,) int64.
-        targets: Checked, (N,) int64.
+    preds and targets are checked, (N,) int64. The cost is O(N), not O(C).
     """
     ones = torch.ones_like(targets)
-    # In NumPy, which computes with integers faster than torch does.
+    # NumPy is faster than torch with integers.
     right = preds.numpy() == targets.numpy()
     cells = np.multiply(right, counts.shape[1], dtype=np.int64)
     cells += targets.numpy()
@@ -63,24 +55,15 @@ def are_logits(outputs: object) -> TypeGuard[Tensor]:
     return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point()
 
 
-def check_logits(logits: object) -> None:
-    """Refuses what :func:`are_logits` denies."""
-    if not are_logits(logits):
-        kind = type(logits).__name__
+def check_logits(logits: object, num_images: int, num_classes: int) -> None:
+    """Checks that logits are finite, floating point and of shape (num_images, num_classes)."""
+    if not are_logits(logits) or logits.shape != (num_images, num_classes):
+        shape, kind = (num_images, num_classes), f"a {type(logits).__name__}"
         if isinstance(logits, Tensor):
-            kind = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
-        raise UsageError(
-            f"logits must be a floating-point tensor (N, C), got {kind}; torch.as_tensor makes a "
-            "tensor of an array"
-        )
-
-
-def check_finite(logits: Tensor) -> None:
-    """Checks that all logits (N, C) are finite; the message names the first row that is not."""
-    # A sum over the row is finite unless a logit is not, or the row overflows.
+            kind = f"{tuple(logits.shape)} of {logits.dtype}"
+        raise UsageError(f"logits must be a floating-point tensor (N, C) = {shape}, got {kind}")
+    # The sum of a row is finite unless a logit is not, or the row overflows.
     suspects = (~logits.sum(1).isfinite()).nonzero().flatten()
-    if not len(suspects):
-        return
     wrong: list[int] = suspects[~logits[suspects].isfinite().all(1)].tolist()
     if wrong:
         raise UsageError(
@@ -89,7 +72,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def judge(logits: Tensor, targets: Tensor) -> Outcomes:
-    """Returns what finite logits (N, C) say of images with the given targets (N,)."""
+    """Computes predictions, confidences and top-5 hits from logits (N, C) and targets (N,)."""
     rows = max(BLOCK // logits.shape[1], 1)
     parts = zip(logits.detach().split(rows), targets.to(logits.device).split(rows), strict=True)
     return Outcomes(*(torch.cat(column).cpu() for column in zip(*map(_judge, parts), strict=True)))
@@ -99,12 +82,12 @@ def _judge(part: tuple[Tensor, Tensor]) -> Outcomes:
     logits, targets = part
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, preds = logits.max(dim=1)
-    # The largest softmax probability, without an (N, C) tensor of the others.
+    # Softmax probability of the prediction, without an (N, C) tensor.
     confidences = (top - logits.logsumexp(dim=1)).exp()
     own = logits.gather(1, targets[:, None])
     last = logits.topk(min(TOP, logits.shape[1])).values[:, -1:]
     in_top = (own > last).flatten()
-    # Which of several equal logits topk takes is left open; here the first classes come first.
+    # topk breaks ties arbitrarily; here lower classes come first.
     level = (own == last).flatten().nonzero().flatten()
     rows, own = logits[level], own[level]
     earlier = torch.arange(logits.shape[1], device=logits.device) < targets[level, None]
@@ -115,11 +98,7 @@ def _judge(part: tuple[Tensor, Tensor]) -> Outcomes:
 def count_bins(bins: Tensor, confidences: Tensor, right: Tensor, group_of: Tensor) -> None:
     """Adds images to ``bins``, int64 (groups, 3, bins): images, right and confidence in units.
 
-    Args:
-        bins: What was counted before.
-        confidences: In [0, 1], (N,).
-        right: Whether the prediction is right, (N,).
-        group_of: Shot group of each image, (N,) int64.
+    confidences (N,) are in [0, 1], right (N,) is boolean, group_of (N,) is each image's shot group.
     """
     confidences = confidences.double()
     cells = group_of * ECE_BINS + confidence_bins(confidences)
@@ -130,24 +109,16 @@ def count_bins(bins: Tensor, confidences: Tensor, right: Tensor, group_of: Tenso
 
 
 def accuracy_figures(right: Tensor, images: Tensor, groups: Tensor) -> dict[str, Tensor]:
-    """Returns the figures that follow from how many images of each class are right.
+    """Computes the figures of a report from the number of right images per class.
 
-    Those of a shot group without classes, NaN, are left out of the harmonic mean of the groups.
-
-    Args:
-        right: Images that are right, float64, in one or more draws.
-        images: Images of each class, float64, at least 1.
-        groups: The shot groups' masks, float64.
-
-    Shape:
-        right (..., C), images (C,), groups (G, C) in the order many, medium, few; each figure has
-        the shape (...,).
+    right (..., C), images (C,) and the masks of the shot groups (3, C) are float64; each figure has
+    shape (...,). An empty shot group is NaN and left out of the harmonic mean of the groups.
     """
     accuracy = right / images
     sizes = groups.sum(1)
     means = accuracy @ groups.T / sizes
     many, medium, few = means.unbind(-1)
-    # 1 / 0 is infinity and log 0 minus infinity, so that one class at 0 makes the mean 0.
+    # 1 / 0 = inf and log 0 = -inf: a class at 0 makes its mean 0.
     return {
         "all": right.sum(-1) / images.sum(),
         "class_mean": accuracy.mean(-1),
@@ -162,16 +133,14 @@ def accuracy_figures(right: Tensor, images: Tensor, groups: Tensor) -> dict[str,
 
 
 class ShotMetrics:
-    """Counts a split's images batch by batch, and reports on all of them together.
+    """Accumulates the accuracy of a split, batch by batch.
 
-    All that is kept are integers, four per class and 45 per shot group: the report is the same to
-    the last bit for any order of the images, any batches and any number of processes.
+    The state is integers, four per class and 45 per shot group, so the report is the same to the
+    last bit for any order of the images, any batches and any number of processes.
 
-    Images are counted as they come. With several processes, drop the duplicates that fill up the
-    last batch (``accelerator.gather_for_metrics`` does) and images that could not be read (target
-    -1) first: the former would be counted twice, the latter are refused. After gathering every
-    process has all images and nothing is to be reduced; :meth:`reduce` is for processes that each
-    count their own.
+    With several processes either gather the outputs (``accelerator.gather_for_metrics`` also drops
+    the duplicates of the last batch) or let each process count its own and call :meth:`reduce`.
+    Drop images that could not be read (target -1); they are refused.
 
     >>> metrics = ShotMetrics(class_counts=[500, 50, 5])
     >>> metrics.update([0, 0, 1], [0, 0, 1])
@@ -182,24 +151,22 @@ class ShotMetrics:
 
     Args:
         class_counts: Training images per class, (C,).
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
 
     Raises:
-        UsageError: If the counts are not counts or the rule is unknown.
+        UsageError: If the counts are invalid or the rule is unknown.
     """
 
-    # Not a torchmetrics.Metric: importing torchmetrics takes a third of the time of importing
-    # timm_lt, and one sum over the processes is all that it would do.
+    # Not a torchmetrics.Metric: its import is slow, and one sum over processes is all it would do.
 
     def __init__(self, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
         groups = shot_groups(class_counts, rule)
         self.rule = rule
         self._group_names = list(groups)
         self._groups = torch.stack(list(groups.values()))
-        # By row: images of the class that are wrong, those that are right, images that are taken
-        # for it, images of the class that have it in their top 5.
+        # Rows: wrong images of the class, right ones, predictions of the class, top-5 hits.
         self._counts = torch.zeros(4, self.num_classes, dtype=torch.long)
-        # By group and bin: images, those that are right, sum of their confidences.
+        # Per group and bin: images, right images, sum of confidences.
         self._bins = torch.zeros(len(groups), 3, ECE_BINS, dtype=torch.long)
 
     @property
@@ -208,19 +175,19 @@ class ShotMetrics:
         return self._groups.shape[1]
 
     def update(self, outputs: Labels, targets: Labels) -> None:
-        """Counts some images; a mistake in them leaves the counts as they were.
+        """Counts a batch; an error leaves the counts unchanged.
 
         Args:
-            outputs: Predicted classes or, for calibration and top-5 too, logits: a floating-point
-                tensor with two dimensions, on any device.
+            outputs: Predicted classes, or logits (floating point, on any device), which add
+                calibration and top-5.
             targets: True classes, integers in [0, C).
 
         Shape:
             outputs (N,) or (N, C), targets (N,); N may be 0.
 
         Raises:
-            UsageError: If the shapes do not fit together, a label is not an integer in [0, C), a
-                logit is not finite, or one update has predictions and another logits.
+            UsageError: If the shapes do not match, a label is not an integer in [0, C), a logit is
+                not finite, or updates mix predictions and logits.
         """
         if len(outputs) == len(targets) == 0:
             return
@@ -240,27 +207,21 @@ class ShotMetrics:
         count_classes(self._counts, preds, targets)
 
     def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
-        """Counts some images as :meth:`update` does, and returns what the logits say of each.
+        """Counts a batch as :meth:`update` does and returns its predictions.
 
         Args:
             logits: Finite scores, (N, C), on any device.
             targets: True classes, integers in [0, C), (N,).
 
         Returns:
-            ``preds`` (N,) int64, ``confidences`` (N,), the probabilities of these, and ``in_top``,
-            whether the true class is among the first five, (N,), on the CPU.
+            ``preds`` (N,) int64, their probabilities ``confidences`` (N,), and ``in_top`` (N,),
+            whether the true class is among the top 5; on the CPU.
 
         Raises:
             UsageError: As :meth:`update`.
         """
-        check_logits(logits)
         targets = check_labels(targets, self.num_classes, noun="targets")
-        if logits.shape != (len(targets), self.num_classes):
-            raise UsageError(
-                f"logits must be (N, C) = {(len(targets), self.num_classes)} as targets and "
-                f"class_counts have it, got {tuple(logits.shape)}"
-            )
-        check_finite(logits)
+        check_logits(logits, len(targets), self.num_classes)
         self._check_kind(scored=True)
         outcomes = judge(logits, targets)
         preds, confidences, in_top = outcomes
@@ -271,32 +232,24 @@ class ShotMetrics:
         return outcomes
 
     def _check_kind(self, scored: bool) -> None:
-        """Checks that all images come with logits or none: half a calibration is none."""
+        """Checks that either all updates have logits or none has."""
         had_logits = bool(self._bins.any())
         if had_logits != scored and (had_logits or self._counts.any()):
             raise UsageError(
-                "some updates have logits and others predictions: give logits in all of them or in "
-                "none"
+                "some updates have logits and others predictions: pass logits in all or in none"
             )
 
     def merge(self, other: "ShotMetrics") -> None:
-        """Counts the images that another accumulator counted.
-
-        Raises:
-            UsageError: If the two differ in their shot groups.
-        """
+        """Adds the counts of another accumulator; UsageError if their shot groups differ."""
         if self.rule != other.rule or not torch.equal(self._groups, other._groups):
             raise UsageError("only metrics with the same shot groups can be merged")
         self._counts += other._counts
         self._bins += other._bins
 
     def reduce(self, accelerator: Accelerator) -> "ShotMetrics":
-        """Returns the metrics of the images that all processes have counted, the same on each.
+        """Returns the metrics summed over all processes, which must all call it.
 
-        Every process must call it. This accumulator keeps what this process has counted.
-
-        Args:
-            accelerator: Adds up over the processes.
+        This accumulator keeps the counts of its own process.
         """
         both = torch.cat([self._counts.flatten(), self._bins.flatten()])
         sums = accelerator.reduce(both.to(accelerator.device), reduction="sum").cpu()
@@ -307,11 +260,11 @@ class ShotMetrics:
         return whole
 
     def compute(self) -> ShotReport:
-        """Returns the report on all images that were counted.
+        """Returns the report on all counted images.
 
         Raises:
-            UsageError: If there are none; if some came with logits and others, from another process
-                or accumulator, without; or if 2^31 or more came with logits.
+            UsageError: If there are none, if only some had logits (after a merge or reduce), or if
+                2^31 or more had logits.
         """
         wrong, right, predicted, _ = self._counts.double()
         images = wrong + right
@@ -321,7 +274,7 @@ class ShotMetrics:
         columns = (right, images, self._groups.double())
         in_split = columns if present.all() else [values[..., present] for values in columns]
         figures: dict[str, Any] = {k: _known(v) for k, v in accuracy_figures(*in_split).items()}
-        # TP = right, FP = predicted - right, FN = images - right. Of 0 / 0 nothing is right.
+        # TP = right, FP = predicted - right, FN = images - right; 0 / 0 counts as 0.
         either = predicted + images
         f1, precision = (part.nan_to_num(0) for part in (2 * right / either, right / predicted))
         num_either = (either > 0).sum()
@@ -329,7 +282,7 @@ class ShotMetrics:
             **figures,
             macro_f1=float(f1.sum() / num_either),
             macro_precision=float(precision.sum() / num_either),
-            # 0 / 0 is NaN: no such class in the split.
+            # 0 / 0 is NaN: the split lacks the class.
             per_class=right / images,
             rule=self.rule,
             test_images=self._counts[:2].sum(0),
@@ -338,14 +291,14 @@ class ShotMetrics:
         )
 
     def _scores(self) -> dict[str, Any]:
-        """Returns the fields that need logits; none without them."""
+        """Returns the report's fields that need logits, if there were any."""
         images, scored = int(self._counts[:2].sum()), int(self._bins[:, 0].sum())
         if scored == 0:
             return {}
         if scored != images:
             raise UsageError(
-                f"{scored} of {images} images have logits, the others only predictions: give "
-                "logits in all updates, on all processes, or in none"
+                f"only {scored} of {images} images have logits: pass logits in all updates, on "
+                "all processes, or in none"
             )
         if scored > MAX_SCORED:
             raise UsageError(
@@ -372,7 +325,7 @@ def _described(bins: Tensor) -> list[dict[str, Any]]:
 
 
 def _known(value: Tensor) -> float | None:
-    """Returns a figure, None if it is NaN: there is nothing to take it of."""
+    """Returns a figure as a float; NaN becomes None."""
     figure = float(value)
     return None if math.isnan(figure) else figure
 
@@ -382,10 +335,10 @@ def shot_accuracy(
 ) -> ShotReport:
     """Computes the accuracy over all images, per shot group and per class, and the macro F1.
 
-    A group's accuracy is the mean of ``a_c``, the accuracy on class c, over the group's classes
-    that the split has. Macro F1 is the mean of ``2 TP_c / (2 TP_c + FP_c + FN_c)`` over the classes
-    in the targets or the predictions, macro precision that of ``TP_c / (TP_c + FP_c)``, taken as 0
-    where nothing is predicted. The cost is O(N + C).
+    A group's accuracy is the mean of the class accuracies over the group's classes in the split.
+    Macro F1 is the mean of ``2 TP_c / (2 TP_c + FP_c + FN_c)`` over the classes in the targets or
+    the predictions, macro precision the mean of ``TP_c / (TP_c + FP_c)``, 0 for a class without
+    predictions. The cost is O(N + C).
 
     >>> print(shot_accuracy([0, 0, 1, 1], [0, 0, 1, 2], class_counts=[500, 50, 5]))
     all 75.0 %, many_shot (> 100) 100.0 %, medium_shot (20 to 100) 100.0 %,
@@ -395,7 +348,7 @@ def shot_accuracy(
         preds: Predicted classes, integers in [0, C).
         targets: True classes, integers in [0, C).
         class_counts: Training images per class.
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
 
     Shape:
         preds (N,), targets (N,), class_counts (C,).
@@ -417,22 +370,22 @@ def evaluate_logits(
 ) -> ShotReport:
     """Computes :func:`shot_accuracy` of the largest logits, top-5, and the calibration.
 
-    The expected calibration error is that of :func:`~timm_lt.metrics.calibration_error` for the
-    softmax of the logits, over all images and over those whose true class is in each shot group;
-    confidences are rounded to multiples of 2^-32.
+    The expected calibration error (:func:`~timm_lt.metrics.calibration_error` of the softmax) is
+    given over all images and over those whose true class is in each shot group; confidences are
+    rounded to multiples of 2^-32.
 
     Args:
         logits: Finite scores.
         targets: True classes, integers in [0, C).
         class_counts: Training images per class.
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
 
     Shape:
         logits (N, C), targets (N,), class_counts (C,).
 
     Raises:
-        UsageError: If the logits are not a floating-point tensor, the shapes do not fit together, a
-            logit is not finite (names the row), or a target is not an integer in [0, C).
+        UsageError: If the logits are not a floating-point tensor, the shapes do not match, a logit
+            is not finite (names the row), or a target is not an integer in [0, C).
     """
     num_classes = logits.shape[1] if are_logits(logits) else None
     metrics = ShotMetrics(check_class_counts(class_counts, num_classes), rule)

@@ -1,9 +1,9 @@
-"""Converting: weights of other projects as a decoupled checkpoint."""
+"""Conversion of weights of other projects to a decoupled checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics, download
+from timm_lt.models.pretrained import batch_norm_statistics, read_url
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.third_party import Weights, WeightsFile, check_weights, read_weights
 from timm_lt.models.weights_file import build
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import ClassCounts
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """Description of a converted checkpoint.
 
     Attributes:
-        name: The model that the weights were taken for.
+        name: Name of the model.
         num_classes: Number of classes C.
-        heads: Heads of the checkpoint, of which ``linear`` is the joint classifier.
-        found: How the name was found: "given", "published", "in the file" or "by shape".
+        heads: Heads of the checkpoint; ``linear`` is the joint classifier.
+        found: Origin of the name: "given", "published", "in the file" or "by shape".
     """
 
     name: str
@@ -51,46 +53,49 @@ def convert_checkpoint(
     """Writes the weights of another project as a decoupled checkpoint.
 
     Args:
-        source: A published name (``lt_resnext50.imagenet_lt``: with all of its heads), a URL, or a
-            file, as for :func:`timm_lt.models.third_party.read_weights`.
-        folder: Where to write; made if missing.
-        model: The architecture, with a tag for its normalisation; None finds it: a published URL
-            says it, and so do files of timm's ``train.py``; the registered ones are known by the
-            shapes of their tensors.
-        heads: Further files with the same backbone and another classifier, URL or path by the name
-            that the head gets: a re-trained classifier (``crt``) or learned scales (``lws``), with
-            the batch-norm statistics of that file if they are others.
-        class_counts: Training images per class, (C,); None if they are not known.
-        cache_dir: Where downloads are kept; None is timm's cache.
-        key: The key or prefix of the weights, where the source has several networks.
-        image_size: Side of the images in pixels; None is that of the file, or the model's.
-        options: Arguments of ``timm.create_model``, such as ``global_pool``, and the mean, std,
-            interpolation, crop_pct and crop_mode of the images. What is not given is as the file
-            says, if it has its training's arguments.
+        source: A published name (``lt_resnext50.imagenet_lt``, with all of its heads), a URL, or a
+            file as for :func:`timm_lt.models.third_party.read_weights`.
+        folder: The folder to write; made if missing.
+        model: The architecture, with a tag for its normalisation; None finds it: for a published
+            URL and for files of timm's ``train.py`` it is known, and registered architectures are
+            recognised by the shapes of their tensors.
+        heads: URL or path of further files by the name of their head. Each has the same backbone
+            and a re-trained classifier (``crt``) or learned scales (``lws``). Other batch-norm
+            statistics in that file become part of the head.
+        class_counts: Training images per class, (C,); None if unknown.
+        cache_dir: Folder of downloads; None is timm's cache.
+        key: Key or prefix of the weights, if the source has several networks.
+        image_size: Side of the images in pixels; None is that of the file, or of the model.
+        options: Arguments of ``timm.create_model``, such as ``global_pool``, and mean, std,
+            interpolation, crop_pct and crop_mode of the images. The defaults are those of the
+            training, if the file has its arguments.
 
     Raises:
         UsageError: If a file cannot be read, is of another architecture or another number of
-            classes, or a head's file has another backbone; nothing is written then.
+            classes, or the file of a head has another backbone; nothing is written then.
     """
-    if not source:
-        raise UsageError("the source is empty: give a published name, a URL, or a file")
     published = PUBLISHED.get(source)
-    if published is not None:
-        if not published.urls:
-            where = published.folder or "no weights are published under it"
-            raise UsageError(f"{source} has no files to convert: {where}")
+    if published is not None and published.urls:
         model = model or source
         others = {name: url for name, url in published.urls.items() if name != "linear"}
         source, heads = published.urls["linear"], {**others, **(heads or {})}
-    _check_is_joint(source)
+    elif published is not None or not source:
+        where = published and (published.folder or "no weights are published under it")
+        raise UsageError(f"{source!r} has no files to convert{f': {where}' if where else ''}")
+    name, found = _published_name(source), "published"
+    if model is not None:
+        name, found = model, "given"
 
-    def check_published(file: WeightsFile) -> None:
-        if model in PUBLISHED:
-            expected = expected_state(model, PUBLISHED[model].num_classes)
-            check_weights(file.select(expected, model, key=key), expected, model)
+    def read(path: Path) -> WeightsFile:
+        file = read_weights(path, source)
+        if name in PUBLISHED:
+            expected = expected_state(name, PUBLISHED[name].num_classes)
+            check_weights(file.select(expected, name, key=key), expected, name)
+        return file
 
-    file = _read(source, cache_dir, check_published)
-    name, found = (model, "given") if model else _find_name(source, file)
+    file = _fetch(source, cache_dir, read)
+    if name is None:
+        name, found = _name_of_file(source, file)
     published = PUBLISHED.get(name)
     network, weights = build(
         file,
@@ -100,57 +105,35 @@ def convert_checkpoint(
         image_size=image_size,
         **(options or {}),
     )
-    joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
+    joint = get_head(network)
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
         fitted["lws"] = _scaled(joint, weights.scale)
-    for head, place in (heads or {}).items():
-
-        def check(other: WeightsFile) -> Weights:
-            return check_weights(other.select(expected, name, path), expected, name, path)
-
-        fitted[head] = _other_head(
-            head, place, check(_read(place, cache_dir, check)), weights, network
-        )
+    for head, location in (heads or {}).items():
+        fitted[head] = _other_head(head, location, name, cache_dir, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
 
 
-def _check_is_joint(source: str) -> None:
-    """Refuses a published file whose classifier is not the joint one of its backbone."""
+def _published_name(url: str) -> str | None:
+    """Returns the published name of a URL with a joint classifier; None if it is not published."""
     for entry in PUBLISHED.values():
-        if source == entry.urls.get("crt"):
+        if url == entry.urls.get("crt"):
             raise UsageError(
-                f"{source} is the crt head of {entry.name}: convert {entry.name}, which has it "
-                "beside the joint classifier"
+                f"{url} is the crt head of {entry.name}; convert {entry.name}, which includes it"
             )
+        if url in entry.urls.values():
+            return entry.name
+    return None
 
 
-def _read(
-    place: str, cache_dir: str | Path | None, check: Callable[[WeightsFile], object]
-) -> WeightsFile:
-    """Reads a file or URL; what is not as it should be does not get into the cache."""
-    read: list[WeightsFile] = []
-
-    def accept(path: Path) -> None:
-        file = read_weights(path, place)
-        check(file)
-        read.append(file)
-
-    if "://" not in place:
-        accept(Path(place))
-        return read[0]
-    path = download(place, cache_dir=cache_dir, check=accept)
-    if not read:
-        accept(path)
-    return read[0]
+def _fetch(location: str, cache_dir: str | Path | None, read: Callable[[Path], T]) -> T:
+    """Reads a file or URL; a download that cannot be read is not kept in the cache."""
+    return read_url(location, read, cache_dir) if "://" in location else read(Path(location))
 
 
-def _find_name(source: str, file: WeightsFile) -> tuple[str, str]:
-    """Finds the architecture of weights, and the tag with their number of classes."""
-    for entry in PUBLISHED.values():
-        if source in entry.urls.values():
-            return entry.name, "published"
+def _name_of_file(source: str, file: WeightsFile) -> tuple[str, str]:
+    """Returns the architecture of weights, with the tag for their number of classes."""
     if file.architecture is not None:
         return file.architecture, "in the file"
     for architecture in ARCHITECTURES:
@@ -163,7 +146,7 @@ def _find_name(source: str, file: WeightsFile) -> tuple[str, str]:
             ]
             return next(iter(tags), architecture), "by shape"
     raise UsageError(
-        f"{source} has the tensors of none of {', '.join(ARCHITECTURES)}: say which model it is "
+        f"{source} has the tensors of none of {', '.join(ARCHITECTURES)}; name its architecture "
         "with --model, e.g. --model convnext_tiny"
     )
 
@@ -181,16 +164,27 @@ def _classes_if(file: WeightsFile, architecture: str) -> int | None:
 
 
 def _other_head(
-    head: str, place: str, other: Weights, weights: Weights, network: nn.Module
+    head: str,
+    location: str,
+    name: str,
+    cache_dir: str | Path | None,
+    weights: Weights,
+    network: nn.Module,
 ) -> Head:
-    """Makes a head of a file whose backbone must be that of the checkpoint."""
-    joint, path = get_head(network), classifier_name(network)
+    """Makes a head from a file whose backbone must be that of the checkpoint."""
+    joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
+
+    def read(file: Path) -> Weights:
+        state = read_weights(file, location).select(expected, name, path)
+        return check_weights(state, expected, name, path)
+
+    other = _fetch(location, cache_dir, read)
     own = () if other.scale is not None else (f"{path}.weight", f"{path}.bias")
     for key, value in weights.tensors.items():
         if not is_statistic(key) and key not in own and not torch.equal(value, other.tensors[key]):
             raise UsageError(
-                f"head {head!r} of {place} has another {key} than the checkpoint: it is another "
-                "model, convert it on its own"
+                f"head {head!r} of {location} has another {key} than the checkpoint; convert it on "
+                "its own"
             )
     if other.scale is not None:
         new: Head = _scaled(joint, other.scale)
@@ -203,11 +197,6 @@ def _other_head(
     moved = batch_norm_statistics(other.tensors)
     if any(not torch.equal(value, weights.tensors[key]) for key, value in moved.items()):
         new.backbone_statistics = moved
-    if head in HEADS and head != new.kind:
-        raise UsageError(
-            f"{place} holds a {new.kind} head, which cannot be called {head!r}: give it that name "
-            "or one of your own"
-        )
     return new
 
 

@@ -1,10 +1,10 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's own ResNets, so its weights load into plain timm, but for what timm lacks: the
-``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10`` with its
-attention. ``timm.create_model`` takes ``head=`` and that head's options beside its usual arguments.
-What is published under which name, ``hub_configs/`` says. The file's name is the module name that
-timm shows, and must differ from timm's own modules.
+Each is one of timm's ResNets, so its weights load into plain timm. The exceptions, which timm
+lacks, are ``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10``
+with its attention. ``timm.create_model`` takes ``head=`` and its options in addition to its usual
+arguments. ``hub_configs/`` lists the published weights. timm shows the name of this module in
+``list_modules``, so it must differ from those of timm.
 """
 
 from collections.abc import Callable
@@ -42,18 +42,20 @@ from timm_lt.utils.checks import UsageError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a registered name builds.
+    """A registered architecture.
 
     Attributes:
-        base: timm's architecture, or None for one that timm lacks.
-        bilateral: Has two branches, which timm lacks, too.
-        own: What builds one that timm lacks, from timm's usual arguments, if not as these say.
-        first_conv: Path of the convolution that sees the images.
+        doc: Description, as timm's docstrings of architectures.
+        base: The architecture of timm; None if timm lacks it.
+        bilateral: Whether it has two branches, which timm lacks, too.
+        own: Function that builds an architecture that timm lacks, from timm's usual arguments.
+        first_conv: Path of the first convolution.
         reduction: Image size divided by the size of the last feature map.
         feature_cfg: timm's settings of ``features_only``.
     """
 
-    base: TimmBase | None
+    doc: str
+    base: TimmBase | None = None
     bilateral: bool = False
     own: Callable[..., nn.Module] | None = None
     first_conv: str = "conv1"
@@ -69,7 +71,7 @@ class Architecture:
         scale = options.pop("branch_scale", BRANCH_SCALE)
         base = TimmBase(options.pop("base"), {}) if "base" in options else self.base
         model = create_bilateral(self._plain(base, options), branch_scale=scale, fresh=True)
-        # Its own name builds it.
+        # A checkpoint records the registered name instead.
         model.__dict__.pop("timm_base", None)
         return model
 
@@ -88,25 +90,60 @@ def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any)
 
 
 CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
-# What of a pretrained configuration says how a network takes images.
+# Fields of a pretrained configuration about the images.
 IMAGE_KEYS = (
     *("input_size", "pool_size", "first_conv", "interpolation", "crop_pct", "crop_mode"),
     *("mean", "std"),
 )
 ARCHITECTURES = {
-    "lt_test_resnet": Architecture(TimmBase("test_resnet", {}), first_conv="conv1.0"),
-    "lt_resnet10": Architecture(TimmBase("resnet18", {"layers": [1, 1, 1, 1]})),
-    "lt_oltr_resnet10": Architecture(None, own=_oltr_resnet10),
-    "lt_resnet32": Architecture(None, reduction=4, feature_cfg=CIFAR_FEATURES),
-    "lt_resnet50": Architecture(TimmBase("resnet50", {})),
-    "lt_resnet101": Architecture(TimmBase("resnet101", {})),
-    "lt_resnet152": Architecture(TimmBase("resnet152", {})),
-    "lt_resnext50": Architecture(TimmBase("resnext50_32x4d", {})),
-    "lt_resnext101": Architecture(TimmBase("resnext101_32x4d", {})),
-    "lt_resnext152": Architecture(TimmBase("resnext50_32x4d", {"layers": [3, 8, 36, 3]})),
-    "lt_bbn_resnet32": Architecture(None, True, reduction=4, feature_cfg=CIFAR_FEATURES),
-    "lt_bbn_resnet50": Architecture(TimmBase("resnet50", {}), True),
-    ANY_BASE: Architecture(TimmBase("resnet18", {}), True),
+    "lt_test_resnet": Architecture(
+        "timm's ``test_resnet`` (0.4 M parameters): the model of the embedded data set.",
+        TimmBase("test_resnet", {}),
+        first_conv="conv1.0",
+    ),
+    "lt_resnet10": Architecture(
+        "ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage.",
+        TimmBase("resnet18", {"layers": [1, 1, 1, 1]}),
+    ),
+    "lt_oltr_resnet10": Architecture(
+        "ResNet-10 with the modulated attention of OLTR behind its last stage. "
+        '``spatial="linear"`` has the published form, for images of 224 pixels only.',
+        own=_oltr_resnet10,
+    ),
+    "lt_resnet32": Architecture(
+        "ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture.",
+        reduction=4,
+        feature_cfg=CIFAR_FEATURES,
+    ),
+    "lt_resnet50": Architecture("ResNet-50 as in Kang et al.", TimmBase("resnet50", {})),
+    "lt_resnet101": Architecture("ResNet-101 as in Kang et al.", TimmBase("resnet101", {})),
+    "lt_resnet152": Architecture("ResNet-152 as in Kang et al.", TimmBase("resnet152", {})),
+    "lt_resnext50": Architecture(
+        "ResNeXt-50 32x4d as in Kang et al.", TimmBase("resnext50_32x4d", {})
+    ),
+    "lt_resnext101": Architecture(
+        "ResNeXt-101 32x4d as in Kang et al.", TimmBase("resnext101_32x4d", {})
+    ),
+    "lt_resnext152": Architecture(
+        "ResNeXt-152 32x4d as in Kang et al.: blocks 3, 8, 36 and 3.",
+        TimmBase("resnext50_32x4d", {"layers": [3, 8, 36, 3]}),
+    ),
+    "lt_bbn_resnet32": Architecture(
+        "Bilateral ResNet-32 for CIFAR as in BBN; trained with sampler and loss ``bilateral``.",
+        bilateral=True,
+        reduction=4,
+        feature_cfg=CIFAR_FEATURES,
+    ),
+    "lt_bbn_resnet50": Architecture(
+        "Bilateral ResNet-50 as in BBN; trained with sampler and loss ``bilateral``.",
+        TimmBase("resnet50", {}),
+        bilateral=True,
+    ),
+    ANY_BASE: Architecture(
+        "Bilateral network of a model of timm's class ResNet, ``base=`` its name (a ResNet-18).",
+        TimmBase("resnet18", {}),
+        bilateral=True,
+    ),
 }
 
 
@@ -125,7 +162,7 @@ def _cfg(entry: Published) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **{name: _cfg(entry) for name, entry in PUBLISHED.items()},
-        # Of no data: timm's own normalisation.
+        # Without training data: timm's default normalisation.
         ANY_BASE: {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"},
     }
 )
@@ -135,6 +172,12 @@ def _create(
     variant: str, pretrained: bool = False, *, head: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """Builds an architecture, loads its weights, and puts the head on it."""
+    if variant == ANY_BASE and kwargs.get("pretrained_cfg") is None:
+        # The images are those of the base.
+        base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))
+        given = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = given | overlay
     kind = head
     if pretrained and head is not None and head not in HEADS:
         kind = PretrainedSource.kind(variant, head, kwargs)
@@ -143,21 +186,21 @@ def _create(
     if pretrained:
         source = PretrainedSource.find(variant, head, head_options, timm_options)
         if source.remote:
-            # A wrong option shows before anything is downloaded.
+            # A wrong option raises before anything is downloaded.
             with torch.device("meta"):
                 _build(variant, False, **timm_options)
         expected = expected_state(variant, source.config.num_classes)
         weights = source.read(expected, timm_options.get("cache_dir"))
         if weights is not None:
             overlay = timm_options.get("pretrained_cfg_overlay") or {}
-            # Without a source, by which timm would read the weights once more.
+            # Without its source: timm would read the weights again.
             overlay = {**overlay, "state_dict": weights.tensors, "source": None}
             timm_options["pretrained_cfg_overlay"] = overlay
     model = _build(variant, pretrained, **timm_options)
     if head is None or kind is None:
         return model
     if timm_options.get("features_only"):
-        # timm's scripts pass it with any arguments; there is no classifier for a head to replace.
+        # timm's scripts pass any arguments with it; there is no classifier to replace.
         check_head_options(kind, head_options)
         return model
     config: Any = model.pretrained_cfg
@@ -173,7 +216,7 @@ def _build(variant: str, pretrained: bool, **options: Any) -> nn.Module:
         architecture.build, variant, pretrained, feature_cfg=feature_cfg, **options
     )
     for module in model.modules():
-        # The weights that were loaded from there would stay in memory with it.
+        # The loaded weights would stay in memory with the configuration.
         module.__dict__.get("pretrained_cfg", {}).pop("state_dict", None)
     if architecture.bilateral and options.get("features_only"):
         unpair(model)
@@ -195,93 +238,20 @@ def expected_state(name: str, num_classes: int) -> dict[str, Tensor]:
     return state
 
 
-@register_model
-def lt_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's ``test_resnet`` (0.4 M parameters): the model of the embedded data set."""
-    return _create("lt_test_resnet", pretrained, **kwargs)
+def _register(name: str) -> Callable[..., nn.Module]:
+    """Registers an architecture with timm, which takes name, module and docstring of a function."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = ARCHITECTURES[name].doc
+    registered: Callable[..., nn.Module] = register_model(entrypoint)
+    return registered
 
 
-@register_model
-def lt_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage."""
-    return _create("lt_resnet10", pretrained, **kwargs)
-
-
-@register_model
-def lt_oltr_resnet10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-10 with the modulated attention of OLTR behind its last stage.
-
-    ``spatial="linear"`` has the published form, for images of 224 pixels only.
-    """
-    return _create("lt_oltr_resnet10", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture."""
-    return _create("lt_resnet32", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-50 as in Kang et al., ICLR 2020."""
-    return _create("lt_resnet50", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-101 as in Kang et al., ICLR 2020."""
-    return _create("lt_resnet101", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-152 as in Kang et al., ICLR 2020."""
-    return _create("lt_resnet152", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnext50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNeXt-50 32x4d as in Kang et al., ICLR 2020."""
-    return _create("lt_resnext50", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnext101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNeXt-101 32x4d as in Kang et al., ICLR 2020."""
-    return _create("lt_resnext101", pretrained, **kwargs)
-
-
-@register_model
-def lt_resnext152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNeXt-152 32x4d as in Kang et al., ICLR 2020: blocks 3, 8, 36 and 3."""
-    return _create("lt_resnext152", pretrained, **kwargs)
-
-
-@register_model
-def lt_bbn_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Bilateral ResNet-32 for CIFAR as in BBN; trained with sampler and loss ``bilateral``."""
-    return _create("lt_bbn_resnet32", pretrained, **kwargs)
-
-
-@register_model
-def lt_bbn_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Bilateral ResNet-50 as in BBN; trained with sampler and loss ``bilateral``."""
-    return _create("lt_bbn_resnet50", pretrained, **kwargs)
-
-
-@register_model
-def lt_bbn_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Bilateral network of timm's class ResNet, ``base=`` its name; of a ResNet-18 without."""
-    if kwargs.get("pretrained_cfg") is None:
-        # Its images are those of its base.
-        base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))
-        given = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
-        overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        kwargs["pretrained_cfg_overlay"] = given | overlay
-    return _create(ANY_BASE, pretrained, **kwargs)
-
-
+# Each is also a function of this module, as in timm's modules.
+globals().update({name: _register(name) for name in ARCHITECTURES})
 register_model_deprecations(
     __name__, {old: entry.name for entry in PUBLISHED.values() for old in entry.formerly}
 )

@@ -1,13 +1,11 @@
-"""Bilateral-branch networks: a ResNet whose last block there is twice, in two branches.
+"""Networks of the long-tail papers that timm lacks, as timm ResNets.
 
-Modulated attention of OLTR: a block behind the last stage of a ResNet.
-
-The small ResNet for 32-pixel images that the CIFAR-LT papers train, as a timm ResNet.
+Modulated attention (OLTR), the CIFAR ResNet, and bilateral-branch networks (BBN).
 """
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,43 +19,41 @@ from timm_lt.heads import Head
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 
 SpatialAttention = Literal["convolution", "linear"]
-# Name of the block in the last stage, e.g. layer4.attention.
+# Name of the attention in the last stage, e.g. layer4.attention.
 ATTENTION = "attention"
-# Height and width of a ResNet's last map for images of 224 pixels.
+# Height and width of a ResNet's last feature map for images of 224 pixels.
 PUBLISHED_SIZE = 7
 
 
 class ModulatedAttention(nn.Module):
-    """Adds to a feature map what it sees of itself, where it matters: ``y = x + m ⊙ SA(x)``.
+    """Adds spatially weighted self-attention to a feature map: ``y = x + m ⊙ SA(x)``.
 
     ``SA`` is self-attention over the P = H W positions with embedded Gaussians,
     ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)``, where θ, φ and g are 1×1 convolutions to
-    ``channels // reduction`` channels. ``m`` is a weight for each position, the same for all
-    channels:
+    ``channels // reduction`` channels. ``m`` has one weight per position:
 
-    - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, at any map size. The factor is 1
-      on the 7×7 map of the paper; with it the mean weight is 1/49 on every map, so that a model
-      means the same at another image size.
+    - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, for any map size. The factor is
+      1 for the 7×7 map of the paper and keeps the mean weight at 1/49 for other image sizes.
     - ``spatial="linear"``: ``m = softmax_p(A vec(x) + b)_p`` with A (49, 49 channels), as
-      published. It takes 7×7 maps only, those of a ResNet on images of 224 pixels.
+      published, for 7×7 maps only.
 
-    ``W_o`` starts at zero: the block is the identity until it is trained. φ and a have no bias,
-    since softmax cancels it.
+    ``W_o`` starts at zero, so the untrained block is the identity. φ and a have no bias, since
+    softmax cancels it.
 
     Args:
         channels: Channels of the map, >= 2.
-        reduction: What they are divided by inside the self-attention, from 1 to ``channels``; 2 in
+        reduction: Divisor of the channels inside the self-attention, from 1 to ``channels``; 2 in
             the paper.
-        spatial: How positions are weighted.
-        device: Where the parameters are created.
-        dtype: The type of the parameters.
+        spatial: Form of the spatial weights.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Shape:
-        (N, channels, H, W) to the same.
+        (N, channels, H, W) to (N, channels, H, W).
 
     Raises:
-        UsageError: If a number is out of range; by the forward pass, if ``spatial="linear"`` gets
-            a map that is not 7×7.
+        UsageError: If a number is out of range, or in the forward pass, if ``spatial="linear"``
+            gets a map that is not 7×7.
 
     References:
         Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
@@ -103,14 +99,15 @@ class ModulatedAttention(nn.Module):
 
     def self_attention(self, x: Tensor) -> Tensor:
         """Returns SA(x), (N, channels, H, W)."""
-        # (N, 1, P, width): one head. It keeps the scores in float32, which half precision needs:
-        # those of embedded Gaussians are not divided by the root of the width.
-        query = self.query(x).flatten(2).transpose(1, 2).unsqueeze(1)
-        key = self.key(x).flatten(2).transpose(1, 2).unsqueeze(1)
-        value = self.value(x).flatten(2).transpose(1, 2).unsqueeze(1)
-        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        seen = seen.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
-        attended: Tensor = self.output(seen)
+        # (N, 1, P, width): one head, for which torch keeps the scores in float32. Half precision
+        # needs that, since embedded Gaussians are not divided by the root of the width.
+        query, key, value = (
+            projection(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            for projection in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        mixed = mixed.squeeze(1).transpose(1, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        attended: Tensor = self.output(mixed)
         return attended
 
     def spatial_weights(self, x: Tensor) -> Tensor:
@@ -119,8 +116,8 @@ class ModulatedAttention(nn.Module):
         if self.linear:
             if height != 7 or width != 7:
                 raise UsageError(
-                    f"spatial='linear' takes 7×7 maps, those of images of 224 pixels, and got "
-                    f"{height}×{width}; spatial='convolution' takes any"
+                    f"spatial='linear' only takes 7×7 maps (images of 224 pixels), got "
+                    f"{height}×{width}; use spatial='convolution'"
                 )
             logits = self.spatial(x.flatten(1))
         else:
@@ -131,7 +128,7 @@ class ModulatedAttention(nn.Module):
         return weights.view(-1, 1, height, width)
 
     def extra_repr(self) -> str:
-        """Names how positions are weighted when the module is printed."""
+        """Shows the form of the spatial weights when the module is printed."""
         return f"spatial={'linear' if self.linear else 'convolution'!r}"
 
 
@@ -140,41 +137,36 @@ def attach_attention(
 ) -> nn.Module:
     """Puts modulated attention behind the last stage of a ResNet or ResNeXt, in place.
 
-    It is the stage's last module, such as ``layer4.attention``: the features of the model and of
-    timm's ``features_only`` have passed it. Until it is trained, predictions stay as they were. The
-    name is what ``model.trained`` of a recipe takes, to train it and the classifier alone.
+    It becomes the last module of the stage, such as ``layer4.attention``, so it also applies to the
+    features of timm's ``features_only``. Predictions do not change until it is trained. To train
+    only it and the classifier, give its name to ``model.trained`` in a recipe.
 
     Args:
         model: A ``ResNet`` of timm, of any depth and kind of block.
-        reduction: As of :class:`ModulatedAttention`.
-        spatial: As there.
+        reduction: Divisor of the channels, see :class:`ModulatedAttention`.
+        spatial: Form of the spatial weights, see :class:`ModulatedAttention`.
 
     Returns:
         The same model.
 
     Raises:
-        UsageError: If the model is another, is bilateral, or has the attention already.
+        UsageError: If the model is not a ``ResNet``, is bilateral, or already has the attention.
 
     >>> import timm
     >>> model = attach_attention(timm.create_model("test_resnet", num_classes=3))
     >>> model(torch.zeros(1, 3, 40, 56)).shape
     torch.Size([1, 3])
     """
-    if not isinstance(model, ResNet):
+    if not isinstance(model, ResNet) or isinstance(model, _Bilateral):
         raise UsageError(
-            f"modulated attention goes behind the last stage of timm's ResNets and ResNeXts, and "
-            f"this is a {type(model).__name__}"
+            "modulated attention is for timm's ResNets and ResNeXts, not for a "
+            f"{type(model).__name__}"
         )
     # The CIFAR ResNet has no fourth stage.
     last: dict[str, Any] = model.feature_info[-1]
     stage = model.get_submodule(last["module"])
     if hasattr(stage, ATTENTION):
-        raise UsageError(f"the model has {last['module']}.{ATTENTION} already")
-    # By its name, since bilateral networks are built on top of this.
-    if any(hasattr(block, "rebalancing") for block in stage.children()):
-        raise UsageError(
-            "modulated attention does not go behind the branches of a bilateral network"
-        )
+        raise UsageError(f"the model already has {last['module']}.{ATTENTION}")
     weight = next(stage.parameters())
     attention = ModulatedAttention(
         last["num_chs"],
@@ -188,10 +180,10 @@ def attach_attention(
 
 
 class ZeroPadShortcut(nn.Module):
-    """Halves the resolution and adds channels of zeros: the shortcut "option A", no parameters.
+    """Shortcut "option A" without parameters: halves the resolution and adds channels of zeros.
 
     Args:
-        padding: Channels of zeros on each side, before and after the old ones.
+        padding: Channels of zeros before and after the input channels.
 
     Shape:
         (N, C, H, W) to (N, C + 2 padding, ceil(H / 2), ceil(W / 2)).
@@ -202,7 +194,7 @@ class ZeroPadShortcut(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns every second pixel, between channels of zeros."""
+        """Returns every second pixel, padded with channels of zeros."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
@@ -214,26 +206,26 @@ class CifarResNet(ResNet):
     1, 2 and 2, pooling, and the linear classifier ``fc``: depth 6n + 2. LDAM and BBN use
     ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10 classes).
 
-    The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV 2015), every
-    batch normalisation starts as the identity, and ``fc`` as timm's. All of timm's model interface
-    works; there are four features (stem and stages) at strides 1, 1, 2 and 4, so timm's
-    ``features_only`` needs ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
+    The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV 2015), and
+    batch normalisation starts as the identity. There are four features (stem and stages) at strides
+    1, 1, 2 and 4, so timm's ``features_only`` needs
+    ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
 
     Args:
         layers: Basic blocks per stage, three numbers.
-        num_classes: Outputs of ``fc``; 0 for none, the model then returns its features.
+        num_classes: Outputs of ``fc``; with 0 the model returns its features.
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling, ``"avg"`` in the papers.
         drop_rate: Dropout before the classifier, in [0, 1).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); grows linearly from 0.
-        device: Where the parameters are created.
-        dtype: The type of the parameters.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Shape:
         images (N, in_chans, H, W); features (N, 64, ceil(H / 4), ceil(W / 4)); logits (N, C).
 
     Raises:
-        UsageError: If there are not three stages.
+        UsageError: If ``layers`` has not three numbers.
 
     References:
         He, Zhang, Ren, Sun. Deep residual learning for image recognition. CVPR 2016.
@@ -268,8 +260,8 @@ class CifarResNet(ResNet):
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
-            # timm's plain stem always has 64 channels, the deep one 2 * stem_width: it makes bn1
-            # and the stages as wide as they should be, and its convolutions are replaced below.
+            # timm's plain stem always has 64 channels, the deep one 2 * stem_width. The deep one
+            # gives bn1 and the stages the right width; its convolutions are replaced below.
             stem_type="deep",
             stem_width=8,
             channels=(16, 32, 64),
@@ -284,14 +276,14 @@ class CifarResNet(ResNet):
         self.set_submodule("maxpool", nn.Identity())
         self.set_submodule("layer2.0.downsample", ZeroPadShortcut(8))
         self.set_submodule("layer3.0.downsample", ZeroPadShortcut(16))
-        # timm's forward runs four stages; where it prunes one, it leaves an empty one like this.
+        # timm's forward runs four stages; it leaves an empty one like this when it prunes.
         self.set_submodule("layer4", nn.Sequential())
         for feature, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             feature["reduction"] = reduction
         self.init_weights()
 
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """Draws the weights of the convolutions; the last batch normalisations can start at 0."""
+        """Draws the weights of the convolutions; the last batch norms of blocks can start at 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -301,43 +293,43 @@ class CifarResNet(ResNet):
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns what timm's ResNet does; None, n and -n count the four features, not five."""
+        """Returns the intermediates as timm's ResNet, but of four features instead of five."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, taken, *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what timm's ResNet does, with indices as in ``forward_intermediates``."""
+        """Prunes as timm's ResNet, with the indices of ``forward_intermediates``."""
         taken, last = feature_take_indices(len(self.feature_info), indices)
         if last == 3 and not prune_head:
-            return taken  # timm would drop the head, as if a fourth stage had been cut off
+            return taken  # timm would also drop the head, as if it pruned a fourth stage
         return super().prune_intermediate_layers(taken, prune_norm, prune_head)
 
 
-# As in equation 1 of the paper; the authors' code has 2.
+# As in equation 1 of the BBN paper; the authors' code has 2.
 BRANCH_SCALE = 1.0
-# The registered architecture that takes any ResNet as its base.
+# The registered bilateral architecture of any ResNet.
 ANY_BASE = "lt_bbn_resnet"
-STAGES = ("layer4", "layer3", "layer2", "layer1")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class BilateralBlock(nn.Module):
-    """A residual block once for each branch; it widens the features from d to 2 d channels.
+    """One residual block per branch; widens the features from d to 2 d channels.
 
-    In evaluation mode, or if ``paired`` is False, every image goes through both branches and
-    leaves ``s / 2 (f_c, f_r)``. In training mode the rows of a batch are pairs: an even one goes
-    through the conventional branch and leaves ``s (f_c, 0)``, the odd one below it through the
-    re-balancing branch and leaves ``s (0, f_r)``.
+    In evaluation mode, or if ``paired`` is False, every image passes both branches and gives
+    ``s / 2 (f_c, f_r)``. In training mode the rows of a batch are pairs: even rows pass the
+    conventional branch and give ``s (f_c, 0)``, odd rows pass the re-balancing branch and give
+    ``s (0, f_r)``.
 
     Args:
-        conventional: The block of the conventional branch.
-        rebalancing: That of the re-balancing branch.
+        conventional: Block of the conventional branch.
+        rebalancing: Block of the re-balancing branch.
         scale: s, > 0.
 
     Attributes:
-        paired: Whether rows are pairs in training mode. Where images come one by one in training
-            mode, as in fine-tuning by another loop, set it to False.
+        paired: Whether rows are pairs in training mode. Set it to False to train with single
+            images, as in fine-tuning with another loop.
 
     Shape:
         (N, C, H, W) to (N, 2 d, H', W'), N even where rows are pairs.
@@ -350,19 +342,18 @@ class BilateralBlock(nn.Module):
         self.paired = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the features of both branches, or of the pairs of a batch."""
+        """Returns the features of both branches, or those of pairs."""
         if self.training and self.paired:
             return self.in_pairs(x[0::2], x[1::2])
         both = torch.cat([self.conventional(x), self.rebalancing(x)], dim=1)
         return both if self.scale == 2 else self.scale / 2 * both
 
-    @torch.jit.unused
     def in_pairs(self, uniform: Tensor, reversed_: Tensor) -> Tensor:
         """Returns the rows (2 B, 2 d, ...) of pairs, from the inputs (B, C, ...) of each stream."""
         if len(uniform) != len(reversed_):
             raise UsageError(
-                f"a bilateral network trains on pairs of images, and this batch has "
-                f"{len(uniform) + len(reversed_)}: take sampler bilateral and an even batch size"
+                f"a bilateral network trains on pairs of images, but this batch has "
+                f"{len(uniform) + len(reversed_)}; use sampler bilateral and an even batch size"
             )
         f_c = self.scale * self.conventional(uniform)
         f_r = self.scale * self.rebalancing(reversed_)
@@ -372,34 +363,20 @@ class BilateralBlock(nn.Module):
 
 
 class _Bilateral(ResNet):
-    """What :func:`create_bilateral` adds to a ResNet: the streams pass the trunk one by one."""
-
-    if TYPE_CHECKING:  # TorchScript takes no such annotation
-        layer1: nn.Sequential
-        layer2: nn.Sequential
-        layer3: nn.Sequential
-        layer4: nn.Sequential
+    """ResNet with two branches, whose two streams of images pass the trunk one after the other."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the feature map (N, 2 d, H, W)."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._features_or_pairs(x)
-        # TorchScript lacks super().
-        x = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
-        features: Tensor = self.layer4(self.layer3(self.layer2(x)))
-        return features
-
-    @torch.jit.unused
-    def _features_or_pairs(self, x: Tensor) -> Tensor:
-        blocks: list[nn.Module] = [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
-        # Pruned of its last stage, a model has no branches; it may have no block at all.
+        stages: list[Any] = [self.get_submodule(name) for name in STAGES]
+        blocks: list[nn.Module] = [block for stage in stages for block in stage]
+        # A model without its last stage, as pruned by timm, has no branches.
         last = blocks.pop() if blocks else None
         if not (self.training and isinstance(last, BilateralBlock) and last.paired):
             return super().forward_features(x)
         return last.in_pairs(self._through(blocks, x[0::2]), self._through(blocks, x[1::2]))
 
     def _through(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
-        """Returns what a branch takes of the images of a stream."""
+        """Returns the input of a branch, for the images of its stream."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing:
             checked: Tensor = checkpoint_seq(blocks, x)
@@ -410,11 +387,11 @@ class _Bilateral(ResNet):
 
 
 class BilateralResNet(_Bilateral):
-    """timm's ResNet with two branches; :func:`create_bilateral` makes it."""
+    """timm's ResNet with two branches; made by :func:`create_bilateral`."""
 
 
 class BilateralCifarResNet(_Bilateral, CifarResNet):
-    """The CIFAR ResNet with two branches; :func:`create_bilateral` makes it."""
+    """The CIFAR ResNet with two branches; made by :func:`create_bilateral`."""
 
 
 KINDS: dict[type[nn.Module], type[_Bilateral]] = {
@@ -426,33 +403,33 @@ KINDS: dict[type[nn.Module], type[_Bilateral]] = {
 def create_bilateral(
     model: nn.Module, *, branch_scale: float = BRANCH_SCALE, fresh: bool = False
 ) -> nn.Module:
-    """Makes a bilateral-branch network (BBN) of a ResNet or ResNeXt, in place.
+    """Makes a bilateral-branch network (BBN) from a ResNet or ResNeXt, in place.
 
-    All is shared by the branches but the last residual block, which each has for itself, and the
-    classifier, whose weight (C, 2 d) is ``(W_c, W_r)``. In evaluation mode it is a timm model like
-    any other, with ``num_features`` = 2 d: the logits of an image are ``s / 2 (W_c f_c + W_r f_r) +
-    b``, where d are the features of a branch and s is ``branch_scale``.
+    The branches share everything but the last residual block and the classifier, whose weight
+    (C, 2 d) is ``(W_c, W_r)``. In evaluation mode it is a usual timm model with ``num_features``
+    = 2 d and logits ``s / 2 (W_c f_c + W_r f_r) + b``, where f_c and f_r (d,) are the features of
+    the branches and s is ``branch_scale``.
 
-    In training mode, rows 2 i and 2 i + 1 of a batch are a pair, as sampler ``bilateral`` draws
-    them, and have the logits ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``. The loss
-    ``bilateral`` mixes them to ``α z_c + (1 - α) z_r``, which is that of the features
+    In training mode, rows 2 i and 2 i + 1 of a batch are a pair, as drawn by sampler ``bilateral``.
+    Their logits are ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``, which the loss
+    ``bilateral`` mixes to ``α z_c + (1 - α) z_r``, the logits of the features
     ``s (α f_c, (1 - α) f_r)``. As in the authors' code, the two streams pass the shared trunk one
-    after the other: batch norm normalises each by its own statistics, and its running ones move
-    twice. (``forward_intermediates`` does not tell the streams apart before the last block.)
+    after the other: batch norm normalises each by its own statistics, and updates its running ones
+    twice. (``forward_intermediates`` does not separate the streams before the last block.)
 
     Args:
         model: A ``ResNet`` of timm, with any of its blocks, or a :class:`CifarResNet`.
-        branch_scale: s, > 0; 1 as in equation 1 of the paper. The authors' code has 2, with which
-            every feature has its size in evaluation, and the classifier learns four times as fast.
-        fresh: Draws the re-balancing block and the classifier anew, as for training from scratch.
-            Otherwise both branches begin as the model's last block, and the network computes what
-            the model did, in both modes.
+        branch_scale: s, > 0; 1 as in equation 1 of the paper. With 2, as in the authors' code,
+            features keep their size in evaluation, and the classifier learns four times as fast.
+        fresh: Draw the re-balancing block and the classifier anew, for training from scratch.
+            Otherwise both branches start as the model's last block, and the network computes the
+            same logits as the model, in both modes.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: If the model is no ResNet, is bilateral already, has something behind its last
+        UsageError: If the model is not a ResNet, is already bilateral, has a module behind its last
             residual block, or carries a head.
 
     References:
@@ -466,28 +443,28 @@ def create_bilateral(
     """
     if type(model) not in KINDS:
         raise UsageError(
-            f"a bilateral network is made of timm's ResNet or ResNeXt, or of a CifarResNet, not of "
-            f"a {type(model).__name__}"
+            "a bilateral network is made from timm's ResNet or ResNeXt, or from a CifarResNet, not "
+            f"from a {type(model).__name__}"
         )
     joint: Any = model.fc
     if isinstance(joint, Head):
         raise UsageError(
-            f"the model carries a {joint.kind!r} head: fold it (timm_lt.fold_head), or put it "
-            "on the bilateral network"
+            f"the model carries a {joint.kind!r} head; fold it (timm_lt.fold_head), or put it on "
+            "the bilateral network"
         )
     scale = check_number("branch_scale", branch_scale, "(0, inf)")
     stages: list[Any] = [model.get_submodule(name) for name in STAGES]
-    stage = next(stage for stage in stages if len(stage))
+    stage = next(stage for stage in reversed(stages) if len(stage))
     last = stage[-1]
     if not hasattr(last, "conv1"):
         raise UsageError(
-            f"a bilateral network doubles the last residual block, and behind that of this model "
-            f"is a {type(last).__name__}"
+            "a bilateral network doubles the last residual block, but the last module of this "
+            f"model is a {type(last).__name__}"
         )
     twin = copy.deepcopy(last)
     if fresh:
-        # As the model's own: it initialises whatever modules are inside. The last batch norms that
-        # start at 0 are copies already.
+        # Initialises the modules of the block as the model does. Last batch norms that start at 0
+        # are copied.
         KINDS[type(model)].init_weights(twin, zero_init_last=False)
     stage[-1] = BilateralBlock(last, twin, scale).train(last.training)
     model.__class__ = KINDS[type(model)]
@@ -502,7 +479,7 @@ def create_bilateral(
 
 
 def _rename(model: nn.Module, scale: float) -> None:
-    """Notes how a checkpoint is to build the network again: a registered name, of this base."""
+    """Records the registered architecture and the base with which a checkpoint is built again."""
     plain: TimmBase | None = model.__dict__.get("timm_base")
     config: Any = getattr(model, "pretrained_cfg", None)
     if plain is None and config:
@@ -514,9 +491,9 @@ def _rename(model: nn.Module, scale: float) -> None:
 
 @torch.no_grad()
 def _share(joint: nn.Linear, both: nn.Linear, parts: int, scale: float) -> None:
-    """Gives each branch the joint classifier, so that the logits stay what they were.
+    """Copies the joint classifier to both branches, so that the logits do not change.
 
-    Some poolings give several parts of features, each of which has become twice as wide.
+    Some poolings concatenate several parts of features, each of which is now twice as wide.
     """
     for part, weight in zip(both.weight.chunk(parts, 1), joint.weight.chunk(parts, 1), strict=True):
         part.copy_(weight.repeat(1, 2) / scale)
@@ -530,7 +507,7 @@ def takes_pairs(model: nn.Module) -> bool:
 
 
 def unpair(model: nn.Module) -> None:
-    """Lets a model take images one by one in training mode too."""
+    """Makes a model take single images in training mode, too."""
     for module in model.modules():
         if isinstance(module, BilateralBlock):
             module.paired = False

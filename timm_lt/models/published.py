@@ -1,15 +1,13 @@
-"""Published names, as ``hub_configs/`` states them: data, normalisation, weights, heads, figures.
+"""Published names, read from ``hub_configs/``: data, normalisation, weights, heads, figures.
 
-Each file ``<architecture>.<tag>.yaml`` with a ``published:`` block is one name that timm's registry
-gets; the folder is the only place that states any of it, and ships inside of the wheel.
+Each file ``<architecture>.<tag>.yaml`` with a ``published:`` block is one name in timm's registry.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import read_yaml
 
 PUBLISHED_BLOCK = "published"
@@ -21,10 +19,10 @@ class PublishedHead:
     """A head of a published backbone.
 
     Attributes:
-        url: A file with the whole model that has this head; None for a head that needs no file of
-            its own, that lies in the packaged checkpoint, or that has to be fitted.
-        quoted: Test accuracy that ``quoted_from`` gives, fractions by shot group and "all".
-        measured: Test accuracy that this project has measured, likewise.
+        url: A file with the whole model that has this head; None for a head without a file of its
+            own, in the packaged checkpoint, or to be fitted.
+        quoted: Test accuracy from ``quoted_from``, fractions by shot group and "all".
+        measured: Test accuracy measured by this project, likewise.
     """
 
     url: str | None = None
@@ -40,20 +38,20 @@ class Published:
         name: ``<architecture>.<tag>``, the file's name.
         architecture: A registered ``lt_*`` architecture.
         data: The training data.
-        training: How the representation was trained, in words.
+        training: Training of the representation, in words.
         num_classes: Number of classes.
         input_size: Channels, height and width of the images.
-        crop_pct: Share of the resized image that the centre crop keeps.
-        interpolation: How images are resized.
-        mean: Of each channel, to subtract.
-        std: Of each channel, to divide by.
-        heads: The heads that are published or quoted; ``linear`` is the joint classifier.
-        packaged: The weights are a decoupled checkpoint inside of this package.
-        hf_hub_id: The Hub repo with the decoupled checkpoint, ``namespace/name``, with
-            ``@revision`` for a certain one. It has precedence over URLs.
-        origin: Who published the weights.
-        quoted_from: Where the quoted figures are from.
-        measured_with: How the measured figures were measured.
+        crop_pct: Fraction of the resized image that the centre crop keeps.
+        interpolation: Interpolation for resizing.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        heads: The published or quoted heads; ``linear`` is the joint classifier.
+        packaged: The weights are a decoupled checkpoint in this package.
+        hf_hub_id: Hub repo of the decoupled checkpoint, ``namespace/name`` or
+            ``namespace/name@revision``. It has precedence over URLs.
+        origin: URL of the publisher.
+        quoted_from: Source of the quoted figures.
+        measured_with: Protocol of the measured figures.
         formerly: Former names, which warn and load this one.
     """
 
@@ -82,11 +80,11 @@ class Published:
 
     @property
     def urls(self) -> dict[str, str]:
-        """Files by head."""
+        """URLs by head."""
         return {name: head.url for name, head in self.heads.items() if head.url}
 
     def pretrained_cfg(self) -> dict[str, Any]:
-        """Returns what timm's registry holds of the name, without the architecture's own facts."""
+        """Returns the fields of timm's ``PretrainedCfg`` that do not depend on the architecture."""
         return {
             "url": self.urls.get("linear"),
             "hf_hub_id": self.hf_hub_id,
@@ -101,10 +99,10 @@ class Published:
 
 
 def hub_configs(inside: str = "") -> list[Path]:
-    """Returns the YAML files of ``hub_configs/``: in an installed package, or in the repository.
+    """Returns the YAML files of ``hub_configs/`` in the installed package or in the repository.
 
     Args:
-        inside: A folder in it, e.g. ``"tables"``; none is ``hub_configs/`` itself.
+        inside: A subfolder such as ``"tables"``; empty for ``hub_configs/`` itself.
     """
     package = Path(__file__).parents[1]
     packaged = package / "hub_configs"
@@ -122,38 +120,22 @@ def read_published(path: Path) -> Published | None:
     if block is None:
         return None
     where = f"{path}: {PUBLISHED_BLOCK}"
-    heads = {
-        name: PublishedHead(**_checked(PublishedHead, values or {}, f"{where}.heads.{name}"))
-        for name, values in (block.get("heads") or {}).items()
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
     }
-    fields = _checked(Published, {**block, "name": path.stem, "heads": heads}, where)
-    for key, hint in get_type_hints(Published).items():
-        if isinstance(fields.get(key), list) and str(hint).startswith("tuple"):
-            fields[key] = tuple(fields[key])
-    published = Published(**fields)
+    try:
+        heads = {
+            name: PublishedHead(**values or {})
+            for name, values in (fields.pop("heads", None) or {}).items()
+        }
+        published = Published(name=path.stem, heads=heads, **fields)
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}") from error
     if published.architecture != path.stem.partition(".")[0]:
         raise UsageError(f"{where}.architecture must be {path.stem.partition('.')[0]!r}")
     return published
 
 
-def _checked(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Checks that a mapping has the keys of a dataclass."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise unknown_name(f"key of {where}:", key, list(fields))
-    for key, f in fields.items():
-        optional = f.default is not dataclasses.MISSING or f.default_factory is not (
-            dataclasses.MISSING
-        )
-        if key not in values and not optional:
-            raise UsageError(f"{where}.{key} is missing")
-    return dict(values)
-
-
-def _read_all() -> dict[str, Published]:
-    entries = (read_published(path) for path in hub_configs())
-    return {entry.name: entry for entry in entries if entry is not None}
-
-
-PUBLISHED = _read_all()
+PUBLISHED = {
+    entry.name: entry for path in hub_configs() if (entry := read_published(path)) is not None
+}

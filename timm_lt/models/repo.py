@@ -1,40 +1,46 @@
-"""Model repos of the Hugging Face Hub: what is read from them, and what went wrong.
+"""Sources of a model: an architecture, a checkpoint folder, or a model repo of the Hub.
 
-A repo is untrusted. The config is read first and checked as a whole; then exactly the files that
-are wanted are downloaded, all of one commit, into the cache that every Hub library shares.
+A repo is untrusted. Its config is read and checked first; then exactly the files that are needed
+are downloaded, all of one commit, into the cache that every Hub library shares.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import constants, hf_hub_download
+from timm.models import parse_model_name
 
 from timm_lt.checkpoint import (
-    BLOCK,
     CONFIG,
     TEXT_LIMIT,
     WEIGHTS,
     CheckpointInfo,
     HeadEntry,
     find_entry,
+    find_info,
     read_checkpoint,
-    read_config,
 )
+from timm_lt.models.published import PUBLISHED
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import file_sha256
-from timm_lt.utils.hub import hub_errors, split_revision
+from timm_lt.utils.hub import HF_HUB, hub_errors, split_revision
+
+LOCAL_DIR = "local-dir:"
+REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Repo:
-    """A model repo, and how it is read.
+    """A model repo of the Hub, and the options for reading it.
 
     Attributes:
         repo_id: ``namespace/name``.
         revision: Branch, tag or commit; None is the main branch.
-        cache_dir: Where downloads are kept; None is the cache of the Hub's libraries.
-        token: As everywhere on the Hub: None takes the one that is logged in or set.
+        cache_dir: Folder of downloads; None is the cache of the Hub's libraries.
+        token: Token of the Hub; None is that of the login or of ``HF_TOKEN``.
     """
 
     repo_id: str
@@ -60,34 +66,30 @@ class Repo:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     def read_info(self) -> CheckpointInfo:
-        """Downloads the config of a decoupled checkpoint and returns what it says.
+        """Downloads the config of a decoupled checkpoint and reads it.
 
         Raises:
-            UsageError: If it cannot be had, or is no decoupled checkpoint's.
+            UsageError: If it cannot be downloaded, or is not that of a decoupled checkpoint.
         """
-        return read_checkpoint(self._download_config())
+        return read_checkpoint(self.download(weights=False))
 
     def download(self, *, weights: bool = True, head: str | None = None) -> Path:
-        """Downloads a checkpoint: the config, and what is asked for beside it.
+        """Downloads the config of a checkpoint, and optionally its weights and one head.
 
-        What is in the cache is not downloaded again. A file that is not the one that the config
-        describes is downloaded once more, and leaves the cache if that does not help.
-
-        Args:
-            weights: Download the backbone with the joint classifier.
-            head: A head whose file is downloaded, if it has one. Of a plain timm repo it has none.
+        Cached files are not downloaded again. A file with another digest than the config records is
+        downloaded once more, and removed from the cache if that does not help.
 
         Returns:
             The folder of the commit in the cache; all files are of that commit.
 
         Raises:
-            UsageError: If there is no such head, or a file cannot be had or is not the one that the
-                config describes.
+            UsageError: If there is no such head, or a file cannot be downloaded or is not the one
+                that the config describes.
         """
-        folder = self._download_config()
-        info = read_checkpoint(folder) if BLOCK in read_config(folder) else None
+        folder = self.fetch(CONFIG, limit=TEXT_LIMIT).parent
+        info = find_info(folder)
         # The branch may move on between two files.
-        commit = Repo(self.repo_id, folder.name, self.cache_dir, self.token)
+        commit = replace(self, revision=folder.name)
         entry = find_entry(info, head, str(self)) if info and head is not None else None
         if weights:
             commit._download_checked(WEIGHTS, info.weights_sha256 if info else None)
@@ -96,15 +98,10 @@ class Repo:
         return folder
 
     def fetch(self, file: str, *, limit: int | None = None, force: bool = False) -> Path:
-        """Downloads a file into the cache, or finds it there.
-
-        Args:
-            file: Path in the repo.
-            limit: Most bytes that it may have; checked before it is downloaded.
-            force: Download it although it is in the cache.
+        """Returns the path of a file in the cache, downloaded if necessary or with ``force``.
 
         Raises:
-            UsageError: If it cannot be had.
+            UsageError: If it cannot be downloaded, or has more than ``limit`` bytes.
         """
         options: dict[str, Any] = {
             "revision": self.revision,
@@ -119,27 +116,130 @@ class Repo:
                     raise UsageError(f"{file} of {self} has {size:,} bytes, more than {limit:,}")
             return Path(hf_hub_download(self.repo_id, file, force_download=force, **options))
 
-    def _download_config(self) -> Path:
-        return self.fetch(CONFIG, limit=TEXT_LIMIT).parent
-
     def _download_checked(self, file: str, digest: str | None) -> None:
         path = self.fetch(file)
         if digest is None or file_sha256(path) == digest:
             return
-        damaged = f"{file} of {self.repo_id} is not the one that {CONFIG} describes"
+        cause = None
         if constants.is_offline_mode():
-            raise UsageError(f"{damaged} (SHA-256 differs); load it once while online")
+            cure = "load it once while online"
+        else:
+            try:
+                path = self.fetch(file, force=True)
+                if file_sha256(path) == digest:
+                    return
+                _remove(path)
+                cure = "it was not kept in the cache"
+            except UsageError as error:
+                cause, cure = error, f"fetching it again: {error}"
+        raise UsageError(
+            f"{file} of {self.repo_id} is not the one that {CONFIG} describes (SHA-256 differs); "
+            f"{cure}"
+        ) from cause
+
+
+def _remove(path: Path) -> None:
+    """Removes a damaged file from the cache."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    # A blob with its own digest as its name is intact, and may belong to another commit.
+    if blob.is_file() and file_sha256(blob) != blob.name:
+        blob.unlink()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Source of a model, from the name that a user gives.
+
+    Attributes:
+        name: Name for ``timm.create_model``.
+        folder: Folder of a checkpoint.
+        repo: Repo of a checkpoint.
+    """
+
+    name: str
+    folder: Path | None = None
+    repo: Repo | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        given: str | Path,
+        *,
+        bare_repo: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+    ) -> "ModelSource":
+        """Parses an architecture, ``local-dir:FOLDER`` or just the folder, or ``hf-hub:REPO``.
+
+        With ``bare_repo``, just the id of a repo is valid, too.
+
+        >>> ModelSource.parse("local-dir:output/birds").folder.name
+        'birds'
+
+        Raises:
+            UsageError: If it is not valid, a folder without a checkpoint, or a file of weights.
+        """
+        name = _full_name(given, bare_repo)
         try:
-            path = self.fetch(file, force=True)
+            scheme, rest = parse_model_name(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if scheme == "hf-hub":
+            return cls(name, repo=Repo.parse(rest, cache_dir=cache_dir, token=token))
+        return cls(name, Path(rest) if scheme == "local-dir" else None)
+
+    @classmethod
+    def find(cls, given: str) -> "ModelSource":
+        """Finds the folder with the config of a checkpoint; that of a repo is downloaded.
+
+        Args:
+            given: A name as for :meth:`parse`, or just the id of a repo.
+
+        Returns:
+            The source, with the commit of a repo; without a folder for an architecture or for
+            pretrained weights that are not on this disk.
+
+        Raises:
+            UsageError: If the repo cannot be read.
+        """
+        source = cls.parse(given, bare_repo=True)
+        if source.name in PUBLISHED:
+            return replace(source, folder=PUBLISHED[source.name].folder)
+        if source.repo is None:
+            return source
+        try:
+            folder = source.repo.download(weights=False)
         except UsageError as error:
-            raise UsageError(f"{damaged} (SHA-256 differs); fetching it again: {error}") from error
-        if file_sha256(path) != digest:
-            blob = path.resolve()
-            path.unlink(missing_ok=True)
-            # What has its own digest as its name is whole, and may be another commit's.
-            if blob.is_file() and file_sha256(blob) != blob.name:
-                blob.unlink()
-            raise UsageError(f"{damaged} (SHA-256 differs); it was not kept in the cache")
+            if source.name == given:
+                raise
+            raise UsageError(f"no folder {given}, and as a repo of the Hub: {error}") from error
+        # The branch may move on while one head is loaded after the other.
+        commit = replace(source.repo, revision=folder.name)
+        return cls(f"{HF_HUB}{commit}", folder, commit)
+
+    def read_info(self) -> CheckpointInfo | None:
+        """Reads the description of a decoupled checkpoint; returns None if the folder has none."""
+        return None if self.folder is None else find_info(self.folder)
+
+
+def _full_name(given: str | Path, bare_repo: bool) -> str:
+    """Returns a name for timm, with the scheme of a folder or repo."""
+    name, path = str(given), Path(given).expanduser()
+    is_registered = ":" in name or timm.models.is_model(name.partition(".")[0])
+    if isinstance(given, str) and is_registered:
+        return name
+    if (path / CONFIG).is_file():
+        return f"{LOCAL_DIR}{path}"
+    if path.is_file():
+        raise UsageError(
+            f"{given} is a file of weights: name its architecture, and pass the file with "
+            "--checkpoint (in Python checkpoint_path=)"
+        )
+    is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
+    if is_path or path.is_dir():
+        raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
+    return f"{HF_HUB}{name}" if bare_repo and REPO.fullmatch(name) else name
 
 
 def list_repo_heads(
@@ -149,13 +249,13 @@ def list_repo_heads(
 
     Args:
         repo_id: ``namespace/name`` or ``namespace/name@revision``.
-        cache_dir: Where downloads are kept; None is the cache of the Hub's libraries.
-        token: As everywhere on the Hub: None takes the one that is logged in or set.
+        cache_dir: Folder of downloads; None is the cache of the Hub's libraries.
+        token: Token of the Hub; None is that of the login or of ``HF_TOKEN``.
 
     Returns:
         The heads by name.
 
     Raises:
-        UsageError: If the repo cannot be read or holds no decoupled checkpoint.
+        UsageError: If the repo cannot be read or has no decoupled checkpoint.
     """
     return Repo.parse(repo_id, cache_dir=cache_dir, token=token).read_info().heads

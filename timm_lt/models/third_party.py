@@ -1,6 +1,6 @@
-"""Weights that other projects left in a file, matched with the names of a model's own tensors.
+"""Files of weights of other projects, matched with the tensors of a model.
 
-Read with ``weights_only=True`` or not at all; this is the only place that reads a pickle.
+Pickles are read with ``weights_only=True`` only, and nowhere else in the package.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import collections
 import pickle  # noqa: TID251
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +16,58 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import read_yaml
 
-# Where Kang et al. keep the weights.
+# Key of the weights in checkpoints of Kang et al.
 DECOUPLED = "state_dict_best"
-# The usual keys of the weights, which come before any other.
+# Usual keys of the weights, preferred to others.
 STATE_DICTS = ("state_dict", "model")
-# Part of a key or prefix of a moving average, which is taken only if asked for, or if alone.
+# Part of the key or prefix of a moving average, which is used only if asked for, or if alone.
 AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa|averaged)(?![a-z])", re.IGNORECASE)
-# The arguments of timm's train.py, which it also writes beside its checkpoints.
+# The arguments of timm's train.py, written beside its checkpoints.
 ARGS = "args.yaml"
-SAVE = "of a model save its state_dict() alone"
 SHOWN = 3
 LEVELS = 3
-# Types of weights and counters; other types have no use there.
+# Types of weights and counters.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32)
-# What torch puts into the names of wrapped modules, wherever they are in the model.
+# Prefixes that torch gives to wrapped modules anywhere in a model.
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?=.)"
 )
 COUNTER = "num_batches_tracked"
+# Learned scales of an lws head, as Kang et al. name them.
+SCALES = "scales"
 # Tensors beside those of a network: a loss, torch's AveragedModel, a profiler.
 LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
 EXTRAS = ("n_averaged", "total_ops", "total_params")
-# Values that are often beside the weights. They are not made, for nothing is needed of them.
+# Harmless values that are often beside the weights; a placeholder takes their place.
 UNREAD = (
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
     *("pathlib.PosixPath", "pathlib.WindowsPath"),
     *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
 )
-# What projects call a classifier beside a backbone.
+# Part of the names of tensors whose shapes depend on the image size.
+POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
+# Usual names of a classifier beside a backbone.
 CLASSIFIERS = ("fc", "classifier", "head", "linear")
+# Beginnings of files that are not the wanted one.
+IMPOSTORS = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file with git lfs pull",
+    b"<": "a web page; download the file again",
+}
 
 
 class Unread:
-    """A value beside the weights that is passed over, such as an accuracy of NumPy's."""
+    """Placeholder for a value beside the weights, such as an accuracy of NumPy's."""
 
     def __init__(self, *content: object) -> None:
-        """Does nothing with the content in the pickle."""
+        """Ignores the content in the pickle."""
 
     def __setstate__(self, content: object) -> None:
-        """Does nothing with the content in the pickle."""
+        """Ignores the content in the pickle."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Weights:
     """The weights of a whole model.
 
     Attributes:
-        tensors: By timm's keys, without the scales.
-        scale: Learned scales (C,) of a classifier that has them, of learnable weight scaling.
+        tensors: Tensors by timm's keys, without the scales.
+        scale: Learned scales (C,) of an lws head; None if there are none.
     """
 
     tensors: dict[str, Tensor]
@@ -83,17 +89,15 @@ class State:
 
     Attributes:
         name: Name of the file in messages.
-        place: Keys and prefix under which the tensors are, such as ``state_dict.model``.
-        others: Other places with the same names.
-        prefix: Prefix of the names, such as ``model.``.
-        tensors: By name without the prefix.
-        beside: Other tensors in the same mapping, by name.
+        key: Keys and prefix of the network, such as ``state_dict.model``.
+        others: Keys of other networks with the same names of tensors.
+        tensors: Tensors by name without the prefix.
+        beside: Other values in the same mapping, by name.
     """
 
     name: str
-    place: str
+    key: str
     others: list[str]
-    prefix: str
     tensors: dict[str, Any]
     beside: dict[str, Any]
 
@@ -127,25 +131,21 @@ class WeightsFile:
         *,
         key: str | None = None,
     ) -> State:
-        """Finds the network with a model's names of tensors, whatever prefix they have.
+        """Finds the network with a model's names of tensors, whatever their prefix.
 
-        Args:
-            expected: The state dict of the model, on any device.
-            architecture: Name of the model in messages.
-            classifier: Path of the classifier.
-            key: A key or prefix to take, where several networks have these names.
+        ``expected`` is the state dict of the model, on any device; ``key`` chooses one of several.
 
         Raises:
-            UsageError: If no network has these names, or several and nothing says which.
+            UsageError: If no network has these names, or several and the choice is not clear.
         """
         key = key and key.rstrip(".")
         wanted = {name for name in expected if not name.endswith(COUNTER)}
         counts = collections.Counter(
-            (place, prefix)
-            for place, state in self.states.items()
+            (keys, prefix)
+            for keys, state in self.states.items()
             for name in state
             for prefix, rest in _splits(name)
-            if rest in wanted and (key is None or f".{key}." in f".{_label(place, prefix)}.")
+            if rest in wanted and (key is None or f".{key}." in f".{_label(keys, prefix)}.")
         )
         most = max(counts.values(), default=0)
         found = [at for at, number in counts.items() if number == most]
@@ -154,7 +154,7 @@ class WeightsFile:
             names = [name for state in self.states.values() for name in state]
             under = f" under {key!r}" if key else ""
             raise UsageError(
-                f"{self.name} holds no {architecture}{under}: it lacks "
+                f"{self.name} has no weights of {architecture}{under}: it lacks "
                 f"{some(sorted(wanted - {*names}) or sorted(wanted))}; it "
                 f"has {some([*self.states] if key else names)}"
             )
@@ -165,25 +165,24 @@ class WeightsFile:
                 f"{self.name} has several networks: {', '.join(best)}; choose one with "
                 "--checkpoint-key (in a recipe model.checkpoint_key)"
             )
-        return self._state(*found[0], [_label(*at) for at in found[1:]], classifier)
-
-    def _state(self, place: str, prefix: str, others: list[str], classifier: str) -> State:
+        keys, prefix = found[0]
         inside: dict[str, Any] = {}
         beside: dict[str, Any] = {}
-        for name, value in self.states[place].items():
+        for name, value in self.states[keys].items():
             part = inside if name.startswith(prefix) else beside
             part[name.removeprefix(prefix)] = value
-        twice = [name for name in beside if name in inside]
+        twice = inside.keys() & beside.keys()
         if twice:
-            raise UsageError(f"{self.name} has {twice[0]!r} twice in its weights")
+            raise UsageError(f"{self.name} has {min(twice)!r} twice in its weights")
         inside = _classifier_beside(inside, beside, classifier)
-        return State(self.name, _label(place, prefix), others, prefix, inside, beside)
+        others = [_label(*at) for at in found[1:]]
+        return State(self.name, _label(keys, prefix), others, inside, beside)
 
 
 def _classifier_beside(
     inside: dict[str, Any], beside: dict[str, Any], classifier: str
 ) -> dict[str, Any]:
-    """Adds the classifier of a module that has it beside a backbone without one."""
+    """Adds the classifier of a module that keeps it beside a backbone without one."""
     names = [
         key.removesuffix(".weight")
         for key in beside
@@ -197,25 +196,25 @@ def _classifier_beside(
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Yields a name as prefix and rest, split before each of its parts."""
+    """Yields a name as prefix and rest, split at each dot."""
     yield "", name
     for dot in re.finditer(r"\.", name):
         yield name[: dot.end()], name[dot.end() :]
 
 
-def _label(place: str, prefix: str) -> str:
-    return ".".join(part for part in (place, prefix.rstrip(".")) if part)
+def _label(keys: str, prefix: str) -> str:
+    return ".".join(part for part in (keys, prefix.rstrip(".")) if part)
 
 
-def _rank(place: str, prefix: str) -> tuple[bool, bool]:
-    is_average = AVERAGE.search(_label(place, prefix)) is not None
-    return is_average, place.rpartition(".")[2] not in STATE_DICTS
+def _rank(keys: str, prefix: str) -> tuple[bool, bool]:
+    is_average = AVERAGE.search(_label(keys, prefix)) is not None
+    return is_average, keys.rpartition(".")[2] not in STATE_DICTS
 
 
 def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """Reads a file of weights of another project, a pickle or safetensors.
 
-    Known are the layout of Kang et al. (``state_dict_best`` with ``feat_model`` and
+    Supported are the layout of Kang et al. (``state_dict_best`` with ``feat_model`` and
     ``classifier``), checkpoints of timm's ``train.py``, and mappings of names to tensors under any
     keys.
 
@@ -229,12 +228,11 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """
     path, name = Path(path), name or str(path)
     content = _read(path, name)
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{name} holds {_kind(content)}, not a checkpoint")
-    if DECOUPLED in content:
-        states = {DECOUPLED: _decoupled(content[DECOUPLED], name)}
-    else:
-        states = {place: _clean(state, name) for place, state in _states(content)}
+    states = {}
+    if isinstance(content, Mapping):
+        joined = _decoupled(content.get(DECOUPLED))
+        found = _states(content) if joined is None else [(DECOUPLED, joined)]
+        states = {keys: _clean(state, name) for keys, state in found}
     if not states:
         raise UsageError(f"{name} has no weights: found {_kind(content)}")
     args = _args(content, path)
@@ -243,7 +241,7 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
 
 
 def _architecture(name: object) -> str | None:
-    """Returns timm's name of an architecture, with a tag if timm has it; None if it has neither."""
+    """Returns timm's name of an architecture, with the tag if timm has it; None if unknown."""
     if not isinstance(name, str):
         return None
     base = name.partition(".")[0]
@@ -253,7 +251,7 @@ def _architecture(name: object) -> str | None:
 
 
 def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the arguments of timm's ``train.py``, out of the file or of the one beside it."""
+    """Returns the arguments of timm's ``train.py``, in the file or in ``args.yaml`` beside it."""
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
@@ -261,7 +259,7 @@ def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return {str(key): value for key, value in args.items()}
     beside = path.parent / ARGS
     found = read_yaml(beside) if beside.is_file() else {}
-    # Other projects write a file of the same name.
+    # Other projects have a file of that name, too.
     return found if _architecture(found.get("model")) else {}
 
 
@@ -269,11 +267,11 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
     try:
         with path.open("rb") as file:
             start = file.read(64)
-        _check_start(start, name)
+        marks = [mark for mark in IMPOSTORS if start.lstrip().startswith(mark)]
+        if marks or not start:
+            raise UsageError(f"{name} is {IMPOSTORS[marks[0]] if marks else 'empty'}")
         if start[8:9] == b"{":
             return safetensors.torch.load_file(path)
-        if start[:2] == b"PK" and not zipfile.is_zipfile(path):
-            raise UsageError(f"{name} is truncated: the end of the archive is missing")
         # timm's train.py stores its arguments, which are plain values in a namespace.
         known: list[Any] = [argparse.Namespace, *((Unread, kind) for kind in UNREAD)]
         with torch.serialization.safe_globals(known), warnings.catch_warnings():
@@ -281,74 +279,51 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except pickle.UnpicklingError as error:
         raise UsageError(f"{name} is refused: {_refusal(error)}") from error
-    except SafetensorError as error:
-        raise UsageError(f"{name} is no whole safetensors file: {error}") from error
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
     except UsageError:
         raise
     except Exception as error:
-        # Half a pickle may raise anything.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "TorchScript" in reason:
-            raise UsageError(f"{name} is a TorchScript program: {SAVE}") from error
-        raise UsageError(
-            f"{name} is no whole checkpoint, it may be truncated: {reason[:200]}"
-        ) from error
-
-
-def _check_start(start: bytes, name: str) -> None:
-    """Refuses files that were put in the place of the one that was wanted."""
-    if not start:
-        raise UsageError(f"{name} is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise UsageError(
-            f"{name} is a pointer of Git LFS, not the file itself: fetch that with git lfs pull"
-        )
-    if start.lstrip()[:1] == b"<":
-        raise UsageError(
-            f"{name} is a web page, no pickle of only tensors and plain values: download the file "
-            "again"
-        )
+        # A part of a pickle may raise anything.
+        reason = getattr(error, "strerror", None)
+        if reason is None:
+            first = " ".join(str(error).partition(". ")[0].split())[:200]
+            reason = f"{first or type(error).__name__}; it may be truncated"
+        raise UsageError(f"{name} cannot be read as weights: {reason}") from error
 
 
 def _refusal(error: Exception) -> str:
-    """Returns what torch's long advice says of the culprit; loading it anyway is no option here."""
+    """Returns the reason in torch's long message, without its advice to load the file anyway."""
     text = " ".join(str(error).split())
     for mark in ("GLOBAL ", "Unsupported class "):
         if mark in text:
             culprit = text.split(mark, 1)[1].split(" ")[0]
             return (
-                f"it is a pickle that asks for {culprit}, not only tensors and plain values; {SAVE}"
+                f"it is a pickle that asks for {culprit}, not only tensors and plain values; save "
+                "the state_dict() of a model alone"
             )
-    return "it is no pickle of only tensors and plain values, or it is damaged"
+    return "it is not a pickle of only tensors and plain values, or it is damaged"
 
 
-def _decoupled(content: object, name: str) -> dict[str, Any]:
-    """Joins the backbone and the classifier of a checkpoint of Kang et al."""
-    if not isinstance(content, Mapping) or not {"feat_model", "classifier"} <= set(content):
-        raise UsageError(f"{name} has no {DECOUPLED} with feat_model and classifier")
-    parts = {}
-    for key in ("feat_model", "classifier"):
-        if not isinstance(content[key], Mapping) or not content[key]:
-            raise UsageError(f"{name} has no {key}: found {_kind(content[key])}")
-        parts.update(content[key])
-    return _clean(parts, name)
+def _decoupled(content: object) -> dict[Any, Any] | None:
+    """Joins the backbone and the classifier of a checkpoint of Kang et al.; None for others."""
+    content = content if isinstance(content, Mapping) else {}
+    parts = [content.get(key) for key in ("feat_model", "classifier")]
+    mappings = [part for part in parts if isinstance(part, Mapping) and part]
+    return {**mappings[0], **mappings[1]} if len(mappings) == 2 else None
 
 
-def _states(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the mappings of names to tensors in a checkpoint, by the keys that lead to them."""
+def _states(content: Mapping[Any, Any], keys: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the mappings of names to tensors in a checkpoint, with the keys that lead to them."""
     named = {key: value for key, value in content.items() if isinstance(key, str)}
     if any(isinstance(value, Tensor) for value in named.values()):
-        yield place, named
-    if place.count(".") + 1 < LEVELS:
+        yield keys, named
+    if keys.count(".") + 1 < LEVELS:
         for key, value in named.items():
             if isinstance(value, Mapping):
-                yield from _states(value, _label(place, key))
+                yield from _states(value, _label(keys, key))
 
 
 def _clean(state: Mapping[Any, Any], name: str) -> dict[str, Any]:
-    """Removes what torch put into the names of wrapped modules."""
+    """Removes torch's prefixes of wrapped modules from the names."""
     cleaned: dict[str, Any] = {}
     for key, value in state.items():
         short = WRAPPERS.sub("", str(key))
@@ -383,40 +358,38 @@ def check_weights(
 ) -> Weights:
     """Returns the weights of an architecture: no tensor missing, foreign or misshapen.
 
-    Counters of batch norm that an old file lacks are zero. A loss's weights and the like are left.
-
-    Args:
-        state: The tensors.
-        expected: The state dict of the architecture, on any device.
-        architecture: Name of the architecture in messages.
-        classifier: Path of the classifier.
+    ``expected`` is the state dict of the architecture, on any device. Batch-norm counters that an
+    old file lacks are zero. Tensors of a loss and the like are ignored.
 
     Raises:
-        UsageError: If they are not; says which tensors.
+        UsageError: If the tensors do not fit; names the first.
     """
-    name, found = state.name, state.tensors
-    rows = expected[f"{classifier}.weight"].shape
-    given = getattr(found.get(f"{classifier}.weight"), "shape", rows)
-    if given[1:] == rows[1:] and given[:1] != rows[:1]:
-        raise UsageError(f"{name} has {given[0]} classes, {architecture} {rows[0]}")
+    found = state.tensors
+    num_classes = len(expected[f"{classifier}.weight"])
+    if SCALES in found:
+        expected = {**expected, SCALES: torch.empty(num_classes)}
     tensors = {
         key: torch.zeros(value.shape, dtype=value.dtype)
         for key, value in expected.items()
         if key.endswith(COUNTER)
     }
     tensors |= {key: found[key] for key in expected if key in found}
-    _check_names(state, expected, tensors, architecture)
+    problems = _foreign_names(state, expected, tensors)
     for key, value in tensors.items():
-        _check_tensor(state, key, value, expected[key], architecture)
-    scale = found.get("scales")
-    if scale is not None and getattr(scale, "shape", None) != rows[:1]:
-        raise UsageError(f"{name} has scales of shape {tuple(scale.shape)} for {rows[0]} classes")
-    return Weights(tensors, scale)
+        problem = None if problems else _tensor_problem(key, value, expected[key])
+        if problem is not None:
+            problems = f"{key} {problem}"
+    if problems:
+        raise UsageError(
+            f"{state.name} does not fit {architecture} with {num_classes} classes: {problems}"
+        )
+    return Weights(tensors, tensors.pop(SCALES, None))
 
 
-def _check_names(
-    state: State, expected: Mapping[str, Tensor], tensors: Mapping[str, Any], architecture: str
-) -> None:
+def _foreign_names(
+    state: State, expected: Mapping[str, Tensor], tensors: Mapping[str, Any]
+) -> str | None:
+    """Describes the missing and foreign names of tensors; None if there are none."""
     missing = [key for key in expected if key not in tensors]
     foreign = [
         key
@@ -425,39 +398,33 @@ def _check_names(
     ]
     if missing:
         foreign += [key for key in state.beside if key not in foreign]
-    if missing or foreign:
-        parts = [("it lacks", missing), ("it has", foreign)]
-        shown = "; ".join(f"{what} {some(keys)}" for what, keys in parts if keys)
-        raise UsageError(f"{state.name} holds no {architecture}: {shown}")
+    parts = [("it lacks", missing), ("it has", foreign)]
+    return "; ".join(f"{what} {some(keys)}" for what, keys in parts if keys) or None
 
 
 def _is_extra(key: str) -> bool:
-    """Returns whether a tensor may be there beside those of the network."""
+    """Returns whether a tensor is not one of the network, but usual beside them."""
     parts = key.split(".")
-    return key == "scales" or parts[0] in LOSSES or parts[-1] in EXTRAS
+    return parts[0] in LOSSES or parts[-1] in EXTRAS
 
 
-def _check_tensor(state: State, key: str, value: object, wanted: Tensor, architecture: str) -> None:
-    name = state.name
+def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
+    """Describes why a value cannot be a tensor of the model; None if it can."""
     if not isinstance(value, Tensor) or not _is_plain(value):
-        raise UsageError(
-            f"{name} has {_kind(value)} under {state.prefix + key!r} of its weights, not a tensor"
-        )
+        return f"is {_kind(value)}, not a tensor"
     if value.shape != wanted.shape:
-        raise UsageError(
-            f"{name} holds no {architecture}: {key} is {tuple(value.shape)}, not "
-            f"{tuple(wanted.shape)}"
-        )
-    # Whoever converts all tensors to half precision converts the counters, too.
+        cure = "; give the size of its images with --image-size (in a recipe data.image_size)"
+        shapes = f"is {tuple(value.shape)}, not {tuple(wanted.shape)}"
+        return shapes + (cure if POSITIONS.search(key) else "")
+    # Conversion to half precision often includes the counters.
     if value.is_floating_point() != wanted.is_floating_point() and not key.endswith(COUNTER):
-        raise UsageError(
-            f"{name} holds no {architecture}: {key} is {value.dtype}, not {wanted.dtype}"
-        )
+        return f"is {value.dtype}, not {wanted.dtype}"
     if value.is_floating_point() and not value.isfinite().all():
-        raise UsageError(f"{name} has values in {key} that are not finite")
+        return "has values that are not finite"
+    return None
 
 
-def some(keys: list[str]) -> str:
+def some(names: list[str]) -> str:
     """Returns the first of several names, and how many more there are."""
-    more = len(keys) - SHOWN
-    return ", ".join(keys[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

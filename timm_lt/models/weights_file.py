@@ -1,10 +1,8 @@
-"""Models from a file of weights that a training left, such as timm's ``train.py``."""
+"""Models from a file of weights of another project, such as timm's ``train.py``."""
 
 import math
-import re
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,59 +27,32 @@ from timm_lt.models.third_party import (
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 
-# Arguments of timm's train.py by the arguments of create_model.
+# Arguments of create_model by those of timm's train.py.
 MODEL_ARGS = {"gp": "global_pool", "in_chans": "in_chans", "bn_eps": "bn_eps"}
-# Names of tensors whose shapes depend on the image size.
-POSITIONS = re.compile(r"pos_emb|rel_pos|relative_position|attention_bias")
-# Arguments of create_model that have another place here.
+# Arguments of create_model that are handled separately.
 OTHERS = ("num_classes", "img_size")
-# What a configuration says of other weights than those of the file.
+# Fields of pretrained_cfg about weights other than those of the file.
 ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_descriptions")
 
 
-def create_from_file(
-    name: str,
-    path: str | Path,
-    *,
-    num_classes: int | None = None,
-    classifier: bool | None = True,
-    key: str | None = None,
-    image_size: int | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Creates a model with the weights that a training left in a file.
-
-    What the file says of its training (the arguments of timm's ``train.py``, or ``args.yaml``
-    beside it) goes for the model: pooling, channels, image size, normalisation, crop. So does the
-    image size that the position embeddings have. Options given here come first.
+def create_from_file(name: str, path: str | Path, **options: Any) -> nn.Module:
+    """Creates a model with the weights in a file of another project.
 
     Args:
-        name: A timm architecture, or what else :func:`timm_lt.create_model` takes.
-        path: A file of safetensors, or a pickle, of which nothing but tensors is read.
-        num_classes: Number of classes; None is that of the file.
-        classifier: Whether the classifier's weights are taken; None takes them if they are for as
-            many classes.
-        key: The key or prefix of the weights, where the file has several networks.
-        image_size: Side of the images in pixels; None is that of the file, or the model's.
-        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
+        name: A timm architecture, or another name as for :func:`timm_lt.create_model`.
+        path: A safetensors file, or a pickle of tensors and plain values.
+        **options: Options of :func:`build`.
 
     Raises:
-        UsageError: If there is no such file, it is not a checkpoint, or it is one of another model
-            or, with its classifier, of another number of classes.
+        UsageError: If the file is not a checkpoint, or is one of another model or, with its
+            classifier, of another number of classes.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UsageError(f"checkpoint: there is no file {path}")
-    model, weights = build(
-        read_weights(path),
-        name,
-        num_classes=num_classes,
-        classifier=classifier,
-        key=key,
-        image_size=image_size,
-        **options,
-    )
-    _check_joint(weights, path)
+    model, weights = build(read_weights(Path(path).expanduser()), name, **options)
+    if weights.scale is not None:
+        raise UsageError(
+            f"{path} has the scales of an lws head, not a joint classifier; convert it to a "
+            "checkpoint with timm-lt convert"
+        )
     return model
 
 
@@ -95,15 +66,33 @@ def build(
     image_size: int | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Weights]:
-    """Creates a model with the weights of a file that was read; see :func:`create_from_file`."""
+    """Creates a model with the weights of a file, and returns both.
+
+    Pooling, channels, image size, normalisation and crop are those of the training, if the file (or
+    ``args.yaml`` beside it) has the arguments of timm's ``train.py``. Otherwise the image size is
+    that of the position embeddings. Options given here take precedence.
+
+    Args:
+        file: The file.
+        name: Name of the model.
+        num_classes: Number of classes; None is that of the file.
+        classifier: Whether to load the weights of the classifier; None loads them if their number
+            of classes is that of the model.
+        key: Key or prefix of the weights, if the file has several networks.
+        image_size: Side of the images in pixels; None is that of the file, or of the model.
+        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
+
+    Raises:
+        UsageError: If the weights do not fit the model.
+    """
     _check_architecture(file, name)
     if (file.architecture or "").partition(".")[0] == name:
-        # Its tag says how images were normalised.
+        # With the tag, which determines the normalisation of the images.
         name = file.architecture or name
-    said, size = _said(file)
-    _log_said(file, said, size)
-    options = with_overlay(said, options)
-    # Without memory: its shapes may be any.
+    trained, size = _training_options(file)
+    _log_training(file, trained, size)
+    options = with_overlay(trained, options)
+    # On the meta device: the file may ask for any size.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         probe = create_sized_model(name, False, image_size or size, num_classes=1, **options)
     state = file.select(probe.state_dict(), name, classifier_name(probe), key=key)
@@ -123,119 +112,95 @@ def build(
     return model, weights
 
 
-def _log_said(file: WeightsFile, said: dict[str, Any], size: tuple[int, int] | None) -> None:
-    values = {**said, **({"image size": size} if size else {})}
+def _log_training(file: WeightsFile, options: dict[str, Any], size: tuple[int, int] | None) -> None:
+    values = {**options, **({"image size": size} if size else {})}
     if values:
-        shown = ", ".join(f"{key} {value}" for key, value in values.items())
-        log.info("%s was trained with %s", file.name, shown)
+        listing = ", ".join(f"{key} {value}" for key, value in values.items())
+        log.info("%s was trained with %s", file.name, listing)
     if file.args.get("class_map"):
         log.warning(
-            "%s was trained with --class-map %s: its classes come in the order of that file, not "
-            "in that of the folders",
+            "%s was trained with --class-map %s: its classes have the order of that file, not that "
+            "of the folders",
             *(file.name, file.args["class_map"]),
         )
 
 
 def classes_of_file(path: str | Path, model: nn.Module, key: str | None = None) -> int | None:
-    """Returns for how many classes the classifier in a file of weights is; None if it has none.
-
-    Args:
-        path: As for :func:`create_from_file`.
-        model: A model of the same architecture.
-        key: As for :func:`create_from_file`.
-    """
-    place = classifier_name(model)
-    state = read_weights(Path(path).expanduser()).select(
-        model.state_dict(), type(model).__name__, place, key=key
-    )
-    return state.num_classes(place)
-
-
-def _check_joint(weights: Weights, path: str | Path) -> None:
-    if weights.scale is not None:
-        raise UsageError(
-            f"{path} has the scales of an lws head, not a joint classifier: make a checkpoint of "
-            "it with timm-lt convert"
-        )
+    """Returns the number of classes of a file for this kind of model; None without a classifier."""
+    classifier = classifier_name(model)
+    file = read_weights(Path(path).expanduser())
+    state = file.select(model.state_dict(), type(model).__name__, classifier, key=key)
+    return state.num_classes(classifier)
 
 
 def _load(model: nn.Module, state: State, name: str, *, classifier: bool) -> Weights:
-    expected, place = model.state_dict(), classifier_name(model)
+    expected, path = model.state_dict(), classifier_name(model)
     tensors = state.tensors
     if not classifier:
-        prefix = f"{place}."
+        prefix = f"{path}."
         kept = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
         own = {key: value for key, value in expected.items() if key.startswith(prefix)}
         tensors = kept | own
-    for key in _of_another_size(tensors, expected):
-        if POSITIONS.search(key):
-            raise UsageError(
-                f"{state.name} has a {key} {tuple(tensors[key].shape)} of another image size than "
-                f"{name}, {tuple(expected[key].shape)}: give the size with --image-size (in a "
-                "recipe data.image_size)"
-            )
-    weights = check_weights(replace(state, tensors=tensors), expected, name, place)
+    weights = check_weights(replace(state, tensors=tensors), expected, name, path)
     model.load_state_dict(weights.tensors)
     if state.others:
         log.info(
-            "%s: took the weights under %s, not %s (--checkpoint-key chooses)",
-            *(state.name, state.place, ", ".join(state.others)),
+            "%s: loaded the weights under %s, not %s (--checkpoint-key chooses)",
+            *(state.name, state.key, ", ".join(state.others)),
         )
     if state.beside:
         log.info("%s: not part of the model: %s", state.name, some([*state.beside]))
     return weights
 
 
-def _of_another_size(tensors: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
-    return [
-        key
-        for key, value in expected.items()
-        if getattr(tensors.get(key), "shape", value.shape) != value.shape
-    ]
-
-
 def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Lets timm fit position embeddings and the like to another image size."""
-    # timm has it beside the architectures that need it.
+    """Returns tensors with position embeddings that timm resampled to the model's image size."""
+    # A function in the module of each architecture that needs it.
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is None or not _of_another_size(tensors, model.state_dict()):
+    is_other = (
+        getattr(tensors.get(key), "shape", value.shape) != value.shape
+        for key, value in model.state_dict().items()
+    )
+    if adapt is None or not any(is_other):
         return tensors
     try:
         return {**tensors, **adapt(dict(tensors), model)}
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        # The shapes differ in more than the image size, which is checked next.
+        # The shapes differ in more than the image size, which check_weights reports.
         return tensors
 
 
 def _check_architecture(file: WeightsFile, name: str) -> None:
-    """Refuses weights of another architecture, whose tensors may have the same names and shapes."""
-    said, given = file.architecture, name.partition(".")[0]
-    if said is None or not timm.models.is_model(given) or given == said.partition(".")[0]:
+    """Refuses weights of another architecture, which may have tensors of the same names and shapes.
+
+    Raises:
+        UsageError: If they are.
+    """
+    stated, given = (text.partition(".")[0] for text in (file.architecture or "", name))
+    if not stated or not timm.models.is_model(given) or given == stated:
         return
-    if _base(said.partition(".")[0]) != _base(given):
-        raise UsageError(
-            f"{file.name} has weights of {said}, not of {name}: name that architecture"
-        )
+    if _base(stated) != _base(given):
+        raise UsageError(f"{file.name} has weights of {file.architecture}, not of {name}")
 
 
 def _base(architecture: str) -> str:
-    """Returns the architecture of timm that another name builds."""
+    """Returns the architecture of timm that a name stands for."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-        warnings.simplefilter("ignore")  # About names that timm has replaced.
+        warnings.simplefilter("ignore")  # Deprecated names.
         model: Any = timm.create_model(architecture)
     base = getattr(model, "timm_base", None)
     return str(base.architecture if base else model.pretrained_cfg["architecture"])
 
 
-def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Returns what a file says of its training: options of the model, and the size of its images.
+def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Returns the options of the model and the image size with which a file was trained.
 
     Raises:
-        UsageError: If a value cannot be one of timm's, or is far beyond the sizes of the weights.
+        UsageError: If timm does not take a value, or it is far beyond the sizes of the weights.
     """
     args = {key: value for key, value in file.args.items() if value is not None}
     if isinstance(args.get("input_size"), int):
-        # Scripts of other projects, whose arguments are timm's otherwise.
+        # In scripts derived from timm's.
         args.setdefault("img_size", args["input_size"])
         del args["input_size"]
     kwargs = args.get("model_kwargs") or {}
@@ -257,10 +222,10 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
         config = timm.data.resolve_data_config(args, pretrained_cfg={"architecture": ""})
         channels, *size = (int(pixels) for pixels in config["input_size"])
         if min(size) < 1:
-            raise UsageError(f"images of {size[0]} × {size[1]} pixels")
+            raise ValueError(f"images of {size[0]} × {size[1]} pixels")
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{file.name} has args that are not timm's: {reason}") from error
+        raise UsageError(f"{file.name} has training arguments beyond timm's: {reason}") from error
     if channels != 3:
         options["in_chans"] = channels
     sized = args.get("img_size") is not None or args.get("input_size") is not None
@@ -268,11 +233,9 @@ def _said(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
 
 
 def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
-    """Returns the image size of position embeddings, if they are another model's than the default.
+    """Returns the image size of position embeddings; None if it is that of the model, or unknown.
 
-    Args:
-        state: Tensors with ``pos_embed`` of shape (1, tokens, D) or (1, rows, columns, D).
-        model: The model at its default size.
+    They have shape (1, tokens, D) or (1, rows, columns, D).
     """
     there, here = (tensors.get("pos_embed") for tensors in (state.tensors, model.state_dict()))
     patches: Any = getattr(model, "patch_embed", None)
@@ -287,12 +250,12 @@ def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
         rows = columns = math.isqrt(max(tokens, 0))
         if rows * columns != tokens:
             return None
-    # Of a hybrid, a patch is one of its convolutional stem's output.
+    # In a hybrid, the patches are those of the stem's output.
     return rows * pixels[0] // grid[0], columns * pixels[1] // grid[1]
 
 
 def _forget_origin(model: nn.Module) -> None:
-    """Takes from a model's configuration what it says of other weights."""
+    """Removes the fields about other weights from a model's configuration."""
     stored: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     config = {key: value for key, value in stored.items() if key not in ORIGIN}
     model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config

@@ -13,14 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from timm_lt.checkpoint import BLOCK, background_of, read_checkpoint, read_config
+from timm_lt.checkpoint import background_of, find_info
 from timm_lt.data import Splits, create_augmentation, list_augmentations
 from timm_lt.data.decode import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.models.create import FIELDS, LOCAL_DIR, create_sized_model, image_config, split_options
+from timm_lt.models.create import FIELDS, create_sized_model, image_config, split_options
 from timm_lt.models.label_names import is_for
+from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.weights_file import classes_of_file, create_from_file
 from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.training import (
@@ -79,7 +80,8 @@ def _head_put_anew(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict
     if not given.name.startswith(LOCAL_DIR) or head not in HEADS or not HEADS[head].own_state:
         return None, {}, given.options
     folder = Path(given.name.removeprefix(LOCAL_DIR))
-    if BLOCK in read_config(folder) and head in read_checkpoint(folder).heads:
+    info = find_info(folder)
+    if info is not None and head in info.heads:
         return None, {}, given.options
     ours, theirs = split_options(head, given.options)
     return head, ours, {key: value for key, value in theirs.items() if key != "head"}

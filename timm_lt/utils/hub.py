@@ -1,8 +1,7 @@
-"""What goes wrong between this machine and the Hub, in one sentence that says what to do."""
+"""Names of Hub repos, and errors of the Hub's client in one sentence that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 from httpx2 import HTTPError
 from huggingface_hub import constants
@@ -31,60 +30,60 @@ def split_revision(name: str) -> tuple[str, str | None]:
     (('me/birds', 'v1'), ('me/birds', None))
 
     Raises:
-        UsageError: If it is neither.
+        UsageError: If the name has another form.
     """
     repo_id, at, revision = name.removeprefix(HF_HUB).partition("@")
     if "/" not in repo_id or (at and not revision) or ".." in revision:
-        raise UsageError(f"{name!r} is no repo; write namespace/name or namespace/name@revision")
+        raise UsageError(
+            f"{name!r} is not a valid repo id; expected 'namespace/name' or "
+            "'namespace/name@revision'"
+        )
     return repo_id, revision or None
 
 
 @contextmanager
 def hub_errors(
-    repo_id: str,
-    revision: str | None = None,
-    file: str | None = None,
-    *,
-    repo_type: Literal["model", "dataset"] = "model",
+    repo_id: str, revision: str | None = None, file: str | None = None
 ) -> Iterator[None]:
-    """Turns what the Hub's client raises into a UsageError that says what to do.
+    """Turns errors of the Hub's client into a UsageError that says what to do.
 
     Args:
-        repo_id: The repo that is read or written.
-        revision: The revision.
-        file: The file that is wanted.
-        repo_type: What the repo holds.
+        repo_id: The model repo that is read or written.
+        revision: Its revision.
+        file: The file in it.
     """
-    what = f"{file} of {repo_id}" if file else repo_id
-    noun, folder = ("data set", "datasets/") if repo_type == "dataset" else ("model repo", "")
     try:
         yield
     except UsageError:
         raise
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no repo of the Hub: {_line(error)}") from error
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{repo_id} has no branch, tag or commit {revision!r}") from error
-    except GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{folder}{repo_id}"
-        raise UsageError(f"{repo_id} is gated: ask for access at {page} and {LOGIN}") from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"there is no {noun} {repo_id}, or it is private and you have no access to it: {LOGIN}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError(f"{what} is not in the cache, and {_reason(error, what)}") from error
-    except EntryNotFoundError as error:
-        raise UsageError(f"{repo_id} has no file {file}") from error
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{what}: {_reason(error, what)}") from error
+        raise UsageError(_message(error, repo_id, revision, file)) from error
+
+
+def _message(error: Exception, repo_id: str, revision: str | None, file: str | None) -> str:
+    what = f"{file} of {repo_id}" if file else repo_id
+    match error:
+        case HFValidationError():
+            return f"{repo_id!r} is not a valid repo id: {_line(error)}"
+        case RevisionNotFoundError():
+            return f"{repo_id} has no branch, tag or commit {revision!r}"
+        case GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repo_id}"
+            return f"{repo_id} is gated: ask for access at {page} and {LOGIN}"
+        case RepositoryNotFoundError():
+            return f"there is no model repo {repo_id}, or it is private; {LOGIN}"
+        case LocalEntryNotFoundError():
+            return f"{what} is not in the cache, and {_reason(error, what)}"
+        case EntryNotFoundError():
+            return f"{repo_id} has no file {file}"
+    return f"{what}: {_reason(error, what)}"
 
 
 def _reason(error: BaseException, what: str) -> str:
     """Says why a request failed and what can be done."""
     known = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, FileMetadataError)
     cause: BaseException | None = error
-    # The client wraps what happened, for uploads and forced downloads in bare built-in errors.
+    # For uploads and forced downloads the client wraps its errors in built-in ones.
     while cause is not None and not isinstance(cause, known):
         cause = cause.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
@@ -102,22 +101,19 @@ def _reason(error: BaseException, what: str) -> str:
 
 def _status_reason(error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    said = f" ({error.server_message})" if error.server_message else ""
-    if status == 401:
-        return f"the token is not valid{said}: {LOGIN}"
-    if status == 403:
-        return f"the token has no permission{said}: {LOGIN} with one that has"
-    if status == 409:
-        return f"it changed meanwhile{said}; try again"
-    if status == 412:
-        return f"the branch moved on meanwhile{said}; try again"
-    if status == 429:
-        after = error.response.headers.get("Retry-After")
-        wait = f" after {after} seconds" if after else " later"
-        return f"the Hub has had too many requests{said}; try again{wait}"
-    if status >= 500:
-        return f"the Hub has an error of its own ({status}){said}; try again later"
-    return f"the Hub answered {status}{said or f' ({_line(error)})'}"
+    after = error.response.headers.get("Retry-After")
+    reason, advice = {
+        401: ("the token is not valid", LOGIN),
+        403: ("the token has no permission", f"{LOGIN} with one that has"),
+        409: ("the repo has changed meanwhile", "try again"),
+        412: ("the branch has changed meanwhile", "try again"),
+        429: (
+            "the Hub has had too many requests",
+            f"try again after {after} seconds" if after else "try again later",
+        ),
+    }.get(status, (f"the Hub answered {status}", "try again later" if status >= 500 else ""))
+    text = error.server_message or (_line(error) if not advice else "")
+    return reason + (f" ({text})" if text else "") + (f"; {advice}" if advice else "")
 
 
 def _line(error: BaseException) -> str:

@@ -1,7 +1,4 @@
-"""How long the tail is: class counts, long-tail profiles, and the many/medium/few shot groups.
-
-When a schedule that begins late in training begins.
-"""
+"""Labels, class counts, long-tail profiles, shot groups, and the start of late schedules."""
 
 from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
@@ -30,7 +27,6 @@ SelectionProtocol = Literal["standard", "paper"]
 ShotRule = Literal["fb", "oltr"]
 
 PARETO_POWER = 6
-NAMES_HINT = "; number the classes first, e.g. [names.index(name) for name in labels]"
 
 
 class ShotBounds(NamedTuple):
@@ -52,13 +48,13 @@ SHOT_RULES: dict[ShotRule, ShotBounds] = {
 
 
 def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "labels") -> Tensor:
-    """Returns labels as a LongTensor on the CPU, after checking every one of them.
+    """Checks labels and returns them as a LongTensor on the CPU.
 
     Args:
         labels: Integers in [0, num_classes), one per image. A NumPy array or a tensor must have an
             integer dtype: a float label is refused even if its value is whole.
         num_classes: Number of classes, at least 1; None leaves the labels unbounded above.
-        noun: What the labels are called in the messages.
+        noun: Name of the labels in messages.
 
     Shape:
         labels (N,) with N >= 1, returned as (N,).
@@ -68,8 +64,6 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
             integer in range; names the first such index and its value.
     """
     values = _as_integers(labels, noun)
-    if values.ndim != 1:
-        raise UsageError(f"{noun} must be one-dimensional, got shape {tuple(values.shape)}")
     if len(values) == 0:
         raise UsageError(f"{noun} must not be empty")
     if num_classes is not None:
@@ -89,67 +83,43 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
 
 
 def _as_integers(values: Labels, noun: str) -> Tensor:
-    """Converts to a LongTensor on the CPU; refuses anything but integers, naming the first one."""
-    if isinstance(values, Mapping | AbstractSet):
+    """Converts labels to a LongTensor (N,) on the CPU; the error names the first wrong one."""
+    is_dataset = isinstance(values, Dataset) or hasattr(values, "column_names")
+    unordered = isinstance(values, Mapping | AbstractSet | str | bytes)
+    if is_dataset or unordered or not isinstance(values, Iterable):
+        hint = "; pass timm_lt.dataset_labels(dataset)" if is_dataset else ""
         raise UsageError(
-            f"{noun} must be a sequence or an array of integers; got a {type(values).__name__}, "
-            "whose entries are not in order"
+            f"{noun} must be a sequence or an array of integers, got a "
+            f"{type(values).__name__}{hint}"
         )
+    dtype = getattr(values, "dtype", None)
     if isinstance(values, Tensor):
-        if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
-            # NumPy has no bfloat16.
-            wide = values.double() if values.is_floating_point() else values
-            raise _not_an_integer(wide.detach().cpu().numpy(), noun, values.dtype)
-        return values.detach().cpu().long()
-    if not isinstance(values, np.ndarray) or values.dtype == object:
-        values = _as_list(values, noun)
-        # A set of types is found at C speed; only a wrong list is walked through.
-        kinds = {kind for kind in set(map(type, values)) if not _is_integer_type(kind)}
-        for index, value in enumerate(values):
-            if type(value) in kinds:
-                if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-                    raise UsageError(f"{noun} must be one-dimensional, got {noun}[{index}]={value}")
-                hint = NAMES_HINT if isinstance(value, str) else ""
-                raise UsageError(f"{noun}[{index}] = {value!r} is not an integer{hint}")
-        return torch.tensor([int(value) for value in values], dtype=torch.long)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise _not_an_integer(values, noun, values.dtype)
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def _as_list(values: object, noun: str) -> list[Any]:
-    """Returns the values of a list, a pandas Series or the like, without arrays around numbers."""
-    if isinstance(values, Dataset) or hasattr(values, "column_names"):
-        raise UsageError(
-            f"{noun} must be integers, not a {type(values).__name__}: pass "
-            "timm_lt.dataset_labels(dataset)"
-        )
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise UsageError(f"{noun} must be a sequence of integers, got {values!r}")
-    if getattr(values, "ndim", 1) != 1:
-        raise UsageError(f"{noun} must be one-dimensional, got a {type(values).__name__}")
-    found = list(values)
-    if any(issubclass(kind, Tensor | np.ndarray) for kind in set(map(type, found))):
-        arrays = [np.asarray(value) for value in found]
-        found = [array if array.ndim else array.item() for array in arrays]
-    return found
-
-
-def _is_integer_type(kind: type) -> bool:
-    return issubclass(kind, int | np.integer) and not issubclass(kind, bool)
-
-
-def _not_an_integer(values: NDArray[Any], noun: str, dtype: object) -> UsageError:
-    if values.size == 0:
-        return UsageError(f"{noun} must not be empty")
-    flat = values.reshape(-1)
-    index = 0
-    if np.issubdtype(values.dtype, np.floating):
-        # NaN and fractions are the telling culprits; all-whole floats are named by their first.
-        index = int(np.argmax(~(flat == np.round(flat))))
-    where = ", ".join(str(i) for i in np.unravel_index(index, values.shape))
-    hint = NAMES_HINT if values.dtype.kind in "US" else f": the dtype is {dtype}"
-    return UsageError(f"{noun}[{where}] = {flat[index]} is not an integer{hint}")
+        values = values.detach().cpu()
+        # NumPy has no bfloat16.
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UsageError(f"{noun} must be one-dimensional: {error}") from error
+    if array.ndim != 1:
+        raise UsageError(f"{noun} must be one-dimensional, got shape {array.shape}")
+    if array.dtype.kind in "iu" or not array.size:
+        return torch.from_numpy(array.astype(np.int64))
+    items = values if isinstance(values, Sequence) else array
+    if array.dtype.kind == "f" and items is array:
+        # Name a fraction or NaN, if there is one, rather than the first whole float.
+        index = int(np.argmax(~(array == np.round(array))))
+    else:
+        is_integer = [type(v) is int or isinstance(v, np.integer) for v in items]
+        if all(is_integer):
+            return torch.tensor([int(v) for v in items])
+        index = is_integer.index(False)
+    value: Any = items[index]
+    value = value.item() if hasattr(value, "item") else value
+    hint = "" if dtype is None else f": the dtype is {dtype}"
+    if isinstance(value, str):
+        hint = "; number the classes first, e.g. [names.index(name) for name in labels]"
+    raise UsageError(f"{noun}[{index}] = {value!r} is not an integer{hint}")
 
 
 def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
@@ -177,27 +147,29 @@ def check_class_counts(
     num_classes: int | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Returns class counts as a LongTensor on the CPU, after checking that they can be counts.
+    """Checks class counts and returns them as a LongTensor on the CPU.
 
     >>> check_class_counts({2: 5, 0: 90}, num_classes=3)
     tensor([90,  0,  5])
 
     Args:
         class_counts: Counts in label order; or by label, as a mapping or a pandas Series.
-        num_classes: Number of classes; a class that a mapping lacks has count 0 then. Without it a
-            mapping must have every class.
-        label_names: Class names in label order; a mapping may have them as its keys then.
+        num_classes: Expected number of classes. With it a mapping may omit empty classes.
+        label_names: Class names in label order, which a mapping may have as keys.
 
     Shape:
         class_counts (C,) with C >= 1, non-negative integers, not all of them 0.
 
     Raises:
-        UsageError: If they are not; names the first wrong index and its value, or the wrong keys.
+        UsageError: If they are not, or their number is not ``num_classes``; names the first wrong
+            index and its value, or the wrong keys.
     """
     by_label, in_order = _by_label(class_counts), cast("Labels", class_counts)
     if by_label is not None:
         in_order = _in_label_order(by_label, num_classes, label_names)
     counts = check_labels(in_order, noun="class_counts")
+    if num_classes is not None and len(counts) != num_classes:
+        raise UsageError(f"class_counts has {len(counts)} classes, expected {num_classes}")
     if counts.max() == 0:
         raise UsageError(f"class_counts must not be all 0 (got {len(counts)} classes)")
     return counts
@@ -208,12 +180,12 @@ def _by_label(class_counts: Any) -> dict[Any, Any] | None:  # noqa: ANN401
     if isinstance(class_counts, Mapping):
         return dict(class_counts)
     if isinstance(class_counts, ValuesView):
-        # A Counter has them in the order in which the labels came.
+        # In the order of first appearance for a Counter.
         raise UsageError(
             f"class_counts is a {type(class_counts).__name__}, which may be in any order: pass the "
             "mapping itself"
         )
-    # The index of a list is a method.
+    # A list's `index` is a method, a Series' is not.
     index = getattr(class_counts, "index", None)
     is_series = getattr(class_counts, "ndim", 0) == 1 and hasattr(class_counts, "items")
     if index is None or callable(index) or not is_series:
@@ -237,12 +209,11 @@ def _in_label_order(
                 f"names are {shown_names(names)}"
             )
         return [by_label.get(name, 0) for name in names]
-    for key in by_label:
-        if not _is_integer_type(type(key)):
-            raise UsageError(
-                f"class_counts has the key {key!r}, a {type(key).__name__}; the keys must be "
-                "integer labels from 0 on, or pass the counts in label order"
-            )
+    if not all(isinstance(key, int | np.integer) for key in by_label):
+        raise UsageError(
+            f"the keys of class_counts must be integer labels from 0 on, got "
+            f"{shown_names(list(by_label))}; or pass the counts in label order"
+        )
     size = num_classes or len(names) or len(by_label)
     surplus = sorted(key for key in by_label if not 0 <= key < size)
     missing = [label for label in range(size) if label not in by_label]
@@ -331,7 +302,6 @@ def long_tailed_counts(
 
 
 def _check_imbalance_factor(imbalance_factor: float, max_count: int) -> None:
-    """Checks the range, and explains the two ways to get it wrong."""
     check_number("imbalance_factor", imbalance_factor, "(0, inf)")
     if imbalance_factor < 1:
         raise UsageError(
@@ -381,7 +351,7 @@ def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, T
 
 
 def shot_rule_texts(rule: ShotRule = "fb") -> dict[str, str]:
-    """Returns what the rule says of each group.
+    """Returns the bounds of each shot group in words.
 
     >>> shot_rule_texts("oltr")
     {'many_shot': '>= 100', 'medium_shot': '21 to 99', 'few_shot': '<= 20'}
@@ -393,7 +363,7 @@ def shot_rule_texts(rule: ShotRule = "fb") -> dict[str, str]:
 def describe_shots(
     class_counts: ClassCounts, rule: ShotRule = "fb"
 ) -> dict[str, dict[str, int | str]]:
-    """Returns, JSON-ready, how many classes each shot group has and by what rule.
+    """Returns the number of classes and the bounds of each shot group, JSON-ready.
 
     >>> describe_shots(long_tailed_counts(100, 500, 100))["many_shot"]
     {'classes': 35, 'rule': '> 100'}
@@ -406,50 +376,44 @@ def describe_shots(
 
 
 def epoch_not_set(loss: object) -> UsageError:
-    """Returns the error for a loss with a schedule that is used before its epoch was set."""
+    """Returns the error for a scheduled loss that is used before :meth:`set_epoch`."""
     return UsageError(
-        f"{type(loss).__name__} changes from epoch to epoch and was not told the epoch: call "
-        "loss.set_epoch(epoch, epochs) before each epoch, also before the first"
+        f"{type(loss).__name__} depends on the epoch: call loss.set_epoch(epoch, epochs) before "
+        "each epoch, also before the first"
     )
 
 
 def check_start(start: float) -> None:
-    """Checks a start: a 0-based epoch, or a fraction of the epochs.
-
-    Raises:
-        UsageError: If it is neither an integer from 0 on nor a number in (0, 1).
-    """
-    if isinstance(start, float) and not start.is_integer():
-        check_number("start, a fraction of the epochs,", start, "(0, 1)")
-    elif isinstance(start, float):
-        raise UsageError(f"start must be an epoch (an integer) or in (0, 1), got {start!r}")
+    """Checks a start: a 0-based epoch (an integer), or a fraction of the epochs in (0, 1)."""
+    if isinstance(start, float):
+        check_number("start, an epoch (an integer) or a fraction of the epochs,", start, "(0, 1)")
     else:
         check_integer("start", start, minimum=0)
 
 
 def first_epoch(start: float, epochs: int | None) -> int:
-    """Returns the 0-based epoch of a start, of which a fraction is rounded down.
+    """Converts a start to a 0-based epoch; a fraction is rounded down.
 
     >>> first_epoch(160, 200), first_epoch(0.8, 200), first_epoch(0.8, 4)
     (160, 160, 3)
 
     Args:
         start: A 0-based epoch, or a fraction of the epochs.
-        epochs: Epochs of the training; None is unknown.
+        epochs: Number of epochs; None if unknown.
 
     Raises:
-        UsageError: If it is not within training, or a fraction of unknown epochs.
+        UsageError: If the start is not within the epochs, or is a fraction of unknown epochs.
     """
     check_start(start)
     if epochs is None:
         if isinstance(start, float):
             raise UsageError(f"start {start} is a fraction of the epochs: give epochs, too")
         return int(start)
-    # 0.29 of 100 is 28.999..., and means 29.
+    # 0.29 * 100 is 28.999...
     epoch = int(start * epochs + 1e-9) if isinstance(start, float) else int(start)
     if epoch >= epochs:
         raise UsageError(
-            f"start {start} is not within training, whose {epochs} epochs are 0 to {epochs - 1}: "
-            "take an earlier epoch, or a fraction of the epochs such as 0.8"
+            f"start {start} is not within the {epochs} epochs (0 to {epochs - 1}); choose an "
+            "earlier epoch, or a fraction such as 0.8"
         )
     return epoch

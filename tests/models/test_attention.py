@@ -94,16 +94,6 @@ def test_the_published_form_is_the_mean_weight_of_the_other():
     torch.testing.assert_close(mean, torch.full((2,), 1 / 49, dtype=torch.float64))
 
 
-@torch.no_grad()
-def test_a_map_in_which_every_position_is_doubled_gives_the_doubled_output():
-    module, x = attention(), maps(2, 6, 4, 3)
-
-    def doubled(values):
-        return values.repeat_interleave(2, 2).repeat_interleave(3, 3)
-
-    torch.testing.assert_close(module(doubled(x)), doubled(module(x)), rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_it_starts_as_the_identity_and_learns_from_there(form):
     module, x = ModulatedAttention(6, spatial=form), maps(2, 6, 7, 7).float()
@@ -142,16 +132,6 @@ def test_a_constant_map_by_hand(size):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 3e-2)])
-@torch.no_grad()
-def test_half_precision_has_the_values_up_to_rounding(form, dtype, tolerance):
-    module = random_weights(ModulatedAttention(8, spatial=form)).to(dtype)
-    x = maps(2, 8, 7, 7).to(dtype)
-    exact = copy.deepcopy(module).double()(x.double())
-    torch.testing.assert_close(module(x).double(), exact, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_extreme_scores_finite(form, dtype):
     module = random_weights(ModulatedAttention(8, spatial=form), std=2.0).to(dtype)
@@ -177,7 +157,7 @@ def test_wrong_values_are_refused(options, message):
 
 
 def test_the_published_form_says_that_it_takes_one_size():
-    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels, and got 6×7;.*'convolution'"):
+    with pytest.raises(UsageError, match=r"7×7 maps.*224 pixels\), got 6×7;.*'convolution'"):
         attention(spatial="linear")(maps(1, 6, 6, 7))
 
 
@@ -189,7 +169,7 @@ def test_attached_attention_changes_nothing_until_it_is_trained(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3).eval()
     if name == "resnext26ts":
-        with pytest.raises(UsageError, match="this is a ByobNet"):
+        with pytest.raises(UsageError, match="not for a ByobNet"):
             attach_attention(model)
         return
     images = torch.randn(2, 3, 64, 48)
@@ -205,13 +185,13 @@ def test_attached_attention_changes_nothing_until_it_is_trained(name):
         final, maps = model.forward_intermediates(images)
     assert torch.equal(final, taken)
     assert maps[-1].shape[1] == model.feature_info[-1]["num_chs"] == model.num_features
-    with pytest.raises(UsageError, match=f"has {last}.attention already"):
+    with pytest.raises(UsageError, match=f"already has {last}.attention"):
         attach_attention(model)
 
 
 def test_a_bilateral_network_is_refused():
     model = timm.create_model("lt_bbn_resnet", base="test_resnet", num_classes=3)
-    with pytest.raises(UsageError, match="does not go behind the branches of a bilateral network"):
+    with pytest.raises(UsageError, match="not for a BilateralResNet"):
         attach_attention(model)
 
 

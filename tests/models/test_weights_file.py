@@ -20,12 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import timm_lt
 from timm_lt.cli import main
-from timm_lt.data import create_splits
 from timm_lt.models.create import image_config
 from timm_lt.models.weights_file import classes_of_file, create_from_file
-from timm_lt.run.network import create_images
-from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
-from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
 
@@ -137,7 +133,7 @@ def test_weights_of_every_layout_are_found(layout, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_a_program_of_torch_is_named(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pth"))
-    with pytest.raises(UsageError, match=r"TorchScript program: .*state_dict\(\) alone$"):
+    with pytest.raises(UsageError, match=r"TorchScript archives passed to ``torch.load``; it may"):
         create_from_file("test_resnet", tmp_path / "w.pth")
 
 
@@ -181,7 +177,7 @@ def test_an_average_is_taken_if_asked_for(tmp_path, caplog):
     path = saved(tmp_path / "w.pth", {"state_dict": OTHER, "state_dict_ema": STATE})
     with caplog.at_level(logging.INFO, "timm_lt"):
         create_from_file("test_resnet", path)
-    assert "took the weights under state_dict, not state_dict_ema" in caplog.text
+    assert "loaded the weights under state_dict, not state_dict_ema" in caplog.text
     model = create_from_file("test_resnet", path, key="state_dict_ema")
     assert model.fc.weight.equal(STATE["fc.weight"])
 
@@ -195,16 +191,16 @@ REFUSED = {
         r"lacks fc\.bias; it has fc\.bias$",
     ),
     "twice": ({**prefixed("module.", STATE), "fc.bias": OTHER["fc.bias"]}, r"'fc\.bias' twice"),
-    "another network": (plain("test_vit").state_dict(), r"holds no test_resnet: it lacks"),
+    "another network": (plain("test_vit").state_dict(), r"no weights of test_resnet: it lacks"),
     "another network with some of the names": (
         {f"{at}bn1.{key}": torch.ones(3) for at in ("", "a.", "b.") for key in ("weight", "bias")},
-        r"holds no test_resnet: it lacks bn1\.running_mean",
+        r"no weights of test_resnet: it lacks bn1\.running_mean",
     ),
     "another width": ({**STATE, "fc.weight": torch.ones(3, 95)}, r"fc\.weight is \(3, 95\)"),
     "no tensors": ({"epoch": 3, "state_dict": {}}, "has no weights"),
-    "a list": ([STATE], "holds a list"),
-    "text for a tensor": ({**STATE, "fc.bias": np.float64(3)}, r"Unread under 'fc\.bias'"),
-    "a whole model": (plain(), r"asks for timm\.\S+, not only .* save its state_dict\(\)"),
+    "a list": ([STATE], "found a list"),
+    "text for a tensor": ({**STATE, "fc.bias": np.float64(3)}, r"fc\.bias is a Unread"),
+    "a whole model": (plain(), r"asks for timm\.\S+, not only .* save the state_dict\(\)"),
 }
 
 
@@ -339,11 +335,14 @@ def test_our_names_of_timms_architectures_take_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"mean": "red"}, "args that are not timm's: mean must be"),
-        ({"std": [0.1, 0.2]}, "args that are not timm's: std must be 1 or 3 numbers, got 2"),
-        ({"img_size": "large"}, "args that are not timm's"),
-        ({"img_size": -32}, "args that are not timm's: images of -32 × -32 pixels"),
-        ({"model_kwargs": ["x"]}, "args that are not timm's"),
+        ({"mean": "red"}, "training arguments beyond timm's: mean must be"),
+        (
+            {"std": [0.1, 0.2]},
+            "timm's: std must be 1 or 3 numbers, got 2",
+        ),
+        ({"img_size": "large"}, "training arguments beyond timm's"),
+        ({"img_size": -32}, "training arguments beyond timm's: images of -32 × -32 pixels"),
+        ({"model_kwargs": ["x"]}, "training arguments beyond timm's"),
         ({"model_kwargs": {"width": 2}}, "no option 'width'"),
         ({"model_kwargs": {"layers": [10**9, 1, 1, 1]}}, "far beyond the sizes"),
     ],
@@ -357,21 +356,27 @@ def test_arguments_that_cannot_be_are_one_line(args, message, tmp_path):
 def test_a_class_map_is_warned_of(tmp_path, caplog):
     path = timms_file(tmp_path / "w.pth", plain(), {"model": "test_resnet", "class_map": "m.txt"})
     create_from_file("test_resnet", path)
-    assert "--class-map m.txt: its classes come in the order of that file" in caplog.text
+    assert "--class-map m.txt: its classes have the order of that file" in caplog.text
 
 
 # ---- image sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "args", [{}, {"img_size": 96}, {"input_size": [3, 96, 96]}, {"input_size": 96}]
+    ("args", "size"),
+    [
+        ({}, (96, 96)),
+        ({"img_size": 96}, (96, 96)),
+        ({"input_size": 96}, (96, 96)),
+        ({"input_size": (3, 96, 128)}, (96, 128)),
+    ],
 )
-def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, tmp_path):
-    expected = plain("test_vit", img_size=96)
+def test_a_vit_is_built_for_the_size_that_it_was_trained_at(args, size, tmp_path):
+    expected = plain("test_vit", img_size=size)
     path = timms_file(tmp_path / "w.pth", expected, {"model": "test_vit", **args})
     model = create_from_file("test_vit", path)
     same(model, expected)
-    assert image_config(model)["input_size"] == (3, 96, 96)
+    assert image_config(model)["input_size"] == (3, *size)
 
 
 def test_a_vit_of_any_size_keeps_its_embeddings(tmp_path):
@@ -394,14 +399,6 @@ def test_a_hybrid_vit_is_built_for_the_size_of_its_stem(tmp_path):
     model = create_from_file("vit_tiny_r_s16_p8_224", path, depth=1)
     assert image_config(model)["input_size"] == (3, 96, 96)
     same(model, expected)
-
-
-def test_a_vit_of_a_wide_size_is_built_for_it(tmp_path):
-    expected = plain("test_vit", img_size=(96, 128))
-    args = {"model": "test_vit", "input_size": (3, 96, 128)}
-    model = create_from_file("test_vit", timms_file(tmp_path / "w.pth", expected, args))
-    same(model, expected)
-    assert image_config(model)["input_size"] == (3, 96, 128)
 
 
 @pytest.mark.parametrize("size", [64, 160])
@@ -431,43 +428,32 @@ def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
     options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
     expected = plain(name, img_size=128, **options)
     path = saved(tmp_path / "w.pth", expected.state_dict())
-    with pytest.raises(
-        UsageError, match=r"bias_table \(\d+, 2\) of another image size .*--image-size"
-    ):
+    with pytest.raises(UsageError, match=r"bias_table is \(\d+, 2\), not .*--image-size"):
         create_from_file(name, path, **options)
     same(create_from_file(name, path, image_size=128, **options), expected)
     # Embeddings with their width before the rows and columns.
     path = saved(tmp_path / "w.pth", plain("pit_ti_224", img_size=160).state_dict())
-    with pytest.raises(UsageError, match=r"than pit_ti_224, \(1, 64, 27, 27\): give the size"):
+    with pytest.raises(UsageError, match=r"not \(1, 64, 27, 27\); give the size of its images"):
         create_from_file("pit_ti_224", path)
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("mean=red", "mean must be a number in (-inf, inf), got 'red'"),
-        ("mean=[0.1, 0.2]", "mean must be 1 or 3 numbers, got 2"),
-        ("std=0", "std must be a number in (0, inf)"),
-        ("crop_pct=-1", "crop_pct must be a number in (0, inf), got -1"),
-        ("interpolation=cubic", "unknown interpolation: 'cubic'"),
-        ("crop_mode=middle", "unknown crop_mode: 'middle'"),
-        ("global_pool=middle", "'global_pool': 'middle'}: Only avg, avgmax"),
-        ("width=3", "test_vit has no option 'width'"),
-        ("pretrained=false", "--model-option pretrained is set by other options"),
-        ("mean", "--model-option takes KEY=VALUE, e.g. global_pool=max"),
+        ({"mean": "red"}, r"mean must be a number in \(-inf, inf\), got 'red'"),
+        ({"mean": [0.1, 0.2]}, "mean must be 1 or 3 numbers, got 2"),
+        ({"std": 0}, r"std must be a number in \(0, inf\)"),
+        ({"crop_pct": -1}, r"crop_pct must be a number in \(0, inf\), got -1"),
+        ({"interpolation": "cubic"}, "unknown interpolation: 'cubic'"),
+        ({"crop_mode": "middle"}, "unknown crop_mode: 'middle'"),
+        ({"global_pool": "middle"}, "'global_pool': 'middle'}: Only avg, avgmax"),
+        ({"width": 3}, "test_vit has no option 'width'"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(option, words, photos, tmp_path, capsys):
-    path = str(saved(tmp_path / "w.pth", plain("test_vit").state_dict()))
-    given = ["--checkpoint", path, "--model-option", option]
-    for command in (
-        ["heads", str(photos), "--model", "test_vit", "--output", str(tmp_path / "run"), *given],
-        ["predict", "test_vit", str(photos), *given],
-    ):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert words in error
-        assert error.count("\n") == 1
+def test_options_that_cannot_be_are_refused(option, words, tmp_path):
+    path = saved(tmp_path / "w.pth", plain("test_vit").state_dict())
+    with pytest.raises(UsageError, match=words):
+        create_from_file("test_vit", path, **option)
 
 
 @pytest.fixture(scope="module")
@@ -518,40 +504,11 @@ def test_predictions_are_of_images_as_the_training_saw_them(photos, tmp_path, ca
         torch.testing.assert_close(torch.tensor([shown[c] for c in range(3)]), expected)
 
 
-def test_images_of_a_run_are_cropped_as_the_model_says(photos):
-    model = plain(pretrained_cfg_overlay={"crop_mode": "border", "crop_pct": 1.0})
-    data = DataRecipe("folder", str(photos), augmentation="timm", image_size=64)
-    splits = create_splits("folder", root=str(photos))
-    recipe = Recipe(data=data, model=ModelRecipe("test_resnet"))
-    images = create_images(recipe, splits, model, workers=0)["test"]
-    ((batch, _),) = images.eval_loader(16, create_accelerator(mixed_precision="no"))
-    config = {**timm.data.resolve_data_config(model=model), "input_size": (3, 64, 64)}
-    transform = timm.data.create_transform(**config)
-    expected = [transform(row["image"].convert("RGB")) for row in splits.datasets["test"]]
-    torch.testing.assert_close(batch, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    usual = timm.data.create_transform(**{**config, "crop_mode": "center"})
-    first = splits.datasets["test"][0]["image"].convert("RGB")
-    assert not torch.allclose(usual(first), expected[0], atol=0.1)
-
-
-def test_a_model_of_gray_images_is_refused(photos, tmp_path, capsys):
-    path = str(
-        timms_file(tmp_path / "w.pth", plain(in_chans=1), {"model": "test_resnet", "in_chans": 1})
-    )
-    weights = ["--checkpoint", path, "--workers", "0"]
-    for command in (
-        ["heads", str(photos), "--model", "test_resnet", *weights, "--output", str(tmp_path / "o")],
-        ["evaluate", "test_resnet", str(photos), *weights],
-        ["predict", "test_resnet", str(photos), *weights],
-    ):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert "takes images of 1 channels (in_chans), and images are read as RGB" in error
-
-
-def test_rebalance_refuses_a_model_of_gray_images(photos):
-    with pytest.raises(UsageError, match="in_chans=3"):
-        timm_lt.rebalance(plain(in_chans=1), str(photos), workers=0)
+def test_a_model_of_gray_images_is_refused(tmp_path):
+    args = {"model": "test_resnet", "in_chans": 1}
+    model = create_from_file("test_resnet", timms_file(tmp_path / "w.pth", plain(in_chans=1), args))
+    with pytest.raises(UsageError, match=r"takes images of 1 channels \(in_chans\), but images"):
+        image_config(model)
 
 
 def test_a_folder_of_timm_is_taken_at_the_size_of_its_arguments(photos, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 
 import numpy as np
 import pytest
@@ -144,23 +143,14 @@ def test_config_is_timms_with_one_block_more(folder):
     assert config["label_names"] == NAMES
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
     assert "file" not in config["pretrained_cfg"]
-    block = config["timm_lt"]
-    assert block["version"] == 1
-    assert block["class_counts"] == COUNTS
-    assert block["heads"]["crt"]["metrics"] == {"all": 0.5, "few_shot": None}
-    assert block["heads"]["tau_norm"]["file"] is None
-    content = (folder / "heads/crt.safetensors").read_bytes()
-    assert block["heads"]["crt"]["sha256"] == sha256(content)
-
-
-def test_read_checkpoint(folder):
+    assert config["timm_lt"]["version"] == 1
     info = read_checkpoint(str(folder))
-    assert info.folder == folder
-    assert info.class_counts == COUNTS
-    assert info.label_names == NAMES
+    assert (info.folder, info.class_counts, info.label_names) == (folder, COUNTS, NAMES)
     assert list(info.heads) == list(HEAD_OPTIONS)
-    assert info.heads["lws"].file == "heads/lws.safetensors"
+    assert info.heads["crt"].metrics == {"all": 0.5, "few_shot": None}
+    assert info.heads["crt"].sha256 == sha256((folder / "heads/crt.safetensors").read_bytes())
     assert info.heads["lws"].options == {"scale_bias": False}
+    assert info.heads["tau_norm"].file is None
 
 
 def test_plain_timm_loads_the_folder_without_timm_lt(plain_server, folder, model, images, tmp_path):
@@ -219,16 +209,6 @@ def test_a_loaded_model_can_be_saved_again(folder, tmp_path, heads, features):
         assert torch.equal(get_head(load(again, name))(features), head(features))
     first, second = folder / "model.safetensors", again / "model.safetensors"
     assert first.read_bytes() == second.read_bytes()
-
-
-def test_a_linear_head_on_the_model_is_saved_as_the_plain_classifier(tmp_path, images):
-    model = joint_model(head="linear")
-    folder = save_checkpoint(tmp_path, model, heads={}, class_counts=COUNTS)
-    assert get_head(model).kind == "linear"
-    loaded = load(folder)
-    assert type(get_head(loaded)) is nn.Linear
-    with torch.no_grad():
-        assert torch.equal(loaded(images), model(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -292,14 +272,13 @@ def test_heads_can_be_exchanged_while_the_joint_weight_is_there(folder, heads, f
     model = load(folder, "lws")
     load_model_head(folder, model, "crt")
     assert torch.equal(get_head(model)(features), heads["crt"](features))
-    with pytest.raises(UsageError, match="'crt' head has taken the place of the joint classifier"):
+    with pytest.raises(UsageError, match=r"from the joint classifier .* has CRTHead"):
         load_model_head(folder, model, "tau_norm")
 
 
 def test_a_head_fitted_without_the_classifier_may_have_another_unused_bias(tmp_path, model):
     values = torch.randn(8, 96)
-    features = timm_lt.Features(values, torch.arange(4).repeat(2))
-    head = timm_lt.fit_head("ncm", features)
+    head = timm_lt.fit_head("ncm", timm_lt.Features(values, torch.arange(4).repeat(2)))
     folder = save_checkpoint(tmp_path, model, heads={"ncm": head}, class_counts=COUNTS)
     assert torch.equal(load_head(folder, "ncm", get_head(model))(values), head(values))
 
@@ -307,15 +286,9 @@ def test_a_head_fitted_without_the_classifier_may_have_another_unused_bias(tmp_p
 # ---- saving refuses ------------------------------------------------------------------------------
 
 
-def nan_crt(model):
+def crt_with_bias(model, value):
     head = HEADS["crt"].from_classifier(get_head(model))
-    torch.nn.init.constant_(head.bias, float("nan"))
-    return head
-
-
-def huge_crt(model):
-    head = HEADS["crt"].from_classifier(get_head(model))
-    torch.nn.init.constant_(head.bias, 1e5)
+    torch.nn.init.constant_(head.bias, value)
     return head
 
 
@@ -328,8 +301,14 @@ def with_selection(model):
 REFUSED = {
     "unfitted": (lambda m: {"heads": {"lws": HEADS["lws"].from_classifier(m.fc)}}, "not fitted"),
     "no class means": (lambda m: {"heads": {"a": create_head("ncm", 96, 4)}}, "not fitted"),
-    "nan": (lambda m: {"heads": {"crt": nan_crt(m)}}, "bias of head 'crt' has values .*not finite"),
-    "not a head": (lambda m: {"heads": {"a": nn.Linear(96, 4)}}, "is Linear, not a timm_lt head"),
+    "nan": (
+        lambda m: {"heads": {"crt": crt_with_bias(m, float("nan"))}},
+        "bias of head 'crt' has values .*not finite",
+    ),
+    "not a head": (
+        lambda m: {"heads": {"a": nn.Linear(96, 4)}},
+        "must have a timm_lt head for fc; got fc: Linear",
+    ),
     "shape": (lambda m: {"heads": {"a": create_head("crt", 96, 5)}}, r"\(5, 96\).*\(4, 96\)"),
     "other backbone": (
         lambda m: {"heads": {"a": HEADS["tau_norm"].from_classifier(joint_model(9).fc)}},
@@ -343,18 +322,18 @@ REFUSED = {
     ),
     "bias": (
         lambda m: {"heads": {"a": HEADS["crt"](96, 4, bias=False)}},
-        "only the model's classifier has a bias",
+        r"does not belong to the model: it has \{'weight': \(4, 96\)\}",
     ),
     "escaping name": (lambda m: {"heads": {"../a": create_head("crt", 96, 4)}}, "ASCII letters"),
     "empty name": (lambda m: {"heads": {"": create_head("crt", 96, 4)}}, "ASCII letters"),
     "fp16 range": (
-        lambda m: {"heads": {"crt": huge_crt(m)}, "dtype": torch.float16},
-        "bias of head 'crt' is beyond the range of torch.float16",
+        lambda m: {"heads": {"crt": crt_with_bias(m, 1e5)}, "dtype": torch.float16},
+        "bias of head 'crt' has values that are not finite in torch.float16",
     ),
     "integer type": (lambda m: {"dtype": torch.int8}, "dtype must be a floating-point type"),
-    "counts": (lambda m: {"class_counts": [1, 2]}, "class_counts has 2 classes, the model 4"),
+    "counts": (lambda m: {"class_counts": [1, 2]}, r"class_counts must be .* 4 integers"),
     "negative": (lambda m: {"class_counts": [1, 2, 3, -1]}, "class_counts"),
-    "labels": (lambda m: {"label_names": ["a"]}, "1 names for 4 classes"),
+    "labels": (lambda m: {"label_names": ["a"]}, "label_names must be null or 4 strings"),
     "metrics": (lambda m: {"metrics": {"ctr": {"all": 1.0}}}, "unknown head in metrics: 'ctr'"),
     "nan metrics": (
         lambda m: {"heads": {"c": create_head("crt", 96, 4)}, "metrics": {"c": {"a": np.nan}}},
@@ -373,17 +352,12 @@ def test_save_refuses_and_writes_nothing(tmp_path, model, case):
     assert not (tmp_path / "run").exists()
 
 
-def test_save_refuses_a_model_that_carries_another_head(tmp_path, model):
-    carrying = set_head(copy.deepcopy(model), "tau_norm")
-    with pytest.raises(UsageError, match="carries a 'tau_norm' head"):
-        save_checkpoint(tmp_path / "run", carrying, heads={}, class_counts=COUNTS)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_refused_save_leaves_the_old_checkpoint_whole(folder, model):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError):
-        save_checkpoint(folder, model, heads={"crt": nan_crt(model)}, class_counts=COUNTS)
+    with pytest.raises(UsageError, match="carries a 'tau_norm' head"):
+        save_checkpoint(
+            folder, set_head(copy.deepcopy(model), "tau_norm"), heads={}, class_counts=COUNTS
+        )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -398,42 +372,44 @@ def test_an_interrupted_save_leaves_no_config(folder, model, heads, monkeypatch)
         load(folder)
 
 
-def test_saving_does_not_change_the_model(folder, model, images):
-    with torch.no_grad():
-        before = model(images)
-        save_checkpoint(folder, model, heads={}, class_counts=COUNTS, dtype=torch.float16)
-        assert torch.equal(model(images), before)
-    assert model.pretrained_cfg["architecture"] == "lt_test_resnet"
-
-
 # ---- loading refuses -----------------------------------------------------------------------------
 
+IN_CRT = ("heads", "crt")
 BAD_BLOCKS = [
-    ((), {"version": 2}, r"timm_lt\.version is 2, this timm_lt reads 1"),
-    ((), {"version": None}, "version is None"),
-    ((), {"class_counts": "many"}, "class_counts must be null or a list of integers >= 0"),
-    ((), {"class_counts": []}, "class_counts must be"),
+    ((), {"version": 2}, r"timm_lt\.version must be 1 for this timm_lt, found 2"),
+    ((), {"class_counts": "many"}, "class_counts must be null or 4 integers >= 0"),
+    ((), {"class_counts": [0, 0, 0, 0]}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, 4.5]}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, -4]}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, True]}, "class_counts must be"),
     ((), {"label_names": ["a"]}, "label_names must be null or 4 strings"),
     ((), {"label_names": [1, 2, 3, 4]}, "label_names must be null or 4 strings"),
+    ((), {"weights_sha256": "0" * 63}, "weights_sha256 must be the 64 hexadecimal digits"),
+    ((), {"seed": -1}, "seed must be null or an integer >= 0"),
+    ((), {"shot_rule": "few"}, "shot_rule must be null or one of "),
+    ((), {"background": "white"}, "background must be a colour '#rrggbb'"),
     ((), {"heads": []}, "heads must be an object"),
     ((), {"heads": {"crt": 5}}, r"heads\.crt must be an object"),
-    (("heads", "crt"), {"kind": "ctr"}, r"heads\.crt\.kind: 'ctr'.*did you mean 'crt'"),
-    (("heads", "crt"), {"kind": ["crt"]}, r"heads\.crt\.kind"),
-    (("heads", "crt"), {"kind": "os.system"}, r"heads\.crt\.kind: 'os.system'"),
-    (("heads", "crt"), {"options": [1]}, r"heads\.crt\.options must be an object"),
-    (("heads", "crt"), {"metrics": 1}, r"heads\.crt\.metrics must be an object"),
-    (("heads", "crt"), {"sha256": 5}, r"heads\.crt\.sha256 must be the 64"),
-    (("heads", "crt"), {"file": None}, r"a 'crt' head needs a file"),
-    (("heads", "crt"), {"file": "../crt.safetensors"}, r"heads\.crt\.file must be 'heads/crt"),
-    (("heads", "crt"), {"file": "/etc/passwd"}, r"heads\.crt\.file must be"),
-    (("heads", "crt"), {"file": 5}, r"heads\.crt\.file must be"),
+    (IN_CRT, {"kind": "os.system"}, r"heads\.crt\.kind must be one of .*, found 'os.system'"),
+    (IN_CRT, {"kind": ["crt"]}, r"heads\.crt\.kind"),
+    (IN_CRT, {"options": [1]}, r"heads\.crt\.options must be an object"),
+    (IN_CRT, {"metrics": 1}, r"heads\.crt\.metrics must be an object"),
+    (IN_CRT, {"metrics": {"all": "high"}}, r"metrics\.all must be a number or null"),
+    (IN_CRT, {"backbone_statistics": "yes"}, "backbone_statistics must be true or false"),
+    (IN_CRT, {"sha256": 5}, r"heads\.crt\.sha256 must be the 64"),
+    (IN_CRT, {"file": None}, r"file must be \"heads/crt.safetensors\", found None"),
+    (IN_CRT, {"file": "../crt.safetensors"}, r'heads\.crt\.file must be "heads/crt'),
+    (IN_CRT, {"file": "/etc/passwd"}, r"heads\.crt\.file must be"),
+    (("heads", "tau_norm"), {"file": "heads/tau_norm.safetensors"}, "file must be null, found"),
+    (("heads", "tau_norm"), {"options": {"tau": "big"}}, "tau must be a number"),
+    (("heads", "tau_norm"), {"options": {"keep_bias": "no"}}, "keep_bias must be true or false"),
+    (("heads", "tau_norm"), {"options": {"taux": 1}}, "has no option 'taux'.*valid options: tau"),
+    (("heads", "ncm"), {"options": {"metric": "l1"}}, "unknown metric"),
+    (("heads", "cosine"), {"options": {"scale": 10**400}}, "scale must be a number"),
     (
-        ("heads", "tau_norm"),
-        {"file": "heads/tau_norm.safetensors", "sha256": ""},
-        "'tau_norm' head has no file of its own",
+        ("heads", "logit_adjusted"),
+        {"options": {"class_counts": [1]}},
+        "class_counts must be absent",
     ),
 ]
 
@@ -455,23 +431,6 @@ def test_a_head_name_cannot_leave_the_folder(folder, name):
         load(folder, name)
 
 
-BAD_OPTIONS = [
-    ("tau_norm", {"tau": "big"}, "tau must be a number"),
-    ("tau_norm", {"keep_bias": "no"}, "keep_bias must be true or false"),
-    ("tau_norm", {"taux": 1}, "head 'tau_norm' has no option 'taux'.*valid options: tau"),
-    ("ncm", {"metric": "l1"}, "unknown metric"),
-    ("cosine", {"scale": -1}, "scale must be a number"),
-    ("cosine", {"scale": 10**400}, "scale must be a number"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "message"), BAD_OPTIONS)
-def test_bad_options_of_a_config_are_refused(folder, name, options, message):
-    edit_config(folder, "heads", name, options=options)
-    with pytest.raises(UsageError, match=message):
-        load(folder, name)
-
-
 def test_key_given_twice_is_refused(folder):
     text = (folder / "config.json").read_text()
     text = text.replace('"crt": {', '"lws": {}, "crt": {', 1)
@@ -486,48 +445,31 @@ def test_plain_timm_checkpoint_and_missing_folder(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="plain timm checkpoint without heads"):
         read_checkpoint(folder)
-    # It has what needs no fit, like every other timm model.
+    # It has the heads that need no fit, like every other timm model.
     head = get_head(load(folder, "tau_norm", tau=0.5))
     assert torch.equal(head.weight, load(folder).fc.weight)
     counted = get_head(load(folder, "logit_adjusted", class_counts=COUNTS))
     assert counted.log_prior.argmax() == 0
-    for name in ("lws", "crt", "no"):
-        with pytest.raises(UsageError, match="choose one of linear, logit_adjusted, tau_norm"):
-            load(folder, name)
+    with pytest.raises(UsageError, match="'lws'; choose one of: linear, logit_adjusted, tau_norm"):
+        load(folder, "lws")
     with pytest.raises(UsageError, match="pass class_counts="):
         load(folder, "logit_adjusted")
-    with pytest.raises(
-        UsageError, match=f"folder {re.escape(str(tmp_path / 'no'))} does not exist"
-    ):
+    with pytest.raises(UsageError, match=r"no/config\.json does not exist"):
         load(tmp_path / "no", "tau_norm")
 
 
 def test_weights_of_another_run_are_refused(folder, tmp_path, heads):
     other = save_checkpoint(tmp_path / "other", joint_model(5), heads={}, class_counts=COUNTS)
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(UsageError, match=r"is not the one that config\.json describes"):
+    with pytest.raises(UsageError, match=r"is not the file that config\.json describes"):
         load(folder, "lws")
-
-
-def test_unknown_head_lists_those_that_can_be_had(folder):
-    with pytest.raises(UsageError, match=r"'ctr' \(did you mean 'crt'\?\); choose one of: linear"):
-        load(folder, "ctr")
-
-
-def test_altered_head_file_is_refused(folder):
-    path = folder / "heads/crt.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"crt\.safetensors is not the one.*SHA-256 differs"):
-        load(folder, "crt")
-    load(folder, "lws")
 
 
 def test_missing_head_file_is_refused(folder):
     (folder / "heads/crt.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"crt\.safetensors cannot be read"):
+    with pytest.raises(UsageError, match=r"crt\.safetensors is not a readable safetensors file"):
         load(folder, "crt")
+    load(folder, "lws")
 
 
 @pytest.mark.parametrize(
@@ -542,15 +484,7 @@ def test_head_file_with_other_tensors_is_refused(folder, tensors):
     path = folder / "heads/crt.safetensors"
     save_file(tensors, path)
     edit_config(folder, "heads", "crt", sha256=sha256(path.read_bytes()))
-    with pytest.raises(UsageError, match=r"holds .* a 'crt' head here needs \{'weight': \(4, 96\)"):
-        load(folder, "crt")
-
-
-def test_head_file_that_is_no_safetensors_is_refused(folder):
-    path = folder / "heads/crt.safetensors"
-    path.write_bytes(b"\x80\x04no")
-    edit_config(folder, "heads", "crt", sha256=sha256(path.read_bytes()))
-    with pytest.raises(UsageError, match="is no safetensors file"):
+    with pytest.raises(UsageError, match=r"has .* a 'crt' head here needs \{'weight': \(4, 96\)"):
         load(folder, "crt")
 
 
@@ -560,18 +494,6 @@ def test_head_file_with_an_unfitted_state_is_refused(folder):
     edit_config(folder, "heads", "lws", sha256=sha256(path.read_bytes()))
     with pytest.raises(UsageError, match="'lws' is not fitted yet"):
         load(folder, "lws")
-
-
-@pytest.mark.parametrize("content", [None, b"short", "truncated"])
-def test_missing_or_broken_backbone_is_refused(folder, content):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    path.unlink()
-    if content is not None:
-        path.write_bytes(whole[:-10] if content == "truncated" else content)
-    for head in (None, "tau_norm"):
-        with pytest.raises(UsageError, match=re.escape(str(folder))):
-            load(folder, head)
 
 
 def test_fixed_options_cannot_change(folder, model):
@@ -586,7 +508,7 @@ def test_fixed_options_cannot_change(folder, model):
 
 
 def test_other_classes_or_no_weights_go_with_no_head(folder):
-    with pytest.raises(UsageError, match="has 4 classes, not 7"):
+    with pytest.raises(UsageError, match=r"of 4 classes, but the model has Linear\(.*=7"):
         load(folder, "tau_norm", num_classes=7)
     with pytest.raises(UsageError, match="needs its backbone"):
         load(folder, "tau_norm", pretrained=False)
@@ -597,22 +519,22 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_args": {"num_classes": 9}}, r"model_args\.num_classes is 9, the checkpoint has 4"),
+        ({"model_args": {"num_classes": 9}}, r"model_args\.num_classes must be 4 .* found 9"),
         ({"model_args": ["x"]}, "model_args must be an object"),
         (
             {"model_args": {"pretrained_cfg_overlay": {"file": "x"}}},
-            "must not have pretrained_cfg_",
+            r"model_args\.pretrained_cfg_overlay must be absent",
         ),
-        ({"model_args": {"cache_dir": "/"}}, "must not have cache_dir"),
+        ({"model_args": {"cache_dir": "/"}}, "cache_dir must be absent"),
         ({"model_args": {"layers": "abc"}}, "cannot be loaded"),
         ({"architecture": 7}, "architecture must be a string"),
-        ({"architecture": ["x"]}, "architecture must be a string"),
         ({"architecture": "os.system"}, "cannot be loaded"),
         ({"pretrained_cfg": 5}, "pretrained_cfg must be an object"),
-        ({"pretrained_cfg": {"num_classes": 5}}, r"pretrained_cfg\.num_classes is 5"),
-        ({"pretrained_cfg": {"url": "http://127.0.0.1/x"}}, "pretrained_cfg must not have url"),
-        ({"pretrained_cfg": {"label_offset": 1}}, "pretrained_cfg must not have label_offset"),
-        ({"num_classes": 3}, "class_counts has 4 classes, num_classes is 3"),
+        ({"pretrained_cfg": {"num_classes": 5}}, r"pretrained_cfg\.num_classes must be 4"),
+        ({"pretrained_cfg": {"url": "http://127.0.0.1/x"}}, r"pretrained_cfg\.url must be absent"),
+        ({"pretrained_cfg": {"label_offset": 1}}, "label_offset must be absent"),
+        ({"pretrained_cfg": {"classifier": [1]}}, "classifier must be a string or a list"),
+        ({"num_classes": 3}, r"num_classes must be 3|class_counts must be null or 3 integers"),
         (
             {"model_args": {"layers": [10**7, 1, 1, 1]}},
             r"model_args\.layers is 10000003, far beyond",
@@ -622,8 +544,9 @@ def test_other_classes_or_no_weights_go_with_no_head(folder):
             {"model_args": {"layers": [60000, 1, 1, 1]}},
             "has far more layers than model",
         ),
+        ({"model_args": {"stem_width": 3000}}, r"has [\d,]+ numbers, more than the [\d,]+ that"),
         (
-            {"model_args": {"stem_width": 3000}},
+            {"model_args": {"stem_width": 30}},
             r"has \(.*\) for conv1.*, the model of config.json \(",
         ),
         ({"model_args": {"x": json.loads("[" * 700 + "]" * 700)}}, "model_args is nested too deep"),
@@ -642,7 +565,7 @@ def test_without_weights_sizes_are_bounded_too(folder):
     for change, message in (
         ({"layers": [60000, 1, 1, 1]}, "far more layers"),
         ({"layers": [10**6, 1, 1, 1]}, r"model_args\.layers is 1000003"),
-        ({"stem_width": 20000}, "numbers, more than 1,073,741,824"),
+        ({"stem_width": 20000}, "numbers, more than the 1,073,741,824"),
     ):
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -691,13 +614,8 @@ def test_buffers_that_are_not_stored_are_bounded(tmp_path):
     config["model_args"]["window_size"] = 150
     config["model_args"]["img_size"] = 1200
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"has buffers of [\d,]+ numbers, far more than"):
+    with pytest.raises(UsageError, match=r"has [\d,]+ numbers, more than the"):
         load(tmp_path)
-
-
-def test_wrong_option_names_the_options_of_the_head(folder):
-    with pytest.raises(UsageError, match=r"no option 'taux'.*'tau_norm': tau, keep_bias"):
-        load(folder, "tau_norm", taux=0.5)
 
 
 # ---- batch-norm statistics of a head ------------------------------------------------------------
@@ -734,8 +652,8 @@ def test_a_heads_statistics_go_into_the_backbone_and_nowhere_else(model, images,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if "backbone" not in k}, "should hold batch-norm"),
-        (lambda t: {**t, "backbone.fc.weight": torch.zeros(4, 96)}, "should hold batch-norm"),
+        (lambda t: {k: v for k, v in t.items() if "backbone" not in k}, "and 0 batch-norm stat"),
+        (lambda t: {**t, "backbone.fc.weight": torch.zeros(4, 96)}, "'backbone.fc.weight'"),
         (lambda t: {**t, "backbone.bn9.running_var": torch.ones(3)}, "bn9.running_var .* missing"),
         (lambda t: {**t, "backbone.bn1.running_mean": torch.ones(3)}, r"bn1.running_mean is \(3,"),
         (lambda t: {**t, "stray": torch.ones(3)}, "stray"),
@@ -749,7 +667,4 @@ def test_statistics_that_are_not_the_models_are_refused(model, tmp_path, change,
     save_file(change(load_file(path)), path)
     edit_config(tmp_path, "heads", "crt", sha256=sha256(path.read_bytes()))
     with pytest.raises(UsageError, match=message):
-        load(tmp_path, "crt")
-    edit_config(tmp_path, "heads", "crt", backbone_statistics="yes")
-    with pytest.raises(UsageError, match="backbone_statistics must be true or false, got 'yes'"):
         load(tmp_path, "crt")

@@ -129,29 +129,20 @@ def test_a_background_that_a_folded_folder_does_not_record_is_said(tmp_path, cap
         config["timm_lt"]["background"] = background
         (source / "config.json").write_text(json.dumps(config))
         assert main(["fold", str(source), str(tmp_path / "ship"), "--overwrite"]) == 0
-        assert ("give predict --background '#000000'" in capsys.readouterr().out) == said
+        assert ("pass it to predict: --background '#000000'" in capsys.readouterr().out) == said
 
 
-def test_a_wrong_head_lists_those_that_can_be_folded(tmp_path, capsys):
-    def choices(source):
+def test_a_wrong_head_lists_the_others(tmp_path, capsys):
+    for source in (str(PACKAGED), "lt_test_resnet.glyph_lt"):
         assert main(["fold", source, str(tmp_path / "x"), "--head", "nope"]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: unknown head of {source}: 'nope'")
-        return error.strip().partition("choose one of: ")[2].split(", ")
-
-    packaged = ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
-    assert choices(str(PACKAGED)) == choices("lt_test_resnet.glyph_lt") == packaged
-    model = timm_lt.create_model("test_resnet", num_classes=4)
-    heads = {
-        "near": fill(timm_lt.create_head("ncm", 96, 4, metric="cosine")),
-        "far": fill(timm_lt.create_head("ncm", 96, 4, metric="euclidean", features="l2")),
-        "oltr": fill(timm_lt.create_head("oltr", 96, 4)),
-        "half": HEADS["tau_norm"].from_classifier(model.fc, tau=0.5),
-    }
-    timm_lt.save_checkpoint(tmp_path / "run", model, heads=heads, class_counts=[5] * 4)
-    expected = ["near", "half", "linear", "logit_adjusted", "tau_norm"]
-    assert choices(str(tmp_path / "run")) == expected
+        names = error.strip().partition("choose one of: ")[2].split(", ")
+        assert names == ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
     # Heads that need no fit go with any joint classifier, stored or not.
+    model = timm_lt.create_model("test_resnet", num_classes=4)
+    heads = {"half": HEADS["tau_norm"].from_classifier(model.fc, tau=0.5)}
+    timm_lt.save_checkpoint(tmp_path / "run", model, heads=heads, class_counts=[5] * 4)
     names = ["half", "logit_adjusted"]
     assert main(["fold", str(tmp_path / "run"), str(tmp_path / "x"), "--head", *names]) == 0
     capsys.readouterr()
@@ -257,7 +248,7 @@ def test_predictions_of_a_head_that_normalises_are_compared(tmp_path, capsys, mo
 
     monkeypatch.setattr(HEADS["ncm"], "fold", wrong)
     assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--head", "ncm"]) == 2
-    assert "predicts other classes" in capsys.readouterr().err
+    assert "gives other predictions than the model with the head" in capsys.readouterr().err
 
 
 def test_what_cannot_be_folded_says_so(tmp_path):
@@ -315,21 +306,13 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         ([str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"], ["no option 'in_chans'"]),
-        (
-            [str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=2020-99-99"],
-            ["cannot be re"],
-        ),
-        ([str(PACKAGED), "x", "--head", "crt", "nosuch"], ["unknown head"]),
         ([str(PACKAGED), "x" * 300], ["cannot be written"]),
         (["nowhere", "x"], ["no such folder", "lt_test_resnet.glyph_lt"]),
         (["lt_resnet10", "x"], ["unknown checkpoint", "'lt_resnet10'"]),
-        (["local-dir:nowhere", "x"], ["folder nowhere does not exist"]),
+        (["local-dir:nowhere", "x"], ["nowhere/config.json does not exist"]),
         (["thesis", "x"], ["thesis", "config.json"]),
         ([str(PACKAGED), "x", "--head", "nc"], ["did you mean 'ncm'"]),
-        ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau"], ["KEY=VALUE"]),
         ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=-1"], ["tau must be"]),
-        ([str(PACKAGED), "x", "--head", "tau_norm", "--option", "tau=["], ["cannot be read"]),
-        ([str(PACKAGED), "x", "--head", "crt", "--option", "tau=1"], ["no option 'tau'"]),
         ([str(PACKAGED), str(PACKAGED), "--overwrite"], ["same folder"]),
         ([str(PACKAGED), "thesis", "--overwrite"], ["holds more than a checkpoint", "a.tex"]),
     ],

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import pickle  # noqa: TID251
 from pathlib import Path
 
 import learning
@@ -223,23 +222,6 @@ def test_features_only_takes_images_one_by_one(base):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:`torch.jit.script`")
-def test_copies_scripts_and_compiled_models():
-    model, x = create().eval(), images(4, dtype=torch.float32)
-    expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.jit.script(model)):
-        torch.testing.assert_close(twin(x), expected)
-    average = timm.utils.ModelEmaV3(model, decay=0.5).module
-    torch.testing.assert_close(average(x), expected)
-    torch.compiler.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
-    model.train()
-    pairs = copy.deepcopy(model)(x)
-    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), pairs)
-
-
-@torch.no_grad()
 def test_heads_and_resets():
     model, x = create().eval(), images(4, dtype=torch.float32)
     features = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -350,29 +332,20 @@ def test_mistakes_are_named_before_training(accelerator, options, message):
 
 
 def test_an_odd_batch_and_other_networks_are_refused():
-    with pytest.raises(UsageError, match="trains on pairs of images, and this batch has 3"):
+    with pytest.raises(UsageError, match="trains on pairs of images, but this batch has 3"):
         create().train()(images(3, dtype=torch.float32))
-    with pytest.raises(UsageError, match=r"ResNet or ResNeXt.*not of a VisionTransformer"):
+    with pytest.raises(UsageError, match=r"ResNet or ResNeXt.*not from a VisionTransformer"):
         timm_lt.create_bilateral(timm.create_model("test_vit"))
-    with pytest.raises(UsageError, match="not of a BilateralResNet"):
+    with pytest.raises(UsageError, match="not from a BilateralResNet"):
         timm_lt.create_bilateral(create())
-    with pytest.raises(UsageError, match="carries a 'ncm' head: fold it"):
+    with pytest.raises(UsageError, match="carries a 'ncm' head; fold it"):
         timm_lt.create_bilateral(timm.create_model("lt_test_resnet", head="ncm"))
     with pytest.raises(UsageError, match=r"branch_scale must be a number in \(0, inf\), got 0"):
         create(branch_scale=0)
     with pytest.raises(UsageError, match="unknown base 'resnet'"):
         create("resnet")
-    with pytest.raises(UsageError, match=r"last residual block, and behind.*a ModulatedAttention"):
+    with pytest.raises(UsageError, match=r"last residual block, but .*a ModulatedAttention"):
         create("lt_oltr_resnet10")
-
-
-def test_autocast_gives_the_logits_of_pairs():
-    model, x = create().train(), images(8, dtype=torch.float32)
-    expected = copy.deepcopy(model)(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = copy.deepcopy(model)(x)
-    assert found.shape == expected.shape == (8, 5)
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_a_recipe_with_half_of_it_stops_before_it_writes(tmp_path):

@@ -5,7 +5,6 @@ import json
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 import timm_lt
 from timm_lt.cli import main
@@ -60,26 +59,6 @@ def test_the_images_that_the_run_held_out_are_evaluated(photos, tmp_path, capsys
     assert "fitted on" not in log
     _, log = evaluated(capsys, run, photos, "--option", "seed=4")
     assert "(test_fraction=0.4, seed=3): it may have been fitted on images that are" in log
-
-
-def test_linear_is_always_there_and_json_says_all(photos, tmp_path, capsys):
-    capsys.readouterr()
-    arguments = ["heads", str(photos), "--model", MODEL, "--heads", "crt", "ncm", "--json"]
-    assert main([*arguments, "--output", str(tmp_path / "run"), "--workers", "0"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["heads"]) == ["linear", "crt", "ncm", "auto"]
-    assert found["label_names"] == list(COUNTS)
-    assert found["recommendation"].startswith(("Take ", "Keep linear"))
-    report = timm_lt.ShotReport.from_dict(found["heads"]["crt"])
-    low, high = timm_lt.confidence_intervals(report, found["class_counts"])["all"]
-    assert found["intervals"]["crt"]["all"] == [low, high]
-
-
-def test_a_file_of_weights_is_no_model(photos, tmp_path, capsys):
-    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "mine.safetensors")
-    model = str(tmp_path / "mine.safetensors")
-    assert main(["heads", str(photos), "--model", model]) == 2
-    assert "name its architecture, and give the file with --checkpoint" in capsys.readouterr().err
 
 
 def weights(classes, seed=0):

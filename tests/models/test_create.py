@@ -7,18 +7,9 @@ from conftest import HEAD_OPTIONS
 from huggingface_hub import constants
 
 import timm_lt
-from timm_lt.heads import classifier_name, get_head
-from timm_lt.models.create import split_options
+from timm_lt.heads import get_head
 from timm_lt.utils.checks import UsageError
 
-PATHS = {
-    "test_resnet": "fc",
-    "test_vit": "head",
-    "test_efficientnet": "classifier",
-    "test_convnext": "head.fc",
-    "test_nfnet": "head.fc",
-    "test_maxvit": "head.fc",
-}
 TIMM_NAMES = {
     "lt_test_resnet": ("test_resnet", {}),
     "lt_resnet10": ("resnet18", {"layers": [1, 1, 1, 1]}),
@@ -36,57 +27,11 @@ def images(model, channels=3, number=2):
     return torch.randn(number, channels, size, size, generator=generator)
 
 
-@pytest.mark.parametrize("architecture", PATHS)
-def test_any_timm_architecture_takes_a_head(architecture):
-    torch.manual_seed(0)
-    plain = timm.create_model(architecture, num_classes=5).eval()
-    torch.manual_seed(0)
-    model = timm_lt.create_model(architecture, num_classes=5, head="tau_norm", tau=0.6).eval()
-    head = get_head(model)
-    assert classifier_name(model) == PATHS[architecture]
-    assert model.get_submodule(PATHS[architecture]) is head
-    assert set(model.state_dict()) == set(plain.state_dict())
-    taken = []
-    get_head(plain).register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
-    with torch.no_grad():
-        logits = model(images(plain))
-        plain(images(plain))
-    weight = get_head(plain).weight.detach().double()
-    expected = taken[0].double() @ (weight / weight.norm(dim=1, keepdim=True) ** 0.6).T
-    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
-def test_folded_model_gives_the_logits_and_timms_keys(architecture):
-    model = timm_lt.create_model(architecture, num_classes=5, head="cosine", scale=4.0).eval()
-    plain = timm.create_model(architecture, num_classes=5).eval()
-    x = images(model, number=4)
-    with torch.no_grad():
-        preds = model(x).argmax(1)
-        timm_lt.fold_head(model)
-        assert torch.equal(model(x).argmax(1), preds)
-    assert list(plain.state_dict()) == list(model.state_dict())
-
-
-def test_arguments_of_timm_reach_timm():
-    model = timm_lt.create_model(
-        "test_resnet", num_classes=3, head="cosine", scale=2.0, in_chans=1, drop_rate=0.25
-    )
-    assert model.drop_rate == 0.25
-    assert model.eval()(images(model, channels=1)).shape == (2, 3)
-    assert get_head(model).options() == {"scale": 2.0, "learn_scale": False}
-
-
 def test_no_head_is_timms_own_model():
     model = timm_lt.create_model("test_resnet", num_classes=3)
     assert type(get_head(model)) is torch.nn.Linear
     with pytest.raises(UsageError, match=r"unknown head 'none'"):
         timm_lt.create_model("test_resnet", head="none")
-
-
-def test_a_model_without_a_classifier_is_a_type_error():
-    with torch.device("meta"), pytest.raises(TypeError, match="Encoder has no classifier"):
-        timm_lt.create_model("mobilenetv5_300m_enc", head="cosine")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "lt_test_resnet"])
@@ -109,16 +54,8 @@ def test_unknown_tag_lists_the_tags():
 
 
 def test_an_architecture_without_weights_is_a_mistake_of_the_user():
-    with pytest.raises(UsageError, match=r"no pretrained weights of lt_resnet10; load a file"):
+    with pytest.raises(UsageError, match=r"lt_resnet10 has no pretrained weights; load a file"):
         timm_lt.create_model("lt_resnet10", True)
-
-
-def test_split_options():
-    assert split_options("lws", {"scale_bias": True, "tau": 1}) == (
-        {"scale_bias": True},
-        {"tau": 1},
-    )
-    assert split_options(None, {"tau": 1}) == ({}, {"tau": 1})
 
 
 # ---- the registered architectures ----------------------------------------------------------------
@@ -148,14 +85,6 @@ def test_every_head_by_the_plain_timm_call(head):
     if head in ("ncm", "lws", "logit_adjusted"):
         with pytest.raises(UsageError, match=f"'{head}'"):
             model(images(model))
-
-
-def test_both_create_model_agree_on_registered_architectures():
-    torch.manual_seed(0)
-    ours = timm_lt.create_model("lt_test_resnet", num_classes=3, head="cosine", scale=3.0).eval()
-    torch.manual_seed(0)
-    native = timm.create_model("lt_test_resnet", num_classes=3, head="cosine", scale=3.0).eval()
-    assert torch.equal(ours(images(ours)), native(images(ours)))
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
@@ -228,32 +157,15 @@ def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
     assert type(timm_lt.create_model("./test_vit")).__name__ == "ResNet"
     (tmp_path / "photos").mkdir()
     for name in ("photos", "./photos", tmp_path / "photos"):
-        with pytest.raises(UsageError, match=r"photos has no config\.json: it is not a checkpoint"):
+        with pytest.raises(UsageError, match=r"photos is not a checkpoint folder"):
             timm_lt.create_model(name)
     for name in ("./none", tmp_path / "none"):
-        with pytest.raises(UsageError, match=r"^there is no folder \S*none$"):
+        with pytest.raises(UsageError, match=r"none is not a checkpoint folder"):
             timm_lt.create_model(name)
     (tmp_path / "w.pth").touch()
     for name in ("w.pth", "./w.pth", tmp_path / "w.pth"):
-        with pytest.raises(UsageError, match=r"is a file: .* with checkpoint_path='.*w\.pth'$"):
+        with pytest.raises(UsageError, match=r"is a file of weights: name its architecture"):
             timm_lt.create_model(name)
-
-
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
-def test_pooling_channels_and_dropout_with_a_head(pool):
-    arguments = {"num_classes": 4, "in_chans": 1, "drop_rate": 0.3, "global_pool": pool}
-    model = timm.create_model("lt_test_resnet", head="cosine", **arguments).eval()
-    plain = timm.create_model("test_resnet", **arguments).eval()
-    state = {k: v for k, v in model.state_dict().items() if k != "fc.scale"}
-    plain.load_state_dict(state)
-    assert model.drop_rate == 0.3
-    x = images(plain, channels=1)
-    with torch.no_grad():
-        features = plain.forward_head(plain.forward_features(x), pre_logits=True)
-        expected = 16 * torch.nn.functional.cosine_similarity(
-            features[:, None], plain.fc.weight[None], dim=-1
-        )
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reset_classifier_can_change_the_pooling():
@@ -263,13 +175,6 @@ def test_reset_classifier_can_change_the_pooling():
     assert model.global_pool.pool_type == "max"
     model.reset_classifier(num_classes=2)
     assert get_head(model).out_features == 2
-
-
-def test_models_train_with_a_head():
-    model = timm.create_model("lt_test_resnet", num_classes=4, head="cosine", learn_scale=True)
-    model.train()(images(model)).square().mean().backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert missing == []
 
 
 def test_weights_that_cannot_be_had_are_one_sentence(loopback_hub, tmp_path, monkeypatch):

@@ -1,0 +1,284 @@
+"""Lists of images: every format against what is read line by line, every fault with its place."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import timm_lt
+from timm_lt.data import list_files, read_image_list
+from timm_lt.data.list_files import Paths
+from timm_lt.utils.checks import UsageError
+
+LINES = [("a/1.jpg", 0), ("my photos/é 2.jpg", 12), ("b", 123456), ("3 4/5", 99999), ("c.jpg", 7)]
+
+
+def written(folder, content, name="list.txt"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(folder, content, name="list.txt"):
+    paths, labels = read_image_list(written(folder, content, name))
+    return list(zip(paths, labels.tolist(), strict=True))
+
+
+def in_plain_python(content):
+    pairs = (line.rsplit(None, 1) for line in content.split("\n") if line.strip())
+    return [(path, int(label)) for path, label in pairs]
+
+
+# Paths may have blanks inside, not at their ends.
+names = st.text(st.sampled_from("ab 7/.é\t"), min_size=1, max_size=12).filter(
+    lambda name: name == name.strip()
+)
+labels = st.integers(0, 10**18 - 1) | st.integers(0, 11_000)
+lines = st.tuples(names, st.sampled_from([" ", "\t", "  ", " \t"]), labels, st.just("\n"))
+windows_lines = st.tuples(names, st.just(" "), labels, st.just("\r\n"))
+odd_lines = st.tuples(
+    names, st.just(" "), labels, st.sampled_from([" \n", "\r\n", "\n\n", "\n \r\n"])
+)
+
+
+@given(
+    st.lists(lines, min_size=1)
+    | st.lists(windows_lines, min_size=1)
+    | st.lists(lines | odd_lines, min_size=1),
+    st.integers(40, 90),
+)
+@example([("a", " ", 5, "\n")], 40)
+def test_text_is_read_as_line_by_line(tmp_path_factory, parts, block):
+    content = "".join(f"{path}{blank}{label}{end}" for path, blank, label, end in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        # A few lines long, so that lines lie across the ends of blocks.
+        patch.setattr(list_files, "BLOCK", block)
+        found = read(tmp_path_factory.getbasetemp(), content)
+    assert found == in_plain_python(content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n", "  \n"])
+@pytest.mark.parametrize("blank", [" ", "\t", "   "])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_of_any_editor(tmp_path, end, blank, mark):
+    content = mark + end.join(f"{path}{blank}{label}" for path, label in LINES)
+    assert read(tmp_path, content) == LINES
+    assert read(tmp_path, content + end, "list.lst") == LINES
+
+
+def test_usual_lists_are_not_read_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_files, "_read_lines", None)
+    for blank, end in ((" ", "\n"), ("\t", "\r\n")):
+        lines = [f"{path}{blank}{label}" for path, label in LINES]
+        assert read(tmp_path, end.join(lines)) == LINES
+
+
+def test_a_list_unpacks_and_its_paths_are_a_sequence_of_strings(tmp_path):
+    listed = timm_lt.read_image_list(written(tmp_path, "a/1.jpg 3\nb/2.jpg 0\nc/3.jpg 1\n"))
+    paths, labels = listed
+    assert listed.names is None
+    assert labels.dtype == np.int64
+    assert (paths[0], paths[-1], len(paths)) == ("a/1.jpg", "c/3.jpg", 3)
+    assert paths == ["a/1.jpg", "b/2.jpg", "c/3.jpg"]
+    assert paths[1:] == Paths(["b/2.jpg", "c/3.jpg"])
+    assert paths[::-2] == ["c/3.jpg", "a/1.jpg"]
+    assert pa.array(paths).to_pylist() == list(paths)
+    assert paths.take(np.array([2, 0])) == ["c/3.jpg", "a/1.jpg"]
+    assert repr(paths) == "Paths(['a/1.jpg', 'b/2.jpg', 'c/3.jpg'])"
+    with pytest.raises(IndexError):
+        paths[3]
+
+
+TABLE = "id,filepath,label\n1,a/1.jpg,3\n2,b/2.jpg,0\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (TABLE, "l.csv"),
+        (TABLE, "l.txt"),
+        ("\ufeff" + TABLE.replace("\n", "\r\n"), "l.csv"),
+        (TABLE.replace(",", "\t"), "l.tsv"),
+        (TABLE.replace("filepath", "Image").replace("label", "target") + "\n\n", "l.csv"),
+        ("label,path\n3,a/1.jpg\n0,b/2.jpg", "l.csv"),
+        ("a/1.jpg,3\nb/2.jpg,0", "l.csv"),
+        ('class,file_name\n"3","a/1.jpg"\n0,"b/2.jpg"\n', "l.csv"),
+    ],
+)
+def test_tables(tmp_path, content, name):
+    assert read(tmp_path, content, name) == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+
+
+@pytest.mark.parametrize("header", [[], [("image", "category")]])
+@pytest.mark.parametrize(("name", "delimiter"), [("l.csv", ","), ("l.tsv", "\t")])
+def test_quoted_fields_and_words_as_labels(tmp_path, header, name, delimiter):
+    rows = [("a, b/1.jpg", "sea lion"), ('say "x".JPG', "ant"), ("c.jpg", "sea lion")]
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([*header, *rows])
+    listed = read_image_list(tmp_path / name)
+    assert listed.names == ["ant", "sea lion"]
+    assert listed.labels.tolist() == [1, 0, 1]
+    assert listed.paths == [path for path, _ in rows]
+
+
+@pytest.mark.parametrize("key", ["fpath", "im_path", "file_name"])
+def test_annotations_with_paths(tmp_path, key):
+    entries = [{key: "a/1.jpg", "category_id": 3}, {key: "b/2.jpg", "category_id": 0}]
+    content = {"annotations": entries, "num_classes": 9}
+    assert read(tmp_path, json.dumps(content), "l.json") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+    assert read_image_list(tmp_path / "l.json").num_classes == 9
+    assert read(tmp_path, json.dumps(entries), "l.txt") == [("a/1.jpg", 3), ("b/2.jpg", 0)]
+
+
+@pytest.mark.parametrize("start", ["{x}.jpg", "[1].jpg", "{ 7/a b"])
+def test_a_path_may_start_like_json(tmp_path, start):
+    expected = [(start, 0), ("b.jpg", 13)]
+    for end in ("\n", "\r\n"):
+        assert read(tmp_path, f"\ufeff{start} 0{end}b.jpg\t13") == expected
+    assert read(tmp_path, f"{start} 7") == [(start, 7)]
+    assert read(tmp_path, f"{start},0\nb.jpg,13", "l.csv") == expected
+
+
+def test_a_long_line_of_json_is_json_wherever_it_is_cut(tmp_path, monkeypatch):
+    entries = [{"path": "a.jpg", "label": 1234}]
+    for length in range(2, 40):
+        monkeypatch.setattr(list_files, "START", length)
+        assert read(tmp_path, json.dumps(entries)) == [("a.jpg", 1234)]
+
+
+def coco(**changed):
+    return {
+        "images": [{"id": 7, "file_name": "x.jpg"}, {"id": 5, "file_name": "y.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 90},
+            {"id": 2, "image_id": 7, "category_id": 1},
+            {"id": 3, "image_id": 5, "category_id": 90},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}],
+    } | changed
+
+
+def test_annotations_of_images_and_categories(tmp_path):
+    listed = read_image_list(written(tmp_path, json.dumps(coco()), "l.json"))
+    assert (list(listed.paths), listed.labels.tolist()) == (["x.jpg", "y.jpg"], [0, 1])
+    assert listed.names == ["person", "toothbrush"]
+    bare = coco()
+    del bare["categories"]
+    assert read(tmp_path, json.dumps(bare)) == [("x.jpg", 1), ("y.jpg", 90)]
+
+
+FAULTS = {
+    "no label": ("a 1\nb.jpg\nc 2\n", "line 2: expected a path, a blank and a label .* 'b.jpg'"),
+    "no path": ("a 1\n\n 7\n", "line 3: .* found '7'"),
+    "no path behind a mark": ("\ufeff 7\n", "line 1: .* found '7'"),
+    "word": ("a 1\nb 2\n\nc/d.jpg x7\n", "line 4: .* non-negative integer, found 'c/d.jpg x7'"),
+    "negative": ("a -1\n", "line 1: .* 'a -1'"),
+    "fraction": ("a 1.0\n", "line 1: .* 'a 1.0'"),
+    "too long": ("a 1234567890123456789\n", "line 1: .* 'a 1234567890123456789'"),
+    "comma": ("a b.jpg,1\n", "line 1: .* 'a b.jpg,1'; a list separated by commas is named .csv"),
+    "bytes": (b"a 1\nb\xff 2\n", "line 2: byte 0xff is not UTF-8"),
+    "bytes and label": (b"a 1\nb\xe9 2\nb x\n", "line 2: byte 0xe9"),
+    "UTF-16": ("a 1\nb 2\n".encode("utf-16-le"), "line 1: expected"),
+    "return": ("a 1\nb\r2.jpg 1\n", "line 2: .* found 'b'"),
+    "empty": ("", "list .*list.txt is empty"),
+    "blank": (" \n\r\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_of_text_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content)
+    assert "list.txt" in str(caught.value)
+
+
+def test_the_line_of_a_fault_is_counted_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_files, "BLOCK", 64)
+    content = "".join(f"folder/{row}.jpg {row}\n" * (1 + row % 2) for row in range(40))
+    with pytest.raises(UsageError, match=r"line 61: .* found 'a b'"):
+        read(tmp_path, content + "a b\n")
+    with pytest.raises(UsageError, match="line 61: byte 0xfe"):
+        read(tmp_path, content.encode() + b"a\xfe 1\n")
+    assert len(read(tmp_path, content + "a" * 200 + " 1")) == 61
+
+
+WORDS = "expected one of path, image, .* and one of label, target, class, category"
+TABLE_FAULTS = {
+    "columns": ("id,label\n1,2\n", f"no header .*: its first line is 'id', 'label'; {WORDS}"),
+    "semicolon": ("path;label\na;1\n", "no header .*: its first line is 'path;label'"),
+    "no header": ("a.jpg,ant,3\n", "no header .*: its first line is 'a.jpg', 'ant', '3'"),
+    "fields": ("path,label\na,1\nb,c,2\n", "line 3: expected 2 fields .* 'b,c,2'; .* needs quotes"),
+    "empty label": ("path,label\na,1\nb,\n", "line 3: .* found 'b,'"),
+    "empty path": ("path,label\n,1\n", "line 2: .* found ',1'"),
+    "negative": ("path,label\na,1\nb,-1\n", "line 3: .* a non-negative integer .* 'b,-1'"),
+    "float": ("path,label\na,1.0\nb,2.0\n", "line 2: .* a non-negative integer .* 'a,1.0'"),
+    "mixed": ("path,label\na,ant\nb,2\n", "line 2: .*labels are all integers or all names"),
+    "mixed later": ("path,label\na,1\nb,x\n", "line 3: .* a non-negative integer .* 'b,x'"),
+    "bytes": (b"path,label\na,1\n\xe9,2\n", "line 3: byte 0xe9 is not UTF-8"),
+    "split": ("path,label,split\na,1,holdout\n", "not the name of a split: 'holdout'; expected"),
+    "empty": ("", "is empty"),
+    "header alone": ("path,label\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), TABLE_FAULTS.values(), ids=TABLE_FAULTS)
+def test_faults_of_tables_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content, "l.csv")
+    assert "l.csv" in str(caught.value)
+
+
+def entry(**values):
+    return {"annotations": [{"path": "a", "category_id": 0}, {"path": "b", **values}]}
+
+
+JSON_FAULTS = {
+    "syntax": ('{\n"annotations": [}', "not valid JSON: .*line 2 column 17"),
+    "bytes": (b'{\n"\xff": 1}', "line 2: byte 0xff is not UTF-8"),
+    "test set": ({"images": [], "info": {}}, "no 'annotations'.* test set .*keys images, info"),
+    "number": ("7", "no 'annotations'.*found 7"),
+    "keys": ({"annotations": [{"x": 1}]}, r"annotations\[0\] must have fpath or .*, a text; .*'x'"),
+    "text": (
+        entry(category_id="3"),
+        r"annotations\[1\] must have category_id .*, an integer; .*'3'",
+    ),
+    "negative": (entry(category_id=-3), "image b has label -3; expected 0 to"),
+    "beyond": (entry(category_id=4) | {"num_classes": 4}, "image b has label 4; expected 0 to 3"),
+    "labels": (entry(category_id=10**22), "too large"),
+    "long": (f"[{'7' * 5000}]", "not valid JSON: Exceeds the limit"),
+    "deep": ("[" * 100_000, "not valid JSON: maximum recursion depth"),
+    "half": (entry(path="\ud800", category_id=0), "cannot be read: .*surrogates not allowed"),
+    "none": ({"annotations": []}, "is empty"),
+    "list": ({"annotations": [3]}, r"annotations\[0\] must have"),
+    "image": (coco(images=[{"id": 5, "file_name": "y"}]), "no image has the id 7$"),
+    "category": (coco(categories=[{"id": "90", "name": "a"}]), "no category has the id 90, 1$"),
+    "two": (
+        coco(annotations=[{"image_id": i, "category_id": c} for i, c in ((5, 1), (7, 1), (5, 90))]),
+        r"1 images have annotations of different categories: y\.jpg",
+    ),
+    "bare": (coco(annotations=[]), "is empty: it names no image with a label"),
+    "id": (
+        coco(images=[{"id": 5.5, "file_name": "y"}]),
+        "must have id, an integer or a text; .* 5.5",
+    ),
+    "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "several have the image id 5"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS)
+def test_faults_of_annotations_name_file_and_place(tmp_path, content, message):
+    content = json.dumps(content) if isinstance(content, dict) else content
+    with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path, content, "l.json")
+    assert "l.json" in str(caught.value)
+
+
+def test_a_missing_list(tmp_path):
+    with pytest.raises(UsageError, match=r"list .*none\.txt cannot be read: No such file"):
+        read_image_list(tmp_path / "none.txt")
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_image_list(tmp_path)
