@@ -414,7 +414,7 @@ def test_a_record_that_is_not_a_colour_is_refused(checkpoint, background):
     config = json.loads((folder / "config.json").read_text())
     config["timm_lt"]["background"] = background
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"timm_lt\.background must be a colour '#rrggbb', got"):
+    with pytest.raises(UsageError, match=r"timm_lt\.background must be a colour '#rrggbb', found"):
         read_checkpoint(folder)
     del config["timm_lt"]["background"]
     (folder / "config.json").write_text(json.dumps(config))

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -322,6 +323,7 @@ class Runner:
 
     def __init__(self, jobs: int, threads: int) -> None:
         self.jobs, self.threads, self._stopped = jobs, threads, False
+        self._lock = threading.Lock()
         self._failures: dict[Run, Future[str]] = {}
         self._active: dict[subprocess.Popen[bytes], str | None] = {}
 
@@ -377,11 +379,13 @@ class Runner:
     def _wait(self, command: list[str], output: IO[bytes]) -> int:
         """Runs a command to its end, and returns its exit status."""
         own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-        device = min(visible_devices(), key=[*self._active.values()].count, default=None)
-        own |= {} if device is None else {VISIBLE_DEVICES: device}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
-        self._active[process] = device
+        # Two runs that start at once must not take the same GPU.
+        with self._lock:
+            device = min(visible_devices(), key=[*self._active.values()].count, default=None)
+            own |= {} if device is None else {VISIBLE_DEVICES: device}
+            process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
+            self._active[process] = device
         if self._stopped:
             process.terminate()
         status = process.wait()
