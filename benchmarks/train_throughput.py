@@ -126,7 +126,7 @@ def train(folder: Path, case: Case) -> None:
 
     from timm_lt import create_loss, create_model, create_sampler
     from timm_lt.data.images import StoredImages, label_tensor
-    from timm_lt.training import train_representation
+    from timm_lt.training import TrainingOptions, train_representation
     from timm_lt.utils.accelerator import create_accelerator
 
     torch.manual_seed(0)
@@ -147,18 +147,20 @@ def train(folder: Path, case: Case) -> None:
         images,
         create_sampler("instance_balanced", labels),
         create_loss("cross_entropy", class_counts=counts),
+        TrainingOptions(
+            epochs=case.epochs,
+            batch_size=case.batch_size,
+            optimizer={
+                "opt": "sgd",
+                "lr": LEARNING_RATE,
+                "momentum": MOMENTUM,
+                "weight_decay": WEIGHT_DECAY,
+            },
+            scheduler={"sched": "cosine"},
+            keep="last",
+        ),
         accelerator=create_accelerator(mixed_precision="bf16" if case.amp else "no"),
-        epochs=case.epochs,
-        batch_size=case.batch_size,
-        optimizer={
-            "opt": "sgd",
-            "lr": LEARNING_RATE,
-            "momentum": MOMENTUM,
-            "weight_decay": WEIGHT_DECAY,
-        },
-        scheduler={"sched": "cosine"},
         class_counts=counts,
-        keep="last",
     )
 
 

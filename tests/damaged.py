@@ -15,20 +15,21 @@ DAMAGE = {
 }
 
 
-def png(image):
+def encoded(image, form="PNG"):
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
 @timm_lt.data.register_dataset("damaged_digits")
 def damaged_digits(split, *, damaged="train,val,test"):
-    """The images of digits_lt as files."""
+    """The images of digits_lt as files; those that are cut off are JPEG."""
     digits = timm_lt.data.create_dataset("digits_lt", split=split)
-    files = [png(image) for image in digits["image"]]
+    files = [encoded(image) for image in digits["image"]]
     if split in damaged:
         for row, how in DAMAGE[split].items():
-            files[row] = {"cut": files[row][:60], "empty": b"", "text": b"no image"}[how]
+            cut = encoded(digits[row]["image"], "JPEG")[:-60]
+            files[row] = {"cut": cut, "empty": b"", "text": b"no image"}[how]
     images = [{"bytes": file, "path": f"{split}_{row}.png"} for row, file in enumerate(files)]
     return datasets.Dataset.from_dict(
         {"image": images, "label": digits["label"]}, features=digits.features
@@ -39,7 +40,7 @@ def damaged_digits(split, *, damaged="train,val,test"):
 def failing_digits(split, *, row=-1):
     """The images of digits_lt, of which one makes the code that reads it fail."""
     digits = timm_lt.data.create_dataset("digits_lt", split=split)
-    files = [{"bytes": png(image), "path": None} for image in digits["image"]]
+    files = [{"bytes": encoded(image), "path": None} for image in digits["image"]]
     columns = {"image": files, "label": digits["label"], "row": list(range(len(digits)))}
 
     def read(batch):

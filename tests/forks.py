@@ -55,14 +55,18 @@ class Server:
         }
         return Run(self, self._ask(request))
 
-    def on_ranks(self, number, *arguments, environment=None, **options):
+    def on_ranks(self, number, *arguments, **options):
         """Runs on several processes to their ends, as a launcher does, and returns the runs."""
+        return [run.wait() for run in self.start_ranks(number, *arguments, **options)]
+
+    def start_ranks(self, number, *arguments, environment=None, **options):
+        """Starts a run on several processes, and returns the runs."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {**(environment or {}), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        runs = [
+        return [
             self.start(
                 *arguments,
                 environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -70,7 +74,6 @@ class Server:
             )
             for rank in range(number)
         ]
-        return [run.wait() for run in runs]
 
     def run(self, *arguments, **options):
         """Runs to the end."""

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.images import ImageTensors
-from timm_lt.training import train_representation
+from timm_lt.training import TrainingOptions, train_representation
 from timm_lt.training.loop import EVAL_BATCH_SIZE, validate
 from timm_lt.utils.accelerator import create_accelerator
 
@@ -81,13 +81,15 @@ def train(
         images,
         sampler,
         loss,
+        TrainingOptions(
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer={**OPTIMIZER, "lr": lr},
+            scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
+            trained=trained,
+            seed=seed,
+        ),
         accelerator=create_accelerator(mixed_precision="no"),
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer={**OPTIMIZER, "lr": lr},
-        scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
-        trained=trained,
-        seed=seed,
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     return training.model

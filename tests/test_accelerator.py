@@ -156,12 +156,13 @@ def test_runs_of_two_precisions_in_one_process(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     found = []
 
-    def run_recipe(_name, recipe, _options):
+    def open_run(_name, recipe, _options):
         found.append(create_accelerator(mixed_precision=recipe.mixed_precision).mixed_precision)
+        raise timm_lt.UsageError("stop")
 
-    monkeypatch.setattr("timm_lt.run.execution.run_recipe", run_recipe)
+    monkeypatch.setattr(train_lt, "open_run", open_run)
     for precision in ("no", "bf16"):
-        assert train_lt.main(["resnet18.folder", "--mixed_precision", precision]) == 0
+        assert train_lt.main(["resnet18.folder", "--mixed_precision", precision]) == 2
     assert found == ["no", "bf16"]
     assert not AcceleratorState._shared_state
 

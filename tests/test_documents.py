@@ -27,7 +27,7 @@ from timm_lt.losses import LOSSES
 from timm_lt.models.published import CHECKPOINTS, PUBLISHED
 from timm_lt.run.comparison import load_grid
 from timm_lt.run.parse import load_recipe, parse_command_line, shipped_recipes
-from timm_lt.run.recipe_checks import check_heads, check_options_of_parts
+from timm_lt.run.setup import check_heads, training_options
 from timm_lt.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_yaml_blocks_are_recipes_or_grids(block, tmp_path):
         return
     recipe = load_recipe(path)
     check_heads(recipe)
-    check_options_of_parts(recipe)
+    training_options(recipe)
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -18,7 +18,7 @@ from timm_lt.heads import set_head
 from timm_lt.losses import DiscriminativeCentroids
 from timm_lt.metrics import open_set_report
 from timm_lt.samplers import create_sampler
-from timm_lt.training.checks import check_model
+from timm_lt.training import check_model
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.nn import functional as F
 
 import timm_lt
 from timm_lt import losses
 from timm_lt.losses import ClassLoss, create_loss, list_losses, register_loss
 from timm_lt.losses.reweighted import effective_number_weights, inverse_frequency_weights
-from timm_lt.training.checks import check_classifier, check_schedule, start_classifier
+from timm_lt.training import start_classifier
 from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 120, 30, 8, 5]
@@ -308,8 +307,8 @@ def test_a_loss_with_a_schedule_needs_to_know_the_epoch(start, wrapped):
 def test_a_start_after_training_is_refused():
     loss = create_loss("deferred_reweighting", COUNTS, start=160)
     with pytest.raises(UsageError, match=r"start 160 is not within training, .* 0 to 159"):
-        check_schedule(loss, 160)
-    check_schedule(loss, 161)
+        loss.set_epoch(0, 160)
+    loss.set_epoch(0, 161)
 
 
 def test_the_wrapped_loss_says_what_it_takes(monkeypatch):
@@ -354,19 +353,17 @@ def test_ldam_is_for_a_cosine_classifier(deferred):
         return create_loss("ldam", COUNTS, **options)
 
     def model(**options):
-        return timm_lt.create_model("test_resnet", num_classes=5, **options)
+        return timm_lt.create_model("test_resnet", num_classes=5, **options).fc
 
-    check_classifier(loss(), model(head="cosine", scale=1.0))
-    check_classifier(loss(logits="scaled"), model(head="cosine", scale=30.0))
+    loss().check_classifier(model(head="cosine", scale=1.0))
+    loss(logits="scaled").check_classifier(model(head="cosine", scale=30.0))
     # No number of float32.
-    check_classifier(loss(logits="scaled", scale=0.1), model(head="cosine", scale=0.1))
-    # Not one of ours: only its owner knows.
-    check_classifier(loss(), nn.Linear(3, 5))
+    loss(logits="scaled", scale=0.1).check_classifier(model(head="cosine", scale=0.1))
     message = r"needs a cosine classifier, and the model has linear.*\{head: cosine, scale: 1.0\}"
     with pytest.raises(UsageError, match=message):
-        check_classifier(loss(), model())
+        loss().check_classifier(model())
     with pytest.raises(UsageError, match=r"has cosine \(scale: 16.0, .*scale: 30.0\}"):
-        check_classifier(loss(logits="scaled"), model(head="cosine", scale=16.0))
+        loss(logits="scaled").check_classifier(model(head="cosine", scale=16.0))
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,14 @@ def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(arguments, cap
     assert "Traceback" in loud
 
 
+def test_quiet_and_verbose_exclude_each_other(capsys):
+    assert main(["train", "--quiet", "--verbose"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["list", "--quiet", "--verbose"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_texts_of_a_repo_are_escaped(tmp_path, capsys):
     shutil.copytree(PACKAGED, tmp_path / "run")
     path = tmp_path / "run" / "config.json"

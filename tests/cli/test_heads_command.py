@@ -107,7 +107,7 @@ def test_the_table_says_how_sure_and_which_head(photos, run, metrics, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     best = metrics["selection"]["auto"]["head"]
-    assert f"Take {best}" in shown or "Keep linear" in shown
+    assert f"Recommended: {best}" in shown
     report = timm_lt.ShotReport.from_dict(metrics["heads"]["crt"])
     low, high = timm_lt.confidence_intervals(report, metrics["class_counts"])["all"]
     assert f"{100 * low:.0f}-{100 * high:.0f}" in shown

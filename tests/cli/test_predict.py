@@ -78,7 +78,7 @@ def test_an_image_that_cannot_be_read_is_there_with_its_reason(predict):
     entries, rows, table = (predict(*images, "--format", form) for form in ("json", "csv", "table"))
     assert entries[0] == rows[0] == table[0] == 2
     reasons = [entry.get("error") for entry in json.loads(entries[1])]
-    assert reasons == [None, "it is no image, or of no format that Pillow reads", None]
+    assert reasons == [None, "it is not an image, or has a format that Pillow does not read", None]
     found = list(csv.DictReader(rows[1].splitlines()))
     assert [row["image"] for row in found] == images[:3]
     assert [row["error"] or None for row in found] == reasons
@@ -138,7 +138,7 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
     for hidden in ("DS_Store", "Thumbs", "hidden"):
         assert hidden not in out + error
     # Files that are named themselves: a text is no image, and a raw file is not read either.
-    assert "it is no image" in predict("mixed/notes.txt", "--format", "csv")[1]
+    assert "it is not an image" in predict("mixed/notes.txt", "--format", "csv")[1]
     assert predict("mixed/e.NEF", "--format", "csv")[0] == 2
 
 

@@ -14,7 +14,6 @@ from timm_lt.data.augment import (
     create_augmentation,
     list_augmentations,
     random_uniforms,
-    register_augmentation,
 )
 from timm_lt.utils.checks import UsageError
 
@@ -81,18 +80,13 @@ def test_streams_are_unrelated(seeds, offset):
     one = random_uniforms(seeds[0], draws, 6).double().numpy()
     two = random_uniforms(seeds[1], draws + offset, 6).double().numpy()
     limit = 5 / math.sqrt(len(draws))
+    assert np.abs(np.corrcoef(one.T) - np.eye(6)).max() < limit
     for column in range(6):
         for other in range(6):
             assert abs(np.corrcoef(one[:, column], two[:, other])[0, 1]) < limit
     # Not only uncorrelated: pairs fill the square.
     cells = np.histogram2d(one[:, 0], two[:, 0], bins=8, range=[(0, 1)] * 2)[0]
     assert stats.chisquare(cells.ravel()).pvalue > 1e-4
-
-
-def test_the_numbers_of_one_draw_are_unrelated():
-    numbers = random_uniforms(0, torch.arange(10_000), 6).double().numpy()
-    correlation = np.corrcoef(numbers.T) - np.eye(6)
-    assert np.abs(correlation).max() < 5 / math.sqrt(10_000)
 
 
 def test_a_draw_has_its_numbers_whatever_else_is_in_the_batch():
@@ -139,16 +133,6 @@ def test_an_image_comes_out_the_same_in_every_batch_and_order(name):
 def test_wrong_options_are_refused(name, options, message):
     with pytest.raises(UsageError, match=message):
         create_augmentation(name, **options)
-
-
-def test_a_taken_name_is_refused():
-    with pytest.raises(UsageError, match="registered already"):
-        register_augmentation("crop")
-
-
-def test_none_gives_the_images_back():
-    images = smooth_images()
-    assert create_augmentation("none")(images, images).equal(images)
 
 
 # Crop --------------------------------------------------------------------------------------------
@@ -205,12 +189,8 @@ def test_affine_with_zero_ranges_is_the_identity(height, width):
     images = smooth_images(height=height, width=width)
     out = create_augmentation("affine", **ZERO)(images, torch.rand(len(images), 6))
     torch.testing.assert_close(out, images, atol=1e-2, rtol=0)
-
-
-def test_affine_in_the_middle_of_its_ranges_is_the_identity():
-    images = smooth_images()
-    out = create_augmentation("affine")(images, uniforms_for(len(images)))
-    torch.testing.assert_close(out, images, atol=1e-2, rtol=0)
+    middle = create_augmentation("affine")(images, uniforms_for(len(images)))
+    torch.testing.assert_close(middle, images, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("angle", [0.25, 1.0])

@@ -177,7 +177,7 @@ def test_all_problems_are_reported_together(tmp_path):
         "images in no class: 1 (train/loose.png); move",
         "files that are not images by their suffix (2 .csv, 1 .heic, 1 .txt): 4 (train/dog/",
         "train split: image 4 ({}/train/cat/zero.png) cannot be decoded: 0 bytes; repair",
-        "val split: image 2 ({}/val/cat/text.jpg) cannot be decoded: it is no image",
+        "val split: image 2 ({}/val/cat/text.jpg) cannot be decoded: it is not an image",
     ]
     assert len(found) == len(expected)
     for problem, start in zip(found, expected, strict=True):

@@ -211,7 +211,7 @@ def test_a_transform_of_a_hugging_face_data_set_is_applied(pictures):
         [np.asarray(i).tolist() for i in images],
         [0, 1, 1],
     )
-    with pytest.raises(UsageError, match=r"image 0 of a Dataset is a tensor: remove its transform"):
+    with pytest.raises(UsageError, match=r"image 0 of a Dataset is a Tensor; remove a transform"):
         given_splits(
             rows.with_transform(lambda b: {**b, "image": [torch.zeros(3)] * len(b["label"])})
         )
@@ -263,7 +263,7 @@ def test_many_images_in_memory_become_tables_of_some_rows(monkeypatch):
     assert found["label"][:] == [0, 1, 2, 0, 1]
     assert pixels(found) == [np.asarray(image).tolist() for image in images]
     monkeypatch.setattr(module, "MAX_BYTES", 300)
-    with pytest.raises(UsageError, match="need more than 0 GiB of memory: give the paths"):
+    with pytest.raises(UsageError, match="need more than 0 GiB of memory; pass the paths"):
         given_splits(given)
 
 
@@ -290,33 +290,28 @@ def test_columns_of_a_data_set_that_are_not_used_are_named_once(caplog):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (None, ["a NoneType is no data set", "datasets.Dataset", "ImageFolder", "train, val"]),
-        (5, ["a int is no data set", "ImageFolder"]),
-        ({"train": "photos"}, ["train split: a str is no data set", "ImageFolder"]),
-        ({"train": {"a": 1}}, ["train split: a dict is no data set"]),
-        ([], ["the list has no images"]),
-        ([3, 4], ["item 0 of a list is a int; expected an image and its label"]),
+        (None, ["a NoneType is not a data set", "datasets.Dataset", "ImageFolder"]),
+        ({"train": "photos"}, ["train split: a str is not a data set", "ImageFolder"]),
+        ([], ["labels must not be empty"]),
         ([(np.zeros((2, 2, 3)), 0)], ["image 0 of a list is a ndarray", "or the path"]),
         ([("a.png", "cat")], ["cat"]),
         ([("a.png", -1)], ["negative"]),
         (Pictures(["a.png"], [2], ["x", "y"]), ["num_classes=2"]),
         (
             TensorDataset(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])),
-            ["is a tensor", "transform"],
+            ["is a Tensor", "remove a transform"],
         ),
-        (Subset([("a.png", 0)], [1]), ["item 0 of a Subset cannot be drawn", "IndexError"]),
-        (Subset([("a.png", 0)], []), ["the Subset has no images"]),
-        ([{"image": "a.png", "box": 3}], ["item 0 of a list has no label, only image, box"]),
+        ([{"image": "a.png", "box": 3}], ["item 0 of a list is a dict with the keys image, box"]),
         ([("a.png", 0.0)], ["labels[0] = 0.0 is not an integer"]),
-        (DataLoader([1]), ["a DataLoader is no data set"]),
-        (Stream(), ["a Stream is no data set"]),
+        (DataLoader([1]), ["a DataLoader is not a data set", "pass its attribute dataset"]),
+        (Stream(), ["a Stream is not a data set"]),
         ({"train": datasets.IterableDataset.from_generator(lambda: iter(()))}, ["is a stream"]),
         (
             datasets.Dataset.from_dict({"label": [0]}),
             ["no column of images; the columns are label"],
         ),
         ({"unsupervised": [("a.png", 0)]}, ["unsupervised", "train, val, test"]),
-        ({"val": [("a.png", 0)], "valid": [("b.png", 0)]}, ["two splits are for val"]),
+        ({"val": [("a.png", 0)], "valid": [("b.png", 0)]}, ["(each at most once)", "valid"]),
     ],
 )
 def test_whatever_else_is_refused_with_what_is_accepted(data, words):

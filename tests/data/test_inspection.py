@@ -13,7 +13,8 @@ from PIL import Image
 
 from timm_lt.data import create_dataset, inspect_splits
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.inspection import Twin, find_duplicates
+from timm_lt.data.inspection import DuplicateImage as Copy
+from timm_lt.data.inspection import find_duplicates
 from timm_lt.utils.console import pillow_warnings_ignored
 
 NAMES = ["a", "b", "c"]
@@ -74,7 +75,7 @@ def test_what_is_damaged_and_how_large_the_others_are(three_splits):
     assert len(seen) == 24
     assert [(one.row, one.reason[:9]) for one in found.unreadable["train"]] == [
         (14, "0 bytes"),
-        (16, "it is no "),
+        (16, "it is not"),
     ]
     assert found.unreadable["val"] == found.unreadable["test"] == []
     assert found.sizes.modes == {"RGB": 21, "L": 1}
@@ -117,15 +118,15 @@ def test_duplicates_are_counted_within_and_across(three_splits):
     assert twins.across == {"train, val": 1, "train, test": 1, "val, test": 2}
     assert twins.conflicts == 2
     assert twins.pairs["train"] == [
-        (Twin("train", "image 3", 0), Twin("train", "image 12", 0)),
-        (Twin("train", "image 3", 0), Twin("train", "image 13", 1)),
+        (Copy("train", "image 3", 0), Copy("train", "image 12", 0)),
+        (Copy("train", "image 3", 0), Copy("train", "image 13", 1)),
     ]
-    assert twins.pairs["train, test"] == [(Twin("train", "image 3", 0), Twin("test", "image 0", 0))]
+    assert twins.pairs["train, test"] == [(Copy("train", "image 3", 0), Copy("test", "image 0", 0))]
 
 
 def test_quick_decodes_nothing_and_compares_nothing(three_splits):
     found = inspect_splits(three_splits, quick=True, on_image=pytest.fail)
-    assert (found.duplicates, found.sizes, found.is_quick) == (None, None, True)
+    assert (found.duplicates, found.sizes) == (None, None)
     assert [one.row for one in found.unreadable["train"]] == [14, 16]
 
 
@@ -137,7 +138,7 @@ def test_quick_decodes_nothing_and_compares_nothing(three_splits):
 )
 def test_counts_of_duplicates_are_those_of_a_naive_loop(images):
     images.sort(key=lambda image: SPLITS.index(image[1]))
-    given = [(c, Twin(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
+    given = [(c, Copy(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
     found = find_duplicates(given, SPLITS)
     for split in SPLITS:
         contents = [content for content, twin in given if twin.split == split]

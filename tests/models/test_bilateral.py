@@ -20,7 +20,7 @@ from timm_lt.models.networks import CifarResNet, takes_pairs
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import RunOptions, SamplerRecipe
 from timm_lt.run.setup import create_run
-from timm_lt.training import train_head_on_images, train_representation
+from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
@@ -302,9 +302,8 @@ def train(accelerator, model=None, sampler="bilateral", loss="bilateral", **opti
         data(),
         timm_lt.create_sampler(sampler, LABELS),
         timm_lt.create_loss(loss, LABELS.bincount()),
+        TrainingOptions(epochs=2, **{"batch_size": 8, **options}),
         accelerator=accelerator,
-        epochs=2,
-        **{"batch_size": 8, **options},
     )
 
 

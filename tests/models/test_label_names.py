@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,9 +118,8 @@ def test_predictions_of_ones_own_weights_are_not_called_imagenets(tmp_path, caps
     ("names", "kept"), [(IMAGENET.label_names(), True), (OWN, False), (None, True)]
 )
 def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(names, kept):
-    splits = SimpleNamespace(num_classes=1000, label_names=names)
     recipe = Recipe(model=ModelRecipe("test_resnet", pretrained=True))
-    assert has_classifier(recipe, timms(), splits) is kept
+    assert has_classifier(recipe.model, timms(), 1000, names) is kept
     # Training starts from a classifier of the same classes only.
     model = timms()
     before = model.fc.weight.clone()

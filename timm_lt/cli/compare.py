@@ -17,7 +17,7 @@ from timm_lt.run.comparison import (
     terminal_table,
     write_results,
 )
-from timm_lt.run.exits import run_to_exit
+from timm_lt.run.execution import run_to_exit
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import RunOptions
 from timm_lt.utils.accelerator import available_cores, visible_devices

@@ -62,14 +62,13 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser) -> None:
     """Gives a parser the options of another one, with their choices."""
-    choices = parse.recipe_choices()
     known = {option for action in parser._actions for option in action.option_strings}
     for action in other._actions:
         names = [name for name in action.option_strings if name.startswith("--")]
         if names and not known.intersection(names):
             kind = "store_true" if action.nargs == 0 else "store"
             added = parser.add_argument(*names, action=kind)
-            added.choices = action.choices or choices.get(action.dest)
+            added.choices = action.choices
 
 
 def _complete(action: argparse.Action) -> None:

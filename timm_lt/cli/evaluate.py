@@ -28,7 +28,7 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.decode import log_exceptional
+from timm_lt.data.damaged import log_exceptional
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
@@ -40,11 +40,10 @@ from timm_lt.metrics import (
     confidence_intervals,
     write_per_class,
 )
-from timm_lt.models.label_names import shown_as
+from timm_lt.models.label_names import keeps_classifier, shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
-from timm_lt.run.class_order import order_classes
-from timm_lt.run.network import create_images, on_background
+from timm_lt.run.network import create_images, in_order_of_weights, on_background
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import DataRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
@@ -103,8 +102,7 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
             f"{arguments.model} has {model.num_classes} classes, and the data have "
             f"{splits.num_classes}; fit heads for them with timm-lt heads"
         )
-    splits = order_classes(recipe, on_background(recipe, splits, model), model)
-    _warn_of_names(splits, model, arguments.model)
+    splits = _in_order(on_background(recipe, splits, model), model, recipe, arguments.model)
     images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
     reports = _evaluate(model, heads, images, splits.class_counts, arguments.shot_rule)
     rows = images.unreadable_rows()
@@ -168,18 +166,24 @@ def _load(
     return model, heads
 
 
-def _warn_of_names(splits: Splits, model: nn.Module, name: str) -> None:
-    """Warns if a class has another name in the model than in the data."""
-    theirs = splits.label_names or []
-    own = shown_as(model, theirs) or []
-    for label, (there, here) in enumerate(zip(own, theirs, strict=False)):
-        if there != here:
-            log.warning(
-                "class %d is %r in %s and %r in the data; figures are right only if such classes "
-                "mean the same",
-                *(label, there, name, here),
-            )
-            return
+def _in_order(splits: Splits, model: nn.Module, recipe: Recipe, name: str) -> Splits:
+    """Numbers the classes of the data as the model does, or warns if their names differ."""
+    theirs, cure = splits.label_names or [], "timm-lt heads --fresh-classifier"
+    kept = keeps_classifier(model, splits.label_names, name, cure)
+    size = recipe.data.image_size
+    splits = in_order_of_weights(splits, model, kept=kept, given=recipe.model, image_size=size)
+    own = [] if kept else shown_as(model, theirs) or []
+    differing = [
+        label for label, pair in enumerate(zip(own, theirs, strict=False)) if len({*pair}) > 1
+    ]
+    if differing:
+        label = differing[0]
+        log.warning(
+            "class %d is %r in %s and %r in the data; figures are right only if such classes mean "
+            "the same",
+            *(label, own[label], name, theirs[label]),
+        )
+    return splits
 
 
 def _evaluate(

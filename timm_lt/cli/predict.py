@@ -36,7 +36,7 @@ from timm_lt.data.folder import HEIC_SUFFIXES, counted_suffixes, find_images, su
 from timm_lt.models.create import image_config
 from timm_lt.models.label_names import label_names
 from timm_lt.models.repo import ModelSource
-from timm_lt.run.class_order import class_orders
+from timm_lt.run.network import class_orders
 from timm_lt.run.recipe import ClassOrder
 from timm_lt.utils.accelerator import default_device, set_cpu_threads
 from timm_lt.utils.checks import UsageError, check_background, check_integer, shown_names

@@ -1,11 +1,11 @@
-"""Augmentations of small images, batched: each is a function of (seed, draw) alone.
+"""Augmentations of batches of small images: each is a function of (seed, draw) alone.
 
-Because the random numbers of a draw do not depend on its batch, its process or its worker, training
-is the same however the images are shared out, and a resumed epoch repeats exactly.
+The random numbers of a draw do not depend on its batch, process or worker. Training is therefore
+the same on any number of processes, and a resumed epoch repeats exactly.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -23,13 +23,7 @@ Border = Literal["reflect", "zero"]
 
 def register_augmentation(name: str) -> Callable[[A], A]:
     """Returns a class decorator that registers an augmentation under a name."""
-    add = AUGMENTATIONS.register(name)
-
-    def decorate(cls: A) -> A:
-        add(cls)
-        return cls
-
-    return decorate
+    return cast("Callable[[A], A]", AUGMENTATIONS.register(name))
 
 
 def list_augmentations() -> list[str]:
@@ -51,13 +45,13 @@ def create_augmentation(name: str, **options: Any) -> "Augmentation":
 
 
 def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
-    """Returns numbers that look uniform in [0, 1) and depend on (seed, draw, place) alone.
+    """Returns pseudorandom numbers, uniform in [0, 1), that depend on (seed, draw, column) alone.
 
-    They come from a counter: the finaliser of SplitMix64 over a key per draw.
+    They are counter-based: the finaliser of SplitMix64 over a key per draw.
 
     Args:
         seed: A non-negative integer.
-        draws: Which draws, (B,) int64; see :class:`~timm_lt.data.loader.NumberedSampler`.
+        draws: The draws, (B,) int64; see :class:`~timm_lt.data.loader.NumberedSampler`.
         count: Numbers per draw.
 
     Shape:
@@ -95,7 +89,7 @@ class Augmentation(nn.Module):
 
 @register_augmentation("none")
 class NoAugmentation(Augmentation):
-    """Leaves the images as they are."""
+    """Does not change the images."""
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the images."""
@@ -104,15 +98,14 @@ class NoAugmentation(Augmentation):
 
 @register_augmentation("crop")
 class RandomCrop(Augmentation):
-    """Pads, crops at a random place, and mirrors.
+    """Pads, crops at a random position, and mirrors.
 
     With ``padding`` 4, ``border`` zero and ``hflip`` 0.5 it is the usual augmentation of CIFAR.
 
     Args:
         padding: Pixels on each side, >= 1 and below the image's size.
-        border: What they are: the image ``"reflect"``-ed about its outermost pixels, or ``"zero"``,
-            black.
-        hflip: Probability with which an image is mirrored, left to right, in [0, 1].
+        border: ``"reflect"`` mirrors the image about its outermost pixels; ``"zero"`` is black.
+        hflip: Probability of mirroring an image, left to right, in [0, 1].
     """
 
     def __init__(self, *, padding: int = 3, border: Border = "reflect", hflip: float = 0.0) -> None:
@@ -121,7 +114,7 @@ class RandomCrop(Augmentation):
         check_choice("border", border, get_args(Border))
         self.border = border
         self.hflip = check_number("hflip", hflip, "[0, 1]")
-        # Without a flip no number is drawn for it: crops stay what they were.
+        # No number is drawn without a flip, so that crops are those of earlier versions.
         self.count = 3 if self.hflip else 2
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
@@ -144,7 +137,7 @@ class RandomCrop(Augmentation):
 
 @register_augmentation("affine")
 class RandomAffine(Augmentation):
-    """Turns, scales, stretches, shears and shifts, with the border reflected.
+    """Rotates, scales, stretches, shears and shifts, with the border reflected.
 
     Each range is symmetric; scale and aspect are drawn on a logarithmic scale.
 
@@ -179,34 +172,22 @@ class RandomAffine(Augmentation):
         """Returns the transformed images, bilinear."""
         angle, scale, aspect, shear, shift_x, shift_y = (2 * uniforms - 1).unbind(1)
         cos, sin = torch.cos(angle * self.rotation), torch.sin(angle * self.rotation)
-        # The grid says where each output pixel comes from, hence the inverse scale.
+        # The grid maps output pixels to input pixels, hence the inverse scale.
         zoom = torch.exp(-scale * self.scale)
         stretch = torch.exp(aspect * self.aspect)
         slant = shear * self.shear
         height, width = images.shape[-2:]
         # Grid coordinates run from -1 to 1 along both axes: a pixel is wider on the shorter one.
         tall, wide = height / width, width / height
-        theta = torch.stack(
-            [
-                torch.stack(
-                    [
-                        zoom * stretch * cos,
-                        zoom * (slant * cos - sin) / stretch * tall,
-                        shift_x * (2 * self.shift / width),
-                    ],
-                    dim=1,
-                ),
-                torch.stack(
-                    [
-                        zoom * stretch * sin * wide,
-                        zoom * (slant * sin + cos) / stretch,
-                        shift_y * (2 * self.shift / height),
-                    ],
-                    dim=1,
-                ),
-            ],
-            dim=1,
-        )
+        rows = [
+            zoom * stretch * cos,
+            zoom * (slant * cos - sin) / stretch * tall,
+            shift_x * (2 * self.shift / width),
+            zoom * stretch * sin * wide,
+            zoom * (slant * sin + cos) / stretch,
+            shift_y * (2 * self.shift / height),
+        ]
+        theta = torch.stack(rows, dim=1).view(-1, 2, 3)
         size = list(images.shape)
         grid = F.affine_grid(theta.to(images), size, align_corners=False)
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

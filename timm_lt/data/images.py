@@ -1,13 +1,11 @@
-"""Image data sets in memory: decoded once, then batches at the speed of tensor indexing.
-
-Image data sets that are decoded when they are drawn, with all that timm does to an image.
-"""
+"""Images ready for training: in memory as one tensor, or decoded when they are drawn."""
 
 import copy
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,12 +36,19 @@ from timm_lt.data.decode import (
 from timm_lt.data.fingerprint import described, digest, images_fingerprint, tensor_fingerprint
 from timm_lt.data.loader import InOrder, Loader, check_groups, create_loader
 from timm_lt.samplers.streams import keyed
+from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import check_labels
 
-# Beyond this, decoded images do not belong in memory.
+# Largest size of a data set that is decoded into memory.
 MAX_BYTES = 8 * 2**30
+# Options of create_loader that training sets.
+RESERVED = (
+    *("dataset", "input_size", "batch_size", "sampler", "accelerator", "is_training"),
+    *("num_workers", "pin_memory", "device", "distributed"),
+    *("mean", "std", "crop_pct", "num_aug_splits", "num_aug_repeats"),
+)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -52,14 +57,17 @@ class TrainLoader(Protocol):
     """Yields the batches of an epoch on the device, normalised."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the 0-based epoch of the next iteration."""
+        """Sets the 0-based epoch of the next iteration."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields (images (B, 3, H, W), targets (B,))."""
 
 
-class Images(Protocol):
-    """What training needs of an image data set, in memory or not.
+class Images(TorchDataset[Any], ABC):
+    """An image data set for training, in memory or not; its items are draws.
+
+    A draw is ``t N + i``: draw t of image i, of N. It is augmented the same in every batch, process
+    and worker.
 
     Attributes:
         labels: (N,) int64.
@@ -67,41 +75,53 @@ class Images(Protocol):
         unreadable: What happens to an image that cannot be read. With ``"skip"`` its target is -1.
     """
 
-    labels: Tensor
-    size: tuple[int, int]
-    unreadable: Unreadable
+    def __init__(self, labels: Tensor, size: tuple[int, int], unreadable: Unreadable) -> None:
+        self.labels, self.size = labels, size
+        self.unreadable: Unreadable = unreadable
+        # Shared with the workers, which write to them.
+        self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
-    def __len__(self) -> int:
-        """Returns N."""
-
+    @abstractmethod
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
     ) -> TrainLoader:
-        """Creates a loader of augmented images, in whole batches over all processes.
+        """Creates a loader of augmented images, in whole batches over all processes."""
 
-        The sampler yields draws, ``t N + i``, or images i.
-        """
-
+    @abstractmethod
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
-        """Creates a loader of all images as they are, in order."""
+        """Creates a loader of all images in order, not augmented."""
 
+    @abstractmethod
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
         """Creates a loader of all images in order, augmented; each epoch is another view.
 
         View v of image i is draw ``v N + i``, whatever the batches and the processes.
         """
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
 
     def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that this process could not read so far."""
+        """Returns the rows of the images that this process and its workers could not read."""
+        rows: list[int] = self._missing.nonzero().flatten().tolist()
+        return rows
 
     def huge_rows(self) -> list[int]:
-        """Returns the rows of the images that Pillow warns of for their size, as far as read."""
+        """Returns the rows of the images read from files that Pillow warns of for their size."""
+        rows: list[int] = self._huge.nonzero().flatten().tolist()
+        return rows
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Python would wait for an IndexError, and every integer is a draw.
+        return map(self.__getitem__, range(len(self)))
 
 
-class ImageTensors(TorchDataset[Batch]):
+class ImageTensors(Images):
     """An image-classification data set as one tensor, with augmentation and normalisation.
 
     Args:
@@ -128,28 +148,23 @@ class ImageTensors(TorchDataset[Batch]):
         seed: int = 0,
         missing: Sequence[int] = (),
     ) -> None:
-        rgb = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
-        if not rgb or len(images) != len(labels):
+        is_rgb = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+        if not is_rgb or len(images) != len(labels):
             raise UsageError(
                 f"images must be (N, 3, H, W) uint8 with N labels, got {tuple(images.shape)} "
                 f"{images.dtype} and {len(labels)} labels"
             )
+        super().__init__(labels, (images.shape[2], images.shape[3]), "skip" if missing else "raise")
         self.images = images
-        self.labels = labels
-        self.size = (images.shape[2], images.shape[3])
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
         self.augmentation = augmentation or NoAugmentation()
         self.seed = seed
-        self.missing = list(missing)
-        self.unreadable: Unreadable = "skip" if self.missing else "raise"
-        self._targets = labels
-        if self.missing:
-            self._targets = labels.clone()
-            self._targets[self.missing] = UNREADABLE
+        self._missing[list(missing)] = True
+        self._targets = labels.masked_fill(self._missing, UNREADABLE)
 
     def without_augmentation(self) -> "ImageTensors":
-        """Returns the same images as they are, sharing their memory."""
+        """Returns the same images without augmentation, sharing their memory."""
         plain = copy.copy(self)
         plain.augmentation = NoAugmentation()
         return plain
@@ -167,7 +182,7 @@ class ImageTensors(TorchDataset[Batch]):
         return loader
 
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
-        """Creates a loader of all images as they are, in order."""
+        """Creates a loader of all images in order, not augmented."""
         loader: Iterable[Batch] = accelerator.prepare_data_loader(
             batches(self.without_augmentation(), batch_size)
         )
@@ -183,37 +198,17 @@ class ImageTensors(TorchDataset[Batch]):
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
         tensors = (self.images, self._targets, self.mean, self.std)
-        parts = [digest(*map(tensor_fingerprint, tensors)), self.unreadable]
+        parts = [*map(tensor_fingerprint, tensors), self.unreadable]
         if type(self.augmentation) is not NoAugmentation:
             parts += [described(self.augmentation), str(self.seed)]
         return digest(*parts)
-
-    def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that could not be read."""
-        return self.missing
-
-    def huge_rows(self) -> list[int]:
-        """Returns no row: :func:`decode_images` has named such images."""
-        return []
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # Without it, Python would count on an IndexError, and every integer is a draw.
-        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, draw: int) -> Batch:
         images, labels = self.__getitems__([draw])
         return images[0], labels[0]
 
     def __getitems__(self, draws: list[int]) -> Batch:
-        """Returns a whole batch; torch's loader calls this instead of one call per image.
-
-        Args:
-            draws: Indices of images, or draws out of a
-                :class:`~timm_lt.data.loader.NumberedSampler`, which are augmented independently.
-        """
+        """Returns a whole batch."""
         draw = torch.tensor(draws)
         chosen = draw % len(self)
         images = self.images[chosen].float()
@@ -232,18 +227,16 @@ def decode_images(
         dataset: With a column ``image`` that decodes to PIL images.
         size: (H, W) to which images of another size are resized, bilinear; None takes the size of
             the first that can be read.
-        missing: Takes the rows of images that cannot be decoded, which are black then; with None
+        missing: Receives the rows of images that cannot be decoded, which become black; with None
             such an image is an error.
 
     Returns:
         (N, 3, H, W) uint8.
 
     Raises:
-        UsageError: If the data set is empty or too large to be held in memory, or an image cannot
-            be decoded; the message names all such rows. Also if no image can be.
+        UsageError: If the data set is empty or too large for the memory, an image cannot be decoded
+            (names all such rows), or no image can be.
     """
-    if len(dataset) == 0:
-        raise UsageError("the data set has no images")
     images: np.ndarray[Any, Any] | None = None
     rejected: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
@@ -260,7 +253,7 @@ def decode_images(
             size = size or (image.height, image.width)
             images = _empty_images(len(dataset), size)
         height, width = images.shape[1:3]
-        # Of an image that has the size already, this is a copy.
+        # For an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     if huge:
         log.info("%s", describe_huge(len(huge), len(dataset), huge))
@@ -300,7 +293,7 @@ def label_tensor(dataset: Dataset) -> Tensor:
 
 
 def label_names(dataset: Dataset) -> list[str] | None:
-    """Returns the class names of a data set, (C,), if it knows them."""
+    """Returns the class names of a data set, (C,), if they are known."""
     feature = dataset.features["label"]
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
@@ -320,11 +313,10 @@ def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | N
     whole[rows] = labels
     features = dataset.features.copy()
     features["label"] = Value("int64") if names is None else ClassLabel(names=names)
-    place = dataset.data.column_names.index("label")
-    table = dataset.data.table.set_column(place, "label", pa.array(whole))
-    table = table.replace_schema_metadata(None)
+    index = dataset.data.column_names.index("label")
+    table = dataset.data.table.set_column(index, "label", pa.array(whole))
     found = Dataset(
-        table,
+        table.replace_schema_metadata(None),
         info=DatasetInfo(features=features),
         split=dataset.split,
         indices_table=dataset._indices,
@@ -344,34 +336,19 @@ def batches(
     *,
     drop_last: bool = False,
 ) -> DataLoader[Batch]:
-    """Creates a loader whose batches come from ``__getitems__`` as they are.
-
-    Args:
-        data: The images.
-        batch_size: Images per batch, over all processes.
-        sampler: Draws of images, in order; None is the order of the data set.
-        drop_last: Leave out a last batch that is not full.
-    """
+    """Creates a loader that yields whole batches from ``__getitems__``, by default in order."""
     return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=as_it_is)
 
 
 def as_it_is(batch: list[Any]) -> list[Any]:
-    """Returns what ``__getitems__`` returned: it is a batch already."""
+    """Returns the result of ``__getitems__``, which is a batch already."""
     return batch
 
 
-# Options of create_loader that training sets.
-OURS = (
-    *("dataset", "input_size", "batch_size", "sampler", "accelerator", "is_training"),
-    *("num_workers", "pin_memory", "device", "distributed"),
-    *("mean", "std", "crop_pct", "num_aug_splits", "num_aug_repeats"),
-)
+class StoredImages(Images):
+    """An image-classification data set whose images are decoded and transformed when drawn.
 
-
-class StoredImages(TorchDataset[tuple[Any, int]]):
-    """An image-classification data set whose images go through timm's transforms one by one.
-
-    What is random about a draw is a function of (seed, draw), whatever process or worker makes it.
+    Random numbers of timm's transforms are a function of (seed, draw), in any process and worker.
 
     Args:
         dataset: With a column ``image`` that decodes to PIL images.
@@ -383,7 +360,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         seed: Seed of the augmentation.
         workers: Processes that decode, for each process that trains; 0 decodes in that one.
         unreadable: What happens to an image that cannot be read.
-        name: What the data set is called in messages.
+        name: Name of the data set in messages.
     """
 
     def __init__(
@@ -399,11 +376,9 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         unreadable: Unreadable = "raise",
         name: str = "data set",
     ) -> None:
+        super().__init__(labels, size, unreadable)
         self.dataset = dataset
         self.name = name
-        self.labels = labels
-        self.size = size
-        self.unreadable: Unreadable = unreadable
         self.transform: Any = None
         self.augmented = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
@@ -411,24 +386,7 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
         self._augmentation = dict(augmentation or {})
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
-        # Shared with the workers, which find them.
-        self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-        self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-        self._check()
-
-    def _check(self) -> None:
-        for name in OURS:
-            if name in self._augmentation:
-                raise UsageError(f"augmentation option {name!r} is set elsewhere: leave it out")
-        options = self._preprocessing | self._augmentation
-        try:
-            create_loader(copy.copy(self), (3, *self.size), 1, is_training=True, **options)
-        except UsageError:
-            raise
-        except (AssertionError, TypeError, ValueError, KeyError) as error:
-            raise UsageError(
-                f"timm takes no augmentation {self._augmentation}: {error or type(error).__name__}"
-            ) from error
+        self._augmented()
 
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
@@ -439,22 +397,18 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
 
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
         """Creates a loader of all images in order, with timm's transform for evaluation."""
-        # Workers of a second loader would lie idle while the first is read.
+        # Not persistent: eval workers would stay alive, and idle, during training.
         return self._loader(
             batch_size, accelerator, persistent_workers=False, **self._preprocessing
         )
 
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
         """Creates a loader of all images in order, augmented; each epoch is another view."""
-        if self._augmentation.get("input_size_choices"):
-            raise UsageError("views of images of several sizes: leave out input_size_choices")
         options = self._preprocessing | self._augmentation
         if options.get("re_prob"):
-            # Beside the transform, what is erased would not be a function of the draw.
+            # Erasing in the prefetcher would not be a function of the draw.
             options["use_prefetcher"] = False
-        size = (3, *self.size)
-        augmented = create_loader(copy.copy(self), size, 1, is_training=True, **options)
-        # Not in training, where a last batch that is not full would be left out.
+        # Not in training mode, in which a last batch that is not full is dropped.
         loader = self._loader(
             batch_size,
             accelerator,
@@ -462,22 +416,36 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
             persistent_workers=False,
             **options,
         )
-        shown: Any = loader.dataset
-        shown.transform, shown.augmented = cast(Any, augmented.dataset).transform, True
+        views: Any = loader.dataset
+        views.transform, views.augmented = self._augmented(**options).transform, True
         return loader
 
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
-        parts = [images_fingerprint(self.dataset), tensor_fingerprint(self.labels), *self.size]
-        parts += [self._preprocessing, described(self.transform), self.unreadable]
+        options = [self.size, self._preprocessing, self.transform, self.unreadable]
         if self.augmented:
-            parts += [self._augmentation, str(self._key)]
-        return digest(*parts)
+            options += [self._augmentation, str(self._key)]
+        images = images_fingerprint(self.dataset)
+        return digest(images, tensor_fingerprint(self.labels), described(options))
+
+    def _augmented(self, **options: Any) -> "StoredImages":
+        """Returns the images with timm's transform for training."""
+        options = self._preprocessing | self._augmentation | options
+        augmented = copy.copy(self)
+        try:
+            for option in self._augmentation:
+                if option in RESERVED:
+                    raise ValueError(f"{option!r} is set automatically; remove it")
+            create_loader(augmented, (3, *self.size), 1, is_training=True, **options)
+        except (AssertionError, TypeError, ValueError, KeyError) as error:
+            reason = error if str(error) else type(error).__name__
+            raise UsageError(f"augmentation {self._augmentation} is not valid: {reason}") from error
+        return augmented
 
     def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
         if options.get("use_prefetcher", True):
             options.setdefault("collate_fn", collate)
-        # create_loader gives the data set its transform.
+        # create_loader sets the transform of the data set.
         loader = create_loader(
             copy.copy(self),
             (3, *self.size),
@@ -491,60 +459,39 @@ class StoredImages(TorchDataset[tuple[Any, int]]):
             loader.normalize_by_rows(self.size[1])
         return loader
 
-    def unreadable_rows(self) -> list[int]:
-        """Returns the rows of the images that this process and its workers could not read."""
-        rows: list[int] = self._missing.nonzero().flatten().tolist()
-        return rows
-
-    def huge_rows(self) -> list[int]:
-        """Returns the rows of the images that Pillow warns of for their size."""
-        rows: list[int] = self._huge.nonzero().flatten().tolist()
-        return rows
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        # Without it, Python would count on an IndexError, and every integer is a draw.
-        return map(self.__getitem__, range(len(self)))
-
     def __getitem__(self, draw: int) -> tuple[Any, int]:
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: list[int]) -> list[tuple[Any, int]]:
-        """Returns the images of a batch; torch's loader calls this instead of one call per image.
-
-        Args:
-            draws: Rows, or draws out of a :class:`~timm_lt.data.loader.NumberedSampler`, which are
-                augmented independently.
-        """
+        """Returns the images and targets of several draws."""
         number = len(self)
         rows = [draw % number for draw in draws]
         targets = self.labels[rows].tolist()
         seeds = keyed(self._key, np.array(draws, np.int64)).tolist()
         pairs = []
-        with _random_states_kept():
-            for place, encoded in enumerate(self._encoded[rows]["image"]):
+        # A worker uses its random states for nothing else.
+        with kept_random_state() if get_worker_info() is None else nullcontext():
+            for index, encoded in enumerate(self._encoded[rows]["image"]):
                 try:
-                    image = read_image(encoded, rows[place], self._column)
+                    image = read_image(encoded, rows[index], self._column)
                     if is_huge(image.size):
-                        self._huge[rows[place]] = True
+                        self._huge[rows[index]] = True
                 except UsageError as error:
                     if self.unreadable == "raise":
                         raise UsageError(f"{self.name}: {error}") from error
-                    self._missing[rows[place]] = True
-                    image, targets[place] = Image.new("RGB", self.size[::-1]), UNREADABLE
+                    self._missing[rows[index]] = True
+                    image, targets[index] = Image.new("RGB", self.size[::-1]), UNREADABLE
                 if self.transform is not None:
-                    _seed(seeds[place])
+                    _seed(seeds[index])
                     image = self.transform(image)
-                pairs.append((image, targets[place]))
+                pairs.append((image, targets[index]))
         return pairs
 
 
 def collate(batch: list[tuple[Any, int]]) -> Batch:
-    """Returns what timm's collate function does, with the channels last in memory."""
+    """Returns the result of timm's collate function, with the channels last in memory."""
     if not isinstance(batch[0][0], Tensor):
-        # Of a transform that is not timm's.
+        # The transform is not timm's.
         collated: Batch = fast_collate(batch)
         return collated
     # Pillow has the channels last, and so has the model: they are never moved.
@@ -553,25 +500,8 @@ def collate(batch: list[tuple[Any, int]]) -> Batch:
 
 
 def _seed(word: int) -> None:
-    """Makes all that timm's transforms draw a function of a 64-bit word."""
+    """Makes all random numbers of timm's transforms a function of a 64-bit word."""
     random.seed(word)
-    # Given the same 32 bits, NumPy and torch would draw the same.
+    # With the same 32 bits, NumPy and torch would draw the same.
     np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002
     torch.default_generator.manual_seed(word >> 32)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Restores the global states that timm's transforms draw from."""
-    if get_worker_info() is not None:
-        # A worker has them for nothing else.
-        yield
-        return
-    of_python, of_torch = random.getstate(), torch.get_rng_state()
-    of_numpy = np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(of_python)
-        torch.set_rng_state(of_torch)
-        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -1,7 +1,4 @@
-"""Any data set as timm's loader wants one: pairs, and a transform that can be set.
-
-Images and labels of a data set's sample or of a loader's batch, in whatever layout they come.
-"""
+"""Images and labels of any data set or batch, in whatever layout they come."""
 
 import copy
 import dataclasses
@@ -13,27 +10,91 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import AugMixDataset, ImageDataset
+from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import to_pil_image
 
+from timm_lt.data.columns import ImageRows, check_random_access
 from timm_lt.data.decode import read_image
 from timm_lt.data.fingerprint import dataset_fingerprint, described, digest, reads_as
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import check_labels
 
-# Keys of images and of labels in a sample or batch that is a mapping, the first present is taken.
+# Keys of images and of labels in a sample or batch that is a mapping; the first present is used.
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+NOT_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
 EXPECTED = (
-    "expected an image and its label, as a pair or as a mapping such as "
-    "{'image': ..., 'label': ...}; a batch has images and labels"
+    "expected an image and its label (a batch: images and labels) as a pair, or as a mapping with "
+    f"one of the keys {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}"
 )
-NORMALIZED = "timm_lt.create_loader gives images as a model takes them"
+ACCEPTED = (
+    "a datasets.Dataset with images and labels, torchvision's ImageFolder, timm's ImageDataset, or "
+    "any other data set or list of pairs of an image (of PIL, uint8, or the path of a file) and "
+    "its label"
+)
+
+
+def check_dataset(data: object, *, streams: bool = False) -> None:
+    """Checks that a data set has a length and random access.
+
+    Args:
+        data: The data set.
+        streams: Whether an ``IterableDataset`` of torch passes.
+
+    Raises:
+        UsageError: If it has not.
+    """
+    check_random_access(data)
+    is_stream = isinstance(data, IterableDataset)
+    known = isinstance(data, Dataset | datasets.Dataset | Sequence) and not isinstance(data, str)
+    if not known or (is_stream and not streams) or not (is_stream or hasattr(data, "__len__")):
+        cure = "pass its attribute dataset" if hasattr(data, "dataset") else f"expected {ACCEPTED}"
+        raise UsageError(
+            f"a {type(data).__name__} is not a data set with a length and random access; {cure}"
+        )
+
+
+def is_plain(rows: datasets.Dataset) -> bool:
+    """Tells whether a ``datasets.Dataset`` has no transform of its own."""
+    return bool(rows.format["type"] != "custom")
+
+
+def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
+    """Returns the data sets that a ``Subset``, ``ConcatDataset`` or wrapper takes its items from.
+
+    Args:
+        data: The data set.
+
+    Returns:
+        The data sets; and for each item the number of its data set and its row there, (N,).
+    """
+    if isinstance(data, Subset) and reads_as(data, Subset):
+        parts, part, row = flattened(data.dataset)
+        rows = np.array(list(map(int, data.indices)), np.int64)
+        return parts, part[rows], row[rows]
+    if isinstance(data, ConcatDataset) and reads_as(data, ConcatDataset):
+        parts, numbers, rows_of = [], [], []
+        for inner in data.datasets:
+            leaves, part, row = flattened(inner)
+            numbers.append(part + len(parts))
+            rows_of.append(row)
+            parts += leaves
+        return parts, np.concatenate(numbers), np.concatenate(rows_of)
+    if isinstance(data, ImageRows) and reads_as(data, ImageRows):
+        return flattened(data.rows)
+    if isinstance(data, TransformedItems) and reads_as(data, TransformedItems):
+        return flattened(data.items)
+    wrappers = AugMixDataset, ScheduledTransformDataset
+    if isinstance(data, wrappers) and reads_as(data, *wrappers):
+        return flattened(data.dataset)
+    return [data], np.zeros(len(data), np.int64), np.arange(len(data))
 
 
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
@@ -73,21 +134,8 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
         )
         if image is not None and label is not None:
             return fields[image], fields[label]
-        if not isinstance(sample, tuple):
-            missing = "image" if image is None else "label"
-            keys = IMAGE_KEYS if image is None else LABEL_KEYS
-            raise UsageError(
-                f"{noun} has no {missing}, only {', '.join(map(str, fields)) or 'no key at all'}; "
-                f"name it one of {', '.join(keys)}"
-            )
-    if isinstance(sample, Tensor | np.ndarray):
-        raise UsageError(
-            f"{noun} is a {_name(sample)} of shape {tuple(sample.shape)} without labels; {EXPECTED}"
-        )
-    if isinstance(sample, str) or not isinstance(sample, Sequence):
-        raise UsageError(f"{noun} is a {_name(sample)}; {EXPECTED}")
-    if len(sample) < 2:
-        raise UsageError(f"{noun} is a {_name(sample)} of length {len(sample)}; {EXPECTED}")
+    if isinstance(sample, str) or not isinstance(sample, Sequence) or len(sample) < 2:
+        raise UsageError(f"{noun} is a {_kind(sample)}; {EXPECTED}")
     return sample[0], sample[1]
 
 
@@ -106,65 +154,37 @@ def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
 
     Args:
         batch: See :func:`image_and_label`. Images and labels are tensors, NumPy arrays, or lists of
-            the one or the other.
+            either.
         noun: Name of the batch in messages.
 
     Shape:
         images (B, C, H, W), floating point; labels (B,), integers.
 
     Raises:
-        UsageError: If they have another shape or type, or there are more of one than of the other.
+        UsageError: If they have another shape or type, or their numbers differ.
     """
     given, targets = image_and_label(batch, noun)
-    images = _image_tensor(given, noun)
-    labels = _label_tensor(targets, noun)
-    if len(labels) != len(images):
-        raise UsageError(f"{noun} has {len(images)} images and {len(labels)} labels")
-    return images, labels
-
-
-def _image_tensor(given: object, noun: str) -> Tensor:
-    images = _as_tensor(given)
-    if images is None:
-        raise UsageError(f"the images of {noun} are not one array of numbers: {_shown(given)}")
-    if images.ndim != 4:
-        hint = "; add a dimension for the batch" if images.ndim == 3 else ""
+    images, labels = _as_tensor(given), _as_tensor(targets)
+    if images is None or images.ndim != 4 or not images.is_floating_point():
         raise UsageError(
-            f"the images of {noun} have shape {tuple(images.shape)}; expected (batch, channels, "
-            f"height, width){hint}"
+            f"the images of {noun} are a {_kind(given)}; expected floating-point numbers of shape "
+            "(batch, channels, height, width), normalized as the model was trained: divided by "
+            "255, less the mean, divided by the standard deviation. timm_lt.create_loader yields "
+            "such batches"
         )
-    if not images.is_floating_point():
+    if labels is None or labels.shape != images.shape[:1]:
         raise UsageError(
-            f"the images of {noun} are {images.dtype}; expected floating-point numbers, "
-            "normalized as the model was trained: divide by 255, subtract the mean and divide by "
-            f"the standard deviation. {NORMALIZED}"
+            f"the labels of {noun} are a {_kind(targets)}; expected one integer for each of the "
+            f"{len(images)} images"
         )
-    return images
-
-
-def _label_tensor(given: object, noun: str) -> Tensor:
-    labels = _as_tensor(given)
-    if labels is None:
-        raise UsageError(
-            f"the labels of {noun} are not integers: {_shown(given)}; expected the number of the "
-            "class of each image"
-        )
-    if labels.ndim != 1:
-        cure = "labels.squeeze(1)" if labels.shape[1:] == (1,) else "labels.argmax(1)"
-        hint = f": {cure}" if labels.ndim == 2 else ""
-        raise UsageError(
-            f"the labels of {noun} have shape {tuple(labels.shape)}; expected one integer for each "
-            f"image, (batch,){hint}"
-        )
-    real = labels.is_floating_point() or labels.is_complex()
-    if len(labels) and (real or labels.dtype == torch.bool):
+    if len(labels) and (labels.is_floating_point() or labels.dtype in NOT_INTEGERS):
         # Names the first label that is not an integer.
         check_labels(labels, noun=f"{noun}: labels")
-    return labels.long()
+    return images, labels.long()
 
 
 def _as_tensor(values: object) -> Tensor | None:
-    """Returns numbers as a tensor; None if they are none, or not of one shape."""
+    """Returns numbers as a tensor; None if they are not numbers, or not of one shape."""
     if isinstance(values, Tensor):
         return values
     try:
@@ -176,15 +196,16 @@ def _as_tensor(values: object) -> Tensor | None:
         return None
 
 
-def _shown(given: object) -> str:
-    """Returns in a few words what was given in place of an array."""
-    if not isinstance(given, list | tuple) or not given:
-        return f"a {_name(given)}"
-    shapes = {tuple(one.shape) for one in given if isinstance(one, Tensor | np.ndarray)}
-    if len(shapes) > 1:
-        return "they have shapes " + ", ".join(map(str, sorted(shapes)[:3]))
-    first = repr(given[0]) if isinstance(given[0], str) else f"a {_name(given[0])}"
-    return f"a {_name(given)} that begins with {first}"
+def _kind(value: object) -> str:
+    """Returns the class of a value with its shape and type, its keys, or its first entry."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{_name(value)} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"{_name(value)} with the keys {', '.join(map(str, value)) or '(none)'}"
+    if isinstance(value, list | tuple):
+        first = f", which begins with a {_kind(value[0])}" if value else ""
+        return f"{_name(value)} of length {len(value)}{first}"
+    return _name(value)
 
 
 def _name(value: object) -> str:
@@ -196,8 +217,8 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
 
     Args:
         items: A data set whose items have an image (of PIL, the path of a file, or uint8 as a
-            tensor or array) and a label; see :func:`~timm_lt.data.items.image_and_label`.
-        takes_tensors: Whether floating-point tensors are given as they are, without the transform.
+            tensor or array) and a label; see :func:`image_and_label`.
+        takes_tensors: Whether floating-point tensors pass unchanged, without the transform.
 
     Attributes:
         transform: Applied to each image, RGB; None leaves it a PIL image.
@@ -212,31 +233,19 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, row: int) -> tuple[Any, Any]:
         given, label = drawn_item(self.items, row)
-        if not _is_label(label):
-            raise UsageError(
-                f"item {row} of a {type(self.items).__name__} has the label {label!r}, which is "
-                "not an integer"
-            )
-        if self.takes_tensors and isinstance(given, Tensor) and given.is_floating_point():
+        is_tensor = isinstance(given, Tensor) and given.is_floating_point()
+        if self.takes_tensors and is_tensor and _is_label(label):
             return given, label
-        image = self._image(given, row)
+        image = as_image(given)
+        if not (isinstance(image, dict | Image.Image) and _is_label(label)):
+            raise UsageError(
+                f"item {row} of a {_name(self.items)} has a {_kind(image)} and the label {label!r};"
+                " a loader takes images of PIL, paths or uint8, and integer labels. Remove the "
+                "data set's own transform, or pass use_prefetcher=False, which leaves "
+                "floating-point tensors unchanged"
+            )
+        image = read_image(image, row, datasets.Image())
         return (self.transform(image) if self.transform else image), label
-
-    def _image(self, given: object, row: int) -> Image.Image:
-        if isinstance(given, str | Path):
-            given = {"path": str(given), "bytes": None}
-        given = as_image(given)
-        if isinstance(given, dict | Image.Image):
-            return read_image(given, row, datasets.Image())
-        if isinstance(given, Tensor | np.ndarray):
-            kind = f"{type(given).__name__} of shape {tuple(given.shape)}, {given.dtype}"
-        else:
-            kind = type(given).__name__
-        raise UsageError(
-            f"image {row} of a {type(self.items).__name__} is a {kind}; the transform of a loader "
-            "takes images of PIL, paths or uint8: remove the data set's own transform, or pass "
-            "use_prefetcher=False, which gives floating-point tensors as they are"
-        )
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the data set, if it has epochs."""
@@ -249,13 +258,15 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
 
 
 def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
-    """Returns uint8 pixels as an image of PIL; whatever else as it is.
+    """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged.
 
     Args:
-        given: A tensor (C, H, W), an array (H, W, C), either without channels, or anything.
+        given: A tensor (C, H, W), an array (H, W, C), either without channels, a path, or anything.
     """
+    if isinstance(given, str | Path):
+        return {"path": str(given), "bytes": None}
     is_pixels = isinstance(given, Tensor | np.ndarray) and str(given.dtype).endswith("uint8")
-    # Not of another number of channels or dimensions.
+    # Pixels with another number of channels or dimensions stay as they are.
     with suppress(ValueError, TypeError):
         return to_pil_image(given) if is_pixels else given
     return given
@@ -267,20 +278,10 @@ def with_transform(data: Any, *, takes_tensors: bool) -> Any:  # noqa: ANN401 - 
     Args:
         data: The data set.
         takes_tensors: See :class:`TransformedItems`.
-
-    Raises:
-        UsageError: If it is not a data set.
     """
-    if isinstance(data, IterableDataset) or reads_as(data, ImageDataset, AugMixDataset):
+    known = ImageDataset, AugMixDataset, DatasetFolder
+    if isinstance(data, IterableDataset) or reads_as(data, *known) or _uses_transform(data):
         return data
-    if reads_as(data, DatasetFolder) or _uses_transform(data):
-        return data
-    is_items = isinstance(data, Sequence) and not isinstance(data, str)
-    if not (is_items or isinstance(data, Dataset | datasets.Dataset)):
-        raise UsageError(
-            f"a {type(data).__name__} is not a data set; create_loader takes one of torch, timm or "
-            "datasets, or a list of pairs of an image and its label"
-        )
     return TransformedItems(data, takes_tensors=takes_tensors)
 
 
@@ -294,14 +295,14 @@ def _uses_transform(data: Any) -> bool:  # noqa: ANN401 - of any class
             probe = copy.copy(data)
             probe.transform = lambda _: made
             item = probe[0]
-    except Exception:  # noqa: BLE001 - whatever it is, it is raised again where items are drawn
+    except Exception:  # noqa: BLE001 - it is raised again when items are drawn
         return False
     is_pair = isinstance(item, tuple) and len(item) == 2
     return is_pair and item[0] is made and _is_label(item[1])
 
 
 def _is_label(label: object) -> bool:
-    """Tells whether a label is an integer, or dense; the loader would truncate a fraction."""
+    """Tells whether a label is an integer, or dense; timm's loader would truncate a fraction."""
     if isinstance(label, Tensor | np.ndarray):
         return label.ndim > 0 or isinstance(label.item(), int)
     return isinstance(label, int | np.integer)

@@ -1,21 +1,18 @@
-"""timm's loader with any sampler, for one process or several.
-
-Gives timm's loader another sampler, and accelerate's processes their share of its batches.
-
-Numbered draws: which image, and which of all draws of the training it is.
-"""
+"""timm's loader with any sampler, in one process or several, and the errors of its workers."""
 
 import inspect
 import itertools
+import multiprocessing
 import operator
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderAdapter, DataLoaderShard, prepare_data_loader
+from accelerate.data_loader import DataLoaderShard
 from accelerate.state import PartialState, is_initialized
 from timm.data import FastCollateMixup
 from timm.data import create_loader as timm_create_loader
@@ -24,195 +21,32 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_lt.data.columns import ImageRows, check_random_access
-from timm_lt.data.items import with_transform
-from timm_lt.data.labels import is_plain
+from timm_lt.data.columns import ImageRows
+from timm_lt.data.decode import CAUGHT, is_worker_death
+from timm_lt.data.items import check_dataset, is_plain, with_transform
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
 
-# What a DataLoader is made of, beside its data set and the order of its images.
-SETTINGS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
-
-# A scheduled batch: pairs of an index and the number of a size.
-Batch = list[tuple[Any, int]]
-
-
-class PartOfBatches(Sampler[Batch]):
-    """The part of each batch of a schedule that one process shows: accelerate cannot divide them.
-
-    Args:
-        batches: The batches of all processes together, each a multiple of their number.
-        rank: Number of this process.
-        num_processes: Number of processes.
-    """
-
-    def __init__(self, batches: ScheduledBatchSampler, rank: int, num_processes: int) -> None:
-        self.batches = batches
-        self.rank, self.num_processes = rank, num_processes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the schedule and of its sampler."""
-        self.batches.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            part = len(batch) // self.num_processes
-            yield batch[self.rank * part : (self.rank + 1) * part]
-
-
-def with_sampler(
-    loader: DataLoader[Any], sampler: Sampler[Any], num_batches: int | None
-) -> DataLoader[Any]:
-    """Returns a loader like one that was not iterated yet, with another order of its images.
-
-    Args:
-        loader: timm's, with its own sampler.
-        sampler: The order.
-        num_batches: timm's option of that name, for a schedule of sizes.
-    """
-    if isinstance(loader.batch_sampler, ScheduledBatchSampler):
-        schedule = scheduled(loader.batch_sampler, sampler, num_batches)
-        return rebuild(loader, batch_sampler=schedule)
-    batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return rebuild(loader, sampler=sampler, **batches)
-
-
-def rebuild(loader: DataLoader[Any], **batches: Any) -> DataLoader[Any]:
-    """Returns a loader with the same data set and settings and other batches."""
-    settings = {name: getattr(loader, name) for name in SETTINGS}
-    return type(loader)(loader.dataset, **batches, **settings)
-
-
-def scheduled(
-    like: ScheduledBatchSampler,
-    sampler: Sampler[Any],
-    num_batches: int | None,
-    scale: int = 1,
-) -> ScheduledBatchSampler:
-    """Returns a schedule like another, over another sampler, batches ``scale`` times as large."""
-    # A schedule begins the epoch again where it needs more images than there are.
-    if isinstance(sampler, ClassSampler):
-        sampler.warns_of_repetition = False
-    return ScheduledBatchSampler(
-        sampler,
-        batch_sizes=[scale * size for size in like.batch_sizes],
-        choice_weights=like.choice_weights.tolist(),
-        seed=like.seed,
-        drop_last=like.drop_last,
-        num_batches=num_batches,
-        choice_schedule=like.choice_schedule,
-        schedule_epochs=like.schedule_epochs,
-        schedule_spread=like.schedule_spread,
-        schedule_random_mix=like.schedule_random_mix,
-    )
-
-
-def sampler_of(loader: DataLoader[Any]) -> Sampler[Any] | Iterable[Any]:
-    """Returns the order of a loader's images."""
-    batches = loader.batch_sampler
-    return batches.sampler if isinstance(batches, ScheduledBatchSampler) else loader.sampler
-
-
-def prepare(
-    loader: DataLoader[Any], accelerator: Accelerator, num_batches: int | None
-) -> DataLoaderAdapter:
-    """Prepares a loader of timm with accelerate, which cannot divide the batches of a schedule.
-
-    Raises:
-        UsageError: If a batch size is no multiple of the number of processes that share it.
-    """
-    if isinstance(loader.batch_sampler, ScheduledBatchSampler):
-        return _prepare_schedule(loader, loader.batch_sampler, accelerator, num_batches)
-    _check_shared(accelerator, [loader.batch_size or 1], loader.sampler)
-    return accelerator.prepare_data_loader(loader)
-
-
-def _prepare_schedule(
-    loader: DataLoader[Any],
-    schedule: ScheduledBatchSampler,
-    accelerator: Accelerator,
-    num_batches: int | None,
-) -> DataLoaderAdapter:
-    processes = accelerator.num_processes
-    if processes > 1 and not hasattr(schedule.sampler, "set_epoch"):
-        raise UsageError(
-            "input_size_choices over several processes needs a sampler that draws the same in each "
-            "of them: pass sampler=timm_lt.create_sampler(...)"
-        )
-    scale = 1 if accelerator.split_batches else processes
-    _check_shared(accelerator, schedule.batch_sizes, schedule.sampler)
-    batches = scheduled(schedule, schedule.sampler, num_batches, scale)
-    part = PartOfBatches(batches, accelerator.process_index, processes)
-    return prepare_data_loader(
-        rebuild(loader, batch_sampler=part),
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=accelerator.device_placement,
-        rng_types=list(accelerator.rng_types),
-        non_blocking=accelerator.non_blocking,
-    )
-
-
-def _check_shared(
-    accelerator: Accelerator, batch_sizes: Iterable[int], sampler: Sampler[Any] | Iterable[Any]
-) -> None:
-    """Checks that accelerate can share batches of these sizes."""
-    processes = accelerator.num_processes
-    for size in batch_sizes:
-        if accelerator.split_batches and size % processes:
-            raise UsageError(
-                f"batch_size {size} is shared by {processes} processes, so it must be a multiple "
-                f"of {processes}"
-            )
-        check_groups(sampler, size // processes if accelerator.split_batches else size, processes)
-
-
-def check_groups(sampler: Sampler[Any] | Iterable[Any], batch_size: int, processes: int) -> None:
-    """Checks that several processes do not share draws that a sampler keeps together.
-
-    Args:
-        sampler: Order of the images.
-        batch_size: Images of a batch on each process.
-        processes: Number of processes.
-
-    Raises:
-        UsageError: If the batch size is not a multiple of the size of the sampler's groups.
-    """
-    group = getattr(sampler, "group", 1)
-    if processes > 1 and batch_size % group:
-        raise UsageError(
-            f"the sampler draws groups of {group} images that belong together, and batches of "
-            f"{batch_size} images on each of {processes} processes would divide them: make it a "
-            f"multiple of {group}"
-        )
-
-
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
+# Options that do not go with a sampler, or with an accelerator.
+CONFLICTS = {
+    "sampler": ("num_aug_repeats",),
+    "accelerator": ("distributed", "use_multi_epochs_loader", "num_aug_repeats", "device"),
+}
+RESUME = "go on with --resume"
+# Errors in the main process when a worker goes away while it hands over a batch.
+CUT_OFF = (EOFError, ConnectionError, FileNotFoundError)
+
+T = TypeVar("T")
 
 
 class Loader:
-    """What :func:`create_loader` returns: timm's loader, whose epoch can be set.
+    """The result of :func:`create_loader`: timm's loader, whose epoch can be set.
 
     Attributes:
         loader: timm's ``PrefetchLoader``, or a ``DataLoader`` if ``use_prefetcher`` is False; with
-            an accelerator, what it prepared.
+            an accelerator, the loader that it prepared.
         sampler: The order of the images.
     """
 
@@ -221,16 +55,17 @@ class Loader:
         inner: DataLoader[Any],
         prefetcher: PrefetchLoader | None,
         accelerator: Accelerator | None,
-        num_batches: int | None,
     ) -> None:
-        self.sampler: Any = sampler_of(inner)
+        batches: Any = inner.batch_sampler
+        is_scheduled = isinstance(batches, ScheduledBatchSampler)
+        self.sampler: Any = batches.sampler if is_scheduled else inner.sampler
         self.loader: Any = inner if prefetcher is None else prefetcher
         if accelerator is not None:
-            prepared = prepare(inner, accelerator, num_batches)
+            prepared: Any = accelerator.prepare_data_loader(inner)
             inner = prepared.base_dataloader
             if prefetcher is not None:
-                # Below what accelerate made, not above: accelerate notes the end of the data as a
-                # batch leaves its loader, and a prefetcher above it would read one ahead.
+                # Inside accelerate's loader. Outside, the prefetcher's one-batch lookahead would
+                # make accelerate set `end_of_dataloader` too early.
                 prepared.base_dataloader = prefetcher
             self.loader = prepared
         if prefetcher is not None:
@@ -240,12 +75,12 @@ class Loader:
         self._prepared = accelerator is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the 0-based epoch that the next iteration shows.
+        """Sets the 0-based epoch of the next iteration.
 
-        It reaches the sampler, the schedule of sizes and the data set, where they have epochs, and
-        accelerate, which otherwise goes on counting by itself. ``use_multi_epochs_loader`` draws
-        ahead: its epochs follow one another from the one that was set first. Persistent workers
-        have copies of the data set, which are not reached.
+        It is passed on to the sampler, the schedule of sizes, the data set, and accelerate's
+        loader, if they have epochs. ``use_multi_epochs_loader`` draws ahead: its epochs follow one
+        another from the first that was set. Persistent workers keep copies of the data set, which
+        are not changed.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         parts: tuple[Any, ...] = (self.sampler, self.batch_sampler, self.dataset, self.loader)
@@ -254,26 +89,30 @@ class Loader:
                 part.set_epoch(epoch)
 
     def normalize_by_rows(self, width: int) -> None:
-        """Lets timm normalise batches with the channels last in memory row by row.
+        """Lets timm normalise channels-last batches row by row, with the same result.
 
-        Pixel by pixel, three values at a time, it would take twice the time of a batch with the
-        channels first. The result is the same.
+        Pixel by pixel, three values at a time, they would take twice as long as channels-first
+        batches.
 
         Args:
-            width: Of all images.
+            width: Width of all images.
         """
         if self._prefetcher is None:
             return
         for name in ("mean", "std"):
-            of_channels = getattr(self._prefetcher, name)
-            of_row = of_channels.expand(-1, -1, -1, width)
-            setattr(self._prefetcher, name, of_row.contiguous(memory_format=torch.channels_last))
+            rows = getattr(self._prefetcher, name).expand(-1, -1, -1, width)
+            setattr(self._prefetcher, name, rows.contiguous(memory_format=torch.channels_last))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self._prepared:
-            _check_processes(self.sampler)
+        processes = PartialState().num_processes if is_initialized() else 1
+        is_shared = self._prepared or getattr(self.sampler, "num_replicas", 1) > 1
+        if processes > 1 and not is_shared and isinstance(self.sampler, ClassSampler):
+            raise UsageError(
+                f"accelerate runs {processes} processes, each of which would draw all images; pass "
+                "accelerator= to create_loader"
+            )
         for batch in self.loader:
-            # Accelerate takes it from the length of the data set; the sampler's may be another.
+            # Accelerate computes it from the length of the data set, not of the sampler.
             shard = isinstance(self.loader, DataLoaderShard) and self.loader.remainder >= 0
             if shard and hasattr(self.sampler, "__len__"):
                 self.loader.remainder = len(self.sampler) % self.loader.total_batch_size
@@ -284,12 +123,12 @@ class Loader:
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """The data set, with the transform that timm gave it."""
+        """The data set, with the transform that timm set."""
         return self._inner.dataset
 
     @property
     def batch_sampler(self) -> Sampler[Any] | Iterable[Any] | None:
-        """What makes batches of the sampler's indices."""
+        """The sampler that groups the images into batches."""
         return self._inner.batch_sampler
 
     @property
@@ -321,153 +160,189 @@ def create_loader(
 
     Augmentation, mixup (``collate_fn=timm.data.FastCollateMixup(...)``), prefetcher, persistent
     workers, scheduled sizes and the rest are timm's own. With ``is_training=True`` a last batch
-    that is not full is left out, as in timm; otherwise every image of the sampler is shown.
+    that is not full is dropped, as in timm; otherwise every image of the sampler is loaded.
 
-    Several processes, one of:
+    Several processes need one of:
 
-    - ``accelerator=``: each process shows its share of the batches. The batch size counts images
+    - ``accelerator=``: each process loads its share of the batches. The batch size counts images
       over all processes if the accelerator splits batches (``split_batches=True``, as in timm_lt's
       own training), and the images of each process if not (accelerate's default). Call
       ``loader.set_epoch``, not that of the sampler, before each epoch. ``gather_for_metrics``
-      gives each image of an evaluation once.
-    - ``distributed=True`` with torch.distributed and no accelerate: the batch size is each
-      process's. A timm_lt sampler becomes that of this process (``sampler.shard``); any other must
-      be shared already, as torch's DistributedSampler is.
+      yields each image of an evaluation once.
+    - ``distributed=True`` with torch.distributed and without accelerate: the batch size is that of
+      each process. A timm_lt sampler is sharded here (``sampler.shard``); any other must be sharded
+      already, as torch's DistributedSampler is.
 
     Args:
         dataset: With random access and a ``transform`` that timm sets, such as timm's
             ``ImageDataset`` or one of torchvision; a ``datasets.Dataset`` of images and labels; or
-            whatever else has items of an image (of PIL, a path, or uint8) and its label, such as a
-            ``Subset`` or a list of pairs. Of these the loader itself transforms the images; with
-            ``use_prefetcher=False``, floating-point tensors stay as they are.
-        input_size: Of the images, (channels, height, width), (height, width) or the side.
+            any other whose items have an image (of PIL, a path, or uint8) and its label, such as a
+            ``Subset`` or a list of pairs. The loader transforms the images of the latter two; with
+            ``use_prefetcher=False``, floating-point tensors are not changed.
+        input_size: Size of the images, (channels, height, width), (height, width) or the side.
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
         accelerator: Prepares the loader; do not prepare it again.
         background: Colour behind transparent pixels of a ``datasets.Dataset``, such as ``"black"``
             or ``"#808080"``; None is white. Other data sets decode their images themselves:
             torchvision's ``ImageFolder`` as a run does with ``loader=timm_lt.load_image``.
-        **options: Those of ``timm.data.create_loader``. ``device`` is the accelerator's; without
-            one, the device that accelerate would compute on.
+        **options: Those of ``timm.data.create_loader``. ``device`` defaults to the device that
+            accelerate would compute on; with an accelerator it is the accelerator's.
 
     Raises:
-        UsageError: If an option is unknown or does not go with another, the sampler is not of this
-            data set, not shared among the processes, or too short for one batch; or the data set is
-            a stream of the ``datasets`` library.
+        UsageError: If an option is unknown or conflicts with another, the sampler is not of this
+            data set, is not shared among the processes, or is too short for one batch; or if the
+            data set has no random access.
     """
-    check_random_access(dataset)
-    _check_options(options, sampler, accelerator)
-    options["device"] = _device(options.get("device"), accelerator)
-    if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
-        images: Any = ImageRows(dataset.with_format(None), background=background)
-    elif background is not None:
-        raise UsageError(
-            f"background only applies to a datasets.Dataset that decodes its images; a "
-            f"{type(dataset).__name__} with a way of its own reads them as it does, such as with "
-            "timm_lt.load_image"
-        )
-    else:
-        # The prefetcher takes whatever it is given for uint8.
-        prefetches = options.get("use_prefetcher", True)
-        images = with_transform(dataset, takes_tensors=not prefetches)
+    _check_options(options, sampler=sampler, accelerator=accelerator)
+    options.setdefault("device", default_device())
+    if accelerator is not None:
+        options["device"] = accelerator.device
+    options["device"] = torch.device(options["device"])
+    images = _with_transform(dataset, background, options)
     if sampler is not None:
-        _check_sampler(sampler, images)
-        if options.get("distributed"):
-            _share_among_ranks(sampler)
-    if not isinstance(images, IterableDataset) and len(images) == 0:
-        raise UsageError(f"the {type(dataset).__name__} has no images")
+        _fit_sampler(sampler, images, distributed=bool(options.get("distributed")))
     loader = timm_create_loader(images, input_size, batch_size, **options)
-    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
-    if sampler is not None:
-        inner = with_sampler(inner, sampler, options.get("num_batches"))
     prefetcher = loader if isinstance(loader, PrefetchLoader) else None
-    shown = Loader(inner, prefetcher, accelerator, options.get("num_batches"))
-    if not isinstance(images, IterableDataset) and len(shown) == 0:
+    inner = loader if prefetcher is None else prefetcher.loader
+    if sampler is not None:
+        inner = _with_sampler(inner, sampler, options.get("num_batches"))
+    if accelerator is not None:
+        _check_shares(inner, accelerator)
+    created = Loader(inner, prefetcher, accelerator)
+    if not isinstance(images, IterableDataset) and len(created) == 0:
         raise UsageError(
-            f"the {len(shown.sampler)} images of an epoch do not fill a batch of {batch_size} in "
-            "every process, and in training only full batches are shown"
+            f"the {len(created.sampler)} images of an epoch do not fill a batch of {batch_size} in "
+            "every process, and in training only full batches are loaded"
         )
-    return shown
+    return created
 
 
-def _check_options(
-    options: dict[str, Any], sampler: Sampler[Any] | None, accelerator: Accelerator | None
-) -> None:
-    for name in options:
+def _check_options(options: dict[str, Any], **parts: object) -> None:
+    for name, value in options.items():
         if name not in OPTIONS:
             raise unknown_name("option of create_loader:", name, list(OPTIONS))
-    if accelerator is not None and options.get("distributed"):
-        raise UsageError("accelerator= shares the batches itself: leave out distributed=True")
-    if accelerator is not None and options.get("use_multi_epochs_loader"):
-        raise UsageError(
-            "use_multi_epochs_loader does not go with accelerator=: take persistent_workers=True"
-        )
-    if options.get("num_aug_repeats") and (sampler is not None or accelerator is not None):
-        raise UsageError(
-            "num_aug_repeats is a sampler of timm's own, for distributed=True: leave it out or "
-            "leave out sampler= and accelerator="
-        )
-    if accelerator is None and not options.get("distributed"):
-        _check_processes(sampler)
+        for part, conflicts in CONFLICTS.items():
+            if value and parts[part] is not None and name in conflicts:
+                raise UsageError(f"{name}= does not go with {part}=; remove one of them")
 
 
-def _check_processes(sampler: object) -> None:
-    """Checks that a sampler is not to show every process of accelerate the same images."""
-    processes = PartialState().num_processes if is_initialized() else 1
-    if isinstance(sampler, ClassSampler) and sampler.num_replicas == 1 and processes > 1:
+def _with_transform(data: Any, background: object, options: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Returns a data set with a transform that timm can set."""
+    check_dataset(data, streams=True)
+    if isinstance(data, datasets.Dataset) and is_plain(data):
+        return ImageRows(data.with_format(None), background=background)
+    if background is not None:
         raise UsageError(
-            f"accelerate runs {processes} processes, and each of them would show all images: pass "
-            "accelerator= to create_loader"
+            f"background only applies to a datasets.Dataset that decodes its images; a "
+            f"{type(data).__name__} decodes them itself, such as with timm_lt.load_image"
         )
+    # The prefetcher would treat any tensor as uint8.
+    return with_transform(data, takes_tensors=not options.get("use_prefetcher", True))
 
 
-def _check_sampler(sampler: Sampler[Any], dataset: Dataset[Any]) -> None:
-    if isinstance(dataset, IterableDataset):
-        raise UsageError(
-            f"a sampler needs a data set with random access, and {type(dataset).__name__} is read "
-            "in its own order"
-        )
-    if not isinstance(sampler, ClassSampler):
+def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> None:  # noqa: ANN401
+    """Checks that a sampler is of a data set, and shards it if the processes are distributed."""
+    if isinstance(sampler, ClassSampler):
+        num_labels = int(sampler.class_counts.sum())
+        if num_labels != len(dataset):
+            raise UsageError(
+                f"the sampler was created from {num_labels} labels, but the data set has "
+                f"{len(dataset)} images; pass dataset_labels(dataset) to create_sampler"
+            )
+    if not distributed:
         return
-    num_labels, num_images = int(sampler.class_counts.sum()), len(dataset)  # type: ignore[arg-type]
-    if num_labels != num_images:
-        raise UsageError(
-            f"the sampler was created from {num_labels} labels, but the data set has {num_images} "
-            "images: pass dataset_labels(dataset) to create_sampler"
-        )
-
-
-def _share_among_ranks(sampler: Sampler[Any]) -> None:
-    if not dist.is_initialized():
-        raise UsageError("distributed=True needs torch.distributed.init_process_group first")
     if not hasattr(sampler, "num_replicas"):
         raise UsageError(
             f"with distributed=True every process would draw the same from a "
-            f"{type(sampler).__name__}: pass a sampler of timm_lt or a DistributedSampler"
+            f"{type(sampler).__name__}; pass a sampler of timm_lt or a DistributedSampler"
         )
     if isinstance(sampler, ClassSampler) and sampler.num_replicas == 1:
         sampler.shard(dist.get_rank(), dist.get_world_size())
 
 
-def _device(device: torch.device | str | None, accelerator: Accelerator | None) -> torch.device:
-    if accelerator is None:
-        return default_device() if device is None else torch.device(device)
-    if device is not None and torch.device(device) != accelerator.device:
-        raise UsageError(f"device={device} is not the accelerator's, {accelerator.device}")
-    return torch.device(accelerator.device)
+def _with_sampler(
+    loader: DataLoader[Any], sampler: Sampler[Any], num_batches: int | None
+) -> DataLoader[Any]:
+    """Returns a new loader of timm with another order of its images."""
+    batches: Any = loader.batch_sampler
+    order: dict[str, Any]
+    if isinstance(batches, ScheduledBatchSampler):
+        if isinstance(sampler, ClassSampler):
+            # A schedule restarts the epoch when it needs more images than there are.
+            sampler.warns_of_repetition = False
+        schedule = ScheduledBatchSampler(
+            sampler,
+            batch_sizes=batches.batch_sizes,
+            choice_weights=batches.choice_weights.tolist(),
+            seed=batches.seed,
+            drop_last=batches.drop_last,
+            num_batches=num_batches,
+            choice_schedule=batches.choice_schedule,
+            schedule_epochs=batches.schedule_epochs,
+            schedule_spread=batches.schedule_spread,
+            schedule_random_mix=batches.schedule_random_mix,
+        )
+        order = {"batch_sampler": schedule}
+    else:
+        order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    return type(loader)(
+        loader.dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+        **order,
+    )
+
+
+def _check_shares(loader: DataLoader[Any], accelerator: Accelerator) -> None:
+    """Checks that accelerate can share the batches of a loader among its processes."""
+    processes = accelerator.num_processes
+    batches: Any = loader.batch_sampler
+    if isinstance(batches, ScheduledBatchSampler):
+        if processes > 1:
+            raise UsageError("input_size_choices does not go with several processes of accelerate")
+        # Accelerate asks for it when it splits batches.
+        batches.batch_size = max(batches.batch_sizes)  # type: ignore[attr-defined]
+    size = loader.batch_size or 1
+    check_groups(
+        loader.sampler, size // processes if accelerator.split_batches else size, processes
+    )
+
+
+def check_groups(sampler: Sampler[Any] | Iterable[Any], batch_size: int, processes: int) -> None:
+    """Checks that the batches of several processes keep the groups of a sampler together.
+
+    Args:
+        sampler: Order of the images.
+        batch_size: Images of a batch on each process.
+        processes: Number of processes.
+
+    Raises:
+        UsageError: If the batch size is not a multiple of the size of the sampler's groups.
+    """
+    group = getattr(sampler, "group", 1)
+    if processes > 1 and batch_size % group:
+        raise UsageError(
+            f"the sampler draws groups of {group} images that belong together, and batches of "
+            f"{batch_size} images on each of {processes} processes would divide them; use a "
+            f"multiple of {group}"
+        )
 
 
 class NumberedSampler(Sampler[int]):
-    """Gives every draw of a sampler a number, so that its augmentation can depend on it.
+    """Numbers every draw of a sampler, so that its augmentation can depend on the draw.
 
-    A class-balanced epoch draws a rare image many times: each of these draws is to be augmented
-    differently, but the same on every process and after a restart. A draw is one integer, ``t N +
-    i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
+    A class-balanced epoch draws a rare image many times: each of these draws is augmented
+    differently, but the same on every process and after a restart. A draw is one integer,
+    ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
 
     Args:
         sampler: The order of the images.
         num_images: N.
-        length: Draws per epoch; the rest of each epoch of the sampler is left out.
+        length: Draws per epoch; the rest of each epoch of the sampler is dropped.
 
     >>> from timm_lt.samplers import create_sampler
     >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
@@ -487,7 +362,7 @@ class NumberedSampler(Sampler[int]):
         return self.sampler.group
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the 0-based epoch that the next iteration draws."""
+        """Sets the 0-based epoch of the next iteration."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -501,10 +376,9 @@ class NumberedSampler(Sampler[int]):
 
 
 class InOrder(Sampler[int]):
-    """Shows every image once, in the order of the data set; each epoch is another view of them.
+    """Yields every image once, in the order of the data set; each epoch is another view of them.
 
-    View v of image i, of N, is draw ``v N + i``, whatever came before: its augmentation depends on
-    nothing else.
+    View v of image i, of N, is draw ``v N + i``, so that its augmentation depends on nothing else.
 
     Args:
         num_images: N.
@@ -520,7 +394,7 @@ class InOrder(Sampler[int]):
         self.view = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the 0-based view that the next iteration shows."""
+        """Sets the 0-based view of the next iteration."""
         self.view = epoch
 
     def __len__(self) -> int:
@@ -529,3 +403,61 @@ class InOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.view * self.num_images
         return iter(range(first, first + self.num_images))
+
+
+def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
+    """Yields batches; an error of a worker process becomes a UsageError in one line.
+
+    Args:
+        batches: A loader.
+        again: Advice on how to continue once the cause is removed, for messages.
+
+    Raises:
+        UsageError: If a worker process failed or died.
+    """
+    begun = False
+    try:
+        for batch in batches:
+            begun = True
+            yield batch
+    except Exception as error:
+        if is_worker_death(error) or _is_cut_off(error):
+            if not begun and multiprocessing.get_start_method() != "fork":
+                again = (
+                    "each data worker imports the script anew here: its work must be below "
+                    '`if __name__ == "__main__":`'
+                )
+            message = describe_worker_death(error, again)
+        elif isinstance(error, UsageError):
+            message = _last_line(error)
+        elif str(error).startswith(CAUGHT):
+            message = f"a data worker failed: {_last_line(error)}; fix it and {again}"
+        else:
+            raise
+        raise UsageError(message) from error
+
+
+def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
+    """Returns the message about the death of a worker; see :func:`loaded`."""
+    # The first that torch noticed has the signal.
+    first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
+    reason = _last_line(first).strip().rstrip(".")
+    if "killed by signal: Killed" in reason:
+        reason = "killed by signal 9, often a sign of too little memory; fewer workers need less"
+    return f"a data worker died ({reason}); {again}"
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Tells whether a worker went away while it handed over a batch."""
+    frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, CUT_OFF) and any(
+        name.startswith("multiprocessing.") for name in frames
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    """Returns the message of a worker's error, without the traceback that torch puts before it."""
+    text = str(error)
+    if not text.startswith(CAUGHT):
+        return text
+    return text.strip().rpartition("\n")[2].removeprefix("timm_lt.utils.checks.UsageError: ")

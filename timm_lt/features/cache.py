@@ -1,23 +1,15 @@
-"""A feature cache: one safetensors file per key, made row by row and opened as a mapped file.
+"""Feature cache on disk, which grows batch by batch, and its key.
 
-While ``KEY.safetensors`` is made, its rows are in ``KEY.partial`` behind room for the header, their
-targets in ``KEY.targets``, and ``KEY.journal`` says how many batches of them are whole. The process
-that makes it holds ``KEY.lock``, which stays.
-
-Tensors in a safetensors file that is mapped into memory, however large.
-
-The key of a feature cache: a digest of all that decides the bits of the features, but rounding.
-
-Not part of it: how many images a batch has, how many processes and workers there are, and where the
-cache lies.
+``KEY.values.npy`` and ``KEY.targets.npy`` have the rows, ``KEY.json`` counts the whole batches in
+them, and ``KEY.lock`` is held by the process that makes them.
 """
 
+import io
 import itertools
 import json
 import math
 import mmap
 import os
-import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -30,16 +22,9 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Sampler,
-    SequentialSampler,
-    default_collate,
-)
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from timm_lt.data.fingerprint import (
     dataset_fingerprint,
@@ -56,402 +41,332 @@ from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 from timm_lt.utils.files import flush_folder, read_json, write_atomic
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
-
-
-def content(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor, without a copy of them if it is contiguous."""
-    array: NDArray[np.uint8] = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return array.data
-
-
-def map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of a safetensors file, mapped, and its metadata.
-
-    The file may be larger than the memory. ``safetensors.safe_open`` reserves as much as it maps,
-    which Linux then refuses. What is written to the tensors does not reach the file.
-
-    Raises:
-        ValueError: If it is no such file, or has another length than its header says.
-        OSError: If it cannot be read.
-    """
-    with path.open("rb") as file:
-        room = int.from_bytes(file.read(8), "little")
-        length = os.fstat(file.fileno()).st_size
-        if not 0 < room <= length - 8:
-            raise ValueError("its header is cut off")
-        header = json.loads(file.read(room))
-        metadata = header.pop("__metadata__", {})
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if length != 8 + room + max(ends, default=0):
-            raise ValueError(f"{length:,} bytes, but its header says {8 + room + max(ends):,}")
-        mapped = _mapped(file)
-    tensors = {}
-    for name, entry in header.items():
-        if name != "padding":
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            offset, count = 8 + room + entry["data_offsets"][0], math.prod(shape)
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
-            tensors[name] = flat.view(shape)
-    return tensors, metadata
-
-
-def _mapped(file: BinaryIO) -> mmap.mmap:
-    if sys.platform == "linux":
-        # Python has its name since 3.13.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-# Layout of all files: another number, and they are made anew.
-LAYOUT = 2
-# A safetensors header is padded with spaces: its room is there before its content is known.
-HEADER = 16384
+# Version of the file layout; it is a part of the key.
+LAYOUT = 3
+# Seconds of work that a kill may cost, beside the batch that it cut off.
+SYNC_SECONDS = 1.0
+# NumPy has no bfloat16: its bits are kept as integers.
+DTYPES = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
 NO_IMAGES = (
     "the loader has no images that can be read: no features to extract (all labels are -1, which "
     "marks an image that cannot be read)"
 )
-# Longest word of a description in the header.
-WORD = 1000
-# What a kill may cost beside the batch that it cut off.
-SYNC_SECONDS = 1.0
+# Functions that make a batch of the samples as they are.
+COLLATING = (default_collate, fast_collate, collate, as_it_is)
 
 
 @dataclass
-class Journal:
-    """How far a file is.
+class Progress:
+    """Counter of the rows on the disk.
 
     Attributes:
-        settings: What it is made with; another partial file is not gone on with.
-        view: View that is being taken.
+        settings: Settings that divide the images into batches; only the same can continue.
+        description: Parts of the key, for people.
+        view: View that is being extracted.
         batches: Whole batches of that view.
         rows: Rows of all whole batches, over all views.
-        shown: Images of all whole batches, with those that could not be read.
-        width: Columns D; 0 as long as there is no row.
+        images: Images of all whole batches, including those that could not be read.
+        width: Columns D; 0 before the first batch.
+        complete: Whether these are all rows.
     """
 
     settings: dict[str, Any]
+    description: dict[str, str]
     view: int = 0
     batches: int = 0
     rows: int = 0
-    shown: int = 0
+    images: int = 0
     width: int = 0
+    complete: bool = False
 
 
-class FeatureFile:
-    """The file of one key, finished or not.
+class FeatureCache:
+    """Files of one key.
 
     Args:
-        folder: The cache.
-        key: A digest, which names the file.
-        description: What the key was made of, for people: goes into the header.
+        folder: Folder of the cache.
+        description: Everything that decides the features, but rounding; the key is its digest.
+        settings: Settings that divide the images into batches, which rounding depends on.
+        dtype: Type of the values.
+        views: Views of each image.
     """
 
-    def __init__(self, folder: Path, key: str, description: Mapping[str, str]) -> None:
-        self.folder, self.key = folder, key
-        self.description = {name: word[:WORD] for name, word in description.items()}
-        self.path = folder / f"{key}.safetensors"
+    def __init__(
+        self,
+        folder: Path,
+        description: Mapping[str, str],
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        views: int,
+    ) -> None:
+        self.folder, self.dtype, self.views = folder, dtype, views
+        self.key = digest({**description, "layout": LAYOUT, "dtype": dtype, "views": views})
+        self.progress = Progress(dict(settings), dict(description))
+        self._values_path, self._targets_path, self._counter, self._lock = (
+            folder / f"{self.key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
+        )
+        self._values: BinaryIO | None = None
+        self._targets: list[Tensor] = []
+        self._synced = time.monotonic()
 
-    def open(self) -> Features | None:
-        """Opens the finished file, without reading its values; None if there is none.
+    def read(self) -> Features | None:
+        """Maps the finished features, without reading their values; None if there are none.
 
-        A file that is damaged counts as none: a warning says so, and it is made anew.
+        They may be larger than memory. Writing to the values does not change the file. Damaged
+        files count as none: a warning says so, and they are made anew.
         """
         try:
-            tensors, metadata = map_file(self.path)
-            if metadata.get("key") != self.key or not {"values", "targets"} <= tensors.keys():
-                raise ValueError("it is not the file of its name")
-        except (FileNotFoundError, NotADirectoryError):
+            if not Progress(**read_json(self._counter)).complete:
+                return None
+            values = _mapped(self._values_path, self.dtype)
+            targets = _mapped(self._targets_path, torch.int64)
+        except (UsageError, ValueError, TypeError, OSError) as error:
+            if self._counter.exists():
+                log.warning("%s is damaged (%s): features are extracted anew", self._counter, error)
             return None
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            log.warning("%s is damaged (%s): features are extracted anew", self.path, error)
-            return None
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be read: {error.strerror}") from error
-        views = int(metadata["views"])
-        return Features.from_checked(tensors["values"], tensors["targets"], views)
+        return Features.from_checked(values, targets, self.views)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lets one process at a time make the file; the others wait for it.
+    def growing(self) -> Iterator[Progress | None]:
+        """Locks the files and opens them behind the last whole batch.
+
+        Yields None if another process has finished them meanwhile.
 
         Raises:
             UsageError: If the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f"{self.key}.lock")
+            # The file of the lock stays: whoever waits for it has it open.
+            lock = FileLock(self._lock)
             try:
-                lock.acquire(timeout=0)
+                held = lock.acquire(timeout=0)
             except Timeout:
                 log.info("waiting for the process that extracts the same features")
-                lock.acquire()
+                held = lock.acquire()
         except OSError as error:
             raise UsageError(f"cache_dir {self.folder} cannot be written: {error}") from error
-        try:
-            yield
-        finally:
-            # Its file stays: whoever waits for it has it open.
-            lock.release()
+        with held:
+            if self.read() is not None:
+                yield None
+                return
+            with self._writing():
+                self._values = self._continued() or self._started()
+            try:
+                yield self.progress
+            finally:
+                # The last rows may not have been written for lack of room.
+                with suppress(OSError):
+                    self._values.close()
 
-
-class Writer:
-    """Makes the file of a key row by row; goes on with what a killed process left.
-
-    Args:
-        file: The file, locked.
-        dtype: Of the values.
-        settings: What decides how rows are shared out among batches.
-
-    Attributes:
-        journal: Of what is whole.
-
-    Raises:
-        UsageError: If it cannot be written.
-    """
-
-    def __init__(self, file: FeatureFile, dtype: torch.dtype, settings: Mapping[str, Any]) -> None:
-        self.file, self.dtype = file, dtype
-        self._names = [file.folder / f"{file.key}.{end}" for end in ("partial", "targets")]
-        self._journal_path = file.folder / f"{file.key}.journal"
-        self.journal = Journal({**settings, "layout": LAYOUT, "dtype": NAMES[dtype]})
-        with self._writing():
-            self._values, self._targets = self._resume() or self._start()
-        self._synced = time.monotonic()
-
-    def append(self, values: Tensor, targets: Tensor, view: int, shown: int) -> None:
-        """Adds the rows of the next batch, (B, D) and (B,); there may be none.
+    def append(self, values: Tensor, targets: Tensor, view: int, images: int) -> None:
+        """Adds the rows of the next batch, (B, D) and (B,); B may be 0.
 
         Args:
-            values: Of the images that could be read.
-            targets: Theirs.
+            values: Features of the images that could be read.
+            targets: Their labels.
             view: View of the batch.
-            shown: Images of the batch, with those that could not be read.
+            images: Images of the batch, including those that could not be read.
 
         Raises:
-            UsageError: If they cannot be written, or have another width than those before.
+            UsageError: If the rows cannot be written, or differ in width from those before.
         """
-        journal = self.journal
-        width = values.shape[1]
-        if journal.width not in (0, width):
-            raise UsageError(f"features have width {width} after rows of width {journal.width}")
-        with self._writing():
-            self._values.write(content(values))
-            self._targets.write(content(targets.long()))
-            journal.batches = journal.batches + 1 if view == journal.view else 1
-            journal.view, journal.width = view, width
-            journal.rows += len(values)
-            journal.shown += shown
+        progress, width = self.progress, values.shape[1]
+        if progress.width not in (0, width):
+            raise UsageError(f"features have width {width} after rows of width {progress.width}")
+        with self._writing() as file:
+            if progress.width == 0:
+                file.write(self._header(0, width))
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
+            self._targets.append(targets.long())
+            progress.batches = progress.batches + 1 if view == progress.view else 1
+            progress.view, progress.width = view, width
+            progress.rows += len(values)
+            progress.images += images
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
 
     def finish(self, expected: int | None = None) -> None:
-        """Gives the file its header and its name.
+        """Marks the files as finished.
 
         Args:
-            expected: Images over all views, if known.
+            expected: Number of images over all views; None if unknown.
 
         Raises:
-            UsageError: If it cannot be written, there are no rows, the number of images is another,
-                or the views are not of the same images. But for the first, it is to be started
-                anew.
+            UsageError: If the files cannot be written, there are no rows, the number of images is
+                another, or the views are not of the same images. Except for the first, the rows
+                are removed.
         """
-        with self._writing():
-            self._sync()
-            targets = self._checked_targets(expected)
-            # Integers lie at a multiple of their size.
-            padding = -self._row_bytes() % 8
-            self._values.write(bytes(padding) + targets.tobytes())
-            self._values.seek(0)
-            self._values.write(self._header(padding))
-            self._values.flush()
-            os.fsync(self._values.fileno())
-            self.close()
-            self._names[0].replace(self.file.path)
-            flush_folder(self.file.folder)
-            self._discard()
-
-    def _checked_targets(self, expected: int | None) -> NDArray[np.int64]:
-        """Returns the targets of all rows; if the rows are not as they should be, removes them."""
+        progress = self.progress
         try:
-            if self.journal.rows == 0:
+            if progress.rows == 0:
                 raise UsageError(NO_IMAGES)
-            check_shown(self.journal.shown, expected)
-            targets = np.fromfile(self._names[1], np.int64, self.journal.rows)
-            check_views(torch.from_numpy(targets), self.journal.settings["views"])
+            check_number(progress.images, expected)
+            check_views(torch.cat(self._targets), self.views)
         except UsageError:
-            # Else the next call would go on behind them, to the same error.
-            self.close()
+            # Otherwise the next call would continue behind these rows, to the same error.
             self._discard()
             raise
-        return targets
+        with self._writing() as file:
+            file.seek(0)
+            file.write(self._header(progress.rows, progress.width))
+            progress.complete = True
+            self._sync()
+            flush_folder(self.folder)
+
+    def _header(self, rows: int, width: int) -> bytes:
+        """Returns the header of the values; NumPy pads it, so that any number of rows fits in."""
+        fields = {"descr": DTYPES[self.dtype], "fortran_order": False, "shape": (rows, width)}
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, fields)
+        return header.getvalue()
+
+    def _continued(self) -> BinaryIO | None:
+        """Opens the values of an unfinished extraction in the same batches, if they are whole."""
+        try:
+            stored = Progress(**read_json(self._counter))
+            targets = np.load(self._targets_path)[: stored.rows]
+            end = len(self._header(0, stored.width))
+            end += stored.rows * stored.width * self.dtype.itemsize
+            fits = stored.settings == self.progress.settings and not stored.complete
+            if not (fits and stored.width and len(targets) == stored.rows):
+                return None
+            if self._values_path.stat().st_size < end:
+                return None
+        except (UsageError, ValueError, TypeError, OSError):
+            return None
+        log.info("continuing %s behind %d rows", self._values_path, stored.rows)
+        self.progress, self._targets = stored, [torch.from_numpy(targets)]
+        file = self._values_path.open("r+b")
+        file.truncate(end)
+        file.seek(end)
+        return file
+
+    def _started(self) -> BinaryIO:
+        self._discard()
+        return self._values_path.open("wb")
 
     def _discard(self) -> None:
-        for leftover in (self._journal_path, *self._names):
-            leftover.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Closes the files, which are gone on with later."""
-        for file in (self._values, self._targets):
-            # What is still to be written may have no room.
-            with suppress(OSError):
-                file.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UsageError(
-                f"{self._names[0]} cannot be written: {error.strerror or error}; what is whole is "
-                "kept: make room and call it again, or choose another cache_dir"
-            ) from error
-
-    def _row_bytes(self) -> int:
-        return self.journal.rows * self.journal.width * self.dtype.itemsize
+        for path in (self._counter, self._targets_path, self._values_path):
+            path.unlink(missing_ok=True)
 
     def _sync(self) -> None:
-        """Makes the rows so far last, and then notes that they do."""
-        for file in (self._values, self._targets):
-            file.flush()
-            os.fsync(file.fileno())
-        write_atomic(self._journal_path, json.dumps(asdict(self.journal)))
+        """Puts the rows on the disk, and only then counts them."""
+        if self._values is not None:
+            self._values.flush()
+            os.fsync(self._values.fileno())
+        targets = io.BytesIO()
+        np.save(targets, torch.cat(self._targets).numpy())
+        write_atomic(self._targets_path, targets.getvalue())
+        write_atomic(self._counter, json.dumps(asdict(self.progress), indent=2))
         self._synced = time.monotonic()
 
-    def _resume(self) -> list[BinaryIO] | None:
-        """Opens what another process left, if there is something that fits."""
+    @contextmanager
+    def _writing(self) -> Iterator[BinaryIO]:
         try:
-            found = Journal(**read_json(self._journal_path))
-        except (UsageError, TypeError):
-            return None
-        if found.settings != self.journal.settings:
-            return None
-        lengths = [HEADER + found.rows * found.width * self.dtype.itemsize, 8 * found.rows]
-        for name, length in zip(self._names, lengths, strict=True):
-            if not name.is_file() or name.stat().st_size < length:
-                return None
-        self.journal = found
-        log.info("going on with %s behind %d rows", self._names[0], found.rows)
-        files: list[BinaryIO] = []
-        for name, length in zip(self._names, lengths, strict=True):
-            files.append(name.open("r+b"))
-            files[-1].truncate(length)
-            files[-1].seek(length)
-        return files
-
-    def _start(self) -> list[BinaryIO]:
-        self._journal_path.unlink(missing_ok=True)
-        files: list[BinaryIO] = [name.open("wb") for name in self._names]
-        files[0].write(bytes(HEADER))
-        return files
-
-    def _header(self, padding: int) -> bytes:
-        rows, end = self.journal.rows, self._row_bytes()
-        shapes: list[tuple[str, str, list[int], int]] = [
-            ("values", NAMES[self.dtype], [rows, self.journal.width], end),
-            ("padding", "U8", [padding], padding),
-            ("targets", "I64", [rows], 8 * rows),
-        ]
-        header: dict[str, Any] = {"__metadata__": {**self.file.description, "key": self.file.key}}
-        first = 0
-        for name, dtype, shape, length in shapes:
-            if length:
-                offsets = [first, first + length]
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-            first += length
-        text = json.dumps(header).encode()
-        return struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8)
+            yield cast(BinaryIO, self._values)
+        except OSError as error:
+            raise UsageError(
+                f"{self._values_path} cannot be written: {error.strerror or error}; whole batches "
+                "are kept: make room and run it again, or choose another cache_dir"
+            ) from error
 
 
-# Functions that make a batch of the samples as they are.
-COLLATING = (default_collate, fast_collate, collate, as_it_is)
+def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
+    """Maps a ``.npy`` file of a cache, which may be larger than memory.
+
+    Raises:
+        ValueError: If it is not such a file, or is cut off.
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        first, count = file.tell(), math.prod(shape)
+        # A private mapping can be written to, but Linux refuses one that is larger than memory
+        # unless told not to reserve any. Python has the name of the flag since 3.13.
+        if sys.platform == "linux":
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            content = mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=first).view(shape)
 
 
 def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
-    """Returns a digest of a model without its classifier: weights, buffers, and what its parts are.
+    """Returns a digest of a model without its classifier: weights, buffers and kinds of modules.
 
     Args:
         model: The model.
-        classifier: Path of the classifier; it may be any, fitted or not.
+        classifier: Path of the classifier.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    state = {
-        name: tensor_fingerprint(tensor)
-        for name, tensor in tensors
-        if not _within(name, classifier)
-    }
+
+    def outside(name: str) -> bool:
+        return name != classifier and not name.startswith(f"{classifier}.")
+
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    state = {name: tensor_fingerprint(tensor) for name, tensor in tensors if outside(name)}
     # Strides, the kind of pooling and the like are in no tensor.
     parts = {
         name: [qualified_name(type(part)), part.extra_repr(), plain_options(part)]
         for name, part in model.named_modules()
-        if not _within(name, classifier)
+        if outside(name)
     }
     return digest(state, parts)
 
 
-def _within(name: str, classifier: str) -> bool:
-    return name == classifier or name.startswith(f"{classifier}.")
-
-
 def samples_fingerprint(loader: object) -> str:
-    """Returns a digest of what a loader shows: the samples in their order, and their transform.
+    """Returns a digest of the samples of a loader in their order, with their transform.
 
     Raises:
-        UsageError: If it is not known, see
+        UsageError: If they cannot be told, see
             :func:`~timm_lt.data.fingerprint.dataset_fingerprint`, or the loader has a
             ``collate_fn`` of its own.
     """
     data = getattr(loader, "dataset", None)
     if data is None:
         raise UsageError(
-            f"what a {type(loader).__name__} shows is not known: pass key= with a word that stands "
-            "for its samples and their transform"
+            f"the samples of a {type(loader).__name__} are not known: pass key= with a word that "
+            "stands for them and their transform"
         )
-    inner = layers_of(loader)[-1]
-    if isinstance(inner, DataLoader) and inner.collate_fn not in COLLATING:
+    layers = layers_of(loader)
+    if isinstance(layers[-1], DataLoader) and layers[-1].collate_fn not in COLLATING:
         raise UsageError(
-            f"what collate_fn={inner.collate_fn!r} does to the images is not known: leave it out, "
-            "or pass key= with a word that stands for the samples and what is done to them"
+            f"collate_fn={layers[-1].collate_fn!r} may change the images: remove it, or pass key= "
+            "with a word that stands for the samples and what is done to them"
         )
-    return digest(dataset_fingerprint(data), num_images(loader), _normalization(loader))
-
-
-def _normalization(loader: object) -> list[Any]:
-    """Returns what timm's prefetcher does to the images beside their transform."""
-    found = [part for part in layers_of(loader) if isinstance(part, PrefetchLoader)]
-    if not found:
-        return []
-    inner = found[0]
-    erasing = {} if inner.random_erasing is None else vars(inner.random_erasing)
-    shown = {name: value for name, value in erasing.items() if name != "device"}
-    return [inner.mean.tolist(), inner.std.tolist(), str(inner.img_dtype), described(shown)]
+    normalization: list[Any] = []
+    for part in layers:
+        if isinstance(part, PrefetchLoader):
+            erasing = {} if part.random_erasing is None else vars(part.random_erasing)
+            options = {name: value for name, value in erasing.items() if name != "device"}
+            normalization += [part.mean.tolist(), part.std.tolist(), str(part.img_dtype)]
+            normalization.append(described(options))
+    return digest(dataset_fingerprint(data), loader_sizes(loader)[1], normalization)
 
 
 def layers_of(loader: object) -> list[Any]:
-    """Returns a loader and those that it is made of; torch's, if there is one, is the last."""
+    """Returns a loader and those inside it; torch's ``DataLoader``, if any, is the last."""
     layers: list[Any] = [loader]
     while True:
         outer = layers[-1]
-        known = isinstance(outer, Loader | PrefetchLoader)
-        inner = outer.loader if known else getattr(outer, "base_dataloader", None)
+        wraps = isinstance(outer, Loader | PrefetchLoader)
+        inner = outer.loader if wraps else getattr(outer, "base_dataloader", None)
         if inner is None:
             return layers
         layers.append(inner)
 
 
 def is_prepared(loader: object) -> bool:
-    """Tells whether accelerate gives each process its share of the batches."""
-    return any(
-        isinstance(part, DataLoaderShard | DataLoaderDispatcher) for part in layers_of(loader)
-    )
+    """Returns whether accelerate gives each process its share of the batches."""
+    return any(isinstance(x, DataLoaderShard | DataLoaderDispatcher) for x in layers_of(loader))
 
 
 def batch_sampler_of(loader: object) -> tuple[BatchSampler | None, int]:
-    """Returns what makes the batches of a loader, and how many of them all processes show at once.
+    """Returns the batch sampler of a loader, and how many of its batches are taken at once.
 
-    None if it is not known, as for a list of batches.
+    Several are if each process takes one. Without a known sampler, as for a list of batches, it is
+    None.
     """
     inner: Any = loader.loader if isinstance(loader, PrefetchLoader) else loader
     known = isinstance(inner, Loader | DataLoader) or hasattr(inner, "base_dataloader")
@@ -461,112 +376,75 @@ def batch_sampler_of(loader: object) -> tuple[BatchSampler | None, int]:
     while isinstance(batches, BatchSamplerShard):
         at_once *= 1 if batches.split_batches else batches.num_processes
         batches = batches.batch_sampler
-    # Not a subclass: a schedule of sizes has batches of its own.
+    # Subclasses, such as a schedule of sizes, have batches of their own.
     return (batches, at_once) if type(batches) is BatchSampler else (None, 1)
 
 
-def num_images(loader: object) -> int | None:
-    """Returns how many images a loader shows, over all processes; None if it is not known."""
+def loader_sizes(loader: object) -> tuple[int | None, int | None]:
+    """Returns the images per batch and per pass, over all processes; None if unknown."""
     batches, at_once = batch_sampler_of(loader)
     if batches is None or not isinstance(batches.sampler, Sized):
-        return None
-    number = len(batches.sampler)
-    return number - number % (batches.batch_size * at_once) if batches.drop_last else number
+        return None, None
+    size, number = batches.batch_size * at_once, len(batches.sampler)
+    return size, number - number % size if batches.drop_last else number
 
 
-def images_at_once(loader: object) -> int | None:
-    """Returns the images of a batch, over all processes; None if it is not known."""
-    batches, at_once = batch_sampler_of(loader)
-    return None if batches is None else batches.batch_size * at_once
-
-
-def check_shown(shown: int, expected: int | None) -> None:
-    """Checks that every image was shown once in each view, if it is known how many there are.
+def check_number(images: int, expected: int | None) -> None:
+    """Checks that a loader gave every image once in each view.
 
     Args:
-        shown: Images that were shown over all processes and views, readable or not.
-        expected: How many there are.
+        images: Images over all processes and views, readable or not.
+        expected: Their number; None if unknown.
 
     Raises:
         UsageError: If there were more or fewer.
     """
-    if expected not in (None, shown):
+    if expected not in (None, images):
         raise UsageError(
-            f"the loader showed {shown} images in all and should have shown {expected}, each once "
-            "in each view: with several processes, prepare it with the accelerator and pass "
-            "accelerator="
+            f"the loader gave {images} images in all instead of {expected}, each once in each "
+            "view: with several processes, prepare it with the accelerator and pass accelerator="
         )
 
 
 def check_order(loader: object, key: str | None = None) -> None:
-    """Checks that a loader shows its images in the order of the data set, every time.
+    """Checks that a loader gives its images in the order of the data set, every time.
 
     Args:
         loader: The loader.
-        key: Stands for the order where it is not known.
+        key: Stands for the order where the sampler is unknown.
 
     Raises:
-        UsageError: If it draws them, or a ``DataLoader`` has batches of its own and there is no
-            key.
+        UsageError: If a sampler draws the images, or it is unknown and there is no key.
     """
-    inner = layers_of(loader)[-1]
-    if not isinstance(inner, DataLoader):
+    if not isinstance(layers_of(loader)[-1], DataLoader):
         return
-    sampler = _order_of(inner)
-    if sampler is not None and not isinstance(sampler, SequentialSampler | InOrder):
+    batches, _ = batch_sampler_of(loader)
+    if batches is None and key is None:
         raise UsageError(
-            f"cache_dir= is for a loader that shows its images in the order of the data set, not "
-            f"as a {type(sampler).__name__} draws them: pass an evaluation loader, without "
+            f"the order of the images of a {type(loader).__name__} with batches of its own is not "
+            "known: pass key= with a word that stands for the samples in their order and their "
+            "transform"
+        )
+    if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
+        raise UsageError(
+            "cache_dir= needs a loader with the images in the order of the data set, not as a "
+            f"{type(batches.sampler).__name__} draws them: pass an evaluation loader, without "
             "shuffle= and sampler="
         )
-    if key is None and batch_sampler_of(loader)[0] is None:
-        raise UsageError(
-            f"the order in which a {type(inner).__name__} shows its images is not known, as its "
-            "batches are made by a part of its own: pass key= with a word that stands for the "
-            "samples in their order and their transform"
-        )
-
-
-def _order_of(loader: DataLoader[Any]) -> object:
-    """Returns the order of a loader's images, whatever makes batches of it; None if not known."""
-    batches = loader.batch_sampler
-    order: Any = loader if batches is None else batches
-    while True:
-        names = ("sampler", "batch_sampler")
-        inner = next((getattr(order, name) for name in names if hasattr(order, name)), None)
-        if inner is None:
-            return None if order is batches else order
-        order = inner
 
 
 @contextmanager
 def without_first(loader: Iterable[Any], batches: int) -> Iterator[Iterable[Any]]:
-    """Yields a loader that leaves out its first batches.
-
-    Where the order is a sampler's, the images that are left out are not read.
-    """
+    """Yields a loader without its first batches; if their order is known, they are not read."""
     of_all, at_once = batch_sampler_of(loader)
     if batches == 0:
         yield loader
     elif of_all is None:
         yield itertools.islice(loader, batches, None)
     else:
-        order = of_all.sampler
-        of_all.sampler = _Rest(order, batches * of_all.batch_size * at_once)
+        order, first = of_all.sampler, batches * of_all.batch_size * at_once
+        of_all.sampler = list(itertools.islice(order, first, None))
         try:
             yield loader
         finally:
             of_all.sampler = order
-
-
-class _Rest(Sampler[int]):
-    """An order without its first images."""
-
-    def __init__(self, order: Iterable[int], first: int) -> None:
-        self.order, self.first = order, first
-
-    def __len__(self) -> int:
-        return max(len(cast(Sized, self.order)) - self.first, 0)
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self.order, self.first, None)

@@ -1,6 +1,5 @@
-"""A matrix of features with its labels, in memory or in a mapped file."""
+"""Feature matrix with its labels, in memory or in a mapped file."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from warnings import catch_warnings
@@ -12,7 +11,7 @@ from torch import Tensor
 from timm_lt.utils.checks import UsageError, check_integer
 from timm_lt.utils.longtail import check_labels
 
-# Values that are looked at together: what is held of a mapped file at a time.
+# Values read at a time, which bounds the part of a mapped file in memory.
 BLOCK = 2**20
 
 
@@ -20,19 +19,18 @@ BLOCK = 2**20
 class Features:
     """Features of a data set with its labels.
 
-    They may lie in a mapped file and be larger than the memory: values are read block by block.
+    The values may lie in a mapped file and be larger than memory: they are read block by block.
 
     Args:
         values: (N, D), floating point: a tensor, or an array, which is not copied. With K views
             (K N, D), view by view: row ``v N + i`` is view v of image i.
-        targets: Labels, one a row, of any integer type, also as an array or a list; kept as int64
-            on the CPU, wherever the values are.
+        targets: Labels (N,) of any integer type, also as an array or a list; kept as int64 on the
+            CPU, wherever the values are.
         views: Augmented views of each image, K >= 1.
 
     Raises:
         UsageError: If the shapes do not match, a value is not finite, a label is not a
-            non-negative integer, or the views are not of the same images; the message names the
-            row.
+            non-negative integer, or the views have different labels; the message names the row.
 
     >>> features = Features(torch.eye(4, 3), torch.tensor([0, 1, 0, 1]), views=2)
     >>> features.num_features, features.num_images, len(features.first_views(1))
@@ -45,8 +43,7 @@ class Features:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _as_tensor(self.values))
-        if not isinstance(self.targets, Tensor):
-            object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
+        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         if self.values.ndim != 2 or not self.values.is_floating_point():
             raise UsageError(
                 f"feature values must be a floating-point (N, D) matrix, got {self.values.dtype} "
@@ -57,9 +54,8 @@ class Features:
                 f"{len(self.values)} feature rows need as many targets, got targets of shape "
                 f"{tuple(self.targets.shape)}"
             )
-        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         check_views(self.targets, self.views)
-        self.__dict__["feature_mean"] = _checked_mean(self.values)
+        self.__dict__["feature_mean"] = _finite_mean(self.values)
 
     @classmethod
     def from_checked(cls, values: Tensor, targets: Tensor, views: int = 1) -> "Features":
@@ -72,7 +68,7 @@ class Features:
     @cached_property
     def feature_mean(self) -> Tensor:
         """Mean of each column over all rows, (D,) float64; read once, block by block."""
-        return _checked_mean(self.values)
+        return _finite_mean(self.values)
 
     @property
     def num_features(self) -> int:
@@ -81,14 +77,14 @@ class Features:
 
     @property
     def num_images(self) -> int:
-        """Images N; each has one row per view."""
+        """Number of images N; each has one row per view."""
         return len(self.targets) // self.views
 
     def first_views(self, views: int) -> "Features":
         """Returns the first views of every image, sharing their memory.
 
         Raises:
-            UsageError: If there are fewer.
+            UsageError: If there are fewer views.
         """
         rows = check_integer("views", views, minimum=1, maximum=self.views) * self.num_images
         return Features.from_checked(self.values[:rows], self.targets[:rows], views)
@@ -101,7 +97,7 @@ def _as_tensor(values: object) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        # Torch warns of an array that is read-only, such as a mapped file: nothing is written.
+        # torch warns about read-only arrays, such as mapped files; the values are only read.
         with catch_warnings(action="ignore", category=UserWarning):
             return torch.from_numpy(np.asarray(values))
     except (TypeError, ValueError) as error:
@@ -115,17 +111,17 @@ def check_features(features: object, noun: str) -> None:
     """Checks that an argument is :class:`Features`.
 
     Raises:
-        UsageError: If it is not; says how to make it.
+        UsageError: If it is not; the message says how to make it.
     """
     if not isinstance(features, Features):
         raise UsageError(
             f"{noun} must be timm_lt.Features, got a {type(features).__name__}: pass "
-            "timm_lt.Features(values, targets), or what timm_lt.extract_features returns"
+            "timm_lt.Features(values, targets), or the result of timm_lt.extract_features"
         )
 
 
 def check_views(targets: Tensor, views: int) -> None:
-    """Checks that the views are of the same images, in the same order.
+    """Checks that all views have the same images in the same order, as far as labels show it.
 
     Raises:
         UsageError: If the views have different labels; names the first such row.
@@ -134,8 +130,9 @@ def check_views(targets: Tensor, views: int) -> None:
     if len(targets) % views:
         raise UsageError(f"{len(targets)} feature rows are not {views} views of the same images")
     by_view = targets.view(views, -1)
-    if not (by_view == by_view[0]).all():
-        view, image = (by_view != by_view[0]).nonzero()[0].tolist()
+    differs = by_view != by_view[0]
+    if differs.any():
+        view, image = differs.nonzero()[0].tolist()
         raise UsageError(
             f"target {int(by_view[view, image])} of row {view * by_view.shape[1] + image} is not "
             f"that of the same image in view 0, {int(by_view[0, image])}: every view must have the "
@@ -143,33 +140,15 @@ def check_views(targets: Tensor, views: int) -> None:
         )
 
 
-def _checked_mean(values: Tensor) -> Tensor:
-    """Returns the mean of the columns, (D,) float64, after checking that every value is finite."""
-    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
-    for first, block in _blocks(values.detach()):
-        # In float64 the sum of finite values is finite, but for values that need float64.
-        sums = block.double().sum(0)
-        if not sums.isfinite().all():
-            check_finite(block, first)
-        total += sums
-    return total / len(values)
-
-
-def _blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(BLOCK // max(values.shape[1], 1), 1)
-    for first in range(0, len(values), rows):
-        yield first, values[first : first + rows]
-
-
 def check_finite(values: Tensor, first: int = 0) -> None:
     """Checks that every value is finite.
 
     Args:
         values: (B, D).
-        first: Number of the first row, for the message.
+        first: Index of the first row, for the message.
 
     Raises:
-        UsageError: If one is not; names its row and column.
+        UsageError: If a value is not finite; names its row and column.
     """
     bad = ~values.isfinite()
     if bad.any():
@@ -178,3 +157,17 @@ def check_finite(values: Tensor, first: int = 0) -> None:
             f"feature row {first + row} has {float(values[row, column])} in column {column}; "
             "features must be finite"
         )
+
+
+def _finite_mean(values: Tensor) -> Tensor:
+    """Returns the mean of the columns, (D,) float64, after checking that every value is finite."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    rows = max(BLOCK // max(values.shape[1], 1), 1)
+    for first in range(0, len(values), rows):
+        block = values.detach()[first : first + rows]
+        # In float64 the sum of finite values is finite, except for values that need float64.
+        sums = block.double().sum(0)
+        if not sums.isfinite().all():
+            check_finite(block, first)
+        total += sums
+    return total / len(values)

@@ -1,7 +1,4 @@
-"""Tables of a run or a checkpoint; and figures in words, for the model card.
-
-Which head to take, in a sentence: the best on validation, and what it does to rare classes.
-"""
+"""Tables of heads for the terminal, figures in words, and the recommended head in a sentence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +15,9 @@ from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import describe_shots
 
 GROUPS = ("many_shot", "medium_shot", "few_shot")
-# What a record of a selection has beside the selected option.
+# Keys of a selection's record beside the selected option.
 SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
-# What options may be selected for, in words.
+# Objectives of a selection, in words.
 OBJECTIVE_WORDS: Mapping[str, str] = {
     "all": "overall accuracy",
     "class_mean": "the mean accuracy of the classes",
@@ -29,7 +26,7 @@ OBJECTIVE_WORDS: Mapping[str, str] = {
     "worst_class": "the accuracy of the worst class",
 }
 
-# Said wherever a run under the protocol "paper" shows figures.
+# Note beside the figures of a run under the protocol "paper".
 TEST_SELECTION = (
     "protocol paper: hyper-parameters and the epoch were selected on the test split, as in the "
     "paper; the figures are optimistic"
@@ -37,7 +34,7 @@ TEST_SELECTION = (
 
 
 def percent(fraction: float | None) -> str:
-    """Returns a fraction as percent with one decimal; None, for no such class, as a dash.
+    """Returns a fraction in percent with one decimal; None, a group without classes, as a dash.
 
     >>> percent(0.5), percent(None)
     ('50.0', '-')
@@ -46,7 +43,7 @@ def percent(fraction: float | None) -> str:
 
 
 def known_fraction(value: object) -> float | None:
-    """Returns a figure of unknown origin if it is a fraction in [0, 1], else None.
+    """Returns a figure from an untrusted file if it is a fraction in [0, 1], else None.
 
     >>> known_fraction(0.5), known_fraction(70.1), known_fraction("0.5")
     (0.5, None, None)
@@ -58,14 +55,10 @@ def known_fraction(value: object) -> float | None:
 
 
 def brief(value: object, digits: int = 3) -> str:
-    """Returns a JSON value of unknown origin as a few characters.
+    """Returns a JSON value from an untrusted file as a short text.
 
     >>> brief(0.8125), brief(500), brief("cosine"), brief([1, 2])
     ('0.812', '500', 'cosine', 'a list')
-
-    Args:
-        value: The value.
-        digits: Significant digits of a number that is not whole.
     """
     if isinstance(value, float):
         return f"{value:.{digits}g}"
@@ -75,12 +68,12 @@ def brief(value: object, digits: int = 3) -> str:
 
 
 def selected_option(selection: Mapping[str, Any]) -> str | None:
-    """Returns the name of the option that a record says was selected, None if it names none."""
+    """Returns the name of the selected option in a selection's record, if any."""
     return next((key for key in selection if key not in SELECTION_FIELDS), None)
 
 
 def describe_selection(selection: Mapping[str, Any]) -> str:
-    """Returns what was chosen on validation for a head.
+    """Returns the option that was selected for a head, with its value.
 
     >>> describe_selection({"tau": 0.8125, "objective": "all", "split": "val"})
     'tau 0.812'
@@ -113,12 +106,12 @@ def shot_table(
     Args:
         reports: Test figures by head.
         class_counts: Training images per class, (C,).
-        seconds: Time that each head took, if known; without any the table has no such column.
-        selections: How each head's options were chosen; likewise.
+        seconds: Time to make each head; if empty, the table has no such column.
+        selections: How each head's options were selected; if empty, likewise.
         title: Line above the table.
-        note: Line below the table and its legend, if any.
-        intervals: Has a 95 % interval below each accuracy, of other test images of the same
-            classes: :func:`~timm_lt.metrics.confidence_intervals`.
+        note: Line below the table and its legend.
+        intervals: Show the 95 % interval of :func:`~timm_lt.metrics.confidence_intervals` below
+            each accuracy.
     """
     rule = next(iter(reports.values())).rule
     legend = shot_legend(describe_shots(class_counts, rule))
@@ -156,11 +149,7 @@ def _below(ends: tuple[float, float] | None) -> str:
 
 
 def head_table(info: CheckpointInfo) -> Table:
-    """Builds the table of a checkpoint's heads: test figures in percent, and options.
-
-    Args:
-        info: What the checkpoint says of itself.
-    """
+    """Builds the table of a checkpoint's heads: test figures in percent, and options."""
     counts, rule = info.class_counts, info.shot_rule
     legend = [shot_legend(describe_shots(torch.tensor(counts), rule))] if counts and rule else []
     legend += [TEST_SELECTION] if info.protocol == "paper" else []
@@ -198,7 +187,7 @@ def new_table(title: str, caption: str | None) -> Table:
 
 
 def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
-    """Returns a line about the shot groups, as ``describe_shots`` gives them.
+    """Returns a line about the shot groups.
 
     >>> shot_legend({"many_shot": {"rule": "> 100", "classes": 3}})
     'shots: many > 100 (3 classes)'
@@ -213,68 +202,56 @@ JOINT = "linear"
 
 
 def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> str:
-    """Returns a sentence or two on which head to take.
+    """Returns a sentence or two on the head that validation chose.
 
-    The head is that which validation chose. The figures are those of the test split, which had no
-    say in it. Heads whose interval of how far they lie behind it on validation reaches 0 are named
-    as equals.
+    The figures are of the test split, which had no part in the choice. Heads are tied with the
+    recommended one if the interval of its lead on validation reaches 0.
 
     Args:
         reports: Test figures by head.
-        record: The selection of head ``auto``, see :func:`timm_lt.fit_head`.
+        record: Selection of head ``auto``, see :func:`timm_lt.fit_head`.
 
     >>> from timm_lt.metrics import shot_accuracy
-    >>> right = shot_accuracy([0, 0, 1, 1], [0, 0, 1, 1], [500, 5])
-    >>> wrong = shot_accuracy([0, 0, 0, 1], [0, 0, 1, 1], [500, 5])
-    >>> behind = {"linear": [0.01, 0.2], "crt": [0.0, 0.0]}
+    >>> before = shot_accuracy([0, 0, 0, 1], [0, 0, 1, 1], [500, 5])
+    >>> after = shot_accuracy([0, 0, 1, 1], [0, 0, 1, 1], [500, 5])
+    >>> behind = {"linear": [0.01, 0.2], "crt": [0.0, 0.0], "lws": [-0.1, 0.1]}
     >>> record = {"head": "crt", "objective": "all", "behind": behind}
-    >>> print(recommend({"linear": wrong, "crt": right}, record))
-    Take crt, the best on validation: of the test images 100.0 % are right, of few-shot classes \
-    100.0 %, where linear has 75.0 % and 50.0 %.
-
-    Where the test split has a tail too, so that not all that counts is the share of its images:
-
-    >>> before = shot_accuracy([0, 0, 0, 0], [0, 0, 0, 1], [500, 5])
-    >>> after = shot_accuracy([0, 0, 1, 1], [0, 0, 0, 1], [500, 5])
-    >>> print(recommend({"linear": before, "crt": after}, record | {"objective": "class_mean"}))
-    Take crt, the best on validation by class_mean: of the test images 75.0 % are right, as a mean \
-over the classes 83.3 %, of few-shot classes 100.0 %, where linear has 75.0 %, 50.0 % and 0.0 %.
+    >>> print(recommend({"linear": before, "crt": after}, record))
+    Recommended: crt, the best on validation. On the test images, overall accuracy rises from \
+75.0 % to 100.0 % and few-shot accuracy rises from 50.0 % to 100.0 %. lws is statistically tied.
     """
-    best = record["head"]
+    best, report, joint = record["head"], reports[record["head"]], reports.get(JOINT)
     equals = [name for name, (low, _) in record["behind"].items() if low <= 0 and name != best]
-    tied = ""
-    if equals:
-        verb = "is" if len(equals) == 1 else "are"
-        tied = f" {_listed(equals)} {verb} as good there, as far as its images can tell."
+    verb = "is" if len(equals) == 1 else "are"
+    tied = f" {_listed(equals)} {verb} statistically tied." if equals else ""
     if best == JOINT:
-        return (
-            f"Keep {JOINT}, the classifier as it is: on validation no other head is better.{tied}"
-        )
-    options = describe_selection(record.get("options", {}))
-    shown = f"{best} ({options})" if options else best
-    report, joint = reports[best], reports.get(JOINT)
-    told = _told(report)
-    figures = ", ".join(
-        text.format(percent(getattr(report, field))) for field, text in told.items()
-    )
-    if joint is not None:
-        before = [f"{percent(getattr(joint, field))} %" for field in told]
-        figures += f", where {JOINT} has {_listed(before)}"
-    by = "" if record["objective"] == "all" else f" by {record['objective']}"
-    return f"Take {shown}, the best on validation{by}: {figures}.{tied}"
-
-
-def _told(report: ShotReport) -> dict[str, str]:
-    """Returns the fields that are worth a word, each in words."""
-    texts = {"all": "of the test images {} % are right"}
+        return f"Recommended: {JOINT}; no other head is better on validation.{tied}"
+    words = {"all": "overall accuracy"}
     if abs(report.all - report.class_mean) > 1e-9:
-        # The test split is no balanced one: few of its images are of rare classes.
-        texts["class_mean"] = "as a mean over the classes {} %"
+        # The test split has a long tail, too, and few images of rare classes.
+        words["class_mean"] = "the mean over classes"
     if report.few_shot is not None:
-        texts["few_shot"] = "of few-shot classes {} %"
-    return texts
+        words["few_shot"] = "few-shot accuracy"
+    changes = [
+        f"{word} {_change(getattr(joint, field, None), getattr(report, field))}"
+        for field, word in words.items()
+    ]
+    options = describe_selection(record.get("options", {}))
+    name = f"{best} ({options})" if options else best
+    by = "" if record["objective"] == "all" else f" by {record['objective']}"
+    start = f"Recommended: {name}, the best on validation{by}."
+    return f"{start} On the test images, {_listed(changes)}.{tied}"
 
 
-def _listed(names: list[str]) -> str:
-    *first, last = names
+def _change(before: float | None, after: float | None) -> str:
+    """Returns how a figure changes, as a verb with its values."""
+    old, new = percent(before), percent(after)
+    if before is None or after is None:
+        return f"is {new} %"
+    verb = "stays" if old == new else "rises" if after > before else "falls"
+    return f"stays at {new} %" if verb == "stays" else f"{verb} from {old} % to {new} %"
+
+
+def _listed(texts: list[str]) -> str:
+    *first, last = texts
     return f"{', '.join(first)} and {last}" if first else last

@@ -24,12 +24,12 @@ from timm_lt.models.published import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend
-from timm_lt.run.folder import check_run_folder, is_running
+from timm_lt.run.folder import check_places, check_run_folder, is_running
+from timm_lt.run.network import create_images, create_network
 from timm_lt.run.parse import parse_recipe
-from timm_lt.run.recipe import Recipe, RunOptions
-from timm_lt.run.recipe_checks import check_heads, check_options_of_parts, check_output, check_views
-from timm_lt.run.setup import create_parts
-from timm_lt.training import check_optimization
+from timm_lt.run.recipe import Recipe
+from timm_lt.run.setup import Run as TrainingRun
+from timm_lt.run.setup import check_heads, create_trainer
 from timm_lt.utils import checks
 from timm_lt.utils.accelerator import (
     VISIBLE_DEVICES,
@@ -226,7 +226,7 @@ def make_runs(
     """
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
-    check_output(base, folder)
+    check_places(base, folder)
     after = {name: str(own.get(AFTER)) for name, own in grid.representations.items()}
     needed = {row.representation for row in rows}
     for name in reversed(after):
@@ -280,11 +280,8 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
 def _try_out(recipe: Recipe) -> None:
     """Builds the parts of a run on black images, so that a mistake is found before any run."""
     check_heads(recipe)
-    check_options_of_parts(recipe)
-    check_views(recipe)
     if not recipe.epochs or recipe.model.name.startswith(LOCAL_DIR):
         return
-    check_optimization(recipe.optimizer.arguments(), recipe.scheduler.arguments(), recipe.epochs)
     number = 2 * recipe.batch_size
     arrays = np.zeros((number, 8, 8, 3), np.uint8), np.arange(number) % 2
     split = dataset_from_arrays(*arrays, ["first", "second"])
@@ -293,7 +290,9 @@ def _try_out(recipe: Recipe) -> None:
     trial = replace(recipe, model=model, heads={JOINT: {}}, objective=None)
     with fresh_accelerate():
         accelerator = create_accelerator(accumulation_steps=recipe.accumulation_steps)
-        create_parts(trial, splits, accelerator, RunOptions())
+        run = TrainingRun("trial", trial, None, accelerator, splits, create_network(trial, 2), True)
+        run.images = create_images(trial, splits, run.model, workers=0)
+        create_trainer(run)
 
 
 def check_folder(folder: Path, grid: Grid, runs: Sequence[Run]) -> None:

@@ -1,69 +1,58 @@
-"""The main job: train a backbone on long-tailed data, fit every head on it, and compare them."""
+"""A whole run: from a recipe to the folder with its results, and how the process ends."""
 
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.fitting import AUTO, head_curves
-from timm_lt.heads import Head, fold_head, get_head
+from timm_lt.data.decode import is_worker_death
+from timm_lt.data.loader import describe_worker_death
+from timm_lt.fitting import AUTO, AccuracyCurve, head_curves
+from timm_lt.heads import get_head
 from timm_lt.hub.card import write_card
-from timm_lt.metrics import (
-    ShotReport,
-    compare_per_class,
-    confidence_intervals,
-    write_per_class,
-)
-from timm_lt.report.html import write_report
-from timm_lt.report.plots import save_plots
-from timm_lt.report.tables import TEST_SELECTION, recommend, shot_table
-from timm_lt.run.exits import run_to_exit
-from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
+from timm_lt.metrics import ShotReport, compare_per_class, confidence_intervals, write_per_class
+from timm_lt.report import ExampleImages, Report, evaluated_rows, save_plots, write_report
+from timm_lt.report.tables import JOINT, TEST_SELECTION, recommend, shot_table
+from timm_lt.run.folder import PER_CLASS, REPORT, check_run_folder
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions
 from timm_lt.run.setup import Run, create_run
-from timm_lt.run.stages import (
-    Evaluation,
-    RunFeatures,
-    evaluate,
-    extract,
-    extract_for_heads,
-    fit,
-    fit_joint,
-    report_of_run,
-    train_heads,
-)
-from timm_lt.training import (
-    TrainingState,
-    describe_history,
-    representation_seconds,
-    train_representation,
-)
-from timm_lt.utils.accelerator import fresh_accelerate, process_rank
+from timm_lt.run.stages import best_on_validation, evaluate, extract, fit, train
+from timm_lt.utils.accelerator import fresh_accelerate, is_lost_process, process_rank
 from timm_lt.utils.checks import UsageError
-from timm_lt.utils.console import log, result_console, start_logging
+from timm_lt.utils.console import error_text, log, log_traceback, result_console, start_logging
 from timm_lt.utils.files import read_json, write_json
 from timm_lt.utils.longtail import describe_shots
 
+LOST_PROCESS = "another process of this run has ended; go on with --resume and without --overwrite"
+INTERRUPTED = "interrupted; run it again with --resume and without --overwrite to go on"
+# torch's message when SIGTERM ends a data worker.
+WORKER_TERMINATED = "killed by signal: Terminated"
 
-def main(argv: list[str] | None = None, prog: str = "train_lt.py") -> int:
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, with which a scheduler ends a job."""
+
+
+def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
     """Runs the command line and returns its exit status."""
 
     def command() -> None:
-        if "--verbose" in (sys.argv[1:] if argv is None else argv):
-            # Before anything can be wrong.
-            start_logging(verbose=True)
         parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
         if parsed is not None:
             run_recipe(*parsed)
 
-    with fresh_accelerate():
-        return run_to_exit(command)
+    return run_to_exit(command)
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
@@ -71,106 +60,179 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, Shot
 
     Args:
         name: Name of the recipe.
-        recipe: What to run.
+        recipe: The recipe.
         options: How to run it.
 
     Returns:
-        The test figures by head; empty on all processes but the first.
+        The test figures by head.
 
     Raises:
-        UsageError: For whatever is wrong with the recipe, the data or the folder, before training.
+        UsageError: For any mistake in the recipe, the data or the folder, before training.
     """
-    folder = Path(options.output or Path("output") / name)
+    with open_run(name, recipe, options) as run:
+        if run is not None:
+            for stage in (train, extract, fit, evaluate, save):
+                stage(run)
+    reports = show(name, options)
+    push(name, options)
+    return reports
+
+
+@contextmanager
+def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | None]:
+    """Yields the run of a recipe with all its parts; None if the run in the folder is finished.
+
+    Raises:
+        UsageError: For any mistake in the recipe, the data or the folder.
+    """
+    folder = options.folder(name)
     check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
-    check_push(options)
-    if options.resume and (folder / METRICS).is_file():
-        start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
-        shown = show(name, folder, as_json=options.json)
-        push(folder, options)
-        return shown
-    with closing(create_run(name, folder, recipe, options)) as run:
-        reports = work(run)
-    if reports:
-        show(name, folder, as_json=options.json)
-    push(folder, options)
-    return reports
-
-
-def work(run: Run) -> dict[str, ShotReport]:
-    """Does what a run does, and returns its figures; on the main process alone."""
-    train(run)
-    features = extract(run)
-    if not run.joint:
-        fit_joint(run, features)
-    trained = train_heads(run)
-    extract_for_heads(run, trained, features)
-    reports: dict[str, ShotReport] = {}
-    if run.accelerator.is_main_process:
-        heads = fit(run, features, trained)
-        evaluated = {name: evaluate(run, name, head, features) for name, head in heads.items()}
-        reports = {name: found.report for name, found in evaluated.items()}
-        try:
-            save(run, heads, evaluated, features)
-            # Last: a folder with metrics is a finished run.
-            digests = {name: found.logits_sha256 for name, found in evaluated.items()}
-            write_metrics(run, heads, reports, digests)
-        except OSError as error:
-            raise UsageError(
-                f"the results cannot be written ({error}); the training state is whole: make room "
-                "and go on with --resume"
-            ) from error
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
-    return reports
-
-
-def check_push(options: RunOptions) -> None:
-    """Checks before training that the run can be pushed after it."""
     if options.push_to_hub is not None:
         hub.check_push(options.push_to_hub, private=options.private or None)
     elif options.private or options.license is not None:
-        raise UsageError("--private and --license are for --push_to_hub NAMESPACE/NAME")
+        raise UsageError("--private and --license only apply with --push_to_hub NAMESPACE/NAME")
+    if options.resume and (folder / METRICS).is_file():
+        start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
+        yield None
+        return
+    run = create_run(name, folder, recipe, options)
+    with closing(run):
+        yield run
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
 
 
-def push(folder: Path, options: RunOptions) -> None:
-    """Pushes a finished run to the Hub, if it is to be; one process does."""
-    if options.push_to_hub is None or process_rank() > 0:
+def save(run: Run) -> None:
+    """Writes the checkpoint, tables, plots, the model card, the report and the metrics.
+
+    Raises:
+        UsageError: If they cannot be written.
+    """
+    if not run.accelerator.is_main_process or run.folder is None:
         return
     try:
-        pushed = hub.push_to_hub(
-            folder,
-            options.push_to_hub,
-            private=options.private or None,
-            license=options.license,
-        )
-    except UsageError as error:
-        again = ["timm-lt", "push", str(folder), options.push_to_hub]
-        again += ["--private"] if options.private else []
-        again += ["--license", options.license] if options.license else []
+        _write(run, run.folder)
+        # Last: a folder with metrics is a finished run.
+        write_json(run.folder / METRICS, _metrics(run))
+    except OSError as error:
         raise UsageError(
-            f"{error}; the run itself is whole in {folder}: push it with {shlex.join(again)}"
+            f"the results cannot be written ({error}); the training state is complete: make room "
+            "and go on with --resume"
         ) from error
-    log.info("pushed to %s", pushed.url)
 
 
-def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
+def _write(run: Run, folder: Path) -> None:
+    recipe, splits, counts = run.recipe, run.splits, run.splits.class_counts
+    reports = {name: found.report for name, found in run.evaluations.items()}
+    save_checkpoint(
+        folder,
+        run.model,
+        heads=run.heads,
+        class_counts=counts,
+        metrics={name: report.summary() for name, report in reports.items()},
+        label_names=splits.label_names,
+        dataset=recipe.data.title,
+        shot_rule=recipe.shot_rule,
+        protocol=recipe.protocol,
+        seed=recipe.seed,
+        background=splits.background,
+    )
+    write_per_class(folder / PER_CLASS, compare_per_class(reports, counts, splits.label_names))
+    own = {name: head for name, head in run.heads.items() if name != AUTO}
+    joint = get_head(run.model)
+    curves = head_curves(joint, own, run.features["val"], counts, recipe.shot_rule)
+    report = _report(run, curves)
+    save_plots(folder / PLOTS, report)
+    write_card(folder, name=run.name)
+    write_report(folder / REPORT, report)
+
+
+def _report(run: Run, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> Report:
+    """Returns the report, without head ``auto``, which is one of the others."""
+    recipe, splits = run.recipe, run.splits
+    own = {name: found for name, found in run.evaluations.items() if name != AUTO}
+    auto = run.heads[AUTO] if AUTO in run.heads else best_on_validation(run, run.heads)
+    evaluated, rows = run.features["test"].num_images, run.unreadable_rows.get("test", [])
+    return Report(
+        title=run.name,
+        reports={name: found.report for name, found in own.items()},
+        class_counts=splits.class_counts,
+        targets=run.features["test"].targets,
+        predictions={name: found.predictions for name, found in own.items()},
+        label_names=splits.label_names,
+        curves=curves,
+        selections={name: run.heads[name].selection for name in own},
+        seconds=run.seconds["heads"] | {JOINT: run.seconds["representation"]},
+        recommended=str(auto.selection["head"]),
+        images=ExampleImages(
+            train=splits.datasets["train"],
+            train_labels=splits.labels["train"],
+            test=splits.datasets["test"],
+            test_rows=evaluated_rows(len(splits.labels["test"]), rows, evaluated),
+        ),
+        history=run.history,
+        kept_epoch=run.kept_epoch or None,
+        recipe=recipe.to_yaml(),
+        facts={
+            "Data": recipe.data.title,
+            "Model": recipe.model.name,
+            "Validation": f"{run.val_name}, objective {run.objective}",
+            "Seed": str(recipe.seed),
+        },
+        warning=TEST_SELECTION if recipe.protocol == "paper" else None,
+    )
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    """Returns the content of ``metrics.json``."""
+    counts, recipe, heads = run.splits.class_counts, run.recipe, run.heads
+    reports = {name: found.report for name, found in run.evaluations.items()}
+    chosen = heads[AUTO].selection if AUTO in heads else None
+    return {
+        "heads": {name: report.to_dict() for name, report in reports.items()},
+        "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
+        "recommendation": None if chosen is None else recommend(reports, chosen),
+        "label_names": run.splits.label_names,
+        "class_counts": counts.tolist(),
+        "shots": describe_shots(counts, recipe.shot_rule),
+        "selection": {name: head.selection for name, head in heads.items() if head.selection},
+        "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
+        "seed": recipe.seed,
+        "seconds": run.seconds,
+        "protocol": recipe.protocol,
+        "validation": run.val_name,
+        "note": TEST_SELECTION if recipe.protocol == "paper" else None,
+        "kept_epoch": run.kept_epoch,
+        "unreadable_images": run.unreadable,
+        "num_processes": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": run.accelerator.mixed_precision,
+        # They show whether a run was reproduced.
+        "logits_sha256": {name: found.logits_sha256 for name, found in run.evaluations.items()},
+    }
+
+
+def show(name: str, options: RunOptions) -> dict[str, ShotReport]:
     """Prints the table of a finished run, or its metrics, and returns its figures by head."""
+    folder = options.folder(name)
     metrics = read_json(folder / METRICS)
     reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
-    seconds = metrics["seconds"]
-    table = shot_table(
-        reports,
-        torch.tensor(metrics["class_counts"]),
-        seconds=seconds["heads"] | {"linear": seconds["representation"]},
-        selections=metrics["selection"],
-        title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
-        note=metrics.get("note"),
-        # Where nothing but heads was trained, the comparison of heads is the result.
-        intervals=metrics["kept_epoch"] == 0,
-    )
-    if process_rank() == 0 and as_json:
+    if process_rank() > 0:
+        return reports
+    if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
-    elif process_rank() == 0:
+    else:
+        seconds = metrics["seconds"]
+        table = shot_table(
+            reports,
+            torch.tensor(metrics["class_counts"]),
+            seconds=seconds["heads"] | {JOINT: seconds["representation"]},
+            selections=metrics["selection"],
+            title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
+            note=metrics.get("note"),
+            # Without training, the comparison of heads is the result.
+            intervals=metrics["kept_epoch"] == 0,
+        )
         result_console().print(table)
         if AUTO in metrics["selection"]:
             result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
@@ -178,119 +240,83 @@ def show(name: str, folder: Path, *, as_json: bool) -> dict[str, ShotReport]:
     return reports
 
 
-def train(run: Run) -> None:
-    """Trains the representation, or goes on with it."""
-    recipe = run.recipe
-    if run.trainer is None:
-        run.seconds["representation"] = 0.0
-        run.model.to(run.accelerator.device)
+def push(name: str, options: RunOptions) -> None:
+    """Pushes a finished run to the Hub if the options say so; one process does."""
+    repo, folder = options.push_to_hub, options.folder(name)
+    if repo is None or process_rank() > 0:
         return
-    training = train_representation(
-        run.model,
-        run.images["train"],
-        run.trainer.sampler,
-        run.trainer.loss,
-        accelerator=run.accelerator,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer.arguments(),
-        scheduler=recipe.scheduler.arguments(),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-        max_norm=recipe.max_norm,
-        mixup=recipe.mixup.arguments(),
-        mixup_off_epoch=recipe.mixup.off_epoch,
-        ema=recipe.ema.arguments(),
-        val=run.images["val"],
-        validate_every=recipe.validate_every,
-        keep=recipe.keep,
-        class_counts=run.splits.class_counts,
-        trained=recipe.model.trained,
-        bn=recipe.model.bn,
-        state=TrainingState(run.folder / STATE, run.accelerator),
-        seed=recipe.seed,
-    )
-    # As a loaded model has it: another memory format may round differently.
-    run.model = training.model.to(memory_format=torch.contiguous_format)
-    # Trained with the normalised weights of a cosine head, say, the joint classifier is linear.
-    fold_head(run.model)
-    run.kept_epoch, run.history = training.kept, training.history
-    run.seconds["representation"] = representation_seconds(training.history)
-    log.info("%s", describe_history(training.history, training.kept))
+    private, license_ = options.private, options.license
+    try:
+        pushed = hub.push_to_hub(folder, repo, private=private or None, license=license_)
+    except UsageError as error:
+        again = ["timm-lt", "push", str(folder), repo, *(["--private"] if private else [])]
+        again += [] if license_ is None else ["--license", license_]
+        raise UsageError(
+            f"{error}; the run itself is complete in {folder}: push it with {shlex.join(again)}"
+        ) from error
+    log.info("pushed to %s", pushed.url)
 
 
-def write_metrics(
-    run: Run,
-    heads: Mapping[str, Head],
-    reports: Mapping[str, ShotReport],
-    digests: Mapping[str, str],
-) -> None:
-    """Writes ``metrics.json``; the digests of the test logits show whether a run is reproduced."""
-    counts, recipe = run.splits.class_counts, run.recipe
-    chosen = heads[AUTO].selection if AUTO in heads else None
-    write_json(
-        run.folder / METRICS,
-        {
-            "heads": {name: report.to_dict() for name, report in reports.items()},
-            "intervals": {n: confidence_intervals(r, counts) for n, r in reports.items()},
-            "recommendation": None if chosen is None else recommend(reports, chosen),
-            "label_names": run.splits.label_names,
-            "class_counts": counts.tolist(),
-            "shots": describe_shots(counts, recipe.shot_rule),
-            "selection": {name: head.selection for name, head in heads.items() if head.selection},
-            "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
-            "seed": recipe.seed,
-            "seconds": run.seconds,
-            "protocol": recipe.protocol,
-            "validation": run.val_name,
-            "note": TEST_SELECTION if recipe.protocol == "paper" else None,
-            "kept_epoch": run.kept_epoch,
-            "unreadable_images": run.unreadable,
-            "num_processes": run.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "mixed_precision": run.accelerator.mixed_precision,
-            "logits_sha256": digests,
-        },
-    )
+def run_to_exit(command: Callable[[], object], interrupted: str = INTERRUPTED) -> int:
+    """Runs a command and returns its exit status; says in one line on stderr why it failed.
+
+    Args:
+        command: The command.
+        interrupted: Message after Ctrl-C and SIGTERM: how to go on.
+
+    Returns:
+        0; 2 for a :class:`UsageError`, a dead data worker or another process that ended; 130 after
+        Ctrl-C, 143 after SIGTERM.
+    """
+    try:
+        with fresh_accelerate(), _terminable():
+            command()
+    except KeyboardInterrupt as error:
+        print(interrupted, file=sys.stderr)  # noqa: T201
+        return 143 if isinstance(error, Terminated) else 130
+    except (UsageError, RuntimeError) as error:
+        log_traceback(error)
+        message = _in_one_line(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
 
 
-def save(
-    run: Run,
-    heads: Mapping[str, Head],
-    evaluated: Mapping[str, Evaluation],
-    features: RunFeatures,
-) -> None:
-    """Writes the checkpoint, the table of classes, the plots, the model card and the report."""
-    counts, rule = run.splits.class_counts, run.recipe.shot_rule
-    reports = {name: found.report for name, found in evaluated.items()}
-    save_checkpoint(
-        run.folder,
-        run.model,
-        heads=heads,
-        class_counts=counts,
-        metrics={name: report.summary() for name, report in reports.items()},
-        label_names=run.splits.label_names,
-        dataset=run.recipe.data.title,
-        shot_rule=rule,
-        protocol=run.recipe.protocol,
-        seed=run.recipe.seed,
-        background=run.splits.background,
-    )
-    rows = compare_per_class(reports, counts, run.splits.label_names)
-    write_per_class(run.folder / PER_CLASS, rows)
-    own = {name: head for name, head in heads.items() if name != AUTO}
-    curves = head_curves(get_head(run.model), own, features.shared["val"], counts, rule)
-    content = report_of_run(run, heads, evaluated, features, curves)
-    save_plots(
-        run.folder / PLOTS,
-        {name: report for name, report in reports.items() if name != AUTO},
-        counts,
-        curves,
-        objectives={curve.head: curve.objective for curve in content.curves},
-        compared=content.recommended,
-        confusions={name: found.groups for name, found in content.confusions.items()},
-        history=run.history,
-        kept_epoch=content.kept_epoch,
-    )
-    write_card(run.folder, name=run.name)
-    write_report(run.folder / REPORT, content)
+def _in_one_line(error: UsageError | RuntimeError) -> str | None:
+    """Returns what went wrong; None for a bug."""
+    if isinstance(error, UsageError):
+        return error_text(str(error))
+    if is_worker_death(error):
+        return describe_worker_death(error)
+    return LOST_PROCESS if is_lost_process(error) else None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into :class:`Terminated`, unless a launcher ends several processes.
+
+    A scheduler ends the data workers as well, and torch may report that first.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        # Ignore further SIGTERM, and the end of data workers, while shutting down.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (UsageError, RuntimeError) as error:
+        if WORKER_TERMINATED in str(error):
+            raise Terminated from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it may be written, and what goes on in it."""
+"""The folder of a run: whether it may be written, who is writing it, and what is in it."""
 
 import shutil
 import tempfile
@@ -11,38 +11,26 @@ import yaml
 from filelock import FileLock, Timeout
 
 from timm_lt.checkpoint import CARD, CONFIG, METRICS, PLOTS, RECIPE, WEIGHTS
-from timm_lt.utils.checks import UsageError
-from timm_lt.utils.files import read_json, write_atomic, write_json
+from timm_lt.run.recipe import Recipe
+from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
 
 STATE = "state"
 LOGS = "logs"
 PER_CLASS = "per_class.csv"
 REPORT = "report.html"
-# In the training state: which images it was trained on.
+# In the training state: number and digest of the images that it was trained on.
 IMAGES = "images.json"
-# Held by the process that runs in the folder, as long as it lives.
+# Lock file of the process that runs in the folder.
 LOCK = ".lock"
-# How the message begins that it is held by another.
+# Start of the message that another process has the lock.
 OCCUPIED = "another process runs in"
-# What a resumed run may have otherwise: as long as all images were read, it changed nothing.
+# Keys of the recipe that a resumed run may change: if all images were read, they had no effect.
 MAY_DIFFER = {"data.unreadable", "data.verify"}
-# And what comes after training, which may have stopped there, as long as nothing is made of it.
+# Keys that only matter after training, which a run that has not finished may change.
 AFTER_TRAINING = ("features", "heads", "objective")
-# Everything that a run writes; a folder with anything else in it is never deleted.
-ENTRIES = {
-    RECIPE,
-    STATE,
-    LOGS,
-    CONFIG,
-    WEIGHTS,
-    "heads",
-    METRICS,
-    PER_CLASS,
-    PLOTS,
-    CARD,
-    REPORT,
-}
-# What is left of it without the training state.
+# All that a run writes; a folder with anything else in it is never deleted.
+ENTRIES = {RECIPE, STATE, LOGS, CONFIG, WEIGHTS, "heads", METRICS, PER_CLASS, PLOTS, CARD, REPORT}
 CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
 
 
@@ -56,81 +44,104 @@ def check_run_folder(folder: Path, recipe: str, *, resume: bool, overwrite: bool
         overwrite: The run deletes what is there.
 
     Raises:
-        UsageError: If the folder holds another run, or anything else than a run.
+        UsageError: If the folder has another run in it, or anything else than a run.
     """
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; choose another --output")
+    reason = None
     names = _entries(folder)
-    if not names:
-        return
-    foreign = sorted(names - ENTRIES) or ([] if RECIPE in names else sorted(names))
-    if foreign:
-        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        raise UsageError(
-            f"{folder} holds files that are not a run ({shown}); choose another --output"
-        )
-    if overwrite:
-        return
-    if not resume:
-        raise UsageError(
-            f"{folder} holds a run; go on with it with --resume, delete it with --overwrite, or "
-            "choose another --output"
-        )
-    other = recipe_differences(folder, recipe)
-    if other:
-        raise UsageError(
-            f"{folder} holds a run of another recipe ({'; '.join(other)}); use that recipe, "
-            "--overwrite, or another --output"
-        )
+    foreign = sorted(names - ENTRIES if RECIPE in names else names)
+    if folder.exists() and not folder.is_dir():
+        reason = "is a file; "
+    elif foreign:
+        reason = f"holds files that are not a run ({shown_names(foreign, 3)}); "
+    elif names and not overwrite and not resume:
+        reason = "holds a run; go on with it with --resume, delete it with --overwrite, or "
+    elif names and not overwrite and (other := recipe_differences(folder, recipe)):
+        reason = f"holds a run of another recipe ({'; '.join(other)}); use it, --overwrite, or "
+    if reason is not None:
+        raise UsageError(f"{folder} {reason}choose another --output")
 
 
 def recipe_differences(folder: Path, recipe: str) -> list[str]:
-    """Returns where the recipe of a run in a folder differs, so that the run cannot go on.
+    """Returns the differences between the recipe in a folder and that of a run to be resumed.
 
     Args:
         folder: The folder, with a recipe in it.
-        recipe: The resolved recipe with which the run is to go on, YAML.
+        recipe: The resolved recipe of the run, YAML.
 
     Raises:
         UsageError: If the recipe in the folder cannot be read.
     """
     finished = METRICS in _entries(folder)
+    lines = differences(read_yaml(folder / RECIPE), yaml.safe_load(recipe))
     return [
         line
-        for line in differences(_stored_recipe(folder / RECIPE), yaml.safe_load(recipe))
-        if not _may_differ(line.split()[0], finished=finished)
+        for line in lines
+        if line.split()[0] not in MAY_DIFFER
+        and (finished or line.split()[0].split(".")[0] not in AFTER_TRAINING)
     ]
 
 
-def is_running(folder: Path) -> bool:
-    """Returns whether a process runs in a folder."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = FileLock(folder / LOCK, timeout=0)
+def differences(there: object, here: object, prefix: str = "") -> list[str]:
+    """Returns the differences of two YAML values, a line each with its key in front.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    ['a.b 1 there, 2 now']
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            line
+            for key in dict.fromkeys([*there, *here])
+            for line in differences(there.get(key), here.get(key), f"{prefix}{key}.")
+        ]
+    return [] if there == here else [f"{prefix[:-1]} {there!r} there, {here!r} now"]
+
+
+def check_places(recipe: Recipe, folder: Path | None) -> None:
+    """Checks that no run writes among images, and that the features' cache can be written.
+
+    Args:
+        recipe: The recipe.
+        folder: Folder of the run; None writes nothing.
+
+    Raises:
+        UsageError: If not.
+    """
+    cache, problems = recipe.features.cache_dir, Problems()
+    places = {"--output": folder, "features.cache_dir": None if cache is None else Path(cache)}
+    for name, path in places.items():
+        root = recipe.data.root if recipe.data.name == "folder" else None
+        if path is not None and root is not None and _lies_in(path, Path(root).expanduser()):
+            problems.add(
+                f"{name} {path} lies in data.root {root}, where the next run would take it for a "
+                "class; choose a folder elsewhere"
+            )
+    if cache is not None and folder is not None and _lies_in(Path(cache), folder):
+        problems.add(f"features.cache_dir {cache} lies in the folder of the run; choose another")
+    problems.check()
+    if cache is None:
+        return
     try:
-        lock.acquire()
-    except Timeout:
-        return True
-    release_run_folder(lock)
-    return False
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UsageError(f"features.cache_dir {cache} cannot be written: {error}") from error
 
 
-def _may_differ(key: str, *, finished: bool) -> bool:
-    """Returns whether a resumed run may have another value of a key of the recipe."""
-    after = key.split(".")[0] in AFTER_TRAINING
-    return key in MAY_DIFFER or (after and not finished)
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that a run that goes on has the images that it was started on.
+    """Checks that a resumed run has the images that it was started on.
 
-    Else images that were held out before might be trained on.
+    With others, images that were held out before might be trained on.
 
     Args:
         folder: The folder; without a training state, nothing was trained.
-        images: Number and digest by split, of :func:`~timm_lt.data.splits.split_digests`.
+        images: Number and digest by split, from :func:`~timm_lt.data.splits.split_digests`.
 
     Raises:
         UsageError: If a split has other images; names the splits.
@@ -157,15 +168,15 @@ def prepare_run_folder(
     overwrite: bool,
     images: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> FileLock:
-    """Makes the folder that :func:`check_run_folder` allowed and writes the recipe into it.
+    """Creates the folder that :func:`check_run_folder` allowed and writes the recipe into it.
 
-    A run that is to be deleted is renamed first, so a kill leaves no half of it in its place.
+    A run that is to be deleted is renamed first, so that a kill leaves no half of it.
 
     Args:
         folder: The folder.
         recipe: The run's resolved recipe, YAML.
-        overwrite: What is there is deleted.
-        images: What :func:`check_images` compares when the run goes on.
+        overwrite: Delete what is there.
+        images: Number and digest by split, for :func:`check_images` when the run is resumed.
 
     Returns:
         The lock on the folder, for :func:`release_run_folder`; it ends with this process, too.
@@ -192,15 +203,8 @@ def prepare_run_folder(
     return lock
 
 
-def release_run_folder(lock: FileLock) -> None:
-    """Lets another process run in a folder."""
-    # While it is held: nobody waits for it, and whoever comes later makes a new one.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
-
-
 def lock_folder(folder: Path) -> FileLock:
-    """Makes a folder and locks it, until :func:`release_run_folder` or the end of this process.
+    """Creates a folder and locks it, until :func:`release_run_folder` or the process ends.
 
     Raises:
         UsageError: If another process has locked it.
@@ -214,28 +218,47 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
+def release_run_folder(lock: FileLock) -> None:
+    """Unlocks a folder."""
+    # Delete the file while it is locked: nobody waits for it, and the next process makes a new one.
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    """Returns whether a process runs in a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        release_run_folder(lock_folder(folder))
+    except UsageError:
+        return True
+    return False
+
+
 @contextmanager
 def new_folder(
     destination: Path, names: Set[str], *, overwrite: bool, source: Path | None = None
 ) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the destination's place when the block ends well.
+    """Yields a folder to fill, which becomes the destination when the block ends without error.
 
     Args:
-        destination: What is written. If it is there, it may hold nothing but what such a command
+        destination: Folder to write. If it exists, it may hold nothing but what such a command
             writes: a checkpoint, or folders that each hold one.
         names: Files and folders that such a command writes.
-        overwrite: The destination may be replaced.
-        source: What is read meanwhile, which the destination must not be.
+        overwrite: Replace the destination if it exists.
+        source: Folder that is read meanwhile, which must be another.
 
     Raises:
-        UsageError: If the destination is there and may not be replaced, or cannot be written.
+        UsageError: If the destination exists and may not be replaced, or cannot be written.
     """
     try:
-        # Not a link to it, which would be replaced in its stead.
+        # A symbolic link stays: the folder that it points to is replaced.
         target = destination.resolve()
         if source is not None and target.exists() and target == source.resolve():
             raise UsageError("source and destination are the same folder")
-        _check_replaceable(destination, names, overwrite=overwrite)
+        if destination.exists():
+            _check_replaceable(destination, names, overwrite=overwrite)
         parent = next(parent for parent in target.parents if parent.is_dir())
         with tempfile.TemporaryDirectory(dir=parent, prefix=".timm_lt.") as scratch:
             new = Path(scratch) / "new"
@@ -250,27 +273,20 @@ def new_folder(
 
 
 def _check_replaceable(destination: Path, names: Set[str], *, overwrite: bool) -> None:
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise UsageError(f"{destination} is a file, not a folder")
     inside = list(destination.iterdir())
     if inside and not overwrite:
         raise UsageError(f"{destination} exists; replace it with --overwrite")
     foreign = sorted({path.name for path in inside} - names - {LOCK})
     whole = (destination / CONFIG).is_file() or all((path / CONFIG).is_file() for path in inside)
     if foreign or not whole:
-        culprits = ", ".join(foreign[:3]) or f"no {CONFIG}"
+        culprits = shown_names(foreign, 3) or f"no {CONFIG}"
         raise UsageError(f"{destination} holds more than a checkpoint, or none: {culprits}")
 
 
 def _temporaries(folder: Path) -> list[Path]:
-    """Returns files of atomic writes that a kill cut off."""
-    patterns = [
-        *(f".{name}.*" for name in ENTRIES),
-        "heads/.*.safetensors.*",
-        f"{STATE}/.{IMAGES}.*",
-    ]
+    """Returns the files of atomic writes that a kill cut off."""
+    patterns = [f".{name}.*" for name in ENTRIES]
+    patterns += ["heads/.*.safetensors.*", f"{STATE}/.{IMAGES}.*"]
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
@@ -279,28 +295,3 @@ def _entries(folder: Path) -> set[str]:
         return set()
     temporaries = {path.name for path in _temporaries(folder)}
     return {path.name for path in folder.iterdir()} - temporaries - {LOCK}
-
-
-def _stored_recipe(path: Path) -> object:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read, so the run cannot be resumed; start it again with "
-            f"--overwrite: {error}"
-        ) from error
-
-
-def differences(there: object, here: object, prefix: str = "") -> list[str]:
-    """Returns where two values of YAML differ, a line each with its key in front.
-
-    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
-    ['a.b 1 there, 2 now']
-    """
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = list(dict.fromkeys([*there, *here]))
-        pairs = [(key, there.get(key), here.get(key)) for key in keys]
-        return [
-            line for key, old, new in pairs for line in differences(old, new, f"{prefix}{key}.")
-        ]
-    return [] if there == here else [f"{prefix[:-1]} {there!r} there, {here!r} now"]

@@ -1,15 +1,16 @@
-"""What a recipe has: dataclasses with the meaning, the type and the default of every key."""
+"""The recipe: dataclasses with the meaning, the type and the default of every key."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from timm_lt.fitting import DEFAULT_HEADS
+from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.utils.checks import (
     UsageError,
-    check_background,
     check_choice,
     check_integer,
     check_number,
@@ -18,29 +19,58 @@ from timm_lt.utils.files import yaml_text
 
 # The order of class directories in timm's ReaderImageFolder, and in torchvision's ImageFolder.
 ClassOrder = Literal["timm", "sorted"]
+# Features are extracted once; on images, a head is trained through the frozen backbone.
+Stage = Literal["features", "images"]
+
+
+@contextmanager
+def prefixed(name: str) -> Iterator[None]:
+    """Puts a key of the recipe before the messages of what is created from its values."""
+    try:
+        yield
+    except (UsageError, TypeError) as error:
+        # TypeError: Python's own, for an argument that does not exist or is given twice.
+        raise UsageError(f"{name}: {error}") from error
+
+
+class _Part:
+    """A part of the recipe: keys of its own, and more options of what it creates."""
+
+    options: dict[str, Any]
+    # Argument that the key "name" is passed as.
+    NAME: ClassVar[str] = "name"
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of what is created from this part."""
+        own = {key: value for key, value in vars(self).items() if key != "options"}
+        own = {self.NAME if key == "name" else key: value for key, value in own.items()}
+        for name in own.keys() & self.options.keys():
+            part = type(self).__name__.removesuffix("Recipe").lower()
+            raise UsageError(f"{part}.options: {name} is set elsewhere; remove it")
+        return {key: value for key, value in own.items() if value is not None} | self.options
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Which images.
+    """Images.
 
     Args:
         name: A registered data set; `timm-lt list` names them.
         root: Folder with the files, for data sets that read files.
         options: Options of the data set.
         image_size: Height and width in pixels; null takes the model's.
-        augmentation: A registered augmentation of the training images, which are held in memory
-            then; or timm, which decodes each image when it is drawn and transforms it as timm does.
+        augmentation: A registered augmentation of the training images, which are then kept in
+            memory; or timm, which decodes each image when it is drawn and transforms it as timm
+            does.
         augmentation_options: Options of the augmentation; for timm those of its create_loader,
             e.g. auto_augment, scale, hflip, color_jitter, re_prob.
-        background: Colour behind transparent pixels: a name such as white or black, "#rrggbb", or
-            [red, green, blue]; auto is that of the model's checkpoint, or white.
-        unreadable: What happens to an image that cannot be read, raise or skip; those that are
-            skipped are counted.
-        verify: Look for damaged files before training: at both ends of each, without decoding it.
+        background: Colour behind transparent pixels, a name such as white or black, "#rrggbb", or
+            [red, green, blue]; auto takes the one of the model's checkpoint, or white.
+        unreadable: Raise an error for an image that cannot be read, or skip and count it.
+        verify: Look for damaged files before training, by header and end, without decoding them.
             Only for augmentation timm, since otherwise all images are decoded first.
-        val_fraction: Part of the training images of each class that is held out for validation
-            where the data set has no split for it, in (0, 1).
+        val_fraction: Fraction of each class's training images that is held out for validation if
+            the data set has no validation split, in (0, 1).
     """
 
     name: str = "glyph_lt"
@@ -56,7 +86,7 @@ class DataRecipe:
 
     @property
     def title(self) -> str:
-        """What to call the data: the repo of the Hub, the folder of somebody's own, or the name."""
+        """Title of the data: the Hub's repo id, the user's own folder, or the name."""
         if self.name == "hub" and self.options.get("repo"):
             return str(self.options["repo"])
         own = self.root is not None and self.name in ("folder", "list", "hub")
@@ -64,39 +94,35 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_number("data.val_fraction", self.val_fraction, "(0, 1)")
-        if self.background != "auto":
-            check_background(self.background)
         if self.image_size is not None:
             check_integer("data.image_size", self.image_size, minimum=1)
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Which network.
+    """Network.
 
     Args:
         name: Any timm architecture, or an lt_* one; a tag chooses a configuration. local-dir:FOLDER
             is the model of a finished run.
         pretrained: Start from that configuration's published weights, or from those of the run.
-        checkpoint: File with weights for this architecture, as some training left it, such as
-            timm's train.py: .safetensors, or a pickle, of which nothing but tensors is read. Its
-            classifier is taken if it is one for as many classes. Pooling, image size, normalisation
-            and crop are those of the file, where it has its training's arguments.
-        checkpoint_key: Key or prefix of the weights in that file, e.g. teacher, where it has
-            several networks.
-        class_order: How classes are numbered in weights without class names, timm (folders 1, 2,
-            10) or sorted (1, 10, 2), as torchvision; null finds it out on training images where the
-            two differ.
-        fresh_classifier: Draw the classifier anew, from the seed, and start from the pretrained
-            backbone alone.
-        trained: Modules that the representation stage trains beside the classifier, e.g.
-            [layer4.2], or [last_block], which is found on any architecture; [] is the classifier
-            alone. The others are frozen. null trains all.
-        bn: What the frozen modules do, frozen (evaluation mode, batch norm keeps its statistics) or
-            shift (training mode, they move).
-        options: Further arguments of timm.create_model, e.g. global_pool; and mean, std,
-            interpolation, crop_pct and crop_mode of its images. They come before those of the
-            checkpoint. A head= that the run in FOLDER has not fitted is put on its classifier anew.
+        checkpoint: File with weights for this architecture from any training, such as timm's
+            train.py: .safetensors, or a pickle, from which only tensors are read. Its classifier is
+            used if it has as many classes. Pooling, image size, normalisation and crop are read
+            from the file if it has the arguments of its training.
+        checkpoint_key: Key or prefix of the weights in a file with several networks, e.g. teacher.
+        class_order: Order of the classes in weights without class names, timm (folders 1, 2, 10) or
+            sorted (1, 10, 2), as in torchvision; null determines it on training images if the two
+            differ.
+        fresh_classifier: Draw a new classifier from the seed, on the pretrained backbone.
+        trained: Modules to train in the representation stage besides the classifier, e.g.
+            [layer4.2], or [last_block], which is found in any architecture; [] trains the
+            classifier alone. The others are frozen. null trains all.
+        bn: Mode of the frozen modules, frozen (evaluation mode, batch norm keeps its statistics) or
+            shift (training mode, the statistics move).
+        options: More arguments of timm.create_model, e.g. global_pool; and mean, std,
+            interpolation, crop_pct and crop_mode of its images. They take precedence over those of
+            the checkpoint. A head= that the run in FOLDER has not fitted replaces its classifier.
     """
 
     name: str = "lt_test_resnet"
@@ -109,22 +135,10 @@ class ModelRecipe:
     bn: Literal["frozen", "shift"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.fresh_classifier and not (self.pretrained or self.checkpoint):
-            raise UsageError(
-                "model.fresh_classifier has no effect without model.pretrained: leave it out"
-            )
-        if self.checkpoint_key and not self.checkpoint:
-            raise UsageError("model.checkpoint_key has no effect without model.checkpoint")
-        if self.pretrained and self.checkpoint:
-            raise UsageError(
-                "model.checkpoint has all weights, and model.pretrained no effect: leave it out"
-            )
-
 
 @dataclass(frozen=True)
-class SamplerRecipe:
-    """How often each class is drawn in the representation stage.
+class SamplerRecipe(_Part):
+    """Sampler of the representation stage.
 
     Args:
         name: A registered sampler.
@@ -136,8 +150,8 @@ class SamplerRecipe:
 
 
 @dataclass(frozen=True)
-class LossRecipe:
-    """What the representation stage minimises.
+class LossRecipe(_Part):
+    """Loss of the representation stage.
 
     Args:
         name: A registered loss.
@@ -149,16 +163,18 @@ class LossRecipe:
 
 
 @dataclass(frozen=True)
-class OptimizerRecipe:
-    """How the representation stage updates weights.
+class OptimizerRecipe(_Part):
+    """Optimiser of the representation stage.
 
     Args:
-        name: An optimiser of timm; sgd is with Nesterov momentum there.
+        name: An optimiser of timm, whose sgd has Nesterov momentum.
         lr: Peak learning rate, > 0.
-        weight_decay: On all weights but biases and norms, >= 0.
-        momentum: In [0, 1).
-        options: Further arguments of timm.optim.create_optimizer_v2.
+        weight_decay: Weight decay of all weights but biases and norms, >= 0.
+        momentum: Momentum in [0, 1).
+        options: More arguments of timm.optim.create_optimizer_v2.
     """
+
+    NAME: ClassVar[str] = "opt"
 
     name: str = "sgd"
     lr: float = 0.1
@@ -166,47 +182,37 @@ class OptimizerRecipe:
     momentum: float = 0.9
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``timm.optim.create_optimizer_v2``."""
-        named = {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum}
-        return {"opt": self.name, **named, **self.options}
-
 
 @dataclass(frozen=True)
-class SchedulerRecipe:
-    """How the learning rate changes, update by update.
+class SchedulerRecipe(_Part):
+    """Learning rate schedule, which advances at every update.
 
     Args:
         name: A scheduler of timm; plateau follows the accuracy on validation.
-        warmup_epochs: Epochs of linear warm-up, counted within the epochs.
-        options: Further arguments of timm.scheduler.create_scheduler_v2.
+        warmup_epochs: Epochs of linear warm-up, included in epochs.
+        options: More arguments of timm.scheduler.create_scheduler_v2.
     """
+
+    NAME: ClassVar[str] = "sched"
 
     name: str = "cosine"
     warmup_epochs: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``timm.scheduler.create_scheduler_v2``."""
-        return {"sched": self.name, "warmup_epochs": self.warmup_epochs, **self.options}
-
-    def __post_init__(self) -> None:
-        check_integer("scheduler.warmup_epochs", self.warmup_epochs, minimum=0)
-
 
 @dataclass(frozen=True)
-class MixupRecipe:
-    """How images are mixed with each other; without an alpha they are not.
+class MixupRecipe(_Part):
+    """Mixup, cutmix and remix; off unless an alpha is above 0.
 
     Args:
-        mixup_alpha: Of the Beta distribution of mixup, >= 0.
-        cutmix_alpha: Of the Beta distribution of cutmix, >= 0.
-        remix_kappa: From how many times the images on, >= 1, a mixed image is of the rarer class
-            alone, if the frequent one has a part below remix_tau in it; 3 in the paper. null is
-            mixup and cutmix as they are.
-        remix_tau: In [0, 1]; null is 0.5.
+        mixup_alpha: Parameter of mixup's Beta distribution, >= 0.
+        cutmix_alpha: Parameter of cutmix's Beta distribution, >= 0.
+        remix_kappa: Imbalance, >= 1, from which a mixed image gets the label of the rarer class
+            alone, provided that the frequent class has a share below remix_tau; 3 in the paper.
+            null is plain mixup and cutmix.
+        remix_tau: Share in [0, 1]; null is 0.5.
         off_epoch: Epochs after which images are no longer mixed; null is never.
-        options: Further arguments of timm.data.Mixup, e.g. prob, switch_prob, mode.
+        options: More arguments of timm.data.Mixup, e.g. prob, switch_prob, mode.
     """
 
     mixup_alpha: float = 0.0
@@ -224,38 +230,28 @@ class MixupRecipe:
         """Returns whether images are mixed at all."""
         return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the argument ``mixup`` of ``timm_lt.training.train_representation``."""
-        alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
-        remix = {"remix_kappa": self.remix_kappa, "remix_tau": self.remix_tau}
-        return alphas | remix | self.options
-
 
 @dataclass(frozen=True)
-class EmaRecipe:
-    """Whether the weights that go on are a moving average.
+class EmaRecipe(_Part):
+    """Moving average of the weights.
 
     Args:
-        decay: In [0, 1), e.g. 0.9998; null is no average.
-        options: Further arguments of timm.utils.ModelEmaV3, e.g. use_warmup.
+        decay: Decay in [0, 1), e.g. 0.9998; null is no average.
+        options: More arguments of timm.utils.ModelEmaV3, e.g. use_warmup.
     """
 
     decay: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``timm.utils.ModelEmaV3``."""
-        return ({} if self.decay is None else {"decay": self.decay}) | self.options
-
 
 @dataclass(frozen=True)
 class FeaturesRecipe:
-    """How the features of all images are taken for the classifier stage.
+    """Features of all images, for the classifier stage.
 
     Args:
-        views: Augmented views of each training image; null is the image as it is.
-        dtype: How features are kept; float16 and bfloat16 take half the room.
-        compute_dtype: What the backbone computes in; bfloat16 is fast where it is native.
+        views: Augmented views of each training image; null is the image without augmentation.
+        dtype: Type in which features are stored; float16 and bfloat16 halve the memory.
+        compute_dtype: Type in which the backbone computes; bfloat16 is fast where it is native.
         cache_dir: Folder for files of features, which later runs with the same backbone and images
             read; null keeps features in memory.
     """
@@ -269,49 +265,33 @@ class FeaturesRecipe:
         if self.views is not None:
             check_integer("features.views", self.views, minimum=1)
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``timm_lt.extract_features``."""
-        dtypes = {"dtype": self.dtype, "compute_dtype": self.compute_dtype}
-        return {"cache_dir": self.cache_dir, **dtypes}
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete experiment.
+    """A complete experiment: its parts, each with a docstring of its own, and further keys.
 
     Args:
-        data: Which images.
-        model: Which network.
-        sampler: How often each class is drawn.
-        loss: What is minimised.
-        optimizer: How weights are updated.
-        scheduler: How the learning rate changes.
-        mixup: How images are mixed.
-        ema: Whether weights are averaged.
-        epochs: Epochs of the representation stage, >= 0. 0 trains nothing but heads: those of a
-            model with weights, whose joint classifier is fitted first if it is not for these
-            classes.
+        epochs: Epochs of the representation stage, >= 0. With 0, only heads are fitted, on a model
+            with weights; if its joint classifier is not for these classes, one is fitted first.
         batch_size: Images per update, over all processes, >= 1.
         accumulation_steps: Parts in which a process takes its share of the batch, >= 1.
         clip_grad: Threshold of the gradient, > 0; null does not clip.
-        clip_mode: Of the norm of all gradients, of each value, or agc, relative to the weights.
-        max_norm: Largest length of a class's weights in the joint classifier, > 0; null does not
-            limit it.
+        clip_mode: Clip the norm of all gradients, each value, or agc, relative to the weights.
+        max_norm: Largest norm of a class's weights in the joint classifier, > 0; null is no limit.
         validate_every: Epochs from one validation to the next, >= 1.
-        keep: Whose weights go on, of the best epoch on validation (overall accuracy) or the last.
-        features: How features are taken for the heads.
+        keep: Keep the weights of the best epoch on validation (overall accuracy), or of the last.
         heads: Heads to fit, each with its options; timm-lt list names them. The option stage says
-            on what, features or images; the latter trains crt and lws as their paper does. A head
-            under a name of its own has the option kind, e.g. {crt_smote: {kind: crt, smote: 100}}.
+            on what, features or images; the latter trains crt and lws as in their paper. A head
+            with a name of its own has the option kind, e.g. {crt_smote: {kind: crt, smote: 100}}.
             One called auto is the best of the others on validation.
-        objective: What the heads' options, and auto, are chosen by on validation: all (accuracy),
-            class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null is all, or
-            class_mean where validation is as long-tailed as train, from which it was held out.
+        objective: Objective on validation that chooses the heads' options, and auto: all
+            (accuracy), class_mean, few_shot, harmonic_mean of the shot groups, or worst_class; null
+            is all, or class_mean if validation was held out from the long-tailed training images.
         protocol: standard selects on validation, and reads the test split once, at the end. paper
-            has the test split for validation and holds nothing out; it is only there for data where
-            a paper selected so, to compare with it, and whatever is written says so.
-        shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr takes >= and <=.
-        mixed_precision: auto takes bf16 where the processor computes it natively.
+            uses the test split for validation and holds nothing out; it only exists for data where
+            a paper selected so, to compare with it, and all results say so.
+        shot_rule: fb counts > 100 as many-shot and < 20 as few-shot; oltr uses >= and <=.
+        mixed_precision: auto uses bf16 where the processor computes it natively.
         seed: Seed of everything random, from 0 to 2^63 - 1.
     """
 
@@ -335,7 +315,6 @@ class Recipe:
     heads: dict[str, dict[str, Any]] = field(
         default_factory=lambda: {name: {} for name in DEFAULT_HEADS}
     )
-    # Not a Literal: the parser's message for one or null is a riddle.
     objective: str | None = None
     protocol: Literal["standard", "paper"] = "standard"
     shot_rule: Literal["fb", "oltr"] = "fb"
@@ -344,39 +323,65 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=0)
-        if self.epochs == 0 and not (self.model.pretrained or self.model.checkpoint):
+        check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        if self.objective is not None:
+            check_choice("objective", self.objective, OBJECTIVES)
+        model, file = self.model, self.model.checkpoint
+        weights = model.pretrained or bool(file)
+        if self.epochs == 0 and not weights:
             raise UsageError(
                 "epochs 0 trains no backbone: it needs model.pretrained, or a model.checkpoint"
             )
-        check_integer("batch_size", self.batch_size, minimum=1)
-        check_integer("accumulation_steps", self.accumulation_steps, minimum=1)
-        check_integer("validate_every", self.validate_every, minimum=1)
-        if self.objective is not None:
-            check_choice("objective", self.objective, OBJECTIVES)
-        check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        mixup, views = self.mixup, self.features.views
+        for name, is_useless, reason in (
+            ("model.fresh_classifier", model.fresh_classifier and not weights, "without weights"),
+            ("model.checkpoint_key", model.checkpoint_key and not file, "without a checkpoint"),
+            ("model.pretrained", model.pretrained and file, "with model.checkpoint"),
+            ("mixup.off_epoch", mixup.off_epoch and not mixup.mixes(), "without mixup or cutmix"),
+            ("features.views", views and self.data.augmentation == "none", "without augmentation"),
+        ):
+            if is_useless:
+                raise UsageError(f"{name} has no effect {reason}; remove it")
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that reads back to the same recipe."""
         return yaml_text(dataclasses.asdict(self))
 
 
+def head_kind(recipe: Recipe, name: str) -> str:
+    """Returns the registered name of one of a recipe's heads: its option ``kind``, or its name."""
+    return str(recipe.heads[name].get("kind", name))
+
+
+def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Returns the options of the heads that are fitted on features, or trained on images, by name.
+
+    The stage itself and the kind are not options of a fit.
+    """
+    return {
+        name: {key: value for key, value in options.items() if key not in ("stage", "kind")}
+        for name, options in recipe.heads.items()
+        if name != AUTO and options.get("stage", "features") == stage
+    }
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, as opposed to what.
+    """Options of a run that are not part of the experiment.
 
-    Attributes:
-        output: Folder of the run; None means ``output/<recipe name>``.
-        resume: Go on with the run in that folder, or start it if there is none.
+    Args:
+        output: Folder of the run; null is output/<recipe name>.
+        resume: Resume the run in that folder from its last complete state, or start it.
         overwrite: Delete the run in that folder first.
-        threads: Threads per process on a CPU; None is this process's share of the cores.
-        workers: Processes that decode images, for each that trains; None is its share of the cores.
+        threads: CPU threads per process; null is the process's share of the cores.
+        workers: Worker processes that decode images, per training process; null is by the cores.
         compile: Compile the model with torch.compile.
-        tracker: ``"none"``, or a tracker that accelerate knows and that is installed.
+        tracker: tensorboard, or any other tracker of accelerate that is installed; none is off.
         quiet: Print the final table only.
-        verbose: Say each step, and where in the code an error arose.
-        json: Print ``metrics.json`` instead of the table.
-        push_to_hub: Repo of the Hub to push the finished run to, namespace/name.
-        private: A new repo is private.
+        verbose: Log each step, and the traceback of an error.
+        json: Print metrics.json instead of the table.
+        push_to_hub: Repo id on the Hub to push the finished run to, NAMESPACE/NAME.
+        private: Make a new repo private.
         license: Licence of the weights for the model card, such as apache-2.0.
     """
 
@@ -393,3 +398,7 @@ class RunOptions:
     push_to_hub: str | None = None
     private: bool = False
     license: str | None = None
+
+    def folder(self, name: str) -> Path:
+        """Returns the folder of the run of the recipe of that name."""
+        return Path(self.output or Path("output") / name)

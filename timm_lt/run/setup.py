@@ -1,124 +1,145 @@
-"""From a recipe to objects: everything is checked and made before anything is written."""
+"""From a recipe to objects: all parts are created before anything is trained or written."""
 
 import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
+from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits, create_splits
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.splits import split_digests
+from timm_lt.features import Features
+from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
+from timm_lt.heads import Head
 from timm_lt.losses import LOSSES, create_loss
-from timm_lt.metrics import Objective
+from timm_lt.metrics import Objective, ShotReport
+from timm_lt.models.label_names import keeps_classifier
+from timm_lt.report import Predictions
 from timm_lt.report.tables import TEST_SELECTION
-from timm_lt.run.class_order import order_classes
 from timm_lt.run.folder import (
     LOGS,
     check_images,
-    check_run_folder,
+    check_places,
     prepare_run_folder,
     release_run_folder,
 )
 from timm_lt.run.network import (
-    checked_images,
+    check_readable,
+    create_images,
     create_network,
     has_classifier,
+    in_order_of_weights,
     on_background,
     start_network,
 )
-from timm_lt.run.recipe import Recipe, RunOptions
-from timm_lt.run.recipe_checks import (
-    check_features,
-    check_heads,
-    check_heads_of_data,
-    check_objective,
-    check_options_of_parts,
-    check_output,
-    head_kind,
-    stage_heads,
-)
+from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     EpochRecord,
     HeadPlan,
-    check_batch_size,
-    check_classifier,
+    RepresentationTrainer,
+    TrainingOptions,
     check_model,
-    check_optimization,
-    check_pairs,
-    check_schedule,
-    check_statistics,
-    check_trained,
-    check_update,
     plan_head_on_images,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
-from timm_lt.utils.checks import Problems, UsageError
+from timm_lt.utils.checks import Problems, UsageError, check_choice
 from timm_lt.utils.console import log, progress, start_logging
+from timm_lt.utils.longtail import ClassCounts, Labels, shot_groups
+
+# Option that fits a new classifier, for messages.
+CURE = "model.fresh_classifier (--fresh-classifier)"
 
 
-@dataclass
-class Trainer:
-    """What the representation stage has beside the model and the images."""
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Results of a head on the test images.
 
-    sampler: ClassSampler
-    loss: nn.Module
+    Attributes:
+        report: Its figures.
+        logits_sha256: Digest of its logits.
+        predictions: Its predicted class of each image, int32, with its probability, float32.
+    """
+
+    report: ShotReport
+    logits_sha256: str
+    predictions: Predictions
 
 
 @dataclass
 class Run:
-    """A recipe turned into objects, and what is noted while it runs.
+    """A recipe turned into objects, and all that a run has produced so far.
 
     Attributes:
-        trainer: None if nothing but heads is trained.
-        seconds: Wall time of what was done.
-        plans: How the heads of stage images are trained, by name.
-        joint: Whether the model's classifier is for these classes, or will be after training.
-        joint_selection: How the options of that classifier were selected, if it was fitted.
-        kept_epoch: The epoch whose weights the model has, 1-based; 0 before training.
-        unreadable: How many images of each split could not be read.
-        unreadable_rows: Which, as far as it is known: of features in the cache it is not.
-        history: What the training of the representation did, epoch by epoch.
-        lock: Held on the folder by the main process.
+        name: Name of the recipe.
+        recipe: The recipe.
+        folder: Folder of the run; None writes nothing.
+        accelerator: Its processes share the images.
+        splits: The data.
+        model: The model with its joint classifier.
+        joint: Whether that classifier is for these classes, or will be after training.
+        images: Images by split, as the model takes them.
+        trainer: The representation stage; None if nothing but heads is trained.
+        plans: How heads are trained on images, by name.
+        lock: Lock on the folder, on the main process.
+        seconds: Wall times.
+        history: Record of each epoch of the representation stage.
+        kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
+        features: Features by split, from the backbone as it was trained.
+        own_features: By head and split, for heads with batch-norm statistics of their own.
+        unreadable: Number of images that could not be read, by split.
+        unreadable_rows: Their rows; unknown for features from the cache.
+        joint_selection: How the options of the joint classifier were selected, if it was fitted.
+        heads: All fitted heads by name, on the main process.
+        evaluations: Their results on the test images, by name.
     """
 
     name: str
     recipe: Recipe
-    folder: Path
+    folder: Path | None
     accelerator: Accelerator
     splits: Splits
-    images: Mapping[Split, Images]
-    trainer: Trainer | None
     model: nn.Module
-    seconds: dict[str, Any]
+    joint: bool
+    images: Mapping[Split, Images] = field(default_factory=dict)
+    trainer: RepresentationTrainer | None = None
     plans: Mapping[str, HeadPlan] = field(default_factory=dict)
-    joint: bool = True
-    joint_selection: Mapping[str, Any] = field(default_factory=dict)
+    lock: FileLock | None = None
+    seconds: dict[str, Any] = field(default_factory=dict)
+    history: Sequence[EpochRecord] = ()
     kept_epoch: int = 0
+    features: dict[Split, Features] = field(default_factory=dict)
+    own_features: dict[str, dict[Split, Features]] = field(default_factory=dict)
     unreadable: dict[str, int] = field(default_factory=dict)
     unreadable_rows: dict[str, list[int]] = field(default_factory=dict)
-    history: Sequence[EpochRecord] = ()
-    lock: FileLock | None = None
+    joint_selection: Mapping[str, Any] = field(default_factory=dict)
+    heads: dict[str, Head] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
         """What is maximised on validation."""
-        # Of a split as long-tailed as train, the accuracy over the images is that of large classes.
+        # On a long-tailed split, the accuracy over the images is that of the large classes.
         usual = "class_mean" if self.splits.val_source == "train" else "all"
         return cast(Objective, self.recipe.objective or usual)
 
     @property
     def val_name(self) -> str:
-        """Where validation comes from, as records of what was selected have it."""
+        """Source of the validation images, as in records of what was selected."""
         source = self.splits.val_source
         return "train, held out" if source == "train" else source
+
+    def features_of(self, head: str, split: Split) -> Features:
+        """Returns the features that a head takes."""
+        return self.own_features.get(head, self.features)[split]
 
     def close(self) -> None:
         """Lets another process run in the folder."""
@@ -127,129 +148,18 @@ class Run:
 
 
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
-    """Checks a recipe, makes its parts, and claims its folder when all of them are right.
+    """Creates all parts of a recipe, and claims its folder when all of them are right.
 
     Args:
         name: Name of the recipe.
         folder: Folder of the run.
-        recipe: What to run.
+        recipe: The recipe.
         options: How to run it.
 
     Raises:
-        UsageError: For whatever is wrong with the recipe, the data or the folder.
+        UsageError: For any mistake in the recipe, the data or the folder.
     """
-    check_heads(recipe)
-    check_options_of_parts(recipe)
-    check_output(recipe, folder)
-    if recipe.epochs:
-        arguments = recipe.optimizer.arguments(), recipe.scheduler.arguments()
-        check_optimization(*arguments, recipe.epochs)
-    accelerator = _start(recipe, folder, options)
-    check_features(recipe, folder)
-    started = time.perf_counter()
-    with progress(f"making {recipe.data.name}", None):
-        data = recipe.data
-        splits = create_splits(
-            data.name,
-            root=data.root,
-            val_fraction=data.val_fraction,
-            protocol=recipe.protocol,
-            **data.options,
-        )
-        digests = split_digests(splits.datasets, splits.labels, data.root)
-        if options.resume:
-            check_images(folder, digests)
-        trainer, model, splits, images = create_parts(recipe, splits, accelerator, options)
-        plans = {
-            head: plan_head_on_images(
-                head_kind(recipe, head), model, images["train"], accelerator, **given
-            )
-            for head, given in stage_heads(recipe, "images").items()
-        }
-    seconds = {"data": time.perf_counter() - started}
-    log.info("%s", describe(recipe, splits, model))
-    if splits.val_source == "train":
-        log.info(
-            "no validation split: %d of the training images are held out", len(splits.labels["val"])
-        )
-    if splits.val_source == "test" and accelerator.is_main_process:
-        log.warning("%s", TEST_SELECTION)
-    lock = None
-    if accelerator.is_main_process:
-        lock = prepare_run_folder(
-            folder, recipe.to_yaml(), overwrite=options.overwrite, images=digests
-        )
-    accelerator.wait_for_everyone()
-    if options.tracker != "none":
-        accelerator.init_trackers(name)
-    return Run(
-        name,
-        recipe,
-        folder,
-        accelerator,
-        splits,
-        images,
-        trainer,
-        model,
-        seconds,
-        plans=plans,
-        joint=bool(recipe.epochs) or has_classifier(recipe, model, splits),
-        lock=lock,
-    )
-
-
-def given_run(
-    recipe: Recipe,
-    splits: Splits,
-    model: nn.Module,
-    accelerator: Accelerator,
-    *,
-    folder: Path | None,
-    options: RunOptions,
-    joint: bool,
-) -> Run:
-    """Makes a run that trains heads alone, of a model and data that are there.
-
-    Args:
-        recipe: What to run, with 0 epochs.
-        splits: The data.
-        model: A timm model with a classifier for them.
-        accelerator: Its processes share the images.
-        folder: Folder of the run; None writes nothing.
-        options: How to run it.
-        joint: Whether that classifier has been trained.
-
-    Raises:
-        UsageError: For whatever is wrong with them, or the folder.
-    """
-    check_heads(recipe)
-    check_heads_of_data(recipe, splits)
-    check_objective(recipe, splits)
-    if folder is not None:
-        check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=options.overwrite)
-    check_features(recipe, folder or Path())
-    images = checked_images(recipe, splits, model, accelerator, Problems(), workers=options.workers)
-    check_model(model, images["val"])
-    lock = None
-    if folder is not None and accelerator.is_main_process:
-        lock = prepare_run_folder(folder, recipe.to_yaml(), overwrite=options.overwrite)
-    return Run(
-        "rebalanced" if folder is None else folder.name,
-        recipe,
-        folder or Path(),
-        accelerator,
-        splits,
-        images,
-        None,
-        model.to(accelerator.device),
-        {"data": 0.0, "representation": 0.0},
-        joint=joint,
-        lock=lock,
-    )
-
-
-def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
-    """Creates the accelerator, and sets up threads and log of this process."""
+    check_places(recipe, folder)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,
         accumulation_steps=recipe.accumulation_steps,
@@ -258,106 +168,198 @@ def _start(recipe: Recipe, folder: Path, options: RunOptions) -> Accelerator:
         folder=folder / LOGS,
     )
     set_cpu_threads(options.threads)
-    quiet = options.quiet or not accelerator.is_main_process
-    start_logging(quiet=quiet, verbose=options.verbose)
-    return accelerator
+    start_logging(quiet=options.quiet or not accelerator.is_main_process, verbose=options.verbose)
+    started = time.perf_counter()
+    with progress(f"loading {recipe.data.name}", None):
+        data = recipe.data
+        with prefixed("data"):
+            splits = create_splits(
+                data.name,
+                root=data.root,
+                val_fraction=data.val_fraction,
+                protocol=recipe.protocol,
+                **data.options,
+            )
+        digests = split_digests(splits.datasets, splits.labels, data.root)
+        if options.resume:
+            check_images(folder, digests)
+        model = create_network(recipe, splits.num_classes).to(accelerator.device)
+        splits = on_background(recipe, splits, model)
+        named = splits.num_classes, splits.label_names
+        joint = has_classifier(recipe.model, model, *named)
+        weights = recipe.model.checkpoint or recipe.model.name
+        splits = in_order_of_weights(
+            splits,
+            model,
+            kept=joint and keeps_classifier(model, named[1], weights, CURE),
+            given=recipe.model,
+            image_size=data.image_size,
+            trained=recipe.epochs > 0,
+        )
+        run = Run(name, recipe, folder, accelerator, splits, model, joint or recipe.epochs > 0)
+        complete_run(run, options, digests)
+    run.seconds["data"] = time.perf_counter() - started
+    if options.tracker != "none":
+        accelerator.init_trackers(name)
+    return run
 
 
-def describe(recipe: Recipe, splits: Splits, model: nn.Module) -> str:
-    """Returns a line about data and model for the log."""
-    counts, parameters = splits.class_counts, sum(p.numel() for p in model.parameters())
-    return (
-        f"{recipe.data.name}: {int(counts.sum()):,} training images of {len(counts)} classes, "
-        f"{int(counts.max())} to {int(counts.min())} per class; {recipe.model.name} with "
-        f"{parameters:,} parameters"
-    )
+def complete_run(
+    run: Run, options: RunOptions, digests: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Creates the other parts of a run, from its data and model, and claims its folder.
 
+    Args:
+        run: The run; it is changed in place.
+        options: How to run it.
+        digests: Number and digest of the images by split, for the folder.
 
-def create_parts(
-    recipe: Recipe, splits: Splits, accelerator: Accelerator, options: RunOptions
-) -> tuple[Trainer | None, nn.Module, Splits, dict[Split, Images]]:
-    """Creates what trains, model and images; what is wrong with the data is reported together.
-
-    The splits are returned with the background of the run, and the classes in the order of the
-    classifier that the model keeps.
+    Raises:
+        UsageError: For any mistake in the recipe, the data or the folder; if several things are
+            wrong with the data, for all of them together.
     """
+    recipe, splits, accelerator = run.recipe, run.splits, run.accelerator
     problems = Problems()
     with problems.collected():
-        check_objective(recipe, splits)
+        check_heads(recipe, splits)
     with problems.collected():
-        check_heads_of_data(recipe, splits)
-    model = create_network(recipe, splits.num_classes)
-    splits = on_background(recipe, splits, model)
-    splits = order_classes(recipe, splits, model.to(accelerator.device))
-    trainer = _create_trainer(recipe, splits, accelerator, problems) if recipe.epochs else None
-    batch = recipe.batch_size // (
-        accelerator.num_processes * accelerator.gradient_accumulation_steps
-    )
-    if trainer is not None:
-        check_parts(recipe, trainer.sampler, trainer.loss, model, batch=batch)
-        start_network(recipe, trainer.loss, model, splits.num_classes, splits.label_names)
-    images = checked_images(recipe, splits, model, accelerator, problems, workers=options.workers)
-    if trainer is None:
-        check_model(model, images["val"])
-    else:
-        check_network(recipe, model, images["val"], batch=batch)
-    return trainer, model, splits, images
+        run.images = create_images(recipe, splits, run.model, workers=options.workers)
+    problems.check()
+    check_model(run.model, run.images["val"])
+    if recipe.epochs:
+        run.trainer = create_trainer(run)
+    run.plans = {
+        head: plan_head_on_images(
+            head_kind(recipe, head), run.model, run.images["train"], accelerator, **given
+        )
+        for head, given in stage_heads(recipe, "images").items()
+    }
+    # Last, since it may take minutes.
+    check_readable(recipe, splits, run.images, accelerator)
+    _describe(run)
+    if accelerator.is_main_process and run.folder is not None:
+        overwrite = options.overwrite
+        run.lock = prepare_run_folder(
+            run.folder, recipe.to_yaml(), overwrite=overwrite, images=digests
+        )
+    accelerator.wait_for_everyone()
 
 
-def _create_trainer(
-    recipe: Recipe, splits: Splits, accelerator: Accelerator, problems: Problems
-) -> Trainer:
-    """Creates what trains the representation."""
-    sampler = create_sampler(
-        recipe.sampler.name,
-        splits.labels["train"],
-        seed=recipe.seed,
-        num_classes=splits.num_classes,
-        **sampler_options(recipe),
-    )
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    with problems.collected():
-        check_batch_size(recipe.batch_size, len(sampler), processes, steps)
-    options = dict(recipe.loss.options)
-    if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
-        options.setdefault("seed", recipe.seed)
-    loss = create_loss(recipe.loss.name, class_counts=splits.class_counts, **options)
-    return Trainer(sampler, loss)
+def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
+    """Checks the heads of a recipe and their options.
+
+    Args:
+        recipe: The recipe.
+        splits: The data, whose classes the heads are for; None looks at the options alone.
+
+    Raises:
+        UsageError: For a wrong head or option, or if the data have too few classes.
+    """
+    if not set(recipe.heads) - {AUTO} or recipe.heads.get(AUTO):
+        raise UsageError(
+            "heads: give at least one; head 'auto' is the best of the others and takes no options"
+        )
+    for name, options in recipe.heads.items():
+        check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
+        check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
+    for name, options in stage_heads(recipe, "features").items():
+        check_fit_options(head_kind(recipe, name), options)
+    if splits is None:
+        return
+    if splits.num_classes < 2:
+        raise UsageError("training needs at least 2 classes; found 1")
+    counts, rule = splits.class_counts, recipe.shot_rule
+    for name, options in stage_heads(recipe, "features").items():
+        views = recipe.features.views or 1
+        check_fit_classes(head_kind(recipe, name), options, counts, rule=rule, views=views)
+    few = shot_groups(counts, rule)["few_shot"]
+    if recipe.objective == "few_shot" and not few[splits.labels["val"]].any():
+        raise UsageError(
+            "objective few_shot: the data have no few-shot class; take class_mean, or worst_class"
+        )
 
 
-def check_network(recipe: Recipe, model: nn.Module, images: Images, *, batch: int) -> None:
-    """Checks that a model takes images of this size, and so many of them at once in training."""
-    check_model(model, images)
-    trained, bn = recipe.model.trained, recipe.model.bn
-    check_statistics(model, images.size, batch=batch, trained=trained, bn=bn)
-
-
-def check_parts(
-    recipe: Recipe, sampler: ClassSampler, loss: nn.Module, model: nn.Module, *, batch: int
-) -> None:
-    """Checks that the parts of a recipe go together, for batches of so many images of a process."""
-    check_schedule(loss, recipe.epochs)
-    check_update(
+def create_trainer(run: Run) -> RepresentationTrainer:
+    """Creates the representation stage; its parts refuse what is wrong with the recipe."""
+    recipe, splits = run.recipe, run.splits
+    sampler = create_training_sampler(recipe, splits.labels["train"], splits.num_classes)
+    loss = create_training_loss(recipe, splits.class_counts)
+    start_network(recipe, loss, run.model, splits.num_classes, splits.label_names)
+    return RepresentationTrainer(
+        run.model,
+        run.images["train"],
+        sampler,
         loss,
-        batch=batch,
-        mixup=recipe.mixup.arguments(),
-        ema=recipe.ema.arguments(),
+        training_options(recipe),
+        accelerator=run.accelerator,
+        val=run.images["val"],
+        class_counts=splits.class_counts,
+    )
+
+
+def create_training_sampler(recipe: Recipe, labels: Labels, num_classes: int) -> ClassSampler:
+    """Creates the sampler of a recipe; a schedule is as long as the training."""
+    options = recipe.sampler.arguments()
+    epochs = {"epochs": recipe.epochs}
+    with prefixed("sampler"):
+        if "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters:
+            options = epochs | options
+        if options.get("epochs", recipe.epochs) != recipe.epochs:
+            raise UsageError(
+                f"epochs is {options['epochs']}, but training has {recipe.epochs} epochs; remove it"
+            )
+        return create_sampler(
+            labels=labels,
+            seed=recipe.seed,
+            num_classes=num_classes,
+            rank=0,
+            num_replicas=1,
+            **options,
+        )
+
+
+def create_training_loss(recipe: Recipe, class_counts: ClassCounts) -> nn.Module:
+    """Creates the loss of a recipe, with the recipe's seed if it draws anything."""
+    options = recipe.loss.arguments()
+    with prefixed("loss"):
+        if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
+            options = {"seed": recipe.seed} | options
+        return create_loss(class_counts=class_counts, reduction="mean", **options)
+
+
+def training_options(recipe: Recipe) -> TrainingOptions:
+    """Returns the hyper-parameters of the representation stage."""
+    mixup = recipe.mixup.arguments()
+    return TrainingOptions(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        optimizer=recipe.optimizer.arguments(),
+        scheduler=recipe.scheduler.arguments(),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
         max_norm=recipe.max_norm,
+        mixup_off_epoch=mixup.pop("off_epoch", None),
+        mixup=mixup,
+        ema=recipe.ema.arguments(),
+        validate_every=recipe.validate_every,
+        keep=recipe.keep,
+        trained=recipe.model.trained,
+        bn=recipe.model.bn,
+        seed=recipe.seed,
     )
-    check_pairs(model, sampler, loss, batch=batch)
-    check_classifier(loss, model)
-    check_trained(model, recipe.model.trained, recipe.model.bn)
 
 
-def sampler_options(recipe: Recipe) -> dict[str, Any]:
-    """Returns the options of the sampler; a schedule is as long as the training."""
-    options = dict(recipe.sampler.options)
-    scheduled = "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters
-    if scheduled and options.setdefault("epochs", recipe.epochs) != recipe.epochs:
-        raise UsageError(
-            f"sampler.options.epochs is {options['epochs']}, but training has {recipe.epochs} "
-            "epochs: leave it out"
-        )
-    return options
+def _describe(run: Run) -> None:
+    """Logs data and model."""
+    splits, counts = run.splits, run.splits.class_counts
+    log.info(
+        "%s: %s training images of %d classes, %d to %d per class; %s with %s parameters",
+        *(run.recipe.data.name, f"{int(counts.sum()):,}", len(counts)),
+        *(int(counts.max()), int(counts.min()), run.recipe.model.name),
+        f"{sum(p.numel() for p in run.model.parameters()):,}",
+    )
+    if splits.val_source == "train":
+        number = len(splits.labels["val"])
+        log.info("no validation split: %d of the training images are held out", number)
+    if splits.val_source == "test" and run.accelerator.is_main_process:
+        log.warning("%s", TEST_SELECTION)

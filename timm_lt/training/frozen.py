@@ -1,10 +1,6 @@
-"""Training parts of a model: which ones, and what the frozen rest does meanwhile.
+"""Training of parts of a model: frozen modules, and the last block of any architecture."""
 
-The last block of a backbone: what is trained beside the classifier, on any architecture.
-"""
-
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -16,7 +12,7 @@ from timm_lt.models.networks import BilateralBlock, ModulatedAttention, takes_pa
 from timm_lt.training.head import BatchNorm
 from timm_lt.utils.checks import UsageError, check_choice, unknown_name
 
-# In the list of modules that are trained: the path that last_block finds.
+# Stands in a list of modules for the path that last_block finds.
 LAST_BLOCK = "last_block"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -24,26 +20,30 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def last_block(model: nn.Module) -> str:
     """Returns the path of the last block of a timm model's backbone, e.g. ``"layer4.1"``.
 
-    timm's ``feature_info`` names the module that gives the last features. Where that is a stage,
-    its last block is taken. Where it is a single layer, such as the norm or the 1×1 convolution
-    that some architectures have at the end, it is the last block before it; a block has two layers
-    with a weight matrix or more.
+    timm's ``feature_info`` names the module that gives the last features. If that is a stage, its
+    last block is returned. If it is a single layer, such as the norm or the 1×1 convolution at the
+    end of some architectures, the last block before it is returned; a block has at least two layers
+    with a weight matrix.
 
     Args:
         model: A timm model.
 
     Raises:
-        UsageError: If its ``feature_info`` is missing, names no module that the model has, or there
-            is no block.
+        UsageError: If its ``feature_info`` is missing or names a module that the model lacks, or
+            there is no block.
 
     >>> import timm
     >>> last_block(timm.create_model("test_resnet"))
     'layer4.0'
     """
-    path = _last_features(model)
-    place = path
-    if _is_block(model.get_submodule(path)):
+    try:
+        path = str(list(model.feature_info)[-1]["module"])  # type: ignore[arg-type]
+        last = model.get_submodule(path)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise _unknown(model, f"its feature_info names no module of it ({error})") from error
+    if _is_block(last):
         return _innermost(model, path)
+    place = path
     while place:
         parent, _, name = place.rpartition(".")
         names = [child for child, _ in model.get_submodule(parent).named_children()]
@@ -55,27 +55,15 @@ def last_block(model: nn.Module) -> str:
     raise _unknown(model, f"{path} and all before it are single layers")
 
 
-def _last_features(model: nn.Module) -> str:
-    """Returns the path of the module that gives the last features."""
-    info = getattr(model, "feature_info", None)
-    try:
-        path = str(list(info)[-1]["module"])  # type: ignore[arg-type]
-    except (TypeError, IndexError, KeyError) as error:
-        raise _unknown(model, "it has no feature_info") from error
-    if path not in dict(model.named_modules()):
-        raise _unknown(model, f"its feature_info names {path}, which it does not have")
-    return path
-
-
 def _unknown(model: nn.Module, reason: str) -> UsageError:
     return UsageError(
-        f"the last block of {type(model).__name__} is not known, since {reason}: name the modules "
-        f"in trained, of {', '.join(name for name, _ in model.named_children())}"
+        f"the last block of {type(model).__name__} is unknown, since {reason}: name the modules in "
+        f"trained, from {', '.join(name for name, _ in model.named_children())}"
     )
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Returns whether a module has several layers with weights, which norms have not."""
+    """Returns whether a module has several layers with weight matrices, which norms lack."""
     return sum(any(p.ndim > 1 for p in m.parameters(recurse=False)) for m in module.modules()) > 1
 
 
@@ -97,61 +85,41 @@ def _innermost(model: nn.Module, path: str) -> str:
             for name, child in children.items()
             if _is_block(child) and not isinstance(child, ModulatedAttention)
         ]
-        if not blocks or not (isinstance(module, CONTAINERS) or _are_alike(children.values())):
+        alike = len({type(child) for child in children.values()}) == 1
+        if not blocks or not (isinstance(module, CONTAINERS) or alike):
             return path
         path = f"{path}.{blocks[-1]}"
 
 
-def _are_alike(modules: Iterable[nn.Module]) -> bool:
-    """Returns whether modules are of one class, as the blocks of a stage that has nothing else."""
-    return len({type(module) for module in modules}) == 1
-
-
-def check_trained(model: nn.Module, trained: Sequence[str] | None, bn: BatchNorm) -> None:
-    """Checks which parts of a model are to be trained; see :class:`FrozenParts`.
-
-    Raises:
-        UsageError: If the model has no such module, it has no parameters, or ``bn`` has no effect.
-    """
-    check_choice("bn", bn, get_args(BatchNorm))
-    if trained is not None:
-        _modules(model, trained)
-    if bn != "shift":
-        return
-    if trained is None:
-        raise UsageError(
-            "bn shift is for what is frozen beside the modules in trained, and none are named: "
-            "leave it out"
-        )
-    if not any(map(is_statistic, model.state_dict())):
-        raise UsageError(
-            f"bn shift has no effect, since {type(model).__name__} has no batch-norm statistics: "
-            "leave it out"
-        )
-
-
 class FrozenParts:
-    """Freezes a model but for some modules and its classifier.
+    """Freezes a model except for some modules and its classifier.
 
-    The frozen parameters ask for no gradient, so no optimiser moves or decays them. Of frozen
-    modules, ``bn="frozen"`` has all in evaluation mode: batch norm normalises by the statistics
-    that it has, and they stay. With ``bn="shift"`` they are in training mode, as in the code of
-    Kang et al.: batch norm normalises by the batch, its running statistics move to those of the
-    training data, and dropout is active.
+    Frozen parameters have no gradient, so no optimiser moves or decays them. With ``bn="frozen"``
+    frozen modules are in evaluation mode: batch norm normalises by its statistics, which stay. With
+    ``bn="shift"`` they are in training mode, as in the code of Kang et al.: batch norm normalises
+    by the batch, its running statistics move to those of the training data, and dropout is active.
 
     Args:
         model: A timm model with its classifier.
-        trained: Paths of the modules that are trained, with all that is in them; ``"last_block"``
-            is the path that :func:`~timm_lt.training.frozen.last_block` finds.
-        bn: What frozen modules do.
+        trained: Paths of the modules to train, with everything in them; ``"last_block"`` is the
+            path that :func:`~timm_lt.training.frozen.last_block` finds. None trains all.
+        bn: Mode of frozen modules.
 
     Raises:
-        UsageError: As :func:`check_trained`.
+        UsageError: If the model lacks such a module, it has no parameters, or ``bn`` has no effect.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[str], bn: BatchNorm) -> None:
-        check_trained(model, trained, bn)
-        chosen = _modules(model, trained)
+    def __init__(
+        self, model: nn.Module, trained: Sequence[str] | None, bn: BatchNorm = "frozen"
+    ) -> None:
+        check_choice("bn", bn, get_args(BatchNorm))
+        chosen = [model] if trained is None else _modules(model, trained)
+        statistics = any(map(is_statistic, model.state_dict()))
+        if bn == "shift" and (trained is None or not statistics):
+            reason = "no modules are named in trained"
+            if trained is not None:
+                reason = f"{type(model).__name__} has no batch-norm statistics"
+            raise UsageError(f"bn shift has no effect, since {reason}: remove it")
         parameters = {id(parameter) for module in chosen for parameter in module.parameters()}
         frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
         for parameter in frozen:
@@ -165,53 +133,43 @@ class FrozenParts:
             module.training = False
 
     def thaw(self) -> None:
-        """Lets the frozen parameters ask for gradients again."""
+        """Lets the frozen parameters have gradients again."""
         for parameter in self._parameters:
             parameter.requires_grad_(True)
 
+    def try_batch(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
+        """Passes the smallest batch through the model, which may be too small for batch norm.
 
-def check_statistics(
-    model: nn.Module,
-    size: tuple[int, int],
-    *,
-    batch: int,
-    trained: Sequence[str] | None = None,
-    bn: BatchNorm = "frozen",
-) -> None:
-    """Checks that batch norm has a variance in each batch, as of one image it may not have.
+        Args:
+            model: The model; it stays as it is.
+            size: Height and width of the images.
+            batch: Images per batch of a process.
 
-    Args:
-        model: What is trained; it stays as it is.
-        size: Height and width of the images.
-        batch: Images that a process takes at once.
-        trained: As of :class:`FrozenParts`; None trains all.
-        bn: As there.
-
-    Raises:
-        UsageError: If a map of a single pixel is normalised over a single image.
-    """
-    of_each = 2 if takes_pairs(model) else 1
-    if batch > of_each:
-        return
-    copied = copy.deepcopy(model)
-    frozen = None if trained is None else FrozenParts(copied, trained, bn)
-    copied.train()
-    if frozen is not None:
-        frozen.set_mode()
-    weight = next(model.parameters())
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        Raises:
+            UsageError: If a map of a single pixel is normalised over a single image.
+        """
+        each = 2 if takes_pairs(model) else 1
+        if batch > each:
+            return
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.train()
+        self.set_mode()
+        images = next(model.parameters()).new_zeros(each, 3, *size)
         try:
-            copied(weight.new_zeros(of_each, 3, *size))
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                model(images)
         except ValueError as error:
             raise UsageError(
                 f"batch norm cannot normalise over {batch} images in a process's batch"
-                f"{', one for each branch' if of_each > 1 else ''} ({error}): take a larger "
+                f"{', one for each branch' if each > 1 else ''} ({error}): take a larger "
                 "batch_size, or fewer processes or accumulation_steps"
             ) from error
+        finally:
+            model.load_state_dict(state)
 
 
 def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
-    """Returns the modules of some paths, and the classifiers."""
+    """Returns the modules at some paths, and the classifiers."""
     if isinstance(trained, str):
         raise UsageError(f"trained must be a list of modules, got {trained!r}: put it in brackets")
     modules = dict(model.named_modules())
@@ -221,13 +179,13 @@ def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
         if not name or name not in modules:
             raise unknown_name("module in trained:", name, _nearest(modules, name))
         if not any(True for _ in modules[name].parameters()):
-            raise UsageError(f"module {name!r} in trained has no parameters: leave it out")
+            raise UsageError(f"module {name!r} in trained has no parameters: remove it")
         chosen.append(modules[name])
     return chosen
 
 
 def _nearest(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """Returns the paths of the modules in the last one that a wrong path gets right."""
+    """Returns the children of the deepest module on a wrong path that exists."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     start = f"{name}." if name else ""
@@ -235,7 +193,7 @@ def _nearest(modules: Mapping[str, nn.Module], name: str) -> list[str]:
 
 
 def _beside(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
-    """Returns the modules that are in none of the chosen ones, and have none of them inside."""
+    """Returns the modules that are not in a chosen one and do not contain one."""
     inside = {id(part) for module in chosen for part in module.modules()}
     return [
         module

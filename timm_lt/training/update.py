@@ -1,16 +1,11 @@
-"""One update of the weights: mixing, loss, gradients, limits, and their moving average.
-
-How the images of a batch are mixed with each other: timm's mixup and cutmix, and remix.
-
-The learning rate, update by update.
-"""
+"""One update of the weights: mixed images, loss, gradients and learning rate."""
 
 import inspect
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,14 +15,16 @@ from accelerate.utils import broadcast
 from rich.progress import Progress
 from timm.data import Mixup
 from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_lt.data.decode import loaded, without_unreadable
+from timm_lt.data.decode import without_unreadable
 from timm_lt.data.images import Batch
+from timm_lt.data.loader import loaded
 from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
 from timm_lt.training.history import EpochRecord
@@ -35,11 +32,54 @@ from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown
 from timm_lt.utils.console import advance
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
+ClipMode = Literal["norm", "value", "agc"]
 KAPPA, TAU = "remix_kappa", "remix_tau"
+PLATEAU = "plateau"
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", PLATEAU)
+# Values that timm takes without complaint, or refuses only in the middle of training.
+RANGES = {
+    "optimizer.lr": "(0, inf)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.momentum": "[0, 1)",
+    "optimizer.layer_decay": "(0, 1]",
+    "mixup.mixup_alpha": "[0, inf)",
+    "mixup.cutmix_alpha": "[0, inf)",
+    "mixup.prob": "[0, 1]",
+    "mixup.switch_prob": "[0, 1]",
+    "ema.decay": "[0, 1)",
+}
+# Batches between two looks at the losses, each of which waits for the device.
+LOOK_EVERY = 50
+T = TypeVar("T")
+
+
+def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Calls a factory of timm with the options of a user.
+
+    Args:
+        owner: Name of the part, for the message.
+        create: Class or function.
+        *arguments: Other arguments.
+        **options: Options of the user.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or the factory refuses it.
+    """
+    parameters = inspect.signature(create).parameters
+    for name, value in options.items():
+        if name not in parameters and "kwargs" not in parameters:
+            raise unknown_name(f"option of {owner}:", name, list(parameters))
+        interval = RANGES.get(f"{owner}.{name}")
+        if interval is not None and value is not None:
+            check_number(f"{owner}.{name}", value, interval)
+    try:
+        return create(*arguments, **options)
+    except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
+        raise UsageError(f"{owner}: {error}") from error
 
 
 class Remix:
-    """Mixup whose labels go to the rarer class where the counts of the two differ much.
+    """Mixup whose labels go to the rarer class where the class counts differ much.
 
     An image ``λ x_i + (1 − λ) x_j`` of classes with n_i and n_j images has the label ``λ_y y_i + (1
     − λ_y) y_j``, where::
@@ -48,10 +88,10 @@ class Remix:
               1  if n_i / n_j <= 1 / κ and 1 − λ < τ
               λ  otherwise
 
-    so an image of which the frequent class has a part below τ belongs to the rare one alone.
+    so an image in which the frequent class has a share below τ belongs to the rare one alone.
 
     Args:
-        mixup: timm's, of mixup, cutmix or both, without label smoothing.
+        mixup: timm's mixup, cutmix or both, without label smoothing.
         class_counts: Training images per class, (C,), each >= 1.
         kappa: κ, >= 1; 3 in the paper.
         tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
@@ -81,7 +121,7 @@ class Remix:
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes images (B, 3, H, W), in place, and labels (B,) to targets (B, C)."""
         images, soft = self.mixup(images, targets)
-        # timm mixes an image with that at the same place from the end.
+        # timm mixes image i from the beginning with image i from the end.
         own, other = targets[:, None], targets.flip(0)[:, None]
         share = soft.gather(1, own)
         counts = self.class_counts.to(targets.device, share.dtype)
@@ -98,117 +138,67 @@ Mixing = Mixup | Remix
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixing | None:
-    """Creates timm's mixup and cutmix, or remix; None if neither has an alpha.
+    """Creates timm's mixup and cutmix, or remix; None without an alpha.
 
     Args:
-        options: Arguments of ``timm.data.Mixup``, of which label smoothing is the loss's; and
-            ``remix_kappa`` and ``remix_tau``, κ and τ of :class:`Remix`, which a κ chooses.
+        options: Arguments of ``timm.data.Mixup``, except label smoothing, which is an option of the
+            loss; ``remix_kappa``, κ, chooses :class:`Remix`, and ``remix_tau`` is its τ.
         class_counts: Training images per class, (C,); targets become (B, C).
         batch: Images that are mixed with each other.
 
     Raises:
         UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
     """
-    given = dict(options or {})
+    given = {"mixup_alpha": 0.0} | dict(options or {})
     kappa, tau = given.pop(KAPPA, None), given.pop(TAU, None)
-    check_names("mixup", Mixup, given)
-    for name in ("label_smoothing", "num_classes"):
-        if name in given:
-            raise UsageError(f"mixup.{name} is not set here: smoothing is an option of the loss")
-    for name, interval in {
-        "mixup_alpha": "[0, inf)",
-        "cutmix_alpha": "[0, inf)",
-        "prob": "[0, 1]",
-        "switch_prob": "[0, 1]",
-    }.items():
-        check_number(f"mixup.{name}", given.get(name, 0.0), interval)
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
-    mixup_alpha = given.setdefault("mixup_alpha", 0.0)
-    mixes = bool(mixup_alpha or given.get("cutmix_alpha") or given.get("cutmix_minmax"))
-    for name, value, needs in (
-        (KAPPA, kappa, None if mixes else "mixup_alpha or cutmix_alpha"),
-        (TAU, tau, KAPPA if kappa is None else None),
-    ):
-        if value is not None and needs is not None:
-            raise UsageError(f"mixup.{name} has no effect without mixup.{needs}")
+    mixes = any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
+    if (kappa is not None and not mixes) or (tau is not None and kappa is None):
+        raise UsageError(
+            f"mixup.{KAPPA} has no effect without an alpha, and {TAU} none without {KAPPA}"
+        )
+    # Created also if it does not mix, to find wrong options.
+    sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
+    mixup = create_part("mixup", Mixup, **sizes, **given)
     if not mixes:
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    mixup = Mixup(label_smoothing=0.0, num_classes=len(class_counts), **given)
     if kappa is None:
         return mixup
     return Remix(mixup, class_counts, kappa=kappa, **({} if tau is None else {"tau": tau}))
 
 
-def check_names(owner: str, part: type, options: Mapping[str, Any]) -> None:
-    """Checks that the constructor of a class of timm takes some options."""
-    names = list(inspect.signature(part).parameters)
-    for name in options:
-        if name not in names:
-            raise unknown_name(f"option of {owner}:", name, names)
-
-
-ClipMode = Literal["norm", "value", "agc"]
-# Batches after which losses are looked at: it waits for the device.
-LOOK_EVERY = 50
-
-
 def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
-    """Creates timm's moving average of all weights; None without options or without a decay.
+    """Creates timm's moving average of all weights; None without options.
 
     Args:
-        options: Arguments of ``timm.utils.ModelEmaV3``.
+        options: Arguments of ``timm.utils.ModelEmaV3``, with a ``decay``.
         model: The model before it is prepared.
 
     Raises:
-        UsageError: If an option is unknown or the decay is out of range.
+        UsageError: If an option is unknown or has no effect, or the decay is out of range.
     """
-    given = dict(options or {})
-    check_names("ema", ModelEmaV3, given)
-    if given.get("decay") is None:
-        if given:
-            raise UsageError(f"ema option {next(iter(given))} has no effect without ema.decay")
+    if not options:
         return None
-    check_number("ema.decay", given["decay"], "[0, 1)")
-    return ModelEmaV3(model, **given)
+    if options.get("decay") is None:
+        raise UsageError(f"ema option {next(iter(options))} has no effect without ema.decay")
+    return create_part("ema", ModelEmaV3, model, **options)
 
 
-def check_update(
-    loss: nn.Module,
-    *,
-    batch: int,
-    mixup: Mapping[str, Any] | None = None,
-    ema: Mapping[str, Any] | None = None,
-    clip_grad: float | None = None,
-    clip_mode: str = "norm",
-    max_norm: float | None = None,
-) -> None:
-    """Checks what an update is made of; see :func:`train_representation` for the arguments.
+def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
+    """Creates an optimiser of timm.
 
     Args:
-        loss: What is minimised.
-        batch: Images that a process takes at once.
-        mixup: As there.
-        ema: As there.
-        clip_grad: As there.
-        clip_mode: As there.
-        max_norm: As there.
+        model: The model before it is prepared.
+        options: Arguments of ``timm.optim.create_optimizer_v2``.
 
     Raises:
-        UsageError: If an option is unknown or out of range, or the loss takes no mixed targets.
+        UsageError: If the optimiser or an option is unknown, or a value is out of range.
     """
-    check_choice("clip_mode", clip_mode, get_args(ClipMode))
-    if clip_grad is not None:
-        check_number("clip_grad", clip_grad, "(0, inf)")
-    elif clip_mode != "norm":
-        raise UsageError(f"clip_mode {clip_mode} has no effect without clip_grad")
-    if max_norm is not None:
-        check_number("max_norm", max_norm, "(0, inf)")
-    create_ema(ema, nn.Linear(1, 1))
-    mixed = create_mixup(mixup, torch.ones(1, dtype=torch.int64), batch=batch) is not None
-    if mixed and not getattr(loss, "takes_soft_targets", False):
-        raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
+    names = tuple(map(str, list_optimizers()))
+    check_choice("optimizer", str(options["opt"]).removeprefix("lookahead_"), names)
+    return create_part("optimizer", create_optimizer_v2, model, **options)
 
 
 class Update:
@@ -222,10 +212,14 @@ class Update:
         accelerator: Knows how many batches make an update.
         mixup: Mixes the images of a batch, or None.
         ema: Follows the weights, or None.
-        clip_grad: Threshold of the gradient, or None.
-        clip_mode: What the threshold is of: the norm of all, each value, or the norm of each unit
-            relative to its weights (adaptive gradient clipping).
-        max_norm: Largest length of a class's weights, or None.
+        clip_grad: Threshold of the gradient, > 0, or None.
+        clip_mode: The threshold applies to the ``"norm"`` of all gradients, to each ``"value"``,
+            or (``"agc"``) to the norm of each unit relative to that of its weights.
+        max_norm: Largest length of the weights of a class, > 0, or None.
+
+    Raises:
+        UsageError: If a value is out of range or has no effect, or the loss does not take mixed
+            targets.
     """
 
     def __init__(
@@ -241,12 +235,19 @@ class Update:
         clip_mode: ClipMode = "norm",
         max_norm: float | None = None,
     ) -> None:
+        check_choice("clip_mode", clip_mode, get_args(ClipMode))
+        for name, limit in {"clip_grad": clip_grad, "max_norm": max_norm}.items():
+            if limit is not None:
+                check_number(name, limit, "(0, inf)")
+        if clip_mode != "norm" and clip_grad is None:
+            raise UsageError(f"clip_mode {clip_mode} has no effect without clip_grad")
+        if mixup is not None and not getattr(loss, "takes_soft_targets", False):
+            raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.accelerator, self.mixup, self.ema = accelerator, mixup, ema
         self.clip_grad, self.clip_mode, self.max_norm = clip_grad, clip_mode, max_norm
         self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
         self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._limited = [] if max_norm is None else [*get_heads(self._raw).values()]
         self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
@@ -265,14 +266,14 @@ class Update:
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.accelerator.sync_gradients and self.max_norm is not None:
-                for classifier in self._limited:
+                for classifier in get_heads(self._raw).values():
                     limit_norms(classifier, self.max_norm)
             if self.accelerator.sync_gradients and self.ema is not None:
                 self.ema.update(self._raw, step=step)
         return value.detach()
 
     def close(self) -> None:
-        """Leaves nothing of it on the model."""
+        """Removes the hook from the model."""
         if self._tap is not None:
             self._tap.remove()
 
@@ -283,13 +284,13 @@ class Update:
             self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
         else:
             self.accelerator.unscale_gradients()
-            # As Brock et al. (2021) have it, the classifier is left alone.
+            # Without the classifier, as in Brock et al. (2021).
             adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
 
 
 @contextmanager
-def taken_together(loss: nn.Module) -> Iterator[None]:
-    """Lets the parts of a loss that take means over all processes do so in the block."""
+def means_over_processes(loss: nn.Module) -> Iterator[None]:
+    """Lets the parts of a loss that have ``across_processes`` take means over all processes."""
     parts = [module for module in loss.modules() if hasattr(module, "across_processes")]
     try:
         for part in parts:
@@ -301,25 +302,23 @@ def taken_together(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """The losses of an epoch, on the device until somebody looks.
+    """Losses of a pass over the training images, kept on the device between two looks.
 
     Args:
-        epoch: 1-based, for the message.
+        owner: Epoch or head that is trained, for the message.
+        advice: Remedies for numbers that are not finite, for the message.
         per_update: Batches per update.
         accelerator: Gathers from all processes, so that all of them stop.
-        head: Name of the head that is trained by itself, for the message.
     """
 
-    def __init__(
-        self, epoch: int, per_update: int, accelerator: Accelerator, *, head: str | None = None
-    ) -> None:
-        self._epoch, self._per_update, self._accelerator = epoch, per_update, accelerator
-        self._head = head
+    def __init__(self, owner: str, advice: str, per_update: int, accelerator: Accelerator) -> None:
+        self._owner, self._advice, self._per_update = owner, advice, per_update
+        self._accelerator = accelerator
         self._values: list[Tensor] = []
-        self._looked_at: list[Tensor] = []
+        self._seen: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Takes the loss of the next batch.
+        """Adds the loss of the next batch.
 
         Raises:
             UsageError: If a loss is not finite.
@@ -328,78 +327,49 @@ class Losses:
         if len(self._values) == LOOK_EVERY:
             self._look()
 
-    def mean(self) -> float:
-        """Returns the mean over the epoch and all processes."""
+    def finish(self, model: nn.Module) -> float:
+        """Returns the mean over all batches and processes.
+
+        Also checks the weights after the last update, whose effect no loss has shown yet.
+
+        Raises:
+            UsageError: On every process, if a loss or a weight of one of them is not finite.
+        """
         self._look()
-        return float(torch.cat(self._looked_at).mean())
+        tensors = [*model.parameters(), *model.buffers()]
+        # Under FSDP each process has a part of each tensor.
+        parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
+        broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
+        if self._accelerator.reduce(broken, "sum") > 0:
+            raise UsageError(
+                f"weights are no longer finite after the last update of {self._owner}: "
+                f"{self._advice}"
+            )
+        return float(torch.cat(self._seen).mean())
 
     def _look(self) -> None:
         if not self._values:
             return
         values = self._accelerator.reduce(torch.stack(self._values), "mean").double().cpu()
-        first = sum(map(len, self._looked_at))
-        self._looked_at.append(values)
+        first = sum(map(len, self._seen))
+        self._seen.append(values)
         self._values = []
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
             update = (first + int(wrong[0])) // self._per_update + 1
-            value = float(values[wrong[0]])
-            if self._head is not None:
-                raise UsageError(
-                    f"the loss of head {self._head!r} became {value} in update {update}: lower its "
-                    "lr, or take mixed_precision no"
-                )
             raise UsageError(
-                f"the loss became {value} in epoch {self._epoch}, update {update}: "
-                f"{_advice(self._epoch)}"
+                f"the loss became {float(values[wrong[0]])} in update {update} of {self._owner}: "
+                f"{self._advice}"
             )
 
 
-def check_weights(model: nn.Module, epoch: int, accelerator: Accelerator) -> None:
-    """Checks the weights after the last update of an epoch, whose effect no loss has shown yet.
-
-    Raises:
-        UsageError: On every process, if one of them has a weight that is not finite.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    # Under FSDP a process has a part of each.
-    parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
-    broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
-    if accelerator.reduce(broken, "sum") > 0:
-        raise UsageError(
-            f"weights are no longer finite after the last update of epoch {epoch}: {_advice(epoch)}"
-        )
-
-
-def _advice(epoch: int) -> str:
-    """Returns what to do about numbers that are not finite in an epoch, 1-based."""
-    kept = f"; the state after epoch {epoch - 1} is kept" if epoch > 1 else ""
-    return (
-        "start again, in another folder or with --overwrite, with a lower learning rate "
-        f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}"
-    )
-
-
-def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a copy of weights on the CPU."""
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in weights.items()
-    }
-
-
-STEPPED_PER_UPDATE = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-PLATEAU = "plateau"
-SCHEDULERS = (*STEPPED_PER_UPDATE, PLATEAU)
-
-
 class Schedule:
-    """timm's scheduler over a number of epochs; plateau has a warm-up by updates, as the others.
+    """timm's scheduler over a number of epochs; plateau also has a warm-up update by update.
 
     Args:
-        optimizer: Whose learning rate it sets.
+        optimizer: Optimiser whose learning rate it sets.
         options: Arguments of ``timm.scheduler.create_scheduler_v2``.
-        epochs: Length of the whole, with cooldown, warm-up and cycles.
+        epochs: Total length, including cooldown, warm-up and cycles.
         updates_per_epoch: At least 1.
 
     Raises:
@@ -414,20 +384,18 @@ class Schedule:
         epochs: int,
         updates_per_epoch: int,
     ) -> None:
-        self.plateau = options.get("sched") == PLATEAU
         given = dict(options)
+        check_choice("scheduler", given.get("sched", "cosine"), SCHEDULERS)
+        self._warmup = given.get("warmup_epochs", 0)
+        check_number("scheduler.warmup_epochs", self._warmup, f"[0, {epochs}]")
+        self.plateau = given.get("sched") == PLATEAU
         if self.plateau:
-            self._warmup = given.pop("warmup_epochs", 0)
+            given.pop("warmup_epochs", None)
             self._warmup_lr = given.pop("warmup_lr", 1e-5)
         given |= {"step_on_epochs": self.plateau, "updates_per_epoch": updates_per_epoch}
         self._updates = updates_per_epoch
         self._optimizer = optimizer
-        try:
-            self._scheduler = _create(optimizer, given, epochs)
-        except UsageError:
-            raise
-        except (TypeError, ValueError, AssertionError, IndexError) as error:
-            raise UsageError(f"scheduler: {error}") from error
+        self._scheduler = _scheduler_of_length(optimizer, given, epochs)
 
     def before_update(self, step: int) -> None:
         """Sets the learning rate of an update, counted from the beginning of training."""
@@ -442,12 +410,12 @@ class Schedule:
                 group["lr"] = base
 
     def after_epoch(self, record: EpochRecord) -> None:
-        """Tells the scheduler called plateau how well an epoch did."""
+        """Passes the accuracy of an epoch to plateau."""
         if self.plateau and record.val and record.epoch > self._warmup:
             self._scheduler.step(record.epoch, record.score)
 
     def replay(self, history: Sequence[EpochRecord]) -> None:
-        """Brings a new schedule to where an interrupted one was, if it depends on more than t."""
+        """Brings plateau, whose state depends on the accuracies, to the end of a history."""
         if not self.plateau:
             return
         for group, base in self._bases():
@@ -460,13 +428,15 @@ class Schedule:
         return [(group, group["initial_lr"] * group.get("lr_scale", 1.0)) for group in groups]
 
 
-def _create(optimizer: Optimizer, options: dict[str, Any], epochs: int) -> Any:  # noqa: ANN401
-    """Creates the scheduler whose length, with all that timm adds to it, is ``epochs``."""
+def _scheduler_of_length(optimizer: Optimizer, options: dict[str, Any], epochs: int) -> Any:  # noqa: ANN401
+    """Creates the scheduler whose length, with everything that timm adds to it, is ``epochs``."""
     with warnings.catch_warnings():
-        # Of plateau, whose state timm does not save; here it is replayed.
+        # timm warns that it does not save the state of plateau, which is replayed here.
         warnings.simplefilter("ignore", FutureWarning)
         for main in range(epochs, 0, -1):
-            scheduler, total = create_scheduler_v2(optimizer, num_epochs=main, **options)
+            scheduler, total = create_part(
+                "scheduler", create_scheduler_v2, optimizer, num_epochs=main, **options
+            )
             if total == epochs:
                 return scheduler
     raise UsageError(
@@ -482,53 +452,61 @@ def run_updates(
     losses: Losses,
     *,
     first: int,
-    batches_per_update: int,
     skips: bool,
     bar: Progress,
 ) -> float:
     """Makes the updates of one pass over the training images.
 
     Args:
-        batches: From a training loader, whole updates.
+        batches: Batches of a training loader, whole updates.
         update: Takes each batch.
         schedule: Sets the learning rate before each update.
-        losses: Takes the loss of each batch.
-        first: Updates that were made before.
-        batches_per_update: At least 1.
-        skips: Images that cannot be read are left out.
+        losses: Collects the loss of each batch.
+        first: Number of earlier updates.
+        skips: Whether images that cannot be read are left out.
         bar: Advances by one for each update.
 
     Returns:
         The mean loss over the batches of all processes.
 
     Raises:
-        UsageError: If an image cannot be read, or a loss is not finite.
+        UsageError: If an image cannot be read, or a loss or a weight is not finite.
     """
+    steps = update.accelerator.gradient_accumulation_steps
     # After a pass that was cut short, accelerate still counts the batches of its last update.
     update.accelerator.step = 0
     for number, batch in enumerate(loaded(batches)):
-        step = first + number // batches_per_update
-        if number % batches_per_update == 0:
+        step = first + number // steps
+        if number % steps == 0:
             schedule.before_update(step)
         images, targets = without_unreadable(*batch) if skips else batch
         losses.add(update(images, targets, step))
-        if (number + 1) % batches_per_update == 0:
+        if (number + 1) % steps == 0:
             advance(bar)
-    return losses.mean()
+    return losses.finish(update.model)
+
+
+def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copy of weights on the CPU."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
 
 
 def share_buffers(buffers: Iterable[Tensor], accelerator: Accelerator) -> None:
     """Gives every process the main one's buffers, such as the statistics of batch norm."""
-    if accelerator.num_processes == 1:
-        return
-    with torch.no_grad():
-        for buffer in buffers:
-            buffer.copy_(broadcast(buffer))
+    if accelerator.num_processes > 1:
+        with torch.no_grad():
+            for buffer in buffers:
+                buffer.copy_(broadcast(buffer))
 
 
 def seed_epoch(seed: int, epoch: int, process: int) -> None:
-    """Seeds Python, NumPy and torch as a function of the run's seed, the epoch and the process."""
-    # For dropout, mixup and the like; each process has its own images, so its own numbers.
+    """Seeds Python, NumPy and torch as a function of the run's seed, the epoch and the process.
+
+    Dropout, mixup and the like draw from them; each process has its own images.
+    """
     words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> np.uint64(1)))
     np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002

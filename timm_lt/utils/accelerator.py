@@ -28,18 +28,8 @@ from timm_lt.utils.checks import UsageError, check_choice, check_integer
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
-# Held while the state of the process is another than its caller's: calls in threads take turns.
+# Held while the settings of the process are not its caller's: calls in threads take turns.
 STATE_LOCK = threading.RLock()
-
-
-def check_precision(precision: MixedPrecision) -> None:
-    """Checks that this machine has a precision.
-
-    Raises:
-        UsageError: If not.
-    """
-    if precision == "fp16" and not torch.accelerator.is_available():
-        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
 
 
 def create_accelerator(
@@ -52,21 +42,20 @@ def create_accelerator(
 ) -> Accelerator:
     """Creates the accelerator of a run: the batch size counts images over all processes.
 
-    Whatever is not given here is as ``accelerate config`` left it: processes, machines, FSDP, a
-    compiler.
+    Everything else is as ``accelerate config`` set it: processes, machines, FSDP, a compiler.
 
     Args:
         mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
             can, or a CPU with avx512_bf16) and full precision elsewhere, unless ``accelerate
-            launch`` asks for another than its default, ``"no"``.
+            launch`` asks for another one than its default, ``"no"``.
         accumulation_steps: Batches over which the gradient of an update is summed, >= 1.
-        compiled: Compile the model with torch.compile.
-        tracker: ``"none"`` or a tracker that accelerate knows and that is installed.
-        folder: Where a tracker that writes files writes.
+        compiled: Whether to compile the model with torch.compile.
+        tracker: ``"none"`` or an installed tracker of accelerate.
+        folder: Folder of trackers that write files.
 
     Raises:
-        UsageError: If the tracker is unknown or not installed, or the precision is not one of this
-            machine's.
+        UsageError: If the tracker is unknown or not installed, or this machine does not have the
+            precision.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -79,7 +68,8 @@ def create_accelerator(
     if mixed_precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         precision = native_precision() if launched == "no" else launched  # type: ignore[assignment]
-    check_precision(precision)
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
     try:
         return Accelerator(
@@ -151,9 +141,9 @@ def kept_random_state() -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
-    These are the random states, the inference mode, autocast, the default device and type of
-    tensors, and what the first data worker sets: the start method of processes and the handler of
-    SIGCHLD. Of several threads one is in such a block at a time.
+    They are the random states, inference mode, autocast, the default device and type of tensors,
+    and the settings of the first data worker: the start method of processes and the handler of
+    SIGCHLD. One thread at a time is in such a block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -184,16 +174,15 @@ def _kept_worker_settings() -> Iterator[None]:
         in_main = threading.current_thread() is threading.main_thread()
         if number is not None and in_main and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
-            # Else torch would not set it for the caller's own workers.
+            # Otherwise torch would not set it for the caller's own workers.
             signal_handling._SIGCHLD_handler_set = False
 
 
 def default_device() -> torch.device:
     """Returns the device that accelerate computes on, without initializing accelerate.
 
-    It is the one of the process's accelerator if there is one, else of the variables
-    ``ACCELERATE_TORCH_DEVICE`` and ``ACCELERATE_USE_CPU``, else the GPU (CUDA, MPS, XPU, ...) if
-    there is one, else the CPU.
+    The first of: the device of the process's accelerator, the environment variables
+    ``ACCELERATE_TORCH_DEVICE`` and ``ACCELERATE_USE_CPU``, a GPU (CUDA, MPS, XPU, ...), the CPU.
     """
     if is_initialized():
         return torch.device(PartialState().device)
@@ -219,13 +208,13 @@ def set_cpu_threads(threads: int | None = None) -> int:
     """Sets the number of threads that torch computes with in this process.
 
     ``accelerate launch`` gives every process one thread unless told otherwise, which leaves cores
-    idle; under it, the default is this process's share of the cores. Elsewhere it is torch's own.
+    idle; under it, the default is this process's share of the cores, and elsewhere torch's own.
 
     Args:
-        threads: The number, >= 1; None is the default.
+        threads: Number of threads, >= 1; None is the default.
 
     Returns:
-        The number.
+        The number of threads.
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -244,9 +233,8 @@ def visible_devices() -> list[str]:
 
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux only
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    # Only Linux knows the affinity of a process.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def native_precision() -> Literal["no", "bf16"]:
@@ -257,7 +245,7 @@ def native_precision() -> Literal["no", "bf16"]:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Tells whether torch reports that another process of the run is gone."""
+    """Returns whether torch reports that another process of the run is gone."""
     if not torch.distributed.is_available() or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

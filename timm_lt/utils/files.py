@@ -132,7 +132,7 @@ def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
     name = f"{noun} {path}".strip()
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        values = parse_yaml(text)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except UsageError as error:
@@ -142,6 +142,11 @@ def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{name} must be a mapping of keys to values")
     return values
+
+
+def parse_yaml(text: str) -> Any:  # noqa: ANN401
+    """Parses YAML, in which no key may be given twice; raises one of :data:`YAML_ERRORS`."""
+    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
 
 
 class _StrictLoader(yaml.SafeLoader):

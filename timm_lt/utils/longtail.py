@@ -111,6 +111,7 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
         index = int(np.argmax(~(array == np.round(array))))
     else:
         is_integer = [type(v) is int or isinstance(v, np.integer) for v in items]
+        is_integer = [fits and abs(v) < 2**63 for fits, v in zip(is_integer, items, strict=True)]
         if all(is_integer):
             return torch.tensor([int(v) for v in items])
         index = is_integer.index(False)

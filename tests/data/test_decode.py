@@ -1,0 +1,524 @@
+"""Deep grey levels, floats and transparency become the same RGB pixels through every door."""
+
+import base64
+import gc
+import io
+import json
+import struct
+import warnings
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torchvision.datasets import ImageFolder
+
+import timm_lt
+from timm_lt.checkpoint import background_of, read_checkpoint
+from timm_lt.cli.predict import ImageFiles, predict_files
+from timm_lt.data.columns import as_rgb
+from timm_lt.data.decode import encoded_images, read_image, to_rgb
+from timm_lt.data.given import given_splits
+from timm_lt.data.images import StoredImages, decode_images
+from timm_lt.data.sources import dataset_from_files
+from timm_lt.report import ExampleImages
+from timm_lt.report.changes import Thumbnails
+from timm_lt.utils.checks import UsageError, check_background
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+SIXTEEN = (RAMP * 65535).astype(np.uint16)
+ALPHA = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+COLORS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+LONG = 4
+
+
+def tiff(values, *, bits, sample_format=1, photometric=1, order="<"):
+    """A TIFF of one strip, by hand: of int16, uint32 and 12 bits Pillow writes none."""
+    content = values if isinstance(values, bytes) else values.tobytes()
+    height, width = RAMP.shape
+    fields = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 200)]
+    fields += [(277, 1), (278, height), (279, len(content)), (339, sample_format)]
+    header = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(fields))
+    entries = b"".join(struct.pack(f"{order}HHII", tag, LONG, 1, value) for tag, value in fields)
+    return (header + entries + bytes(4)).ljust(200, b"\0") + content
+
+
+def png(rows, *, depth, color, extra):
+    """A PNG with any chunk, by hand."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + zlib.crc32(name + body).to_bytes(4)
+
+    header = struct.pack(">IIBBBBB", 8, 8, depth, color, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = chunk(b"IHDR", header), extra(chunk), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def twelve_bits(values):
+    """Two values in three bytes, as TIFF packs them."""
+    bits = "".join(f"{value:012b}" for value in values.flatten())
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+LEVELS_12 = (RAMP * 4095).astype(np.uint16)
+DEEP = {
+    "uint16.png": (saved(Image.fromarray(SIXTEEN), "PNG"), SIXTEEN // 256),
+    "uint16.tif": (saved(Image.fromarray(SIXTEEN), "TIFF"), SIXTEEN // 256),
+    "big endian.tif": (tiff(SIXTEEN.astype(">u2"), bits=16, order=">"), SIXTEEN // 256),
+    "white is zero.tif": (tiff(65535 - SIXTEEN, bits=16, photometric=0), SIXTEEN // 256),
+    "12 bits.tif": (tiff(twelve_bits(LEVELS_12), bits=12), LEVELS_12 // 16),
+    "int16.tif": (
+        tiff((SIXTEEN // 2).astype("<i2"), bits=16, sample_format=2),
+        SIXTEEN // 2 // 256,
+    ),
+    # Of the type, not of the values.
+    "dark int16.tif": (tiff(np.full((8, 8), 255, "<i2"), bits=16, sample_format=2), 0 * SIXTEEN),
+    "int32.tif": (saved(Image.fromarray(SIXTEEN.astype(np.int32)), "TIFF"), SIXTEEN // 256),
+    "uint32.tif": (tiff(SIXTEEN.astype("<u4"), bits=32), SIXTEEN // 256),
+    "8 bits in int32.tif": (
+        saved(Image.fromarray((RAMP * 255).astype(np.int32)), "TIFF"),
+        (RAMP * 255).astype(np.int32),
+    ),
+    "float.tif": (saved(Image.fromarray(RAMP), "TIFF"), np.rint(RAMP * 255)),
+    # The rest after interpolation.
+    "almost.tif": (
+        saved(Image.fromarray(RAMP * np.float32(1.001) - np.float32(0.0005)), "TIFF"),
+        np.rint((RAMP * np.float32(1.001) - np.float32(0.0005)).astype(np.float64) * 255),
+    ),
+    "fractions of levels.tif": (
+        saved(Image.fromarray(RAMP * np.float32(254.5)), "TIFF"),
+        np.rint(RAMP * np.float32(254.5)),
+    ),
+    "deep levels as floats.tif": (
+        saved(Image.fromarray(SIXTEEN.astype(np.float32)), "TIFF"),
+        SIXTEEN // 256,
+    ),
+    "uint16.pgm": (saved(Image.fromarray(SIXTEEN), "PPM"), SIXTEEN // 256),
+    "dark.pgm": (b"P5 8 8 65535\n" + np.full((8, 8), 255, ">u2").tobytes(), 0 * SIXTEEN),
+}
+
+
+def files_of(tmp_path, contents):
+    paths = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        paths.append(str(tmp_path / name))
+    return dataset_from_files(paths, np.zeros(len(paths), np.int64), ["a"]), paths
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_grey_levels_are_scaled_by_the_range_of_their_type(tmp_path, name):
+    content, expected = DEEP[name]
+    dataset, _ = files_of(tmp_path, {name: content})
+    found = decode_images(dataset)[0]
+    np.testing.assert_array_equal(found.numpy(), np.stack([expected] * 3))
+
+
+def transparent(path):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([1, 2, 3, 4, 5, 6])
+    image.save(path, transparency=b"\x00\x80")
+
+
+def moving(path):
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+
+
+def plain(mode, color, size=(3, 2)):
+    return lambda path: Image.new(mode, size, color).save(path)
+
+
+# How a file is written, and its pixels in RGB.
+KINDS = {
+    "grey.jpg": (plain("L", 77), (77, 77, 77)),
+    "one bit.png": (plain("1", 1), (255, 255, 255)),
+    "one pixel.png": (plain("RGB", "red", (1, 1)), (255, 0, 0)),
+    "palette.gif": (plain("P", 0), (0, 0, 0)),
+    "transparent.png": (transparent, (129, 130, 130)),
+    "cmyk.tif": (plain("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
+    "cmyk.jpg": (plain("CMYK", (0, 255, 255, 0), (16, 16)), (255, 0, 0)),
+    "moving.gif": (moving, (255, 0, 0)),
+    "moving.webp": (moving, (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image_is_read_as_rgb_and_its_file_closed(tmp_path, name):
+    write, pixels = KINDS[name]
+    write(tmp_path / name)
+    dataset, _ = files_of(tmp_path, {name: (tmp_path / name).read_bytes()})
+    found = decode_images(dataset)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, np.broadcast_to(pixels, found.shape), atol=1)
+    # A file that is still open would warn here.
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (RAMP - np.float32(0.5), r"its values go from -0\.5 to 0\.5"),
+        (RAMP * np.float32(1.3), r"its values go from 0 to 1\.3"),
+        (np.where(RAMP > 0.5, np.float32("nan"), RAMP), "NaN or infinite"),
+        (np.where(RAMP > 0.5, np.float32("inf"), RAMP), "NaN or infinite"),
+        ((RAMP * 70000).astype(np.int32), "from 0 to 70000"),
+        ((RAMP * 100).astype(np.int32) - 50, "from -50 to 50"),
+    ],
+)
+def test_values_in_no_known_range_are_an_error_of_their_file(tmp_path, values, reason):
+    good = saved(Image.fromarray(RAMP), "TIFF")
+    bad = saved(Image.fromarray(values), "TIFF")
+    dataset, paths = files_of(tmp_path, {"good.tif": good, "bad.tif": bad})
+    with pytest.raises(UsageError, match=rf"bad\.tif.*{reason}.*save it with 8 or 16 bits"):
+        decode_images(dataset)
+    with pytest.raises(UsageError, match=rf"bad\.tif cannot be decoded: .*{reason}"):
+        timm_lt.load_image(paths[1])
+    missing = []
+    decode_images(dataset, missing=missing)
+    assert missing == [1]
+
+
+def test_a_negative_int16_and_a_tiff_of_odd_bands_are_named(tmp_path):
+    negative = tiff((SIXTEEN.astype(np.int64) - 32768).astype("<i2"), bits=16, sample_format=2)
+    bands = tiff(RAMP.astype("<f8"), bits=64, sample_format=3)
+    dataset, _ = files_of(tmp_path, {"negative.tif": negative, "bands.tif": bands})
+    with pytest.raises(
+        UsageError,
+        match=r"negative.*from -32768 to 32767.*bands.*it is not an image, or has a format",
+    ):
+        decode_images(dataset)
+
+
+def test_all_images_that_cannot_be_decoded_are_named(tmp_path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(9)]
+    Image.new("RGB", (2, 2)).save(paths[3])
+    Image.effect_noise((99, 99), 50).save(paths[5])
+    for number in (0, 1, 6, 7, 8):
+        (tmp_path / f"{number}.png").write_bytes(b"no image" if number else b"")
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:-300])
+    (tmp_path / "4.png").mkdir()
+    dataset = dataset_from_files(paths, np.zeros(9, np.int64), ["a"])
+    with pytest.raises(UsageError) as caught:
+        decode_images(dataset)
+    no_image = "it is not an image, or has a format that Pillow does not read"
+    reasons = ["0 bytes", no_image, "No such file or directory"]
+    shown = ", ".join(f"image {n} ({paths[n]}): {reason}" for n, reason in enumerate(reasons))
+    assert str(caught.value).startswith(f"8 of 9 images cannot be decoded: {shown}, image 4 (")
+    assert "Is a directory, image 5" in str(caught.value)
+    assert str(caught.value).endswith(
+        ", ...; repair them, or train without such images with --data.unreadable skip"
+    )
+    missing = []
+    decode_images(dataset, missing=missing)
+    assert missing == [0, 1, 2, 4, 5, 6, 7, 8]
+    with pytest.raises(UsageError, match="none of the 2 images can be read"):
+        decode_images(dataset.select([0, 2]), missing=[])
+
+
+@pytest.mark.filterwarnings("ignore:.*orrupt EXIF data")
+def test_odd_exif_data_turn_no_image_and_stop_nothing(tmp_path):
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    # Orientation 6 with a text where a number should be; 6 alone; data that are cut off.
+    entry = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    odd = struct.pack("<HHII", 0x011A, 3, 1, 70000) + struct.pack("<HHI4s", 0x0213, 7, 4, b"ab\0c")
+    for path, count, entries in zip(paths, (3, 1, 9), (entry + odd, entry, b""), strict=True):
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", count) + entries + bytes(4)
+        Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(paths[0]) as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    for path, expected in zip(paths, (np.rot90(pixels, -1),) * 2 + (pixels,), strict=True):
+        dataset = dataset_from_files([path], np.zeros(1, np.int64), ["a"])
+        assert (decode_images(dataset)[0].permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, struct.error, KeyError, MemoryError])
+def test_whatever_pillow_raises_is_damage_but_for_want_of_memory(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (2, 2)).save(path)
+    dataset = dataset_from_files([str(path)], np.zeros(1, np.int64), ["a"])
+
+    def load(image):
+        raise kind("Failed to decode image")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError if kind is MemoryError else UsageError, match="Failed to dec"):
+        decode_images(dataset)
+
+
+def on_background(pixels, alpha, background):
+    alpha = alpha.astype(np.float64)[..., None] / 255
+    return np.rint(alpha * pixels + (1 - alpha) * np.array(background))
+
+
+def palette():
+    image = Image.new("P", (8, 8))
+    image.putpalette(COLORS.reshape(-1).tolist())
+    image.putdata(list(range(64)))
+    return image
+
+
+GREY = COLORS[..., 0]
+RGBA = Image.fromarray(np.dstack([COLORS, ALPHA]), "RGBA")
+LA = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)])
+KEY = np.where((COLORS[2, 3] == COLORS).all(-1), 0, 255)
+GREY_KEY = np.where(GREY[2, 3] == GREY, 0, 255)
+FOUR = (np.arange(64, dtype=np.uint8) % 16).reshape(8, 8)
+DEEP_KEY = np.where(SIXTEEN[2, 3] == SIXTEEN, 0, 255)
+WIDE = COLORS.astype(">u2") * 257
+GREYS = np.dstack([GREY] * 3)
+# How a file is written; its colours, and its alpha.
+TRANSPARENT = {
+    "rgba.png": (saved(RGBA, "PNG"), COLORS, ALPHA),
+    "rgba.tif": (saved(RGBA, "TIFF"), COLORS, ALPHA),
+    "rgba.webp": (saved(RGBA, "WEBP", lossless=True, exact=True), COLORS, ALPHA),
+    "la.png": (saved(LA, "PNG"), GREYS, ALPHA),
+    "palette.png": (saved(palette(), "PNG", transparency=ALPHA.tobytes()), COLORS, ALPHA),
+    "palette key.png": (
+        saved(palette(), "PNG", transparency=19),
+        COLORS,
+        np.where(np.arange(64).reshape(8, 8) == 19, 0, 255),
+    ),
+    "palette.gif": (
+        saved(palette(), "GIF", transparency=19),
+        COLORS,
+        np.where(np.arange(64).reshape(8, 8) == 19, 0, 255),
+    ),
+    "rgb key.png": (
+        saved(Image.fromarray(COLORS), "PNG", transparency=tuple(map(int, COLORS[2, 3]))),
+        COLORS,
+        KEY,
+    ),
+    "grey key.png": (
+        saved(Image.fromarray(GREY), "PNG", transparency=int(GREY[2, 3])),
+        GREYS,
+        GREY_KEY,
+    ),
+    "4 bits key.png": (
+        png(
+            [bytes(a * 16 + b for a, b in row.reshape(4, 2).tolist()) for row in FOUR],
+            depth=4,
+            color=0,
+            extra=lambda chunk: chunk(b"tRNS", struct.pack(">H", 5)),
+        ),
+        np.dstack([FOUR * 17] * 3),
+        np.where(FOUR == 5, 0, 255),
+    ),
+    "16 bits key.png": (
+        png(
+            [row.astype(">u2").tobytes() for row in SIXTEEN],
+            depth=16,
+            color=0,
+            extra=lambda chunk: chunk(b"tRNS", struct.pack(">H", int(SIXTEEN[2, 3]))),
+        ),
+        np.dstack([SIXTEEN // 256] * 3),
+        DEEP_KEY,
+    ),
+    "16 bits rgb key.png": (
+        png(
+            [row.tobytes() for row in WIDE],
+            depth=16,
+            color=2,
+            extra=lambda chunk: chunk(b"tRNS", struct.pack(">HHH", *map(int, WIDE[2, 3]))),
+        ),
+        COLORS,
+        KEY,
+    ),
+}
+
+
+@pytest.mark.parametrize("background", ["white", "black", [10, 200, 30]])
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_pixels_are_blended_with_the_background(tmp_path, name, background):
+    content, colors, alpha = TRANSPARENT[name]
+    (tmp_path / name).write_bytes(content)
+    color = {"white": [255] * 3, "black": [0] * 3}.get(str(background), background)
+    found = np.asarray(timm_lt.load_image(tmp_path / name, background=background), np.float64)
+    np.testing.assert_allclose(found, on_background(colors, alpha, color), atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_premultiplied_and_palette_alpha_in_memory(mode):
+    image = LA.convert("La") if mode == "La" else RGBA.convert("RGBa")
+    colors, alpha = (GREYS, ALPHA) if mode == "La" else (COLORS, ALPHA)
+    if mode == "PA":
+        image = palette()
+        image.putalpha(Image.fromarray(ALPHA))
+        assert image.mode == "PA"
+    found = np.asarray(to_rgb(image, "#0000ff"), np.float64)
+    np.testing.assert_allclose(found, on_background(colors, alpha, (0, 0, 255)), atol=2)
+    (split,) = given_splits([(image, 0)]).values()
+    kept = decode_images(as_rgb(split, background="blue"))[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(kept, found, atol=1)
+
+
+def doors(tmp_path, content, background):
+    """The same file through every door, as arrays of RGB."""
+    path = tmp_path / "a" / "x.png"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    plain = datasets.Dataset.from_dict({"image": [str(path)], "label": [0]})
+    plain = plain.cast_column("image", datasets.Image())
+    files = as_rgb(
+        dataset_from_files([str(path)], np.zeros(1, np.int64), ["a"]), background=background
+    )
+    settings = {"size": (8, 8), "preprocessing": {}}
+    yield "load_image", timm_lt.load_image(path, background=background)
+    yield (
+        "ImageFolder",
+        ImageFolder(tmp_path, loader=lambda file: timm_lt.load_image(file, background=background))[
+            0
+        ][0],
+    )
+    yield "column", files[0]["image"]
+    yield "read_image", read_image(encoded_images(files)[0]["image"], 0, files.features["image"])
+    yield "StoredImages", StoredImages(files, torch.zeros(1, dtype=torch.int64), **settings)[0][0]
+    yield "ImageTensors", decode_images(files)[0].permute(1, 2, 0)
+    loader = timm_lt.create_loader(
+        plain, 8, 1, background=background, mean=(0,) * 3, std=(1,) * 3, crop_pct=1.0
+    )
+    yield "create_loader", torch.round(next(iter(loader))[0][0].permute(1, 2, 0) * 255)
+    with Image.open(path) as image:
+        image.load()
+        (split,) = given_splits([(image, 0)]).values()
+    yield "given", as_rgb(split, background=background)[0]["image"]
+
+
+@pytest.mark.parametrize("name", ["uint16.png", "rgba.png", "palette.png", "16 bits key.png"])
+def test_every_door_shows_the_same_pixels(tmp_path, name):
+    content = TRANSPARENT[name][0] if name in TRANSPARENT else DEEP[name][0]
+    shown = {door: np.asarray(image) for door, image in doors(tmp_path, content, "#102030")}
+    for door, pixels in shown.items():
+        np.testing.assert_array_equal(pixels, shown["load_image"], err_msg=door)
+    assert len(np.unique(shown["load_image"])) > 30
+
+
+def test_thumbnails_show_transparency_on_the_background():
+    black = Image.fromarray(
+        np.dstack([np.zeros((8, 8, 3), np.uint8), np.where(ALPHA > 128, 255, 0)]).astype(np.uint8)
+    )
+    pairs = given_splits([(black, 0)])["train"]
+    for background, light in (("white", True), ("black", False)):
+        shown = as_rgb(pairs, background=background)
+        uri = Thumbnails(ExampleImages(shown, torch.zeros(1), shown)).of_class(0)
+        with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
+            assert (np.asarray(picture.convert("L")).max() > 200) == light
+
+
+@pytest.mark.parametrize(
+    "background", ["blurple", "#12", [1, 2], [1, 2, 256], "#11223344", 5, None]
+)
+def test_a_background_that_is_not_a_colour_is_refused(background):
+    with pytest.raises(UsageError, match=r"is not a valid colour; expected a name such as 'white'"):
+        check_background(background)
+
+
+def test_create_loader_refuses_a_background_for_a_data_set_that_decodes_itself(tmp_path):
+    (tmp_path / "a").mkdir()
+    RGBA.save(tmp_path / "a" / "x.png")
+    with pytest.raises(
+        UsageError, match=r"background only applies to a datasets\.Dataset that decodes"
+    ):
+        timm_lt.create_loader(ImageFolder(tmp_path), 8, 1, background="black")
+
+
+def test_another_background_is_another_fingerprint():
+    labels = torch.zeros(1, dtype=torch.int64)
+    pairs = given_splits([(RGBA, 0)])["train"]
+    keys = [
+        StoredImages(
+            as_rgb(pairs, background=b), labels, size=(8, 8), preprocessing={}
+        ).fingerprint()
+        for b in ("white", "#ffffff", "black")
+    ]
+    assert keys[0] == keys[1] != keys[2]
+    rows = [
+        timm_lt.data.loader.ImageRows(pairs, background=b).fingerprint() for b in ("white", "red")
+    ]
+    assert rows[0] != rows[1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Saves a model whose record has a background."""
+    torch.manual_seed(0)
+    model = timm_lt.create_model("test_resnet", num_classes=2).eval()
+
+    def save(background):
+        heads = {"linear": timm_lt.create_head("linear", 96, 2)}
+        heads["linear"].load_state_dict(model.get_classifier().state_dict())
+        return timm_lt.save_checkpoint(
+            tmp_path / "saved", model, heads=heads, class_counts=[3, 2], background=background
+        )
+
+    return save
+
+
+def test_the_background_is_recorded_and_predict_takes_it(checkpoint, tmp_path):
+    RGBA.resize((40, 40)).save(tmp_path / "x.png")
+    shares = {}
+    for background, stored in (("black", "#000000"), ("white", "#ffffff")):
+        folder = checkpoint(background)
+        assert read_checkpoint(folder).background == stored
+        model = timm_lt.create_model(f"local-dir:{folder}").eval()
+        files = ImageFiles([str(tmp_path / "x.png")], model, background_of(model), {})
+        ((_, best, _),) = predict_files(model, files, names=None, top=1, workers=0)
+        config = timm_lt.create_model("test_resnet", num_classes=2).pretrained_cfg
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
+        canvas = Image.new("RGBA", (40, 40), background)
+        canvas.alpha_composite(Image.open(tmp_path / "x.png").convert("RGBA"))
+        with torch.inference_mode():
+            expected = model(transform(canvas.convert("RGB"))[None]).softmax(1).max().item()
+        shares[background] = best[0][1]
+        assert best[0][1] == pytest.approx(expected, abs=1e-6)
+    assert shares["black"] != pytest.approx(shares["white"], abs=1e-4)
+    # A model that was loaded is saved with its own.
+    again = timm_lt.save_checkpoint(
+        tmp_path / "again",
+        timm_lt.create_model(f"local-dir:{checkpoint('#010203')}"),
+        heads={},
+        class_counts=None,
+    )
+    assert read_checkpoint(again).background == "#010203"
+
+
+@pytest.mark.parametrize(
+    "background", ["white", "#12345", "#1234567", 3, None, ["#ffffff"], "#ffffff\n"]
+)
+def test_a_record_that_is_not_a_colour_is_refused(checkpoint, background):
+    folder = checkpoint("white")
+    config = json.loads((folder / "config.json").read_text())
+    config["timm_lt"]["background"] = background
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"timm_lt\.background must be a colour '#rrggbb', found"):
+        read_checkpoint(folder)
+    del config["timm_lt"]["background"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_checkpoint(folder).background == "#ffffff"
+
+
+def test_pillow_does_not_warn_in_a_data_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    dataset, _ = files_of(
+        tmp_path, {f"{k}.png": saved(Image.new("L", (8, 8)), "PNG") for k in range(4)}
+    )
+    loader = torch.utils.data.DataLoader(
+        StoredImages(dataset, torch.zeros(4, dtype=torch.int64), size=(8, 8), preprocessing={}),
+        2,
+        num_workers=1,
+        collate_fn=len,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(loader) == [2, 2]
+    assert loader.dataset.huge_rows() == [0, 1, 2, 3]

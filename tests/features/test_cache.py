@@ -1,0 +1,697 @@
+"""A feature cache: its key, kills, damage, two processes, and several views."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset
+from timm.data.loader import fast_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
+
+import timm_lt
+from timm_lt.data import create_augmentation, create_loader
+from timm_lt.data.augment import random_uniforms
+from timm_lt.data.images import ImageTensors, StoredImages, batches
+from timm_lt.data.loader import InOrder
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.features import cache, extract_features
+from timm_lt.features.cache import samples_fingerprint
+from timm_lt.heads import get_head
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
+
+ROOT = Path(timm_lt.__file__).parents[1]
+N, SIDE, C = 11, 32, 4
+PIXELS = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
+LABELS = torch.arange(N) % C
+ENDS = {"values.npy", "targets.npy", "json", "lock"}
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield create_accelerator(mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C)
+    model._seen = []
+    model.conv1.register_forward_hook(lambda _, images, __: model._seen.append(len(images[0])))
+    return model
+
+
+def in_memory(pixels=PIXELS, labels=LABELS, **options):
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageTensors(images, labels, **{"seed": 5} | options)
+
+
+def stored(pixels=PIXELS, labels=LABELS, rows=None, **options):
+    names = [str(label) for label in range(C)]
+    rows = dataset_from_arrays(pixels, labels.numpy(), names) if rows is None else rows
+    settings = {"size": (SIDE, SIDE), "preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3}}
+    return StoredImages(rows, labels, **settings | {"seed": 5} | options)
+
+
+def tensors(number=N, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(number, 3, SIDE, SIDE, generator=generator), LABELS[:number])
+
+
+def ran(model, loader, folder, **options):
+    """Returns the number of images that the backbone got."""
+    model._seen.clear()
+    timm_lt.extract_features(model, loader, cache_dir=folder, **options)
+    return sum(model._seen)
+
+
+def ends(folder):
+    return {path.name.partition(".")[2] for path in folder.iterdir()}
+
+
+def finished(folder):
+    return [path for path in folder.glob("*.json") if json.loads(path.read_text())["complete"]]
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_cache_has_the_bits_of_features_in_memory_in_numpy_files(tmp_path, dtype):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader).values.to(getattr(torch, dtype))
+    for _ in range(2):
+        features = extract_features(model, loader, cache_dir=tmp_path, dtype=dtype)
+        assert features.values.equal(expected)
+        assert features.targets.equal(LABELS)
+        # Writing to the values does not reach the file.
+        features.values.zero_()
+        assert extract_features(model, loader, dtype=dtype).values.equal(expected)
+    assert sum(model._seen) == 4 * N
+    (path,) = tmp_path.glob("*.values.npy")
+    kept = torch.from_numpy(np.load(path))
+    assert (kept.view(torch.bfloat16) if dtype == "bfloat16" else kept).equal(expected)
+    assert ends(tmp_path) == ENDS
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path):
+    model = small_model()
+    loader = batches(in_memory(missing=[0, 1, 2, 3, 9]), 4)
+    features = extract_features(model, loader, cache_dir=tmp_path)
+    assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
+    assert features.values.equal(extract_features(model, loader).values)
+    nothing = batches(in_memory(missing=range(N)), 4)
+    for options in ({}, {"cache_dir": tmp_path}):
+        with pytest.raises(UsageError, match="no images that can be read"):
+            extract_features(model, nothing, **options)
+
+
+def test_an_empty_batch_has_no_rows(tmp_path):
+    images, labels = tensors().tensors
+    empty = (images[:0], [])
+    loader = [empty, (images[:4], labels[:4]), empty, (images[4:], labels[4:])]
+    expected = extract_features(small_model(), loader[1::2])
+    for options in ({}, {"cache_dir": tmp_path, "key": "any"}):
+        features = extract_features(small_model(), loader, **options)
+        assert features.values.equal(expected.values)
+        assert features.targets.equal(LABELS)
+
+
+# The key ------------------------------------------------------------------------------------------
+
+
+def test_what_changes_the_model_makes_another_file_and_its_classifier_does_not(tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    assert ran(model, loader, tmp_path) == N
+    with torch.no_grad():
+        get_head(model).weight.zero_()
+        timm_lt.set_head(model, "ncm")
+        assert ran(model, loader, tmp_path) == 0
+        model.layer2[0].conv1.weight.view(-1)[7] += 1e-3
+        assert ran(model, loader, tmp_path) == N
+        model.layer2[0].bn1.running_var[1] += 1e-3
+        assert ran(model, loader, tmp_path) == N
+        # In no tensor.
+        model.layer2[0].act1 = torch.nn.GELU()
+        assert ran(model, loader, tmp_path) == N
+    assert ran(model, loader, tmp_path) == 0
+    assert ran(model, loader, tmp_path, dtype="float16") == N
+    assert ran(model, loader, tmp_path, compute_dtype="bfloat16") == N
+    assert ran(model, loader, tmp_path, views=2) == 2 * N
+    assert ran(model, loader, tmp_path, key="mine") == N
+    assert ran(model, loader, tmp_path, key="mine") == 0
+    assert len(finished(tmp_path)) == 8
+
+
+def changed(pixels=PIXELS, labels=LABELS):
+    """The same images with one value, the order of two, or a label changed."""
+    one = pixels.copy()
+    one[4, 3, 2, 1] ^= 1
+    order = np.array([1, 0, *range(2, N)])
+    other = labels.clone()
+    other[6] = (other[6] + 1) % C
+    return [(one, labels), (pixels[order], labels[order]), (pixels, other)]
+
+
+@pytest.mark.parametrize("make", [in_memory, stored])
+def test_what_changes_the_images_makes_another_file_and_how_they_are_loaded_does_not(
+    make, tmp_path, accelerator
+):
+    model = small_model()
+
+    def again(data, batch_size=4):
+        loader = data.eval_loader(batch_size, accelerator)
+        return ran(model, loader, tmp_path, accelerator=accelerator)
+
+    assert again(make()) == N
+    assert again(make(), batch_size=3) == 0
+    assert again(make(seed=6)) == 0
+    if make is stored:
+        assert again(make(workers=1)) == 0
+        assert again(make(augmentation={"color_jitter": 0.3})) == 0
+        options = {"preprocessing": {"mean": (0.5, 0.5, 0.4), "std": (0.2,) * 3}}
+        crop = {"preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.5}}
+        assert again(make(**crop)) == N
+    else:
+        assert again(make(augmentation=create_augmentation("crop"))) == 0
+        options = {"mean": (0.5, 0.5, 0.4)}
+    assert again(make(**options)) == N
+    for pixels, labels in changed():
+        assert again(make(pixels, labels)) == N
+    assert again(make()) == 0
+
+
+def test_folders_of_timm_and_of_torchvision(tmp_path):
+    for row in range(4):
+        file = tmp_path / "images" / f"class_{row % 2}" / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[row]).save(file)
+    folder, store, model = str(tmp_path / "images"), tmp_path / "cache", small_model()
+
+    def of_timm(**options):
+        return ran(model, create_loader(ImageDataset(folder), SIDE, 2, **options), store)
+
+    def of_torchvision(**options):
+        data = ImageFolder(folder, transform=ToTensor())
+        return ran(model, DataLoader(data, 2, **options), store)
+
+    def of_rows(**options):
+        rows = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=str(tmp_path / "hf"))
+        return ran(model, create_loader(rows["train"], SIDE, 2, **options), store)
+
+    for again in (of_timm, of_torchvision, of_rows):
+        assert again() == 4
+        assert again(num_workers=0) == 0
+    assert of_timm(mean=(0.4, 0.5, 0.5)) == 4
+    assert of_timm(interpolation="nearest") == 4
+    # Bytes that are no other image, in a file that is not read: the time of change is another.
+    os.utime(file, ns=(1, 1))
+    assert (of_timm(), of_torchvision(), of_rows()) == (4, 4, 4)
+
+
+def test_a_subset_is_known_by_its_indices(tmp_path):
+    model, data = small_model(), tensors()
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2), tmp_path) == 3
+    assert ran(model, DataLoader(Subset(data, [1, 3, 2]), 2), tmp_path) == 3
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 3), tmp_path) == 0
+    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2, drop_last=True), tmp_path) == 2
+
+
+def test_samples_that_cannot_be_told_need_a_key(tmp_path):
+    model, batches = small_model(), list(DataLoader(tensors(), 4))
+    store = tmp_path / "cache"
+    for loader, message in (
+        (batches, "the samples of a list are not known"),
+        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "is not known"),
+        (DataLoader(tensors(), batch_sampler=[[3, 2, 1], [0, 5]]), "order of the images of a Data"),
+    ):
+        with pytest.raises(UsageError, match=rf"{message}.* pass key="):
+            extract_features(model, loader, cache_dir=store)
+    assert not store.exists()
+    assert ran(model, batches, store, key="a") == N
+    assert ran(model, batches, store, key="a") == 0
+    features = extract_features(model, loader, cache_dir=store, key="b")
+    assert features.targets.equal(LABELS[[3, 2, 1, 0, 5]])
+
+
+def test_a_transform_without_a_name_is_known_by_its_code(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a" / "0.png")
+    model, cache = small_model(), tmp_path / "a" / "cache"
+    for angle, images in ((0, 1), (0, 0), (90, 1)):
+        data = ImageFolder(tmp_path, transform=lambda x, a=angle: ToTensor()(x.rotate(a)))
+        assert ran(model, DataLoader(data, 2), cache) == images
+
+
+def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
+    for loader in (
+        DataLoader(tensors(), 4, shuffle=True),
+        create_loader(in_memory(), SIDE, 4, is_training=True, use_prefetcher=False),
+        create_loader(in_memory(), SIDE, 4, sampler=timm_lt.create_sampler("reversed", LABELS)),
+    ):
+        with pytest.raises(UsageError, match=r"in the order of the data set, not as a \w*Sampler"):
+            extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dispatching = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
+    )
+    loader = dispatching.prepare(DataLoader(tensors(), 2))
+    with pytest.raises(UsageError, match=r"order of the images of a DataLoaderDispatcher"):
+        extract_features(small_model(), loader, cache_dir=tmp_path)
+
+
+def test_what_a_loader_does_to_the_images_is_in_the_key(tmp_path):
+    def doubled(batch):
+        images, targets = default_collate(batch)
+        return 2 * images, targets
+
+    known = samples_fingerprint(DataLoader(tensors(), 4))
+    assert known == samples_fingerprint(DataLoader(tensors(), 4, collate_fn=default_collate))
+    samples_fingerprint(DataLoader(tensors(), 4, collate_fn=fast_collate))
+    for collate in (doubled, FastCollateMixup(mixup_alpha=1.0)):
+        with pytest.raises(UsageError, match=r"collate_fn=.* may change the images: .* pass key="):
+            samples_fingerprint(DataLoader(tensors(), 4, collate_fn=collate))
+    (tmp_path / "a").mkdir()
+    for row in range(4):
+        Image.fromarray(PIXELS[row]).save(tmp_path / "a" / f"{row}.png")
+
+    def fingerprint(**options):
+        options |= {"is_training": True, "sampler": InOrder(4), "num_workers": 0, "re_prob": 0.5}
+        return samples_fingerprint(create_loader(ImageDataset(str(tmp_path)), 32, 2, **options))
+
+    variants = [{}, {"re_mode": "pixel"}, {"re_count": 3}]
+    assert len({fingerprint(**options) for options in variants}) == len(variants)
+    assert fingerprint() == fingerprint()
+
+
+# Kills and faults ---------------------------------------------------------------------------------
+
+
+# Forks of one process that imported all: each takes the features of 11 images, two at a time.
+SCRIPT = """
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_lt.features import cache, extract_features
+from timm_lt.utils.checks import UsageError
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = timm.create_model("test_resnet", num_classes=4)
+images = torch.randn(11, 3, 32, 32)
+cache.SYNC_SECONDS = 0
+
+
+def run(folder, moment=0, limit=None):
+    return in_child(folder, lambda: extract(folder, moment, limit))
+
+
+def in_child(folder, act):
+    '''Returns the status of a child, and what it returned or what was wrong.'''
+    notes = folder.with_suffix(".json")
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = act()
+        except UsageError as error:
+            answer = str(error)
+        # The limit is on this file, too, but it is small.
+        notes.write_text(json.dumps(answer))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, json.loads(notes.read_text()) if status == 0 else None
+
+
+def extract(folder, moment, limit):
+    read, events = [], 0
+
+    class Noting(TensorDataset):
+        def __getitem__(self, row):
+            read.append(row)
+            return super().__getitem__(row)
+
+    def note(event, arguments):
+        # Before each file of the cache is opened, renamed or removed.
+        nonlocal events
+        touched = event in ("open", "os.rename", "os.remove", "os.truncate")
+        if touched and str(arguments[0]).startswith(str(folder)):
+            events += 1
+            if events == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(note)
+    if limit is not None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    loader = DataLoader(Noting(images, torch.arange(11) % 4), 2)
+    extract_features(model, loader, cache_dir=folder, key="a")
+    return {"read": read, "events": events}
+
+
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4096, 2)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, images):
+        return self.fc(images.flatten(1).repeat(1, 4096))
+
+
+def growth(folder):
+    '''Bytes by which 160 MB of features, in batches of 4 MB, make the largest size grow.'''
+    data = TensorDataset(torch.arange(10000.0).view(-1, 1, 1, 1), torch.zeros(10000).long())
+    loader = DataLoader(data, 250)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features = extract_features(Wide(), loader, cache_dir=folder)
+    assert features.values.shape == (10000, 4096)
+    assert features.values[-1, 7] == 9999
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def finished(folder):
+    done = [json.loads(path.read_text())["complete"] for path in folder.glob("*.json")]
+    files = sorted(folder.glob("*.npy")) if any(done) else []
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+root = Path(sys.argv[1])
+_, whole = run(root / "whole")
+results = {"events": whole["events"], "bits": finished(root / "whole"), "kills": []}
+for moment in range(1, whole["events"] + 1, 3):
+    folder = root / str(moment)
+    status, _ = run(folder, moment)
+    before = finished(folder)
+    results["kills"].append([status, before, run(folder)[1]["read"], finished(folder)])
+folder = root / "full"
+# Room for six rows of width 96 and a part of the seventh.
+results["full"] = run(folder, limit=128 + 6 * 4 * 96 + 100)[1]
+results["before"], results["rest"] = finished(folder), run(folder)[1]["read"]
+results["after"] = finished(folder)
+for name in ("cache", "memory"):
+    large = root / "large" if name == "cache" else None
+    results[name] = in_child(root / name, lambda: growth(large))[1]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """What came of a kill at every third access to a file, and of a full disk."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("faults"))]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.exhaustive
+def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
+    assert len(faults["bits"]) == 2
+    assert len(faults["kills"]) >= 8
+    read = []
+    for status, before, rows, after in faults["kills"]:
+        assert status == -signal.SIGKILL
+        # Whole or not there.
+        assert before in ([], faults["bits"])
+        assert after == faults["bits"]
+        # Behind the last whole batch: what is skipped is not even read.
+        assert rows == list(range(N - len(rows), N))
+        read.append(len(rows))
+    assert sorted(read, reverse=True) == read
+    # Before the first batch, behind the last one, and between.
+    assert (read[0], read[-1]) == (N, 0)
+    assert len(set(read)) >= 5
+
+
+@pytest.mark.exhaustive
+def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
+    assert "values.npy cannot be written: File too large; whole batches are kept" in faults["full"]
+    assert faults["before"] == []
+    assert faults["rest"] == list(range(6, N))
+    assert faults["after"] == faults["bits"]
+
+
+@pytest.mark.exhaustive
+def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
+    size = 10000 * 4096 * 4
+    assert faults["cache"] < size / 2
+    # A second copy would be twice the size; torch itself takes 20 to 60 MB in a new process.
+    assert faults["memory"] < 1.6 * size
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    width, path = 2**20, tmp_path / "large.npy"
+    rows = 2 * memory // (4 * width)
+    try:
+        # Without blocks on the disk.
+        np.lib.format.open_memmap(path, "w+", np.float32, (rows, width))
+    except OSError:
+        pytest.skip("no file of this length can be here")
+    values = cache._mapped(path, torch.float32)
+    assert values.shape == (rows, width)
+    assert float(values[-1, -1]) == 0
+    path.unlink()
+
+
+class Broken(DataLoader):
+    """Fails after some batches."""
+
+    after = 2
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == self.after:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A folder with an unfinished cache: two batches of three."""
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(small_model(), Broken(tensors(), 4), cache_dir=tmp_path)
+    assert not finished(tmp_path)
+    return tmp_path
+
+
+def test_an_interrupted_cache_is_continued_in_the_same_batches_only(interrupted, tmp_path):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader)
+    assert ran(model, loader, interrupted) == N - 8
+    assert extract_features(model, loader, cache_dir=interrupted).values.equal(expected.values)
+
+
+def test_in_other_batches_it_is_started_anew(interrupted):
+    assert ran(small_model(), DataLoader(tensors(), 3), interrupted) == N
+
+
+@pytest.mark.parametrize("end", ["values.npy", "targets.npy", "json"])
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_a_damaged_unfinished_cache_is_started_anew(interrupted, end, damage):
+    (path,) = interrupted.glob(f"*.{end}")
+    if damage == "shorter":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    assert ran(model, loader, interrupted) == N
+    expected = extract_features(model, loader)
+    assert extract_features(model, loader, cache_dir=interrupted).values.equal(expected.values)
+
+
+@pytest.mark.parametrize(
+    ("end", "keep"), [("values.npy", k) for k in (0, 5, 128, -1)] + [("json", 9)]
+)
+def test_a_damaged_cache_is_made_anew(tmp_path, end, keep, caplog):
+    model, loader = small_model(), DataLoader(tensors(), 4)
+    expected = extract_features(model, loader, cache_dir=tmp_path).values.clone()
+    (path,) = tmp_path.glob(f"*.{end}")
+    path.write_bytes(path.read_bytes()[:keep])
+    with caplog.at_level("WARNING", "timm_lt"):
+        assert ran(model, loader, tmp_path) == N
+    assert "is damaged" in caplog.text
+    assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cache_dir .*file cannot be written"):
+        extract_features(small_model(), DataLoader(tensors(), 4), cache_dir=tmp_path / "file")
+
+
+class Ending(DataLoader):
+    """Ends before its last batch."""
+
+    whole = False
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return iter(batches if self.whole else batches[:-1])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_loader_that_gives_another_number_of_images_is_refused(tmp_path, monkeypatch, cached):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    options = {"cache_dir": tmp_path} if cached else {}
+    loader = Ending(tensors(), 4)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="gave 16 images in all instead of 22"):
+            extract_features(small_model(), loader, views=2, **options)
+    loader.whole = True
+    features = extract_features(small_model(), loader, views=2, **options)
+    assert features.targets.equal(LABELS.repeat(2))
+
+
+def test_a_second_process_waits_and_reads(tmp_path):
+    """A thread stands for it: the lock is of the file, not of the process."""
+    first, second = small_model(), small_model()
+    loader = DataLoader(tensors(), 4)
+    started, results = threading.Event(), []
+
+    class Slow(DataLoader):
+        def __iter__(self):
+            started.set()
+            time.sleep(0.3)
+            return super().__iter__()
+
+    def work(model, loader):
+        results.append(extract_features(model, loader, cache_dir=tmp_path).values)
+
+    threads = [threading.Thread(target=work, args=(first, Slow(tensors(), 4)))]
+    threads += [threading.Thread(target=work, args=(second, loader))]
+    threads[0].start()
+    started.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert (sum(first._seen), sum(second._seen)) == (N, 0)
+    assert results[0].equal(results[1])
+
+
+# Views --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ["in_memory", "stored"])
+def test_views_are_those_of_their_draws_whatever_the_batches_and_the_start(
+    make, tmp_path, accelerator
+):
+    if make == "in_memory":
+        data = in_memory(augmentation=create_augmentation("affine"))
+    else:
+        data = stored(augmentation={"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5})
+    model = small_model()
+
+    def take(batch_size=4, **options):
+        loader = data.views_loader(batch_size, accelerator)
+        return extract_features(model, loader, accelerator=accelerator, **options)
+
+    features = take(views=3)
+    assert (len(features), features.num_images) == (3 * N, N)
+    assert features.targets.equal(LABELS.repeat(3))
+    first, second, third = features.values.split(N)
+    assert not first.allclose(second, atol=1e-3)
+    assert not second.allclose(third, atol=1e-3)
+    torch.testing.assert_close(take(5, views=3).values, features.values)
+    assert take(views=2).values.equal(features.first_views(2).values)
+    assert take(views=3, cache_dir=tmp_path).values.equal(features.values)
+    assert take(views=1, cache_dir=tmp_path).values.equal(first)
+    # By hand, image by image.
+    loader = data.views_loader(4, accelerator)
+    shown = getattr(loader, "dataset", data)
+    draw = 2 * N + 7
+    loader.set_epoch(2)
+    image = [images for images, _ in loader][1][3]
+    if make == "in_memory":
+        uniforms = random_uniforms(5, torch.tensor([draw]), data.augmentation.count)
+        expected = data.augmentation(data.images[7:8].float(), uniforms)
+        expected = ((expected - data.mean) / data.std)[0]
+    else:
+        expected = shown[draw][0]
+    torch.testing.assert_close(image, expected)
+
+
+def test_views_are_continued_in_the_middle(tmp_path, monkeypatch, accelerator):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    model = small_model()
+    data = in_memory(augmentation=create_augmentation("affine"))
+
+    def take(loader, **options):
+        return extract_features(model, loader, accelerator=accelerator, views=3, **options)
+
+    expected = take(data.views_loader(4, accelerator)).values
+
+    class Failing(ImageTensors):
+        def __getitems__(self, draws):
+            if draws[0] >= N + 8:
+                raise KeyboardInterrupt
+            return super().__getitems__(draws)
+
+    failing = in_memory(augmentation=create_augmentation("affine"))
+    failing.__class__ = Failing
+    with pytest.raises(KeyboardInterrupt):
+        take(failing.views_loader(4, accelerator), cache_dir=tmp_path)
+    model._seen.clear()
+    features = take(data.views_loader(4, accelerator), cache_dir=tmp_path)
+    # Accelerate reads ahead: when the third batch of a view cannot be read, the first is whole.
+    assert model._seen == [4, 3, 4, 4, 3]
+    assert features.values.equal(expected)
+    # Another seed is another augmentation.
+    data.seed += 1
+    assert ran(model, data.views_loader(4, accelerator), tmp_path, views=3) == 3 * N
+
+
+class Views:
+    """Gives the images of the second view in another order, as long as it is broken."""
+
+    broken = True
+
+    def set_epoch(self, epoch):
+        self.order = torch.arange(N).flip(0) if self.broken and epoch else torch.arange(N)
+
+    def __iter__(self):
+        images, labels = tensors().tensors
+        return ((images[rows], labels[rows]) for rows in self.order.split(4))
+
+
+def test_views_of_other_images_are_refused_and_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+    loader, model = Views(), small_model()
+    for options in ({}, {"cache_dir": tmp_path, "key": "a"}):
+        with pytest.raises(UsageError, match="every view must have the same images"):
+            extract_features(model, loader, views=2, **options)
+    assert ends(tmp_path) == {"lock"}
+    loader.broken = False
+    features = extract_features(model, loader, views=2, cache_dir=tmp_path, key="a")
+    assert features.targets.equal(LABELS.repeat(2))

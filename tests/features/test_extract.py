@@ -1,0 +1,586 @@
+"""Features are the classifier's input, for every architecture, loader and layout of batches."""
+
+import multiprocessing
+import re
+import subprocess
+import sys
+from collections import UserDict
+from dataclasses import dataclass
+from multiprocessing.connection import Client
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_lt
+from timm_lt.data import create_loader
+from timm_lt.data.decode import loaded
+from timm_lt.features import Features, extract, extract_features
+from timm_lt.features import values as values_module
+from timm_lt.heads import get_head
+from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.checks import UsageError
+
+MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet"]
+N = 11
+IMAGES = torch.randn(N, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(N) % 4
+DATA = TensorDataset(IMAGES, LABELS)
+
+
+@pytest.fixture
+def accelerators():
+    """Makes accelerators of other settings in one process."""
+
+    def make(create=create_accelerator, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return create(**options)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def small_model(name="test_resnet", num_classes=5):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def split(*sizes, images=IMAGES, labels=LABELS):
+    """Returns batches of the first images."""
+    number = sum(sizes)
+    return list(zip(images[:number].split(sizes), labels[:number].split(sizes), strict=True))
+
+
+# Features ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "targets", "message"),
+    [
+        (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix, got torch.float32 \(3,\)"),
+        (torch.zeros(3, 2).long(), torch.zeros(3).long(), "floating-point"),
+        (torch.zeros(3, 2), torch.zeros(2).long(), r"3 feature rows .* shape \(2,\)"),
+        (torch.zeros(3, 2), torch.tensor([0, -1, 0]), r"targets\[1\] = -1 is negative"),
+        (torch.zeros(2, 2), torch.tensor([0.0, 0.5]), r"targets\[1\] = 0.5 is not an integer"),
+        (torch.zeros(0, 2), torch.zeros(0).long(), "must not be empty"),
+        (torch.tensor([[1.0], [torch.inf]]), [0, 1], "row 1 has inf in column 0"),
+        (torch.tensor([[1.0, 0.0], [0.0, torch.nan]]), [0, 1], "row 1 has nan in column 1"),
+        (None, [0], r"floating-point \(N, D\) matrix, got a NoneType"),
+        ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
+        (np.eye(2, dtype=int), [0, 1], r"got torch.int64 \(2, 2\)"),
+        (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
+        (np.eye(2), None, "targets must be a sequence of integers, got None"),
+    ],
+)
+def test_wrong_features_are_refused(values, targets, message):
+    with pytest.raises(UsageError, match=message):
+        Features(values, targets)
+
+
+@pytest.mark.parametrize(
+    ("values", "targets"),
+    [
+        (np.eye(3, dtype=np.float32), np.array([2, 0, 1], np.uint8)),
+        (np.broadcast_to(np.float64(1), (3, 2)), [2, 0, 1]),
+        ([[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]], (torch.tensor(2), torch.tensor(0), torch.tensor(1))),
+        (pd.DataFrame(np.eye(3, 2)), pd.Series([2, 0, 1], index=[7, 8, 9])),
+        (torch.eye(3).half(), [np.int32(2), np.int64(0), 1]),
+    ],
+)
+def test_arrays_are_features_too(values, targets):
+    features = Features(values, targets)
+    assert features.values.dtype in (torch.float16, torch.float32, torch.float64)
+    assert features.values.tolist() == np.asarray(values).tolist()
+    assert (features.targets.dtype, features.targets.tolist()) == (torch.int64, [2, 0, 1])
+
+
+def test_values_are_not_copied():
+    values, array = torch.randn(4, 3).bfloat16(), np.eye(2)
+    features = Features(values, torch.arange(4))
+    assert features.values is values
+    assert Features(array, [0, 1]).values.data_ptr() == array.ctypes.data
+    views = Features(values, torch.tensor([0, 1, 0, 1]), views=2)
+    assert views.first_views(1).values.data_ptr() == values.data_ptr()
+    # A row whose sum overflows its type is fine.
+    assert len(Features(torch.full((2, 4), 6e4, dtype=torch.float16), torch.tensor([0, 1]))) == 2
+
+
+def test_the_mean_of_the_columns_and_the_first_bad_row_are_found_across_blocks(monkeypatch):
+    monkeypatch.setattr(values_module, "BLOCK", 12)
+    values = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).half()
+    features = Features(values, torch.zeros(10).long())
+    expected = values.numpy().astype(np.float64).mean(0)
+    np.testing.assert_allclose(features.feature_mean.numpy(), expected, rtol=1e-14)
+    unread = Features.from_checked(values, torch.zeros(10).long())
+    assert unread.feature_mean.equal(features.feature_mean)
+    values[7, 2] = float("inf")
+    with pytest.raises(UsageError, match="row 7 has inf in column 2"):
+        Features(values, torch.zeros(10).long())
+
+
+def test_views_are_rows_of_the_same_images():
+    values, targets = torch.arange(12.0).view(6, 2), torch.tensor([4, 5, 4, 5, 4, 5])
+    features = Features(values, targets, views=3)
+    assert (len(features), features.num_images, features.views) == (6, 2, 3)
+    first = features.first_views(2)
+    assert (first.values.tolist(), first.targets.tolist()) == (values[:4].tolist(), [4, 5, 4, 5])
+    assert (first.views, first.num_images) == (2, 2)
+    with pytest.raises(UsageError, match=r"views must be .*3, got 4"):
+        features.first_views(4)
+    with pytest.raises(UsageError, match="6 feature rows are not 4 views"):
+        Features(values, targets, views=4)
+    with pytest.raises(UsageError, match=r"target 9 of row 3 is not that .* view 0, 5"):
+        Features(values, torch.tensor([4, 5, 4, 9, 4, 5]), views=3)
+
+
+@pytest.mark.parametrize("given", [(torch.eye(2), torch.tensor([0, 1])), np.eye(2), None])
+def test_a_fit_takes_features_only(given):
+    features = Features(np.eye(2), [0, 1])
+    linear = nn.Linear(2, 2)
+    words = rf"must be timm_lt.Features, got a {type(given).__name__}: pass timm_lt.Features\("
+    with pytest.raises(UsageError, match=f"^features {words}"):
+        timm_lt.fit_head("ncm", given)
+    with pytest.raises(UsageError, match=f"^features {words}"):
+        timm_lt.tau_curve(linear, given)
+    if given is not None:
+        with pytest.raises(UsageError, match=f"^val {words}"):
+            timm_lt.fit_head("tau_norm", features, classifier=linear, val=given)
+
+
+# The backbone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_classifier_on_the_features_gives_the_output_of_the_model(name):
+    model = small_model(name).eval()
+    size = model.pretrained_cfg["input_size"][1]
+    images = nn.functional.interpolate(IMAGES[:3], (size, size))
+    features = extract_features(model, split(2, 1, images=images))
+    weight, bias = get_head(model).weight, get_head(model).bias
+    assert features.values.shape == (3, model.num_features)
+    with torch.no_grad():
+        torch.testing.assert_close(features.values @ weight.T + bias, model(images))
+        pre_logits = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features.values, pre_logits)
+    assert features.targets.tolist() == [0, 1, 2]
+
+
+def test_the_features_are_the_classifier_input_where_pre_logits_are_not():
+    """A model that changes its features after ``forward_head(pre_logits=True)``."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, images):
+            return self.fc(images.mean((2, 3)).repeat(1, 2)[:, :4] + 10)
+
+    loader = [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))]
+    assert extract_features(Shifted(), loader).values.tolist() == [[10.0] * 4] * 2
+
+
+def test_rows_do_not_depend_on_how_the_images_are_batched():
+    model = small_model()
+    whole = extract_features(model, split(8))
+    # The length of a generator is unknown.
+    for parts in (split(5, 2, 1), iter(split(2, 1, 2, 2, 1))):
+        features = extract_features(model, parts)
+        torch.testing.assert_close(features.values, whole.values)
+        assert features.targets.equal(whole.targets)
+
+
+def test_the_model_is_left_as_it_was():
+    model = small_model().train()
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def late():
+        yield IMAGES, LABELS
+        yield IMAGES, LABELS.double() + 0.5
+
+    extract_features(model, split(3, 3))
+    with pytest.raises(UsageError, match=r"fails on images of shape \(1, 7, 32, 32\) "):
+        extract_features(model, [(torch.zeros(1, 7, 32, 32), torch.zeros(1, dtype=torch.long))])
+    # The frames in which the batches are made live as long as the error.
+    with pytest.raises(UsageError, match="is not an integer") as kept:
+        extract_features(model, late())
+    assert kept.value.__traceback__ is not None
+    assert [module.training for module in model.modules()] == modes
+    assert not get_head(model)._forward_pre_hooks
+    # In training mode batch norm would have moved its statistics.
+    assert all(value.equal(state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_head_that_is_not_fitted_does_not_matter():
+    model = small_model()
+    expected = extract_features(model, split(3))
+    timm_lt.set_head(model, "ncm")
+    with pytest.raises(UsageError, match="not fitted"):
+        model.eval()(IMAGES)
+    assert extract_features(model, split(3)).values.equal(expected.values)
+
+
+def test_features_are_ordinary_float32_tensors_that_can_be_trained_on():
+    features = extract_features(small_model(), split(3))
+    assert features.values.dtype == torch.float32
+    assert not features.values.is_inference()
+    assert not features.values.requires_grad
+    weight = torch.zeros(5, features.num_features, requires_grad=True)
+    nn.functional.cross_entropy(features.values @ weight.T, features.targets).backward()
+    assert weight.grad is not None
+
+
+def test_models_and_loaders_that_give_no_features_are_refused():
+    around = small_model()
+    around.forward = lambda images: images.mean((2, 3))
+    vit = timm.create_model("test_vit", num_classes=4, img_size=64, dynamic_img_size=False)
+    bad = split(2, 2)
+    bad[1] = (bad[1][0].clone(), bad[1][1])
+    bad[1][0][1] = float("nan")
+    for model, loader, message in (
+        (small_model(), [], "no batches"),
+        (around, split(3), r"ResNet .* without calling its classifier"),
+        (small_model(num_classes=0), split(3), "classifier"),
+        (vit, split(3), r"VisionTransformer fails .* shape \(3, 3, 32, 32\) \(.*height.*32"),
+        (small_model(), bad, "feature row 3 has nan in column 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            extract_features(model, loader)
+
+
+class Channels(nn.Module):
+    """Its features are the means of the channels, times 1000."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, images):
+        return self.fc(1000 * images.mean((2, 3)))
+
+
+def channels(*values):
+    images = torch.tensor(values)[:, :, None, None].repeat(1, 3, 2, 2)
+    return [(images[:1], torch.tensor([0])), (images[1:], torch.zeros(len(images) - 1).long())]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_feature_beyond_float16_is_an_error_that_names_it(cached, tmp_path):
+    options = {"cache_dir": tmp_path, "key": "a"} if cached else {}
+    loader = channels([1.0], [2.0], [65.5], [65.6])
+    message = r"row 3 has 65600.0 in column 0, beyond the largest float16, 65504"
+    with pytest.raises(UsageError, match=message):
+        extract_features(Channels(), loader, dtype="float16", **options)
+    kept = extract_features(Channels(), loader[:1], dtype="float16")
+    assert kept.values.tolist() == [[1000.0] * 3]
+    for dtype in ("float32", "bfloat16"):
+        features = extract_features(Channels(), loader, dtype=dtype, **options)
+        expected = torch.tensor([1000.0, 2000.0, 65500.0, 65600.0]).to(features.values.dtype)
+        torch.testing.assert_close(features.values[:, 0], expected)
+    loader[1][0][0] = float("nan")
+    with pytest.raises(UsageError, match="row 1 has nan in column 0"):
+        extract_features(Channels(), loader, dtype="float16", **options | {"key": "b"})
+
+
+def test_a_bad_label_is_named_as_the_row_it_is_in(tmp_path):
+    loader = channels([1.0], [2.0], [3.0])
+    loader[1][1][1] = -2
+    with pytest.raises(UsageError, match=r"targets\[1:\]\[1\] = -2 is negative"):
+        extract_features(Channels(), loader, cache_dir=tmp_path, key="a")
+
+
+def test_bfloat16_is_close_and_leaves_the_model_as_it_was():
+    model = small_model("resnet18")
+    generator = torch.Generator().manual_seed(1)
+    # Smooth, as photographs are.
+    coarse = torch.randn(24, 3, 8, 8, generator=generator)
+    images = nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    loader = [(images[16:], torch.arange(8))]
+    model.train()
+    with torch.no_grad():
+        # Statistics of images: with those of a new model, features would explode.
+        for _ in range(6):
+            model(images[:16])
+    weights = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    strides = {name: weight.stride() for name, weight in model.named_parameters()}
+    exact = extract_features(model, loader).values
+    low = extract_features(model, loader, compute_dtype="bfloat16").values
+    assert low.dtype == torch.float32
+    assert not low.equal(exact)
+    assert float(((low - exact).norm(dim=1) / exact.norm(dim=1)).median()) < 0.005
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == weights
+    assert {name: weight.stride() for name, weight in model.named_parameters()} == strides
+    assert all(module.training for module in model.modules())
+    assert extract_features(model, loader).values.equal(exact)
+
+
+def test_the_mixed_precision_of_accelerate_is_off_in_float32(accelerators):
+    expected = extract_features(small_model(), DataLoader(DATA, 4)).values
+    accelerator = accelerators(Accelerator, cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(small_model())
+    forward = model.forward
+    assert extract_features(model, DataLoader(DATA, 4)).values.equal(expected)
+    assert model.forward == forward
+    with torch.autocast("cpu", torch.bfloat16):
+        assert extract_features(small_model(), DataLoader(DATA, 4)).values.equal(expected)
+    low = extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16").values
+    assert 1e-4 < float((low - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)]
+)
+def test_a_model_computes_in_the_type_of_its_weights(dtype, tolerance):
+    expected = extract_features(small_model(), DataLoader(DATA, 4)).values
+    model = small_model().to(dtype)
+    values = extract_features(model, DataLoader(DATA, 4)).values
+    assert values.dtype == torch.float32
+    assert float((values - expected).norm() / expected.norm()) < tolerance
+    if dtype != torch.bfloat16:
+        with pytest.raises(UsageError, match=r"these are torch\.float\d\d: pass compute_dtype"):
+            extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, r"dtype of extract_features: .*float64.*float16"),
+        ({"compute_dtype": "float16"}, r"compute_dtype of extract_features: .*bfloat16"),
+        ({"views": 0}, "views must be"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        extract_features(small_model(), split(3), **options)
+
+
+# Loaders ---------------------------------------------------------------------------------------
+
+
+def test_several_processes_need_a_prepared_loader(accelerators):
+    two = SimpleNamespace(num_processes=2)
+    for loader in (DataLoader(DATA, 4), [(IMAGES, LABELS)], create_loader(DATA, 32, 4)):
+        with pytest.raises(UsageError, match=r"runs 2 processes, .* prepare it"):
+            extract_features(small_model(), loader, accelerator=two)
+    accelerator = accelerators(mixed_precision="no")
+    prepared = [accelerator.prepare(DataLoader(DATA, 4))]
+    prepared += [create_loader(DATA, 32, 4, accelerator=accelerator, use_prefetcher=False)]
+    for loader in prepared:
+        # Behind the check, there is no such device.
+        with pytest.raises(AttributeError, match="gather_for_metrics"):
+            extract_features(small_model(), loader, accelerator=two)
+
+
+def test_any_error_of_the_main_process_reaches_the_others(monkeypatch):
+    sent = []
+
+    def send(words):
+        sent.append(words)
+        return words
+
+    main = SimpleNamespace(num_processes=2, is_main_process=True)
+
+    def fail(error):
+        raise error
+
+    for error, words in (
+        (UsageError("no room"), "no room"),
+        (MemoryError("too much"), "the main process failed with MemoryError: too much"),
+    ):
+        monkeypatch.setattr(extract, "broadcast_object_list", send)
+        with pytest.raises(type(error)) as raised:
+            extract._Extraction._on_main(SimpleNamespace(accelerator=main), fail, error)
+        assert raised.value is error
+        assert sent.pop() == [None, words]
+        # What another process gets of it.
+        other = SimpleNamespace(num_processes=2, is_main_process=False)
+        monkeypatch.setattr(extract, "broadcast_object_list", lambda _, words=words: [None, words])
+        with pytest.raises(UsageError, match=words):
+            extract._Extraction._on_main(SimpleNamespace(accelerator=other), fail, error)
+
+
+def failing(kind=LookupError):
+    """What torch's loader raises when a worker does, without the seconds that a process takes."""
+    try:
+        raise kind("no such row")
+    except kind:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    wrapped.reraise()
+    yield
+
+
+def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
+    # A RuntimeError, too, is one of a worker that lives.
+    for kind in (LookupError, RuntimeError):
+        with pytest.raises(UsageError, match=r"failed: .*no such row; mend it and extract "):
+            extract_features(small_model(), failing(kind))
+    with pytest.raises(UsageError, match="mend it and go on with --resume"):
+        list(loaded(failing()))
+
+
+@pytest.mark.parametrize(
+    ("torchs_words", "words"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            r"killed by signal 9, often .* too little memory\): fewer workers need less; extract",
+        ),
+        (
+            "DataLoader worker (pid 7) exited unexpectedly with exit code 3.",
+            r"died \(DataLoader worker \(pid 7\) exited unexpectedly with exit code 3\); extract",
+        ),
+    ],
+)
+def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "fork")
+
+    def dying():
+        raise RuntimeError(torchs_words)
+        yield
+
+    with pytest.raises(UsageError, match=words):
+        extract_features(small_model(), dying())
+
+
+def test_only_a_lost_connection_is_a_dead_worker(tmp_path):
+    def asking(path):
+        yield Client(path)
+
+    with pytest.raises(UsageError, match="a data worker died"):
+        list(loaded(asking(str(tmp_path / "gone"))))
+    # Whatever else goes wrong between processes is told as it is.
+    with pytest.raises(OSError, match="too long"):
+        list(loaded(asking("x" * 200)))
+
+
+@pytest.mark.exhaustive
+def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing\n"
+        "if multiprocessing.current_process().name == 'MainProcess':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "from torch.utils.data import DataLoader\n"
+        "from timm_lt.data.decode import loaded\n"
+        "list(loaded(DataLoader([1, 2], num_workers=1)))\n"
+    )
+    command = [sys.executable, str(tmp_path / "script.py")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    ends = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
+    of_worker, of_main = ends
+    assert of_worker.startswith("a data worker imports the script anew")
+    assert of_main.startswith("a data worker died (DataLoader worker")
+    for end in ends:
+        assert end.endswith("""below `if __name__ == "__main__":`""")
+        assert "memory" not in end
+
+
+class Named(NamedTuple):
+    label: object
+    image: object
+
+
+class Unnamed(NamedTuple):
+    first: object
+    second: object
+
+
+@dataclass
+class Record:
+    file: object
+    img: object
+    target: object
+
+
+FILES = ("a", "b", "c")
+LAYOUTS = {
+    "three parts": lambda x, y: (x, y, torch.arange(len(y))),
+    "list": lambda x, y: [x, y],
+    "mapping": lambda x, y: {"label": y, "image": x, "file": FILES},
+    "other keys": lambda x, y: UserDict({"targets": y, "pixel_values": x, "image": FILES}),
+    "capitals": lambda x, y: {"X": x, "Y": y},
+    "named tuple": lambda x, y: Named(y, x),
+    "named tuple in order": Unnamed,
+    "dataclass": lambda x, y: Record(FILES, x, y),
+    "arrays": lambda x, y: (x.numpy(), y.numpy().astype(np.uint8)),
+    "read-only arrays": lambda x, y: (np.broadcast_to(x.numpy(), x.shape), y.numpy()[::-1][::-1]),
+    "labels in a list": lambda x, y: (x, y.tolist()),
+    "labels in a tuple of 0-d tensors": lambda x, y: (x, tuple(y)),
+    "labels as NumPy integers": lambda x, y: (x, list(y.numpy())),
+    "images in a list": lambda x, y: (list(x), y),
+    "images in a list of arrays": lambda x, y: (list(x.numpy()), y),
+    "float64": lambda x, y: (x.double(), y.int()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_of_any_layout_give_the_same_features(layout):
+    model, parts = small_model(), [(IMAGES[:3], LABELS[:3]), (IMAGES[3:], LABELS[3:])]
+    with torch.inference_mode():
+        model.eval()
+        images = torch.cat([model.forward_head(model.forward_features(x), True) for x, _ in parts])
+    features = extract_features(model, [LAYOUTS[layout](x, y) for x, y in parts])
+    torch.testing.assert_close(features.values, images)
+    assert features.targets.equal(LABELS)
+
+
+CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: .*permute"
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (IMAGES, r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\) without labels"),
+        (IMAGES.numpy(), "is a ndarray of shape .* without labels"),
+        ([IMAGES], "is a list of length 1"),
+        ("images", "is a str; expected an image and its label"),
+        (3, "is a int; expected"),
+        ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
+        ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
+        ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\); expected .* add a dimension"),
+        ((IMAGES.flatten(1), LABELS), r"images of batch 0 .* \(11, 3072\); expected \(batch, chan"),
+        ((IMAGES[None], LABELS), r"shape \(1, 11, 3, 32, 32\); expected"),
+        ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
+        ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
+        ((IMAGES.byte(), LABELS), r"are torch.uint8; expected .* divide by 255.*create_loader"),
+        ((IMAGES.bool(), LABELS), r"are torch.bool; expected"),
+        (([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]), r"shapes \(3, 31, 32\), \(3, 32, 32\)"),
+        ((["a.png", "b.png"], [0, 1]), "images .* not one array .* list that begins with 'a.png'"),
+        (([object()], [0]), "not one array of numbers: a list that begins with a object"),
+        ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
+        ((IMAGES, LABELS[0]), r"labels of batch 0 of the loader have shape \(\); expected one"),
+        ((IMAGES, LABELS[:, None]), r"have shape \(11, 1\); .* labels.squeeze\(1\)"),
+        ((IMAGES, torch.eye(11)), r"have shape \(11, 11\); .* labels.argmax\(1\)"),
+        ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
+        ((IMAGES, LABELS > 1), r"labels\[0\] = False is not an integer"),
+        ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with 'cat'; expected the number of the"),
+        ((IMAGES[:2], None), "labels .* not integers: a NoneType"),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_said(batch, words):
+    with pytest.raises(UsageError, match=words):
+        extract_features(small_model(), [batch])
+
+
+@pytest.mark.parametrize("loader", [DATA, IMAGES, 5, datasets.Dataset.from_dict({"label": [0]})])
+def test_only_loaders_are_loaders(loader):
+    with pytest.raises(UsageError, match=r"is not a loader.* timm_lt.create_loader"):
+        extract_features(small_model(), loader)

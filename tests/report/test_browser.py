@@ -1,0 +1,264 @@
+"""The report in a real Chromium: wide and on a phone, light and dark, by mouse and by keyboard."""
+
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_runs import whole_report
+
+from timm_lt.report import write_report
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+SCREENS = [(size, scheme) for size in ("wide", "phone") for scheme in ("light", "dark")]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="there is no chromium here: apt-get install chromium"
+    ),
+]
+
+# Texts whose contrast with what lies behind them is below 4.5, as WCAG 2 has it for small texts.
+LOW_CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const shown = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  };
+  const luminance = (rgb) => {
+    const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const [r, g, b] = rgb.map((v) => linear(v / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const low = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    const element = text.parentElement;
+    if (!text.data.trim() || !element.checkVisibility()) continue;
+    if (element.closest("script, noscript, :disabled")) continue;
+    const behind = [];
+    for (let up = element; up; up = up.parentElement) {
+      behind.unshift(getComputedStyle(up).backgroundColor);
+    }
+    const back = luminance(shown(behind));
+    const style = getComputedStyle(element), svg = element.closest("svg");
+    const front = luminance(shown([...behind, svg ? style.fill : style.color]));
+    const ratio = (Math.max(back, front) + .05) / (Math.min(back, front) + .05);
+    if (ratio < 4.5) low.push(`${text.data.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+  }
+  return low;
+}"""
+WITHOUT_NAME = """() => [...document.querySelectorAll("button, a, input, select, [tabindex]")]
+  .filter((e) => !(e.textContent.trim() || e.getAttribute("aria-label") || e.labels?.length))
+  .map((e) => e.outerHTML)"""
+# Height of the text in the charts that are displayed, in pixels.
+LABEL_SIZES = """() => [...document.querySelectorAll(".chart text")]
+  .filter((text) => text.checkVisibility())
+  .map((text) => text.ownerSVGElement.getScreenCTM().a * parseFloat(text.style.fontSize))"""
+SORT_AND_FILTER = """() => {
+  const start = performance.now(), filter = document.getElementById("filter");
+  document.querySelector("#class-table button").click();
+  filter.value = "99";
+  filter.dispatchEvent(new Event("input"));
+  return performance.now() - start;
+}"""
+CHOSEN = """() => [...document.querySelectorAll("[data-head]:not([hidden])")]
+  .map((panel) => panel.dataset.head)"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="there is no playwright here: pip install playwright"
+    )
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, whole_report(250, images=2))
+    return path
+
+
+@pytest.fixture
+def opened(browser, report, request):
+    """Opens the report; fails if anything is written to the console or asked of elsewhere."""
+    contexts, problems = [], []
+
+    def open_page(size="wide", scheme="light", path=report):
+        context = browser.new_context(
+            viewport=WIDE if size == "wide" else PHONE,
+            color_scheme=scheme,
+            has_touch=size == "phone",
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(dialog.message) or dialog.dismiss())
+        page.on("request", lambda asked: problems.append(asked.url) if elsewhere(asked) else None)
+        page.goto(path.as_uri())
+        return page
+
+    def elsewhere(asked):
+        return not asked.url.startswith("data:") and not asked.url.startswith(
+            report.parent.as_uri()
+        )
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def names(page):
+    return page.locator("#class-table tbody th").all_text_contents()
+
+
+def column(page, number):
+    return page.locator(f"#class-table tbody tr td:nth-child({number})").all_text_contents()
+
+
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_it_looks_right(opened, size, scheme, tmp_path):
+    page = opened(size, scheme)
+    width = (WIDE if size == "wide" else PHONE)["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for head in ("crt", "tau_norm"):
+        page.select_option("#picker-confusion", head)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(LOW_CONTRAST) == []
+    assert page.evaluate(WITHOUT_NAME) == []
+    # Every picture is one.
+    assert page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
+    # Text in charts is legible on a phone, too.
+    sizes = page.evaluate(LABEL_SIZES)
+    assert len(sizes) > 50
+    assert 10 < min(sizes) <= max(sizes) < 16
+    shot = page.screenshot(path=tmp_path / "screen.png", full_page=True)
+    grey = np.asarray(Image.open(io.BytesIO(shot)).convert("L"), float)
+    assert grey.shape[1] == width
+    assert (grey.mean() > 200) if scheme == "light" else (grey.mean() < 60)
+    assert grey.std() > 15
+
+
+def test_the_table_sorts_filters_and_turns_pages(opened):
+    page = opened()
+    assert len(names(page)) == 100
+    assert page.text_content("#status") == "1 to 100 of 250 classes"
+    # From the least frequent on at the second click.
+    button = page.get_by_role("button", name="training images")
+    heading = page.locator("#class-table th", has=button)
+    button.click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert column(page, 2)[0] == "500"
+    button.click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    counts = [int(text.replace(",", "")) for text in column(page, 2)]
+    assert counts == sorted(counts)
+    assert counts[0] == 5
+    page.click("#next")
+    page.click("#next")
+    assert page.text_content("#status") == "201 to 250 of 250 classes"
+    assert page.is_disabled("#next")
+    assert column(page, 2)[-1] == "500"
+    page.select_option("#shots", "few_shot")
+    assert set(column(page, 3)) == {"few"}
+    page.select_option("#shots", "")
+    page.fill("#filter", "BIRD_11")
+    assert names(page) == ["bird_119", "bird_118", "bird_117", "bird_116", "bird_115", "bird_114",
+                           "bird_113", "bird_112", "bird_111", "bird_110", "bird_11"]  # fmt: skip
+    page.fill("#filter", "<script>")
+    assert names(page) == ["<script>alert(1)</script>"]
+    page.fill("#filter", "שלום")
+    assert names(page) == ["שלום עולם"]
+    page.fill("#filter", "no such bird")
+    assert names(page) == []
+    assert page.text_content("#status") == "No class matches"
+
+
+def test_what_the_script_draws_is_what_was_there_before(opened):
+    page = opened()
+    before = page.inner_html("#class-table tbody")
+    page.fill("#filter", "x")
+    page.fill("#filter", "")
+    drawn = page.inner_html("#class-table tbody")
+    assert squeezed(drawn) == squeezed(before)
+
+
+def squeezed(html):
+    return "".join(html.split()).replace(";", "").replace('class=""', "").replace(".0%", "%")
+
+
+def test_the_keyboard_sorts_and_chooses_heads(opened):
+    page = opened()
+    page.get_by_role("button", name="class", exact=True).focus()
+    page.keyboard.press("Enter")
+    assert names(page)[:3] == sorted(names(page)[:3], key=str.lower)
+    assert page.locator("#class-table [aria-sort]").get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert column(page, 2)[0] == "500"
+    assert page.is_visible("[data-head=tau_norm] >> nth=0")
+    page.focus("#picker-changes")
+    page.keyboard.press("c")
+    panels = page.evaluate(CHOSEN)
+    assert panels == ["crt", "crt"]
+    assert page.input_value("#picker-confusion") == "crt"
+    # Wide tables can be scrolled.
+    assert page.locator(".scroll:not([tabindex='0'])").count() == 0
+
+
+def test_values_that_are_not_known_come_last(opened, report, tmp_path):
+    text = report.read_text(encoding="utf-8")
+    start = text.index('id="class-data">') + len('id="class-data">')
+    end = text.index("</script>", start)
+    data = json.loads(text[start:end])
+    for k, row in enumerate(data["rows"]):
+        row[4] = None if k % 5 else k / 1000
+    path = report.parent / "unknown.html"
+    path.write_text(text[:start] + json.dumps(data).replace("<", "\\u003c") + text[end:], "utf-8")
+    page = opened(path=path)
+    button = page.get_by_role("button", name="linear")
+    for expected in (["24.5", "24.0"], ["0.0", "0.5"]):
+        button.click()
+        shown = column(page, 5)
+        assert shown[:2] == expected
+        assert shown[50:] == ["\N{EN DASH}"] * 50
+
+
+def test_ten_thousand_classes_are_sorted_and_filtered_at_once(opened, report):
+    text = report.read_text(encoding="utf-8")
+    rows = [[f"bird_{k}", 10_000 - k, "many_shot", 50, 0.5, k / 1e4, 0.5, 0] for k in range(10_000)]
+    path = report.parent / "large.html"
+    data = f'"rows":{json.dumps(rows)},"heads"'
+    path.write_text(re.sub(r'"rows":\[.*\],"heads"', lambda _: data, text), "utf-8")
+    page = opened(path=path)
+    page.get_by_role("button", name="crt").click()
+    assert names(page)[0] == "bird_9999"
+    milliseconds = page.evaluate(SORT_AND_FILTER)
+    found = sum("99" in f"bird_{k}" for k in range(10_000))
+    assert page.text_content("#status") == f"1 to 100 of {found} classes"
+    # A tenth of a second on a free core.
+    assert milliseconds < 3000
+
+
+def test_a_point_says_what_it_is(opened):
+    page = opened()
+    titles = page.locator(".chart.wide title").all_text_contents()
+    assert {"crt", "many", "training loss"} <= set(titles)
+    assert any("images of confidence" in title for title in titles)

@@ -1,0 +1,382 @@
+"""The report in one file: what it says is what was measured, whatever the names; its size."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from report_runs import LONG, figures, long_tail, squares, whole_report
+
+from timm_lt.fitting import AccuracyCurve
+from timm_lt.metrics import paired_difference, shot_accuracy
+from timm_lt.report import ExampleImages, Predictions, Report, render_report, write_report
+from timm_lt.report.changes import (
+    MAX_BYTES,
+    SIDE,
+    Thumbnails,
+    compare,
+    confused_groups,
+    data_uri,
+    frequent_mistakes,
+    min_images,
+)
+from timm_lt.report.html import MAX_CLASSES
+from timm_lt.report.record import MAX_COMPARED
+from timm_lt.utils.checks import UsageError
+
+# Elements without an end.
+VOID = {"meta", "img", "input", "br", "wbr"}
+NO_PICTURES = Thumbnails(None)
+
+
+class Page(HTMLParser):
+    """The elements and texts of a page; fails where elements do not nest."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self.open = [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID and tag != "path":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return whole_report()
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return render_report(report)
+
+
+def table_data(page):
+    return json.loads(re.search(r'id="class-data">(.*?)</script>', page)[1])
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def test_the_confusion_of_shot_groups_and_classes_is_counted():
+    counts, targets, logits = long_tail(12, images=9)
+    report = Report(**figures(counts, targets, logits))
+    group = ["many_shot" if n > 100 else "few_shot" if n < 20 else "medium_shot" for n in counts]
+    cells, pairs, total = Counter(), Counter(), Counter()
+    for target, pred in zip(targets.tolist(), logits["crt"].argmax(1).tolist(), strict=True):
+        total[group[target]] += 1
+        cells[group[target], "right" if target == pred else group[pred]] += 1
+        pairs[target, pred] += target != pred
+    for name, shares in confused_groups(report, "crt").items():
+        assert sum(shares.values()) == pytest.approx(1)
+        for other, share in shares.items():
+            assert share == pytest.approx(cells[name, other] / total[name])
+    mistakes = frequent_mistakes(report, "crt", NO_PICTURES)
+    assert [m.images for m in mistakes] == sorted(pairs.values(), reverse=True)[:6]
+    for mistake in mistakes:
+        assert mistake.images == pairs[mistake.label, mistake.pred]
+        assert mistake.share == pytest.approx(mistake.images / 9)
+
+
+def test_the_classes_that_gained_and_lost_most_are_those():
+    counts, targets, logits = long_tail(12, images=9)
+    right = {
+        name: Counter(
+            t for t, z in zip(targets.tolist(), logits[name], strict=True) if z.argmax() == t
+        )
+        for name in ("linear", "crt")
+    }
+    change = [right["crt"][c] - right["linear"][c] for c in range(12)]
+    found = compare(Report(**figures(counts, targets, logits)), "crt", NO_PICTURES)
+    assert found.better == sum(moved > 0 for moved in change) > 3
+    assert found.worse == sum(moved < 0 for moved in change) > 0
+    order = sorted(change, reverse=True)
+    for changes, expected in (
+        (found.gained, [moved for moved in order if moved > 0]),
+        (found.lost, [moved for moved in order[::-1] if moved < 0]),
+    ):
+        assert [c.after - c.before for c in changes] == expected[:5]
+        for one in changes:
+            assert one.after - one.before == change[one.label]
+            assert one.images == 9
+
+
+def rare_classes(right):
+    """Returns a report on two classes of nine test images and rare ones of 4, 4 and 1.
+
+    ``right`` has the test images of each class that the joint classifier and a head have right.
+    """
+    counts, images = torch.tensor([300, 50, 18, 18, 5]), torch.tensor([9, 9, 4, 4, 1])
+    targets = torch.arange(5).repeat_interleave(images)
+    place = torch.cat([torch.arange(n) for n in images.tolist()])
+    preds = {
+        name: torch.where(place < torch.tensor(numbers)[targets], targets, (targets + 1) % 5)
+        for name, numbers in zip(("linear", "crt"), right, strict=True)
+    }
+    return Report(
+        title="rare",
+        reports={name: shot_accuracy(p, targets, counts) for name, p in preds.items()},
+        class_counts=counts,
+        targets=targets,
+        predictions={name: Predictions(p) for name, p in preds.items()},
+        label_names=["gull", "kite", "owl", "crow", "ibis"],
+    )
+
+
+def test_rare_classes_are_among_those_that_gained():
+    report = rare_classes(([9, 5, 0, 1, 0], [8, 6, 4, 3, 1]))
+    # One image says nothing of a class; four are what the few-shot classes have at most.
+    assert min_images(report) == {"many_shot": 5, "medium_shot": 5, "few_shot": 4}
+    found = compare(report, "crt", NO_PICTURES)
+    moved = [(report.names[c.label], c.before, c.after) for c in (*found.gained, *found.lost)]
+    assert moved == [("owl", 0, 4), ("crow", 1, 3), ("kite", 5, 6), ("gull", 9, 8)]
+    # All changes are counted.
+    assert (found.better, found.worse) == (4, 1)
+    text = " ".join("".join(Page(render_report(report)).texts).split())
+    assert "of those with at least 5 (many), 5 (medium) or 4 (few) test images." in text
+    assert "25.0 → 75.0 % (1 → 3 of 4 images)" in text
+    few = render_report(rare_classes(([9, 5, 0, 1, 1], [9, 5, 0, 1, 0])))
+    assert "0 classes are better than under the joint classifier, 1 worse." in few
+    assert "No class gained." in few
+    assert "No class with so many test images lost." in few
+
+
+def test_the_mean_over_classes_is_shown_where_the_test_split_has_a_tail_too(page):
+    targets = torch.tensor([0, 0, 0, 1])
+    preds = {"linear": [0, 0, 0, 0], "crt": [0, 0, 1, 1]}
+    report = Report(
+        title="birds",
+        reports={n: shot_accuracy(p, targets, [500, 5]) for n, p in preds.items()},
+        class_counts=torch.tensor([500, 5]),
+        targets=targets,
+        predictions={n: Predictions(torch.tensor(p).int()) for n, p in preds.items()},
+        recommended="crt",
+    )
+    texts = [text.strip() for text in Page(render_report(report)).texts]
+    place = texts.index("mean over classes")
+    tile = [text for text in texts[place + 1 : place + 12] if text]
+    assert tile[:4] == ["83.3", "%", "▲ +33.3", "from 50.0"]
+    assert "mean over classes" not in page
+
+
+def test_the_page_has_the_figures_of_the_heads_and_classes(report, page):
+    counts, targets, logits = long_tail()
+    preds = [logits[name].argmax(1) for name in ("crt", "linear")]
+    gain = paired_difference(*preds, targets, counts)
+    text = " ".join(page.split())
+    assert f"+{100 * gain[0]:.1f}</span><small>+{100 * gain[1]:.1f} to +{100 * gain[2]:.1f}" in text
+    data = table_data(page)
+    assert data["columns"][4:] == ["linear", "crt", "tau_norm"]
+    assert [row[1] for row in data["rows"]] == counts.tolist()
+    for c, row in enumerate(data["rows"]):
+        rows = targets == c
+        found = [
+            float((logits[n][rows].argmax(1) == c).double().mean()) for n in data["columns"][4:]
+        ]
+        assert row[4:7] == pytest.approx(found, abs=1e-4)
+        assert row[7] == pytest.approx(found[2] - found[0], abs=1e-4)
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def test_pictures_are_small_and_of_the_right_image(report):
+    thumbnails = Thumbnails(report.images)
+    change = compare(report, "crt", thumbnails).gained[0]
+    assert change.pictures
+    for picture in change.pictures:
+        assert picture.uri.startswith("data:image/jpeg;base64,")
+        assert report.names[change.label] in picture.text
+        assert "% sure" in picture.text
+    colours = np.random.default_rng(0).integers(0, 256, (30, 3), np.uint8)
+    for mistake in frequent_mistakes(report, "linear", thumbnails):
+        for picture, label in zip(mistake.pictures, (mistake.label, mistake.pred), strict=True):
+            encoded = base64.b64decode(picture.uri.partition(",")[2])
+            with Image.open(io.BytesIO(encoded)) as image:
+                # JPEG moves colours a little.
+                assert np.abs(np.asarray(image, int)[20, 20] - colours[label]).max() < 12
+
+
+def test_pictures_of_noise_and_of_odd_shapes_are_bounded():
+    noise = np.random.default_rng(0).integers(0, 256, (500, 900, 3), np.uint8)
+    for image in (noise, noise[:3], noise[:, :1]):
+        uri = data_uri(Image.fromarray(image))
+        encoded = base64.b64decode(uri.partition(",")[2])
+        assert len(encoded) <= MAX_BYTES
+        assert max(Image.open(io.BytesIO(encoded)).size) <= SIDE
+
+
+def test_an_image_that_is_damaged_or_unknown_has_no_picture():
+    labels = torch.arange(3)
+    good = squares(labels, labels)
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"nothing", "path": None}] * 3, "label": [0, 1, 2]},
+        features=good.features,
+    )
+    found = Thumbnails(ExampleImages(good, labels, broken, labels))
+    assert found.test(1) is None
+    assert found.of_class(1) is not None
+    assert found.of_class(5) is None
+    assert Thumbnails(ExampleImages(good, labels, good)).test(1) is None
+    assert NO_PICTURES.of_class(0) is None
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def test_nothing_in_a_name_is_markup(page):
+    parsed = Page(page)
+    kinds = [attributes.get("type") for attributes in parsed.all("script")]
+    assert kinds == ["application/json", None]
+    assert parsed.all("b") == []
+    assert "<script>alert(1)</script>" in "".join(parsed.texts)
+    assert "alert(2)</script>" in "".join(parsed.texts)
+    names = [row[0] for row in table_data(page)["rows"]]
+    assert names[0] == "<script>alert(1)</script>"
+    assert names[2] == "שלום עולם"
+    # A long name is cut everywhere.
+    assert len(names[1]) == 40
+    assert LONG[:60] not in page
+
+
+def test_the_page_needs_nothing_beside_it(page):
+    parsed = Page(page)
+    (policy,) = (m["content"] for m in parsed.all("meta") if "http-equiv" in m)
+    assert policy.startswith("default-src 'none'; img-src data:")
+    assert parsed.all("link") == parsed.all("iframe") == []
+    assert all(
+        image["src"].startswith("data:image/") and image["alt"] for image in parsed.all("img")
+    )
+    assert all(link["href"].startswith("#") for link in parsed.all("a"))
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    # Also those within the charts.
+    links = parsed.all("a") + parsed.all("use")
+    assert {(link.get("href") or link["xlink:href"])[1:] for link in links} <= set(ids)
+    assert set(re.findall(r"url\(#(.*?)\)", page)) <= set(ids)
+    # Every colour of a chart is defined, for light and for dark.
+    for name in set(re.findall(r"var\((--\w+)\)", page)) - {"--v", "--lo", "--hi", "--width"}:
+        assert len(re.findall(rf"[{{;\s]{name}:", page)) == 2, name
+
+
+def test_sections_of_unknown_figures_are_missing(tmp_path):
+    counts, targets, logits = long_tail(3, heads=("ncm",))
+    bare = Report(**figures(counts, targets, logits))
+    parsed = Page(render_report(bare))
+    ids = {attributes["id"] for _, attributes in parsed.elements if "id" in attributes}
+    assert {"heads", "frequency", "confusion", "calibration", "classes"} <= ids
+    assert not {"tau", "changes", "training", "recipe"} & ids
+    write_report(tmp_path / "report.html", bare)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(bare)
+
+
+@pytest.mark.parametrize("counts", [[500, 50, 5], [9, 8, 7]])
+def test_a_class_without_test_images_and_heads_without_logits(counts):
+    targets, preds = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    heads = ("linear", "crt")
+    report = Report(
+        title="",
+        reports=dict.fromkeys(heads, shot_accuracy(preds, targets, counts)),
+        class_counts=torch.tensor(counts),
+        targets=targets,
+        predictions=dict.fromkeys(heads, Predictions(preds)),
+    )
+    page = render_report(report)
+    assert table_data(page)["rows"][2][4:] == [None, None, None]
+    assert "nan" not in re.sub(r"<script>.*", "", page, flags=re.DOTALL).lower()
+    assert 'id="calibration"' not in page
+
+
+def test_one_class_and_very_many_classes_of_which_the_rarest_are_shown():
+    for size in (1, MAX_CLASSES + 2):
+        counts = torch.arange(size, 0, -1)
+        targets = torch.tensor([0, size - 1])
+        report = Report(
+            title="many",
+            reports={"crt": shot_accuracy(targets, targets, counts)},
+            class_counts=counts,
+            targets=targets,
+            predictions={"crt": Predictions(targets)},
+        )
+        page = render_report(report)
+        rows = [row[1] for row in table_data(page)["rows"]]
+        assert (rows[0], rows[-1]) == (min(size, MAX_CLASSES), 1)
+    assert "; 2 more frequent ones are in per_class.csv" in page
+    Page(page)
+
+
+@pytest.mark.exhaustive
+def test_ten_thousand_classes_with_all_that_there_can_be_stay_below_five_megabytes():
+    names = ["linear", *(f"head_{k}" for k in range(MAX_COMPARED))]
+    counts, targets = torch.arange(MAX_CLASSES, 0, -1), torch.arange(MAX_CLASSES).repeat(5)
+    noise = np.random.default_rng(0).integers(0, 256, (len(targets), 24, 24, 3), np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    images = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in noise], "label": targets.tolist()},
+        features=features,
+    )
+    generator = torch.Generator().manual_seed(0)
+    preds = {
+        name: torch.where(
+            torch.rand(len(targets), generator=generator) < 0.5, targets, targets.roll(1 + k)
+        )
+        for k, name in enumerate(names)
+    }
+    low = torch.rand(50_000, generator=generator).double()
+    report = Report(
+        title="large",
+        reports={n: shot_accuracy(p, targets, counts) for n, p in preds.items()},
+        class_counts=counts,
+        targets=targets,
+        predictions={n: Predictions(p, torch.rand(len(p))) for n, p in preds.items()},
+        label_names=["\N{DOG FACE}" * 40] * MAX_CLASSES,
+        curves={"head_1": (AccuracyCurve(low, low + 1), 0.9)},
+        images=ExampleImages(images, targets, images, torch.arange(len(targets))),
+    )
+    assert 2e6 < len(render_report(report).encode()) < 5e6
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_figures_that_do_not_fit_together_are_named():
+    given = figures(*long_tail(3))
+    with pytest.raises(UsageError, match=r"recommended head 'lws'.* choose one of: linear, crt"):
+        Report(**given, recommended="lws")
+    with pytest.raises(UsageError, match=r"of the shape .*\(12,\); got .'linear': None"):
+        Report(**given | {"predictions": {}})
+    with pytest.raises(UsageError, match=r"\(11,\); got .'linear': \(12,\)"):
+        Report(**given | {"targets": given["targets"][1:]})
+    with pytest.raises(UsageError, match=r"at least one head"):
+        Report(**given | {"reports": {}})
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1], {})
+    assert "crow" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -1,0 +1,311 @@
+"""Weights whose classes are numbered otherwise than those of the data."""
+
+import csv
+import json
+
+import datasets
+import pytest
+import safetensors.torch
+import timm.data
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import timm_lt
+from timm_lt.cli import main
+from timm_lt.data import Splits, create_splits
+from timm_lt.run.network import class_orders, in_order_of_weights
+from timm_lt.run.recipe import ModelRecipe
+from timm_lt.utils.checks import UsageError
+
+# 2 and 10 change places, and so do a and B.
+COLOURS = {
+    "1": (250, 0, 0),
+    "10": (0, 250, 0),
+    "2": (0, 0, 250),
+    "B": (250, 250, 0),
+    "a": (9, 9, 9),
+}
+COUNTS = {"1": 10, "10": 12, "2": 8, "B": 9, "a": 9}
+GIVEN = ModelRecipe("x")
+TIMM, SORTED = ["1", "2", "10", "a", "B"], ["1", "10", "2", "B", "a"]
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    """Commands of one process have types of their own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("order") / "photos"
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(COUNTS[name]):
+            shade = tuple(max(0, value - i) for value in colour)
+            Image.new("RGB", (32, 32), shade).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(photos):
+    """Builds a model that is right about every image, its classes in the order of timm or not."""
+
+    @torch.no_grad()
+    def build(names):
+        torch.manual_seed(0)
+        made = timm.create_model("test_resnet", num_classes=len(names)).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(model=made))
+        images = []
+        for name in names:
+            with Image.open(photos / name / "3.png") as image:
+                images.append(transform(image))
+        features = made.forward_head(made.forward_features(torch.stack(images)), pre_logits=True)
+        # The class of the nearest image.
+        made.get_classifier().weight.copy_(2 * features)
+        made.get_classifier().bias.copy_(-features.square().sum(dim=1))
+        return made
+
+    return build
+
+
+def constant(label):
+    made = timm.create_model("test_resnet", num_classes=5)
+    with torch.no_grad():
+        made.get_classifier().weight.zero_()
+        made.get_classifier().bias.copy_(torch.eye(5)[label])
+    return made
+
+
+def saved(made, path, **more):
+    torch.save({"state_dict": made.state_dict(), **more}, path)
+    return str(path)
+
+
+def evaluated(folder, photos, capsys, *arguments):
+    """Evaluates a checkpoint; returns the accuracy of each class by its name, and what was said."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    table = folder / "classes.csv"
+    command = ["evaluate", *arguments, "--per-class", str(table), "--workers", "0"]
+    assert main([*command[:2], str(photos), *command[2:]]) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    said = " ".join(capsys.readouterr().err.split())
+    return {row["name"]: float(row["accuracy_linear"]) for row in rows}, said
+
+
+def test_orders_are_those_of_timm_and_torchvision(photos):
+    orders = class_orders(list(COLOURS))
+    reader = timm.data.create_dataset("", str(photos)).reader
+    assert orders["timm"] == sorted(reader.class_to_idx, key=reader.class_to_idx.get) == TIMM
+    assert orders["sorted"] == ImageFolder(photos).classes == SORTED
+    # A number to str.isdigit, which int refuses.
+    assert class_orders(["²", "1"])["timm"] == ["1", "²"]
+
+
+@pytest.mark.parametrize("names", [TIMM, SORTED], ids=["timm", "sorted"])
+def test_evaluate_finds_the_order_of_a_file(photos, model, names, tmp_path, capsys):
+    file = saved(model(names), tmp_path / "best.pth")
+    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
+    assert found == dict.fromkeys(names, 1.0)
+    assert list(found) == names
+    order = "timm's natural order" if names == TIMM else "sorted order"
+    assert f"classes are numbered as in the weights, in {order}: of 25 training images" in said
+    hits = (25, 0) if names == TIMM else (0, 25)
+    assert f"{hits[0]} are right in timm's natural order (1, 2, 10, a, B)" in said
+    assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in said
+
+
+def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys):
+    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
+    command = ["heads", str(photos), "--model", "test_resnet", "--checkpoint", file]
+    command += ["--heads", "ncm", "--workers", "0", "--output", str(run)]
+    assert main(command) == 0
+    assert " ".join(capsys.readouterr().err.split()).count("has no names for its 5 classes") == 1
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["label_names"] == TIMM
+    assert metrics["heads"]["linear"]["all"] == 1
+    # Without the images that are held out for test and val.
+    assert metrics["class_counts"] == [6, 5, 8, 6, 6]
+    config = json.loads((run / "config.json").read_text())
+    assert config["timm_lt"]["label_names"] == TIMM
+    # Names decide, whatever the order of the data.
+    found, said = evaluated(tmp_path, photos, capsys, str(run), "--head", "linear")
+    assert found == dict.fromkeys(TIMM, 1.0)
+    assert "training images" not in said
+    command = ["evaluate", str(run), str(photos), "--class-order", "sorted", "--workers", "0"]
+    assert main(command) == 2
+    assert "have class names; remove it" in capsys.readouterr().err
+
+
+def test_a_recipe_and_lists_of_words_find_the_order(photos, model, tmp_path, capsys):
+    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
+    lines = [f"{path.relative_to(photos)},x{path.parent.name}" for path in photos.rglob("*.png")]
+    (tmp_path / "train.csv").write_text("\n".join(["path,label", *lines]))
+    recipe = {
+        "data": {
+            "name": "list",
+            "root": str(photos),
+            "options": {"train": str(tmp_path / "train.csv")},
+            "augmentation": "timm",
+        },
+        "model": {"name": "test_resnet", "checkpoint": file},
+        "epochs": 0,
+        "heads": {"ncm": {}, "linear": {}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = ["train", str(tmp_path / "recipe.yaml"), "--output", str(run), "--workers", "0"]
+    assert main(command) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["label_names"] == [f"x{name}" for name in TIMM]
+    assert metrics["heads"]["linear"]["all"] == 1
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command += ["--overwrite", "--model.class_order", "sorted"]
+    assert main(command) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["label_names"] == [f"x{name}" for name in SORTED]
+    # Of four classes that change places none is right, and of the other all are.
+    assert metrics["heads"]["linear"]["all"] == pytest.approx(2 / 10)
+
+
+@pytest.mark.parametrize(
+    ("door", "names"),
+    [("folder", TIMM), ("folder", SORTED), ("torchvision", TIMM), ("timm", SORTED)],
+    ids=str,
+)
+def test_rebalance_finds_the_order(photos, model, names, door):
+    data = {
+        "folder": photos,
+        "torchvision": ImageFolder(photos),
+        "timm": timm.data.create_dataset("", str(photos)),
+    }[door]
+    made = model(names)
+    found = timm_lt.rebalance(made, data, heads="ncm", workers=0)
+    assert found.reports["linear"].all == found.reports["ncm"].all == 1
+    assert torch.equal(found.heads["linear"].weight, made.fc.weight)
+    images = found.reports["ncm"].test_images.tolist()
+    assert images == [round(COUNTS[name] / 5) for name in names]
+
+
+def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, capsys):
+    file = saved(model(TIMM), tmp_path / "best.pth")
+    (tmp_path / "names.txt").write_text("\n".join(SORTED))
+    images = [str(photos / name / "0.png") for name in TIMM]
+    command = ["predict", "test_resnet", *images, "--checkpoint", file, "--json", "--top", "1"]
+    command += ["--names", str(tmp_path / "names.txt")]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == SORTED
+    assert "if they number the classes as timm does, say --class-order timm" in " ".join(
+        captured.err.split()
+    )
+    assert main([*command, "--class-order", "timm"]) == 0
+    captured = capsys.readouterr()
+    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == TIMM
+    assert "class-order" not in captured.err
+    assert main([*command[:-2], "--class-order", "timm"]) == 2
+    assert "--class-order is for the names of --names" in capsys.readouterr().err
+
+
+def test_names_of_the_model_decide(photos, model):
+    order = ["a", "10", "2", "1", "B"]
+    made = model(order)
+    made.pretrained_cfg["label_names"] = order
+    found = timm_lt.rebalance(made, photos, heads="ncm", workers=0)
+    assert found.reports["linear"].all == 1
+    assert torch.equal(found.heads["linear"].weight, made.fc.weight)
+    with pytest.raises(UsageError, match="have class names; remove it"):
+        timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
+
+
+def test_an_order_for_a_classifier_that_is_not_kept_is_refused(photos):
+    made = constant(0)
+    message = "class order timm only applies to a classifier that is kept"
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", fresh_classifier=True, workers=0)
+    made.pretrained_cfg["label_names"] = list("vwxyz")
+    with pytest.raises(UsageError, match=message):
+        timm_lt.rebalance(made, photos, class_order="timm", workers=0)
+
+
+def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog):
+    data = timm.data.create_dataset("", str(photos))
+    found = timm_lt.rebalance(constant(1), data, heads="ncm", workers=0)
+    assert found.reports["linear"].per_class.tolist() == [0, 1, 0, 0, 0]
+    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
+    assert "images do not tell the order of the weights" in caplog.text
+
+
+@pytest.mark.parametrize("label", [1, 3])
+def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
+    """A model that always gives the same answer is right as often in both orders."""
+    made = constant(label)
+    with pytest.raises(UsageError, match="say --class-order timm or --class-order sorted"):
+        timm_lt.rebalance(made, photos, heads="ncm", workers=0)
+    file = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(made.state_dict(), file)
+    command = ["evaluate", "test_resnet", str(photos), "--checkpoint", str(file), "--workers", "0"]
+    assert main(command) == 2
+    assert "it is not clear in which order" in " ".join(capsys.readouterr().err.split())
+    for order, names in (("timm", TIMM), ("sorted", SORTED)):
+        arguments = ["test_resnet", "--checkpoint", str(file), "--class-order", order]
+        found, _ = evaluated(tmp_path, photos, capsys, *arguments)
+        assert found == {name: float(place == label) for place, name in enumerate(names)}
+    # As timm's train.py leaves it.
+    file = saved(made, tmp_path / "best.pth.tar", arch="test_resnet", epoch=3)
+    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
+    assert found[TIMM[label]] == 1
+    assert "numbered in timm's natural order, as timm's train.py does" in said
+
+
+def test_a_clear_difference_is_needed(photos, model):
+    """By class: many images of one class that is right by chance do not outweigh the others."""
+    splits = create_splits("folder", root=str(photos))
+    half = model(TIMM)
+    # "10" and "B" are taken for the classes that are in their places in the other order.
+    with torch.no_grad():
+        half.fc.weight[[1, 2]] = half.fc.weight[[2, 1]]
+        half.fc.bias[[1, 2]] = half.fc.bias[[2, 1]]
+    with pytest.raises(UsageError, match="it is not clear"):
+        in_order_of_weights(splits, half, given=GIVEN)
+    kept = in_order_of_weights(splits, half, given=GIVEN, trained=True)
+    assert kept is splits
+
+
+def test_a_large_class_does_not_outweigh_a_small_one():
+    """The same answer for all images is that of the large class in one of the orders."""
+    names = ["1", "10", "2"]
+    labels = [label for label, count in enumerate((4, 70, 4)) for _ in range(count)]
+    columns = {"image": [Image.new("RGB", (32, 32))] * len(labels), "label": labels}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    splits = Splits.from_datasets({"train": rows})
+    with pytest.raises(UsageError, match="it is not clear in which order"):
+        in_order_of_weights(splits, constant(1), given=GIVEN)
+
+
+def test_where_the_orders_are_the_same_nothing_is_looked_at(photos, monkeypatch):
+    plain = create_splits("folder", root=str(photos)).in_order(["B", "a", "10", "2", "1"])
+    assert in_order_of_weights(plain, torch.nn.Identity(), given=GIVEN) is plain
+    glyphs = Splits(plain.datasets, plain.labels, plain.class_counts, None)
+    assert in_order_of_weights(glyphs, torch.nn.Identity(), given=GIVEN) is glyphs
+    with pytest.raises(UsageError, match="the data lack class names"):
+        in_order_of_weights(glyphs, torch.nn.Identity(), given=ModelRecipe("x", class_order="timm"))
+
+
+def test_splits_in_another_order_are_the_same_images(photos):
+    splits = create_splits("folder", root=str(photos))
+    order = ["a", "1", "10", "2", "B"]
+    other = splits.in_order(order)
+    assert other.class_counts.tolist() == [
+        splits.class_counts[SORTED.index(name)] for name in order
+    ]
+    for split, rows in splits.datasets.items():
+        names = [rows.features["label"].names[label] for label in rows["label"]]
+        there = other.datasets[split]
+        assert [there.features["label"].names[label] for label in there["label"]] == names
+        assert other.labels[split].tolist() == there["label"][:]
+        for before, after in zip(rows, there, strict=True):
+            assert before["image"].tobytes() == after["image"].tobytes()

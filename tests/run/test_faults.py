@@ -1,0 +1,513 @@
+"""The real command among faults: kills, full disks, lost processes, damaged images, NaN."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from multiprocessing import resource_sharer
+from pathlib import Path
+
+import pytest
+import torch
+from damaged import DAMAGE
+
+import timm_lt
+from timm_lt.data import create_splits
+from timm_lt.data.loader import loaded
+from timm_lt.run.execution import run_to_exit
+from timm_lt.training.state import find_damage
+
+RECIPE = Path(__file__).parent.parent / "small_digits.yaml"
+SEED = 0
+RESULTS = ("config.json", "metrics.json", "README.md", "model.safetensors")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finish(server, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seconds(server, whole, tmp_path_factory):
+    """How long a run takes, without what only the first does."""
+    started = time.monotonic()
+    folder = tmp_path_factory.mktemp("runs") / "timed"
+    finish(server, folder)
+    assert bits(folder) == bits(whole)
+    return time.monotonic() - started
+
+
+def options(folder, *more):
+    return RECIPE, "--output", folder, *more
+
+
+def finish(server, folder, *more):
+    run = server.run(*options(folder, "--resume", *more))
+    assert run.status == 0, run.err
+    return run
+
+
+def failed(run, *words):
+    """Checks that a run says in one line what is wrong."""
+    errors = [line for line in run.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert run.status == 2, run.err
+    assert len(errors) == 1, run.err
+    assert errors[0].startswith("error: ")
+    for word in words:
+        assert word in errors[0]
+    return errors[0]
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def bits(folder):
+    """What an uninterrupted run has to the last bit."""
+    files = [folder / "model.safetensors", *sorted((folder / "heads").iterdir())]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return digests | {key: metrics(folder)[key] for key in ("heads", "logits_sha256")}
+
+
+def saved(folder):
+    """The epochs whose state would be believed; checks that none of them is damaged."""
+    states = sorted((folder / "state").glob("epoch_*"))
+    assert [find_damage(state) for state in states] == [None] * len(states)
+    return [int(state.name[6:]) for state in states]
+
+
+def wait_for(condition, seconds=300):
+    """Waits until something holds and returns it."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return found
+
+
+# Kills -------------------------------------------------------------------------------------------
+
+# Paths that a run is about to touch when it is killed; None is a random moment.
+MOMENTS = ("*/state/.partial_*/optimizer.bin", None, "*/heads/.lws.*")
+MORE_MOMENTS = (
+    *("*/recipe.yaml", "*/state/.partial_0001", "*/state/.partial_*/manifest.json"),
+    *("*/state/epoch_0004", "*/model.safetensors", "*/metrics.json", *[None] * 11),
+)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("more", [(), pytest.param(MORE_MOMENTS, marks=pytest.mark.exhaustive)])
+def test_kills_change_nothing(server, whole, seconds, tmp_path, more):
+    rng = random.Random(SEED)
+    per_epoch = metrics(whole)["seconds"]["representation"] / 5
+    aimed = [*MOMENTS, *more]
+    rng.shuffle(aimed)
+    folders = [tmp_path / "0"]
+    kills = in_folder = 0
+    while kills < len(aimed):
+        folder, moment = folders[-1], aimed[kills]
+        run = server.start(*options(folder, "--resume"), at=moment)
+        if moment is None:
+            done = max(saved(folder), default=0)
+            time.sleep(rng.uniform(0, seconds - done * per_epoch))
+            run.kill()
+        run.wait()
+        assert run.status in (0, -signal.SIGKILL), run.err
+        saved(folder)
+        if run.status == -signal.SIGKILL:
+            kills += 1
+            in_folder += 1
+            assert not (folder / "metrics.json").exists()
+        if run.status == 0 or in_folder == 5:
+            folders.append(tmp_path / str(len(folders)))
+            in_folder = 0
+    for folder in folders:
+        finish(server, folder)
+        assert bits(folder) == bits(whole)
+        assert [path.name for path in folder.rglob(".*")] == []
+
+
+# Full disks --------------------------------------------------------------------------------------
+
+
+# Where the disk is full, how many bytes a file may have then, and words of the message.
+FULL = (
+    (None, 10_000, ["state after epoch 1", "there is no other"]),
+    ("*/heads/.crt*", 5000, ["results", "model.safetensors"]),
+    ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
+)
+MORE_FULL = (
+    (None, 100, ["recipe.yaml", "cannot be written"]),
+    ("*/state/.partial_0003", 500_000, ["state after epoch 3", "after epoch 2 is whole"]),
+    ("*/state/.partial_0004/.history.json*", 100, ["after epoch 4", "history.json"]),
+    ("*/heads/.crt*", 3000, ["results", "crt.safetensors"]),
+    ("*/run/.config.json*", 500, ["results", "config.json"]),
+    ("*/plots", 20_000, ["results", "accuracy_by_frequency.png"]),
+    ("*/run/.README.md*", 5000, ["results", "README.md"]),
+    ("*/run/.report.html*", 20_000, ["results", "report.html"]),
+)
+
+
+@pytest.mark.parametrize("full", [FULL, pytest.param(MORE_FULL, marks=pytest.mark.exhaustive)])
+def test_full_disks_are_one_line_each_and_no_loss(server, whole, tmp_path, full):
+    folder = tmp_path / "run"
+    for at, limit, words in full:
+        run = server.run(*options(folder, "--resume"), at=at, limit=limit)
+        message = failed(run, *words, "File too large")
+        if "recipe.yaml" not in message:
+            assert "make room and go on with --resume" in message
+        assert not (folder / "metrics.json").exists()
+        saved(folder)
+        assert [path for path in folder.rglob(".*") if path.name != ".lock"] == []
+    finish(server, folder)
+    assert bits(folder) == bits(whole)
+
+
+# Data workers ------------------------------------------------------------------------------------
+
+DECODED = ("--data.augmentation", "timm", "--epochs", "3")
+
+
+@pytest.fixture(scope="module")
+def decoded(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "decoded"
+    finish(server, folder, *DECODED, "--workers", "0")
+    return folder
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+EVERYTHING = (
+    *("--data.augmentation", "timm", "--workers", "1"),
+    *("--data.augmentation_options", "{auto_augment: rand-m5, re_prob: 0.3, hflip: 0}"),
+    *("--mixup.mixup_alpha", "0.2", "--mixup.cutmix_alpha", "1", "--mixup.off_epoch", "4"),
+    *("--mixup.remix_kappa", "3", "--max_norm", "0.5"),
+    *("--optimizer.name", "adamw", "--optimizer.lr", "0.003", "--clip_grad", "1"),
+    *("--ema.decay", "0.9", "--accumulation_steps", "2", "--loss.options.smoothing", "0.1"),
+    *("--sampler.name", "progressively_balanced", "--validate_every", "2"),
+)
+
+
+def test_a_run_with_every_option_resumes_to_the_same_bits(server, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(server, whole, *EVERYTHING)
+    for epoch in (1, 3):
+        run = server.start(*options(folder, *EVERYTHING, "--resume"))
+        wait_for((folder / "state" / f"epoch_000{epoch}").exists)
+        run.kill()
+        run.wait()
+    finish(server, folder, *EVERYTHING)
+    assert bits(folder) == bits(whole)
+
+
+def test_a_killed_worker_is_named(server, decoded, tmp_path):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *DECODED, "--workers", "1"))
+    (worker,) = wait_for(lambda: children(run.pid))
+    os.kill(worker, signal.SIGKILL)
+    run.wait()
+    assert run.status == 2, run.err
+    # If torch hears of it in a callback of Python, Python reports that as well.
+    (message,) = re.findall(r"^error: .*", run.err, re.MULTILINE)
+    assert message.startswith("error: a data worker died")
+    assert message.endswith("; go on with --resume")
+    # The signal is not always known; less memory is advised only where it is.
+    assert ("fewer workers need less" in message) == ("killed by signal 9" in message)
+    finish(server, folder, *DECODED, "--workers", "1")
+    assert bits(folder) == bits(decoded)
+
+
+class Ends(torch.utils.data.Dataset):
+    def __init__(self):
+        self.ended = multiprocessing.Event()
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index == 1:
+            # The first batch is on its way, as a file that its receiver has to ask for.
+            time.sleep(1)
+            resource_sharer.stop()
+            self.ended.set()
+        return torch.zeros(1000)
+
+
+def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named():
+    """Its connections are closed a moment before its parent can see that it is dead."""
+    data = Ends()
+    batches = iter(torch.utils.data.DataLoader(data, num_workers=1))
+    assert data.ended.wait(60)
+    with pytest.raises(timm_lt.UsageError, match=r"data worker died \(.*--resume"):
+        list(loaded(batches))
+
+
+def test_a_worker_that_raises_is_quoted(server, tmp_path):
+    broken = ("--data.name", "failing_digits", *DECODED, "--data.options", "{row: 20}")
+    run = server.run(*options(tmp_path / "run", *broken, "--workers", "1"))
+    failed(run, "data worker failed", "a mistake in somebody's code", "--resume")
+    # In this process: the author of the code wants to see where.
+    run = server.run(*options(tmp_path / "own", *broken, "--workers", "0"))
+    assert run.status == 1
+    assert run.err.endswith("LookupError: a mistake in somebody's code\n")
+
+
+# Images that cannot be read ----------------------------------------------------------------------
+
+FAST = ("--epochs", "1", "--heads", "{linear: {}, ncm: {}}")
+DAMAGED = ("--data.name", "damaged_digits", *FAST)
+TIMM = ("--data.augmentation", "timm", "--workers")
+PATHS = [(), (*TIMM, "0"), (*TIMM, "1")]
+COUNTS = {split: len(rows) for split, rows in DAMAGE.items()}
+
+
+@pytest.mark.parametrize(
+    ("split", "path"),
+    [
+        ("train", PATHS[1]),
+        ("test", PATHS[2]),
+        *(pytest.param(split, (), marks=pytest.mark.exhaustive) for split in DAMAGE),
+        pytest.param("val", PATHS[2], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_damaged_image_is_named(server, tmp_path, path, split):
+    folder = tmp_path / "run"
+    only = f"{{damaged: {split}}}"
+    run = server.run(*options(folder, *DAMAGED, "--data.options", only, *path))
+    message = failed(run, f"{split} split: ", "cannot be decoded", "--data.unreadable skip")
+    named = re.findall(r"image (\d+) \((\w+)\.png\)", message)
+    assert named == [(str(row), f"{split}_{row}") for row in DAMAGE[split]]
+    assert not folder.exists()
+    assert not any((folder / name).exists() for name in RESULTS)
+    if split != "test":
+        return
+    # What the message says to do.
+    finish(server, folder, *DAMAGED, "--data.options", only, *path, "--data.unreadable", "skip")
+    expected = {name: len(rows) if name == split else 0 for name, rows in DAMAGE.items()}
+    assert metrics(folder)["unreadable_images"] == expected
+
+
+def test_without_verification_a_worker_names_the_image_that_it_comes_to(server, tmp_path):
+    unverified = (*DAMAGED, *PATHS[2], "--data.verify", "false")
+    run = server.run(*options(tmp_path / "run", *unverified, "--data.options", "{damaged: val}"))
+    failed(run, "val split: image 7 (val_7.png) cannot be decoded", "--data.unreadable skip")
+
+
+@pytest.fixture(scope="module")
+def skipped(server, tmp_path_factory):
+    """Runs by path over images of which some cannot be read."""
+    parent = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for number, path in enumerate(PATHS):
+        folder = parent / str(number)
+        skip = (*DAMAGED, "--data.unreadable", "skip", *path)
+        runs[path] = folder, server.run(*options(folder, *skip))
+    return runs
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_damaged_images_are_left_out_and_counted(skipped, path):
+    folder, run = skipped[path]
+    assert run.status == 0, run.err
+    assert metrics(folder)["unreadable_images"] == COUNTS
+    for split, rows in DAMAGE.items():
+        shown = ", ".join(f"image {row} ({split}_{row}.png)" for row in rows)
+        assert re.search(
+            rf"{COUNTS[split]} of \d+ {split} images .* left out: {re.escape(shown)}\n", run.err
+        )
+
+
+def test_workers_leave_out_the_same(skipped):
+    assert bits(skipped[PATHS[1]][0]) == bits(skipped[PATHS[2]][0])
+
+
+def test_accuracy_is_over_the_images_that_can_be_read(server, tmp_path):
+    clean, damaged = tmp_path / "clean", tmp_path / "damaged"
+    finish(server, clean, *FAST)
+    skip = ("--data.unreadable", "skip", "--data.options", "{damaged: test}")
+    finish(server, damaged, *DAMAGED, *skip)
+    # Of what is trained nothing is missing.
+    weights = "model.safetensors"
+    assert bits(damaged)[weights] == bits(clean)[weights]
+    images = create_splits("digits_lt").images(
+        "test", size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+    )
+    readable = [row for row in range(len(images)) if row not in DAMAGE["test"]]
+    inputs, targets = images.__getitems__(readable)
+    for head, figures in metrics(damaged)["heads"].items():
+        model = timm_lt.create_model(f"local-dir:{clean}", head=head).eval()
+        with torch.inference_mode():
+            right = (model(inputs).argmax(1) == targets).double()
+        assert figures["all"] == pytest.approx(right.mean().item(), abs=1e-9)
+        # Of its thirty images, 29 can be read.
+        assert figures["per_class"][4] == pytest.approx(right[targets == 4].mean().item())
+
+
+# Losses that are not finite ----------------------------------------------------------------------
+
+# The second epoch has a rate of 1e20.
+SOARS = (
+    *("--mixed_precision", "no", "--epochs", "3", "--scheduler.name", "step"),
+    *("--scheduler.warmup_epochs", "0", "--scheduler.options"),
+    "{decay_epochs: 1, decay_rate: 1e21}",
+)
+
+
+def test_a_loss_that_is_not_finite_stops_every_time(server, tmp_path):
+    folder = tmp_path / "run"
+    first = failed(
+        server.run(*options(folder, *SOARS)),
+        *("loss became nan in epoch 2, update ", "optimizer.lr", "the state after epoch 1 is kept"),
+    )
+    assert saved(folder) == [1]
+    assert not any((folder / name).exists() for name in RESULTS)
+    state = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()
+    again = failed(server.run(*options(folder, "--resume", *SOARS)), "loss became nan in epoch 2")
+    assert again == first
+    assert saved(folder) == [1]
+    kept = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()
+    assert kept == state
+
+
+@pytest.mark.exhaustive
+def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
+    """The last update of an epoch breaks them, after its loss."""
+    folder = tmp_path / "run"
+    breaks = (
+        *("--mixed_precision", "no", "--batch_size", "389", "--scheduler.name", "constant"),
+        *("--scheduler.warmup_epochs", "0", "--optimizer.lr", "1e38"),
+        *("--optimizer.weight_decay", "1e3"),
+    )
+    run = server.run(*options(folder, *breaks))
+    failed(run, "no longer finite", "epoch 1", "optimizer.lr")
+    assert saved(folder) == []
+
+
+# Signals and locks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "number", "status"),
+    [
+        ((), signal.SIGTERM, 143),
+        ((*TIMM, "1"), signal.SIGINT, 130),
+        pytest.param((), signal.SIGINT, 130, marks=pytest.mark.exhaustive),
+        pytest.param((*TIMM, "1"), signal.SIGTERM, 143, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_signal_ends_the_run_in_one_line(server, whole, tmp_path, path, number, status):
+    for attempt in range(3):
+        folder = tmp_path / f"run_{attempt}"
+        run = server.start(*options(folder, *path))
+        wait_for((folder / "state" / "epoch_0002").exists)
+        # As a terminal and a scheduler do: to all processes of the run.
+        os.killpg(run.pid, number)
+        run.wait()
+        # Python drops an exception in a callback, so a signal at that moment has no effect.
+        if "Exception ignored" not in run.err:
+            break
+    assert run.status == status, run.err
+    assert "--resume" in run.err.splitlines()[-1]
+    assert "Traceback" not in run.err
+    assert 2 in saved(folder)
+    if not path:
+        finish(server, folder)
+        assert bits(folder) == bits(whole)
+
+
+def test_a_worker_that_is_terminated_first_is_no_other_end(capsys):
+    def command():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    assert run_to_exit(command) == 143
+    assert capsys.readouterr().err.startswith("interrupted; run it again with --resume")
+
+
+def test_one_run_at_a_time_in_a_folder(server, whole, tmp_path):
+    folder = tmp_path / "run"
+    first = server.start(*options(folder))
+    wait_for((folder / "state" / "epoch_0001").exists)
+    for more in ("--resume", "--overwrite"):
+        failed(server.run(*options(folder, more)), "another process runs in", "--output")
+    assert first.wait().status == 0, first.err
+    assert bits(folder) == bits(whole)
+    assert not (folder / ".lock").exists()
+
+
+def test_workers_of_a_killed_run_do_not_keep_its_folder(server, decoded, tmp_path):
+    folder = tmp_path / "run"
+    run = server.start(*options(folder, *DECODED, "--workers", "1"))
+    wait_for((folder / "state" / "epoch_0001").exists)
+    workers = wait_for(lambda: children(run.pid))
+    run.kill()
+    run.wait()
+    assert any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert (folder / ".lock").exists()
+    finish(server, folder, *DECODED, "--workers", "1")
+    assert bits(folder) == bits(decoded)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def on_two(server, folder, *more):
+    """Runs the command on two processes, as a launcher does, which would import all again."""
+    return server.on_ranks(2, *options(folder, "--resume", *more))
+
+
+def errors_of(runs):
+    lines = [line for run in runs for line in run.err.splitlines()]
+    return [line for line in lines if line.startswith("error: ")]
+
+
+@pytest.mark.multiprocess
+def test_one_of_two_processes_is_killed(server, tmp_path):
+    folder, untouched = tmp_path / "run", tmp_path / "whole"
+    fast = ("--threads", "1", "--epochs", "4", "--heads", "{linear: {}, crt: {}, ncm: {}}")
+    for run in on_two(server, untouched, *fast):
+        assert run.status == 0, run.err
+    first, second = server.start_ranks(2, *options(folder, *fast))
+    wait_for((folder / "state" / "epoch_0001").exists)
+    second.kill()
+    assert second.wait().status == -signal.SIGKILL
+    failed(first.wait(), "another process of this run has ended", "--resume")
+    assert saved(folder)
+    assert not (folder / "metrics.json").exists()
+    shutil.copytree(folder, tmp_path / "alone")
+    for run in on_two(server, folder, *fast):
+        assert run.status == 0, run.err
+    assert bits(folder) == bits(untouched)
+    finish(server, tmp_path / "alone", *fast)
+    alone, both = metrics(tmp_path / "alone"), metrics(folder)
+    assert (alone["num_processes"], both["num_processes"]) == (1, 2)
+    for head, figures in both["heads"].items():
+        # 300 test images: a difference of .12 is three standard errors.
+        assert alone["heads"][head]["all"] == pytest.approx(figures["all"], abs=0.12)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_name_a_damaged_image_once_and_count_it_once(server, tmp_path):
+    timm = (*DAMAGED, *TIMM, "1")
+    only = ("--data.options", "{damaged: test}")
+    runs = on_two(server, tmp_path / "raises", *timm, *only)
+    assert [run.status for run in runs] == [2, 2]
+    named = "image 130 (test_130.png): 0 bytes, image 250 (test_250.png): it is not an image"
+    for line in errors_of(runs):
+        assert f"test split: 2 of 300 images cannot be decoded: {named}" in line
+    skips = on_two(server, tmp_path / "skips", *timm, "--data.unreadable", "skip")
+    assert [run.status for run in skips] == [0, 0]
+    named = "left out: image 130 (test_130.png), image 250 (test_250.png)\n"
+    assert "".join(run.err for run in skips).count(named) == 1
+    assert metrics(tmp_path / "skips")["unreadable_images"] == COUNTS

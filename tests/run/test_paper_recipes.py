@@ -1,0 +1,566 @@
+"""Recipes of published results: the papers' settings, and two updates of each on stand-in images.
+
+The real data are not here. A source of the right number of classes stands in for each, with images
+of the right size; the recipe is otherwise as it is shipped, but for the batch, and that ResNets
+of 50 layers or more leave out blocks between the first and the last.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import nn
+
+import train_lt
+from timm_lt.data import register_dataset
+from timm_lt.data.sources import (
+    DATASETS,
+    SELECTED_ON_TEST,
+    check_protocol,
+    dataset_from_files,
+)
+from timm_lt.losses import create_loss
+from timm_lt.models.published import PUBLISHED
+from timm_lt.run.parse import load_recipe, shipped_recipes
+from timm_lt.run.recipe import RunOptions
+from timm_lt.run.setup import create_run
+from timm_lt.run.stages import train
+from timm_lt.training.update import Schedule
+from timm_lt.utils.checks import check_options
+from timm_lt.utils.files import read_yaml
+
+CATALOGUE = (Path(train_lt.__file__).parent / "hub_configs" / "README.md").read_text()
+CLASSES = {
+    "imagenet_lt": 1000,
+    "places_lt": 365,
+    "inat2018": 8142,
+    "cifar10_lt": 10,
+    "cifar100_lt": 100,
+}
+SELECTED_BY_THE_PAPERS_ON_TEST = ("inat2018", "cifar10_lt", "cifar100_lt")
+FILES = shipped_recipes()
+DATA = {name: read_yaml(path)["data"]["name"] for name, path in FILES.items()}
+RECIPES = [name for name, data in DATA.items() if data in CLASSES]
+CIFAR = [name for name in RECIPES if DATA[name].startswith("cifar")]
+LDAM = [name for name in CIFAR if name.endswith("_ldam")]
+BBN = [name for name in RECIPES if name.startswith("lt_bbn_")]
+OLTR = ["lt_oltr_resnet10.imagenet_lt"]
+KANG = [name for name in RECIPES if name not in CIFAR + BBN + OLTR]
+BACKBONES = ["resnet10", "resnet50", "resnet101", "resnet152"]
+BACKBONES += ["resnext50", "resnext101", "resnext152"]
+SAMPLINGS = ["class_balanced", "square_root", "progressively_balanced"]
+
+
+@functools.cache
+def load(name):
+    return load_recipe(FILES[name])
+
+
+def of(data):
+    return [load(name) for name in RECIPES if DATA[name] == data and name not in BBN + OLTR]
+
+
+# What there is ------------------------------------------------------------------------------------
+
+
+def test_there_is_a_recipe_for_every_result():
+    expected = {f"lt_{backbone}.imagenet_lt" for backbone in BACKBONES}
+    expected |= {f"lt_resnext50.imagenet_lt_{sampling}" for sampling in SAMPLINGS}
+    expected |= {
+        f"lt_resnet{depth}.inat2018{epochs}" for depth in (50, 101, 152) for epochs in ("", "_e90")
+    }
+    expected |= {"lt_resnet152.places_lt"}
+    expected |= {
+        name.format(f"cifar{classes}_lt_if{factor}")
+        for classes in (10, 100)
+        for factor in (10, 50, 100)
+        for name in ("lt_resnet32.{}_ldam", "lt_bbn_resnet32.{}")
+    }
+    expected |= {"lt_bbn_resnet50.inat2018", "lt_bbn_resnet50.inat2018_e90"}
+    assert set(RECIPES) == expected | set(OLTR)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_is_quoted_and_what_is_estimated(name):
+    lines = FILES[name].read_text().splitlines()
+    header = " ".join(line[2:] for line in lines if line.startswith("# "))
+    for words in ("Quoted, not measured here", "Estimated", "Differs from the paper", "bf16"):
+        assert words in header
+    assert (load(name).protocol == "paper") is ("protocol: paper" in header)
+    (row,) = [line for line in CATALOGUE.splitlines() if line.startswith(f"| `{name}`")]
+    # The same figures in three places: header, catalogue, and published block.
+    quoted = header[header.index("Quoted") : header.index("Estimated")]
+    for figure in re.findall(r"\d\d\.\d+", row.partition("|")[2].rpartition("|")[0]):
+        assert figure in quoted
+    published = PUBLISHED[name].heads if name in PUBLISHED else {}
+    for head, entry in published.items():
+        if entry.quoted:
+            groups = ("many_shot", "medium_shot", "few_shot", "all")
+            figures = " / ".join(f"{100 * entry.quoted[group]:.1f}" for group in groups)
+            assert f"{'joint' if head == 'linear' else head} {figures}" in header
+
+
+# What the papers say ------------------------------------------------------------------------------
+
+JITTER = [0.4, 0.4, 0.4, 0.0]
+# By data: learning rate, weight decay, batch; epochs of crt; learning rate and decay of the heads.
+KANG_SETTINGS = {
+    "imagenet_lt": (0.2, 5e-4, 512, 10, 0.2, 5e-4),
+    "places_lt": (0.1, 5e-4, 256, 10, 0.1, 5e-4),
+    "inat2018": (0.2, 1e-4, 512, 30, 0.2, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", KANG)
+def test_settings_of_kang_et_al(name):
+    recipe = load(name)
+    lr, decay, batch, crt_epochs, head_lr, head_decay = KANG_SETTINGS[recipe.data.name]
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", lr, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size) == (decay, batch)
+    assert optimizer.options["filter_bias_and_bn"] is False
+    assert (scheduler.name, scheduler.warmup_epochs, scheduler.options) == ("cosine", 0, {})
+    epochs = {"places_lt": 30, "imagenet_lt": 90}
+    assert recipe.epochs == epochs.get(recipe.data.name, 90 if name.endswith("_e90") else 200)
+    assert recipe.loss.name == "cross_entropy"
+    images = {
+        "stage": "images",
+        "bn": "shift",
+        "batch_size": batch,
+        "lr": head_lr,
+        "weight_decay": head_decay,
+        "momentum": 0.9,
+        "sampler": "class_balanced",
+        "sampler_options": {"samples_per_class": 4},
+    }
+    assert recipe.heads == {
+        "linear": {},
+        "crt": images | {"epochs": crt_epochs},
+        "lws": images | {"epochs": 5},
+        "tau_norm": {},
+        "ncm": {"metric": "euclidean", "features": "centered_l2"},
+    }
+    jitter = None if recipe.data.name == "inat2018" else JITTER
+    options = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": jitter}
+    assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("timm", options)
+    assert recipe.shot_rule == "fb"
+
+
+def test_the_four_samplings_of_figure_1():
+    samplers = {load(name).sampler.name: load(name).sampler.options for name in KANG}
+    assert samplers == {
+        "instance_balanced": {},
+        "class_balanced": {"samples_per_class": 4},
+        "square_root": {},
+        "progressively_balanced": {"schedule": "t/(T-1)"},
+    }
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_settings_of_ldam_and_bbn(name):
+    recipe = load(name)
+    ldam = name.endswith("_ldam")
+    factor = int(re.search(r"_if(\d+)", name)[1])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    # timm's sgd has Nesterov momentum.
+    assert optimizer.name == ("momentum" if ldam else "sgd")
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 2e-4)
+    assert optimizer.options == {"filter_bias_and_bn": False}
+    assert (scheduler.name, scheduler.warmup_epochs) == ("multistep", 5)
+    milestones = [160, 180] if ldam else [120, 160]
+    assert scheduler.options == {"decay_milestones": milestones, "decay_rate": 0.01}
+    # Of both streams of BBN, each 128 as in the paper.
+    assert (recipe.epochs, recipe.batch_size, recipe.keep) == (200, 128 if ldam else 256, "best")
+    assert recipe.model.name == f"lt_{'' if ldam else 'bbn_'}resnet32.{recipe.data.name}"
+    assert recipe.sampler.name == ("instance_balanced" if ldam else "bilateral")
+    assert (recipe.loss.name == "bilateral") is not ldam
+    assert recipe.data.options == {
+        "imbalance_factor": factor,
+        "profile": "exponential",
+        "seed": 0,
+    }
+    options = {"padding": 4, "border": "zero", "hflip": 0.5}
+    assert (recipe.data.augmentation, recipe.data.augmentation_options) == ("crop", options)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(90, [60, 80]), (180, [120, 160])])
+def test_settings_of_bbn_on_inaturalist(epochs, steps):
+    recipe = load("lt_bbn_resnet50.inat2018" + ("_e90" if epochs == 90 else ""))
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("sgd", 0.05, 0.9)
+    assert (optimizer.weight_decay, recipe.epochs, recipe.batch_size) == (1e-4, epochs, 256)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("multistep", 0)
+    assert scheduler.options == {"decay_milestones": steps, "decay_rate": 0.1}
+    assert (recipe.sampler.name, recipe.loss.name) == ("bilateral", "bilateral")
+    assert recipe.loss.options == {"divisor": "code"}
+    assert PUBLISHED[recipe.model.name].mean == (0.485, 0.456, 0.406)
+
+
+def test_settings_of_oltr():
+    recipe = load(OLTR[0])
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.momentum) == ("momentum", 0.1, 0.9)
+    assert (optimizer.weight_decay, recipe.batch_size, recipe.epochs) == (5e-4, 128, 30)
+    assert (scheduler.name, scheduler.warmup_epochs) == ("step", 0)
+    assert scheduler.options == {"decay_epochs": 10, "decay_rate": 0.1}
+    fit = {"centroids": "learned", "epochs": 60, "lr": 0.1, "weight_decay": 5e-4}
+    assert recipe.heads == {"linear": {}, "oltr": fit}
+    assert recipe.shot_rule == "oltr"
+    # One rate for each ten epochs.
+    found = rates(OLTR[0])
+    assert found[[0, 8, 10, 18, 20, 29], 5] == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("name", LDAM)
+def test_ldam_has_margins_between_cosines_and_late_weights(name):
+    recipe = load(name)
+    assert recipe.model.options == {"head": "cosine", "scale": 1.0}
+    counts = [400, 60, 9, 2]
+    cosines = [[0.9, -0.2, 0.1, 0.5], [0.3, 0.2, -0.7, 0.4]]
+    labels = [0, 3]
+    losses = [ldam_by_hand(z, y, counts) for z, y in zip(cosines, labels, strict=True)]
+    raw = [(1 - 0.9999) / (1 - 0.9999 ** counts[y]) for y in labels]
+    weighted = sum(w * loss for w, loss in zip(raw, losses, strict=True)) / sum(raw)
+    loss = create_loss(recipe.loss.name, class_counts=counts, **recipe.loss.options)
+    for epoch, expected in ((0, sum(losses) / 2), (159, sum(losses) / 2), (160, weighted)):
+        loss.set_epoch(epoch, recipe.epochs)
+        found = loss(torch.tensor(cosines), torch.tensor(labels)).item()
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def ldam_by_hand(cosines, label, counts):
+    """Cross-entropy at temperature 1 / 30, with 1/2 for the smallest class, as n^(-1/4)."""
+    margin = 0.5 * (min(counts) / counts[label]) ** 0.25
+    z = [30 * (c - margin * (j == label)) for j, c in enumerate(cosines)]
+    return math.log(sum(math.exp(value) for value in z)) - z[label]
+
+
+def without(recipe, **parts):
+    """The recipe with some keys left out: those that may differ within a family."""
+    values = dataclasses.asdict(recipe)
+    for part, keys in parts.items():
+        kept = {} if keys is None else values[part]
+        values[part] = {key: value for key, value in kept.items() if key not in keys}
+    return values
+
+
+@pytest.mark.parametrize("family", ["imagenet_lt", "inat2018", "ldam", "bbn"])
+def test_recipes_of_a_family_differ_in_nothing_else(family):
+    cifar = {"ldam": LDAM, "bbn": [name for name in CIFAR if name in BBN]}
+    recipes = [load(name) for name in cifar[family]] if family in cifar else of(family)
+    may_differ = {
+        "imagenet_lt": {"model": ["name"], "sampler": None},
+        "inat2018": {"model": ["name"], "epochs": None},
+    }.get(family, {"model": ["name"], "data": ["name", "options"]})
+    first, *others = [without(recipe, **may_differ) for recipe in recipes]
+    assert len(others) >= 5
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_test_split_is_selected_on_where_the_paper_did_so(name):
+    paper = DATA[name] in SELECTED_BY_THE_PAPERS_ON_TEST
+    assert load(name).protocol == ("paper" if paper else "standard")
+    # The data set itself permits it, or not, and takes the recipe's options.
+    check_protocol(DATA[name], load(name).protocol)
+    assert (DATA[name] in SELECTED_ON_TEST) is paper
+    options = {"root": "FOLDER", **load(name).data.options}
+    check_options(DATA[name], DATASETS[DATA[name]], options)
+
+
+# The learning rate --------------------------------------------------------------------------------
+
+UPDATES = 10
+
+
+def rates(name):
+    """The learning rate of every update (epochs, updates per epoch)."""
+    recipe = load(name)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.optimizer.lr)
+    options = recipe.scheduler.arguments()
+    schedule = Schedule(optimizer, options, epochs=recipe.epochs, updates_per_epoch=UPDATES)
+    values = []
+    for step in range(recipe.epochs * UPDATES):
+        schedule.before_update(step)
+        values.append(optimizer.param_groups[0]["lr"])
+    return np.array(values).reshape(recipe.epochs, UPDATES)
+
+
+@pytest.mark.parametrize("name", ["lt_resnext50.imagenet_lt", "lt_resnet50.inat2018"])
+def test_the_cosine_passes_through_that_of_the_paper(name):
+    found = rates(name)
+    epochs = len(found)
+    # The authors' code has one rate for each epoch, 1-based: the last is 0.
+    of_epoch = [0.1 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs + 1)]
+    np.testing.assert_allclose(found[:, 0], of_epoch[:-1], atol=1e-12)
+    assert (found > np.array(of_epoch[1:])[:, None] - 1e-12).all()
+    assert (np.diff(found.ravel()) < 0).all()
+
+
+@pytest.mark.parametrize("paper", ["ldam", "bbn"])
+def test_the_steps_are_those_of_the_paper(paper):
+    names = {"ldam": "lt_resnet32.cifar100_lt_if100_ldam"}
+    found = rates(names.get(paper, "lt_bbn_resnet32.cifar100_lt_if100"))
+    first, second = {"ldam": (160, 180), "bbn": (120, 160)}[paper]
+    for epoch in range(1, 201):
+        if epoch <= 5:
+            # A line to where the paper's stairs are at the end of the epoch.
+            low, high = 0.1 * (epoch - 1) / 5, 0.1 * epoch / 5
+            assert found[epoch - 1] == pytest.approx(np.linspace(low, high, 11)[:-1], abs=1e-5)
+            continue
+        rate = 0.1 * (0.01 if epoch > first else 1) * (0.01 if epoch > second else 1)
+        # timm drops one update early.
+        early = epoch in (first, second)
+        assert found[epoch - 1, : -1 if early else None] == pytest.approx(rate, rel=1e-9)
+        if early:
+            assert found[epoch - 1, -1] == pytest.approx(rate * 0.01, rel=1e-9)
+
+
+# Two updates --------------------------------------------------------------------------------------
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A source of any number of classes: noise, and a tail as long as its class 0 is large."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for side in (32, 256):
+        for number in range(4):
+            noise = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((side, side)).save(folder / f"{side}_{number}.png")
+
+    @functools.cache
+    def splits(classes, side):
+        tail = np.arange(classes)
+        labels = {"train": np.concatenate([np.zeros(600, np.int64), tail]), "test": tail}
+        if side == 256 and classes != CLASSES["inat2018"]:
+            labels["val"] = tail
+        names = [f"class {label}" for label in tail]
+        return {
+            split: dataset_from_files(
+                [f"{folder}/{side}_{row % 4}.png" for row in range(len(values))], values, names
+            )
+            for split, values in labels.items()
+        }
+
+    @register_dataset("stand_in", selected_on_test="the papers")
+    def source(*, root, classes, imbalance_factor=0, profile="", seed=0):
+        return splits(classes, 32 if profile else 256)
+
+    yield str(folder)
+    del DATASETS._parts["stand_in"], SELECTED_ON_TEST["stand_in"]
+
+
+def model_options(recipe):
+    """Those of the recipe, and fewer blocks where there are many: the last keeps its name."""
+    if recipe.data.name.startswith("cifar") or "resnet10" in re.split(r"[_.]", recipe.model.name):
+        return recipe.model.options
+    return recipe.model.options | {"layers": [1, 1, 1, 3]}
+
+
+def shapes(model):
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def prepared(name, root, folder):
+    """The run of a recipe with the stand-in for its data, in batches of a few images."""
+    recipe = load(name)
+    options = {"classes": CLASSES[recipe.data.name], **recipe.data.options}
+    batch = 8 if name in CIFAR else 2
+    sampling = recipe.sampler.options | {"num_samples": 3 * batch}
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(
+            recipe.data, name="stand_in", root=root, options=options, verify=False
+        ),
+        # Nothing can be downloaded.
+        model=dataclasses.replace(recipe.model, pretrained=False, options=model_options(recipe)),
+        sampler=dataclasses.replace(recipe.sampler, options=sampling),
+        batch_size=batch,
+        mixed_precision="no",
+        features=dataclasses.replace(recipe.features, cache_dir=None),
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return create_run(name, folder, recipe, RunOptions(threads=1, workers=0, quiet=True))
+
+
+def train_two_updates(run):
+    """Trains as the command does; returns (images, features, logits, targets, loss) of both."""
+    recorded = []
+    inputs = []
+    features = []
+    inner = run.trainer.loss
+
+    def before(_, arguments):
+        if len(recorded) == 2:
+            raise EnoughError
+        inputs.append(arguments[0])
+
+    class Recording(nn.Module):
+        takes_pairs = getattr(inner, "takes_pairs", False)
+
+        def forward(self, logits, targets):
+            loss = inner(logits, targets)
+            kept = (inputs[-1], features[-1], logits.detach().clone(), targets, loss.item())
+            recorded.append(kept)
+            return loss
+
+    hook = run.model.register_forward_pre_hook(before)
+    tap = run.model.fc.register_forward_pre_hook(
+        lambda _, arguments: features.append(arguments[0].detach().double())
+    )
+    run.trainer.update.loss = Recording()
+    with pytest.raises(EnoughError):
+        train(run)
+    hook.remove()
+    tap.remove()
+    return recorded
+
+
+def expected_rate(recipe, step):
+    """The learning rate of one of the first updates of three in an epoch."""
+    if recipe.scheduler.name == "multistep" and not recipe.scheduler.warmup_epochs:
+        return recipe.optimizer.lr
+    if recipe.scheduler.name == "multistep":
+        return 1e-5 + (0.1 - 1e-5) * step / (5 * 3)
+    if recipe.scheduler.name == "step":
+        return recipe.optimizer.lr
+    return recipe.optimizer.lr * (1 + math.cos(math.pi * step / (recipe.epochs * 3))) / 2
+
+
+def after_sgd(recipe, parameter, recorded, gradient):
+    """SGD with momentum on a parameter, whose gradient is a function of it and of an update."""
+    velocity = torch.zeros_like(parameter)
+    nesterov = recipe.optimizer.name == "sgd"
+    for step, update in enumerate(recorded):
+        slope = gradient(parameter, update) + recipe.optimizer.weight_decay * parameter
+        velocity = 0.9 * velocity + slope
+        moved = slope + 0.9 * velocity if nesterov else velocity
+        parameter = parameter - expected_rate(recipe, step) * moved
+    return parameter
+
+
+def bias_gradient(recipe):
+    """The mean of softmax minus target."""
+
+    def gradient(_, update):
+        logits, targets = (counted(recipe, rows) for rows in update[2:4])
+        wrong = torch.softmax(logits.double(), 1) - F.one_hot(targets, logits.shape[1])
+        return wrong.mean(0)
+
+    return gradient
+
+
+def cosine_gradient(counts):
+    """That of the weights W of LDAM: of the cosines, s (softmax minus target), then of w / |w|."""
+
+    def gradient(weight, update):
+        _, features, _, targets, _ = update
+        x, length = F.normalize(features), weight.norm(dim=1)
+        direction = weight / length[:, None]
+        cosines = x @ direction.T
+        target = F.one_hot(targets, len(weight))
+        margins = 0.5 * (counts.min() / counts) ** 0.25
+        wrong = 30 * (torch.softmax(30 * (cosines - margins * target), 1) - target) / len(targets)
+        along = (wrong * cosines).sum(0)
+        return (wrong.T @ x - along[:, None] * direction) / length[:, None]
+
+    return gradient
+
+
+def counted(recipe, rows):
+    """The rows that count in the first epoch: of BBN those of the uniform stream, as α is 1."""
+    return rows[0::2] if recipe.loss.name == "bilateral" else rows
+
+
+def is_trained(recipe, key):
+    if ".rebalancing." in key and key.endswith("bias"):
+        return False  # It is 0 and has no gradient yet; the weights decay.
+    if recipe.model.options.get("head") == "cosine" and key in {"fc.bias", "fc.scale"}:
+        return False
+    parts = [*(recipe.model.trained or []), "fc"]
+    return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
+
+
+# One of each family of data and method, on its smallest network.
+SAMPLE = {
+    *("lt_resnet10.imagenet_lt", "lt_resnet50.inat2018_e90"),
+    *("lt_resnet32.cifar10_lt_if10_ldam", "lt_bbn_resnet32.cifar10_lt_if10"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SAMPLE else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in RECIPES
+    ],
+)
+def test_two_updates(name, stand_in, tmp_path):
+    run = prepared(name, stand_in, tmp_path / "run")
+    recipe, classes = run.recipe, CLASSES[DATA[name]]
+    try:
+        before = copy.deepcopy(run.model)
+        recorded = train_two_updates(run)
+    finally:
+        run.close()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with torch.device("meta"):
+        whole = timm.create_model(load(name).model.name, num_classes=classes)
+    # While LDAM trains, the classifier is a cosine head.
+    of_head = {"fc.scale"} if name in LDAM else set()
+    trained = {key: shape for key, shape in shapes(run.model).items() if key not in of_head}
+    assert trained.items() <= shapes(whole).items()
+    images, _, logits, targets, loss = recorded[0]
+    side = 32 if name in CIFAR else 224
+    assert images.shape[1:] == (3, side, side)
+    assert logits.shape == (len(targets), classes)
+    with torch.no_grad():
+        again = before.train()(images)
+    torch.testing.assert_close(again, logits, atol=1e-3, rtol=1e-3)
+    weights = dict(before.named_parameters())
+    if name in LDAM:
+        counts = [601] + [1] * (classes - 1)
+        pairs = zip(logits.tolist(), targets.tolist(), strict=True)
+        expected = [ldam_by_hand(z, y, counts) for z, y in pairs]
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+        gradient = cosine_gradient(torch.tensor(counts).double())
+        weight = after_sgd(recipe, weights["fc.weight"].detach().double(), recorded, gradient)
+        torch.testing.assert_close(run.model.fc.weight.double(), weight, atol=1e-7, rtol=0)
+    else:
+        log_p, labels = torch.log_softmax(counted(recipe, logits), 1), counted(recipe, targets)
+        assert loss == pytest.approx(-log_p[range(len(labels)), labels].mean().item())
+        start = weights["fc.bias"].detach().double()
+        bias = after_sgd(recipe, start, recorded, bias_gradient(recipe))
+        # Close enough to see whether the bias decays.
+        rounding = 0 if name in CIFAR else 3e-6
+        torch.testing.assert_close(run.model.fc.bias.double(), bias, atol=3e-8, rtol=rounding)
+    for key, parameter in run.model.named_parameters():
+        assert parameter.equal(weights[key]) is not is_trained(recipe, key), key
+    # As the authors have it, batch norm of frozen blocks moves.
+    streams = 2 if name in BBN else 1
+    assert run.model.bn1.num_batches_tracked == 2 * streams
+    assert run.splits.val_source == ("test" if recipe.protocol == "paper" else "val")
+    planned = {
+        head: options for head, options in recipe.heads.items() if options.get("stage") == "images"
+    }
+    assert set(run.plans) == set(planned) == ({"crt", "lws"} if name in KANG else set())
+    for head, options in planned.items():
+        plan, number = run.plans[head], 600 + classes
+        assert (plan.bn, plan.batch_size) == ("shift", options["batch_size"])
+        assert plan.updates == options["epochs"] * (number // options["batch_size"])

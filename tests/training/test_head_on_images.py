@@ -1,0 +1,506 @@
+"""Heads trained on images: against hand-written loops, and what becomes of the model."""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import timm_lt
+import train_lt
+from timm_lt.data import create_augmentation, create_splits
+from timm_lt.data.images import ImageTensors, StoredImages
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.heads import get_head, head_statistics, seeded_linear
+from timm_lt.run.recipe import Recipe, stage_heads
+from timm_lt.training import plan_head_on_images, train_head_on_images
+from timm_lt.utils.accelerator import create_accelerator
+
+COUNTS = (24, 10, 6, 2)
+LABELS = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))
+N, C, SIDE = len(LABELS), len(COUNTS), 32
+STEPS, BATCH, LR, DECAY = 12, 14, 0.1, 0.05
+
+
+def new_accelerator(**options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return create_accelerator(**{"mixed_precision": "no"} | options)
+
+
+@pytest.fixture
+def accelerator():
+    yield new_accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 256, (N, 3, SIDE, SIDE), generator=generator)
+    drawn[:, 0] = drawn[:, 0] // 2 + 32 * LABELS[:, None, None]
+    return drawn.to(torch.uint8)
+
+
+@pytest.fixture
+def data(pixels):
+    return ImageTensors(pixels, LABELS)
+
+
+def normalised(pixels):
+    return (pixels.float() / 255 - 0.5) / 0.25
+
+
+@pytest.fixture(scope="module")
+def trained(pixels):
+    """A model whose batch-norm statistics are not those of a new one."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C)
+    with torch.no_grad():
+        for part in normalised(pixels).split(8):
+            model(part)
+        nn.init.normal_(model.fc.bias)
+    return model
+
+
+@pytest.fixture
+def model(trained):
+    return copy.deepcopy(trained)
+
+
+def train(name, model, data, accelerator, **options):
+    settings = {"steps": STEPS, "batch_size": BATCH, "lr": LR, "weight_decay": DECAY, "seed": 3}
+    return train_head_on_images(name, model, data, accelerator=accelerator, **settings | options)
+
+
+def by_hand(name, model, pixels, *, shift=False, scale_bias=True, dtype=torch.float32):
+    """Trains what a head has, from the paper; returns its parameters and the network."""
+    network = copy.deepcopy(model).train(shift)
+    dimension = network.fc.in_features
+    weight, bias = (p.detach().clone() for p in network.fc.parameters())
+    scale = torch.ones(C)
+    if name == "crt":
+        generator = torch.Generator().manual_seed(3)
+        bound = dimension**-0.5
+        weight = torch.empty(C, dimension).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(C).uniform_(-bound, bound, generator=generator)
+    learned = [weight, bias] if name == "crt" else [scale]
+    for parameter in learned:
+        parameter.requires_grad_()
+    velocity = [torch.zeros_like(parameter) for parameter in learned]
+    draws = timm_lt.create_sampler("class_balanced", LABELS, num_samples=STEPS * BATCH, seed=3)
+    for step, rows in enumerate(draws.epoch_indices().split(BATCH)):
+        with torch.no_grad():
+            maps = network.forward_features(normalised(pixels[rows]).to(dtype))
+            features = maps.mean((2, 3)).float()
+        plain = features @ weight.T
+        logits = scale * (plain + bias) if scale_bias else scale * plain + bias
+        loss = -logits.log_softmax(1)[torch.arange(BATCH), LABELS[rows]].mean()
+        rate = LR * (1 + math.cos(math.pi * step / STEPS)) / 2
+        with torch.no_grad():
+            gradients = torch.autograd.grad(loss, learned)
+            for parameter, v, gradient in zip(learned, velocity, gradients, strict=True):
+                v.mul_(0.9).add_(gradient + DECAY * parameter)
+                parameter.sub_(rate * v)
+    return {"weight": weight, "bias": bias, "scale": scale}, network
+
+
+def statistics(model):
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    return {key: value for key, value in model.state_dict().items() if key.endswith(ends)}
+
+
+# ---- against loops by hand -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("crt", {}), ("lws", {}), ("lws", {"scale_bias": False})]
+)
+@pytest.mark.parametrize("bn", ["frozen", "shift"])
+def test_follows_a_hand_written_loop(model, data, pixels, accelerator, name, options, bn):
+    head = train(name, model, data, accelerator, bn=bn, **options)
+    expected, network = by_hand(name, model, pixels, shift=bn == "shift", **options)
+    assert head.kind == name
+    assert not head.training
+    for key, value in head.named_parameters():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    start = expected["scale"] * 0 + 1 if name == "lws" else seeded_linear(96, C, seed=3).weight
+    moved = head.scale if name == "lws" else head.weight
+    assert (moved - start).abs().max() > 1e-3
+    if bn == "frozen":
+        assert head.backbone_statistics is None
+        return
+    # Of training mode on the frozen backbone, and moved far from those that the model came with.
+    found, wanted = head.backbone_statistics, statistics(network)
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found["bn1.running_mean"], model.bn1.running_mean, rtol=0.01)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(model, data, pixels, accelerator):
+    del accelerator
+    head = train("crt", model, data, new_accelerator(accumulation_steps=2))
+    expected, _ = by_hand("crt", model, pixels)
+    torch.testing.assert_close(head.weight, expected["weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "key"), [("crt", "weight"), ("crt", "bias"), ("lws", "scale")])
+def test_weight_decay_is_on_all_that_is_trained(model, data, accelerator, name, key):
+    """One update from w: the decay takes ``lr * decay * w`` off, whatever the gradient."""
+    fresh = {"weight": seeded_linear(96, C, seed=3).weight, "scale": torch.ones(C)}
+    fresh["bias"] = seeded_linear(96, C, seed=3).bias
+    free, decayed = (
+        getattr(train(name, model, data, accelerator, steps=1, weight_decay=decay), key)
+        for decay in (0.0, 0.5)
+    )
+    torch.testing.assert_close(free - decayed, LR * 0.5 * fresh[key], rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_precision_is_the_accelerators(model, data, accelerator):
+    full = train("crt", model, data, accelerator)
+    half = train("crt", model, data, new_accelerator(mixed_precision="bf16"))
+    assert half.weight.dtype == torch.float32
+    difference = (half.weight - full.weight).norm() / full.weight.norm()
+    # bf16 has 8 bits: the features were rounded to them, and no more.
+    assert 1e-5 < difference < 0.05
+
+
+def test_a_fresh_classifier_is_distributed_as_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = seeded_linear(400, 300, seed=1), nn.Linear(400, 300)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.shape == other.shape
+        assert mine.abs().max() <= 0.05 < 1.01 * mine.abs().max()
+        assert mine.mean().abs() < 0.005
+        assert mine.std().item() == pytest.approx(other.std().item(), rel=0.1)
+    assert seeded_linear(4, 2, bias=False).bias is None
+    state = torch.get_rng_state()
+    assert not torch.equal(seeded_linear(4, 2, seed=1).weight, seeded_linear(4, 2, seed=2).weight)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- what is random, and what stays as it is -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "stored"])
+def test_the_same_seed_gives_the_same_bits(pixels, accelerator, kind):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C, drop_rate=0.3)
+    data = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
+    if kind == "stored":
+        arrays = pixels.permute(0, 2, 3, 1).numpy()
+        data = StoredImages(
+            dataset_from_arrays(arrays, LABELS.numpy(), list("abcd")),
+            LABELS,
+            size=(SIDE, SIDE),
+            preprocessing={"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
+            augmentation={"scale": (0.5, 1.0), "re_prob": 0.5},
+        )
+    heads = []
+    for seed in (1, 1, 2):
+        torch.rand(7)
+        np.random.rand(3)  # noqa: NPY002
+        heads.append(train("crt", model, data, accelerator, bn="shift", steps=4, seed=seed))
+    first, again, other = heads
+    assert torch.equal(first.weight, again.weight)
+    for key, value in first.backbone_statistics.items():
+        assert torch.equal(value, again.backbone_statistics[key])
+    assert not torch.allclose(first.weight, other.weight, rtol=0.1)
+
+
+def test_global_random_states_stay_as_they_are(pixels, accelerator):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=C, drop_rate=0.3)
+    drawn = []
+    for trains in (False, True):
+        random.seed(5), np.random.seed(6), torch.manual_seed(7)  # noqa: NPY002
+        if trains:
+            data = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"))
+            train("crt", model, data, accelerator, bn="shift", steps=1)
+            with pytest.raises(timm_lt.UsageError, match="'crt'"):
+                train("crt", model, data, accelerator, lr=1e38, steps=2, weight_decay=1e10)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+
+
+def test_an_update_that_was_cut_short_is_forgotten(model, data, accelerator):
+    del accelerator
+    accelerator = new_accelerator(accumulation_steps=3)
+    fresh = train("crt", model, data, accelerator, steps=3, batch_size=6)
+
+    class CutShort:
+        """Images whose third batch never comes: the update has two of its three parts."""
+
+        def __getattr__(self, name):
+            return getattr(data, name)
+
+        def __len__(self):
+            return len(data)
+
+        def train_loader(self, *args):
+            loader = data.train_loader(*args)
+
+            class Two:
+                set_epoch = loader.set_epoch
+
+                def __iter__(self):
+                    yield from itertools.islice(loader, 2)
+                    raise KeyboardInterrupt
+
+            return Two()
+
+    # As inside of an update of the caller's own, which goes on afterwards.
+    accelerator.step = 1
+    with pytest.raises(KeyboardInterrupt):
+        train("crt", model, CutShort(), accelerator, steps=3, batch_size=6)
+    assert accelerator.step == 1
+    again = train("crt", model, data, accelerator, steps=3, batch_size=6)
+    assert torch.equal(again.weight, fresh.weight)
+    assert accelerator.step == 1
+
+
+def test_images_are_augmented(model, data, pixels, accelerator):
+    moved = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
+    heads = [train("crt", model, images, accelerator) for images in (data, moved)]
+    assert not torch.allclose(heads[0].weight, heads[1].weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("bn", ["frozen", "shift"])
+@pytest.mark.parametrize("name", ["crt", "lws"])
+def test_the_model_stays_as_it_is(model, data, accelerator, name, bn):
+    model.train()
+    model.layer2.eval()
+    model.conv1.requires_grad_(False)
+    before = copy.deepcopy(model)
+    joint, count = model.fc, len(accelerator._models)
+    train(name, model, data, accelerator, bn=bn, steps=2)
+    assert model.fc is joint
+    assert type(joint) is nn.Linear
+    assert "reset_classifier" not in vars(model)
+    assert "forward" not in vars(model)
+    assert len(accelerator._models) == count
+    for (key, now), then in zip(
+        model.state_dict(keep_vars=True).items(),
+        before.state_dict(keep_vars=True).values(),
+        strict=True,
+    ):
+        assert torch.equal(now, then), key
+        assert now.stride() == then.stride()
+        assert now.requires_grad == then.requires_grad
+        assert now.grad is None
+    for now, then in zip(model.modules(), before.modules(), strict=True):
+        assert now.training == then.training
+
+
+def test_a_classifier_that_is_a_convolution(data, pixels, accelerator):
+    torch.manual_seed(0)
+    size = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 32), "num_classes": C}
+    model = timm.create_model("resnetv2_18", **size)
+    head = train("lws", model, data, accelerator, bn="shift", steps=3)
+    images = normalised(pixels[:6])
+    loader = [(images, LABELS[:6])]
+    with head_statistics(model, head), torch.no_grad():
+        expected = head(timm_lt.extract_features(model, loader).values)
+    with torch.no_grad():
+        logits = timm_lt.set_head(model, head).eval()(images)
+    torch.testing.assert_close(logits, expected)
+
+
+# ---- the statistics of a head --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["crt", "lws"])
+def test_a_checkpoint_keeps_the_statistics(model, data, pixels, accelerator, tmp_path, name):
+    head = train(name, model, data, accelerator, bn="shift")
+    plain = train(name, model, data, accelerator)
+    timm_lt.save_checkpoint(
+        tmp_path, model, heads={name: head, "plain": plain}, class_counts=list(COUNTS)
+    )
+    images = normalised(pixels[::3])
+    loaded = timm_lt.create_model(f"local-dir:{tmp_path}", head=name).eval()
+    loader = [(images, LABELS[::3])]
+    with head_statistics(model, head):
+        features = timm_lt.extract_features(model, loader)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), head(features.values))
+        other = head(timm_lt.extract_features(model, loader).values)
+        assert not torch.allclose(loaded(images), other, atol=1e-3)
+        unmoved = timm_lt.create_model(f"local-dir:{tmp_path}", head="plain").eval()
+        seen = timm_lt.extract_features(model, loader).values
+        assert torch.equal(unmoved(images), plain(seen))
+
+
+def test_a_model_has_the_statistics_of_a_head_for_a_while(model, data, accelerator):
+    head = train("crt", model, data, accelerator, bn="shift", steps=2)
+    before = copy.deepcopy(model.state_dict())
+    with head_statistics(model, head) as same:
+        assert same is model
+        for key, value in head.backbone_statistics.items():
+            assert torch.equal(model.state_dict()[key], value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(timm_lt.UsageError, match="no batches"), head_statistics(model, head):
+        timm_lt.extract_features(model, [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with head_statistics(model, get_head(model)):
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    other = timm.create_model("test_vit", num_classes=C)
+    with (
+        pytest.raises(timm_lt.UsageError, match="statistics are not the model's"),
+        head_statistics(other, head),
+    ):
+        pass
+
+
+# ---- lengths and mistakes ------------------------------------------------------------------------
+
+
+def many(number):
+    """Images that take no memory."""
+    pixels = torch.zeros(1, 3, 4, 4, dtype=torch.uint8).expand(number, -1, -1, -1)
+    return ImageTensors(pixels, torch.arange(number) % C)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "options", "batch_size", "updates"),
+    [
+        # ImageNet-LT has 115,846 training images: 226 batches of 512 an epoch.
+        ("crt", 115_846, {}, 512, 10 * 226),
+        ("lws", 115_846, {}, 512, 5 * 226),
+        ("crt", 115_846, {"epochs": 90}, 512, 90 * 226),
+        ("crt", 115_846, {"steps": 7}, 512, 7),
+        ("crt", 10_847, {}, 512, 1000),
+        ("lws", 10_847, {}, 512, 500),
+        ("crt", 10_847, {"epochs": 2, "batch_size": 128}, 128, 2 * 84),
+        ("lws", 100, {}, 100, 500),
+    ],
+)
+def test_lengths(model, accelerator, name, number, options, batch_size, updates):
+    plan = plan_head_on_images(name, model, many(number), accelerator, **options)
+    assert (plan.batch_size, plan.updates) == (batch_size, updates)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ncm", {}, "'ncm' is not trained on images; crt and lws are"),
+        ("crtt", {}, "unknown head 'crtt'.*'crt'"),
+        ("crt", {"bn": "moving"}, "head 'crt' on images: unknown bn 'moving'.*frozen, shift"),
+        ("crt", {"scale_bias": False}, "unknown option of head 'crt' on images: 'scale_bias'"),
+        ("lws", {"scale_bias": "no"}, "scale_bias must be true or false"),
+        ("lws", {"epochs": 2, "steps": 2}, "head 'lws' .* epochs and steps exclude each other"),
+        ("crt", {"epochs": 0}, "head 'crt' on images: epochs must be an integer >= 1"),
+        ("crt", {"steps": 1.5}, "steps must be an integer >= 1"),
+        ("crt", {"lr": 0}, r"lr must be a number in \(0, inf\)"),
+        ("crt", {"weight_decay": -1}, r"weight_decay must be a number in \[0, inf\)"),
+        ("crt", {"momentum": 1}, r"momentum must be a number in \[0, 1\)"),
+        ("crt", {"batch_size": N + 1}, f"batch_size {N + 1} exceeds the {N} images"),
+        ("crt", {"seed": -1}, "seed must be an integer >= 0"),
+        ("crt", {"sampler": "balanced"}, "sampler of head 'crt': unknown sampler 'balanced'"),
+        ("crt", {"sampler_options": {"k": 4}}, "sampler of head 'crt': .* has no option 'k'"),
+    ],
+)
+def test_wrong_options_are_named(model, data, accelerator, name, options, message):
+    with pytest.raises(timm_lt.UsageError, match=message):
+        train_head_on_images(name, model, data, accelerator=accelerator, **options)
+
+
+def test_wrong_models_and_data_are_named(model, data, accelerator):
+    def message(model, data, **options):
+        with pytest.raises(timm_lt.UsageError) as caught:
+            train("crt", model, data, accelerator, **options)
+        return str(caught.value)
+
+    vit = timm.create_model("test_vit", img_size=SIDE, num_classes=C)
+    assert "no batch-norm statistics" in message(vit, data, bn="shift")
+    # Without them the other way is as good as for any model.
+    train("crt", vit, data, accelerator, steps=1)
+    cosine = timm_lt.create_model("test_resnet", num_classes=C, head="cosine")
+    assert "carries a 'cosine' head" in message(cosine, data)
+    assert "1 of 5 classes have no training image" in message(
+        timm.create_model("test_resnet", num_classes=5), data
+    )
+    assert "train is a list" in message(model, [])
+    assert "batch_size 1 leaves 1: take 2 or more" in message(model, data, bn="shift", batch_size=1)
+
+
+def test_shifting_statistics_need_two_images_in_a_batch(model):
+    parts = new_accelerator(accumulation_steps=4)
+    with pytest.raises(timm_lt.UsageError, match="batch_size 4 leaves 1: take 8 or more"):
+        plan_head_on_images("crt", model, many(9), parts, bn="shift", batch_size=4)
+    assert plan_head_on_images("crt", model, many(9), parts, bn="shift").batch_size == 8
+    # A small batch is divided among the accumulated parts.
+    assert plan_head_on_images("crt", model, many(101), parts).batch_size == 100
+
+
+@pytest.mark.parametrize("lr", [1e20, 1e38])
+def test_a_loss_or_weights_that_are_not_finite_are_an_error(model, data, accelerator, lr):
+    message = r"(became|no longer finite).* of head 'crt': lower its lr"
+    with pytest.raises(timm_lt.UsageError, match=message):
+        train("crt", model, data, accelerator, lr=lr, steps=3, weight_decay=1e10)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+DIGITS = ["hub_configs/lt_test_resnet.digits_lt.yaml", "--epochs", "1", "--quiet"]
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_what_its_checkpoint_gives(tmp_path, accelerator):
+    folder = tmp_path / "run"
+    on_images = "{stage: images, bn: shift, steps: 6, batch_size: 64}"
+    heads = f"{{ncm: {{}}, crt: {on_images}, linear: {{}}, lws: {{stage: images, steps: 3}}}}"
+    del accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_lt.main([*DIGITS, "--heads", heads, "--output", str(folder)]) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["heads"]) == ["ncm", "crt", "linear", "lws"]
+    assert metrics["stages"] == {
+        "crt": {"stage": "images", "bn": "shift", "batch_size": 64, "updates": 6},
+        "lws": {"stage": "images", "bn": "frozen", "batch_size": 389, "updates": 3},
+    }
+    assert set(metrics["seconds"]["heads"]) == set(metrics["heads"])
+    entries = json.loads((folder / "config.json").read_text())["timm_lt"]["heads"]
+    moved = {name: entry["backbone_statistics"] for name, entry in entries.items()}
+    assert moved == {"ncm": False, "crt": True, "linear": False, "lws": False}
+    test = create_splits("digits_lt").images(
+        "test", size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+    )
+    images, _ = test.__getitems__(list(range(len(test))))
+    for name in ("crt", "lws", "linear"):
+        model = timm_lt.create_model(f"local-dir:{folder}", head=name).eval()
+        with torch.inference_mode():
+            logits = torch.cat([model(part) for part in images.split(256)])
+        digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        assert digest == metrics["logits_sha256"][name]
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        ("{crt: {stage: pictures}}", ["stage of head 'crt'", "'pictures'", "features, images"]),
+        ("{crt: {bn: shift}}", ["head 'crt' has no option 'bn'"]),
+        ("{crt: {stage: images, solver: sgd}}", ["'solver'", "head 'crt' on images", "momentum"]),
+        ("{lws: {stage: images, batch_size: 390}}", ["batch_size 390", "389 images"]),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named_before_training(tmp_path, capsys, heads, words):
+    folder = tmp_path / "run"
+    assert train_lt.main([*DIGITS, "--heads", heads, "--output", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not folder.exists()
+
+
+def test_a_stage_of_features_is_the_default():
+    plain = Recipe(heads={"crt": {"steps": 5, "solver": "sgd"}})
+    named = Recipe(heads={"crt": {"steps": 5, "solver": "sgd", "stage": "features"}})
+    assert stage_heads(plain, "features") == stage_heads(named, "features") == plain.heads
+    assert stage_heads(named, "images") == {}

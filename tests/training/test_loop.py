@@ -1,0 +1,581 @@
+"""The representation stage against a hand-written loop, and across restarts."""
+
+import math
+import re
+import resource
+
+import pytest
+import timm
+import timm.optim
+import torch
+from accelerate.state import AcceleratorState
+from stopping import StopError, StopsAfterTwo, new_state
+from torch import nn
+
+import timm_lt
+from timm_lt.data.images import ImageTensors
+from timm_lt.heads import get_head
+from timm_lt.training import TrainingOptions, TrainingState, train_representation, update
+from timm_lt.utils.accelerator import create_accelerator
+
+NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
+
+
+def new_accelerator(**options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return create_accelerator(**{"mixed_precision": "no"} | options)
+
+
+@pytest.fixture
+def accelerator():
+    yield new_accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def images(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (NUM_IMAGES, 3, SIDE, SIDE), generator=generator)
+    labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
+    pixels[:, 0] = pixels[:, 0] // 2 + 32 * labels[:, None, None]
+    return ImageTensors(pixels.to(torch.uint8), labels)
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, NUM_CLASSES))
+
+
+def train(accelerator, model, loss=None, data=None, val=None, class_counts=None, state=None, **own):
+    """Returns the history; the model is trained in place."""
+    data = data or images()
+    settings = {
+        "epochs": 3,
+        "batch_size": 8,
+        "optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9},
+        "scheduler": {"sched": "cosine"},
+    }
+    return train_representation(
+        model,
+        data,
+        timm_lt.create_sampler("instance_balanced", data.labels, seed=0),
+        loss or timm_lt.create_loss("cross_entropy"),
+        TrainingOptions(**settings | own),
+        accelerator=accelerator,
+        val=val,
+        class_counts=class_counts,
+        state=state,
+    ).history
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def accuracy(model, data, rows=slice(None)):
+    with torch.inference_mode():
+        right = model((data.images[rows].float() / 255 - 0.5) / 0.25).argmax(1)
+    return (right == data.labels[rows]).double().mean().item()
+
+
+class Notes(nn.Module):
+    """Cross-entropy that calls a function with what it gets."""
+
+    takes_soft_targets = True
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def forward(self, logits, targets):
+        return nn.functional.cross_entropy(logits, targets) * (self.note(targets) or 1.0)
+
+
+def stops_after(epochs):
+    class Stops(TrainingState):
+        def save(self, history, **kwargs):
+            super().save(history, **kwargs)
+            if len(history) == epochs:
+                raise StopError
+
+    return Stops
+
+
+def interrupted(folder, model, stop, **options):
+    """Trains a model in two sessions, of which the first ends after some epochs."""
+    state = new_state(folder, stops_after(stop))
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), state=state, **options)
+    state = new_state(folder)
+    return train(state.accelerator, model, state=state, **options)
+
+
+def test_follows_a_hand_written_nesterov_loop(accelerator):
+    model = linear_model()
+    weight, bias = (p.detach().double().clone() for p in model[1].parameters())
+    data = images()
+    history = train(accelerator, model, scheduler={"sched": "constant"})
+
+    x = ((data.images.double() / 255 - 0.5) / 0.25).flatten(1)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    sampler = timm_lt.create_sampler("instance_balanced", data.labels, seed=0)
+    losses = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        epoch_losses = []
+        for start in range(0, NUM_IMAGES, 8):
+            rows = order[start : start + 8]
+            p = torch.softmax(x[rows] @ weight.T + bias, dim=1)
+            targets = data.labels[rows]
+            epoch_losses.append(-p[range(8), targets].log().mean())
+            p[range(8), targets] -= 1
+            # Weight decay is on the weight and not on the bias.
+            gradients = [p.T @ x[rows] / 8 + 0.1 * weight, p.mean(0)]
+            for k in range(2):
+                velocity[k] = 0.9 * velocity[k] + gradients[k]
+            weight -= 0.01 * (gradients[0] + 0.9 * velocity[0])
+            bias -= 0.01 * (gradients[1] + 0.9 * velocity[1])
+        losses.append(torch.stack(epoch_losses).mean().item())
+    assert [record.loss for record in history] == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(model[1].weight.double(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[1].bias.double(), bias, atol=1e-5, rtol=1e-4)
+
+
+# States -------------------------------------------------------------------------------------------
+
+
+def test_resumes_to_the_same_bits(accelerator, tmp_path):
+    whole, model = linear_model(), linear_model()
+    history = train(accelerator, whole, epochs=4)
+    state = new_state(tmp_path, StopsAfterTwo)
+    with pytest.raises(StopError):
+        train(state.accelerator, linear_model(), epochs=4, state=state)
+    # A write that was cut off leaves another name, which is not taken for a state.
+    (tmp_path / ".partial_0003").mkdir()
+    (tmp_path / ".partial_0003" / "model.safetensors").write_bytes(b"cut off")
+    state = new_state(tmp_path)
+    nn.init.constant_(model[1].weight, 7.0)
+    after = train(state.accelerator, model, epochs=4, state=state)
+    assert weights(model).equal(weights(whole))
+    assert [record.loss for record in after] == [record.loss for record in history]
+    # The one before is kept, in case the last is damaged.
+    assert state.saved_epochs() == [3, 4]
+    with pytest.raises(timm_lt.UsageError, match="make a new one"):
+        train(state.accelerator, linear_model(), state=state)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
+def test_a_damaged_state_is_not_loaded(accelerator, tmp_path, caplog, damage):
+    whole = linear_model()
+    history = train(accelerator, whole, state=TrainingState(tmp_path, accelerator))
+    file = tmp_path / "epoch_0003" / "optimizer.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        (file.parent / "manifest.json").write_text("{")
+    else:
+        file.write_bytes(content[:-9] if damage == "cut" else content)
+    # Continues from the state before it, to the same weights.
+    state, model = new_state(tmp_path), linear_model()
+    with caplog.at_level("WARNING", "timm_lt"):
+        again = train(state.accelerator, model, state=state)
+    assert "epoch_0003 is damaged" in caplog.text
+    assert weights(model).equal(weights(whole))
+    assert [record.loss for record in again] == [record.loss for record in history]
+    for path in tmp_path.glob("epoch_*/model.safetensors"):
+        path.write_bytes(b"no tensors")
+    state = new_state(tmp_path)
+    with pytest.raises(timm_lt.UsageError, match=r"every training state .*damaged.*--overwrite"):
+        train(state.accelerator, linear_model(), state=state)
+
+
+def test_a_full_disk_leaves_the_state_before(accelerator, tmp_path):
+    """The operating system refuses to write on, in the middle of a file."""
+    whole, limits = linear_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    train(accelerator, whole)
+
+    class DiskFills(TrainingState):
+        def save(self, history, **kwargs):
+            if len(history) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            super().save(history, **kwargs)
+
+    state = new_state(tmp_path, DiskFills)
+    message = r"after epoch 2 cannot be written.*after epoch 1 is whole.*--resume"
+    try:
+        with pytest.raises(timm_lt.UsageError, match=message):
+            train(state.accelerator, linear_model(), state=state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_0001"]
+    state, model = new_state(tmp_path), linear_model()
+    train(state.accelerator, model, state=state)
+    assert weights(model).equal(weights(whole))
+
+
+def test_averages_and_the_best_epoch_survive_a_restart(accelerator, tmp_path):
+    """Learning rates that grow, so that an early epoch is the best on validation."""
+    options = {
+        "val": images(seed=1),
+        "ema": {"decay": 0.5},
+        "optimizer": {"opt": "adamw", "lr": 3.0},
+        "scheduler": {"sched": "constant", "warmup_epochs": 6, "warmup_lr": 1e-4},
+        "epochs": 6,
+    }
+    whole, model = linear_model(), linear_model()
+    history = train(accelerator, whole, **options)
+    best = max(history, key=lambda record: record.val["all"])
+    assert best.epoch < 6
+    assert history[-1].val["all"] < best.val["all"]
+    again = interrupted(tmp_path, model, 5, **options)
+    assert [record.val for record in again] == [record.val for record in history]
+    assert weights(model).equal(weights(whole))
+    assert accuracy(model, options["val"]) == pytest.approx(best.val["all"])
+
+
+def test_a_compiled_model_trains_and_resumes_to_the_same_weights(
+    accelerator, tmp_path, monkeypatch
+):
+    """As ``accelerate config`` may ask for it; this backend only traces, so it is fast."""
+    whole, model = linear_model(), linear_model()
+    options = {"ema": {"decay": 0.5}, "val": images()}
+    train(accelerator, whole, **options)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert new_accelerator().state.dynamo_plugin.backend == "EAGER"
+    interrupted(tmp_path, model, 1, **options)
+    torch.testing.assert_close(weights(model), weights(whole))
+    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+def test_validation_is_counted_and_changes_nothing(accelerator):
+    with_val, without, data = linear_model(), linear_model(), images()
+    counts = torch.tensor([200, 200, 50, 5])
+    options = {"epochs": 5, "validate_every": 2, "keep": "last"}
+    history = train(accelerator, with_val, val=data, class_counts=counts, **options)
+    train(accelerator, without, **options)
+    assert weights(with_val).equal(weights(without))
+    assert history[-1].val["all"] == pytest.approx(accuracy(with_val, data))
+    few = data.labels == 3
+    assert history[-1].val["few_shot"] == pytest.approx(accuracy(with_val, data, few))
+    assert [bool(record.val) for record in history] == [False, True, False, True, True]
+
+
+def test_images_that_cannot_be_read_give_their_place_to_others(accelerator):
+    data, model, seen = images(), linear_model(), []
+    missing = ImageTensors(data.images, data.labels, missing=[3, 4])
+    options = {"data": missing, "val": missing, "keep": "last"}
+    history = train(accelerator, model, loss=Notes(seen.append), **options)
+    # Others of the same batch stand in.
+    assert [len(targets) for targets in seen] == [8] * 15
+    readable = torch.tensor([row for row in range(NUM_IMAGES) if row not in (3, 4)])
+    assert history[-1].val["all"] == pytest.approx(accuracy(model, data, readable))
+
+
+# Updates ------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(accelerator, tmp_path, monkeypatch):
+    model = linear_model()
+    nn.init.constant_(model[1].weight, float("inf"))
+    with pytest.raises(timm_lt.UsageError, match=r"became nan in update 1 of epoch 1:.*lr"):
+        train(accelerator, model)
+    batches = []
+    # Two batches an update, five updates an epoch: the ninth is of update 5 of epoch 2.
+    numbers = iter([1.0] * (10 + 8) + [math.inf] * 9)
+    accelerator = new_accelerator(accumulation_steps=2)
+    state = TrainingState(tmp_path, accelerator)
+    with pytest.raises(timm_lt.UsageError, match=r"inf in update 5 of epoch 2:.*is kept"):
+        train(accelerator, linear_model(), state=state, loss=Notes(lambda _: next(numbers)))
+    assert state.saved_epochs() == [1]
+    # A long epoch is stopped soon.
+    monkeypatch.setattr(update, "LOOK_EVERY", 2)
+    with pytest.raises(timm_lt.UsageError, match=r"update 1 of epoch 1"):
+        train(
+            new_accelerator(), linear_model(), loss=Notes(lambda b: batches.append(b) or math.nan)
+        )
+    assert len(batches) == 2
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(accelerator):
+    whole, parts = linear_model(), linear_model()
+    train(accelerator, whole)
+    train(new_accelerator(accumulation_steps=4), parts)
+    torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
+
+
+def test_an_update_that_was_cut_short_is_forgotten():
+    def interrupt(_):
+        if accelerator.step == 2:
+            raise KeyboardInterrupt
+
+    accelerator = new_accelerator(accumulation_steps=4)
+    fresh, again = linear_model(), linear_model()
+    train(accelerator, fresh)
+    with pytest.raises(KeyboardInterrupt):
+        train(accelerator, again, loss=Notes(interrupt))
+    # Two of the four parts were begun; no update was made, so the weights are those of the start.
+    assert weights(again).equal(weights(linear_model()))
+    assert again[1].weight.grad is not None
+    train(accelerator, again)
+    assert weights(again).equal(weights(fresh))
+
+
+class OfFeatures(nn.Module):
+    """Cross-entropy of its own product of features and weights; notes the epochs."""
+
+    needs_features = True
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier, self.epochs = [classifier], []
+
+    def set_epoch(self, epoch, epochs):
+        self.epochs.append((epoch, epochs))
+
+    def forward(self, logits, targets, features):
+        again = features @ self.classifier[0].weight.T + self.classifier[0].bias
+        torch.testing.assert_close(again, logits)
+        return nn.functional.cross_entropy(again, targets)
+
+
+def test_a_loss_of_features_has_their_gradients_and_gets_the_epochs(accelerator):
+    torch.manual_seed(0)
+    plain = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    torch.manual_seed(0)
+    other = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    train(accelerator, plain, epochs=2)
+    of_features = OfFeatures(other.fc)
+    train(accelerator, other, epochs=2, loss=of_features)
+    torch.testing.assert_close(weights(other), weights(plain))
+    assert of_features.epochs == [(0, 2), (0, 2), (1, 2)]
+    assert not other.fc._forward_pre_hooks
+
+
+def small_network():
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(3 * SIDE * SIDE, 5)
+            self.fc = nn.Linear(5, NUM_CLASSES)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(self.hidden(x.flatten(1)).relu())
+
+    return Network()
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_clipping_bounds_the_first_step(accelerator, mode):
+    """Plain SGD at rate 1: the step is the clipped gradient."""
+    model, free = small_network(), small_network()
+    before = weights(model)
+    options = {
+        "optimizer": {"opt": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0},
+        "scheduler": {"sched": "constant"},
+        "epochs": 1,
+        "batch_size": NUM_IMAGES,
+    }
+    train(accelerator, free, **options)
+    train(new_accelerator(), model, clip_grad=0.01, clip_mode=mode, **options)
+    step, unclipped = weights(model) - before, weights(free) - before
+    if mode == "norm":
+        expected = unclipped * (0.01 / unclipped.norm())
+    elif mode == "value":
+        expected = unclipped.clamp(-0.01, 0.01)
+    else:
+        rows = [p.detach() for p in small_network().parameters()]
+        parts = unclipped.split([p.numel() for p in rows])
+        expected = []
+        for index, (flat, row) in enumerate(zip(parts, rows, strict=True)):
+            part = flat.view_as(row)
+            if index < 2:  # the classifier is left alone
+                dims = tuple(range(1, row.ndim)) if row.ndim > 1 else None
+                norm = part.norm() if dims is None else part.norm(dim=dims, keepdim=True)
+                size = row.norm() if dims is None else row.norm(dim=dims, keepdim=True)
+                limit = size.clamp(min=1e-3) * 0.01
+                part *= torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+            expected.append(part.flatten())
+        expected = torch.cat(expected)
+    torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_averaged_weights_are_kept(accelerator):
+    """The average by its formula, from the weights after every update."""
+    seen, model, plain = [], linear_model(), linear_model()
+    loss = Notes(lambda _: seen.append(weights(model)))
+    train(accelerator, model, loss=loss, ema={"decay": 0.8}, keep="last")
+    # The loss sees the weights before each update; those after the last are of a plain run.
+    train(new_accelerator(), plain)
+    expected = seen[0]
+    for step, after in enumerate([*seen[1:], weights(plain)]):
+        # timm's average begins with the weights after the second update.
+        decay = 0.8 if step > 1 else 0.0
+        expected = decay * expected + (1 - decay) * after
+    torch.testing.assert_close(weights(model), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_class_weights_are_no_longer_than_the_limit(accelerator):
+    limited, free = (timm.create_model("test_resnet", num_classes=NUM_CLASSES) for _ in range(2))
+    options = {"optimizer": {"opt": "sgd", "lr": 1.0}, "epochs": 2}
+    train(accelerator, limited, max_norm=0.7, **options)
+    train(accelerator, free, **options)
+    longest = [
+        max(math.hypot(*row) for row in get_head(m).weight.tolist()) for m in (limited, free)
+    ]
+    assert longest[0] == pytest.approx(0.7, abs=1e-5)
+    assert longest[1] > 0.8
+
+
+@pytest.mark.parametrize("mixup", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0, "mode": "elem"}])
+def test_mixed_images_have_mixed_targets(accelerator, mixup):
+    """Each image is a combination of two with its target's proportions, until mixup ends."""
+    batches = []
+    options = {"loss": Notes(batches.append), "mixup": mixup, "mixup_off_epoch": 2}
+    train(accelerator, linear_model(), **options)
+    soft = torch.cat(batches[:10])
+    assert soft.shape == (80, NUM_CLASSES)
+    torch.testing.assert_close(soft.sum(1), torch.ones(80))
+    assert ((soft > 0).sum(1) <= 2).all()
+    assert ((soft > 0).sum(1) == 2).any()
+    assert (torch.cat(batches[10:]).max(1).values == 1).all()
+
+
+# Learning rates -----------------------------------------------------------------------------------
+
+
+def test_cosine_goes_to_zero_per_update(accelerator):
+    history = train(accelerator, linear_model(), epochs=4)
+    rates = torch.tensor([record.lr for record in history])
+    # The last update of epoch e (1-based, 5 updates each) has the rate of update 5 e - 1.
+    expected = 0.005 * (1 + torch.cos(torch.pi * (5 * torch.arange(1, 5) - 1) / 20))
+    torch.testing.assert_close(rates, expected)
+
+
+def test_a_schedule_ends_with_training(accelerator):
+    """Cooldown and the epochs before it make up the epochs, all at the lowest rate in the end."""
+    scheduler = {"sched": "cosine", "cooldown_epochs": 2, "min_lr": 1e-4}
+    history = train(accelerator, linear_model(), epochs=5, scheduler=scheduler)
+    falling = [1e-4 + 0.00495 * (1 + math.cos(math.pi * (5 * e - 1) / 15)) for e in (1, 2, 3)]
+    assert [record.lr for record in history] == pytest.approx([*falling, 1e-4, 1e-4])
+
+
+def plateau_rates_by_hand(scores, *, warmup, lr, decay, patience):
+    """Rates at the ends of epochs: linear warm-up, then lower after too many bad epochs."""
+    rates, best, bad, rate = [], -1.0, 0, lr
+    for epoch, score in enumerate(scores, 1):
+        if epoch <= warmup:
+            # The last of five updates an epoch.
+            rates.append(1e-5 + (lr - 1e-5) * (5 * epoch - 1) / (5 * warmup))
+            continue
+        rates.append(rate)
+        if score is None:
+            continue
+        best, bad = (score, 0) if score > best * (1 + 1e-4) else (best, bad + 1)
+        if bad > patience:
+            rate, bad = rate * decay, 0
+    return rates
+
+
+@pytest.mark.parametrize(("warmup", "validate_every"), [(0, 1), (2, 1), (1, 2)])
+def test_plateau_follows_validation_and_survives_a_restart(
+    accelerator, tmp_path, warmup, validate_every
+):
+    plateau = {"sched": "plateau", "patience_epochs": 1, "decay_rate": 0.5}
+    options = {
+        "epochs": 9,
+        "val": images(seed=1),
+        "validate_every": validate_every,
+        "scheduler": plateau | {"warmup_epochs": warmup},
+        # Nothing is learnt at this rate: every epoch after the first is one of patience.
+        "optimizer": {"opt": "sgd", "lr": 1e-6},
+    }
+    history = train(accelerator, linear_model(), **options)
+    rates = [record.lr for record in history]
+    scores = [record.val.get("all") for record in history]
+    by_hand = plateau_rates_by_hand(scores, warmup=warmup, lr=1e-6, decay=0.5, patience=1)
+    assert rates == pytest.approx(by_hand, rel=1e-6)
+    assert rates[-1] < 1e-6
+    assert [record.lr for record in interrupted(tmp_path, linear_model(), 6, **options)] == rates
+    with pytest.raises(timm_lt.UsageError, match="plateau needs a validation split"):
+        train(new_accelerator(), linear_model(), scheduler=plateau)
+
+
+# Options ------------------------------------------------------------------------------------------
+
+SAMPLE = {"sgd", "adamw", "adafactor", "lookahead_sgd", "sgdp", "muon"}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph", "ignore:It is highly")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.exhaustive)
+        for name in sorted({*map(str, timm.optim.list_optimizers()), *SAMPLE})
+    ],
+)
+def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name, monkeypatch):
+    # One of them compiles what it computes, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    optimizer = {"opt": name, "lr": 1e-3, "weight_decay": 0.01, "momentum": 0.9}
+    model = small_network()
+    before = weights(model)
+    try:
+        train(accelerator, model, epochs=1, optimizer=optimizer)
+    except timm_lt.UsageError as error:
+        assert re.search("install|CUDA|apex", str(error)), error  # noqa: PT017
+        return
+    assert weights(model).isfinite().all()
+    assert not weights(model).equal(before)
+
+
+def sgd(**options):
+    return {"optimizer": {"opt": "sgd", "lr": 0.1} | options}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (sgd(opt="sdg"), "did you mean 'sgd"),
+        (sgd(lr=0.0), r"optimizer.lr must be a number in \(0, inf\)"),
+        (sgd(weight_decay=-1), "weight_decay"),
+        (sgd(momentum=1.0), "momentum"),
+        (sgd(nesterof=True), "nesterof"),
+        ({"scheduler": {"sched": "cosin"}}, "did you mean 'cosine'"),
+        ({"scheduler": {"warmup_epochs": 9}}, r"\[0, 3\]"),
+        ({"scheduler": {"warmup": 1}}, "unknown option of scheduler: 'warmup'"),
+        ({"scheduler": {"cooldown_epochs": 3}}, "longer than 3 epochs"),
+        ({"max_norm": 0}, r"max_norm must be a number in \(0, inf\)"),
+        ({"clip_mode": "agc"}, "clip_mode agc has no effect without clip_grad"),
+        ({"mixup": {"mixup_alpha": 0.2}, "batch_size": 5}, r"even number of images .* not 5"),
+        ({"mixup": {"mixup_alpha": 0.2}, "loss": nn.CrossEntropyLoss()}, "takes no soft targets"),
+        ({"mixup": {"alpha": 0.2}}, "unknown option of mixup: 'alpha'"),
+        ({"ema": {"decay": 1.0}}, r"ema.decay must be a number in \[0, 1\)"),
+        ({"ema": {"use_warmup": True}}, "ema option use_warmup has no effect"),
+        ({"batch_size": 41}, "exceeds the 40 images"),
+        ({"keep": "first"}, "unknown keep 'first'"),
+        ({"epochs": 0}, "epochs must be an integer >= 1"),
+    ],
+)
+def test_wrong_options_are_named(accelerator, options, message):
+    with pytest.raises(timm_lt.UsageError, match=message):
+        train(accelerator, linear_model(), **options)
+
+
+def test_a_batch_is_shared_by_its_parts(accelerator):
+    with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3: .* a multiple of 3"):
+        train(new_accelerator(accumulation_steps=3), linear_model())
+    options, order = TrainingOptions(epochs=1), timm_lt.create_sampler("reversed", [0, 1])
+    with pytest.raises(timm_lt.UsageError, match="train is a list, not ImageTensors"):
+        train_representation(
+            linear_model(), [], order, nn.CrossEntropyLoss(), options, accelerator=accelerator
+        )

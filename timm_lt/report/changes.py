@@ -1,0 +1,256 @@
+"""Classes that gain, lose or are confused under a head, with example images."""
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from timm_lt.data.decode import encoded_images, read_image
+from timm_lt.report.record import ExampleImages, Predictions, Report
+from timm_lt.report.tables import GROUPS, percent
+from timm_lt.utils.checks import UsageError
+
+# Most classes that gained or lost, pictures of each, and confusions of a head.
+CHANGES, PICTURES, MISTAKES = 5, 4, 6
+# With fewer test images a class gains or loses by chance.
+FEW_IMAGES = 5
+# Pixels of a picture's longer side, and bytes of its file.
+SIDE, MAX_BYTES = 88, 3000
+QUALITIES = (80, 60, 40, 20)
+
+
+class Picture(NamedTuple):
+    """Small picture: its data URI, its alternative text, and a note to show below it."""
+
+    uri: str
+    text: str
+    note: str
+
+
+class Change(NamedTuple):
+    """Class whose accuracy differs between the joint classifier and a head.
+
+    Attributes:
+        label: The class.
+        before: Test images that the joint classifier gets right.
+        after: Test images that the head gets right.
+        images: Test images of the class.
+        pictures: Test images on which the two differ.
+    """
+
+    label: int
+    before: int
+    after: int
+    images: int
+    pictures: list[Picture]
+
+
+class Comparison(NamedTuple):
+    """Classes that gained and lost most, and the numbers of all that gained and that lost."""
+
+    gained: list[Change]
+    lost: list[Change]
+    better: int
+    worse: int
+
+
+class Mistake(NamedTuple):
+    """Frequent confusion: true and predicted class, its test images, and their share of the class.
+
+    The pictures are a test image that is confused, and a training image of the predicted class.
+    """
+
+    label: int
+    pred: int
+    images: int
+    share: float
+    pictures: list[Picture]
+
+
+class Thumbnails:
+    """Small pictures of example images; each image is decoded once.
+
+    Args:
+        images: The data sets; None has no pictures.
+    """
+
+    def __init__(self, images: ExampleImages | None) -> None:
+        self._images = images
+        self._made: dict[tuple[str, int], str | None] = {}
+        if images is not None:
+            self._encoded = {name: encoded_images(getattr(images, name)) for name in SOURCES}
+
+    def test(self, image: int) -> str | None:
+        """Returns the data URI of an evaluated image; None if it is unreadable or unknown."""
+        if self._images is None or self._images.test_rows is None:
+            return None
+        return self._uri("test", int(self._images.test_rows[image]))
+
+    def of_class(self, label: int) -> str | None:
+        """Returns the data URI of the first training image of a class, if it has one."""
+        if self._images is None:
+            return None
+        rows = (self._images.train_labels == label).nonzero()
+        return self._uri("train", int(rows[0])) if len(rows) else None
+
+    def _uri(self, source: str, row: int) -> str | None:
+        if (source, row) not in self._made:
+            encoded = self._encoded[source][row]["image"]
+            column = getattr(self._images, source).features["image"]
+            try:
+                self._made[source, row] = data_uri(read_image(encoded, row, column))
+            except UsageError:
+                # The loader has reported unreadable images already.
+                self._made[source, row] = None
+        return self._made[source, row]
+
+
+SOURCES = ("train", "test")
+
+
+def data_uri(image: Image.Image) -> str | None:
+    """Returns an RGB image as a JPEG of at most 88 pixels and 3,000 bytes, if it fits into them."""
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE))
+    for quality in QUALITIES:
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() <= MAX_BYTES:
+            return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return None
+
+
+def evaluated_rows(number: int, unreadable: list[int], evaluated: int) -> Tensor | None:
+    """Returns the rows of a data set that were evaluated, (evaluated,).
+
+    >>> evaluated_rows(4, [1], 3)
+    tensor([0, 2, 3])
+
+    Args:
+        number: Rows of the data set.
+        unreadable: Rows that are known to be unreadable.
+        evaluated: Number of evaluated images.
+
+    Returns:
+        None if not all unreadable rows are known.
+    """
+    readable = torch.ones(number, dtype=torch.bool)
+    readable[unreadable] = False
+    rows = readable.nonzero().flatten()
+    return rows if len(rows) == evaluated else None
+
+
+def min_images(report: Report) -> dict[str, int]:
+    """Returns the test images that a class needs for its change to be shown, by shot group.
+
+    These are five or, in a group where no class has five, as many as its largest class has.
+    """
+    images = report.images_per_class
+    of_groups = {group: images[report.group_of == k] for k, group in enumerate(GROUPS)}
+    return {group: min(FEW_IMAGES, int(n.max())) for group, n in of_groups.items() if n.any()}
+
+
+def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
+    """Compares a head with the joint classifier class by class."""
+    targets, images = report.targets, report.images_per_class
+    joint, other = report.predictions[report.joint], report.predictions[head]
+    before, after = (
+        torch.bincount(targets[p.preds.long() == targets], minlength=len(images))
+        for p in (joint, other)
+    )
+    change = ((after - before) / images.double()).nan_to_num(0)
+    needed = min_images(report)
+    enough = images >= torch.tensor([needed.get(g, 0) for g in GROUPS])[report.group_of]
+
+    def most(gain: Tensor, right: Predictions, wrong: Predictions, who: str) -> list[Change]:
+        """Returns the classes with the largest gain; among equals, those with more images."""
+        classes = ((gain > 0) & enough).nonzero().flatten().tolist()
+        classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
+        return [
+            Change(
+                *(c, int(before[c]), int(after[c]), int(images[c])),
+                _differing(report, c, right, wrong, who, thumbnails),
+            )
+            for c in classes[:CHANGES]
+        ]
+
+    return Comparison(
+        gained=most(change, other, joint, "the joint classifier"),
+        lost=most(-change, joint, other, "this head"),
+        better=int((change > 0).sum()),
+        worse=int((change < 0).sum()),
+    )
+
+
+def _differing(
+    report: Report,
+    label: int,
+    right: Predictions,
+    wrong: Predictions,
+    who: str,
+    thumbnails: Thumbnails,
+) -> list[Picture]:
+    """Returns images of a class that one classifier gets right and the other, ``who``, wrong."""
+    of_class = report.targets == label
+    rows = of_class & (right.preds.long() == label) & (wrong.preds.long() != label)
+    pictures = []
+    for row in rows.nonzero().flatten()[:PICTURES].tolist():
+        if (uri := thumbnails.test(row)) is not None:
+            pred = report.names[int(wrong.preds[row])]
+            text = f"{report.names[label]}, which {who} takes for {pred}{_sure(wrong, row)}"
+            pictures.append(Picture(uri, text, pred))
+    return pictures
+
+
+def _sure(predictions: Predictions, row: int) -> str:
+    if predictions.confidences is None:
+        return ""
+    return f" ({percent(float(predictions.confidences[row]))} % sure)"
+
+
+def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, float]]:
+    """Returns the outcomes of each shot group's test images, as shares that sum to 1.
+
+    The outcomes are ``right`` and, for wrong predictions, the shot group of the predicted class.
+    """
+    preds, targets = report.predictions[head].preds.long(), report.targets
+    outcomes = [*GROUPS, "right"]
+    outcome = torch.where(preds == targets, len(GROUPS), report.group_of[preds])
+    cells = report.group_of[targets] * len(outcomes) + outcome
+    counts = torch.bincount(cells, minlength=len(GROUPS) * len(outcomes)).double()
+    return {
+        group: dict(zip(outcomes, (row / row.sum()).tolist(), strict=True))
+        for group, row in zip(GROUPS, counts.view(len(GROUPS), -1), strict=True)
+        if row.sum() > 0
+    }
+
+
+def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[Mistake]:
+    """Returns the most frequent confusions of a head.
+
+    Only pairs of classes that occur are counted, so memory does not grow with C².
+    """
+    predictions, num_classes = report.predictions[head], len(report.class_counts)
+    preds, targets = predictions.preds.long(), report.targets
+    wrong = preds != targets
+    pairs, times = (targets[wrong] * num_classes + preds[wrong]).unique(return_counts=True)
+    mistakes = []
+    for k in times.argsort(descending=True, stable=True)[:MISTAKES].tolist():
+        label, pred = divmod(int(pairs[k]), num_classes)
+        row = int(((targets == label) & (preds == pred)).nonzero()[0])
+        test, train = thumbnails.test(row), thumbnails.of_class(pred)
+        pictures = []
+        if test is not None and train is not None:
+            name, other = report.names[label], report.names[pred]
+            text = f"{name}, taken for {other}{_sure(predictions, row)}"
+            pictures = [
+                Picture(test, text, "test"),
+                Picture(train, f"a training image of {other}", "train"),
+            ]
+        share = int(times[k]) / int(report.images_per_class[label])
+        mistakes.append(Mistake(label, pred, int(times[k]), share, pictures))
+    return mistakes
