@@ -178,7 +178,7 @@ def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     shutil.copytree(PACKAGED, "run")
     for arguments, message in (
-        (["--json", "run"], "put --json behind the other arguments"),
+        (["--json", "run"], "put --json after the other arguments"),
         (["run", "--json", "run/config.json/x.json"], "--json: run/config.json is not a folder"),
         (["--json", "/proc/none/x.json"], "error: /proc/none"),
     ):
