@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import UserDict
 from dataclasses import dataclass
-from multiprocessing.connection import Client
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_lt
 from timm_lt.data import create_loader
-from timm_lt.data.decode import loaded
+from timm_lt.data.loader import loaded
 from timm_lt.features import Features, extract, extract_features
 from timm_lt.features import values as values_module
 from timm_lt.heads import get_head
@@ -67,7 +66,7 @@ def split(*sizes, images=IMAGES, labels=LABELS):
 @pytest.mark.parametrize(
     ("values", "targets", "message"),
     [
-        (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix, got torch.float32 \(3,\)"),
+        (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix, got a Tensor .* shape \(3,\)"),
         (torch.zeros(3, 2).long(), torch.zeros(3).long(), "floating-point"),
         (torch.zeros(3, 2), torch.zeros(2).long(), r"3 feature rows .* shape \(2,\)"),
         (torch.zeros(3, 2), torch.tensor([0, -1, 0]), r"targets\[1\] = -1 is negative"),
@@ -77,7 +76,7 @@ def split(*sizes, images=IMAGES, labels=LABELS):
         (torch.tensor([[1.0, 0.0], [0.0, torch.nan]]), [0, 1], "row 1 has nan in column 1"),
         (None, [0], r"floating-point \(N, D\) matrix, got a NoneType"),
         ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
-        (np.eye(2, dtype=int), [0, 1], r"got torch.int64 \(2, 2\)"),
+        (np.eye(2, dtype=int), [0, 1], "got a ndarray of torch.int64"),
         (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
         (np.eye(2), None, "targets must be a sequence of integers, got None"),
     ],
@@ -137,9 +136,9 @@ def test_views_are_rows_of_the_same_images():
     assert (first.views, first.num_images) == (2, 2)
     with pytest.raises(UsageError, match=r"views must be .*3, got 4"):
         features.first_views(4)
-    with pytest.raises(UsageError, match="6 feature rows are not 4 views"):
+    with pytest.raises(UsageError, match="6 feature rows are not 4 views of the same"):
         Features(values, targets, views=4)
-    with pytest.raises(UsageError, match=r"target 9 of row 3 is not that .* view 0, 5"):
+    with pytest.raises(UsageError, match="same order: row 3 has label 9, not 5"):
         Features(values, torch.tensor([4, 5, 4, 9, 4, 5]), views=3)
 
 
@@ -354,9 +353,8 @@ def test_a_model_computes_in_the_type_of_its_weights(dtype, tolerance):
     values = extract_features(model, DataLoader(DATA, 4)).values
     assert values.dtype == torch.float32
     assert float((values - expected).norm() / expected.norm()) < tolerance
-    if dtype != torch.bfloat16:
-        with pytest.raises(UsageError, match=r"these are torch\.float\d\d: pass compute_dtype"):
-            extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16")
+    low = extract_features(model, DataLoader(DATA, 4), compute_dtype="bfloat16").values
+    assert low.equal(values)
 
 
 @pytest.mark.parametrize(
@@ -460,17 +458,6 @@ def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words
         extract_features(small_model(), dying())
 
 
-def test_only_a_lost_connection_is_a_dead_worker(tmp_path):
-    def asking(path):
-        yield Client(path)
-
-    with pytest.raises(UsageError, match="a data worker died"):
-        list(loaded(asking(str(tmp_path / "gone"))))
-    # Whatever else goes wrong between processes is told as it is.
-    with pytest.raises(OSError, match="too long"):
-        list(loaded(asking("x" * 200)))
-
-
 @pytest.mark.exhaustive
 def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
     (tmp_path / "script.py").write_text(
@@ -478,7 +465,7 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
         "if multiprocessing.current_process().name == 'MainProcess':\n"
         "    multiprocessing.set_start_method('spawn')\n"
         "from torch.utils.data import DataLoader\n"
-        "from timm_lt.data.decode import loaded\n"
+        "from timm_lt.data.loader import loaded\n"
         "list(loaded(DataLoader([1, 2], num_workers=1)))\n"
     )
     command = [sys.executable, str(tmp_path / "script.py")]
@@ -498,11 +485,6 @@ class Named(NamedTuple):
     image: object
 
 
-class Unnamed(NamedTuple):
-    first: object
-    second: object
-
-
 @dataclass
 class Record:
     file: object
@@ -513,19 +495,14 @@ class Record:
 FILES = ("a", "b", "c")
 LAYOUTS = {
     "three parts": lambda x, y: (x, y, torch.arange(len(y))),
-    "list": lambda x, y: [x, y],
     "mapping": lambda x, y: {"label": y, "image": x, "file": FILES},
     "other keys": lambda x, y: UserDict({"targets": y, "pixel_values": x, "image": FILES}),
-    "capitals": lambda x, y: {"X": x, "Y": y},
     "named tuple": lambda x, y: Named(y, x),
-    "named tuple in order": Unnamed,
     "dataclass": lambda x, y: Record(FILES, x, y),
     "arrays": lambda x, y: (x.numpy(), y.numpy().astype(np.uint8)),
     "read-only arrays": lambda x, y: (np.broadcast_to(x.numpy(), x.shape), y.numpy()[::-1][::-1]),
     "labels in a list": lambda x, y: (x, y.tolist()),
-    "labels in a tuple of 0-d tensors": lambda x, y: (x, tuple(y)),
     "labels as NumPy integers": lambda x, y: (x, list(y.numpy())),
-    "images in a list": lambda x, y: (list(x), y),
     "images in a list of arrays": lambda x, y: (list(x.numpy()), y),
     "float64": lambda x, y: (x.double(), y.int()),
 }
@@ -549,30 +526,22 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
     ("batch", "words"),
     [
         (IMAGES, r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\) without labels"),
-        (IMAGES.numpy(), "is a ndarray of shape .* without labels"),
-        ([IMAGES], "is a list of length 1"),
         ("images", "is a str; expected an image and its label"),
-        (3, "is a int; expected"),
         ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
         ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
         ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\); expected .* add a dimension"),
         ((IMAGES.flatten(1), LABELS), r"images of batch 0 .* \(11, 3072\); expected \(batch, chan"),
-        ((IMAGES[None], LABELS), r"shape \(1, 11, 3, 32, 32\); expected"),
         ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
         ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
         ((IMAGES.byte(), LABELS), r"are torch.uint8; expected .* divide by 255.*create_loader"),
-        ((IMAGES.bool(), LABELS), r"are torch.bool; expected"),
         (([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]), r"shapes \(3, 31, 32\), \(3, 32, 32\)"),
         ((["a.png", "b.png"], [0, 1]), "images .* not one array .* list that begins with 'a.png'"),
-        (([object()], [0]), "not one array of numbers: a list that begins with a object"),
         ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
         ((IMAGES, LABELS[0]), r"labels of batch 0 of the loader have shape \(\); expected one"),
         ((IMAGES, LABELS[:, None]), r"have shape \(11, 1\); .* labels.squeeze\(1\)"),
         ((IMAGES, torch.eye(11)), r"have shape \(11, 11\); .* labels.argmax\(1\)"),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
-        ((IMAGES, LABELS > 1), r"labels\[0\] = False is not an integer"),
         ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with 'cat'; expected the number of the"),
-        ((IMAGES[:2], None), "labels .* not integers: a NoneType"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

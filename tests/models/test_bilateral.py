@@ -310,19 +310,19 @@ def train(accelerator, model=None, sampler="bilateral", loss="bilateral", **opti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "reversed"}, "bilateral: model, loss; not bilateral: sampler; BBN"),
-        ({"loss": "cross_entropy"}, "bilateral: model, sampler; not bilateral: loss; BBN"),
+        ({"sampler": "reversed"}, "not bilateral: sampler; BBN"),
+        ({"loss": "cross_entropy"}, "not bilateral: loss; BBN"),
         (
             {"loss": "cross_entropy", "sampler": "reversed"},
-            "bilateral: model; not bilateral: sampler, loss",
+            "not bilateral: sampler, loss",
         ),
         (
             {"model": timm.create_model("test_resnet", num_classes=5)},
-            "bilateral: sampler, loss; not bilateral: model;",
+            "not bilateral: model;",
         ),
-        ({"batch_size": 7}, "holds pairs of images, and 7 is odd"),
+        ({"batch_size": 7}, "batch_size 7 .* a multiple of 2 "),
         ({"mixup": {"mixup_alpha": 1.0}}, "BilateralLoss takes no soft targets, which mixup makes"),
-        ({"model": create(head="cosine")}, "a linear classifier, not with a 'cosine' head"),
+        ({"model": create(head="cosine")}, "not bilateral: linear classifier"),
     ],
 )
 def test_mistakes_are_named_before_training(accelerator, options, message):
@@ -351,7 +351,7 @@ def test_a_recipe_with_half_of_it_stops_before_it_writes(tmp_path):
     recipe = load_recipe(ROOT / "hub_configs" / "lt_test_resnet.digits_lt.yaml")
     recipe = dataclasses.replace(recipe, sampler=SamplerRecipe("bilateral"))
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(UsageError, match="bilateral: sampler; not bilateral: model, loss"):
+    with pytest.raises(UsageError, match="not bilateral: model, loss; BBN"):
         create_run("half", tmp_path / "run", recipe, RunOptions(quiet=True))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not (tmp_path / "run").exists()

@@ -47,10 +47,6 @@ LAYOUT = 3
 SYNC_SECONDS = 1.0
 # NumPy has no bfloat16: its bits are kept as integers.
 DTYPES = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
-NO_IMAGES = (
-    "the loader has no images that can be read: no features to extract (all labels are -1, which "
-    "marks an image that cannot be read)"
-)
 # Functions that make a batch of the samples as they are.
 COLLATING = (default_collate, fast_collate, collate, as_it_is)
 
@@ -135,7 +131,7 @@ class FeatureCache:
         Raises:
             UsageError: If the folder cannot be written.
         """
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             # The file of the lock stays: whoever waits for it has it open.
             lock = FileLock(self._lock)
@@ -144,8 +140,6 @@ class FeatureCache:
             except Timeout:
                 log.info("waiting for the process that extracts the same features")
                 held = lock.acquire()
-        except OSError as error:
-            raise UsageError(f"cache_dir {self.folder} cannot be written: {error}") from error
         with held:
             if self.read() is not None:
                 yield None
@@ -169,11 +163,9 @@ class FeatureCache:
             images: Images of the batch, including those that could not be read.
 
         Raises:
-            UsageError: If the rows cannot be written, or differ in width from those before.
+            UsageError: If the rows cannot be written.
         """
         progress, width = self.progress, values.shape[1]
-        if progress.width not in (0, width):
-            raise UsageError(f"features have width {width} after rows of width {progress.width}")
         with self._writing() as file:
             if progress.width == 0:
                 file.write(self._header(0, width))
@@ -199,9 +191,7 @@ class FeatureCache:
         """
         progress = self.progress
         try:
-            if progress.rows == 0:
-                raise UsageError(NO_IMAGES)
-            check_number(progress.images, expected)
+            check_number(progress.images, progress.rows, expected)
             check_views(torch.cat(self._targets), self.views)
         except UsageError:
             # Otherwise the next call would continue behind these rows, to the same error.
@@ -267,8 +257,8 @@ class FeatureCache:
             yield cast(BinaryIO, self._values)
         except OSError as error:
             raise UsageError(
-                f"{self._values_path} cannot be written: {error.strerror or error}; whole batches "
-                "are kept: make room and run it again, or choose another cache_dir"
+                f"cache_dir {self.folder} cannot be written ({error}): make room and run it again, "
+                "to continue behind the whole batches, or choose another cache_dir"
             ) from error
 
 
@@ -315,25 +305,38 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
     return digest(state, parts)
 
 
-def samples_fingerprint(loader: object) -> str:
+def samples_fingerprint(loader: object, key: str | None = None) -> str:
     """Returns a digest of the samples of a loader in their order, with their transform.
 
+    Args:
+        loader: The loader.
+        key: Stands for the samples where they cannot be told.
+
     Raises:
-        UsageError: If they cannot be told, see
-            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`, or the loader has a
-            ``collate_fn`` of its own.
+        UsageError: If a sampler draws the images, or the samples cannot be told and there is no
+            key, see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
     """
-    data = getattr(loader, "dataset", None)
-    if data is None:
+    layers, (batches, _) = layers_of(loader), batch_sampler_of(loader)
+    torchs, data = layers[-1], getattr(loader, "dataset", None)
+    if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
         raise UsageError(
-            f"the samples of a {type(loader).__name__} are not known: pass key= with a word that "
-            "stands for them and their transform"
+            "cache_dir= needs a loader with the images in the order of the data set, not as a "
+            f"{type(batches.sampler).__name__} draws them: pass an evaluation loader, without "
+            "shuffle= and sampler="
         )
-    layers = layers_of(loader)
-    if isinstance(layers[-1], DataLoader) and layers[-1].collate_fn not in COLLATING:
+    if key is not None:
+        return f"key {key}"
+    unknown = None
+    if data is None:
+        unknown = f"samples of a {type(loader).__name__}"
+    elif isinstance(torchs, DataLoader) and batches is None:
+        unknown = f"order of the images of a {type(loader).__name__} with batches of its own"
+    elif isinstance(torchs, DataLoader) and torchs.collate_fn not in COLLATING:
+        unknown = f"effect of collate_fn={torchs.collate_fn!r}"
+    if unknown is not None:
         raise UsageError(
-            f"collate_fn={layers[-1].collate_fn!r} may change the images: remove it, or pass key= "
-            "with a word that stands for the samples and what is done to them"
+            f"unknown {unknown}: pass key= with a word that stands for the samples in their order "
+            "and their transform"
         )
     normalization: list[Any] = []
     for part in layers:
@@ -389,47 +392,24 @@ def loader_sizes(loader: object) -> tuple[int | None, int | None]:
     return size, number - number % size if batches.drop_last else number
 
 
-def check_number(images: int, expected: int | None) -> None:
-    """Checks that a loader gave every image once in each view.
+def check_number(images: int, rows: int, expected: int | None) -> None:
+    """Checks that a loader gave images, each of them once in each view.
 
     Args:
         images: Images over all processes and views, readable or not.
-        expected: Their number; None if unknown.
+        rows: Images that could be read.
+        expected: Number of images; None if unknown.
 
     Raises:
-        UsageError: If there were more or fewer.
+        UsageError: If there were no images, or more or fewer than expected.
     """
+    if rows == 0:
+        reason = "no batches" if images == 0 else "no images that can be read: all labels are -1"
+        raise UsageError(f"the loader has {reason}, so there are no features to extract")
     if expected not in (None, images):
         raise UsageError(
             f"the loader gave {images} images in all instead of {expected}, each once in each "
             "view: with several processes, prepare it with the accelerator and pass accelerator="
-        )
-
-
-def check_order(loader: object, key: str | None = None) -> None:
-    """Checks that a loader gives its images in the order of the data set, every time.
-
-    Args:
-        loader: The loader.
-        key: Stands for the order where the sampler is unknown.
-
-    Raises:
-        UsageError: If a sampler draws the images, or it is unknown and there is no key.
-    """
-    if not isinstance(layers_of(loader)[-1], DataLoader):
-        return
-    batches, _ = batch_sampler_of(loader)
-    if batches is None and key is None:
-        raise UsageError(
-            f"the order of the images of a {type(loader).__name__} with batches of its own is not "
-            "known: pass key= with a word that stands for the samples in their order and their "
-            "transform"
-        )
-    if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
-        raise UsageError(
-            "cache_dir= needs a loader with the images in the order of the data set, not as a "
-            f"{type(batches.sampler).__name__} draws them: pass an evaluation loader, without "
-            "shuffle= and sampler="
         )
 
 

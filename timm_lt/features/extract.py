@@ -19,11 +19,9 @@ from timm_lt.data.decode import UNREADABLE, is_worker_death
 from timm_lt.data.items import images_and_labels
 from timm_lt.data.loader import loaded
 from timm_lt.features.cache import (
-    NO_IMAGES,
     FeatureCache,
     backbone_fingerprint,
     check_number,
-    check_order,
     is_prepared,
     loader_sizes,
     samples_fingerprint,
@@ -38,7 +36,6 @@ from timm_lt.utils.longtail import check_labels
 
 ComputeDtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
-NO_BATCHES = "the loader has no batches, so there are no features to extract"
 AGAIN = "extract the features again (with cache_dir=, it continues behind the whole batches)"
 CHANNELS = (1, 3, 4)
 T = TypeVar("T")
@@ -87,7 +84,8 @@ def extract_features(
             has 8.
         compute_dtype: Type in which the backbone computes. ``"bfloat16"`` is fast where
             :func:`~timm_lt.utils.accelerator.native_precision` says so and slow elsewhere; the
-            features of a ResNet-50 then differ by about 0.4 % from those in float32.
+            features of a ResNet-50 then differ by about 0.4 % from those in float32. A model in
+            another type than float32 computes in its own.
         views: Passes over the loader, K >= 1, each with other augmented views of the same images.
             ``loader.set_epoch(view)`` is called before each, if it exists. With the loaders of
             ``views_loader``, view v of an image has the same augmentation whatever came before.
@@ -198,9 +196,7 @@ class _Extraction:
                     targets.resize_(2 * end)
                 values[rows:end], targets[rows:end] = batch.values, batch.targets
                 rows, images = end, images + batch.images
-        if not rows:
-            raise UsageError(NO_IMAGES if images else NO_BATCHES)
-        check_number(images, self.num_images)
+        check_number(images, rows, self.num_images)
         return Features(values[:rows], targets[:rows], self.views)
 
     def cached(self, folder: Path, key: str | None) -> Features:
@@ -221,12 +217,11 @@ class _Extraction:
         return features
 
     def _cache(self, folder: Path, key: str | None) -> FeatureCache:
-        check_order(self.loader, key)
         description = {
             "architecture": type(self.model).__name__,
             "backbone": backbone_fingerprint(self.model, self.classifier),
             "classifier": self.classifier,
-            "samples": samples_fingerprint(self.loader) if key is None else f"key {key}",
+            "samples": samples_fingerprint(self.loader, key),
             "compute_dtype": self.compute_dtype,
         }
         processes = 1 if self.accelerator is None else self.accelerator.num_processes
@@ -281,8 +276,7 @@ class _Extraction:
 
     def _on_main(self, act: Callable[..., T], *arguments: Any) -> T:
         """Calls a function on the main process; all get its result, or raise its error."""
-        alone = self.accelerator is None or self.accelerator.num_processes == 1
-        if self.accelerator is None or alone:
+        if self.accelerator is None or self.accelerator.num_processes == 1:
             return act(*arguments)
         outcome: list[Any] = [None, None]
         failure: Exception | None = None
@@ -332,6 +326,68 @@ class _BeforeClassifier(Exception):  # noqa: N818
     """Ends a forward pass just before the classifier, which may not be fitted yet."""
 
 
+class FeatureTap:
+    """Keeps the input of a classifier, forward pass by forward pass.
+
+    >>> import timm, torch
+    >>> model = timm.create_model("test_resnet", num_classes=3)
+    >>> tap = FeatureTap(model)
+    >>> logits = model(torch.zeros(2, 3, 32, 32))
+    >>> features = tap.take()
+    >>> features.shape, torch.equal(model.fc(features), logits)
+    (torch.Size([2, 96]), True)
+
+    Args:
+        model: A timm model, not wrapped for several processes.
+        classifier: Path of the classifier; None takes the only one.
+        ends: Whether a forward pass ends before the classifier.
+
+    Raises:
+        UsageError: If there is no such classifier.
+    """
+
+    def __init__(
+        self, model: nn.Module, classifier: str | None = None, *, ends: bool = False
+    ) -> None:
+        self._model, self._ends = model, ends
+        self._classifier = find_classifiers(model)[chosen_classifier(model, classifier)]
+        self._taken: Tensor | None = None
+        # Not forward_head(pre_logits=True): for some architectures that is not the input.
+        self._hook = self._classifier.register_forward_pre_hook(self._take)
+
+    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._taken = inputs[0]
+        if self._ends:
+            raise _BeforeClassifier
+
+    def take(self) -> Tensor:
+        """Returns the features (N, D) of the last forward pass, once.
+
+        Raises:
+            UsageError: If the model did not call the classifier, or called it for more than one
+                vector per image.
+        """
+        if self._taken is None:
+            raise UsageError(
+                f"{type(self._model).__name__} computes its output without calling its classifier"
+            )
+        taken, self._taken = self._taken, None
+        # A 1×1 convolution takes (N, D, 1, 1).
+        spatial = isinstance(self._classifier, nn.Conv2d)
+        spatial = spatial or getattr(self._classifier, "spatial", False)
+        rows = taken.flatten(1) if spatial and taken.shape[2:] == (1, 1) else taken
+        if rows.ndim != 2:
+            raise UsageError(
+                f"the classifier's input has shape {tuple(rows.shape)}, but features are one "
+                "vector per image, (batch, width)"
+            )
+        return rows
+
+    def remove(self) -> None:
+        """Removes the hook from the model."""
+        self._hook.remove()
+
+
 @contextmanager
 def backbone(
     model: nn.Module, classifier: str, compute_dtype: ComputeDtype
@@ -347,26 +403,10 @@ def backbone(
         classifier: Path of the classifier whose input is taken.
         compute_dtype: ``"bfloat16"`` is autocast with the channels last in memory; global pooling
             sums and keeps float32.
-
-    Raises:
-        UsageError: If the weights are float16 or float64 and ``compute_dtype`` is ``"bfloat16"``.
-            Raised by the function if the model does not call its classifier, or calls it for more
-            than one vector per image.
     """
-    taken_from = find_classifiers(model)[classifier]
-    device = taken_from.weight.device
-    low = compute_dtype == "bfloat16"
+    device = find_classifiers(model)[classifier].weight.device
     dtype = next((w.dtype for w in model.parameters() if w.is_floating_point()), None)
-    if low and dtype in (torch.float16, torch.float64):
-        raise UsageError(
-            f"compute_dtype='bfloat16' is for a model with float32 weights, and these are {dtype}: "
-            "pass compute_dtype='float32', which then computes in the type of the weights"
-        )
-    taken: list[Tensor] = []
-
-    def take(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        taken.append(inputs[0])
-        raise _BeforeClassifier
+    low = compute_dtype == "bfloat16" and dtype == torch.float32
 
     def features(images: Tensor) -> Tensor:
         images = images.to(device, dtype if images.is_floating_point() else None)
@@ -374,17 +414,12 @@ def backbone(
             images = images.contiguous(memory_format=torch.channels_last)
         with _autocast(device, enabled=low), contextlib.suppress(_BeforeClassifier):
             model(images)
-        if not taken:
-            raise UsageError(
-                f"{type(model).__name__} computes its output without calling its classifier"
-            )
-        return as_rows(taken.pop(), taken_from).float()
+        return tap.take().float()
 
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
-        # Not forward_head(pre_logits=True): for some architectures that is not the classifier's
-        # input.
-        stack.callback(taken_from.register_forward_pre_hook(take).remove)
+        tap = FeatureTap(model, classifier, ends=True)
+        stack.callback(tap.remove)
         # Off also for the caller's autocast; within it, weights are cast once, not per batch.
         stack.enter_context(_autocast(device, enabled=False))
         if low:
@@ -434,58 +469,3 @@ def _channels_last(model: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in weights:
             weight.data = data
-
-
-def as_rows(values: Tensor, classifier: nn.Module) -> Tensor:
-    """Returns the input of a classifier as (B, D); that of a 1×1 convolution is (B, D, 1, 1)."""
-    spatial = isinstance(classifier, nn.Conv2d) or getattr(classifier, "spatial", False)
-    if spatial and values.shape[2:] == (1, 1):
-        values = values.flatten(1)
-    if values.ndim != 2:
-        raise UsageError(
-            f"the classifier's input has shape {tuple(values.shape)}, but features are one vector "
-            "per image, (batch, width)"
-        )
-    return values
-
-
-class FeatureTap:
-    """Keeps the input of a model's only classifier, forward pass by forward pass.
-
-    >>> import timm, torch
-    >>> model = timm.create_model("test_resnet", num_classes=3)
-    >>> tap = FeatureTap(model)
-    >>> logits = model(torch.zeros(2, 3, 32, 32))
-    >>> features = tap.take()
-    >>> features.shape, torch.equal(model.fc(features), logits)
-    (torch.Size([2, 96]), True)
-
-    Args:
-        model: A timm model, not wrapped for several processes.
-
-    Raises:
-        UsageError: If it has several classifiers, or none.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._classifier = find_classifiers(model)[chosen_classifier(model, None)]
-        self._taken: Tensor | None = None
-        self._hook = self._classifier.register_forward_pre_hook(self._take)
-
-    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._taken = inputs[0]
-
-    def take(self) -> Tensor:
-        """Returns the features (N, D) of the last forward pass, once.
-
-        Raises:
-            UsageError: If the model computed its output without the classifier.
-        """
-        if self._taken is None:
-            raise UsageError("the model computed its output without calling its classifier")
-        taken, self._taken = self._taken, None
-        return as_rows(taken, self._classifier)
-
-    def remove(self) -> None:
-        """Removes the hook from the model."""
-        self._hook.remove()

@@ -42,13 +42,15 @@ class Features:
     views: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", _as_tensor(self.values))
-        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
-        if self.values.ndim != 2 or not self.values.is_floating_point():
+        values = _as_tensor(self.values)
+        if values is None or values.ndim != 2 or not values.is_floating_point():
+            shape = "" if values is None else f" of {values.dtype} and shape {tuple(values.shape)}"
             raise UsageError(
-                f"feature values must be a floating-point (N, D) matrix, got {self.values.dtype} "
-                f"{tuple(self.values.shape)}"
+                "feature values must be a floating-point (N, D) matrix, got a "
+                f"{type(self.values).__name__}{shape}"
             )
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
         if self.targets.shape != (len(self.values),):
             raise UsageError(
                 f"{len(self.values)} feature rows need as many targets, got targets of shape "
@@ -93,18 +95,16 @@ class Features:
         return len(self.targets)
 
 
-def _as_tensor(values: object) -> Tensor:
+def _as_tensor(values: object) -> Tensor | None:
+    """Returns values as a tensor, without a copy; None if they are not an array of numbers."""
     if isinstance(values, Tensor):
         return values
     try:
         # torch warns about read-only arrays, such as mapped files; the values are only read.
         with catch_warnings(action="ignore", category=UserWarning):
             return torch.from_numpy(np.asarray(values))
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            "feature values must be a floating-point (N, D) matrix, got a "
-            f"{type(values).__name__}: {error}"
-        ) from error
+    except (TypeError, ValueError):
+        return None
 
 
 def check_features(features: object, noun: str) -> None:
@@ -127,16 +127,16 @@ def check_views(targets: Tensor, views: int) -> None:
         UsageError: If the views have different labels; names the first such row.
     """
     check_integer("views", views, minimum=1)
-    if len(targets) % views:
-        raise UsageError(f"{len(targets)} feature rows are not {views} views of the same images")
-    by_view = targets.view(views, -1)
-    differs = by_view != by_view[0]
-    if differs.any():
-        view, image = differs.nonzero()[0].tolist()
+    rows = len(targets) // views
+    expected = targets[:rows].repeat(views)
+    if len(expected) != len(targets) or not targets.equal(expected):
+        where = ""
+        if len(expected) == len(targets):
+            first = int((targets != expected).nonzero()[0])
+            where = f": row {first} has label {int(targets[first])}, not {int(expected[first])}"
         raise UsageError(
-            f"target {int(by_view[view, image])} of row {view * by_view.shape[1] + image} is not "
-            f"that of the same image in view 0, {int(by_view[0, image])}: every view must have the "
-            "same images in the same order"
+            f"{len(targets)} feature rows are not {views} views of the same images in the same "
+            f"order{where}"
         )
 
 

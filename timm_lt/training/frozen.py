@@ -1,7 +1,7 @@
 """Training of parts of a model: frozen modules, and the last block of any architecture."""
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ from torch import nn
 from timm_lt.checkpoint import is_statistic
 from timm_lt.heads import find_classifiers
 from timm_lt.models.networks import BilateralBlock, ModulatedAttention, takes_pairs
-from timm_lt.training.head import BatchNorm
 from timm_lt.utils.checks import UsageError, check_choice, unknown_name
 
+BatchNorm = Literal["frozen", "shift"]
 # Stands in a list of modules for the path that last_block finds.
 LAST_BLOCK = "last_block"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -106,7 +106,7 @@ class FrozenParts:
         bn: Mode of frozen modules.
 
     Raises:
-        UsageError: If the model lacks such a module, it has no parameters, or ``bn`` has no effect.
+        UsageError: If the model lacks such a module, or ``bn`` has no effect.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class FrozenParts:
         if batch > each:
             return
         state = {name: value.clone() for name, value in model.state_dict().items()}
+        modes = [(module, module.training) for module in model.modules()]
         model.train()
         self.set_mode()
         images = next(model.parameters()).new_zeros(each, 3, *size)
@@ -166,20 +167,18 @@ class FrozenParts:
             ) from error
         finally:
             model.load_state_dict(state)
+            for module, mode in modes:
+                module.training = mode
 
 
 def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
     """Returns the modules at some paths, and the classifiers."""
-    if isinstance(trained, str):
-        raise UsageError(f"trained must be a list of modules, got {trained!r}: put it in brackets")
     modules = dict(model.named_modules())
     chosen: list[nn.Module] = list(find_classifiers(model).values())
     for given in trained:
         name = last_block(model) if given == LAST_BLOCK and given not in modules else given
         if not name or name not in modules:
             raise unknown_name("module in trained:", name, _nearest(modules, name))
-        if not any(True for _ in modules[name].parameters()):
-            raise UsageError(f"module {name!r} in trained has no parameters: remove it")
         chosen.append(modules[name])
     return chosen
 

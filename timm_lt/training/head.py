@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from timm_lt.heads import (
 from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.models.networks import unpair
 from timm_lt.samplers import check_sampler, create_sampler
+from timm_lt.training.frozen import BatchNorm, FrozenParts
 from timm_lt.training.update import (
     Losses,
     Schedule,
@@ -42,7 +43,6 @@ from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_
 from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import check_no_empty_class, class_counts
 
-BatchNorm = Literal["frozen", "shift"]
 LENGTHS = {"crt": CRT_LENGTH, "lws": LWS_LENGTH}
 
 
@@ -148,26 +148,27 @@ def check_images(train: object) -> None:
         )
 
 
-def check_batch_size(batch_size: int, num_images: int, accelerator: Accelerator) -> int:
+def check_batch_size(
+    batch_size: int, num_images: int, accelerator: Accelerator, unit: int = 1
+) -> int:
     """Returns the images that a process takes at once, after checking that parts can share a batch.
 
     Args:
         batch_size: Images per update, over all processes.
         num_images: Images of an epoch.
         accelerator: Its processes and accumulated batches are the parts.
+        unit: Images that belong together, 2 for the pairs of a bilateral sampler.
 
     Raises:
         UsageError: If an epoch has no whole batch, or the parts cannot share one.
     """
-    if check_integer("batch_size", batch_size, minimum=1) > num_images:
-        raise UsageError(
-            f"batch_size {batch_size} exceeds the {num_images} images of an epoch: make it smaller"
-        )
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    if batch_size % (processes * steps):
+    parts = processes * steps * unit
+    if batch_size % parts or not 1 <= batch_size <= num_images:
         raise UsageError(
             f"batch_size {batch_size} counts the images of an update over {processes} processes "
-            f"with accumulation_steps {steps}: it must be a multiple of {processes * steps}"
+            f"with accumulation_steps {steps}: it must be a multiple of {parts} and at most "
+            f"{num_images}, the images of an epoch"
         )
     return int(batch_size // (processes * steps))
 
@@ -190,11 +191,6 @@ def plan_head_on_images(
             f"head {name!r} is trained on a model with its joint classifier, and this one carries "
             f"a {classifier.kind!r} head: create it without head="
         )
-    if given.bn == "shift" and not any(map(is_statistic, model.state_dict())):
-        raise UsageError(
-            f"bn shift of head {name!r} has no effect, since {type(model).__name__} has no "
-            "batch-norm statistics: remove it"
-        )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UsageError(
             f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
@@ -204,11 +200,12 @@ def plan_head_on_images(
     number, parts = len(train), accelerator.num_processes * accelerator.gradient_accumulation_steps
     largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
     batch_size = largest if given.batch_size is None else given.batch_size
-    if check_batch_size(batch_size, number, accelerator) < 2 and given.bn == "shift":
-        raise UsageError(
-            f"bn shift of head {name!r} needs 2 images or more in each batch, and batch_size "
-            f"{batch_size} leaves 1: take {2 * parts} or more, or bn frozen"
-        )
+    # They refuse batch norm that has no statistics, or too small a batch to compute them.
+    frozen = FrozenParts(model, [], given.bn)
+    try:
+        frozen.try_batch(model, train.size, check_batch_size(batch_size, number, accelerator))
+    finally:
+        frozen.thaw()
     updates = LENGTHS[name].updates(
         number, batch_size=batch_size, epochs=given.epochs, steps=given.steps
     )

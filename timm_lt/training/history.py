@@ -1,4 +1,4 @@
-"""What a training run did, epoch by epoch."""
+"""Record of a training run, epoch by epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch of training did.
+    """Figures of one epoch of training.
 
     Attributes:
         epoch: 1-based.
@@ -20,8 +20,8 @@ class EpochRecord:
         lr: Learning rate at its end.
         images_per_second: Training images per second, over all processes.
         seconds: Wall time of the epoch with its validation.
-        val: Accuracy on validation, ``all`` and per shot group, fractions; empty if the epoch was
-            not validated.
+        val: Accuracy on validation, ``all`` and per shot group, as fractions; empty if the epoch
+            was not validated.
     """
 
     epoch: int
@@ -49,14 +49,14 @@ def representation_seconds(history: Sequence[EpochRecord]) -> float:
 
 
 def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelerator) -> None:
-    """Logs the last epoch of a history, and tells the trackers."""
+    """Logs the last epoch of a history, also to the trackers."""
     record = history[-1]
     line = f"epoch {record.epoch:3d}/{epochs}  loss {record.loss:.3f}  lr {record.lr:.3g}"
     if record.val:
-        line += f"  val {shown_accuracies(record)}" + ("*" if _is_best(history) else "")
+        line += f"  val {format_accuracies(record)}" + ("*" if _is_best(history) else "")
     left = (epochs - record.epoch) * representation_seconds(history) / len(history)
     line += f"  {record.images_per_second:,.0f} images/s  {record.seconds:.1f} s"
-    log.info("%s", line + (f"  {shown_time(left)} left" if left else ""))
+    log.info("%s", line + (f"  {format_seconds(left)} left" if left else ""))
     values = {
         "loss": record.loss,
         "lr": record.lr,
@@ -68,33 +68,33 @@ def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelera
 
 
 def describe_history(history: Sequence[EpochRecord], kept: int) -> str:
-    """Returns a line that sums up a run.
+    """Returns a summary of a run in one line.
 
     Args:
         history: Its epochs.
-        kept: The epoch whose weights go on, 1-based.
+        kept: The epoch whose weights are kept, 1-based.
     """
     seconds = representation_seconds(history)
-    # Every epoch has as many images.
+    # Every epoch has the same number of images.
     rate = len(history) / sum(1 / record.images_per_second for record in history)
-    line = f"trained {len(history)} epochs in {shown_time(seconds)}, {rate:,.0f} images/s"
+    line = f"trained {len(history)} epochs in {format_seconds(seconds)}, {rate:,.0f} images/s"
     best = best_record(history)
     if best is not None:
-        line += f"; best on validation: epoch {best.epoch} with {shown_accuracies(best)}"
-    return f"{line}; the weights of epoch {kept} go on"
+        line += f"; best on validation: epoch {best.epoch} with {format_accuracies(best)}"
+    return f"{line}; the weights of epoch {kept} are kept"
 
 
-def shown_accuracies(record: EpochRecord) -> str:
+def format_accuracies(record: EpochRecord) -> str:
     """Returns an epoch's accuracies on validation in percent."""
     groups = [record.val[name] for name in SHOT_GROUPS]
     shown = " / ".join("-" if a is None else f"{100 * a:.1f}" for a in groups)
     return f"{100 * record.score:.1f} % ({shown})"
 
 
-def shown_time(seconds: float) -> str:
-    """Returns a duration to read.
+def format_seconds(seconds: float) -> str:
+    """Returns a duration for people.
 
-    >>> shown_time(59.4), shown_time(3725)
+    >>> format_seconds(59.4), format_seconds(3725)
     ('59 s', '1:02:05')
     """
     minutes, rest = divmod(round(seconds), 60)

@@ -25,11 +25,13 @@ from timm_lt.heads import Head, find_classifiers, get_head, get_heads
 from timm_lt.metrics import shot_accuracy
 from timm_lt.models.networks import takes_pairs
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.frozen import FrozenParts
-from timm_lt.training.head import BatchNorm, check_batch_size, check_images
+from timm_lt.training.frozen import BatchNorm, FrozenParts
+from timm_lt.training.head import check_batch_size, check_images
 from timm_lt.training.history import SHOT_GROUPS, EpochRecord, best_record, log_epoch
 from timm_lt.training.state import BEST, EMA, TrainingState
 from timm_lt.training.update import (
+    KAPPA,
+    TAU,
     ClipMode,
     Losses,
     Schedule,
@@ -39,6 +41,7 @@ from timm_lt.training.update import (
     create_mixup,
     create_optimizer,
     means_over_processes,
+    mixes,
     run_updates,
     seed_epoch,
     share_buffers,
@@ -84,7 +87,7 @@ class TrainingOptions:
         seed: Seed of everything random but the sampler and the augmentation.
 
     Raises:
-        UsageError: If a number is out of range or a choice is unknown.
+        UsageError: If a number is out of range, a choice is unknown, or an option has no effect.
     """
 
     epochs: int
@@ -107,6 +110,21 @@ class TrainingOptions:
         for name in ("epochs", "batch_size", "validate_every"):
             check_integer(name, getattr(self, name), minimum=1)
         check_choice("keep", self.keep, get_args(Keep))
+        mixup, ema = self.mixup or {}, self.ema or {}
+        kappa = mixup.get(KAPPA) is not None
+        for name, is_set, needed, is_there in (
+            (
+                f"clip_mode {self.clip_mode}",
+                self.clip_mode != "norm",
+                "clip_grad",
+                self.clip_grad is not None,
+            ),
+            (f"mixup.{KAPPA}", kappa, "mixup.mixup_alpha or cutmix_alpha", mixes(mixup)),
+            (f"mixup.{TAU}", mixup.get(TAU) is not None, f"mixup.{KAPPA}", kappa),
+            (f"ema options {[*ema]}", bool(ema), "ema.decay", ema.get("decay") is not None),
+        ):
+            if is_set and not is_there:
+                raise UsageError(f"{name} has no effect without {needed}")
 
 
 @dataclass(frozen=True)
@@ -197,8 +215,9 @@ class RepresentationTrainer:
         if self.sharded and (options.ema or options.max_norm or options.trained is not None):
             raise UsageError("ema, max_norm and trained do not work under FSDP: remove them")
         check_images(train)
-        batch = check_batch_size(options.batch_size, len(sampler), accelerator)
-        _check_loss(loss, model, sampler, options.epochs, batch)
+        _check_loss(loss, model, sampler, options.epochs)
+        unit = getattr(sampler, "unit", 1)
+        batch = check_batch_size(options.batch_size, len(sampler), accelerator, unit)
         self.frozen = FrozenParts(model, options.trained, options.bn)
         self.frozen.try_batch(model, train.size, batch)
         width = getattr(model, "num_classes", 0)
@@ -404,27 +423,21 @@ def check_model(model: nn.Module, images: Images) -> None:
     Raises:
         UsageError: If not.
     """
-    classifier = get_head(model)
-    if isinstance(classifier, Head):
-        try:
-            classifier.fold()
-        except UsageError as error:
-            raise UsageError(
-                f"the representation stage cannot train a {classifier.kind!r} head: remove head= "
-                f"from model.options ({error})"
-            ) from error
+    classifier, size = get_head(model), (3, *images.size)
     try:
+        if isinstance(classifier, Head):
+            classifier.fold()
         with torch.inference_mode():
-            weight = next(model.parameters())
-            model.eval()(weight.new_zeros(1, 3, *images.size))
+            model.eval()(next(model.parameters()).new_zeros(1, *size))
+    except UsageError as error:
+        raise UsageError(
+            f"the model cannot be trained with this head; remove head= ({error})"
+        ) from error
     except (RuntimeError, AssertionError) as error:
-        size = (3, *images.size)
         raise UsageError(f"the model does not take images of size {size}: {error}") from error
 
 
-def _check_loss(
-    loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int, batch: int
-) -> None:
+def _check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:
     """Checks that a loss fits the model, the sampler and the number of epochs."""
     if (set_epoch := getattr(loss, "set_epoch", None)) is not None:
         set_epoch(0, epochs)
@@ -440,22 +453,11 @@ def _check_loss(
     }
     if not any(bilateral.values()):
         return
-    if not all(bilateral.values()):
-        present = ", ".join(name for name, is_one in bilateral.items() if is_one)
-        missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
+    # Mixed logits are those of mixed features for a linear classifier only.
+    bilateral["linear classifier"] = getattr(get_head(model), "kind", "linear") == "linear"
+    missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
+    if missing:
         raise UsageError(
-            f"bilateral: {present}; not bilateral: {missing}; BBN is trained with all three: a "
-            "model lt_bbn_* (or from create_bilateral), sampler bilateral and loss bilateral"
-        )
-    if batch % 2:
-        raise UsageError(
-            f"each batch of a process holds pairs of images, and {batch} is odd: batch_size counts "
-            "the images of both streams, so make it a multiple of 2 x processes x "
-            "accumulation_steps"
-        )
-    head = get_head(model)
-    if isinstance(head, Head) and head.kind != "linear":
-        raise UsageError(
-            f"a bilateral network is trained with a linear classifier, not with a {head.kind!r} "
-            "head: remove head= from model.options"
+            f"not bilateral: {missing}; BBN is trained with all of: a model lt_bbn_* (or from "
+            "create_bilateral) with a linear classifier, sampler bilateral and loss bilateral"
         )

@@ -1,4 +1,4 @@
-"""The state of a training run on disk: whole or not there, and checked before it is believed."""
+"""Training state on disk, written as a whole and verified before it is loaded."""
 
 import os
 import re
@@ -26,9 +26,9 @@ HISTORY = "history.json"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 BEST = "best.safetensors"
-# What reading a file that is not what accelerate wrote may raise.
+# Errors of reading a file that accelerate did not write.
 DAMAGE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
-# States that are kept: if the last is damaged, there is one before it.
+# Number of saved states, so that one is left if the last is damaged.
 KEPT = 2
 
 Weights = Mapping[str, Tensor]
@@ -36,15 +36,15 @@ T = TypeVar("T")
 
 
 class TrainingState:
-    """The folder in which a run keeps what it needs to go on: one sub-folder per saved epoch.
+    """Folder of a run's states, with one sub-folder per saved epoch.
 
     A sub-folder is written under another name, with the digests of its files, and renamed when it
-    is whole and on the disk: a kill at any moment leaves the one before it, and a file that was
-    damaged since is noticed. Optimiser and random states are pickles of accelerate's, which are
-    read with ``weights_only=True``; all else is safetensors and JSON.
+    is complete and on the disk: a kill at any moment leaves the one before it, and later damage is
+    noticed. Optimiser and random states are pickles of accelerate, which are read with
+    ``weights_only=True``; everything else is safetensors and JSON.
 
     Args:
-        folder: Where the state lies; over several machines, a folder that they share.
+        folder: The folder, which several machines must share.
         accelerator: Saves and loads model, optimiser and scaler.
     """
 
@@ -64,16 +64,16 @@ class TrainingState:
         ema: Weights | None = None,
         best: Weights | None = None,
     ) -> None:
-        """Saves the state after the last epoch of the history and drops all but the one before.
+        """Saves the state after the last epoch of the history; the one before it is kept too.
 
         Args:
             history: Every epoch so far.
-            ema: Averaged weights, if there are.
-            best: The best weights so far, if they are this epoch's; None keeps those of the state
+            ema: Averaged weights, if any.
+            best: The best weights so far, if they are of this epoch; None keeps those of the state
                 before it.
 
         Raises:
-            UsageError: If it cannot be written; what was written of it is removed.
+            UsageError: If the state cannot be written; it is then removed.
         """
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"
@@ -99,10 +99,10 @@ class TrainingState:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> list[EpochRecord]:
-        """Loads the last state that is whole and returns its history; without any, [].
+        """Loads the last undamaged state and returns its history; [] if there are no states.
 
         Raises:
-            UsageError: If there are states and all of them are damaged.
+            UsageError: If all states are damaged.
         """
         self._clean()
         for epoch in reversed(self._shared(self.saved_epochs)):
@@ -137,7 +137,7 @@ class TrainingState:
         self.accelerator.wait_for_everyone()
 
     def _clean(self) -> None:
-        """Removes what kills left."""
+        """Removes the remains of killed processes."""
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".partial_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -149,7 +149,7 @@ class TrainingState:
         ema: Weights | None,
         best: Weights | None,
     ) -> None:
-        """Adds what accelerate does not know, and puts all of it on the disk."""
+        """Adds history, averaged and best weights and the digests, and flushes all files."""
         write_json(partial / HISTORY, {"epochs": [asdict(record) for record in history]})
         if ema is not None:
             save_file(dict(ema), partial / EMA)
@@ -165,7 +165,7 @@ class TrainingState:
         }
         write_json(partial / MANIFEST, digests)
         for path in files:
-            # For writing: Windows flushes no other.
+            # Windows flushes only files that are open for writing.
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
         flush_folder(partial)
@@ -175,20 +175,20 @@ class TrainingState:
         if not self.accelerator.is_main_process:
             return
         for epoch in epochs:
-            # Under another name first: half of it is not to be taken for a state.
+            # Renamed first, so that a part of it is not taken for a state.
             doomed = self.folder / f".partial_{epoch:04d}"
             self._path(epoch).rename(doomed)
             shutil.rmtree(doomed)
 
     def _shared(self, look: Callable[[], T]) -> T:
-        """Returns what the main process sees, on every process: they must agree."""
+        """Returns the result of the main process on every process."""
         seen: list[T | None] = [look() if self.accelerator.is_main_process else None]
         shared: list[T] = broadcast_object_list(seen)
         return shared[0]
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compares the files of a saved state with their digests; returns what is wrong, or None."""
+    """Compares the files of a saved state with their digests; returns the first problem or None."""
     try:
         digests = read_json(folder / MANIFEST)
         for name, digest in digests.items():

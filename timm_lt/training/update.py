@@ -5,7 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options
         raise UsageError(f"{owner}: {error}") from error
 
 
-class Remix:
+class Remix(Mixup):
     """Mixup whose labels go to the rarer class where the class counts differ much.
 
     An image ``λ x_i + (1 − λ) x_j`` of classes with n_i and n_j images has the label ``λ_y y_i + (1
@@ -91,10 +91,10 @@ class Remix:
     so an image in which the frequent class has a share below τ belongs to the rare one alone.
 
     Args:
-        mixup: timm's mixup, cutmix or both, without label smoothing.
         class_counts: Training images per class, (C,), each >= 1.
-        kappa: κ, >= 1; 3 in the paper.
-        tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
+        remix_kappa: κ, >= 1; 3 in the paper.
+        remix_tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
+        **options: Arguments of ``timm.data.Mixup``: mixup, cutmix or both, without label smoothing.
 
     References:
         Chou, Chang, Pan, Wei, Juan. Remix: Rebalanced mixup. ECCV 2020 Workshops,
@@ -102,25 +102,21 @@ class Remix:
     """
 
     def __init__(
-        self, mixup: Mixup, class_counts: ClassCounts, *, kappa: float = 3.0, tau: float = 0.5
+        self,
+        class_counts: ClassCounts,
+        *,
+        remix_kappa: float = 3.0,
+        remix_tau: float = 0.5,
+        **options: Any,
     ) -> None:
-        self.mixup = mixup
+        super().__init__(**options)  # type: ignore[no-untyped-call]
         self.class_counts = check_class_counts(class_counts)
-        self.kappa = check_number(f"mixup.{KAPPA}", kappa, "[1, inf)")
-        self.tau = check_number(f"mixup.{TAU}", tau, "[0, 1]")
-
-    @property
-    def mixup_enabled(self) -> bool:
-        """Whether images are mixed."""
-        return self.mixup.mixup_enabled
-
-    @mixup_enabled.setter
-    def mixup_enabled(self, enabled: bool) -> None:
-        self.mixup.mixup_enabled = enabled
+        self.kappa = check_number("mixup.remix_kappa", remix_kappa, "[1, inf)")
+        self.tau = check_number("mixup.remix_tau", remix_tau, "[0, 1]")
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes images (B, 3, H, W), in place, and labels (B,) to targets (B, C)."""
-        images, soft = self.mixup(images, targets)
+        images, soft = super().__call__(images, targets)  # type: ignore[no-untyped-call]
         # timm mixes image i from the beginning with image i from the end.
         own, other = targets[:, None], targets.flip(0)[:, None]
         share = soft.gather(1, own)
@@ -132,12 +128,14 @@ class Remix:
         return images, mixed.scatter_add_(1, other, 1 - share)
 
 
-Mixing = Mixup | Remix
+def mixes(options: Mapping[str, Any]) -> bool:
+    """Returns whether options of ``timm.data.Mixup`` mix any images."""
+    return any(options.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
 
 
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
-) -> Mixing | None:
+) -> Mixup | None:
     """Creates timm's mixup and cutmix, or remix; None without an alpha.
 
     Args:
@@ -147,43 +145,33 @@ def create_mixup(
         batch: Images that are mixed with each other.
 
     Raises:
-        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
+        UsageError: If an option is unknown or out of range, or the batch is odd.
     """
-    given = {"mixup_alpha": 0.0} | dict(options or {})
-    kappa, tau = given.pop(KAPPA, None), given.pop(TAU, None)
+    given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
-    mixes = any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
-    if (kappa is not None and not mixes) or (tau is not None and kappa is None):
-        raise UsageError(
-            f"mixup.{KAPPA} has no effect without an alpha, and {TAU} none without {KAPPA}"
-        )
-    # Created also if it does not mix, to find wrong options.
+    given = {"mixup_alpha": 0.0} | given
+    remix = {name: given.pop(name) for name in (KAPPA, TAU) if name in given}
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
+    # Created also if it does not mix, to find wrong options.
     mixup = create_part("mixup", Mixup, **sizes, **given)
-    if not mixes:
+    if not mixes(given):
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    if kappa is None:
-        return mixup
-    return Remix(mixup, class_counts, kappa=kappa, **({} if tau is None else {"tau": tau}))
+    return Remix(class_counts, **remix, **sizes, **given) if KAPPA in remix else mixup
 
 
 def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
     """Creates timm's moving average of all weights; None without options.
 
     Args:
-        options: Arguments of ``timm.utils.ModelEmaV3``, with a ``decay``.
+        options: Arguments of ``timm.utils.ModelEmaV3``.
         model: The model before it is prepared.
 
     Raises:
-        UsageError: If an option is unknown or has no effect, or the decay is out of range.
+        UsageError: If an option is unknown or out of range.
     """
-    if not options:
-        return None
-    if options.get("decay") is None:
-        raise UsageError(f"ema option {next(iter(options))} has no effect without ema.decay")
-    return create_part("ema", ModelEmaV3, model, **options)
+    return create_part("ema", ModelEmaV3, model, **options) if options else None
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
@@ -218,8 +206,7 @@ class Update:
         max_norm: Largest length of the weights of a class, > 0, or None.
 
     Raises:
-        UsageError: If a value is out of range or has no effect, or the loss does not take mixed
-            targets.
+        UsageError: If a value is out of range, or the loss does not take mixed targets.
     """
 
     def __init__(
@@ -229,7 +216,7 @@ class Update:
         loss: nn.Module,
         accelerator: Accelerator,
         *,
-        mixup: Mixing | None = None,
+        mixup: Mixup | None = None,
         ema: ModelEmaV3 | None = None,
         clip_grad: float | None = None,
         clip_mode: ClipMode = "norm",
@@ -239,8 +226,6 @@ class Update:
         for name, limit in {"clip_grad": clip_grad, "max_norm": max_norm}.items():
             if limit is not None:
                 check_number(name, limit, "(0, inf)")
-        if clip_mode != "norm" and clip_grad is None:
-            raise UsageError(f"clip_mode {clip_mode} has no effect without clip_grad")
         if mixup is not None and not getattr(loss, "takes_soft_targets", False):
             raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
         self.model, self.optimizer, self.loss = model, optimizer, loss
@@ -341,10 +326,7 @@ class Losses:
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
         broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
         if self._accelerator.reduce(broken, "sum") > 0:
-            raise UsageError(
-                f"weights are no longer finite after the last update of {self._owner}: "
-                f"{self._advice}"
-            )
+            self._stop("weights are no longer finite after the last update")
         return float(torch.cat(self._seen).mean())
 
     def _look(self) -> None:
@@ -357,10 +339,10 @@ class Losses:
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
             update = (first + int(wrong[0])) // self._per_update + 1
-            raise UsageError(
-                f"the loss became {float(values[wrong[0]])} in update {update} of {self._owner}: "
-                f"{self._advice}"
-            )
+            self._stop(f"the loss became {float(values[wrong[0]])} in update {update}")
+
+    def _stop(self, problem: str) -> NoReturn:
+        raise UsageError(f"{problem} of {self._owner}: {self._advice}")
 
 
 class Schedule:
