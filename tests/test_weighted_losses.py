@@ -306,7 +306,7 @@ def test_a_loss_with_a_schedule_needs_to_know_the_epoch(start, wrapped):
 
 def test_a_start_after_training_is_refused():
     loss = create_loss("deferred_reweighting", COUNTS, start=160)
-    with pytest.raises(UsageError, match=r"start 160 is not within training, .* 0 to 159"):
+    with pytest.raises(UsageError, match="start 160 is not within the 160 epochs"):
         loss.set_epoch(0, 160)
     loss.set_epoch(0, 161)
 

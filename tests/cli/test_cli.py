@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -70,6 +71,16 @@ def test_the_package_has_the_names_that_type_checkers_see():
     assert timm_lt.training.__name__ == "timm_lt.training"
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         timm_lt.create_modle  # noqa: B018
+
+
+def test_a_package_that_imports_timm_lt_has_the_architectures(tmp_path):
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("import timm_lt")
+    (package / "__main__.py").write_text("import timm; print('lt_resnet50' in timm.list_models())")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = python("-m", "theirs", stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 # ---- help ----------------------------------------------------------------------------------------
