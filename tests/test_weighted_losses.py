@@ -411,7 +411,11 @@ def test_a_sigmoid_starts_at_one_in_c(name, options, biased):
         ("label_aware_smoothing", {"shape": "exp"}, "choose one of: concave, linear, convex"),
         ("seesaw", {"min_probability": 1}, r"min_probability must be a number in \[0, 1\)"),
         ("deferred_reweighting", {"start": -1}, "start must be an integer >= 0"),
-        ("deferred_reweighting", {"start": 160.0}, r"start, an epoch .* must be a number in \(0, 1\)"),
+        (
+            "deferred_reweighting",
+            {"start": 160.0},
+            r"start, an epoch .* must be a number in \(0, 1\)",
+        ),
         ("deferred_reweighting", {"start": 1.5}, r"fraction of the epochs, must be .*\(0, 1\)"),
         ("deferred_reweighting", {"loss": "CE"}, "unknown loss 'CE'"),
         ("deferred_reweighting", {"loss": ["ldam"]}, r"unknown loss \['ldam'\]"),
