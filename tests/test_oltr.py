@@ -287,7 +287,7 @@ def test_the_start_is_the_joint_classifier_and_the_class_means():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 5, "epochs": 1}, "steps and epochs both say how long"),
+        ({"steps": 5, "epochs": 1}, "steps and epochs exclude each other"),
         ({"centroids": "fixed"}, "unknown centroids of head 'oltr'.*learned, means"),
         ({"hinge": "row"}, "unknown hinge of head 'oltr'.*example, batch"),
         ({"loss_weight": -1}, r"loss_weight of head 'oltr' must be a number in \[0, inf\)"),

@@ -111,11 +111,13 @@ def __dir__() -> list[str]:
 def _is_command_line() -> bool:
     """Returns whether ``timm-lt`` or ``python -m timm_lt`` is starting.
 
-    It imports :mod:`timm_lt.models`, which registers the architectures, with the command that needs
-    it: ``timm-lt --help`` should not wait for torch and timm.
+    The commands that need :mod:`timm_lt.models` import it, which registers the architectures:
+    ``timm-lt --help`` should not wait for torch and timm.
     """
-    # Python sets sys.argv[0] to "-m" until it has found the module that it is to run.
-    return Path(sys.argv[0] if sys.argv else "").stem in ("timm-lt", "-m")
+    program = Path(sys.argv[0] if sys.argv else "").stem
+    # sys.argv[0] is "-m" until Python has found the module to run, which another package may be.
+    is_module = ("-m", __name__) in itertools.pairwise(sys.orig_argv)
+    return program == "timm-lt" or (program == "-m" and is_module)
 
 
 if not _is_command_line():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -70,6 +71,16 @@ def test_the_package_has_the_names_that_type_checkers_see():
     assert timm_lt.training.__name__ == "timm_lt.training"
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         timm_lt.create_modle  # noqa: B018
+
+
+def test_a_package_that_imports_timm_lt_has_the_architectures(tmp_path):
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("import timm_lt")
+    (package / "__main__.py").write_text("import timm; print('lt_resnet50' in timm.list_models())")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = python("-m", "theirs", stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 # ---- help ----------------------------------------------------------------------------------------
@@ -178,7 +189,7 @@ def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     shutil.copytree(PACKAGED, "run")
     for arguments, message in (
-        (["--json", "run"], "put --json behind the other arguments"),
+        (["--json", "run"], "put --json after the other arguments"),
         (["run", "--json", "run/config.json/x.json"], "--json: run/config.json is not a folder"),
         (["--json", "/proc/none/x.json"], "error: /proc/none"),
     ):

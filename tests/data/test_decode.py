@@ -17,8 +17,8 @@ from PIL import Image, ImageFile, ImageOps
 from torchvision.datasets import ImageFolder
 
 import timm_lt
-from timm_lt.checkpoint import read_checkpoint
-from timm_lt.cli.predict import predictions
+from timm_lt.checkpoint import background_of, read_checkpoint
+from timm_lt.cli.predict import ImageFiles, predict_files
 from timm_lt.data.columns import as_rgb
 from timm_lt.data.decode import encoded_images, read_image, to_rgb
 from timm_lt.data.given import given_splits
@@ -471,7 +471,8 @@ def test_the_background_is_recorded_and_predict_takes_it(checkpoint, tmp_path):
         folder = checkpoint(background)
         assert read_checkpoint(folder).background == stored
         model = timm_lt.create_model(f"local-dir:{folder}").eval()
-        ((_, best, _),) = predictions(model, [str(tmp_path / "x.png")], top=1)
+        files = ImageFiles([str(tmp_path / "x.png")], model, background_of(model), {})
+        ((_, best, _),) = predict_files(model, files, names=None, top=1, workers=0)
         config = timm_lt.create_model("test_resnet", num_classes=2).pretrained_cfg
         transform = timm.data.create_transform(**timm.data.resolve_data_config(config))
         canvas = Image.new("RGBA", (40, 40), background)
@@ -499,7 +500,7 @@ def test_a_record_that_is_not_a_colour_is_refused(checkpoint, background):
     config = json.loads((folder / "config.json").read_text())
     config["timm_lt"]["background"] = background
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"timm_lt\.background must be a colour '#rrggbb', got"):
+    with pytest.raises(UsageError, match=r"timm_lt\.background must be a colour '#rrggbb', found"):
         read_checkpoint(folder)
     del config["timm_lt"]["background"]
     (folder / "config.json").write_text(json.dumps(config))

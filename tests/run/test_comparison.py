@@ -469,7 +469,7 @@ def test_a_plot_shows_shot_groups_by_row_and_column(measured, tmp_path, monkeypa
     assert drawn["all"]["NC", "J"] == pytest.approx((0.59, 0.02**0.5 / 10))
     # The table has a row for each cell.
     assert lines[2].startswith("| classifier | representation | many |")
-    assert lines[7] == "| NC (1 of 2 seeds) | S | 60.0 | 40.0 | 12.5 | 40.0 | -10.0 |  |"
+    assert lines[7] == "| NC (1 of 2 seeds) | S | 60.0 | 40.0 | 12.5 | 40.0 | -10.0 |"
     monkeypatch.undo()
     for folder in (tmp_path / "out" / "runs").glob("*/*"):
         (folder / "metrics.json").unlink()

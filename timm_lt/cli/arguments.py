@@ -1,6 +1,7 @@
 """The model and the data that commands take."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from timm_lt.data.sources import DATASETS
 from timm_lt.models.create import create_sized_model
 from timm_lt.models.repo import REPO
 from timm_lt.models.weights_file import create_from_file
-from timm_lt.run.recipe import ClassOrder, DataRecipe
+from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe
 from timm_lt.utils.checks import UsageError, check_integer, unknown_name
 from timm_lt.utils.console import log
 
@@ -28,7 +29,7 @@ DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/N
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the argument ``data``: ``--root``, ``--option`` and ``--background``."""
+    """Adds the options of the argument ``data``: ``--root`` and ``--option``."""
     parser.add_argument("--root", help="folder with the files of a list or a data set")
     parser.add_argument(
         "--option",
@@ -37,59 +38,46 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="option of the data set, e.g. test_fraction=0.3; may be repeated",
     )
-    add_background_option(parser)
-
-
-def add_background_option(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--background``."""
-    parser.add_argument(
-        "--background",
-        default="auto",
-        metavar="COLOR",
-        help="behind transparent pixels, e.g. white, black or '#808080'; by default that of the "
-        "model's checkpoint, or white",
-    )
-
-
-def add_class_order(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--class-order``."""
-    parser.add_argument(
-        "--class-order",
-        choices=get_args(ClassOrder),
-        help="order of the classes in weights without class names: timm (1, 2, 10) or sorted (1, "
-        "10, 2); by default determined from training images, or for predict that of --names",
-    )
 
 
 def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
-    """Adds ``--threads`` and ``--workers``."""
+    """Adds ``--threads`` and ``--workers``, with a default of the latter."""
+    default = "as the cores allow" if workers is None else workers
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=workers,
-        help=f"processes that decode images; by default {workers or 'as the cores allow'}",
-    )
+    decode = f"processes that decode images; by default {default}"
+    parser.add_argument("--workers", type=int, default=workers, help=decode)
 
 
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
-    """Adds the options of how a model is created, and from which file.
+    """Adds the options of how a model is created, and of its images and classes.
 
     Args:
         parser: Parser of the command.
-        checkpoint: Help of ``--checkpoint``; None adds no such option.
+        checkpoint: Help of ``--checkpoint``; None adds only what creates a model.
     """
+    add = parser.add_argument
     if checkpoint is not None:
-        parser.add_argument("--checkpoint", metavar="FILE", help=checkpoint)
-    parser.add_argument(
+        add("--checkpoint", metavar="FILE", help=checkpoint)
+        add(
+            "--class-order",
+            choices=get_args(ClassOrder),
+            help="order of the classes in weights without class names: timm (1, 2, 10) or sorted "
+            "(1, 10, 2); by default determined from training images, in predict that of --names",
+        )
+        add(
+            "--background",
+            default="auto",
+            metavar="COLOR",
+            help="behind transparent pixels, e.g. white, black or '#808080'; by default that of "
+            "the model's checkpoint, or white",
+        )
+    add(
         "--checkpoint-key",
         metavar="KEY",
         help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
     )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="by default that of the file or model"
-    )
-    parser.add_argument(
+    add("--image-size", type=int, metavar="PIXELS", help="by default that of the file or model")
+    add(
         "--model-option",
         action="append",
         default=[],
@@ -104,35 +92,66 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.image_size is not None:
         check_integer("--image-size", arguments.image_size, minimum=1)
     options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
-    for key in options:
-        if key in RESERVED:
-            raise UsageError(f"--model-option {key} is set by other options of the command")
+    reserved = [key for key in options if key in RESERVED]
+    if reserved:
+        raise UsageError(f"--model-option {reserved[0]} is set by other options of the command")
     return options
 
 
-def load_model(name: str, arguments: argparse.Namespace, **options: Any) -> nn.Module:
-    """Loads a model in evaluation mode, with the options of :func:`add_weights_options`.
+def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
+    """Returns the model of the options of :func:`add_weights_options`.
 
     Args:
-        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
         arguments: Arguments of the command.
-        **options: Further options of :func:`timm_lt.create_model`, such as ``head``.
+        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
+    """
+    return ModelRecipe(
+        name,
+        pretrained=arguments.checkpoint is None,
+        checkpoint=arguments.checkpoint,
+        checkpoint_key=arguments.checkpoint_key,
+        class_order=arguments.class_order,
+        options=model_options(arguments),
+    )
+
+
+def data_recipe(arguments: argparse.Namespace) -> DataRecipe:
+    """Returns the data of the argument ``data`` and its options, with the model's preprocessing."""
+    options = parse_options(arguments.option, "test_fraction=0.3")
+    return replace(
+        find_data(arguments.data, arguments.root, options),
+        augmentation="timm",
+        background=arguments.background,
+        image_size=arguments.image_size,
+        unreadable="skip",
+    )
+
+
+def load_model(
+    recipe: ModelRecipe, image_size: int | None, *, head: str | None = None, **options: Any
+) -> nn.Module:
+    """Loads a model in evaluation mode.
+
+    Args:
+        recipe: The model.
+        image_size: Side of its images in pixels; None is that of the file or model.
+        head: A head of its checkpoint; None is the joint classifier.
+        **options: Further options of :func:`timm_lt.create_model`.
 
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
-    options |= model_options(arguments)
-    file, key, size = arguments.checkpoint, arguments.checkpoint_key, arguments.image_size
-    if file is None:
-        if key is not None:
-            raise UsageError("--checkpoint-key is for a file of weights; give --checkpoint, too")
-        model = create_sized_model(name, True, size, **options)
+    options |= recipe.options
+    if recipe.checkpoint is None:
+        model = create_sized_model(recipe.name, True, image_size, head=head, **options)
+    elif head is not None:
+        raise UsageError("--head is for a model with its own heads, not for --checkpoint")
     else:
-        if options.pop("head", None) is not None:
-            raise UsageError("--head is for a model with its own heads, not for --checkpoint")
-        model = create_from_file(name, file, key=key, image_size=size, **options)
+        file, key = recipe.checkpoint, recipe.checkpoint_key
+        model = create_from_file(recipe.name, file, key=key, image_size=image_size, **options)
     parameters = sum(tensor.numel() for tensor in model.parameters())
-    log.debug("%s: weights of %s, %d parameters", name, file or name, parameters)
+    weights = recipe.checkpoint or recipe.name
+    log.debug("%s: weights of %s, %d parameters", recipe.name, weights, parameters)
     return model.eval()
 
 
@@ -168,6 +187,7 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecip
 def check_is_list(path: Path) -> None:
     """Refuses files that are not lists of images by their endings."""
     kind = suffix(path.name)
-    if kind in (*TABLES, *IMAGE_SUFFIXES):
-        cure = f"give hub, with --root {path}" if kind in TABLES else "give its folder, or a list"
-        raise UsageError(f"{path} is not a list of images: {cure}")
+    if kind in TABLES:
+        raise UsageError(f"{path} is a table, not a list: give hub, with --root {path}")
+    if kind in IMAGE_SUFFIXES:
+        raise UsageError(f"{path} is an image: give the folder of a directory per class, or a list")

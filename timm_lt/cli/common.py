@@ -75,13 +75,10 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
 
 def add_log_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
     """Adds ``--quiet`` and ``--verbose``."""
+    verbose = "log each step on standard error, and where in the code an error arose"
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quiet", action="store_true", help=f"print {quiet} only")
-    level.add_argument(
-        "--verbose",
-        action="store_true",
-        help="log each step on standard error, and where in the code an error arose",
-    )
+    level.add_argument("--verbose", action="store_true", help=verbose)
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -99,7 +96,7 @@ def start(arguments: argparse.Namespace) -> None:
         # It may be the next argument of the command.
         raise UsageError(
             f"--json takes a file that ends in {JSON_SUFFIX}, got {file!r}; to print JSON, put "
-            "--json behind the other arguments"
+            "--json after the other arguments"
         )
     check_folder("--json", Path(file).parent)
     for name in ("data", "destination"):

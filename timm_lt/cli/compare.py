@@ -64,7 +64,9 @@ def compare(argv: list[str]) -> list[str]:
     runs = make_runs(grid, rows, parsed[1], folder, seeds=arguments.seeds, given=given)
     check_folder(folder, grid, runs)
     threads = check_integer("--threads", arguments.threads, 1, available_cores())
-    jobs = check_integer("--jobs", arguments.jobs or default_jobs(threads), minimum=1)
+    devices = len(visible_devices()) or int(torch.accelerator.is_available())
+    jobs = arguments.jobs or devices or available_cores() // threads
+    check_integer("--jobs", jobs, minimum=1)
     log.info("%s: %d runs in %s, %d side by side", grid.name, len(runs), folder, jobs)
     failures = Runner(jobs, threads).run(runs)
     record = measure(grid, rows, runs, failures)
@@ -93,7 +95,7 @@ def create_parser() -> argparse.ArgumentParser:
         ),
         epilog=epilog(
             [
-                f"{PROG}   # lists the grids",
+                f"{PROG}   # names the grids",
                 f"{PROG} kang_table2 --seeds 0,1,2",
                 f'{PROG} kang_table2 --only joint cRT "balanced softmax" --jobs 2',
                 f"{PROG} mine.yaml --data.root photos --json",
@@ -119,10 +121,3 @@ def create_parser() -> argparse.ArgumentParser:
 def seeds(text: str) -> list[int]:
     """Parses ``0,1,2``."""
     return sorted({int(seed) for seed in text.split(",")})
-
-
-def default_jobs(threads: int) -> int:
-    """Returns the number of runs side by side: one on each GPU, or as the cores allow."""
-    if torch.accelerator.is_available():
-        return max(len(visible_devices()), 1)
-    return max(available_cores() // threads, 1)

@@ -14,18 +14,17 @@ from timm_lt.checkpoint import RECIPE, load_head
 from timm_lt.cli.arguments import (
     DATA_HELP,
     MODEL_HELP,
-    add_class_order,
     add_compute_options,
     add_data_options,
     add_weights_options,
-    find_data,
+    data_recipe,
     load_model,
+    model_recipe,
 )
 from timm_lt.cli.common import (
     Commands,
     add_command,
     add_output_options,
-    parse_options,
     show_result,
 )
 from timm_lt.data import Splits, create_splits
@@ -44,9 +43,9 @@ from timm_lt.metrics import (
 from timm_lt.models.label_names import keeps_classifier, shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
-from timm_lt.run.network import TIMM, create_images, in_order_of_weights, on_background
+from timm_lt.run.network import create_images, in_order_of_weights, on_background
 from timm_lt.run.parse import load_recipe
-from timm_lt.run.recipe import DataRecipe, ModelRecipe, Recipe
+from timm_lt.run.recipe import DataRecipe, Recipe
 from timm_lt.training import EVAL_BATCH_SIZE
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.utils.checks import UsageError
@@ -69,24 +68,20 @@ def add_parser(commands: Commands) -> None:
             "timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar",
         ],
     )
-    evaluate.add_argument("model", help=MODEL_HELP)
-    evaluate.add_argument("data", help=DATA_HELP)
-    evaluate.add_argument(
-        "--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default"
-    )
+    add = evaluate.add_argument
+    add("model", help=MODEL_HELP)
+    add("data", help=DATA_HELP)
+    add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
     add_weights_options(evaluate, "weights for that architecture")
-    add_class_order(evaluate)
     add_data_options(evaluate)
-    evaluate.add_argument(
+    add(
         "--split",
         choices=get_args(Split),
         default="test",
         help="split to evaluate on; by default test, which is held out of a folder without splits",
     )
-    evaluate.add_argument(
-        "--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups"
-    )
-    evaluate.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
+    add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
+    add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     add_compute_options(evaluate)
     add_output_options(evaluate, quiet="the table")
     evaluate.set_defaults(command=evaluate_model)
@@ -96,41 +91,18 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     """Evaluates a model with one head after the other, on features that are extracted once."""
     set_cpu_threads(arguments.threads)
     source = ModelSource.find(arguments.model)
-    options = parse_options(arguments.option, "test_fraction=0.3")
-    data = _same_split(find_data(arguments.data, arguments.root, options), source.folder)
-    recipe = Recipe(
-        data=replace(
-            data,
-            augmentation=TIMM,
-            background=arguments.background,
-            image_size=arguments.image_size,
-            unreadable="skip",
-        ),
-        model=ModelRecipe(
-            name=source.name,
-            pretrained=arguments.checkpoint is None,
-            checkpoint=arguments.checkpoint,
-            class_order=arguments.class_order,
-        ),
-    )
+    data = _same_split(data_recipe(arguments), source.folder)
+    recipe = Recipe(data=data, model=model_recipe(arguments, source.name), epochs=0)
     splits = create_splits(
         data.name, root=data.root, val_fraction=data.val_fraction, **data.options
     )
-    model, heads = _load(source, arguments)
+    model, heads = _load(recipe, source, arguments.head)
     if getattr(model, "num_classes", None) != splits.num_classes:
         raise UsageError(
             f"{arguments.model} has {model.num_classes} classes, and the data have "
             f"{splits.num_classes}; fit heads for them with timm-lt heads"
         )
-    splits = on_background(recipe, splits, model)
-    kept = keeps_classifier(
-        model, splits.label_names, arguments.model, "timm-lt heads --fresh-classifier"
-    )
-    splits = in_order_of_weights(
-        splits, model, kept=kept, given=recipe.model, image_size=arguments.image_size
-    )
-    if not kept:
-        _warn_of_names(splits, model, arguments.model)
+    splits = _in_order(on_background(recipe, splits, model), model, recipe, arguments.model)
     images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
     reports = _evaluate(model, heads, images, splits.class_counts, arguments.shot_rule)
     rows = images.unreadable_rows()
@@ -174,37 +146,44 @@ def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
 
 
 def _load(
-    source: ModelSource, arguments: argparse.Namespace
+    recipe: Recipe, source: ModelSource, names: list[str] | None
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Loads a model with its joint classifier, and the heads."""
-    model = load_model(source.name, arguments)
-    info = None if arguments.checkpoint else source.read_info()
+    """Loads a model with its joint classifier once, and the heads for it."""
+    given, size = recipe.model, recipe.data.image_size
+    model = load_model(given, size)
+    info = None if given.checkpoint else source.read_info()
     heads: dict[str, nn.Module] = {}
-    for head in arguments.head or (info and [*info.heads]) or [JOINT]:
-        if info is not None and head in info.heads:
+    for name in names or (info and [*info.heads]) or [JOINT]:
+        if info is not None and name in info.heads:
             if source.repo is not None:
-                source.repo.download(weights=False, head=head)
-            heads[head] = load_head(info.folder, head, get_head(model))
-        elif head == JOINT:
-            heads[head] = copy.deepcopy(get_head(model))
+                source.repo.download(weights=False, head=name)
+            heads[name] = load_head(info.folder, name, get_head(model))
+        elif name == JOINT:
+            heads[name] = copy.deepcopy(get_head(model))
         else:
             # Refuses an unknown head, and one that has to be fitted.
-            heads[head] = get_head(load_model(source.name, arguments, head=head))
+            heads[name] = get_head(load_model(given, size, head=name))
     return model, heads
 
 
-def _warn_of_names(splits: Splits, model: nn.Module, name: str) -> None:
-    """Warns if a class has another name in the model than in the data."""
-    theirs = splits.label_names or []
-    own = shown_as(model, theirs) or []
-    for label, (there, here) in enumerate(zip(own, theirs, strict=False)):
-        if there != here:
-            log.warning(
-                "class %d is %r in %s and %r in the data; figures are right only if such classes "
-                "mean the same",
-                *(label, there, name, here),
-            )
-            return
+def _in_order(splits: Splits, model: nn.Module, recipe: Recipe, name: str) -> Splits:
+    """Numbers the classes of the data as the model does, or warns if their names differ."""
+    theirs, cure = splits.label_names or [], "timm-lt heads --fresh-classifier"
+    kept = keeps_classifier(model, splits.label_names, name, cure)
+    size = recipe.data.image_size
+    splits = in_order_of_weights(splits, model, kept=kept, given=recipe.model, image_size=size)
+    own = [] if kept else shown_as(model, theirs) or []
+    differing = [
+        label for label, pair in enumerate(zip(own, theirs, strict=False)) if len({*pair}) > 1
+    ]
+    if differing:
+        label = differing[0]
+        log.warning(
+            "class %d is %r in %s and %r in the data; figures are right only if such classes mean "
+            "the same",
+            *(label, own[label], name, theirs[label]),
+        )
+    return splits
 
 
 def _evaluate(

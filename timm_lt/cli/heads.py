@@ -8,20 +8,19 @@ from typing import Any
 from timm_lt.cli.arguments import (
     DATA_HELP,
     MODEL_HELP,
-    add_class_order,
     add_compute_options,
     add_data_options,
     add_weights_options,
-    find_data,
-    model_options,
+    data_recipe,
+    model_recipe,
 )
-from timm_lt.cli.common import Commands, add_command, add_log_options, parse_options
+from timm_lt.cli.common import Commands, add_command, add_log_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
 from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.report.tables import JOINT
 from timm_lt.run.execution import run_recipe
-from timm_lt.run.recipe import FeaturesRecipe, ModelRecipe, Recipe, RunOptions
+from timm_lt.run.recipe import FeaturesRecipe, Recipe, RunOptions
 from timm_lt.utils.hub import HF_HUB
 
 
@@ -41,11 +40,11 @@ def add_parser(commands: Commands) -> None:
             "timm-lt heads train.txt --root photos --model output/birds --heads crt tau_norm",
         ],
     )
-    heads.add_argument("data", help=DATA_HELP)
-    heads.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    add = heads.add_argument
+    add("data", help=DATA_HELP)
+    add("--model", required=True, metavar="NAME", help=MODEL_HELP)
     add_weights_options(heads, "weights that you trained, for these classes")
-    add_class_order(heads)
-    heads.add_argument(
+    add(
         "--heads",
         nargs="+",
         default=list(DEFAULT_HEADS),
@@ -53,52 +52,34 @@ def add_parser(commands: Commands) -> None:
         help="heads beside linear; by default all but oltr, fslwf and cosine",
     )
     add_data_options(heads)
-    heads.add_argument("--output", help="folder to write; output/MODEL.DATA by default")
-    heads.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
-    heads.add_argument("--resume", action="store_true", help="continue the run in that folder")
-    heads.add_argument(
-        "--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)"
-    )
-    heads.add_argument(
+    add("--output", help="folder to write; output/MODEL.DATA by default")
+    add("--overwrite", action="store_true", help="delete the run in that folder")
+    add("--resume", action="store_true", help="continue the run in that folder")
+    add("--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)")
+    add(
         "--fresh-classifier",
         action="store_true",
         help="fit the linear classifier anew, even if the model has one of as many classes",
     )
-    heads.add_argument("--cache-dir", help="folder that keeps the features for the next time")
-    heads.add_argument("--seed", type=int, default=0, help="seed of the fits")
+    add("--cache-dir", help="folder that keeps the features for the next time")
+    add("--seed", type=int, default=0, help="seed of the fits")
     add_compute_options(heads)
-    heads.add_argument(
-        "--json", action="store_true", help="for machines: print metrics.json instead of the table"
-    )
+    add("--json", action="store_true", help="for machines: print metrics.json instead of the table")
     add_log_options(heads, quiet="the final table")
     heads.set_defaults(command=fit_heads)
 
 
 def fit_heads(arguments: argparse.Namespace) -> None:
     """Fits heads on a model and data, and prints the table and the recommended head."""
-    options = parse_options(arguments.option, "test_fraction=0.3")
     # The others are compared with the joint classifier.
     names = dict.fromkeys([JOINT, *arguments.heads])
     heads: dict[str, dict[str, Any]] = {name: {} for name in names}
     if len(heads) > 1:
         heads[AUTO] = {}
+    model = model_recipe(arguments, ModelSource.parse(arguments.model, bare_repo=True).name)
     recipe = Recipe(
-        data=replace(
-            find_data(arguments.data, arguments.root, options),
-            augmentation="timm",
-            background=arguments.background,
-            image_size=arguments.image_size,
-            unreadable="skip",
-        ),
-        model=ModelRecipe(
-            name=ModelSource.parse(arguments.model, bare_repo=True).name,
-            pretrained=arguments.checkpoint is None,
-            checkpoint=arguments.checkpoint,
-            class_order=arguments.class_order,
-            checkpoint_key=arguments.checkpoint_key,
-            options=model_options(arguments),
-            fresh_classifier=arguments.fresh_classifier,
-        ),
+        data=data_recipe(arguments),
+        model=replace(model, fresh_classifier=arguments.fresh_classifier),
         epochs=0,
         features=FeaturesRecipe(cache_dir=arguments.cache_dir),
         heads=heads,

@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.checkpoint import background_of
 from timm_lt.cli.arguments import (
     MODEL_HELP,
-    add_background_option,
-    add_class_order,
     add_compute_options,
     add_weights_options,
     load_model,
+    model_recipe,
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.data.decode import (
@@ -82,36 +81,31 @@ def add_parser(commands: Commands) -> None:
             "timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt",
         ],
     )
-    predict.add_argument("model", help=MODEL_HELP)
-    predict.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named"
-    )
-    predict.add_argument("--head", metavar="NAME", help="the joint classifier by default")
+    add = predict.add_argument
+    add("model", help=MODEL_HELP)
+    add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
+    add("--head", metavar="NAME", help="the joint classifier by default")
     add_weights_options(predict, "weights for that architecture")
-    predict.add_argument(
+    add(
         "--classes",
         type=int,
         metavar="C",
         help="number of classes; by default that in the file of --checkpoint",
     )
-    predict.add_argument(
+    add(
         "--names",
         type=Path,
         metavar="FILE",
         help="UTF-8 text file with one class name per line, the first that of class 0, in place of "
         "the model's own names; without either, classes are numbers",
     )
-    add_background_option(predict)
-    add_class_order(predict)
-    predict.add_argument(
-        "--top", type=int, default=3, metavar="N", help="classes of each image; 3 by default"
-    )
+    add("--top", type=int, default=3, metavar="N", help="classes of each image; 3 by default")
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
     form.add_argument(
         "--json", action="store_const", const="json", dest="format", help="--format json"
     )
-    predict.add_argument("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
+    add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
     predict.set_defaults(command=predict_images)
@@ -131,7 +125,8 @@ def predict_images(arguments: argparse.Namespace) -> None:
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
     name = ModelSource.parse(arguments.model, bare_repo=True).name
-    model = load_model(name, arguments, head=arguments.head, **options)
+    recipe = model_recipe(arguments, name)
+    model = load_model(recipe, arguments.image_size, head=arguments.head, **options)
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)
@@ -186,11 +181,14 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             "not images by their suffix, skipped: %d (%s): %s",
             *(len(others), counted_suffixes(others), names),
         )
-    known = Image.registered_extensions()
-    for file in paths:
-        if suffix(file) in UNUSUAL_SUFFIXES and f".{suffix(file)}" not in known:
-            errors[file] = f"Pillow does not decode .{suffix(file)}; convert it to JPEG"
-    return paths, errors
+    return paths, errors | _undecodable(paths)
+
+
+def _undecodable(paths: Sequence[str]) -> dict[str, str]:
+    """Returns why files cannot be read whose format Pillow does not decode."""
+    unknown = UNUSUAL_SUFFIXES - {end[1:] for end in Image.registered_extensions()}
+    unread = [path for path in paths if suffix(path) in unknown]
+    return {path: f"Pillow does not decode .{suffix(path)}; convert it to JPEG" for path in unread}
 
 
 class ImageFiles(Dataset[tuple[Tensor, str]]):
@@ -255,7 +253,7 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
     if order is None and names == orders["sorted"] != orders["timm"]:
         log.warning(
             "the names are sorted, and the weights must have the same order; if they number the "
-            "classes as timm does, give --class-order timm (%s)",
+            "classes as timm does, say --class-order timm (%s)",
             shown_names(orders["timm"]),
         )
     return names if order is None else orders[order]

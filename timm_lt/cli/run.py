@@ -36,8 +36,8 @@ def add_parser(commands: Commands) -> None:
         "run",
         description=(
             "Runs a script, such as validate.py, inference.py or train.py of timm's repository "
-            "(they are not in its package), with the lt_* models registered. The arguments behind "
-            "SCRIPT are those of the script, except for --sampler directly behind it."
+            "(they are not in its package), with the lt_* models registered. The arguments after "
+            "SCRIPT are those of the script, except for --sampler directly after it."
         ),
         examples=[
             "timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.heads.base import Head, check_flag, register_head
-from timm_lt.utils.checks import UsageError, check_number
-from timm_lt.utils.longtail import ClassCounts, check_class_counts
+from timm_lt.utils.checks import check_number
+from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 
 @register_head("linear")
@@ -94,16 +94,8 @@ def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
     >>> log_prior([3, 1], 2).exp()
     tensor([0.7500, 0.2500])
     """
+    check_no_empty_class(class_counts)
     counts = check_class_counts(class_counts, num_classes).double()
-    if counts.shape != (num_classes,):
-        raise UsageError(
-            f"class_counts has shape {tuple(counts.shape)}, the classifier needs ({num_classes},)"
-        )
-    empty = torch.nonzero(counts < 1).flatten().tolist()
-    if empty:
-        raise UsageError(
-            f"class_counts must be >= 1 for every class; class {empty[0]} has {counts[empty[0]]:g}"
-        )
     return (counts / counts.sum()).log().float()
 
 

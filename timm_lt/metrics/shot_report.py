@@ -199,7 +199,8 @@ def per_class_table(
     columns: dict[str, list[Any]] = {"class": list(range(len(counts)))}
     if label_names is not None:
         names = list(label_names)
-        if len(names) != len(counts) or not all(isinstance(name, str) for name in names):
+        wrong = isinstance(label_names, str) or len(names) != len(counts)
+        if wrong or not all(isinstance(name, str) for name in names):
             raise UsageError(f"label_names must be {len(counts)} names, got {shown_names(names)}")
         columns["name"] = names
     groups = {name: mask.tolist() for name, mask in shot_groups(counts, report.rule).items()}

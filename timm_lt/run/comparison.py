@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -163,7 +164,8 @@ def load_grid(name: str) -> Grid:
         rows = [check_mapping("a row", row) for row in values["rows"]]
         for row in rows:
             check_options("a row", Row, row)
-        return Grid(**values | {"rows": [Row(**row) for row in rows]})
+        labelled = [Row(**row | {"label": str(row["label"])}) for row in rows]
+        return Grid(**values | {"rows": labelled})
     except (UsageError, TypeError) as error:
         raise UsageError(f"grid {path}: {error}") from error
 
@@ -209,7 +211,7 @@ def make_runs(
     seeds: Sequence[int],
     given: Sequence[str] = (),
 ) -> list[Run]:
-    """Creates the runs that some rows need, each behind its source; checks them without data.
+    """Creates the runs that some rows need, each after its source, and checks them without data.
 
     Args:
         grid: The grid.
@@ -319,7 +321,8 @@ class Runner:
     """
 
     def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads = jobs, threads
+        self.jobs, self.threads, self._stopped = jobs, threads, False
+        self._lock = threading.Lock()
         self._failures: dict[Run, Future[str]] = {}
         self._active: dict[subprocess.Popen[bytes], str | None] = {}
 
@@ -329,7 +332,7 @@ class Runner:
         Ctrl-C and SIGTERM end the processes, which leave what can be resumed.
 
         Args:
-            runs: Each behind the one that it starts from.
+            runs: The runs, each after the one that it starts from.
 
         Returns:
             Why runs failed; without those that have figures.
@@ -340,6 +343,7 @@ class Runner:
                     self._failures[run] = pool.submit(self._run, run)
                 failures = {run: failure.result() for run, failure in self._failures.items()}
             finally:
+                self._stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in [*self._active]:
                     process.terminate()
@@ -351,7 +355,7 @@ class Runner:
             return ""
         if run.after is not None and self._failures[run.after].result():
             return f"left out, since {run.after} failed"
-        while is_running(run.folder):
+        while is_running(run.folder) and not self._stopped:
             # A process that outlived a comparison that was killed.
             time.sleep(1)
         file, output = run.output / "recipes" / f"{run}.yaml", run.output / "logs" / f"{run}.log"
@@ -374,11 +378,15 @@ class Runner:
     def _wait(self, command: list[str], output: IO[bytes]) -> int:
         """Runs a command to its end, and returns its exit status."""
         own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-        device = min(visible_devices(), key=[*self._active.values()].count, default=None)
-        own |= {} if device is None else {VISIBLE_DEVICES: device}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
-        self._active[process] = device
+        # Two runs that start at once must not take the same GPU.
+        with self._lock:
+            device = min(visible_devices(), key=[*self._active.values()].count, default=None)
+            own |= {} if device is None else {VISIBLE_DEVICES: device}
+            process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
+            self._active[process] = device
+        if self._stopped:
+            process.terminate()
         status = process.wait()
         del self._active[process]
         return status
@@ -407,9 +415,14 @@ def measure(
         by_seed = {seed: {key: head[key] for key in figures} for seed, head in found.items()}
         records.append({**vars(row), "by_seed": by_seed})
     one: Mapping[str, Any] = next(iter(metrics.values()), {})
+    quoted = any(row.quoted is not None for row in rows)
     return {
-        **{key: getattr(grid, key) for key in ("name", "title", "source", "quoted_from")},
-        **{key: one.get(key) for key in ("shots", "note")},
+        "title": f"{grid.title}, test {grid.metric} in percent",
+        "name": grid.name,
+        "source": grid.source,
+        "quoted_from": (grid.quoted_from or grid.source) if quoted else None,
+        "shots": one.get("shots"),
+        "note": one.get("note"),
         "seeds": sorted({run.seed for run in runs}),
         "figures": figures,
         "rows": records,
@@ -424,7 +437,7 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
     texts = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
     table = [f"| {text} |" for text in texts]
-    text = [f"{table_title(grid)}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
+    text = [f"{record['title']}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
     write_atomic(folder / MARKDOWN, "\n".join(text))
     if grid.plot:
         path = folder / PLOTS / f"{grid.name}.png"
@@ -440,17 +453,12 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
 def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
     """Returns the table for the terminal."""
     headings, *rows = table_texts(grid, record)
-    table = new_table(table_title(grid), escape("\n".join(legend(record))))
+    table = new_table(record["title"], escape("\n".join(legend(record))))
     for number, heading in enumerate(headings):
         table.add_column(escape(heading), justify="right" if number else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
-
-
-def table_title(grid: Grid) -> str:
-    """Returns the line above the table."""
-    return f"{grid.title}, test {grid.metric} in percent"
 
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
@@ -463,19 +471,21 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
         if grid.is_matrix:
             mean, sd = spread(row, "all")
             mean = 1 - mean if grid.metric == "error" and mean is not None else mean
-            lines.setdefault((row["label"],), []).append(spread_text((mean, sd)) + missing)
+            texts = lines.setdefault((row["label"],), [""] * len(grid.columns))
+            texts[grid.columns.index(row["column"])] = spread_text((mean, sd)) + missing
         else:
             label = row["label"] + missing, *([row["column"]] if grid.columns else [])
-            change = "" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f")
-            quoted = "" if row["quoted"] is None else percent(row["quoted"])
             texts = [spread_text(spread(row, key)) for key in record["figures"]]
-            lines[label] = [*texts, change, quoted]
+            texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
+            if record["quoted_from"]:
+                texts.append("" if row["quoted"] is None else percent(row["quoted"]))
+            lines[label] = texts
     if grid.is_matrix:
         headings = [f"{grid.rows_title} / {grid.columns_title}", *grid.columns]
     else:
         headings = [grid.rows_title, *([grid.columns_title] if grid.columns else [])]
         headings += [group_word(key).replace("_", " ") for key in record["figures"]]
-        headings += ["all, to the first row", "quoted"]
+        headings += ["all, to the first row", *(["quoted"] if record["quoted_from"] else [])]
     return [headings, *([*label, *texts] for label, texts in lines.items())]
 
 
@@ -483,8 +493,7 @@ def legend(record: Mapping[str, Any]) -> list[str]:
     """Returns the lines below the table."""
     lines = [f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation"]
     lines += [shot_legend(record["shots"])] if record["shots"] else []
-    if any(row["quoted"] is not None for row in record["rows"]):
-        lines.append(f"quoted, not measured here: {record['quoted_from'] or record['source']}")
+    lines += [f"quoted, not measured here: {found}"] if (found := record["quoted_from"]) else []
     return [*lines, *filter(None, [record["note"]])]
 
 
