@@ -239,7 +239,7 @@ def test_samples_that_cannot_be_told_need_a_key(tmp_path):
     store = tmp_path / "cache"
     for loader, message in (
         (batches, "unknown samples of a list"),
-        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "is not known"),
+        (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "a list have no fingerprint"),
         (
             DataLoader(tensors(), batch_sampler=[[3, 2, 1], [0, 5]]),
             "unknown order of the images",

@@ -78,7 +78,7 @@ def split(*sizes, images=IMAGES, labels=LABELS):
         ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
         (np.eye(2, dtype=int), [0, 1], "got a ndarray of torch.int64"),
         (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
-        (np.eye(2), None, "targets must be a sequence of integers, got None"),
+        (np.eye(2), None, "targets must be a sequence or an array of integers"),
     ],
 )
 def test_wrong_features_are_refused(values, targets, message):
@@ -428,9 +428,9 @@ def failing(kind=LookupError):
 def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
     # A RuntimeError, too, is one of a worker that lives.
     for kind in (LookupError, RuntimeError):
-        with pytest.raises(UsageError, match=r"failed: .*no such row; mend it and extract "):
+        with pytest.raises(UsageError, match=r"failed: .*no such row; fix it and extract "):
             extract_features(small_model(), failing(kind))
-    with pytest.raises(UsageError, match="mend it and go on with --resume"):
+    with pytest.raises(UsageError, match=r"fix it and .* --resume"):
         list(loaded(failing()))
 
 
@@ -439,7 +439,7 @@ def test_a_failed_worker_says_what_to_do_where_there_is_no_command_line():
     [
         (
             "DataLoader worker (pid 7) is killed by signal: Killed. ",
-            r"killed by signal 9, often .* too little memory\): fewer workers need less; extract",
+            r"killed by signal 9, often .* too little memory; fewer workers need less\); extract",
         ),
         (
             "DataLoader worker (pid 7) exited unexpectedly with exit code 3.",
@@ -525,23 +525,18 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (IMAGES, r"batch 0 of the loader is a Tensor of shape \(11, 3, 32, 32\) without labels"),
-        ("images", "is a str; expected an image and its label"),
-        ({"image": IMAGES, "box": 0}, "has no label, only image, box; name it one of label, "),
-        ({"picture": IMAGES, "label": LABELS}, "has no image, only picture, label; name it one of"),
-        ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\); expected .* add a dimension"),
-        ((IMAGES.flatten(1), LABELS), r"images of batch 0 .* \(11, 3072\); expected \(batch, chan"),
+        (IMAGES, r"batch 0 of the loader is a Tensor .*expected an image and its label"),
+        ("images", "is a str.*; expected an image and its label"),
+        ({"image": IMAGES, "box": 0}, "is a dict with the keys image, box; expected an image and"),
+        ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\), .*expected .* of shape \(batch, channels"),
         ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
         ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
-        ((IMAGES.byte(), LABELS), r"are torch.uint8; expected .* divide by 255.*create_loader"),
-        (([IMAGES[0], IMAGES[1, :, 1:]], [0, 1]), r"shapes \(3, 31, 32\), \(3, 32, 32\)"),
-        ((["a.png", "b.png"], [0, 1]), "images .* not one array .* list that begins with 'a.png'"),
-        ((IMAGES, LABELS[1:]), "has 11 images and 10 labels"),
-        ((IMAGES, LABELS[0]), r"labels of batch 0 of the loader have shape \(\); expected one"),
-        ((IMAGES, LABELS[:, None]), r"have shape \(11, 1\); .* labels.squeeze\(1\)"),
-        ((IMAGES, torch.eye(11)), r"have shape \(11, 11\); .* labels.argmax\(1\)"),
+        ((IMAGES.byte(), LABELS), r"torch.uint8; expected floating-point .*: divided by 255"),
+        ((["a.png", "b.png"], [0, 1]), "begins with a str; expected floating-point numbers"),
+        ((IMAGES, LABELS[1:]), r"shape \(10,\), .*expected one integer for each of the 11 images"),
+        ((IMAGES, torch.eye(11)), r"shape \(11, 11\), .*expected one integer for each"),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
-        ((IMAGES[:2], ["cat", "dog"]), "labels .* begins with 'cat'; expected the number of the"),
+        ((IMAGES[:2], ["cat", "dog"]), "begins with a str; expected one integer for each of the 2"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

@@ -96,7 +96,7 @@ class FeatureCache:
         views: int,
     ) -> None:
         self.folder, self.dtype, self.views = folder, dtype, views
-        self.key = digest({**description, "layout": LAYOUT, "dtype": dtype, "views": views})
+        self.key = digest(LAYOUT, dict(description), str(dtype), views)
         self.progress = Progress(dict(settings), dict(description))
         self._values_path, self._targets_path, self._counter, self._lock = (
             folder / f"{self.key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
