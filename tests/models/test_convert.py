@@ -214,8 +214,8 @@ def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, c
         (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], ["each NAME once"]),
         ([""], ["no files to convert"]),
         (["joint.pth", "--class-counts", "joint.pth"], ["--class-counts", "cannot be read"]),
-        (["joint.pth", "--class-counts", "few.json"], ["class_counts must be null or 10 integers"]),
-        (["joint.pth", "--class-counts", "names.json"], ["the key '01'", "integer labels"]),
+        (["joint.pth", "--class-counts", "few.json"], ["class_counts has 3 classes, expected 10"]),
+        (["joint.pth", "--class-counts", "names.json"], ["integer labels", "got 01"]),
         (
             ["joint.pth", "--class-counts", "floats.json"],
             ["[0] = 3.0 is not an integer"],

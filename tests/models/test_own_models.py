@@ -58,7 +58,7 @@ def test_the_images_that_the_run_held_out_are_evaluated(photos, tmp_path, capsys
     assert found["heads"] == {name: metrics["heads"][name] for name in found["heads"]}
     assert "fitted on" not in log
     _, log = evaluated(capsys, run, photos, "--option", "seed=4")
-    assert "(test_fraction=0.4, seed=3): it may have been fitted on images that are" in log
+    assert "(test_fraction=0.4, seed=3); it may have been fitted on images that are" in log
 
 
 def weights(classes, seed=0):

@@ -319,7 +319,7 @@ def test_features_are_what_the_classifier_sees(kind, pairs):
 
 def test_features_at_many_positions_are_refused(pairs):
     loader = [(images("with an auxiliary one"), torch.tensor([0, 1]))]
-    with pytest.raises(UsageError, match="one vector an image"):
+    with pytest.raises(UsageError, match="one vector per image"):
         timm_lt.extract_features(pairs["with an auxiliary one"][0], loader, classifier="aux_head")
 
 

@@ -76,7 +76,7 @@ def test_such_a_recipe_is_not_run_again_but_its_checkpoint_is_used(found, photos
     assert "unknown data set 'data given in Python'" in capsys.readouterr().err
     own = ["--data.name", "folder", "--data.root", str(photos), "--workers", "0"]
     assert main(["train", written, *own, "--output", str(tmp_path / "run")]) == 2
-    assert "there is no file a model given in Python" in capsys.readouterr().err
+    assert "a model given in Python cannot be read as weights" in capsys.readouterr().err
     assert main(["evaluate", str(found.folder), str(photos), "--json", "--workers", "0"]) == 0
     reports = json.loads(capsys.readouterr().out)["heads"]
     assert {name: report["all"] for name, report in reports.items() if name != "auto"} == {

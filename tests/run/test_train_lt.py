@@ -64,9 +64,8 @@ def test_writes_the_folder_and_prints_the_table(digits_run):
     for name in ("config.json", "model.safetensors", "metrics.json", "recipe.yaml", "README.md"):
         assert (folder / name).is_file()
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert all(f">{head}</th>" in report for head in HEADS)
+    assert set(HEADS) <= set(re.findall(r"</svg>(\w+)", report))
     assert report.count("<img ") > 10
-    assert all(f"line g-{name}" in report for name in ("many_shot", "medium_shot", "few_shot"))
     assert {path.stem for path in (folder / "heads").iterdir()} == {"crt", "lws", "ncm"}
     assert all(path.read_bytes()[1:4] == b"PNG" for path in (folder / "plots").iterdir())
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -211,7 +210,7 @@ def failing(capsys, *arguments):
         (["--loss.options.reduction", "sum"], ["loss: ", "'reduction'"]),
         (["--data.name", "cifar"], ["cifar", "glyph_lt", "digits_lt"]),
         (["--data.augmentation", "flip"], ["flip", "affine", "crop"]),
-        ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "elsewhere"]),
+        ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "set automatically"]),
         (["--data.background", "blurple"], ["data: background 'blurple'"]),
         (["--model.name", "lt_resnet51"], ["model: ", "lt_resnet51"]),
         (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),

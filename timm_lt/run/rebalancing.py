@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 
 from timm_lt.checkpoint import BACKGROUND, GIVEN_DATA, GIVEN_MODEL
@@ -182,6 +182,8 @@ def rebalance(
         with closing(run):
             for stage in (train, extract, fit, evaluate, save):
                 stage(run)
+        # The main process alone has fitted and evaluated heads.
+        run.heads, run.evaluations = broadcast_object_list([run.heads, run.evaluations])
     reports = {name: found.report for name, found in run.evaluations.items() if name != AUTO}
     record = run.heads.pop(AUTO).selection
     best = str(record["head"])
