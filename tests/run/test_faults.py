@@ -374,7 +374,9 @@ def test_a_loss_that_is_not_finite_stops_every_time(server, tmp_path):
     assert saved(folder) == [1]
     assert not any((folder / name).exists() for name in RESULTS)
     state = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()
-    again = failed(server.run(*options(folder, "--resume", *SOARS)), "loss became nan in epoch 2")
+    again = failed(
+        server.run(*options(folder, "--resume", *SOARS)), "loss became nan in update 2 of epoch 2"
+    )
     assert again == first
     assert saved(folder) == [1]
     kept = hashlib.sha256((folder / "state/epoch_0001/model.safetensors").read_bytes()).digest()

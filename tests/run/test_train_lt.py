@@ -159,6 +159,7 @@ def test_resuming_a_finished_run_shows_its_table_and_touches_nothing(server, dig
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.first
 @pytest.mark.timeout(1800)  # 30 epochs: 70 s with two free cores, ten times that with one busy one
 def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
