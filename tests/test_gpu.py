@@ -280,7 +280,10 @@ def test_on_a_gpu(check, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [*SHARED, "losses"])
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param("heads", marks=pytest.mark.exhaustive), *sorted({*SHARED, "losses"} - {"heads"})],
+)
 def test_on_a_simulated_device(check, server, tmp_path):
     """An operation that mixes the device with the CPU fails there."""
     done = server.run(check, "sim", tmp_path, script=Path(__file__))

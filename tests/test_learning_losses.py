@@ -45,11 +45,14 @@ def test_ldam_drw_learns_the_tail(joint_few_shot):
     assert found["few_shot"] > joint_few_shot + 0.1
 
 
-@pytest.mark.parametrize("name", ["class_balanced", "balanced_softmax"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("class_balanced", marks=pytest.mark.exhaustive), "balanced_softmax"]
+)
 def test_losses_learn_the_tail(name, joint_few_shot):
     assert learned(create_loss(name, COUNTS))["few_shot"] > joint_few_shot + 0.1
 
 
+@pytest.mark.exhaustive
 def test_deferred_sampling_learns_the_tail(joint_few_shot):
     labels = small_glyphs()[0].labels
     sampler = timm_lt.create_sampler("deferred", labels, start=0.5, epochs=4)
@@ -60,7 +63,12 @@ def test_deferred_sampling_learns_the_tail(joint_few_shot):
 
 
 @pytest.mark.parametrize(
-    "trained", [None, ["last_block"], []], ids=["B + C", "last block + C", "C"]
+    "trained",
+    [
+        pytest.param(None, marks=pytest.mark.exhaustive, id="B + C"),
+        pytest.param(["last_block"], id="last block + C"),
+        pytest.param([], marks=pytest.mark.exhaustive, id="C"),
+    ],
 )
 def test_fine_tuning_on_balanced_classes_learns_the_tail(trained, joint_few_shot):
     found = learned(
@@ -93,11 +101,22 @@ CLASSIFIERS = [
 OTHERS = {"cross_entropy", "focal", "ldam", "label_aware_smoothing", "bilateral"}
 
 
-@pytest.mark.parametrize(("name", "options", "gain"), CLASSIFIERS)
+# One per base class in the default run.
+SAMPLE = {"balanced_softmax", "inverse_frequency", "deferred_reweighting", "seesaw"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "gain"),
+    [
+        pytest.param(*case, marks=() if case[0] in SAMPLE else pytest.mark.exhaustive)
+        for case in CLASSIFIERS
+    ],
+)
 def test_losses_of_a_classifier_learn_the_tail(name, options, gain, joint_few_shot):
     assert retrained(name, loss_options=options) > joint_few_shot + gain
 
 
+@pytest.mark.exhaustive
 def test_focal_loss_gains_a_little():
     """What its paper says is of two classes; long-tail papers find little or nothing."""
     gains = [retrained("focal", seed=s) - retrained("cross_entropy", seed=s) for s in range(3)]

@@ -550,6 +550,7 @@ def killed_half_way(server, arguments, state):
 @pytest.mark.first
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.exhaustive
 def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(
     server, tmp_path, capsys, monkeypatch
 ):

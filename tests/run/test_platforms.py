@@ -81,6 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_can_be_spawned(server, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SPAWNED)
