@@ -229,3 +229,23 @@ def test_all_of_timm_works_with_it():
     with pytest.raises(UsageError, match="unknown spatial 'fc'"):
         timm.create_model("lt_oltr_resnet10", spatial="fc")
     assert isinstance(model.layer4.attention, nn.Module)
+
+
+@torch.no_grad()
+def test_a_map_in_which_every_position_is_doubled_gives_the_doubled_output():
+    module, x = attention(), maps(2, 6, 4, 3)
+
+    def doubled(values):
+        return values.repeat_interleave(2, 2).repeat_interleave(3, 3)
+
+    torch.testing.assert_close(module(doubled(x)), doubled(module(x)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_half_precision_has_the_values_up_to_rounding(form, dtype, tolerance):
+    module = random_weights(ModulatedAttention(8, spatial=form)).to(dtype)
+    x = maps(2, 8, 7, 7).to(dtype)
+    exact = copy.deepcopy(module).double()(x.double())
+    torch.testing.assert_close(module(x).double(), exact, rtol=tolerance, atol=tolerance)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, group_parameters
 from torch.nn import functional as F
 
 from timm_lt.models.networks import CifarResNet
@@ -161,3 +161,42 @@ def test_head_of_timm(pool):
 def test_there_are_three_stages():
     with pytest.raises(UsageError, match=r"three numbers.*got \(5, 5, 5, 5\)"):
         CifarResNet((5, 5, 5, 5))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_script_and_compile_give_the_logits():
+    model = create()
+    torch.testing.assert_close(torch.jit.script(model)(images()), model(images()))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))
+
+
+def test_checkpointed_gradients_are_the_plain_ones():
+    plain, checkpointed = create(), create()
+    checkpointed.set_grad_checkpointing()
+    for model in (plain, checkpointed):
+        model.train()(images()).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
+
+
+def test_dropout_and_stochastic_depth():
+    model = create(drop_rate=0.75, drop_path_rate=0.5)
+    blocks = [*model.layer1, *model.layer2, *model.layer3]
+    assert blocks[0].drop_path is None
+    rates = [block.drop_path.drop_prob for block in blocks[1:]]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    torch.testing.assert_close(model(images()), create()(images()))
+    features = model.train().forward_head(torch.ones(4, 64, 2, 2), pre_logits=True)
+    assert features.unique().tolist() == [0, 4]
+
+
+def test_parameter_groups_follow_the_depth():
+    model = CifarResNet(device="meta")
+    stages = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    blocks = group_parameters(model, model.group_matcher(), reverse=True)
+    names = ["conv1.weight", "layer1.0.bn1.bias", "layer2.4.conv2.weight", "layer3.4.bn2.weight"]
+    assert [stages[name] for name in names] == [0, 1, 2, 3]
+    assert [blocks[name] for name in names] == [0, 1, 10, 15]
+    assert set(stages) == {name for name, _ in model.named_parameters()}
