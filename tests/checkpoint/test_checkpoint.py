@@ -9,6 +9,7 @@ import timm
 import torch
 from conftest import HEAD_OPTIONS, fill
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import nn
 
 import timm_lt
@@ -615,6 +616,16 @@ def test_buffers_that_are_not_stored_are_bounded(tmp_path):
     config["model_args"]["img_size"] = 1200
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"has [\d,]+ numbers, more than the"):
+        load(tmp_path)
+
+
+def test_a_plain_model_far_larger_than_its_weights_is_refused(tmp_path):
+    save_for_hf(timm.create_model("test_resnet", num_classes=4), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # 16 times the weights, and below what buffers may take.
+    config["model_args"] = {"channels": [96, 192, 192, 384]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"has 37\d,\d+ numbers, the model of config.json 5,5\d+"):
         load(tmp_path)
 
 

@@ -14,6 +14,7 @@ from timm.models._hub import save_for_hf
 
 import timm_lt
 from timm_lt.cli import main
+from timm_lt.cli.predict import class_names
 from timm_lt.models.label_names import is_for, label_names
 from timm_lt.run.network import has_classifier, start_network
 from timm_lt.run.recipe import ModelRecipe, Recipe
@@ -103,6 +104,7 @@ def from_file(folder):
 def test_predictions_of_ones_own_weights_are_not_called_imagenets(tmp_path, capsys):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     files = [str(tmp_path / "a.png")]
+    assert class_names(timms().eval(), None, None) == WORDS
     from_file(tmp_path)
     save_for_hf(timms(), tmp_path / "m", safe_serialization=True)
     for model in (["test_resnet", "--checkpoint", str(tmp_path / "w.pth")], [str(tmp_path / "m")]):

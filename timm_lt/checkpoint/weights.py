@@ -26,6 +26,8 @@ ORDINARY = 2**16
 MOST_PARAMETERS, MOST_ELEMENTS = 20_000, 2**30
 # Elements that a model may have beyond its weights, for buffers that are not stored.
 FREE_ELEMENTS = 2**24
+# Elements that timm's adaptation may add to the weights of another project.
+FREE_ADAPTED = 10**6
 
 
 @contextmanager
@@ -80,9 +82,16 @@ def check_build(
             f"the model of {folder / CONFIG} has {elements:,} numbers, more than the {limit:,} "
             f"that are accepted for {hint}"
         )
-    if info is None or not pretrained:
+    if not pretrained:
         return
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if info is None:
+        needed = sum(map(math.prod, wanted.values()))
+        if needed > 2 * stored + FREE_ADAPTED:
+            raise UsageError(
+                f"{folder / WEIGHTS} has {stored:,} numbers, the model of {CONFIG} {needed:,}"
+            )
+        return
     for key in [*wanted, *shapes]:
         here, there = wanted.get(key, "nothing"), shapes.get(key, "nothing")
         if here != there:
