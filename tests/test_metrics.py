@@ -254,11 +254,11 @@ def test_a_report_has_the_reliability_of_its_logits():
         ([0.5, 0.5], [1], 15, r"got \(2,\) and \(1,\)"),
         ([0.5], [1], 0, "bins must be an integer >= 1, got 0"),
         ([0.5], [1], 1.5, r"bins must be an integer >= 1, got 1\.5"),
-        ([0.5, 2.0], [1, 1], 15, r"confidences must be in \[0, 1\]"),
-        ([0.5, -0.1], [1, 1], 15, r"confidences must be in \[0, 1\]"),
-        ([0.5, 0.5, math.nan], [1, 1, 1], 15, r"confidences must be in \[0, 1\]"),
-        ([0.5, 0.5], [1, 2], 15, "right must be 0 or 1"),
-        ([0.5], [0.5], 15, "right must be 0 or 1"),
+        ([0.5, 2.0], [1, 1], 15, r"confidences\[1\] = 2\.0"),
+        ([0.5, -0.1], [1, 1], 15, r"confidences\[1\] = -0\.1"),
+        ([0.5, 0.5, math.nan], [1, 1, 1], 15, r"confidences\[2\] = nan"),
+        ([0.5, 0.5], [1, 2], 15, r"right\[1\] = 2"),
+        ([0.5], [0.5], 15, r"right\[0\] = 0\.5"),
     ],
 )
 @pytest.mark.parametrize("function", [calibration_error, reliability])

@@ -85,8 +85,8 @@ def test_one_class():
         ([0.5, 0.5], ("forward", 0.1), r"imbalance_factor must be a number in \[1, inf\), got 0.1"),
         ([0.5, 0.5], ("uniform", 2), "needs imbalance_factor 1, got 2"),
         ([0.5], ("forward", 2), "class_counts has 2 classes, expected 1"),
-        ([0.5, 50.0], ("forward", 2), r"accuracies must be in \[0, 1\]"),
-        ([math.nan] * 2, ("forward", 2), "or NaN for some classes"),
+        ([0.5, 50.0], ("forward", 2), r"must be in \[0, 1\].*class 1 has 50.0"),
+        ([math.nan] * 2, ("forward", 2), "all are NaN"),
     ],
 )
 def test_bad_input_is_refused(accuracies, arguments, message):

@@ -43,9 +43,15 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
     if confidences.ndim != 1 or confidences.shape != right.shape or len(right) == 0:
         shapes = f"{tuple(confidences.shape)} and {tuple(right.shape)}"
         raise UsageError(f"confidences and right must be (N,) with N >= 1, got {shapes}")
-    # Also refuses NaN, for which every comparison is false.
-    if not ((confidences >= 0) & (confidences <= 1) & ((right == 0) | (right == 1))).all():
-        raise UsageError("confidences must be in [0, 1], and right must be 0 or 1")
+    # NaN is in no range, since every comparison with it is false.
+    in_range = (confidences >= 0) & (confidences <= 1)
+    for noun, values, valid, wanted in (
+        ("confidences", confidences, in_range, "in [0, 1]"),
+        ("right", right, (right == 0) | (right == 1), "0 or 1"),
+    ):
+        if not valid.all():
+            index = int((~valid).nonzero()[0])
+            raise UsageError(f"{noun} must be {wanted}: {noun}[{index}] = {values[index].item()}")
     confidences = confidences.double()
     bin_of = confidence_bins(confidences, bins)
     images = torch.bincount(bin_of, minlength=bins)

@@ -231,8 +231,10 @@ def shifted_accuracy(
     accuracy = torch.as_tensor(values).detach().double().cpu().numpy()
     counts = check_class_counts(class_counts, accuracy.size).numpy()
     known = ~np.isnan(accuracy)
-    if not known.any() or (accuracy[known] < 0).any() or (accuracy[known] > 1).any():
-        raise UsageError("accuracies must be in [0, 1], or NaN for some classes")
+    wrong = np.flatnonzero((accuracy < 0) | (accuracy > 1))
+    if len(wrong) or not known.any():
+        found = f"class {wrong[0]} has {accuracy[wrong[0]]}" if len(wrong) else "all are NaN"
+        raise UsageError(f"accuracies must be in [0, 1], or NaN for some classes; {found}")
     order = np.argsort(-counts, kind="stable")
     # arange / (C - 1) would be 0 / 0 for one class.
     ranks = np.arange(len(order)) / max(len(order) - 1, 1)

@@ -103,7 +103,9 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
         raise UsageError(f"{noun} must be one-dimensional: {error}") from error
     if array.ndim != 1:
         raise UsageError(f"{noun} must be one-dimensional, got shape {array.shape}")
-    if array.dtype.kind in "iu" or not array.size:
+    # NumPy takes a boolean among integers for 0 or 1.
+    mixed = isinstance(values, Sequence) and bool in set(map(type, values))
+    if not array.size or (array.dtype.kind in "iu" and not mixed):
         return torch.from_numpy(array.astype(np.int64))
     items = values if isinstance(values, Sequence) else array
     if array.dtype.kind == "f" and items is array:
@@ -210,7 +212,7 @@ def _in_label_order(
                 f"names are {shown_names(names)}"
             )
         return [by_label.get(name, 0) for name in names]
-    if not all(isinstance(key, int | np.integer) for key in by_label):
+    if bool in map(type, by_label) or not all(isinstance(k, int | np.integer) for k in by_label):
         raise UsageError(
             f"the keys of class_counts must be integer labels from 0 on, got "
             f"{shown_names(list(by_label))}; or pass the counts in label order"
