@@ -19,7 +19,7 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
-from timm_lt.data.loader import NumberedSampler, check_groups
+from timm_lt.data.loader import NumberedSampler, prepared_loader
 from timm_lt.samplers import (
     ClassSampler,
     base,
@@ -487,12 +487,23 @@ def test_accelerate_keeps_samples_per_class_together(split_batches):
         shard = BatchSamplerShard(batches, 2, rank, split_batches=split_batches)
         shards.append([block for batch in shard for block in groups_of(batch, 4)])
     assert sorted(shards[0] + shards[1]) == sorted(whole)
-    with pytest.raises(UsageError, match=r"groups of 4 .* batches of 6 images on each of 2 proc"):
-        check_groups(create(), 6, 2)
-    check_groups(create(), 6, 1)
-    check_groups(NumberedSampler(create(), len(LABELS), 96), 8, 2)
-    with pytest.raises(UsageError, match="groups of 4"):
-        check_groups(NumberedSampler(create(), len(LABELS), 96), 2, 2)
+    numbered = NumberedSampler(create(), len(LABELS), 96)
+    for sampler, size, processes in ((create(), 6, 1), (numbered, 8, 2)):
+        prepare(sampler, size, processes, split_batches=split_batches)
+    for sampler, size in ((create(), 6), (numbered, 2)):
+        with pytest.raises(UsageError, match=rf"groups of 4 .* batches of {size} images on each"):
+            prepare(sampler, size, 2, split_batches=split_batches)
+
+
+def prepare(sampler, size, processes, *, split_batches):
+    """Prepares a loader with which each process has batches of this size."""
+    accelerator = types.SimpleNamespace(
+        num_processes=processes,
+        split_batches=split_batches,
+        prepare_data_loader=lambda loader: loader,
+    )
+    total = size * processes if split_batches else size
+    prepared_loader(DataLoader(range(len(LABELS)), total, sampler=sampler), accelerator)
 
 
 # Probabilities, against the formulas worked out in plain Python. ---------------------------------

@@ -28,7 +28,7 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import log_exceptional
+from timm_lt.data.decode import log_exceptional
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features

@@ -25,8 +25,7 @@ from timm_lt.cli.arguments import (
 )
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
 from timm_lt.data.decode import (
-    DAMAGE,
-    damage_of,
+    ImageError,
     decode_image,
     describe_huge,
     is_huge,
@@ -214,8 +213,8 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
             return torch.empty(0), self.errors[path]
         try:
             image = decode_image({"path": path, "bytes": None}, background=self.background)
-        except DAMAGE as error:
-            return torch.empty(0), damage_of(error)
+        except ImageError as error:
+            return torch.empty(0), str(error)
         self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 

@@ -1,17 +1,21 @@
-"""Images of every kind as RGB, and the images of a data set that cannot be read."""
+"""Decoding of images of every kind to RGB, and images that cannot be decoded."""
 
 import io
+import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from numpy.typing import NDArray
@@ -19,22 +23,22 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from timm_lt.utils.checks import WHITE, UsageError, check_background, shown_names
-from timm_lt.utils.console import ignore_pillow_warnings
+from timm_lt.data.sources import Split, dataset_from_files
+from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, shown_names
+from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 REMEDY = "save it with 8 or 16 bits"
 # Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this.
 DARK = 16
 
-# What happens to an image that cannot be read.
+# Whether an unreadable image stops a run or is left out.
 Unreadable = Literal["raise", "skip"]
 # Target of an image that could not be read.
 UNREADABLE = -1
-# Errors of Pillow for files that are damaged or not images.
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-# Further errors of its decoders: AVIF raises RuntimeError, odd headers any of the others.
-ODD_DAMAGE = (
+# Errors of Pillow and its decoders about damaged files; AVIF raises RuntimeError.
+DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
     *(struct.error, zlib.error),
 )
@@ -49,6 +53,14 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Images whose headers are read together.
+ROWS = 500
+# Start of torch's message about an error that a worker raised.
+CAUGHT = "Caught "
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; the message is the reason."""
 
 
 def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
@@ -59,11 +71,9 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
     scaled by their values: floats from 0 to 1 are multiplied by 255; other values up to 255 are
     levels of 8 bits, and up to 65535 levels of 16 bits. No value is ever clipped.
 
-    Transparent pixels are composited onto the background.
-
     Args:
         image: In any mode that Pillow converts.
-        background: A colour from :func:`check_background`.
+        background: Colour that transparent pixels are composited onto, ``#rrggbb``.
 
     Raises:
         ValueError: If values are negative, not finite, or in none of these ranges; also if they are
@@ -75,37 +85,36 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
         canvas = Image.new("RGBA", image.size, background)
         canvas.alpha_composite(with_alpha(image))
         return canvas.convert("RGB")
-    return image if image.mode == "RGB" else _opaque(image).convert("RGB")
+    return image if image.mode == "RGB" else _with_8_bits(image).convert("RGB")
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
     """Returns an image that has any kind of transparency as RGBA with 8 bits."""
     if image.mode == "La":
         image = image.convert("LA")
-    elif is_deep(image):
+    elif _is_deep(image):
         # Pillow compares a transparent grey level with the upper byte of 16 bits.
         alpha = np.asarray(image) != image.info["transparency"]
-        image = _opaque(image)
+        image = _with_8_bits(image)
         image.putalpha(Image.fromarray(alpha.astype(np.uint8) * np.uint8(255)))
     return image.convert("RGBA")
 
 
-def is_deep(image: Image.Image) -> bool:
+def loses_levels(image: Image.Image) -> bool:
+    """Tells whether an image that is opened but not loaded has more than 8 bits per channel."""
+    return _is_deep(image) or ";16" in _raw_mode(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
     """Tells whether Pillow keeps grey levels of an image with more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def loses_levels(image: Image.Image) -> bool:
-    """Tells whether an image that is opened but not loaded has more than 8 bits per channel."""
-    return is_deep(image) or ";16" in _raw_mode(image)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Returns an image without its transparency, with 8 bits per channel."""
-    if is_deep(image):
-        levels = _float_levels(image) if image.mode == "F" else _integer_levels(image)
-        return Image.fromarray(levels.astype(np.uint8))
-    return image
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    if not _is_deep(image):
+        return image
+    levels = _float_levels(image) if image.mode == "F" else _integer_levels(image)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _integer_levels(image: Image.Image) -> NDArray[Any]:
@@ -160,9 +169,7 @@ def _scale_transparency(image: Image.Image) -> None:
 def _raw_mode(image: Image.Image) -> str:
     """Returns the layout of an image's pixels in its file; empty once it is loaded."""
     tiles = getattr(image, "tile", None)
-    if not tiles:
-        return ""
-    arguments = tiles[0].args
+    arguments = tiles[0].args if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
@@ -212,26 +219,20 @@ def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> 
     color = check_background(background)
     try:
         return decode_image({"path": str(path), "bytes": None}, background=color)
-    except DAMAGE as error:
-        reason = damage_of(error)
-        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {reason}") from error
+    except ImageError as error:
+        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {error}") from error
 
 
 def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
-    """Returns an image in RGB, upright by its EXIF orientation.
-
-    Args:
-        encoded: The entry of a row of :func:`encoded_images`.
-        row: Number of the row, for the message.
-        column: The column of the data set.
+    """Decodes an image of :func:`encoded_images`, given its row and the column of the data set.
 
     Raises:
         UsageError: If the image cannot be decoded; names its row and file.
     """
     try:
         return decode_column(encoded, column)
-    except DAMAGE as error:
-        raise unreadable_images({image_name(encoded, row): damage_of(error)}) from error
+    except ImageError as error:
+        raise unreadable_images({image_name(encoded, row): str(error)}) from error
 
 
 def decode_column(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
@@ -254,16 +255,16 @@ def decode_image(
         mode: Mode that the image is converted to before RGB, such as L to remove colours.
 
     Raises:
-        Exception: One of ``DAMAGE`` if the image is damaged or has values in an unknown range.
+        ImageError: If the image is damaged or has values in an unknown range.
     """
     if get_worker_info() is not None:
         _ignore_warnings_once()
     source = encoded if isinstance(encoded, Image.Image) else source_of(encoded)
-    if source is None:
-        raise ValueError("there is no image")
-    if is_remote(source):
-        source = ImageColumn().decode_example({"path": source, "bytes": None})
-    with pillow_errors():
+    with damage_explained():
+        if source is None:
+            raise ValueError("there is no image")
+        if is_remote(source):
+            source = ImageColumn().decode_example({"path": source, "bytes": None})
         if isinstance(source, Image.Image):
             return _in_mode(to_rgb(source, background), mode)
         # Without `with`, Pillow leaves damaged files and those with several frames open.
@@ -279,15 +280,29 @@ _ignore_warnings_once = cache(ignore_pillow_warnings)
 
 
 @contextmanager
-def pillow_errors() -> Iterator[None]:
-    """Turns every error of Pillow about a damaged image into one of ``DAMAGE``."""
+def damage_explained() -> Iterator[None]:
+    """Turns every error of Pillow about a damaged image into :class:`ImageError`."""
     try:
         yield
-    except ODD_DAMAGE as error:
+    except DAMAGE as error:
         # Torch reports the death of a worker wherever the main process happens to be.
         if is_worker_death(error):
             raise
-        raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from error
+        raise ImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image, or has a format that Pillow does not read"
+    if isinstance(error, Image.DecompressionBombError):
+        # Pillow warns above its limit, and refuses above twice that.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError | ValueError | SyntaxError | EOFError):
+        return str(error).removesuffix(".") or type(error).__name__
+    return f"Pillow cannot decode it ({type(error).__name__}: {error})"
 
 
 def open_image(source: str | bytes) -> Image.Image:
@@ -306,9 +321,9 @@ def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     ``ImageOps.exif_transpose`` would also rewrite all EXIF data, and fail on any odd entry.
     """
     try:
-        with pillow_errors():
+        with damage_explained():
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGE:
+    except ImageError:
         return pixels
     return pixels if turn is None else pixels.transpose(turn)
 
@@ -323,28 +338,24 @@ def describe_huge(number: int, total: int, names: Sequence[str], split: str = ""
     """Returns the message about all images that Pillow would warn of one by one."""
     limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
     return (
-        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read all "
-        f"the same: {shown_names(names)}"
+        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read "
+        f"all the same: {shown_names(names)}"
     )
-
-
-def damage_of(error: Exception) -> str:
-    """Returns in a few words why an image cannot be decoded."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not an image, or has a format that Pillow does not read"
-    if isinstance(error, Image.DecompressionBombError):
-        # Pillow warns above its limit, and refuses above twice that.
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).removesuffix(".") or type(error).__name__
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
     """Returns the name of an image in messages: its row and, if it has one, its file."""
     path = encoded["path"] if isinstance(encoded, dict) else None
     return f"image {row}" + (f" ({shown_path(path)})" if path else "")
+
+
+def image_names(dataset: Dataset, rows: Sequence[int]) -> list[str]:
+    """Returns the names of some images of a data set in messages."""
+    encoded = encoded_images(dataset)
+    if encoded.format["type"] == "custom":
+        # The data set's own transform may fail on the image.
+        return [f"image {row}" for row in rows]
+    return [image_name(encoded[row]["image"], row) for row in rows]
 
 
 def shown_path(path: str) -> str:
@@ -375,10 +386,7 @@ def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> 
 
 
 def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces images of a batch that could not be read with other images of the batch.
-
-    Shape:
-        images (B, ...), targets (B,), -1 for an image that could not be read.
+    """Replaces the images of a batch that could not be read, target -1, with others of the batch.
 
     Raises:
         UsageError: If no image of the batch could be read.
@@ -394,8 +402,153 @@ def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return images[rows], targets[rows]
 
 
-# Start of torch's message about an error that a worker raised.
-CAUGHT = "Caught "
+class UnreadableImage(NamedTuple):
+    """An image that cannot be read: its row, its name in messages, and the reason."""
+
+    row: int
+    name: str
+    reason: str
+
+
+def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[UnreadableImage]:
+    """Finds empty files, files that are not images, and JPEG files that are cut off.
+
+    Pillow reads the header of each file. A JPEG that does not end with its marker is decoded to be
+    sure. Remote files, and data sets with a transform of their own, are not checked.
+    """
+    encoded = encoded_images(dataset)
+    if encoded.format["type"] == "custom":
+        return []
+    rows = range(len(dataset)) if rows is None else rows
+    found = []
+    with ThreadPoolExecutor() as threads:
+        batches = encoded.select(rows).with_format("arrow").iter(ROWS)
+        for number, batch in enumerate(batches):
+            images = batch.column("image").to_pylist()
+            checked = zip(rows[number * ROWS :], images, threads.map(_damage, images), strict=False)
+            found += [
+                UnreadableImage(row, image_name(image, row), reason)
+                for row, image, reason in checked
+                if reason is not None
+            ]
+    return found
+
+
+def _damage(encoded: dict[str, Any] | None) -> str | None:
+    """Returns the reason why an image cannot be read, if its header or its end shows one."""
+    source = source_of(encoded)
+    if source is None:
+        return "there is no image"
+    if is_remote(source):
+        return None
+    try:
+        with damage_explained(), open_image(source) as image:
+            if image.format in ("JPEG", "MPO"):
+                file = cast(Any, image).fp
+                file.seek(-2, os.SEEK_END)
+                if file.read(2) != b"\xff\xd9":
+                    image.load()
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def verify_images(
+    datasets: Mapping[str, Dataset], accelerator: Accelerator, *, unreadable: Unreadable = "raise"
+) -> dict[str, list[int]]:
+    """Returns the rows of the damaged images by split; the processes share the files among them.
+
+    With ``unreadable="skip"`` their number is logged.
+
+    Raises:
+        UsageError: If an image is damaged and ``unreadable`` is ``"raise"``; has the number of
+            damaged images in every split and names the first five of each.
+    """
+    first, step = accelerator.process_index, accelerator.num_processes
+    ours = [
+        (split, image)
+        for split, data in datasets.items()
+        for image in find_damaged(data, range(first, len(data), step))
+    ]
+    damaged: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
+    for split, image in sorted(gather_object(ours)):
+        damaged[split].append(image)
+    problems = Problems()
+    for split, images in damaged.items():
+        if images and unreadable == "skip":
+            log.info("%d of %d %s images cannot be read", len(images), len(datasets[split]), split)
+        else:
+            note_damaged(problems, split, images, len(datasets[split]))
+    problems.check()
+    return {split: [image.row for image in images] for split, images in damaged.items()}
+
+
+def note_damaged(
+    problems: Problems, split: str, damaged: Sequence[UnreadableImage], number: int
+) -> None:
+    """Adds the damaged images of a split of so many images to the problems, if there are any."""
+    if damaged:
+        reasons = {image.name: image.reason for image in damaged}
+        problems.add(f"{split} split: {unreadable_images(reasons, number)}")
+
+
+def note_damaged_files(problems: Problems, files: Mapping[Split, Sequence[str]]) -> None:
+    """Adds the damaged files of all splits to the problems; missing files are ignored."""
+    for split, paths in files.items():
+        dataset = dataset_from_files(list(paths), np.zeros(len(paths), np.int64), None)
+        damaged = [image for image in find_damaged(dataset) if Path(paths[image.row]).is_file()]
+        note_damaged(problems, split, damaged, len(paths))
+
+
+def log_exceptional(
+    split: str, dataset: Dataset, left_out: int, unreadable: Sequence[int], huge: Sequence[int]
+) -> None:
+    """Logs the images of a split that were left out, and those that Pillow would warn of.
+
+    Args:
+        split: Name of the split.
+        dataset: The split.
+        left_out: Number of images that could not be read.
+        unreadable: Their rows, as far as they are known.
+        huge: Rows of images with more pixels than Pillow reads without a warning.
+    """
+    if left_out:
+        shown = shown_names(image_names(dataset, unreadable))
+        log.warning(
+            "%d of %d %s images cannot be read and were left out%s",
+            *(left_out, len(dataset), split, f": {shown}" if shown else ""),
+        )
+    if huge:
+        names = image_names(dataset, huge)
+        log.warning("%s", describe_huge(len(huge), len(dataset), names, split))
+
+
+def check_classes_left(
+    labels: Mapping[str, Tensor], unreadable: Mapping[str, list[int]], names: list[str] | None
+) -> None:
+    """Checks that every class keeps an image that can be read, in train and in val.
+
+    Labels (N,) and the rows of unreadable images are by split.
+
+    Raises:
+        UsageError: If a split, or a class of train or val, has no image left; names all of them.
+    """
+    problems = Problems()
+    for split, rows in unreadable.items():
+        readable = torch.ones(len(labels[split]), dtype=torch.bool)
+        readable[rows] = False
+        left = set(labels[split][readable].tolist())
+        lost = [c for c in labels[split].unique().tolist() if c not in left]
+        if not left:
+            problems.add(f"{split} split: none of the {len(readable)} images can be read")
+        elif lost and split != "test":
+            # A class without a test image has no accuracy, which the report says.
+            shown = shown_names([f"{c} ({names[c]})" if names else c for c in lost])
+            problems.add(
+                f"{split} split: {len(lost)} classes have no image that can be read: {shown}; "
+                "repair some, or remove these classes"
+            )
+    problems.check()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -21,13 +21,12 @@ from timm_lt.data.loader import loaded
 from timm_lt.features.cache import (
     FeatureCache,
     backbone_fingerprint,
-    check_number,
     is_prepared,
     loader_sizes,
     samples_fingerprint,
     without_first,
 )
-from timm_lt.features.values import Features, check_finite
+from timm_lt.features.values import Features, check_finite, check_views
 from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.utils.accelerator import torch_defaults, unwrapped
 from timm_lt.utils.checks import UsageError, check_integer, check_literals, unknown_name
@@ -147,14 +146,7 @@ def chosen_classifier(model: nn.Module, name: str | None) -> str:
 
 
 class _Batch(NamedTuple):
-    """Features of a batch, of all processes.
-
-    Attributes:
-        values: (B, D) in the stored type, of the images that could be read.
-        targets: (B,).
-        view: View of the images.
-        images: Number of images, including those that could not be read.
-    """
+    """Features (B, D) and targets (B,) of a batch of all processes, and its number of images."""
 
     values: Tensor
     targets: Tensor
@@ -196,8 +188,8 @@ class _Extraction:
                     targets.resize_(2 * end)
                 values[rows:end], targets[rows:end] = batch.values, batch.targets
                 rows, images = end, images + batch.images
-        check_number(images, rows, self.num_images)
-        return Features(values[:rows], targets[:rows], self.views)
+        check_views(targets[:rows], self.views, images, self.num_images)
+        return Features.from_checked(values[:rows], targets[:rows], self.views)
 
     def cached(self, folder: Path, key: str | None) -> Features:
         """Returns the features of a cache; without them, all processes make them together."""
@@ -231,13 +223,10 @@ class _Extraction:
     def _batches(
         self, view: int = 0, skipped: int = 0, row: int = 0, *, in_order: bool = False
     ) -> Generator[_Batch]:
-        """Yields the features batch by batch; the model has hooks until this is closed.
+        """Yields the features batch by batch, from a view without its first batches on.
 
-        Args:
-            view: First view.
-            skipped: Batches of that view to leave out.
-            row: Index of the first row, for messages.
-            in_order: Whether a single view is also to be of epoch 0.
+        The model has hooks until this is closed. ``row`` is the index of the first row in messages;
+        with ``in_order``, a single view is of epoch 0, too.
         """
         with backbone(self.model, self.classifier, self.compute_dtype) as features:
             for number in range(view, self.views):
@@ -245,13 +234,17 @@ class _Extraction:
                     self.loader.set_epoch(number)
                 first = skipped if number == view else 0
                 with without_first(self.loader, first) as rest:
-                    batches = loaded(rest, again=AGAIN)
-                    for index, batch in enumerate(batches, first):
+                    for index, batch in enumerate(loaded(rest, again=AGAIN), first):
                         images, labels = images_and_labels(batch, f"batch {index} of the loader")
                         values, targets = self._gathered(features, images, labels)
-                        kept = _kept(values, targets, self.dtype, row)
-                        row += len(kept[0])
-                        yield _Batch(*kept, number, len(targets))
+                        readable = targets != UNREADABLE
+                        values, kept = values[readable], targets[readable]
+                        if len(kept):
+                            noun = f"targets[{row}:]" if row else "targets"
+                            kept = check_labels(kept, noun=noun)
+                        check_finite(values, row, self.dtype)
+                        row += len(kept)
+                        yield _Batch(values.to(self.dtype), kept, number, len(targets))
 
     def _gathered(
         self, features: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
@@ -268,14 +261,19 @@ class _Extraction:
                 known = isinstance(error, UsageError | torch.OutOfMemoryError)
                 if known or is_worker_death(error):
                     raise
-                raise _unfit(error, self.model, images) from error
+                shape, reason = tuple(images.shape), str(error).strip().partition("\n")[0]
+                last = shape[1] not in CHANNELS and shape[3] in CHANNELS
+                hint = ", with the channels last: pass images.permute(0, 3, 1, 2)" if last else ""
+                raise UsageError(
+                    f"{type(self.model).__name__} fails on images of shape {shape}{hint} ({reason})"
+                ) from error
             batch = (values, labels.to(values.device))
             if self.accelerator is not None:
                 batch = self.accelerator.gather_for_metrics(batch)
             return batch[0].float().cpu(), batch[1].cpu()
 
     def _on_main(self, act: Callable[..., T], *arguments: Any) -> T:
-        """Calls a function on the main process; all get its result, or raise its error."""
+        """Acts in the main process; the result or the error is that of every process."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return act(*arguments)
         outcome: list[Any] = [None, None]
@@ -295,39 +293,12 @@ class _Extraction:
         return cast(T, result)
 
 
-def _unfit(error: Exception, model: nn.Module, images: Tensor) -> UsageError:
-    """Returns the error for a model that fails on images."""
-    shape = tuple(images.shape)
-    last = shape[1] not in CHANNELS and shape[3] in CHANNELS
-    hint = ", with the channels last: pass images.permute(0, 3, 1, 2)" if last else ""
-    reason = str(error).strip().partition("\n")[0]
-    return UsageError(f"{type(model).__name__} fails on images of shape {shape}{hint} ({reason})")
-
-
-def _kept(values: Tensor, targets: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows of the images that could be read, checked and in the stored type."""
-    readable = targets != UNREADABLE
-    values, targets = values[readable], targets[readable]
-    if len(targets):
-        targets = check_labels(targets, noun=f"targets[{first}:]" if first else "targets")
-    kept = values.to(dtype)
-    if not kept.isfinite().all():
-        check_finite(values, first)
-        row, column = (~kept.isfinite()).nonzero()[0].tolist()
-        raise UsageError(
-            f"feature row {first + row} has {float(values[row, column])} in column {column}, "
-            f"beyond the largest {str(dtype).removeprefix('torch.')}, {torch.finfo(dtype).max:g}: "
-            "take dtype='float32'"
-        )
-    return kept, targets
-
-
 class _BeforeClassifier(Exception):  # noqa: N818
     """Ends a forward pass just before the classifier, which may not be fitted yet."""
 
 
 class FeatureTap:
-    """Keeps the input of a classifier, forward pass by forward pass.
+    """Keeps the input of a timm model's classifier, forward pass by forward pass.
 
     >>> import timm, torch
     >>> model = timm.create_model("test_resnet", num_classes=3)
@@ -337,13 +308,8 @@ class FeatureTap:
     >>> features.shape, torch.equal(model.fc(features), logits)
     (torch.Size([2, 96]), True)
 
-    Args:
-        model: A timm model, not wrapped for several processes.
-        classifier: Path of the classifier; None takes the only one.
-        ends: Whether a forward pass ends before the classifier.
-
-    Raises:
-        UsageError: If there is no such classifier.
+    The classifier is given by its path, or the only one. With ``ends``, a forward pass ends before
+    it.
     """
 
     def __init__(
@@ -367,21 +333,19 @@ class FeatureTap:
             UsageError: If the model did not call the classifier, or called it for more than one
                 vector per image.
         """
-        if self._taken is None:
-            raise UsageError(
-                f"{type(self._model).__name__} computes its output without calling its classifier"
-            )
         taken, self._taken = self._taken, None
-        # A 1×1 convolution takes (N, D, 1, 1).
         spatial = isinstance(self._classifier, nn.Conv2d)
         spatial = spatial or getattr(self._classifier, "spatial", False)
-        rows = taken.flatten(1) if spatial and taken.shape[2:] == (1, 1) else taken
-        if rows.ndim != 2:
+        if taken is not None and spatial and taken.shape[2:] == (1, 1):
+            # A 1×1 convolution takes (N, D, 1, 1).
+            taken = taken.flatten(1)
+        if taken is None or taken.ndim != 2:
+            found = "did not call it" if taken is None else f"gave it {tuple(taken.shape)}"
             raise UsageError(
-                f"the classifier's input has shape {tuple(rows.shape)}, but features are one "
-                "vector per image, (batch, width)"
+                f"features are the input of the classifier, one vector per image (batch, width), "
+                f"but {type(self._model).__name__} {found}"
             )
-        return rows
+        return taken
 
     def remove(self) -> None:
         """Removes the hook from the model."""
@@ -392,17 +356,12 @@ class FeatureTap:
 def backbone(
     model: nn.Module, classifier: str, compute_dtype: ComputeDtype
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields a function from images (B, 3, H, W) to features (B, D), float32.
+    """Yields a function from images (B, 3, H, W) to the classifier's input (B, D), float32.
 
     Images get the type of the model's weights, so a model in bfloat16, float16 or float64 computes
-    in it. The mixed precision of accelerate is off. The model is in evaluation mode meanwhile;
-    afterwards each module is in its mode again and the weights have their old memory format.
-
-    Args:
-        model: A timm model.
-        classifier: Path of the classifier whose input is taken.
-        compute_dtype: ``"bfloat16"`` is autocast with the channels last in memory; global pooling
-            sums and keeps float32.
+    in it. ``"bfloat16"`` is autocast with the channels last in memory; global pooling sums and
+    keeps float32. The mixed precision of accelerate is off. Afterwards each module is in its mode
+    again and the weights have their old memory format.
     """
     device = find_classifiers(model)[classifier].weight.device
     dtype = next((w.dtype for w in model.parameters() if w.is_floating_point()), None)

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import background_of, find_info
 from timm_lt.data import Splits, create_augmentation, list_augmentations
-from timm_lt.data.damaged import check_classes_left, verify_images
-from timm_lt.data.decode import encoded_images, read_image
+from timm_lt.data.decode import (
+    check_classes_left,
+    encoded_images,
+    read_image,
+    verify_images,
+)
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.heads import HEADS, find_classifiers, set_head

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from timm_lt.data.damaged import log_exceptional
+from timm_lt.data.decode import log_exceptional
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.features import Features, extract_features
