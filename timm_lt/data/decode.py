@@ -28,7 +28,6 @@ from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, 
 from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
-REMEDY = "save it with 8 or 16 bits"
 # Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this.
 DARK = 16
 
@@ -133,8 +132,6 @@ def _integer_levels(image: Image.Image) -> NDArray[Any]:
 
 def _float_levels(image: Image.Image) -> NDArray[Any]:
     values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"it has values that are NaN or infinite; replace them and {REMEDY}")
     levels = np.rint(values * 255)
     if levels.min() >= 0 and levels.max() <= 255:
         return levels
@@ -145,7 +142,7 @@ def _float_levels(image: Image.Image) -> NDArray[Any]:
 
 
 def _levels_by_value(values: NDArray[Any]) -> NDArray[Any]:
-    if values.min() < 0 or values.max() > 65535:
+    if not (values.min() >= 0 and values.max() <= 65535):
         raise _out_of_range(values)
     return np.rint(values) if values.max() <= 255 else values // 256
 
@@ -153,7 +150,7 @@ def _levels_by_value(values: NDArray[Any]) -> NDArray[Any]:
 def _out_of_range(values: NDArray[Any]) -> ValueError:
     return ValueError(
         f"its values go from {values.min():g} to {values.max():g}, which is none of the ranges "
-        f"that can be read (0 to 1 of floats, 0 to 255, 0 to 65535); {REMEDY}"
+        "that can be read (0 to 1 of floats, 0 to 255, 0 to 65535); save it with 8 or 16 bits"
     )
 
 
@@ -176,8 +173,7 @@ def _raw_mode(image: Image.Image) -> str:
 def encoded_images(dataset: Dataset) -> Dataset:
     """Returns a data set of the stored images: bytes, or the path of a file.
 
-    A data set with a transform of its own is returned unchanged, because only its own rows have
-    the images that it yields.
+    A data set with a transform of its own is returned unchanged.
     """
     if dataset.format["type"] == "custom":
         return dataset
@@ -249,10 +245,8 @@ def decode_image(
 ) -> Image.Image:
     """Decodes an image to RGB, upright by its EXIF orientation; every image is read here.
 
-    Args:
-        encoded: ``path`` and ``bytes``, one of which may be None; or a PIL image.
-        background: Colour behind transparent pixels, ``#rrggbb``.
-        mode: Mode that the image is converted to before RGB, such as L to remove colours.
+    It is a PIL image, or ``path`` and ``bytes``, one of which may be None. A mode is that before
+    RGB, such as L to remove colours.
 
     Raises:
         ImageError: If the image is damaged or has values in an unknown range.
@@ -368,11 +362,9 @@ def shown_path(path: str) -> str:
 
 
 def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> UsageError:
-    """Returns the error about images that cannot be read: their number, and the first five.
+    """Returns the error about images that cannot be read, given the reasons by their names.
 
-    Args:
-        reasons: Reason of each, by its :func:`image_name`.
-        number: Number of all images; not needed for a single unreadable one.
+    The number of all images is not needed for a single unreadable one.
     """
     # Only training stops at such images; other commands skip them.
     fix = "train without such images with --data.unreadable skip"
@@ -458,11 +450,7 @@ def verify_images(
 ) -> dict[str, list[int]]:
     """Returns the rows of the damaged images by split; the processes share the files among them.
 
-    With ``unreadable="skip"`` their number is logged.
-
-    Raises:
-        UsageError: If an image is damaged and ``unreadable`` is ``"raise"``; has the number of
-            damaged images in every split and names the first five of each.
+    With ``unreadable="skip"`` their number is logged, otherwise they are a UsageError.
     """
     first, step = accelerator.process_index, accelerator.num_processes
     ours = [
@@ -505,12 +493,7 @@ def log_exceptional(
 ) -> None:
     """Logs the images of a split that were left out, and those that Pillow would warn of.
 
-    Args:
-        split: Name of the split.
-        dataset: The split.
-        left_out: Number of images that could not be read.
-        unreadable: Their rows, as far as they are known.
-        huge: Rows of images with more pixels than Pillow reads without a warning.
+    The rows of those left out may be unknown.
     """
     if left_out:
         shown = shown_names(image_names(dataset, unreadable))
@@ -527,8 +510,6 @@ def check_classes_left(
     labels: Mapping[str, Tensor], unreadable: Mapping[str, list[int]], names: list[str] | None
 ) -> None:
     """Checks that every class keeps an image that can be read, in train and in val.
-
-    Labels (N,) and the rows of unreadable images are by split.
 
     Raises:
         UsageError: If a split, or a class of train or val, has no image left; names all of them.

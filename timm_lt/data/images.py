@@ -5,7 +5,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,8 @@ RESERVED = (
 )
 
 Batch = tuple[Tensor, Tensor]
+Order = Sampler[int] | None
+Purpose = Literal["train", "eval", "views"]
 
 
 class TrainLoader(Protocol):
@@ -83,29 +85,22 @@ class Images(TorchDataset[Any], ABC):
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
     ) -> TrainLoader:
         """Creates a loader of augmented images, in whole batches over all processes."""
-        return self._loader(batch_size, accelerator, sampler, augmented=True, training=True)
+        return self._loader("train", batch_size, sampler, accelerator)
 
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
         """Creates a loader of all images in order, not augmented."""
-        return self._loader(batch_size, accelerator, None, augmented=False, training=False)
+        return self._loader("eval", batch_size, None, accelerator)
 
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
         """Creates a loader of all images in order, augmented; each epoch is another view.
 
         View v of image i is draw ``v N + i``, whatever the batches and the processes.
         """
-        order = InOrder(len(self))
-        return self._loader(batch_size, accelerator, order, augmented=True, training=False)
+        return self._loader("views", batch_size, InOrder(len(self)), accelerator)
 
     @abstractmethod
     def _loader(
-        self,
-        batch_size: int,
-        accelerator: Accelerator,
-        sampler: Sampler[int] | None,
-        *,
-        augmented: bool,
-        training: bool,
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> TrainLoader:
         """Creates a loader; in training, a last batch that is not full is dropped."""
 
@@ -174,17 +169,11 @@ class ImageTensors(Images):
         return plain
 
     def _loader(
-        self,
-        batch_size: int,
-        accelerator: Accelerator,
-        sampler: Sampler[int] | None,
-        *,
-        augmented: bool,
-        training: bool,
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> TrainLoader:
-        data = self if augmented else self.without_augmentation()
+        data, whole = self.without_augmentation() if purpose == "eval" else self, purpose == "train"
         loader: DataLoader[Batch] = DataLoader(
-            data, batch_size, sampler=sampler, drop_last=training, collate_fn=as_it_is
+            data, batch_size, sampler=sampler, drop_last=whole, collate_fn=as_it_is
         )
         prepared: TrainLoader = prepared_loader(loader, accelerator)
         return prepared
@@ -222,18 +211,14 @@ def decode_images(
 ) -> Tensor:
     """Decodes the column ``image`` of a data set into one tensor, (N, 3, H, W) uint8.
 
-    Args:
-        dataset: The data set.
-        size: (H, W) to which images of another size are resized, bilinear; None takes the size of
-            the first that can be read.
-        missing: Receives the rows of images that cannot be decoded, which become black; with None
-            such an image is an error.
+    Images of another size (H, W) are resized, bilinear; without one, it is that of the first image.
+    The list ``missing`` receives the rows of images that cannot be decoded, which become black.
 
     Raises:
-        UsageError: If the data set is too large for the memory, an image cannot be decoded (names
-            all such rows), or no image can be.
+        UsageError: If the data set is too large for the memory, no image can be decoded, or one
+            cannot be and there is no ``missing``; names all such rows.
     """
-    images: np.ndarray[Any, Any] | None = None
+    images: NDArray[np.uint8] | None = None
     reasons: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
     huge: list[str] = []
@@ -246,8 +231,8 @@ def decode_images(
         if is_huge(image.size):
             huge.append(image_name(encoded["image"], row))
         if images is None:
-            images = _empty_images(len(dataset), size or (image.height, image.width))
-        height, width = images.shape[1:3]
+            height, width = size or (image.height, image.width)
+            images = _empty_images(len(dataset), height, width)
         # For an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     if huge:
@@ -261,23 +246,18 @@ def decode_images(
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _empty_images(number: int, size: tuple[int, int]) -> "np.ndarray[Any, Any]":
-    height, width = size
+def _empty_images(number: int, height: int, width: int) -> NDArray[np.uint8]:
     if number * height * width * 3 > MAX_BYTES:
         raise UsageError(
             f"{number:,} images of {height}x{width} need more than "
             f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size, or decode them "
             "when they are drawn with --data.augmentation timm"
         )
-    return np.zeros((number, height, width, 3), dtype=np.uint8)
+    return np.zeros((number, height, width, 3), np.uint8)
 
 
 def label_tensor(dataset: Dataset) -> Tensor:
-    """Returns the labels of a data set, (N,) int64, without decoding an image.
-
-    Raises:
-        UsageError: If a label is not a non-negative integer; names its row.
-    """
+    """Returns the labels of a data set, (N,) int64, without decoding an image."""
     column = dataset.data.column("label")
     if column.null_count or not pa.types.is_integer(column.type):
         return check_labels(dataset.with_format("numpy")["label"][:])
@@ -362,19 +342,13 @@ class StoredImages(Images):
         self._train_transform(self._preprocessing | self._augmentation)
 
     def _loader(
-        self,
-        batch_size: int,
-        accelerator: Accelerator,
-        sampler: Sampler[int] | None,
-        *,
-        augmented: bool,
-        training: bool,
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> TrainLoader:
-        options = self._preprocessing | (self._augmentation if augmented else {})
-        if not training:
+        options = self._preprocessing | ({} if purpose == "eval" else self._augmentation)
+        if purpose != "train":
             # Workers for evaluation would stay alive, and idle, during training.
             options["persistent_workers"] = False
-        if augmented and not training and options.get("re_prob"):
+        if purpose == "views" and options.get("re_prob"):
             # Erasing in the prefetcher would not be a function of the draw.
             options["use_prefetcher"] = False
         # create_loader sets the transform of the data set.
@@ -385,12 +359,12 @@ class StoredImages(Images):
             batch_size,
             sampler=sampler,
             accelerator=accelerator,
-            is_training=training,
+            is_training=purpose == "train",
             num_workers=self._workers,
             pin_memory=accelerator.device.type == "cuda",
             **options,
         )
-        if augmented and not training:
+        if purpose == "views":
             data.transform, data.augmented = self._train_transform(options), True
         return loader
 
