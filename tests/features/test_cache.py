@@ -159,72 +159,64 @@ def test_what_changes_the_model_makes_another_file_and_its_classifier_does_not(t
     assert len(finished(tmp_path)) == 8
 
 
-def changed(pixels=PIXELS, labels=LABELS):
-    """The same images with one value, the order of two, or a label changed."""
-    one = pixels.copy()
-    one[4, 3, 2, 1] ^= 1
-    order = np.array([1, 0, *range(2, N)])
-    other = labels.clone()
-    other[6] = (other[6] + 1) % C
-    return [(one, labels), (pixels[order], labels[order]), (pixels, other)]
-
-
-@pytest.mark.parametrize("make", [in_memory, stored])
-def test_what_changes_the_images_makes_another_file_and_how_they_are_loaded_does_not(
-    make, tmp_path, accelerator
+@pytest.mark.parametrize(
+    ("make", "same", "other"),
+    [
+        (in_memory, {"augmentation": create_augmentation("crop")}, {"mean": (0.5, 0.5, 0.4)}),
+        (
+            stored,
+            {"augmentation": {"color_jitter": 0.3}, "workers": 1},
+            {"preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.5}},
+        ),
+    ],
+)
+def test_the_images_with_their_transform_are_in_the_key_and_how_they_are_loaded_is_not(
+    make, same, other, accelerator
 ):
-    model = small_model()
+    def key(*images, batch_size=4, **options):
+        return samples_fingerprint(make(*images, **options).eval_loader(batch_size, accelerator))
 
-    def again(data, batch_size=4):
-        loader = data.eval_loader(batch_size, accelerator)
-        return ran(model, loader, tmp_path, accelerator=accelerator)
-
-    assert again(make()) == N
-    assert again(make(), batch_size=3) == 0
-    assert again(make(seed=6)) == 0
-    if make is stored:
-        assert again(make(workers=1)) == 0
-        assert again(make(augmentation={"color_jitter": 0.3})) == 0
-        options = {"preprocessing": {"mean": (0.5, 0.5, 0.4), "std": (0.2,) * 3}}
-        crop = {"preprocessing": {"mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 0.5}}
-        assert again(make(**crop)) == N
-    else:
-        assert again(make(augmentation=create_augmentation("crop"))) == 0
-        options = {"mean": (0.5, 0.5, 0.4)}
-    assert again(make(**options)) == N
-    for pixels, labels in changed():
-        assert again(make(pixels, labels)) == N
-    assert again(make()) == 0
+    assert key() == key(batch_size=3, seed=6, **same)
+    # One value, the order of two images, a label.
+    pixels, labels, order = PIXELS.copy(), LABELS.clone(), np.array([1, 0, *range(2, N)])
+    pixels[4, 3, 2, 1] ^= 1
+    labels[6] = (labels[6] + 1) % C
+    changed = [(pixels, LABELS), (PIXELS[order], LABELS[order]), (PIXELS, labels)]
+    assert len({key(), key(**other), *(key(*images) for images in changed)}) == 5
 
 
-def test_folders_of_timm_and_of_torchvision(tmp_path):
+def test_folders_and_subsets_of_timm_torch_and_torchvision(tmp_path):
     for row in range(4):
-        file = tmp_path / "images" / f"class_{row % 2}" / f"{row}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = tmp_path / f"class_{row % 2}" / f"{row}.png"
+        file.parent.mkdir(exist_ok=True)
         Image.fromarray(PIXELS[row]).save(file)
-    folder, store, model = str(tmp_path / "images"), tmp_path / "cache", small_model()
+    folder = str(tmp_path)
 
     def of_timm(**options):
-        return ran(model, create_loader(ImageDataset(folder), SIDE, 2, **options), store)
+        return samples_fingerprint(create_loader(ImageDataset(folder), SIDE, 2, **options))
 
     def of_torchvision(angle=0):
         data = ImageFolder(folder, transform=lambda image: ToTensor()(image.rotate(angle)))
-        return ran(model, DataLoader(data, 2), store)
+        return samples_fingerprint(DataLoader(data, 2))
 
-    for again in (of_timm, of_torchvision):
-        assert (again(), again()) == (4, 0)
-    assert (of_timm(num_workers=0), of_timm(mean=(0.4, 0.5, 0.5)), of_torchvision(90)) == (0, 4, 4)
+    assert of_timm() == of_timm(num_workers=0) != of_timm(mean=(0.4, 0.5, 0.5))
+    assert of_torchvision() == of_torchvision() != of_torchvision(90)
+    before = of_timm(), of_torchvision()
     # Bytes that are no other image, in a file that is not read: the time of change is another.
     os.utime(file, ns=(1, 1))
-    assert (of_timm(), of_torchvision()) == (4, 4)
-
-
-def test_a_subset_is_known_by_its_indices(tmp_path):
-    model, data = small_model(), tensors()
-    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2), tmp_path) == 3
-    assert ran(model, DataLoader(Subset(data, [1, 3, 2]), 2), tmp_path) == 3
-    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 3), tmp_path) == 0
-    assert ran(model, DataLoader(Subset(data, [1, 2, 3]), 2, drop_last=True), tmp_path) == 2
+    assert (of_timm() != before[0], of_torchvision() != before[1]) == (True, True)
+    whole = tensors()
+    keys = [
+        samples_fingerprint(DataLoader(Subset(whole, rows), size, drop_last=drop_last))
+        for rows, size, drop_last in (
+            ([1, 2, 3], 2, False),
+            ([1, 2, 3], 3, False),
+            ([1, 3, 2], 2, False),
+            ([1, 2, 3], 2, True),
+        )
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_samples_that_cannot_be_told_need_a_key(tmp_path):
