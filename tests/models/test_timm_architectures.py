@@ -311,7 +311,9 @@ def test_features_are_what_the_classifier_sees(kind, pairs):
         features = timm_lt.extract_features(plain, loader, classifier=name)
         assert torch.equal(features.values, seen[name])
     if len(names) > 1:
-        with pytest.raises(UsageError, match=f"pass classifier= with one of {', '.join(names)}"):
+        with pytest.raises(
+            UsageError, match=f"classifier of .*; choose one of: {', '.join(names)}"
+        ):
             timm_lt.extract_features(plain, loader)
     with pytest.raises(UsageError, match=r"classifier of .* 'fcc'"):
         timm_lt.extract_features(plain, loader, classifier="fcc")

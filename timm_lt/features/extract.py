@@ -70,14 +70,12 @@ def extract_features(
         model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
             DataParallel or torch.compile.
         loader: Yields images (B, 3, H, W), floating point and normalized, and targets (B,), in a
-            fixed order: as a tuple or list, which may have more parts behind them, or as a mapping
-            with keys such as ``"image"`` and ``"label"``; as tensors, NumPy arrays or lists. Images
-            with target -1, which could not be read, are left out.
+            fixed order, as a tuple, a list or a mapping with keys such as ``"image"`` and
+            ``"label"``. Images with target -1, which could not be read, are left out.
         classifier: Path of the classifier whose input is taken, for a model with several (such as
             ``head_dist`` of a distilled one); None takes the only one.
-        accelerator: The one that prepared the loader. Features are gathered from all processes, in
-            the order of the data set, and every process gets all of them. The processes share
-            ``cache_dir``.
+        accelerator: The one that prepared the loader. Every process gets the features of all, in
+            the order of the data set. The processes share ``cache_dir``.
         cache_dir: Folder of the cache, created if missing. None keeps the features in memory.
         dtype: Type of the stored values. float16 has 11 significant bits up to 65,504, bfloat16
             has 8.
@@ -96,13 +94,10 @@ def extract_features(
         Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
 
     Raises:
-        UsageError: If the loader is empty, gives another number of images than it has, or is not
-            prepared for several processes; a batch has no labels, or has images or labels of
-            another shape or type; the model fails on the images, does not call its classifier,
-            calls it for more than one vector per image, or has several; or a feature is not
-            finite, or too large for ``dtype``. With ``cache_dir``, also if the loader draws its
-            images; its samples, their order or its ``collate_fn`` cannot be told and there is no
-            key; or the folder cannot be written.
+        UsageError: If a batch is not images and labels, the model does not take them to one vector
+            per image for its classifier, a feature is not finite in ``dtype``, or the loader is not
+            prepared for several processes. With ``cache_dir``, also if the loader draws its images,
+            its samples cannot be told and there is no key, or the folder cannot be written.
     """
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)
@@ -128,18 +123,10 @@ def extract_features(
 
 
 def chosen_classifier(model: nn.Module, name: str | None) -> str:
-    """Returns the path of the classifier whose input is taken: the given one, or the only one.
-
-    Raises:
-        UsageError: If there is no such classifier, or several and none is named.
-    """
+    """Returns the path of the classifier whose input is taken: the given one, or the only one."""
     classifiers = find_classifiers(model)
-    if name is None and len(classifiers) > 1:
-        raise UsageError(
-            f"{type(model).__name__} has {len(classifiers)} classifiers, each with features of its "
-            f"own: pass classifier= with one of {', '.join(classifiers)}"
-        )
-    name = classifier_name(model) if name is None else name
+    if name is None and len(classifiers) < 2:
+        return classifier_name(model)
     if name not in classifiers:
         raise unknown_name(f"classifier of {type(model).__name__}:", name, list(classifiers))
     return name
@@ -281,10 +268,11 @@ class _Extraction:
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = act(*arguments)
+            except UsageError as error:
+                failure, outcome[1] = error, str(error)
             except Exception as error:  # noqa: BLE001 - else the other processes wait for ever
                 failure = error
-                unknown = f"the main process failed with {type(error).__name__}: {error}"
-                outcome[1] = str(error) if isinstance(error, UsageError) else unknown
+                outcome[1] = f"the main process failed with {type(error).__name__}: {error}"
         result, problem = broadcast_object_list(outcome)
         if failure is not None:
             raise failure
