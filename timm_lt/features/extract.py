@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -359,60 +360,39 @@ def backbone(
         images = images.to(device, dtype if images.is_floating_point() else None)
         if low and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        with _autocast(device, enabled=low), contextlib.suppress(_BeforeClassifier):
+        with autocast(enabled=low), contextlib.suppress(_BeforeClassifier):
             model(images)
         return tap.take().float()
 
+    autocast = partial(torch.autocast, device.type, torch.bfloat16)
     with ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(model))
+        _prepare(model, stack, low=low)
         tap = FeatureTap(model, classifier, ends=True)
         stack.callback(tap.remove)
         # Off also for the caller's autocast; within it, weights are cast once, not per batch.
-        stack.enter_context(_autocast(device, enabled=False))
-        if low:
-            stack.enter_context(_channels_last(model))
-            for module in model.modules():
-                if isinstance(module, SelectAdaptivePool2d | nn.AdaptiveAvgPool2d):
-                    stack.callback(module.register_forward_pre_hook(_in_float32).remove)
+        stack.enter_context(autocast(enabled=False))
         yield features
 
 
-def _autocast(device: torch.device, *, enabled: bool) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def _prepare(model: nn.Module, stack: ExitStack, *, low: bool) -> None:
+    """Puts a model in evaluation mode, for bfloat16 with the channels last, until a stack ends."""
+    for module in model.modules():
+        # Module by module: parts of a model in training may be frozen in evaluation mode.
+        stack.callback(setattr, module, "training", module.training)
+        state = vars(module)
+        if "_original_forward" in state:
+            # Without the mixed precision that accelerate wraps around it.
+            stack.callback(state.__setitem__, "forward", state.get("forward"))
+            state["forward"] = state["_original_forward"]
+        if low and isinstance(module, SelectAdaptivePool2d | nn.AdaptiveAvgPool2d):
+            stack.callback(module.register_forward_pre_hook(_in_float32).remove)
+    model.eval()
+    for weight in model.parameters():
+        if low and weight.ndim == 4:
+            # Restored, not converted back: optimizers and others may share their memory.
+            stack.callback(setattr, weight, "data", weight.data)
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.float() for tensor in inputs)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, without the mixed precision that accelerate wraps around."""
-    # Module by module: parts of a model in training may be frozen in evaluation mode.
-    modes = [(module, module.training) for module in model.modules()]
-    wrapped = [module for module in model.modules() if "_original_forward" in vars(module)]
-    forwards = [vars(module).get("forward") for module in wrapped]
-    model.eval()
-    try:
-        for module in wrapped:
-            vars(module)["forward"] = vars(module)["_original_forward"]
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, forward in zip(wrapped, forwards, strict=True):
-            vars(module)["forward"] = forward
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Lays the weights of convolutions out with the channels last."""
-    # Restored, not converted back: optimizers and others may share their memory.
-    weights = [(weight, weight.data) for weight in model.parameters() if weight.ndim == 4]
-    try:
-        for weight, data in weights:
-            weight.data = data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for weight, data in weights:
-            weight.data = data
