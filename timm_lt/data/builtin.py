@@ -80,17 +80,10 @@ def glyph_atlas() -> Floats:
 
 
 def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Generates the images of a split.
+    """Generates the images (N, 32, 32, 3) and labels (N,) of a split.
 
     The same arguments give the same bytes for any number of threads: numpy works element by
     element, and torch only interpolates, pixel by pixel.
-
-    Args:
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        seed: Seed of the generated images, a non-negative integer.
-
-    Shape:
-        images (N, 32, 32, 3), labels (N,)
 
     Raises:
         UsageError: If there is no such split or the seed is not a non-negative integer.
@@ -259,8 +252,8 @@ def blur(image: Floats, amount: Floats) -> Floats:
 def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
     """Builds a split of digits_lt: train 120 to 5 images per class, val 20 and test 30.
 
-    The splits are disjoint. The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB. At imbalance
-    factor 24 one class is many-shot, five are medium-shot and four few-shot.
+    The splits are disjoint. The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB. One class is
+    many-shot, five are medium-shot and four few-shot.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.

@@ -33,33 +33,23 @@ MISSPELT = {"cra": "crab"}
 
 @dataclass(frozen=True)
 class CifarSpec:
-    """CIFAR-10 or CIFAR-100 as published.
-
-    Attributes:
-        name: Its name.
-        repo: Its copy on the Hub.
-        label: Column of labels in that copy.
-        names: Class names, (C,), in the order of the labels.
-        batches: First labels (``first``) and images per class (``counts``) of each training file,
-            in the official order.
-        test_per_class: Test images per class.
-        python: Folder of the Python version.
-        binary: Folder of the binary version.
-        binary_train: Its training files, in the official order.
-        binary_test: Its test file.
-        label_bytes: Bytes before the pixels of an image in a binary file; the last is the label.
-    """
+    """CIFAR-10 or CIFAR-100 as published."""
 
     name: str
+    # Copy on the Hub, and its column of labels.
     repo: str
     label: str
+    # Class names, (C,), in the order of the labels.
     names: list[str]
+    # First labels ("first") and images per class ("counts") of each training file.
     batches: list[dict[str, list[int]]]
     test_per_class: int
+    # Folders of the Python and of the binary version, and the files of the latter.
     python: str
     binary: str
     binary_train: list[str]
     binary_test: str
+    # Bytes before the pixels of an image in a binary file; the last is the label.
     label_bytes: int
 
     @property
@@ -170,10 +160,7 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
     The subset of LDAM-DRW depends on the order of the rows, which is that of torchvision,
     ``data_batch_1`` to ``data_batch_5``. The Hub's copy of CIFAR-10 has the order of the archive's
     members: ``data_batch_4``, 3, 2, 5, 1. A file is recognised by its first labels and its images
-    per class.
-
-    Raises:
-        UsageError: If a file is not recognised.
+    per class; a UsageError says that one is not.
     """
     blocks = np.arange(len(labels)).reshape(len(spec.batches), -1)
     counts = [np.bincount(labels[rows], minlength=len(spec.names)).tolist() for rows in blocks]

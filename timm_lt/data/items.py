@@ -64,8 +64,7 @@ def is_plain(rows: datasets.Dataset) -> bool:
 def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
     """Returns the data sets that a ``Subset``, ``ConcatDataset`` or wrapper takes its items from.
 
-    Returns:
-        The data sets; and for each item the number of its data set and its row there, (N,).
+    And for each item the number of its data set and its row there, (N,).
     """
     if isinstance(data, Subset) and reads_as(data, Subset):
         parts, part, row = flattened(data.dataset)
@@ -86,11 +85,7 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
 
 
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
-    """Returns image and label of a data set's item.
-
-    Raises:
-        UsageError: If it cannot be drawn, or image or label is missing.
-    """
+    """Returns image and label of a data set's item."""
     noun = f"item {row} of a {_name(items)}"
     try:
         item = items[row]
@@ -105,10 +100,8 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
     >>> image_and_label({"image": "ant.png", "label": 3}, "item 0")
     ('ant.png', 3)
 
-    Args:
-        sample: A tuple or list that begins with image and label, whatever follows; or a mapping
-            with one of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
-        noun: Name of the sample in messages.
+    It is a tuple or list that begins with image and label, whatever follows; or a mapping with one
+    of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
 
     Raises:
         UsageError: If image or label is missing; says what was found.
@@ -127,15 +120,9 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
 
 
 def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
-    """Returns images and labels of a batch as tensors.
+    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch.
 
-    Args:
-        batch: See :func:`image_and_label`. Images and labels are tensors, NumPy arrays, or lists of
-            either.
-        noun: Name of the batch in messages.
-
-    Shape:
-        images (B, C, H, W), floating point; labels (B,), integers.
+    They are tensors, NumPy arrays, or lists of either, in a layout of :func:`image_and_label`.
 
     Raises:
         UsageError: If they have another shape or type, or their numbers differ.

@@ -265,12 +265,7 @@ def _with_sampler(
 
 
 def prepared_loader(loader: DataLoader[Any], accelerator: Accelerator) -> Any:  # noqa: ANN401
-    """Returns accelerate's loader, with which each process gets its share of the batches.
-
-    Raises:
-        UsageError: If that share would divide the groups of the sampler, or sizes are scheduled and
-            there are several processes.
-    """
+    """Returns accelerate's loader, which gives each process its share of the batches."""
     processes, batches = accelerator.num_processes, loader.batch_sampler
     if isinstance(batches, ScheduledBatchSampler):
         if processes > 1:
@@ -295,10 +290,7 @@ class NumberedSampler(Sampler[int]):
     differently, but the same on every process and after a restart. A draw is one integer,
     ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
 
-    Args:
-        sampler: The order of the images.
-        num_images: N.
-        length: Draws per epoch; the rest of each epoch of the sampler is dropped.
+    An epoch has ``length`` draws; the rest of each epoch of the sampler is dropped.
 
     >>> from timm_lt.samplers import create_sampler
     >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
@@ -355,12 +347,7 @@ class InOrder(Sampler[int]):
 def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
     """Yields batches; an error of a worker process becomes a UsageError in one line.
 
-    Args:
-        batches: A loader.
-        again: Advice on how to continue once the cause is removed, for messages.
-
-    Raises:
-        UsageError: If a worker process failed or died.
+    The message ends with the advice how to continue ``again``.
     """
     begun = False
     try:
