@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageColumn
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -28,7 +27,8 @@ from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, 
 from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
-# Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this.
+# Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this: a wrong guess
+# about fractions beyond 1, or about a nearly black image, could lose everything.
 DARK = 16
 
 # Whether an unreadable image stops a run or is left out.
@@ -110,48 +110,29 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Returns an image without its transparency, with grey levels of more than 8 bits scaled."""
     if not _is_deep(image):
         return image
-    levels = _float_levels(image) if image.mode == "F" else _integer_levels(image)
-    return Image.fromarray(levels.astype(np.uint8))
-
-
-def _integer_levels(image: Image.Image) -> NDArray[Any]:
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    is_float, low, high = image.mode == "F", values.min(), values.max()
     bits = (tags.get(BITS_PER_SAMPLE) or (32,))[0]
-    if image.mode != "I" or image.format in ("PPM", "PNG"):
+    if image.mode.startswith("I;16") or image.format in ("PPM", "PNG"):
         bits = 12 if bits == 12 else 16
-    if bits == 32:
-        return _levels_by_value(values)
-    if values.min() < 0:
-        raise _out_of_range(values)
-    # Pillow inverts 8 bits where white is zero, but not more.
-    white_is_zero = tags.get(PHOTOMETRIC) == 0
-    return ((1 << bits) - 1 - values if white_is_zero else values) >> (bits - 8)
-
-
-def _float_levels(image: Image.Image) -> NDArray[Any]:
-    values = np.asarray(image).astype(np.float64)
-    levels = np.rint(values * 255)
-    if levels.min() >= 0 and levels.max() <= 255:
-        return levels
-    if values.max() < DARK:
-        # Either fractions beyond 1 or a nearly black image: a wrong guess could lose everything.
-        raise _out_of_range(values)
-    return _levels_by_value(values)
-
-
-def _levels_by_value(values: NDArray[Any]) -> NDArray[Any]:
-    if not (values.min() >= 0 and values.max() <= 65535):
-        raise _out_of_range(values)
-    return np.rint(values) if values.max() <= 255 else values // 256
-
-
-def _out_of_range(values: NDArray[Any]) -> ValueError:
-    return ValueError(
-        f"its values go from {values.min():g} to {values.max():g}, which is none of the ranges "
-        "that can be read (0 to 1 of floats, 0 to 255, 0 to 65535); save it with 8 or 16 bits"
-    )
+    fractions = np.rint(values.astype(np.float64) * 255) if is_float else values
+    if is_float and fractions.min() >= 0 and fractions.max() <= 255:
+        levels = fractions
+    elif not is_float and bits < 32 and low >= 0:
+        # Pillow inverts 8 bits where white is zero, but not more.
+        white_is_zero = tags.get(PHOTOMETRIC) == 0
+        levels = ((1 << bits) - 1 - values if white_is_zero else values) >> (bits - 8)
+    elif (bits == 32 or is_float) and low >= 0 and (DARK if is_float else 0) <= high <= 65535:
+        levels = np.rint(values) if high <= 255 else values // 256
+    else:
+        raise ValueError(
+            f"its values go from {low:g} to {high:g}, which is none of the ranges that can be "
+            "read (0 to 1 of floats, 0 to 255, 0 to 65535); save it with 8 or 16 bits"
+        )
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _scale_transparency(image: Image.Image) -> None:
@@ -260,14 +241,12 @@ def decode_image(
         if is_remote(source):
             source = ImageColumn().decode_example({"path": source, "bytes": None})
         if isinstance(source, Image.Image):
-            return _in_mode(to_rgb(source, background), mode)
-        # Without `with`, Pillow leaves damaged files and those with several frames open.
-        with open_image(source) as image:
-            return upright(_in_mode(to_rgb(image, background), mode), image)
-
-
-def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    return image if mode in (None, "RGB") else image.convert(mode).convert("RGB")
+            rgb = to_rgb(source, background)
+        else:
+            # Without `with`, Pillow leaves damaged files and those with several frames open.
+            with open_image(source) as image:
+                rgb = upright(to_rgb(image, background), image)
+        return rgb if mode in (None, "RGB") else rgb.convert(mode).convert("RGB")
 
 
 _ignore_warnings_once = cache(ignore_pillow_warnings)
