@@ -333,13 +333,21 @@ class StoredImages(Images):
         self.dataset = dataset
         self.name = name
         self.transform: Any = None
-        self.augmented = False
+        self._views = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
         self._preprocessing = dict(preprocessing)
         self._augmentation = dict(augmentation or {})
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
-        self._train_transform(self._preprocessing | self._augmentation)
+        try:
+            for option in self._augmentation:
+                if option in RESERVED:
+                    raise ValueError(f"{option!r} is set automatically; remove it")
+            options = self._preprocessing | self._augmentation
+            create_loader(copy.copy(self), (3, *size), 1, is_training=True, **options)
+        except (AssertionError, TypeError, ValueError, KeyError) as error:
+            reason = error if str(error) else type(error).__name__
+            raise UsageError(f"augmentation {self._augmentation} is not valid: {reason}") from error
 
     def _loader(
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
@@ -353,38 +361,23 @@ class StoredImages(Images):
             options["use_prefetcher"] = False
         # create_loader sets the transform of the data set.
         data = copy.copy(self)
-        loader = create_loader(
+        data._views = purpose == "views"
+        return create_loader(
             data,
             (3, *self.size),
             batch_size,
             sampler=sampler,
             accelerator=accelerator,
-            is_training=purpose == "train",
+            is_training=purpose != "eval",
             num_workers=self._workers,
             pin_memory=accelerator.device.type == "cuda",
             **options,
         )
-        if purpose == "views":
-            data.transform, data.augmented = self._train_transform(options), True
-        return loader
-
-    def _train_transform(self, options: dict[str, Any]) -> Any:  # noqa: ANN401 - torchvision's
-        """Returns timm's transform for training."""
-        augmented = copy.copy(self)
-        try:
-            for option in self._augmentation:
-                if option in RESERVED:
-                    raise ValueError(f"{option!r} is set automatically; remove it")
-            create_loader(augmented, (3, *self.size), 1, is_training=True, **options)
-        except (AssertionError, TypeError, ValueError, KeyError) as error:
-            reason = error if str(error) else type(error).__name__
-            raise UsageError(f"augmentation {self._augmentation} is not valid: {reason}") from error
-        return augmented.transform
 
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
         options = [self.size, self._preprocessing, self.transform, self.unreadable]
-        if self.augmented:
+        if self._views:
             options += [self._augmentation, str(self._key)]
         images = images_fingerprint(self.dataset)
         return digest(images, tensor_fingerprint(self.labels), described(options))

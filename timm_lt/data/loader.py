@@ -192,7 +192,18 @@ def create_loader(
                 raise UsageError(f"{name}= does not go with {part}=; remove one of them")
     device = accelerator.device if accelerator else options.get("device") or default_device()
     options["device"] = torch.device(device)
-    images = _with_transform(dataset, background, options)
+    check_dataset(dataset, streams=True)
+    images: Any
+    if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
+        images = ImageRows(dataset.with_format(None), background=background)
+    elif background is None:
+        # The prefetcher would treat any tensor as uint8.
+        images = with_transform(dataset, takes_tensors=not options.get("use_prefetcher", True))
+    else:
+        raise UsageError(
+            f"background only applies to a datasets.Dataset that decodes its images; a "
+            f"{type(dataset).__name__} decodes them itself, such as with timm_lt.load_image"
+        )
     if sampler is not None:
         _fit_sampler(sampler, images, distributed=bool(options.get("distributed")))
     loader = timm_create_loader(images, input_size, batch_size, **options)
@@ -207,20 +218,6 @@ def create_loader(
             "every process, and in training only full batches are loaded"
         )
     return created
-
-
-def _with_transform(data: Any, background: object, options: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Returns a data set with a transform that timm can set."""
-    check_dataset(data, streams=True)
-    if isinstance(data, datasets.Dataset) and is_plain(data):
-        return ImageRows(data.with_format(None), background=background)
-    if background is not None:
-        raise UsageError(
-            f"background only applies to a datasets.Dataset that decodes its images; a "
-            f"{type(data).__name__} decodes them itself, such as with timm_lt.load_image"
-        )
-    # The prefetcher would treat any tensor as uint8.
-    return with_transform(data, takes_tensors=not options.get("use_prefetcher", True))
 
 
 def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> None:  # noqa: ANN401
@@ -259,7 +256,9 @@ def _with_sampler(
             "batch_sampler": ScheduledBatchSampler(sampler, num_batches=num_batches, **schedule)
         }
     else:
-        order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        # A view of all images is whole.
+        drop_last = loader.drop_last and not isinstance(sampler, InOrder)
+        order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": drop_last}
     settings: dict[str, Any] = {name: getattr(loader, name) for name in SETTINGS}
     return type(loader)(loader.dataset, **settings, **order)
 
