@@ -26,7 +26,7 @@ from torchvision.transforms import ToTensor
 import timm_lt
 from timm_lt.data import create_augmentation, create_loader
 from timm_lt.data.augment import random_uniforms
-from timm_lt.data.images import ImageTensors, StoredImages, as_it_is
+from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.loader import InOrder
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.features import cache, extract_features
@@ -112,13 +112,13 @@ def test_a_cache_has_the_bits_of_features_in_memory_in_numpy_files(tmp_path, dty
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path):
     model = small_model()
-    loader = DataLoader(in_memory(missing=[0, 1, 2, 3, 9]), 4, collate_fn=as_it_is)
+    loader = DataLoader(in_memory(missing=[0, 1, 2, 3, 9]), 4, collate_fn=tuple)
     features = extract_features(model, loader, cache_dir=tmp_path)
     assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
     assert features.values.equal(extract_features(model, loader).values)
-    nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=as_it_is)
+    nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=tuple)
     for options in ({}, {"cache_dir": tmp_path}):
-        with pytest.raises(UsageError, match="gave 11 images in all, 0 of them readable"):
+        with pytest.raises(UsageError, match="gave 11 images, 0 of them readable"):
             extract_features(model, nothing, **options)
 
 
@@ -249,7 +249,9 @@ def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
         cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
     )
     loader = dispatching.prepare(DataLoader(tensors(), 2))
-    with pytest.raises(UsageError, match=r"samples of a DataLoaderDispatcher .* cannot be told"):
+    with pytest.raises(
+        UsageError, match=r"samples of a DataLoaderDispatcher .* cannot be identified"
+    ):
         extract_features(small_model(), loader, cache_dir=tmp_path)
 
 
@@ -262,7 +264,9 @@ def test_what_a_loader_does_to_the_images_is_in_the_key(tmp_path):
     assert known == samples_fingerprint(DataLoader(tensors(), 4, collate_fn=default_collate))
     samples_fingerprint(DataLoader(tensors(), 4, collate_fn=fast_collate))
     for collate in (doubled, FastCollateMixup(mixup_alpha=1.0)):
-        with pytest.raises(UsageError, match=r"collate_fn of its own, cannot be told: pass key="):
+        with pytest.raises(
+            UsageError, match=r"collate_fn of its own, cannot be identified; pass key="
+        ):
             samples_fingerprint(DataLoader(tensors(), 4, collate_fn=collate))
     (tmp_path / "a").mkdir()
     for row in range(4):
@@ -534,7 +538,7 @@ def test_a_loader_that_gives_another_number_of_images_is_refused(tmp_path, monke
     options = {"cache_dir": tmp_path} if cached else {}
     loader = Ending(tensors(), 4)
     for _ in range(2):
-        with pytest.raises(UsageError, match=r"gave 16 images in all, .* instead of 22"):
+        with pytest.raises(UsageError, match=r"gave 16 images, .* expected 22"):
             extract_features(small_model(), loader, views=2, **options)
     loader.whole = True
     features = extract_features(small_model(), loader, views=2, **options)

@@ -238,7 +238,7 @@ def test_models_and_loaders_that_give_no_features_are_refused():
     bad[1] = (bad[1][0].clone(), bad[1][1])
     bad[1][0][1] = float("nan")
     for model, loader, message in (
-        (small_model(), [], "gave 0 images in all"),
+        (small_model(), [], "gave 0 images, "),
         (around, split(3), r"one vector per image .* but ResNet did not call it"),
         (small_model(num_classes=0), split(3), "classifier"),
         (vit, split(3), r"VisionTransformer fails .* shape \(3, 3, 32, 32\) \(.*height.*32"),

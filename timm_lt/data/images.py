@@ -71,7 +71,7 @@ class Images(TorchDataset[Any], ABC):
     Attributes:
         labels: (N,) int64.
         size: (H, W) of the images in a batch.
-        unreadable: What happens to an image that cannot be read. With ``"skip"`` its target is -1.
+        unreadable: Whether an image that cannot be read is an error or has the target -1.
     """
 
     def __init__(self, labels: Tensor, size: tuple[int, int], unreadable: Unreadable) -> None:
@@ -172,8 +172,9 @@ class ImageTensors(Images):
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> TrainLoader:
         data, whole = self.without_augmentation() if purpose == "eval" else self, purpose == "train"
+        # The result of __getitems__ is a batch already.
         loader: DataLoader[Batch] = DataLoader(
-            data, batch_size, sampler=sampler, drop_last=whole, collate_fn=as_it_is
+            data, batch_size, sampler=sampler, drop_last=whole, collate_fn=tuple
         )
         prepared: TrainLoader = prepared_loader(loader, accelerator)
         return prepared
@@ -199,11 +200,6 @@ class ImageTensors(Images):
         uniforms = random_uniforms(self.seed, draw, count) if count else images
         images = self.augmentation(images, uniforms)
         return (images - self.mean) / self.std, self._targets[chosen]
-
-
-def as_it_is(batch: list[Any]) -> list[Any]:
-    """Returns the result of ``__getitems__``, which is a batch already."""
-    return batch
 
 
 def decode_images(
@@ -312,7 +308,7 @@ class StoredImages(Images):
             ``{"auto_augment": "rand-m9-mstd0.5"}``.
         seed: Seed of the augmentation.
         workers: Processes that decode, for each process that trains; 0 decodes in that one.
-        unreadable: What happens to an image that cannot be read.
+        unreadable: ``"raise"`` or ``"skip"`` images that cannot be read.
         name: Name of the data set in messages.
     """
 

@@ -34,7 +34,6 @@ from timm_lt.data.fingerprint import (
     qualified_name,
     tensor_fingerprint,
 )
-from timm_lt.data.images import as_it_is
 from timm_lt.data.loader import InOrder, Loader
 from timm_lt.features.values import Features, check_views
 from timm_lt.utils.checks import UsageError
@@ -48,7 +47,7 @@ SYNC_SECONDS = 1.0
 # NumPy has no bfloat16: its bits are kept as integers.
 DTYPES = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
 # Functions that make a batch of the samples as they are.
-COLLATING = (default_collate, fast_collate, as_it_is)
+COLLATING = (default_collate, fast_collate, tuple)
 
 
 @dataclass
@@ -107,13 +106,15 @@ class FeatureCache:
             targets = _mapped(self._targets_path, torch.int64)
         except (UsageError, ValueError, TypeError, OSError) as error:
             if self._counter.exists():
-                log.warning("%s is damaged (%s): features are extracted anew", self._counter, error)
+                log.warning(
+                    "%s is damaged (%s): features are extracted again", self._counter, error
+                )
             return None
         return Features.from_checked(values, targets, self.views)
 
     @contextmanager
     def growing(self) -> Iterator[Progress | None]:
-        """Locks the files and opens them behind the last whole batch.
+        """Locks the files and opens them after the last whole batch.
 
         Yields None if another process has finished them meanwhile.
         """
@@ -173,7 +174,7 @@ class FeatureCache:
         try:
             check_views(torch.cat(self._targets or [torch.empty(0)]), self.views, images, expected)
         except UsageError:
-            # Otherwise the next call would continue behind these rows, to the same error.
+            # Otherwise the next call would continue after these rows, to the same error.
             self._discard()
             raise
         with self._writing() as file:
@@ -203,7 +204,7 @@ class FeatureCache:
                 return None
         except (UsageError, ValueError, TypeError, OSError):
             return None
-        log.info("continuing %s behind %d rows", self._values_path, stored.rows)
+        log.info("continuing %s after %d rows", self._values_path, stored.rows)
         self.progress, self._targets = stored, [torch.from_numpy(targets)]
         file = self._values_path.open("r+b")
         file.truncate(end)
@@ -232,7 +233,7 @@ class FeatureCache:
         except OSError as error:
             raise UsageError(
                 f"cache_dir {self.folder} cannot be written ({error}): make room and run it again, "
-                "to continue behind the whole batches, or choose another cache_dir"
+                "to continue after the last whole batch, or choose another cache_dir"
             ) from error
 
 
@@ -272,7 +273,7 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
 def samples_fingerprint(loader: object, key: str | None = None) -> str:
     """Returns a digest of the samples of a loader in their order, with their transform.
 
-    A key stands for samples that cannot be told, see
+    A key stands for samples that cannot be identified, see
     :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
     """
     layers, (batches, _) = layers_of(loader), batch_sampler_of(loader)
@@ -291,8 +292,8 @@ def samples_fingerprint(loader: object, key: str | None = None) -> str:
     if data is None or not is_known:
         raise UsageError(
             f"the samples of a {type(loader).__name__} without a data set, or with batches or a "
-            "collate_fn of its own, cannot be told: pass key= with a word that stands for them in "
-            "their order and for their transform"
+            "collate_fn of its own, cannot be identified; pass key= with a word that stands for "
+            "the samples, their order and their transform"
         )
     normalization = [
         [part.mean.tolist(), part.std.tolist(), str(part.img_dtype), described(part.random_erasing)]

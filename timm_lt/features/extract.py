@@ -36,7 +36,7 @@ from timm_lt.utils.longtail import check_labels
 
 ComputeDtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
-AGAIN = "extract the features again (with cache_dir=, it continues behind the whole batches)"
+AGAIN = "extract the features again (with cache_dir=, it continues after the last whole batch)"
 CHANNELS = (1, 3, 4)
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def extract_features(
     so memory holds one batch however many there are. The files are named by a digest of the
     backbone (not of the classifier), of the samples in their order with their transform, and of
     the options; batch size, processes and workers do not count. Finished files are opened without
-    running the model. Files of a killed process are continued behind the last whole batch, if
+    running the model. Files of a killed process are continued after the last whole batch, if
     batch size and number of processes are the same. If two processes ask for the same features,
     one extracts them and the other waits.
 
@@ -87,9 +87,9 @@ def extract_features(
         views: Passes over the loader, K >= 1, each with other augmented views of the same images.
             ``loader.set_epoch(view)`` is called before each, if it exists. With the loaders of
             ``views_loader``, view v of an image has the same augmentation whatever came before.
-        key: Stands for the samples in their order with their transform where they cannot be told,
-            as for a list of batches; see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It
-            must change with the samples.
+        key: Stands for the samples in their order with their transform where these cannot be
+            identified, as for a list of batches; see
+            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must change with the samples.
 
     Returns:
         Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
@@ -98,7 +98,7 @@ def extract_features(
         UsageError: If a batch is not images and labels, the model does not take them to one vector
             per image for its classifier, a feature is not finite in ``dtype``, or the loader is not
             prepared for several processes. With ``cache_dir``, also if the loader draws its images,
-            its samples cannot be told and there is no key, or the folder cannot be written.
+            its samples cannot be identified without a key, or the folder cannot be written.
     """
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)

@@ -125,9 +125,9 @@ def check_views(
     check_integer("views", views, minimum=1)
     if images is not None and (len(targets) == 0 or expected not in (None, images)):
         raise UsageError(
-            f"the loader gave {images} images in all, {len(targets)} of them readable, instead of "
-            f"{expected or 'at least one'}, each once in each view: with several processes, "
-            "prepare it with the accelerator and pass accelerator="
+            f"the loader gave {images} images, {len(targets)} of them readable; expected "
+            f"{expected or 'at least 1'}, each once in each view. With several processes, prepare "
+            "the loader with the accelerator and pass accelerator="
         )
     rows = len(targets) // views
     expected_targets = targets[:rows].repeat(views)
