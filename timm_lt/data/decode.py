@@ -322,15 +322,6 @@ def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
     return f"image {row}" + (f" ({shown_path(path)})" if path else "")
 
 
-def image_names(dataset: Dataset, rows: Sequence[int]) -> list[str]:
-    """Returns the names of some images of a data set in messages."""
-    encoded = encoded_images(dataset)
-    if encoded.format["type"] == "custom":
-        # The data set's own transform may fail on the image.
-        return [f"image {row}" for row in rows]
-    return [image_name(encoded[row]["image"], row) for row in rows]
-
-
 def shown_path(path: str) -> str:
     r"""Returns a path as messages show it: in quotes if it has unprintable characters.
 
@@ -474,15 +465,24 @@ def log_exceptional(
 
     The rows of those left out may be unknown.
     """
+    encoded = encoded_images(dataset)
+    # The data set's own transform may fail on the image.
+    has_transform = encoded.format["type"] == "custom"
+
+    def names(rows: Sequence[int]) -> list[str]:
+        return [
+            f"image {row}" if has_transform else image_name(encoded[row]["image"], row)
+            for row in rows
+        ]
+
     if left_out:
-        shown = shown_names(image_names(dataset, unreadable))
+        shown = f": {shown_names(names(unreadable))}" if unreadable else ""
         log.warning(
             "%d of %d %s images cannot be read and were left out%s",
-            *(left_out, len(dataset), split, f": {shown}" if shown else ""),
+            *(left_out, len(dataset), split, shown),
         )
     if huge:
-        names = image_names(dataset, huge)
-        log.warning("%s", describe_huge(len(huge), len(dataset), names, split))
+        log.warning("%s", describe_huge(len(huge), len(dataset), names(huge), split))
 
 
 def check_classes_left(
