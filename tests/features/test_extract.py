@@ -437,7 +437,7 @@ def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words
 
 
 @pytest.mark.exhaustive
-def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
+def test_a_script_without_its_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
         "import multiprocessing\n"
         "if multiprocessing.current_process().name == 'MainProcess':\n"
@@ -449,13 +449,10 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    ends = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
-    of_worker, of_main = ends
-    assert of_worker.startswith("a data worker imports the script anew")
-    assert of_main.startswith("a data worker died (DataLoader worker")
-    for end in ends:
-        assert end.endswith("""below `if __name__ == "__main__":`""")
-        assert "memory" not in end
+    (end,) = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
+    assert end.startswith("a data worker died (DataLoader worker")
+    assert end.endswith("""below `if __name__ == "__main__":`""")
+    assert "memory" not in end
 
 
 FILES = ("a", "b", "c")
