@@ -183,20 +183,17 @@ def _read(
     spec: CifarSpec, root: str | Path | None, cache_dir: str | Path | None
 ) -> "dict[Split, Dataset]":
     """Reads the training and test images of a copy, in the order of the copy."""
-    if root is None:
-        copy = _read_tables(spec, repo=spec.repo, cache_dir=cache_dir)
-    else:
-        root = Path(root).expanduser()
-        python, binary = (
-            root / name if root.name != name else root for name in (spec.python, spec.binary)
-        )
-        if python.is_dir():
-            copy = _read_python(spec, python)
-        elif binary.is_dir():
-            copy = _read_binary(spec, binary)
-        else:
-            copy = _read_tables(spec, root=root, cache_dir=cache_dir)
-    problems = Problems(f"{root or spec.repo} is not {spec.name} as published")
+    name = f"{root or spec.repo} is not {spec.name} as published"
+    try:
+        folder = None if root is None else Path(root).expanduser()
+        copy = _read_any(spec, folder, cache_dir)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"{name}: {error}; expected the folder {spec.python} (other files than the official "
+            f"ones can run code and are not read) or {spec.binary} of the unpacked archives, or "
+            f"the parquet files of {spec.repo}"
+        ) from error
+    problems = Problems(name)
     for split, number in spec.per_class.items():
         names = label_names(copy[split])
         counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
@@ -210,15 +207,21 @@ def _read(
     return copy
 
 
-def _read_tables(spec: CifarSpec, **source: Any) -> "dict[Split, Dataset]":
-    """Reads the Hub's copy, or its parquet files."""
-    try:
-        copy = hub(**source, label=spec.label, train="train", test="test")
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; {spec.name} is the folder {spec.python} or {spec.binary} of the unpacked "
-            f"official archives, or the parquet files of {spec.repo}"
-        ) from error
+def _read_any(
+    spec: CifarSpec, root: Path | None, cache_dir: str | Path | None
+) -> "dict[Split, Dataset]":
+    """Reads the layout that is in a folder, or the copy on the Hub."""
+    source: dict[str, Any] = {"repo": spec.repo}
+    if root is not None:
+        source = {"root": root}
+        python, binary = (
+            root / name if root.name != name else root for name in (spec.python, spec.binary)
+        )
+        if python.is_dir():
+            return _read_python(spec, python)
+        if binary.is_dir():
+            return _read_binary(spec, binary)
+    copy = hub(**source, label=spec.label, train="train", test="test", cache_dir=cache_dir)
     for split, rows in copy.items():
         names = [MISSPELT.get(name, name) for name in label_names(rows) or spec.names]
         copy[split] = relabelled(rows, label_tensor(rows).numpy(), names)
@@ -232,15 +235,9 @@ def _read_python(spec: CifarSpec, folder: Path) -> "dict[Split, Dataset]":
     loader: Any = getattr(torchvision, spec.name.replace("-", ""))
     parts: dict[Split, Dataset] = {}
     for split in spec.per_class:
-        try:
-            # NumPy warns of the old description of the arrays.
-            with warnings.catch_warnings(action="ignore"):
-                found = loader(folder.parent, train=split == "train", download=False)
-        except RuntimeError as error:
-            raise UsageError(
-                f"{folder} is not the official Python version of {spec.name}: a file is missing or "
-                "has another MD5; such files can run code, so that only the official ones are read"
-            ) from error
+        # NumPy warns of the old description of the arrays.
+        with warnings.catch_warnings(action="ignore"):
+            found = loader(folder.parent, train=split == "train", download=False)
         parts[split] = dataset_from_arrays(found.data, np.array(found.targets), spec.names)
     return parts
 
@@ -249,13 +246,8 @@ def _read_binary(spec: CifarSpec, folder: Path) -> "dict[Split, Dataset]":
     files: dict[Split, list[str]] = {"train": spec.binary_train, "test": [spec.binary_test]}
     parts: dict[Split, Dataset] = {}
     for split, names in files.items():
-        try:
-            content = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
-            rows = content.reshape(-1, spec.label_bytes + PIXELS)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{folder} is not the official binary version of {spec.name}: {error}"
-            ) from error
+        content = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
+        rows = content.reshape(-1, spec.label_bytes + PIXELS)
         images = rows[:, spec.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = rows[:, spec.label_bytes - 1].astype(np.int64)
         parts[split] = dataset_from_arrays(images, labels, spec.names)

@@ -129,17 +129,13 @@ def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
     """
     given, targets = image_and_label(batch, noun)
     images, labels = as_tensor(given), as_tensor(targets)
-    if images is None or images.ndim != 4 or not images.is_floating_point():
+    is_batch = images is not None and images.ndim == 4 and images.is_floating_point()
+    if not is_batch or images is None or labels is None or labels.shape != images.shape[:1]:
         raise UsageError(
-            f"the images of {noun} are a {_kind(given)}; expected floating-point numbers of shape "
-            "(batch, channels, height, width), normalized as the model was trained: divided by "
-            "255, less the mean, divided by the standard deviation. timm_lt.create_loader yields "
-            "such batches"
-        )
-    if labels is None or labels.shape != images.shape[:1]:
-        raise UsageError(
-            f"the labels of {noun} are a {_kind(targets)}; expected one integer for each of the "
-            f"{len(images)} images"
+            f"the images of {noun} are a {_kind(given)}, its labels a {_kind(targets)}; expected "
+            "one integer for each image, and floating-point images of shape (batch, channels, "
+            "height, width), normalized as the model was trained: divided by 255, less the mean, "
+            "divided by the standard deviation. timm_lt.create_loader yields such batches"
         )
     if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
         # Names the first label that is not an integer.

@@ -69,7 +69,7 @@ class Progress:
 
 
 class FeatureCache:
-    """Files of one key in a folder; its methods raise UsageError if they cannot be written.
+    """Files of one key in a folder; if they cannot be written, methods fail with a UsageError.
 
     The key is a digest of the ``description``, everything that decides the features but rounding,
     and of type and number of views. Rounding depends on the ``settings``, which divide the images

@@ -41,20 +41,16 @@ class Features:
     views: int = 1
 
     def __post_init__(self) -> None:
-        values = as_tensor(self.values)
-        if values is None or values.ndim != 2 or not values.is_floating_point():
+        values, targets = as_tensor(self.values), check_labels(self.targets, noun="targets")
+        is_matrix = values is not None and values.ndim == 2 and values.is_floating_point()
+        if values is None or not is_matrix or targets.shape != (len(values),):
             shape = "" if values is None else f" of {values.dtype} and shape {tuple(values.shape)}"
             raise UsageError(
-                "feature values must be a floating-point (N, D) matrix, got a "
-                f"{type(self.values).__name__}{shape}"
+                "feature values must be a floating-point (N, D) matrix with N targets, got a "
+                f"{type(self.values).__name__}{shape} with {len(targets)} targets"
             )
         object.__setattr__(self, "values", values)
-        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
-        if self.targets.shape != (len(self.values),):
-            raise UsageError(
-                f"{len(self.values)} feature rows need as many targets, got targets of shape "
-                f"{tuple(self.targets.shape)}"
-            )
+        object.__setattr__(self, "targets", targets)
         check_views(self.targets, self.views)
         self.__dict__["feature_mean"] = _finite_mean(self.values)
 
