@@ -408,22 +408,22 @@ def test_accelerate_in_one_process(one_process, split_batches, use_prefetcher):
         assert shown_with_sides(loader) == by_hand(stream(sampler, epoch), epoch)
 
 
-@pytest.mark.parametrize("num_samples", [5, 8, 10, 45])
-def test_gather_for_metrics_counts_draws_not_images(one_process, num_samples):
+def test_gather_for_metrics_counts_draws_not_images(one_process):
     accelerator = one_process()
-    sampler = balanced(num_samples=num_samples)
-    loader = timm_lt.create_loader(Plain(), 8, 4, sampler=sampler, accelerator=accelerator, **RAW)
-    gathered = [indices(accelerator.gather_for_metrics(batch)) for batch in loader]
-    assert gathered == chunks(sampler.epoch_indices().tolist(), 4)
+    for num_samples in (5, 8, 10, 45):
+        sampler = balanced(num_samples=num_samples)
+        options = {**RAW, "sampler": sampler, "accelerator": accelerator}
+        loader = timm_lt.create_loader(Plain(), 8, 4, **options)
+        gathered = [indices(accelerator.gather_for_metrics(batch)) for batch in loader]
+        assert gathered == chunks(sampler.epoch_indices().tolist(), 4)
 
 
 def test_gradients_are_accumulated_to_the_last_batch(one_process):
     accelerator = one_process()
     accelerator.gradient_accumulation_steps = 3
     model = accelerator.prepare(torch.nn.Linear(1, 1))
-    loader = timm_lt.create_loader(
-        Plain(), 8, 8, sampler=balanced(), accelerator=accelerator, **TRAINING
-    )
+    options = {**TRAINING, "sampler": balanced(), "accelerator": accelerator}
+    loader = timm_lt.create_loader(Plain(), 8, 8, **options)
     steps = []
     for _ in loader:
         with accelerator.accumulate(model):
