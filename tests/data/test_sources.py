@@ -106,7 +106,7 @@ def test_split_is_train_unless_told_and_options_arrive(source):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("glyph-lt", {}, r"did you mean 'glyph_lt'\?.*digits_lt, .*glyph_lt"),
+        ("glyph-lt", {}, r"did you mean 'glyph_lt'\?.*digits_lt, .*places_lt"),
         ("glyph_lt", {"split": "validation"}, r"'validation'.*one of: train, val, test"),
         ("glyph_lt", {"sede": 1}, r"no option 'sede' \(did you mean 'seed'\?\).*: seed"),
         ("glyph_lt", {"root": "somewhere"}, "reads no files; remove the root 'somewhere'"),
