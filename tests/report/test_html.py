@@ -157,7 +157,7 @@ def test_rare_classes_are_among_those_that_gained():
     # All changes are counted.
     assert (found.better, found.worse) == (4, 1)
     text = " ".join("".join(Page(render_report(report)).texts).split())
-    assert "of those with at least 5 (many), 5 (medium) or 4 (few) test images." in text
+    assert "of those with at least 5 (many), 5 (medium), 4 (few) test images." in text
     assert "25.0 → 75.0 % (1 → 3 of 4 images)" in text
     few = render_report(rare_classes(([9, 5, 0, 1, 1], [9, 5, 0, 1, 0])))
     assert "0 classes are better than under the joint classifier, 1 worse." in few

@@ -1,6 +1,7 @@
 """Classes that gain, lose or are confused under a head, with example images."""
 
 import base64
+import functools
 import io
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from timm_lt.data.decode import encoded_images, read_image
-from timm_lt.report.record import ExampleImages, Predictions, Report
+from timm_lt.report.record import ExampleImages, Report
 from timm_lt.report.tables import GROUPS, percent
 from timm_lt.utils.checks import UsageError
 
-# Most classes that gained or lost, pictures of each, and confusions of a head.
+# At most so many classes that gained or lost, pictures of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
 # With fewer test images a class gains or loses by chance.
 FEW_IMAGES = 5
@@ -61,7 +62,7 @@ class Comparison(NamedTuple):
 class Mistake(NamedTuple):
     """Frequent confusion: true and predicted class, its test images, and their share of the class.
 
-    The pictures are a test image that is confused, and a training image of the predicted class.
+    The pictures are a confused test image, and a training image of the predicted class.
     """
 
     label: int
@@ -80,9 +81,8 @@ class Thumbnails:
 
     def __init__(self, images: ExampleImages | None) -> None:
         self._images = images
-        self._made: dict[tuple[str, int], str | None] = {}
-        if images is not None:
-            self._encoded = {name: encoded_images(getattr(images, name)) for name in SOURCES}
+        self._rows = functools.cache(lambda split: encoded_images(getattr(images, split)))
+        self._uri = functools.cache(self._encode)
 
     def test(self, image: int) -> str | None:
         """Returns the data URI of an evaluated image; None if it is unreadable or unknown."""
@@ -97,23 +97,17 @@ class Thumbnails:
         rows = (self._images.train_labels == label).nonzero()
         return self._uri("train", int(rows[0])) if len(rows) else None
 
-    def _uri(self, source: str, row: int) -> str | None:
-        if (source, row) not in self._made:
-            encoded = self._encoded[source][row]["image"]
-            column = getattr(self._images, source).features["image"]
-            try:
-                self._made[source, row] = data_uri(read_image(encoded, row, column))
-            except UsageError:
-                # The loader has reported unreadable images already.
-                self._made[source, row] = None
-        return self._made[source, row]
-
-
-SOURCES = ("train", "test")
+    def _encode(self, split: str, row: int) -> str | None:
+        column = getattr(self._images, split).features["image"]
+        try:
+            return data_uri(read_image(self._rows(split)[row]["image"], row, column))
+        except UsageError:
+            # The loader has reported unreadable images already.
+            return None
 
 
 def data_uri(image: Image.Image) -> str | None:
-    """Returns an RGB image as a JPEG of at most 88 pixels and 3,000 bytes, if it fits into them."""
+    """Returns an RGB image as a JPEG of at most 88 pixels and 3,000 bytes; None if larger."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     for quality in QUALITIES:
@@ -124,21 +118,21 @@ def data_uri(image: Image.Image) -> str | None:
     return None
 
 
-def evaluated_rows(number: int, unreadable: list[int], evaluated: int) -> Tensor | None:
+def evaluated_rows(size: int, unreadable: list[int], evaluated: int) -> Tensor | None:
     """Returns the rows of a data set that were evaluated, (evaluated,).
 
     >>> evaluated_rows(4, [1], 3)
     tensor([0, 2, 3])
 
     Args:
-        number: Rows of the data set.
+        size: Number of rows of the data set.
         unreadable: Rows that are known to be unreadable.
         evaluated: Number of evaluated images.
 
     Returns:
         None if not all unreadable rows are known.
     """
-    readable = torch.ones(number, dtype=torch.bool)
+    readable = torch.ones(size, dtype=torch.bool)
     readable[unreadable] = False
     rows = readable.nonzero().flatten()
     return rows if len(rows) == evaluated else None
@@ -156,60 +150,53 @@ def min_images(report: Report) -> dict[str, int]:
 
 def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
     """Compares a head with the joint classifier class by class."""
-    targets, images = report.targets, report.images_per_class
-    joint, other = report.predictions[report.joint], report.predictions[head]
-    before, after = (
-        torch.bincount(targets[p.preds.long() == targets], minlength=len(images))
-        for p in (joint, other)
-    )
+    before, images = report.reports[report.joint].right_and_images()
+    after, _ = report.reports[head].right_and_images()
     change = ((after - before) / images.double()).nan_to_num(0)
     needed = min_images(report)
     enough = images >= torch.tensor([needed.get(g, 0) for g in GROUPS])[report.group_of]
 
-    def most(gain: Tensor, right: Predictions, wrong: Predictions, who: str) -> list[Change]:
+    def most(gain: Tensor, right: str, wrong: str) -> list[Change]:
         """Returns the classes with the largest gain; among equals, those with more images."""
-        classes = ((gain > 0) & enough).nonzero().flatten().tolist()
+        classes: list[int] = ((gain > 0) & enough).nonzero().flatten().tolist()
         classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
         return [
             Change(
                 *(c, int(before[c]), int(after[c]), int(images[c])),
-                _differing(report, c, right, wrong, who, thumbnails),
+                _differing(report, c, right, wrong, thumbnails),
             )
             for c in classes[:CHANGES]
         ]
 
     return Comparison(
-        gained=most(change, other, joint, "the joint classifier"),
-        lost=most(-change, joint, other, "this head"),
+        gained=most(change, head, report.joint),
+        lost=most(-change, report.joint, head),
         better=int((change > 0).sum()),
         worse=int((change < 0).sum()),
     )
 
 
 def _differing(
-    report: Report,
-    label: int,
-    right: Predictions,
-    wrong: Predictions,
-    who: str,
-    thumbnails: Thumbnails,
+    report: Report, label: int, right: str, wrong: str, thumbnails: Thumbnails
 ) -> list[Picture]:
-    """Returns images of a class that one classifier gets right and the other, ``who``, wrong."""
-    of_class = report.targets == label
-    rows = of_class & (right.preds.long() == label) & (wrong.preds.long() != label)
+    """Returns images of a class on which one head is right and the other wrong."""
+    who = "the joint classifier" if wrong == report.joint else "this head"
+    preds = report.preds(wrong)
+    rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
     pictures = []
     for row in rows.nonzero().flatten()[:PICTURES].tolist():
         if (uri := thumbnails.test(row)) is not None:
-            pred = report.names[int(wrong.preds[row])]
-            text = f"{report.names[label]}, which {who} takes for {pred}{_sure(wrong, row)}"
-            pictures.append(Picture(uri, text, pred))
+            pred = report.names[int(preds[row])]
+            sure = _confidence(report, wrong, row)
+            pictures.append(
+                Picture(uri, f"{report.names[label]}, which {who} takes for {pred}{sure}", pred)
+            )
     return pictures
 
 
-def _sure(predictions: Predictions, row: int) -> str:
-    if predictions.confidences is None:
-        return ""
-    return f" ({percent(float(predictions.confidences[row]))} % sure)"
+def _confidence(report: Report, head: str, row: int) -> str:
+    confidences = report.predictions[head].confidences
+    return "" if confidences is None else f" ({percent(float(confidences[row]))} % sure)"
 
 
 def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, float]]:
@@ -217,7 +204,7 @@ def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, floa
 
     The outcomes are ``right`` and, for wrong predictions, the shot group of the predicted class.
     """
-    preds, targets = report.predictions[head].preds.long(), report.targets
+    preds, targets = report.preds(head), report.targets
     outcomes = [*GROUPS, "right"]
     outcome = torch.where(preds == targets, len(GROUPS), report.group_of[preds])
     cells = report.group_of[targets] * len(outcomes) + outcome
@@ -234,22 +221,20 @@ def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list
 
     Only pairs of classes that occur are counted, so memory does not grow with C².
     """
-    predictions, num_classes = report.predictions[head], len(report.class_counts)
-    preds, targets = predictions.preds.long(), report.targets
+    preds, targets, names = report.preds(head), report.targets, report.names
     wrong = preds != targets
-    pairs, times = (targets[wrong] * num_classes + preds[wrong]).unique(return_counts=True)
+    pairs, times = (targets[wrong] * len(names) + preds[wrong]).unique(return_counts=True)
     mistakes = []
     for k in times.argsort(descending=True, stable=True)[:MISTAKES].tolist():
-        label, pred = divmod(int(pairs[k]), num_classes)
+        label, pred = divmod(int(pairs[k]), len(names))
         row = int(((targets == label) & (preds == pred)).nonzero()[0])
         test, train = thumbnails.test(row), thumbnails.of_class(pred)
         pictures = []
         if test is not None and train is not None:
-            name, other = report.names[label], report.names[pred]
-            text = f"{name}, taken for {other}{_sure(predictions, row)}"
+            sure = _confidence(report, head, row)
             pictures = [
-                Picture(test, text, "test"),
-                Picture(train, f"a training image of {other}", "train"),
+                Picture(test, f"{names[label]}, taken for {names[pred]}{sure}", "test"),
+                Picture(train, f"a training image of {names[pred]}", "train"),
             ]
         share = int(times[k]) / int(report.images_per_class[label])
         mistakes.append(Mistake(label, pred, int(times[k]), share, pictures))

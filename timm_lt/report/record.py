@@ -1,4 +1,4 @@
-"""The record from which the plots and the HTML report are drawn."""
+"""The figures of a run, from which its plots and its HTML report are drawn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.report.tables import JOINT
 from timm_lt.training.history import EpochRecord
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
@@ -37,14 +37,14 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class ExampleImages:
-    """Data sets from which example images are shown.
+    """Data sets for the example images of a report.
 
     Args:
         train: Training images, with a column ``image``.
         train_labels: Their labels, (M,) int64.
         test: Test images, with a column ``image``.
-        test_rows: Row in ``test`` of each evaluated image, (N,) int64. With None no test image is
-            shown.
+        test_rows: Row in ``test`` of each evaluated image, (N,) int64; with None the report has no
+            test images.
     """
 
     train: Dataset
@@ -57,7 +57,7 @@ class ExampleImages:
 class Report:
     """Figures of several heads on the same test images.
 
-    Only the first five arguments are required; the report has no section for what is missing.
+    Only the first five arguments are required; sections for missing ones are left out.
 
     Args:
         title: Name of the run.
@@ -112,8 +112,8 @@ class Report:
                 "a report needs at least one head, each with predictions of the shape of the "
                 f"targets, {tuple(self.targets.shape)}; got {wrong or 'no head'}"
             )
-        if self.recommended is not None and self.recommended not in shapes:
-            raise unknown_name("recommended head", self.recommended, list(shapes))
+        if self.recommended is not None:
+            check_choice("recommended head", self.recommended, tuple(shapes))
 
     @property
     def rule(self) -> ShotRule:
@@ -127,7 +127,7 @@ class Report:
 
     @cached_property
     def compared(self) -> list[str]:
-        """Heads that are compared with the joint classifier; the recommended one is among them."""
+        """Heads that are compared with the joint classifier, including the recommended one."""
         others = [name for name in self.reports if name != self.base]
         if self.recommended in others[MAX_COMPARED:]:
             return [*others[: MAX_COMPARED - 1], self.recommended]
@@ -154,6 +154,10 @@ class Report:
     def images_per_class(self) -> Tensor:
         """Test images of each class, (C,) int64."""
         return torch.bincount(self.targets, minlength=len(self.class_counts))
+
+    def preds(self, head: str) -> Tensor:
+        """Returns the predictions of a head, (N,) int64."""
+        return self.predictions[head].preds.long()
 
     def objective(self, head: str) -> Objective | None:
         """Returns the objective that a head's tau maximises; None for a tau that was given."""
