@@ -1,4 +1,6 @@
-"""Bootstrap intervals: against resampled rows, and how often they contain the truth."""
+"""Bootstrap intervals against resampled rows, and accuracy under shifted class distributions."""
+
+import math
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from timm_lt.metrics import (
     confidence_intervals,
     objective_value,
     paired_difference,
+    shifted_accuracies,
+    shifted_accuracy,
     shot_accuracy,
 )
 from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import long_tailed_counts
 
 COUNTS = [500, 200, 60, 30, 9, 4]
 SCALARS = [
@@ -52,20 +57,17 @@ def test_against_resampled_rows():
 
 def test_coverage():
     truth = {"all": 3.85 / 6, "many_shot": 0.85, "medium_shot": 0.65, "few_shot": 0.425}
-    inside = dict.fromkeys(truth, 0)
+    inside, half = dict.fromkeys(truth, 0), 0
     for seed in range(200):
         report = shot_accuracy(*predictions(40, seed), COUNTS)
         intervals = confidence_intervals(report, COUNTS, samples=400, seed=seed)
         for name, value in truth.items():
             inside[name] += intervals[name][0] <= value <= intervals[name][1]
+        low, high = confidence_intervals(report, COUNTS, level=0.5, samples=200, seed=seed)["all"]
+        half += low <= truth["all"] <= high
     # Binomial: 190 of 200, give or take 3; twelve less is four deviations off.
     assert all(178 <= number <= 200 for number in inside.values()), inside
-    # Not by being wide: at a level of 0.5 it is half.
-    half = 0
-    for seed in range(200):
-        report = shot_accuracy(*predictions(40, seed), COUNTS)
-        low, high = confidence_intervals(report, COUNTS, level=0.5, samples=200, seed=seed)["all"]
-        half += low <= 3.85 / 6 <= high
+    # The intervals are not just wide: at a level of 0.5 half of them contain the truth.
     assert 72 <= half <= 128
 
 
@@ -135,32 +137,90 @@ def test_pairing_narrows_the_interval():
     assert paired_difference(preds, preds, targets, COUNTS) == (0.0, 0.0, 0.0)
 
 
-def test_intervals_of_a_hundred_thousand_classes():
-    targets = torch.arange(100_000)
-    report = shot_accuracy(torch.zeros(100_000).long(), targets, torch.arange(1, 100_001))
-    found = confidence_intervals(report, torch.arange(1, 100_001), samples=20)
-    assert found["all"] == (1e-5, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_invalid_arguments_are_refused():
+    report = shot_accuracy([0, 1], [0, 0], [5, 5])
+    for options, message in (
         ({"level": 1.0}, r"level must be a number in \(0, 1\), got 1.0"),
         ({"samples": 0}, "samples must be an integer >= 1, got 0"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"class_counts": [5]}, "class_counts has 1 classes, expected 2"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    report = shot_accuracy([0, 1], [0, 0], [5, 5])
-    with pytest.raises(UsageError, match=message):
-        confidence_intervals(report, **{"class_counts": [5, 5], **options})
-
-
-def test_bad_pairs_are_refused():
+    ):
+        with pytest.raises(UsageError, match=message):
+            confidence_intervals(report, **{"class_counts": [5, 5], **options})
     with pytest.raises(UsageError, match=r"preds \(1,\) and targets \(2,\)"):
         paired_difference([0, 1], [0], [0, 1], [5, 5])
     with pytest.raises(UsageError, match="no value for the objective"):
         paired_difference([0], [0], [0], [500, 5], objective="few_shot")
-    with pytest.raises(UsageError, match="unknown objective 'best'"):
-        paired_difference([0], [0], [0], [500, 5], objective="best")
+
+
+# Shifted class distributions ----------------------------------------------------------------------
+
+
+def shifted_by_hand(accuracies, counts, factor, backward):
+    """LADE: n_i = n_max * factor^(-i / (C - 1)) over the classes by training images."""
+    order = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
+    if backward:
+        order.reverse()
+    images = correct = 0.0
+    for i, c in enumerate(order):
+        if not math.isnan(accuracies[c]):
+            images += factor ** (-i / max(len(counts) - 1, 1))
+            correct += accuracies[c] * factor ** (-i / max(len(counts) - 1, 1))
+    return correct / images
+
+
+@pytest.mark.parametrize("factor", [1, 2, 1e6])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_shifted_accuracy_against_a_loop(direction, factor):
+    # Ties in the counts, which are in the order of the classes; an empty class; a NaN.
+    counts = [7, 300, 7, 0, 20, 300, 7]
+    accuracies = [0.1, 0.9, 0.2, 0.0, math.nan, 0.8, 0.7]
+    values = torch.tensor(accuracies, dtype=torch.float64)
+    found = shifted_accuracy(values, counts, direction, factor)
+    expected = shifted_by_hand(accuracies, counts, factor, direction == "backward")
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert shifted_accuracy(torch.tensor([0.5]), [5], direction, factor) == 0.5
+
+
+def test_shifted_accuracy_of_a_test_set_that_is_drawn():
+    # The test set of imbalance factor 10, to whole images, of 1000 per class.
+    sizes = torch.tensor(long_tailed_counts(5, 1000, 10))
+    accuracies = torch.tensor([0.95, 0.8, 0.55, 0.4, 0.25], dtype=torch.float64)
+    for direction, of_class in (("forward", sizes), ("backward", sizes.flip(0))):
+        targets = torch.arange(5).repeat_interleave(of_class)
+        preds = targets.clone()
+        for c in range(5):
+            rows = (targets == c).nonzero().flatten()
+            preds[rows[round(float(accuracies[c]) * len(rows)) :]] = (c + 1) % 5
+        drawn = shot_accuracy(preds, targets, [900, 90, 50, 20, 5])
+        expected = shifted_accuracy(accuracies, [900, 90, 50, 20, 5], direction, 10)
+        assert drawn.all == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_shifts_of_the_papers_tables():
+    report = shot_accuracy([0, 0, 1, 1, 0], [0, 0, 1, 0, 1], [50, 60, 70])
+    for direction in ("uniform", "forward", "backward"):
+        found = shifted_accuracy(report, [50, 60, 70], direction)
+        assert found == pytest.approx(report.class_mean)
+    counts, accuracies = long_tailed_counts(100, 500, 100), torch.linspace(0.9, 0.1, 100)
+    table = shifted_accuracies(accuracies, counts)
+    assert len(table) == 11
+    assert list(table.values()) == sorted(table.values(), reverse=True)
+    expected = shifted_by_hand(accuracies.tolist(), counts, 25, True)
+    assert table["backward_25"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "arguments", "message"),
+    [
+        ([0.5, 0.5], ("sideways", 2), r"unknown direction 'sideways'.*forward, uniform, backward"),
+        ([0.5, 0.5], ("forward", 0.1), r"imbalance_factor must be a number in \[1, inf\), got 0.1"),
+        ([0.5, 0.5], ("uniform", 2), "needs imbalance_factor 1, got 2"),
+        ([0.5], ("forward", 2), "class_counts has 2 classes, expected 1"),
+        ([0.5, 50.0], ("forward", 2), r"must be in \[0, 1\].*class 1 has 50.0"),
+        ([math.nan] * 2, ("forward", 2), "all are NaN"),
+    ],
+)
+def test_invalid_shifts_are_refused(accuracies, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        shifted_accuracy(torch.tensor(accuracies), [50, 5], *arguments)

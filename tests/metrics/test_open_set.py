@@ -65,7 +65,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("rule", ["fb", "oltr"])
-@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.4, 0.6, 0.9])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
 def test_is_the_naive_loop(rule, threshold):
     logits, targets = images()
     report = open_set_report(logits, targets, threshold=threshold, rule=rule)

@@ -9,7 +9,6 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from timm_lt.metrics import (
-    ShotReport,
     compare_per_class,
     per_class_table,
     shot_accuracy,
@@ -45,7 +44,7 @@ def test_rows_against_scikit_learn():
     assert [found[4][key] for key in ("accuracy", "precision", "f1")] == [None, 0.0, 0.0]
 
 
-def test_csv_reads_back(tmp_path):
+def test_files_read_back(tmp_path):
     write_per_class(tmp_path / "classes.csv", rows())
     data = (tmp_path / "classes.csv").read_bytes()
     with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
@@ -54,11 +53,11 @@ def test_csv_reads_back(tmp_path):
     assert found[3]["name"] == "'=1+1"
     assert (found[3]["accuracy"], found[3]["training_images"]) == ("", "5")
     # To the last bit.
-    assert [float(row["accuracy"] or "nan") for row in found] == pytest.approx(
-        [2 / 3, 0.0, 0.5, math.nan, math.nan], nan_ok=True, rel=0, abs=0
-    )
+    accuracies = [float(row["accuracy"]) if row["accuracy"] else None for row in found]
+    assert accuracies == [row["accuracy"] for row in rows()]
     assert "ü".encode() in data
-    assert [path.name for path in tmp_path.iterdir()] == ["classes.csv"]
+    write_per_class(tmp_path / "classes.json", rows())
+    assert json.loads((tmp_path / "classes.json").read_text(encoding="utf-8")) == rows()
 
 
 @pytest.mark.parametrize(
@@ -71,15 +70,6 @@ def test_no_name_is_a_formula_in_csv(tmp_path, name):
     # One apostrophe more, which is to be taken away.
     assert first == [f"'{name}"]
     assert second == ["a=b"]
-
-
-def test_json_reads_back(tmp_path):
-    write_per_class(tmp_path / "classes.json", rows())
-    assert json.loads((tmp_path / "classes.json").read_text(encoding="utf-8")) == rows()
-
-
-def test_without_names():
-    assert "name" not in per_class_table(shot_accuracy(PREDS, TARGETS, COUNTS), COUNTS)[0]
 
 
 @pytest.mark.parametrize(
@@ -111,22 +101,17 @@ def test_classifiers_side_by_side():
         assert {**row, **single} == {**single, **row}
         assert list(row)[:5] == ["class", "name", "training_images", "shot_group", "test_images"]
     reports["c"] = shot_accuracy([0], [0], COUNTS)
-    with pytest.raises(UsageError, match="reports of 'a' and 'c' are not of one split"):
+    with pytest.raises(UsageError, match="reports of 'a' and 'c' are on different splits"):
         compare_per_class(reports, COUNTS)
     with pytest.raises(UsageError, match="reports must not be empty"):
         compare_per_class({}, COUNTS)
 
 
-def test_bad_tables_are_refused():
+def test_invalid_tables_are_refused():
     report = shot_accuracy(PREDS, TARGETS, COUNTS)
+    assert "name" not in per_class_table(report, COUNTS)[0]
     with pytest.raises(UsageError, match="class_counts has 2 classes, expected 5"):
         per_class_table(report, [5, 5])
-    with pytest.raises(UsageError, match="label_names must be 5 names, got cat"):
-        per_class_table(report, COUNTS, ["cat"])
-    with pytest.raises(UsageError, match="label_names must be 5 names"):
-        per_class_table(report, COUNTS, "abcde")
-    with pytest.raises(UsageError, match="label_names must be 5 names"):
-        per_class_table(report, COUNTS, [*NAMES[:4], 7])
-    fields = report.to_dict() | {"test_images": None, "predicted": None}
-    with pytest.raises(UsageError, match="an older version"):
-        per_class_table(ShotReport.from_dict(fields), COUNTS)
+    for names in (["cat"], "abcde", [*NAMES[:4], 7]):
+        with pytest.raises(UsageError, match="label_names must be 5 names, got "):
+            per_class_table(report, COUNTS, names)
