@@ -193,7 +193,7 @@ HARM = {
     "a cache elsewhere": (with_arguments(cache_dir="/tmp/x"), "cache_dir"),
     "unknown architecture": (changed(architecture="os"), "Unknown"),
     "ten megabytes": (block(label_names=["x" * 10**5] * 100), "has 10,0.* bytes, more than"),
-    "no object": ([1, 2], "must hold a JSON object"),
+    "no object": ([1, 2], "must be a JSON object"),
 }
 
 

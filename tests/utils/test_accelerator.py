@@ -1,6 +1,8 @@
 """The process and its devices: what the library's calls leave as they found it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,6 +25,11 @@ from timm_lt.utils.accelerator import (
 PAIRS = [(Image.new("RGB", (32, 32), (70 * c, 9 * i, 9)), c) for c in range(3) for i in range(6)]
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+
+
+def here(script):
+    """A script that can import this module."""
+    return script.replace("FOLDER", repr(str(Path(__file__).parent)))
 
 
 def small_model():
@@ -48,8 +55,10 @@ import matplotlib, numpy as np, timm, torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import ImageFile
 import timm_lt
-from test_accelerator import IMAGES, PAIRS, TARGETS, small_model
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, FOLDER)
+from test_accelerator import IMAGES, PAIRS, TARGETS, small_model
 
 
 def snapshot():
@@ -115,7 +124,7 @@ for call, act in calls.items():
 @pytest.mark.slow
 def test_the_process_is_left_as_it_was(server, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SNAPSHOTS)
+    script.write_text(here(SNAPSHOTS))
     done = server.run(tmp_path, script=script)
     assert done.status == 0, done.err[-3000:]
 
@@ -174,6 +183,8 @@ import sys, torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import PartialState
 import timm_lt
+
+sys.path.insert(0, FOLDER)
 from test_accelerator import PAIRS, small_model
 
 model = small_model()
@@ -193,14 +204,16 @@ if own:
 @pytest.mark.parametrize("accelerator", ["own", "none"])
 def test_two_processes_share_the_images(server, tmp_path, accelerator):
     script = tmp_path / "script.py"
-    script.write_text(ON_TWO)
+    script.write_text(here(ON_TWO))
     for rank in server.on_ranks(2, accelerator, script=script):
         assert rank.status == 0, rank.err
 
 
 NOTEBOOK = """
-import asyncio, threading, torch
+import asyncio, sys, threading, torch
 import timm_lt
+
+sys.path.insert(0, FOLDER)
 from test_accelerator import PAIRS, small_model
 
 torch.set_num_threads(2)
@@ -229,25 +242,17 @@ finally:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_workers_start_beside_threads_and_an_event_loop(server):
-    done = server.python(NOTEBOOK)
+    done = server.python(here(NOTEBOOK))
     assert done.status == 0, done.err
 
 
-def compiled_in_place(model):
-    model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        compiled_in_place,
-        lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager"),
-    ],
-    ids=["compiled in place", "compiled DataParallel"],
-)
-def test_wrapped_models(wrap):
-    model, wrapped = small_model().eval(), wrap(small_model().eval())
+@pytest.mark.parametrize("wrapper", ["compiled in place", "compiled DataParallel"])
+def test_wrapped_models(wrapper):
+    model, wrapped = small_model().eval(), small_model().eval()
+    if wrapper == "compiled in place":
+        wrapped.compile(backend="eager")
+    else:
+        wrapped = torch.compile(torch.nn.DataParallel(wrapped), backend="eager")
     wrapped(IMAGES)
     assert torch.equal(features(wrapped), features(model))
     found, expected = (
@@ -257,26 +262,32 @@ def test_wrapped_models(wrap):
     assert torch.equal(found.model(IMAGES), expected.model(IMAGES))
 
 
-def test_the_callers_modes_do_not_matter():
+@contextmanager
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "float64": double_by_default,
+    "meta device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_modes_do_not_matter(mode):
     model = small_model()
     expected = timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)
-    with torch.inference_mode():
-        found = [timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)]
-    torch.set_default_dtype(torch.float64)
-    try:
-        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    with torch.device("meta"):
-        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
-    with torch.autocast("cpu", torch.bfloat16):
-        found.append(timm_lt.rebalance(model, PAIRS, heads="crt", workers=0))
-    for one in found:
-        assert torch.equal(one.heads["crt"].weight, expected.heads["crt"].weight)
-        # Neither weights nor caches are tensors of inference mode.
-        images = IMAGES.clone().requires_grad_()
-        one.model(images).sum().backward()
-        assert images.grad.isfinite().all()
+    with MODES[mode]():
+        found = timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)
+    assert torch.equal(found.heads["crt"].weight, expected.heads["crt"].weight)
+    # Neither weights nor caches are tensors of inference mode.
+    images = IMAGES.clone().requires_grad_()
+    found.model(images).sum().backward()
+    assert images.grad.isfinite().all()
 
 
 def test_calls_in_several_threads():

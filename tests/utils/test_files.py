@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import stat
@@ -45,63 +44,58 @@ def test_files_that_are_replaced_keep_their_rights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "shutil.copymode"])
-def test_a_failure_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, step):
+def test_a_failure_leaves_the_old_content_and_no_other_file(tmp_path, monkeypatch, step):
     path = tmp_path / "file"
     write_atomic(path, "old")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise error("disk full")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(step, fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
-def test_an_interrupt_leaves_no_rest_either(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomic(tmp_path / "file", "new")
-    assert names(tmp_path) == []
+    for error in (OSError, KeyboardInterrupt):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, fail)
+            with pytest.raises(error, match="disk full"):
+                write_atomic(path, "new")
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["file"]
 
 
-def test_json_round_trip(tmp_path):
-    content = {"a": [1, 2.5, None, True], "é": {"b": "c"}}
-    write_json(tmp_path / "x.json", content)
-    assert read_json(tmp_path / "x.json") == content
-    assert json.loads((tmp_path / "x.json").read_text()) == content
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_json_is_not_written(tmp_path, value):
+def test_json_round_trip(tmp_path, monkeypatch):
+    path, content = tmp_path / "x.json", {"a": [1, 2.5, None, True], "é": {"b": "c"}}
+    # UTF-8, whatever the locale.
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii", raising=False)
+    write_json(path, content)
+    assert read_json(path) == json.loads(path.read_text()) == content
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "x.json", {"a": value})
-    assert names(tmp_path) == []
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == content
+    path.write_bytes('{"a": "é"}'.encode())
+    assert read_json(path) == {"a": "é"}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is not a readable JSON file"),
-        (b"", "is not a readable JSON file"),
-        (b'{"a": "\xff"}', "is not a readable JSON file"),
-        (b"[1]", "must hold a JSON object, got list"),
-        (b"null", "must hold a JSON object, got NoneType"),
-        (b'{"a": 1, "b": 2, "a": 3}', "key 'a' is given twice"),
+        (b"{", "Expecting property name"),
+        (b"", "Expecting value"),
+        (b'{"a": "\xff"}', "codec can't decode"),
+        (b"[1]", "must be a JSON object, not a list"),
+        (b"null", "must be a JSON object, not a NoneType"),
         (b'{"a": {"c": 1, "c": 1}}', "key 'c' is given twice"),
+        (b'{"a": 1e999}', "not JSON compliant"),
+        (b'{"a": NaN}', "not JSON compliant"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": "' + b"x" * 10**6 + b'"}', "has 1,000,009 bytes, more than 100,000"),
+        # Quadratic code would take minutes.
+        (b"{%b}" % b",".join(b'"%d": 0' % (i % 9999) for i in range(10_000)), "'0' is given twice"),
     ],
+    ids=range(11),
 )
-def test_bad_json_is_refused_and_named(tmp_path, content, message):
+def test_invalid_json_is_refused_and_named(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=message) as caught:
-        read_json(path)
-    assert str(path) in str(caught.value)
+    with pytest.raises(UsageError, match=rf"x\.json is not a readable JSON file: .*{message}"):
+        read_json(path, limit=100_000)
 
 
 def test_missing_json(tmp_path):
@@ -111,39 +105,18 @@ def test_missing_json(tmp_path):
         read_json(tmp_path)
 
 
-def test_utf8_whatever_the_locale(tmp_path, monkeypatch):
-    monkeypatch.setattr("locale.getencoding", lambda: "ascii", raising=False)
-    (tmp_path / "x.json").write_bytes('{"a": "é"}'.encode())
-    assert read_json(tmp_path / "x.json") == {"a": "é"}
-
-
 def test_sha256_of_the_standard_example():
     assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256(b"x") == hashlib.sha256(b"x").hexdigest()
-
-
-def test_numbers_beyond_all_numbers_are_refused(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"a": 1e999}')
-    with pytest.raises(UsageError, match="1e999 is beyond all numbers"):
-        read_json(path)
-
-
-def test_a_hundred_thousand_keys_are_looked_at_once(tmp_path):
-    path = tmp_path / "a.json"
-    keys = ", ".join(f'"{i}": 0' for i in range(110_000))
-    path.write_text(f'{{{keys}, "109999": 1}}')
-    with pytest.raises(UsageError, match="key '109999' is given twice"):
-        read_json(path)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["a: 2020-99-99", "a: !!bool foo", "a: !!int ''", "a: !!timestamp foo", "a: " + "[" * 3000],
+    ["a: 2020-99-99", "a: !!bool foo", "a: !!int ''", "a: !!timestamp foo", "a: " + "[" * 3000,
+     "a: 1\na: 2", "[a]: 1"],
     ids=lambda text: text[:14],
-)
-def test_values_that_are_none_of_their_yaml_type_are_refused(tmp_path, text):
+)  # fmt: skip
+def test_invalid_yaml_is_refused(tmp_path, text):
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(UsageError, match="is not valid YAML"):
+    with pytest.raises(UsageError, match=r"a\.yaml is not valid YAML"):
         read_yaml(path)

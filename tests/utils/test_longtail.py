@@ -54,32 +54,25 @@ def test_class_counts_count(labels, spare):
         (torch.tensor([0, 7]), r"labels\[1\] = 7 is not below num_classes=3"),
         ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
         ([0, None], r"labels\[1\] = None is not an integer"),
-        (["cat", "dog"], r"labels\[0\] = 'cat' is not an integer; number the classes first"),
         (np.array(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
         (pd.Series(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
         (Counter([0, 0, 1]), "labels must be a sequence or an array of integers, got a Counter"),
         ({0, 1}, "labels must be a sequence or an array of integers, got a set"),
         (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
-        (np.array([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*float64"),
-        (torch.tensor([0.0, 0.5]), r"labels\[1\] = 0.5 is not an integer.*torch.float32"),
+        (torch.tensor([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*torch.float32"),
         (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
+        (pd.Series([1, None]), r"labels\[1\] = nan is not an integer"),
         ([0, 1, True], r"labels\[2\] = True is not an integer"),
         (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
-        (np.array([True]), r"labels\[0\] = True is not an integer"),
         ([], "labels must not be empty"),
-        (np.array([]), "labels must not be empty"),
         (torch.tensor([]), "labels must not be empty"),
-        ([[0, 1], [1, 0]], "labels must be one-dimensional"),
-        (np.zeros((2, 2), dtype=int), r"labels must be one-dimensional, got shape \(2, 2\)"),
+        ([[0, 1], [1, 0]], r"labels must be one-dimensional, got shape \(2, 2\)"),
+        ([[0, 1], [1]], r"labels\[0\] = \[0, 1\] is not an integer"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
         ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
-        ([torch.eye(2)[0]], "labels must be one-dimensional"),
-        (pd.Series([1, None]), r"labels\[1\] = nan is not an integer"),
         (pd.DataFrame({"label": [0]}), "must be one-dimensional, got shape"),
         ("012", "got a str"),
-        (b"012", "got a bytes"),
         (5, "got a int"),
-        (None, "got a NoneType"),
         (TensorDataset(torch.zeros(2)), r"got a TensorDataset; pass timm_lt.dataset_labels\("),
         (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
     ],
@@ -89,16 +82,8 @@ def test_class_counts_names_the_culprit(labels, message):
         class_counts(labels, num_classes=3)
 
 
-@pytest.mark.parametrize("num_classes", [0, -1, 2.0, True])
-def test_class_counts_refuses_num_classes(num_classes):
-    with pytest.raises(UsageError, match="num_classes must be an integer >= 1"):
-        class_counts([0], num_classes)
-
-
 def test_empty_classes_are_named():
     check_no_empty_class([1, 2, 3])
-    with pytest.raises(UsageError, match=r"1 of 3 classes have no training image: 1$"):
-        check_no_empty_class(torch.tensor([1, 0, 3]))
     with pytest.raises(UsageError, match=r"7 of 8 .*: 0, 1, 3, 4, 5, \.\.\.$"):
         check_no_empty_class([0, 0, 9, 0, 0, 0, 0, 0])
     with pytest.raises(UsageError, match="all 0"):
@@ -159,7 +144,6 @@ def test_exponential_profile_is_exact(num_classes, max_count, factor):
 
 
 def test_profiles_by_hand():
-    assert long_tailed_counts(100, 500, 100)[-1] == 5
     assert long_tailed_counts(100, 500, 200)[-1] == 2
     assert long_tailed_counts(5, 5000, 100, "step") == [5000, 5000, 50, 50, 50]
     assert long_tailed_counts(4, 500, 10, "step") == [500, 500, 50, 50]
@@ -171,16 +155,15 @@ def test_profiles_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 500, 0.01), r"at least 1 .*got 0.01; .* their 0.01 is 100 here"),
-        ((10, 500, 0), r"imbalance_factor must be a number in \(0, inf\), got 0"),
+        ((10, 500, 0.01), r"LDAM-DRW writes the inverse.* in \[1, 500\], got 0.01"),
         ((10, 500, float("nan")), "got nan"),
-        ((10, 50, 100), "would leave the rarest class empty"),
+        ((10, 50, 100), r"must be a number in \[1, 50\], got 100"),
         ((0, 500, 10), "num_classes must be an integer >= 1, got 0"),
         ((10, 0, 10), "max_count must be an integer >= 1, got 0"),
         ((10, 500, 10, "exp"), "unknown profile 'exp'.*exponential, step, pareto"),
     ],
 )
-def test_profiles_refuse(arguments, message):
+def test_invalid_profiles_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         long_tailed_counts(*arguments)
 
@@ -207,7 +190,7 @@ def test_group_boundaries():
         assert "".join(found) == expected
 
 
-def test_describe_shots_is_what_metrics_json_holds():
+def test_groups_are_described():
     counts = long_tailed_counts(100, 500, 100)
     assert json.loads(json.dumps(describe_shots(counts))) == {
         "many_shot": {"classes": 35, "rule": "> 100"},
@@ -215,12 +198,8 @@ def test_describe_shots_is_what_metrics_json_holds():
         "few_shot": {"classes": 30, "rule": "< 20"},
     }
     assert describe_shots(counts, "oltr")["medium_shot"] == {"classes": 34, "rule": "21 to 99"}
-
-
-def test_unknown_rule_lists_the_rules():
-    for function in (shot_groups, describe_shots):
-        with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
-            function([1, 2], "FB")
+    with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
+        describe_shots([1, 2], "FB")
 
 
 # A rare class first, so that neither the order of keys nor that of frequency is that of labels.
@@ -281,21 +260,12 @@ def test_counts_by_label_are_counts(door, tmp_path):
         assert DOORS[door](by_label, tmp_path) == expected
 
 
-def test_counts_by_label_of_classes_without_images():
-    assert check_class_counts({0: 9, 3: 1}, num_classes=5).tolist() == [9, 0, 0, 1, 0]
-    logits = torch.eye(5)[[0, 1, 3]]
-    given, whole = (
-        timm_lt.evaluate_logits(logits, [0, 1, 3], counts)
-        for counts in ({0: 900, 3: 1}, [900, 0, 0, 1, 0])
-    )
-    assert str(given) == str(whole)
-
-
 def test_counts_by_name(tmp_path):
     names = ["owl", "auk", "emu", "jay"]
     by_name = pd.Series([names[label] for label in TAIL_FIRST]).value_counts()
     assert check_class_counts(by_name, label_names=names).tolist() == COUNTS
     assert check_class_counts({"auk": 1, "owl": 2}, label_names=names).tolist() == [2, 1, 0, 0]
+    assert check_class_counts({0: 9, 3: 1}, num_classes=5).tolist() == [9, 0, 0, 1, 0]
     model = timm.create_model("test_resnet", num_classes=4)
     timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=by_name, label_names=names)
     block = json.loads((tmp_path / "config.json").read_text())["timm_lt"]
@@ -308,31 +278,29 @@ def test_counts_by_name(tmp_path):
         f"local-dir:{tmp_path}", head="logit_adjusted", class_counts=by_name[::-1]
     )
     assert torch.equal(loaded.fc.log_prior, named.fc.log_prior)
-    with pytest.raises(UsageError, match="keys that are not class names: eel; the names are owl"):
+    with pytest.raises(UsageError, match=r"must be class names \(owl, .*unknown: 'eel'"):
         check_class_counts({"owl": 1, "eel": 2}, label_names=names)
 
 
 @pytest.mark.parametrize(
     ("counts", "num_classes", "message"),
     [
-        ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, too many: 2"),
-        ({1: 5, 2: 3}, 2, "missing: 0, too many: 2"),
-        ({0: 5, 1: 4, 3: 1}, None, "missing: 2, too many: 3"),
-        ({0: 5, -1: 4}, 3, "missing: 1, 2, too many: -1"),
-        ({"0": 5, "1": 4}, None, "must be integer labels"),
-        ({0.0: 5}, None, "must be integer labels"),
-        ({True: 5, False: 1}, None, "must be integer labels"),
-        (Counter(torch.tensor([0, 0, 1])), None, r"must be integer labels"),
+        ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, unknown: 2"),
+        ({0: 5, 1: 4, 3: 1}, None, "missing: 2, unknown: 3"),
+        ({0: 5, -1: 4}, 3, "missing: 1, 2, unknown: -1"),
+        ({"0": 5, "1": 4}, None, "unknown: '0', '1'"),
+        ({0.0: 5}, None, "unknown: 0.0"),
+        ({True: 5, False: 1}, None, "unknown: True, False"),
+        (Counter(torch.tensor([0, 0, 1])), None, r"unknown: tensor\(0\)"),
         ({0: 0.5, 1: 0.5}, None, r"class_counts\[0\] = 0.5 is not an integer"),
-        (pd.Series([0, 0, 1]).value_counts(normalize=True), None, "is not an integer"),
-        (pd.Series([5, 4], index=[0, 0]), None, "has a label twice"),
+        (pd.Series([5, 4], index=[0, 0]), None, "each once"),
         ({}, None, "class_counts must not be empty"),
         ({0: 0}, None, "must not be all 0"),
         (Counter(TAIL_FIRST).most_common(), None, "class_counts must be one-dimensional"),
-        (Counter(TAIL_FIRST).values(), None, "any order: pass the mapping itself"),
+        (Counter(TAIL_FIRST).values(), None, "got a dict_values"),
         (pd.DataFrame({"n": COUNTS}), None, "one-dimensional, got shape"),
     ],
 )
-def test_wrong_counts_by_label(counts, num_classes, message):
+def test_invalid_counts_by_label_are_refused(counts, num_classes, message):
     with pytest.raises(UsageError, match=message):
         check_class_counts(counts, num_classes)

@@ -5,10 +5,11 @@ import inspect
 import math
 import numbers
 import operator
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,13 +19,13 @@ WHITE = "#ffffff"
 
 
 class UsageError(ValueError):
-    """A mistake that the user can mend: the message names the culprit and the fix.
+    """An error in the user's input: the message says what is wrong and how to fix it.
 
-    Every error that timm_lt raises about its input is one of these; the command line prints the
-    message without a traceback and exits with status 2.
+    timm_lt raises it for all invalid input; the command line prints the message without a traceback
+    and exits with status 2.
 
     Attributes:
-        problems: What is wrong, one sentence each; see :class:`Problems`.
+        problems: The problems, one sentence each; see :class:`Problems`.
     """
 
     def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
@@ -33,7 +34,7 @@ class UsageError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong with some input, so that all of it is reported together.
+    """Collects the problems of some input, so that all are reported together.
 
     >>> problems = Problems("2 files")
     >>> problems.add("a.png is empty")
@@ -46,7 +47,7 @@ class Problems:
     - seed must be an integer >= 0, got -1
 
     Args:
-        owner: Whose problems they are, for the message; may be empty.
+        owner: The input, in front of the message; may be empty.
     """
 
     def __init__(self, owner: str = "") -> None:
@@ -54,23 +55,19 @@ class Problems:
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        """Notes a problem: what is wrong, and how to mend it."""
+        """Adds a problem, which should say what is wrong and how to fix it."""
         self.found.append(problem)
 
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
-        """Notes the :class:`UsageError` of a block, which ends there, instead of raising it."""
+        """Adds the problems of a :class:`UsageError` in a block, instead of raising it."""
         try:
             yield
         except UsageError as error:
             self.found += [prefix + problem for problem in error.problems]
 
     def check(self) -> None:
-        """Raises what was noted, if anything was.
-
-        Raises:
-            UsageError: With all problems, also as ``problems``; one is a sentence, several a list.
-        """
+        """Raises a UsageError with all problems, if there are any; several are a list."""
         if not self.found:
             return
         owner = f"{self.owner}: " if self.owner else ""
@@ -81,7 +78,7 @@ class Problems:
 
 
 def shown_names(names: Sequence[object], limit: int = 5) -> str:
-    """Returns the first of many names, for messages.
+    """Joins the first names of a list, for messages.
 
     >>> shown_names(["a", "b", "c"], 2)
     'a, b, ...'
@@ -146,27 +143,17 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
         UsageError: If a value is not in its set; the message lists the set.
     """
     hints = typing.get_type_hints(part)
-    for name, value in options.items():
-        annotation = hints.get(name)
-        is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
-        parts = typing.get_args(annotation) if is_union else (annotation,)
-        closed = [part for part in parts if part is not NoneType]
-        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
-            continue
-        if value is not None or NoneType not in parts:
-            check_choice(f"{name} of {owner}:", value, typing.get_args(closed[0]))
+    for name in options.keys() & hints.keys():
+        parts = typing.get_args(hints[name])
+        if typing.get_origin(hints[name]) is typing.Literal:
+            parts = (hints[name],)
+        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+        if literals and (options[name] is not None or NoneType not in parts):
+            check_choice(f"{name} of {owner}:", options[name], typing.get_args(literals[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns options as a dict after checking that they are a mapping by name; None is empty.
-
-    >>> check_mapping("loss_options", 5)
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: loss_options must be a mapping of names to values, got 5
-
-    Raises:
-        UsageError: If they are not.
-    """
+    """Returns options as a dict, empty for None; UsageError if they are not a mapping by name."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -184,28 +171,23 @@ def check_number(noun: str, value: float, interval: str) -> float:
     timm_lt.utils.checks.UsageError: smoothing must be a number in [0, 1), got 1
 
     Args:
-        noun: What the number is called in the message.
+        noun: Name of the number in the message.
         value: The number.
-        interval: Two bounds in interval notation: a round bracket leaves its bound out, ``inf``
-            stands for no bound.
+        interval: Two bounds in interval notation: a round bracket excludes its bound, ``inf`` means
+            no bound.
 
     Raises:
-        UsageError: If the value is no real number or lies outside.
+        UsageError: If the value is not a real number or lies outside.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and above(value, low) and below(value, high) and _fits_float(value)):
+    # An integer beyond all floats is below inf.
+    is_number = is_number and abs(value) <= sys.float_info.max
+    if not (is_number and above(value, low) and below(value, high)):
         raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
     return float(value)
-
-
-def _fits_float(value: float) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
 
 
 def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:
@@ -216,7 +198,7 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
     timm_lt.utils.checks.UsageError: num_samples must be an integer >= 1, got 0
 
     Raises:
-        UsageError: If the value is no integer or lies outside ``minimum`` to ``maximum``.
+        UsageError: If the value is not an integer or lies outside ``minimum`` to ``maximum``.
     """
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not (is_integer and minimum <= operator.index(value) <= maximum):
@@ -240,17 +222,14 @@ def check_background(background: object) -> str:
     """
     from PIL import ImageColor
 
-    color: tuple[int, ...] | None = None
-    if isinstance(background, str):
-        try:
-            color = ImageColor.getrgb(background)
-        except ValueError:
-            color = None
-    elif isinstance(background, list | tuple) and all(type(level) is int for level in background):
-        color = tuple(background)
-    if color is None or len(color) != 3 or not all(0 <= level <= 255 for level in color):
+    try:
+        levels: Any = ImageColor.getrgb(background) if isinstance(background, str) else background
+        color = bytes([*levels])
+    except (TypeError, ValueError):
+        color = b""
+    if len(color) != 3:
         raise UsageError(
             f"background {background!r} is not a valid colour; expected a name such as 'white', "
             "'#rrggbb', or three integers from 0 to 255"
         )
-    return "#{:02x}{:02x}{:02x}".format(*color)
+    return f"#{color.hex()}"
