@@ -387,7 +387,7 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path):
 
 def test_options_out_of_range(hub_copies):
     for options, message in (
-        ({"imbalance_factor": 501}, "at most max_count"),
+        ({"imbalance_factor": 501}, r"in \[1, 500\], got 501"),
         ({"seed": -1}, "seed must be an integer from 0"),
     ):
         with pytest.raises(UsageError, match=message):

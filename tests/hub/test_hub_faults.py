@@ -120,12 +120,7 @@ def test_wrong_bytes_do_not_stay_in_the_cache(birds, tmp_path, file):
         load(tmp_path)
     assert not list(tmp_path.rglob(file.rpartition("/")[2]))
     birds.clear_faults()
-    check_whole(tmp_path)
-
-
-@pytest.mark.parametrize("file", [WEIGHTS, HEAD])
-def test_wrong_bytes_and_a_damaged_cache_heal(birds, tmp_path, file):
-    # Damaged on the way, and once more on the disk.
+    # Damaged once on the way, and once more on the disk.
     birds.fault("GET", file, corrupt=True, times=1)
     check_whole(tmp_path)
     (path,) = tmp_path.rglob(f"snapshots/*/{file}")
@@ -193,25 +188,20 @@ HARM = {
     "a cache elsewhere": (with_arguments(cache_dir="/tmp/x"), "cache_dir"),
     "unknown architecture": (changed(architecture="os"), "Unknown"),
     "ten megabytes": (block(label_names=["x" * 10**5] * 100), "has 10,0.* bytes, more than"),
+    "a key given twice": ('{"timm_lt": {"version": 1, "version": 1}}', "'version' is given twice"),
     "no object": ([1, 2], "must be a JSON object"),
 }
 
 
 @pytest.mark.parametrize(("config", "message"), HARM.values(), ids=HARM)
 def test_harm_is_refused_and_named(birds, tmp_path, config, message):
-    birds.commit("me/birds", {"config.json": json.dumps(config).encode()})
+    text = config if isinstance(config, str) else json.dumps(config)
+    birds.commit("me/birds", {"config.json": text.encode()})
     before = birds.commits("me/birds")
     with pytest.raises(UsageError, match=message):
         load(tmp_path / "cache")
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
     assert birds.commits("me/birds") == before
-
-
-def test_a_key_given_twice_is_refused(birds, tmp_path):
-    text = FILES["config.json"].replace(b'"version": 1', b'"version": 1, "version": 1')
-    birds.commit("me/birds", {"config.json": text})
-    with pytest.raises(UsageError, match="key 'version' is given twice"):
-        load(tmp_path)
 
 
 def test_ten_megabytes_are_not_even_downloaded(birds, tmp_path):
@@ -287,10 +277,8 @@ def test_a_commit_that_nobody_heard_of_is_found_by_the_next_push(birds):
 
 
 def test_mistakes_at_the_command_line_are_one_line(loopback_hub, tmp_path, capsys, monkeypatch):
-    (tmp_path / "empty").mkdir()
     cases = {
-        ("push", str(tmp_path / "no"), "me/birds"): "does not exist",
-        ("push", str(tmp_path / "empty"), "me/birds"): "config.json does not exist",
+        ("push", str(tmp_path), "me/birds"): "config.json does not exist",
         ("push", str(PACKAGED), "birds"): "expected 'namespace/name'",
         ("push", str(PACKAGED), "me/bi--rds"): "is not a valid repo id",
         ("push", str(PACKAGED), "you/birds"): "you/birds: the token has no permission",
