@@ -388,7 +388,7 @@ def test_the_largest_number_of_images_with_logits_is_summed_exactly():
         "accuracy": 1.0,
     }
     # 2^31 confidences in units of 2^-32 are 2^63, one more than the largest int64.
-    with pytest.raises(UsageError, match=r"2147483648 images have logits.*2147483647 or less"):
+    with pytest.raises(UsageError, match=r"2147483648 images have logits.*at most 2147483647"):
         sure_and_right(2**31).compute()
 
 

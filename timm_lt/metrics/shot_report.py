@@ -212,13 +212,12 @@ def compare_per_class(
      'accuracy_crt': 0.5}
 
     Args:
-        reports: Reports on one split by classifier, at least one.
+        reports: Reports on one split by classifier.
         class_counts: Training images per class, as for the reports, (C,).
         label_names: Names of the classes, (C,); without them the rows have no name.
 
     Raises:
-        UsageError: As :func:`per_class_table`, or if there are no reports or they are on different
-            splits.
+        UsageError: As :func:`per_class_table`, or if the reports are on different splits.
     """
     columns: dict[str, list[Any]] = {}
     for name, report in reports.items():
@@ -228,8 +227,6 @@ def compare_per_class(
                 f"the reports of {next(iter(reports))!r} and {name!r} are on different splits"
             )
         columns |= shared | {f"accuracy_{name}": _quotients(*report.right_and_images())}
-    if not columns:
-        raise UsageError("reports must not be empty")
     return _rows(columns)
 
 
@@ -281,11 +278,11 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
             valid UTF-8, or JSON cannot represent a value, such as NaN.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise UsageError(f"{path} must end in .csv or .json")
-    if not rows or any(list(row) != list(rows[0]) for row in rows):
-        raise UsageError(f"rows for {path} must be at least one, all with the same columns")
     try:
+        if path.suffix not in (".csv", ".json"):
+            raise ValueError("the name must end in .csv or .json")
+        if not rows or any(list(row) != list(rows[0]) for row in rows):
+            raise ValueError("there must be at least one row, and all must have the same columns")
         if path.suffix == ".json":
             write_json(path, [dict(row) for row in rows])
             return
@@ -295,7 +292,7 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         writer.writerows([_cell(value) for value in row.values()] for row in rows)
         write_atomic(path, text.getvalue().encode())
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}; use finite Python numbers, text or None") from error
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def _cell(value: object) -> object:

@@ -250,10 +250,8 @@ class ShotMetrics:
         present = images > 0
         columns = (right, images, self._groups.double())
         in_split = columns if present.all() else [values[..., present] for values in columns]
-        figures: dict[str, Any] = {
-            name: None if value.isnan() else float(value)
-            for name, value in accuracy_figures(*in_split).items()
-        }
+        values = accuracy_figures(*in_split).items()
+        figures: dict[str, Any] = {k: None if v.isnan() else float(v) for k, v in values}
         # TP = right, FP = predicted - right, FN = images - right; 0 / 0 counts as 0.
         either = predicted + images
         f1, precision = (part.nan_to_num(0) for part in (2 * right / either, right / predicted))
@@ -275,14 +273,10 @@ class ShotMetrics:
         images, scored = int(self._counts[:2].sum()), int(self._bins[0].sum())
         if scored == 0:
             return {}
-        if scored != images:
+        if scored != images or scored > MAX_SCORED:
             raise UsageError(
-                f"only {scored} of {images} images have logits: pass logits in all updates, on "
-                "all processes, or in none"
-            )
-        if scored > MAX_SCORED:
-            raise UsageError(
-                f"{scored} images have logits, calibration is for {MAX_SCORED} or less"
+                f"{scored} of {images} images have logits; pass logits in all updates, on all "
+                f"processes, or in none, and of at most {MAX_SCORED} images"
             )
         of_groups = self._bins.view(3, len(self._groups), ECE_BINS)
         bins = _describe_bins(of_groups.sum(1))

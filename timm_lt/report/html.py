@@ -57,9 +57,6 @@ def render_report(report: Report) -> str:
     All text is escaped, and the page's own policy allows neither requests nor other scripts. Its
     size is bounded: the table has the 10,000 rarest classes, at most eight heads are compared with
     the joint classifier, and pictures have at most 3 kB each.
-
-    Args:
-        report: The figures.
     """
     style, script = (
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
@@ -97,12 +94,7 @@ def render_report(report: Report) -> str:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Writes a report atomically as one HTML file.
-
-    Args:
-        path: The file.
-        report: The figures.
-    """
+    """Writes a report atomically as one HTML file; see :func:`render_report`."""
     write_atomic(Path(path), render_report(report))
 
 

@@ -430,14 +430,9 @@ PLOT_FILES: Sequence[str] = tuple(PLOTS)
 
 
 def save_plots(folder: Path, report: Report) -> list[Path]:
-    """Draws a run's charts as PNG files; files for which the report has no figures are deleted.
+    """Draws a run's charts as PNG files, and returns their paths.
 
-    Args:
-        folder: Folder for the files; created if missing.
-        report: The figures.
-
-    Returns:
-        The files.
+    Files for which the report has no figures are deleted.
     """
     paths = []
     for name, draw in PLOTS.items():
@@ -453,13 +448,7 @@ def save_plots(folder: Path, report: Report) -> list[Path]:
 
 @chart_style()
 def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
-    """Draws the training images of the classes, from the most to the least frequent, as PNG.
-
-    Args:
-        path: File to write.
-        class_counts: Training images per class, (C,).
-        rule: Rule of the shot groups.
-    """
+    """Draws the training images of the classes, from the most to the least frequent, as PNG."""
     figure, (axes,) = panels(1, WIDTH, (WIDTH, WIDTH, 4.2))
     counts = check_class_counts(class_counts).sort(descending=True).values
     axes.stairs(counts, torch.arange(len(counts) + 1) + 0.5, fill=True, color=LIGHT["c0"])
@@ -477,11 +466,8 @@ def save_spread_plot(
 ) -> None:
     """Draws a panel for each shot group: columns along the axis, a marker for each row.
 
-    Args:
-        path: PNG file to write.
-        spreads: By shot group, then by row and column, the mean accuracy and its standard
-            deviation, fractions; None if unknown.
-        title: Heading of the rows.
+    The spreads are the mean accuracy and its standard deviation, fractions or None, by shot group,
+    then by row and column; the title is the heading of the rows.
     """
     cells = next(iter(spreads.values()))
     labels, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))

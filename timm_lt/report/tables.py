@@ -163,10 +163,7 @@ def head_table(info: CheckpointInfo) -> Table:
 def new_table(title: str, caption: str | None, figures: Sequence[str] = ()) -> Table:
     """Creates an empty table in the style of all tables.
 
-    Args:
-        title: Line above the table.
-        caption: Lines below it.
-        figures: Headings of a table of heads: their names are the first column, figures the others.
+    A table of heads has a column for their names, and one for each of the figures.
     """
     table = Table(
         title=escape(title),

@@ -98,13 +98,9 @@ def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
 
 
 def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Checks that a part takes the given options: its keyword-only parameters are the valid ones.
+    """Checks the names of a part's options against its keyword-only parameters.
 
-    Args:
-        owner: Whose options they are, for the message, e.g. ``"loss 'cross_entropy'"``.
-        part: The class or function that will receive them. A ``**kwargs`` in its signature takes
-            any name.
-        options: The options by name.
+    A ``**kwargs`` in its signature takes any name; ``owner`` is the part in messages.
 
     Raises:
         UsageError: If an option is unknown or a required one is missing; lists the valid ones.
@@ -125,11 +121,7 @@ def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any])
 
 
 def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
-    """Checks that a value is one of a closed set, usually ``typing.get_args`` of its Literal.
-
-    Raises:
-        UsageError: If it is not; the message lists the choices.
-    """
+    """Raises a UsageError that lists the choices if a value is not one of them."""
     if value not in choices:
         raise unknown_name(noun, value, list(choices))
 
@@ -137,10 +129,7 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
 def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
 
-    Where the annotation allows None beside it, None passes.
-
-    Raises:
-        UsageError: If a value is not in its set; the message lists the set.
+    If the annotation allows None, too, None is valid.
     """
     hints = typing.get_type_hints(part)
     for name in options.keys() & hints.keys():
@@ -170,14 +159,7 @@ def check_number(noun: str, value: float, interval: str) -> float:
     Traceback (most recent call last):
     timm_lt.utils.checks.UsageError: smoothing must be a number in [0, 1), got 1
 
-    Args:
-        noun: Name of the number in the message.
-        value: The number.
-        interval: Two bounds in interval notation: a round bracket excludes its bound, ``inf`` means
-            no bound.
-
-    Raises:
-        UsageError: If the value is not a real number or lies outside.
+    The interval has two bounds: a round bracket excludes its bound, ``inf`` means no bound.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
@@ -196,9 +178,6 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
     >>> check_integer("num_samples", 0, minimum=1)
     Traceback (most recent call last):
     timm_lt.utils.checks.UsageError: num_samples must be an integer >= 1, got 0
-
-    Raises:
-        UsageError: If the value is not an integer or lies outside ``minimum`` to ``maximum``.
     """
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not (is_integer and minimum <= operator.index(value) <= maximum):

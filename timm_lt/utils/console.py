@@ -21,12 +21,7 @@ STATUS = "Exit status: 0 on success, 2 for a mistake (one line on stderr), 130 a
 
 
 def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Sends timm_lt's log to the console, without Pillow's warnings.
-
-    Args:
-        quiet: Log warnings and errors only.
-        verbose: Log debug messages, too.
-    """
+    """Sends timm_lt's log to the console, without Pillow's warnings."""
     ignore_pillow_warnings()
     handler: logging.Handler
     if console.is_terminal:
@@ -72,12 +67,8 @@ def log_traceback(error: BaseException) -> None:
 def progress(description: str, total: int | None, *, unit: str = "") -> Iterator[Progress]:
     """Shows a progress bar while the block runs, if standard error is a terminal.
 
-    The bar is the first task of the yielded ``Progress``; see :func:`advance`.
-
-    Args:
-        description: Text before the bar.
-        total: Number of steps; None shows a pulse.
-        unit: Unit of the steps.
+    The bar is the first task of the yielded ``Progress``; see :func:`advance`. A total of None
+    shows a pulse.
     """
     columns = (
         TextColumn("{task.description}"),

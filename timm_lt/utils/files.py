@@ -65,11 +65,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-        path: The file.
-        limit: Maximum size in bytes; None is no limit.
+    """Reads a JSON object of at most ``limit`` bytes.
 
     Raises:
         UsageError: If the file is missing, too large, not valid JSON, not an object, or has a key
@@ -101,11 +97,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Args:
-        path: The file.
-        noun: Name of the file in messages, e.g. ``"recipe"``.
+    """Reads a YAML mapping; ``noun`` is the file in messages, e.g. ``"recipe"``.
 
     Raises:
         UsageError: If the file is missing, not valid YAML, not a mapping, or has a key twice.

@@ -45,13 +45,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 def hub_errors(
     repo_id: str, revision: str | None = None, file: str | None = None
 ) -> Iterator[None]:
-    """Turns errors of the Hub's client into a UsageError that says what to do.
-
-    Args:
-        repo_id: The model repo that is read or written.
-        revision: Its revision.
-        file: The file in it.
-    """
+    """Turns errors of the Hub's client about a repo into a UsageError that says what to do."""
     try:
         yield
     except UsageError:

@@ -358,10 +358,6 @@ def first_epoch(start: float, epochs: int | None) -> int:
     >>> first_epoch(160, 200), first_epoch(0.8, 200), first_epoch(0.8, 4)
     (160, 160, 3)
 
-    Args:
-        start: A 0-based epoch, or a fraction of the epochs.
-        epochs: Number of epochs; None if unknown.
-
     Raises:
         UsageError: If the start is not within the epochs, or is a fraction of unknown epochs.
     """
