@@ -135,7 +135,7 @@ def paired_difference(
     )
     targets = check_labels(targets)
     right_a, right_b = (check_labels(preds) == targets for preds in (preds_a, preds_b))
-    groups = _groups(class_counts, rule, len(check_class_counts(class_counts)))
+    groups = _groups(class_counts, rule)
     # Columns: neither right, only b, only a, both.
     cells = torch.bincount(4 * targets + 2 * right_a + right_b, minlength=4 * groups.shape[1])
     cells = cells.view(-1, 4)
@@ -154,16 +154,15 @@ def paired_difference(
     return PairedDifference(a - b, *_percentiles(drawn[field], level))
 
 
-def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int) -> Tensor:
+def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int | None = None) -> Tensor:
     """Returns the masks of the shot groups as float64, (3, C)."""
     counts = check_class_counts(class_counts, num_classes)
     return torch.stack(list(shot_groups(counts, rule).values())).double()
 
 
 def _figures(right: NDArray[np.int64], images: NDArray[np.int64], groups: Tensor) -> Figures:
-    return accuracy_figures(
-        torch.from_numpy(right).double(), torch.from_numpy(images).double(), groups
-    )
+    counts = torch.from_numpy(images).double()
+    return accuracy_figures(torch.from_numpy(right).double(), counts, groups)
 
 
 def _bootstrap(draw: Draw, width: int, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
@@ -264,12 +263,12 @@ def shifted_accuracies(
     Raises:
         UsageError: If the sizes differ, or no accuracy is known.
     """
-    forward = {
-        f"forward_{r}": shifted_accuracy(accuracies, class_counts, "forward", r) for r in SHIFTS
+    shifts: list[tuple[ShiftDirection, int]] = [
+        *(("forward", r) for r in SHIFTS),
+        ("uniform", 1),
+        *(("backward", r) for r in reversed(SHIFTS)),
+    ]
+    return {
+        d if d == "uniform" else f"{d}_{r}": shifted_accuracy(accuracies, class_counts, d, r)
+        for d, r in shifts
     }
-    uniform = {"uniform": shifted_accuracy(accuracies, class_counts, "uniform")}
-    backward = {
-        f"backward_{r}": shifted_accuracy(accuracies, class_counts, "backward", r)
-        for r in reversed(SHIFTS)
-    }
-    return forward | uniform | backward

@@ -33,14 +33,9 @@ class Picture(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Class whose accuracy differs between the joint classifier and a head.
+    """Class with its test images, those that the joint classifier (before) and a head get right.
 
-    Attributes:
-        label: The class.
-        before: Test images that the joint classifier gets right.
-        after: Test images that the head gets right.
-        images: Test images of the class.
-        pictures: Test images on which the two differ.
+    The pictures are test images on which the two differ.
     """
 
     label: int
@@ -73,11 +68,7 @@ class Mistake(NamedTuple):
 
 
 class Thumbnails:
-    """Small pictures of example images; each image is decoded once.
-
-    Args:
-        images: The data sets; None has no pictures.
-    """
+    """Small pictures of example images, each decoded once; None has no pictures."""
 
     def __init__(self, images: ExampleImages | None) -> None:
         self._images = images
@@ -119,18 +110,10 @@ def data_uri(image: Image.Image) -> str | None:
 
 
 def evaluated_rows(size: int, unreadable: list[int], evaluated: int) -> Tensor | None:
-    """Returns the rows of a data set that were evaluated, (evaluated,).
+    """Returns the evaluated rows of a data set, None if not all unreadable rows are known.
 
     >>> evaluated_rows(4, [1], 3)
     tensor([0, 2, 3])
-
-    Args:
-        size: Number of rows of the data set.
-        unreadable: Rows that are known to be unreadable.
-        evaluated: Number of evaluated images.
-
-    Returns:
-        None if not all unreadable rows are known.
     """
     readable = torch.ones(size, dtype=torch.bool)
     readable[unreadable] = False
