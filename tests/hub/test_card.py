@@ -43,6 +43,14 @@ def fresh(info):
     return render_card(info, name="glyphs", plots=PLOTS, recipe="epochs: 3\n", license="mit")
 
 
+def bare_checkpoint(folder, architecture="test_resnet", **options):
+    """A checkpoint of a backbone, as ``timm-lt convert`` writes it."""
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=4, **options)
+    timm_lt.save_checkpoint(folder, model, heads={}, class_counts=None)
+    return folder
+
+
 def headings(card):
     """Headings outside of blocks of code."""
     text = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL)
@@ -225,10 +233,7 @@ def test_long_lists_of_classes_are_cut(info):
 
 
 def test_converted_weights_have_a_card_without_empty_sections(tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=4)
-    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=None)
-    card = folder_card(tmp_path, name="converted")
+    card = folder_card(bare_checkpoint(tmp_path), name="converted")
     assert headings(card) == ["# converted", "## Use", "## Limits"]
     assert "trained on" not in card
     assert "None" not in card.replace("is None", "")
@@ -303,21 +308,16 @@ def test_the_examples_run_as_they_stand(plain_server, tmp_path, monkeypatch, inf
 def test_the_examples_run_where_there_is_nothing_but_a_backbone(
     plain_server, tmp_path, monkeypatch, capsys
 ):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=4)
-    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=None)
-    scope, swapped, plain, shown = run_snippets(
-        folder_card(tmp_path, name="x"), tmp_path, monkeypatch, plain_server
-    )
+    card = folder_card(bare_checkpoint(tmp_path), name="x")
+    scope, swapped, plain, shown = run_snippets(card, tmp_path, monkeypatch, plain_server)
     torch.testing.assert_close(scope["logits"], plain)
     assert shown.strip() == capsys.readouterr().out.strip() == str(int(plain.argmax()))
     assert swapped.get_classifier().kind == "tau_norm"
 
 
 def test_a_card_says_that_timm_lacks_the_architecture(tmp_path, monkeypatch):
-    model = timm.create_model("lt_bbn_resnet", base="test_resnet", num_classes=4)
-    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=None)
-    card = folder_card(tmp_path, name="x")
+    folder = bare_checkpoint(tmp_path, "lt_bbn_resnet", base="test_resnet")
+    card = folder_card(folder, name="x")
     assert "The backbone is timm_lt's `lt_bbn_resnet`" in card
     assert "timm has no such architecture until timm_lt is imported" in card
     monkeypatch.chdir(tmp_path)
