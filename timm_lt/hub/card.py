@@ -135,7 +135,6 @@ def render_card(
         license: Licence of the weights, by its identifier on the Hub.
     """
     heads, counts = list(info.heads.values()), info.class_counts
-    example = _example_head(info)
     classes = [] if counts is None else zip(info.label_names or (), counts, strict=False)
     card = _template().render(
         card_data=_metadata(info, name, license).to_yaml(),
@@ -145,8 +144,7 @@ def render_card(
         kept=_kept_backbone(recipe),
         repo_id=repo_id,
         source=json.dumps(f"hf-hub:{one_line(repo_id, 300)}" if repo_id else "local-dir:."),
-        example=example,
-        other_head=_other_head(info, example),
+        example=_example_head(info),
         results=_results(info),
         note=TEST_SELECTION if info.protocol == "paper" else None,
         shots=_shots(info),
@@ -318,15 +316,6 @@ def _example_head(info: CheckpointInfo) -> str:
     fitted = [entry for entry in info.heads.values() if entry.kind != "linear"]
     best = max(fitted, key=lambda e: known_fraction(e.metrics.get("all")) or 0.0, default=None)
     return best.name if best else "linear"
-
-
-def _other_head(info: CheckpointInfo, example: str) -> str:
-    """Returns arguments that choose another head, if possible one without a file."""
-    # Every checkpoint has tau_norm, which only needs the joint classifier.
-    if example != "tau_norm":
-        return '"tau_norm", tau=0.5'
-    others = sorted(set(info.heads) - {example, "linear"})
-    return json.dumps(others[0] if others else "linear")
 
 
 def _results(info: CheckpointInfo) -> str | None:

@@ -111,18 +111,15 @@ def paired_difference(
     PairedDifference(difference=0.25, low=0.0, high=0.5)
 
     Args:
-        preds_a: Classes that a predicts, integers in [0, C).
-        preds_b: Classes that b predicts, integers in [0, C).
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        preds_a: Classes that a predicts, (N,), integers in [0, C).
+        preds_b: Classes that b predicts, (N,).
+        targets: True classes, (N,).
+        class_counts: Training images per class, (C,).
         objective: Figure to compare; see :func:`~timm_lt.metrics.objective_value`.
         rule: Bounds of the shot groups.
         level: Share of the draws inside the interval, in (0, 1).
         samples: Number of draws, at least 1.
         seed: Seed of the draws.
-
-    Shape:
-        preds_a (N,), preds_b (N,), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the shapes differ, a label or a value is out of range, or the objective's
@@ -253,15 +250,7 @@ def shifted_accuracies(
     ['forward_50', 'forward_25', 'forward_10', 'forward_5', 'forward_2', 'uniform',
      'backward_2', 'backward_5', 'backward_10', 'backward_25', 'backward_50']
 
-    Args:
-        accuracies: A report, or the accuracy of each class, (C,); NaN where unknown.
-        class_counts: Training images per class, (C,).
-
-    Returns:
-        Accuracies by direction and imbalance factor, from training-like to reversed.
-
-    Raises:
-        UsageError: If the sizes differ, or no accuracy is known.
+    Its arguments and errors are the same.
     """
     shifts: list[tuple[ShiftDirection, int]] = [
         *(("forward", r) for r in SHIFTS),

@@ -98,11 +98,8 @@ class OpenSetMetrics:
         """Counts a batch; an error leaves the counts unchanged.
 
         Args:
-            logits: Finite scores of the known classes, on any device.
-            targets: True classes, integers in [0, C), and -1 for open images.
-
-        Shape:
-            logits (N, C), targets (N,); N may be 0.
+            logits: Finite scores of the known classes, (N, C), on any device; N may be 0.
+            targets: True classes, (N,), integers in [0, C), and -1 for open images.
 
         Raises:
             UsageError: If the shapes do not match, a target is out of range, or a logit is not

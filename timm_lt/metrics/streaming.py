@@ -147,12 +147,9 @@ class ShotMetrics:
         """Counts a batch; an error leaves the counts unchanged.
 
         Args:
-            outputs: Predicted classes, or logits (floating point, on any device), which add
-                calibration and top-5.
-            targets: True classes, integers in [0, C).
-
-        Shape:
-            outputs (N,) or (N, C), targets (N,); N may be 0.
+            outputs: Predicted classes, (N,), or logits, (N, C) floating point on any device, which
+                add calibration and top-5; N may be 0.
+            targets: True classes, (N,), integers in [0, C).
 
         Raises:
             UsageError: If the shapes do not match, a label is not an integer in [0, C), a logit is
@@ -306,13 +303,10 @@ def shot_accuracy(
     few_shot (< 20) 0.0 %, class mean 66.7 %, macro F1 55.6 %, ECE none
 
     Args:
-        preds: Predicted classes, integers in [0, C).
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        preds: Predicted classes, (N,), integers in [0, C).
+        targets: True classes, (N,), integers in [0, C).
+        class_counts: Training images per class, (C,).
         rule: Bounds of the shot groups.
-
-    Shape:
-        preds (N,), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the shapes differ or a label is not an integer in [0, C).
@@ -336,13 +330,10 @@ def evaluate_logits(
     rounded to multiples of 2^-32.
 
     Args:
-        logits: Finite scores.
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        logits: Finite scores, (N, C).
+        targets: True classes, (N,), integers in [0, C).
+        class_counts: Training images per class, (C,).
         rule: Bounds of the shot groups.
-
-    Shape:
-        logits (N, C), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the logits are not a floating-point tensor, the shapes do not match, a logit
@@ -365,12 +356,9 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
      {'images': 2, 'confidence': 0.875, 'accuracy': 0.5}]
 
     Args:
-        confidences: Probability of the predicted class, in [0, 1].
-        right: Whether the prediction is right.
+        confidences: Probability of the predicted class, (N,) in [0, 1], N >= 1.
+        right: Whether the prediction is right, (N,).
         bins: Number of bins of equal width.
-
-    Shape:
-        confidences (N,), right (N,) with N >= 1.
 
     Returns:
         Number of images, mean confidence and accuracy of each bin; the last two are None for an

@@ -52,13 +52,10 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
     """Checks labels and returns them as a LongTensor on the CPU.
 
     Args:
-        labels: Integers in [0, num_classes), one per image. A NumPy array or a tensor must have an
-            integer dtype: a float label is refused even if its value is whole.
+        labels: Integers in [0, num_classes), (N,) with N >= 1. A NumPy array or a tensor must have
+            an integer dtype: a float label is refused even if its value is whole.
         num_classes: Number of classes, at least 1; None leaves the labels unbounded above.
         noun: Name of the labels in messages.
-
-    Shape:
-        labels (N,) with N >= 1, returned as (N,).
 
     Raises:
         UsageError: If there are no labels, they are not one-dimensional, or one of them is not an
@@ -134,11 +131,11 @@ def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
     tensor([2, 0, 1, 0])
 
     Args:
-        labels: Integer labels, one per image.
-        num_classes: Number of classes; None takes the largest label plus one.
+        labels: Integer labels, (N,) with N >= 1.
+        num_classes: Number of classes C; None takes the largest label plus one.
 
-    Shape:
-        labels (N,) with N >= 1; returns (C,) int64. An empty class has count 0.
+    Returns:
+        The counts, (C,) int64; an empty class has count 0.
 
     Raises:
         UsageError: If a label is not an integer in [0, num_classes); names its index and value.
@@ -158,12 +155,10 @@ def check_class_counts(
     tensor([90,  0,  5])
 
     Args:
-        class_counts: Counts in label order; or by label, as a mapping or a pandas Series.
+        class_counts: Non-negative integers, (C,), not all of them 0, in label order; or by label,
+            as a mapping or a pandas Series.
         num_classes: Expected number of classes. With it a mapping may omit empty classes.
         label_names: Class names in label order, which a mapping may have as keys.
-
-    Shape:
-        class_counts (C,) with C >= 1, non-negative integers, not all of them 0.
 
     Raises:
         UsageError: If they are not, or their number is not ``num_classes``; names the first wrong
@@ -289,11 +284,11 @@ def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, T
      'few_shot': [False, False, False]}
 
     Args:
-        class_counts: Training images per class.
+        class_counts: Training images per class, (C,).
         rule: Where the boundaries lie; published few-shot numbers depend on it.
 
-    Shape:
-        class_counts (C,); returns three boolean masks (C,), of which each class is in exactly one.
+    Returns:
+        Three boolean masks, (C,); each class is in exactly one.
 
     Raises:
         UsageError: If the rule is unknown or the counts are not counts.
