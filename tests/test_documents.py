@@ -1,4 +1,4 @@
-"""README, documentation, recipes: what they promise is there and runs, and the site builds."""
+"""README, documentation, recipes: names, links and commands are valid, and the code runs."""
 
 import collections
 import contextlib
@@ -161,7 +161,7 @@ def test_python_blocks_run(block, tmp_path, monkeypatch, capsys, request):
 
 
 @pytest.mark.parametrize("block", blocks("bash", "sh"))
-def test_shell_lines_are_what_the_parsers_take(block):
+def test_shell_lines_are_valid(block):
     for words in shell_lines(blocks("bash", "sh")[block]):
         check_command(words)
 

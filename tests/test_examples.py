@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and show what they have shown."""
+"""The notebooks run from top to bottom and reproduce their outputs."""
 
 import itertools
 import os
@@ -40,7 +40,7 @@ nbformat.write(notebook, "executed.ipynb")
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_a_notebook_runs_and_shows_what_it_has_shown(path, tmp_path):
+def test_a_notebook_runs_and_reproduces_its_outputs(path, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],
         cwd=tmp_path,

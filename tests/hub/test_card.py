@@ -1,4 +1,4 @@
-"""The model card: it says what the checkpoint has, and hostile names change no structure."""
+"""The model card: its content, and hostile names, which must not change its structure."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def snippets(card):
     return re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
 
 
-# What it says ------------------------------------------------------------------------------------
+# Content ------------------------------------------------------------------------------------
 
 
 def test_the_card_of_the_packaged_checkpoint():
@@ -229,7 +229,7 @@ def test_long_lists_of_classes_are_cut(info):
     assert "`class_999`" not in card
 
 
-# What it lacks -----------------------------------------------------------------------------------
+# Missing information ------------------------------------------------------------------------------
 
 
 def test_converted_weights_have_a_card_without_empty_sections(tmp_path):
@@ -305,9 +305,7 @@ def test_the_examples_run_as_they_stand(plain_server, tmp_path, monkeypatch, inf
     assert (swapped.get_classifier().kind, swapped.get_classifier().tau) == ("tau_norm", 0.5)
 
 
-def test_the_examples_run_where_there_is_nothing_but_a_backbone(
-    plain_server, tmp_path, monkeypatch, capsys
-):
+def test_the_examples_run_for_a_bare_backbone(plain_server, tmp_path, monkeypatch, capsys):
     card = folder_card(bare_checkpoint(tmp_path), name="x")
     scope, swapped, plain, shown = run_snippets(card, tmp_path, monkeypatch, plain_server)
     torch.testing.assert_close(scope["logits"], plain)

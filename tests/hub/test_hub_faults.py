@@ -37,7 +37,7 @@ def load(cache, head="lws", name="me/birds", **options):
 
 
 def check_whole(cache, head="lws"):
-    """What loads now is what is packaged."""
+    """Compares the loaded model with the packaged one."""
     local = timm_lt.create_model(f"local-dir:{PACKAGED}", head=head).eval()
     with torch.no_grad():
         assert torch.equal(load(cache, head)(IMAGES), local(IMAGES))
@@ -58,7 +58,7 @@ STATUS = {
     ("status", "file"),
     [*((status, WEIGHTS) for status in STATUS), (500, "config.json"), (500, HEAD)],
 )
-def test_a_refusal_says_why_and_is_over_when_it_is_over(birds, tmp_path, status, file):
+def test_a_refusal_names_its_reason_and_is_not_kept(birds, tmp_path, status, file):
     headers = {"Retry-After": "7"} if status == 429 else {}
     birds.fault("HEAD", f"/resolve/.*/{file}", status=status, headers=headers)
     with pytest.raises(UsageError, match=STATUS[status]) as caught:
@@ -76,7 +76,7 @@ def test_a_short_refusal_is_waited_for(birds, tmp_path, no_waiting):
     assert no_waiting
 
 
-def test_repos_revisions_and_files_that_are_not_there(birds, tmp_path, monkeypatch):
+def test_missing_repos_revisions_and_files(birds, tmp_path, monkeypatch):
     birds.create("me/empty")
     with pytest.raises(UsageError, match="there is no model repo me/nobody"):
         load(tmp_path, name="me/nobody")
@@ -266,7 +266,7 @@ def test_an_interrupted_push_changes_nothing_and_the_next_completes_it(
     assert len(birds.commits("me/birds")) == len(commits) + 1
 
 
-def test_a_commit_that_nobody_heard_of_is_found_by_the_next_push(birds):
+def test_the_next_push_finds_a_commit_without_an_answer(birds):
     birds.commit("me/birds", {"recipe.yaml": b"epochs: 1\n"})
     birds.fault("POST", "/commit/", drop="answer")
     with pytest.raises(UsageError, match="cannot be reached"):
@@ -297,7 +297,7 @@ def test_mistakes_at_the_command_line_are_one_line(loopback_hub, tmp_path, capsy
     assert loopback_hub.uploads() == []
 
 
-def test_what_a_repo_says_cannot_write_on_the_terminal(birds, capsys):
+def test_a_repo_cannot_write_on_the_terminal(birds, capsys):
     evil = "\x1b]0;pwn\x07\x1b[2J"
     config = with_arguments(**{evil: 10**9})
     config["timm_lt"]["heads"][evil] = {"kind": "linear"}

@@ -1,4 +1,4 @@
-"""Pushing to a hub and loading from it: which files move, and what is refused.
+"""Pushing to a hub and loading from it: the files that move, and the mistakes.
 
 ``pytest`` runs this against a hub on 127.0.0.1; ``HF_TOKEN=... pytest -m hub`` runs what takes the
 fixture ``hub`` against the real one.
@@ -38,7 +38,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def folder(tmp_path):
-    """The packaged checkpoint as a run leaves it: with what must never be pushed beside it."""
+    """The packaged checkpoint as a run leaves it, beside files that must never be pushed."""
     run = shutil.copytree(PACKAGED, tmp_path / "run")
     for path in ("state/random.pkl", "logs/events", "photo.jpg", "heads/old.bin", "plots/a.png"):
         (run / path).parent.mkdir(exist_ok=True)
@@ -244,7 +244,7 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize(("path", "content", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_a_folder_that_is_not_whole_is_not_pushed(loopback_hub, folder, path, content, message):
+def test_an_incomplete_folder_is_not_pushed(loopback_hub, folder, path, content, message):
     (folder / path).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         timm_lt.push_to_hub(folder, "me/birds")

@@ -184,7 +184,7 @@ def test_the_table_sorts_filters_and_turns_pages(opened):
     assert page.text_content("#status") == "No class matches"
 
 
-def test_what_the_script_draws_is_what_was_there_before(opened):
+def test_the_script_draws_the_same_table(opened):
     page = opened()
     before = page.inner_html("#class-table tbody")
     page.fill("#filter", "x")

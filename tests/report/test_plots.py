@@ -1,4 +1,4 @@
-"""The charts: they show what was measured, as PNG and as SVG."""
+"""The charts show the measured figures, as PNG and as SVG."""
 
 import re
 from xml.etree import ElementTree

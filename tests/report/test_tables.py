@@ -119,7 +119,7 @@ def test_the_recommendation_has_the_figures_that_change():
     )
 
 
-def test_the_table_of_a_checkpoint_stands_anything_in_its_metrics():
+def test_the_table_of_a_checkpoint_accepts_any_metrics():
     info = read_checkpoint(CHECKPOINTS / "lt_test_resnet.glyph_lt")
     figures = {"all": 10**400, "many_shot": 0.5, "medium_shot": None, "few_shot": -1.0}
     crt = dataclasses.replace(info.heads["crt"], name="mine", metrics=figures)

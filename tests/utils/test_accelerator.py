@@ -1,4 +1,4 @@
-"""The process and its devices: what the library's calls leave as they found it."""
+"""Processes and devices: calls of the library leave the state of the process unchanged."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

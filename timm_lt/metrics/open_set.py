@@ -125,10 +125,10 @@ class OpenSetMetrics:
 
         This accumulator keeps the counts of its own process.
         """
-        whole = copy.copy(self)
+        total = copy.copy(self)
         counts = self._counts.to(accelerator.device)
-        whole._counts = accelerator.reduce(counts, reduction="sum").cpu()
-        return whole
+        total._counts = accelerator.reduce(counts, reduction="sum").cpu()
+        return total
 
     def compute(self) -> OpenSetReport:
         """Returns the report on all counted images; UsageError if there are none."""

@@ -228,10 +228,10 @@ class ShotMetrics:
         """
         both = torch.cat([self._counts.flatten(), self._bins.flatten()])
         sums = accelerator.reduce(both.to(accelerator.device), reduction="sum").cpu()
-        whole = copy.copy(self)
-        whole._counts = sums[: self._counts.numel()].view_as(self._counts)
-        whole._bins = sums[self._counts.numel() :].view_as(self._bins)
-        return whole
+        total = copy.copy(self)
+        total._counts = sums[: self._counts.numel()].view_as(self._counts)
+        total._bins = sums[self._counts.numel() :].view_as(self._bins)
+        return total
 
     def compute(self) -> ShotReport:
         """Returns the report on all counted images.

@@ -11,13 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from timm_lt.metrics import PairedDifference, confidence_intervals, paired_difference
-from timm_lt.report.changes import (
-    Thumbnails,
-    compare,
-    confused_groups,
-    frequent_mistakes,
-    min_images,
-)
 from timm_lt.report.plots import (
     PALETTE,
     draw_calibration,
@@ -28,7 +21,14 @@ from timm_lt.report.plots import (
     head_styles,
     page_colors,
 )
-from timm_lt.report.record import Report
+from timm_lt.report.record import (
+    Report,
+    Thumbnails,
+    compare,
+    confused_groups,
+    frequent_mistakes,
+    min_images,
+)
 from timm_lt.report.tables import GROUPS, describe_selection, group_word, percent
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import write_atomic

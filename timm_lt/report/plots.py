@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.metrics import Objective
-from timm_lt.report.changes import confused_groups
-from timm_lt.report.record import Report
+from timm_lt.report.record import Report, confused_groups
 from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
