@@ -10,24 +10,11 @@ import re
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote
 
-import yaml
-
 from hub_server.server import Blob, RefusedError, Reply, is_lfs
 
-FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 ROUTES = []
 DATASETS = "datasets/"
 DATE = "2026-01-01T00:00:00.000Z"
-
-
-def read_card(blobs):
-    """The front matter of a repo's README.md, and the error that the Hub has for it, if any."""
-    found = FRONT_MATTER.match(blobs["README.md"].content.decode() if "README.md" in blobs else "")
-    try:
-        data = (yaml.safe_load(found[1]) if found else None) or {}
-    except yaml.YAMLError as error:
-        return {}, f"Invalid YAML in README.md: {error}"
-    return (data, None) if isinstance(data, dict) else ({}, "metadata must be an object")
 
 
 def route(methods, pattern):
@@ -162,9 +149,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        error = read_card({"README.md": Blob(self.json()["content"].encode(), lfs=False)})[1]
-        errors = [] if error is None else [{"message": error}]
-        return Reply({"errors": errors, "warnings": []}, 400 if errors else 200)
+        return {"errors": [], "warnings": []}
 
     @route("POST", "/api/repos/create")
     def create(self):
@@ -173,8 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{namespace}/{asked['name']}"
         url = f"{self.hub.endpoint}/{repo_id}"
         if namespace != user:
-            message = f'You don\'t have the rights to create a model under "{namespace}"'
-            raise RefusedError(403, message)
+            raise RefusedError(403, "You don't have the rights to create a model")
         if repo_id in self.hub.repos:
             raise RefusedError(409, "You already created this model repo", url=url)
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
@@ -198,9 +182,8 @@ class Handler(BaseHTTPRequestHandler):
         for asked in self.json()["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in repo.objects:
-                upload = {"href": f"{self.hub.endpoint}/lfs/{repo.id}/{asked['oid']}"}
-                verify = {"href": f"{self.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
-                answer["actions"] = {"upload": upload, "verify": verify}
+                href = f"{self.hub.endpoint}/lfs/{repo.id}/{asked['oid']}"
+                answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
         return {"transfer": "basic", "objects": objects}
 
@@ -209,11 +192,6 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.put.append(oid)
         self.hub.repos[repo].objects[oid] = self.body
         return Reply(b"")
-
-    @route("POST", r"/{repo}\.git/info/lfs/objects/verify")
-    def lfs_verify(self, repo):
-        self.repo(repo, write=True)
-        return {}
 
     @route("POST", "/api/models/{repo}/commit/{rev}")
     def commit(self, repo, rev):
@@ -225,8 +203,6 @@ class Handler(BaseHTTPRequestHandler):
         blobs = dict(head.blobs)
         for operation in operations:
             self.apply(repo, blobs, operation["key"], operation["value"])
-        if error := read_card(blobs)[1]:
-            raise RefusedError(400, error)
         made = self.hub.record(repo, rev, blobs, asked["summary"])
         url = f"{self.hub.endpoint}/{repo.id}/commit/{made.id}"
         return {"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": ""}
@@ -312,22 +288,14 @@ class Handler(BaseHTTPRequestHandler):
         for path, blob in sorted(commit.blobs.items()):
             more = {"size": len(blob.content), "blobId": blob.git_oid} | blob.lfs_info("sha256")
             siblings.append({"rfilename": path} | (more if "blobs" in self.query else {}))
-        card, _ = read_card(commit.blobs)
-        tags = [*card.get("tags", [])]
-        if "license" in card:
-            tags.append(f"license:{card['license']}")
-        name = repo.id.removeprefix(DATASETS)
         return {
-            "id": name,
-            "author": name.split("/")[0],
+            "id": repo.id.removeprefix(DATASETS),
             "sha": commit.id,
             "lastModified": DATE,
             "private": repo.private,
             "gated": "manual" if repo.gated else False,
             "disabled": False,
-            "tags": tags,
-            "library_name": card.get("library_name"),
-            "cardData": card,
+            "tags": [],
             "siblings": siblings,
         }
 
