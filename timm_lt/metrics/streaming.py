@@ -169,8 +169,7 @@ class ShotMetrics:
             raise UsageError(
                 f"preds {tuple(preds.shape)} and targets {tuple(targets.shape)} must have one shape"
             )
-        self._check_kind(scored=False)
-        self._count(preds, targets)
+        self._count(preds, targets, scored=False)
 
     def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
         """Counts a batch as :meth:`update` does and returns its predictions.
@@ -188,31 +187,27 @@ class ShotMetrics:
         """
         targets = check_labels(targets, self.num_classes, noun="targets")
         check_logits(logits, len(targets), self.num_classes)
-        self._check_kind(scored=True)
         outcomes = judge(logits, targets)
         preds, confidences, in_top = outcomes
-        self._count(preds, targets)
+        self._count(preds, targets, scored=True)
         self._counts[3].scatter_add_(0, targets, in_top.long())
         first_bin = ECE_BINS * self._groups.int().argmax(0)[targets]
         self._bins += bin_sums(confidences, preds == targets, first_bin, self._bins.shape[1])
         return outcomes
 
-    def _count(self, preds: Tensor, targets: Tensor) -> None:
-        """Counts the images in O(N), not O(C)."""
+    def _count(self, preds: Tensor, targets: Tensor, *, scored: bool) -> None:
+        """Counts the images in O(N), not O(C), if all updates have logits or none has."""
+        had_logits = bool(self._bins.any())
+        if had_logits != scored and (had_logits or self._counts.any()):
+            raise UsageError(
+                "some updates have logits and others predictions: pass logits in all or in none"
+            )
         ones = torch.ones_like(targets)
         # NumPy is faster than torch with integers.
         cells = np.multiply(preds.numpy() == targets.numpy(), self.num_classes, dtype=np.int64)
         cells += targets.numpy()
         self._counts.view(-1).scatter_add_(0, torch.from_numpy(cells), ones)
         self._counts[2].scatter_add_(0, preds, ones)
-
-    def _check_kind(self, scored: bool) -> None:
-        """Checks that either all updates have logits or none has."""
-        had_logits = bool(self._bins.any())
-        if had_logits != scored and (had_logits or self._counts.any()):
-            raise UsageError(
-                "some updates have logits and others predictions: pass logits in all or in none"
-            )
 
     def merge(self, other: "ShotMetrics") -> None:
         """Adds the counts of another accumulator; UsageError if their shot groups differ."""

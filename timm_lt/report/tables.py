@@ -103,15 +103,8 @@ def shot_table(
 ) -> Table:
     """Builds the table of heads by shot group, in percent.
 
-    Args:
-        reports: Test figures by head.
-        class_counts: Training images per class, (C,).
-        seconds: Time to make each head; if empty, the table has no such column.
-        selections: How each head's options were selected; if empty, the table has no such column.
-        title: Line above the table.
-        note: Line below the table and its legend.
-        intervals: Show the 95 % interval of :func:`~timm_lt.metrics.confidence_intervals` below
-            each accuracy.
+    Seconds and selections are by head; if empty, the table has no such column. The note is below
+    the legend. With ``intervals`` each accuracy has its 95 % confidence interval.
     """
     legend = shot_legend(describe_shots(class_counts, next(iter(reports.values())).rule))
     if intervals:
@@ -201,9 +194,7 @@ def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> s
     The figures are of the test split, which is not used for the choice. Heads are tied with the
     recommended one if the interval of its lead on validation reaches 0.
 
-    Args:
-        reports: Test figures by head.
-        record: Selection of head ``auto``, see :func:`timm_lt.fit_head`.
+    The record is the selection of head ``auto``; see :func:`timm_lt.fit_head`.
 
     >>> from timm_lt.metrics import shot_accuracy
     >>> before = shot_accuracy([0, 0, 0, 1], [0, 0, 1, 1], [500, 5])

@@ -42,16 +42,10 @@ def create_accelerator(
 ) -> Accelerator:
     """Creates the accelerator of a run: the batch size counts images over all processes.
 
-    Processes, machines, FSDP and compilers are configured by ``accelerate config``.
-
-    Args:
-        mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
-            can, or a CPU with avx512_bf16) and full precision elsewhere, unless ``accelerate
-            launch`` sets another precision than its default, ``"no"``.
-        accumulation_steps: Batches over which the gradient of an update is summed, >= 1.
-        compiled: Whether to compile the model with torch.compile.
-        tracker: ``"none"`` or an installed tracker of accelerate.
-        folder: Folder of trackers that write files.
+    Processes, machines, FSDP and compilers are configured by ``accelerate config``. The precision
+    ``"auto"`` is bf16 where the processor computes it natively (a GPU that can, or a CPU with
+    avx512_bf16) and full precision elsewhere, unless ``accelerate launch`` sets another precision
+    than its default, ``"no"``. The folder is for trackers that write files.
 
     Raises:
         UsageError: If the tracker is unknown or not installed, or this machine does not have the

@@ -1,4 +1,4 @@
-"""Errors for users, and the checks of options, numbers and choices."""
+"""Errors for users, and checks of options, numbers and choices."""
 
 import difflib
 import inspect
@@ -10,10 +10,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-P = TypeVar("P")
 # Background of transparent pixels.
 WHITE = "#ffffff"
 
