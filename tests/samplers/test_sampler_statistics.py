@@ -1,7 +1,7 @@
-"""Chi-square tests of what samplers draw, each shown to fail on a sampler that is broken.
+"""Chi-square tests of samplers, each shown to fail for a sampler that is broken.
 
-All seeds are fixed, so a test that passes once passes always. An honest sampler must stay above
-``PLAUSIBLE``, which one of 10^5 would miss by chance; a broken one must fall below ``ABSURD``.
+All seeds are fixed, so a test that passes once passes always. A correct sampler must stay above
+``PLAUSIBLE``, which one in 10^5 would miss by chance; a broken one must fall below ``ABSURD``.
 """
 
 import collections
@@ -10,26 +10,15 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from timm_lt.samplers import (
-    ClassSampler,
-    base,
-    create_sampler,
-)
-from timm_lt.samplers import (
-    streams as arithmetic,
-)
-from timm_lt.samplers import (
-    streams as cycles,
-)
+from timm_lt.samplers import ClassSampler, balanced, base, create_sampler, streams
 
 PLAUSIBLE, ABSURD = 1e-5, 1e-20
 
 
 def p_value(observed, expected):
-    """The chi-square p-value of counts by category; what is not expected must not be observed."""
+    """Returns the chi-square p-value of counts; all observed categories must be expected."""
     assert set(observed) <= set(expected)
     counts = [observed[category] for category in expected]
     shares = np.array(list(expected.values()), dtype=float)
@@ -41,39 +30,42 @@ def uniform(*choices):
 
 
 def several_chunks(monkeypatch, chunk_size=25):
-    """Epochs of many chunks; classes of 5 and 6 images count as large and are shuffled in place."""
+    """Divides an epoch into many chunks; classes of 5 and 6 images are shuffled in place."""
     monkeypatch.setattr(ClassSampler, "chunk_size", chunk_size)
-    monkeypatch.setattr(cycles, "BLOCK", 4)
+    monkeypatch.setattr(streams, "BLOCK", 4)
+
+
+# Ways to break a sampler
 
 
 def without_mixing(monkeypatch):
-    monkeypatch.setattr(arithmetic, "mix", lambda words: words)
+    monkeypatch.setattr(streams, "mix", lambda words: words)
 
 
 def the_same_in_every_epoch(monkeypatch):
-    generator = base.torch_generator
-    monkeypatch.setattr(
-        base, "torch_generator", lambda seed, purpose, _, *rest: generator(seed, purpose, 0, *rest)
-    )
+    def first_epoch(seed, purpose, _, *rest):
+        return streams.torch_generator(seed, purpose, 0, *rest)
+
+    for module in (base, balanced):
+        monkeypatch.setattr(module, "torch_generator", first_epoch)
 
 
 def the_same_in_every_cycle(monkeypatch):
-    permute = cycles.ImageCycles._permute
+    permute = streams.ImageCycles._permute
     monkeypatch.setattr(
-        cycles.ImageCycles, "_permute", lambda self, c, q: permute(self, c, np.zeros_like(q))
+        streams.ImageCycles, "_permute", lambda self, c, q: permute(self, c, np.zeros_like(q))
     )
 
 
 def without_arranging(monkeypatch):
-    monkeypatch.setattr(
-        ClassSampler,
-        "_arrange",
-        lambda self, plan, chunk, amounts, _: np.repeat(np.arange(len(amounts)), amounts),
-    )
+    def arrange(self, plan, chunk, amounts, generator):
+        return np.repeat(np.arange(len(amounts)), amounts)
+
+    monkeypatch.setattr(ClassSampler, "_arrange", arrange)
 
 
 def shares_without_shift(monkeypatch):
-    monkeypatch.setattr(arithmetic, "keyed", lambda key, numbers: np.zeros_like(numbers, np.uint64))
+    monkeypatch.setattr(streams, "keyed", lambda key, numbers: np.zeros_like(numbers, np.uint64))
 
 
 # Within a class -----------------------------------------------------------------------------------
@@ -85,7 +77,7 @@ SMALL_CLASSES = [label for label, size in enumerate(SIZES) for _ in range(size)]
 
 
 def orders_over_seeds(runs):
-    """The orders of each class's images in the first epoch of many seeds."""
+    """Yields the orders of the images of each class in the first epoch of many seeds."""
     sampler = create_sampler("instance_balanced", SMALL_CLASSES)
     for seed in range(runs):
         sampler.seed = seed
@@ -93,14 +85,14 @@ def orders_over_seeds(runs):
 
 
 def orders_over_epochs(runs):
-    """The same over the epochs of one seed."""
+    """Yields the same over the epochs of one seed."""
     sampler = create_sampler("instance_balanced", SMALL_CLASSES)
     for epoch in range(runs):
         yield sampler.epoch_indices(epoch).tolist()
 
 
 def orders_of_cycles_in_pieces(runs):
-    """The same over cycles that begin and end anywhere in an epoch, and in its chunks."""
+    """Yields the same over cycles that begin and end anywhere in an epoch, and in its chunks."""
     sampler = create_sampler("class_balanced", SMALL_CLASSES, num_samples=6 * 50)
     drawn = [[] for _ in SIZES]
     for epoch in range(math.ceil(runs * 6 / 50)):
@@ -147,8 +139,59 @@ def test_without_mixing_orders_are_not_equally_likely(orders, monkeypatch):
     assert max(p_values_of_orders(orders(1000))[1:]) < ABSURD
 
 
-def p_value_of_consecutive_orders(runs=3600):
-    """The orders of a class of 3 images in consecutive cycles: 6 x 6 pairs."""
+# Over positions -----------------------------------------------------------------------------------
+
+LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
+
+
+def p_values_of_positions(name, runs=1500, **options):
+    """Returns a p-value for each position of an epoch of several chunks: the image drawn there."""
+    n = 60
+    sampler = create_sampler(name, LABELS, num_samples=n, **options)
+    observed = np.zeros((n, len(LABELS)))
+    for seed in range(runs):
+        sampler.seed = seed
+        observed[np.arange(n), sampler.epoch_indices(1)] += 1
+    p = sampler.class_probabilities(1).numpy()[LABELS]
+    expected = runs * p / np.bincount(LABELS)[LABELS]
+    return stats.chisquare(observed, expected[None].repeat(n, 0), axis=1).pvalue
+
+
+@pytest.mark.parametrize("chunk_size", [20, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("power", {"q": 0.3}),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                ("instance_balanced", {}),
+                ("class_balanced", {}),
+                ("reversed", {}),
+                ("effective_number", {"beta": 0.9}),
+                ("progressively_balanced", {"epochs": 3}),
+                ("deferred", {"start": 1}),
+            ]
+        ),
+    ],
+)
+def test_every_image_is_equally_likely_at_every_position(name, options, chunk_size, monkeypatch):
+    several_chunks(monkeypatch, chunk_size)
+    # The least of 60.
+    assert p_values_of_positions(name, **options).min() > PLAUSIBLE
+
+
+def test_without_arranging_positions_are_not_equally_likely(monkeypatch):
+    several_chunks(monkeypatch, chunk_size=20)
+    without_arranging(monkeypatch)
+    assert p_values_of_positions("class_balanced", 500).min() < ABSURD
+
+
+# Pairs and single draws ---------------------------------------------------------------------------
+
+
+def consecutive_orders(runs):
+    """Returns the p-value of the orders of 3 images in consecutive cycles: 6 x 6 pairs."""
     sampler = create_sampler("instance_balanced", [0, 0, 0, 1, 1])
     pairs = collections.Counter()
     for seed in range(runs):
@@ -158,20 +201,8 @@ def p_value_of_consecutive_orders(runs=3600):
     return p_value(pairs, uniform(*[list(itertools.permutations(range(3)))] * 2))
 
 
-def test_consecutive_cycles_are_independent():
-    assert p_value_of_consecutive_orders() > PLAUSIBLE
-
-
-def test_the_same_order_in_every_cycle_is_not_independent(monkeypatch):
-    the_same_in_every_cycle(monkeypatch)
-    assert p_value_of_consecutive_orders(500) < ABSURD
-
-
-# Over epochs --------------------------------------------------------------------------------------
-
-
-def p_value_of_consecutive_places(runs=3600):
-    """The place of one image, the only one of its class, in consecutive epochs: 6 x 6 pairs."""
+def consecutive_positions(runs):
+    """Returns the p-value of the positions of one image in consecutive epochs: 6 x 6 pairs."""
     sampler = create_sampler("instance_balanced", [0, 1, 1, 1, 2, 2])
     pairs = collections.Counter()
     for epoch in range(runs):
@@ -180,8 +211,8 @@ def p_value_of_consecutive_places(runs=3600):
     return p_value(pairs, uniform(range(6), range(6)))
 
 
-def p_value_of_consecutive_rounding(runs=3600):
-    """Which two of four equal classes are drawn, in consecutive epochs: 6 x 6 pairs."""
+def consecutive_rounding(runs):
+    """Returns the p-value of two of four equal classes in consecutive epochs: 6 x 6 pairs."""
     sampler = create_sampler("class_balanced", [0, 1, 2, 3], num_samples=2)
     pairs = collections.Counter()
     for epoch in range(runs):
@@ -190,58 +221,8 @@ def p_value_of_consecutive_rounding(runs=3600):
     return p_value(pairs, uniform(*[list(itertools.combinations(range(4), 2))] * 2))
 
 
-CONSECUTIVE = pytest.mark.parametrize(
-    "measure", [p_value_of_consecutive_places, p_value_of_consecutive_rounding]
-)
-
-
-@CONSECUTIVE
-def test_consecutive_epochs_are_independent(measure):
-    assert measure() > PLAUSIBLE
-
-
-@CONSECUTIVE
-def test_the_same_epoch_again_is_not_independent(measure, monkeypatch):
-    the_same_in_every_epoch(monkeypatch)
-    assert measure(500) < ABSURD
-
-
-# Over places --------------------------------------------------------------------------------------
-
-LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
-
-
-def p_values_of_places(name, runs=1500, **options):
-    """For every place of an epoch of several chunks: which image is drawn there."""
-    n = 60
-    sampler = create_sampler(name, LABELS, num_samples=n, **options)
-    observed = np.zeros((n, len(LABELS)))
-    for seed in range(runs):
-        sampler.seed = seed
-        observed[np.arange(n), sampler.epoch_indices(1)] += 1
-    p = sampler.class_probabilities(1)[torch.tensor(LABELS)]
-    expected = runs * p.numpy() / np.bincount(LABELS)[LABELS]
-    return stats.chisquare(observed, expected[None].repeat(n, 0), axis=1).pvalue
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("instance_balanced", {}), ("class_balanced", {}), ("power", {"q": 0.3}), ("reversed", {})],
-)
-def test_every_image_is_equally_likely_at_every_place_of_every_chunk(name, options, monkeypatch):
-    several_chunks(monkeypatch, chunk_size=20)
-    # The least of 60.
-    assert p_values_of_places(name, **options).min() > PLAUSIBLE
-
-
-def test_without_arranging_places_are_not_equally_likely(monkeypatch):
-    several_chunks(monkeypatch, chunk_size=20)
-    without_arranging(monkeypatch)
-    assert p_values_of_places("class_balanced", 500).min() < ABSURD
-
-
-def p_value_of_the_place_of_one(runs=2000):
-    """Where the only image of a class is drawn, in an epoch of two chunks."""
+def position_of_one(runs):
+    """Returns the p-value of the position of a class's only image, in an epoch of two chunks."""
     sampler = create_sampler("instance_balanced", [0] * 9 + [1])
     observed = collections.Counter()
     for seed in range(runs):
@@ -250,25 +231,11 @@ def p_value_of_the_place_of_one(runs=2000):
     return p_value(observed, dict.fromkeys(range(10), 1))
 
 
-def test_a_single_draw_is_as_likely_in_every_chunk(monkeypatch):
-    several_chunks(monkeypatch, chunk_size=8)
-    assert p_value_of_the_place_of_one() > PLAUSIBLE
-
-
-def test_without_shift_a_single_draw_is_not_as_likely_in_every_chunk(monkeypatch):
-    several_chunks(monkeypatch, chunk_size=8)
-    shares_without_shift(monkeypatch)
-    assert p_value_of_the_place_of_one(500) < ABSURD
-
-
-# Over ranks ---------------------------------------------------------------------------------------
-
-
-def p_value_of_ranks(runs=3000):
-    """What two ranks draw at the same time: two different images, equally likely."""
-    labels = [0, 0, 0, 1, 1, 2]
+def draws_of_two_ranks(runs):
+    """Returns the p-value of simultaneous draws of two ranks: two different images."""
     ranks = [
-        create_sampler("instance_balanced", labels, rank=rank, num_replicas=2) for rank in range(2)
+        create_sampler("instance_balanced", [0, 0, 0, 1, 1, 2], rank=rank, num_replicas=2)
+        for rank in range(2)
     ]
     pairs = collections.Counter()
     for seed in range(runs):
@@ -279,10 +246,19 @@ def p_value_of_ranks(runs=3000):
     return p_value(pairs, dict.fromkeys(itertools.permutations(range(6), 2), 1))
 
 
-def test_ranks_are_uncorrelated():
-    assert p_value_of_ranks() > PLAUSIBLE
-
-
-def test_ranks_of_a_stream_that_is_not_arranged_are_correlated(monkeypatch):
-    without_arranging(monkeypatch)
-    assert p_value_of_ranks(500) < ABSURD
+@pytest.mark.parametrize(
+    ("measure", "break_it"),
+    [
+        (consecutive_orders, the_same_in_every_cycle),
+        (consecutive_positions, the_same_in_every_epoch),
+        (consecutive_rounding, the_same_in_every_epoch),
+        (position_of_one, shares_without_shift),
+        (draws_of_two_ranks, without_arranging),
+    ],
+)
+def test_draws_are_independent_and_broken_ones_are_not(measure, break_it, monkeypatch):
+    if measure is position_of_one:
+        several_chunks(monkeypatch, chunk_size=8)
+    assert measure(3000) > PLAUSIBLE
+    break_it(monkeypatch)
+    assert measure(500) < ABSURD
