@@ -36,11 +36,12 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
     main = _main_classifiers(model)
     if not main:
         roots = _classifier_roots(model)
-        found = ", ".join(type(root).__name__ for root in roots) or "missing (no get_classifier)"
+        found = ", ".join(type(root).__name__ for root in roots) or "no get_classifier method"
         absent = {type(root) for root in roots} == {nn.Identity}
         raise NoClassifierError(
-            f"the classifier of {type(model).__name__} is {found}; a head replaces an nn.Linear or "
-            f"a 1×1 convolution{' (create the model with num_classes >= 1)' if absent else ''}"
+            f"{type(model).__name__} has no classifier that a head can replace: found {found}, "
+            f"expected nn.Linear or a 1×1 convolution"
+            f"{'; create the model with num_classes >= 1' if absent else ''}"
         )
     # The configuration of VOLO also names an auxiliary classifier.
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -318,7 +319,7 @@ def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Ten
             if key not in state or state[key].shape != value.shape:
                 present = tuple(state[key].shape) if key in state else "missing"
                 raise UsageError(
-                    f"the batch-norm statistics of the head are not those of the model: {key} is "
+                    f"the head's batch-norm statistics are not the model's: {key} is "
                     f"{tuple(value.shape)} in the head and {present} in {type(model).__name__}"
                 )
             if key in statistics and not torch.equal(statistics[key], value):
