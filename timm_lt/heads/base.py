@@ -62,6 +62,10 @@ class Head(nn.Linear):
     changes, so inference costs as much as with an ``nn.Linear``. A change through ``.data`` or
     NumPy is not noticed until ``train()`` or ``eval()`` is called or a gradient is needed.
 
+    Args:
+        in_features, out_features, bias, device, dtype: As for ``nn.Linear``, positional; the
+            options of a head are keyword-only.
+
     Attributes:
         spatial: Whether the head replaces a 1×1 convolution: features are (N, D, H, W), logits
             (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the state dict.

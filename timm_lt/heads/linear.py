@@ -37,7 +37,6 @@ class LogitAdjustedHead(Head):
     auxiliary one, only the main one is. The logits of the model are adjusted once.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength, >= 0; 0 is the joint classifier, 1 removes the training prior.
         class_counts: Training images per class (C,), all >= 1; the prior is their share. None:
             the prior must be loaded from a checkpoint.
@@ -51,10 +50,7 @@ class LogitAdjustedHead(Head):
     log_prior: Tensor
 
     def __init__(
-        self,
-        *size: Any,
-        tau: float = 1.0,
-        class_counts: ClassCounts | None = None,
+        self, *size: Any, tau: float = 1.0, class_counts: ClassCounts | None = None
     ) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
@@ -132,7 +128,6 @@ class TauNormHead(Head):
     The logits of a class with a weight of zeros stay 0.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength of the normalisation, >= 0.
         keep_bias: Add the bias of the joint classifier, as BagofTricks-LT does; the paper's code
             drops it.
@@ -141,12 +136,7 @@ class TauNormHead(Head):
         Kang et al., ICLR 2020, section 4.2, equation 3, https://arxiv.org/abs/1910.09217
     """
 
-    def __init__(
-        self,
-        *size: Any,
-        tau: float = 1.0,
-        keep_bias: bool = False,
-    ) -> None:
+    def __init__(self, *size: Any, tau: float = 1.0, keep_bias: bool = False) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
         self.keep_bias = self.uses_bias = check_flag("keep_bias", keep_bias)
@@ -174,7 +164,6 @@ class LWSHead(Head):
     """Learnable weight scaling: ``scale_c · (w_c·x + b_c)`` with weight and bias frozen.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         scale_bias: Scale the bias too, as the paper's code does.
 
     References:
@@ -186,11 +175,7 @@ class LWSHead(Head):
     fixed_options = ("scale_bias",)
     scale: nn.Parameter
 
-    def __init__(
-        self,
-        *size: Any,
-        scale_bias: bool = True,
-    ) -> None:
+    def __init__(self, *size: Any, scale_bias: bool = True) -> None:
         super().__init__(*size)
         self.scale_bias = check_flag("scale_bias", scale_bias)
         self._set_unfitted("scale", self.out_features, learned=True)

@@ -22,7 +22,6 @@ class NCMHead(Head):
     ``2 x·m_c − ‖m_c‖²``, which differs from ``−‖x − m_c‖²`` by the same term for every class.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         metric: ``"cosine"`` or ``"euclidean"``.
         features: Space of the features: ``"raw"``, ``"l2"`` (unit length) or ``"centered_l2"``
             (training mean subtracted, then unit length). The means are those of the transformed
@@ -41,10 +40,7 @@ class NCMHead(Head):
     feature_mean: Tensor
 
     def __init__(
-        self,
-        *size: Any,
-        metric: Metric = "cosine",
-        features: FeatureSpace = "raw",
+        self, *size: Any, metric: Metric = "cosine", features: FeatureSpace = "raw"
     ) -> None:
         super().__init__(*size)
         check_choice("metric of head 'ncm'", metric, get_args(Metric))
@@ -113,7 +109,6 @@ class CosineHead(_ScaledCosineHead):
     """Cosine classifier: ``scale · w_c·x / (‖w_c‖ ‖x‖)``.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         scale: Factor of the cosines, > 0: the inverse temperature of the softmax.
         learn_scale: Train the factor with the weights.
 
@@ -124,12 +119,7 @@ class CosineHead(_ScaledCosineHead):
 
     own_state = ("weight",)
 
-    def __init__(
-        self,
-        *size: Any,
-        scale: float = 16.0,
-        learn_scale: bool = False,
-    ) -> None:
+    def __init__(self, *size: Any, scale: float = 16.0, learn_scale: bool = False) -> None:
         super().__init__(*size)
         self._first_scale = check_number("scale", scale, "(0, inf)")
         self.learn_scale = check_flag("learn_scale", learn_scale)
@@ -149,9 +139,6 @@ class FSLwFHead(_ScaledCosineHead):
     The weights of the base classes are trained. Those of the novel classes are generated from their
     training features and the base weights. The scalar bias of the paper, which is the same for
     every class, is omitted.
-
-    Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
 
     References:
         Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting, CVPR 2018,
@@ -183,7 +170,6 @@ class OLTRHead(_ScaledCosineHead):
     gradient flows through the centroids.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         scale: Factor of the cosines, > 0: the inverse temperature of the softmax.
         reach: Numerator of the reachability, > 0; 1 in the paper, 10 in the authors' code.
         squash: ``"squared"`` gives v the length ``‖v‖² / (1 + ‖v‖²)``, as in the paper;
@@ -210,11 +196,7 @@ class OLTRHead(_ScaledCosineHead):
     selector_bias: Tensor
 
     def __init__(
-        self,
-        *size: Any,
-        scale: float = 16.0,
-        reach: float = 1.0,
-        squash: Squash = "squared",
+        self, *size: Any, scale: float = 16.0, reach: float = 1.0, squash: Squash = "squared"
     ) -> None:
         super().__init__(*size)
         self.scale = check_number("scale", scale, "(0, inf)")

@@ -24,7 +24,8 @@ class ClassLoss(nn.Module):
     from the class counts are not in the state dict.
 
     Args:
-        class_counts: Training images per class, as many as there are logits; None if unknown.
+        class_counts: Training images ``n_j`` per class, as many as there are logits. None, or a
+            count of 0, is an error for a loss that uses them.
         reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"`` for one loss per image.
 
     Shape:
@@ -32,8 +33,8 @@ class ClassLoss(nn.Module):
         returns a scalar, or (N,) for ``reduction="none"``.
 
     Raises:
-        UsageError: If a loss that uses the counts gets none, or a count of 0; if the shapes do not
-            match; if a target on the CPU is out of range (on a GPU, a device-side assertion fails).
+        UsageError: If an option is wrong, the shapes do not match, or a target on the CPU is out of
+            range (on a GPU, a device-side assertion fails).
     """
 
     # forward takes a third argument, features (N, D): the input of the classifier.
@@ -73,11 +74,7 @@ class ClassLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the epoch before it begins, for losses with a schedule.
-
-        Args:
-            epoch: The 0-based epoch.
-            epochs: Total number of epochs.
+        """Sets the 0-based epoch of a schedule over a number of epochs; call it before each epoch.
 
         Raises:
             UsageError: If the schedule of the loss does not fit into the epochs.

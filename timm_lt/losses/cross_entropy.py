@@ -71,7 +71,6 @@ class LabelAwareSmoothingLoss(ClassLoss):
     ``head``.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         head: eps of the largest class, in [tail, 1).
         tail: eps of the smallest class, in [0, 1).
         shape: Growth of eps with the size.
@@ -131,7 +130,6 @@ class LogitAdjustmentLoss(ClassLoss):
     At tau = 0 this is plain cross-entropy, at tau = 1 balanced softmax.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         tau: Strength of the adjustment, at least 0.
 
     References:
@@ -167,9 +165,6 @@ class BalancedSoftmaxLoss(LogitAdjustmentLoss):
     Training adds the log frequencies to the logits; without them, at test time, the logits are
     those of a balanced prior. Equal to logit adjustment at tau = 1.
 
-    Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
-
     References:
         Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
         https://arxiv.org/abs/2007.10740
@@ -197,7 +192,6 @@ class LDAMLoss(ClassLoss):
       margins.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         max_margin: m, at least 0; 0.5 in the paper.
         scale: s, above 0; 30 in the authors' code.
         logits: Output of the classifier.
@@ -272,7 +266,6 @@ class SeesawLoss(ClassLoss):
     and multi-process runs are the same. Soft targets are not supported.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         mitigation: p, at least 0.
         compensation: q, at least 0.
         min_probability: Lower bound of ``p_y`` in K, in [0, 1): 0 in the paper, 0.01 in the code.

@@ -129,7 +129,6 @@ class InverseFrequencyLoss(WeightedLoss):
     scratch is slow; docs/losses.md explains why and what helps.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         exponent: At least 0: 0 is cross-entropy, 0.5 the inverse square root.
 
     References:
@@ -165,7 +164,6 @@ class ClassBalancedLoss(WeightedLoss):
     the bias (timm's default); otherwise the C - 1 negatives of each image dominate at first.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
         form: The weighted loss.
         gamma: At least 0, only for ``form="focal"``; None is 1, as in the authors' code.
@@ -211,7 +209,6 @@ class ClassBalancedFocalLoss(ClassBalancedLoss):
     note on the bias applies. Later code takes the softmax, ``f = -(1 - p_y)^gamma log p_y``.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1).
         gamma: At least 0; the paper tries 0.5, 1 and 2.
         form: ``"sigmoid"``, the paper's, or ``"softmax"``.

@@ -62,7 +62,6 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
     ``start`` is 0. Soft targets and features are supported if the wrapped loss supports them.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         loss: Name of the wrapped loss; not ``bilateral``, which can wrap this one.
         loss_options: Options of the wrapped loss.
         start: First weighted epoch (0-based), or a fraction of the epochs in (0, 1), rounded down;
@@ -161,7 +160,6 @@ class BilateralLoss(_Wrapper):
     T_div)^2`` falls from 1 towards 0.
 
     Args:
-        class_counts: Training images per class, for a loss that needs them.
         loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
         loss_options: Options of l.
         adaptor: α as a function of ``s = t / T_div``: ``1 - s^2``, ``1 - s``, ``cos(π s / 2)``,

@@ -150,10 +150,8 @@ class DeferredSampler(ClassSampler):
     with a sampler that has another length by default.
 
     Args:
-        first: Name of the sampler at first.
-        second: Name of the sampler from ``start`` on.
-        first_options: Options of the first.
-        second_options: Options of the second.
+        first, first_options: Name and options of the first sampler.
+        second, second_options: Name and options of the second sampler.
         start: The 0-based epoch of the change, or a fraction of the epochs in (0, 1), rounded
             down: 160 in the paper, 0.8 of its 200.
         epochs: Number of epochs, at least 1; a recipe sets it. A sampler with a schedule takes it
@@ -227,13 +225,11 @@ Rebalancing = Literal["reversed", "class_balanced", "instance_balanced"]
 class BilateralSampler(ClassSampler):
     """Draws pairs ``u_0, r_0, u_1, r_1, ...`` of a uniform and a re-balancing stream.
 
-    The uniform stream is ``instance_balanced`` with the same seed: ``u`` has every image once in an
-    epoch of 2 N draws. The other stream has a seed of its own. (The paper draws the images of ``r``
-    with replacement.) A pair stays on one rank, and in one batch if the batch size of each process
-    is even.
-
-    A bilateral network (:func:`timm_lt.create_bilateral`) sends the even rows of a batch through
-    one branch and the odd rows through the other; the loss ``bilateral`` mixes their logits.
+    The uniform stream is ``instance_balanced`` with the same seed, the other has a seed of its own.
+    (The paper draws the images of ``r`` with replacement.) A pair stays on one rank, and in one
+    batch if the batch size of each process is even. A bilateral network
+    (:func:`timm_lt.create_bilateral`) sends even and odd rows through different branches; the loss
+    ``bilateral`` mixes their logits.
 
     Args:
         num_samples: Images of both streams in an epoch, an even number; None takes 2 N.
