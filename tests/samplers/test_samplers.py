@@ -196,16 +196,6 @@ def test_draws_are_right_on_average(name, options):
     assert error.max() < 4 * 0.5 / math.sqrt(epochs)
 
 
-@contract
-def test_equal_counts_are_drawn_equally(name, options):
-    sampler = create_sampler(name, [0, 1, 2] * 8, num_samples=24, **options)
-    for epoch in (0, 3, 8):
-        third = pytest.approx(1 / 3, abs=1e-12)
-        assert sampler.class_probabilities(epoch).tolist() == [third] * 3
-        drawn = torch.bincount(sampler.epoch_indices(epoch) % 3)
-        assert (drawn - 8).abs().max() <= 2 * (name == "bilateral")
-
-
 @single
 def test_ten_thousand_classes(name, options):
     classes = 10_000
@@ -482,7 +472,7 @@ def test_progressively_balanced_per_step(schedule):
         assert p.tolist() == pytest.approx(mean, abs=1e-15)
 
 
-@pytest.mark.parametrize("beta", ["0", "0.9", "0.9999", "0.999999999"])
+@pytest.mark.parametrize("beta", ["0", "0.9", "0.9999", "0.999999999", "0.999999999999"])
 def test_effective_number(beta):
     # Exact fractions: E = 1 + beta + ... + beta^(n - 1); an image has the weight 1 / E.
     effective = [sum(Fraction(beta) ** i for i in range(n)) for n in COUNTS]
@@ -490,11 +480,6 @@ def test_effective_number(beta):
     sampler = create_sampler("effective_number", LABELS, num_classes=6, beta=float(beta))
     expected = [float(w / sum(of_class)) for w in of_class]
     assert sampler.class_probabilities().tolist() == pytest.approx(expected, rel=1e-14, abs=0)
-
-
-def test_effective_number_near_one_is_class_balanced():
-    near_one = create_sampler("effective_number", LABELS, num_classes=6, beta=1 - 1e-12)
-    assert near_one.class_probabilities().tolist() == pytest.approx(power_by_hand(0), abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -564,20 +549,6 @@ def test_a_short_block_is_filled_up_on_several_ranks(num_samples, num_replicas):
     blocks = [part for turn in zip(*ranks, strict=True) for part in turn]
     filled = groups_of(whole + (whole * 2)[: 4 - last], 4)
     assert blocks == (filled * num_replicas)[: len(blocks)]
-
-
-def test_samples_per_class_draws_every_class_equally_often_in_the_long_run():
-    # 30 draws are 7 blocks of 4 and one of 2, of 4 classes: 2 blocks each, one of them shorter.
-    sampler = create_sampler("class_balanced", LABELS, num_samples=30, samples_per_class=4)
-    drawn = collections.Counter()
-    for epoch in range(400):
-        counts = collections.Counter(LABELS[i] for i in sampler.epoch_indices(epoch).tolist())
-        assert sorted(counts.values()) == [6, 8, 8, 8]
-        drawn += counts
-    # The class with 6 is uniform: 7.5 on average, with a deviation of .87 per epoch.
-    assert {c: n / 400 for c, n in drawn.items()} == {
-        c: pytest.approx(7.5, abs=4 * 0.87 / 20) for c in (0, 1, 3, 4)
-    }
 
 
 @pytest.mark.parametrize(
@@ -728,9 +699,7 @@ def test_epochs_that_are_set_do_not_warn():
     assert warned(draw) == []
     # Never set again.
     assert len(warned(lambda: [list(sampler) for _ in range(20)])) == 1
-
-
-def test_loops_that_end_early_are_epochs_too():
+    # Two first batches are no epoch yet, four are.
     sampler = create_sampler("class_balanced", LABELS)
     assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []
     assert len(warned(lambda: [next(iter(sampler)), next(iter(sampler))])) == 1
