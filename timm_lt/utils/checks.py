@@ -184,6 +184,17 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
     return operator.index(value)
 
 
+def check_flag(noun: str, value: bool) -> bool:
+    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true.
+
+    Raises:
+        UsageError: If the value is not a boolean.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{noun} must be true or false, got {value!r}")
+    return value
+
+
 def check_background(background: object) -> str:
     """Returns a background colour as ``#rrggbb``.
 
