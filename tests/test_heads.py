@@ -479,7 +479,7 @@ def test_fold_gives_a_plain_linear_with_the_same_predictions(name, options, exac
 
 
 def test_every_head_has_a_fold_test():
-    # tests/test_oltr.py sees that it refuses.
+    # tests/fitting/test_oltr.py sees that it refuses.
     assert {name for name, _, _ in FOLDS} | {"oltr"} == set(list_heads())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import timm_lt
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import TrainingOptions, train_representation
-from timm_lt.training.frozen import FrozenParts, last_block
+from timm_lt.training.model import FrozenParts, last_block
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 

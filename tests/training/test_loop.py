@@ -15,7 +15,7 @@ from torch import nn
 import timm_lt
 from timm_lt.data.images import ImageTensors
 from timm_lt.heads import get_head
-from timm_lt.training import TrainingOptions, TrainingState, train_representation, update
+from timm_lt.training import TrainingOptions, TrainingState, parts, train_representation
 from timm_lt.utils.accelerator import create_accelerator
 
 NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(accelerator, tmp_path, monkeypa
         train(accelerator, linear_model(), state=state, loss=Notes(lambda _: next(numbers)))
     assert state.saved_epochs() == [1]
     # A long epoch is stopped soon.
-    monkeypatch.setattr(update, "LOOK_EVERY", 2)
+    monkeypatch.setattr(parts, "LOOK_EVERY", 2)
     with pytest.raises(timm_lt.UsageError, match=r"update 1 of epoch 1"):
         train(
             new_accelerator(), linear_model(), loss=Notes(lambda b: batches.append(b) or math.nan)

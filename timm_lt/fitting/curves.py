@@ -1,8 +1,7 @@
 """Accuracy as an exact function of tau, for tau-normalisation and logit adjustment.
 
-For which tau each image is right: one interval per image, from one pass over its logits.
-
-At any tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
+Each image is right for one interval of tau, which is found from one pass over its logits. At any
+tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
 
 - Logit adjustment, ``z_c − tau·log prior_c``: lead is ``z_c − z_t``, rise is ``log prior_c −
   log prior_t``.
@@ -14,20 +13,18 @@ At any tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
 - Tau-normalisation with ``z_t = 0``, which no tau changes: a positive logit always wins, a negative
   one never; lead is the sign of ``z_c``, rise is 0.
 
-So each class gives one bound: a heavier one (``rise > 0``) holds tau to ``>= lead / rise``, a
+So each class gives one bound: a heavier one (``rise > 0``) restricts tau to ``>= lead / rise``, a
 lighter one (``rise < 0``) to ``<= lead / rise``, one of equal weight allows every tau or none. The
 label wins on the interval from the highest lower to the lowest upper bound. A lighter class of
-greater lead leaves no ``tau >= 0``: with the classes ordered by norm, only running maxima of the
-positive logits ever win, and rows with other labels are dropped before a logarithm is taken.
+greater lead leaves no ``tau >= 0``: such rows are dropped before a logarithm is taken.
 
-Step functions of tau: what an objective is between any two taus at which an image changes.
-
-An image that is right on ``[low, high]`` adds its weight there, so an objective that is a weighted
-mean over images changes at 2 N taus at most, and sorting gives it everywhere.
+An objective that is a weighted mean over images changes at 2 N taus at most, the ends of these
+intervals, and sorting them gives the objective everywhere.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -196,12 +193,12 @@ def logit_blocks(
         yield F.linear(block.detach().to("cpu", weight.dtype), weight, bias)
 
 
-# Entries of the (edges, C) matrices from which the worst class is taken at a time.
-ENTRIES = 2**22
+# A step function of tau: where it changes, (K,) ascending from 0, and its value after each.
+Steps = tuple[Tensor, Tensor]
 
 
-def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where a weighted mean changes, (K,) ascending from 0, and its value after each.
+def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> Steps:
+    """Returns the weighted mean of the images that are right.
 
     Args:
         low: First tau at which each image is right, (N,) float64.
@@ -209,24 +206,14 @@ def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, 
         weights: Weight of each image in the mean, (N,) >= 0.
     """
     total = weights.double().sum()
-    low, high, weights = _real(low, high, weights.double())
-    edges = _edges(low, high)
+    # Drop images that are right at no tau >= 0.
+    kept = (low <= high) & (high >= 0)
+    low, high, weights = low[kept].clamp_min(0), high[kept], weights.double()[kept]
+    edges = torch.cat([low.new_zeros(1), low, high[high.isfinite()]]).unique()
     # An image counts from its low edge on, up to and including its high edge.
     started = _sum_up_to(low, weights, edges)
     ended = _sum_up_to(high, weights, edges)
     return edges, (started - ended) / total
-
-
-def _real(low: Tensor, high: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaves out images that are right at no tau >= 0."""
-    kept = (low <= high) & (high >= 0)
-    return low[kept].clamp_min(0), high[kept], extra[kept]
-
-
-def _edges(low: Tensor, high: Tensor) -> Tensor:
-    taus = torch.cat([torch.zeros(1, dtype=low.dtype), low, high[high.isfinite()]])
-    edges: Tensor = taus.unique()
-    return edges
 
 
 def _sum_up_to(points: Tensor, weights: Tensor, edges: Tensor) -> Tensor:
@@ -244,13 +231,13 @@ def objective_steps(
     *,
     targets: Tensor | None,
     shots: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Returns where an objective may change, (K,) ascending from 0, and its value after each.
+) -> Steps:
+    """Returns an objective as a step function of tau.
 
     Args:
         low: First tau at which each image is right, (N,) float64.
         high: Last such tau, (N,).
-        objective: As of :func:`timm_lt.fit_head`.
+        objective: An objective of :func:`timm_lt.fit_head`.
         targets: Class of each image, (N,), if known.
         shots: Whether each class belongs to a shot group, (C,) by group, if known.
 
@@ -260,82 +247,48 @@ def objective_steps(
     """
     if objective == "all":
         return weighted_steps(low, high, torch.ones(len(low)))
-    if targets is None:
-        raise UsageError(f"objective {objective!r} needs a curve that knows its targets")
-    if objective == "worst_class":
-        return _worst_class(low, high, targets)
-    weights = class_counts(targets).double().reciprocal()[targets]
+    if targets is None or not (shots or objective in ("class_mean", "worst_class")):
+        missing = "targets" if targets is None else "class_counts= for the shot groups"
+        raise UsageError(f"objective {objective!r} needs a curve with {missing}")
+    counts = class_counts(targets)
+    weights = counts.double().reciprocal()[targets]
     if objective == "class_mean":
         return weighted_steps(low, high, weights)
-    if not shots:
-        raise UsageError(f"objective {objective!r} needs class_counts= for the shot groups")
-    groups = {}
-    for name, members in shots.items():
-        rows = members[targets]
-        if rows.any():
-            groups[name] = weighted_steps(low[rows], high[rows], weights[rows])
+
+    if objective == "worst_class":
+        by_class = targets.argsort(stable=True).split(counts.tolist())
+        edges, values = on_common_edges(
+            weighted_steps(low[rows], high[rows], torch.ones(len(rows)))
+            for rows in by_class
+            if len(rows)
+        )
+        return edges, functools.reduce(torch.minimum, values)
+    members = {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
+    groups = {
+        name: weighted_steps(low[rows], high[rows], weights[rows])
+        for name, rows in members.items()
+        if len(rows)
+    }
     if objective == "harmonic_mean":
-        return _harmonic_mean(list(groups.values()))
+        edges, values = on_common_edges(groups.values())
+        # 0 where one of them is 0.
+        inverse = torch.stack([*values]).clamp_min(0).reciprocal().mean(0)
+        return edges, inverse.reciprocal()
     if objective not in groups:
         raise UsageError(
-            f"the split has no image of a few-shot class: take another objective than {objective!r}"
+            "the split has no image of a few-shot class; choose another objective than "
+            f"{objective!r}"
         )
     return groups[objective]
 
 
-def on_common_edges(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Returns the edges of all of some step functions, and the values of each after them."""
-    edges = torch.cat([edges for edges, _ in steps]).unique()
-    values = [
-        values[torch.searchsorted(own_edges, edges, right=True) - 1] for own_edges, values in steps
-    ]
-    return edges, values
-
-
-def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns the harmonic mean of step functions, 0 where one of them is 0."""
-    edges, values = on_common_edges(steps)
-    inverse = torch.stack(values).clamp_min(0).reciprocal().mean(0)
-    return edges, inverse.reciprocal()
-
-
-def _worst_class(low: Tensor, high: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the least accuracy of a class that has images."""
-    counts = class_counts(targets)
-    present = counts.nonzero().flatten()
-    column = torch.zeros_like(counts)
-    column[present] = torch.arange(len(present))
-    low, high, columns = _real(low, high, column[targets])
-    edges = _edges(low, high)
-    values = [
-        (right / counts[present]).amin(1)
-        for right in _right_per_class(low, high, columns, edges, len(present))
-    ]
-    return edges, torch.cat(values)
-
-
-def _right_per_class(
-    low: Tensor, high: Tensor, columns: Tensor, edges: Tensor, num_classes: int
-) -> Iterator[Tensor]:
-    """Yields how many images of each class are right after each edge, some edges at a time."""
-    finite = high.isfinite()
-    taus = torch.cat([low, high[finite]])
-    classes = torch.cat([columns, columns[finite]])
-    changes = torch.cat([torch.ones(len(low)), -torch.ones(int(finite.sum()))]).double()
-    place = torch.searchsorted(edges, taus)
-    place, order = place.sort()
-    right = torch.zeros(num_classes, dtype=torch.float64)
-    step = max(ENTRIES // num_classes, 1)
-    for start in range(0, len(edges), step):
-        rows = min(step, len(edges) - start)
-        first, last = torch.searchsorted(place, torch.tensor([start, start + rows])).tolist()
-        chosen = order[first:last]
-        part = torch.zeros(rows, num_classes, dtype=torch.float64)
-        part.index_put_((place[first:last] - start, classes[chosen]), changes[chosen], True)
-        part[0] += right
-        part = part.cumsum(0)
-        right = part[-1]
-        yield part
+def on_common_edges(functions: Iterable[Steps]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Returns the edges of all of some step functions, and yields the values of each after them."""
+    functions = list(functions)
+    edges = torch.cat([own for own, _ in functions]).unique()
+    return edges, (
+        values[torch.searchsorted(own, edges, right=True) - 1] for own, values in functions
+    )
 
 
 Adjustment = Literal["norm", "prior"]
@@ -422,7 +375,8 @@ class AccuracyCurve:
         edges, values = self.steps(objective)
         order = [values]
         if objective != "all":
-            edges, order = on_common_edges([(edges, values), self.steps("class_mean")])
+            edges, both = on_common_edges([(edges, values), self.steps("class_mean")])
+            order = [*both]
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
         edges, ends, order = edges[near], ends[near], [values[near] for values in order]
@@ -471,14 +425,11 @@ def tau_curve(
     """
     check_choice("adjust", adjust, get_args(Adjustment))
     classifier = as_joint(classifier)
-    check_joint(classifier)
     num_classes = classifier.out_features
     check_fits(features, "features", num_classes, classifier)
     if class_counts is None and (adjust == "prior" or group is not None):
         raise UsageError("tau_curve needs class_counts= for adjust='prior' and for group=")
     counts = None if class_counts is None else check_class_counts(class_counts, num_classes)
-    if counts is not None and len(counts) != num_classes:
-        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
     targets = features.targets.cpu()
     shots = {} if counts is None else shot_groups(counts, rule)
     members = {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
@@ -517,29 +468,22 @@ def _weights(classifier: nn.Linear, features: Features) -> tuple[Tensor, Tensor 
     return weight, bias
 
 
-def check_joint(classifier: nn.Linear) -> None:
-    """Checks that a classifier is a joint one: no head whose weight is not what it computes with.
+def check_fits(
+    features: Features, noun: str, num_classes: int | None, classifier: nn.Linear | None
+) -> None:
+    """Checks features against the number of classes and the joint classifier that takes them.
 
     Raises:
-        UsageError: If it is a head other than ``linear``.
+        UsageError: If they are not ``Features``, a target is out of range, the widths differ, or
+            the classifier is a head other than ``linear``, whose weight is not its own.
     """
+    check_features(features, noun)
+    check_labels(features.targets, num_classes, noun=f"targets of {noun}")
     if isinstance(classifier, Head) and not isinstance(classifier, LinearHead):
         raise UsageError(
             f"classifier= takes the joint classifier, got a {classifier.kind!r} head; pass an "
             "nn.Linear, e.g. what the head's fold() returns"
         )
-
-
-def check_fits(
-    features: Features, noun: str, num_classes: int, classifier: nn.Linear | None
-) -> None:
-    """Checks features against the number of classes and the classifier that will take them.
-
-    Raises:
-        UsageError: If they are not ``Features``, a target is out of range, or the widths differ.
-    """
-    check_features(features, noun)
-    check_labels(features.targets, num_classes, noun=f"targets of {noun}")
     if classifier is not None and classifier.in_features != features.num_features:
         raise UsageError(
             f"{noun} has {features.num_features} features per row, the classifier takes "
@@ -554,23 +498,19 @@ def head_curves(
     counts: Tensor,
     rule: ShotRule = "fb",
 ) -> dict[str, tuple[AccuracyCurve, float]]:
-    """Returns accuracy against tau, with the chosen tau, for each head that has one.
-
-    Each curve has those of the shot groups.
+    """Returns the curve, with those of the shot groups, and the chosen tau of each head with a tau.
 
     Args:
         classifier: The joint classifier, (C, D).
         heads: Fitted heads by name.
-        val: Features to be right on, values (N, D).
+        val: Validation features, values (N, D).
         counts: Training images per class, (C,).
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
     """
     curves = {}
     for name, head in heads.items():
-        if isinstance(head, TauNormHead) and not head.keep_bias:
-            curve = tau_curve(classifier, val, class_counts=counts, rule=rule)
-            curves[name] = curve, head.tau
-        elif isinstance(head, LogitAdjustedHead):
-            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=rule)
-            curves[name] = curve, head.tau
+        adjust: Adjustment = "prior" if isinstance(head, LogitAdjustedHead) else "norm"
+        if adjust == "prior" or (isinstance(head, TauNormHead) and not head.keep_bias):
+            curve = tau_curve(classifier, val, adjust=adjust, class_counts=counts, rule=rule)
+            curves[name] = curve, float(head.tau)  # type: ignore[arg-type]
     return curves

@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.report.tables import JOINT
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups

@@ -1,26 +1,27 @@
-"""Solvers on cached features, read in blocks: minibatch SGD, L-BFGS, and SMOTE."""
+"""Solvers on cached features, read in blocks: minibatch SGD and L-BFGS."""
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.heads import Head, LWSHead, limit_norms
+from timm_lt.heads import Head, LWSHead
 from timm_lt.heads.linear import BATCH_SIZE
 from timm_lt.samplers import create_sampler
-from timm_lt.utils.checks import UsageError, check_integer, check_number
+from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import class_counts
 
 # Largest number of elements per block, and smallest number of rows (small products are slow).
 ENTRIES, ROWS = 2**22, 64
 # Logits of lws are cached up to this size.
 MAX_BYTES = 4 * 2**30
+
+Backward = Callable[[Tensor], None]
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
@@ -41,27 +42,53 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.detach().index_select(0, rows.to(values.device)).to("cpu", torch.float32)
 
 
-# Validations during training, with keep='best'.
-LOOKS = 10
-
-Backward = Callable[[Tensor], None]
-# The objective, and the tie-breaker.
-Score = tuple[float, float]
+def cosine_decay(step: int, steps: int) -> float:
+    """Returns the factor of the learning rate at an update, from 1 to 0."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-@dataclass(frozen=True)
-class BestStep:
-    """Number of updates after which a head was best on validation, and the scores compared."""
+def descend(
+    name: str,
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
+    steps: int,
+    backward: Callable[[int], None],
+    *,
+    lr: float,
+    decay: Callable[[int, int], float] = cosine_decay,
+    after: Callable[[int], None] | None = None,
+    fused: bool = True,
+    **options: Any,
+) -> None:
+    """Trains the parameters of a head by SGD with momentum 0.9.
 
-    step: int
-    score: float
-    compared: list[tuple[int, float]]
+    Args:
+        name: Name of the head, for the message.
+        parameters: Parameters, or parameter groups.
+        steps: Number of updates.
+        backward: Sets the gradients of an update, given its number.
+        lr: Initial learning rate.
+        decay: Factor of the learning rate from the update and the number of updates.
+        after: Called after each update with the number of updates so far.
+        fused: Option of ``torch.optim.SGD``, whose fused kernels round differently.
+        **options: Further options of it.
 
-
-def check_length(options: dict[str, Any]) -> None:
-    """Checks that the length is given in steps or in epochs, not both."""
-    if options.get("steps") is not None and options.get("epochs") is not None:
-        raise UsageError("steps and epochs exclude each other; give one of them")
+    Raises:
+        UsageError: If the weights do not stay finite.
+    """
+    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, fused=fused, **options)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decay(step, steps)
+        optimizer.zero_grad()
+        backward(step)
+        optimizer.step()
+        if after is not None:
+            after(step + 1)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if not all(parameter.isfinite().all() for parameter in trained):
+        raise UsageError(
+            f"the weights of head {name!r} became infinite or NaN; choose an lr below {lr:g}"
+        )
 
 
 def train_head(
@@ -72,137 +99,61 @@ def train_head(
     steps: int,
     lr: float,
     weight_decay: float = 5e-4,
-    momentum: float = 0.9,
-    max_norm: float | None = None,
     batch_size: int = BATCH_SIZE,
     sampler: str = "class_balanced",
     sampler_options: Mapping[str, Any] | None = None,
     loss: nn.Module | None = None,
-    decay_bias: bool = True,
     backward: Backward | None = None,
-    score: Callable[[], Score] | None = None,
-) -> BestStep | None:
-    """Trains the trainable parameters of a head by SGD on batches of features.
+    undecayed: Sequence[nn.Parameter] = (),
+    **options: Any,
+) -> None:
+    """Trains the trainable parameters of a head, in place, by SGD on batches of features.
 
     The settings are those of Kang et al.: momentum 0.9, weight decay 5e-4 on all trained parameters
     (also the scales of lws), batch size 512, cosine learning rate to zero.
 
     Args:
-        head: The head; trained in place.
+        head: The head.
         features: Training features, values (N, D).
         seed: Seed of the sampler.
-        steps: Number of updates, >= 1.
-        lr: Learning rate at the start, > 0.
-        weight_decay: >= 0.
-        momentum: In [0, 1).
-        max_norm: Largest length of a class's weights after an update, > 0; None does not limit it.
-        batch_size: Rows per update, >= 1.
+        steps: Number of updates.
+        lr: Initial learning rate.
+        weight_decay: Weight decay.
+        batch_size: Rows per update.
         sampler: One of :func:`timm_lt.list_samplers`; the whole training is one of its epochs.
         sampler_options: Options of the sampler.
         loss: One of ``timm_lt.create_loss``; None is cross-entropy. Its epochs have N rows.
-        decay_bias: Whether weight decay applies to the bias.
         backward: Sets the gradients for the rows of given indices; None differentiates the loss.
-        score: Evaluated after each tenth of the training; the head keeps the first best state.
-            None keeps the last state.
-
-    Returns:
-        The best step, None without a score.
-
-    Raises:
-        UsageError: If a number is out of range, or the weights do not stay finite.
+        undecayed: Parameters that are trained without weight decay, of the head or others.
+        **options: Options of :func:`descend`.
     """
-    check_integer("steps", steps, minimum=1)
-    check_integer("batch_size", batch_size, minimum=1)
-    check_number("lr", lr, "(0, inf)")
-    check_number("weight_decay", weight_decay, "[0, inf)")
-    check_number("momentum", momentum, "[0, 1)")
-    trained = [p for p in head.parameters() if p.requires_grad]
-    free = [p for p in trained if p is head.bias and not decay_bias]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if not any(p is other for other in free)]},
-        *([{"params": free, "weight_decay": 0.0}] if free else []),
-    ]
-    optimizer = torch.optim.SGD(
-        groups, lr, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    free = {id(parameter) for parameter in undecayed}
+    decayed = [p for p in head.parameters() if p.requires_grad and id(p) not in free]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if undecayed:
+        groups.append({"params": list(undecayed), "weight_decay": 0.0})
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    if backward is None:
-        backward = _differentiate(head, features, loss)
+    gradients = backward or _differentiate(head, features, loss)
+    draws, rows = steps * batch_size, len(features)
     drawn = create_sampler(
-        sampler,
-        features.targets,
-        num_samples=steps * batch_size,
-        seed=seed,
-        **dict(sampler_options or {}),
+        sampler, features.targets, num_samples=draws, seed=seed, **dict(sampler_options or {})
     )
-    epochs = _Epochs(loss, steps * batch_size, len(features))
-    best = None if score is None else _Best(head, score, steps)
+    batches = drawn.epoch_indices().view(steps, batch_size)
+    set_epoch = getattr(loss, "set_epoch", None)
+
+    def update(step: int) -> None:
+        epoch, before = step * batch_size // rows, (step - 1) * batch_size // rows
+        if set_epoch is not None and epoch > before:
+            set_epoch(epoch, epochs_of(draws, rows))
+        gradients(batches[step])
+
     head.train()
-    for step, batch in enumerate(drawn.epoch_indices().view(steps, batch_size)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.zero_grad()
-        epochs.begin(step * batch_size)
-        backward(batch)
-        optimizer.step()
-        if max_norm is not None:
-            limit_norms(head, max_norm)
-        if best is not None:
-            best.after(step + 1)
-    if not all(parameter.isfinite().all() for parameter in trained):
-        raise UsageError(
-            f"the weights of head {head.kind!r} became infinite or NaN; choose an lr below {lr:g}"
-        )
-    return None if best is None else best.restore()
+    descend(head.kind, groups, steps, update, lr=lr, weight_decay=weight_decay, **options)
 
 
 def epochs_of(draws: int, rows: int) -> int:
     """Returns the number of epochs of so many draws; the last may be incomplete."""
     return -(-draws // rows)
-
-
-class _Best:
-    """Keeps the head's state with the highest score."""
-
-    def __init__(self, head: Head, score: Callable[[], Score], steps: int) -> None:
-        self.head, self.score = head, score
-        self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
-        self.compared: list[tuple[int, float]] = []
-        self.best: tuple[Score, int, dict[str, Tensor]] | None = None
-
-    def after(self, step: int) -> None:
-        """Scores the head after an update, if it is due."""
-        if step not in self.looks:
-            return
-        self.head.eval()
-        score = self.score()
-        self.head.train()
-        self.compared.append((step, score[0]))
-        if self.best is None or score > self.best[0]:
-            self.best = score, step, copy.deepcopy(self.head.state_dict())
-
-    def restore(self) -> BestStep:
-        """Restores the head's best state."""
-        assert self.best is not None
-        score, step, state = self.best
-        self.head.load_state_dict(state)
-        return BestStep(step, score[0], self.compared)
-
-
-class _Epochs:
-    """Calls ``set_epoch`` of a loss that has one."""
-
-    def __init__(self, loss: nn.Module, draws: int, rows: int) -> None:
-        self.set_epoch = getattr(loss, "set_epoch", None)
-        self.rows, self.number = rows, epochs_of(draws, rows)
-        self.last = -1
-
-    def begin(self, drawn: int) -> None:
-        """Sets the epoch of the next batch, after so many rows."""
-        epoch = drawn // self.rows
-        if self.set_epoch is not None and epoch > self.last:
-            self.set_epoch(epoch, self.number)
-        self.last = epoch
 
 
 def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
@@ -249,86 +200,6 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
         head.scale.grad = wrong.mul_(frozen).mean(0)
 
     return backward
-
-
-SmoteTarget: TypeAlias = int | Literal["largest"]
-NEIGHBORS = 5
-# Largest number of rows per class.
-MAX_ROWS = 10_000_000
-
-
-def check_smote(target: SmoteTarget | None) -> None:
-    """Checks the target number of rows per class, and that imbalanced-learn is installed."""
-    if target is None:
-        return
-    if target != "largest":
-        check_integer("smote, rows per class or 'largest',", target, minimum=1, maximum=MAX_ROWS)
-    _import_smote()
-
-
-def _import_smote() -> Any:  # noqa: ANN401
-    try:
-        from imblearn.over_sampling import SMOTE
-    except ImportError as error:
-        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
-    return SMOTE
-
-
-def add_smote_rows(
-    features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
-) -> Features:
-    """Appends synthetic rows until each class has ``target`` rows.
-
-    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
-    of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
-    is repeated.
-
-    Args:
-        features: Values (N, D); the result is in memory.
-        num_classes: C.
-        target: Smallest number of rows per class afterwards; ``"largest"`` is that of the largest
-            class.
-        seed: Seed of the draws.
-
-    Raises:
-        UsageError: If the target is out of range, or imbalanced-learn is not installed.
-
-    References:
-        Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
-        https://arxiv.org/abs/1106.1813
-    """
-    check_smote(target)
-    counts = class_counts(features.targets, num_classes)
-    missing = smote_counts(counts, target) - counts
-    parts = list(row_blocks(features.values, 1))
-    by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
-    for label in missing.nonzero().flatten().tolist():
-        added = int(missing[label])
-        of_class = take_rows(features.values, by_class[label])
-        parts.append(_synthetic(of_class, added, seed + label))
-    labels = torch.repeat_interleave(torch.arange(num_classes), missing)
-    return Features(torch.cat(parts), torch.cat([features.targets.cpu(), labels]))
-
-
-def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
-    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays so."""
-    wanted = int(counts.max()) if target == "largest" else target
-    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
-
-
-def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
-    """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
-    if len(rows) == 1:
-        return rows.expand(number, -1)
-    smote = _import_smote()(
-        sampling_strategy={1: len(rows) + number},
-        k_neighbors=min(NEIGHBORS, len(rows) - 1),
-        random_state=seed % 2**32,
-    )
-    # imbalanced-learn needs a second class.
-    labels = [1] * len(rows) + [0]
-    resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
-    return torch.from_numpy(resampled[len(labels) :])
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,24 @@
-"""One update of the weights: mixed images, loss, gradients and learning rate."""
+"""Parts of the training on images: mixup, optimiser, learning rates, losses and seeds."""
 
 import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
-from rich.progress import Progress
 from timm.data import Mixup
-from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_lt.data.decode import without_unreadable
-from timm_lt.data.images import Batch
-from timm_lt.data.loader import loaded
-from timm_lt.features.extract import FeatureTap
-from timm_lt.heads import get_heads, limit_norms
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
-from timm_lt.utils.console import advance
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
@@ -66,8 +55,9 @@ def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options
         UsageError: If an option is unknown or out of range, or the factory refuses it.
     """
     parameters = inspect.signature(create).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in options.items():
-        if name not in parameters and "kwargs" not in parameters:
+        if name not in parameters and not takes_any:
             raise unknown_name(f"option of {owner}:", name, list(parameters))
         interval = RANGES.get(f"{owner}.{name}")
         if interval is not None and value is not None:
@@ -128,11 +118,6 @@ class Remix(Mixup):
         return images, mixed.scatter_add_(1, other, 1 - share)
 
 
-def mixes(options: Mapping[str, Any]) -> bool:
-    """Returns whether options of ``timm.data.Mixup`` mix any images."""
-    return any(options.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
-
-
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixup | None:
@@ -145,33 +130,28 @@ def create_mixup(
         batch: Images that are mixed with each other.
 
     Raises:
-        UsageError: If an option is unknown or out of range, or the batch is odd.
+        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
     given = {"mixup_alpha": 0.0} | given
-    remix = {name: given.pop(name) for name in (KAPPA, TAU) if name in given}
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
     # Created also if it does not mix, to find wrong options.
-    mixup = create_part("mixup", Mixup, **sizes, **given)
-    if not mixes(given):
+    if KAPPA in given:
+        mixup: Mixup = create_part("mixup", Remix, class_counts, **sizes, **given)
+    else:
+        if TAU in given:
+            raise UsageError(f"mixup.{TAU} has no effect without mixup.{KAPPA}")
+        mixup = create_part("mixup", Mixup, **sizes, **given)
+    if not any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
+        if KAPPA in given:
+            raise UsageError(
+                f"mixup.{KAPPA} has no effect without mixup.mixup_alpha or cutmix_alpha"
+            )
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return Remix(class_counts, **remix, **sizes, **given) if KAPPA in remix else mixup
-
-
-def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
-    """Creates timm's moving average of all weights; None without options.
-
-    Args:
-        options: Arguments of ``timm.utils.ModelEmaV3``.
-        model: The model before it is prepared.
-
-    Raises:
-        UsageError: If an option is unknown or out of range.
-    """
-    return create_part("ema", ModelEmaV3, model, **options) if options else None
+    return mixup
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
@@ -189,90 +169,6 @@ def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
     return create_part("optimizer", create_optimizer_v2, model, **options)
 
 
-class Update:
-    """Computes gradients batch by batch and moves the weights when enough have been summed.
-
-    Args:
-        model: The prepared model.
-        optimizer: The prepared optimiser.
-        loss: Maps (logits, targets) to a scalar, or (logits, targets, features) if it has
-            ``needs_features``.
-        accelerator: Knows how many batches make an update.
-        mixup: Mixes the images of a batch, or None.
-        ema: Follows the weights, or None.
-        clip_grad: Threshold of the gradient, > 0, or None.
-        clip_mode: The threshold applies to the ``"norm"`` of all gradients, to each ``"value"``,
-            or (``"agc"``) to the norm of each unit relative to that of its weights.
-        max_norm: Largest length of the weights of a class, > 0, or None.
-
-    Raises:
-        UsageError: If a value is out of range, or the loss does not take mixed targets.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        loss: nn.Module,
-        accelerator: Accelerator,
-        *,
-        mixup: Mixup | None = None,
-        ema: ModelEmaV3 | None = None,
-        clip_grad: float | None = None,
-        clip_mode: ClipMode = "norm",
-        max_norm: float | None = None,
-    ) -> None:
-        check_choice("clip_mode", clip_mode, get_args(ClipMode))
-        for name, limit in {"clip_grad": clip_grad, "max_norm": max_norm}.items():
-            if limit is not None:
-                check_number(name, limit, "(0, inf)")
-        if mixup is not None and not getattr(loss, "takes_soft_targets", False):
-            raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.accelerator, self.mixup, self.ema = accelerator, mixup, ema
-        self.clip_grad, self.clip_mode, self.max_norm = clip_grad, clip_mode, max_norm
-        self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
-        self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
-
-    def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes one batch; returns its loss. ``step`` counts updates from the beginning."""
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        images = images.to(memory_format=torch.channels_last)
-        with self.accelerator.accumulate(self.model):
-            logits = self.model(images)
-            features = () if self._tap is None else (self._tap.take(),)
-            value: Tensor = self.loss(logits, targets, *features)
-            options = {"create_graph": True} if self._second_order else {}
-            self.accelerator.backward(value, **options)
-            if self.accelerator.sync_gradients and self.clip_grad is not None:
-                self._clip(self.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.accelerator.sync_gradients and self.max_norm is not None:
-                for classifier in get_heads(self._raw).values():
-                    limit_norms(classifier, self.max_norm)
-            if self.accelerator.sync_gradients and self.ema is not None:
-                self.ema.update(self._raw, step=step)
-        return value.detach()
-
-    def close(self) -> None:
-        """Removes the hook from the model."""
-        if self._tap is not None:
-            self._tap.remove()
-
-    def _clip(self, threshold: float) -> None:
-        if self.clip_mode == "norm":
-            self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
-        elif self.clip_mode == "value":
-            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
-        else:
-            self.accelerator.unscale_gradients()
-            # Without the classifier, as in Brock et al. (2021).
-            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
-
-
 @contextmanager
 def means_over_processes(loss: nn.Module) -> Iterator[None]:
     """Lets the parts of a loss that have ``across_processes`` take means over all processes."""
@@ -287,18 +183,16 @@ def means_over_processes(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """Losses of a pass over the training images, kept on the device between two looks.
+    """Losses of an epoch, kept on the device between two looks.
 
     Args:
         owner: Epoch or head that is trained, for the message.
         advice: Remedies for numbers that are not finite, for the message.
-        per_update: Batches per update.
         accelerator: Gathers from all processes, so that all of them stop.
     """
 
-    def __init__(self, owner: str, advice: str, per_update: int, accelerator: Accelerator) -> None:
-        self._owner, self._advice, self._per_update = owner, advice, per_update
-        self._accelerator = accelerator
+    def __init__(self, owner: str, advice: str, accelerator: Accelerator) -> None:
+        self._owner, self._advice, self._accelerator = owner, advice, accelerator
         self._values: list[Tensor] = []
         self._seen: list[Tensor] = []
 
@@ -338,7 +232,7 @@ class Losses:
         self._values = []
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
-            update = (first + int(wrong[0])) // self._per_update + 1
+            update = (first + int(wrong[0])) // self._accelerator.gradient_accumulation_steps + 1
             self._stop(f"the loss became {float(values[wrong[0]])} in update {update}")
 
     def _stop(self, problem: str) -> NoReturn:
@@ -425,47 +319,6 @@ def _scheduler_of_length(optimizer: Optimizer, options: dict[str, Any], epochs: 
         f"scheduler.options {options} make the schedule longer than {epochs} epochs: raise epochs, "
         "or shorten cooldown, warm-up or cycles"
     )
-
-
-def run_updates(
-    batches: Iterable[Batch],
-    update: Update,
-    schedule: Schedule,
-    losses: Losses,
-    *,
-    first: int,
-    skips: bool,
-    bar: Progress,
-) -> float:
-    """Makes the updates of one pass over the training images.
-
-    Args:
-        batches: Batches of a training loader, whole updates.
-        update: Takes each batch.
-        schedule: Sets the learning rate before each update.
-        losses: Collects the loss of each batch.
-        first: Number of earlier updates.
-        skips: Whether images that cannot be read are left out.
-        bar: Advances by one for each update.
-
-    Returns:
-        The mean loss over the batches of all processes.
-
-    Raises:
-        UsageError: If an image cannot be read, or a loss or a weight is not finite.
-    """
-    steps = update.accelerator.gradient_accumulation_steps
-    # After a pass that was cut short, accelerate still counts the batches of its last update.
-    update.accelerator.step = 0
-    for number, batch in enumerate(loaded(batches)):
-        step = first + number // steps
-        if number % steps == 0:
-            schedule.before_update(step)
-        images, targets = without_unreadable(*batch) if skips else batch
-        losses.add(update(images, targets, step))
-        if (number + 1) % steps == 0:
-            advance(bar)
-    return losses.finish(update.model)
 
 
 def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
