@@ -281,7 +281,8 @@ def test_crt_converges_with_many_classes_and_small_features(scale):
     x, y = torch.randn(200, 4, generator=g), torch.arange(200)
     features, decay = Features(scale * x, y), 1e-3 * scale**2
     start = torch.zeros(200, 4), torch.zeros(200)
-    weight, bias = solve_linear(*start, features, weight_decay=decay, max_iterations=100)
+    shares = torch.full((200,), 1 / 200)
+    weight, bias = solve_linear(*start, features, weight_decay=decay, shares=shares)
     weight = weight * scale
     loss = nn.functional.cross_entropy(x @ weight.T + bias, y) + 5e-4 * weight.square().sum()
     # sklearn's answer at scale 1 is 3.1569.

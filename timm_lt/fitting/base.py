@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.curves import check_fits
+from timm_lt.fitting.curves import check_fits, joint_classifier
 from timm_lt.fitting.solvers import row_blocks
-from timm_lt.heads import HEADS, Head, as_joint, head_option_names
+from timm_lt.heads import HEADS, Head, head_option_names
 from timm_lt.heads.linear import BATCH_SIZE, TrainingLength
 from timm_lt.metrics import (
     Objective,
@@ -103,24 +103,20 @@ class FitData:
         """Checks the arguments of :func:`fit_head`; ``settings`` are seed, objective and rule."""
         check_integer("seed", settings["seed"], minimum=0)
         check_choice("objective", settings["objective"], get_args(Objective))
-        joint = None if classifier is None else as_joint(classifier)
+        joint = None if classifier is None else joint_classifier(classifier)
         num_classes = None if joint is None else joint.out_features
         if counts is not None:
             counts = check_class_counts(counts, num_classes)
             num_classes = len(counts)
-        check_fits(features, "features", num_classes, joint)
+        width = features.num_features if joint is None else joint.in_features
+        check_fits(features, "features", num_classes, width)
         number = num_classes or int(features.targets.max()) + 1
         of_features = class_counts(features.targets, number)
         counts = of_features // features.views if counts is None else counts
         for some in (of_features, counts):
             check_no_empty_class(some)
         if val is not None:
-            check_fits(val, "val", number, joint)
-            if val.num_features != features.num_features:
-                raise UsageError(
-                    f"val has {val.num_features} features per row, the training features "
-                    f"{features.num_features}"
-                )
+            check_fits(val, "val", number, width)
             empty = (class_counts(val.targets, number) == 0).nonzero().flatten().tolist()
             if empty:
                 raise UsageError(
@@ -203,7 +199,13 @@ class Fit:
         """
 
     def __call__(self, data: FitData) -> Head:
-        """Returns the fitted head."""
+        """Returns the fitted head in evaluation mode, and logs the time."""
+        started = time.perf_counter()
+        head = self._fit(data).eval()
+        log.debug("fitted %s in %.1f s: %s", self.name, time.perf_counter() - started, head)
+        return head
+
+    def _fit(self, data: FitData) -> Head:
         raise NotImplementedError
 
 
@@ -227,8 +229,7 @@ class TrainedFit(Fit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps is not None and self.epochs is not None:
-            raise UsageError("steps and epochs exclude each other; give one of them")
+        self.updates(1)
 
     def updates(self, images: int) -> int:
         """Returns the number of updates for so many images."""
@@ -325,15 +326,7 @@ def fit_head(
     data = FitData.create(
         features, classifier, class_counts, val, seed=seed, objective=objective, rule=rule
     )
-    return _fit_best(data, **options) if fit is None else _timed(fit, data)
-
-
-def _timed(fit: Fit, data: FitData) -> Head:
-    """Returns the fitted head in evaluation mode, and logs the time."""
-    started = time.perf_counter()
-    head = fit(data).eval()
-    log.debug("fitted %s in %.1f s: %s", fit.name, time.perf_counter() - started, head)
-    return head
+    return _fit_best(data, **options) if fit is None else fit(data)
 
 
 def _fit_best(
@@ -350,7 +343,7 @@ def _fit_best(
         create_fit(name, **check_mapping(f"options of head {name!r}", options))
         for name, options in given.items()
     ]
-    fitted = {fit.name: _timed(fit, data) for fit in fits}
+    fitted = {fit.name: fit(data) for fit in fits}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
 
@@ -366,10 +359,7 @@ def predictions(head: Head, features: Features) -> Tensor:
 
 
 def validation_score(head: Head, data: FitData, val: Features) -> tuple[float, float]:
-    """Returns the objective on validation and the class mean, which breaks ties.
-
-    An objective such as the worst class is often 0 for all candidates.
-    """
+    """Returns the objective on validation and the class mean, which breaks ties, such as at 0."""
     report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
     return objective_value(report, data.objective), report.class_mean
 

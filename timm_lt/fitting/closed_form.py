@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_lt.fitting.base import Fit, FitData, register_fit, select, selection_record
-from timm_lt.fitting.curves import tau_curve
+from timm_lt.fitting.curves import Adjustment, tau_curve
 from timm_lt.fitting.solvers import take_rows
-from timm_lt.heads import LogitAdjustedHead, NCMHead, TauNormHead
+from timm_lt.heads import Head, LogitAdjustedHead, NCMHead, TauNormHead
 from timm_lt.heads.metric import FeatureSpace, Metric
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import class_counts
@@ -100,8 +101,7 @@ class NCMFit(Fit):
     metric: Metric = "cosine"
     features: FeatureSpace = "raw"
 
-    def __call__(self, data: FitData) -> NCMHead:
-        """Returns the head with its class means."""
+    def _fit(self, data: FitData) -> NCMHead:
         head = NCMHead.from_classifier(
             data.new_linear(), metric=self.metric, features=self.features
         )
@@ -113,52 +113,61 @@ class NCMFit(Fit):
         return head
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TauFit(Fit):
+    """Takes the joint classifier, with the tau that is the exact maximiser on validation.
+
+    Args:
+        tau: Strength, >= 0; None selects it.
+    """
+
+    adjust: ClassVar[Adjustment]
+    tau: float | None = None
+
+    def _fit(self, data: FitData) -> Head:
+        classifier = data.need_classifier(self.name)
+        if self.tau is not None:
+            return self._head(classifier, self.tau, data)
+        val, counts = data.need_val(self.name, "tau"), data.class_counts
+        curve = tau_curve(classifier, val, adjust=self.adjust, class_counts=counts, rule=data.rule)
+        tau, accuracy = curve.maximise(data.objective)
+        head = self._head(classifier, tau, data)
+        head.selection = selection_record("tau", tau, accuracy, data)
+        return head
+
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        raise NotImplementedError
+
+
 @register_fit("tau_norm")
 @dataclass(frozen=True, kw_only=True)
-class TauNormFit(Fit):
-    """Normalises the joint classifier; tau is the exact maximiser on validation.
+class TauNormFit(_TauFit):
+    """Normalises the joint classifier.
 
     With a bias that is kept, accuracy has no closed form in tau: the best of a grid is taken then.
     """
 
-    tau: float | None = None
+    adjust = "norm"
     keep_bias: bool = False
 
-    def __call__(self, data: FitData) -> TauNormHead:
-        """Returns the head."""
+    def _fit(self, data: FitData) -> Head:
         classifier = data.need_classifier(self.name)
+        if self.tau is not None or not self.keep_bias or classifier.bias is None:
+            return super()._fit(data)
+        candidates = [(tau, self._head(classifier, tau, data)) for tau in TAU_GRID]
+        return select(candidates, data, data.need_val(self.name, "tau"), "tau")
 
-        def with_tau(tau: float) -> TauNormHead:
-            return TauNormHead.from_classifier(classifier, tau=tau, keep_bias=self.keep_bias)
-
-        if self.tau is not None:
-            return with_tau(self.tau)
-        val = data.need_val(self.name, "tau")
-        if self.keep_bias and classifier.bias is not None:
-            return select([(tau, with_tau(tau)) for tau in TAU_GRID], data, val, "tau")
-        curve = tau_curve(classifier, val, class_counts=data.class_counts, rule=data.rule)
-        tau, accuracy = curve.maximise(data.objective)
-        head = with_tau(tau)
-        head.selection = selection_record("tau", tau, accuracy, data)
-        return head
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        return TauNormHead.from_classifier(classifier, tau=tau, keep_bias=self.keep_bias)
 
 
 @register_fit("logit_adjusted")
 @dataclass(frozen=True, kw_only=True)
-class LogitAdjustedFit(Fit):
-    """Subtracts tau times the log prior; tau is the exact maximiser on validation."""
+class LogitAdjustedFit(_TauFit):
+    """Subtracts tau times the log prior."""
 
-    tau: float | None = None
+    adjust = "prior"
 
-    def __call__(self, data: FitData) -> LogitAdjustedHead:
-        """Returns the head."""
-        classifier, counts = data.need_classifier(self.name), data.class_counts
-        tau, selection = self.tau, {}
-        if tau is None:
-            val = data.need_val(self.name, "tau")
-            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=data.rule)
-            tau, accuracy = curve.maximise(data.objective)
-            selection = selection_record("tau", tau, accuracy, data)
-        head = LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)
-        head.selection = selection
-        return head
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        counts = data.class_counts
+        return LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)

@@ -1,7 +1,7 @@
 """The fit of few-shot learning without forgetting: class weights generated from features."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -166,66 +166,48 @@ class FSLwFFit(TrainedFit):
             )
         return number
 
-    def __call__(self, data: FitData) -> FSLwFHead:
-        """Returns the trained head."""
+    def _fit(self, data: FitData) -> FSLwFHead:
         is_base = self._base_classes(data.class_counts, data.rule)
-        classes = is_base.nonzero().flatten()
-        novel = self._number_of_novel(len(classes))
-        targets = data.features.targets.cpu()
-        by_class = targets.sort(stable=True).indices.split(class_counts(targets).tolist())
-        training = _Training(
-            options=self,
-            values=data.features.values,
-            rows=[by_class[label] for label in classes.tolist()],
-            weight=nn.Parameter(_start(data)[classes]),
-            scale=nn.Parameter(torch.tensor(float(self.scale))),
-            random=torch.Generator().manual_seed(data.seed),
-        )
-        images = sum(map(len, training.rows)) // data.features.views
-        training.train_base(self.updates(images), data.seed)
-        width = data.features.num_features
-        generator = WeightGenerator(width, len(classes), gamma=self.gamma, random=training.random)
-        training.train_generator(generator, novel)
+        training = _Training(self, data, is_base)
+        training.train_base(data.seed)
+        generator = training.train_generator(self._number_of_novel(int(is_base.sum())))
         head = FSLwFHead.from_classifier(data.new_linear())
         with torch.no_grad():
             head.scale.copy_(training.scale)
             head.weight[is_base] = training.weight
-            rows = [by_class[label] for label in (~is_base).nonzero().flatten().tolist()]
-            head.weight[~is_base] = training.generate(generator, rows)
+            head.weight[~is_base] = training.generate(generator)
         return head
 
 
-def _start(data: FitData) -> Tensor:
-    """Returns the joint classifier's weight (C, D), or the mean unit feature of each class."""
-    if data.classifier is not None:
-        return data.classifier.weight.detach()
-    features = data.features
-    return class_means(features.values, features.targets, data.num_classes, ("l2",))["l2"]
-
-
-@dataclass(frozen=True)
 class _Training:
-    """The two stages of the training.
+    """The two stages of the training, on some rows of the features at a time.
 
-    Attributes:
+    Args:
         options: Options of the fit.
-        values: Features (N, D), read some rows at a time.
-        rows: Rows of each base class, in the order of the classes.
-        weight: Weights of the base classes, (K, D).
-        scale: Factor of the cosines, a scalar.
-        random: Draws everything.
+        data: Input of the fit.
+        is_base: Mask (C,) of the base classes.
     """
 
-    options: FSLwFFit
-    values: Tensor
-    rows: Sequence[Tensor]
-    weight: nn.Parameter
-    scale: nn.Parameter
-    random: torch.Generator
+    def __init__(self, options: FSLwFFit, data: FitData, is_base: Tensor) -> None:
+        self.options, self.values, self.views = options, data.features.values, data.features.views
+        targets = data.features.targets.cpu()
+        by_class = targets.sort(stable=True).indices.split(class_counts(targets).tolist())
+        self.rows, self.novel_rows = (
+            [by_class[label] for label in mask.nonzero().flatten().tolist()]
+            for mask in (is_base, ~is_base)
+        )
+        if data.classifier is not None:
+            start = data.classifier.weight.detach()
+        else:
+            start = class_means(self.values, targets, data.num_classes, ("l2",))["l2"]
+        self.weight = nn.Parameter(start[is_base])
+        self.scale = nn.Parameter(torch.tensor(float(options.scale)))
+        self.random = torch.Generator().manual_seed(data.seed)
 
-    def train_base(self, steps: int, seed: int) -> None:
+    def train_base(self, seed: int) -> None:
         """Trains the cosine classifier of the base classes."""
-        rows = torch.cat(list(self.rows))
+        rows = torch.cat(self.rows)
+        steps = self.options.updates(len(rows) // self.views)
         sizes = torch.tensor([len(of_class) for of_class in self.rows])
         labels = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         sampler = create_sampler(
@@ -236,9 +218,12 @@ class _Training:
             steps, lambda step: self.loss(rows[batches[step]], self.weight, labels[batches[step]])
         )
 
-    def train_generator(self, generator: WeightGenerator, fake_novel: int) -> None:
-        """Trains the generator in episodes, and the base classes' weights with it."""
+    def train_generator(self, fake_novel: int) -> WeightGenerator:
+        """Trains a generator in episodes, and the base classes' weights with it."""
         options = self.options
+        generator = WeightGenerator(
+            self.values.shape[1], len(self.rows), gamma=options.gamma, random=self.random
+        )
         share = options.novel_share or fake_novel / len(self.rows)
         # Queries of novel and of base classes.
         of_novel = min(max(round(share * options.queries), 1), options.queries - 1)
@@ -266,15 +251,16 @@ class _Training:
             return self.loss(torch.cat(rows), torch.cat([weight, generated]), torch.cat(labels))
 
         self._descend(options.episodes, loss, *generator.parameters())
+        return generator
 
     @torch.no_grad()
-    def generate(self, generator: WeightGenerator, rows: Sequence[Tensor]) -> Tensor:
+    def generate(self, generator: WeightGenerator) -> Tensor:
         """Returns the weights (M, D) of the novel classes from all of their rows."""
-        width, num_base = self.weight.shape[1], len(self.weight)
+        (num_base, width), novel = self.weight.shape, len(self.novel_rows)
         base = torch.arange(num_base)
-        means, attention = torch.zeros(len(rows), width), torch.zeros(len(rows), num_base)
+        means, attention = torch.zeros(novel, width), torch.zeros(novel, num_base)
         step = max(ENTRIES // max(width, num_base), ROWS)
-        for label, of_class in enumerate(rows):
+        for label, of_class in enumerate(self.novel_rows):
             for part in of_class.split(step):
                 unit = F.normalize(take_rows(self.values, part), dim=1)
                 means[label] += unit.sum(dim=0) / len(of_class)

@@ -20,7 +20,8 @@ from timm_lt.fitting.base import (
     validation_score,
 )
 from timm_lt.fitting.solvers import (
-    Softmax,
+    MAX_ITERATIONS,
+    class_balanced_shares,
     epochs_of,
     row_blocks,
     scale_gradient,
@@ -52,7 +53,6 @@ LBFGS_LOSSES = ("cross_entropy", "balanced_softmax")
 SGD_OPTIONS = (
     *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
 )
-MAX_ITERATIONS = 100
 SGD_WEIGHT_DECAY = 5e-4
 # Rows x features x classes above which lbfgs, with its weight decays, takes minutes.
 LARGE = 5_000_000_000
@@ -84,8 +84,7 @@ class LinearFit(Fit):
     solver: Solver | None = None
     weight_decay: float | None = None
 
-    def __call__(self, data: FitData) -> LinearHead:
-        """Returns the head."""
+    def _fit(self, data: FitData) -> LinearHead:
         if data.classifier is not None:
             if self.solver is not None or self.weight_decay is not None:
                 raise UsageError(
@@ -96,9 +95,8 @@ class LinearFit(Fit):
         features = data.features
         linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
         if (self.solver or usual_solver(len(features), linear)) == "lbfgs":
-            counts = class_counts(features.targets, data.num_classes)
-            loss = Softmax.instance_balanced(counts)
-            return _solve(LinearHead, data, features, linear, loss, self.weight_decay)
+            shares = torch.full((data.num_classes,), 1.0 / len(features))
+            return _solve(LinearHead, data, features, linear, self.weight_decay, shares=shares)
         head = LinearHead.from_classifier(linear)
         train_head(
             head,
@@ -170,17 +168,15 @@ class CRTFit(TrainedFit):
         check_sampler("of head 'crt'", self._sampler, self.sampler_options)
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         of_sgd = [key for key in SGD_OPTIONS if key in given]
-        if self.loss not in LBFGS_LOSSES:
-            of_sgd.append(f"loss {self.loss!r}")
-        if of_sgd and (self.solver == "lbfgs" or "max_iterations" in given):
+        of_sgd += [f"loss {self.loss!r}"] if self.loss not in LBFGS_LOSSES else []
+        of_lbfgs = ["max_iterations"] if "max_iterations" in given else []
+        solver = self.solver or ("lbfgs" if of_lbfgs else "sgd" if of_sgd else None)
+        useless = {"lbfgs": of_sgd, "sgd": of_lbfgs, None: []}[solver]
+        if useless:
             raise UsageError(
-                f"{of_sgd[0]} of head 'crt' needs solver 'sgd'; remove it, or solver and "
-                "max_iterations"
+                f"{useless[0]} of head 'crt' has no effect with the solver {solver}; remove it"
             )
-        if self.solver == "sgd" and "max_iterations" in given:
-            raise UsageError("max_iterations of head 'crt' has no effect with solver 'sgd'")
-        if self.solver is None and (of_sgd or "max_iterations" in given):
-            object.__setattr__(self, "solver", "sgd" if of_sgd else "lbfgs")
+        object.__setattr__(self, "solver", solver)
 
     @property
     def _sampler(self) -> str:
@@ -207,8 +203,7 @@ class CRTFit(TrainedFit):
         except UsageError as error:
             raise UsageError(f"loss of head 'crt' (an epoch is {rows} rows): {error}") from error
 
-    def __call__(self, data: FitData) -> CRTHead:
-        """Returns the trained head."""
+    def _fit(self, data: FitData) -> CRTHead:
         # Without a bias only if the joint classifier has none.
         with_bias = data.classifier is None or data.classifier.bias is not None
         features, num_classes = data.features, data.num_classes
@@ -218,9 +213,12 @@ class CRTFit(TrainedFit):
         counts = class_counts(features.targets, num_classes)
         if (self.solver or usual_solver(len(features), linear)) == "sgd":
             return self._train(data, features, CRTHead.from_classifier(linear), counts)
-        balanced = self.loss == "balanced_softmax"
-        loss = (Softmax.balanced_softmax if balanced else Softmax.class_balanced)(counts)
-        return _solve(CRTHead, data, features, linear, loss, self.weight_decay, self.max_iterations)
+        problem: dict[str, Any] = {"shares": class_balanced_shares(counts)}
+        if self.loss == "balanced_softmax":
+            shares = torch.full((num_classes,), 1.0 / len(features))
+            problem = {"shares": shares, "offset": counts.float().log()}
+        problem["max_iterations"] = self.max_iterations
+        return _solve(CRTHead, data, features, linear, self.weight_decay, **problem)
 
     def _train(self, data: FitData, features: Features, head: CRTHead, counts: Tensor) -> CRTHead:
         """Trains the head by SGD."""
@@ -262,9 +260,8 @@ def _solve(
     data: FitData,
     features: Features,
     linear: nn.Linear,
-    loss: Softmax,
     weight_decay: float | None,
-    max_iterations: int = MAX_ITERATIONS,
+    **problem: Any,
 ) -> H:
     """Solves by L-BFGS from zero, selecting the weight decay on validation if it is None."""
     decays = WEIGHT_DECAYS if weight_decay is None else (weight_decay,)
@@ -273,9 +270,7 @@ def _solve(
     bias: Tensor | None = None if linear.bias is None else torch.zeros_like(linear.bias)
     candidates = []
     for decay in decays:
-        weight, bias = solve_linear(
-            weight, bias, features, weight_decay=decay, max_iterations=max_iterations, loss=loss
-        )
+        weight, bias = solve_linear(weight, bias, features, weight_decay=decay, **problem)
         with torch.no_grad():
             linear.weight.copy_(weight)
             if bias is not None:
@@ -304,8 +299,7 @@ class LWSFit(TrainedFit):
     weight_decay: float = SGD_WEIGHT_DECAY
     keep: Keep = "last"
 
-    def __call__(self, data: FitData) -> LWSHead:
-        """Returns the trained head."""
+    def _fit(self, data: FitData) -> LWSHead:
         classifier = data.need_classifier(self.name)
         head = LWSHead.from_classifier(classifier, scale_bias=self.scale_bias)
         with torch.no_grad():
@@ -337,8 +331,7 @@ class CosineFit(TrainedFit):
     scale: float = 16.0
     learn_scale: bool = False
 
-    def __call__(self, data: FitData) -> CosineHead:
-        """Returns the trained head."""
+    def _fit(self, data: FitData) -> CosineHead:
         linear = data.new_linear()
         if data.classifier is None:
             nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))

@@ -65,8 +65,7 @@ class OLTRFit(TrainedFit):
                 "loss_weight and hinge of head 'oltr' have no effect with centroids 'means'"
             )
 
-    def __call__(self, data: FitData) -> OLTRHead:
-        """Returns the trained head."""
+    def _fit(self, data: FitData) -> OLTRHead:
         head, features = self.start(data), data.features
         loss = DiscriminativeCentroids(head.centroids, hinge=self.hinge)
         loss.requires_grad_(self.centroids == "learned")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from timm_lt.heads import Head, LWSHead
 from timm_lt.heads.linear import BATCH_SIZE
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError
-from timm_lt.utils.longtail import class_counts
 
 # Largest number of elements per block, and smallest number of rows (small products are slow).
 ENTRIES, ROWS = 2**22, 64
+MAX_ITERATIONS = 100
 # Logits of lws are cached up to this size.
 MAX_BYTES = 4 * 2**30
 
@@ -202,37 +201,9 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
     return backward
 
 
-@dataclass(frozen=True)
-class Softmax:
-    """A weighted cross-entropy: ``Σ_i share_i ℓ(z_i + offset, y_i)``.
-
-    Attributes:
-        shares: Weight of each row by its class, (C,); over all rows they add up to 1.
-        offset: Added to the logits, (C,), or None.
-    """
-
-    shares: Tensor
-    offset: Tensor | None = None
-
-    @classmethod
-    def class_balanced(cls, counts: Tensor) -> "Softmax":
-        """Equal weight per class, ``1 / (C n_c)``: the expectation of class-balanced sampling."""
-        return cls((1.0 / (len(counts) * counts.double())).float())
-
-    @classmethod
-    def instance_balanced(cls, counts: Tensor) -> "Softmax":
-        """Equal weight per row."""
-        return cls(torch.full((len(counts),), 1.0 / int(counts.sum())))
-
-    @classmethod
-    def balanced_softmax(cls, counts: Tensor) -> "Softmax":
-        """Equal weight per row, with ``log n_c`` added to the logits.
-
-        References:
-            Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
-            equation 4, https://arxiv.org/abs/2007.10740
-        """
-        return cls(cls.instance_balanced(counts).shares, counts.float().log())
+def class_balanced_shares(counts: Tensor) -> Tensor:
+    """Returns weights of rows by their class, (C,), with the expectation of balanced sampling."""
+    return (1.0 / (len(counts) * counts.double())).float()
 
 
 def solve_linear(
@@ -241,28 +212,30 @@ def solve_linear(
     features: Features,
     *,
     weight_decay: float,
-    max_iterations: int,
-    loss: Softmax | None = None,
+    shares: Tensor,
+    offset: Tensor | None = None,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> tuple[Tensor, Tensor | None]:
     """Minimises the cross-entropy of a linear classifier by L-BFGS.
 
-    The objective ``Σ_i share_i ℓ(W x_i + b, y_i) + weight_decay / 2 · ‖W‖²`` is convex, so the
-    result is deterministic. Features are read in blocks and may be larger than memory.
+    The objective ``Σ_i share_i ℓ(W x_i + b + offset, y_i) + weight_decay / 2 · ‖W‖²`` is convex, so
+    the result is deterministic. Features are read in blocks and may be larger than memory.
 
     Args:
         weight: Start, (C, D).
         bias: Start, (C,), without weight decay; None for a classifier without bias.
         features: Training features, values (N, D), with rows of every class.
         weight_decay: >= 0; at 0 separable classes have no minimum.
+        shares: Weight of a row by its class, (C,); over all rows they add up to 1.
+        offset: Added to the logits, (C,), or None. With ``log n_c`` and equal shares the loss is
+            balanced softmax (Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition,
+            NeurIPS 2020, equation 4, https://arxiv.org/abs/2007.10740).
         max_iterations: Largest number of iterations.
-        loss: Weights of the rows; None is class-balanced.
 
     Returns:
         Weight (C, D) and bias (C,) or None.
     """
     num_classes = len(weight)
-    if loss is None:
-        loss = Softmax.class_balanced(class_counts(features.targets, num_classes))
     # Scale features to root mean square 1: with tiny features the first steps would be lost in
     # rounding and look like convergence.
     unit = _root_mean_square(features.values) or 1.0
@@ -286,10 +259,10 @@ def solve_linear(
             targets = features.targets[start : start + len(block)]
             start += len(block)
             logits = F.linear(block, weight / unit, bias)
-            if loss.offset is not None:
-                logits = logits + loss.offset
+            if offset is not None:
+                logits = logits + offset
             losses = F.cross_entropy(logits, targets, reduction="none")
-            value = (loss.shares[targets] * losses).sum()
+            value = (shares[targets] * losses).sum()
             # Per block, so that the graph holds one block.
             value.backward()
             total += float(value.detach())

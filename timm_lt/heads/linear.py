@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.heads.base import Head, check_flag, register_head
-from timm_lt.utils.checks import check_number
+from timm_lt.utils.checks import UsageError, check_number
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 
@@ -281,8 +281,13 @@ class TrainingLength:
             images: Images of an epoch; fewer than a batch are one update.
             batch_size: Images of an update.
             epochs: Given as epochs, in place of the length of the reference code.
-            steps: Given as such, and returned; it goes before ``epochs``.
+            steps: Given as such, and returned.
+
+        Raises:
+            UsageError: If epochs and steps are both given.
         """
+        if steps is not None and epochs is not None:
+            raise UsageError("steps and epochs exclude each other; give one of them")
         if steps is not None:
             return steps
         per_epoch = max(images // batch_size, 1)
