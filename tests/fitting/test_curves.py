@@ -433,7 +433,10 @@ def test_float32_and_float16_features_are_taken_as_they_are():
             {"group": "few_shot", "class_counts": COUNTS[:4]},
             "class_counts has 4 classes, expected 6",
         ),
-        ({"group": "few_shot", "class_counts": COUNTS + 50}, "unknown group with images: 'few_shot'"),
+        (
+            {"group": "few_shot", "class_counts": COUNTS + 50},
+            "unknown group with images: 'few_shot'",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options, message):

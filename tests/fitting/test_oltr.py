@@ -126,7 +126,7 @@ def test_it_is_not_folded_and_not_trained_as_a_joint_classifier():
     with pytest.raises(UsageError, match=r"oltr head is not linear.*cannot be folded"):
         head.fold()
     model = set_head(timm.create_model("test_resnet", num_classes=3), head)
-    with pytest.raises(UsageError, match=r"trained with this head.*not linear in the features"):
+    with pytest.raises(UsageError, match=r"cannot be trained on .*not linear in the features"):
         check_model(model, SimpleNamespace(size=(32, 32)))
 
 

@@ -395,7 +395,7 @@ def test_lengths(model, accelerator, name, number, options, batch_size, updates)
         ("crt", {"bn": "moving"}, "head 'crt' on images: unknown bn 'moving'.*frozen, shift"),
         ("crt", {"scale_bias": False}, "unknown option of head 'crt' on images: 'scale_bias'"),
         ("lws", {"scale_bias": "no"}, "scale_bias must be true or false"),
-        ("lws", {"epochs": 2, "steps": 2}, "head 'lws' .* epochs and steps exclude each other"),
+        ("lws", {"epochs": 2, "steps": 2}, "steps and epochs exclude each other"),
         ("crt", {"epochs": 0}, "head 'crt' on images: epochs must be an integer >= 1"),
         ("crt", {"steps": 1.5}, "steps must be an integer >= 1"),
         ("crt", {"lr": 0}, r"lr must be a number in \(0, inf\)"),
@@ -427,7 +427,6 @@ def test_wrong_models_and_data_are_named(model, data, accelerator):
     assert "1 of 5 classes have no training image" in message(
         timm.create_model("test_resnet", num_classes=5), data
     )
-    assert "train is a list" in message(model, [])
     assert "cannot normalise over 1 images" in message(model, data, bn="shift", batch_size=1)
 
 

@@ -50,7 +50,7 @@ class HeadOptions:
             head's ``backbone_statistics``.
         epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
             updates. The last N mod ``batch_size`` images of each pass are dropped.
-        steps: Number of updates, >= 1, in place of ``epochs``.
+        steps: Number of updates, >= 1; excludes ``epochs``.
         batch_size: Images per update over all processes, from 1 to N; None takes 512, or as many
             as there are.
         lr: Initial learning rate, > 0.
@@ -61,7 +61,7 @@ class HeadOptions:
             succession: ``{"samples_per_class": 4}``.
 
     Raises:
-        UsageError: If a value is out of range, or ``epochs`` and ``steps`` are both set.
+        UsageError: If a value is out of range.
     """
 
     bn: BatchNorm = "frozen"
@@ -82,8 +82,6 @@ class HeadOptions:
         for name in ("epochs", "steps", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
-        if self.epochs is not None and self.steps is not None:
-            raise UsageError("epochs and steps exclude each other: remove one")
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,7 @@ class HeadPlan:
 
 
 def _divide_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions, dict[str, Any]]:
-    """Divides the options of :func:`train_head_on_images` into those of training and of the head.
-
-    Raises:
-        UsageError: If the head is not trained on images, an option is unknown, or a value is out of
-            range.
-    """
+    """Divides options into those of the training and those of the head."""
     own = [field.name for field in dataclasses.fields(HeadOptions)]
     known = [*own, *head_option_names(name)]
     if name not in LENGTHS:
@@ -153,7 +146,7 @@ def plan_head_on_images(
     number, parts = len(train), accelerator.num_processes * accelerator.gradient_accumulation_steps
     largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
     batch_size = largest if given.batch_size is None else given.batch_size
-    share = share_of_batch(batch_size, train, number, accelerator)
+    share = share_of_batch(batch_size, number, accelerator)
     check_no_empty_class(class_counts(train.labels, classifier.out_features))
     # They refuse batch norm that has no statistics, or too small a batch to compute them.
     frozen = FrozenParts(model, [], given.bn)
@@ -268,8 +261,7 @@ def _frozen_copy(
 ) -> tuple[nn.Module, Head]:
     """Returns a copy of the model that carries the head, and the head, which alone has gradients.
 
-    Nothing before the head has any, so autograd keeps nothing of the backbone, as under
-    ``no_grad``.
+    So autograd keeps nothing of the backbone, as under ``no_grad``.
     """
     joint = get_head(model)
     head: Head

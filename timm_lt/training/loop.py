@@ -213,7 +213,7 @@ class RepresentationTrainer:
             raise UsageError("ema, max_norm and trained do not work under FSDP: remove them")
         check_loss(loss, model, sampler, options.epochs)
         unit = getattr(sampler, "unit", 1)
-        batch = share_of_batch(options.batch_size, train, len(sampler), accelerator, unit)
+        batch = share_of_batch(options.batch_size, len(sampler), accelerator, unit)
         self.frozen = FrozenParts(model, options.trained, options.bn)
         self.frozen.try_batch(model, train.size, batch)
         width = getattr(model, "num_classes", 0)
@@ -256,18 +256,15 @@ class RepresentationTrainer:
 
     @kept_random_state()
     def run(self, state: TrainingState | None = None) -> Training:
-        """Trains, and saves to a state after each epoch.
-
-        Raises:
-            UsageError: If an image cannot be read, the loss is not finite, or the state is that of
-                another run or cannot be written.
-        """
+        """Trains, and saves to a state after each epoch; see :func:`train_representation`."""
         if state is not None and len(state.accelerator._models) > 1:
             raise UsageError("an accelerator saves one run: make a new one for each")
         epochs = self.options.epochs
         keeps_best = self.options.keep == "best"
-        history = [] if state is None else self._resumed(state)
-        best = self._saved_best(state, history) if keeps_best else None
+        history: list[EpochRecord] = []
+        best: dict[str, Tensor] | None = None
+        if state is not None:
+            history, best = self._resume(state)
         with ExitStack() as stack:
             bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
             stack.enter_context(means_over_processes(self.loss))
@@ -287,22 +284,18 @@ class RepresentationTrainer:
         model = self._finished(self._weights() if best is None else best)
         return Training(model, history, (chosen or history[-1]).epoch)
 
-    def _resumed(self, state: TrainingState) -> list[EpochRecord]:
-        """Loads the last state, if there is one, and returns its history."""
+    def _resume(self, state: TrainingState) -> tuple[list[EpochRecord], dict[str, Tensor] | None]:
+        """Loads the last state, if there is one; returns its history and the best weights."""
         history = state.load()
-        if history:
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state.load_weights(EMA, history[-1].epoch))
-            self.schedule.replay(history)
-            log.info("resumed after epoch %d", history[-1].epoch)
-        return history
-
-    def _saved_best(
-        self, state: TrainingState | None, history: list[EpochRecord]
-    ) -> dict[str, Tensor] | None:
-        if state is None or best_record(history) is None:
-            return None
-        return state.load_weights(BEST, history[-1].epoch)
+        if not history:
+            return history, None
+        epoch = history[-1].epoch
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.load_weights(EMA, epoch))
+        self.schedule.replay(history)
+        log.info("resumed after epoch %d", epoch)
+        has_best = self.options.keep == "best" and best_record(history) is not None
+        return history, state.load_weights(BEST, epoch) if has_best else None
 
     def _epoch(self, epoch: int, bar: Progress) -> EpochRecord:
         """Trains for one epoch, 0-based, and validates."""
@@ -317,13 +310,17 @@ class RepresentationTrainer:
             f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}",
         )
         trained = time.perf_counter() - started
-        validated = (epoch + 1) % options.validate_every == 0 or epoch + 1 == options.epochs
+        due = (epoch + 1) % options.validate_every == 0 or epoch + 1 == options.epochs
+        val: dict[str, float | None] = {}
+        if due and self.val_loader is not None:
+            model = self.model if self.ema is None else self.ema.module
+            val = validate(model, self.val_loader, self.accelerator, self.class_counts)
         record = EpochRecord(
             epoch=epoch + 1,
             loss=loss,
             lr=self.optimizer.param_groups[0]["lr"],
             images_per_second=self.updates * options.batch_size / trained,
-            val=self._validate() if validated else {},
+            val=val,
             seconds=time.perf_counter() - started,
         )
         self.schedule.after_epoch(record)
@@ -332,11 +329,8 @@ class RepresentationTrainer:
     def train_epoch(self, epoch: int, bar: Progress, owner: str, advice: str) -> float:
         """Trains for one epoch, 0-based, and returns the mean loss over all processes.
 
-        Args:
-            epoch: Its number.
-            bar: Advances by one for each update.
-            owner: Epoch or head that is trained, for the message.
-            advice: Remedies for numbers that are not finite, for the message.
+        The message about a loss that is not finite names the owner, an epoch or a head, and gives
+        the advice.
 
         Raises:
             UsageError: If an image cannot be read, or a loss or a weight is not finite.
@@ -351,7 +345,7 @@ class RepresentationTrainer:
         self.loader.set_epoch(epoch)
         self.model.train()
         self.frozen.set_mode()
-        losses = Losses(owner, advice, accelerator)
+        losses = Losses(accelerator, owner, advice)
         steps = accelerator.gradient_accumulation_steps
         # After an epoch that was cut short, accelerate still counts the batches of its last update.
         accelerator.step = 0
@@ -401,12 +395,6 @@ class RepresentationTrainer:
             # Without the classifier, as in Brock et al. (2021).
             adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
 
-    def _validate(self) -> dict[str, float | None]:
-        if self.val_loader is None:
-            return {}
-        model = self.model if self.ema is None else self.ema.module
-        return validate(model, self.val_loader, self.accelerator, self.class_counts)
-
     def _weights(self) -> dict[str, Tensor]:
         """Returns a copy of the present weights, averaged if there is an average, on the CPU."""
         if self.ema is not None:
@@ -435,11 +423,7 @@ def validate(
 ) -> dict[str, float | None]:
     """Returns the accuracy over all images and per shot group; every image counts once.
 
-    Args:
-        model: Model; it is left in evaluation mode.
-        loader: Prepared by the accelerator.
-        accelerator: Gathers from all processes.
-        counts: Training images per class (C,).
+    The model is left in evaluation mode. ``counts`` are the training images per class, (C,).
     """
     model.eval()
     preds, targets = [], []
@@ -455,26 +439,18 @@ def validate(
     return {name: getattr(report, name) for name in ("all", *SHOT_GROUPS)}
 
 
-def share_of_batch(
-    batch_size: int, train: Images, draws: int, accelerator: Accelerator, unit: int = 1
-) -> int:
+def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
     """Returns the number of images that a process takes at once.
 
     Args:
         batch_size: Images per update, over all processes.
-        train: Training images.
         draws: Images of an epoch.
         accelerator: Its processes and accumulated batches are the parts.
         unit: Images that belong together, 2 for the pairs of a bilateral sampler.
 
     Raises:
-        UsageError: If these are not images, an epoch has no whole batch, or the parts cannot share
-            one.
+        UsageError: If an epoch has no whole batch, or the parts cannot share one.
     """
-    if not hasattr(train, "train_loader"):
-        raise UsageError(
-            f"train is a {type(train).__name__}, not ImageTensors or StoredImages of timm_lt.data"
-        )
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parts = processes * steps * unit
     if batch_size % parts or not 1 <= batch_size <= draws:

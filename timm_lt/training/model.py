@@ -117,11 +117,9 @@ class FrozenParts:
     ) -> None:
         check_choice("bn", bn, get_args(BatchNorm))
         chosen = [model] if trained is None else _modules(model, trained)
-        statistics = any(map(is_statistic, model.state_dict()))
-        if bn == "shift" and (trained is None or not statistics):
-            reason = "no modules are named in trained"
-            if trained is not None:
-                reason = f"{type(model).__name__} has no batch-norm statistics"
+        if bn == "shift" and (trained is None or not any(map(is_statistic, model.state_dict()))):
+            reason = f"{type(model).__name__} has no batch-norm statistics"
+            reason = "no modules are named in trained" if trained is None else reason
             raise UsageError(f"bn shift has no effect, since {reason}: remove it")
         parameters = {id(parameter) for module in chosen for parameter in module.parameters()}
         frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
@@ -142,10 +140,10 @@ class FrozenParts:
             parameter.requires_grad_(True)
 
     def try_batch(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
-        """Passes the smallest batch through the model, which may be too small for batch norm.
+        """Passes the smallest batch, which batch norm may refuse, through a copy of the model.
 
         Args:
-            model: The model; it stays as it is.
+            model: The model.
             size: Height and width of the images.
             batch: Images per batch of a process.
 
@@ -212,10 +210,7 @@ def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> Non
 
 
 def check_model(model: nn.Module, images: Images) -> None:
-    """Checks that a model takes images of this size, and that its head can be folded.
-
-    A model may be trained with a head such as ``cosine``; its joint classifier is then folded into
-    a linear one.
+    """Checks that a model takes images of this size, and that its head, if any, can be folded.
 
     Raises:
         UsageError: If not.
@@ -226,12 +221,10 @@ def check_model(model: nn.Module, images: Images) -> None:
             classifier.fold()
         with torch.inference_mode():
             model.eval()(next(model.parameters()).new_zeros(1, *size))
-    except UsageError as error:
+    except (UsageError, RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"the model cannot be trained with this head; remove head= ({error})"
+            f"the model cannot be trained on images of size {size}: {error}"
         ) from error
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the model does not take images of size {size}: {error}") from error
 
 
 def check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:

@@ -5,7 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
-KAPPA, TAU = "remix_kappa", "remix_tau"
 PLATEAU = "plateau"
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", PLATEAU)
 # Values that timm takes without complaint, or refuses only in the middle of training.
@@ -43,21 +42,14 @@ T = TypeVar("T")
 
 
 def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls a factory of timm with the options of a user.
-
-    Args:
-        owner: Name of the part, for the message.
-        create: Class or function.
-        *arguments: Other arguments.
-        **options: Options of the user.
+    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages.
 
     Raises:
         UsageError: If an option is unknown or out of range, or the factory refuses it.
     """
     parameters = inspect.signature(create).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in options.items():
-        if name not in parameters and not takes_any:
+        if name not in parameters and "kwargs" not in parameters:
             raise unknown_name(f"option of {owner}:", name, list(parameters))
         interval = RANGES.get(f"{owner}.{name}")
         if interval is not None and value is not None:
@@ -125,7 +117,7 @@ def create_mixup(
 
     Args:
         options: Arguments of ``timm.data.Mixup``, except label smoothing, which is an option of the
-            loss; ``remix_kappa``, κ, chooses :class:`Remix`, and ``remix_tau`` is its τ.
+            loss; with ``remix_kappa`` or ``remix_tau``, those of :class:`Remix`.
         class_counts: Training images per class, (C,); targets become (B, C).
         batch: Images that are mixed with each other.
 
@@ -136,30 +128,22 @@ def create_mixup(
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
     given = {"mixup_alpha": 0.0} | given
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
+    remix = {name: given.pop(name) for name in ("remix_kappa", "remix_tau") if name in given}
     # Created also if it does not mix, to find wrong options.
-    if KAPPA in given:
-        mixup: Mixup = create_part("mixup", Remix, class_counts, **sizes, **given)
-    else:
-        if TAU in given:
-            raise UsageError(f"mixup.{TAU} has no effect without mixup.{KAPPA}")
-        mixup = create_part("mixup", Mixup, **sizes, **given)
+    mixup = create_part("mixup", Mixup, **sizes, **given)
     if not any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
-        if KAPPA in given:
+        if remix:
             raise UsageError(
-                f"mixup.{KAPPA} has no effect without mixup.mixup_alpha or cutmix_alpha"
+                f"mixup.{min(remix)} has no effect without mixup_alpha or cutmix_alpha"
             )
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return mixup
+    return Remix(class_counts, **remix, **sizes, **given) if remix else mixup
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
-    """Creates an optimiser of timm.
-
-    Args:
-        model: The model before it is prepared.
-        options: Arguments of ``timm.optim.create_optimizer_v2``.
+    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``.
 
     Raises:
         UsageError: If the optimiser or an option is unknown, or a value is out of range.
@@ -186,22 +170,18 @@ class Losses:
     """Losses of an epoch, kept on the device between two looks.
 
     Args:
+        accelerator: Gathers from all processes, so that all of them stop.
         owner: Epoch or head that is trained, for the message.
         advice: Remedies for numbers that are not finite, for the message.
-        accelerator: Gathers from all processes, so that all of them stop.
     """
 
-    def __init__(self, owner: str, advice: str, accelerator: Accelerator) -> None:
-        self._owner, self._advice, self._accelerator = owner, advice, accelerator
+    def __init__(self, accelerator: Accelerator, owner: str, advice: str) -> None:
+        self._accelerator, self._message = accelerator, f"of {owner}: {advice}"
         self._values: list[Tensor] = []
         self._seen: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Adds the loss of the next batch.
-
-        Raises:
-            UsageError: If a loss is not finite.
-        """
+        """Adds the loss of the next batch; UsageError if a loss is not finite."""
         self._values.append(value)
         if len(self._values) == LOOK_EVERY:
             self._look()
@@ -220,7 +200,8 @@ class Losses:
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
         broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
         if self._accelerator.reduce(broken, "sum") > 0:
-            self._stop("weights are no longer finite after the last update")
+            problem = "weights are no longer finite after the last update"
+            raise UsageError(f"{problem} {self._message}")
         return float(torch.cat(self._seen).mean())
 
     def _look(self) -> None:
@@ -233,10 +214,8 @@ class Losses:
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
             update = (first + int(wrong[0])) // self._accelerator.gradient_accumulation_steps + 1
-            self._stop(f"the loss became {float(values[wrong[0]])} in update {update}")
-
-    def _stop(self, problem: str) -> NoReturn:
-        raise UsageError(f"{problem} of {self._owner}: {self._advice}")
+            value = float(values[wrong[0]])
+            raise UsageError(f"the loss became {value} in update {update} {self._message}")
 
 
 class Schedule:
@@ -269,8 +248,7 @@ class Schedule:
             given.pop("warmup_epochs", None)
             self._warmup_lr = given.pop("warmup_lr", 1e-5)
         given |= {"step_on_epochs": self.plateau, "updates_per_epoch": updates_per_epoch}
-        self._updates = updates_per_epoch
-        self._optimizer = optimizer
+        self._updates, self._optimizer = updates_per_epoch, optimizer
         self._scheduler = _scheduler_of_length(optimizer, given, epochs)
 
     def before_update(self, step: int) -> None:
@@ -292,12 +270,11 @@ class Schedule:
 
     def replay(self, history: Sequence[EpochRecord]) -> None:
         """Brings plateau, whose state depends on the accuracies, to the end of a history."""
-        if not self.plateau:
-            return
-        for group, base in self._bases():
-            group["lr"] = base
-        for record in history:
-            self.after_epoch(record)
+        if self.plateau:
+            for group, base in self._bases():
+                group["lr"] = base
+            for record in history:
+                self.after_epoch(record)
 
     def _bases(self) -> list[tuple[dict[str, Any], float]]:
         groups = self._optimizer.param_groups
