@@ -402,7 +402,7 @@ def test_clipping_bounds_the_first_step(accelerator, mode):
                 shape = (len(p) if p.ndim > 1 else 1, -1)
                 size, norm = (x.view(shape).norm(dim=1, keepdim=True) for x in (p.detach(), part))
                 limit = size.clamp(min=1e-3) * 0.01
-                part = part.view(shape) * (limit / norm.clamp(min=1e-6)).clamp(max=1)
+                part.view(shape).mul_((limit / norm.clamp(min=1e-6)).clamp(max=1))
             expected.append(part.flatten())
         expected = torch.cat(expected)
     torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4)
