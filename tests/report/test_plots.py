@@ -33,7 +33,7 @@ from timm_lt.report.plots import (
     head_styles,
     save_plots,
 )
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 
 HISTORY = [
     EpochRecord(1, 2.0, 0.1, 9.0, 1.0, {"all": 0.3, "many_shot": 0.5, "few_shot": None}),

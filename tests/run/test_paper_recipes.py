@@ -35,7 +35,7 @@ from timm_lt.run.parse import load_recipe, shipped_recipes
 from timm_lt.run.recipe import RunOptions
 from timm_lt.run.setup import create_run
 from timm_lt.run.stages import train
-from timm_lt.training.update import Schedule
+from timm_lt.training.parts import Schedule
 from timm_lt.utils.checks import check_options
 from timm_lt.utils.files import read_yaml
 

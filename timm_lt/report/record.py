@@ -17,7 +17,7 @@ from timm_lt.data.decode import encoded_images, read_image
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.report.tables import GROUPS, JOINT, percent
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups

@@ -17,7 +17,7 @@ from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.splits import split_digests
 from timm_lt.features import Features
-from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
+from timm_lt.fitting import AUTO, create_fit
 from timm_lt.heads import Head
 from timm_lt.losses import LOSSES, create_loss
 from timm_lt.metrics import Objective, ShotReport
@@ -263,7 +263,7 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
         check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
     for name, options in stage_heads(recipe, "features").items():
-        check_fit_options(head_kind(recipe, name), options)
+        create_fit(head_kind(recipe, name), **options)
     if splits is None:
         return
     if splits.num_classes < 2:
@@ -271,7 +271,8 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
     counts, rule = splits.class_counts, recipe.shot_rule
     for name, options in stage_heads(recipe, "features").items():
         views = recipe.features.views or 1
-        check_fit_classes(head_kind(recipe, name), options, counts, rule=rule, views=views)
+        fit = create_fit(head_kind(recipe, name), **options)
+        fit.check_classes(counts, rule=rule, views=views)
     few = shot_groups(counts, rule)["few_shot"]
     if recipe.objective == "few_shot" and not few[splits.labels["val"]].any():
         raise UsageError(

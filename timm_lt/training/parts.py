@@ -1,39 +1,27 @@
-"""One update of the weights: mixed images, loss, gradients and learning rate."""
+"""Parts of the training on images: mixup, optimiser, learning rates, losses and seeds."""
 
 import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
-from rich.progress import Progress
 from timm.data import Mixup
-from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from timm_lt.data.decode import without_unreadable
-from timm_lt.data.images import Batch
-from timm_lt.data.loader import loaded
-from timm_lt.features.extract import FeatureTap
-from timm_lt.heads import get_heads, limit_norms
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
-from timm_lt.utils.console import advance
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
-KAPPA, TAU = "remix_kappa", "remix_tau"
 PLATEAU = "plateau"
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", PLATEAU)
 # Values that timm takes without complaint, or refuses only in the middle of training.
@@ -54,13 +42,7 @@ T = TypeVar("T")
 
 
 def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls a factory of timm with the options of a user.
-
-    Args:
-        owner: Name of the part, for the message.
-        create: Class or function.
-        *arguments: Other arguments.
-        **options: Options of the user.
+    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages.
 
     Raises:
         UsageError: If an option is unknown or out of range, or the factory refuses it.
@@ -128,11 +110,6 @@ class Remix(Mixup):
         return images, mixed.scatter_add_(1, other, 1 - share)
 
 
-def mixes(options: Mapping[str, Any]) -> bool:
-    """Returns whether options of ``timm.data.Mixup`` mix any images."""
-    return any(options.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax"))
-
-
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixup | None:
@@ -140,46 +117,33 @@ def create_mixup(
 
     Args:
         options: Arguments of ``timm.data.Mixup``, except label smoothing, which is an option of the
-            loss; ``remix_kappa``, κ, chooses :class:`Remix`, and ``remix_tau`` is its τ.
+            loss; with ``remix_kappa`` or ``remix_tau``, those of :class:`Remix`.
         class_counts: Training images per class, (C,); targets become (B, C).
         batch: Images that are mixed with each other.
 
     Raises:
-        UsageError: If an option is unknown or out of range, or the batch is odd.
+        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
     given = {"mixup_alpha": 0.0} | given
-    remix = {name: given.pop(name) for name in (KAPPA, TAU) if name in given}
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
+    remix = {name: given.pop(name) for name in ("remix_kappa", "remix_tau") if name in given}
     # Created also if it does not mix, to find wrong options.
     mixup = create_part("mixup", Mixup, **sizes, **given)
-    if not mixes(given):
+    if not any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
+        if remix:
+            raise UsageError(
+                f"mixup.{min(remix)} has no effect without mixup_alpha or cutmix_alpha"
+            )
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return Remix(class_counts, **remix, **sizes, **given) if KAPPA in remix else mixup
-
-
-def create_ema(options: Mapping[str, Any] | None, model: nn.Module) -> ModelEmaV3 | None:
-    """Creates timm's moving average of all weights; None without options.
-
-    Args:
-        options: Arguments of ``timm.utils.ModelEmaV3``.
-        model: The model before it is prepared.
-
-    Raises:
-        UsageError: If an option is unknown or out of range.
-    """
-    return create_part("ema", ModelEmaV3, model, **options) if options else None
+    return Remix(class_counts, **remix, **sizes, **given) if remix else mixup
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
-    """Creates an optimiser of timm.
-
-    Args:
-        model: The model before it is prepared.
-        options: Arguments of ``timm.optim.create_optimizer_v2``.
+    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``.
 
     Raises:
         UsageError: If the optimiser or an option is unknown, or a value is out of range.
@@ -187,90 +151,6 @@ def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
     names = tuple(map(str, list_optimizers()))
     check_choice("optimizer", str(options["opt"]).removeprefix("lookahead_"), names)
     return create_part("optimizer", create_optimizer_v2, model, **options)
-
-
-class Update:
-    """Computes gradients batch by batch and moves the weights when enough have been summed.
-
-    Args:
-        model: The prepared model.
-        optimizer: The prepared optimiser.
-        loss: Maps (logits, targets) to a scalar, or (logits, targets, features) if it has
-            ``needs_features``.
-        accelerator: Knows how many batches make an update.
-        mixup: Mixes the images of a batch, or None.
-        ema: Follows the weights, or None.
-        clip_grad: Threshold of the gradient, > 0, or None.
-        clip_mode: The threshold applies to the ``"norm"`` of all gradients, to each ``"value"``,
-            or (``"agc"``) to the norm of each unit relative to that of its weights.
-        max_norm: Largest length of the weights of a class, > 0, or None.
-
-    Raises:
-        UsageError: If a value is out of range, or the loss does not take mixed targets.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        loss: nn.Module,
-        accelerator: Accelerator,
-        *,
-        mixup: Mixup | None = None,
-        ema: ModelEmaV3 | None = None,
-        clip_grad: float | None = None,
-        clip_mode: ClipMode = "norm",
-        max_norm: float | None = None,
-    ) -> None:
-        check_choice("clip_mode", clip_mode, get_args(ClipMode))
-        for name, limit in {"clip_grad": clip_grad, "max_norm": max_norm}.items():
-            if limit is not None:
-                check_number(name, limit, "(0, inf)")
-        if mixup is not None and not getattr(loss, "takes_soft_targets", False):
-            raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.accelerator, self.mixup, self.ema = accelerator, mixup, ema
-        self.clip_grad, self.clip_mode, self.max_norm = clip_grad, clip_mode, max_norm
-        self._second_order = getattr(optimizer.optimizer, "is_second_order", False)
-        self._raw = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
-
-    def __call__(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Takes one batch; returns its loss. ``step`` counts updates from the beginning."""
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        images = images.to(memory_format=torch.channels_last)
-        with self.accelerator.accumulate(self.model):
-            logits = self.model(images)
-            features = () if self._tap is None else (self._tap.take(),)
-            value: Tensor = self.loss(logits, targets, *features)
-            options = {"create_graph": True} if self._second_order else {}
-            self.accelerator.backward(value, **options)
-            if self.accelerator.sync_gradients and self.clip_grad is not None:
-                self._clip(self.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.accelerator.sync_gradients and self.max_norm is not None:
-                for classifier in get_heads(self._raw).values():
-                    limit_norms(classifier, self.max_norm)
-            if self.accelerator.sync_gradients and self.ema is not None:
-                self.ema.update(self._raw, step=step)
-        return value.detach()
-
-    def close(self) -> None:
-        """Removes the hook from the model."""
-        if self._tap is not None:
-            self._tap.remove()
-
-    def _clip(self, threshold: float) -> None:
-        if self.clip_mode == "norm":
-            self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
-        elif self.clip_mode == "value":
-            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
-        else:
-            self.accelerator.unscale_gradients()
-            # Without the classifier, as in Brock et al. (2021).
-            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
 
 
 @contextmanager
@@ -287,27 +167,21 @@ def means_over_processes(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """Losses of a pass over the training images, kept on the device between two looks.
+    """Losses of an epoch, kept on the device between two looks.
 
     Args:
+        accelerator: Gathers from all processes, so that all of them stop.
         owner: Epoch or head that is trained, for the message.
         advice: Remedies for numbers that are not finite, for the message.
-        per_update: Batches per update.
-        accelerator: Gathers from all processes, so that all of them stop.
     """
 
-    def __init__(self, owner: str, advice: str, per_update: int, accelerator: Accelerator) -> None:
-        self._owner, self._advice, self._per_update = owner, advice, per_update
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, owner: str, advice: str) -> None:
+        self._accelerator, self._message = accelerator, f"of {owner}: {advice}"
         self._values: list[Tensor] = []
         self._seen: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Adds the loss of the next batch.
-
-        Raises:
-            UsageError: If a loss is not finite.
-        """
+        """Adds the loss of the next batch; UsageError if a loss is not finite."""
         self._values.append(value)
         if len(self._values) == LOOK_EVERY:
             self._look()
@@ -326,7 +200,8 @@ class Losses:
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
         broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
         if self._accelerator.reduce(broken, "sum") > 0:
-            self._stop("weights are no longer finite after the last update")
+            problem = "weights are no longer finite after the last update"
+            raise UsageError(f"{problem} {self._message}")
         return float(torch.cat(self._seen).mean())
 
     def _look(self) -> None:
@@ -338,11 +213,9 @@ class Losses:
         self._values = []
         wrong = torch.nonzero(~values.isfinite()).flatten()
         if len(wrong):
-            update = (first + int(wrong[0])) // self._per_update + 1
-            self._stop(f"the loss became {float(values[wrong[0]])} in update {update}")
-
-    def _stop(self, problem: str) -> NoReturn:
-        raise UsageError(f"{problem} of {self._owner}: {self._advice}")
+            update = (first + int(wrong[0])) // self._accelerator.gradient_accumulation_steps + 1
+            value = float(values[wrong[0]])
+            raise UsageError(f"the loss became {value} in update {update} {self._message}")
 
 
 class Schedule:
@@ -375,8 +248,7 @@ class Schedule:
             given.pop("warmup_epochs", None)
             self._warmup_lr = given.pop("warmup_lr", 1e-5)
         given |= {"step_on_epochs": self.plateau, "updates_per_epoch": updates_per_epoch}
-        self._updates = updates_per_epoch
-        self._optimizer = optimizer
+        self._updates, self._optimizer = updates_per_epoch, optimizer
         self._scheduler = _scheduler_of_length(optimizer, given, epochs)
 
     def before_update(self, step: int) -> None:
@@ -398,12 +270,11 @@ class Schedule:
 
     def replay(self, history: Sequence[EpochRecord]) -> None:
         """Brings plateau, whose state depends on the accuracies, to the end of a history."""
-        if not self.plateau:
-            return
-        for group, base in self._bases():
-            group["lr"] = base
-        for record in history:
-            self.after_epoch(record)
+        if self.plateau:
+            for group, base in self._bases():
+                group["lr"] = base
+            for record in history:
+                self.after_epoch(record)
 
     def _bases(self) -> list[tuple[dict[str, Any], float]]:
         groups = self._optimizer.param_groups
@@ -425,47 +296,6 @@ def _scheduler_of_length(optimizer: Optimizer, options: dict[str, Any], epochs: 
         f"scheduler.options {options} make the schedule longer than {epochs} epochs: raise epochs, "
         "or shorten cooldown, warm-up or cycles"
     )
-
-
-def run_updates(
-    batches: Iterable[Batch],
-    update: Update,
-    schedule: Schedule,
-    losses: Losses,
-    *,
-    first: int,
-    skips: bool,
-    bar: Progress,
-) -> float:
-    """Makes the updates of one pass over the training images.
-
-    Args:
-        batches: Batches of a training loader, whole updates.
-        update: Takes each batch.
-        schedule: Sets the learning rate before each update.
-        losses: Collects the loss of each batch.
-        first: Number of earlier updates.
-        skips: Whether images that cannot be read are left out.
-        bar: Advances by one for each update.
-
-    Returns:
-        The mean loss over the batches of all processes.
-
-    Raises:
-        UsageError: If an image cannot be read, or a loss or a weight is not finite.
-    """
-    steps = update.accelerator.gradient_accumulation_steps
-    # After a pass that was cut short, accelerate still counts the batches of its last update.
-    update.accelerator.step = 0
-    for number, batch in enumerate(loaded(batches)):
-        step = first + number // steps
-        if number % steps == 0:
-            schedule.before_update(step)
-        images, targets = without_unreadable(*batch) if skips else batch
-        losses.add(update(images, targets, step))
-        if (number + 1) % steps == 0:
-            advance(bar)
-    return losses.finish(update.model)
 
 
 def cpu_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import torch
 from timm.data import Mixup
 
 from timm_lt import UsageError
-from timm_lt.training.update import create_mixup, seed_epoch
+from timm_lt.training.parts import create_mixup, seed_epoch
 
 COUNTS = torch.tensor([500, 100, 34, 33, 5])
 

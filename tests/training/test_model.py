@@ -12,7 +12,7 @@ from torch import nn
 import timm_lt
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import TrainingOptions, train_representation
-from timm_lt.training.frozen import FrozenParts, last_block
+from timm_lt.training.model import FrozenParts, last_block
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
@@ -22,33 +22,21 @@ RATE, DECAY = 0.02, 0.1
 BLOCKS = {
     "test_resnet": "layer4.0",
     "test_vit": "blocks.5",
-    "test_convnext": "stages.3.blocks.1",
-    "test_efficientnet": "blocks.4.0",
-    "test_nfnet": "stages.3.0",
     "resnet50": "layer4.2",
-    "resnext50_32x4d": "layer4.2",
-    "resnet152": "layer4.2",
     "lt_resnet32": "layer3.4",
     "lt_bbn_resnet32": "layer3.4",
-    "lt_bbn_resnet50": "layer4.2",
     "lt_oltr_resnet10": "layer4.0",
-    "resnetv2_50": "stages.3.blocks.2",
     "convnext_tiny": "stages.3.blocks.2",
     "vit_tiny_patch16_224": "blocks.11",
-    "deit_tiny_distilled_patch16_224": "blocks.11",
     "swin_tiny_patch4_window7_224": "layers.3.blocks.1",
     "efficientnet_b0": "blocks.6.0",
     # It is followed by a 1×1 convolution, which is not a block.
     "mobilenetv3_small_050": "blocks.4.2",
-    "mobilenetv2_035": "blocks.6.0",
     "regnety_002": "s4.b7",
-    "regnetx_002": "s4.b7",
     "densenet121": "features.denseblock4.denselayer16",
     "inception_v3": "Mixed_7c",
     "mixer_s32_224": "blocks.7",
-    "darknet53": "stages.4.blocks.3",
     "crossvit_9_240": "blocks.2",
-    "efficientvit_b0": "stages.3.blocks.2",
     "repvgg_a0": "stages.3.0",
 }
 

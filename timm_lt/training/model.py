@@ -1,5 +1,6 @@
-"""Training of parts of a model: frozen modules, and the last block of any architecture."""
+"""The model in training: its checks, frozen modules, and the last block of any architecture."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -7,8 +8,10 @@ import torch
 from torch import nn
 
 from timm_lt.checkpoint import is_statistic
-from timm_lt.heads import find_classifiers
+from timm_lt.data.images import Images
+from timm_lt.heads import Head, find_classifiers, get_head, get_heads
 from timm_lt.models.networks import BilateralBlock, ModulatedAttention, takes_pairs
+from timm_lt.samplers import ClassSampler
 from timm_lt.utils.checks import UsageError, check_choice, unknown_name
 
 BatchNorm = Literal["frozen", "shift"]
@@ -102,7 +105,7 @@ class FrozenParts:
     Args:
         model: A timm model with its classifier.
         trained: Paths of the modules to train, with everything in them; ``"last_block"`` is the
-            path that :func:`~timm_lt.training.frozen.last_block` finds. None trains all.
+            path that :func:`last_block` finds. None trains all.
         bn: Mode of frozen modules.
 
     Raises:
@@ -114,22 +117,21 @@ class FrozenParts:
     ) -> None:
         check_choice("bn", bn, get_args(BatchNorm))
         chosen = [model] if trained is None else _modules(model, trained)
-        statistics = any(map(is_statistic, model.state_dict()))
-        if bn == "shift" and (trained is None or not statistics):
-            reason = "no modules are named in trained"
-            if trained is not None:
-                reason = f"{type(model).__name__} has no batch-norm statistics"
+        if bn == "shift" and (trained is None or not any(map(is_statistic, model.state_dict()))):
+            reason = f"{type(model).__name__} has no batch-norm statistics"
+            reason = "no modules are named in trained" if trained is None else reason
             raise UsageError(f"bn shift has no effect, since {reason}: remove it")
         parameters = {id(parameter) for module in chosen for parameter in module.parameters()}
         frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
         for parameter in frozen:
             parameter.requires_grad_(False)
         self._parameters = frozen
-        self._evaluated = _beside(model, chosen) if bn == "frozen" else []
+        # Modules that stay in evaluation mode.
+        self.evaluated = _beside(model, chosen) if bn == "frozen" else []
 
     def set_mode(self) -> None:
         """Gives the frozen modules their mode, after ``train()`` of the model."""
-        for module in self._evaluated:
+        for module in self.evaluated:
             module.training = False
 
     def thaw(self) -> None:
@@ -138,10 +140,10 @@ class FrozenParts:
             parameter.requires_grad_(True)
 
     def try_batch(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
-        """Passes the smallest batch through the model, which may be too small for batch norm.
+        """Passes the smallest batch, which batch norm may refuse, through a copy of the model.
 
         Args:
-            model: The model; it stays as it is.
+            model: The model.
             size: Height and width of the images.
             batch: Images per batch of a process.
 
@@ -151,10 +153,10 @@ class FrozenParts:
         each = 2 if takes_pairs(model) else 1
         if batch > each:
             return
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        modes = [(module, module.training) for module in model.modules()]
+        # One call, so that the copied parts are those of the copied model.
+        model, parts = copy.deepcopy((model, self))
         model.train()
-        self.set_mode()
+        parts.set_mode()
         images = next(model.parameters()).new_zeros(each, 3, *size)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -165,10 +167,6 @@ class FrozenParts:
                 f"{', one for each branch' if each > 1 else ''} ({error}): take a larger "
                 "batch_size, or fewer processes or accumulation_steps"
             ) from error
-        finally:
-            model.load_state_dict(state)
-            for module, mode in modes:
-                module.training = mode
 
 
 def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
@@ -199,3 +197,57 @@ def _beside(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
         for module in model.modules()
         if not any(id(part) in inside for part in module.modules())
     ]
+
+
+def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:
+    """Gives a fresh classifier the bias that the loss starts with, if it has one."""
+    initial_bias = getattr(loss, "initial_bias", None)
+    value = None if initial_bias is None else initial_bias(num_classes)
+    if value is not None:
+        for classifier in find_classifiers(model).values():
+            if classifier.bias is not None:
+                nn.init.constant_(classifier.bias, value)
+
+
+def check_model(model: nn.Module, images: Images) -> None:
+    """Checks that a model takes images of this size, and that its head, if any, can be folded.
+
+    Raises:
+        UsageError: If not.
+    """
+    classifier, size = get_head(model), (3, *images.size)
+    try:
+        if isinstance(classifier, Head):
+            classifier.fold()
+        with torch.inference_mode():
+            model.eval()(next(model.parameters()).new_zeros(1, *size))
+    except (UsageError, RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"the model cannot be trained on images of size {size}: {error}"
+        ) from error
+
+
+def check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:
+    """Checks that a loss fits the model, the sampler and the number of epochs."""
+    if (set_epoch := getattr(loss, "set_epoch", None)) is not None:
+        set_epoch(0, epochs)
+    check_classifier = getattr(loss, "check_classifier", None)
+    # Only timm's models tell which module is the classifier.
+    if check_classifier is not None and hasattr(model, "get_classifier"):
+        for classifier in get_heads(model).values():
+            check_classifier(classifier)
+    bilateral = {
+        "model": takes_pairs(model),
+        "sampler": getattr(sampler, "unit", 1) > 1,
+        "loss": getattr(loss, "takes_pairs", False),
+    }
+    if not any(bilateral.values()):
+        return
+    # Mixed logits are those of mixed features for a linear classifier only.
+    bilateral["linear classifier"] = getattr(get_head(model), "kind", "linear") == "linear"
+    missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
+    if missing:
+        raise UsageError(
+            f"not bilateral: {missing}; BBN is trained with all of: a model lt_bbn_* (or from "
+            "create_bilateral) with a linear classifier, sampler bilateral and loss bilateral"
+        )
