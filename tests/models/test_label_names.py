@@ -15,7 +15,7 @@ from timm.models._hub import save_for_hf
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.cli.predict import class_names
-from timm_lt.models.label_names import is_for, label_names
+from timm_lt.models.create import is_for, label_names
 from timm_lt.run.network import has_classifier, start_network
 from timm_lt.run.recipe import ModelRecipe, Recipe
 

@@ -113,7 +113,7 @@ def test_cached_names_are_unique_and_valid_file_names():
     # Some file systems do not tell capitals from small letters.
     assert len({name.lower() for name in names}) == len(URLS)
     for name in names:
-        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.[0-9a-f]{16}(\.pth)?", name)
+        assert re.fullmatch(r"[0-9a-f]{16}-[A-Za-z0-9._-]*", name)
         assert len(name) <= 133
 
 

@@ -156,7 +156,7 @@ def reference(name):
     return own.get(name) or getattr(torchvision.models, name.removeprefix("lt_"))
 
 
-OURS = {name for name, entry in ARCHITECTURES.items() if entry.bilateral or entry.base is None}
+OURS = {name for name, entry in ARCHITECTURES.items() if entry.make is not None}
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - OURS - {"lt_test_resnet"}))

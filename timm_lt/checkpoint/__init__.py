@@ -29,10 +29,10 @@ from timm_lt.checkpoint.format import read_config as read_config
 from timm_lt.checkpoint.load import find_entry as find_entry
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
-from timm_lt.checkpoint.load import load_model_head as load_model_head
+from timm_lt.checkpoint.save import config_text as config_text
 from timm_lt.checkpoint.save import head_entry as head_entry
+from timm_lt.checkpoint.save import plain_copy as plain_copy
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
-from timm_lt.checkpoint.save import save_plain as save_plain
 from timm_lt.checkpoint.weights import check_build as check_build
 from timm_lt.checkpoint.weights import check_sizes as check_sizes
 from timm_lt.checkpoint.weights import load_error as load_error

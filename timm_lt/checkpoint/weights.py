@@ -73,41 +73,38 @@ def check_build(
     model = _build_on_meta(folder, config["architecture"], shapes)
     if model is None:
         return
-    stored = sum(map(math.prod, shapes.values()))
-    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    limit = 5 * stored + FREE_ELEMENTS if shapes else MOST_ELEMENTS
-    if elements > limit:
-        hint = WEIGHTS if shapes else "a model without weights; create it by its architecture"
-        raise UsageError(
-            f"the model of {folder / CONFIG} has {elements:,} numbers, more than the {limit:,} "
-            f"that are accepted for {hint}"
-        )
-    if not pretrained:
-        return
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if info is None:
-        needed = sum(map(math.prod, wanted.values()))
-        if needed > 2 * stored + FREE_ADAPTED:
-            raise UsageError(
-                f"{folder / WEIGHTS} has {stored:,} numbers, the model of {CONFIG} {needed:,}"
-            )
-        return
-    for key in [*wanted, *shapes]:
-        here, there = wanted.get(key, "nothing"), shapes.get(key, "nothing")
-        if here != there:
-            raise UsageError(
-                f"{folder / WEIGHTS} has {there} for {key}, the model of {CONFIG} {here}"
-            )
+    stored, needed = (sum(map(math.prod, part.values())) for part in (shapes, wanted))
+    # Buffers that are not stored count, too.
+    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    limit = 5 * stored + FREE_ELEMENTS if pretrained else MOST_ELEMENTS
+    problem = None
+    if elements > limit:
+        problem = f"has {elements:,} numbers, more than the {limit:,} that are accepted for it"
+    elif pretrained and info is None and needed > 2 * stored + FREE_ADAPTED:
+        problem = f"has {needed:,} numbers, {WEIGHTS} {stored:,}"
+    elif pretrained and info is not None:
+        for key in [*wanted, *shapes]:
+            here, there = wanted.get(key, "nothing"), shapes.get(key, "nothing")
+            if here != there:
+                problem = f"has {here} for {key}, {WEIGHTS} {there}"
+                break
+    if problem is not None:
+        raise UsageError(f"the model of {folder / CONFIG} {problem}")
 
 
 def _build_on_meta(folder: Path, architecture: str, shapes: Shapes) -> nn.Module | None:
     """Builds a model without memory; returns None for an architecture of the user that cannot."""
+    builder, count = threading.get_ident(), itertools.count(1)
+    limit = 2 * len(shapes) + 1000 if shapes else MOST_PARAMETERS
+
+    def count_parameter(*_: object) -> None:
+        if threading.get_ident() == builder and next(count) > limit:
+            raise UsageError(f"the model of {folder / CONFIG} has far more layers than {WEIGHTS}")
+
+    handle = register_module_parameter_registration_hook(count_parameter)
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("meta"),
-            _bounded_build(folder, 2 * len(shapes) + 1000 if shapes else MOST_PARAMETERS),
-        ):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
             return model
     except UsageError:
@@ -119,28 +116,14 @@ def _build_on_meta(folder: Path, architecture: str, shapes: Shapes) -> nn.Module
                 # Its constructor may read values of its tensors.
                 return None
         raise load_error(folder, error) from error
+    finally:
+        handle.remove()
 
 
 def load_error(folder: Path, error: Exception) -> UsageError:
     """Returns the error for a folder whose model cannot be built or loaded."""
     reason = " ".join(str(error).split())[:300]
     return UsageError(f"the checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}")
-
-
-@contextmanager
-def _bounded_build(folder: Path, limit: int) -> Iterator[None]:
-    """Stops a build in this thread at the first parameter beyond a limit."""
-    builder, count = threading.get_ident(), itertools.count(1)
-
-    def count_parameter(*_: object) -> None:
-        if threading.get_ident() == builder and next(count) > limit:
-            raise UsageError(f"the model of {folder / CONFIG} has far more layers than {WEIGHTS}")
-
-    handle = register_module_parameter_registration_hook(count_parameter)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
@@ -155,17 +138,16 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     # A tensor without elements costs nothing, whatever its other sizes are.
     sizes = [size for shape in shapes.values() if 0 not in shape for size in shape]
     limit = max([ORDINARY, *sizes])
+    problem = None
     for key in ("model_args", "pretrained_cfg"):
         try:
-            problems = [
-                f"{name} is {size}, far beyond the sizes in {WEIGHTS}"
-                for name, size in _integers(config.get(key, {}), key)
-                if abs(size) > limit
-            ]
+            for name, size in _integers(config.get(key, {}), key):
+                if abs(size) > limit:
+                    problem = problem or f"{name} is {size}, far beyond the sizes in {WEIGHTS}"
         except RecursionError:
-            problems = [f"{key} is nested too deeply"]
-        if problems:
-            raise UsageError(f"{path}: {problems[0]}")
+            problem = f"{key} is nested too deeply"
+    if problem is not None:
+        raise UsageError(f"{path}: {problem}")
 
 
 def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:

@@ -17,8 +17,8 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.heads import head_option_names
+from timm_lt.models.create import own_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.models.label_names import own_names
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import new_folder

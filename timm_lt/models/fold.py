@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import CONFIG, WEIGHTS, save_plain
-from timm_lt.heads import Head, fold_head, get_heads
+from timm_lt.checkpoint import CONFIG, WEIGHTS, config_text, plain_copy
+from timm_lt.heads import Head, get_heads
 from timm_lt.models.create import input_size
 from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import write_atomic
 
 ONNX = "model.onnx"
 PROGRAM = "model.pt2"
@@ -77,14 +80,13 @@ def write_folded(
     if missing:
         raise UsageError(f"an ONNX file needs {', '.join(missing)}: pip install 'timm_lt[onnx]'")
     images = torch.randn(IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))
-    heads = [head for head in get_heads(model).values() if isinstance(head, Head)]
-    exact = all(_is_linear(head) for head in heads)
+    exact = all(_is_linear(head) for head in get_heads(model).values() if isinstance(head, Head))
     original = copy.deepcopy(model).cpu().float().eval()
-    plain = fold_head(copy.deepcopy(original))
+    plain = plain_copy(original)
     with torch.inference_mode():
         wanted, folded = original(images), plain(images)
     _compare(f"the folded {type(model).__name__}", folded, wanted, exact=exact)
-    save_plain(folder, model, label_names=label_names)
+    _write_plain(folder, model, label_names)
     difference = _compare_file(folder, _load_timm, images, folded)
     others = {}
     if onnx:
@@ -97,6 +99,20 @@ def write_folded(
             torch.export.save(exported, folder / PROGRAM)
         others["torch.export"] = _compare_file(folder / PROGRAM, _load_program, images, folded)
     return FoldReport(exact, difference, others)
+
+
+def _write_plain(folder: Path, model: nn.Module, label_names: list[str] | None) -> None:
+    """Writes an ordinary timm checkpoint, in the model's own type."""
+    plain = plain_copy(model)
+    for path, head in get_heads(model).items():
+        if head.bias is None and plain.get_submodule(path).bias is not None:
+            raise UsageError(
+                f"the folded head needs a bias, but the classifier {path!r} of timm's "
+                f"{type(model).__name__} has none, so timm could not load it"
+            )
+    state = {key: value.contiguous() for key, value in plain.state_dict().items()}
+    write_atomic(folder / WEIGHTS, safetensors.torch.save(state))
+    write_atomic(folder / CONFIG, config_text(plain, label_names))
 
 
 def _is_linear(head: Head) -> bool:
@@ -124,6 +140,20 @@ def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool) -> float:
     return difference
 
 
+def _compare_file(
+    path: Path, load: Callable[[Path], Logits], images: Tensor, wanted: Tensor
+) -> float:
+    """Loads a written model and compares it for several images and for one."""
+    try:
+        with torch.inference_mode():
+            run = load(path)
+            several, one = run(images), run(images[:1])
+    except Exception as error:
+        raise UsageError(f"{path} was written but cannot be run: {_reason(error)}") from error
+    _compare(f"{path} for one image", one, wanted[:1], exact=True)
+    return _compare(str(path), several, wanted, exact=True)
+
+
 @contextmanager
 def _export_errors(model: nn.Module, what: str) -> Iterator[None]:
     """Hides torch's notes about its exporter, and turns its errors into UsageError."""
@@ -145,22 +175,17 @@ def _export_errors(model: nn.Module, what: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=ANY_NUMBER,
+        model, (images,), dynamo=True, verbose=False, dynamic_shapes=ANY_NUMBER, **names
     )
     assert program is not None
     program.save(path)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _load_timm(folder: Path) -> Logits:
@@ -172,27 +197,8 @@ def _load_onnx(path: Path) -> Logits:
     import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(path)
-
-    def run(images: Tensor) -> Tensor:
-        (logits,) = session.run(None, {"images": images.numpy()})
-        return torch.from_numpy(logits)
-
-    return run
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _load_program(path: Path) -> Logits:
     return torch.export.load(path).module()
-
-
-def _compare_file(
-    path: Path, load: Callable[[Path], Logits], images: Tensor, wanted: Tensor
-) -> float:
-    """Loads what was written and compares it for several images and for one."""
-    try:
-        with torch.inference_mode():
-            run = load(path)
-            several, one = run(images), run(images[:1])
-    except Exception as error:
-        raise UsageError(f"{path} was written but cannot be run: {_reason(error)}") from error
-    _compare(f"{path} for one image", one, wanted[:1], exact=True)
-    return _compare(str(path), several, wanted, exact=True)

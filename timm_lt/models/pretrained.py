@@ -8,15 +8,14 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import get_cache_dir
-from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
@@ -26,14 +25,14 @@ from timm_lt.checkpoint import (
     WEIGHTS,
     find_entry,
     is_statistic,
-    load_model_head,
+    load_heads,
     read_checkpoint,
     read_config,
 )
 from timm_lt.heads import HEADS, Head, LWSHead, check_head_options, get_head, set_head
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.repo import Repo
-from timm_lt.models.third_party import Weights, check_weights, read_weights
+from timm_lt.models.third_party import Weights, read_weights
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.console import console, log
 from timm_lt.utils.files import sha256
@@ -42,20 +41,13 @@ T = TypeVar("T")
 
 
 def cached_name(url: str) -> str:
-    """Returns the file name under which a URL is cached.
-
-    It consists of the end of the path, a digest of the whole URL and the suffix: readable, unique
-    to the URL, at most 133 characters, and valid on every file system.
+    """Returns the file name under which a URL is cached: a digest of it, and its readable end.
 
     >>> cached_name("https://example.org/weights/ImageNet_LT/models/resnet50.pth")
-    'ImageNet_LT--models--resnet50.1b5702488603d1d6.pth'
+    '1b5702488603d1d6-resnet50.pth'
     """
-    parts = urlsplit(url)
-    path = PurePosixPath(parts.hostname or "", unquote(parts.path).strip("/"))
-    suffix = path.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,15}", path.suffix) else ""
-    words = "--".join(path.parts[-3:]).removesuffix(suffix)
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", words)[-100:].lstrip("-.")
-    return f"{readable}.{sha256(url.encode())[:16]}{suffix}"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", urlsplit(url).path.rpartition("/")[2])
+    return f"{sha256(url.encode())[:16]}-{readable[-100:]}"
 
 
 def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None = None) -> T:
@@ -84,18 +76,17 @@ def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None =
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
                     return _download(url, path, read)
-    except UsageError:
-        raise
+        return read(path)
+    except UsageError as error:
+        # A file that was downloaded just now is not kept.
+        hint = f"; delete {path} to download it again" if path.is_file() else ""
+        raise UsageError(f"{error}{hint}") from error
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()
         raise UsageError(
             f"{url} cannot be downloaded: {error}; try again, or put the file at {path}"
         ) from error
-    try:
-        return read(path)
-    except UsageError as error:
-        raise UsageError(f"{error}; delete {path} to download it again") from error
 
 
 def _download(url: str, path: Path, read: Callable[[Path], T]) -> T:
@@ -113,142 +104,133 @@ def _download(url: str, path: Path, read: Callable[[Path], T]) -> T:
 
 
 class PretrainedSource:
-    """Source of the weights of a pretrained model.
+    """Source of the weights of a pretrained model: a URL, a file, a repo, or timm's own.
+
+    Args:
+        variant: A registered architecture.
+        head: Name of the requested head; None is the joint classifier.
+        options: Arguments of ``timm.create_model``.
 
     Attributes:
         name: Name of the model, for messages.
         config: timm's configuration, with the caller's changes.
         head: Requested head.
-        url: URL of the weights; None for a local file, or where timm finds the weights.
-        own_head: The file contains the requested head instead of the joint classifier.
-        repo_id: Hub repo with the weights, in place of a file.
+        url: URL of the weights.
+        file: Local file with the weights.
+        repo: Hub repo with a checkpoint.
         folder: Decoupled checkpoint with the weights, once it is local.
         weights: The weights, once they are read.
+        own_head: The file contains the requested head instead of the joint classifier.
     """
 
-    def __init__(
-        self, name: str, config: PretrainedCfg, head: str | None, url: str | None, own_head: bool
-    ) -> None:
-        self.name, self.config, self.head = name, config, head
-        self.url, self.own_head = url, own_head
-        by_timm = config.state_dict or config.file or config.hf_hub_filename
-        on_hub = not by_timm and config.source in (None, "", "hf-hub")
-        self.repo_id = config.hf_hub_id if on_hub and config.hf_hub_id else None
-        file = Path(config.file or "")
-        inside = url is None and file.name == WEIGHTS and (file.parent / CONFIG).is_file()
-        self.folder = file.parent if inside else None
+    def __init__(self, variant: str, head: str | None, options: dict[str, Any]) -> None:
+        config = self.config = resolve_pretrained_cfg(
+            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
+        )
+        self.name = f"{variant}.{config.tag}" if config.tag else variant
+        self.head, self.cache_dir = head, options.get("cache_dir")
+        self.url: str | None = None
+        self.repo: Repo | None = None
+        self.folder: Path | None = None
         self.weights: Weights | None = None
-
-    @classmethod
-    def find(
-        cls, variant: str, head: str | None, head_options: dict[str, Any], options: dict[str, Any]
-    ) -> "PretrainedSource":
-        """Finds the source of a model, before anything is built or downloaded.
-
-        Raises:
-            UsageError: If an option of the head is not valid, or the head needs published weights
-                and has none.
-        """
-        config = resolve_pretrained_cfg(
-            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
-        )
-        name = f"{variant}.{config.tag}" if config.tag else variant
-        urls = PUBLISHED[name].urls if name in PUBLISHED else {}
-        by_timm = config.source or config.state_dict or config.file or config.hf_hub_id
-        url = None if by_timm or not isinstance(config.url, str) else config.url
-        if head is None or url is None or url != urls.get("linear"):
-            return cls(name, config, head, url, own_head=False)
-        wanted, fitted = check_head_options(head, head_options), check_head_options(head, {})
-        if head in urls and head != "linear":
-            for key in HEADS[head].fixed_options:
-                if wanted[key] != fitted[key]:
-                    raise UsageError(
-                        f"the published {head} head of {name} was fitted with "
-                        f"{key}={fitted[key]!r}, which cannot change afterwards"
-                    )
-            return cls(name, config, head, urls[head], own_head=True)
-        if head == "crt":
-            raise UsageError(
-                f"{name} has no published crt head (published: {', '.join(urls)}); fit one with "
-                "timm_lt.fit_head('crt', ...)"
-            )
-        return cls(name, config, head, url, own_head=False)
-
-    @classmethod
-    def kind(cls, variant: str, head: str, options: dict[str, Any]) -> str:
-        """Returns the kind of a head, which the model's decoupled checkpoint has under a name.
-
-        Raises:
-            UsageError: If there is no such checkpoint, or no such head in it.
-        """
-        config = resolve_pretrained_cfg(
-            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
-        )
-        source = cls(variant, config, head, None, own_head=False)
-        if source.repo_id is not None:
-            repo = Repo.parse(source.repo_id, cache_dir=options.get("cache_dir"))
-            return find_entry(repo.read_info(), head, str(repo)).kind
-        if source.folder is not None:
-            return find_entry(read_checkpoint(source.folder), head, str(source.folder)).kind
-        raise unknown_name("head", head, list(HEADS))
+        self.own_head = False
+        # timm prefers a state dict to a file, a file to a repo, and a repo to a URL.
+        given = config.state_dict or config.file
+        self.file = Path(config.file) if config.file and not config.source else None
+        if self.file and self.file.name == WEIGHTS and (self.file.parent / CONFIG).is_file():
+            self.folder = self.file.parent
+        if not given and config.source in (None, "", "hf-hub") and not config.hf_hub_filename:
+            if config.hf_hub_id:
+                self.repo = Repo.parse(config.hf_hub_id, cache_dir=self.cache_dir)
+            elif isinstance(config.url, str) and not config.source:
+                self.url = config.url
 
     @property
-    def remote(self) -> bool:
-        """Whether the weights may have to be downloaded."""
-        return self.url is not None or self.repo_id is not None
+    def kind(self) -> str | None:
+        """Kind of the requested head, which a decoupled checkpoint may have under another name.
 
-    def read(
-        self, expected: Mapping[str, Tensor], cache_dir: str | Path | None = None
-    ) -> Weights | None:
+        Raises:
+            UsageError: If there is no such head.
+        """
+        if self.head is None or self.head in HEADS:
+            return self.head
+        if self.repo is not None:
+            return find_entry(self.repo.read_info(), self.head, str(self.repo)).kind
+        if self.folder is not None:
+            return find_entry(read_checkpoint(self.folder), self.head, str(self.folder)).kind
+        raise unknown_name("head", self.head, list(HEADS))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the weights may have to be downloaded."""
+        return self.url is not None or self.repo is not None
+
+    def choose_url(self, options: dict[str, Any]) -> None:
+        """Chooses the published file for the requested head with these options.
+
+        Raises:
+            UsageError: If an option is not valid, or the head needs published weights and has none.
+        """
+        urls = PUBLISHED[self.name].urls if self.name in PUBLISHED else {}
+        head = self.head
+        if head is None or self.url is None or self.url != urls.get("linear"):
+            return
+        wanted, fitted = check_head_options(head, options), check_head_options(head, {})
+        fixed = [key for key in HEADS[head].fixed_options if wanted[key] != fitted[key]]
+        if head == "crt" and head not in urls:
+            raise UsageError(
+                f"{self.name} has no published crt head (published: {', '.join(urls)}); fit one "
+                "with timm_lt.fit_head('crt', ...)"
+            )
+        if head in urls and fixed:
+            raise UsageError(
+                f"the published {head} head of {self.name} was fitted with "
+                f"{fixed[0]}={fitted[fixed[0]]!r}, which cannot change afterwards"
+            )
+        self.own_head = head in urls and head != "linear"
+        self.url = urls[head] if self.own_head else self.url
+
+    def read(self, expected: Mapping[str, Tensor]) -> Weights | None:
         """Reads the weights; returns None where timm reads them itself.
 
         Args:
             expected: A state dict with the expected names and shapes, on any device.
-            cache_dir: Cache for downloads; None is timm's cache, or the Hub's for a repo.
 
         Raises:
             UsageError: If the weights cannot be read, do not fit the architecture, or contain the
                 learned scales of an lws head while another head is requested.
         """
-        if self.repo_id is not None:
-            folder = Repo.parse(self.repo_id, cache_dir=cache_dir).download(head=self.head)
+
+        def load(path: Path, place: str | None = None) -> Weights:
+            return read_weights(path, place).select(expected, self.name).fit(expected, self.name)
+
+        if self.repo is not None:
+            folder = self.repo.download(head=self.head)
             self.folder = folder if BLOCK in read_config(folder) else None
-            self.weights = _load_file(folder / WEIGHTS, self.name, expected)
+            self.weights = load(folder / WEIGHTS)
         elif self.url is not None:
-            self.weights = read_url(
-                self.url,
-                lambda path: _load_file(path, self.name, expected, self.url),
-                cache_dir,
-            )
-        elif self.config.file and not self.config.source:
-            self.weights = _load_file(self.config.file, self.name, expected)
+            self.weights = read_url(self.url, lambda path: load(path, self.url), self.cache_dir)
+        elif self.file is not None:
+            self.weights = load(self.file)
         if self.weights is not None and self.weights.scale is not None and self.head != "lws":
-            place = self.url or self.config.file
+            place = self.url or self.file
             raise UsageError(f"{place} has the learned scales of an lws head; pass head='lws'")
         return self.weights
 
     def put_head(self, model: nn.Module, head: str, options: dict[str, Any]) -> nn.Module:
         """Sets the head of a model whose weights are loaded."""
         if self.folder is not None:
-            return load_model_head(self.folder, model, head, **options)
+            return set_head(model, load_heads(self.folder, head, model, **options))
         set_head(model, head, **options)
-        if self.weights is None:
-            return model
         new = get_head(model)
-        if isinstance(new, LWSHead) and self.weights.scale is not None:
-            new.load_state_dict({**new.state_dict(), "scale": self.weights.scale})
-        if isinstance(new, Head) and self.own_head:
-            new.backbone_statistics = batch_norm_statistics(self.weights.tensors)
+        if self.weights is not None and isinstance(new, Head):
+            if isinstance(new, LWSHead) and self.weights.scale is not None:
+                new.load_state_dict({**new.state_dict(), "scale": self.weights.scale})
+            if self.own_head:
+                new.backbone_statistics = batch_norm_statistics(self.weights.tensors)
         return model
 
 
 def batch_norm_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the batch-norm statistics among the tensors of a model."""
     return {key: value for key, value in tensors.items() if is_statistic(key)}
-
-
-def _load_file(
-    path: str | Path, name: str, expected: Mapping[str, Tensor], place: str | None = None
-) -> Weights:
-    """Reads and checks the weights of a model; ``place`` names the file in messages."""
-    return check_weights(read_weights(path, place).select(expected, name), expected, name)

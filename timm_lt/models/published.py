@@ -32,19 +32,13 @@ class PublishedHead:
 
 @dataclass(frozen=True)
 class Published:
-    """A published name.
+    """A published name; the fields of the images are those of timm's ``PretrainedCfg``.
 
     Attributes:
         name: ``<architecture>.<tag>``, the file's name.
         architecture: A registered ``lt_*`` architecture.
         data: The training data.
         training: Training of the representation, in words.
-        num_classes: Number of classes.
-        input_size: Channels, height and width of the images.
-        crop_pct: Fraction of the resized image that the centre crop keeps.
-        interpolation: Interpolation for resizing.
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
         heads: The published or quoted heads; ``linear`` is the joint classifier.
         packaged: The weights are a decoupled checkpoint in this package.
         hf_hub_id: Hub repo of the decoupled checkpoint, ``namespace/name`` or
@@ -82,20 +76,6 @@ class Published:
     def urls(self) -> dict[str, str]:
         """URLs by head."""
         return {name: head.url for name, head in self.heads.items() if head.url}
-
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """Returns the fields of timm's ``PretrainedCfg`` that do not depend on the architecture."""
-        return {
-            "url": self.urls.get("linear"),
-            "hf_hub_id": self.hf_hub_id,
-            "num_classes": self.num_classes,
-            "input_size": self.input_size,
-            "crop_pct": self.crop_pct,
-            "interpolation": self.interpolation,
-            "mean": self.mean,
-            "std": self.std,
-            "origin_url": self.origin,
-        }
 
 
 def hub_configs(inside: str = "") -> list[Path]:
