@@ -1,8 +1,7 @@
 """The decoupled checkpoint: one folder with one backbone and many small heads (DESIGN section 4).
 
-``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier;
-plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
-``heads/*.safetensors`` have their tensors.
+``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier.
+A block ``timm_lt`` in the config lists the heads; ``heads/*.safetensors`` have their tensors.
 """
 
 from timm_lt.checkpoint.format import BACKGROUND as BACKGROUND

@@ -132,11 +132,7 @@ def is_statistic(key: str) -> bool:
 
 
 def check_head_name(where: str, name: str, kind: str | None = None) -> None:
-    """Checks a name of a head, which is also that of its file; ``where`` is for the message.
-
-    Raises:
-        UsageError: If it is not valid, or is the name of another kind of head.
-    """
+    """Checks a name of a head, which is also that of its file; ``where`` is for the message."""
     problem = None
     if not HEAD_NAME.fullmatch(name):
         problem = "may have ASCII letters, digits, '_', '-' and '.' only, up to 100"
@@ -160,32 +156,19 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
 
 
 def find_info(folder: str | Path) -> CheckpointInfo | None:
-    """Reads the description of a decoupled checkpoint; returns None for a plain timm checkpoint.
-
-    Raises:
-        UsageError: If the folder has no valid ``config.json``; the message names the field.
-    """
+    """Reads the description of a decoupled checkpoint; returns None for a plain timm checkpoint."""
     config = read_config(Path(folder))
     return _parse(Path(folder), config) if BLOCK in config else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads the config of a timm checkpoint, with or without heads.
-
-    Raises:
-        UsageError: If there is none, a field that timm reads has the wrong type, or it asks for
-            other weights than those of the folder.
-    """
+    """Reads the config of a timm checkpoint and checks the fields that timm reads."""
     path = folder / CONFIG
     return _timm_fields(path, read_json(path, limit=TEXT_LIMIT)).content
 
 
 def parse_text(folder: Path, text: str) -> CheckpointInfo:
-    """Parses the text of a config that is about to be written into a folder.
-
-    Raises:
-        UsageError: If it could not be read back; the message names the field.
-    """
+    """Parses the text of a config that is about to be written; one that cannot be read raises."""
     if len(text.encode()) > TEXT_LIMIT:
         raise UsageError(f"{folder / CONFIG} would have more than {TEXT_LIMIT:,} bytes")
     return _parse(folder, json.loads(text))

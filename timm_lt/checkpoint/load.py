@@ -45,27 +45,14 @@ def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: A
 
 
 def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) -> dict[str, Head]:
-    """Loads a head of a checkpoint for each joint classifier of a model; the model is unchanged.
-
-    Returns:
-        Heads by the path of their classifier.
-
-    Raises:
-        UsageError: As :func:`load_head`.
-    """
+    """Loads a head for each joint classifier of a model, by path; the model is unchanged."""
     return _load_heads(read_checkpoint(folder), name, get_heads(model), options)
 
 
 def find_entry(info: CheckpointInfo | None, name: str, source: str) -> HeadEntry:
     """Returns the entry of a head; every checkpoint has the heads without own tensors.
 
-    Args:
-        info: Description of the checkpoint; None for a plain timm checkpoint.
-        name: Name of the head.
-        source: Name of the checkpoint in messages.
-
-    Raises:
-        UsageError: If there is no such head; lists the heads of the checkpoint.
+    A plain timm checkpoint has no ``info``; ``source`` is the name of the checkpoint in messages.
     """
     heads = {} if info is None else info.heads
     if name in heads:

@@ -146,10 +146,6 @@ def head_entry(
     """Returns the entry of a head in the config, and the content of its file, if it has one.
 
     The arguments are those of :func:`save_checkpoint`, for one head.
-
-    Raises:
-        UsageError: If the head does not belong to the model, is not fitted or not finite, or its
-            metrics or selection are not JSON.
     """
     joint = get_heads(model)
     parts = _by_classifier(name, head, model)
@@ -180,11 +176,7 @@ def head_entry(
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy for plain timm: folded classifiers, and timm's name of the architecture.
-
-    Raises:
-        UsageError: If a head is not fitted or cannot be folded.
-    """
+    """Returns a copy for plain timm: folded classifiers, and timm's name of the architecture."""
     plain = fold_head(copy.deepcopy(model).cpu())
     arguments: dict[str, Any] = dict(getattr(model, "_model_args", {}))
     head = arguments.pop("head", None)

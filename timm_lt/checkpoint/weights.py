@@ -32,11 +32,7 @@ FREE_ADAPTED = 10**6
 
 @contextmanager
 def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
-    """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None.
-
-    Raises:
-        UsageError: If the file is missing, damaged or has another digest.
-    """
+    """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None."""
     try:
         if digest is not None and file_sha256(path) != digest:
             raise UsageError(f"{path} is not the file that {CONFIG} describes (SHA-256 differs)")
@@ -47,11 +43,7 @@ def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
 
 
 def read_shapes(folder: Path, info: CheckpointInfo | None) -> Shapes:
-    """Returns the shape of each tensor in the weights of a checkpoint; ``info`` has the digest.
-
-    Raises:
-        UsageError: If the file is missing, damaged, or not the one that the config describes.
-    """
+    """Returns the shape of each tensor in the weights of a checkpoint; ``info`` has the digest."""
     with open_weights(folder / WEIGHTS, info.weights_sha256 if info else None) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
@@ -63,10 +55,6 @@ def check_build(
 
     Without ``pretrained``, only the size of the model is checked. timm adapts the weights of a
     plain timm checkpoint, which has no ``info``.
-
-    Raises:
-        UsageError: If the weights are missing or damaged, the model is far larger than they are,
-            cannot be built, or, in a decoupled checkpoint, has other tensors.
     """
     shapes = read_shapes(folder, info) if pretrained else {}
     check_sizes(folder / CONFIG, config, shapes)
@@ -130,10 +118,6 @@ def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     """Refuses a config with numbers far beyond the sizes in its weights.
 
     A list of numbers counts as their sum, since it may be layers by stage.
-
-    Raises:
-        UsageError: If a number is neither ordinary nor within the sizes of the weights, or values
-            are nested too deeply; the message names it.
     """
     # A tensor without elements costs nothing, whatever its other sizes are.
     sizes = [size for shape in shapes.values() if 0 not in shape for size in shape]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics, read_url
+from timm_lt.models.pretrained import batch_norm_statistics, read_url, set_scale
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.third_party import Weights, WeightsFile, read_weights
 from timm_lt.models.weights_file import build
@@ -100,7 +100,7 @@ def convert_checkpoint(
     joint = get_head(network)
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
-        fitted["lws"] = _scaled(joint, weights.scale)
+        fitted["lws"] = set_scale(HEADS["lws"].from_classifier(joint), weights.scale)
     for head, location in (heads or {}).items():
         fitted[head] = _other_head(head, location, name, cache_dir, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
@@ -169,7 +169,7 @@ def _other_head(
                 "its own"
             )
     if other.scale is not None:
-        new: Head = _scaled(joint, other.scale)
+        new: Head = set_scale(HEADS["lws"].from_classifier(joint), other.scale)
     else:
         new = HEADS["crt"].from_classifier(joint)
         with torch.no_grad():
@@ -180,9 +180,3 @@ def _other_head(
     if any(not torch.equal(value, weights.tensors[key]) for key, value in moved.items()):
         new.backbone_statistics = moved
     return new
-
-
-def _scaled(joint: nn.Linear, scale: Tensor) -> Head:
-    head = HEADS["lws"].from_classifier(joint)
-    head.load_state_dict({**head.state_dict(), "scale": scale})
-    return head

@@ -59,9 +59,8 @@ def create_model(
 ) -> nn.Module:
     """Creates a timm model with a head.
 
-    From the Hub, only the config, the backbone and the file of the one head are downloaded, each
-    once; cached files are not downloaded again, and nothing is with ``HF_HUB_OFFLINE=1``. No pickle
-    is read.
+    From the Hub, only the config, the backbone and the file of the one head are downloaded, unless
+    they are in the cache. No pickle is read.
 
     Args:
         name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
@@ -197,15 +196,8 @@ def create_sized_model(
     resamples the position embeddings of pretrained weights. The size becomes part of the model's
     configuration.
 
-    Args:
-        name: A name as for :func:`timm_lt.create_model`.
-        pretrained: Load weights.
-        image_size: Side, or height and width, in pixels; None is the size of the model.
-        head: A head as for :func:`timm_lt.create_model`.
-        **options: Arguments of :func:`timm_lt.create_model`, and any of ``FIELDS``.
-
-    Raises:
-        UsageError: If there is no such model, or the architecture does not take that size.
+    The size is a side, or height and width, in pixels; None is that of the model. The other
+    arguments are those of :func:`timm_lt.create_model`, and any of ``FIELDS``.
     """
     options = with_overlay(options)
     # With dynamic_img_size, the embeddings are fitted to each image.
@@ -238,9 +230,6 @@ def create_sized_model(
 def with_overlay(options: dict[str, Any]) -> dict[str, Any]:
     """Returns options with the preprocessing moved to ``pretrained_cfg_overlay``, for timm.
 
-    Raises:
-        UsageError: If timm does not take a value.
-
     >>> with_overlay({"std": 0.5, "crop_pct": 0.9, "global_pool": "max"})
     {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}}
     """
@@ -269,9 +258,6 @@ def image_config(model: nn.Module) -> dict[str, Any]:
     """Returns size, normalisation and crop of a model's images, as arguments of timm's transforms.
 
     Arguments with which the model was created take precedence over its configuration.
-
-    Raises:
-        UsageError: If the model does not take images of 3 channels.
     """
     config: dict[str, Any] = timm.data.resolve_data_config(model=model)
     config["input_size"] = input_size(model)

@@ -182,7 +182,7 @@ def _create(
     head_options, options = split_options(kind, kwargs)
     if source is not None:
         source.choose_url(head_options)
-        if source.is_remote:
+        if source.url or source.repo:
             # A wrong option raises before anything is downloaded.
             with torch.device("meta"):
                 _build(variant, False, **options)
@@ -221,12 +221,7 @@ def _build(variant: str, pretrained: bool, **options: Any) -> nn.Module:
 
 
 def expected_state(name: str, num_classes: int) -> dict[str, Tensor]:
-    """Returns the state dict of a registered architecture on the meta device: names and shapes.
-
-    Args:
-        name: The architecture, with or without a tag.
-        num_classes: Number of classes of its classifier.
-    """
+    """Returns the state dict of a registered architecture on the meta device: names and shapes."""
     with torch.device("meta"):
         model = ARCHITECTURES[name.partition(".")[0]].build(num_classes=num_classes)
     state: dict[str, Tensor] = model.state_dict()

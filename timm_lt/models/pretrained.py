@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import get_cache_dir
+from timm.models._hub import download_cached_file, get_cache_dir
 from torch import Tensor, nn
-from torch.hub import download_url_to_file
 
 from timm_lt.checkpoint import (
     BLOCK,
@@ -29,7 +28,7 @@ from timm_lt.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from timm_lt.heads import HEADS, Head, LWSHead, check_head_options, get_head, set_head
+from timm_lt.heads import HEADS, Head, check_head_options, get_head, set_head
 from timm_lt.models.published import PUBLISHED
 from timm_lt.models.repo import Repo
 from timm_lt.models.third_party import Weights, read_weights
@@ -53,54 +52,34 @@ def cached_name(url: str) -> str:
 def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None = None) -> T:
     """Reads the file behind a URL, which is downloaded unless it is in the cache.
 
-    Only a file that was read without an error is kept in the cache.
-
-    Args:
-        url: An http or https address.
-        read: Called with the path of the complete file; raises UsageError if it is not valid.
-        cache_dir: The cache; None is timm's. The files are in its subfolder ``timm_lt``.
-
-    Returns:
-        The result of ``read``.
-
-    Raises:
-        UsageError: If the file cannot be downloaded or is not valid.
+    The cache is the folder ``timm_lt`` in timm's, or in ``cache_dir``. A file that ``read`` refuses
+    with UsageError does not stay there.
     """
     if not re.match("https?://", url):
         raise UsageError(f"{url!r} is not an http:// or https:// URL")
     path = Path(cache_dir or get_cache_dir(), "timm_lt", cached_name(url))
+    is_new = not path.is_file()
     try:
-        if not path.is_file():
+        if is_new:
             path.parent.mkdir(parents=True, exist_ok=True)
+            shown = console.is_terminal and log.isEnabledFor(logging.INFO)
             # Processes that start together download the file once.
             with FileLock(f"{path}.lock"):
-                if not path.is_file():
-                    return _download(url, path, read)
-        return read(path)
-    except UsageError as error:
-        # A file that was downloaded just now is not kept.
-        hint = f"; delete {path} to download it again" if path.is_file() else ""
-        raise UsageError(f"{error}{hint}") from error
+                log.info("downloading %s to %s", url, path)
+                download_cached_file((url, path.name), False, shown, cache_dir=path.parent)
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()
         raise UsageError(
             f"{url} cannot be downloaded: {error}; try again, or put the file at {path}"
         ) from error
-
-
-def _download(url: str, path: Path, read: Callable[[Path], T]) -> T:
-    """Downloads a file that gets its name after it was read."""
-    partial = path.with_name(f"{path.name}.incomplete")
-    log.info("downloading %s to %s", url, path)
-    shown = console.is_terminal and log.isEnabledFor(logging.INFO)
     try:
-        download_url_to_file(url, str(partial), progress=shown)
-        result = read(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return result
+        return read(path)
+    except UsageError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+            raise
+        raise UsageError(f"{error}; delete {path} to download it again") from error
 
 
 class PretrainedSource:
@@ -110,17 +89,6 @@ class PretrainedSource:
         variant: A registered architecture.
         head: Name of the requested head; None is the joint classifier.
         options: Arguments of ``timm.create_model``.
-
-    Attributes:
-        name: Name of the model, for messages.
-        config: timm's configuration, with the caller's changes.
-        head: Requested head.
-        url: URL of the weights.
-        file: Local file with the weights.
-        repo: Hub repo with a checkpoint.
-        folder: Decoupled checkpoint with the weights, once it is local.
-        weights: The weights, once they are read.
-        own_head: The file contains the requested head instead of the joint classifier.
     """
 
     def __init__(self, variant: str, head: str | None, options: dict[str, Any]) -> None:
@@ -131,46 +99,34 @@ class PretrainedSource:
         self.head, self.cache_dir = head, options.get("cache_dir")
         self.url: str | None = None
         self.repo: Repo | None = None
+        # Decoupled checkpoint with the weights, once it is local, and the weights, once read.
         self.folder: Path | None = None
         self.weights: Weights | None = None
+        # Whether the file has the requested head instead of the joint classifier.
         self.own_head = False
-        # timm prefers a state dict to a file, a file to a repo, and a repo to a URL.
-        given = config.state_dict or config.file
         self.file = Path(config.file) if config.file and not config.source else None
         if self.file and self.file.name == WEIGHTS and (self.file.parent / CONFIG).is_file():
             self.folder = self.file.parent
-        if not given and config.source in (None, "", "hf-hub") and not config.hf_hub_filename:
-            if config.hf_hub_id:
-                self.repo = Repo.parse(config.hf_hub_id, cache_dir=self.cache_dir)
-            elif isinstance(config.url, str) and not config.source:
-                self.url = config.url
+        # timm prefers a state dict to a file, a file to a repo, and a repo to a URL.
+        if config.state_dict or config.file or config.hf_hub_filename:
+            return
+        if config.hf_hub_id and config.source in (None, "", "hf-hub"):
+            self.repo = Repo.parse(config.hf_hub_id, cache_dir=self.cache_dir)
+        elif isinstance(config.url, str) and not config.source:
+            self.url = config.url
 
     @property
     def kind(self) -> str | None:
-        """Kind of the requested head, which a decoupled checkpoint may have under another name.
-
-        Raises:
-            UsageError: If there is no such head.
-        """
+        """Kind of the requested head, which a decoupled checkpoint may have under another name."""
         if self.head is None or self.head in HEADS:
             return self.head
-        if self.repo is not None:
-            return find_entry(self.repo.read_info(), self.head, str(self.repo)).kind
-        if self.folder is not None:
-            return find_entry(read_checkpoint(self.folder), self.head, str(self.folder)).kind
-        raise unknown_name("head", self.head, list(HEADS))
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the weights may have to be downloaded."""
-        return self.url is not None or self.repo is not None
+        if self.repo is None and self.folder is None:
+            raise unknown_name("head", self.head, list(HEADS))
+        info = self.repo.read_info() if self.repo else read_checkpoint(self.folder or "")
+        return find_entry(info, self.head, str(self.repo or self.folder)).kind
 
     def choose_url(self, options: dict[str, Any]) -> None:
-        """Chooses the published file for the requested head with these options.
-
-        Raises:
-            UsageError: If an option is not valid, or the head needs published weights and has none.
-        """
+        """Chooses the published file for the requested head, which must have these options."""
         urls = PUBLISHED[self.name].urls if self.name in PUBLISHED else {}
         head = self.head
         if head is None or self.url is None or self.url != urls.get("linear"):
@@ -191,15 +147,7 @@ class PretrainedSource:
         self.url = urls[head] if self.own_head else self.url
 
     def read(self, expected: Mapping[str, Tensor]) -> Weights | None:
-        """Reads the weights; returns None where timm reads them itself.
-
-        Args:
-            expected: A state dict with the expected names and shapes, on any device.
-
-        Raises:
-            UsageError: If the weights cannot be read, do not fit the architecture, or contain the
-                learned scales of an lws head while another head is requested.
-        """
+        """Reads the weights, with the names and shapes of ``expected``; None if timm reads them."""
 
         def load(path: Path, place: str | None = None) -> Weights:
             return read_weights(path, place).select(expected, self.name).fit(expected, self.name)
@@ -224,11 +172,17 @@ class PretrainedSource:
         set_head(model, head, **options)
         new = get_head(model)
         if self.weights is not None and isinstance(new, Head):
-            if isinstance(new, LWSHead) and self.weights.scale is not None:
-                new.load_state_dict({**new.state_dict(), "scale": self.weights.scale})
+            if self.weights.scale is not None:
+                set_scale(new, self.weights.scale)
             if self.own_head:
                 new.backbone_statistics = batch_norm_statistics(self.weights.tensors)
         return model
+
+
+def set_scale(head: Head, scale: Tensor) -> Head:
+    """Sets the learned scales (C,) of an lws head; returns the head."""
+    head.load_state_dict({**head.state_dict(), "scale": scale})
+    return head
 
 
 def batch_norm_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,11 +79,7 @@ class Published:
 
 
 def hub_configs(inside: str = "") -> list[Path]:
-    """Returns the YAML files of ``hub_configs/`` in the installed package or in the repository.
-
-    Args:
-        inside: A subfolder such as ``"tables"``; empty for ``hub_configs/`` itself.
-    """
+    """Returns the YAML files of ``hub_configs/``, or of a folder inside of it."""
     package = Path(__file__).parents[1]
     packaged = package / "hub_configs"
     folder = packaged if packaged.is_dir() else package.parent / "hub_configs"
@@ -91,11 +87,7 @@ def hub_configs(inside: str = "") -> list[Path]:
 
 
 def read_published(path: Path) -> Published | None:
-    """Reads the ``published:`` block of a file of ``hub_configs/``; None if it has none.
-
-    Raises:
-        UsageError: If a key is unknown or missing, or the architecture is not the file's.
-    """
+    """Reads the ``published:`` block of a file of ``hub_configs/``; None if it has none."""
     block = read_yaml(path).get(PUBLISHED_BLOCK)
     if block is None:
         return None

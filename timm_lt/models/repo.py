@@ -56,9 +56,6 @@ class Repo:
 
         >>> Repo.parse("hf-hub:me/birds@v1").revision
         'v1'
-
-        Raises:
-            UsageError: If it is neither.
         """
         return cls(*split_revision(name), cache_dir, token)
 
@@ -66,11 +63,7 @@ class Repo:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     def read_info(self) -> CheckpointInfo:
-        """Downloads the config of a decoupled checkpoint and reads it.
-
-        Raises:
-            UsageError: If it cannot be downloaded, or is not that of a decoupled checkpoint.
-        """
+        """Downloads the config of a decoupled checkpoint and reads it."""
         return read_checkpoint(self.download(weights=False))
 
     def download(self, *, weights: bool = True, head: str | None = None) -> Path:
@@ -81,10 +74,6 @@ class Repo:
 
         Returns:
             The folder of the commit in the cache; all files are of that commit.
-
-        Raises:
-            UsageError: If there is no such head, or a file cannot be downloaded or is not the one
-                that the config describes.
         """
         folder = self.fetch(CONFIG, limit=TEXT_LIMIT).parent
         info = find_info(folder)
@@ -103,8 +92,7 @@ class Repo:
     def fetch(self, file: str, *, limit: int | None = None, force: bool = False) -> Path:
         """Returns the path of a file in the cache, downloaded if necessary or with ``force``.
 
-        Raises:
-            UsageError: If it cannot be downloaded, or has more than ``limit`` bytes.
+        A file of more than ``limit`` bytes is refused before it is downloaded.
         """
         options: dict[str, Any] = {
             "revision": self.revision,
@@ -143,13 +131,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a model, from the name that a user gives.
-
-    Attributes:
-        name: Name for ``timm.create_model``.
-        folder: Folder of a checkpoint.
-        repo: Repo of a checkpoint.
-    """
+    """Source of a model: its name for timm, and the folder or repo of its checkpoint."""
 
     name: str
     folder: Path | None = None
@@ -170,9 +152,6 @@ class ModelSource:
 
         >>> ModelSource.parse("local-dir:output/birds").folder.name
         'birds'
-
-        Raises:
-            UsageError: If it is not valid, a folder without a checkpoint, or a file of weights.
         """
         name, path = str(given), Path(given).expanduser()
         if isinstance(given, Path) or not (
@@ -203,9 +182,6 @@ class ModelSource:
 
         The id of a repo needs no ``hf-hub:``. The result names the commit of a repo; it has no
         folder for an architecture or for pretrained weights that are not on this disk.
-
-        Raises:
-            UsageError: If the repo cannot be read.
         """
         source = cls.parse(given, bare_repo=True)
         if source.name in PUBLISHED:

@@ -69,12 +69,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a whole model.
-
-    Attributes:
-        tensors: Tensors by timm's keys, without the scales.
-        scale: Learned scales (C,) of an lws head; None if there are none.
-    """
+    """The weights of a whole model by timm's keys, and learned scales (C,) of an lws head."""
 
     tensors: dict[str, Tensor]
     scale: Tensor | None = None
@@ -108,9 +103,6 @@ class State:
 
         ``expected`` is the state dict of the architecture, on any device. Batch-norm counters that
         an old file lacks are zero. Tensors of a loss and the like are ignored.
-
-        Raises:
-            UsageError: If the tensors do not fit; names the first.
         """
         found, num_classes = self.tensors, len(expected[f"{classifier}.weight"])
         if SCALES in found:
@@ -165,9 +157,6 @@ class WeightsFile:
         """Finds the network with a model's names of tensors, whatever their prefix.
 
         ``expected`` is the state dict of the model, on any device; ``key`` chooses one of several.
-
-        Raises:
-            UsageError: If no network has these names, or several and the choice is not clear.
         """
         key = key and key.rstrip(".")
         wanted = {name for name in expected if not name.endswith(COUNTER)}
@@ -235,15 +224,8 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """Reads a file of weights of another project, a pickle or safetensors.
 
     Supported are checkpoints of timm's ``train.py`` and any nested mappings of names to tensors,
-    such as those of Kang et al. (``feat_model`` and ``classifier``).
-
-    Args:
-        path: The file.
-        name: Name of the file in messages, e.g. its URL.
-
-    Raises:
-        UsageError: If the file is not a checkpoint: truncated, a pickle of anything but tensors
-            and plain values, or without weights.
+    such as those of Kang et al. (``feat_model`` and ``classifier``). Pickles of anything but
+    tensors and plain values are refused. ``name`` is that of the file in messages, e.g. its URL.
     """
     path, name = Path(path), name or str(path)
     content = _read(path, name)

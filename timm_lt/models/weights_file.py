@@ -29,17 +29,7 @@ ORIGIN = ("tag", "license", "origin_url", "paper_ids", "label_names", "label_des
 
 
 def create_from_file(name: str, path: str | Path, **options: Any) -> nn.Module:
-    """Creates a model with the weights in a file of another project.
-
-    Args:
-        name: A timm architecture, or another name as for :func:`timm_lt.create_model`.
-        path: A safetensors file, or a pickle of tensors and plain values.
-        **options: Options of :func:`build`.
-
-    Raises:
-        UsageError: If the file is not a checkpoint, or is one of another model or, with its
-            classifier, of another number of classes.
-    """
+    """Creates a model with the weights in a file of another project; options as :func:`build`."""
     model, weights = build(read_weights(Path(path).expanduser()), name, **options)
     if weights.scale is not None:
         raise UsageError(
@@ -67,16 +57,13 @@ def build(
 
     Args:
         file: The file.
-        name: Name of the model.
+        name: A timm architecture, or another name as for :func:`timm_lt.create_model`.
         num_classes: Number of classes; None is that of the file.
         classifier: Whether to load the weights of the classifier; None loads them if their number
             of classes is that of the model.
         key: Key or prefix of the weights, if the file has several networks.
         image_size: Side of the images in pixels; None is that of the file, or of the model.
         **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
-
-    Raises:
-        UsageError: If the weights do not fit the model.
     """
     stated, given = (text.partition(".")[0] for text in (file.architecture or "", name))
     if stated and timm.models.is_model(given) and _base(stated) != _base(given):
@@ -138,11 +125,7 @@ def _base(architecture: str) -> str:
 
 
 def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Returns the options of the model and the image size with which a file was trained.
-
-    Raises:
-        UsageError: If timm does not take a value, or it is far beyond the sizes of the weights.
-    """
+    """Returns the options of the model and the image size with which a file was trained."""
     args = {key: value for key, value in file.args.items() if value is not None}
     shapes = {
         key: tuple(value.shape) for key, value in file.tensors.items() if isinstance(value, Tensor)
