@@ -290,7 +290,7 @@ def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
 
     model = timm.create_model("test_resnet", num_classes=4).eval()
     model.__class__ = Odd
-    with pytest.raises(UsageError, match=r"^torch cannot export Odd to a program: "):
+    with pytest.raises(UsageError, match=r"^torch cannot export Odd to model.pt2: "):
         write_folded(tmp_path, model, program=True)
 
 
