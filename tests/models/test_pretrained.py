@@ -4,12 +4,12 @@ import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from loopback import FileServer
+from safetensors import safe_open
 
 import timm_lt
 from timm_lt.data import create_splits
@@ -17,7 +17,8 @@ from timm_lt.models.pretrained import cached_name, read_url
 from timm_lt.models.published import CHECKPOINTS
 from timm_lt.utils.checks import UsageError
 
-FOLDER = CHECKPOINTS / "lt_test_resnet.glyph_lt"
+NAME = "lt_test_resnet.glyph_lt"
+FOLDER = CHECKPOINTS / NAME
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 
 
@@ -32,7 +33,7 @@ def test_split():
 @pytest.mark.parametrize("head", METRICS["heads"])
 def test_its_table_still_holds(test_split, head):
     images, targets = test_split
-    model = timm.create_model("lt_test_resnet.glyph_lt", pretrained=True, head=head).eval()
+    model = timm.create_model(NAME, pretrained=True, head=head).eval()
     with torch.inference_mode():
         preds = torch.cat([model(part).argmax(1) for part in images.split(500)])
     right = (preds == targets).double()
@@ -44,44 +45,31 @@ def test_its_table_still_holds(test_split, head):
     assert right[counts < 20].mean().item() == pytest.approx(figures["few_shot"], abs=0.006)
 
 
-def test_it_shows_what_heads_do():
+def test_its_heads_are_better_than_the_joint_classifier():
     joint = METRICS["heads"]["linear"]
     for name in ("crt", "tau_norm", "lws", "ncm", "logit_adjusted"):
         assert METRICS["heads"][name]["all"] >= joint["all"] + 0.06
         assert METRICS["heads"][name]["few_shot"] >= joint["few_shot"] + 0.20
 
 
-def test_it_is_small_and_fp16():
+def test_it_is_a_small_decoupled_checkpoint_in_fp16():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 1_500_000
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".yaml", ".md", ".png"}
-    from safetensors import safe_open
-
     with safe_open(FOLDER / "model.safetensors", "pt") as file:
         assert file.get_tensor("fc.weight").dtype == torch.float16
+    assert timm_lt.create_model(f"local-dir:{FOLDER}", head="crt").get_classifier().kind == "crt"
 
 
-def test_stored_tau_is_the_default_and_can_be_changed():
+def test_stored_tau_is_the_default_and_other_classes_get_a_fresh_head():
     stored = METRICS["selection"]["tau_norm"]["tau"]
-    model = timm.create_model("lt_test_resnet.glyph_lt", pretrained=True, head="tau_norm")
-    assert model.get_classifier().tau == stored
-    other = timm.create_model("lt_test_resnet.glyph_lt", pretrained=True, head="tau_norm", tau=0.3)
-    assert other.get_classifier().tau == 0.3
-
-
-def test_another_number_of_classes_gets_a_fresh_head():
-    model = timm.create_model("lt_test_resnet", pretrained=True, num_classes=7, head="lws")
-    kept = timm.create_model("lt_test_resnet", pretrained=True)
-    assert torch.equal(model.layer4[0].conv1.weight, kept.layer4[0].conv1.weight)
-    assert model.get_classifier().out_features == 7
-    with pytest.raises(timm_lt.UsageError, match="fit_head"):
-        model.eval()(torch.zeros(1, 3, 32, 32))
-
-
-def test_the_folder_is_an_ordinary_decoupled_checkpoint():
-    model = timm_lt.create_model(f"local-dir:{FOLDER}", head="crt")
-    assert model.get_classifier().kind == "crt"
-    assert Path(FOLDER / "README.md").read_text().startswith("---\n")
+    for options, tau in (({}, stored), ({"tau": 0.3}, 0.3)):
+        model = timm.create_model(NAME, pretrained=True, head="tau_norm", **options)
+        assert model.get_classifier().tau == tau
+    seven = timm.create_model("lt_test_resnet", pretrained=True, num_classes=7, head="lws")
+    assert torch.equal(seven.layer4[0].conv1.weight, model.layer4[0].conv1.weight)
+    with pytest.raises(UsageError, match="fit_head"):
+        seven.eval()(torch.zeros(1, 3, 32, 32))
 
 
 # ---- files by URL -------------------------------------------------------------------------------
@@ -89,22 +77,14 @@ def test_the_folder_is_an_ordinary_decoupled_checkpoint():
 URLS = (
     "https://a.org/m/x.pth",
     "http://a.org/m/x.pth",
-    "https://a.org:8000/m/x.pth",
-    "https://b.org/m/x.pth",
     "https://a.org/M/x.pth",
-    "https://a.org/m--x.pth",
-    "https://a.org/m%2Fx.pth",
     "https://a.org/m/x.pth?v=1",
-    "https://a.org/m/x.pth?v=2",
-    "https://a.org/other/long/way/m/x.pth",
-    "https://a.org/another/long/way/m/x.pth",
-    f"https://a.org/{'a' * 300}.pth",
-    f"https://a.org/{'a' * 301}.pth",
-    "https://a.org/x.a%2F..%2F..%2Fetc",
+    "https://a.org/m/" + "a" * 300 + ".pth",
     "https://a.org/../../../etc/passwd",
+    "https://a.org/x.a%2F..%2F..%2Fetc",
     "https://a.org/é ü:*?.pth",
     "https://a.org/%00%0a.pth",
-    "https://a.org/-rf",
+    "https://a.org/",
 )
 
 
@@ -113,8 +93,7 @@ def test_cached_names_are_unique_and_valid_file_names():
     # Some file systems do not tell capitals from small letters.
     assert len({name.lower() for name in names}) == len(URLS)
     for name in names:
-        assert re.fullmatch(r"[0-9a-f]{16}-[A-Za-z0-9._-]*", name)
-        assert len(name) <= 133
+        assert re.fullmatch(r"[0-9a-f]{16}-[A-Za-z0-9._-]{0,100}", name)
 
 
 PATH, CONTENT = "/models/x.pth", bytes(range(256)) * 1000
@@ -137,10 +116,15 @@ def cached(folder):
     return [path.name for path in folder.glob("timm_lt/*") if path.suffix != ".lock"]
 
 
-def test_a_url_is_downloaded_once(files, tmp_path, monkeypatch):
-    url = files.url(PATH)
-    for _ in range(2):
-        assert read_url(url, read, tmp_path) == CONTENT
+def test_a_url_is_downloaded_once_by_two_processes(files, tmp_path, monkeypatch):
+    url, barrier = files.url(PATH), threading.Barrier(2)
+
+    def call(_):
+        barrier.wait()
+        return read_url(url, read, tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == [CONTENT] * 2
     assert files.requests == [PATH]
     assert cached(tmp_path) == [cached_name(url)]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
@@ -160,43 +144,22 @@ def test_only_a_whole_file_is_kept(files, tmp_path, fault):
     assert read_url(files.url(PATH), read, tmp_path) == CONTENT
 
 
-def test_a_damaged_file_in_the_cache_is_named(files, tmp_path):
-    read_url(files.url(PATH), read, tmp_path)
-    path = tmp_path / "timm_lt" / cached_name(files.url(PATH))
-    path.write_bytes(b"")
-    with pytest.raises(UsageError, match=f"it is damaged; delete {path} to download it again"):
-        read_url(files.url(PATH), read, tmp_path)
-
-
-def test_offline_is_one_sentence_with_a_way_out(tmp_path):
-    with FileServer({}) as files:
+def test_messages_name_the_file_in_the_cache(tmp_path):
+    with FileServer({PATH: CONTENT}) as files:
         url = files.url(PATH)
-    path = tmp_path / "timm_lt" / cached_name(url)
+        path = tmp_path / "timm_lt" / cached_name(url)
+        read_url(url, read, tmp_path)
+        path.write_bytes(b"")
+        with pytest.raises(UsageError, match=f"it is damaged; delete {path} to download it again"):
+            read_url(url, read, tmp_path)
+    path.unlink()
     with pytest.raises(UsageError, match=f"{url} cannot .*refused.*, or put the file at {path}$"):
         read_url(url, read, tmp_path)
     path.write_bytes(CONTENT)
     assert read_url(url, read, tmp_path) == CONTENT
-
-
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "/models/x.pth", "data:,x", ""])
-def test_only_the_web_is_asked(tmp_path, url):
-    with pytest.raises(UsageError, match="is not an http:// or https:// URL"):
-        read_url(url, read, tmp_path)
-
-
-def test_a_cache_that_cannot_be_written(files, tmp_path):
-    (tmp_path / "timm_lt").write_text("")
+    (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=f"cannot be downloaded: .*{tmp_path}"):
-        read_url(files.url(PATH), read, tmp_path)
-
-
-def test_two_at_once_make_one_download(files, tmp_path):
-    barrier = threading.Barrier(2)
-
-    def call(_):
-        barrier.wait()
-        return read_url(files.url(PATH), read, tmp_path)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(call, range(2))) == [CONTENT] * 2
-    assert files.requests == [PATH]
+        read_url(url, read, tmp_path / "file")
+    for url in ("file:///etc/passwd", "/models/x.pth", "data:,x", ""):
+        with pytest.raises(UsageError, match="is not an http:// or https:// URL"):
+            read_url(url, read, tmp_path)
