@@ -41,19 +41,12 @@ def evaluated(capsys, *arguments):
     return json.loads(shown.out), shown.err
 
 
-def test_the_image_size_of_the_heads_is_that_of_the_checkpoint(photos, tmp_path, capsys):
+def test_evaluate_takes_the_image_size_and_the_split_of_the_run(photos, tmp_path, capsys):
     run = tmp_path / "run"
-    metrics = heads(photos, run, "--model", MODEL, "--heads", "ncm", "--image-size", 40)
+    options = ("--option", "test_fraction=0.4", "--option", "seed=3", "--image-size", 40)
+    metrics = heads(photos, run, "--model", MODEL, "--heads", "ncm", *options)
     model = timm_lt.create_model(f"local-dir:{run}", head="ncm")
     assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 40, 40)
-    found, _ = evaluated(capsys, run, photos)
-    assert found["heads"] == {name: metrics["heads"][name] for name in found["heads"]}
-
-
-def test_the_images_that_the_run_held_out_are_evaluated(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    options = ("--option", "test_fraction=0.4", "--option", "seed=3")
-    metrics = heads(photos, run, "--model", MODEL, "--heads", "ncm", *options)
     found, log = evaluated(capsys, run, photos)
     assert found["heads"] == {name: metrics["heads"][name] for name in found["heads"]}
     assert "fitted on" not in log
@@ -68,7 +61,7 @@ def weights(classes, seed=0):
 
 @pytest.mark.parametrize(
     ("classes", "more"),
-    [(4, ()), (4, ("--fresh-classifier",)), (10, ()), (10, ("--fresh-classifier",)), (0, ())],
+    [(4, ()), (4, ("--fresh-classifier",)), (10, ()), (0, ())],
 )
 def test_the_classifier_of_a_file_is_taken_if_it_is_for_these_classes(
     classes, more, photos, tmp_path

@@ -26,22 +26,21 @@ from timm_lt.utils.checks import UsageError
 
 HOST = "https://dl.fbaipublicfiles.com/classifier-balancing"
 # As the README of the authors' repository lists them.
+IMAGENET, INAT = "ImageNet_LT/models", "iNaturalist18/models"
 OFFICIAL = {
-    "lt_resnext50.imagenet_lt": "ImageNet_LT/models/resnext50_uniform_e90",
-    "lt_resnext50.imagenet_lt_class_balanced": "ImageNet_LT/models/resnext50_balance_e90",
-    "lt_resnext50.imagenet_lt_square_root": "ImageNet_LT/models/resnext50_square_e90",
-    "lt_resnext50.imagenet_lt_progressively_balanced": "ImageNet_LT/models/resnext50_shift_e90",
-    "lt_resnet50.imagenet_lt": "ImageNet_LT/models/resnet50_uniform_e90",
-    "lt_resnet101.imagenet_lt": "ImageNet_LT/models/resnet101_uniform_e90",
-    "lt_resnet152.imagenet_lt": "ImageNet_LT/models/resnet152_uniform_e90",
-    "lt_resnext101.imagenet_lt": "ImageNet_LT/models/resnext101_uniform_e90",
-    "lt_resnext152.imagenet_lt": "ImageNet_LT/models/resnext152_uniform_e90",
-    "lt_resnet50.inat2018_e90": "iNaturalist18/models/resnet50_uniform_e90",
-    "lt_resnet101.inat2018_e90": "iNaturalist18/models/resnet101_uniform_e90",
-    "lt_resnet152.inat2018_e90": "iNaturalist18/models/resnet152_uniform_e90",
-    "lt_resnet50.inat2018": "iNaturalist18/models/resnet50_uniform_e200",
-    "lt_resnet101.inat2018": "iNaturalist18/models/resnet101_uniform_e200",
-    "lt_resnet152.inat2018": "iNaturalist18/models/resnet152_uniform_e200",
+    "lt_resnext50.imagenet_lt": f"{IMAGENET}/resnext50_uniform_e90",
+    "lt_resnext50.imagenet_lt_class_balanced": f"{IMAGENET}/resnext50_balance_e90",
+    "lt_resnext50.imagenet_lt_square_root": f"{IMAGENET}/resnext50_square_e90",
+    "lt_resnext50.imagenet_lt_progressively_balanced": f"{IMAGENET}/resnext50_shift_e90",
+    **{
+        f"lt_{name}.imagenet_lt": f"{IMAGENET}/{name}_uniform_e90"
+        for name in ("resnet50", "resnet101", "resnet152", "resnext101", "resnext152")
+    },
+    **{
+        f"lt_resnet{depth}.inat2018{tag}": f"{INAT}/resnet{depth}_uniform_e{epochs}"
+        for depth in (50, 101, 152)
+        for tag, epochs in (("_e90", 90), ("", 200))
+    },
     "lt_resnet152.places_lt": "Places_LT/models/resnet152_uniform",
 }
 OFFICIAL_HEADS = {
@@ -218,7 +217,7 @@ def test_a_published_head_computes_what_the_authors_files_say(head, small, cache
     with torch.no_grad():
         expected = logits(CifarResNet(), states[own], images, head, scales)
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    # One file went over the wire, and lies under a name of its own.
+    # Exactly one file went over the wire.
     assert server.requests == [paths[own]]
     assert [p.name for p in cache.glob("*.pth")] == [cached_name(server.url(paths[own]))]
     assert "state_dict" not in model.pretrained_cfg
