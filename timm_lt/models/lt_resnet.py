@@ -20,7 +20,6 @@ from timm.models import (
     is_model,
     model_entrypoint,
     register_model,
-    register_model_deprecations,
 )
 from torch import Tensor, nn
 
@@ -242,6 +241,3 @@ def _register(name: str) -> Callable[..., nn.Module]:
 
 # Each is also a function of this module, as in timm's modules.
 globals().update({name: _register(name) for name in ARCHITECTURES})
-register_model_deprecations(
-    __name__, {old: entry.name for entry in PUBLISHED.values() for old in entry.formerly}
-)

@@ -5,9 +5,7 @@ Each file ``<architecture>.<tag>.yaml`` with a ``published:`` block is one name 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import read_yaml
 
 PUBLISHED_BLOCK = "published"
@@ -46,7 +44,6 @@ class Published:
         origin: URL of the publisher.
         quoted_from: Source of the quoted figures.
         measured_with: Protocol of the measured figures.
-        formerly: Former names, which warn and load this one.
     """
 
     name: str
@@ -65,7 +62,6 @@ class Published:
     origin: str | None = None
     quoted_from: str | None = None
     measured_with: str | None = None
-    formerly: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path | None:
@@ -91,21 +87,9 @@ def read_published(path: Path) -> Published | None:
     block = read_yaml(path).get(PUBLISHED_BLOCK)
     if block is None:
         return None
-    where = f"{path}: {PUBLISHED_BLOCK}"
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
-    }
-    try:
-        heads = {
-            name: PublishedHead(**values or {})
-            for name, values in (fields.pop("heads", None) or {}).items()
-        }
-        published = Published(name=path.stem, heads=heads, **fields)
-    except TypeError as error:
-        raise UsageError(f"{where}: {error}") from error
-    if published.architecture != path.stem.partition(".")[0]:
-        raise UsageError(f"{where}.architecture must be {path.stem.partition('.')[0]!r}")
-    return published
+    heads = {name: PublishedHead(**(part or {})) for name, part in block.pop("heads", {}).items()}
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in block.items()}
+    return Published(name=path.stem, heads=heads, **fields)
 
 
 PUBLISHED = {
