@@ -168,7 +168,6 @@ REFUSED = {
         {key if key == "fc.bias" else f"model.{key}": value for key, value in STATE.items()},
         r"lacks fc\.bias$",
     ),
-    "twice": ({**STATE, "_orig_mod.fc.bias": OTHER["fc.bias"]}, r"'fc\.bias' twice"),
     "another network": (plain("test_vit").state_dict(), r"no weights of test_resnet: it lacks"),
     "another network with some of the names": (
         {f"{at}bn1.{key}": torch.ones(3) for at in ("", "a.", "b.") for key in ("weight", "bias")},

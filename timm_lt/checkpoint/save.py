@@ -20,7 +20,6 @@ from timm_lt.checkpoint.format import (
     WEIGHTS,
     TimmBase,
     background_of,
-    is_statistic,
     parse_text,
 )
 from timm_lt.checkpoint.load import from_joint, own_tensors
@@ -212,14 +211,13 @@ def _by_classifier(
     paths = list(get_heads(model))
     given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
     parts = {path: part for path in paths if isinstance(part := given.get(path), Head)}
-    if not len(parts) == len(paths) == len(given):
-        found = ", ".join(f"{path}: {type(part).__name__}" for path, part in given.items())
+    are_equal = len({repr((part.kind, part.options())) for part in parts.values()}) == 1
+    if not (len(parts) == len(paths) == len(given) and are_equal):
+        found = ", ".join(f"{path}: {part}" for path, part in given.items())
         raise UsageError(
-            f"head {name!r} must have a timm_lt head for {', '.join(paths)}; got {found or 'none'}"
+            f"head {name!r} must have a timm_lt head for {', '.join(paths)}, all of one kind and "
+            f"with the same options; got {found or 'none'}"
         )
-    first, *others = parts.values()
-    if any((p.kind, p.options()) != (first.kind, first.options()) for p in others):
-        raise UsageError(f"head {name!r} differs in kind or options between the classifiers")
     return parts
 
 
@@ -232,10 +230,6 @@ def _stored_tensors(
         for part in parts.values()
         for key, value in (part.backbone_statistics or {}).items()
     }
-    if not all(map(is_statistic, statistics)):
-        raise UsageError(
-            f"backbone_statistics of head {name!r} may only have batch-norm statistics"
-        )
     own = _in_type(own_tensors(parts), dtype, f"head {name!r}", finite=True)
     # A small variance could become 0 in half precision.
     stored = _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
@@ -253,16 +247,13 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
         if key == "bias" and not head.uses_bias:
             continue
         wanted, found = (part.get(key, torch.empty(0)).cpu() for part in (restored, given))
-        if wanted.shape != found.shape:
-            raise UsageError(
-                f"head {name!r} does not belong to the model: its {key} is {tuple(found.shape)}, "
-                f"made from the model's classifier it would be {tuple(wanted.shape)}"
-            )
-        if key not in head.own_state and not torch.equal(found, wanted.to(found.dtype)):
+        is_same = key in head.own_state or torch.equal(found, wanted.to(found.dtype))
+        if wanted.shape != found.shape or not is_same:
             origin = "class counts" if key == "log_prior" else "joint classifier"
+            shapes = f"shapes {tuple(found.shape)} and {tuple(wanted.shape)}"
             raise UsageError(
-                f"head {name!r} has another {key} than the {origin} of this checkpoint, from "
-                f"which a {head.kind!r} head is made; fit it again with those"
+                f"head {name!r} has another {key} than the {origin} of this checkpoint ({shapes}), "
+                f"from which a {head.kind!r} head is made; fit it again with those"
             )
 
 

@@ -107,10 +107,9 @@ class State:
         found, num_classes = self.tensors, len(expected[f"{classifier}.weight"])
         if SCALES in found:
             expected = {**expected, SCALES: torch.empty(num_classes)}
-        counters = {
-            k: torch.zeros_like(v, device="cpu") for k, v in expected.items() if COUNTER in k
-        }
-        tensors = counters | {key: found[key] for key in expected if key in found}
+        counters = [key for key in expected if key.endswith(COUNTER)]
+        tensors = {key: torch.zeros_like(expected[key], device="cpu") for key in counters}
+        tensors |= {key: found[key] for key in expected if key in found}
         missing = [key for key in expected if key not in tensors]
         foreign = [
             key
@@ -229,12 +228,8 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """
     path, name = Path(path), name or str(path)
     content = _read(path, name)
-    tensors: dict[str, Any] = {}
-    for key, value in _flatten(content) if isinstance(content, Mapping) else ():
-        short = WRAPPERS.sub("", key)
-        if short in tensors:
-            raise UsageError(f"{name} has {short!r} twice in its weights")
-        tensors[short] = value
+    found = _flatten(content) if isinstance(content, Mapping) else ()
+    tensors = {WRAPPERS.sub("", key): value for key, value in found}
     if not any(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(f"{name} has no weights: found {_kind(content)}")
     args = _args(content, path)
