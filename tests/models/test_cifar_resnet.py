@@ -156,23 +156,3 @@ def test_script_and_compile_give_the_logits():
     torch.testing.assert_close(torch.jit.script(model)(images()), model(images()))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images()), model(images()))
-
-
-def test_checkpointed_gradients_are_the_plain_ones():
-    plain, checkpointed = create(), create()
-    checkpointed.set_grad_checkpointing()
-    for model in (plain, checkpointed):
-        model.train()(images()).square().sum().backward()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
-
-
-def test_dropout_and_stochastic_depth():
-    model = create(drop_rate=0.75, drop_path_rate=0.5)
-    blocks = [*model.layer1, *model.layer2, *model.layer3]
-    assert blocks[0].drop_path is None
-    rates = [block.drop_path.drop_prob for block in blocks[1:]]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    torch.testing.assert_close(model(images()), create()(images()))
-    features = model.train().forward_head(torch.ones(4, 64, 2, 2), pre_logits=True)
-    assert features.unique().tolist() == [0, 4]

@@ -2,18 +2,15 @@
 
 import logging
 
-import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
 from timm.data import ImageNetInfo
 from timm.models._hub import save_for_hf
 
 import timm_lt
-from timm_lt.cli import main
-from timm_lt.models.create import is_for, label_names
+from timm_lt.models.create import is_for, keeps_classifier, label_names
 from timm_lt.run.network import has_classifier, start_network
 from timm_lt.run.recipe import ModelRecipe, Recipe
 
@@ -106,33 +103,18 @@ def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(na
     assert model.conv1[0].weight.equal(timms().conv1[0].weight)
 
 
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    root = tmp_path_factory.mktemp("own") / "people"
-    draw = np.random.default_rng(0)
-    for name in OWN:
-        (root / name).mkdir(parents=True)
-        for i in range(3):
-            Image.fromarray(draw.integers(0, 255, (8, 8, 3), np.uint8)).save(
-                root / name / f"{i}.png"
-            )
-    return root
-
-
-def test_evaluate_says_whose_classes_a_classifier_is_assumed_to_be_for(people, tmp_path, capsys):
-    from_file(tmp_path)
-    small = ["--image-size", "32", "--workers", "0", "--checkpoint", str(tmp_path / "w.pth")]
-    assert main(["evaluate", "test_resnet", str(people), *small]) == 0
-    message = "has no names for its 1000 classes; its classifier is assumed to be for the classes"
-    assert capsys.readouterr().err.count(message) == 1
-
-
-def test_rebalance_keeps_a_classifier_without_names_and_warns(people, caplog):
-    model = timms(input_size=(3, 32, 32))
-    with caplog.at_level(logging.WARNING, "timm_lt"):
-        found = timm_lt.rebalance(model, str(people), heads="tau_norm", workers=0)
-    assert "its classifier is assumed to be for the classes of the data" in caplog.text
-    assert found.heads["linear"].weight.equal(model.fc.weight)
-    named = timms(input_size=(3, 32, 32), label_names=[name.upper() for name in OWN])
-    found = timm_lt.rebalance(named, str(people), heads="tau_norm", workers=0)
-    assert not found.heads["linear"].weight.equal(named.fc.weight)
+@pytest.mark.parametrize(
+    ("config", "names", "kept", "level"),
+    [
+        ({}, IMAGENET.label_names(), True, None),
+        ({}, OWN, False, None),
+        ({"source": "hf-hub", "hf_hub_id": "me/birds"}, OWN, True, logging.WARNING),
+        ({"source": "hf-hub", "hf_hub_id": "me/birds"}, None, True, logging.INFO),
+    ],
+)
+def test_an_assumption_about_a_classifier_is_logged(config, names, kept, level, caplog):
+    with caplog.at_level(logging.INFO, "timm_lt"):
+        assert keeps_classifier(timms(**config), names, "the model", "--fresh-classifier") is kept
+    assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
+    message = "its classifier is assumed to be for the classes of the data (--fresh-classifier fits"
+    assert level is None or message in caplog.text

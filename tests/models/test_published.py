@@ -96,8 +96,8 @@ def test_a_file_of_hub_configs_is_read_by_its_name(tmp_path):
     path.write_text(good)
     entry = PUBLISHED["lt_resnet50.inat2018"]
     assert read_published(path) == dataclasses.replace(entry, name="lt_resnet50.mine")
-    path.write_text(good.replace("mean:", "means:"))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'means'"):
+    path.write_text(good.replace("training:", "trained:"))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'trained'"):
         read_published(path)
     assert all(name.startswith(f"{entry.architecture}.") for name, entry in PUBLISHED.items())
 

@@ -294,11 +294,7 @@ def test_our_names_of_timms_architectures_take_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"mean": "red"}, "training arguments beyond timm's: mean must be"),
-        (
-            {"std": [0.1, 0.2]},
-            "timm's: std must be 1 or 3 numbers, got 2",
-        ),
+        ({"std": [0.1, 0.2]}, "beyond timm's: std must be 1 or 3 numbers, got 2"),
         ({"img_size": "large"}, "training arguments beyond timm's"),
         ({"img_size": -32}, "training arguments beyond timm's: images of -32 × -32 pixels"),
         ({"model_kwargs": ["x"]}, "training arguments beyond timm's"),
@@ -379,7 +375,6 @@ def test_a_size_that_a_file_does_not_say_is_asked_for(tmp_path):
     ("option", "words"),
     [
         ({"mean": "red"}, r"mean must be a number in \(-inf, inf\), got 'red'"),
-        ({"mean": [0.1, 0.2]}, "mean must be 1 or 3 numbers, got 2"),
         ({"std": 0}, r"std must be a number in \(0, inf\)"),
         ({"crop_pct": -1}, r"crop_pct must be a number in \(0, inf\), got -1"),
         ({"interpolation": "cubic"}, "unknown interpolation: 'cubic'"),
@@ -449,3 +444,31 @@ def test_a_folder_of_timm_is_taken_at_the_size_of_its_arguments(tmp_path):
     save_for_hf(plain("test_vit", img_size=96), tmp_path / "m", safe_serialization=True)
     model = timm_lt.create_model(tmp_path / "m")
     assert image_config(model)["input_size"] == (3, 96, 96)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 0])
+def test_the_classifier_of_a_file_is_taken_if_it_has_as_many_classes(classes, tmp_path):
+    state = plain(classes=classes).state_dict()
+    path = saved(tmp_path / "w.pth", state)
+    written = create_from_file("test_resnet", path, num_classes=3, classifier=None).state_dict()
+    assert written["conv1.0.weight"].equal(state["conv1.0.weight"])
+    assert written["fc.weight"].shape == (3, 96)
+    if classes == 3:
+        assert written["fc.weight"].equal(state["fc.weight"])
+
+
+def test_evaluate_takes_the_image_size_and_the_split_of_a_run(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--option", "test_fraction=0.4", "--option", "seed=3", "--image-size", "40"]
+    heads = ["heads", str(photos), "--model", "lt_test_resnet.glyph_lt", "--heads", "ncm"]
+    assert main([*heads, *options, "--output", str(run), "--workers", "0"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())["heads"]
+    assert image_config(timm_lt.create_model(run, head="ncm"))["input_size"] == (3, 40, 40)
+    warning = "(test_fraction=0.4, seed=3); it may have been fitted on images that are"
+    for more, is_warned in (([], False), (["--option", "seed=4"], True)):
+        capsys.readouterr()
+        assert main(["evaluate", str(run), str(photos), *more, "--workers", "0", "--json"]) == 0
+        shown = capsys.readouterr()
+        assert (warning in shown.err) is is_warned
+        found = json.loads(shown.out)["heads"]
+        assert is_warned or found == {name: metrics[name] for name in found}

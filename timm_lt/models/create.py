@@ -282,22 +282,15 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 def label_names(model: nn.Module) -> list[str] | None:
     """Returns the class names of a model: its own, or those of ImageNet; None if unknown."""
-    if _config(model).get("label_names"):
-        return own_names(model)
-    imagenet = _imagenet(model)
-    return None if imagenet is None else imagenet.label_descriptions()
-
-
-def own_names(model: nn.Module) -> list[str] | None:
-    """Returns the class names in a model's configuration, a list or a mapping by label, or None."""
-    names = _config(model).get("label_names") or ()
+    names = _config(model).get("label_names")
+    if not names:
+        imagenet = _imagenet(model)
+        return None if imagenet is None else imagenet.label_descriptions()
     if isinstance(names, Mapping):
         # Labels are strings in JSON.
         by_label = {str(label): name for label, name in names.items()}
         names = [by_label[label] for label in map(str, range(len(names))) if label in by_label]
-    if not names or len(names) != getattr(model, "num_classes", None):
-        return None
-    return [str(name) for name in names]
+    return [*map(str, names)] if len(names) == getattr(model, "num_classes", None) else None
 
 
 def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:

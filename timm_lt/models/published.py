@@ -5,6 +5,7 @@ Each file ``<architecture>.<tag>.yaml`` with a ``published:`` block is one name 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from timm_lt.utils.files import read_yaml
 
@@ -88,7 +89,9 @@ def read_published(path: Path) -> Published | None:
     if block is None:
         return None
     heads = {name: PublishedHead(**(part or {})) for name, part in block.pop("heads", {}).items()}
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in block.items()}
+    fields: dict[str, Any] = dict(block)
+    for key in ("input_size", "mean", "std"):
+        fields[key] = tuple(fields[key])
     return Published(name=path.stem, heads=heads, **fields)
 
 
