@@ -164,6 +164,7 @@ REFUSED = {
     "a foreign tensor": ({**STATE, "layer9.weight": torch.ones(1)}, r"it has layer9\.weight$"),
     "a foreign part": (prefixed("net.", {**STATE, "attn.q": torch.ones(1)}), r"it has attn\.q$"),
     "a missing tensor": (prefixed("net.", BACKBONE), r"lacks fc\.weight, fc\.bias"),
+    "an empty part of a name": (prefixed("net..", BACKBONE), r"lacks fc\.weight, fc\.bias"),
     "half a prefix": (
         {key if key == "fc.bias" else f"model.{key}": value for key, value in STATE.items()},
         r"lacks fc\.bias$",

@@ -9,7 +9,7 @@ import pickle  # noqa: TID251
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,24 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class State:
-    """The tensors of one network in a file.
+class WeightsFile:
+    """The content of a file of weights, or one network of it.
 
     Attributes:
         name: Name of the file in messages.
-        key: Path of the network in the file, such as ``state_dict.model``.
+        tensors: Tensors, and values beside them, by their path in nested mappings.
+        architecture: timm's name of the architecture, if the file has it.
+        args: Arguments of the training, as timm's ``train.py`` keeps them; empty if unknown.
+        key: Path of the selected network in the file, such as ``state_dict.model``.
         others: Paths of other networks with the same names of tensors.
-        tensors: Tensors by name.
     """
 
     name: str
-    key: str
-    others: list[str]
     tensors: dict[str, Any]
+    architecture: str | None
+    args: dict[str, Any]
+    key: str = ""
+    others: tuple[str, ...] = ()
 
     def num_classes(self, classifier: str) -> int | None:
         """Returns the number of classes of the classifier at a path; None if there is none."""
@@ -128,23 +132,6 @@ class State:
             )
         return Weights(tensors, tensors.pop(SCALES, None))
 
-
-@dataclass(frozen=True)
-class WeightsFile:
-    """The content of a file of weights.
-
-    Attributes:
-        name: Name of the file in messages.
-        tensors: Tensors, and values beside them, by their path in nested mappings.
-        architecture: timm's name of the architecture, if the file has it.
-        args: Arguments of the training, as timm's ``train.py`` keeps them; empty if unknown.
-    """
-
-    name: str
-    tensors: dict[str, Any]
-    architecture: str | None
-    args: dict[str, Any]
-
     def select(
         self,
         expected: Mapping[str, Tensor],
@@ -152,8 +139,8 @@ class WeightsFile:
         classifier: str = "fc",
         *,
         key: str | None = None,
-    ) -> State:
-        """Finds the network with a model's names of tensors, whatever their prefix.
+    ) -> "WeightsFile":
+        """Selects the network with a model's names of tensors, whatever their prefix.
 
         ``expected`` is the state dict of the model, on any device; ``key`` chooses one of several.
         """
@@ -187,14 +174,15 @@ class WeightsFile:
         }
         if f"{classifier}.weight" not in tensors:
             tensors |= self._classifier_beside(found[0], classifier)
-        return State(self.name, best, others, tensors)
+        return replace(self, tensors=tensors, key=best, others=tuple(others))
 
     def _classifier_beside(self, prefix: str, classifier: str) -> dict[str, Any]:
         """Returns the classifier that a module keeps beside a backbone, with learned scales."""
         found: list[str] = []
         parent = prefix
         while parent and not found:
-            parent = re.sub(r"[^.]+\.$", "", parent)
+            outer = parent[:-1].rpartition(".")[0]
+            parent = f"{outer}." if outer else ""
             found = [
                 name.removesuffix(".weight")
                 for name in self.tensors

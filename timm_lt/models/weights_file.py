@@ -16,7 +16,7 @@ from timm_lt.checkpoint import check_sizes
 from timm_lt.checkpoint.format import RESERVED
 from timm_lt.heads import classifier_name
 from timm_lt.models.create import FIELDS, create_sized_model, with_overlay
-from timm_lt.models.third_party import State, Weights, WeightsFile, read_weights
+from timm_lt.models.third_party import Weights, WeightsFile, read_weights
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 
@@ -169,7 +169,7 @@ def _log_training(file: WeightsFile, options: dict[str, Any], size: tuple[int, i
         )
 
 
-def _embedded_size(state: State, model: nn.Module) -> tuple[int, int] | None:
+def _embedded_size(state: WeightsFile, model: nn.Module) -> tuple[int, int] | None:
     """Returns the image size of position embeddings; None if it is that of the model, or unknown.
 
     They have shape (1, tokens, D) or (1, rows, columns, D).
@@ -202,5 +202,5 @@ def _resampled(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     try:
         return {**tensors, **adapt(dict(tensors), model)}
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        # The shapes differ in more than the image size, which State.fit reports.
+        # The shapes differ in more than the image size, which WeightsFile.fit reports.
         return tensors
