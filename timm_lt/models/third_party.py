@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor
 
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, shown_names
 from timm_lt.utils.files import read_yaml
 
 # Usual keys of the weights, preferred to others.
@@ -120,8 +120,8 @@ class WeightsFile:
             for key, value in found.items()
             if isinstance(value, Tensor) and key not in expected and not _is_extra(key)
         ]
-        problems = [f"it lacks {some(missing)}"] if missing else []
-        problems += [f"it has {some(foreign)}"] if foreign else []
+        problems = [f"it lacks {shown_names(missing, SHOWN)}"] if missing else []
+        problems += [f"it has {shown_names(foreign, SHOWN)}"] if foreign else []
         for key, value in {} if problems else tensors.items():
             problem = _tensor_problem(key, value, expected[key])
             problems += [f"{key} {problem}"] if problem else []
@@ -157,9 +157,10 @@ class WeightsFile:
         # Another architecture may repeat a few of the names, such as bn1.weight, in every block.
         if not found or (len(found) > 1 and 2 * most < len(wanted)):
             lacks = sorted(wanted - self.tensors.keys()) or sorted(wanted)
+            has = shown_names([*self.tensors], SHOWN)
             raise UsageError(
                 f"{self.name} has no weights of {architecture}{f' under {key!r}' if key else ''}: "
-                f"it lacks {some(lacks)}; it has {some([*self.tensors])}"
+                f"it lacks {shown_names(lacks, SHOWN)}; it has {has}"
             )
         best, *others = (prefix.rstrip(".") for prefix in found)
         if sum(_rank(prefix) == _rank(found[0]) for prefix in found) > 1:
@@ -273,19 +274,22 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
         raise
     except Exception as error:
         # A part of a pickle may raise anything.
-        text = " ".join(str(error).split())
+        raise UsageError(f"{name} {_read_problem(error)}") from error
+
+
+def _read_problem(error: Exception) -> str:
+    """Returns the reason in torch's long message, without its advice to load the file anyway."""
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
         culprit = re.search(r"(?:GLOBAL |Unsupported class )(\S+)", text)
-        problem = f"cannot be read as weights: {getattr(error, 'strerror', None)}"
-        if isinstance(error, pickle.UnpicklingError):
-            asks = f"a pickle that asks for {culprit[1]}, not" if culprit else "damaged, or not"
-            problem = (
-                f"is refused: it is {asks} only tensors and plain values; save the state_dict() of "
-                "a model alone"
-            )
-        elif getattr(error, "strerror", None) is None:
-            reason = text.partition(". ")[0][:200] or type(error).__name__
-            problem = f"cannot be read as weights: {reason}; it may be truncated"
-        raise UsageError(f"{name} {problem}") from error
+        asks = f"a pickle that asks for {culprit[1]}, not" if culprit else "damaged, or not"
+        return (
+            f"is refused: it is {asks} only tensors and plain values; save the state_dict() of a "
+            "model alone"
+        )
+    reason = text.partition(". ")[0][:200] or type(error).__name__
+    reason = getattr(error, "strerror", None) or f"{reason}; it may be truncated"
+    return f"cannot be read as weights: {reason}"
 
 
 def _is_extra(key: str) -> bool:
@@ -325,9 +329,3 @@ def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
     if value.is_floating_point() and not value.isfinite().all():
         return "has values that are not finite"
     return None
-
-
-def some(names: list[str]) -> str:
-    """Returns the first of several names, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
