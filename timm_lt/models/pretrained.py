@@ -120,9 +120,12 @@ class PretrainedSource:
         """Kind of the requested head, which a decoupled checkpoint may have under another name."""
         if self.head is None or self.head in HEADS:
             return self.head
-        if self.repo is None and self.folder is None:
+        if self.repo is not None:
+            info = self.repo.read_info()
+        elif self.folder is not None:
+            info = read_checkpoint(self.folder)
+        else:
             raise unknown_name("head", self.head, list(HEADS))
-        info = self.repo.read_info() if self.repo else read_checkpoint(self.folder or "")
         return find_entry(info, self.head, str(self.repo or self.folder)).kind
 
     def choose_url(self, options: dict[str, Any]) -> None:

@@ -160,12 +160,13 @@ class ModelSource:
             is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
             if (path / CONFIG).is_file():
                 return cls(f"{LOCAL_DIR}{path}", path)
-            if is_path or path.exists():
-                problem = f"not a checkpoint folder: it has no {CONFIG}"
-                if path.is_file():
-                    problem = "a file of weights: name its architecture, and pass the file with "
-                    problem += "--checkpoint (in Python checkpoint_path=)"
-                raise UsageError(f"{given} is {problem}")
+            if path.is_file():
+                raise UsageError(
+                    f"{given} is a file of weights: name its architecture, and pass the file with "
+                    "--checkpoint (in Python checkpoint_path=)"
+                )
+            if is_path or path.is_dir():
+                raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
             name = f"{HF_HUB}{name}" if bare_repo and REPO.fullmatch(name) else name
         try:
             scheme, rest = parse_model_name(name)
