@@ -323,7 +323,7 @@ def test_mistakes_are_named_before_training(accelerator, options, message):
             "without a 'ncm' head: fold it",
         ),
         (lambda: create(branch_scale=0), r"branch_scale must be a number in \(0, inf\), got 0"),
-        (lambda: create("resnet"), "unknown base 'resnet'"),
+        (lambda: create("resnet"), "unknown architecture 'resnet'; similar names: resnet"),
         (lambda: create("lt_oltr_resnet10"), "a residual block, not a ModulatedAttention"),
         (lambda: attach_attention(create()), "not for a BilateralResNet"),
     ],

@@ -6,7 +6,7 @@ Also the images that a model takes (size, normalisation and crop) and the names 
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,11 @@ def create_model(
         return _create_from_folder(source.folder, pretrained is not False, head, options)
     name, pretrained = source.name, bool(pretrained)
     architecture, _, tag = name.partition(".")
-    if not timm.models.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        hint = f"; similar names: {', '.join(close)}" if close else ""
-        raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
+    module = find_entrypoint(architecture).__module__
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         raise unknown_name(f"tag of {architecture!r}:", tag, [key for key in tags if key])
     with _timm_errors(name, head):
-        module = timm.models.model_entrypoint(architecture).__module__
         if head is not None and module.startswith("timm_lt."):
             return timm.create_model(name, pretrained=pretrained, head=head, **options)
         ours, theirs = split_options(head, options)
@@ -120,6 +116,16 @@ def create_model(
             check_head_options(head, ours)
             return model
         return set_head(model, head, **ours)
+
+
+def find_entrypoint(architecture: str) -> Callable[..., nn.Module]:
+    """Returns timm's function for an architecture; the error for an unknown one lists others."""
+    if not timm.models.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        hint = f"; similar names: {', '.join(close)}" if close else ""
+        raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
+    found: Callable[..., nn.Module] = timm.models.model_entrypoint(architecture)
+    return found
 
 
 @contextmanager

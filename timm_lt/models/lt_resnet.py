@@ -17,7 +17,6 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
-    is_model,
     model_entrypoint,
     register_model,
 )
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from timm_lt.checkpoint import WEIGHTS, TimmBase
 from timm_lt.heads import check_head_options, set_head
-from timm_lt.models.create import split_options
+from timm_lt.models.create import find_entrypoint, split_options
 from timm_lt.models.networks import (
     ANY_BASE,
     BRANCH_SCALE,
@@ -37,7 +36,6 @@ from timm_lt.models.networks import (
 )
 from timm_lt.models.pretrained import PretrainedSource
 from timm_lt.models.published import PUBLISHED, Published
-from timm_lt.utils.checks import UsageError
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,7 @@ def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any)
 def _bilateral(
     *, base: str = "resnet18", branch_scale: float = BRANCH_SCALE, **options: Any
 ) -> nn.Module:
-    if not is_model(base):
-        raise UsageError(f"unknown base {base!r}; timm.list_models() has all")
-    plain = model_entrypoint(base)(**options)
+    plain = find_entrypoint(base.partition(".")[0])(**options)
     model = create_bilateral(plain, branch_scale=branch_scale, fresh=True)
     # A checkpoint records the registered name instead.
     model.__dict__.pop("timm_base", None)
