@@ -177,7 +177,7 @@ def test_a_mutated_config_loads_as_it_says_or_is_refused(original, copied, data)
     check_loads_or_refuses(folder, head)
 
 
-@MANY
+@settings(MANY, max_examples=60)
 @given(content=st.binary(max_size=200) | VALUES.map(lambda v: json.dumps(v).encode()))
 def test_any_other_content_is_refused(copied, content):
     folder = copied()
@@ -244,7 +244,7 @@ def test_changed_tensors_load_as_they_are_or_are_refused(copied, data):
     assert not loaded or signed or (folder / file).read_bytes() == before
 
 
-@MANY
+@settings(MANY, max_examples=60)
 @given(data=st.data())
 def test_damaged_bytes_are_refused(copied, data):
     folder = copied()

@@ -43,8 +43,6 @@ class ModulatedAttention(nn.Module):
         channels: Channels of the map, >= 2.
         reduction: Divisor of the channels inside the self-attention, from 1 to ``channels``.
         spatial: Form of the spatial weights.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Shape:
         (N, channels, H, W) to (N, channels, H, W).
@@ -63,13 +61,7 @@ class ModulatedAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        reduction: int = 2,
-        spatial: SpatialAttention = "convolution",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, reduction: int = 2, spatial: SpatialAttention = "convolution"
     ) -> None:
         super().__init__()
         check_integer("channels", channels, minimum=2)
@@ -77,16 +69,15 @@ class ModulatedAttention(nn.Module):
         check_choice("spatial", spatial, get_args(SpatialAttention))
         self.linear = spatial == "linear"
         width, positions = channels // reduction, PUBLISHED_SIZE**2
-        to: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.query = nn.Conv2d(channels, width, 1, **to)
-        self.key = nn.Conv2d(channels, width, 1, bias=False, **to)
-        self.value = nn.Conv2d(channels, width, 1, **to)
-        self.output = nn.Conv2d(width, channels, 1, **to)
-        self.spatial: nn.Module
-        if self.linear:
-            self.spatial = nn.Linear(positions * channels, positions, **to)
-        else:
-            self.spatial = nn.Conv2d(channels, 1, 1, bias=False, **to)
+        self.query = nn.Conv2d(channels, width, 1)
+        self.key = nn.Conv2d(channels, width, 1, bias=False)
+        self.value = nn.Conv2d(channels, width, 1)
+        self.output = nn.Conv2d(width, channels, 1)
+        self.spatial: nn.Module = (
+            nn.Linear(positions * channels, positions)
+            if self.linear
+            else nn.Conv2d(channels, 1, 1, bias=False)
+        )
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
 
