@@ -16,7 +16,7 @@ import timm_lt
 from timm_lt.cli import main
 from timm_lt.heads import HEADS, find_classifiers, get_heads
 from timm_lt.models.fold import write_folded
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"

@@ -19,7 +19,7 @@ from timm_lt.cli.common import (
 from timm_lt.heads import head_option_names
 from timm_lt.models.create import label_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import new_folder
 from timm_lt.utils.checks import WHITE, UsageError, unknown_name

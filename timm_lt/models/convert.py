@@ -11,8 +11,7 @@ from torch import nn
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics, read_url, set_scale
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED, batch_norm_statistics, read_url, set_scale
 from timm_lt.models.third_party import Weights, WeightsFile, read_weights
 from timm_lt.models.weights_file import build
 from timm_lt.utils.checks import UsageError

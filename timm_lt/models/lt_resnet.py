@@ -34,8 +34,7 @@ from timm_lt.models.networks import (
     create_bilateral,
     unpair,
 )
-from timm_lt.models.pretrained import PretrainedSource
-from timm_lt.models.published import PUBLISHED, Published
+from timm_lt.models.pretrained import PUBLISHED, PretrainedSource, Published
 
 
 @dataclass(frozen=True)

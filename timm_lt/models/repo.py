@@ -23,7 +23,6 @@ from timm_lt.checkpoint import (
     find_info,
     read_checkpoint,
 )
-from timm_lt.models.published import PUBLISHED
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import file_sha256
 from timm_lt.utils.hub import HF_HUB, hub_errors, split_revision
@@ -184,8 +183,10 @@ class ModelSource:
         folder for an architecture or for pretrained weights that are not on this disk.
         """
         source = cls.parse(given, bare_repo=True)
-        if source.name in PUBLISHED:
-            return replace(source, folder=PUBLISHED[source.name].folder)
+        if timm.models.is_model_pretrained(source.name):
+            # The packaged checkpoint is a file in timm's configuration.
+            config: Any = timm.models.get_pretrained_cfg(source.name)
+            return replace(source, folder=Path(config.file).parent if config.file else None)
         if source.repo is None:
             return source
         try:
