@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from authors import authors_file, moved, random_state, saved
+from authors import authors_file, moved, random_state
 
 import timm_lt
 from timm_lt.checkpoint import read_checkpoint
@@ -107,26 +107,6 @@ def test_a_file_with_scales_alone_has_both_classifiers(files, tmp_path):
     assert torch.equal(equal.argmax(1), head_logits(tmp_path / "net", None).argmax(1))
 
 
-def test_other_layouts_and_architectures(tmp_path, capsys):
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=7).eval()
-    state = model.state_dict()
-    for name, content, arguments in (
-        ("timm", {"arch": "test_vit", "state_dict": state, "metric": 0.5}, []),
-        ("bare", state, ["--model", "test_vit"]),
-    ):
-        (tmp_path / f"{name}.pth").write_bytes(saved(content))
-        target = tmp_path / name
-        assert main(["convert", str(tmp_path / f"{name}.pth"), str(target), *arguments]) == 0
-        loaded = timm_lt.create_model(f"local-dir:{target}", head="tau_norm", tau=0.0).eval()
-        x = torch.randn(2, 3, 160, 160)
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(x) + model.head.bias, model(x))
-    assert "test_vit (in the file), 7 classes" in capsys.readouterr().out
-    assert main(["convert", str(tmp_path / "bare.pth"), str(tmp_path / "new")]) == 2
-    assert "--model" in capsys.readouterr().err
-
-
 def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
     folder, _ = files
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--head"]
@@ -167,6 +147,7 @@ def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys
     ("arguments", "words"),
     [
         (["nothing.pth"], "nothing.pth cannot be read"),
+        (["vit.pth"], "name its architecture with --model"),
         (["lt_resnet10.imagenet_lt"], "no files to convert"),
         (["joint.pth", "--model", "resnet50"], "does not fit resnet50"),
         (["joint.pth", "--model", "resnet5"], "unknown architecture 'resnet5'"),
@@ -183,6 +164,7 @@ def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys
 def test_mistakes_are_one_line(arguments, words, files, tmp_path, capsys, monkeypatch):
     folder, _ = files
     monkeypatch.chdir(folder)
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "vit.pth")
     (folder / "few.json").write_text("[1, 2, 3]")
     (folder / "names.json").write_text('{"01": 3, "2": 3}')
     source, *options = arguments

@@ -83,17 +83,6 @@ def test_same_random_weights_as_timm():
             assert torch.equal(value, ours[key]), key
 
 
-def test_configuration_of_a_tag():
-    model = timm.create_model("lt_test_resnet.glyph_lt")
-    assert model.num_classes == 100
-    config = timm.data.resolve_data_config(model=model)
-    assert config["input_size"] == (3, 32, 32)
-    assert config["mean"] == (0.5, 0.5, 0.5)
-    assert {"lt_resnet10", "lt_resnet50", "lt_resnext50"} < set(timm.list_models("lt_*"))
-    with pytest.raises(RuntimeError, match="No pretrained weights"):
-        timm.create_model("lt_resnet10", pretrained=True)
-
-
 @pytest.mark.parametrize("create", [timm.create_model, timm_lt.create_model])
 def test_features_only_swallows_the_head(create):
     model = create("lt_test_resnet", features_only=True, head="tau_norm", tau=0.5)
