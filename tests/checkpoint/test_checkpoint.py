@@ -384,6 +384,21 @@ BAD_BLOCKS = [
 ]
 
 
+def test_a_checkpoint_of_the_first_version_loads(folder, heads, features):
+    """Without the fields that later versions record."""
+    config = json.loads((folder / "config.json").read_text())
+    block = config["timm_lt"]
+    required = {"version", "weights_sha256", "class_counts", "heads"}
+    config["timm_lt"] = {key: block[key] for key in required}
+    for entry in block["heads"].values():
+        for key in ("selection", "metrics", "backbone_statistics"):
+            del entry[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    info = read_checkpoint(folder)
+    assert (info.background, info.label_names, info.protocol, info.seed) == ("#ffffff", *[None] * 3)
+    assert torch.equal(get_head(load(folder, "crt"))(features), heads["crt"](features))
+
+
 @pytest.mark.parametrize(("path", "values", "message"), BAD_BLOCKS)
 def test_bad_config_is_refused_and_named(folder, path, values, message):
     edit_config(folder, *path, **values)

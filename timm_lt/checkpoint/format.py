@@ -227,6 +227,10 @@ DIGEST: Rule = (
     lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v),
     "the 64 hexadecimal digits of a SHA-256",
 )
+COLOR: Rule = (
+    lambda v: isinstance(v, str) and re.fullmatch(r"#[0-9a-f]{6}", v),
+    "a colour '#rrggbb'",
+)
 
 
 def _block_rules(num_classes: int) -> dict[str, Rule]:
@@ -244,10 +248,6 @@ def _block_rules(num_classes: int) -> dict[str, Rule]:
         "shot_rule": _optional(*_one_of(get_args(ShotRule))),
         "protocol": _optional(*_one_of(get_args(SelectionProtocol))),
         "seed": _optional(lambda v: type(v) is int and 0 <= v < 2**63, "an integer >= 0"),
-        "background": (
-            lambda v: isinstance(v, str) and re.fullmatch(r"#[0-9a-f]{6}", v),
-            "a colour '#rrggbb'",
-        ),
     }
 
 
@@ -255,13 +255,11 @@ def _parse(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
     """Returns the description in the config of a decoupled checkpoint."""
     config = _timm_fields(folder / CONFIG, content)
     block = config.read_object(BLOCK)
-    version = lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt"
-    block.read("version", version)
-    num_classes = config.read(
-        "num_classes", (lambda c: type(c) is int and c > 0, "an integer >= 1")
-    )
+    block.read("version", (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt"))
+    positive: Rule = (lambda v: type(v) is int and v > 0, "an integer >= 1")
+    num_classes = config.read("num_classes", positive)
     # With another number, timm would drop the classifier.
-    same = lambda c: c == num_classes, f"{num_classes} as in the checkpoint"
+    same: Rule = (lambda v: v == num_classes, f"{num_classes} as in the checkpoint")
     for part in ("model_args", "pretrained_cfg"):
         config.read_object(part, {}).read("num_classes", same, num_classes)
     config.read_object("pretrained_cfg", {}).refuse((*SOURCES, "label_offset"))
@@ -270,6 +268,8 @@ def _parse(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
         folder=folder,
         architecture=content["architecture"],
         num_classes=num_classes,
+        # Not recorded in the first checkpoints.
+        background=block.read("background", COLOR, WHITE),
         heads={name: _read_entry(name, heads.read_object(name)) for name in heads.content},
         **{key: block.read(key, rule) for key, rule in _block_rules(num_classes).items()},
     )
@@ -300,7 +300,7 @@ def _read_entry(name: str, entry: _Fields) -> HeadEntry:
         raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
     for key in metrics.content:
         metrics.read(key, (_is_metric, "a number or null, or an object of these"))
-    flag = lambda v: isinstance(v, bool), "true or false"
+    flag: Rule = (lambda v: isinstance(v, bool), "true or false")
     statistics = entry.read("backbone_statistics", flag, default=False)
     has_file = bool(HEADS[kind].own_state or statistics)
     file = f"heads/{name}.safetensors" if has_file else None
