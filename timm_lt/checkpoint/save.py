@@ -119,11 +119,12 @@ def save_checkpoint(
         "label_names": label_names,
         "dataset": dataset,
         "shot_rule": shot_rule,
-        "protocol": protocol,
         "seed": seed,
         "background": check_background(background or background_of(model)),
         "heads": entries,
     }
+    if protocol is not None:
+        block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
     parse_text(Path(), config)
     (folder / CONFIG).unlink(missing_ok=True)
