@@ -29,7 +29,7 @@ from timm_lt.cli.run import parse_sampler
 from timm_lt.data.sources import DATASETS
 from timm_lt.heads.base import HEADS
 from timm_lt.losses import LOSSES
-from timm_lt.models.published import CHECKPOINTS, PUBLISHED
+from timm_lt.models.pretrained import CHECKPOINTS, PUBLISHED
 from timm_lt.run.comparison import load_grid
 from timm_lt.run.parse import load_recipe, parse_command_line, shipped_recipes
 from timm_lt.run.setup import check_heads, training_options

@@ -22,7 +22,7 @@ from timm_lt.hub.card import (
     update_card,
     write_card,
 )
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.utils.checks import UsageError
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"

@@ -10,7 +10,7 @@ import torch
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.heads import get_head
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.models.repo import Repo
 from timm_lt.utils.checks import UsageError
 

@@ -24,7 +24,7 @@ from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
 from timm_lt.heads import HEADS, get_head
 from timm_lt.models.lt_resnet import _cfg
-from timm_lt.models.published import CHECKPOINTS, read_published
+from timm_lt.models.pretrained import CHECKPOINTS, read_published
 from timm_lt.models.repo import ModelSource
 from timm_lt.utils.checks import UsageError
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from timm_lt.checkpoint import read_checkpoint
 from timm_lt.metrics import shot_accuracy
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.report.tables import describe_selection, head_table, recommend, shot_table
 from timm_lt.utils.console import one_line
 

@@ -30,7 +30,7 @@ from timm_lt.data.sources import (
     dataset_from_files,
 )
 from timm_lt.losses import create_loss
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.run.parse import load_recipe, shipped_recipes
 from timm_lt.run.recipe import RunOptions
 from timm_lt.run.setup import create_run

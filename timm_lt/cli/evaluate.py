@@ -40,7 +40,7 @@ from timm_lt.metrics import (
     confidence_intervals,
     write_per_class,
 )
-from timm_lt.models.label_names import keeps_classifier, shown_as
+from timm_lt.models.create import keeps_classifier, shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
 from timm_lt.run.network import create_images, in_order_of_weights, on_background

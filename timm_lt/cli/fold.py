@@ -17,9 +17,9 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.heads import head_option_names
+from timm_lt.models.create import label_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.models.label_names import own_names
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import new_folder
 from timm_lt.utils.checks import WHITE, UsageError, unknown_name
@@ -93,7 +93,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
                 model,
                 onnx=arguments.onnx,
                 program=arguments.program,
-                label_names=own_names(model) if info is None else info.label_names,
+                label_names=label_names(model) if info is None else info.label_names,
             )
             same = "the same logits" if report.exact else "the same predictions"
             lines.append(f"{destination / part}: {head} folded, {same}; {_differences(report)}")

@@ -33,8 +33,7 @@ from timm_lt.data.decode import (
     shown_path,
 )
 from timm_lt.data.folder import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
-from timm_lt.models.create import image_config
-from timm_lt.models.label_names import label_names
+from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.network import class_orders
 from timm_lt.run.recipe import ClassOrder

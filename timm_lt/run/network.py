@@ -21,8 +21,14 @@ from timm_lt.data.decode import encoded_images, read_image
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.models.create import FIELDS, create_sized_model, image_config, split_options
-from timm_lt.models.label_names import is_for, label_names
+from timm_lt.models.create import (
+    FIELDS,
+    create_sized_model,
+    image_config,
+    is_for,
+    label_names,
+    split_options,
+)
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.third_party import read_weights
 from timm_lt.models.weights_file import classes_of_file, create_from_file

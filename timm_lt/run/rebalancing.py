@@ -17,7 +17,7 @@ from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.models.label_names import is_for, keeps_classifier
+from timm_lt.models.create import is_for, keeps_classifier
 from timm_lt.report.tables import JOINT, recommend
 from timm_lt.run.execution import save
 from timm_lt.run.folder import REPORT, check_places, check_run_folder

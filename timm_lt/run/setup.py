@@ -21,7 +21,7 @@ from timm_lt.fitting import AUTO, create_fit
 from timm_lt.heads import Head
 from timm_lt.losses import LOSSES, create_loss
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.models.label_names import keeps_classifier
+from timm_lt.models.create import keeps_classifier
 from timm_lt.report import Predictions
 from timm_lt.report.tables import TEST_SELECTION
 from timm_lt.run.folder import (
