@@ -59,8 +59,8 @@ def test_names_of_ones_own_stand_in_table_csv_and_json(predict):
         ("a\nb\nc\n", "has 3 lines, and the model has 4 classes"),
         ("", "has 0 lines"),
         ("a\n\nc\nd", "(line 2 is empty)"),
-        ("a\nb\nc\n\udcff", "cannot be read: not valid UTF-8"),
-        (None, "cannot be read: No such file or directory"),
+        ("a\nb\nc\n\udcff", "UTF-8"),
+        (None, "does not exist"),
     ],
 )
 def test_a_file_of_names_that_does_not_fit_is_one_line(text, message, predict, tmp_path):
@@ -68,7 +68,7 @@ def test_a_file_of_names_that_does_not_fit_is_one_line(text, message, predict, t
         (tmp_path / "own.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     status, out, error = predict("0.png", "--names", "own.txt")
     assert (status, out) == (2, "")
-    assert error.startswith("error: --names own.txt ")
+    assert error.startswith("error: --names: own.txt ")
     assert message in error
     assert error.count("\n") == 1
 

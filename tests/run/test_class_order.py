@@ -1,6 +1,7 @@
 """Weights whose classes are numbered otherwise than those of the data."""
 
 import csv
+import dataclasses
 import json
 
 import datasets
@@ -15,8 +16,8 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.data import Splits, create_splits
-from timm_lt.run.network import class_orders, in_order_of_weights
-from timm_lt.run.recipe import ModelRecipe
+from timm_lt.run.network import class_orders, match_data
+from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
 # 2 and 10 change places, and so do a and B.
@@ -28,7 +29,7 @@ COLOURS = {
     "a": (9, 9, 9),
 }
 COUNTS = {"1": 10, "10": 12, "2": 8, "B": 9, "a": 9}
-GIVEN = ModelRecipe("x")
+GIVEN = Recipe(model=ModelRecipe("x", pretrained=True), epochs=0)
 TIMM, SORTED = ["1", "2", "10", "a", "B"], ["1", "10", "2", "B", "a"]
 
 
@@ -137,7 +138,7 @@ def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys)
     assert "training images" not in said
     command = ["evaluate", str(run), str(photos), "--class-order", "sorted", "--workers", "0"]
     assert main(command) == 2
-    assert "have class names; remove it" in capsys.readouterr().err
+    assert "has no class names, and" in capsys.readouterr().err
 
 
 def test_a_recipe_and_lists_of_words_find_the_order(photos, model, tmp_path, capsys):
@@ -216,7 +217,7 @@ def test_names_of_the_model_decide(photos, model):
     found = timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     assert found.reports["linear"].all == 1
     assert torch.equal(found.heads["linear"].weight, made.fc.weight)
-    with pytest.raises(UsageError, match="have class names; remove it"):
+    with pytest.raises(UsageError, match="has no class names, and"):
         timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
 
 
@@ -242,7 +243,7 @@ def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog)
 def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
     """A model that always gives the same answer is right as often in both orders."""
     made = constant(label)
-    with pytest.raises(UsageError, match="say --class-order timm or --class-order sorted"):
+    with pytest.raises(UsageError, match="choose --class-order timm or --class-order sorted"):
         timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     file = tmp_path / "bare.safetensors"
     safetensors.torch.save_file(made.state_dict(), file)
@@ -269,9 +270,11 @@ def test_a_clear_difference_is_needed(photos, model):
         half.fc.weight[[1, 2]] = half.fc.weight[[2, 1]]
         half.fc.bias[[1, 2]] = half.fc.bias[[2, 1]]
     with pytest.raises(UsageError, match="it is not clear"):
-        in_order_of_weights(splits, half, given=GIVEN)
-    kept = in_order_of_weights(splits, half, given=GIVEN, trained=True)
-    assert kept is splits
+        match_data(GIVEN, splits, half, kept=True)
+    # Training goes on with the order of the data.
+    trained = dataclasses.replace(GIVEN, epochs=1)
+    found, _ = match_data(trained, splits, half, kept=True)
+    assert found.label_names == splits.label_names
 
 
 def test_a_large_class_does_not_outweigh_a_small_one():
@@ -283,16 +286,17 @@ def test_a_large_class_does_not_outweigh_a_small_one():
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     splits = Splits.from_datasets({"train": rows})
     with pytest.raises(UsageError, match="it is not clear in which order"):
-        in_order_of_weights(splits, constant(1), given=GIVEN)
+        match_data(GIVEN, splits, constant(1), kept=True)
 
 
 def test_where_the_orders_are_the_same_nothing_is_looked_at(photos, monkeypatch):
     plain = create_splits("folder", root=str(photos)).in_order(["B", "a", "10", "2", "1"])
-    assert in_order_of_weights(plain, torch.nn.Identity(), given=GIVEN) is plain
+    assert match_data(GIVEN, plain, torch.nn.Identity(), kept=True)[0].labels is plain.labels
     glyphs = Splits(plain.datasets, plain.labels, plain.class_counts, None)
-    assert in_order_of_weights(glyphs, torch.nn.Identity(), given=GIVEN) is glyphs
-    with pytest.raises(UsageError, match="the data lack class names"):
-        in_order_of_weights(glyphs, torch.nn.Identity(), given=ModelRecipe("x", class_order="timm"))
+    assert match_data(GIVEN, glyphs, torch.nn.Identity(), kept=True)[0].labels is glyphs.labels
+    asked = dataclasses.replace(GIVEN, model=ModelRecipe("x", True, class_order="timm"))
+    with pytest.raises(UsageError, match="to data that have"):
+        match_data(asked, glyphs, torch.nn.Identity(), kept=True)
 
 
 def test_splits_in_another_order_are_the_same_images(photos):

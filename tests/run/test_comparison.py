@@ -20,7 +20,6 @@ from timm_lt.run import comparison
 from timm_lt.run.comparison import (
     Run,
     Runner,
-    check_folder,
     load_grid,
     make_runs,
     measure,
@@ -129,12 +128,12 @@ ROW = {"label": "x", "representation": "joint", "head": "linear"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"titel": "x"}, r"no option 'titel' \(did you mean 'title'"),
-        ({"rows": ...}, "needs the option 'rows'"),
+        ({"titel": "x"}, r"unknown key 'titel' \(did you mean 'title'"),
+        ({"rows": ...}, "missing 1 required .* 'rows'"),
         ({"rows": [ROW, ROW]}, "rows must differ in label or column"),
         ({"rows": [{**ROW, "representation": "jiont"}]}, "of 'x': 'jiont'.*mean 'joint'"),
         ({"rows": [{**ROW, "quoted": 41.8}]}, r"quoted of 'x' must be a number in \[0, 1\]"),
-        ({"metric": "loss"}, "unknown metric of the grid: 'loss'.*accuracy, error"),
+        ({"metric": "loss"}, "unknown metric 'loss'.*accuracy, error"),
         ({"plot": True}, "plot and metric error need columns"),
         ({"representations": {"../a": {}}, "rows": []}, "must be letters, digits and underscores"),
         ({"representations": {"joint": {"after": "joint"}}}, "representation before 'joint'"),
@@ -317,22 +316,19 @@ def test_ctrl_c_ends_the_processes(runs, monkeypatch):
 
 
 def test_a_folder_with_something_else_is_refused(grid, tmp_path):
-    folder = tmp_path / "out"
-    found = grid()
-    made = runs_of(found, tmp_path)
-    check_folder(folder, found, made)
-    made[0].folder.mkdir(parents=True)
-    (made[0].folder / "recipe.yaml").write_text(
-        dataclasses.replace(made[0].recipe, epochs=7).to_yaml()
-    )
+    folder, found = tmp_path / "out", grid()
+    run = runs_of(found, tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    other = dataclasses.replace(run.recipe, epochs=7)
+    (run.folder / "recipe.yaml").write_text(other.to_yaml())
     with pytest.raises(UsageError, match=r"another recipe.*epochs 7 there"):
-        check_folder(folder, found, made)
+        runs_of(found, tmp_path)
     (folder / "results.json").write_text('{"name": "kang_table2"}')
     with pytest.raises(UsageError, match=r"something else \(results.json\)"):
-        check_folder(folder, found, made)
+        runs_of(found, tmp_path)
     (folder / "a thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match=r"something else \(a thesis.tex, results.json\)"):
-        check_folder(folder, found, made)
+        runs_of(found, tmp_path)
 
 
 # ---- figures -------------------------------------------------------------------------------------

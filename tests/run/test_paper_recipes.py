@@ -31,10 +31,10 @@ from timm_lt.data.sources import (
 )
 from timm_lt.losses import create_loss
 from timm_lt.models.published import PUBLISHED
+from timm_lt.run.execution import train
 from timm_lt.run.parse import load_recipe, shipped_recipes
 from timm_lt.run.recipe import RunOptions
 from timm_lt.run.setup import create_run
-from timm_lt.run.stages import train
 from timm_lt.training.update import Schedule
 from timm_lt.utils.checks import check_options
 from timm_lt.utils.files import read_yaml
@@ -287,7 +287,7 @@ def rates(name):
     """The learning rate of every update (epochs, updates per epoch)."""
     recipe = load(name)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.optimizer.lr)
-    options = recipe.scheduler.arguments()
+    options = recipe.scheduler.arguments("sched")
     schedule = Schedule(optimizer, options, epochs=recipe.epochs, updates_per_epoch=UPDATES)
     values = []
     for step in range(recipe.epochs * UPDATES):

@@ -4,8 +4,8 @@ from timm_lt.run.folder import LOCK, RECIPE, check_images, check_run_folder, pre
 from timm_lt.run.recipe import Recipe
 from timm_lt.utils.checks import UsageError
 
-FIRST = Recipe(epochs=3).to_yaml()
-OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()
+FIRST = Recipe(epochs=3)
+OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}})
 
 
 def check(folder, recipe=FIRST, *, resume=False, overwrite=False):
@@ -30,7 +30,7 @@ def test_new_and_empty_folders_may_be_used(tmp_path, flags):
 
 
 def test_a_run_is_only_touched_by_resume(run):
-    assert (run / RECIPE).read_text() == FIRST
+    assert (run / RECIPE).read_text() == FIRST.to_yaml()
     with pytest.raises(UsageError, match=r"holds a run; .*--resume.*--overwrite.*--output"):
         check(run)
     check(run, resume=True)
@@ -66,7 +66,7 @@ def test_overwrite_deletes_only_when_prepared(run):
     assert (run / "state" / "weights").exists()
     prepare_run_folder(run, OTHER, overwrite=True)
     assert {path.name for path in run.iterdir()} == {RECIPE, LOCK}
-    assert (run / RECIPE).read_text() == OTHER
+    assert (run / RECIPE).read_text() == OTHER.to_yaml()
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
@@ -96,7 +96,7 @@ def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
     tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
-    prepare_run_folder(folder, "epochs: 1\n", overwrite=False)
+    prepare_run_folder(folder, FIRST, overwrite=False)
     (folder / "heads").mkdir()
     (folder / "heads" / "crt.safetensors").write_bytes(b"")
 
@@ -106,17 +106,17 @@ def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_run_folder(folder, "epochs: 2\n", overwrite=True)
-    check_run_folder(folder, "epochs: 2\n", resume=False, overwrite=False)
+            prepare_run_folder(folder, OTHER, overwrite=True)
+    check_run_folder(folder, OTHER, resume=False, overwrite=False)
     # A kill in the middle of the first write leaves a temporary file only.
     folder.mkdir()
     (folder / ".recipe.yaml.x1y2").write_text("epo")
-    check_run_folder(folder, "epochs: 2\n", resume=True, overwrite=False)
-    prepare_run_folder(folder, "epochs: 2\n", overwrite=False)
+    check_run_folder(folder, OTHER, resume=True, overwrite=False)
+    prepare_run_folder(folder, OTHER, overwrite=False)
     assert {path.name for path in folder.iterdir()} == {RECIPE, LOCK}
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", "", overwrite=False)
+        prepare_run_folder(tmp_path / "file" / "run", FIRST, overwrite=False)

@@ -205,7 +205,10 @@ def failing(capsys, *arguments):
         (["--heads.lws", "{stage: image}"], ["stage of head 'lws'", "features, images"]),
         (["--sampler.name", "balanced"], ["sampler: unknown sampler", "class_balanced"]),
         (["--sampler.options.seed", "2"], ["sampler: ", "'seed'"]),
-        ([*PROGRESSIVE, "--sampler.options.epochs", "3"], ["epochs is 3", "5 epochs"]),
+        (
+            [*PROGRESSIVE, "--sampler.options.epochs", "3"],
+            ["sampler: got multiple values", "'epochs'"],
+        ),
         (["--loss.name", "CE"], ["loss: unknown loss", "cross_entropy"]),
         (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
         (["--loss.options.reduction", "sum"], ["loss: ", "'reduction'"]),

@@ -18,7 +18,7 @@ INPUTS = ("checkpoint", "class_counts", "data", "folder", "model", "root", "sour
 OUTPUTS = ("cache_dir", "destination", "output")
 
 
-def add_parser(commands: Commands) -> None:
+def add_completion(commands: Commands) -> None:
     """Adds the command to the parser."""
     completion = add_command(
         commands,

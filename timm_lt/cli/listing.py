@@ -16,7 +16,7 @@ from timm_lt.run.parse import shipped_recipes
 from timm_lt.utils.checks import UsageError
 
 
-def add_parser(commands: Commands) -> None:
+def add_list(commands: Commands) -> None:
     """Adds the command to the parser."""
     listing = add_command(
         commands,

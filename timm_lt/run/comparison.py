@@ -24,20 +24,19 @@ from timm_lt.models.published import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend
-from timm_lt.run.folder import check_places, check_run_folder, is_running
+from timm_lt.run.folder import check_run_folder, is_running
 from timm_lt.run.network import create_images, create_network
-from timm_lt.run.parse import parse_recipe
-from timm_lt.run.recipe import Recipe
+from timm_lt.run.parse import parse_recipe, parse_values
+from timm_lt.run.recipe import Recipe, prefixed
 from timm_lt.run.setup import Run as TrainingRun
 from timm_lt.run.setup import check_heads, create_trainer
-from timm_lt.utils import checks
 from timm_lt.utils.accelerator import (
     VISIBLE_DEVICES,
     create_accelerator,
     fresh_accelerate,
     visible_devices,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_options
+from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_number, shown_names
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
 
@@ -71,7 +70,7 @@ class Row:
     quoted: float | None = None
 
     def __post_init__(self) -> None:
-        checks.check_number(f"quoted of {self.label!r}", self.quoted or 0.0, "[0, 1]")
+        check_number(f"quoted of {self.label!r}", self.quoted or 0.0, "[0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +97,9 @@ class Grid:
     title: str
     source: str
     recipe: str
-    representations: Mapping[str, Mapping[str, Any]]
-    rows: Sequence[Row]
-    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    representations: dict[str, dict[str, Any]]
+    rows: list[Row]
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     metric: Literal["accuracy", "error"] = "accuracy"
     plot: bool = False
     rows_title: str = "method"
@@ -155,19 +154,12 @@ def load_grid(name: str) -> Grid:
         check_choice("grid (and no such file):", path.stem, tuple(shipped))
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
-    try:
-        check_options("the grid", Grid, values)
-        checks.check_literals("the grid", Grid, values)
+    with prefixed(f"grid {path}"):
         for key in ("representations", "heads"):
             parts = check_mapping(key, values.get(key))
-            values[key] = {part: check_mapping(f"{key}: {part}", parts[part]) for part in parts}
-        rows = [check_mapping("a row", row) for row in values["rows"]]
-        for row in rows:
-            check_options("a row", Row, row)
-        labelled = [Row(**row | {"label": str(row["label"])}) for row in rows]
-        return Grid(**values | {"rows": labelled})
-    except (UsageError, TypeError) as error:
-        raise UsageError(f"grid {path}: {error}") from error
+            values[key] = {name: {} if part is None else part for name, part in parts.items()}
+        grid: Grid = parse_values(Grid, values)
+    return grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,30 +214,40 @@ def make_runs(
         given: Keys of the recipe that the command line sets, e.g. ``"optimizer.lr"``.
 
     Raises:
-        UsageError: If a recipe is wrong, or the command line sets a key that the grid sets.
+        UsageError: If a recipe is wrong, the command line sets a key that the grid sets, or the
+            folder has other files, results of another grid or runs of other recipes.
     """
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
-    check_places(base, folder)
+    if other := _foreign_files(folder, grid):
+        files = shown_names(other, 3)
+        raise UsageError(f"{folder} has files of something else ({files}); choose another --output")
     after = {name: str(own.get(AFTER)) for name, own in grid.representations.items()}
     needed = {row.representation for row in rows}
     for name in reversed(after):
         needed |= {after[name]} if name in needed else set()
     runs: dict[tuple[str, int], Run] = {}
     for name in (name for name in after if name in needed):
-        try:
+        with prefixed(f"representation {name!r}"):
             recipe = _recipe(grid, name, base, given)
             _try_out(recipe)
-        except UsageError as error:
-            raise UsageError(f"representation {name!r}: {error}") from error
         for seed in seeds:
             source, model = runs.get((after[name], seed)), recipe.model
             if source is not None:
                 model = replace(model, name=f"{LOCAL_DIR}{source.folder}", pretrained=True)
             own = replace(recipe, seed=seed, model=model)
-            runs[name, seed] = Run(name, seed, own, folder.resolve(), source)
+            run = runs[name, seed] = Run(name, seed, own, folder.resolve(), source)
+            check_run_folder(run.folder, own, resume=True)
     # Sources first: a run that waits for one keeps a job idle.
     return sorted(runs.values(), key=lambda run: run.after is not None)
+
+
+def _foreign_files(folder: Path, grid: Grid) -> list[str]:
+    """Returns the files in a folder that are not of a comparison, or of that of another grid."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    other = sorted(name for name in names - OUTPUTS if not name.startswith("."))
+    is_other = RESULTS in names and read_json(folder / RESULTS).get("name") != grid.name
+    return [*other, RESULTS] if is_other else other
 
 
 def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe:
@@ -254,7 +256,7 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
     shared: tuple[str, ...] = SHARED
     if changes.pop(AFTER, None) is not None:
         changes["model.pretrained"], shared = True, (*SHARED, "model.name")
-    factor = checks.check_number(LR_FACTOR, changes.pop(LR_FACTOR, 1.0), "(0, inf)")
+    factor = check_number(LR_FACTOR, changes.pop(LR_FACTOR, 1.0), "(0, inf)")
     if "epochs" in given:
         # To try a grid out.
         changes.pop("epochs", None)
@@ -290,26 +292,11 @@ def _try_out(recipe: Recipe) -> None:
     trial = replace(recipe, model=model, heads={JOINT: {}}, objective=None)
     with fresh_accelerate():
         accelerator = create_accelerator(accumulation_steps=recipe.accumulation_steps)
-        run = TrainingRun("trial", trial, None, accelerator, splits, create_network(trial, 2), True)
+        run = TrainingRun(
+            "trial", trial, None, accelerator, splits, create_network(trial, 2), False
+        )
         run.images = create_images(trial, splits, run.model, workers=0)
         create_trainer(run)
-
-
-def check_folder(folder: Path, grid: Grid, runs: Sequence[Run]) -> None:
-    """Checks that the folder of a comparison is new, or has the same comparison.
-
-    Raises:
-        UsageError: If it has other files, results of another grid or runs of other recipes.
-    """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    other = sorted(name for name in names - OUTPUTS if not name.startswith("."))
-    if RESULTS in names and read_json(folder / RESULTS).get("name") != grid.name:
-        other.append(RESULTS)
-    if other:
-        files = checks.shown_names(other, 3)
-        raise UsageError(f"{folder} has files of something else ({files}); choose another --output")
-    for run in runs:
-        check_run_folder(run.folder, run.recipe.to_yaml(), resume=True, overwrite=False)
 
 
 class Runner:
