@@ -305,7 +305,10 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"], ["no option 'in_chans'"]),
+        (
+            [str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"],
+            ["unknown option", "'in_chans'"],
+        ),
         ([str(PACKAGED), "x" * 300], ["cannot be written"]),
         (["nowhere", "x"], ["no such folder", "lt_test_resnet.glyph_lt"]),
         (["lt_resnet10", "x"], ["unknown checkpoint", "'lt_resnet10'"]),

@@ -19,10 +19,10 @@ from timm_lt.cli import main
 from timm_lt.run import comparison
 from timm_lt.run.comparison import (
     Run,
-    Runner,
     load_grid,
     make_runs,
     measure,
+    run_all,
     shipped_grids,
     spread,
     terminal_table,
@@ -246,7 +246,7 @@ def runs(tmp_path, monkeypatch):
 def test_so_many_run_side_by_side_and_each_behind_its_source(runs, tmp_path):
     made = runs(first=FINISH, b=FINISH, c=FINISH, after=FINISH)
     made[3] = dataclasses.replace(made[3], after=made[0])
-    assert Runner(2, 1).run(made) == {}
+    assert run_all(jobs=2, threads=1, runs=made) == {}
     lines = [line.split() for line in (tmp_path / "times.txt").read_text().splitlines()]
     spans = {name: (float(start), float(end)) for name, start, end, _ in lines}
     assert {threads for *_, threads in lines} == {"1"}
@@ -254,7 +254,7 @@ def test_so_many_run_side_by_side_and_each_behind_its_source(runs, tmp_path):
     running = [sum(s <= t < e for s, e in spans.values()) for t, _ in spans.values()]
     assert max(running) == 2
     # All of them are kept as they are the next time.
-    assert Runner(2, 1).run(made) == {}
+    assert run_all(jobs=2, threads=1, runs=made) == {}
     assert len((tmp_path / "times.txt").read_text().splitlines()) == len(made)
 
 
@@ -265,7 +265,7 @@ def test_each_gpu_has_a_run(runs, tmp_path, monkeypatch):
     assert visible_devices() == ["3", "GPU-ab"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_devices() == ["0", "1"]
-    Runner(3, 1).run(runs(a=FINISH, b=FINISH, c=FINISH))
+    run_all(jobs=3, threads=1, runs=runs(a=FINISH, b=FINISH, c=FINISH))
     lines = (tmp_path / "times.txt").read_text().splitlines()
     assert sorted(line.split()[3] for line in lines) in (["0", "0", "1"], ["0", "1", "1"])
 
@@ -276,7 +276,7 @@ def test_a_failure_is_reported_and_the_others_go_on(runs, tmp_path, caplog):
     )
     after = dataclasses.replace(after, after=broken)
     behind = dataclasses.replace(behind, after=after)
-    failures = Runner(1, 1).run([broken, dead, good, after, behind])
+    failures = run_all(jobs=1, threads=1, runs=[broken, dead, good, after, behind])
     assert failures == {
         broken: "there is no data",
         dead: "killed by signal 9",
@@ -285,7 +285,7 @@ def test_a_failure_is_reported_and_the_others_go_on(runs, tmp_path, caplog):
     }
     assert "broken.seed_0 failed: there is no data" in caplog.text
     # Another try keeps what the former printed.
-    Runner(1, 1).run([broken])
+    run_all(jobs=1, threads=1, runs=[broken])
     assert (tmp_path / "logs" / "broken.seed_0.log").read_text().count("no data") == 2
 
 
@@ -295,7 +295,7 @@ def test_a_process_that_outlived_its_comparison_is_waited_for(runs, tmp_path):
     timer = threading.Timer(0.5, lambda: release_run_folder(lock))
     started = time.perf_counter()
     timer.start()
-    assert Runner(1, 1).run([run]) == {}
+    assert run_all(jobs=1, threads=1, runs=[run]) == {}
     timer.join()
     assert time.perf_counter() - started > 0.5
 
@@ -306,12 +306,12 @@ def test_ctrl_c_ends_the_processes(runs, monkeypatch):
 
     def popen(*args, **kwargs):
         started.append(start(*args, **kwargs))
-        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         return started[-1]
 
     monkeypatch.setattr(comparison.subprocess, "Popen", popen)
     with pytest.raises(KeyboardInterrupt):
-        Runner(1, 1).run(runs(a=HANG, b=HANG))
+        run_all(runs(a=HANG, b=HANG), jobs=1, threads=1)
     assert [process.returncode for process in started] == [-signal.SIGTERM]
 
 
@@ -562,7 +562,7 @@ def test_a_comparison_goes_on_after_a_kill_and_tells_of_what_failed(
 
     assert main([*arguments, "--jobs", "2"]) == 1
     said = capsys.readouterr()
-    assert "joint.seed_3 is finished already" in said.err
+    assert "1 of 3 runs are finished already" in said.err
     assert "broken.seed_3 failed: " in said.err
     assert "fewer than two base classes" in said.err
     assert "Traceback" not in said.err

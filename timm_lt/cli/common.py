@@ -1,8 +1,9 @@
 """Shared by all commands: their names, help, log and output options, and results."""
 
 import argparse
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,16 +36,26 @@ STDOUT = "-"
 
 
 def add_command(
-    commands: Commands, name: str, *, description: str, examples: Sequence[str]
+    commands: Commands, name: str, command: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
-    """Adds one of :data:`COMMANDS`, with sentences and whole command lines for its help."""
-    return commands.add_parser(
+    """Adds one of :data:`COMMANDS`.
+
+    Args:
+        commands: Commands of the whole program.
+        name: Name of the command.
+        command: Function that runs it. Its docstring is the help, with whole command lines below
+            ``Examples:``.
+    """
+    text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
+    parser = commands.add_parser(
         name,
         help=COMMANDS[name],
-        description=wrapped(description),
-        epilog=epilog(examples),
+        description=wrapped(" ".join(text.split())),
+        epilog=epilog([line.strip() for line in examples.splitlines()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(command=command)
+    return parser
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:

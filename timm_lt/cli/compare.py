@@ -8,10 +8,10 @@ import torch
 
 from timm_lt.cli.common import add_log_options, as_json, positive, say
 from timm_lt.run.comparison import (
-    Runner,
     load_grid,
     make_runs,
     measure,
+    run_all,
     shipped_grids,
     terminal_table,
     write_results,
@@ -25,15 +25,13 @@ from timm_lt.utils.console import epilog, log, result_console, start_logging, wr
 
 PROG = "timm-lt compare"
 INTERRUPTED = "interrupted; the same command continues from here"
-# Exit status if some runs failed: there are results of the others.
-SOME_FAILED = 1
 
 
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit status: 1 if some runs failed, 2 for a mistake."""
     failed: list[str] = []
     status = run_to_exit(lambda: failed.extend(compare(argv)), INTERRUPTED)
-    return status or (SOME_FAILED if failed else 0)
+    return status or int(bool(failed))
 
 
 def compare(argv: list[str]) -> list[str]:
@@ -64,7 +62,7 @@ def compare(argv: list[str]) -> list[str]:
     devices = len(visible_devices()) or int(torch.accelerator.is_available())
     jobs = arguments.jobs or devices or max(available_cores() // arguments.threads, 1)
     log.info("%s: %d runs in %s, %d side by side", grid.name, len(runs), folder, jobs)
-    failures = Runner(jobs, arguments.threads).run(runs)
+    failures = run_all(runs, jobs=jobs, threads=arguments.threads)
     record = measure(grid, rows, runs, failures)
     record["command"] = shlex.join(["timm-lt", "compare", *argv])
     write_results(folder, grid, record)

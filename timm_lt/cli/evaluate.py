@@ -4,9 +4,9 @@ import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.checkpoint import RECIPE, load_head
 from timm_lt.cli.arguments import (
@@ -21,26 +21,17 @@ from timm_lt.cli.arguments import (
 )
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import Splits
-from timm_lt.data.damaged import log_exceptional
-from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
-from timm_lt.features import Features, extract_features
-from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.metrics import (
-    ShotReport,
-    compare_per_class,
-    confidence_intervals,
-    write_per_class,
-)
+from timm_lt.heads import get_head
+from timm_lt.metrics import compare_per_class, confidence_intervals, write_per_class
 from timm_lt.models.label_names import shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
-from timm_lt.run.execution import evaluate_head
+from timm_lt.run.execution import evaluate, extract, extract_own
 from timm_lt.run.network import create_images, match_data
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import DataRecipe, Recipe
-from timm_lt.run.setup import load_splits
-from timm_lt.training import EVAL_BATCH_SIZE
+from timm_lt.run.setup import Run, load_splits
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
@@ -49,25 +40,13 @@ from timm_lt.utils.longtail import ShotRule
 
 def add_evaluate(commands: Commands) -> None:
     """Adds the command to the parser."""
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        description=(
-            "Prints the accuracy of a model, with all heads of its checkpoint or some, by shot "
-            "group, with 95 % intervals and the calibration error. Takes any timm model."
-        ),
-        examples=[
-            "timm-lt evaluate output/birds photos",
-            "timm-lt evaluate hf-hub:me/birds photos --head crt tau_norm --json figures.json",
-            "timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar",
-        ],
-    )
-    add = evaluate.add_argument
+    parser = add_command(commands, "evaluate", evaluate_model)
+    add = parser.add_argument
     add("model", help=MODEL_HELP)
     add("data", help=DATA_HELP)
     add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
-    add_weights_options(evaluate, "weights for that architecture")
-    add_data_options(evaluate)
+    add_weights_options(parser, "weights for that architecture")
+    add_data_options(parser)
     add(
         "--split",
         choices=get_args(Split),
@@ -76,17 +55,28 @@ def add_evaluate(commands: Commands) -> None:
     )
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
-    add_compute_options(evaluate)
-    add_output_options(evaluate, quiet="the table")
-    evaluate.set_defaults(command=evaluate_model)
+    add_compute_options(parser)
+    add_output_options(parser, quiet="the table")
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    """Evaluates a model with one head after the other, on features that are extracted once."""
+    """Prints the accuracy of a model by shot group, with all heads of its checkpoint or some.
+
+    With 95 % intervals and the calibration error. Takes any timm model.
+
+    Examples:
+        timm-lt evaluate output/birds photos
+        timm-lt evaluate hf-hub:me/birds photos --head crt tau_norm --json figures.json
+        timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar
+    """
     set_cpu_threads(arguments.threads)
     source, split = ModelSource.find(arguments.model), arguments.split
-    data = _same_split(data_recipe(arguments), source.folder)
-    recipe = Recipe(data=data, model=model_recipe(arguments, source.name), epochs=0)
+    recipe = Recipe(
+        data=_same_split(data_recipe(arguments), source.folder),
+        model=model_recipe(arguments, source.name),
+        epochs=0,
+        shot_rule=arguments.shot_rule,
+    )
     splits = load_splits(recipe)
     model, heads = _load(recipe, source, arguments.head)
     if getattr(model, "num_classes", None) != splits.num_classes:
@@ -97,11 +87,15 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     splits, kept = match_data(recipe, splits, model, kept=True)
     if not kept:
         _log_other_names(splits, model, arguments.model)
-    counts, names = splits.class_counts, splits.label_names
-    images = create_images(recipe, splits, model, workers=arguments.workers)[split]
-    reports = _evaluate(model, heads, images, counts, arguments.shot_rule)
-    rows = images.unreadable_rows()
-    log_exceptional(split, splits.datasets[split], len(rows), rows, images.huge_rows())
+    with temporary_accelerator() as accelerator:
+        model.to(accelerator.device)
+        run = Run("evaluate", recipe, None, accelerator, splits, model, kept, heads=heads)
+        images = create_images(recipe, splits, model, workers=arguments.workers)
+        run.images = {split: images[split]}
+        extract(run)
+        extract_own(run, heads, [split])
+        evaluate(run, split)
+    reports, counts, names = run.reports, splits.class_counts, splits.label_names
     if arguments.per_class is not None:
         write_per_class(arguments.per_class, compare_per_class(reports, counts, names))
         log.info("wrote %s", arguments.per_class)
@@ -114,8 +108,8 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
         "heads": {name: report.to_dict() for name, report in reports.items()},
         "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
     }
-    shown = f"{len(images) - len(rows):,} images of {split}"
-    title = f"{arguments.model} on {data.title}, {shown}, accuracy in percent"
+    shown = f"{run.features[split].num_images:,} images of {split}"
+    title = f"{arguments.model} on {recipe.data.title}, {shown}, accuracy in percent"
     table = shot_table(reports, counts, seconds={}, selections={}, title=title, intervals=True)
     show_result(arguments, figures, table)
 
@@ -146,12 +140,12 @@ def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
 
 def _load(
     recipe: Recipe, source: ModelSource, names: list[str] | None
-) -> tuple[nn.Module, dict[str, nn.Module]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model with its joint classifier once, and the heads for it."""
     given, size = recipe.model, recipe.data.image_size
     model = load_model(given, size)
     info = None if given.checkpoint else source.read_info()
-    heads: dict[str, nn.Module] = {}
+    heads: dict[str, Any] = {}
     for name in names or (info and [*info.heads]) or [JOINT]:
         if info is not None and name in info.heads:
             if source.repo is not None:
@@ -176,23 +170,3 @@ def _log_other_names(splits: Splits, model: nn.Module, name: str) -> None:
                 *(label, own, name, their),
             )
             return
-
-
-def _evaluate(
-    model: nn.Module, heads: dict[str, nn.Module], images: Images, counts: Tensor, rule: ShotRule
-) -> dict[str, ShotReport]:
-    """Evaluates heads on the features that they share, or on those with their own batch norm."""
-    shared: Features | None = None
-    reports = {}
-    with temporary_accelerator() as accelerator:
-        model.to(accelerator.device)
-        for name, head in heads.items():
-            own = isinstance(head, Head) and bool(head.backbone_statistics)
-            features = None if own else shared
-            if features is None:
-                loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
-                with head_statistics(model, head):
-                    features = extract_features(model, loader, accelerator=accelerator)
-            shared = shared if own else features
-            reports[name] = evaluate_head(head, features, counts, rule).report
-    return reports

@@ -25,20 +25,7 @@ from timm_lt.utils.hub import HF_HUB
 
 def add_heads(commands: Commands) -> None:
     """Adds the command to the parser."""
-    heads = add_command(
-        commands,
-        "heads",
-        description=(
-            "Extracts the features of your images once, fits every classifier head on them, "
-            "chooses on validation, and writes a checkpoint with all heads and a report. Only "
-            "heads are trained."
-        ),
-        examples=[
-            "timm-lt heads photos --model resnet50.a1_in1k",
-            "timm-lt heads photos --model resnet50 --checkpoint model_best.pth.tar",
-            "timm-lt heads train.txt --root photos --model output/birds --heads crt tau_norm",
-        ],
-    )
+    heads = add_command(commands, "heads", fit_heads)
     add = heads.add_argument
     add("data", help=DATA_HELP)
     add("--model", required=True, metavar="NAME", help=MODEL_HELP)
@@ -57,11 +44,19 @@ def add_heads(commands: Commands) -> None:
     add_compute_options(heads)
     add("--json", action="store_true", help="for machines: print metrics.json instead of the table")
     add_log_options(heads, quiet="the final table")
-    heads.set_defaults(command=fit_heads)
 
 
 def fit_heads(arguments: argparse.Namespace) -> None:
-    """Fits heads on a model and data, and prints the table and the recommended head."""
+    """Fits every classifier head on the features of your images, which are extracted once.
+
+    Chooses on validation, and writes a checkpoint with all heads and a report. Only heads are
+    trained.
+
+    Examples:
+        timm-lt heads photos --model resnet50.a1_in1k
+        timm-lt heads photos --model resnet50 --checkpoint model_best.pth.tar
+        timm-lt heads train.txt --root photos --model output/birds --heads crt tau_norm
+    """
     # The others are compared with the joint classifier.
     names = list(dict.fromkeys([JOINT, *arguments.heads]))
     names += [AUTO] if len(names) > 1 and AUTO not in names else []

@@ -47,20 +47,7 @@ TABLE, PLOT = "classes.csv", "classes.png"
 
 def add_inspect(commands: Commands) -> None:
     """Adds the command to the parser."""
-    inspect = add_command(
-        commands,
-        "inspect",
-        description=(
-            "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
-            "image sizes and whatever would keep a run from training, and writes a table and a "
-            "plot of the classes."
-        ),
-        examples=[
-            "timm-lt inspect photos",
-            "timm-lt inspect train.txt --root photos",
-            "timm-lt inspect glyph_lt --quick",
-        ],
-    )
+    inspect = add_command(commands, "inspect", inspect_data)
     add = inspect.add_argument
     add("data", help="folder of images, list of images, or a data set's name")
     add_data_options(inspect)
@@ -69,11 +56,19 @@ def add_inspect(commands: Commands) -> None:
     add("--quick", action="store_true", help="decode no image and look for no duplicates")
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add_output_options(inspect, quiet="the figures")
-    inspect.set_defaults(command=inspect_data)
 
 
 def inspect_data(arguments: argparse.Namespace) -> None:
-    """Inspects a data set, prints the figures, and writes table, plot and JSON."""
+    """Prints the figures of a data set, and whatever would keep a run from training.
+
+    These are classes, class counts, imbalance, shot groups, duplicates, unreadable files and image
+    sizes. Writes a table and a plot of the classes.
+
+    Examples:
+        timm-lt inspect photos
+        timm-lt inspect train.txt --root photos
+        timm-lt inspect glyph_lt --quick
+    """
     options = parse_options(arguments.option, "min_images=5")
     data = find_data(arguments.data, arguments.root, options)
     is_list = data.name == "list" and "train" in data.options

@@ -71,17 +71,7 @@ class Prediction(NamedTuple):
 
 def add_predict(commands: Commands) -> None:
     """Adds the command to the parser."""
-    predict = add_command(
-        commands,
-        "predict",
-        description="Prints the most probable classes of images.",
-        examples=[
-            "timm-lt predict output/birds a.jpg b.jpg --head tau_norm",
-            "timm-lt predict resnet50 photos --format csv --top 1",
-            "timm-lt predict hf-hub:me/birds a.jpg --format json",
-            "timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt",
-        ],
-    )
+    predict = add_command(commands, "predict", predict_images)
     add = predict.add_argument
     add("model", help=MODEL_HELP)
     add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
@@ -109,11 +99,17 @@ def add_predict(commands: Commands) -> None:
     add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
-    predict.set_defaults(command=predict_images)
 
 
 def predict_images(arguments: argparse.Namespace) -> None:
-    """Predicts, and prints or writes; images that cannot be read are named."""
+    """Prints the most probable classes of images.
+
+    Examples:
+        timm-lt predict output/birds a.jpg b.jpg --head tau_norm
+        timm-lt predict resnet50 photos --format csv --top 1
+        timm-lt predict hf-hub:me/birds a.jpg --format json
+        timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt
+    """
     set_cpu_threads(arguments.threads)
     output = arguments.output
     form = arguments.format or ("table" if output is None else output.suffix[1:].lower())

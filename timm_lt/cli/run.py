@@ -29,19 +29,7 @@ SAMPLER = "--sampler"
 
 def add_run(commands: Commands) -> None:
     """Adds the command to the parser."""
-    run = add_command(
-        commands,
-        "run",
-        description=(
-            "Runs a script, such as validate.py, inference.py or train.py of timm's repository "
-            "(they are not in its package), with the lt_* models registered. The arguments after "
-            "SCRIPT are those of the script, except for --sampler directly after it."
-        ),
-        examples=[
-            "timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained",
-            "timm-lt run train.py --sampler class_balanced photos --model resnet18",
-        ],
-    )
+    run = add_command(commands, "run", run_script)
     run.add_argument(
         SAMPLER,
         help="sampler of the training images: a name, or YAML with options, as '{name: power, q: "
@@ -49,11 +37,18 @@ def add_run(commands: Commands) -> None:
     )
     run.add_argument("script", metavar="SCRIPT", help="a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
-    run.set_defaults(command=run_script)
 
 
 def run_script(arguments: argparse.Namespace) -> None:
-    """Runs a script as Python would."""
+    """Runs a script with the lt_* models registered, such as validate.py or train.py of timm.
+
+    They are in timm's repository, not in its package. The arguments after SCRIPT are those of the
+    script, except for --sampler directly after it.
+
+    Examples:
+        timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained
+        timm-lt run train.py --sampler class_balanced photos --model resnet18
+    """
     path, sampler, rest = Path(arguments.script), arguments.sampler, arguments.arguments
     if not path.is_file():
         raise UsageError(

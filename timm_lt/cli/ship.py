@@ -108,18 +108,7 @@ def new_folder(
 
 def add_fold(commands: Commands) -> None:
     """Adds the command to the parser."""
-    fold = add_command(
-        commands,
-        "fold",
-        description=(
-            "Folds a head into a plain classifier and writes what plain timm loads, without "
-            "timm_lt. The written model is loaded again and compared."
-        ),
-        examples=[
-            "timm-lt fold output/birds ship --head tau_norm --option tau=0.7 --onnx",
-            "timm-lt fold hf-hub:me/birds ship --head crt lws --program",
-        ],
-    )
+    fold = add_command(commands, "fold", fold_checkpoint)
     add = fold.add_argument
     add("source", help=SOURCE_HELP)
     add_destination(fold, "a folded checkpoint")
@@ -130,11 +119,17 @@ def add_fold(commands: Commands) -> None:
     program = "write model.pt2 of torch.export as well, which runs without timm"
     add("--program", action="store_true", help=program)
     add_output_options(fold, quiet="what was written")
-    fold.set_defaults(command=fold_checkpoint)
 
 
 def fold_checkpoint(arguments: argparse.Namespace) -> None:
-    """Writes heads of a checkpoint as plain timm checkpoints, and compares each with its head."""
+    """Folds a head into a plain classifier and writes what plain timm loads, without timm_lt.
+
+    The written model is loaded again and compared.
+
+    Examples:
+        timm-lt fold output/birds ship --head tau_norm --option tau=0.7 --onnx
+        timm-lt fold hf-hub:me/birds ship --head crt lws --program
+    """
     destination, heads = arguments.destination, arguments.head
     source = ModelSource.find(arguments.source)
     name, folder = source.name, source.folder
@@ -199,24 +194,19 @@ def _described(report: FoldReport) -> str:
 
 def add_pack(commands: Commands) -> None:
     """Adds the command to the parser."""
-    pack = add_command(
-        commands,
-        "pack",
-        description=(
-            "Copies the decoupled checkpoint of a run without its training state, in half "
-            "precision."
-        ),
-        examples=["timm-lt pack output/lt_test_resnet.glyph_lt birds"],
-    )
+    pack = add_command(commands, "pack", pack_checkpoint)
     pack.add_argument("source", type=Path, help="folder of a run, or a decoupled checkpoint")
     add_destination(pack, "a checkpoint")
     pack.add_argument("--dtype", choices=DTYPES, default="float16", help="type of the tensors")
     add_output_options(pack, quiet="what was written")
-    pack.set_defaults(command=pack_checkpoint)
 
 
 def pack_checkpoint(arguments: argparse.Namespace) -> None:
-    """Writes a checkpoint again in another type, with its reports but no training state."""
+    """Copies the decoupled checkpoint of a run without its training state, in half precision.
+
+    Examples:
+        timm-lt pack output/lt_test_resnet.glyph_lt birds
+    """
     source, destination = arguments.source, arguments.destination
     info = read_checkpoint(source)
     with new_folder(arguments, CHECKPOINT_ENTRIES, source) as folder:
@@ -249,18 +239,7 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
 
 def add_convert(commands: Commands) -> None:
     """Adds the command to the parser."""
-    convert = add_command(
-        commands,
-        "convert",
-        description=(
-            "Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict, and "
-            "writes a decoupled checkpoint."
-        ),
-        examples=[
-            "timm-lt convert lt_resnext50.imagenet_lt x50",
-            "timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth",
-        ],
-    )
+    convert = add_command(commands, "convert", convert_weights)
     add = convert.add_argument
     add("source", help="a published name, a URL, or a file")
     add_destination(convert, "a checkpoint")
@@ -276,11 +255,17 @@ def add_convert(commands: Commands) -> None:
     )
     add_weights_options(convert, None)
     add_output_options(convert, quiet="what was written")
-    convert.set_defaults(command=convert_weights)
 
 
 def convert_weights(arguments: argparse.Namespace) -> None:
-    """Writes the weights of another project as a decoupled checkpoint."""
+    """Writes the weights of another project as a decoupled checkpoint.
+
+    Reads a checkpoint of Kang et al., of timm's train.py, or a plain state dict.
+
+    Examples:
+        timm-lt convert lt_resnext50.imagenet_lt x50
+        timm-lt convert net.pth birds --model convnext_tiny --head crt=crt.pth
+    """
     heads = dict(text.partition("=")[::2] for text in arguments.head)
     if len(heads) < len(arguments.head) or not all([*heads, *heads.values()]):
         raise UsageError(f"--head takes NAME=URL_OR_FILE, each NAME once; got {arguments.head}")
@@ -321,15 +306,7 @@ def _class_counts(path: Path) -> ClassCounts:
 
 def add_push(commands: Commands) -> None:
     """Adds the command to the parser."""
-    push = add_command(
-        commands,
-        "push",
-        description=(
-            "Pushes a decoupled checkpoint to a model repo of the Hub in one commit; only changed "
-            "files are uploaded. Log in first: hf auth login, or HF_TOKEN."
-        ),
-        examples=["timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0"],
-    )
+    push = add_command(commands, "push", push_checkpoint)
     add = push.add_argument
     add("folder", type=Path, help="folder of a run, or a decoupled checkpoint")
     add("repo", metavar="NAMESPACE/NAME", help="the repo; created if missing")
@@ -339,11 +316,16 @@ def add_push(commands: Commands) -> None:
     add("--message", help="title of the commit")
     add("--overwrite", action="store_true", help="remove heads that the folder does not have")
     add_output_options(push, quiet="what was pushed")
-    push.set_defaults(command=push_checkpoint)
 
 
 def push_checkpoint(arguments: argparse.Namespace) -> None:
-    """Pushes a checkpoint folder to the Hub."""
+    """Pushes a decoupled checkpoint to a model repo of the Hub in one commit.
+
+    Only changed files are uploaded. Log in first: hf auth login, or HF_TOKEN.
+
+    Examples:
+        timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0
+    """
     pushed = push_to_hub(
         arguments.folder,
         arguments.repo,

@@ -5,13 +5,11 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.markup import escape
@@ -47,6 +45,8 @@ AFTER, LR_FACTOR = "after", "lr_factor"
 SHARED = ("seed", "heads", "protocol", "shot_rule", "objective", "data")
 OWN_DATA = ("data.augmentation", "data.augmentation_options", "data.image_size", "data.verify")
 CLASS_MEAN = "class_mean"
+# Seconds between two looks at the processes.
+POLL_SECONDS = 0.2
 RESULTS, MARKDOWN = "results.json", "results.md"
 OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
 
@@ -55,12 +55,7 @@ OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
 class Row:
     """A row of the table, or one cell of a row where the table has columns.
 
-    Attributes:
-        label: Label of the row.
-        column: Label of the column, or None.
-        representation: Name of the representation.
-        head: Name of the head.
-        quoted: Overall accuracy in the paper, a fraction, or None.
+    ``quoted`` is the overall accuracy in the paper, a fraction.
     """
 
     label: str
@@ -141,14 +136,7 @@ def shipped_grids() -> dict[str, Path]:
 
 
 def load_grid(name: str) -> Grid:
-    """Reads a grid.
-
-    Args:
-        name: A path, or the name of a shipped grid with or without ``.yaml``.
-
-    Raises:
-        UsageError: If there is no such file, or a key is unknown, missing or of the wrong type.
-    """
+    """Reads a grid: a file, or a shipped grid by its name with or without ``.yaml``."""
     shipped, path = shipped_grids(), Path(name)
     if not path.is_file():
         check_choice("grid (and no such file):", path.stem, tuple(shipped))
@@ -166,12 +154,8 @@ def load_grid(name: str) -> Grid:
 class Run:
     """A representation trained with a seed: one run of the main job.
 
-    Attributes:
-        representation: Name of the representation.
-        seed: The seed.
-        recipe: The whole recipe.
-        output: Folder of the comparison, absolute.
-        after: The run that it starts from, or None.
+    ``output`` is the absolute path of the folder of the comparison, and ``after`` the run that this
+    one starts from.
     """
 
     representation: str
@@ -189,9 +173,20 @@ class Run:
         return self.output / "runs" / self.representation / f"seed_{self.seed}"
 
     @property
+    def log(self) -> Path:
+        """Output of the run."""
+        return self.output / "logs" / f"{self}.log"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run has figures."""
         return (self.folder / METRICS).is_file()
+
+    @property
+    def can_start(self) -> bool:
+        """Whether its source is finished, and no process of a killed comparison still runs it."""
+        ready = self.after is None or self.after.is_finished
+        return ready and not is_running(self.folder)
 
 
 def make_runs(
@@ -210,7 +205,7 @@ def make_runs(
         rows: Rows of the grid.
         base: The shared recipe, with the changes of the command line.
         folder: Folder of the comparison.
-        seeds: Seeds; every representation is trained with each.
+        seeds: Seeds with which each representation is trained.
         given: Keys of the recipe that the command line sets, e.g. ``"optimizer.lr"``.
 
     Raises:
@@ -299,84 +294,66 @@ def _try_out(recipe: Recipe) -> None:
         create_trainer(run)
 
 
-class Runner:
-    """Runs processes side by side, each on the GPU with the fewest of them if there is one.
+def run_all(runs: Sequence[Run], *, jobs: int, threads: int) -> dict[Run, str]:
+    """Runs what is not finished yet in ``jobs`` processes, and returns why some runs failed.
 
-    Args:
-        jobs: Number of processes, >= 1.
-        threads: CPU threads of each, >= 1.
+    Each process is on the GPU with the fewest of them if there is one. Ctrl-C and SIGTERM end the
+    processes, whose runs can be resumed.
     """
-
-    def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads, self._stopped = jobs, threads, False
-        self._lock = threading.Lock()
-        self._failures: dict[Run, Future[str]] = {}
-        self._active: dict[subprocess.Popen[bytes], str | None] = {}
-
-    def run(self, runs: Sequence[Run]) -> dict[Run, str]:
-        """Runs what is not finished yet; a failure is logged, and the others go on.
-
-        Ctrl-C and SIGTERM end the processes, which leave what can be resumed.
-
-        Args:
-            runs: The runs, each after the one that it starts from.
-
-        Returns:
-            Why runs failed; without those that have figures.
-        """
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                for run in runs:
-                    self._failures[run] = pool.submit(self._run, run)
-                failures = {run: failure.result() for run, failure in self._failures.items()}
-            finally:
-                self._stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in [*self._active]:
-                    process.terminate()
-        return {run: failure for run, failure in failures.items() if failure}
-
-    def _run(self, run: Run) -> str:
-        if run.is_finished:
-            log.info("%s is finished already", run)
-            return ""
-        if run.after is not None and self._failures[run.after].result():
-            return f"left out, since {run.after} failed"
-        while is_running(run.folder) and not self._stopped:
-            # A process that outlived a comparison that was killed.
-            time.sleep(1)
-        file, output = run.output / "recipes" / f"{run}.yaml", run.output / "logs" / f"{run}.log"
-        write_atomic(file, run.recipe.to_yaml())
-        output.parent.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "timm_lt", "train", str(file), "--resume"]
-        command += ["--output", str(run.folder), "--threads", str(self.threads)]
-        log.info("%s started", run)
-        with output.open("ab") as stream:
-            status = self._wait(command, stream)
-        if run.is_finished:
-            log.info("%s finished", run)
-            return ""
-        lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next(filter(str.strip, reversed(lines)), "").removeprefix("error: ")
-        failure = one_line(last, 500) if status > 0 else f"killed by signal {-status}"
-        log.error("%s failed: %s (%s)", run, failure, output)
-        return failure
-
-    def _wait(self, command: list[str], output: IO[bytes]) -> int:
-        """Runs a command to its end, and returns its exit status."""
-        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        # Two runs that start at once must not take the same GPU.
-        with self._lock:
-            device = min(visible_devices(), key=[*self._active.values()].count, default=None)
-            own |= {} if device is None else {VISIBLE_DEVICES: device}
-            process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
-            self._active[process] = device
-        if self._stopped:
+    waiting = [run for run in runs if not run.is_finished]
+    log.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
+    active: dict[Run, tuple[subprocess.Popen[bytes], str | None]] = {}
+    failures: dict[Run, str] = {}
+    try:
+        while waiting or active:
+            for run, (process, _) in [*active.items()]:
+                if process.poll() is not None:
+                    del active[run]
+                    if failure := _failure(run, process.returncode):
+                        failures[run] = failure
+            for run in [*waiting]:
+                if run.after in failures:
+                    failures[run] = f"left out, since {run.after} failed"
+                    waiting.remove(run)
+                elif len(active) < jobs and run.can_start:
+                    used = [device for _, device in active.values()]
+                    device = min(visible_devices(), key=used.count, default=None)
+                    active[run] = _start(run, threads, device), device
+                    waiting.remove(run)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process, _ in active.values():
             process.terminate()
-        status = process.wait()
-        del self._active[process]
-        return status
+        for process, _ in active.values():
+            process.wait()
+    return failures
+
+
+def _start(run: Run, threads: int, device: str | None) -> subprocess.Popen[bytes]:
+    """Starts the process of a run, whose output goes to its log."""
+    recipe = run.output / "recipes" / f"{run}.yaml"
+    write_atomic(recipe, run.recipe.to_yaml())
+    run.log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "timm_lt", "train", str(recipe), "--resume"]
+    command += ["--output", str(run.folder), "--threads", str(threads)]
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    own |= {} if device is None else {VISIBLE_DEVICES: device}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    log.info("%s started", run)
+    with run.log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
+
+
+def _failure(run: Run, status: int) -> str | None:
+    """Returns why the process of a run failed; None if the run is finished."""
+    if run.is_finished:
+        log.info("%s finished", run)
+        return None
+    lines = run.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next(filter(str.strip, reversed(lines)), "").removeprefix("error: ")
+    failure = one_line(last, 500) if status > 0 else f"killed by signal {-status}"
+    log.error("%s failed: %s (%s)", run, failure, run.log)
+    return failure
 
 
 def measure(
@@ -396,10 +373,11 @@ def measure(
     figures = [*GROUPS, "all", *([] if balanced else [CLASS_MEAN])]
     records = []
     for row in rows:
-        found = {
-            s: m["heads"][row.head] for (r, s), m in metrics.items() if r == row.representation
+        by_seed = {
+            seed: {key: found["heads"][row.head][key] for key in figures}
+            for (representation, seed), found in metrics.items()
+            if representation == row.representation
         }
-        by_seed = {seed: {key: head[key] for key in figures} for seed, head in found.items()}
         records.append({**vars(row), "by_seed": by_seed})
     one: Mapping[str, Any] = next(iter(metrics.values()), {})
     quoted = any(row.quoted is not None for row in rows)
@@ -489,10 +467,7 @@ def spread(
 ) -> tuple[float | None, float | None]:
     """Returns the mean of a figure over the seeds, and its sample standard deviation.
 
-    Args:
-        row: A row of the record.
-        key: Name of the figure.
-        minus: Another row, for the difference to it, paired by seed.
+    With ``minus``, of the difference to another row, paired by seed.
     """
     values = []
     for seed, figures in row["by_seed"].items():

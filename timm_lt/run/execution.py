@@ -6,14 +6,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
@@ -66,7 +66,7 @@ from timm_lt.utils.console import (
     start_logging,
 )
 from timm_lt.utils.files import read_json, write_json
-from timm_lt.utils.longtail import ShotRule, describe_shots
+from timm_lt.utils.longtail import describe_shots
 
 LOST_PROCESS = "another process of this run has ended; go on with --resume and without --overwrite"
 INTERRUPTED = "interrupted; run it again with --resume and without --overwrite to go on"
@@ -84,15 +84,7 @@ def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
-    """Runs a recipe and writes its folder.
-
-    Args:
-        name: Name of the recipe.
-        recipe: The recipe.
-        options: How to run it.
-
-    Returns:
-        The test figures by head.
+    """Runs a recipe, writes its folder, and returns the test figures by head.
 
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder, before training.
@@ -252,7 +244,6 @@ def _fit_joint(run: Run) -> None:
 def _train_on_images(run: Run) -> dict[str, Head]:
     """Trains the heads with stage images, and extracts features with batch norm as they have it."""
     heads: dict[str, Head] = {}
-    splits: tuple[Split, ...] = ("val", "test")
     for name, options in stage_heads(run.recipe, "images").items():
         started = time.perf_counter()
         heads[name] = train_head_on_images(
@@ -265,12 +256,17 @@ def _train_on_images(run: Run) -> dict[str, Head]:
         )
         run.seconds["heads"][name] = time.perf_counter() - started
     started = time.perf_counter()
-    for name, head in heads.items():
-        if head.backbone_statistics:
-            with head_statistics(run.model, head):
-                run.own_features[name] = {s: _extract(run, run.images[s]) for s in splits}
+    extract_own(run, heads, ["val", "test"])
     run.seconds["features"] += time.perf_counter() - started
     return heads
+
+
+def extract_own(run: Run, heads: Mapping[str, nn.Module], splits: Sequence[Split]) -> None:
+    """Extracts the features of heads that have batch-norm statistics of their own."""
+    for name, head in heads.items():
+        if isinstance(head, Head) and head.backbone_statistics:
+            with head_statistics(run.model, head):
+                run.own_features[name] = {s: _extract(run, run.images[s]) for s in splits}
 
 
 def _best_on_validation(run: Run, heads: dict[str, Head]) -> Head:
@@ -299,18 +295,15 @@ def _log_comparison(record: dict[str, Any]) -> None:
         )
 
 
-def evaluate(run: Run) -> None:
-    """Evaluates all heads on the test images."""
-    counts, rule = run.splits.class_counts, run.recipe.shot_rule
+def evaluate(run: Run, split: Split = "test") -> None:
+    """Evaluates all heads, on the test images in a run."""
     for name, head in run.heads.items():
-        run.evaluations[name] = evaluate_head(head, run.features_of(name, "test"), counts, rule)
+        run.evaluations[name] = _evaluate(run, head, run.features_of(name, split))
 
 
-def evaluate_head(
-    head: nn.Module, features: Features, class_counts: Tensor, rule: ShotRule
-) -> Evaluation:
+def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
     """Evaluates a head batch by batch, so that the logits of all images are never in memory."""
-    metrics = ShotMetrics(class_counts, rule)
+    metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
     digest = hashlib.sha256()
     preds, confidences = [], []
     # In the batches of the loaded model: from float32 features come the same bits.
@@ -480,13 +473,8 @@ def push(name: str, options: RunOptions) -> None:
 def run_to_exit(command: Callable[[], object], interrupted: str = INTERRUPTED) -> int:
     """Runs a command and returns its exit status; says in one line on stderr why it failed.
 
-    Args:
-        command: The command.
-        interrupted: Message after Ctrl-C and SIGTERM: how to go on.
-
-    Returns:
-        0; 2 for a :class:`UsageError`, a dead data worker or another process that ended; 130 after
-        Ctrl-C and SIGTERM.
+    The status is 2 for a :class:`UsageError`, a dead data worker or another process that ended; 130
+    after Ctrl-C and SIGTERM, with the message ``interrupted``.
     """
     try:
         with fresh_accelerate(), _terminable():

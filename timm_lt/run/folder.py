@@ -34,13 +34,7 @@ CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
 def check_run_folder(
     folder: Path | None, recipe: Recipe, *, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Checks that a run may use its folder, without touching it, and the cache of its features.
-
-    Args:
-        folder: The folder; it need not exist. None writes nothing.
-        recipe: The recipe of the run.
-        resume: The run continues the one in the folder.
-        overwrite: The run deletes the one in the folder.
+    """Checks that a run may write its folder (None: nothing) and the cache of its features.
 
     Raises:
         UsageError: If the folder has another run in it, or anything else than a run, either lies
@@ -112,13 +106,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that a resumed run has the images that it was started on.
+    """Checks that a resumed run has the images of :func:`~timm_lt.data.splits.split_digests`.
 
     With others, images that were held out before might be trained on.
-
-    Args:
-        folder: The folder; without a training state, nothing was trained.
-        images: Number and digest by split, from :func:`~timm_lt.data.splits.split_digests`.
 
     Raises:
         UsageError: If a split has other images; names the splits.
@@ -147,13 +137,8 @@ def prepare_run_folder(
 ) -> FileLock:
     """Creates the folder that :func:`check_run_folder` allowed and writes the recipe into it.
 
-    A run that is to be deleted is renamed first, so that a kill leaves no half of it.
-
-    Args:
-        folder: The folder.
-        recipe: The recipe of the run.
-        overwrite: Delete the run in the folder.
-        images: Number and digest by split, for :func:`check_images` when the run is resumed.
+    A run that is to be deleted is renamed first, so that a kill leaves no half of it. ``images``
+    are for :func:`check_images` when the run is resumed.
 
     Returns:
         The lock on the folder, for :func:`release_run_folder`; it ends with this process, too.

@@ -26,11 +26,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str | None) -> Path:
-    """Returns the file of a recipe.
-
-    Args:
-        name: A path, or the name of a shipped recipe with or without ``.yaml``; None is the
-            embedded one.
+    """Returns the file of a recipe: a path, or a shipped name; None is the embedded one.
 
     Raises:
         UsageError: If there is no such file; lists the shipped recipes.
@@ -66,11 +62,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
-    """Creates a recipe from the mapping in its file, without a ``published:`` block.
-
-    Args:
-        values: The mapping.
-        noun: What the recipe is called in messages.
+    """Creates a recipe from the mapping in its file, which messages call ``noun``.
 
     Raises:
         UsageError: If a key is unknown, or has a value of the wrong type; the message names it.
@@ -86,12 +78,7 @@ def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
 
 
 def parse_values(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
-    """Creates a dataclass from values of a file, after checking the names and types of its keys.
-
-    Args:
-        cls: The dataclass; its fields may be dataclasses themselves.
-        values: The values by key.
-        prefix: Start of the keys in messages.
+    """Creates a dataclass from values of a file, whose keys messages begin with ``prefix``.
 
     Raises:
         UsageError: If a key is unknown, or a value has the wrong type.
@@ -150,11 +137,7 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
 
 
 def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions] | None:
-    """Parses ``[RECIPE] [--option value ...]``.
-
-    Args:
-        prog: Name of the program in the help text.
-        argv: The arguments after it.
+    """Parses ``[RECIPE] [--option value ...]``, the arguments of a program.
 
     Returns:
         The recipe's name, the recipe with the overrides, and the options of the run; None if the
@@ -238,12 +221,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentParser:
-    """Creates the parser of the options of a recipe and of :class:`RunOptions`.
-
-    Args:
-        prog: Name of the program in the help text.
-        recipe: The recipe whose values are shown as defaults; None is an empty one.
-    """
+    """Creates the parser of the options of a recipe, with its values as defaults, and of a run."""
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [RECIPE] [--option value ...]",

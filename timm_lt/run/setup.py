@@ -62,19 +62,12 @@ class Run:
     """A recipe turned into objects, and all that a run has produced so far.
 
     Attributes:
-        name: Name of the recipe.
-        recipe: The recipe.
         folder: Folder of the run; None writes nothing.
-        accelerator: Its processes share the images.
-        splits: The data.
-        model: The model with its joint classifier.
-        joint: Whether that classifier has weights for these classes, before training.
-        images: Images by split, as the model takes them.
+        joint: Whether the model's classifier has weights for these classes, before training.
         trainer: The representation stage; None if nothing but heads is trained.
         plans: How heads are trained on images, by name.
         lock: Lock on the folder, on the main process.
         seconds: Wall times.
-        history: Record of each epoch of the representation stage.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
         features: Features by split, from the backbone as it was trained.
         own_features: By head and split, for heads with batch-norm statistics of their own.
@@ -138,12 +131,6 @@ class Run:
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
     """Creates all parts of a recipe, and claims its folder when all of them are right.
 
-    Args:
-        name: Name of the recipe.
-        folder: Folder of the run, which :func:`~timm_lt.run.folder.check_run_folder` allowed.
-        recipe: The recipe.
-        options: How to run it.
-
     Raises:
         UsageError: For any mistake in the recipe or the data.
     """
@@ -191,11 +178,6 @@ def complete_run(
 ) -> None:
     """Creates the other parts of a run, from its data and model, and claims its folder.
 
-    Args:
-        run: The run; it is changed in place.
-        options: How to run it.
-        digests: Number and digest of the images by split, for the folder.
-
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder; if several things are
             wrong with the data, for all of them together.
@@ -230,11 +212,7 @@ def complete_run(
 
 
 def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
-    """Checks the heads of a recipe and their options.
-
-    Args:
-        recipe: The recipe.
-        splits: The data, whose classes the heads are for; None checks the options alone.
+    """Checks the heads of a recipe and their options, and whether they fit the data if given.
 
     Raises:
         UsageError: For a wrong head or option, or if the data have too few classes.
