@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 
-import datasets
+import numpy as np
 import pytest
 import safetensors.torch
 import timm.data
@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.data import Splits, create_splits
+from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.run.network import class_orders, match_data
 from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
@@ -107,16 +108,23 @@ def test_orders_are_those_of_timm_and_torchvision(photos):
 
 
 @pytest.mark.parametrize("names", [TIMM, SORTED], ids=["timm", "sorted"])
-def test_evaluate_finds_the_order_of_a_file(photos, model, names, tmp_path, capsys):
-    file = saved(model(names), tmp_path / "best.pth")
-    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
-    assert found == dict.fromkeys(names, 1.0)
-    assert list(found) == names
+def test_images_tell_the_order_of_weights(photos, model, names, caplog):
+    splits = create_splits("folder", root=str(photos))
+    with caplog.at_level("INFO", "timm_lt"):
+        found, kept = match_data(GIVEN, splits, model(names), kept=True)
+    assert (found.label_names, kept) == (names, True)
     order = "timm's natural order" if names == TIMM else "sorted order"
-    assert f"classes are numbered as in the weights, in {order}: of 25 training images" in said
+    assert f"numbered as in the weights, in {order}: of 25 training images" in caplog.text
     hits = (25, 0) if names == TIMM else (0, 25)
-    assert f"{hits[0]} are right in timm's natural order (1, 2, 10, a, B)" in said
-    assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in said
+    assert f"{hits[0]} are right in timm's natural order (1, 2, 10, a, B)" in caplog.text
+    assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in caplog.text
+
+
+def test_evaluate_finds_the_order_of_a_file(photos, model, tmp_path, capsys):
+    file = saved(model(TIMM), tmp_path / "best.pth")
+    found, _ = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
+    assert found == dict.fromkeys(TIMM, 1.0)
+    assert list(found) == TIMM
 
 
 def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys):
@@ -141,53 +149,13 @@ def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys)
     assert "has no class names, and" in capsys.readouterr().err
 
 
-def test_a_recipe_and_lists_of_words_find_the_order(photos, model, tmp_path, capsys):
-    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
-    lines = [f"{path.relative_to(photos)},x{path.parent.name}" for path in photos.rglob("*.png")]
-    (tmp_path / "train.csv").write_text("\n".join(["path,label", *lines]))
-    recipe = {
-        "data": {
-            "name": "list",
-            "root": str(photos),
-            "options": {"train": str(tmp_path / "train.csv")},
-            "augmentation": "timm",
-        },
-        "model": {"name": "test_resnet", "checkpoint": file},
-        "epochs": 0,
-        "heads": {"ncm": {}, "linear": {}},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = ["train", str(tmp_path / "recipe.yaml"), "--output", str(run), "--workers", "0"]
-    assert main(command) == 0
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["label_names"] == [f"x{name}" for name in TIMM]
-    assert metrics["heads"]["linear"]["all"] == 1
-    AcceleratorState._reset_state(reset_partial_state=True)
-    command += ["--overwrite", "--model.class_order", "sorted"]
-    assert main(command) == 0
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["label_names"] == [f"x{name}" for name in SORTED]
-    # Of four classes that change places none is right, and of the other all are.
-    assert metrics["heads"]["linear"]["all"] == pytest.approx(2 / 10)
-
-
-@pytest.mark.parametrize(
-    ("door", "names"),
-    [("folder", TIMM), ("folder", SORTED), ("torchvision", TIMM), ("timm", SORTED)],
-    ids=str,
-)
-def test_rebalance_finds_the_order(photos, model, names, door):
-    data = {
-        "folder": photos,
-        "torchvision": ImageFolder(photos),
-        "timm": timm.data.create_dataset("", str(photos)),
-    }[door]
-    made = model(names)
-    found = timm_lt.rebalance(made, data, heads="ncm", workers=0)
+@pytest.mark.parametrize("of_folder", [str, ImageFolder])
+def test_rebalance_finds_the_order(photos, model, of_folder):
+    made = model(TIMM)
+    found = timm_lt.rebalance(made, of_folder(photos), heads="ncm", workers=0)
     assert found.reports["linear"].all == found.reports["ncm"].all == 1
     assert torch.equal(found.heads["linear"].weight, made.fc.weight)
-    images = found.reports["ncm"].test_images.tolist()
-    assert images == [round(COUNTS[name] / 5) for name in names]
+    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
 
 
 def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, capsys):
@@ -279,11 +247,9 @@ def test_a_clear_difference_is_needed(photos, model):
 
 def test_a_large_class_does_not_outweigh_a_small_one():
     """The same answer for all images is that of the large class in one of the orders."""
-    names = ["1", "10", "2"]
-    labels = [label for label, count in enumerate((4, 70, 4)) for _ in range(count)]
-    columns = {"image": [Image.new("RGB", (32, 32))] * len(labels), "label": labels}
-    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    labels = [0] * 4 + [1] * 70 + [2] * 4
+    black = np.zeros((len(labels), 32, 32, 3), np.uint8)
+    rows = dataset_from_arrays(black, np.array(labels), ["1", "10", "2"])
     splits = Splits.from_datasets({"train": rows})
     with pytest.raises(UsageError, match="it is not clear in which order"):
         match_data(GIVEN, splits, constant(1), kept=True)
