@@ -362,6 +362,20 @@ def test_a_loss_that_is_not_finite_stops_every_time(server, tmp_path):
     assert kept == state
 
 
+@pytest.mark.exhaustive
+def test_weights_that_are_not_finite_are_not_saved(server, tmp_path):
+    """The last update of an epoch breaks them, after its loss."""
+    folder = tmp_path / "run"
+    breaks = (
+        *("--mixed_precision", "no", "--batch_size", "389", "--scheduler.name", "constant"),
+        *("--scheduler.warmup_epochs", "0", "--optimizer.lr", "1e38"),
+        *("--optimizer.weight_decay", "1e3"),
+    )
+    run = server.run(*options(folder, *breaks))
+    failed(run, "no longer finite", "epoch 1", "optimizer.lr")
+    assert saved(folder) == []
+
+
 # Signals and locks -------------------------------------------------------------------------------
 
 

@@ -9,16 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from timm_lt.checkpoint import RECIPE, load_head
-from timm_lt.cli.arguments import (
-    DATA_HELP,
-    MODEL_HELP,
-    add_compute_options,
-    add_data_options,
-    add_weights_options,
-    data_recipe,
-    load_model,
-    model_recipe,
-)
+from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import Splits
 from timm_lt.data.sources import Split
@@ -42,11 +33,11 @@ def add_evaluate(commands: Commands) -> None:
     """Adds the command to the parser."""
     parser = add_command(commands, "evaluate", evaluate_model)
     add = parser.add_argument
-    add("model", help=MODEL_HELP)
-    add("data", help=DATA_HELP)
+    add("model", help=inputs.MODEL_HELP)
+    add("data", help=inputs.DATA_HELP)
     add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
-    add_weights_options(parser, "weights for that architecture")
-    add_data_options(parser)
+    inputs.add_weights_options(parser, "weights for that architecture")
+    inputs.add_data_options(parser)
     add(
         "--split",
         choices=get_args(Split),
@@ -55,7 +46,7 @@ def add_evaluate(commands: Commands) -> None:
     )
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
-    add_compute_options(parser)
+    inputs.add_compute_options(parser)
     add_output_options(parser, quiet="the table")
 
 
@@ -72,8 +63,8 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
     set_cpu_threads(arguments.threads)
     source, split = ModelSource.find(arguments.model), arguments.split
     recipe = Recipe(
-        data=_same_split(data_recipe(arguments), source.folder),
-        model=model_recipe(arguments, source.name),
+        data=_same_split(inputs.data_recipe(arguments), source.folder),
+        model=inputs.model_recipe(arguments, source.name),
         epochs=0,
         shot_rule=arguments.shot_rule,
     )
@@ -143,7 +134,7 @@ def _load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model with its joint classifier once, and the heads for it."""
     given, size = recipe.model, recipe.data.image_size
-    model = load_model(given, size)
+    model = inputs.load_model(given, size)
     info = None if given.checkpoint else source.read_info()
     heads: dict[str, Any] = {}
     for name in names or (info and [*info.heads]) or [JOINT]:
@@ -155,7 +146,7 @@ def _load(
             heads[name] = copy.deepcopy(get_head(model))
         else:
             # Refuses an unknown head, and one that has to be fitted.
-            heads[name] = get_head(load_model(given, size, head=name))
+            heads[name] = get_head(inputs.load_model(given, size, head=name))
     return model, heads
 
 

@@ -4,15 +4,7 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
-from timm_lt.cli.arguments import (
-    DATA_HELP,
-    MODEL_HELP,
-    add_compute_options,
-    add_data_options,
-    add_weights_options,
-    data_recipe,
-    model_recipe,
-)
+from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
@@ -27,12 +19,12 @@ def add_heads(commands: Commands) -> None:
     """Adds the command to the parser."""
     heads = add_command(commands, "heads", fit_heads)
     add = heads.add_argument
-    add("data", help=DATA_HELP)
-    add("--model", required=True, metavar="NAME", help=MODEL_HELP)
-    add_weights_options(heads, "weights that you trained, for these classes")
+    add("data", help=inputs.DATA_HELP)
+    add("--model", required=True, metavar="NAME", help=inputs.MODEL_HELP)
+    inputs.add_weights_options(heads, "weights that you trained, for these classes")
     others = "heads beside linear; by default all but oltr, fslwf and cosine"
     add("--heads", nargs="+", default=list(DEFAULT_HEADS), metavar="HEAD", help=others)
-    add_data_options(heads)
+    inputs.add_data_options(heads)
     add("--output", help="folder to write; output/MODEL.DATA by default")
     add("--overwrite", action="store_true", help="delete the run in that folder")
     add("--resume", action="store_true", help="continue the run in that folder")
@@ -41,7 +33,7 @@ def add_heads(commands: Commands) -> None:
     add("--fresh-classifier", action="store_true", help=fresh)
     add("--cache-dir", help="folder that keeps the features for the next time")
     add("--seed", type=int, default=0, help="seed of the fits")
-    add_compute_options(heads)
+    inputs.add_compute_options(heads)
     add("--json", action="store_true", help="for machines: print metrics.json instead of the table")
     add_log_options(heads, quiet="the final table")
 
@@ -60,9 +52,9 @@ def fit_heads(arguments: argparse.Namespace) -> None:
     # The others are compared with the joint classifier.
     names = list(dict.fromkeys([JOINT, *arguments.heads]))
     names += [AUTO] if len(names) > 1 and AUTO not in names else []
-    model = model_recipe(arguments, ModelSource.parse(arguments.model, bare_repo=True).name)
+    model = inputs.model_recipe(arguments, ModelSource.parse(arguments.model, bare_repo=True).name)
     recipe = Recipe(
-        data=data_recipe(arguments),
+        data=inputs.data_recipe(arguments),
         model=replace(model, fresh_classifier=arguments.fresh_classifier),
         epochs=0,
         features=FeaturesRecipe(cache_dir=arguments.cache_dir),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from timm_lt.cli.arguments import add_background, add_data_options, find_data
+from timm_lt.cli import inputs
 from timm_lt.cli.common import (
     STDOUT,
     Commands,
@@ -50,8 +50,8 @@ def add_inspect(commands: Commands) -> None:
     inspect = add_command(commands, "inspect", inspect_data)
     add = inspect.add_argument
     add("data", help="folder of images, list of images, or a data set's name")
-    add_data_options(inspect)
-    add_background(inspect, "white", "white")
+    inputs.add_data_options(inspect)
+    inputs.add_background(inspect, "white", "white")
     add("--output", type=Path, help="folder for table and plot; inspect_NAME by default")
     add("--quick", action="store_true", help="decode no image and look for no duplicates")
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
@@ -70,7 +70,7 @@ def inspect_data(arguments: argparse.Namespace) -> None:
         timm-lt inspect glyph_lt --quick
     """
     options = parse_options(arguments.option, "min_images=5")
-    data = find_data(arguments.data, arguments.root, options)
+    data = inputs.find_data(arguments.data, arguments.root, options)
     is_list = data.name == "list" and "train" in data.options
     name = Path(data.options["train"]).stem if is_list else Path(data.title).name
     output = arguments.output or Path(f"inspect_{name}")

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.checkpoint import background_of
-from timm_lt.cli.arguments import (
-    MODEL_HELP,
-    add_compute_options,
-    add_weights_options,
-    load_model,
-    model_recipe,
-)
+from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
 from timm_lt.data.decode import (
     DAMAGE,
@@ -73,10 +67,10 @@ def add_predict(commands: Commands) -> None:
     """Adds the command to the parser."""
     predict = add_command(commands, "predict", predict_images)
     add = predict.add_argument
-    add("model", help=MODEL_HELP)
+    add("model", help=inputs.MODEL_HELP)
     add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
     add("--head", metavar="NAME", help="the joint classifier by default")
-    add_weights_options(predict, "weights for that architecture")
+    inputs.add_weights_options(predict, "weights for that architecture")
     add(
         "--classes",
         type=int,
@@ -97,7 +91,7 @@ def add_predict(commands: Commands) -> None:
         "--json", action="store_const", const="json", dest="format", help="--format json"
     )
     add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
-    add_compute_options(predict, workers=0)
+    inputs.add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
 
 
@@ -120,8 +114,8 @@ def predict_images(arguments: argparse.Namespace) -> None:
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
     name = ModelSource.parse(arguments.model, bare_repo=True).name
-    recipe = model_recipe(arguments, name)
-    model = load_model(recipe, arguments.image_size, head=arguments.head, **options)
+    recipe = inputs.model_recipe(arguments, name)
+    model = inputs.load_model(recipe, arguments.image_size, head=arguments.head, **options)
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)

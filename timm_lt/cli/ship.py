@@ -27,7 +27,7 @@ from timm_lt.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from timm_lt.cli.arguments import add_option, add_weights_options, model_options
+from timm_lt.cli import inputs
 from timm_lt.cli.common import (
     Commands,
     add_command,
@@ -114,7 +114,7 @@ def add_fold(commands: Commands) -> None:
     add_destination(fold, "a folded checkpoint")
     which = "head to fold, the joint classifier unless given; several go to DESTINATION/NAME"
     add("--head", nargs="+", default=["linear"], metavar="NAME", help=which)
-    add_option(fold, "option of the head that takes the place of the stored one")
+    inputs.add_option(fold, "option of the head that takes the place of the stored one")
     add("--onnx", action="store_true", help="write model.onnx as well")
     program = "write model.pt2 of torch.export as well, which runs without timm"
     add("--program", action="store_true", help=program)
@@ -253,7 +253,7 @@ def add_convert(commands: Commands) -> None:
         help="JSON with the training images of each class: a list in label order, or an object by "
         "label",
     )
-    add_weights_options(convert, None)
+    inputs.add_weights_options(convert, None)
     add_output_options(convert, quiet="what was written")
 
 
@@ -280,7 +280,7 @@ def convert_weights(arguments: argparse.Namespace) -> None:
             class_counts=counts,
             key=arguments.checkpoint_key,
             image_size=arguments.image_size,
-            options=model_options(arguments),
+            options=inputs.model_options(arguments),
         )
     result = {
         "folder": str(destination),
