@@ -130,7 +130,7 @@ def test_options_are_those_of_the_folder(photos, model, tmp_path):
         ({"dataset": None}, "a NoneType is not a data set"),
         ({"heads": "linear"}, "give a head besides linear"),
         ({"heads": "ctr"}, "did you mean 'crt'?"),
-        ({"heads": 5}, "heads must be names of heads, or options by name, got 5"),
+        ({"heads": 5}, "heads: 'int' object is not iterable"),
         ({"heads": {"crt": 5}}, "head 'crt' must be a mapping"),
         ({"options": {"min_image": 3}}, "did you mean 'min_images'?"),
         ({"options": {"root": "x"}}, "multiple values for keyword argument 'root'"),

@@ -183,6 +183,7 @@ BAD_ARGUMENTS = [
     (["--heads.crt", "5"], "heads must be a mapping"),
     (["other.yaml"], "unexpected argument 'other.yaml'; RECIPE comes before"),
     (["--quiet", "--verbose"], "not allowed with"),
+    (["--resume", "--overwrite"], "not allowed with"),
 ]
 
 

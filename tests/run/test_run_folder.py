@@ -45,8 +45,6 @@ def test_a_run_is_only_touched_by_resume(run):
     check_run_folder(run, FIRST, resume=True)
     prepare_run_folder(run, FIRST)
     assert (run / "state" / "weights").read_text() == "1"
-    with pytest.raises(UsageError, match="choose one"):
-        check_run_folder(run, FIRST, resume=True, overwrite=True)
 
 
 def test_resume_refuses_another_recipe_and_names_the_differences(run):

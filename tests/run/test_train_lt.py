@@ -215,7 +215,7 @@ MISTAKES = [
     (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),
     (["--model.options", "{'head': 'lws'}"], ["lws", "head="]),
     (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
-    (["--optimizer.options.lr", "0.001"], ["optimizer.options: lr is set elsewhere"]),
+    (["--optimizer.options.lr", "0.001"], ["optimizer.options: ", "'lr'"]),
     (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
     (["--batch_size", "100000"], ["batch_size", "389"]),
     (["--validate_every", "0"], ["validate_every must be an integer >= 1"]),

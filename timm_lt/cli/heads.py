@@ -26,8 +26,9 @@ def add_heads(commands: Commands) -> None:
     add("--heads", nargs="+", default=list(DEFAULT_HEADS), metavar="HEAD", help=others)
     inputs.add_data_options(heads)
     add("--output", help="folder to write; output/MODEL.DATA by default")
-    add("--overwrite", action="store_true", help="delete the run in that folder")
-    add("--resume", action="store_true", help="continue the run in that folder")
+    there = heads.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="delete the run in that folder")
+    there.add_argument("--resume", action="store_true", help="continue the run in that folder")
     add("--objective", choices=OBJECTIVES, help="figure to choose by (docs/choose-a-head.md)")
     fresh = "fit the linear classifier anew, even if the model has one of as many classes"
     add("--fresh-classifier", action="store_true", help=fresh)

@@ -21,6 +21,7 @@ MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
     "with --checkpoint an architecture"
 )
+TABLES = ("parquet", "arrow")
 DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub"
 
 
@@ -167,10 +168,10 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecip
         return DataRecipe("folder", str(path), options)
     if data in DATASETS:
         return DataRecipe(data, root, options)
-    if suffix(path.name) in ("parquet", "arrow"):
-        raise UsageError(f"{path} is a table, not a list: give hub, with --root {path}")
-    if suffix(path.name) in IMAGE_SUFFIXES:
-        raise UsageError(f"{path} is an image: give the folder of a directory per class, or a list")
+    faults = dict.fromkeys(IMAGE_SUFFIXES, "an image: give a folder of images, or a list of them")
+    faults |= dict.fromkeys(TABLES, f"a table, not a list: give hub, with --root {path}")
+    if fault := faults.get(suffix(path.name)):
+        raise UsageError(f"{path} is {fault}")
     if path.is_file():
         start = str(path.parent) if root is None else root
         return DataRecipe("list", start, {"train": str(path.resolve()), **options})

@@ -1,6 +1,7 @@
 """``timm-lt list``: registered names, or the heads of a checkpoint."""
 
 import argparse
+from pathlib import Path
 
 import timm
 from rich.table import Table
@@ -13,7 +14,6 @@ from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import head_table
 from timm_lt.run.comparison import shipped_grids
 from timm_lt.run.parse import shipped_recipes
-from timm_lt.utils.checks import UsageError
 
 
 def add_list(commands: Commands) -> None:
@@ -39,10 +39,7 @@ def list_parts(arguments: argparse.Namespace) -> None:
     """
     given = arguments.checkpoint
     if given is not None:
-        folder = ModelSource.find(given).folder
-        if folder is None:
-            raise UsageError(f"{given!r} is not a folder, nor a repo NAMESPACE/NAME of the Hub")
-        info = read_checkpoint(folder)
+        info = read_checkpoint(ModelSource.find(given).folder or Path(given))
         show_result(arguments, _describe(info), head_table(info))
         return
     rows: dict[str, list[str]] = {

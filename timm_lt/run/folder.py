@@ -40,8 +40,6 @@ def check_run_folder(
         UsageError: If the folder has another run in it, or anything else than a run, either lies
             among images, or the cache cannot be written.
     """
-    if resume and overwrite:
-        raise UsageError("--resume continues a run and --overwrite deletes it: choose one")
     problems, root = Problems(), recipe.data.root if recipe.data.name == "folder" else None
     cache = None if recipe.features.cache_dir is None else Path(recipe.features.cache_dir)
     for name, path in {"--output": folder, "features.cache_dir": cache}.items():

@@ -252,15 +252,15 @@ def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentP
             help=f"{text} (default: {json.dumps(value, default=str)})".replace("%", "%%"),
         )
     group = parser.add_argument_group("how to run")
-    exclusive = group.add_mutually_exclusive_group()
+    level, folder = (group.add_mutually_exclusive_group() for _ in range(2))
+    owners = {"quiet": level, "verbose": level, "resume": folder, "overwrite": folder}
     for key, hint, value, text in _options(RunOptions()):
-        owner = exclusive if key in ("quiet", "verbose") else group
         how: dict[str, Any] = {"type": int if fits(1, hint) else str}
         if key == "resume":
             how = {"nargs": "?", "const": "auto", "choices": ["auto"]}
         elif hint is bool:
             how = {"action": "store_true"}
-        owner.add_argument(f"--{key}", help=text, default=value, **how)
+        owners.get(key, group).add_argument(f"--{key}", help=text, default=value, **how)
     group.add_argument("--print_config", action="store_true", help="Print the recipe and exit.")
     return parser
 

@@ -186,10 +186,9 @@ def rebalance(
 
 def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the options of the heads by name, the joint classifier first and auto last."""
-    named = [heads] if isinstance(heads, str) else heads
-    if not isinstance(named, Mapping | Sequence):
-        raise UsageError(f"heads must be names of heads, or options by name, got {heads!r}")
-    named = named if isinstance(named, Mapping) else dict.fromkeys(named)
+    with prefixed("heads"):
+        named = [heads] if isinstance(heads, str) else heads
+        named = named if isinstance(named, Mapping) else dict.fromkeys(named)
     options = {name: check_mapping(f"head {name!r}", given) for name, given in named.items()}
     if not options.keys() - {JOINT, AUTO}:
         raise UsageError(f"there is nothing to choose from: give a head besides {JOINT}")

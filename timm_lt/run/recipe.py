@@ -38,12 +38,10 @@ class _Part:
 
     def arguments(self, name: str = "name") -> dict[str, Any]:
         """Returns the arguments of what is created; ``name`` is the one for the key "name"."""
-        keys = {key: name if key == "name" else key for key in vars(self) if key != "options"}
-        own = {argument: getattr(self, key) for key, argument in keys.items()}
-        for argument in own.keys() & self.options.keys():
-            part = type(self).__name__.removesuffix("Recipe").lower()
-            raise UsageError(f"{part}.options: {argument} is set elsewhere; remove it")
-        return {key: value for key, value in own.items() if value is not None} | self.options
+        own = {name if key == "name" else key: value for key, value in vars(self).items()}
+        options = own.pop("options")
+        with prefixed(f"{type(self).__name__.removesuffix('Recipe').lower()}.options"):
+            return dict(**{key: v for key, v in own.items() if v is not None}, **options)
 
 
 @dataclass(frozen=True)
