@@ -175,15 +175,7 @@ def test_a_shipped_grid_says_its_command_and_its_runs_can_be_built(name, tmp_pat
     assert {run.representation for run in runs} == set(grid.representations)
 
 
-def test_the_tables_train_what_their_papers_compare(tmp_path):
-    labels = {
-        name: list(dict.fromkeys(row.label for row in load_grid(name).rows))
-        for name in shipped_grids()
-    }
-    assert labels["kang_table1"] == ["B + C", "B + C (0.1 × lr)", "LB + C", "C"]
-    assert len(labels["kang_table2"]) == 17
-    assert labels["bbn_figure2"] == ["CE", "RW", "RS"]
-    assert len(labels["kang_figure1"]) == 4
+def test_table_1_trains_what_its_paper_compares(tmp_path):
     base = load_recipe(find_recipe("lt_test_resnet.glyph_lt_quick"))
     runs = runs_of(load_grid("kang_table1"), tmp_path, base=base, seeds=[0])
     found = {
