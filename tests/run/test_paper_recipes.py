@@ -391,6 +391,9 @@ def is_trained(recipe, key):
         return False
     if recipe.model.options.get("head") == "cosine" and key == "fc.bias":
         return False
+    # Attention starts as the identity, behind an output of zeros.
+    if ".attention." in key and ".attention.output." not in key:
+        return False
     parts = [*(recipe.model.trained or []), "fc"]
     return recipe.model.trained is None or any(key.startswith(f"{part}.") for part in parts)
 

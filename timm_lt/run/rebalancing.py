@@ -103,30 +103,27 @@ def rebalance(
         model: A timm model with one classifier, which may be wrapped in DistributedDataParallel,
             DataParallel or torch.compile. It is not changed. If its number of classes or their
             names are not those of the data, a linear classifier is fitted first.
-        dataset: A folder with a directory of images per class (or with ``train``, ``val`` and
-            ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
-            one ``label``; torchvision's ``ImageFolder`` or timm's ``ImageDataset``, whose files
-            are opened when they are drawn; or any pairs of an image (of PIL, uint8 pixels as a
-            tensor or array, or the path of a file) and its label. Or data sets by the names
-            ``train``, ``val`` and ``test``. The transform of a folder's data set is not applied,
-            since the model's own is; other data sets must not normalize.
+        dataset: A folder with a directory of images per class, or with ``train``, ``val`` and
+            ``test`` above them. Or a ``datasets.Dataset`` with a column of images and one
+            ``label``, torchvision's ``ImageFolder``, timm's ``ImageDataset``, or any pairs of an
+            image (of PIL, uint8 pixels, or the path of a file) and its label. Or data sets by the
+            names ``train``, ``val`` and ``test``. The transform of a folder's data set is not
+            applied, since the model's own is; other data sets must not normalize.
         options: Options of the data source ``folder``, e.g. ``{"other_files": "skip"}``.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear``, with
             which the others are compared, is always included.
         class_order: Order of the classes in a model without class names, ``"timm"`` (folders 1, 2,
-            10) or ``"sorted"`` (1, 10, 2), as in torchvision; None determines it on training images
-            if the two differ. Results have the classes in the model's order.
-        fresh_classifier: Fit a new linear classifier, even if the model has one of as many classes,
-            such as one of other data.
+            10) or ``"sorted"`` (1, 10, 2), as in torchvision; None determines it on training
+            images. Results have the classes in the model's order.
+        fresh_classifier: Fit a new linear classifier, even if the model has one of as many classes.
         objective: Objective on validation, see :func:`timm_lt.fit_head`; None is ``"all"``, or
             ``"class_mean"`` if validation is as long-tailed as the training images.
-        output: Folder for a decoupled checkpoint with all heads, figures, plots, report and card,
-            which say that the weights are those of a model given in Python; None writes nothing.
+        output: Folder for a decoupled checkpoint with figures, plots, report and card, which say
+            that the weights are those of a model given in Python; None writes nothing.
         overwrite: Replace a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
         background: Colour behind transparent pixels: a name such as ``"black"``, ``"#rrggbb"``, or
-            ``[red, green, blue]``; ``"auto"`` takes the one of the checkpoint that the model was
-            loaded from, or white.
+            ``[red, green, blue]``; ``"auto"`` takes that of the model's checkpoint, or white.
         workers: Worker processes that decode images; None is by the cores.
         seed: Seed of the fits.
 
