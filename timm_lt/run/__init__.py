@@ -16,3 +16,4 @@ from timm_lt.run.execution import train as train
 from timm_lt.run.parse import parse_command_line as parse_command_line
 from timm_lt.run.rebalancing import Rebalanced as Rebalanced
 from timm_lt.run.rebalancing import rebalance as rebalance
+from timm_lt.run.recipe import Recipe as Recipe
