@@ -130,7 +130,7 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--option", "test_fraction=2"], "test_fraction must be"),
         (["photos", "--option", "min_images"], "--option takes KEY=VALUE, e.g. min_images=5"),
         (["photos/cat"], "no images in directories of classes, 12 directly in it"),
-        (["photos/cat/0.png"], "0.png is an image: give the folder"),
+        (["photos/cat/0.png"], "0.png is an image: give a folder"),
         (["x.parquet"], r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
         (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
         (["bad", "--option", "test_fraction=2"], "test_fraction must be"),

@@ -8,36 +8,33 @@ from typing import Any, get_args
 from torch import nn
 
 from timm_lt.checkpoint import CONFIG
-from timm_lt.cli.common import parse_options
+from timm_lt.cli.common import parse_options, positive
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import DATASETS
 from timm_lt.models.create import create_sized_model
 from timm_lt.models.repo import REPO
 from timm_lt.models.weights_file import create_from_file
-from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe
-from timm_lt.utils.checks import UsageError, check_integer, unknown_name
-from timm_lt.utils.console import log
+from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe, prefixed
+from timm_lt.utils.checks import UsageError, unknown_name
 
-FOLDER, LIST, HUB = "folder", "list", "hub"
-TABLES = ("parquet", "arrow")
-RESERVED = ("name", "pretrained", "checkpoint", "head", "key", "image_size", "num_classes", "token")
 MODEL_HELP = (
     "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
     "with --checkpoint an architecture"
 )
+TABLES = ("parquet", "arrow")
 DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub"
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the argument ``data``: ``--root`` and ``--option``."""
     parser.add_argument("--root", help="folder with the files of a list or a data set")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="option of the data set, e.g. test_fraction=0.3; may be repeated",
-    )
+    add_option(parser, "option of the data set, e.g. test_fraction=0.3")
+
+
+def add_option(parser: argparse.ArgumentParser, text: str, name: str = "--option") -> None:
+    """Adds an option ``KEY=VALUE``, for :func:`~timm_lt.cli.common.parse_options`."""
+    text = f"{text}; may be repeated"
+    parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
@@ -46,6 +43,12 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
     decode = f"processes that decode images; by default {default}"
     parser.add_argument("--workers", type=int, default=workers, help=decode)
+
+
+def add_background(parser: argparse.ArgumentParser, default: str, explained: str) -> None:
+    """Adds ``--background``, with its default and the explanation of that."""
+    text = f"behind transparent pixels, e.g. white, black or '#808080'; by default {explained}"
+    parser.add_argument("--background", default=default, metavar="COLOR", help=text)
 
 
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
@@ -64,42 +67,29 @@ def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None)
             help="order of the classes in weights without class names: timm (1, 2, 10) or sorted "
             "(1, 10, 2); by default determined from training images, in predict that of --names",
         )
-        add(
-            "--background",
-            default="auto",
-            metavar="COLOR",
-            help="behind transparent pixels, e.g. white, black or '#808080'; by default that of "
-            "the model's checkpoint, or white",
-        )
+        add_background(parser, "auto", "that of the model's checkpoint, or white")
     add(
         "--checkpoint-key",
         metavar="KEY",
         help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
     )
-    add("--image-size", type=int, metavar="PIXELS", help="by default that of the file or model")
-    add(
+    size = "by default that of the file or model"
+    add("--image-size", type=positive, metavar="PIXELS", help=size)
+    add_option(
+        parser,
+        "argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
+        f"crop_mode of its images; {size}",
         "--model-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
-        "crop_mode of its images; by default those of the file or model; may be repeated",
     )
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of ``--model-option``, and checks ``--image-size``."""
-    if arguments.image_size is not None:
-        check_integer("--image-size", arguments.image_size, minimum=1)
-    options = parse_options(arguments.model_option, "global_pool=max", "--model-option")
-    reserved = [key for key in options if key in RESERVED]
-    if reserved:
-        raise UsageError(f"--model-option {reserved[0]} is set by other options of the command")
-    return options
+    """Returns the options of ``--model-option``."""
+    return parse_options(arguments.model_option, "global_pool=max", "--model-option")
 
 
 def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
-    """Returns the model of the options of :func:`add_weights_options`.
+    """Returns the model with the options of :func:`add_weights_options`.
 
     Args:
         arguments: Arguments of the command.
@@ -141,18 +131,21 @@ def load_model(
     Raises:
         UsageError: If there is no such model, head or file, or they do not fit together.
     """
-    options |= recipe.options
-    if recipe.checkpoint is None:
-        model = create_sized_model(recipe.name, True, image_size, head=head, **options)
-    elif head is not None:
-        raise UsageError("--head is for a model with its own heads, not for --checkpoint")
-    else:
-        file, key = recipe.checkpoint, recipe.checkpoint_key
-        model = create_from_file(recipe.name, file, key=key, image_size=image_size, **options)
-    parameters = sum(tensor.numel() for tensor in model.parameters())
-    weights = recipe.checkpoint or recipe.name
-    log.debug("%s: weights of %s, %d parameters", recipe.name, weights, parameters)
-    return model.eval()
+    with prefixed("model"):
+        if recipe.checkpoint is None:
+            return create_sized_model(
+                recipe.name, True, image_size, head=head, **options, **recipe.options
+            ).eval()
+        if head is not None:
+            raise UsageError("--head is for a model with its own heads, not for --checkpoint")
+        return create_from_file(
+            recipe.name,
+            recipe.checkpoint,
+            key=recipe.checkpoint_key,
+            image_size=image_size,
+            **options,
+            **recipe.options,
+        ).eval()
 
 
 def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecipe:
@@ -167,27 +160,21 @@ def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecip
         UsageError: If there is no such thing.
     """
     path = Path(data).expanduser()
-    if data in DATASETS and not path.is_dir():
-        return DataRecipe(data, root, options)
     if path.is_dir():
         if (path / CONFIG).is_file():
             raise UsageError(f"{data} is a checkpoint, not a folder of images")
         if root is not None:
             raise UsageError("--root is for lists and data sets; a folder is its own root")
-        return DataRecipe(FOLDER, str(path), options)
+        return DataRecipe("folder", str(path), options)
+    if data in DATASETS:
+        return DataRecipe(data, root, options)
+    faults = dict.fromkeys(IMAGE_SUFFIXES, "an image: give a folder of images, or a list of them")
+    faults |= dict.fromkeys(TABLES, f"a table, not a list: give hub, with --root {path}")
+    if fault := faults.get(suffix(path.name)):
+        raise UsageError(f"{path} is {fault}")
     if path.is_file():
-        check_is_list(path)
         start = str(path.parent) if root is None else root
-        return DataRecipe(LIST, start, {"train": str(path.resolve()), **options})
+        return DataRecipe("list", start, {"train": str(path.resolve()), **options})
     if REPO.fullmatch(data):
-        return DataRecipe(HUB, None, {"repo": data, **options})
+        return DataRecipe("hub", None, {"repo": data, **options})
     raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
-
-
-def check_is_list(path: Path) -> None:
-    """Refuses files that are not lists of images by their endings."""
-    kind = suffix(path.name)
-    if kind in TABLES:
-        raise UsageError(f"{path} is a table, not a list: give hub, with --root {path}")
-    if kind in IMAGE_SUFFIXES:
-        raise UsageError(f"{path} is an image: give the folder of a directory per class, or a list")
