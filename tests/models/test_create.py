@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_for_hf
 
 import timm_lt
+from timm_lt.data import Splits
 from timm_lt.heads import get_head
 from timm_lt.models.create import is_for, keeps_classifier, label_names
 from timm_lt.models.weights_file import create_from_file

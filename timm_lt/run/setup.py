@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import check_classes_left, verify_images
+from timm_lt.data.decode import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.splits import split_digests

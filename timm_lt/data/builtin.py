@@ -1,4 +1,4 @@
-"""GlyphLT-100: a long-tailed data set of 100 glyphs that is generated in seconds, offline."""
+"""Long-tailed data sets that need no download: glyph_lt is generated, digits_lt scikit-learn's."""
 
 import json
 from functools import lru_cache
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from timm_lt.utils.checks import check_choice, check_integer
+from timm_lt.utils.checks import UsageError, check_choice, check_integer
 from timm_lt.utils.longtail import long_tailed_counts
 
+from .long_tailed import make_long_tailed
 from .sources import Split, dataset_from_arrays, register_dataset
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ CELL = 48  # side of a glyph in the atlas
 SIZE = 32  # side of an image
 SPLITS = {"train": 0, "val": 1, "test": 2}  # second part of the seed
 EVALUATION_IMAGES = {"val": 20, "test": 50}  # per class
+DIGITS = {"test": 30, "val": 20, "train": 120}  # per class; the digit 8 has 174 images in all
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CHUNK = 256  # images drawn together, for the CPU cache; the images depend on it
 
@@ -47,7 +49,7 @@ def glyph_lt(split: Split, *, seed: int = 0) -> "Dataset":
 
 
 def glyph_counts(split: Split) -> list[int]:
-    """Returns the number of images per class in a split.
+    """Returns the number of images per class in a split, (C,).
 
     >>> counts = glyph_counts("train")
     >>> counts[0], counts[99], sum(counts)
@@ -78,17 +80,10 @@ def glyph_atlas() -> Floats:
 
 
 def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Generates the images of a split.
+    """Generates the images (N, 32, 32, 3) and labels (N,) of a split.
 
     The same arguments give the same bytes for any number of threads: numpy works element by
     element, and torch only interpolates, pixel by pixel.
-
-    Args:
-        split: ``"train"`` (500 to 5 images per class), ``"val"`` (20) or ``"test"`` (50).
-        seed: Seed of the generated images, a non-negative integer.
-
-    Shape:
-        Returns ``images (N, 32, 32, 3)`` and ``labels (N,)``.
 
     Raises:
         UsageError: If there is no such split or the seed is not a non-negative integer.
@@ -188,16 +183,10 @@ def draw_glyphs(
     scale: tuple[float, float],
     centre: NDArray[np.float64],
 ) -> Floats:
-    """Draws the coverage of pixels by glyphs in a random face, pose and stroke weight.
+    """Draws the coverage of pixels, (N, 1, 32, 32), by glyphs in a random face, pose and weight.
 
-    Args:
-        rng: The random number generator.
-        labels: Classes of the glyphs, (N,).
-        scale: Range of the size; 1 is a glyph of 27 pixels.
-        centre: Centres of the glyphs, (N, 2), from (-1, -1) to (1, 1) over the image.
-
-    Shape:
-        Returns ``(N, 1, 32, 32)``.
+    Their size is within ``scale``, where 1 is a glyph of 27 pixels; their centres (N, 2) are from
+    (-1, -1) to (1, 1) over the image.
     """
     number = len(labels)
     glyphs = glyph_atlas()[labels, rng.integers(NUM_FACES, size=number)]
@@ -257,3 +246,55 @@ def blur(image: Floats, amount: Floats) -> Floats:
     smooth = smooth[:, :, :-2] + 2 * smooth[:, :, 1:-1] + smooth[:, :, 2:]
     smooth = smooth[:, :, :, :-2] + 2 * smooth[:, :, :, 1:-1] + smooth[:, :, :, 2:]
     return np.asarray(image + (smooth * np.float32(1 / 16) - image) * amount)
+
+
+@register_dataset("digits_lt")
+def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
+    """Builds a split of digits_lt: train 120 to 5 images per class, val 20 and test 30.
+
+    The splits are disjoint. The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB. One class is
+    many-shot, five are medium-shot and four few-shot.
+
+    Args:
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        seed: Seed of the choice of images, a non-negative integer.
+
+    Raises:
+        UsageError: If scikit-learn is not installed or the seed is out of range.
+
+    References:
+        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+        Repository, 1998, https://doi.org/10.24432/C50P49
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UsageError(
+            'data set "digits_lt" needs scikit-learn: pip install "timm_lt[digits]"'
+        ) from error
+    check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
+    digits = load_digits()
+    chosen = split_digits(digits.target, seed)[split]
+    images = np.stack([enlarge(digits.images[index]) for index in chosen])
+    names = [f"digit_{digit}" for digit in range(10)]
+    dataset = dataset_from_arrays(images, digits.target[chosen].astype(np.int64), names)
+    if split == "train":
+        return make_long_tailed(dataset, imbalance_factor=24.0, seed=seed)
+    return dataset
+
+
+def split_digits(labels: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Splits the images of each class into test, val and the pool of train; returns indices."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum([*DIGITS.values()])
+    parts = []
+    for label in range(10):
+        indices = rng.permutation(np.flatnonzero(labels == label))
+        parts.append(np.split(indices[: ends[-1]], ends[:-1]))
+    return dict(zip(DIGITS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+def enlarge(digit: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Enlarges a digit (8, 8) in [0, 16] bilinearly to (32, 32, 3)."""
+    grey = Image.fromarray((digit * (255 / 16)).astype(np.uint8))
+    return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB"))
