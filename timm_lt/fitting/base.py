@@ -108,8 +108,8 @@ class FitData:
         if counts is not None:
             counts = check_class_counts(counts, num_classes)
             num_classes = len(counts)
-        width = features.num_features if joint is None else joint.in_features
-        check_fits(features, "features", num_classes, width)
+        check_fits(features, "features", num_classes, None if joint is None else joint.in_features)
+        width = features.num_features
         number = num_classes or int(features.targets.max()) + 1
         of_features = class_counts(features.targets, number)
         counts = of_features // features.views if counts is None else counts

@@ -413,7 +413,7 @@ def joint_classifier(classifier: nn.Module) -> nn.Linear:
     return linear
 
 
-def check_fits(features: Features, noun: str, num_classes: int | None, width: int) -> None:
+def check_fits(features: Features, noun: str, num_classes: int | None, width: int | None) -> None:
     """Checks features against the number of classes and the width of the classifier.
 
     Raises:
@@ -421,7 +421,7 @@ def check_fits(features: Features, noun: str, num_classes: int | None, width: in
     """
     check_features(features, noun)
     check_labels(features.targets, num_classes, noun=f"targets of {noun}")
-    if features.num_features != width:
+    if width is not None and features.num_features != width:
         raise UsageError(f"{noun} has {features.num_features} features per row; expected {width}")
 
 
