@@ -360,5 +360,5 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monke
     path.write_text("{}")
     with pytest.raises(UsageError, match="not a manifest: it has none of num_images"):
         find_splits("cifar10_lt", root=root, manifest=path)
-    with pytest.raises(UsageError, match="at most max_count"):
+    with pytest.raises(UsageError, match=r"must be a number in \[1, 500\], got 501"):
         find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], imbalance_factor=501)
