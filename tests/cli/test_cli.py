@@ -19,7 +19,7 @@ import timm_lt
 from timm_lt.cli import compare, create_parser, main
 from timm_lt.cli.common import COMMANDS
 from timm_lt.cli.completion import subparsers
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.run.parse import parse_command_line
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"

@@ -27,11 +27,11 @@ from timm_lt.data.sources import (
     dataset_from_files,
 )
 from timm_lt.losses import create_loss
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.run.parse import load_recipe, shipped_recipes
 from timm_lt.run.recipe import LossRecipe, OptimizerRecipe, RunOptions, SchedulerRecipe
 from timm_lt.run.setup import create_run
-from timm_lt.training.update import Schedule
+from timm_lt.training.parts import Schedule
 from timm_lt.utils.checks import check_options
 from timm_lt.utils.files import read_yaml
 

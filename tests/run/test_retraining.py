@@ -15,8 +15,8 @@ import timm_lt
 import train_lt
 from timm_lt.run.network import create_network, start_network
 from timm_lt.run.recipe import ModelRecipe, Recipe
-from timm_lt.training.history import EpochRecord
 from timm_lt.training.loop import RepresentationTrainer, Training
+from timm_lt.training.state import EpochRecord
 
 DIGITS = "lt_test_resnet.digits_lt"
 FEW = ["--epochs", "1", "--quiet", "--heads", "{linear: {}}", "--mixed_precision", "no"]

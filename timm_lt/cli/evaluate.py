@@ -15,7 +15,7 @@ from timm_lt.data import Splits
 from timm_lt.data.sources import Split
 from timm_lt.heads import get_head
 from timm_lt.metrics import compare_per_class, confidence_intervals, write_per_class
-from timm_lt.models.label_names import shown_as
+from timm_lt.models.create import shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
 from timm_lt.run.execution import evaluate, extract, extract_own

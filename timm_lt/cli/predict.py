@@ -19,16 +19,14 @@ from timm_lt.checkpoint import background_of
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
 from timm_lt.data.decode import (
-    DAMAGE,
-    damage_of,
+    ImageError,
     decode_image,
     describe_huge,
     is_huge,
     shown_path,
 )
 from timm_lt.data.folder import HEIC_SUFFIXES, Found, counted_suffixes, find_images, suffix
-from timm_lt.models.create import image_config
-from timm_lt.models.label_names import label_names
+from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.network import class_orders
 from timm_lt.run.recipe import ClassOrder, prefixed
@@ -193,8 +191,8 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
             return torch.empty(0), self.errors[path]
         try:
             image = decode_image({"path": path, "bytes": None}, background=self.background)
-        except DAMAGE as error:
-            return torch.empty(0), damage_of(error)
+        except ImageError as error:
+            return torch.empty(0), str(error)
         self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 

@@ -38,9 +38,9 @@ from timm_lt.cli.common import (
 from timm_lt.heads import head_option_names
 from timm_lt.hub import push_to_hub
 from timm_lt.models.convert import convert_checkpoint
+from timm_lt.models.create import label_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.models.label_names import own_names
-from timm_lt.models.published import PUBLISHED
+from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import CHECKPOINT_ENTRIES, LOCK
 from timm_lt.utils.checks import WHITE, UsageError, shown_names, unknown_name
@@ -150,7 +150,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
                 model,
                 onnx=arguments.onnx,
                 program=arguments.program,
-                label_names=own_names(model) if info is None else info.label_names,
+                label_names=label_names(model) if info is None else info.label_names,
             )
             lines.append(f"{destination / part}: {head} folded, {_described(report)}")
             written.append({"folder": str(destination / part), "head": head, **asdict(report)})

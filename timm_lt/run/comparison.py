@@ -18,7 +18,7 @@ from rich.table import Table
 from timm_lt.checkpoint import METRICS, PLOTS
 from timm_lt.data import Splits
 from timm_lt.data.sources import Split, check_protocol, checked_source, dataset_from_arrays
-from timm_lt.models.published import hub_configs
+from timm_lt.models.pretrained import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend

@@ -17,8 +17,7 @@ from torch import nn
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.data.damaged import log_exceptional
-from timm_lt.data.decode import is_worker_death
+from timm_lt.data.decode import is_worker_death, log_exceptional
 from timm_lt.data.images import Images
 from timm_lt.data.loader import describe_worker_death
 from timm_lt.data.sources import Split

@@ -18,8 +18,14 @@ from timm_lt.data.images import Images, StoredImages
 from timm_lt.data.sources import Split
 from timm_lt.features import extract_features
 from timm_lt.heads import HEADS, find_classifiers, get_head, set_head
-from timm_lt.models.create import FIELDS, create_sized_model, image_config, split_options
-from timm_lt.models.label_names import keeps_classifier, label_names
+from timm_lt.models.create import (
+    FIELDS,
+    create_sized_model,
+    image_config,
+    keeps_classifier,
+    label_names,
+    split_options,
+)
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.third_party import read_weights
 from timm_lt.models.weights_file import classes_of_file, create_from_file

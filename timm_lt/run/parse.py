@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import docstring_parser
 
-from timm_lt.models.published import PUBLISHED_BLOCK, hub_configs
+from timm_lt.models.pretrained import PUBLISHED_BLOCK, hub_configs
 from timm_lt.run.recipe import Recipe, RunOptions, prefixed
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.console import epilog, start_logging, wrapped

@@ -17,7 +17,7 @@ from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.models.label_names import is_for
+from timm_lt.models.create import is_for
 from timm_lt.report.tables import JOINT, recommend
 from timm_lt.run.execution import run_stages
 from timm_lt.run.folder import REPORT, check_run_folder

@@ -13,12 +13,12 @@ from torch import nn
 
 from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import check_classes_left, verify_images
+from timm_lt.data.decode import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.splits import split_digests
 from timm_lt.features import Features
-from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
+from timm_lt.fitting import AUTO, create_fit
 from timm_lt.heads import Head
 from timm_lt.losses import LOSSES, create_loss
 from timm_lt.metrics import Objective, ShotReport
@@ -224,16 +224,16 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
     for name, options in recipe.heads.items():
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
         check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
-    on_features = stage_heads(recipe, "features")
-    for name, options in on_features.items():
-        check_fit_options(head_kind(recipe, name), options)
+    for name, options in stage_heads(recipe, "features").items():
+        create_fit(head_kind(recipe, name), **options)
     if splits is None:
         return
     counts, rule, views = splits.class_counts, recipe.shot_rule, recipe.features.views or 1
     if len(counts) < 2:
         raise UsageError("training needs at least 2 classes; found 1")
-    for name, options in on_features.items():
-        check_fit_classes(head_kind(recipe, name), options, counts, rule=rule, views=views)
+    for name, options in stage_heads(recipe, "features").items():
+        fit = create_fit(head_kind(recipe, name), **options)
+        fit.check_classes(counts, rule=rule, views=views)
     few = shot_groups(counts, rule)["few_shot"]
     if recipe.objective == "few_shot" and not few[splits.labels["val"]].any():
         raise UsageError(
