@@ -213,7 +213,7 @@ MISTAKES = [
     (["--data.background", "blurple"], ["data: background 'blurple'"]),
     (["--model.name", "lt_resnet51"], ["model: ", "lt_resnet51"]),
     (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),
-    (["--model.options", "{'head': 'lws'}"], ["lws", "head="]),
+    (["--model.options", "{'head': 'lws'}"], ["'lws' is not fitted yet"]),
     (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
     (["--optimizer.options.lr", "0.001"], ["optimizer.options: ", "'lr'"]),
     (["--scheduler.name", "cosin"], ["cosin", "cosine"]),

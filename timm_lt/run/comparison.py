@@ -64,9 +64,6 @@ class Row:
     head: str
     quoted: float | None = None
 
-    def __post_init__(self) -> None:
-        check_number(f"quoted of {self.label!r}", self.quoted or 0.0, "[0, 1]")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -108,6 +105,7 @@ class Grid:
                 check_choice(f"representation before {name!r}:", changes[AFTER], names[:number])
         for row in self.rows:
             check_choice(f"representation of {row.label!r}:", row.representation, names)
+            check_number(f"quoted of {row.label!r}", row.quoted or 0.0, "[0, 1]")
         labels = {(row.label, row.column) for row in self.rows}
         mistakes = {
             # They become names of folders.
@@ -123,11 +121,6 @@ class Grid:
     def columns(self) -> list[str]:
         """Labels of the columns from left to right."""
         return list(dict.fromkeys(row.column for row in self.rows if row.column is not None))
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether a cell shows one figure, over all test images."""
-        return bool(self.columns) and not self.plot
 
 
 def shipped_grids() -> dict[str, Path]:
@@ -429,11 +422,12 @@ def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
     """Returns the texts of the table, headings first: shot groups, or one figure a cell."""
     rows, number = record["rows"], len(record["seeds"])
+    is_matrix = bool(grid.columns) and not grid.plot
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         few = len(row["by_seed"])
         missing = "" if few == number else f" ({few} of {number} seeds)"
-        if grid.is_matrix:
+        if is_matrix:
             mean, sd = spread(row, "all")
             mean = 1 - mean if grid.metric == "error" and mean is not None else mean
             texts = lines.setdefault((row["label"],), [""] * len(grid.columns))
@@ -445,7 +439,7 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             if record["quoted_from"]:
                 texts.append("" if row["quoted"] is None else percent(row["quoted"]))
             lines[label] = texts
-    if grid.is_matrix:
+    if is_matrix:
         headings = [f"{grid.rows_title} / {grid.columns_title}", *grid.columns]
     else:
         headings = [grid.rows_title, *([grid.columns_title] if grid.columns else [])]

@@ -127,16 +127,19 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
 def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
 
-    If the annotation allows None, too, None is valid.
+    If the annotation allows None, too, None is valid; with any other type beside it, the set is
+    not closed.
     """
     hints = typing.get_type_hints(part)
     for name in options.keys() & hints.keys():
         parts = typing.get_args(hints[name])
         if typing.get_origin(hints[name]) is typing.Literal:
             parts = (hints[name],)
-        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
-        if literals and (options[name] is not None or NoneType not in parts):
-            check_choice(f"{name} of {owner}:", options[name], typing.get_args(literals[0]))
+        closed = [part for part in parts if part is not NoneType]
+        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
+            continue
+        if options[name] is not None or NoneType not in parts:
+            check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
