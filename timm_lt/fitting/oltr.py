@@ -12,7 +12,7 @@ from timm_lt.fitting.closed_form import class_means
 from timm_lt.fitting.solvers import take_rows, train_head
 from timm_lt.heads import OLTRHead, seeded_linear
 from timm_lt.heads.linear import OLTR_BATCH_SIZE, OLTR_LENGTH
-from timm_lt.heads.oltr import Squash
+from timm_lt.heads.metric import Squash
 from timm_lt.losses import DiscriminativeCentroids
 from timm_lt.losses.metric import Hinge
 from timm_lt.utils.checks import UsageError
