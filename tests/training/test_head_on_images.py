@@ -153,6 +153,15 @@ def test_accumulated_gradients_are_those_of_one_batch(model, data, pixels, accel
     torch.testing.assert_close(head.weight, expected["weight"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_frozen_backbone_has_no_dropout(data, accelerator):
+    weights = []
+    for drop_rate in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=C, drop_rate=drop_rate)
+        weights.append(train("crt", model, data, accelerator, steps=3).weight)
+    assert weights[0].equal(weights[1])
+
+
 def test_mixed_precision_is_the_accelerators(model, data, accelerator):
     full = train("crt", model, data, accelerator)
     half = train("crt", model, data, new_accelerator(mixed_precision="bf16"))
