@@ -290,8 +290,8 @@ def test_smote_without_its_library_says_what_to_install(monkeypatch):
         ("crt", {"sampler": "square_root"}, "sampler of head 'crt' has no effect with solver 'lbf"),
         ("crt", {**SGD, "sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {**SGD, "sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
-        ("crt", {**SGD, "sampler_options": {"seed": 1}}, "seed in sampler_options"),
-        ("crt", {**SGD, "sampler": "deferred", "sampler_options": {"start": 3}}, "draws of a head"),
+        ("crt", {**SGD, "sampler_options": {"seed": 1}}, "has no option 'seed'"),
+        ("crt", {**SGD, "sampler": "deferred", "sampler_options": {"start": 3}}, "trained in a single epoch"),
         ("crt", {**SGD, "loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         (
             "crt",
