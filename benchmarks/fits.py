@@ -22,7 +22,7 @@ from torch import nn
 
 from timm_lt import Features
 from timm_lt.fitting.closed_form import class_means
-from timm_lt.fitting.sgd import scale_gradient, train_head
+from timm_lt.fitting.solvers import scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
 from timm_lt.heads.linear import BATCH_SIZE
 

@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 from timm_lt import create_sampler
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import find_damaged
+from timm_lt.data.decode import find_damaged
 from timm_lt.data.folder import list_folder
 from timm_lt.data.loader import NumberedSampler
 from timm_lt.utils.accelerator import create_accelerator

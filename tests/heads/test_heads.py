@@ -434,7 +434,7 @@ def test_fold_gives_a_plain_linear_with_the_same_predictions(name, options, exac
 
 
 def test_heads_that_are_not_linear_in_the_features_refuse_to_fold():
-    # tests/test_oltr.py has the other one.
+    # tests/fitting/test_oltr.py has the other one.
     assert {name for name, _, _ in FOLDS} | {"oltr"} == set(list_heads())
     for space in ("l2", "centered_l2"):
         with pytest.raises(UsageError, match=f"features='{space}'.*cannot be folded"):

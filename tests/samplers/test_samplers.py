@@ -19,7 +19,7 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
-from timm_lt.data.loader import NumberedSampler, check_groups
+from timm_lt.data.loader import NumberedSampler, prepared_loader
 from timm_lt.samplers import (
     ClassSampler,
     base,
@@ -349,15 +349,28 @@ def test_accelerate_keeps_groups_together(split_batches, name, options, k):
     assert sorted(shards) == sorted(groups_of(create().epoch_indices(0).tolist(), k))
 
 
-def test_batches_that_divide_groups_are_refused():
-    sampler = create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
-    numbered = NumberedSampler(sampler, N, 96)
-    check_groups(sampler, 6, 1)
-    check_groups(numbered, 8, 2)
-    with pytest.raises(UsageError, match=r"groups of 4 .* batches of 6 images on each of 2 proc"):
-        check_groups(sampler, 6, 2)
-    with pytest.raises(UsageError, match="groups of 4"):
-        check_groups(numbered, 2, 2)
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_batches_that_divide_groups_are_refused(split_batches):
+    def create():
+        return create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
+
+    numbered = NumberedSampler(create(), len(LABELS), 96)
+    for sampler, size, processes in ((create(), 6, 1), (numbered, 8, 2)):
+        prepare(sampler, size, processes, split_batches=split_batches)
+    for sampler, size in ((create(), 6), (numbered, 2)):
+        with pytest.raises(UsageError, match=rf"groups of 4 .* batches of {size} images on each"):
+            prepare(sampler, size, 2, split_batches=split_batches)
+
+
+def prepare(sampler, size, processes, *, split_batches):
+    """Prepares a loader with which each process has batches of this size."""
+    accelerator = types.SimpleNamespace(
+        num_processes=processes,
+        split_batches=split_batches,
+        prepare_data_loader=lambda loader: loader,
+    )
+    total = size * processes if split_batches else size
+    prepared_loader(DataLoader(range(len(LABELS)), total, sampler=sampler), accelerator)
 
 
 # Wrong arguments ----------------------------------------------------------------------------------

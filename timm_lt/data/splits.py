@@ -20,8 +20,7 @@ from torch import Tensor
 
 from timm_lt.data.augment import Augmentation
 from timm_lt.data.columns import as_rgb, check_random_access
-from timm_lt.data.damaged import note_damaged_files
-from timm_lt.data.decode import Unreadable, shown_path
+from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,

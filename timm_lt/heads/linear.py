@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_lt.heads.base import Head, register_head
-from timm_lt.utils.checks import check_flag, check_number
+from timm_lt.utils.checks import UsageError, check_flag, check_number
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 
@@ -219,7 +219,12 @@ class TrainingLength:
         (2260, 1000)
         >>> CRT_LENGTH.updates(10_847, batch_size=128, epochs=2)
         168
+
+        Raises:
+            UsageError: If epochs and steps are both given.
         """
+        if steps is not None and epochs is not None:
+            raise UsageError("steps and epochs exclude each other; give one of them")
         if steps is not None:
             return steps
         per_epoch = max(images // batch_size, 1)
