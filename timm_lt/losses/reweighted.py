@@ -1,6 +1,6 @@
 """Losses weighted by class size, and the focal loss."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -231,8 +231,14 @@ class ClassBalancedFocalLoss(ClassBalancedLoss):
         normalization: Normalization = "batch",
         reduction: Reduction = "mean",
     ) -> None:
-        weighting: Any = {"beta": beta, "normalization": normalization, "reduction": reduction}
-        super().__init__(class_counts, form="focal", gamma=gamma, **weighting)
+        super().__init__(
+            class_counts,
+            beta=beta,
+            form="focal",
+            gamma=gamma,
+            normalization=normalization,
+            reduction=reduction,
+        )
         check_choice("form", form, get_args(FocalForm))
         check_choice("probability", probability, get_args(Probability))
         if probability == "weighted" and form != "softmax":
