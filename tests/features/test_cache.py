@@ -408,8 +408,6 @@ print(json.dumps(results))
 def faults(tmp_path_factory):
     """What came of a kill at every third access to a file, and of a full disk."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # Otherwise glibc keeps freed batches, and the size of the process says little.
-    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("faults"))]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

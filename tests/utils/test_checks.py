@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from timm_lt.utils.checks import (
     UsageError,
     check_background,
     check_integer,
+    check_literals,
     check_number,
     unknown_name,
 )
@@ -112,6 +114,16 @@ def test_check_number(value, interval, valid):
         with pytest.raises(UsageError) as e:
             check_number("q", value, interval)
         assert str(e.value) == f"q must be a number in {interval}, got {value!r}"
+
+
+def test_check_literals():
+    def part(a: Literal["x"], b: Literal["x", "y"] | None, c: int | Literal["x"]):
+        pass
+
+    check_literals("part", part, {"a": "x", "b": None, "c": 3, "d": 0})
+    for options in ({"a": "y"}, {"a": None}, {"b": 1}):
+        with pytest.raises(UsageError, match=r"unknown . of part: .*; choose one of: x"):
+            check_literals("part", part, options)
 
 
 @pytest.mark.parametrize("value", [0, 11, 1.0, True, "3", None, math.nan])

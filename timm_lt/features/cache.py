@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -91,7 +92,8 @@ class FeatureCache:
             folder / f"{self.key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
         )
         self._values: BinaryIO | None = None
-        self._targets: list[Tensor] = []
+        # One buffer: a tensor per batch would keep the heap from shrinking between batches.
+        self._targets = array("q")
         self._synced = time.monotonic()
 
     def read(self) -> Features | None:
@@ -157,7 +159,7 @@ class FeatureCache:
             if progress.width == 0:
                 file.write(self._header(0, width))
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
-            self._targets.append(targets.long())
+            self._targets.frombytes(targets.long().numpy().tobytes())
             progress.batches = progress.batches + 1 if view == progress.view else 1
             progress.view, progress.width = view, width
             progress.rows += len(values)
@@ -172,7 +174,7 @@ class FeatureCache:
         """
         progress, images = self.progress, self.progress.images
         try:
-            check_views(torch.cat(self._targets or [torch.empty(0)]), self.views, images, expected)
+            check_views(torch.from_numpy(np.array(self._targets)), self.views, images, expected)
         except UsageError:
             # Otherwise the next call would continue after these rows, to the same error.
             self._discard()
@@ -205,7 +207,7 @@ class FeatureCache:
         except (UsageError, ValueError, TypeError, OSError):
             return None
         log.info("continuing %s after %d rows", self._values_path, stored.rows)
-        self.progress, self._targets = stored, [torch.from_numpy(targets)]
+        self.progress, self._targets = stored, array("q", targets.tobytes())
         file = self._values_path.open("r+b")
         file.truncate(end)
         file.seek(end)
@@ -221,7 +223,7 @@ class FeatureCache:
             self._values.flush()
             os.fsync(self._values.fileno())
         targets = io.BytesIO()
-        np.save(targets, torch.cat(self._targets).numpy())
+        np.save(targets, np.array(self._targets))
         write_atomic(self._targets_path, targets.getvalue())
         write_atomic(self._counter, json.dumps(asdict(self.progress), indent=2))
         self._synced = time.monotonic()

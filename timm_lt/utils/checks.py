@@ -132,13 +132,12 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
     """
     hints = typing.get_type_hints(part)
     for name in options.keys() & hints.keys():
-        parts = typing.get_args(hints[name])
-        if typing.get_origin(hints[name]) is typing.Literal:
-            parts = (hints[name],)
+        is_literal = typing.get_origin(hints[name]) is typing.Literal
+        parts = (hints[name],) if is_literal else typing.get_args(hints[name])
         closed = [part for part in parts if part is not NoneType]
-        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
-            continue
-        if options[name] is not None or NoneType not in parts:
+        # Not a union of a Literal and numbers.
+        is_closed = [typing.get_origin(part) for part in closed] == [typing.Literal]
+        if is_closed and (options[name] is not None or NoneType not in parts):
             check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
 
 
