@@ -134,9 +134,12 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
         parts = typing.get_args(hints[name])
         if typing.get_origin(hints[name]) is typing.Literal:
             parts = (hints[name],)
-        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
-        if literals and (options[name] is not None or NoneType not in parts):
-            check_choice(f"{name} of {owner}:", options[name], typing.get_args(literals[0]))
+        # A union with another type, such as int | Literal["largest"], is not a closed set.
+        closed = [part for part in parts if part is not NoneType]
+        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
+            continue
+        if options[name] is not None or NoneType not in parts:
+            check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
