@@ -283,8 +283,12 @@ def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
         ("crt", {"loss_options": 3}, "loss_options must be a mapping .*got 3"),
         ("crt", {"sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {"sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
-        ("crt", {"sampler_options": {"seed": 1}}, "seed in sampler_options"),
-        ("crt", {"sampler": "deferred", "sampler_options": {"start": 3}}, "draws of a head"),
+        ("crt", {"sampler_options": {"seed": 1}}, "head 'crt'.*has no option 'seed'"),
+        (
+            "crt",
+            {"sampler": "deferred", "sampler_options": {"start": 3}},
+            "changes from epoch to epoch",
+        ),
         (
             "crt",
             {"solver": "lbfgs", "keep": "best"},
