@@ -157,7 +157,7 @@ def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys
         (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], "each NAME once"),
         (["joint.pth", "--class-counts", "joint.pth"], "cannot be read"),
         (["joint.pth", "--class-counts", "few.json"], "class_counts has 3 classes, expected 10"),
-        (["joint.pth", "--class-counts", "names.json"], "integer labels"),
+        (["joint.pth", "--class-counts", "names.json"], "must be the labels 0 to 9"),
         (["ftp://host/x.pth"], "http"),
     ],
 )
