@@ -135,7 +135,7 @@ def test_a_name_is_looked_at(photos, capsys):
         (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
         (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
         (["bad.txt", "--option", "seed=-1"], "seed must be"),
-        (["digits_lt", "--root", "photos"], "reads no files; remove the root"),
+        (["digits_lt", "--root", "photos"], "has no option .root."),
     ],
 )
 def test_mistakes_are_told(photos, capsys, arguments, message):
