@@ -1,4 +1,4 @@
-"""Time of building cifar100_lt out of local files, as a ratio to decoding what they hold.
+"""Time to build cifar100_lt from local files, as a ratio to decoding their images.
 
 ``python benchmarks/cifar_lt.py``: stand-ins of full size, 60,000 images, as parquet and in the
 binary version; CPU time in one thread, in turn, median of the ratios.
@@ -23,7 +23,7 @@ SIZES = {"train": 500, "test": 100}
 
 
 def labels_of(part: str) -> np.ndarray:
-    """Returns labels that begin as the published ones, as many of each class."""
+    """Returns balanced labels that begin like the published ones."""
     first = CIFAR100.batches[0]["first"]
     left = SIZES[part] - np.bincount(first, minlength=100)
     rest = np.repeat(np.arange(100), left)
@@ -33,7 +33,7 @@ def labels_of(part: str) -> np.ndarray:
 def write(root: Path) -> list[bytes]:
     """Writes both layouts and returns the encoded images."""
     rng = np.random.default_rng(0)
-    # A photograph's PNG has about 2.3 kB: coarse noise, enlarged.
+    # Coarse noise, enlarged: about 2.3 kB as PNG, like a photograph.
     coarse = rng.integers(0, 256, (500, 16, 16, 3), np.uint8)
     images = coarse.repeat(2, axis=1).repeat(2, axis=2)
     encoded = []
@@ -46,7 +46,7 @@ def write(root: Path) -> list[bytes]:
     for part in SIZES:
         labels = labels_of(part)
         chosen = np.arange(len(labels)) % len(images)
-        # What follows the end of a PNG is not read: no two images are alike to parquet.
+        # Bytes after the end of a PNG make each image unique to parquet and are never read.
         different = [encoded[i] + row.to_bytes(4) for row, i in enumerate(chosen)]
         column = pa.array([{"bytes": content, "path": None} for content in different])
         table = pa.table({"img": column, "fine_label": labels})

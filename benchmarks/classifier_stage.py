@@ -1,4 +1,4 @@
-"""Every ratio of the classifier stage in one run: what it costs beside what it replaces or needs.
+"""Every cost ratio of the classifier stage in one run.
 
 ``python benchmarks/classifier_stage.py``: one thread, CPU time, the two in turn, medians. What each
 row compares is explained, and the baseline written, in the benchmark of its own that it comes from:
@@ -17,7 +17,7 @@ from timing import Ratio
 
 
 def feature_ratios(rounds: int) -> Iterator[Ratio]:
-    """Yields how much faster features are taken in bfloat16; nothing where it is not native."""
+    """Yields the speed-up of feature extraction in native bfloat16."""
     for row in feature_throughput.rows(rounds):
         size = f"{row.case.model}, {row.case.size} px"
         yield Ratio("features in bfloat16, images/s", size, "eager float32", row.ratio, ">= 2.2")
@@ -36,7 +36,7 @@ def curve_ratios(rounds: int) -> Iterator[Ratio]:
 
 
 def metric_ratios(rounds: int) -> Iterator[Ratio]:
-    """Yields how many scans of published code fit into one count."""
+    """Yields the cost of a scan per class relative to one count."""
     for row in shot_metrics.measure(rounds):
         size, bound = f"{row.num_classes} classes", f">= {shot_metrics.REQUIRED[row.num_classes]}"
         yield Ratio("a scan per class", size, "counting", row.scan_to_counting, bound)

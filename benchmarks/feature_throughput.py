@@ -33,7 +33,7 @@ PACKAGED = "lt_test_resnet.glyph_lt"
 
 @dataclass(frozen=True)
 class Case:
-    """What is extracted.
+    """A case to measure.
 
     Attributes:
         model: Name of a timm model.
@@ -53,7 +53,7 @@ CASES = (Case("resnet50", 224, 64), Case("resnext50_32x4d", 128, 128), Case("res
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a case.
+    """The result of a case.
 
     Attributes:
         case: The case.
@@ -73,7 +73,7 @@ class Row:
 
 
 def structured_images(number: int, size: int) -> Tensor:
-    """Returns random images (N, 3, size, size), smooth at several scales as photographs are."""
+    """Returns random images (N, 3, size, size), smooth at several scales like photographs."""
     images = torch.zeros(number, 3, size, size)
     for side in (4, 8, 16, 32):
         coarse = torch.randn(number, 3, side, side)
@@ -82,11 +82,11 @@ def structured_images(number: int, size: int) -> Tensor:
 
 
 def calibrated_model(name: str, size: int) -> nn.Module:
-    """Returns a random model whose batch norms have random weights and statistics of images."""
+    """Returns a random model with random batch-norm weights and statistics of images."""
     model = timm.create_model(name, num_classes=10)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | BatchNormAct2d):
-            # timm begins with blocks that add nothing.
+            # timm initialises the last norm of each block to 0.
             nn.init.normal_(module.weight, 1 if module.weight.any() else 0.5, 0.2)
             nn.init.normal_(module.bias, 0, 0.2)
     model.train()
@@ -97,7 +97,7 @@ def calibrated_model(name: str, size: int) -> nn.Module:
 
 
 def eager(model: nn.Module, loader: DataLoader) -> Tensor:
-    """Returns features as people take them, in float32."""
+    """Returns features of eager float32 inference."""
     values = []
     with torch.inference_mode():
         for images, _ in loader:
@@ -111,10 +111,10 @@ def relative_errors(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def measure(case: Case, rounds: int) -> Row:
-    """Runs both, each first in every other round."""
+    """Times both, alternating the order."""
     torch.manual_seed(0)
     model = calibrated_model(case.model, case.size)
-    # Another, so that neither finds the weights as the other left them.
+    # A copy, so that neither changes the memory layout of the other.
     peer = copy.deepcopy(model)
     data = TensorDataset(structured_images(case.images, case.size), torch.zeros(case.images).long())
     loader = DataLoader(data, case.batch_size)
@@ -149,7 +149,7 @@ def packaged_errors() -> tuple[float, float]:
 
 
 def rows(rounds: int = 5) -> list[Row]:
-    """Returns a row per case; none where the processor does not compute in bfloat16."""
+    """Returns a row per case, or none without native bfloat16."""
     if native_precision() != "bf16":
         return []
     torch.set_num_threads(1)

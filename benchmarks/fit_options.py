@@ -1,4 +1,4 @@
-"""What the options of the fits gain on GlyphLT-100: accuracy on the backbones of some runs.
+"""Accuracy of the options of the fits on GlyphLT-100, on the backbones of given runs.
 
 ``python benchmarks/fit_options.py RUN [RUN ...] [--split test]``, with folders that
 ``train_lt.py`` wrote from one recipe with several seeds; on validation unless told. Each line is a

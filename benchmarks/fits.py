@@ -1,4 +1,4 @@
-"""Cost of the fits on cached features, each as a ratio to the arithmetic that it cannot do without.
+"""Cost of the fits on cached features, as a ratio to the minimum arithmetic.
 
 ``python benchmarks/fits.py``: one thread, CPU time, in turn, median of the ratios. Features are
 random, of the width of a ResNeXt-50, in a mapped file.
@@ -22,7 +22,7 @@ from torch import nn
 
 from timm_lt import Features
 from timm_lt.fitting.closed_form import class_means
-from timm_lt.fitting.sgd import scale_gradient, train_head
+from timm_lt.fitting.solvers import scale_gradient, train_head
 from timm_lt.heads import CRTHead, LWSHead
 from timm_lt.heads.linear import BATCH_SIZE
 
@@ -32,7 +32,7 @@ BLOCK = 2**24  # bytes of a bare read
 
 
 def features_in_a_file(path: Path, num_images: int, num_classes: int) -> Features:
-    """Writes random features and returns them, mapped."""
+    """Writes random features and returns them memory-mapped."""
     with path.open("wb") as file:
         for start in range(0, num_images, 4096):
             block = torch.randn(min(4096, num_images - start), WIDTH).relu_()
@@ -42,7 +42,7 @@ def features_in_a_file(path: Path, num_images: int, num_classes: int) -> Feature
 
 
 def crt_ratio(features: Features, num_classes: int, rounds: int) -> float:
-    """Returns the cost of an epoch of crt to that of its products."""
+    """Returns the cost of an epoch of crt relative to its products."""
     head = CRTHead.from_classifier(nn.Linear(WIDTH, num_classes))
     steps = len(features) // BATCH_SIZE
     batch = features.values[:BATCH_SIZE].clone()
@@ -61,7 +61,7 @@ def crt_ratio(features: Features, num_classes: int, rounds: int) -> float:
 
 
 def lws_ratio(features: Features, num_classes: int, rounds: int) -> float:
-    """Returns the cost of an epoch of lws to that of its logits."""
+    """Returns the cost of an epoch of lws relative to its logits."""
     head = LWSHead.from_classifier(nn.Linear(WIDTH, num_classes))
     with torch.no_grad():
         head.scale.fill_(1.0)
@@ -82,7 +82,7 @@ def lws_ratio(features: Features, num_classes: int, rounds: int) -> float:
 def ncm_ratios(
     features: Features, path: Path, num_classes: int, rounds: int
 ) -> tuple[float, float]:
-    """Returns the cost of the class means to that of a bare read, and of a sum."""
+    """Returns the cost of the class means relative to a bare read and to a sum."""
     mean = features.feature_mean
     buffer = bytearray(BLOCK)
 

@@ -1,4 +1,4 @@
-"""A large folder of images: how long until the first batch, and how fast batches come.
+"""A large folder of images: time to the first batch, and throughput.
 
 ``python benchmarks/folders.py``: 100,000 hard links to a few hundred JPEG files of about 300 x 200
 pixels, in 1,000 classes with a long tail. First the seconds of what happens before training, then
@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 from timm_lt import create_sampler
 from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import find_damaged
+from timm_lt.data.decode import find_damaged
 from timm_lt.data.folder import list_folder
 from timm_lt.data.loader import NumberedSampler
 from timm_lt.utils.accelerator import create_accelerator
@@ -61,7 +61,7 @@ def make_folder(root: Path, number: int, distinct: int) -> int:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, str]:
-    """Returns what some work returns, and its wall and CPU time."""
+    """Returns the result of a function with its wall and CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -69,7 +69,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def our_batches(splits: Splits, workers: int) -> Iterator[Any]:
-    """Yields the batches of an epoch as training has them."""
+    """Yields the batches of an epoch of the training loader."""
     images = splits.stored_images(
         "train",
         size=SIZE,
@@ -83,7 +83,7 @@ def our_batches(splits: Splits, workers: int) -> Iterator[Any]:
 
 
 def timm_batches(root: Path, workers: int) -> Iterator[Any]:
-    """Yields the batches of an epoch as timm's own loader has them."""
+    """Yields the batches of an epoch of timm's loader."""
     loader: Iterable[Any] = timm.data.create_loader(
         timm.data.ImageDataset(root),
         (3, *SIZE),
@@ -99,7 +99,7 @@ def timm_batches(root: Path, workers: int) -> Iterator[Any]:
 
 
 def startup(root: Path) -> None:
-    """Prints the seconds of what happens before the first batch is there."""
+    """Prints the seconds of each step before the first batch."""
     print(f"{'':48} {'wall s':>8} {'CPU s':>8}")
     _, listing = timed(lambda: list_folder(root))
     print(f"{'listing':48} {listing}")
@@ -137,7 +137,7 @@ def throughput(root: Path, rounds: int, batches: int) -> None:
 
 
 def main() -> None:
-    """Makes the folder, and prints both tables."""
+    """Creates the folder and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--distinct", type=int, default=300)

@@ -1,4 +1,4 @@
-"""CPU-seconds that GlyphLT-100 costs: ``python benchmarks/generate_glyph_lt.py``.
+"""CPU-seconds to generate GlyphLT-100: ``python benchmarks/generate_glyph_lt.py``.
 
 One thread, process time, median of five; each run builds the three splits as ``datasets.Dataset``.
 """

@@ -51,7 +51,7 @@ def ratio(head: nn.Module, linear: nn.Linear, features: torch.Tensor, rounds: in
     repeats = max(1, int(0.02 / max(seconds(linear, features, 3) / 3, 1e-6)))
     ratios = []
     for number in range(rounds):
-        # Each comes first in every other round.
+        # Alternate the order.
         pair = [head, linear] if number % 2 else [linear, head]
         times = {id(call): seconds(call, features, repeats) for call in pair}
         ratios.append(times[id(head)] / times[id(linear)])

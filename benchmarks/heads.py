@@ -1,4 +1,4 @@
-"""What all heads together cost on features that are cached: ``python benchmarks/heads.py``.
+"""Cost of all heads together on cached features: ``python benchmarks/heads.py``.
 
 100,000 rows of width 2,048 in 1,000 classes, long-tailed, with 20 validation rows of each class:
 the size of ImageNet-LT with a ResNet-50. The features are class means plus noise. Wall time on all
@@ -18,13 +18,13 @@ from timm_lt.metrics import shot_accuracy
 
 
 def make_features(rows: int, classes: int, width: int) -> tuple[Features, Features]:
-    """Returns training features with counts that fall from head to tail by a factor of 100."""
+    """Returns training features with an imbalance factor of 100."""
     generator = torch.Generator().manual_seed(0)
     shares = 100.0 ** (-torch.arange(classes) / (classes - 1))
     counts = (shares / shares.sum() * rows).long().clamp_min(1)
     counts[0] += rows - counts.sum()
     means = torch.randn(classes, width, generator=generator)
-    # Classes overlap alike at every width.
+    # The overlap of classes is independent of the width.
     spread = 6 * (width / 2048) ** 0.5
     made = []
     for each in (counts, torch.full((classes,), 20)):

@@ -30,7 +30,7 @@ GROUPS = ("Plantae", "Insecta", "Aves", "Fungi")
 
 
 def write_inaturalist(path: Path, blank: str = " ", end: str = "\n") -> None:
-    """Writes a list of the form of iNaturalist 2018's."""
+    """Writes a list in the format of iNaturalist 2018's."""
     rng = np.random.default_rng(0)
     digits = rng.bytes(16 * LINES).hex()
     labels = rng.integers(8142, size=LINES).tolist()
@@ -61,7 +61,7 @@ def loop(path: Path) -> tuple[list[str], list[int]]:
 
 
 def check_equal(path: Path) -> None:
-    """Checks that both read the same, lest the ratio be one of different things."""
+    """Checks that both read the same."""
     paths, labels = read_image_list(path)
     expected = loop(path)
     if list(paths) != expected[0] or labels.tolist() != expected[1]:
@@ -71,7 +71,7 @@ def check_equal(path: Path) -> None:
 def compare(
     name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
 ) -> None:
-    """Prints the median times of two things and of their ratio."""
+    """Prints the median times of two functions and the median ratio."""
     times = [(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:]
     ratio = statistics.median(mine / other for mine, other in times)
     medians = [1000 * statistics.median(column) for column in zip(*times, strict=True)]
@@ -87,7 +87,7 @@ def print_memory(path: Path) -> None:
 
 
 def compare_presence(folder: Path, rounds: int) -> None:
-    """Compares ways to find out which of many files are there."""
+    """Compares ways to find which of many files exist."""
     names = []
     for row in range(FILES):
         file = folder / f"{row % FOLDERS:04}" / f"{row}.jpg"
@@ -128,7 +128,7 @@ def main() -> None:
         if arguments.files:
             compare_presence(Path(folder), arguments.rounds)
         write_long(path)
-        # In a process that has read nothing else.
+        # In a fresh process.
         subprocess.run([sys.executable, __file__, "--memory-of", str(path)], check=True)
 
 

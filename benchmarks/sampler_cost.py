@@ -1,4 +1,4 @@
-"""Time of an epoch's draws, as a ratio to torch's RandomSampler, and the memory they take.
+"""Time of an epoch's draws, as a ratio to torch's RandomSampler, and their memory.
 
 ``python benchmarks/sampler_cost.py``: one thread, CPU time, the samplers interleaved, each epoch a
 new one, median of the ratios. ``python benchmarks/sampler_cost.py --memory`` takes 100 M labels and
@@ -50,7 +50,7 @@ def long_tailed_labels(num_images: int, num_classes: int) -> np.ndarray:
 
 
 class PlainClassAwareSampler(Sampler[int]):
-    """Class-balanced sampling as one would write it: lists, and Python's random.
+    """Class-balanced sampling in plain Python, with lists and random.
 
     Goes through a shuffled list of the classes; of each takes the next images of its own shuffled
     list; a list that is at its end is shuffled again.
@@ -67,7 +67,7 @@ class PlainClassAwareSampler(Sampler[int]):
 
     @staticmethod
     def cycle(items: list[int]) -> Iterator[int]:
-        """Yields the items for ever, in a new order each time."""
+        """Yields the items forever, reshuffled in each cycle."""
         while True:
             random.shuffle(items)
             yield from items
@@ -125,14 +125,14 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Returns the most bytes of memory that were in use so far."""
+    """Returns the peak memory so far in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_memory(num_images: int, num_classes: int, ranks: int) -> None:
-    """Prints what one rank's sampler takes beyond the labels, at the most."""
+    """Prints the peak memory of one rank's sampler beyond the labels."""
     labels = torch.empty(num_images, dtype=torch.long)
-    # Class sizes as a power of a uniform number; made in parts, so that the peak is the sampler's.
+    # Generated in parts, so that the peak memory is the sampler's.
     for part in labels.split(2**18):
         part.copy_((torch.rand(len(part)) ** 4 * num_classes).long())
     timm_lt.create_sampler("class_balanced", labels[:1000])

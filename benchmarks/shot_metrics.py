@@ -1,4 +1,4 @@
-"""Counting right predictions per class, as a ratio to a scan of all images for each class.
+"""Counting correct predictions per class, as a ratio to a scan of all images for each class.
 
 ``python benchmarks/shot_metrics.py``: one thread, CPU time, interleaved, medians. ``scan`` loops
 over the classes with boolean masks in NumPy, a new mask for every use as in published evaluation
@@ -26,7 +26,7 @@ REQUIRED = {1000: 200, 8142: 2000}
 
 
 class Row(NamedTuple):
-    """Times of one size in seconds, medians, and medians of the ratios of a round."""
+    """Median times of one size in seconds, and median ratios."""
 
     num_classes: int
     num_images: int
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def predictions(num_classes: int, num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns predictions, of which half are right, and shuffled balanced targets."""
+    """Returns predictions, half of them correct, and shuffled balanced targets."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randperm(num_images, generator=generator) % num_classes
     others = torch.randint(num_classes, (num_images,), generator=generator)
@@ -49,7 +49,7 @@ def predictions(num_classes: int, num_images: int, seed: int = 0) -> tuple[Tenso
 
 
 def scan(preds: NDArray, targets: NDArray, num_classes: int) -> list[tuple[int, int, int]]:
-    """Counts images, right images and predictions of each class, class by class."""
+    """Counts images, correct images and predictions of each class, class by class."""
     rows = []
     for c in range(num_classes):
         images = len(targets[targets == c])
@@ -59,7 +59,7 @@ def scan(preds: NDArray, targets: NDArray, num_classes: int) -> list[tuple[int, 
 
 
 def lean_scan(preds: NDArray, targets: NDArray, num_classes: int) -> list[tuple[int, int]]:
-    """Counts images and right images of each class, with one mask per class."""
+    """Counts images and correct images of each class, with one mask per class."""
     rows = []
     for c in range(num_classes):
         mask = targets == c
@@ -68,7 +68,7 @@ def lean_scan(preds: NDArray, targets: NDArray, num_classes: int) -> list[tuple[
 
 
 def measure(rounds: int = 9) -> list[Row]:
-    """Returns the times at each size, of things that are checked to give the same."""
+    """Returns the times at each size, after checking that results agree."""
     check_equal()
     return [_measure(*size, rounds) for size in SIZES.items()]
 
@@ -80,7 +80,7 @@ def _measure(num_classes: int, num_images: int, rounds: int) -> Row:
     metrics = ShotMetrics(class_counts)
     times = []
     for _ in range(rounds):
-        # Between the two short ones, so that what slows the machine down slows all of them.
+        # Interleaved, so that other load affects all of them.
         counting = seconds(lambda: metrics.update(preds, targets), 200)
         scanned, lean = seconds(lambda: scan(*arrays)), seconds(lambda: lean_scan(*arrays))
         report = seconds(lambda: shot_accuracy(preds, targets, class_counts), 100)
@@ -90,7 +90,7 @@ def _measure(num_classes: int, num_images: int, rounds: int) -> Row:
 
 
 def check_equal() -> None:
-    """Checks that scan and counting agree, lest the ratio be one of different things."""
+    """Checks that scan and counting agree."""
     preds, targets = predictions(50, 1000)
     report = shot_accuracy(preds, targets, [5] * 50)
     right, images = report.right_and_images()

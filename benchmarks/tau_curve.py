@@ -74,7 +74,7 @@ def main() -> None:
 
 
 class Row(NamedTuple):
-    """Ratios of one problem; the share of images with an interval, and those that differ."""
+    """Ratios of one problem, the share of images with an interval, and differing accuracies."""
 
     alive: float
     norm: float

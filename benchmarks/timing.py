@@ -1,4 +1,4 @@
-"""Timing two things against each other, for the benchmarks."""
+"""Interleaved timing of two functions."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Ratio(NamedTuple):
-    """A row of a table: what was measured, of which size, relative to what."""
+    """A row of a table."""
 
     what: str
     size: str
@@ -17,7 +17,7 @@ class Ratio(NamedTuple):
 
 
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Returns the CPU time of some work, the mean of some times in a row."""
+    """Returns the mean CPU time of repeated calls."""
     started = time.process_time()
     for _ in range(repeats):
         work()
@@ -25,6 +25,6 @@ def seconds(work: Callable[[], object], repeats: int = 1) -> float:
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> float:
-    """Returns the median ratio of two CPU times, measured in turn after one round to warm up."""
+    """Returns the median ratio of two CPU times, interleaved, after one warm-up round."""
     ours(), theirs()
     return statistics.median(seconds(ours) / seconds(theirs) for _ in range(rounds))

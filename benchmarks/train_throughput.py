@@ -26,8 +26,6 @@ from timm_lt.utils.longtail import long_tailed_counts
 CLASSES, LARGEST, IMBALANCE = 10, 600, 50
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 2e-5
-# What timm_lt's main job asks of the C library, for a process that does not ask.
-KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
 NO_SCRIPT = (
     "--timm-train is missing: train.py is in timm's repository, "
     "https://github.com/huggingface/pytorch-image-models, not in its wheel"
@@ -36,7 +34,7 @@ NO_SCRIPT = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and for how long.
+    """A model and the length of its training.
 
     Attributes:
         model: Name of a timm model.
@@ -47,7 +45,6 @@ class Case:
         amp: Whether it is in bfloat16 where autocast allows it, else in float32.
         workers: Processes that decode; 0 decodes in the one that trains.
         device: ``"cpu"`` or ``"cuda"``.
-        keep_memory: Whether both are told to keep freed memory, and not timm_lt alone does so.
     """
 
     model: str
@@ -58,7 +55,6 @@ class Case:
     amp: bool = False
     workers: int = 0
     device: str = "cpu"
-    keep_memory: bool = False
 
 
 CASES = {
@@ -69,7 +65,7 @@ CASES = {
 
 
 def make_folder(folder: Path, case: Case) -> int:
-    """Writes a folder of images per class, smooth as photographs are; returns their number."""
+    """Writes a folder of smooth images per class; returns their number."""
     generator = np.random.default_rng(0)
     counts = long_tailed_counts(CLASSES, LARGEST, IMBALANCE, "exponential")
     for label, count in enumerate(counts):
@@ -120,7 +116,7 @@ def own_command(folder: Path, case: Case) -> list[str]:
 
 
 def train(folder: Path, case: Case) -> None:
-    """Trains with timm_lt's loop, on images that are decoded and augmented as they are drawn."""
+    """Trains with timm_lt's loop, decoding and augmenting images in the loader."""
     import torch
     from datasets import load_dataset
 
@@ -165,14 +161,12 @@ def train(folder: Path, case: Case) -> None:
 
 
 def cost(command: list[str], case: Case) -> float:
-    """Returns the seconds that a command takes: of CPU time, or on a GPU of wall time.
+    """Returns the seconds of a command: CPU time, or wall time on a GPU.
 
     Raises:
         RuntimeError: If it fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if case.keep_memory:
-        environment["GLIBC_TUNABLES"] = KEEP_MEMORY
     if case.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryFile() as output:
@@ -194,10 +188,10 @@ def compare(script: Path, case: Case, rounds: int) -> tuple[float, float, float]
         folder = Path(temporary) / "images"
         trained = make_folder(folder, case) // case.batch_size * case.batch_size * case.epochs
         short, long = replace(case, epochs=1), replace(case, epochs=1 + case.epochs)
-        # Makes the cache of the data set.
+        # Fill the file cache.
         cost(own_command(folder, short), case)
         for number in range(rounds):
-            # Each comes first in every other round.
+            # Alternate the order.
             for name in sorted(seconds, reverse=number % 2 == 0):
                 spent = [
                     cost(
@@ -223,7 +217,6 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="that are timed, instead of the case's own")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--keep-memory", action="store_true", help="both keep freed memory")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -239,7 +232,6 @@ def main() -> int:
     for name in arguments.cases:
         case = replace(CASES[name], workers=arguments.workers, device=arguments.device)
         case = replace(case, epochs=arguments.epochs or case.epochs)
-        case = replace(case, keep_memory=arguments.keep_memory)
         own, timm, ratio = compare(arguments.timm_train, case, arguments.rounds)
         print(f"{name:14}{case.model:14}{case.size:6}{own:10.1f}{timm:10.1f}{ratio:8.3f}")
     return 0

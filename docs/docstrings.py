@@ -1,4 +1,4 @@
-"""What mkdocstrings shows: roles are links, doctests are code, closed sets are spelled out."""
+"""Docstrings for mkdocstrings: roles become links, doctests code, and closed sets their values."""
 
 import contextlib
 import re
@@ -9,7 +9,7 @@ import griffe
 Annotation = str | griffe.Expr | None
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(~?)([\w.]+)`")
-# reStructuredText's sign that an indented block of code follows.
+# reStructuredText's mark of a following code block.
 LITERAL = re.compile(r"::\n\n(?= {4})")
 DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 
@@ -18,7 +18,7 @@ class Docstrings(griffe.Extension):
     """Rewrites docstrings and annotations."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrites those of one object."""
+        """Rewrites one object."""
         if obj.docstring is not None:
             text = ROLE.sub(lambda found: link(obj, *found.groups()), obj.docstring.value)
             text = LITERAL.sub(":\n\n", text)
@@ -29,7 +29,7 @@ class Docstrings(griffe.Extension):
 
 
 def link(obj: griffe.Object, short: str, name: str) -> str:
-    """Returns a link to an object, if it has a place in the site, and its name."""
+    """Returns a link to an object of the site, and its name."""
     try:
         path = obj.resolve(name)
     except griffe.NameResolutionError:
@@ -44,7 +44,7 @@ def spelled_out(obj: griffe.Object, annotation: Annotation) -> Annotation:
         annotation.left = spelled_out(obj, annotation.left)
         annotation.right = spelled_out(obj, annotation.right)
     elif isinstance(annotation, griffe.ExprName):
-        # Neither what is built in nor other packages are known here.
+        # Names of builtins and of other packages are unknown.
         with contextlib.suppress(KeyError, griffe.GriffeError):
             found = obj.modules_collection.get_member(annotation.canonical_path.split("."))
             value = getattr(found, "value", None)

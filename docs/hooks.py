@@ -1,4 +1,4 @@
-"""What mkdocs does for this site beyond its own.
+"""Hooks of mkdocs for this site.
 
 Some pages lie where GitHub shows them, outside of ``docs/``; links between all pages are those of
 the repository, and are turned into those of the site. The command line reference is made of the
@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-# Their places in the site.
+# Their paths in the site.
 OUTSIDE = {
     "hub_configs/README.md": "catalogue.md",
     "benchmarks/README.md": "benchmarks.md",
@@ -45,15 +45,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fills in the help of the commands, and makes links of the repository links of the site."""
+    """Inserts the help of the commands and translates links of the repository."""
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, "\n".join(command_sections()))
     if page.file.src_uri in OUTSIDE.values():
-        # A search finds what the documentation says before what the project says.
+        # Rank pages of the documentation first in searches.
         page.meta["search"] = {"boost": 0.3}
     source = Path(str(page.file.abs_src_path)).relative_to(ROOT).as_posix()
     parts = FENCE.split(markdown)
-    # Every second part is a code block.
+    # Odd parts are code blocks.
     parts[::2] = [
         LINK.sub(lambda found: site_link(found, source, page.file.src_uri), part)
         for part in parts[::2]
@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def site_link(found: re.Match[str], source: str, uri: str) -> str:
-    """Returns a link of a file of the repository as one of its page in the site."""
+    """Translates a link to a file of the repository to its page on the site."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[1]))
     place = OUTSIDE.get(target, target.removeprefix("docs/"))
     if place == target:
@@ -79,7 +79,7 @@ def command_sections() -> Iterator[str]:
 
 
 def command_help(*arguments: str) -> str:
-    """Returns what a command prints with ``--help``, as wide as the site shows it."""
+    """Returns the ``--help`` text of a command."""
     from timm_lt.cli import main
 
     printed = io.StringIO()

@@ -26,43 +26,34 @@ def authors_file(state, scales=None, *, old=False, **changes):
     classifier = {f"module.{key}": state[key] for key in ("fc.weight", "fc.bias")}
     if scales is not None:
         classifier["module.scales"] = scales
+    backbone = {f"module.{k}": v for k, v in state.items() if not k.startswith("fc.")}
     content = {
         "epoch": 90,
         "best_epoch": 88,
-        "state_dict_best": {
-            "feat_model": {f"module.{k}": v for k, v in state.items() if not k.startswith("fc.")},
-            "classifier": classifier,
-        },
+        "state_dict_best": {"feat_model": backbone, "classifier": classifier},
         "best_acc": 0.444,
         "centroids": None,
         **changes,
     }
-    buffer = io.BytesIO()
     # The files are from 2019: before torch saved zip archives.
-    torch.save(content, buffer, _use_new_zipfile_serialization=not old)
-    return buffer.getvalue()
+    return saved(content, _use_new_zipfile_serialization=not old)
 
 
 def moved(state, seed):
     """The same backbone after the classifier stage: other statistics, another classifier."""
-    other = random_state_like(state, seed)
+    generator = torch.Generator().manual_seed(seed)
+    other = {
+        key: torch.rand(value.shape, generator=generator) + 0.2
+        for key, value in state.items()
+        if value.is_floating_point()
+    }
     return {
         key: other[key] if "running" in key or key.startswith("fc.") else value
         for key, value in state.items()
     }
 
 
-def random_state_like(state, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.rand(value.shape, generator=generator) + 0.2
-        if value.is_floating_point()
-        else value
-        for key, value in state.items()
-    }
-
-
-def saved(content):
+def saved(content, **options):
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer, **options)
     return buffer.getvalue()

@@ -7,7 +7,7 @@ import hub_server
 import pytest
 import torch
 
-# In what the tests start, as in themselves: two threads that wait for each other would crawl.
+# Also for the processes that tests start: threads that wait for each other would crawl.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -65,7 +65,7 @@ def _own_log():
 
 @pytest.fixture(scope="session")
 def server():
-    """What runs the main job, and scripts, in forks of a process that has imported everything."""
+    """Runs the main job, and scripts, in forks of a process that has imported everything."""
     server = forks.Server()
     yield server
     server.close()
@@ -73,7 +73,7 @@ def server():
 
 @pytest.fixture(scope="session")
 def plain_server():
-    """What runs scripts in forks of a process that has imported timm, and nothing of timm_lt."""
+    """Runs scripts in forks of a process that has imported timm, but not timm_lt."""
     server = forks.Server(plain=True)
     yield server
     server.close()
@@ -121,7 +121,7 @@ def hub(request, tmp_path):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """The seconds that huggingface_hub would have waited between tries, as it does them at once."""
+    """Skips huggingface_hub's waits between tries; has the seconds of each."""
     from huggingface_hub import file_download
     from huggingface_hub.utils import _http
 
@@ -133,7 +133,7 @@ def no_waiting(monkeypatch):
 
 
 def fill(head, seed=0):
-    """Gives random values to all that a fit would set."""
+    """Gives random values to the state that a fit would set."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in head.fitted_state:

@@ -1,4 +1,4 @@
-"""A small long tail of glyphs on which a method can be seen to learn, in seconds."""
+"""A small long tail of glyphs, on which methods learn within seconds."""
 
 import functools
 
@@ -12,7 +12,7 @@ from timm_lt.training import TrainingOptions, train_representation
 from timm_lt.training.loop import EVAL_BATCH_SIZE, validate
 from timm_lt.utils.accelerator import create_accelerator
 
-# From 160 to 4, of 20 classes: 3 are many-shot, 8 medium-shot and 9 few-shot.
+# From 160 to 4 images of 20 classes: 3 are many-shot, 8 medium-shot and 9 few-shot.
 COUNTS = [int(160 * 40 ** (-c / 19)) for c in range(20)]
 OPTIMIZER = {"opt": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
@@ -42,10 +42,7 @@ def learned(loss, **options):
 
 @functools.cache
 def joint():
-    """Returns the model of joint training, by cross-entropy, and its accuracies.
-
-    What all methods are compared with; whoever trains it further takes a copy.
-    """
+    """Returns the model of joint training and its accuracies; copy it for further training."""
     model = train(timm_lt.create_loss("cross_entropy"))
     return model, accuracies(model)
 
@@ -61,38 +58,26 @@ def train(
     lr=OPTIMIZER["lr"],
     trained=None,
 ):
-    """Trains a model with 20 classes and returns it.
-
-    Args:
-        loss: A loss from ``timm_lt.create_loss`` with ``class_counts=COUNTS``.
-        sampler: A sampler, or the name of one.
-        model: What is trained; None takes :func:`pretrained`.
-        epochs, batch_size, seed, lr, trained: Of the training.
-    """
+    """Trains a model with 20 classes, :func:`pretrained` by default, and returns it."""
     images, _ = small_glyphs()
     torch.manual_seed(seed)
     if model is None:
         model = pretrained()
     if isinstance(sampler, str):
         sampler = timm_lt.create_sampler(sampler, images.labels, seed=seed)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    training = train_representation(
-        model,
-        images,
-        sampler,
-        loss,
-        TrainingOptions(
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer={**OPTIMIZER, "lr": lr},
-            scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
-            trained=trained,
-            seed=seed,
-        ),
-        accelerator=create_accelerator(mixed_precision="no"),
+    options = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer={**OPTIMIZER, "lr": lr},
+        scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
+        trained=trained,
+        seed=seed,
     )
     AcceleratorState._reset_state(reset_partial_state=True)
-    return training.model
+    accelerator = create_accelerator(mixed_precision="no")
+    found = train_representation(model, images, sampler, loss, options, accelerator=accelerator)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return found.model
 
 
 def accuracies(model):
@@ -107,12 +92,11 @@ def accuracies(model):
 
 @functools.cache
 def features(model=None):
-    """Returns the training and test features of a model; None takes :func:`pretrained`."""
+    """Returns the training and test features of a model, :func:`pretrained` by default."""
     model = (pretrained() if model is None else model).eval()
     parts = []
     for part in small_glyphs():
-        batches = [
-            part[list(range(at, min(at + 250, len(part))))] for at in range(0, len(part), 250)
-        ]
+        starts = range(0, len(part), 250)
+        batches = [part[list(range(at, min(at + 250, len(part))))] for at in starts]
         parts.append(timm_lt.extract_features(model, batches))
     return parts

@@ -32,13 +32,13 @@ FACES = tuple(
     for style in styles
 )
 
-# Latin letters and digits come first and are all taken unless they look alike, so that anyone can
+# Latin letters and digits come first and are all used unless they look alike, so that anyone can
 # read most classes; the other scripts then take turns.
 READABLE = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SCRIPTS = ("GREEK ", "CYRILLIC ", "LATIN ", " SIGN")
 BLOCKS = (range(0xA2, 0x2B0), range(0x370, 0x530), range(0x20A0, 0x20C0))
 CATEGORIES = {"Lu", "Ll", "Lo", "Sc"}  # letters and currency
-# Which glyphs are rare must follow neither the alphabet nor how hard they are: with this seed the
+# Rarity must depend neither on the alphabet nor on difficulty: with this seed the
 # many-, medium- and few-shot classes are equally hard when a model is trained on balanced counts.
 PERMUTATION_SEED = 33
 MAX_MEAN_SIMILARITY = 0.86  # a pair above it is alike in general: O and D, P and p
@@ -46,7 +46,7 @@ MAX_FACE_SIMILARITY = (
     0.96  # a pair above it is the same in some face: an italic Cyrillic te is an m
 )
 
-# Judged by eye on the rendered sheet: each looks like the glyph on the right once size and slant
+# Judged by eye on the rendered sheet: each looks like the glyph on its right once size and slant
 # vary.
 LOOKALIKES = {"O": "0", "o": "0", "I": "1", "U": "u", "j": "J", "p": "P"} | {
     "\N{CYRILLIC SMALL LETTER HARD SIGN}": "\N{CYRILLIC CAPITAL LETTER HARD SIGN}",
@@ -159,12 +159,12 @@ def choose_classes(chars: list[str], cells: NDArray[np.uint8]) -> list[int]:
 
 
 def belongs(char: str, script: str) -> bool:
-    """Tells whether a character that is not in ``READABLE`` is of the script."""
+    """Returns whether a character outside ``READABLE`` belongs to the script."""
     return char not in READABLE and script in unicodedata.name(char)
 
 
 def class_name(char: str) -> str:
-    """Returns a name in ASCII, as it stands in tables.
+    """Returns an ASCII name for tables.
 
     >>> class_name("a"), class_name("7"), class_name("Σ"), class_name("€")
     ('latin_small_a', 'digit_seven', 'greek_capital_sigma', 'euro_sign')
@@ -207,7 +207,7 @@ def render(destination: Path) -> None:
 
 
 def rasteriser() -> dict[str, str]:
-    """Returns the versions that decide the bytes of the atlas, beside the fonts themselves."""
+    """Returns the versions of the libraries that determine the bytes of the atlas."""
     libraries = ("freetype2", "zlib_ng", "zlib")
     versions = {name: features.version(name) or "none" for name in libraries}
     return {"pillow": features.version("pil") or "none", **versions}

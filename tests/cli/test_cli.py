@@ -19,7 +19,7 @@ import timm_lt
 from timm_lt.cli import compare, create_parser, main
 from timm_lt.cli.common import COMMANDS
 from timm_lt.cli.completion import subparsers
-from timm_lt.models.published import CHECKPOINTS
+from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.run.parse import parse_command_line
 
 PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
@@ -55,11 +55,6 @@ def test_help_imports_neither_torch_nor_timm(tmp_path):
     assert done.stdout == "True\n"
 
 
-def test_the_package_registers_architectures_before_and_behind_timm():
-    for code in ("import timm, timm_lt", "import timm_lt, timm"):
-        assert python("-c", f"{code}; assert timm.is_model('lt_resnext50')").returncode == 0
-
-
 def test_the_package_has_the_names_that_type_checkers_see():
     tree = ast.parse(Path(timm_lt.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -73,7 +68,9 @@ def test_the_package_has_the_names_that_type_checkers_see():
         timm_lt.create_modle  # noqa: B018
 
 
-def test_a_package_that_imports_timm_lt_has_the_architectures(tmp_path):
+def test_importing_the_package_registers_architectures(tmp_path):
+    for code in ("import timm, timm_lt", "import timm_lt, timm"):
+        assert python("-c", f"{code}; assert timm.is_model('lt_resnext50')").returncode == 0
     package = tmp_path / "theirs"
     package.mkdir()
     (package / "__init__.py").write_text("import timm_lt")
@@ -127,16 +124,6 @@ def test_a_wrong_command_line_exits_with_2_and_shows_the_right_one(arguments, ca
     assert "usage: timm-lt" in capsys.readouterr().err
 
 
-def test_train_takes_a_recipe_by_name(capsys):
-    arguments = ["train", "lt_test_resnet.digits_lt", "--epochs", "3", "--print_config"]
-    assert main(arguments) == 0
-    shown = capsys.readouterr().out
-    assert "name: digits_lt" in shown
-    assert "epochs: 3" in shown
-    assert main(["train", "no_such_recipe"]) == 2
-    assert "lt_test_resnet.glyph_lt" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_installed_package_needs_no_clone(tmp_path):
     script = (
@@ -151,12 +138,7 @@ def test_the_installed_package_needs_no_clone(tmp_path):
     assert (tmp_path / "run" / "metrics.json").is_file()
     # The registry's names are made from hub_configs/, which the wheel has.
     names = timm.list_pretrained("lt_*")
-    arguments = ["fold", "lt_test_resnet.glyph_lt", "ship", "--head", "crt"]
-    code = (
-        "import timm, timm_lt; timm.create_model('lt_test_resnet.glyph_lt', pretrained=True); "
-        f"assert timm.list_pretrained('lt_*') == {names!r}; "
-        f"from timm_lt.cli import main; assert main({arguments!r}) == 0"
-    )
+    code = f"import timm, timm_lt; assert timm.list_pretrained('lt_*') == {names!r}"
     assert python("-I", "-c", code, cwd=tmp_path).returncode == 0
 
 
@@ -216,14 +198,6 @@ def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(arguments, cap
     assert quiet.count("\n") == 1
     assert loud.endswith(quiet)
     assert "Traceback" in loud
-
-
-def test_quiet_and_verbose_exclude_each_other(capsys):
-    assert main(["train", "--quiet", "--verbose"]) == 2
-    assert "not allowed with" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["list", "--quiet", "--verbose"])
-    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_texts_of_a_repo_are_escaped(tmp_path, capsys):
@@ -321,9 +295,7 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, mon
     assert "lt_test_resnet.glyph_lt_quick" in recipes
 
 
-@pytest.mark.parametrize(
-    "shell", ["zsh", pytest.param("tcsh", marks=pytest.mark.exhaustive), "fish"]
-)
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_have_a_script(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out

@@ -127,13 +127,6 @@ def test_train_py_draws_from_the_sampler(server, folder):
 
 
 @pytest.mark.slow
-def test_without_the_option_the_order_is_timms(server, folder):
-    (found,) = results(server, folder, None)
-    for training in found["training"]:
-        assert all(sorted(epoch) == list(range(24)) for epoch in training)
-
-
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_share_each_epoch(server, folder):
     variable = "{name: power, q: 0.5, seed: 3, num_samples: 40}"
@@ -157,7 +150,6 @@ def test_two_processes_share_each_epoch(server, folder):
         (["{name: power, p: 1}"], "--sampler: sampler 'power' has no option 'p'"),
         (["bilateral"], "--sampler: sampler 'bilateral' draws pairs"),
         (["{q: 0.5}"], "must be the name of a sampler, or YAML"),
-        (["{name: power"], "must be the name of a sampler, or YAML"),
         (["class_balanced"], "created no training loader with timm.data.create_loader"),
     ],
 )
@@ -180,7 +172,7 @@ with open(sys.argv[2], "w") as file:
 
 
 @pytest.mark.parametrize("place", ["before", "behind", "with ="])
-def test_the_option_stands_on_either_side_of_the_script(folder, tmp_path, place):
+def test_the_option_may_be_before_or_behind_the_script(folder, tmp_path, place):
     script = tmp_path / "script.py"
     script.write_text(SHUFFLED)
     own, original = [str(folder), str(tmp_path / "drawn")], timm.data.create_loader

@@ -73,7 +73,6 @@ def test_the_numbers_are_uniform():
 @pytest.mark.parametrize(
     ("seeds", "offset"),
     [((0, 1), 0), ((0, 0), 1), ((0, 0), 10**12)],
-    ids=["seeds", "neighbouring draws", "draws far apart"],
 )
 def test_streams_are_unrelated(seeds, offset):
     draws = torch.arange(10_000)
@@ -120,14 +119,11 @@ def test_an_image_comes_out_the_same_in_every_batch_and_order(name):
     ("name", "options", "message"),
     [
         ("afine", {}, "did you mean 'affine'"),
-        ("none", {"padding": 1}, "no option 'padding'"),
         ("crop", {"padding": 0}, "padding must be an integer >= 1"),
-        ("crop", {"pad": 2}, "did you mean 'padding'"),
         ("crop", {"border": "mirror"}, "unknown border 'mirror'.*reflect, zero"),
         ("crop", {"hflip": 1.5}, r"hflip must be a number in \[0, 1\]"),
         ("affine", {"rotation": 4.0}, r"rotation must be a number in \[0, 3.1416\]"),
         ("affine", {"shift": -1}, r"shift must be a number in \[0, inf\)"),
-        ("affine", {"scale": 3}, "scale must be"),
     ],
 )
 def test_wrong_options_are_refused(name, options, message):
@@ -155,11 +151,6 @@ def test_crop_is_a_slice_of_the_padded_image(padding, height, width):
     assert len(places) == 2 * (2 * padding + 1)
 
 
-def test_crop_in_the_middle_is_the_identity():
-    images = torch.rand(3, 3, 8, 8)
-    assert create_augmentation("crop")(images, torch.full((3, 2), 0.5)).equal(images)
-
-
 def test_crop_of_cifar_is_a_slice_of_the_image_with_a_black_border_or_its_mirror_image():
     images = torch.rand(200, 3, 8, 8) + 0.1
     augmentation = create_augmentation("crop", padding=4, border="zero", hflip=0.5)
@@ -173,12 +164,8 @@ def test_crop_of_cifar_is_a_slice_of_the_image_with_a_black_border_or_its_mirror
         assert (out[i] == (crop[:, :, ::-1] if w < 0.5 else crop)).all()
         mirrored += w < 0.5
     assert 70 < mirrored < 130
-
-
-def test_a_padding_as_large_as_the_image_is_refused():
-    augmentation = create_augmentation("crop", padding=6)
-    with pytest.raises(UsageError, match="padding must be an integer from 1 to 5, got 6"):
-        augmentation(torch.zeros(1, 3, 6, 8), torch.zeros(1, 2))
+    with pytest.raises(UsageError, match="padding must be an integer from 1 to 7, got 8"):
+        create_augmentation("crop", padding=8)(images, uniforms)
 
 
 # Affine ------------------------------------------------------------------------------------------
@@ -252,7 +239,6 @@ def naive_bilinear(image, source):
         ({"aspect": 0.2}, "aspect", lambda y, x: (y / math.exp(0.2), x * math.exp(0.2))),
         ({"shear": 0.5}, "shear", lambda y, x: (y, x + 0.5 * y)),
     ],
-    ids=["scale", "aspect", "shear"],
 )
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
 def test_scale_aspect_and_shear_are_the_explicit_loop(options, place, source, height, width):
@@ -264,13 +250,3 @@ def test_scale_aspect_and_shear_are_the_explicit_loop(options, place, source, he
     known = ~np.isnan(expected)
     assert known.mean() > 0.4
     np.testing.assert_allclose(out[0, 0].numpy()[known], expected[known], atol=0.1)
-
-
-def test_every_range_is_used_in_both_directions():
-    images = smooth_images(1)
-    for name in ZERO:
-        augmentation = create_augmentation("affine", **{**ZERO, name: 0.3})
-        place = "shift_x" if name == "shift" else name
-        low, high = (augmentation(images, uniforms_for(1, **{place: u})) for u in (0.0, END))
-        assert not low.allclose(images, atol=0.5)
-        assert not low.allclose(high, atol=0.5)

@@ -11,14 +11,12 @@ from datasets import Dataset, Image, Value
 from datasets import Features as Columns
 from PIL import Image as Pillow
 from timm.data import create_transform
-from timm.data.loader import fast_collate
 
 from timm_lt.data import images as images_module
 from timm_lt.data.augment import create_augmentation
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,
-    batches,
     decode_images,
     label_names,
     label_tensor,
@@ -30,6 +28,13 @@ from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
 
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield create_accelerator(mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def arrays(n=7, height=6, width=8):
     return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 
@@ -39,36 +44,17 @@ def tensors(**options):
     return ImageTensors(images, torch.arange(7) % 3, **options)
 
 
-def dataset_of(pictures, labels=None):
-    """A data set of PIL pictures of any mode and size."""
-    files = []
-    for picture in pictures:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        files.append({"bytes": buffer.getvalue(), "path": None})
-    labels = [0] * len(files) if labels is None else labels
-    return Dataset.from_dict(
-        {"image": files, "label": labels}, Columns({"image": Image(), "label": Value("int64")})
-    )
-
-
-def test_decoding_gives_the_pixels_back():
+def test_decoding_gives_the_pixels_back_or_resizes_them_as_pillow_does():
     dataset = dataset_from_arrays(arrays(), np.zeros(7, np.int64), ["a"])
     decoded = decode_images(dataset)
     assert decoded.dtype == torch.uint8
     assert decoded.is_contiguous()
     assert (decoded.permute(0, 2, 3, 1).numpy() == arrays()).all()
-
-
-def test_images_are_resized_as_pillow_does():
-    pictures = [Pillow.fromarray(a) for a in (arrays()[0], arrays(1, 12, 10)[0])]
-    decoded = decode_images(dataset_of(pictures))
-    assert decoded.shape == (2, 3, 6, 8)
-    expected = np.asarray(pictures[1].resize((8, 6), Pillow.Resampling.BILINEAR))
-    assert (decoded[1].permute(1, 2, 0).numpy() == expected).all()
-    small = decode_images(dataset_of(pictures), size=(4, 5))
-    expected = np.asarray(pictures[0].resize((5, 4), Pillow.Resampling.BILINEAR))
-    assert (small[0].permute(1, 2, 0).numpy() == expected).all()
+    small = decode_images(dataset, size=(4, 5))
+    assert small.shape == (7, 3, 4, 5)
+    for row, pixels in enumerate(arrays()):
+        expected = Pillow.fromarray(pixels).resize((5, 4), Pillow.Resampling.BILINEAR)
+        assert (small[row].permute(1, 2, 0).numpy() == np.asarray(expected)).all()
 
 
 def test_a_data_set_too_large_for_the_memory_is_refused(monkeypatch):
@@ -88,36 +74,26 @@ def test_labels_and_names_of_a_data_set():
     assert label_names(plain) is None
     assert label_tensor(plain).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert label_tensor(dataset.select([5, 0])).tolist() == [2, 0]
+    for labels in ([0.0, 1.5], ["cat", "dog"]):
+        with pytest.raises(UsageError, match="is not an integer"):
+            label_tensor(Dataset.from_dict({"label": labels}))
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [([0.0, 1.5], "labels.1. = 1.5 is not an integer"), (["cat", "dog"], "is not an integer")],
-)
-def test_labels_that_are_no_integers_are_refused(labels, message):
-    with pytest.raises(UsageError, match=message):
-        label_tensor(Dataset.from_dict({"label": labels}))
+# Images in memory --------------------------------------------------------------------------------
 
 
-def test_a_batch_is_normalised_as_by_hand():
+def test_a_batch_is_normalised_as_by_hand_and_an_item_is_its_row():
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.25, 0.5)
-    images, targets = tensors(mean=mean, std=std).__getitems__([4, 0])
+    data = tensors(mean=mean, std=std)
+    images, targets = data.__getitems__([4, 0])
     assert images.dtype == torch.float32
     for row, index in enumerate([4, 0]):
         for c in range(3):
             expected = (arrays()[index, :, :, c] / 255 - mean[c]) / std[c]
             np.testing.assert_allclose(images[row, c].numpy(), expected, atol=1e-5)
     assert targets.tolist() == [1, 0]
-
-
-def test_one_item_is_its_row_of_a_batch():
-    data = tensors(augmentation=create_augmentation("crop", padding=2))
-    images, targets = data.__getitems__([3, 5])
-    assert data[5][0].equal(images[1])
-    assert data[5][1] == targets[1]
-    assert len(data) == 7
+    assert data[4][0].equal(images[0])
     # Any integer is a draw; going through the data set ends all the same.
-    assert not data[7 + 5][0].equal(images[1])
     assert [int(target) for _, target in data] == data.labels.tolist()
 
 
@@ -131,44 +107,30 @@ def test_draw_and_seed_choose_the_augmentation():
     assert later_targets.equal(targets)
     for row in rows:
         assert not first[row].equal(later[row])
+        assert one[row][0].equal(first[row])
     assert first.equal(one.__getitems__(rows)[0])
 
 
-def test_without_augmentation_shares_the_memory_and_leaves_the_original():
+def test_loaders_of_images_in_memory(accelerator):
     data = tensors(augmentation=create_augmentation("affine"))
     plain = data.without_augmentation()
-    rows = [0, 1, 2]
-    assert plain.__getitems__(rows)[0].equal(tensors().__getitems__(rows)[0])
     assert plain.images.data_ptr() == data.images.data_ptr()
-    assert not data.__getitems__(rows)[0].equal(plain.__getitems__(rows)[0])
+    images, targets = zip(*data.eval_loader(3, accelerator), strict=True)
+    assert [len(batch) for batch in images] == [3, 3, 1]
+    expected = tensors().__getitems__(list(range(7)))
+    assert torch.cat(images).equal(expected[0])
+    assert torch.cat(targets).equal(expected[1])
+    views = data.views_loader(3, accelerator)
+    views.set_epoch(2)
+    shown = torch.cat([images for images, _ in views])
+    assert shown.equal(data.__getitems__([14 + row for row in range(7)])[0])
+    sampler = NumberedSampler(create_sampler("instance_balanced", data.labels), 7, 7)
+    drawn, _ = zip(*data.train_loader(3, sampler, accelerator), strict=True)
+    assert [len(batch) for batch in drawn] == [3, 3]
+    assert torch.cat(drawn).equal(data.__getitems__(list(sampler)[:6])[0])
 
 
-def test_batches_are_whole_and_in_order():
-    data = tensors()
-    loader = batches(data, 3)
-    found = list(loader)
-    assert [len(images) for images, _ in found] == [3, 3, 1]
-    expected = data.__getitems__(list(range(7)))
-    assert torch.cat([images for images, _ in found]).equal(expected[0])
-    assert torch.cat([targets for _, targets in found]).equal(expected[1])
-    assert [len(images) for images, _ in batches(data, 3, drop_last=True)] == [3, 3]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2), "uint8 .* got .2, 3, 4, 4. torch.float32"),
-        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), "and 3 labels"),
-        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2), "got .2, 1, 4, 4."),
-        (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2), "got .2, 4, 4."),
-    ],
-)
-def test_images_of_another_shape_or_type_are_refused(images, labels, message):
-    with pytest.raises(UsageError, match=message):
-        ImageTensors(images, labels)
-
-
-# Images that are decoded when they are drawn, against timm's transforms by hand. ---------------
+# Images that are decoded when they are drawn, against timm's transforms by hand ------------------
 
 N, SIDE = 12, 24
 LABELS = torch.arange(N) % 3
@@ -198,13 +160,6 @@ def stored(dataset=None, **options):
     dataset = rows() if dataset is None else dataset
     settings = {"size": (SIDE, SIDE), "preprocessing": PREPROCESSING, "seed": 1}
     return StoredImages(dataset, LABELS[: len(dataset)], **settings | options)
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield create_accelerator(mixed_precision="no")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def epoch(data, accelerator, number=0, batch_size=4):
@@ -240,44 +195,29 @@ def test_a_draw_is_augmented_the_same_in_every_batch_and_worker(accelerator):
     assert len(torch.cat([first, later, other]).flatten(1).unique(dim=0)) == 3 * 24
 
 
-def test_batches_are_those_of_timms_collate_function(accelerator):
-    sampler = NumberedSampler(create_sampler("class_balanced", LABELS, num_samples=8), N, 8)
-    kept = list(stored(augmentation=RANDOM).train_loader(4, sampler, accelerator))
-    options = RANDOM | {"collate_fn": fast_collate}
-    moved = list(stored(augmentation=options).train_loader(4, sampler, accelerator))
-    for (images, targets), (expected, labels) in zip(kept, moved, strict=True):
-        assert images.equal(expected)
-        assert targets.equal(labels)
-        assert targets.dtype == labels.dtype
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert expected.is_contiguous()
-
-
-def test_a_batch_is_its_draws_one_by_one():
+def test_a_batch_is_its_draws_one_by_one_and_leaves_the_random_state_alone():
     data = stored()
     data.transform = create_transform((3, SIDE, SIDE), is_training=True, **RANDOM)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     draws = [3, 3 + 5 * N, 0, 2**40 * N + 7]
     images, targets = zip(*data.__getitems__(draws), strict=True)
     assert list(targets) == [LABELS[draw % N] for draw in draws]
     for image, draw in zip(images, draws, strict=True):
         assert image.equal(data[draw][0])
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert torch.get_rng_state().equal(states[2])
 
 
 @pytest.mark.parametrize("by_path", [False, True])
 @pytest.mark.parametrize("mode", [None, "RGB", "L"])
 def test_images_are_decoded_as_datasets_does(tmp_path, mode, by_path):
-    files = []
     turned = Pillow.Exif()
     turned[Pillow.ExifTags.Base.Orientation] = 6
-    saved = [
-        ("RGB", {}),
-        ("L", {}),
-        ("RGBA", {}),
-        ("P", {}),
-        ("CMYK", {}),
-        ("RGB", {"exif": turned}),
-    ]
-    for number, (stored_mode, options) in enumerate(saved):
+    files = []
+    for number, (stored_mode, options) in enumerate(
+        [("RGB", {}), ("L", {}), ("RGBA", {}), ("P", {}), ("CMYK", {}), ("RGB", {"exif": turned})]
+    ):
         image = Pillow.open(io.BytesIO(png(number))).convert(stored_mode)
         path = tmp_path / f"{number}.{'jpg' if stored_mode == 'CMYK' else 'png'}"
         image.save(path, **options)
@@ -293,17 +233,6 @@ def test_images_are_decoded_as_datasets_does(tmp_path, mode, by_path):
     assert sizes == {(40, 30), (30, 40)}
 
 
-def test_augmenting_leaves_the_random_state_alone(accelerator):
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    data = stored(augmentation=RANDOM)
-    data.transform = create_transform((3, SIDE, SIDE), is_training=True, **RANDOM)
-    for draw in range(30):
-        data[draw]
-    assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
-    assert torch.get_rng_state().equal(states[2])
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", [b"", b"no image", png(3)[:-200]])
 def test_unreadable_images_are_skipped_and_counted(accelerator, workers, damage):
@@ -316,16 +245,15 @@ def test_unreadable_images_are_skipped_and_counted(accelerator, workers, damage)
     expected[5] = -1
     assert targets.equal(expected)
     assert data.unreadable_rows() == [5]
+    with pytest.raises(UsageError, match=r"the split: image 5 cannot be decoded: .* --data.unread"):
+        stored(rows(files), name="the split")[5]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"auto_augmet": "rand-m9"}, "'auto_augmet' .did you mean 'auto_augment'"),
-        (
-            {"auto_augment": "rind-m9"},
-            "augmentation .*rind-m9.* is not valid: .*Unknown",
-        ),
+        ({"auto_augment": "rind-m9"}, "augmentation .*rind-m9.* is not valid: .*Unknown"),
         ({"sampler": None}, "'sampler' is set automatically; remove it"),
         ({"interpolation": "cubical"}, "augmentation .*cubical.* is not valid"),
     ],

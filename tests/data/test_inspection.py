@@ -1,8 +1,11 @@
-"""What a look at a data set finds, against naive loops over its images."""
+"""Inspection against figures worked out by hand and naive loops, and ``timm-lt inspect``."""
 
+import csv
 import io
 import itertools
-import statistics
+import json
+import re
+import shutil
 
 import datasets
 import numpy as np
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from timm_lt.data import create_dataset, inspect_splits
+from timm_lt.cli import main
+from timm_lt.data import inspect_splits
 from timm_lt.data.columns import as_rgb
 from timm_lt.data.inspection import DuplicateImage as Copy
 from timm_lt.data.inspection import find_duplicates
@@ -112,16 +116,16 @@ def test_transparency_levels_and_images_of_one_colour_are_counted(monkeypatch):
 
 
 def test_duplicates_are_counted_within_and_across(three_splits):
-    twins = inspect_splits(three_splits).duplicates
+    found = inspect_splits(three_splits).duplicates
     # png(3) is in train three times, once of class b, and in val as class c.
-    assert twins.within == {"train": 2, "val": 0, "test": 0}
-    assert twins.across == {"train, val": 1, "train, test": 1, "val, test": 2}
-    assert twins.conflicts == 2
-    assert twins.pairs["train"] == [
+    assert found.within == {"train": 2, "val": 0, "test": 0}
+    assert found.across == {"train, val": 1, "train, test": 1, "val, test": 2}
+    assert found.conflicts == 2
+    assert found.pairs["train"] == [
         (Copy("train", "image 3", 0), Copy("train", "image 12", 0)),
         (Copy("train", "image 3", 0), Copy("train", "image 13", 1)),
     ]
-    assert twins.pairs["train, test"] == [(Copy("train", "image 3", 0), Copy("test", "image 0", 0))]
+    assert found.pairs["train, test"] == [(Copy("train", "image 3", 0), Copy("test", "image 0", 0))]
 
 
 def test_quick_decodes_nothing_and_compares_nothing(three_splits):
@@ -141,40 +145,17 @@ def test_counts_of_duplicates_are_those_of_a_naive_loop(images):
     given = [(c, Copy(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
     found = find_duplicates(given, SPLITS)
     for split in SPLITS:
-        contents = [content for content, twin in given if twin.split == split]
+        contents = [content for content, copy in given if copy.split == split]
         assert found.within[split] == len(contents) - len(set(contents))
     for one, other in itertools.combinations(SPLITS, 2):
-        there = {content for content, twin in given if twin.split == one}
-        repeated = [twin for content, twin in given if twin.split == other and content in there]
+        there = {content for content, copy in given if copy.split == one}
+        repeated = [copy for content, copy in given if copy.split == other and content in there]
         assert found.across[f"{one}, {other}"] == len(repeated)
     conflicts = 0
-    for number, (content, twin) in enumerate(given):
+    for number, (content, copy) in enumerate(given):
         earlier = [other for same, other in given[:number] if same == content]
-        conflicts += bool(earlier) and earlier[0].label != twin.label
+        conflicts += bool(earlier) and earlier[0].label != copy.label
     assert found.conflicts == conflicts
-
-
-def test_sizes_are_those_of_a_naive_loop():
-    generator = np.random.default_rng(0)
-    shapes = [tuple(map(int, generator.integers(1, 9, 2))) for _ in range(40)]
-    train = split_of([png(n, size) for n, size in enumerate(shapes)], [n % 2 for n in range(40)])
-    sizes = inspect_splits({"train": train, "test": train}).sizes
-    widths, heights = zip(*shapes, strict=True)
-    expected = (min(widths), statistics.median_low(widths), max(widths))
-    assert sizes.width == expected
-    assert sizes.height == (min(heights), statistics.median_low(heights), max(heights))
-    most = max(shapes.count(size) for size in shapes)
-    assert sizes.most_frequent[0][2] == 2 * most
-    assert len(sizes.most_frequent) == 5
-
-
-def test_a_split_is_held_out_for_validation_as_a_run_does():
-    found = inspect_splits(
-        {split: create_dataset("digits_lt", split=split) for split in ("train", "test")}, quick=True
-    )
-    assert list(found.class_counts) == ["train", "val", "test"]
-    assert found.val_source == "train"
-    assert found.problems == []
 
 
 def test_whatever_can_be_is_inspected_of_splits_that_cannot_be_trained_on():
@@ -189,3 +170,146 @@ def test_whatever_can_be_is_inspected_of_splits_that_cannot_be_trained_on():
     assert any("labels[2] = -1 is negative" in problem for problem in found.problems)
     none = inspect_splits({"test": bad}, quick=True)
     assert (none.class_counts, none.imbalance_factor, none.num_classes) == ({}, None, 0)
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """12, 6 and 3 images of three classes; the working directory is beside them."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name, count in {"cat": 12, "[b]dog\n": 6, "owl": 3}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def inspect(capsys, *arguments, status=0):
+    assert main(["inspect", *map(str, arguments)]) == status
+    output = capsys.readouterr()
+    return output.err if status else output.out
+
+
+def test_a_folder_is_inspected_as_a_run_takes_it(photos, capsys):
+    text = inspect(capsys, "photos", "--json", "figures.json")
+    assert "photos: 21 images of 3 classes" in text
+    assert "val (held out of train by a run)" in text
+    assert "duplicates (images with the same bytes): none" in text
+    assert "unreadable images (all were decoded): none" in text
+    assert "width 6 / 6 / 6, height 5 / 5 / 5" in text
+    assert text.endswith("none of this keeps a run from training\n")
+    folder = photos.parent / "inspect_photos"
+    with (folder / "classes.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["label", "name", "train", "val", "test", "shot"],
+        ["0", "[b]dog\n", "4", "1", "1", "few"],
+        ["1", "cat", "8", "2", "2", "few"],
+        ["2", "owl", "1", "1", "1", "few"],
+    ]
+    with Image.open(folder / "classes.png") as plot:
+        assert plot.width > 500
+    figures = json.loads((photos.parent / "figures.json").read_text())
+    assert figures["imbalance_factor"] == 8
+    assert figures["imbalance_ratio"] == pytest.approx((8 / 4 + 1 + 8) / 3)
+    assert "imbalance factor 8 (" in text
+    assert "imbalance ratio 3.667 (mean" in text
+    assert figures["class_counts"]["train"] == [4, 8, 1]
+
+
+def test_the_source_folder_is_inspected_as_its_root_is(photos, capsys):
+    assert inspect(capsys, "folder", "--root", "photos") == inspect(capsys, "photos")
+    (photos / "empty").mkdir()
+    assert "1 problem would" in inspect(capsys, "folder", "--root", "photos", "--quick")
+    assert "does not exist" in inspect(capsys, "folder", "--root", "gone", status=2)
+    photos.rename("folder")
+    assert "folder: 21 images of 4 classes" in inspect(capsys, "folder", "--quick")
+
+
+def test_a_bad_folder_is_inspected_and_its_problems_come_last(photos, capsys):
+    (photos / "empty").mkdir()
+    (photos / "cat" / "1.png").write_bytes(b"no image")
+    (photos / "cat" / "2.png").write_bytes((photos / "cat" / "2.png").read_bytes()[:-50])
+    shutil.copy(photos / "cat" / "3.png", photos / "owl" / "9.png")
+    (photos / "owl" / "notes.txt").touch()
+    text = inspect(capsys, "photos", "--output", "here")
+    assert "photos: 22 images of 4 classes" in text
+    assert "train (nothing is held out yet)" in text
+    assert "  within train: 1\n" in text
+    assert "  under two labels: 1\n" in text
+    assert "unreadable images (all were decoded): 2\n" in text
+    body, problems = text.split("3 problems would keep a run from training:\n")
+    assert "[b]dog" in body
+    assert [line[:38] for line in problems.splitlines()] == [
+        "- train split: 1 of 4 classes have no ",
+        "- files that are not images by their s",
+        "- train split: 2 of 22 images cannot b",
+    ]
+    assert (photos.parent / "here" / "classes.csv").exists()
+    options = ("--option", "min_images=4", "--option", "other_files=skip", "--quick")
+    text = inspect(capsys, "photos", *options)
+    assert "duplicates: not looked for" in text
+    assert "(by header and end of the files): 1\n" in text
+    assert "val (held out of train by a run)" in text
+    assert "empty" not in text
+    assert "would keep a run from training:\n- " in text
+
+
+def test_a_list_and_a_name_are_inspected(photos, capsys):
+    lines = [f"{path.relative_to(photos)} {n % 2}" for n, path in enumerate(photos.glob("c*/*"))]
+    (photos / "train.txt").write_text("\n".join(lines))
+    assert "train: 12 images of 2 classes" in inspect(capsys, photos / "train.txt")
+    lines += ["gone/1.png 0", "gone/2.png 1"]
+    (photos.parent / "all.txt").write_text("\n".join(lines))
+    text = inspect(capsys, "all.txt", "--root", "photos")
+    assert "all: 14 images of 2 classes" in text
+    assert "gone/1.png): No such file or directory" in text
+    assert "1 problem would keep" in text
+    assert "2 of 14 files do not exist" in text
+    name = ("list", "--option", "train=../all.txt", "--root", "photos", "--output", "named")
+    named = inspect(capsys, *name)
+    assert named.replace("named", "inspect_all") == text
+    text = inspect(capsys, "digits_lt", "--shot-rule", "oltr", "--option", "seed=1")
+    assert "imbalance factor 24 (" in text
+    assert "<= 20" in text
+    assert (photos.parent / "inspect_digits_lt" / "classes.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "unknown data set .and no such folder or list.: 'nothing'; choose one of"),
+        (["photos", "--root", "photos"], "a folder is its own root"),
+        (["photos", "--option", "min_image=3"], "did you mean 'min_images'"),
+        (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
+        (["photos/cat"], "no images in directories of classes, 12 directly in it"),
+        (["x.parquet"], r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
+        (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
+        (["digits_lt", "--root", "photos"], "has no option .root."),
+    ],
+)
+def test_mistakes_are_told(photos, capsys, arguments, message):
+    (photos.parent / "bad" / "empty").mkdir(parents=True)
+    shutil.copytree(photos / "cat", photos.parent / "bad" / "cat")
+    for name in ("x.parquet", "file"):
+        (photos.parent / name).touch()
+    error = inspect(capsys, *arguments, status=2)
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not list(photos.parent.glob("inspect_*"))
+
+
+@pytest.mark.parametrize("arguments", [["."], ["folder", "--root", "."], ["../photos/."]])
+def test_nothing_is_written_among_the_images(photos, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(photos)
+    before = sorted(photos.rglob("*"))
+    error = inspect(capsys, *arguments, status=2)
+    assert "inspect_photos would lie in the folder" in error
+    assert f"--output {photos.parent}/inspect_photos" in error
+    assert sorted(photos.rglob("*")) == before
+    inspect(capsys, *arguments, "--quick", "--output", "../here")
+    assert (photos.parent / "here" / "classes.csv").exists()

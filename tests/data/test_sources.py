@@ -87,7 +87,7 @@ def test_every_data_set_has_images_and_named_labels(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("glyph-lt", {}, r"did you mean 'glyph_lt'\?.*digits_lt, .*glyph_lt"),
+        ("glyph-lt", {}, r"did you mean 'glyph_lt'\?.*digits_lt, .*places_lt"),
         ("glyph_lt", {"split": "validation"}, r"'validation'.*one of: train, val, test"),
         ("glyph_lt", {"sede": 1}, r"no option 'sede' \(did you mean 'seed'\?\).*: seed"),
         ("glyph_lt", {"root": "somewhere"}, "no option 'root'"),

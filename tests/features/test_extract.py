@@ -5,9 +5,7 @@ import re
 import subprocess
 import sys
 from collections import UserDict
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -66,17 +64,15 @@ def split(*sizes, images=IMAGES, labels=LABELS):
 @pytest.mark.parametrize(
     ("values", "targets", "message"),
     [
-        (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix, got a Tensor .* shape \(3,\)"),
+        (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix .* got a Tensor .* shape \(3,\)"),
         (torch.zeros(3, 2).long(), torch.zeros(3).long(), "floating-point"),
-        (torch.zeros(3, 2), torch.zeros(2).long(), r"3 feature rows .* shape \(2,\)"),
+        (torch.zeros(3, 2), torch.zeros(2).long(), r"shape \(3, 2\) with 2 targets"),
         (torch.zeros(3, 2), torch.tensor([0, -1, 0]), r"targets\[1\] = -1 is negative"),
         (torch.zeros(2, 2), torch.tensor([0.0, 0.5]), r"targets\[1\] = 0.5 is not an integer"),
         (torch.zeros(0, 2), torch.zeros(0).long(), "must not be empty"),
-        (torch.tensor([[1.0], [torch.inf]]), [0, 1], "row 1 has inf in column 0"),
         (torch.tensor([[1.0, 0.0], [0.0, torch.nan]]), [0, 1], "row 1 has nan in column 1"),
-        (None, [0], r"floating-point \(N, D\) matrix, got a NoneType"),
+        (None, [0], r"floating-point \(N, D\) matrix .* got a NoneType"),
         ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
-        (np.eye(2, dtype=int), [0, 1], "got a ndarray of torch.int64"),
         (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
         (np.eye(2), None, "targets must be a sequence or an array of integers"),
     ],
@@ -234,16 +230,6 @@ def test_a_head_that_is_not_fitted_does_not_matter():
     assert extract_features(model, split(3)).values.equal(expected.values)
 
 
-def test_features_are_ordinary_float32_tensors_that_can_be_trained_on():
-    features = extract_features(small_model(), split(3))
-    assert features.values.dtype == torch.float32
-    assert not features.values.is_inference()
-    assert not features.values.requires_grad
-    weight = torch.zeros(5, features.num_features, requires_grad=True)
-    nn.functional.cross_entropy(features.values @ weight.T, features.targets).backward()
-    assert weight.grad is not None
-
-
 def test_models_and_loaders_that_give_no_features_are_refused():
     around = small_model()
     around.forward = lambda images: images.mean((2, 3))
@@ -252,8 +238,8 @@ def test_models_and_loaders_that_give_no_features_are_refused():
     bad[1] = (bad[1][0].clone(), bad[1][1])
     bad[1][0][1] = float("nan")
     for model, loader, message in (
-        (small_model(), [], "no batches"),
-        (around, split(3), r"ResNet .* without calling its classifier"),
+        (small_model(), [], "gave 0 images, "),
+        (around, split(3), r"one vector per image .* but ResNet did not call it"),
         (small_model(num_classes=0), split(3), "classifier"),
         (vit, split(3), r"VisionTransformer fails .* shape \(3, 3, 32, 32\) \(.*height.*32"),
         (small_model(), bad, "feature row 3 has nan in column 0"),
@@ -357,17 +343,14 @@ def test_a_model_computes_in_the_type_of_its_weights(dtype, tolerance):
     assert low.equal(values)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_wrong_options_are_refused():
+    for options, message in (
         ({"dtype": "float64"}, r"dtype of extract_features: .*float64.*float16"),
         ({"compute_dtype": "float16"}, r"compute_dtype of extract_features: .*bfloat16"),
         ({"views": 0}, "views must be"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(UsageError, match=message):
-        extract_features(small_model(), split(3), **options)
+    ):
+        with pytest.raises(UsageError, match=message):
+            extract_features(small_model(), split(3), **options)
 
 
 # Loaders ---------------------------------------------------------------------------------------
@@ -387,32 +370,27 @@ def test_several_processes_need_a_prepared_loader(accelerators):
             extract_features(small_model(), loader, accelerator=two)
 
 
-def test_any_error_of_the_main_process_reaches_the_others(monkeypatch):
-    sent = []
-
-    def send(words):
-        sent.append(words)
-        return words
-
-    main = SimpleNamespace(num_processes=2, is_main_process=True)
-
-    def fail(error):
-        raise error
-
-    for error, words in (
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
         (UsageError("no room"), "no room"),
         (MemoryError("too much"), "the main process failed with MemoryError: too much"),
-    ):
-        monkeypatch.setattr(extract, "broadcast_object_list", send)
-        with pytest.raises(type(error)) as raised:
-            extract._Extraction._on_main(SimpleNamespace(accelerator=main), fail, error)
-        assert raised.value is error
-        assert sent.pop() == [None, words]
-        # What another process gets of it.
-        other = SimpleNamespace(num_processes=2, is_main_process=False)
-        monkeypatch.setattr(extract, "broadcast_object_list", lambda _, words=words: [None, words])
-        with pytest.raises(UsageError, match=words):
-            extract._Extraction._on_main(SimpleNamespace(accelerator=other), fail, error)
+    ],
+)
+def test_any_error_of_the_main_process_reaches_the_others(monkeypatch, error, words):
+    def fail():
+        raise error
+
+    sent = []
+    for is_main, expected in ((True, type(error)), (False, UsageError)):
+        accelerator = SimpleNamespace(num_processes=2, is_main_process=is_main)
+        # The second process gets what the first has sent.
+        monkeypatch.setattr(
+            extract, "broadcast_object_list", lambda own: sent or sent.extend(own) or own
+        )
+        with pytest.raises(expected, match=str(error) if is_main else words):
+            extract._Extraction._on_main(SimpleNamespace(accelerator=accelerator), fail)
+    assert sent == [None, words]
 
 
 def failing(kind=LookupError):
@@ -459,7 +437,7 @@ def test_the_death_of_a_worker_is_told_as_far_as_it_is_known(torchs_words, words
 
 
 @pytest.mark.exhaustive
-def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
+def test_a_script_without_its_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
         "import multiprocessing\n"
         "if multiprocessing.current_process().name == 'MainProcess':\n"
@@ -471,25 +449,10 @@ def test_a_script_without_its_guard_is_told_so_by_both_processes(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    ends = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
-    of_worker, of_main = ends
-    assert of_worker.startswith("a data worker imports the script anew")
-    assert of_main.startswith("a data worker died (DataLoader worker")
-    for end in ends:
-        assert end.endswith("""below `if __name__ == "__main__":`""")
-        assert "memory" not in end
-
-
-class Named(NamedTuple):
-    label: object
-    image: object
-
-
-@dataclass
-class Record:
-    file: object
-    img: object
-    target: object
+    (end,) = re.findall(r"^timm_lt.utils.checks.UsageError: (.*)", run.stderr, re.MULTILINE)
+    assert end.startswith("a data worker died (DataLoader worker")
+    assert end.endswith("""below `if __name__ == "__main__":`""")
+    assert "memory" not in end
 
 
 FILES = ("a", "b", "c")
@@ -497,12 +460,9 @@ LAYOUTS = {
     "three parts": lambda x, y: (x, y, torch.arange(len(y))),
     "mapping": lambda x, y: {"label": y, "image": x, "file": FILES},
     "other keys": lambda x, y: UserDict({"targets": y, "pixel_values": x, "image": FILES}),
-    "named tuple": lambda x, y: Named(y, x),
-    "dataclass": lambda x, y: Record(FILES, x, y),
     "arrays": lambda x, y: (x.numpy(), y.numpy().astype(np.uint8)),
     "read-only arrays": lambda x, y: (np.broadcast_to(x.numpy(), x.shape), y.numpy()[::-1][::-1]),
-    "labels in a list": lambda x, y: (x, y.tolist()),
-    "labels as NumPy integers": lambda x, y: (x, list(y.numpy())),
+    "labels in a list": lambda x, y: (x, list(y.numpy())),
     "images in a list of arrays": lambda x, y: (list(x.numpy()), y),
     "float64": lambda x, y: (x.double(), y.int()),
 }
@@ -526,17 +486,17 @@ CHANNELS_LAST = r"ResNet fails on .* \(11, 32, 32, 3\), with the channels last: 
     ("batch", "words"),
     [
         (IMAGES, r"batch 0 of the loader is a Tensor .*expected an image and its label"),
-        ("images", "is a str.*; expected an image and its label"),
         ({"image": IMAGES, "box": 0}, "is a dict with the keys image, box; expected an image and"),
         ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\), .*expected .* of shape \(batch, channels"),
         ((IMAGES.permute(0, 2, 3, 1), LABELS), CHANNELS_LAST),
         ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
-        ((IMAGES.byte(), LABELS), r"torch.uint8; expected floating-point .*: divided by 255"),
-        ((["a.png", "b.png"], [0, 1]), "begins with a str; expected floating-point numbers"),
-        ((IMAGES, LABELS[1:]), r"shape \(10,\), .*expected one integer for each of the 11 images"),
-        ((IMAGES, torch.eye(11)), r"shape \(11, 11\), .*expected one integer for each"),
+        ((IMAGES.byte(), LABELS), r"torch.uint8, .*expected .*floating-point .*: divided by 255"),
+        (
+            (IMAGES, LABELS[1:]),
+            r"labels a Tensor of shape \(10,\), .*expected one integer for each",
+        ),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
-        ((IMAGES[:2], ["cat", "dog"]), "begins with a str; expected one integer for each of the 2"),
+        ((IMAGES[:2], ["cat", "dog"]), "begins with a str; expected one integer for each"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

@@ -1,4 +1,4 @@
-"""Pushing to a hub and loading from it: which files move, and what is refused.
+"""Pushing to a hub and loading from it: the files that move, and the mistakes.
 
 ``pytest`` runs this against a hub on 127.0.0.1; ``HF_TOKEN=... pytest -m hub`` runs what takes the
 fixture ``hub`` against the real one.
@@ -24,7 +24,7 @@ from timm_lt.checkpoint import load_heads, read_checkpoint, save_checkpoint
 from timm_lt.cli import main
 from timm_lt.heads import HEADS, get_head
 from timm_lt.models.lt_resnet import _cfg
-from timm_lt.models.published import CHECKPOINTS, read_published
+from timm_lt.models.pretrained import CHECKPOINTS, read_published
 from timm_lt.models.repo import ModelSource
 from timm_lt.utils.checks import UsageError
 
@@ -38,7 +38,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def folder(tmp_path):
-    """The packaged checkpoint as a run leaves it: with what must never be pushed beside it."""
+    """The packaged checkpoint as a run leaves it, beside files that must never be pushed."""
     run = shutil.copytree(PACKAGED, tmp_path / "run")
     for path in ("state/random.pkl", "logs/events", "photo.jpg", "heads/old.bin", "plots/a.png"):
         (run / path).parent.mkdir(exist_ok=True)
@@ -70,22 +70,17 @@ def local_logits(head=None, **options):
     return logits(timm_lt.create_model(f"local-dir:{PACKAGED}", head=head, **options).eval())
 
 
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{code}"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def add_tau(hub, name, tau=0.25, **options):
+    """Publishes one more head, which needs no file."""
+    head = HEADS["tau_norm"].from_classifier(load(hub).fc, tau=tau)
+    return timm_lt.add_head(hub.repo_id, name, head, cache_dir=hub.cache, **options)
 
 
 # ---- push ----------------------------------------------------------------------------------------
 
 
 def test_push_makes_one_commit_with_the_checkpoint_and_nothing_else(hub, folder):
-    done = timm_lt.push_to_hub(folder, hub.repo_id, private=True)
-    assert done.changed
+    assert timm_lt.push_to_hub(folder, hub.repo_id, private=True).changed
     assert sorted(set(hub.files()) - {".gitattributes"}) == ALL
     assert len(hub.commits()) == 2  # the hub's own first one, and ours
     assert HfApi().model_info(hub.repo_id).private
@@ -94,15 +89,12 @@ def test_push_makes_one_commit_with_the_checkpoint_and_nothing_else(hub, folder)
         content = hub.server.files(hub.repo_id)
         for path in set(ALL) - {CARD}:
             assert content[path] == (PACKAGED / path).read_bytes(), path
-
-
-def test_an_unchanged_folder_uploads_nothing(pushed, folder):
-    done = timm_lt.push_to_hub(folder, pushed.repo_id)
-    assert not done.changed
-    assert pushed.changed() == []
-    assert len(pushed.commits()) == 2
-    if pushed.server:
-        assert pushed.server.uploads() == []
+        hub.server.forget()
+    # Unchanged, it uploads nothing.
+    assert not timm_lt.push_to_hub(folder, hub.repo_id).changed
+    assert hub.changed() == []
+    assert len(hub.commits()) == 2
+    assert not hub.server or hub.server.uploads() == []
 
 
 def with_one_more(folder, name="mine"):
@@ -152,8 +144,7 @@ def test_a_branch_a_tag_and_a_commit(pushed, folder):
 def test_heads_of_the_repo_are_not_removed_by_the_way(pushed, folder, capsys):
     with_one_more(folder)
     timm_lt.push_to_hub(folder, pushed.repo_id)
-    tau = HEADS["tau_norm"].from_classifier(load(pushed).fc, tau=0.25)
-    timm_lt.add_head(pushed.repo_id, "without_a_file", tau, cache_dir=pushed.cache)
+    add_tau(pushed, "without_a_file")
     with pytest.raises(UsageError, match=r"the folder lacks \(mine, without_a_file\)"):
         timm_lt.push_to_hub(PACKAGED, pushed.repo_id)
     pushed.files()
@@ -165,7 +156,7 @@ def test_heads_of_the_repo_are_not_removed_by_the_way(pushed, folder, capsys):
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_repo_is_as_private_as_was_asked_for(loopback_hub, private):
+def test_a_repo_of_the_other_visibility_is_refused(loopback_hub, private):
     HfApi().create_repo("me/birds", private=private)
     loopback_hub.forget()
     there = "private" if private else "public"
@@ -174,7 +165,7 @@ def test_a_repo_is_as_private_as_was_asked_for(loopback_hub, private):
     assert loopback_hub.uploads() == []
 
 
-def test_an_ignore_file_that_would_leave_files_out_is_refused(loopback_hub, tmp_path):
+def test_a_repo_with_an_ignore_file_is_refused(loopback_hub):
     loopback_hub.create("me/birds", {".gitignore": b"*.safetensors\n"})
     with pytest.raises(UsageError, match=r"has a \.gitignore, which may keep files out"):
         timm_lt.push_to_hub(PACKAGED, "me/birds")
@@ -191,36 +182,22 @@ def test_links_to_elsewhere_are_not_followed(loopback_hub, folder, tmp_path, pat
     assert loopback_hub.repos == {}
 
 
-def test_what_is_in_the_cache_can_be_pushed_on(pushed):
+def test_a_folder_of_the_cache_and_one_with_fewer_files_are_pushed(pushed, folder):
     load(pushed, "crt")
     (snapshot,) = pushed.cache.glob("models--*/snapshots/*")
     for name in ("lws", "ncm"):
         load(pushed, name)
     assert any(path.is_symlink() for path in snapshot.rglob("*"))
-    done = timm_lt.push_to_hub(snapshot, pushed.repo_id, revision="copy")
-    assert done.changed
-
-
-def test_plots_metrics_and_recipe_that_are_gone_here_go_there(pushed, folder):
-    for path in ("plots/calibration.png", "metrics.json", "recipe.yaml"):
+    assert timm_lt.push_to_hub(snapshot, pushed.repo_id, revision="copy").changed
+    gone = ["plots/calibration.png", "metrics.json", "recipe.yaml"]
+    for path in gone:
         (folder / path).unlink()
     HfApi().upload_file(
         path_or_fileobj=b"mine", path_in_repo="plots/mine.txt", repo_id=pushed.repo_id
     )
     pushed.files()
     timm_lt.push_to_hub(folder, pushed.repo_id)
-    assert pushed.changed() == sorted(
-        [CARD, "plots/calibration.png", "metrics.json", "recipe.yaml"]
-    )
-
-
-def test_an_edited_card_here_is_pushed_with_new_metadata(loopback_hub, folder):
-    (folder / CARD).write_text("---\nlanguage: en\n---\n# Mine\n")
-    timm_lt.push_to_hub(folder, "me/birds", license="mit")
-    card = ModelCard(loopback_hub.files("me/birds")[CARD].decode())
-    assert card.text == "# Mine\n"
-    assert (card.data.language, card.data.license) == ("en", "mit")
-    assert len(card.data.eval_results) == 30
+    assert pushed.changed() == sorted([CARD, *gone])
 
 
 def test_a_token_can_be_given(loopback_hub, monkeypatch, tmp_path):
@@ -246,8 +223,7 @@ def test_a_card_that_a_person_edited_keeps_its_text(pushed, folder):
     card.data.tags.append("birds")
     card.push_to_hub(pushed.repo_id)
     timm_lt.push_to_hub(folder, pushed.repo_id)
-    tau = HEADS["tau_norm"].from_classifier(load(pushed).fc, tau=0.25)
-    timm_lt.add_head(pushed.repo_id, "quarter", tau, metrics={"all": 0.5}, cache_dir=pushed.cache)
+    add_tau(pushed, "quarter", metrics={"all": 0.5})
     edited = ModelCard.load(pushed.repo_id)
     assert edited.text == card.text
     assert "birds" in edited.data.tags
@@ -268,7 +244,7 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize(("path", "content", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_a_folder_that_is_not_whole_is_not_pushed(loopback_hub, folder, path, content, message):
+def test_an_incomplete_folder_is_not_pushed(loopback_hub, folder, path, content, message):
     (folder / path).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         timm_lt.push_to_hub(folder, "me/birds")
@@ -294,9 +270,6 @@ def test_loading_downloads_config_backbone_and_one_head(pushed):
         assert pushed.server.downloads() == []
     expected = [CONFIG, "heads/crt.safetensors", "heads/lws.safetensors", WEIGHTS]
     assert pushed.downloaded() == expected
-
-
-def test_the_model_knows_where_it_is_from(pushed):
     config = load(pushed, "lws").pretrained_cfg
     assert (config["source"], config["hf_hub_id"]) == ("hf-hub", pushed.repo_id)
     assert config["mean"] == [0.5, 0.5, 0.5]
@@ -316,40 +289,45 @@ print(model.eval()(images).detach().double().sum().item())
     assert pushed.on_the_wire() == [CONFIG, WEIGHTS]
 
 
-def test_without_a_network_the_cache_serves(pushed):
-    load(pushed, "lws")
-    code = f"""
-import timm_lt
-import train_lt
-images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-for head in ("lws", "crt"):
-    model = timm_lt.create_model("hf-hub:{pushed.repo_id}", head=head, cache_dir=r"{pushed.cache}")
-    print(model.eval()(images).detach().double().sum().item())
-"""
-    done = run_python(code, HF_HUB_OFFLINE="1", HF_TOKEN="")
-    assert float(done.stdout) == pytest.approx(local_logits("lws").double().sum().item(), rel=1e-6)
-    assert done.returncode != 0
-    assert "heads/crt.safetensors" in done.stderr
-    assert "is not in the cache, and HF_HUB_OFFLINE is set" in done.stderr
+OFFLINE = {
+    "HF_HUB_OFFLINE is set": {"HF_HUB_OFFLINE": "1", "HF_TOKEN": ""},
+    "http://127.0.0.1:9 cannot be reached": {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+    },
+}
 
 
-def test_an_unreachable_hub_serves_from_the_cache_or_says_so(pushed):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "reason",
+    [reason if "OFF" in reason else pytest.param(reason, marks=pytest.mark.exhaustive)
+     for reason in OFFLINE],
+)  # fmt: skip
+def test_without_a_network_the_cache_serves(pushed, reason):
     load(pushed, "lws")
     code = f"""
 import time, types
 from huggingface_hub.utils import _http
 import timm_lt
 import train_lt
-timm_lt.create_model("hf-hub:{pushed.repo_id}", head="lws", cache_dir=r"{pushed.cache}")
-print("from the cache")
+images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+model = timm_lt.create_model("hf-hub:{pushed.repo_id}", head="lws", cache_dir=r"{pushed.cache}")
+print(model.eval()(images).detach().double().sum().item())
 _http.time = types.SimpleNamespace(**vars(time) | {{"sleep": lambda _: None}})
-timm_lt.create_model("hf-hub:me/other", head="lws", cache_dir=r"{pushed.cache}")
+timm_lt.create_model("hf-hub:{pushed.repo_id}", head="crt", cache_dir=r"{pushed.cache}")
 """
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
-    done = run_python(code, **nowhere)
-    assert done.stdout == "from the cache\n", done.stderr
-    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
-    assert "config.json of me/other is not in the cache" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch\n{code}"],
+        env={**os.environ, **OFFLINE[reason]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expected = local_logits("lws").double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-6), done.stderr
+    assert done.returncode != 0
+    assert f"crt.safetensors of {pushed.repo_id} is not in the cache, and {reason}" in done.stderr
 
 
 def test_a_private_repo_needs_a_token(pushed, monkeypatch):
@@ -392,29 +370,18 @@ def published(pushed, tmp_path, monkeypatch):
 
 
 def test_a_published_name_resolves_through_its_repo(published):
-    model = timm.create_model(
-        "lt_test_resnet.birds", pretrained=True, head="lws", cache_dir=published.cache
-    )
-    assert torch.equal(logits(model.eval()), local_logits("lws"))
+    def create(head, **options):
+        options |= {"pretrained": True, "cache_dir": published.cache}
+        return timm.create_model("lt_test_resnet.birds", head=head, **options).eval()
+
+    assert torch.equal(logits(create("lws")), local_logits("lws"))
     assert published.on_the_wire() == [CONFIG, "heads/lws.safetensors", WEIGHTS]
-    model = timm.create_model(
-        "lt_test_resnet.birds", pretrained=True, head="tau_norm", tau=0.3, cache_dir=published.cache
-    )
-    assert torch.equal(logits(model.eval()), local_logits("tau_norm", tau=0.3))
-    tau = HEADS["tau_norm"].from_classifier(load(published).fc, tau=0.25)
-    timm_lt.add_head(published.repo_id, "quarter", tau, cache_dir=published.cache)
-    model = timm.create_model(
-        "lt_test_resnet.birds",
-        pretrained=True,
-        head="quarter",
-        keep_bias=True,
-        cache_dir=published.cache,
-    )
-    assert get_head(model).options() == {"tau": 0.25, "keep_bias": True}
+    assert torch.equal(logits(create("tau_norm", tau=0.3)), local_logits("tau_norm", tau=0.3))
+    add_tau(published, "quarter")
+    own = get_head(create("quarter", keep_bias=True))
+    assert own.options() == {"tau": 0.25, "keep_bias": True}
     with pytest.raises(UsageError, match=r"unknown head of .*'cosine'"):
-        timm.create_model(
-            "lt_test_resnet.birds", pretrained=True, head="cosine", cache_dir=published.cache
-        )
+        create("cosine")
 
 
 def test_a_repo_is_folded_and_listed_by_its_names(pushed, tmp_path, capsys):
@@ -471,54 +438,40 @@ def test_add_head_leaves_the_backbone_alone(pushed):
 
 
 def test_a_head_without_a_file_can_replace_one(pushed):
-    model = load(pushed)
-    timm_lt.add_head(
-        pushed.repo_id, "mine", fill(HEADS["lws"].from_classifier(model.fc)), cache_dir=pushed.cache
-    )
-    tau = HEADS["tau_norm"].from_classifier(model.fc, tau=0.25)
+    head = fill(HEADS["lws"].from_classifier(load(pushed).fc))
+    timm_lt.add_head(pushed.repo_id, "mine", head, cache_dir=pushed.cache)
     with pytest.raises(UsageError, match="has a head 'mine' already"):
-        timm_lt.add_head(pushed.repo_id, "mine", tau, cache_dir=pushed.cache)
+        add_tau(pushed, "mine")
     pushed.files()
-    timm_lt.add_head(pushed.repo_id, "mine", tau, overwrite=True, cache_dir=pushed.cache)
+    add_tau(pushed, "mine", overwrite=True)
     assert pushed.changed() == sorted([CARD, CONFIG, "heads/mine.safetensors"])
     assert "heads/mine.safetensors" not in pushed.files()
     assert get_head(load(pushed, "mine")).tau == 0.25
 
 
-def other_backbone(model):
-    return HEADS["tau_norm"].from_classifier(torch.nn.Linear(96, 100))
-
-
 ADD_REFUSED = {
-    "not fitted": (lambda m: HEADS["lws"].from_classifier(m.fc), {}, "not fitted"),
-    "other backbone": (other_backbone, {}, "has another weight than the joint classifier"),
-    "bad name": (lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "../x"}, "ASCII"),
-    "taken": (
-        lambda m: HEADS["linear"].from_classifier(m.fc), {"name": "linear"}, "has a head 'linear'"
-    ),
-    "percent": (
-        lambda m: HEADS["linear"].from_classifier(m.fc),
-        {"metrics": {"all": 70.1}},
-        r"all of head 'mine' in metrics must be a number in \[0, 1\]",
-    ),
+    "not fitted": ("lws", {}, "not fitted"),
+    "other backbone": (None, {}, "has another weight than the joint classifier"),
+    "bad name": ("linear", {"name": "../x"}, "ASCII"),
+    "percent": ("linear", {"metrics": {"all": 70.1}}, r"head 'mine' in metrics must be a number"),
     "other rule": (
-        lambda m: HEADS["linear"].from_classifier(m.fc),
+        "linear",
         {"metrics": timm_lt.shot_accuracy([0], [0], [5, 5], rule="oltr")},
         "the shot rule 'oltr', the repo's heads 'fb'",
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("make", "options", "message"), ADD_REFUSED.values(), ids=ADD_REFUSED)
-def test_add_head_refuses_and_leaves_the_repo(loopback_hub, tmp_path, make, options, message):
+@pytest.mark.parametrize(("kind", "options", "message"), ADD_REFUSED.values(), ids=ADD_REFUSED)
+def test_add_head_refuses_and_leaves_the_repo(loopback_hub, tmp_path, kind, options, message):
     timm_lt.push_to_hub(PACKAGED, "me/birds")
     loopback_hub.forget()
     model = timm_lt.create_model("hf-hub:me/birds", cache_dir=tmp_path)
-    options = {"name": "mine", **options}
+    classifier = torch.nn.Linear(96, 100) if kind is None else model.fc
+    head = HEADS[kind or "tau_norm"].from_classifier(classifier)
+    arguments = {"name": "mine", "head": head, "cache_dir": tmp_path, **options}
     with pytest.raises(UsageError, match=message):
-        timm_lt.add_head(
-            "me/birds", options.pop("name"), make(model), cache_dir=tmp_path, **options
-        )
+        timm_lt.add_head("me/birds", **arguments)
     assert loopback_hub.uploads() == []
 
 

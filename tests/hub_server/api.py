@@ -7,14 +7,14 @@ import base64
 import hashlib
 import json
 import re
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote
 
-from hub_server.repos import ATTRIBUTES, Blob, RefusedError, Reply, is_lfs, read_card
+from hub_server.server import Blob, RefusedError, Reply, is_lfs
 
 ROUTES = []
 DATASETS = "datasets/"
+DATE = "2026-01-01T00:00:00.000Z"
 
 
 def route(methods, pattern):
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self):
         path, _, query = self.path.partition("?")
         self.query = {name: values[-1] for name, values in parse_qs(query).items()}
-        self.logged, fault = self.hub.arrived(self.command, unquote(path))
+        fault = self.hub.arrived(self.command, unquote(path))
         length = int(self.headers["Content-Length"] or 0)
         self.body = self.rfile.read(length // 2 if fault.drop == "request" else length)
         if fault.drop == "request":
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             if fault.status:
-                raise RefusedError(fault.status, f"Fault {fault.status}", fault.error_code)
+                raise RefusedError(fault.status, f"Fault {fault.status}")
             with self.hub.lock:
                 reply = self.routed(path)
         except RefusedError as refused:
@@ -63,19 +63,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send(reply if isinstance(reply, Reply) else Reply(reply), fault)
 
     def routed(self, path):
-        plain = re.sub(r"^/api/datasets/|^/datasets/", self._of_model, path)
+        # A data set has a model's endpoints, elsewhere.
+        plain = re.sub("^/(api/)?datasets/", lambda m: "/api/models/" if m[1] else "/", path)
         self.prefix = DATASETS if plain != path else ""
-        path = plain
         for methods, pattern, function in ROUTES:
-            found = pattern.fullmatch(path)
+            found = pattern.fullmatch(plain)
             if found and self.command in methods:
                 groups = {name: unquote(value or "") for name, value in found.groupdict().items()}
                 return function(self, **groups)
         raise RefusedError(404, f"Loopback hub: no endpoint for {self.command} {path}")
-
-    @staticmethod
-    def _of_model(found):
-        return "/api/models/" if found[0].startswith("/api/") else "/"
 
     def send(self, reply, fault):
         body, status, headers = reply.body, reply.status, dict(reply.headers)
@@ -88,7 +84,6 @@ class Handler(BaseHTTPRequestHandler):
             body, status, headers = self.ranged(body, status, headers)
         headers |= {"Content-Length": len(body)} | fault.headers
         part = b"" if self.command == "HEAD" else body[: fault.cut]
-        self.logged.status, self.logged.sent = status, len(part)
         if reply.path and self.command == "GET" and (part or not body):
             self.hub.fetched.append(reply.path)
         self.send_response(status)
@@ -154,10 +149,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        _, errors, warnings = read_card(self.json()["content"])
-        body = {"errors": errors, "warnings": warnings}
-        body = {key: [{"message": text} for text in texts] for key, texts in body.items()}
-        return Reply(body, 400 if errors else 200)
+        return {"errors": [], "warnings": []}
 
     @route("POST", "/api/repos/create")
     def create(self):
@@ -166,8 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{namespace}/{asked['name']}"
         url = f"{self.hub.endpoint}/{repo_id}"
         if namespace != user:
-            message = f'You don\'t have the rights to create a model under "{namespace}"'
-            raise RefusedError(403, message)
+            raise RefusedError(403, "You don't have the rights to create a model")
         if repo_id in self.hub.repos:
             raise RefusedError(409, "You already created this model repo", url=url)
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
@@ -175,19 +166,15 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/models/{repo}/preupload/{rev}")
     def preupload(self, repo, rev):
-        asked, blobs = self.json(), self.repo(repo, write=True).find(rev).blobs
-        ignored = asked.get("gitIgnore", blobs.get(".gitignore", Blob(b"", False)).content.decode())
-        patterns = [line for line in ignored.split() if not line.startswith("#")]
-        files = []
-        for file in asked["files"]:
-            path, sample = file["path"], base64.b64decode(file["sample"])
-            lfs = is_lfs(blobs[ATTRIBUTES].content, path, sample, file["size"])
-            answer = {"path": path, "uploadMode": "lfs" if lfs else "regular"}
-            answer["shouldIgnore"] = any(fnmatch(path, pattern) for pattern in patterns)
-            if path in blobs:
-                answer["oid"] = blobs[path].etag
+        commit, files = self.repo(repo, write=True).find(rev), []
+        for file in self.json()["files"]:
+            path = file["path"]
+            mode = "lfs" if is_lfs(path, base64.b64decode(file["sample"])) else "regular"
+            answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            if path in commit.blobs:
+                answer["oid"] = commit.blobs[path].etag
             files.append(answer)
-        return {"commitOid": self.hub.repos[repo].find(rev).id, "files": files}
+        return {"commitOid": commit.id, "files": files}
 
     @route("POST", r"/{repo}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo):
@@ -195,9 +182,8 @@ class Handler(BaseHTTPRequestHandler):
         for asked in self.json()["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in repo.objects:
-                upload = {"href": f"{self.hub.endpoint}/lfs/{repo.id}/{asked['oid']}"}
-                verify = {"href": f"{self.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"}
-                answer["actions"] = {"upload": upload, "verify": verify}
+                href = f"{self.hub.endpoint}/lfs/{repo.id}/{asked['oid']}"
+                answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
         return {"transfer": "basic", "objects": objects}
 
@@ -206,11 +192,6 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.put.append(oid)
         self.hub.repos[repo].objects[oid] = self.body
         return Reply(b"")
-
-    @route("POST", r"/{repo}\.git/info/lfs/objects/verify")
-    def lfs_verify(self, repo):
-        self.repo(repo, write=True)
-        return {}
 
     @route("POST", "/api/models/{repo}/commit/{rev}")
     def commit(self, repo, rev):
@@ -222,11 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         blobs = dict(head.blobs)
         for operation in operations:
             self.apply(repo, blobs, operation["key"], operation["value"])
-        card = blobs.get("README.md", Blob(b"", lfs=False)).content.decode()
-        if errors := read_card(card)[1]:
-            raise RefusedError(400, errors[0])
-        texts = {"message": asked["summary"], "description": asked["description"]}
-        made = self.hub.record(repo, rev, blobs, user=self.user(), **texts)
+        made = self.hub.record(repo, rev, blobs, asked["summary"])
         url = f"{self.hub.endpoint}/{repo.id}/commit/{made.id}"
         return {"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": ""}
 
@@ -260,13 +237,7 @@ class Handler(BaseHTTPRequestHandler):
     @route("GET", "/api/models/{repo}/commits/{rev}")
     def commits(self, repo, rev):
         return [
-            {
-                "id": commit.id,
-                "title": commit.message,
-                "message": commit.description,
-                "authors": [{"user": commit.user}],
-                "date": commit.date,
-            }
+            {"id": commit.id, "title": commit.message, "message": "", "authors": [], "date": DATE}
             for commit in self.repo(repo).find(rev).history()
         ]
 
@@ -317,22 +288,14 @@ class Handler(BaseHTTPRequestHandler):
         for path, blob in sorted(commit.blobs.items()):
             more = {"size": len(blob.content), "blobId": blob.git_oid} | blob.lfs_info("sha256")
             siblings.append({"rfilename": path} | (more if "blobs" in self.query else {}))
-        card = read_card(commit.blobs.get("README.md", Blob(b"", lfs=False)).content.decode())[0]
-        tags = [*card.get("tags", [])]
-        if "license" in card:
-            tags.append(f"license:{card['license']}")
-        name = repo.id.removeprefix(DATASETS)
         return {
-            "id": name,
-            "author": name.split("/")[0],
+            "id": repo.id.removeprefix(DATASETS),
             "sha": commit.id,
-            "lastModified": commit.date,
+            "lastModified": DATE,
             "private": repo.private,
             "gated": "manual" if repo.gated else False,
             "disabled": False,
-            "tags": tags,
-            "library_name": card.get("library_name"),
-            "cardData": card,
+            "tags": [],
             "siblings": siblings,
         }
 

@@ -1,13 +1,11 @@
 """``timm-lt convert``: weights of other projects become a decoupled checkpoint."""
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from authors import authors_file, moved, random_state, saved
-from loopback import FileServer
+from authors import authors_file, moved, random_state
 
 import timm_lt
 from timm_lt.checkpoint import read_checkpoint
@@ -57,7 +55,7 @@ def head_logits(folder, head, **options):
 def test_joint_file_and_heads_with_their_statistics(files, tmp_path, capsys):
     folder, states = files
     counts = tmp_path / "counts.json"
-    counts.write_text(json.dumps(list(range(10, 20))))
+    counts.write_text(json.dumps({str(label): label + 10 for label in range(10)}))
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--class-counts", str(counts)]
     heads = ["--head", f"crt={folder}/crt.pth", "--head", f"lws={folder}/lws.pth"]
     assert main(["convert", *arguments, *heads]) == 0
@@ -93,23 +91,6 @@ def test_joint_file_and_heads_with_their_statistics(files, tmp_path, capsys):
     torch.testing.assert_close(half, logits(states["crt"], images()), rtol=0.02, atol=0.02)
 
 
-def test_class_counts_may_be_by_label(files, tmp_path):
-    folder, _ = files
-    (tmp_path / "counts.json").write_text('{"9": 3, "0": 50, "2": 7}')
-    options = ["--class-counts", str(tmp_path / "counts.json")]
-    assert main(["convert", f"{folder}/joint.pth", str(tmp_path / "net"), *options]) == 0
-    assert read_checkpoint(tmp_path / "net").class_counts == [50, 0, 7, 0, 0, 0, 0, 0, 0, 3]
-
-
-def test_a_head_with_statistics_is_not_followed_by_another(files, tmp_path):
-    folder, _ = files
-    arguments = [f"{folder}/joint.pth", str(tmp_path / "net")]
-    assert main(["convert", *arguments, "--head", f"lws={folder}/lws.pth"]) == 0
-    model = timm_lt.create_model(f"local-dir:{tmp_path / 'net'}", head="lws")
-    with pytest.raises(timm_lt.UsageError, match="create the model again"):
-        timm_lt.load_head(tmp_path / "net", "tau_norm", model.get_classifier())
-
-
 def test_a_file_with_scales_alone_has_both_classifiers(files, tmp_path):
     folder, states = files
     assert main(["convert", f"{folder}/lws.pth", str(tmp_path / "net")]) == 0
@@ -126,35 +107,6 @@ def test_a_file_with_scales_alone_has_both_classifiers(files, tmp_path):
     assert torch.equal(equal.argmax(1), head_logits(tmp_path / "net", None).argmax(1))
 
 
-def test_a_url_is_downloaded(files, tmp_path, capsys):
-    folder, states = files
-    content = (folder / "joint.pth").read_bytes()
-    with FileServer({"/x/joint.pth": content}) as server:
-        assert main(["convert", server.url("/x/joint.pth"), str(tmp_path / "net")]) == 0
-    expected = logits(states["joint"], images())
-    assert torch.equal(head_logits(tmp_path / "net", None), expected)
-
-
-def test_other_layouts_and_architectures(tmp_path, capsys):
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=7).eval()
-    state = model.state_dict()
-    for name, content, arguments in (
-        ("timm", {"arch": "test_vit", "state_dict": state, "metric": 0.5}, []),
-        ("bare", state, ["--model", "test_vit"]),
-    ):
-        (tmp_path / f"{name}.pth").write_bytes(saved(content))
-        target = tmp_path / name
-        assert main(["convert", str(tmp_path / f"{name}.pth"), str(target), *arguments]) == 0
-        loaded = timm_lt.create_model(f"local-dir:{target}", head="tau_norm", tau=0.0).eval()
-        x = torch.randn(2, 3, 160, 160)
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(x) + model.head.bias, model(x))
-    assert "test_vit (in the file), 7 classes" in capsys.readouterr().out
-    assert main(["convert", str(tmp_path / "bare.pth"), str(tmp_path / "new")]) == 2
-    assert "--model" in capsys.readouterr().err
-
-
 def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
     folder, _ = files
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--head"]
@@ -165,30 +117,24 @@ def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
     assert read_checkpoint(tmp_path / "net").heads["balanced"].kind == "crt"
 
 
-def foreign(folder, states):
-    other = random_state("lt_resnet32", 10, seed=9)
-    return {
-        "another backbone": authors_file(other),
-        "another number of classes": authors_file(random_state("lt_resnet32", 100)),
-        "truncated": (folder / "crt.pth").read_bytes()[:5000],
-        "another joint": authors_file({**states["lws"], "fc.bias": torch.ones(10)}, SCALES),
-        "scales of another width": authors_file(states["lws"], SCALES[:5]),
-    }
+FOREIGN = {
+    "another conv1.weight than the checkpoint": lambda states: authors_file(
+        random_state("lt_resnet32", 10, seed=9)
+    ),
+    "fc.weight is (100, 64), not (10, 64)": lambda states: authors_file(
+        random_state("lt_resnet32", 100)
+    ),
+    "another fc.bias than the checkpoint": lambda states: authors_file(
+        {**states["lws"], "fc.bias": torch.ones(10)}, SCALES
+    ),
+    "scales is (5,), not (10,)": lambda states: authors_file(states["lws"], SCALES[:5]),
+}
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("another backbone", "another conv1.weight than the checkpoint"),
-        ("another number of classes", "with 10 classes: fc.weight is (100, 64), not (10, 64)"),
-        ("truncated", "truncated"),
-        ("another joint", "another fc.bias than the checkpoint"),
-        ("scales of another width", "scales is (5,), not (10,)"),
-    ],
-)
-def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, capsys):
+@pytest.mark.parametrize("message", FOREIGN)
+def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys):
     folder, states = files
-    (tmp_path / "other.pth").write_bytes(foreign(folder, states)[how])
+    (tmp_path / "other.pth").write_bytes(FOREIGN[message](states))
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net")]
     assert main(["convert", *arguments, "--head", f"x={tmp_path / 'other.pth'}"]) == 2
     error = capsys.readouterr().err
@@ -200,40 +146,30 @@ def test_a_head_that_does_not_belong_is_refused(how, message, files, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nothing.pth"], ["nothing.pth cannot be read"]),
-        (["lt_resnet10.imagenet_lt"], ["no files to convert"]),
-        (["joint.pth", "--model", "resnet50"], ["does not fit resnet50", "lacks"]),
-        (["joint.pth", "--model", "resnet5"], ["unknown architecture 'resnet5'"]),
-        (["joint.pth", "--model", "lt_resnet50.cifar"], ["tag of 'lt_resnet50': 'cifar'"]),
-        (
-            ["joint.pth", "--model", "lt_resnet32.cifar100_lt"],
-            ["with 100 classes"],
-        ),
-        (["joint.pth", "--head", "crt"], ["NAME=URL_OR_FILE"]),
-        (["joint.pth", "--head", "a/b=crt.pth"], ["heads.a/b may have ASCII"]),
-        (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], ["each NAME once"]),
-        ([""], ["no files to convert"]),
-        (["joint.pth", "--class-counts", "joint.pth"], ["--class-counts", "cannot be read"]),
-        (["joint.pth", "--class-counts", "few.json"], ["class_counts has 3 classes, expected 10"]),
-        (["joint.pth", "--class-counts", "names.json"], ["integer labels", "got 01"]),
-        (
-            ["joint.pth", "--class-counts", "floats.json"],
-            ["[0] = 3.0 is not an integer"],
-        ),
-        (["ftp://host/x.pth"], ["http"]),
+        (["nothing.pth"], "nothing.pth cannot be read"),
+        (["vit.pth"], "name its architecture with --model"),
+        (["lt_resnet10.imagenet_lt"], "no files to convert"),
+        (["joint.pth", "--model", "resnet50"], "does not fit resnet50"),
+        (["joint.pth", "--model", "resnet5"], "unknown architecture 'resnet5'"),
+        (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], "with 100 classes"),
+        (["joint.pth", "--head", "crt"], "NAME=URL_OR_FILE"),
+        (["joint.pth", "--head", "a/b=crt.pth"], "heads.a/b may have ASCII"),
+        (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], "each NAME once"),
+        (["joint.pth", "--class-counts", "joint.pth"], "cannot be read"),
+        (["joint.pth", "--class-counts", "few.json"], "class_counts has 3 classes, expected 10"),
+        (["joint.pth", "--class-counts", "names.json"], "integer labels"),
+        (["ftp://host/x.pth"], "http"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, files, tmp_path, capsys, monkeypatch):
     folder, _ = files
     monkeypatch.chdir(folder)
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "vit.pth")
     (folder / "few.json").write_text("[1, 2, 3]")
     (folder / "names.json").write_text('{"01": 3, "2": 3}')
-    (folder / "floats.json").write_text('{"0": 3.0}')
     source, *options = arguments
     assert main(["convert", source, str(tmp_path / "net"), *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
-    for word in words:
-        assert word in error
+    assert words in error
     assert not (tmp_path / "net").exists()
-    assert not Path(folder / "net").exists()

@@ -1,23 +1,23 @@
-"""Models with a head: timm architectures, the registered lt_* ones, and checkpoint folders."""
+"""Models with a head, by name, from folders and by timm's call; and the names of their classes."""
+
+import logging
 
 import pytest
 import timm
 import torch
 from conftest import HEAD_OPTIONS
 from huggingface_hub import constants
+from timm.data import ImageNetInfo
+from timm.models._hub import save_for_hf
 
 import timm_lt
+from timm_lt.data import Splits
 from timm_lt.heads import get_head
+from timm_lt.models.create import is_for, keeps_classifier, label_names
+from timm_lt.models.weights_file import create_from_file
+from timm_lt.run.network import has_classifier, match_data
+from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
-
-TIMM_NAMES = {
-    "lt_test_resnet": ("test_resnet", {}),
-    "lt_resnet10": ("resnet18", {"layers": [1, 1, 1, 1]}),
-    "lt_resnet50": ("resnet50", {}),
-    "lt_resnext50": ("resnext50_32x4d", {}),
-}
-# With 1000 classes; the usual tables have 5.4 M, 25.56 M and 25.03 M.
-PARAMETERS = {"lt_resnet10": 5_418_792, "lt_resnet50": 25_557_032, "lt_resnext50": 25_028_904}
 
 
 def images(model, channels=3, number=2):
@@ -25,13 +25,6 @@ def images(model, channels=3, number=2):
     size = config["input_size"][-1] if config["fixed_input_size"] else 32
     generator = torch.Generator().manual_seed(0)
     return torch.randn(number, channels, size, size, generator=generator)
-
-
-def test_no_head_is_timms_own_model():
-    model = timm_lt.create_model("test_resnet", num_classes=3)
-    assert type(get_head(model)) is torch.nn.Linear
-    with pytest.raises(UsageError, match=r"unknown head 'none'"):
-        timm_lt.create_model("test_resnet", head="none")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "lt_test_resnet"])
@@ -46,14 +39,8 @@ def test_wrong_names_list_the_right_ones(architecture):
         timm_lt.create_model(architecture, head="tau_norm", tau=-1)
     with pytest.raises(UsageError, match=rf"unknown architecture '{architecture}x'"):
         timm_lt.create_model(f"{architecture}x", head="tau_norm")
-
-
-def test_unknown_tag_lists_the_tags():
     with pytest.raises(UsageError, match=r"tag of 'lt_test_resnet': 'glyph'.*glyph_lt"):
         timm_lt.create_model("lt_test_resnet.glyph", head="tau_norm")
-
-
-def test_an_architecture_without_weights_is_a_mistake_of_the_user():
     with pytest.raises(UsageError, match=r"lt_resnet10 has no pretrained weights; load a file"):
         timm_lt.create_model("lt_resnet10", True)
 
@@ -87,21 +74,6 @@ def test_every_head_by_the_plain_timm_call(head):
             model(images(model))
 
 
-@pytest.mark.parametrize("name", TIMM_NAMES)
-def test_registered_models_are_timms_resnets(name):
-    architecture, arguments = TIMM_NAMES[name]
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=1000, head="cosine")
-        reference = timm.create_model(architecture, num_classes=1000, **arguments)
-    ours = {key: value.shape for key, value in model.state_dict().items() if key != "fc.scale"}
-    assert ours == {key: value.shape for key, value in reference.state_dict().items()}
-    if name in PARAMETERS:
-        assert sum(p.numel() for p in reference.parameters()) == PARAMETERS[name]
-        blocks = [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)]
-        assert blocks == ([1, 1, 1, 1] if name == "lt_resnet10" else [3, 4, 6, 3])
-    assert model.pretrained_cfg["architecture"] == name
-
-
 def test_same_random_weights_as_timm():
     torch.manual_seed(3)
     ours = timm.create_model("lt_test_resnet", num_classes=7, head="cosine").state_dict()
@@ -110,17 +82,6 @@ def test_same_random_weights_as_timm():
     for key, value in theirs.items():
         if not key.startswith("fc."):
             assert torch.equal(value, ours[key]), key
-
-
-def test_configuration_of_a_tag():
-    model = timm.create_model("lt_test_resnet.glyph_lt")
-    assert model.num_classes == 100
-    config = timm.data.resolve_data_config(model=model)
-    assert config["input_size"] == (3, 32, 32)
-    assert config["mean"] == (0.5, 0.5, 0.5)
-    assert {"lt_resnet10", "lt_resnet50", "lt_resnext50"} < set(timm.list_models("lt_*"))
-    with pytest.raises(RuntimeError, match="No pretrained weights"):
-        timm.create_model("lt_resnet10", pretrained=True)
 
 
 @pytest.mark.parametrize("create", [timm.create_model, timm_lt.create_model])
@@ -156,14 +117,11 @@ def test_a_folder_is_loaded_by_its_path(tmp_path, monkeypatch):
     assert type(timm_lt.create_model("test_vit")).__name__ == "VisionTransformer"
     assert type(timm_lt.create_model("./test_vit")).__name__ == "ResNet"
     (tmp_path / "photos").mkdir()
-    for name in ("photos", "./photos", tmp_path / "photos"):
-        with pytest.raises(UsageError, match=r"photos is not a checkpoint folder"):
-            timm_lt.create_model(name)
-    for name in ("./none", tmp_path / "none"):
-        with pytest.raises(UsageError, match=r"none is not a checkpoint folder"):
+    for name in ("photos", "./photos", "./none", tmp_path / "none"):
+        with pytest.raises(UsageError, match=r"is not a checkpoint folder"):
             timm_lt.create_model(name)
     (tmp_path / "w.pth").touch()
-    for name in ("w.pth", "./w.pth", tmp_path / "w.pth"):
+    for name in ("w.pth", tmp_path / "w.pth"):
         with pytest.raises(UsageError, match=r"is a file of weights: name its architecture"):
             timm_lt.create_model(name)
 
@@ -183,3 +141,103 @@ def test_weights_that_cannot_be_had_are_one_sentence(loopback_hub, tmp_path, mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"resnet18\.a1_in1k.* HF_HUB_OFFLINE is set"):
         timm_lt.create_model("resnet18.a1_in1k", True, cache_dir=tmp_path)
+
+
+# ---- names of classes ---------------------------------------------------------------------------
+
+SUBSETS = {"imagenet-1k": 1000, "imagenet-12k": 11821, "imagenet-22k": 21841}
+IMAGENET = ImageNetInfo()
+WORDS = IMAGENET.label_descriptions()
+OWN = [f"person_{label:04d}" for label in range(1000)]
+
+
+def timms(classes=1000, **config):
+    """A model as timm.create_model(NAME, pretrained=True) gives it, but for its weights."""
+    torch.manual_seed(0)
+    overlay = {"num_classes": classes, **config}
+    return timm.create_model("test_resnet", num_classes=classes, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_timms_own_models_are_for_the_classes_of_their_imagenet(subset):
+    known = ImageNetInfo(subset)
+    model = timms(SUBSETS[subset])
+    assert label_names(model) == known.label_descriptions()
+    assert is_for(model, known.label_names()) is True
+    assert is_for(model, [f"own {label}" for label in range(SUBSETS[subset])]) is False
+
+
+@pytest.mark.parametrize(
+    ("names", "same"),
+    [
+        (IMAGENET.label_names(), True),
+        (WORDS, True),
+        ([text.split(",")[0].replace(" ", "_") for text in WORDS], True),
+        ([text.split(",")[-1].strip().title() for text in WORDS], True),
+        (IMAGENET.label_names()[::-1], False),
+        (OWN, False),
+        ([str(label) for label in range(1000)], None),
+        (None, None),
+    ],
+)
+def test_names_decide(names, same):
+    assert is_for(timms(), names) is same
+    # Names of its own come first, and have no other spelling.
+    named = timms(label_names=OWN)
+    assert is_for(named, names) is (None if same is None else names == OWN)
+    assert label_names(named) == OWN
+
+
+def test_names_by_label_are_read_as_timm_writes_them(tmp_path):
+    by_label = {"label_names": {label: f"class {label}" for label in (1, 2, 0)}}
+    save_for_hf(timms(3), tmp_path / "m", model_config=by_label, safe_serialization=True)
+    model = timm_lt.create_model(str(tmp_path / "m"))
+    assert label_names(model) == ["class 0", "class 1", "class 2"]
+    assert label_names(timms(3, label_names={1: "a", 2: "b", 3: "c"})) is None
+
+
+def test_other_models_of_a_thousand_classes_are_not_imagenets(tmp_path):
+    models = {
+        "a folder": save_for_hf(timms(), tmp_path / "m", safe_serialization=True)
+        or timm_lt.create_model(tmp_path / "m"),
+        "a repo": timms(source="hf-hub", hf_hub_id="me/birds"),
+        "another number": timm.create_model("test_resnet", num_classes=11821),
+        "a file": from_file(tmp_path),
+    }
+    for what, model in models.items():
+        assert label_names(model) is None, what
+        assert is_for(model, IMAGENET.label_names()[: model.num_classes]) is None, what
+    assert label_names(timms(source="hf-hub", hf_hub_id="timm/test_resnet.r160_in1k")) == WORDS
+
+
+def from_file(folder):
+    torch.save(timms().state_dict(), folder / "w.pth")
+    return create_from_file("test_resnet", folder / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"), [(IMAGENET.label_names(), True), (OWN, False), (None, True)]
+)
+def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(names, kept):
+    recipe = Recipe(model=ModelRecipe("test_resnet", pretrained=True))
+    model, counts = timms(), torch.ones(1000, dtype=torch.int64)
+    assert has_classifier(recipe.model, model, 1000)
+    # No images are needed: the names decide.
+    assert match_data(recipe, Splits({}, {}, counts, names), model, kept=True)[1] is kept
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "kept", "level"),
+    [
+        ({}, IMAGENET.label_names(), True, None),
+        ({}, OWN, False, None),
+        ({"source": "hf-hub", "hf_hub_id": "me/birds"}, OWN, True, logging.WARNING),
+        ({"source": "hf-hub", "hf_hub_id": "me/birds"}, None, True, logging.INFO),
+    ],
+)
+def test_an_assumption_about_a_classifier_is_logged(config, names, kept, level, caplog):
+    with caplog.at_level(logging.INFO, "timm_lt"):
+        assert keeps_classifier(timms(**config), names, "the model", "--fresh-classifier") is kept
+    assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
+    message = "its classifier is assumed to be for the classes of the data (--fresh-classifier fits"
+    assert level is None or message in caplog.text

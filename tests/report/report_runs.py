@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from timm_lt.fitting import AccuracyCurve
-from timm_lt.metrics import evaluate_logits
+from timm_lt.metrics import evaluate_logits, shot_accuracy
 from timm_lt.report import ExampleImages, Predictions, Report
 from timm_lt.training import EpochRecord
 
@@ -53,6 +53,26 @@ def figures(counts, targets, logits):
     }
 
 
+def report_of(preds, targets, counts, **more):
+    """Returns a report on the predictions of some heads."""
+    targets = torch.as_tensor(targets)
+    preds = {name: torch.as_tensor(values) for name, values in preds.items()}
+    return Report(
+        title="x",
+        reports={name: shot_accuracy(p, targets, counts) for name, p in preds.items()},
+        class_counts=torch.as_tensor(counts),
+        targets=targets,
+        predictions={name: Predictions(p.int()) for name, p in preds.items()},
+        **more,
+    )
+
+
+def right_in_order(counts, targets):
+    """Returns predictions of which so many are right in each class, its first images."""
+    place = torch.cat([torch.arange(n) for n in torch.bincount(targets).tolist()])
+    return torch.where(place < torch.tensor(counts)[targets], targets, (targets + 1) % len(counts))
+
+
 def whole_report(num_classes=30, **options):
     """Returns a report with every section."""
     counts, targets, logits = long_tail(num_classes, **options)
@@ -95,9 +115,6 @@ def balanced_reports():
         "crt": [7, 7, 5, 3],
         "tau_norm": [6, 6, 6, 5],
     }.items():
-        preds = (targets + 1) % 4
-        for c, k in enumerate(right):
-            preds[8 * c : 8 * c + k] = c
-        logits = torch.nn.functional.one_hot(preds, 4).float() * 3
+        logits = torch.nn.functional.one_hot(right_in_order(right, targets), 4).float() * 3
         reports[name] = evaluate_logits(logits, targets, COUNTS)
     return reports

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 
 import numpy as np
@@ -65,13 +64,6 @@ WITHOUT_NAME = """() => [...document.querySelectorAll("button, a, input, select,
 LABEL_SIZES = """() => [...document.querySelectorAll(".chart text")]
   .filter((text) => text.checkVisibility())
   .map((text) => text.ownerSVGElement.getScreenCTM().a * parseFloat(text.style.fontSize))"""
-SORT_AND_FILTER = """() => {
-  const start = performance.now(), filter = document.getElementById("filter");
-  document.querySelector("#class-table button").click();
-  filter.value = "99";
-  filter.dispatchEvent(new Event("input"));
-  return performance.now() - start;
-}"""
 CHOSEN = """() => [...document.querySelectorAll("[data-head]:not([hidden])")]
   .map((panel) => panel.dataset.head)"""
 
@@ -146,6 +138,8 @@ def test_it_looks_right(opened, size, scheme, tmp_path):
     # Every picture is one.
     assert page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
     # Text in charts is legible on a phone, too.
+    titles = page.locator(".chart.wide title").all_text_contents()
+    assert {"crt", "many", "training loss"} <= set(titles)
     sizes = page.evaluate(LABEL_SIZES)
     assert len(sizes) > 50
     assert 10 < min(sizes) <= max(sizes) < 16
@@ -179,19 +173,18 @@ def test_the_table_sorts_filters_and_turns_pages(opened):
     page.select_option("#shots", "few_shot")
     assert set(column(page, 3)) == {"few"}
     page.select_option("#shots", "")
-    page.fill("#filter", "BIRD_11")
-    assert names(page) == ["bird_119", "bird_118", "bird_117", "bird_116", "bird_115", "bird_114",
-                           "bird_113", "bird_112", "bird_111", "bird_110", "bird_11"]  # fmt: skip
-    page.fill("#filter", "<script>")
-    assert names(page) == ["<script>alert(1)</script>"]
-    page.fill("#filter", "שלום")
-    assert names(page) == ["שלום עולם"]
-    page.fill("#filter", "no such bird")
-    assert names(page) == []
+    for text, found in (
+        ("BIRD_11", [*(f"bird_{k}" for k in range(119, 109, -1)), "bird_11"]),
+        ("<script>", ["<script>alert(1)</script>"]),
+        ("שלום", ["שלום עולם"]),
+        ("no such bird", []),
+    ):
+        page.fill("#filter", text)
+        assert names(page) == found
     assert page.text_content("#status") == "No class matches"
 
 
-def test_what_the_script_draws_is_what_was_there_before(opened):
+def test_the_script_draws_the_same_table(opened):
     page = opened()
     before = page.inner_html("#class-table tbody")
     page.fill("#filter", "x")
@@ -223,42 +216,17 @@ def test_the_keyboard_sorts_and_chooses_heads(opened):
     assert page.locator(".scroll:not([tabindex='0'])").count() == 0
 
 
-def test_values_that_are_not_known_come_last(opened, report, tmp_path):
+def test_missing_values_come_last(opened, report):
     text = report.read_text(encoding="utf-8")
     start = text.index('id="class-data">') + len('id="class-data">')
     end = text.index("</script>", start)
     data = json.loads(text[start:end])
     for k, row in enumerate(data["rows"]):
         row[4] = None if k % 5 else k / 1000
-    path = report.parent / "unknown.html"
+    path = report.parent / "missing.html"
     path.write_text(text[:start] + json.dumps(data).replace("<", "\\u003c") + text[end:], "utf-8")
     page = opened(path=path)
-    button = page.get_by_role("button", name="linear")
     for expected in (["24.5", "24.0"], ["0.0", "0.5"]):
-        button.click()
+        page.get_by_role("button", name="linear").click()
         shown = column(page, 5)
-        assert shown[:2] == expected
-        assert shown[50:] == ["\N{EN DASH}"] * 50
-
-
-def test_ten_thousand_classes_are_sorted_and_filtered_at_once(opened, report):
-    text = report.read_text(encoding="utf-8")
-    rows = [[f"bird_{k}", 10_000 - k, "many_shot", 50, 0.5, k / 1e4, 0.5, 0] for k in range(10_000)]
-    path = report.parent / "large.html"
-    data = f'"rows":{json.dumps(rows)},"heads"'
-    path.write_text(re.sub(r'"rows":\[.*\],"heads"', lambda _: data, text), "utf-8")
-    page = opened(path=path)
-    page.get_by_role("button", name="crt").click()
-    assert names(page)[0] == "bird_9999"
-    milliseconds = page.evaluate(SORT_AND_FILTER)
-    found = sum("99" in f"bird_{k}" for k in range(10_000))
-    assert page.text_content("#status") == f"1 to 100 of {found} classes"
-    # A tenth of a second on a free core.
-    assert milliseconds < 3000
-
-
-def test_a_point_says_what_it_is(opened):
-    page = opened()
-    titles = page.locator(".chart.wide title").all_text_contents()
-    assert {"crt", "many", "training loss"} <= set(titles)
-    assert any("images of confidence" in title for title in titles)
+        assert (shown[:2], shown[50:]) == (expected, ["\N{EN DASH}"] * 50)

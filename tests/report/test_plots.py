@@ -1,13 +1,19 @@
-"""The charts: they show what was measured, as PNG and as SVG."""
+"""The charts show the measured figures, as PNG and as SVG."""
 
-import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
-from report_runs import COUNTS, balanced_reports, figures, long_tail, whole_report
+from report_runs import (
+    COUNTS,
+    balanced_reports,
+    figures,
+    long_tail,
+    right_in_order,
+    whole_report,
+)
 
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve
@@ -27,7 +33,7 @@ from timm_lt.report.plots import (
     head_styles,
     save_plots,
 )
-from timm_lt.training.history import EpochRecord
+from timm_lt.training.state import EpochRecord
 
 HISTORY = [
     EpochRecord(1, 2.0, 0.1, 9.0, 1.0, {"all": 0.3, "many_shot": 0.5, "few_shot": None}),
@@ -37,10 +43,17 @@ HISTORY = [
 
 
 def report_of(reports, counts=COUNTS, **more):
-    """Returns a report of some figures; its predictions are all right unless they are given."""
+    """Returns a report of some figures, with predictions that are all right."""
     targets = torch.arange(len(counts)).repeat_interleave(8)
-    given = {"targets": targets, "predictions": dict.fromkeys(reports, Predictions(targets))}
-    return Report(title="x", reports=reports, class_counts=counts, **given | more)
+    predictions = dict.fromkeys(reports, Predictions(targets))
+    return Report(
+        title="x",
+        reports=reports,
+        class_counts=torch.as_tensor(counts),
+        targets=targets,
+        predictions=predictions,
+        **more,
+    )
 
 
 def shown(axes):
@@ -81,20 +94,16 @@ def test_plots_are_pngs_of_a_sane_size_and_old_ones_go(tmp_path):
 
 @pytest.mark.parametrize("counts", [[300, 5], [7]])
 def test_classes_without_test_images_one_class_and_old_figures_are_drawn(tmp_path, counts):
-    counts = torch.tensor(counts)
     # Without logits there is no calibration.
-    old = json.loads(json.dumps(shot_accuracy([0, 0], [0, 0], counts).to_dict()))
+    old = shot_accuracy([0, 0], [0, 0], counts).to_dict()
     del old["reliability"]
-    targets = torch.tensor([0, 0])
-    given = {"targets": targets, "predictions": {"crt": Predictions(targets)}}
-    report = report_of({"crt": ShotReport.from_dict(old)}, counts, **given)
+    report = report_of({"crt": ShotReport.from_dict(old)}, counts)
     assert [p.name for p in save_plots(tmp_path, report)] == ["accuracy_by_frequency.png"]
 
 
 def test_the_frequency_plot_orders_the_classes_by_their_counts():
-    counts = torch.tensor([20, 300, 60])
-    targets = torch.tensor([0, 0, 1, 1, 2, 2])
-    found = shot_accuracy(torch.tensor([0, 1, 1, 1, 0, 1]), targets, counts)
+    counts = [20, 300, 60]
+    found = shot_accuracy([0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 2, 2], counts)
     axes = draw_frequency(report_of({"linear": found}, counts), 7).axes[0]
     # Class 1 has two of two right, class 2 none, class 0 one.
     assert shown(axes) == {"linear": [[1, 100], [2, 0], [3, 50]]}
@@ -201,15 +210,11 @@ def test_each_head_has_a_look_of_its_own_in_all_charts():
 
 
 def test_the_gains_of_classes_are_differences_in_the_order_of_their_counts():
-    counts = torch.tensor([5, 200, 50])
-    targets = torch.arange(3).repeat_interleave(10)
-
-    def accuracies(*right):
-        place = torch.arange(10).repeat(3)
-        preds = torch.where(place < torch.tensor(right)[targets], targets, (targets + 1) % 3)
-        return shot_accuracy(preds, targets, counts)
-
-    reports = {"linear": accuracies(1, 9, 5), "crt": accuracies(6, 7, 5)}
+    counts, targets = [5, 200, 50], torch.arange(3).repeat_interleave(10)
+    reports = {
+        name: shot_accuracy(right_in_order(right, targets), targets, counts)
+        for name, right in (("linear", [1, 9, 5]), ("crt", [6, 7, 5]))
+    }
     (axes,) = draw_gains(report_of(reports, counts, recommended="crt"), 7).axes
     gained, lost = (patch.get_data().values for patch in axes.patches)
     assert gained.tolist() == pytest.approx([0, 0, 50])

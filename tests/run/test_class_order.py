@@ -1,9 +1,10 @@
 """Weights whose classes are numbered otherwise than those of the data."""
 
 import csv
+import dataclasses
 import json
 
-import datasets
+import numpy as np
 import pytest
 import safetensors.torch
 import timm.data
@@ -15,8 +16,9 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.cli import main
 from timm_lt.data import Splits, create_splits
-from timm_lt.run.network import class_orders, in_order_of_weights
-from timm_lt.run.recipe import ModelRecipe
+from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.run.network import class_orders, match_data
+from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
 # 2 and 10 change places, and so do a and B.
@@ -28,7 +30,7 @@ COLOURS = {
     "a": (9, 9, 9),
 }
 COUNTS = {"1": 10, "10": 12, "2": 8, "B": 9, "a": 9}
-GIVEN = ModelRecipe("x")
+GIVEN = Recipe(model=ModelRecipe("x", pretrained=True), epochs=0)
 TIMM, SORTED = ["1", "2", "10", "a", "B"], ["1", "10", "2", "B", "a"]
 
 
@@ -106,16 +108,23 @@ def test_orders_are_those_of_timm_and_torchvision(photos):
 
 
 @pytest.mark.parametrize("names", [TIMM, SORTED], ids=["timm", "sorted"])
-def test_evaluate_finds_the_order_of_a_file(photos, model, names, tmp_path, capsys):
-    file = saved(model(names), tmp_path / "best.pth")
-    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
-    assert found == dict.fromkeys(names, 1.0)
-    assert list(found) == names
+def test_images_tell_the_order_of_weights(photos, model, names, caplog):
+    splits = create_splits("folder", root=str(photos))
+    with caplog.at_level("INFO", "timm_lt"):
+        found, kept = match_data(GIVEN, splits, model(names), kept=True)
+    assert (found.label_names, kept) == (names, True)
     order = "timm's natural order" if names == TIMM else "sorted order"
-    assert f"classes are numbered as in the weights, in {order}: of 25 training images" in said
+    assert f"numbered as in the weights, in {order}: of 25 training images" in caplog.text
     hits = (25, 0) if names == TIMM else (0, 25)
-    assert f"{hits[0]} are right in timm's natural order (1, 2, 10, a, B)" in said
-    assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in said
+    assert f"{hits[0]} are right in timm's natural order (1, 2, 10, a, B)" in caplog.text
+    assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in caplog.text
+
+
+def test_evaluate_finds_the_order_of_a_file(photos, model, tmp_path, capsys):
+    file = saved(model(TIMM), tmp_path / "best.pth")
+    found, _ = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
+    assert found == dict.fromkeys(TIMM, 1.0)
+    assert list(found) == TIMM
 
 
 def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys):
@@ -137,56 +146,16 @@ def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys)
     assert "training images" not in said
     command = ["evaluate", str(run), str(photos), "--class-order", "sorted", "--workers", "0"]
     assert main(command) == 2
-    assert "have class names; remove it" in capsys.readouterr().err
+    assert "has no class names, and" in capsys.readouterr().err
 
 
-def test_a_recipe_and_lists_of_words_find_the_order(photos, model, tmp_path, capsys):
-    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
-    lines = [f"{path.relative_to(photos)},x{path.parent.name}" for path in photos.rglob("*.png")]
-    (tmp_path / "train.csv").write_text("\n".join(["path,label", *lines]))
-    recipe = {
-        "data": {
-            "name": "list",
-            "root": str(photos),
-            "options": {"train": str(tmp_path / "train.csv")},
-            "augmentation": "timm",
-        },
-        "model": {"name": "test_resnet", "checkpoint": file},
-        "epochs": 0,
-        "heads": {"ncm": {}, "linear": {}},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = ["train", str(tmp_path / "recipe.yaml"), "--output", str(run), "--workers", "0"]
-    assert main(command) == 0
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["label_names"] == [f"x{name}" for name in TIMM]
-    assert metrics["heads"]["linear"]["all"] == 1
-    AcceleratorState._reset_state(reset_partial_state=True)
-    command += ["--overwrite", "--model.class_order", "sorted"]
-    assert main(command) == 0
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["label_names"] == [f"x{name}" for name in SORTED]
-    # Of four classes that change places none is right, and of the other all are.
-    assert metrics["heads"]["linear"]["all"] == pytest.approx(2 / 10)
-
-
-@pytest.mark.parametrize(
-    ("door", "names"),
-    [("folder", TIMM), ("folder", SORTED), ("torchvision", TIMM), ("timm", SORTED)],
-    ids=str,
-)
-def test_rebalance_finds_the_order(photos, model, names, door):
-    data = {
-        "folder": photos,
-        "torchvision": ImageFolder(photos),
-        "timm": timm.data.create_dataset("", str(photos)),
-    }[door]
-    made = model(names)
-    found = timm_lt.rebalance(made, data, heads="ncm", workers=0)
+@pytest.mark.parametrize("of_folder", [str, ImageFolder])
+def test_rebalance_finds_the_order(photos, model, of_folder):
+    made = model(TIMM)
+    found = timm_lt.rebalance(made, of_folder(photos), heads="ncm", workers=0)
     assert found.reports["linear"].all == found.reports["ncm"].all == 1
     assert torch.equal(found.heads["linear"].weight, made.fc.weight)
-    images = found.reports["ncm"].test_images.tolist()
-    assert images == [round(COUNTS[name] / 5) for name in names]
+    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
 
 
 def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, capsys):
@@ -216,7 +185,7 @@ def test_names_of_the_model_decide(photos, model):
     found = timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     assert found.reports["linear"].all == 1
     assert torch.equal(found.heads["linear"].weight, made.fc.weight)
-    with pytest.raises(UsageError, match="have class names; remove it"):
+    with pytest.raises(UsageError, match="has no class names, and"):
         timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
 
 
@@ -242,7 +211,7 @@ def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog)
 def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
     """A model that always gives the same answer is right as often in both orders."""
     made = constant(label)
-    with pytest.raises(UsageError, match="say --class-order timm or --class-order sorted"):
+    with pytest.raises(UsageError, match="choose --class-order timm or --class-order sorted"):
         timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     file = tmp_path / "bare.safetensors"
     safetensors.torch.save_file(made.state_dict(), file)
@@ -269,30 +238,31 @@ def test_a_clear_difference_is_needed(photos, model):
         half.fc.weight[[1, 2]] = half.fc.weight[[2, 1]]
         half.fc.bias[[1, 2]] = half.fc.bias[[2, 1]]
     with pytest.raises(UsageError, match="it is not clear"):
-        in_order_of_weights(splits, half, given=GIVEN)
-    kept = in_order_of_weights(splits, half, given=GIVEN, trained=True)
-    assert kept is splits
+        match_data(GIVEN, splits, half, kept=True)
+    # Training goes on with the order of the data.
+    trained = dataclasses.replace(GIVEN, epochs=1)
+    found, _ = match_data(trained, splits, half, kept=True)
+    assert found.label_names == splits.label_names
 
 
 def test_a_large_class_does_not_outweigh_a_small_one():
     """The same answer for all images is that of the large class in one of the orders."""
-    names = ["1", "10", "2"]
-    labels = [label for label, count in enumerate((4, 70, 4)) for _ in range(count)]
-    columns = {"image": [Image.new("RGB", (32, 32))] * len(labels), "label": labels}
-    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    labels = [0] * 4 + [1] * 70 + [2] * 4
+    black = np.zeros((len(labels), 32, 32, 3), np.uint8)
+    rows = dataset_from_arrays(black, np.array(labels), ["1", "10", "2"])
     splits = Splits.from_datasets({"train": rows})
     with pytest.raises(UsageError, match="it is not clear in which order"):
-        in_order_of_weights(splits, constant(1), given=GIVEN)
+        match_data(GIVEN, splits, constant(1), kept=True)
 
 
 def test_where_the_orders_are_the_same_nothing_is_looked_at(photos, monkeypatch):
     plain = create_splits("folder", root=str(photos)).in_order(["B", "a", "10", "2", "1"])
-    assert in_order_of_weights(plain, torch.nn.Identity(), given=GIVEN) is plain
+    assert match_data(GIVEN, plain, torch.nn.Identity(), kept=True)[0].labels is plain.labels
     glyphs = Splits(plain.datasets, plain.labels, plain.class_counts, None)
-    assert in_order_of_weights(glyphs, torch.nn.Identity(), given=GIVEN) is glyphs
-    with pytest.raises(UsageError, match="the data lack class names"):
-        in_order_of_weights(glyphs, torch.nn.Identity(), given=ModelRecipe("x", class_order="timm"))
+    assert match_data(GIVEN, glyphs, torch.nn.Identity(), kept=True)[0].labels is glyphs.labels
+    asked = dataclasses.replace(GIVEN, model=ModelRecipe("x", True, class_order="timm"))
+    with pytest.raises(UsageError, match="to data that have"):
+        match_data(asked, glyphs, torch.nn.Identity(), kept=True)
 
 
 def test_splits_in_another_order_are_the_same_images(photos):

@@ -32,7 +32,7 @@ from timm_lt.data.images import ImageTensors
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.data.images import StoredImages
 from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
-from timm_lt.training.update import means_over_processes
+from timm_lt.training.parts import means_over_processes
 
 N, C, SIDE = 42, 4, 32
 arrays = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)

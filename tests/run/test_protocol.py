@@ -9,7 +9,6 @@ from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli import main
 from timm_lt.data import create_dataset, create_splits, register_dataset
 from timm_lt.data.sources import DATASETS, SELECTED_ON_TEST
-from timm_lt.run.recipe import Recipe
 from timm_lt.utils.checks import UsageError
 
 RECIPE = "hub_configs/lt_test_resnet.digits_lt.yaml"
@@ -44,14 +43,6 @@ def test_it_is_refused_where_no_paper_did_so(name, digits_of_a_paper):
         match=rf"test split.*no paper.*'{name}'.*standard.*digits_of_a_paper \(Doe et al\.",
     ):
         create_splits(name, protocol="paper")
-
-
-def test_wrong_names_list_the_right_ones():
-    with pytest.raises(UsageError, match=r"unknown protocol 'papers'.*standard, paper"):
-        create_splits("digits_lt", protocol="papers")
-    with pytest.raises(UsageError, match=r"unknown data set 'digits'.*digits_lt"):
-        create_splits("digits", protocol="paper")
-    assert Recipe().protocol == "standard"
 
 
 @pytest.mark.slow

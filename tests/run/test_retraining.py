@@ -15,8 +15,8 @@ import timm_lt
 import train_lt
 from timm_lt.run.network import create_network, start_network
 from timm_lt.run.recipe import ModelRecipe, Recipe
-from timm_lt.training.history import EpochRecord
 from timm_lt.training.loop import RepresentationTrainer, Training
+from timm_lt.training.state import EpochRecord
 
 DIGITS = "lt_test_resnet.digits_lt"
 FEW = ["--epochs", "1", "--quiet", "--heads", "{linear: {}}", "--mixed_precision", "no"]
@@ -122,44 +122,3 @@ def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, ca
     assert (head.kind, head.options()) == ("cosine", {"scale": 1.0, "learn_scale": False})
     plain = timm.create_model(name, pretrained=True).get_classifier()
     assert plain.bias.eq(0).all()
-
-
-@pytest.mark.slow
-def test_heads_have_names_of_their_own(joint, tmp_path, capsys):
-    heads = (
-        "{linear: {}, crt: {solver: sgd, steps: 5},"
-        " crt_rs: {kind: crt, solver: sgd, steps: 5, sampler: square_root},"
-        " half: {kind: tau_norm, tau: 0.5}, auto: {}}"
-    )
-    folder = tmp_path / "run"
-    status, error = main(capsys, "--output", folder, *FEW, "--heads", heads)
-    assert status == 0, error
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert list(metrics["heads"]) == ["linear", "crt", "crt_rs", "half", "auto"]
-    kinds = {
-        "crt": "crt",
-        "crt_rs": "crt",
-        "half": "tau_norm",
-    }
-    for name, kind in kinds.items():
-        head = timm_lt.create_model(f"local-dir:{folder}", head=name).get_classifier()
-        assert head.kind == kind
-    crt, other = (load_file(folder / "heads" / f"{name}.safetensors") for name in ("crt", "crt_rs"))
-    assert not torch.equal(crt["weight"], other["weight"])
-
-
-@pytest.mark.parametrize(
-    ("heads", "message"),
-    [
-        ("{linear: {}, ncm: {kind: crt}}", "'ncm' is a 'crt' head, but 'ncm' is the name of anoth"),
-        ("{linear: {}, mine: {kind: crtt}}", "did you mean 'crt'"),
-        ("{linear: {}, mine: {kind: tau_norm, tau: -1}}", "[0, inf)"),
-        ("{linear: {}, ../mine: {kind: crt}}", "ASCII letters"),
-        ("{linear: {}, mine: {}}", "unknown head 'mine'"),
-    ],
-)
-def test_wrong_names_are_refused(capsys, tmp_path, heads, message):
-    status, error = main(capsys, "--output", tmp_path / "run", "--quiet", "--heads", heads)
-    assert status == 2
-    assert message in error
-    assert not (tmp_path / "run").exists()

@@ -1,47 +1,59 @@
+"""The folder of a run: when it may be written, resumed or deleted."""
+
+import dataclasses
+
 import pytest
 
 from timm_lt.run.folder import LOCK, RECIPE, check_images, check_run_folder, prepare_run_folder
-from timm_lt.run.recipe import Recipe
+from timm_lt.run.recipe import DataRecipe, FeaturesRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
-FIRST = Recipe(epochs=3).to_yaml()
-OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}}).to_yaml()
-
-
-def check(folder, recipe=FIRST, *, resume=False, overwrite=False):
-    check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
+FIRST = Recipe(epochs=3)
+OTHER = Recipe(epochs=4, seed=1, heads={"ncm": {"metric": "euclidean"}})
 
 
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "runs" / "a"
-    prepare_run_folder(folder, FIRST, overwrite=False)
+    prepare_run_folder(folder, FIRST)
     (folder / "state").mkdir()
     (folder / "state" / "weights").write_text("1")
     return folder
 
 
-@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
-def test_new_and_empty_folders_may_be_used(tmp_path, flags):
-    check(tmp_path / "new" / "run", **flags)
+FLAGS = [{}, {"resume": True}, {"overwrite": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_new_folders_may_be_used_and_others_are_left_alone(tmp_path, flags):
+    check_run_folder(tmp_path / "new" / "run", FIRST, **flags)
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
-    check(tmp_path / "empty", **flags)
+    check_run_folder(tmp_path / "empty", FIRST, **flags)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="files that are not a run"):
+        check_run_folder(tmp_path, FIRST, **flags)
+    with pytest.raises(UsageError, match="is a file"):
+        check_run_folder(tmp_path / "thesis.tex", FIRST, **flags)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_run_is_only_touched_by_resume(run):
-    assert (run / RECIPE).read_text() == FIRST
+    assert (run / RECIPE).read_text() == FIRST.to_yaml()
     with pytest.raises(UsageError, match=r"holds a run; .*--resume.*--overwrite.*--output"):
-        check(run)
-    check(run, resume=True)
-    prepare_run_folder(run, FIRST, overwrite=False)
+        check_run_folder(run, FIRST)
+    check_run_folder(run, FIRST, resume=True)
+    prepare_run_folder(run, FIRST)
     assert (run / "state" / "weights").read_text() == "1"
 
 
 def test_resume_refuses_another_recipe_and_names_the_differences(run):
-    (run / "metrics.json").touch()  # finished: its heads are made
+    changed = dataclasses.replace(FIRST, heads=OTHER.heads, objective="class_mean")
+    # What comes after training may change until the run is finished.
+    check_run_folder(run, changed, resume=True)
+    (run / "metrics.json").touch()
     with pytest.raises(UsageError, match="run of another recipe") as caught:
-        check(run, OTHER, resume=True)
+        check_run_folder(run, OTHER, resume=True)
     message = str(caught.value)
     assert "epochs 3 there, 4 now" in message
     assert "seed 0 there, 1 now" in message
@@ -53,7 +65,7 @@ def test_resume_refuses_another_recipe_and_names_the_differences(run):
 def test_resume_refuses_other_images_and_names_the_splits(run):
     images = {split: {"images": 5, "sha256": split} for split in ("train", "val", "test")}
     check_images(run, images)
-    prepare_run_folder(run, FIRST, overwrite=False, images=images)
+    prepare_run_folder(run, FIRST, images=images)
     check_images(run, images)
     other = images | {"train": {"images": 6, "sha256": "a"}, "test": {"images": 5, "sha256": "b"}}
     with pytest.raises(UsageError, match=r"images.*back.*--overwrite") as caught:
@@ -62,41 +74,36 @@ def test_resume_refuses_other_images_and_names_the_splits(run):
 
 
 def test_overwrite_deletes_only_when_prepared(run):
-    check(run, OTHER, overwrite=True)
+    check_run_folder(run, OTHER, overwrite=True)
     assert (run / "state" / "weights").exists()
     prepare_run_folder(run, OTHER, overwrite=True)
     assert {path.name for path in run.iterdir()} == {RECIPE, LOCK}
-    assert (run / RECIPE).read_text() == OTHER
-
-
-@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
-def test_what_is_not_a_run_is_refused(tmp_path, flags):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="files that are not a run"):
-        check(tmp_path, **flags)
-    with pytest.raises(UsageError, match="is a file"):
-        check(tmp_path / "thesis.tex", **flags)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_resume_and_overwrite_exclude_each_other(tmp_path):
-    with pytest.raises(UsageError, match="choose one"):
-        check(tmp_path, resume=True, overwrite=True)
+    assert (run / RECIPE).read_text() == OTHER.to_yaml()
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\xff"])
 def test_resume_of_a_broken_recipe_says_so(run, content):
     (run / RECIPE).write_bytes(content)
     with pytest.raises(UsageError, match=r"recipe\.yaml is not valid YAML"):
-        check(run, resume=True)
-    check(run, overwrite=True)
+        check_run_folder(run, FIRST, resume=True)
+    check_run_folder(run, FIRST, overwrite=True)
+
+
+def test_nothing_is_written_among_the_images(tmp_path):
+    recipe = Recipe(data=DataRecipe("folder", str(tmp_path)), features=FeaturesRecipe())
+    cached = dataclasses.replace(recipe, features=FeaturesRecipe(cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(UsageError) as caught:
+        check_run_folder(tmp_path / "run", cached)
+    assert f"--output {tmp_path}/run lies in data.root {tmp_path}, where" in str(caught.value)
+    assert f"features.cache_dir {tmp_path}/cache lies in data.root" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
     tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
-    prepare_run_folder(folder, "epochs: 1\n", overwrite=False)
+    prepare_run_folder(folder, FIRST)
     (folder / "heads").mkdir()
     (folder / "heads" / "crt.safetensors").write_bytes(b"")
 
@@ -106,17 +113,14 @@ def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_run_folder(folder, "epochs: 2\n", overwrite=True)
-    check_run_folder(folder, "epochs: 2\n", resume=False, overwrite=False)
+            prepare_run_folder(folder, OTHER, overwrite=True)
+    check_run_folder(folder, OTHER)
     # A kill in the middle of the first write leaves a temporary file only.
     folder.mkdir()
     (folder / ".recipe.yaml.x1y2").write_text("epo")
-    check_run_folder(folder, "epochs: 2\n", resume=True, overwrite=False)
-    prepare_run_folder(folder, "epochs: 2\n", overwrite=False)
+    check_run_folder(folder, OTHER, resume=True)
+    prepare_run_folder(folder, OTHER)
     assert {path.name for path in folder.iterdir()} == {RECIPE, LOCK}
-
-
-def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", "", overwrite=False)
+        prepare_run_folder(tmp_path / "file" / "run", FIRST)

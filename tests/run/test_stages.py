@@ -70,20 +70,29 @@ def test_views_of_training_images_are_augmented_and_only_theirs(tmp_path):
 
 
 @pytest.fixture
-def digits_without_val():
-    @register_dataset("digits_without_val")
-    def source(split):
-        return None if split == "val" else create_dataset("digits_lt", split=split)
+def register():
+    """Returns a function that registers a data set while the test runs."""
+    names = []
 
-    yield "digits_without_val"
-    del DATASETS._parts["digits_without_val"]
+    def add(name, load):
+        names.append(name)
+        register_dataset(name)(load)
+        return name
+
+    yield add
+    for name in names:
+        del DATASETS._parts[name]
 
 
 @pytest.mark.slow
-def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, digits_without_val):
+def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, register):
+    def load(split):
+        return None if split == "val" else create_dataset("digits_lt", split=split)
+
+    name = register("digits_without_val", load)
     metrics = run(
         tmp_path / "run",
-        *("--data.name", digits_without_val, "--data.val_fraction", "0.3"),
+        *("--data.name", name, "--data.val_fraction", "0.3"),
         *("--heads", "{tau_norm: {}, linear: {}}", "--heads.auto", "{}"),
     )
     whole = timm_lt.class_counts(create_dataset("digits_lt", split="train")["label"])
@@ -98,34 +107,28 @@ def test_validation_that_is_held_out_is_recorded_and_judged_by_class(tmp_path, d
 
 
 def test_an_objective_that_the_data_cannot_answer_is_named_before_training(
-    tmp_path, capsys, digits_without_few_shot
+    tmp_path, capsys, register
 ):
-    arguments = [*DIGITS, "--data.name", digits_without_few_shot, "--objective", "few_shot"]
+    name = register("digits_without_few_shot", lambda _: create_dataset("digits_lt", split="test"))
+    arguments = [*DIGITS, "--data.name", name, "--objective", "few_shot"]
     assert train_lt.main([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert "no few-shot class" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def digits_without_few_shot():
-    @register_dataset("digits_without_few_shot")
-    def source(split):
-        return create_dataset("digits_lt", split="test")
-
-    yield "digits_without_few_shot"
-    del DATASETS._parts["digits_without_few_shot"]
-
-
 @pytest.mark.slow
-def test_what_comes_after_training_can_be_mended_and_gone_on_with(tmp_path):
-    """A run that stopped after training goes on with other heads; a finished one does not."""
-    folder = tmp_path / "run"
-    run(folder, "--heads", "{linear: {}, ncm: {}}")
-    trained = (folder / "model.safetensors").read_bytes()
-    mended = ["--heads", "{linear: {}, tau_norm: {}}", "--objective", "class_mean"]
-    arguments = [*DIGITS, "--output", str(folder), "--resume", *mended]
-    assert train_lt.main(arguments) == 2
-    (folder / "metrics.json").unlink()
-    metrics = run(folder, "--resume", *mended)
-    assert list(metrics["heads"]) == ["linear", "tau_norm"]
-    assert (folder / "model.safetensors").read_bytes() == trained
+def test_heads_have_names_of_their_own(tmp_path):
+    heads = (
+        "{linear: {}, crt: {solver: sgd, steps: 5},"
+        " crt_rs: {kind: crt, solver: sgd, steps: 5, sampler: square_root},"
+        " half: {kind: tau_norm, tau: 0.5}, auto: {}}"
+    )
+    metrics = run(tmp_path / "run", "--heads", heads)
+    assert list(metrics["heads"]) == ["linear", "crt", "crt_rs", "half", "auto"]
+    weights = {}
+    for name, kind in {"crt": "crt", "crt_rs": "crt", "half": "tau_norm"}.items():
+        model = timm_lt.create_model(f"local-dir:{tmp_path / 'run'}", head=name)
+        head = model.get_classifier()
+        assert head.kind == kind
+        weights[name] = head.weight
+    assert not torch.equal(weights["crt"], weights["crt_rs"])

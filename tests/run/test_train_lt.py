@@ -110,21 +110,21 @@ def test_the_log_has_times_rates_and_a_summary(digits_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
-def test_a_loaded_head_gives_the_bits_that_the_run_evaluated(digits_run, digits_test_images, head):
+def test_loaded_heads_give_the_bits_that_the_run_evaluated(digits_run, digits_test_images):
     folder, _ = digits_run
     images, targets = digits_test_images
-    model = timm_lt.create_model(f"local-dir:{folder}", head=head).eval()
-    with torch.inference_mode():
-        logits = torch.cat([model(batch) for batch in images.split(256)])
     metrics = json.loads((folder / "metrics.json").read_text())
-    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-    assert digest == metrics["logits_sha256"][head]
-    preds = logits.numpy().argmax(1)
-    assert metrics["heads"][head]["all"] == pytest.approx(np.mean(preds == targets.numpy()))
-    recalls = [np.mean(preds[targets.numpy() == label] == label) for label in range(10)]
-    few = [r for r, n in zip(recalls, metrics["class_counts"], strict=True) if n < 20]
-    assert metrics["heads"][head]["few_shot"] == pytest.approx(np.mean(few))
+    for head in HEADS:
+        model = timm_lt.create_model(f"local-dir:{folder}", head=head).eval()
+        with torch.inference_mode():
+            logits = torch.cat([model(batch) for batch in images.split(256)])
+        digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        assert digest == metrics["logits_sha256"][head]
+        right = (logits.argmax(1) == targets).double()
+        assert metrics["heads"][head]["all"] == pytest.approx(right.mean().item())
+        recalls = [right[targets == label].mean().item() for label in range(10)]
+        few = [r for r, n in zip(recalls, metrics["class_counts"], strict=True) if n < 20]
+        assert metrics["heads"][head]["few_shot"] == pytest.approx(sum(few) / len(few))
 
 
 @pytest.mark.slow
@@ -180,7 +180,6 @@ def test_the_readme_command_shows_what_heads_do_to_rare_classes(tmp_path):
         assert figures["many_shot"] < joint["many_shot"]
 
 
-PROGRESSIVE = ["--sampler.name", "progressively_balanced"]
 TIMM = ["--data.augmentation", "timm"]
 
 
@@ -190,56 +189,52 @@ def failing(capsys, *arguments):
     captured = capsys.readouterr()
     assert status == 2
     assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
     return captured.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        # One of each part: what its constructor refuses, and its key.
-        (["--heads", "{'tau_nrom': {}}"], ["tau_nrom", "did you mean 'tau_norm'", "lws"]),
-        (["--heads", "{ncm: {}, auto: {tau: 1}}"], ["auto", "takes no options"]),
-        (["--heads", "{auto: {}}"], ["heads: give at least one"]),
-        (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
-        (["--heads.fslwf.base", "1"], ["'fslwf' has no novel class: 10 of 10"]),
-        (["--heads.lws", "{stage: image}"], ["stage of head 'lws'", "features, images"]),
-        (["--sampler.name", "balanced"], ["sampler: unknown sampler", "class_balanced"]),
-        (["--sampler.options.seed", "2"], ["sampler: ", "'seed'"]),
-        ([*PROGRESSIVE, "--sampler.options.epochs", "3"], ["epochs is 3", "5 epochs"]),
-        (["--loss.name", "CE"], ["loss: unknown loss", "cross_entropy"]),
-        (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
-        (["--loss.options.reduction", "sum"], ["loss: ", "'reduction'"]),
-        (["--data.name", "cifar"], ["cifar", "glyph_lt", "digits_lt"]),
-        (["--data.augmentation", "flip"], ["flip", "affine", "crop"]),
-        ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "set automatically"]),
-        (["--data.background", "blurple"], ["data: background 'blurple'"]),
-        (["--model.name", "lt_resnet51"], ["model: ", "lt_resnet51"]),
-        (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),
-        (["--model.options", "{'head': 'lws'}"], ["lws", "head="]),
-        (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
-        (["--optimizer.options.lr", "0.001"], ["optimizer.options: lr is set elsewhere"]),
-        (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
-        (["--scheduler.options.cooldown_epochs", "6"], ["cooldown", "longer than 5 epochs"]),
-        (["--batch_size", "100000"], ["batch_size", "389"]),
-        (["--batch_size", "1"], ["batch norm", "1 images in a process's batch"]),
-        (["--validate_every", "0"], ["validate_every must be an integer >= 1"]),
-        (["--accumulation_steps", "0"], ["accumulation_steps must be an integer >= 1"]),
-        (["--accumulation_steps", "3"], ["accumulation_steps", "multiple of 3"]),
-        (["--mixup.mixup_alpha", "-1"], ["mixup_alpha", "[0, inf)"]),
-        (["--ema.decay", "1"], ["ema.decay", "[0, 1)"]),
-        (["--clip_mode", "agc"], ["clip_mode agc", "no effect without clip_grad"]),
-        (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
-        (["--mixed_precision", "fp16"], ["fp16", "GPU"]),
-        (["--workers", "2"], ["--workers", "augmentation timm"]),
-        (["--private"], ["--push_to_hub"]),
-        (["--features.cache_dir", "pyproject.toml/x"], ["pyproject.toml/x cannot be written"]),
-        (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
-    ],
-)
+# One of each part: the refusal of its constructor, with the recipe's key.
+MISTAKES = [
+    (["--heads", "{'tau_nrom': {}}"], ["did you mean 'tau_norm'", "lws"]),
+    (["--heads", "{ncm: {}, auto: {tau: 1}}"], ["auto", "takes no options"]),
+    (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
+    (["--heads.fslwf.base", "1"], ["'fslwf' has no novel class: 10 of 10"]),
+    (["--heads.lws", "{stage: image}"], ["stage of head 'lws'", "features, images"]),
+    (["--heads", "{ncm: {kind: crt}}"], ["'ncm' is a 'crt' head, but 'ncm' is the name of"]),
+    (["--heads", "{../mine: {kind: crt}}"], ["ASCII letters"]),
+    (["--sampler.name", "balanced"], ["sampler: unknown sampler", "class_balanced"]),
+    (["--sampler.options.seed", "2"], ["sampler: got multiple values", "'seed'"]),
+    (["--loss.name", "CE"], ["loss: unknown loss", "cross_entropy"]),
+    (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
+    (["--loss.options.reduction", "sum"], ["loss: ", "'reduction'"]),
+    (["--data.name", "cifar"], ["cifar", "glyph_lt", "digits_lt"]),
+    (["--data.augmentation", "flip"], ["flip", "affine", "crop"]),
+    ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "set automatically"]),
+    (["--data.background", "blurple"], ["data: background 'blurple'"]),
+    (["--model.name", "lt_resnet51"], ["model: ", "lt_resnet51"]),
+    (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),
+    (["--model.options", "{'head': 'lws'}"], ["'lws' is not fitted yet"]),
+    (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
+    (["--optimizer.options.lr", "0.001"], ["optimizer.options: ", "'lr'"]),
+    (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
+    (["--batch_size", "100000"], ["batch_size", "389"]),
+    (["--validate_every", "0"], ["validate_every must be an integer >= 1"]),
+    (["--accumulation_steps", "3"], ["accumulation_steps", "multiple of 3"]),
+    (["--mixup.mixup_alpha", "-1"], ["mixup_alpha", "[0, inf)"]),
+    (["--ema.decay", "1"], ["ema.decay", "[0, 1)"]),
+    (["--clip_mode", "agc"], ["clip_mode agc", "no effect without clip_grad"]),
+    (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
+    (["--mixed_precision", "fp16"], ["fp16", "GPU"]),
+    (["--workers", "2"], ["--workers", "augmentation timm"]),
+    (["--private"], ["--push_to_hub"]),
+    (["--features.cache_dir", "pyproject.toml/x"], ["pyproject.toml/x cannot be written"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
 def test_a_mistake_is_named_before_anything_is_written(capsys, tmp_path, arguments, words):
     folder = tmp_path / "run"
     message = failing(capsys, DIGITS, "--output", str(folder), *arguments)
-    assert "Traceback" not in message
     for word in words:
         assert word in message
     assert not folder.exists()
@@ -267,15 +262,6 @@ def test_a_run_does_not_go_on_with_other_images(capsys, tmp_path, monkeypatch):
     assert "stopped" in failing(capsys, *arguments, "--overwrite")
     added.unlink()
     assert "train: 7 images there, 6 now" in failing(capsys, *arguments, "--resume")
-
-
-def test_nothing_is_written_among_the_images(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = ["--data.name", "folder", "--data.root", "."]
-    message = failing(capsys, str(ROOT / DIGITS), *data, "--features.cache_dir", "cache")
-    assert "--output output/lt_test_resnet.digits_lt lies in data.root ., where" in message
-    assert "features.cache_dir cache lies in data.root" in message
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

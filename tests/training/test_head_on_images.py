@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -152,16 +153,13 @@ def test_accumulated_gradients_are_those_of_one_batch(model, data, pixels, accel
     torch.testing.assert_close(head.weight, expected["weight"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "key"), [("crt", "weight"), ("crt", "bias"), ("lws", "scale")])
-def test_weight_decay_is_on_all_that_is_trained(model, data, accelerator, name, key):
-    """One update from w: the decay takes ``lr * decay * w`` off, whatever the gradient."""
-    fresh = {"weight": seeded_linear(96, C, seed=3).weight, "scale": torch.ones(C)}
-    fresh["bias"] = seeded_linear(96, C, seed=3).bias
-    free, decayed = (
-        getattr(train(name, model, data, accelerator, steps=1, weight_decay=decay), key)
-        for decay in (0.0, 0.5)
-    )
-    torch.testing.assert_close(free - decayed, LR * 0.5 * fresh[key], rtol=1e-3, atol=1e-6)
+def test_a_frozen_backbone_has_no_dropout(data, accelerator):
+    weights = []
+    for drop_rate in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=C, drop_rate=drop_rate)
+        weights.append(train("crt", model, data, accelerator, steps=3).weight)
+    assert weights[0].equal(weights[1])
 
 
 def test_mixed_precision_is_the_accelerators(model, data, accelerator):
@@ -267,12 +265,6 @@ def test_an_update_that_was_cut_short_is_forgotten(model, data, accelerator):
     assert accelerator.step == 1
 
 
-def test_images_are_augmented(model, data, pixels, accelerator):
-    moved = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
-    heads = [train("crt", model, images, accelerator) for images in (data, moved)]
-    assert not torch.allclose(heads[0].weight, heads[1].weight, atol=1e-3)
-
-
 @pytest.mark.parametrize("bn", ["frozen", "shift"])
 @pytest.mark.parametrize("name", ["crt", "lws"])
 def test_the_model_stays_as_it_is(model, data, accelerator, name, bn):
@@ -346,7 +338,10 @@ def test_a_model_has_the_statistics_of_a_head_for_a_while(model, data, accelerat
         for key, value in head.backbone_statistics.items():
             assert torch.equal(model.state_dict()[key], value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(timm_lt.UsageError, match="no batches"), head_statistics(model, head):
+    with (
+        pytest.raises(timm_lt.UsageError, match="gave 0 images, "),
+        head_statistics(model, head),
+    ):
         timm_lt.extract_features(model, [])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with head_statistics(model, get_head(model)):
@@ -374,10 +369,7 @@ def many(number):
         # ImageNet-LT has 115,846 training images: 226 batches of 512 an epoch.
         ("crt", 115_846, {}, 512, 10 * 226),
         ("lws", 115_846, {}, 512, 5 * 226),
-        ("crt", 115_846, {"epochs": 90}, 512, 90 * 226),
         ("crt", 115_846, {"steps": 7}, 512, 7),
-        ("crt", 10_847, {}, 512, 1000),
-        ("lws", 10_847, {}, 512, 500),
         ("crt", 10_847, {"epochs": 2, "batch_size": 128}, 128, 2 * 84),
         ("lws", 100, {}, 100, 500),
     ],
@@ -395,7 +387,7 @@ def test_lengths(model, accelerator, name, number, options, batch_size, updates)
         ("crt", {"bn": "moving"}, "head 'crt' on images: unknown bn 'moving'.*frozen, shift"),
         ("crt", {"scale_bias": False}, "unknown option of head 'crt' on images: 'scale_bias'"),
         ("lws", {"scale_bias": "no"}, "scale_bias must be true or false"),
-        ("lws", {"epochs": 2, "steps": 2}, "head 'lws' .* epochs and steps exclude each other"),
+        ("lws", {"epochs": 2, "steps": 2}, "steps and epochs exclude each other"),
         ("crt", {"epochs": 0}, "head 'crt' on images: epochs must be an integer >= 1"),
         ("crt", {"steps": 1.5}, "steps must be an integer >= 1"),
         ("crt", {"lr": 0}, r"lr must be a number in \(0, inf\)"),
@@ -427,7 +419,6 @@ def test_wrong_models_and_data_are_named(model, data, accelerator):
     assert "1 of 5 classes have no training image" in message(
         timm.create_model("test_resnet", num_classes=5), data
     )
-    assert "train is a list" in message(model, [])
     assert "cannot normalise over 1 images" in message(model, data, bn="shift", batch_size=1)
 
 
@@ -478,21 +469,11 @@ def test_a_run_evaluates_what_its_checkpoint_gives(tmp_path, accelerator):
         assert digest == metrics["logits_sha256"][name]
 
 
-@pytest.mark.parametrize(
-    ("heads", "words"),
-    [
-        ("{crt: {stage: pictures}}", ["stage of head 'crt'", "'pictures'", "features, images"]),
-        ("{crt: {bn: shift}}", ["head 'crt' has no option 'bn'"]),
-        ("{crt: {stage: images, solver: sgd}}", ["'solver'", "head 'crt' on images", "momentum"]),
-        ("{lws: {stage: images, batch_size: 390}}", ["batch_size 390", "at most 389"]),
-    ],
-)
-def test_mistakes_in_a_recipe_are_named_before_training(tmp_path, capsys, heads, words):
-    folder = tmp_path / "run"
-    assert train_lt.main([*DIGITS, "--heads", heads, "--output", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert all(word in error for word in words), error
-    assert not folder.exists()
+def test_a_mistake_in_a_recipe_is_named_before_training(tmp_path, capsys):
+    heads = ["--heads", "{lws: {stage: images, batch_size: 390}}"]
+    assert train_lt.main([*DIGITS, *heads, "--output", str(tmp_path / "run")]) == 2
+    assert re.search("batch_size 390 .*at most 389", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_of_features_is_the_default():

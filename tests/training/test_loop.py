@@ -15,7 +15,7 @@ from torch import nn
 import timm_lt
 from timm_lt.data.images import ImageTensors
 from timm_lt.heads import get_head
-from timm_lt.training import TrainingOptions, TrainingState, train_representation, update
+from timm_lt.training import TrainingOptions, TrainingState, parts, train_representation
 from timm_lt.utils.accelerator import create_accelerator
 
 NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(accelerator, tmp_path, monkeypa
         train(accelerator, linear_model(), state=state, loss=Notes(lambda _: next(numbers)))
     assert state.saved_epochs() == [1]
     # A long epoch is stopped soon.
-    monkeypatch.setattr(update, "LOOK_EVERY", 2)
+    monkeypatch.setattr(parts, "LOOK_EVERY", 2)
     with pytest.raises(timm_lt.UsageError, match=r"update 1 of epoch 1"):
         train(
             new_accelerator(), linear_model(), loss=Notes(lambda b: batches.append(b) or math.nan)
@@ -393,17 +393,16 @@ def test_clipping_bounds_the_first_step(accelerator, mode):
     elif mode == "value":
         expected = unclipped.clamp(-0.01, 0.01)
     else:
-        rows = [p.detach() for p in small_network().parameters()]
-        parts = unclipped.split([p.numel() for p in rows])
         expected = []
-        for index, (flat, row) in enumerate(zip(parts, rows, strict=True)):
-            part = flat.view_as(row)
-            if index < 2:  # the classifier is left alone
-                dims = tuple(range(1, row.ndim)) if row.ndim > 1 else None
-                norm = part.norm() if dims is None else part.norm(dim=dims, keepdim=True)
-                size = row.norm() if dims is None else row.norm(dim=dims, keepdim=True)
+        parameters = dict(small_network().named_parameters())
+        parts = unclipped.split([p.numel() for p in parameters.values()])
+        for (name, p), part in zip(parameters.items(), parts, strict=True):
+            if name.startswith("hidden"):  # the classifier is left alone
+                # A unit is a row of a weight, or a whole bias.
+                shape = (len(p) if p.ndim > 1 else 1, -1)
+                size, norm = (x.view(shape).norm(dim=1, keepdim=True) for x in (p.detach(), part))
                 limit = size.clamp(min=1e-3) * 0.01
-                part *= torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+                part.view(shape).mul_((limit / norm.clamp(min=1e-6)).clamp(max=1))
             expected.append(part.flatten())
         expected = torch.cat(expected)
     torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4)
@@ -556,8 +555,10 @@ def sgd(**options):
         ({"scheduler": {"cooldown_epochs": 3}}, "longer than 3 epochs"),
         ({"max_norm": 0}, r"max_norm must be a number in \(0, inf\)"),
         ({"clip_mode": "agc"}, "clip_mode agc has no effect without clip_grad"),
-        ({"mixup": {"remix_kappa": 3.0}}, "remix_kappa has no effect without mixup.mixup_alpha or"),
-        ({"mixup": {"mixup_alpha": 1.0, "remix_tau": 0.5}}, "without mixup.remix_kappa"),
+        (
+            {"mixup": {"remix_kappa": 3.0}},
+            "remix_kappa has no effect without mixup_alpha",
+        ),
         ({"mixup": {"mixup_alpha": 0.2}, "batch_size": 5}, r"even number of images .* not 5"),
         ({"mixup": {"mixup_alpha": 0.2}, "loss": nn.CrossEntropyLoss()}, "takes no soft targets"),
         ({"mixup": {"alpha": 0.2}}, "unknown option of mixup: 'alpha'"),
@@ -573,11 +574,6 @@ def test_wrong_options_are_named(accelerator, options, message):
         train(accelerator, linear_model(), **options)
 
 
-def test_a_batch_is_shared_by_its_parts(accelerator):
+def test_a_batch_is_shared_by_its_parts():
     with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3: .* a multiple of 3"):
         train(new_accelerator(accumulation_steps=3), linear_model())
-    options, order = TrainingOptions(epochs=1), timm_lt.create_sampler("reversed", [0, 1])
-    with pytest.raises(timm_lt.UsageError, match="train is a list, not ImageTensors"):
-        train_representation(
-            linear_model(), [], order, nn.CrossEntropyLoss(), options, accelerator=accelerator
-        )

@@ -1,8 +1,7 @@
 """The decoupled checkpoint: one folder with one backbone and many small heads (DESIGN section 4).
 
-``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier;
-plain timm loads them. A block ``timm_lt`` in the config lists the heads, and
-``heads/*.safetensors`` have their tensors.
+``config.json`` and ``model.safetensors`` are an ordinary timm checkpoint with the joint classifier.
+A block ``timm_lt`` in the config lists the heads; ``heads/*.safetensors`` have their tensors.
 """
 
 from timm_lt.checkpoint.format import BACKGROUND as BACKGROUND
@@ -29,10 +28,10 @@ from timm_lt.checkpoint.format import read_config as read_config
 from timm_lt.checkpoint.load import find_entry as find_entry
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
-from timm_lt.checkpoint.load import load_model_head as load_model_head
+from timm_lt.checkpoint.save import config_text as config_text
 from timm_lt.checkpoint.save import head_entry as head_entry
+from timm_lt.checkpoint.save import plain_copy as plain_copy
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint
-from timm_lt.checkpoint.save import save_plain as save_plain
 from timm_lt.checkpoint.weights import check_build as check_build
 from timm_lt.checkpoint.weights import check_sizes as check_sizes
 from timm_lt.checkpoint.weights import load_error as load_error

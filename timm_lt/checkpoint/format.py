@@ -36,22 +36,16 @@ GIVEN_DATA = "data given in Python"
 TEXT_LIMIT = 4 * 2**20
 # Prefix of batch-norm statistics in a head's file.
 STATISTICS = "backbone."
-COLOR = re.compile(r"#[0-9a-f]{6}")
-DIGEST, SHA256 = re.compile(r"[0-9a-f]{64}"), "the 64 hexadecimal digits of a SHA-256"
 # Arguments of timm.create_model that do not belong to the architecture.
 RESERVED = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_model_args",
-    "checkpoint_path",
-    "cache_dir",
-    "model_name",
-    "head",
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
+    *("checkpoint_path", "cache_dir", "model_name", "head"),
 }
 # Fields of pretrained_cfg that name another source of weights.
 SOURCES = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")
 HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+# Check of a field's value, and the valid values in words.
+Rule = tuple[Callable[[Any], object], str]
 
 
 @dataclass(frozen=True)
@@ -138,66 +132,14 @@ def is_statistic(key: str) -> bool:
 
 
 def check_head_name(where: str, name: str, kind: str | None = None) -> None:
-    """Checks a name of a head, which is also that of its file; ``where`` is for the message.
-
-    Raises:
-        UsageError: If it is not valid, or is the name of another kind of head.
-    """
+    """Checks a name of a head, which is also that of its file; ``where`` is for the message."""
+    problem = None
     if not HEAD_NAME.fullmatch(name):
-        raise UsageError(
-            f"{where} may have ASCII letters, digits, '_', '-' and '.' only, up to 100"
-        )
-    if kind is not None and name in HEADS and kind != name:
-        raise UsageError(f"{where} is a {kind!r} head, but {name!r} is the name of another kind")
-
-
-class _Fields:
-    """Fields of a JSON object in a config, each checked as it is read.
-
-    Args:
-        where: File and path of the object, in front of a field's name in messages.
-        content: The object.
-    """
-
-    def __init__(self, where: str, content: dict[str, Any]) -> None:
-        self.where, self.content = where, content
-
-    def read(
-        self,
-        key: str,
-        is_valid: Callable[[Any], object],
-        expected: str,
-        *,
-        default: object = None,
-        optional: bool = False,
-    ) -> Any:  # noqa: ANN401
-        """Returns a field; one that is not valid raises UsageError."""
-        value = self.content.get(key, default)
-        if not (is_valid(value) or (optional and value is None)):
-            expected = f"null or {expected}" if optional else expected
-            raise UsageError(f"{self.where}{key} must be {expected}, found {reprlib.repr(value)}")
-        return value
-
-    def read_choice(self, key: str, choices: Iterable[str], *, optional: bool = False) -> Any:  # noqa: ANN401
-        """Returns a field that is one of several strings."""
-        names = list(choices)
-        return self.read(
-            key, lambda value: value in names, f"one of {', '.join(names)}", optional=optional
-        )
-
-    def read_object(self, key: str, default: object = None) -> "_Fields":
-        """Returns the fields of an object inside of this one."""
-        content = self.read(key, _is(dict), "an object", default=default)
-        return _Fields(f"{self.where}{key}.", content)
-
-    def refuse(self, keys: Iterable[str]) -> None:
-        """Refuses fields that have a value."""
-        for key in sorted(keys):
-            self.read(key, lambda value: not value, "absent")
-
-
-def _is(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kind)
+        problem = "may have ASCII letters, digits, '_', '-' and '.' only, up to 100"
+    elif kind is not None and name in HEADS and kind != name:
+        problem = f"is a {kind!r} head, but {name!r} is the name of another kind"
+    if problem is not None:
+        raise UsageError(f"{where} {problem}")
 
 
 def read_checkpoint(folder: str | Path) -> CheckpointInfo:
@@ -206,137 +148,64 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
     Raises:
         UsageError: If the folder has no valid ``timm_lt`` block; the message names the field.
     """
-    folder = Path(folder)
-    return parse_checkpoint(folder, read_config(folder))
+    info = find_info(folder)
+    if info is None:
+        path = Path(folder, CONFIG)
+        raise UsageError(f"{path} is a plain timm checkpoint without heads ({BLOCK})")
+    return info
 
 
 def find_info(folder: str | Path) -> CheckpointInfo | None:
-    """Reads the description of a decoupled checkpoint; returns None for a plain timm checkpoint.
-
-    Raises:
-        UsageError: If the folder has no valid ``config.json``; the message names the field.
-    """
+    """Reads the description of a decoupled checkpoint; returns None for a plain timm checkpoint."""
     config = read_config(Path(folder))
-    return parse_checkpoint(Path(folder), config) if BLOCK in config else None
+    return _parse(Path(folder), config) if BLOCK in config else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads the config of a timm checkpoint, with or without heads.
-
-    Raises:
-        UsageError: If there is none, a field that timm reads has the wrong type, or it asks for
-            other weights than those of the folder.
-    """
+    """Reads the config of a timm checkpoint and checks the fields that timm reads."""
     path = folder / CONFIG
     return _timm_fields(path, read_json(path, limit=TEXT_LIMIT)).content
 
 
 def parse_text(folder: Path, text: str) -> CheckpointInfo:
-    """Parses the text of a config that is about to be written into a folder.
-
-    Raises:
-        UsageError: If it could not be read back; the message names the field.
-    """
+    """Parses the text of a config that is about to be written; one that cannot be read raises."""
     if len(text.encode()) > TEXT_LIMIT:
         raise UsageError(f"{folder / CONFIG} would have more than {TEXT_LIMIT:,} bytes")
-    return parse_checkpoint(folder, json.loads(text))
+    return _parse(folder, json.loads(text))
 
 
-def parse_checkpoint(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
-    """Returns the description of a decoupled checkpoint with this config; it need not exist yet.
+class _Fields:
+    """Fields of a JSON object; ``where`` is the file and the object's path for messages."""
 
-    Raises:
-        UsageError: If a field is not valid; the message names it.
-    """
-    config = _timm_fields(folder / CONFIG, content)
-    if BLOCK not in content:
-        raise UsageError(f"{folder / CONFIG} is a plain timm checkpoint without heads ({BLOCK})")
-    block = config.read_object(BLOCK)
-    block.read("version", lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt")
-    num_classes = config.read("num_classes", lambda c: type(c) is int and c > 0, "an integer >= 1")
-    for part in ("model_args", "pretrained_cfg"):
-        # With another number, timm would drop the classifier.
-        fields, same = config.read_object(part, {}), f"{num_classes} as in the checkpoint"
-        fields.read("num_classes", lambda c: c == num_classes, same, default=num_classes)
-    fields.refuse((*SOURCES, "label_offset"))
-    heads = block.read_object("heads")
-    return CheckpointInfo(
-        folder=folder,
-        architecture=content["architecture"],
-        num_classes=num_classes,
-        weights_sha256=block.read("weights_sha256", _is_digest, SHA256),
-        class_counts=block.read(
-            "class_counts",
-            lambda counts: _are_counts(counts) and len(counts) == num_classes,
-            f"{num_classes} integers >= 0, not all 0",
-            optional=True,
-        ),
-        label_names=block.read(
-            "label_names",
-            lambda names: _are_texts(names) and len(names) == num_classes,
-            f"{num_classes} strings",
-            optional=True,
-        ),
-        dataset=block.read("dataset", _is(str), "a string", optional=True),
-        shot_rule=block.read_choice("shot_rule", get_args(ShotRule), optional=True),
-        protocol=block.read_choice("protocol", get_args(SelectionProtocol), optional=True),
-        seed=block.read("seed", _is_seed, "an integer >= 0", optional=True),
-        # Not recorded in the first checkpoints.
-        background=block.read("background", _is_color, "a colour '#rrggbb'", default=WHITE),
-        heads={name: _read_entry(name, heads.read_object(name)) for name in heads.content},
-    )
+    def __init__(self, where: str, content: dict[str, Any]) -> None:
+        self.where, self.content = where, content
+
+    def read(self, key: str, rule: Rule, default: object = None) -> Any:  # noqa: ANN401
+        """Returns a field; one that is not valid raises UsageError."""
+        is_valid, expected = rule
+        value = self.content.get(key, default)
+        if not is_valid(value):
+            raise UsageError(f"{self.where}{key} must be {expected}, found {reprlib.repr(value)}")
+        return value
+
+    def read_object(self, key: str, default: object = None) -> "_Fields":
+        """Returns the fields of an object inside of this one."""
+        content = self.read(key, (lambda v: isinstance(v, dict), "an object"), default)
+        return _Fields(f"{self.where}{key}.", content)
+
+    def refuse(self, keys: Iterable[str]) -> None:
+        """Refuses fields that have a value."""
+        for key in sorted(keys):
+            self.read(key, (lambda value: not value, "absent"))
 
 
-def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
-    """Returns a config after checking the fields that timm reads."""
-    config = _Fields(f"{path}: ", content)
-    config.read("architecture", _is(str), "a string")
-    config.read_object("model_args", {}).refuse(RESERVED)
-    config.read_object("pretrained_cfg", {}).read(
-        "classifier",
-        lambda names: _are_texts(names if isinstance(names, list) else [names or ""]),
-        "a string or a list of strings",
-    )
-    return config
+def _optional(is_valid: Callable[[Any], object], expected: str) -> Rule:
+    return lambda value: value is None or is_valid(value), f"null or {expected}"
 
 
-def _read_entry(name: str, entry: _Fields) -> HeadEntry:
-    kind = entry.read_choice("kind", HEADS)
-    check_head_name(entry.where.removesuffix("."), name, kind)
-    options, metrics = entry.read_object("options", {}), entry.read_object("metrics", {})
-    # They are those of the block.
-    options.refuse(["class_counts"])
-    try:
-        check_head_options(kind, options.content)
-    except UsageError as error:
-        raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
-    for key in metrics.content:
-        metrics.read(key, _is_metric, "a number or null, or an object of these")
-    statistics = entry.read("backbone_statistics", _is(bool), "true or false", default=False)
-    has_file = bool(HEADS[kind].own_state or statistics)
-    file = f"heads/{name}.safetensors" if has_file else None
-    return HeadEntry(
-        name=name,
-        kind=kind,
-        options=options.content,
-        file=entry.read("file", lambda value: value == file, json.dumps(file)),
-        sha256=entry.read("sha256", _is_digest, SHA256) if has_file else None,
-        backbone_statistics=statistics,
-        metrics=metrics.content,
-        selection=entry.read_object("selection", {}).content,
-    )
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
-
-
-def _is_seed(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_color(value: object) -> bool:
-    return isinstance(value, str) and COLOR.fullmatch(value) is not None
+def _one_of(names: Iterable[str]) -> Rule:
+    choices = list(names)
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
 
 
 def _are_counts(value: object) -> bool:
@@ -352,3 +221,96 @@ def _are_texts(value: object) -> bool:
 def _is_metric(value: object) -> bool:
     values = value.values() if isinstance(value, dict) else [value]
     return all(number is None or type(number) in (int, float) for number in values)
+
+
+DIGEST: Rule = (
+    lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v),
+    "the 64 hexadecimal digits of a SHA-256",
+)
+COLOR: Rule = (
+    lambda v: isinstance(v, str) and re.fullmatch(r"#[0-9a-f]{6}", v),
+    "a colour '#rrggbb'",
+)
+
+
+def _block_rules(num_classes: int) -> dict[str, Rule]:
+    """Returns the fields of the block, but for the heads, by their name in CheckpointInfo."""
+    return {
+        "weights_sha256": DIGEST,
+        "class_counts": _optional(
+            lambda v: _are_counts(v) and len(v) == num_classes,
+            f"{num_classes} integers >= 0, not all 0",
+        ),
+        "label_names": _optional(
+            lambda v: _are_texts(v) and len(v) == num_classes, f"{num_classes} strings"
+        ),
+        "dataset": _optional(lambda v: isinstance(v, str), "a string"),
+        "shot_rule": _optional(*_one_of(get_args(ShotRule))),
+        "protocol": _optional(*_one_of(get_args(SelectionProtocol))),
+        "seed": _optional(lambda v: type(v) is int and 0 <= v < 2**63, "an integer >= 0"),
+    }
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
+    """Returns the description in the config of a decoupled checkpoint."""
+    config = _timm_fields(folder / CONFIG, content)
+    block = config.read_object(BLOCK)
+    block.read("version", (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt"))
+    positive: Rule = (lambda v: type(v) is int and v > 0, "an integer >= 1")
+    num_classes = config.read("num_classes", positive)
+    # With another number, timm would drop the classifier.
+    same: Rule = (lambda v: v == num_classes, f"{num_classes} as in the checkpoint")
+    for part in ("model_args", "pretrained_cfg"):
+        config.read_object(part, {}).read("num_classes", same, num_classes)
+    config.read_object("pretrained_cfg", {}).refuse((*SOURCES, "label_offset"))
+    heads = block.read_object("heads")
+    return CheckpointInfo(
+        folder=folder,
+        architecture=content["architecture"],
+        num_classes=num_classes,
+        # Not recorded in the first checkpoints.
+        background=block.read("background", COLOR, WHITE),
+        heads={name: _read_entry(name, heads.read_object(name)) for name in heads.content},
+        **{key: block.read(key, rule) for key, rule in _block_rules(num_classes).items()},
+    )
+
+
+def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
+    """Returns a config after checking the fields that timm reads."""
+    config = _Fields(f"{path}: ", content)
+    config.read("architecture", (lambda v: isinstance(v, str), "a string"))
+    config.read_object("model_args", {}).refuse(RESERVED)
+    names = (
+        lambda v: _are_texts(v if isinstance(v, list) else [v or ""]),
+        "a string or a list of strings",
+    )
+    config.read_object("pretrained_cfg", {}).read("classifier", names)
+    return config
+
+
+def _read_entry(name: str, entry: _Fields) -> HeadEntry:
+    kind = entry.read("kind", _one_of(HEADS))
+    check_head_name(entry.where.removesuffix("."), name, kind)
+    options, metrics = entry.read_object("options", {}), entry.read_object("metrics", {})
+    # They are those of the block.
+    options.refuse(["class_counts"])
+    try:
+        check_head_options(kind, options.content)
+    except UsageError as error:
+        raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
+    for key in metrics.content:
+        metrics.read(key, (_is_metric, "a number or null, or an object of these"))
+    flag: Rule = (lambda v: isinstance(v, bool), "true or false")
+    statistics = entry.read("backbone_statistics", flag, default=False)
+    has_file = bool(HEADS[kind].own_state or statistics)
+    file = f"heads/{name}.safetensors" if has_file else None
+    return HeadEntry(
+        name=name,
+        kind=kind,
+        options=options.content,
+        file=entry.read("file", (lambda value: value == file, json.dumps(file))),
+        sha256=entry.read("sha256", DIGEST) if has_file else None,
+        backbone_statistics=statistics,
+        metrics=metrics.content,
+        selection=entry.read_object("selection", {}).content,
+    )

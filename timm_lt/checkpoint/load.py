@@ -1,9 +1,11 @@
 """Loading heads from a checkpoint folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from timm_lt.checkpoint.format import (
     STATISTICS,
@@ -13,7 +15,7 @@ from timm_lt.checkpoint.format import (
     read_checkpoint,
 )
 from timm_lt.checkpoint.weights import open_weights
-from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names, set_head
+from timm_lt.heads import HEADS, Head, as_joint, get_heads, head_option_names
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.longtail import check_class_counts
 
@@ -39,79 +41,18 @@ def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: A
         UsageError: If there is no such head, an option is wrong or fixed by the fit, or the file of
             the head is missing, altered, or has other shapes; nothing is loaded then.
     """
-    info = read_checkpoint(folder)
-    return _load_heads(info, name, {"": as_joint(classifier)}, options)[""]
+    return _load_heads(read_checkpoint(folder), name, {"": as_joint(classifier)}, options)[""]
 
 
 def load_heads(folder: str | Path, name: str, model: nn.Module, **options: Any) -> dict[str, Head]:
-    """Loads a head of a checkpoint for each joint classifier of a model; the model is unchanged.
-
-    Returns:
-        Heads by the path of their classifier.
-
-    Raises:
-        UsageError: As :func:`load_head`.
-    """
-    classifiers = get_heads(model)
-    if len(classifiers) > 1:
-        return _load_heads(read_checkpoint(folder), name, classifiers, options)
-    path, classifier = next(iter(classifiers.items()))
-    return {path: load_head(folder, name, classifier, **options)}
-
-
-def load_model_head(folder: str | Path, model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Puts a head of a checkpoint on a model with the checkpoint's joint classifier, in place.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UsageError: As :func:`load_head`.
-    """
-    return set_head(model, load_heads(folder, name, model, **options))
-
-
-def _load_heads(
-    info: CheckpointInfo, name: str, classifiers: dict[str, nn.Linear], options: dict[str, Any]
-) -> dict[str, Head]:
-    """Loads a head for each classifier, by path; the path "" is that of an only one."""
-    entry = find_entry(info, name, str(info.folder))
-    for classifier in classifiers.values():
-        _check_is_joint(classifier, info, name)
-    cls = HEADS[entry.kind]
-    if options.get("class_counts") is not None:
-        counts = check_class_counts(options["class_counts"], info.num_classes, info.label_names)
-        options = {**options, "class_counts": counts}
-    heads = {}
-    for path, classifier in classifiers.items():
-        stored = from_joint(cls, classifier, entry.options, info.class_counts).options()
-        for key, value in options.items():
-            if key in cls.fixed_options and value != stored[key]:
-                raise UsageError(
-                    f"head {name!r} was fitted with {key}={stored[key]!r}, which cannot change "
-                    "afterwards; fit it again with timm_lt.fit_head"
-                )
-        head = from_joint(cls, classifier, {**entry.options, **options}, info.class_counts)
-        # The recorded selection does not apply to a value that the caller chose.
-        head.selection = dict(entry.selection) if head.options() == stored else {}
-        heads[path] = head
-    if entry.file is not None:
-        _load_tensors(heads, entry, info.folder / entry.file)
-    for head in heads.values():
-        head.check_fitted()
-    return heads
+    """Loads a head for each joint classifier of a model, by path; the model is unchanged."""
+    return _load_heads(read_checkpoint(folder), name, get_heads(model), options)
 
 
 def find_entry(info: CheckpointInfo | None, name: str, source: str) -> HeadEntry:
     """Returns the entry of a head; every checkpoint has the heads without own tensors.
 
-    Args:
-        info: Description of the checkpoint; None for a plain timm checkpoint.
-        name: Name of the head.
-        source: Name of the checkpoint in messages.
-
-    Raises:
-        UsageError: If there is no such head; lists those that there are.
+    A plain timm checkpoint has no ``info``; ``source`` is the name of the checkpoint in messages.
     """
     heads = {} if info is None else info.heads
     if name in heads:
@@ -122,15 +63,58 @@ def find_entry(info: CheckpointInfo | None, name: str, source: str) -> HeadEntry
     return HeadEntry(name, name, {}, None, None, False, {}, {})
 
 
-def _check_is_joint(classifier: nn.Linear, info: CheckpointInfo, name: str) -> None:
-    is_replaced = isinstance(classifier, Head) and (
-        "weight" in classifier.own_state or classifier.backbone_statistics is not None
-    )
-    if is_replaced or classifier.out_features != info.num_classes:
-        raise UsageError(
-            f"head {name!r} of {info.folder} starts from the joint classifier of "
-            f"{info.num_classes} classes, but the model has {classifier}; create the model again"
+def from_joint(
+    cls: type[Head], joint: nn.Linear, options: dict[str, Any], counts: list[int] | None
+) -> Head:
+    """Makes a head from the joint classifier (C, D), its options and the class counts (C,)."""
+    if "class_counts" in head_option_names(cls.kind):
+        options = {"class_counts": counts, **options}
+    return cls.from_classifier(joint, **options)
+
+
+def own_tensors(heads: Mapping[str, Head]) -> dict[str, Tensor]:
+    """Returns the tensors that the file of a head has, for one head per classifier, by path."""
+    return {
+        f"{path}.{key}" if len(heads) > 1 else key: getattr(head, key)
+        for path, head in heads.items()
+        for key in head.own_state
+        if getattr(head, key) is not None
+    }
+
+
+def _load_heads(
+    info: CheckpointInfo, name: str, classifiers: dict[str, nn.Linear], options: dict[str, Any]
+) -> dict[str, Head]:
+    entry = find_entry(info, name, str(info.folder))
+    cls, heads = HEADS[entry.kind], {}
+    if options.get("class_counts") is not None:
+        counts = check_class_counts(options["class_counts"], info.num_classes, info.label_names)
+        options = {**options, "class_counts": counts}
+    for path, joint in classifiers.items():
+        is_replaced = isinstance(joint, Head) and (
+            "weight" in joint.own_state or joint.backbone_statistics is not None
         )
+        if is_replaced or joint.out_features != info.num_classes:
+            raise UsageError(
+                f"head {name!r} of {info.folder} starts from the joint classifier of "
+                f"{info.num_classes} classes, but the model has {joint}; create the model again"
+            )
+        stored = from_joint(cls, joint, entry.options, info.class_counts).options()
+        for key in cls.fixed_options:
+            if options.get(key, stored[key]) != stored[key]:
+                raise UsageError(
+                    f"head {name!r} was fitted with {key}={stored[key]!r}, which cannot change "
+                    "afterwards; fit it again with timm_lt.fit_head"
+                )
+        head = from_joint(cls, joint, {**entry.options, **options}, info.class_counts)
+        # The recorded selection does not apply to a value that the caller chose.
+        head.selection = dict(entry.selection) if head.options() == stored else {}
+        heads[path] = head
+    if entry.file is not None:
+        _load_tensors(heads, entry, info.folder / entry.file)
+    for head in heads.values():
+        head.check_fitted()
+    return heads
 
 
 def _load_tensors(heads: dict[str, Head], entry: HeadEntry, path: Path) -> None:
@@ -142,14 +126,8 @@ def _load_tensors(heads: dict[str, Head], entry: HeadEntry, path: Path) -> None:
         for key in list(tensors)
         if entry.backbone_statistics and key.startswith(STATISTICS) and is_statistic(key)
     }
-    own = {
-        f"{where}.{key}" if where else key: (head, key)
-        for where, head in heads.items()
-        for key in head.own_state
-        if getattr(head, key) is not None
-    }
-    wanted = {name: tuple(getattr(head, key).shape) for name, (head, key) in own.items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    own = own_tensors(heads)
+    wanted, found = ({k: tuple(v.shape) for k, v in part.items()} for part in (own, tensors))
     if wanted != found or bool(statistics) != entry.backbone_statistics:
         more = " and batch-norm statistics" if entry.backbone_statistics else ""
         raise UsageError(
@@ -160,16 +138,8 @@ def _load_tensors(heads: dict[str, Head], entry: HeadEntry, path: Path) -> None:
         # All NaN means not fitted, which the head itself refuses.
         if not value.isfinite().all() and not value.isnan().all():
             raise UsageError(f"{name} in head file {path} has values that are not finite")
+    with torch.no_grad():
+        for name, target in own.items():
+            target.copy_(tensors[name])
     for head in heads.values():
-        loaded = {key: tensors[name] for name, (owner, key) in own.items() if owner is head}
-        head.load_state_dict({**head.state_dict(), **loaded})
         head.backbone_statistics = statistics or None
-
-
-def from_joint(
-    cls: type[Head], joint: nn.Linear, options: dict[str, Any], counts: list[int] | None
-) -> Head:
-    """Makes a head from the joint classifier (C, D), its options and the class counts (C,)."""
-    if "class_counts" in head_option_names(cls.kind):
-        options = {"class_counts": counts, **options}
-    return cls.from_classifier(joint, **options)

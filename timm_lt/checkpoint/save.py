@@ -20,10 +20,9 @@ from timm_lt.checkpoint.format import (
     WEIGHTS,
     TimmBase,
     background_of,
-    is_statistic,
     parse_text,
 )
-from timm_lt.checkpoint.load import from_joint
+from timm_lt.checkpoint.load import from_joint, own_tensors
 from timm_lt.heads import (
     Head,
     LinearHead,
@@ -35,74 +34,6 @@ from timm_lt.heads import (
 from timm_lt.utils.checks import UsageError, check_background, check_number, unknown_name
 from timm_lt.utils.files import sha256, write_atomic
 from timm_lt.utils.longtail import ClassCounts, SelectionProtocol, ShotRule, check_class_counts
-
-
-def save_plain(
-    folder: str | Path, model: nn.Module, *, label_names: list[str] | None = None
-) -> Path:
-    """Writes a model with its heads folded as an ordinary timm checkpoint, without heads.
-
-    Args:
-        folder: Where to write; made if missing.
-        model: The model, with a head that can be folded.
-        label_names: Class names in label order, (C,).
-
-    Returns:
-        The folder.
-
-    Raises:
-        UsageError: If a head is not fitted or cannot be folded, or needs a bias where timm's model
-            has none; nothing is written then.
-    """
-    folder = Path(folder)
-    plain = plain_copy(model)
-    for path, head in get_heads(model).items():
-        folded = plain.get_submodule(path)
-        if head.bias is None and folded.bias is not None:
-            raise UsageError(
-                f"the folded head needs a bias, but the classifier {path!r} of timm's "
-                f"{type(model).__name__} has none, so timm could not load it"
-            )
-    content = safetensors.torch.save(contiguous(plain.state_dict()))
-    config = config_text(plain, label_names, {})
-    write_atomic(folder / WEIGHTS, content)
-    write_atomic(folder / CONFIG, config)
-    return folder
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy for plain timm: folded classifiers, and timm's name of the architecture."""
-    plain = fold_head(copy.deepcopy(model).cpu())
-    recorded: dict[str, Any] = getattr(model, "_model_args", {})
-    head = recorded.get("head")
-    ours = {"head", *(head_option_names(head) if head else ())}
-    arguments = {key: value for key, value in recorded.items() if key not in ours}
-    config: Any = model.pretrained_cfg
-    config = {key: value for key, value in config.items() if key != "state_dict"}
-    base: TimmBase | None = getattr(model, "timm_base", None)
-    if base is not None:
-        config.pop("tag", None)
-        config["architecture"] = base.architecture
-        arguments = {**base.model_args, **arguments}
-    # Plain instance attributes, unknown to the types of nn.Module.
-    plain.__dict__["pretrained_cfg"] = config
-    plain.__dict__["_model_args"] = arguments
-    return plain
-
-
-def config_text(plain: nn.Module, label_names: list[str] | None, more: dict[str, Any]) -> str:
-    """Returns timm's text of ``config.json``, with further top-level fields."""
-    labels = {"label_names": label_names} if label_names else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / CONFIG
-        save_config_for_hf(plain, str(path), model_config={**more, **labels})
-        return path.read_text(encoding="utf-8") + "\n"
-
-
-def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors on the CPU, in the layout that safetensors needs."""
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-
 
 # Metrics of a ShotReport that are fractions.
 FRACTIONS = {
@@ -203,24 +134,6 @@ def save_checkpoint(
     return folder
 
 
-def _by_classifier(
-    name: str, head: nn.Linear | Mapping[str, nn.Linear], model: nn.Module
-) -> dict[str, Head]:
-    """Returns a head for each classifier of a model, by path in their order."""
-    paths = list(get_heads(model))
-    given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
-    parts = {path: part for path, part in given.items() if isinstance(part, Head)}
-    if set(given) != set(paths) or len(parts) != len(paths):
-        found = ", ".join(f"{path}: {type(part).__name__}" for path, part in given.items())
-        raise UsageError(
-            f"head {name!r} must have a timm_lt head for {', '.join(paths)}; got {found or 'none'}"
-        )
-    first = next(iter(parts.values()))
-    if any((p.kind, p.options()) != (first.kind, first.options()) for p in parts.values()):
-        raise UsageError(f"head {name!r} differs in kind or options between the classifiers")
-    return {path: parts[path] for path in paths}
-
-
 def head_entry(
     name: str,
     head: nn.Linear | Mapping[str, nn.Linear],
@@ -233,20 +146,26 @@ def head_entry(
     """Returns the entry of a head in the config, and the content of its file, if it has one.
 
     The arguments are those of :func:`save_checkpoint`, for one head.
-
-    Raises:
-        UsageError: If the head does not belong to the model, is not fitted or not finite, or its
-            metrics or selection are not JSON.
     """
     joint = get_heads(model)
     parts = _by_classifier(name, head, model)
     for path, part in parts.items():
         _check_restorable(name, part, joint[path], class_counts)
-    entry, content = _describe(name, parts, dtype)
-    entry["metrics"] = dict(metrics or {})
-    for key in FRACTIONS & set(entry["metrics"]):
-        if entry["metrics"][key] is not None:
-            check_number(f"{key} of head {name!r} in metrics", entry["metrics"][key], "[0, 1]")
+    stored, statistics = _stored_tensors(name, parts, dtype)
+    content = safetensors.torch.save(stored) if stored else None
+    first = next(iter(parts.values()))
+    entry: dict[str, Any] = {
+        "kind": first.kind,
+        "options": first.options(),
+        "file": None if content is None else f"heads/{name}.safetensors",
+        "sha256": None if content is None else sha256(content),
+        "backbone_statistics": statistics,
+        "selection": first.selection,
+        "metrics": dict(metrics or {}),
+    }
+    for key, value in entry["metrics"].items():
+        if key in FRACTIONS and value is not None:
+            check_number(f"{key} of head {name!r} in metrics", value, "[0, 1]")
     try:
         json.dumps(entry, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -256,40 +175,66 @@ def head_entry(
     return entry, content
 
 
-def _describe(
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy for plain timm: folded classifiers, and timm's name of the architecture."""
+    plain = fold_head(copy.deepcopy(model).cpu())
+    arguments: dict[str, Any] = dict(getattr(model, "_model_args", {}))
+    head = arguments.pop("head", None)
+    for key in head_option_names(head) if head else ():
+        arguments.pop(key, None)
+    config: Any = model.pretrained_cfg
+    config = {key: value for key, value in config.items() if key != "state_dict"}
+    base: TimmBase | None = getattr(model, "timm_base", None)
+    if base is not None:
+        config.pop("tag", None)
+        config["architecture"] = base.architecture
+        arguments = {**base.model_args, **arguments}
+    # Plain instance attributes, unknown to the types of nn.Module.
+    plain.__dict__.update(pretrained_cfg=config, _model_args=arguments)
+    return plain
+
+
+def config_text(
+    plain: nn.Module, label_names: list[str] | None, more: dict[str, Any] | None = None
+) -> str:
+    """Returns timm's text of ``config.json`` for a plain model, with more top-level fields."""
+    labels = {"label_names": label_names} if label_names else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / CONFIG
+        save_config_for_hf(plain, str(path), model_config={**(more or {}), **labels})
+        return path.read_text(encoding="utf-8") + "\n"
+
+
+def _by_classifier(
+    name: str, head: nn.Linear | Mapping[str, nn.Linear], model: nn.Module
+) -> dict[str, Head]:
+    """Returns a head for each classifier of a model, by path in their order."""
+    paths = list(get_heads(model))
+    given = dict(head) if isinstance(head, Mapping) else {classifier_name(model): head}
+    parts = {path: part for path in paths if isinstance(part := given.get(path), Head)}
+    are_equal = len({repr((part.kind, part.options())) for part in parts.values()}) == 1
+    if not (len(parts) == len(paths) == len(given) and are_equal):
+        found = ", ".join(f"{path}: {part}" for path, part in given.items())
+        raise UsageError(
+            f"head {name!r} must have a timm_lt head for {', '.join(paths)}, all of one kind and "
+            f"with the same options; got {found or 'none'}"
+        )
+    return parts
+
+
+def _stored_tensors(
     name: str, parts: dict[str, Head], dtype: torch.dtype
-) -> tuple[dict[str, Any], bytes | None]:
-    head = next(iter(parts.values()))
+) -> tuple[dict[str, Tensor], bool]:
+    """Returns the tensors of a head's file, and whether there are batch-norm statistics."""
     statistics = {
         f"{STATISTICS}{key}": value
         for part in parts.values()
         for key, value in (part.backbone_statistics or {}).items()
     }
-    if not all(map(is_statistic, statistics)):
-        raise UsageError(
-            f"backbone_statistics of head {name!r} may only have batch-norm statistics"
-        )
-    own = {
-        f"{path}.{key}" if len(parts) > 1 else key: getattr(part, key)
-        for path, part in parts.items()
-        for key in head.own_state
-        if getattr(part, key) is not None
-    }
-    content = None
-    if own or statistics:
-        stored = _in_type(own, dtype, f"head {name!r}", finite=True)
-        # A small variance could become 0 in half precision.
-        stored |= _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
-        content = safetensors.torch.save(stored)
-    entry = {
-        "kind": head.kind,
-        "options": head.options(),
-        "file": None if content is None else f"heads/{name}.safetensors",
-        "sha256": None if content is None else sha256(content),
-        "backbone_statistics": bool(statistics),
-        "selection": head.selection,
-    }
-    return entry, content
+    own = _in_type(own_tensors(parts), dtype, f"head {name!r}", finite=True)
+    # A small variance could become 0 in half precision.
+    stored = _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
+    return {**own, **stored}, bool(statistics)
 
 
 def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:
@@ -299,23 +244,17 @@ def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int]
     # The weight of a pointwise convolution has two dimensions more in the state dict.
     made.spatial = head.spatial
     restored, given = made.state_dict(), head.state_dict()
-    if not head.uses_bias:
-        restored.pop("bias", None)
-        given.pop("bias", None)
-    shapes = [
-        {key: tuple(value.shape) for key, value in part.items()} for part in (given, restored)
-    ]
-    if shapes[0] != shapes[1]:
-        raise UsageError(
-            f"head {name!r} does not belong to the model: it has {shapes[0]}, made from the "
-            f"model's classifier it would have {shapes[1]}"
-        )
-    for key in given.keys() - set(head.own_state):
-        if not torch.equal(given[key].cpu(), restored[key].to(given[key].dtype).cpu()):
+    for key in {**restored, **given}:
+        if key == "bias" and not head.uses_bias:
+            continue
+        wanted, found = (part.get(key, torch.empty(0)).cpu() for part in (restored, given))
+        is_same = key in head.own_state or torch.equal(found, wanted.to(found.dtype))
+        if wanted.shape != found.shape or not is_same:
             origin = "class counts" if key == "log_prior" else "joint classifier"
+            shapes = f"shapes {tuple(found.shape)} and {tuple(wanted.shape)}"
             raise UsageError(
-                f"head {name!r} has another {key} than the {origin} of this checkpoint, from "
-                f"which a {head.kind!r} head is made; fit it again with those"
+                f"head {name!r} has another {key} than the {origin} of this checkpoint ({shapes}), "
+                f"from which a {head.kind!r} head is made; fit it again with those"
             )
 
 
@@ -326,7 +265,8 @@ def _in_type(
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a floating-point type, got {dtype}")
     stored = {}
-    for key, tensor in contiguous(tensors).items():
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
         stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         lost = ~stored[key].isfinite() & (tensor.isfinite() | finite)
         if lost.any():

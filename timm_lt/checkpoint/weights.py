@@ -32,11 +32,7 @@ FREE_ADAPTED = 10**6
 
 @contextmanager
 def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
-    """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None.
-
-    Raises:
-        UsageError: If the file is missing, damaged or has another digest.
-    """
+    """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None."""
     try:
         if digest is not None and file_sha256(path) != digest:
             raise UsageError(f"{path} is not the file that {CONFIG} describes (SHA-256 differs)")
@@ -47,11 +43,7 @@ def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
 
 
 def read_shapes(folder: Path, info: CheckpointInfo | None) -> Shapes:
-    """Returns the shape of each tensor in the weights of a checkpoint; ``info`` has the digest.
-
-    Raises:
-        UsageError: If the file is missing, damaged, or not the one that the config describes.
-    """
+    """Returns the shape of each tensor in the weights of a checkpoint; ``info`` has the digest."""
     with open_weights(folder / WEIGHTS, info.weights_sha256 if info else None) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
@@ -63,51 +55,44 @@ def check_build(
 
     Without ``pretrained``, only the size of the model is checked. timm adapts the weights of a
     plain timm checkpoint, which has no ``info``.
-
-    Raises:
-        UsageError: If the weights are missing or damaged, the model is far larger than they are,
-            cannot be built, or, in a decoupled checkpoint, has other tensors.
     """
     shapes = read_shapes(folder, info) if pretrained else {}
     check_sizes(folder / CONFIG, config, shapes)
     model = _build_on_meta(folder, config["architecture"], shapes)
     if model is None:
         return
-    stored = sum(map(math.prod, shapes.values()))
-    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    limit = 5 * stored + FREE_ELEMENTS if shapes else MOST_ELEMENTS
-    if elements > limit:
-        hint = WEIGHTS if shapes else "a model without weights; create it by its architecture"
-        raise UsageError(
-            f"the model of {folder / CONFIG} has {elements:,} numbers, more than the {limit:,} "
-            f"that are accepted for {hint}"
-        )
-    if not pretrained:
-        return
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if info is None:
-        needed = sum(map(math.prod, wanted.values()))
-        if needed > 2 * stored + FREE_ADAPTED:
-            raise UsageError(
-                f"{folder / WEIGHTS} has {stored:,} numbers, the model of {CONFIG} {needed:,}"
-            )
-        return
-    for key in [*wanted, *shapes]:
-        here, there = wanted.get(key, "nothing"), shapes.get(key, "nothing")
-        if here != there:
-            raise UsageError(
-                f"{folder / WEIGHTS} has {there} for {key}, the model of {CONFIG} {here}"
-            )
+    stored, needed = (sum(map(math.prod, part.values())) for part in (shapes, wanted))
+    # Buffers that are not stored count, too.
+    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    limit = 5 * stored + FREE_ELEMENTS if pretrained else MOST_ELEMENTS
+    problem = None
+    if elements > limit:
+        problem = f"has {elements:,} numbers, more than the {limit:,} that are accepted for it"
+    elif pretrained and info is None and needed > 2 * stored + FREE_ADAPTED:
+        problem = f"has {needed:,} numbers, {WEIGHTS} {stored:,}"
+    elif pretrained and info is not None:
+        for key in [*wanted, *shapes]:
+            here, there = wanted.get(key, "nothing"), shapes.get(key, "nothing")
+            if here != there:
+                problem = f"has {here} for {key}, {WEIGHTS} {there}"
+                break
+    if problem is not None:
+        raise UsageError(f"the model of {folder / CONFIG} {problem}")
 
 
 def _build_on_meta(folder: Path, architecture: str, shapes: Shapes) -> nn.Module | None:
     """Builds a model without memory; returns None for an architecture of the user that cannot."""
+    builder, count = threading.get_ident(), itertools.count(1)
+    limit = 2 * len(shapes) + 1000 if shapes else MOST_PARAMETERS
+
+    def count_parameter(*_: object) -> None:
+        if threading.get_ident() == builder and next(count) > limit:
+            raise UsageError(f"the model of {folder / CONFIG} has far more layers than {WEIGHTS}")
+
+    handle = register_module_parameter_registration_hook(count_parameter)
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("meta"),
-            _bounded_build(folder, 2 * len(shapes) + 1000 if shapes else MOST_PARAMETERS),
-        ):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
             return model
     except UsageError:
@@ -119,6 +104,8 @@ def _build_on_meta(folder: Path, architecture: str, shapes: Shapes) -> nn.Module
                 # Its constructor may read values of its tensors.
                 return None
         raise load_error(folder, error) from error
+    finally:
+        handle.remove()
 
 
 def load_error(folder: Path, error: Exception) -> UsageError:
@@ -127,45 +114,24 @@ def load_error(folder: Path, error: Exception) -> UsageError:
     return UsageError(f"the checkpoint {folder} cannot be loaded: {type(error).__name__}: {reason}")
 
 
-@contextmanager
-def _bounded_build(folder: Path, limit: int) -> Iterator[None]:
-    """Stops a build in this thread at the first parameter beyond a limit."""
-    builder, count = threading.get_ident(), itertools.count(1)
-
-    def count_parameter(*_: object) -> None:
-        if threading.get_ident() == builder and next(count) > limit:
-            raise UsageError(f"the model of {folder / CONFIG} has far more layers than {WEIGHTS}")
-
-    handle = register_module_parameter_registration_hook(count_parameter)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def check_sizes(path: Path, config: dict[str, Any], shapes: Shapes) -> None:
     """Refuses a config with numbers far beyond the sizes in its weights.
 
     A list of numbers counts as their sum, since it may be layers by stage.
-
-    Raises:
-        UsageError: If a number is neither ordinary nor within the sizes of the weights, or values
-            are nested too deeply; the message names it.
     """
     # A tensor without elements costs nothing, whatever its other sizes are.
     sizes = [size for shape in shapes.values() if 0 not in shape for size in shape]
     limit = max([ORDINARY, *sizes])
+    problem = None
     for key in ("model_args", "pretrained_cfg"):
         try:
-            problems = [
-                f"{name} is {size}, far beyond the sizes in {WEIGHTS}"
-                for name, size in _integers(config.get(key, {}), key)
-                if abs(size) > limit
-            ]
+            for name, size in _integers(config.get(key, {}), key):
+                if abs(size) > limit:
+                    problem = problem or f"{name} is {size}, far beyond the sizes in {WEIGHTS}"
         except RecursionError:
-            problems = [f"{key} is nested too deeply"]
-        if problems:
-            raise UsageError(f"{path}: {problems[0]}")
+            problem = f"{key} is nested too deeply"
+    if problem is not None:
+        raise UsageError(f"{path}: {problem}")
 
 
 def _integers(value: object, name: str) -> Iterator[tuple[str, int]]:

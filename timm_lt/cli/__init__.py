@@ -7,16 +7,17 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from importlib import import_module
 
 import timm_lt
-from timm_lt.cli.common import COMMANDS, Commands, complain, start
-from timm_lt.utils.checks import UsageError
+from timm_lt.cli.common import COMMANDS, Commands, start
 from timm_lt.utils.console import epilog, error_text, log_traceback, wrapped
 
 # Commands that parse their own arguments, since these include the options of a recipe.
 OWN_PARSER = ("train", "compare")
+# Modules of commands that are not named as the command.
+MODULES = {"list": "listing", **dict.fromkeys(("fold", "pack", "convert", "push"), "ship")}
 # Exit status of a program whose reader has closed the pipe.
 BROKEN_PIPE = 141
 
@@ -34,7 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        return _fail(error, f"{error.filename or 'standard output'}: {error.strerror}")
+        log_traceback(error)
+        message = error_text(f"{error.filename or 'standard output'}: {error.strerror}")
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        return 2
     return status
 
 
@@ -48,24 +52,13 @@ def _run(argv: list[str]) -> int:
 
         return compare.main(argv[1:])
     arguments = create_parser(argv[:1]).parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.command
-    from timm_lt.utils.accelerator import fresh_accelerate
+    from timm_lt.run.execution import run_to_exit
 
-    try:
+    def command() -> None:
         start(arguments)
-        with fresh_accelerate():
-            command(arguments)
-    except UsageError as error:
-        return _fail(error, str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        arguments.command(arguments)
 
-
-def _fail(error: Exception, message: str) -> int:
-    log_traceback(error)
-    complain(f"error: {error_text(message)}")
-    return 2
+    return run_to_exit(command, "interrupted")
 
 
 def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
@@ -97,6 +90,6 @@ def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
         if name in OWN_PARSER or name not in names:
             commands.add_parser(name, help=summary, add_help=False)
         else:
-            module = import_module(f"timm_lt.cli.{'listing' if name == 'list' else name}")
-            module.add_parser(commands)
+            module = import_module(f"timm_lt.cli.{MODULES.get(name, name)}")
+            getattr(module, f"add_{name}")(commands)
     return parser

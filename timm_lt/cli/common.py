@@ -1,9 +1,9 @@
 """Shared by all commands: their names, help, log and output options, and results."""
 
 import argparse
+import inspect
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,36 +33,33 @@ COMMANDS = {
     "completion": "print a script for tab completion",
 }
 STDOUT = "-"
-JSON_SUFFIX = ".json"
 
 
 def add_command(
-    commands: Commands, name: str, *, description: str, examples: Sequence[str]
+    commands: Commands, name: str, command: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
     """Adds one of :data:`COMMANDS`.
 
     Args:
         commands: Commands of the whole program.
         name: Name of the command.
-        description: Purpose of the command, in sentences.
-        examples: Whole command lines.
+        command: Function that runs it. Its docstring is the help, with whole command lines below
+            ``Examples:``.
     """
-    return commands.add_parser(
+    text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
+    parser = commands.add_parser(
         name,
         help=COMMANDS[name],
-        description=wrapped(description),
-        epilog=epilog(examples),
+        description=wrapped(" ".join(text.split())),
+        epilog=epilog([line.strip() for line in examples.splitlines()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(command=command)
+    return parser
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
-    """Adds ``--json``, ``--quiet`` and ``--verbose``.
-
-    Args:
-        parser: Parser of a command that ends in :func:`show_result`.
-        quiet: Output that ``--quiet`` keeps.
-    """
+    """Adds ``--json``, ``--quiet`` and ``--verbose`` to a command that ends in `show_result`."""
     parser.add_argument(
         "--json",
         nargs="?",
@@ -74,11 +71,18 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
 
 
 def add_log_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
-    """Adds ``--quiet`` and ``--verbose``."""
+    """Adds ``--quiet``, with the output that it keeps, and ``--verbose``."""
     verbose = "log each step on standard error, and where in the code an error arose"
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quiet", action="store_true", help=f"print {quiet} only")
     level.add_argument("--verbose", action="store_true", help=verbose)
+
+
+def positive(text: str) -> int:
+    """Parses a positive integer."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -90,19 +94,14 @@ def start(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     start_logging(quiet=given.get("quiet", False), verbose=given.get("verbose", False))
     file = given.get("json")
-    if not isinstance(file, str) or file == STDOUT:
-        return
-    if not file.endswith(JSON_SUFFIX) or Path(file).is_dir():
-        # It may be the next argument of the command.
-        raise UsageError(
-            f"--json takes a file that ends in {JSON_SUFFIX}, got {file!r}; to print JSON, put "
-            "--json after the other arguments"
-        )
-    check_folder("--json", Path(file).parent)
-    for name in ("data", "destination"):
-        place = given.get(name)
-        if place is not None and Path(file).resolve().is_relative_to(Path(place).resolve()):
-            raise UsageError(f"--json: {file} lies in {place}; choose another folder")
+    if isinstance(file, str) and file != STDOUT:
+        if not file.endswith(".json") or Path(file).is_dir():
+            # It may be the next argument of the command.
+            raise UsageError(
+                f"--json takes a file that ends in .json, got {file!r}; to print JSON, put --json "
+                "after the other arguments"
+            )
+        check_folder("--json", Path(file).parent)
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -111,9 +110,9 @@ def check_folder(option: str, folder: Path) -> None:
     Raises:
         UsageError: If it, or a folder above it, is a file.
     """
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{option}: {place} is not a folder; choose another")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{option}: {path} is not a folder; choose another")
 
 
 def show_result(
@@ -146,11 +145,6 @@ def as_json(value: object) -> str:
 def say(line: str) -> None:
     """Prints a line on standard output."""
     print(line)  # noqa: T201
-
-
-def complain(line: str) -> None:
-    """Prints a line on standard error."""
-    print(line, file=sys.stderr)  # noqa: T201
 
 
 def parse_options(texts: list[str], example: str, option: str = "--option") -> dict[str, Any]:

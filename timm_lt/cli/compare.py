@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from timm_lt.cli.common import add_log_options, as_json, say
+from timm_lt.cli.common import add_log_options, as_json, positive, say
 from timm_lt.run.comparison import (
-    Runner,
-    check_folder,
     load_grid,
     make_runs,
     measure,
+    run_all,
     shipped_grids,
     terminal_table,
     write_results,
@@ -21,20 +20,18 @@ from timm_lt.run.execution import run_to_exit
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import RunOptions
 from timm_lt.utils.accelerator import available_cores, visible_devices
-from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import epilog, log, result_console, start_logging, wrapped
 
 PROG = "timm-lt compare"
-INTERRUPTED = "interrupted; the same command goes on from here"
-# Exit status if some runs failed: there are results of the others.
-SOME_FAILED = 1
+INTERRUPTED = "interrupted; the same command continues from here"
 
 
 def main(argv: list[str]) -> int:
     """Runs the command and returns its exit status: 1 if some runs failed, 2 for a mistake."""
     failed: list[str] = []
     status = run_to_exit(lambda: failed.extend(compare(argv)), INTERRUPTED)
-    return status or (SOME_FAILED if failed else 0)
+    return status or int(bool(failed))
 
 
 def compare(argv: list[str]) -> list[str]:
@@ -62,13 +59,10 @@ def compare(argv: list[str]) -> list[str]:
     given = [text[2:].partition("=")[0] for text in rest if text.startswith("--")]
     folder = Path(arguments.output or Path("output") / grid.name)
     runs = make_runs(grid, rows, parsed[1], folder, seeds=arguments.seeds, given=given)
-    check_folder(folder, grid, runs)
-    threads = check_integer("--threads", arguments.threads, 1, available_cores())
     devices = len(visible_devices()) or int(torch.accelerator.is_available())
-    jobs = arguments.jobs or devices or available_cores() // threads
-    check_integer("--jobs", jobs, minimum=1)
+    jobs = arguments.jobs or devices or max(available_cores() // arguments.threads, 1)
     log.info("%s: %d runs in %s, %d side by side", grid.name, len(runs), folder, jobs)
-    failures = Runner(jobs, threads).run(runs)
+    failures = run_all(runs, jobs=jobs, threads=arguments.threads)
     record = measure(grid, rows, runs, failures)
     record["command"] = shlex.join(["timm-lt", "compare", *argv])
     write_results(folder, grid, record)
@@ -111,8 +105,8 @@ def create_parser() -> argparse.ArgumentParser:
     add("--seeds", default="0,1,2", type=seeds, help="such as 0,1,2, the default")
     add("--only", nargs="+", metavar="ROW", help="labels of the rows to run and show, in quotes")
     add("--recipe", help="another recipe than the grid's, its name or its file")
-    add("--jobs", type=int, help="runs side by side; by default as GPUs or cores allow")
-    add("--threads", type=int, default=1, help="CPU threads of each run")
+    add("--jobs", type=positive, help="runs side by side; by default as GPUs or cores allow")
+    add("--threads", type=positive, default=1, help="CPU threads of each run")
     add("--json", action="store_true", help="for machines: print results.json, not the table")
     add_log_options(parser, quiet="the table and failures")
     return parser

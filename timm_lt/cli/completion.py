@@ -18,29 +18,23 @@ INPUTS = ("checkpoint", "class_counts", "data", "folder", "model", "root", "sour
 OUTPUTS = ("cache_dir", "destination", "output")
 
 
-def add_parser(commands: Commands) -> None:
+def add_completion(commands: Commands) -> None:
     """Adds the command to the parser."""
-    completion = add_command(
-        commands,
-        "completion",
-        description=(
-            "Prints a script with which a shell completes commands, options, their choices and "
-            "files when you press Tab. It takes some seconds to make: write it once to where your "
-            "shell looks for such scripts. Recipes and grids are completed by their shipped names, "
-            "heads by their kinds."
-        ),
-        examples=[
-            "timm-lt completion bash > ~/.local/share/bash-completion/completions/timm-lt",
-            "timm-lt completion zsh > ~/.zfunc/_timm-lt",
-            "timm-lt completion fish > ~/.config/fish/completions/timm-lt.fish",
-        ],
-    )
+    completion = add_command(commands, "completion", print_script)
     completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
-    completion.set_defaults(command=print_script)
 
 
 def print_script(arguments: argparse.Namespace) -> None:
-    """Prints the script for a shell."""
+    """Prints a script with which a shell completes commands, options, choices and files at Tab.
+
+    It takes some seconds to make: write it once to where your shell looks for such scripts. Recipes
+    and grids are completed by their shipped names, heads by their kinds.
+
+    Examples:
+        timm-lt completion bash > ~/.local/share/bash-completion/completions/timm-lt
+        timm-lt completion zsh > ~/.zfunc/_timm-lt
+        timm-lt completion fish > ~/.config/fish/completions/timm-lt.fish
+    """
     program = create_parser()
     parsers = subparsers(program)
     parsers["train"].add_argument("recipe", nargs="?", choices=list(parse.shipped_recipes()))

@@ -2,78 +2,42 @@
 
 import argparse
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.checkpoint import RECIPE, load_head
-from timm_lt.cli.arguments import (
-    DATA_HELP,
-    MODEL_HELP,
-    add_compute_options,
-    add_data_options,
-    add_weights_options,
-    data_recipe,
-    load_model,
-    model_recipe,
-)
-from timm_lt.cli.common import (
-    Commands,
-    add_command,
-    add_output_options,
-    show_result,
-)
-from timm_lt.data import Splits, create_splits
-from timm_lt.data.damaged import log_exceptional
-from timm_lt.data.images import Images
+from timm_lt.cli import inputs
+from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
+from timm_lt.data import Splits
 from timm_lt.data.sources import Split
-from timm_lt.features import Features, extract_features
-from timm_lt.heads import Head, get_head, head_statistics
-from timm_lt.metrics import (
-    ShotMetrics,
-    ShotReport,
-    compare_per_class,
-    confidence_intervals,
-    write_per_class,
-)
-from timm_lt.models.label_names import keeps_classifier, shown_as
+from timm_lt.heads import get_head
+from timm_lt.metrics import compare_per_class, confidence_intervals, write_per_class
+from timm_lt.models.create import shown_as
 from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import JOINT, shot_table
-from timm_lt.run.network import create_images, in_order_of_weights, on_background
+from timm_lt.run.execution import evaluate, extract, extract_own
+from timm_lt.run.network import create_images, match_data
 from timm_lt.run.parse import load_recipe
 from timm_lt.run.recipe import DataRecipe, Recipe
-from timm_lt.training import EVAL_BATCH_SIZE
+from timm_lt.run.setup import Run, load_splits
 from timm_lt.utils.accelerator import set_cpu_threads, temporary_accelerator
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import ShotRule
 
 
-def add_parser(commands: Commands) -> None:
+def add_evaluate(commands: Commands) -> None:
     """Adds the command to the parser."""
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        description=(
-            "Prints the accuracy of a model, with all heads of its checkpoint or some, by shot "
-            "group, with 95 % intervals and the calibration error. Takes any timm model."
-        ),
-        examples=[
-            "timm-lt evaluate output/birds photos",
-            "timm-lt evaluate hf-hub:me/birds photos --head crt tau_norm --json figures.json",
-            "timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar",
-        ],
-    )
-    add = evaluate.add_argument
-    add("model", help=MODEL_HELP)
-    add("data", help=DATA_HELP)
+    parser = add_command(commands, "evaluate", evaluate_model)
+    add = parser.add_argument
+    add("model", help=inputs.MODEL_HELP)
+    add("data", help=inputs.DATA_HELP)
     add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
-    add_weights_options(evaluate, "weights for that architecture")
-    add_data_options(evaluate)
+    inputs.add_weights_options(parser, "weights for that architecture")
+    inputs.add_data_options(parser)
     add(
         "--split",
         choices=get_args(Split),
@@ -82,43 +46,63 @@ def add_parser(commands: Commands) -> None:
     )
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
-    add_compute_options(evaluate)
-    add_output_options(evaluate, quiet="the table")
-    evaluate.set_defaults(command=evaluate_model)
+    inputs.add_compute_options(parser)
+    add_output_options(parser, quiet="the table")
 
 
 def evaluate_model(arguments: argparse.Namespace) -> None:
-    """Evaluates a model with one head after the other, on features that are extracted once."""
+    """Prints the accuracy of a model by shot group, with all heads of its checkpoint or some.
+
+    With 95 % intervals and the calibration error. Takes any timm model.
+
+    Examples:
+        timm-lt evaluate output/birds photos
+        timm-lt evaluate hf-hub:me/birds photos --head crt tau_norm --json figures.json
+        timm-lt evaluate resnet50 photos --checkpoint model_best.pth.tar
+    """
     set_cpu_threads(arguments.threads)
-    source = ModelSource.find(arguments.model)
-    data = _same_split(data_recipe(arguments), source.folder)
-    recipe = Recipe(data=data, model=model_recipe(arguments, source.name), epochs=0)
-    splits = create_splits(
-        data.name, root=data.root, val_fraction=data.val_fraction, **data.options
+    source, split = ModelSource.find(arguments.model), arguments.split
+    recipe = Recipe(
+        data=_same_split(inputs.data_recipe(arguments), source.folder),
+        model=inputs.model_recipe(arguments, source.name),
+        epochs=0,
+        shot_rule=arguments.shot_rule,
     )
+    splits = load_splits(recipe)
     model, heads = _load(recipe, source, arguments.head)
     if getattr(model, "num_classes", None) != splits.num_classes:
         raise UsageError(
             f"{arguments.model} has {model.num_classes} classes, and the data have "
             f"{splits.num_classes}; fit heads for them with timm-lt heads"
         )
-    splits = _in_order(on_background(recipe, splits, model), model, recipe, arguments.model)
-    images = create_images(recipe, splits, model, workers=arguments.workers)[arguments.split]
-    reports = _evaluate(model, heads, images, splits.class_counts, arguments.shot_rule)
-    rows = images.unreadable_rows()
-    log_exceptional(
-        arguments.split, splits.datasets[arguments.split], len(rows), rows, images.huge_rows()
-    )
+    splits, kept = match_data(recipe, splits, model, kept=True)
+    if not kept:
+        _log_other_names(splits, model, arguments.model)
+    with temporary_accelerator() as accelerator:
+        model.to(accelerator.device)
+        run = Run("evaluate", recipe, None, accelerator, splits, model, kept, heads=heads)
+        images = create_images(recipe, splits, model, workers=arguments.workers)
+        run.images = {split: images[split]}
+        extract(run)
+        extract_own(run, heads, [split])
+        evaluate(run, split)
+    reports, counts, names = run.reports, splits.class_counts, splits.label_names
     if arguments.per_class is not None:
-        per_class = compare_per_class(reports, splits.class_counts, splits.label_names)
-        write_per_class(arguments.per_class, per_class)
+        write_per_class(arguments.per_class, compare_per_class(reports, counts, names))
         log.info("wrote %s", arguments.per_class)
-    shown = f"{len(images) - len(rows):,} images of {arguments.split}"
-    title = f"{arguments.model} on {data.title}, {shown}, accuracy in percent"
-    table = shot_table(
-        reports, splits.class_counts, seconds={}, selections={}, title=title, intervals=True
-    )
-    show_result(arguments, _figures(reports, splits, arguments), table)
+    figures = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "split": split,
+        "class_counts": counts.tolist(),
+        "label_names": names,
+        "heads": {name: report.to_dict() for name, report in reports.items()},
+        "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
+    }
+    shown = f"{run.features[split].num_images:,} images of {split}"
+    title = f"{arguments.model} on {recipe.data.title}, {shown}, accuracy in percent"
+    table = shot_table(reports, counts, seconds={}, selections={}, title=title, intervals=True)
+    show_result(arguments, figures, table)
 
 
 def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
@@ -147,12 +131,12 @@ def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
 
 def _load(
     recipe: Recipe, source: ModelSource, names: list[str] | None
-) -> tuple[nn.Module, dict[str, nn.Module]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model with its joint classifier once, and the heads for it."""
     given, size = recipe.model, recipe.data.image_size
-    model = load_model(given, size)
+    model = inputs.load_model(given, size)
     info = None if given.checkpoint else source.read_info()
-    heads: dict[str, nn.Module] = {}
+    heads: dict[str, Any] = {}
     for name in names or (info and [*info.heads]) or [JOINT]:
         if info is not None and name in info.heads:
             if source.repo is not None:
@@ -162,70 +146,18 @@ def _load(
             heads[name] = copy.deepcopy(get_head(model))
         else:
             # Refuses an unknown head, and one that has to be fitted.
-            heads[name] = get_head(load_model(given, size, head=name))
+            heads[name] = get_head(inputs.load_model(given, size, head=name))
     return model, heads
 
 
-def _in_order(splits: Splits, model: nn.Module, recipe: Recipe, name: str) -> Splits:
-    """Numbers the classes of the data as the model does, or warns if their names differ."""
-    theirs, cure = splits.label_names or [], "timm-lt heads --fresh-classifier"
-    kept = keeps_classifier(model, splits.label_names, name, cure)
-    size = recipe.data.image_size
-    splits = in_order_of_weights(splits, model, kept=kept, given=recipe.model, image_size=size)
-    own = [] if kept else shown_as(model, theirs) or []
-    differing = [
-        label for label, pair in enumerate(zip(own, theirs, strict=False)) if len({*pair}) > 1
-    ]
-    if differing:
-        label = differing[0]
-        log.warning(
-            "class %d is %r in %s and %r in the data; figures are right only if such classes mean "
-            "the same",
-            *(label, own[label], name, theirs[label]),
-        )
-    return splits
-
-
-def _evaluate(
-    model: nn.Module,
-    heads: Mapping[str, nn.Module],
-    images: Images,
-    class_counts: Tensor,
-    rule: ShotRule,
-) -> dict[str, ShotReport]:
-    shared: Features | None = None
-    reports = {}
-    for name, head in heads.items():
-        if isinstance(head, Head) and head.backbone_statistics:
-            with head_statistics(model, head):
-                features = _features(model, images)
-        else:
-            shared = features = _features(model, images) if shared is None else shared
-        metrics = ShotMetrics(class_counts, rule)
-        parts = (tensor.split(EVAL_BATCH_SIZE) for tensor in (features.values, features.targets))
-        with torch.inference_mode():
-            for values, targets in zip(*parts, strict=True):
-                metrics.update(head(values.float()), targets)
-        reports[name] = metrics.compute()
-    return reports
-
-
-def _features(model: nn.Module, images: Images) -> Features:
-    with temporary_accelerator() as accelerator:
-        loader = images.eval_loader(EVAL_BATCH_SIZE, accelerator)
-        return extract_features(model.to(accelerator.device), loader, accelerator=accelerator)
-
-
-def _figures(
-    reports: Mapping[str, ShotReport], splits: Splits, arguments: argparse.Namespace
-) -> dict[str, object]:
-    counts = splits.class_counts
-    return {
-        "model": arguments.model,
-        "data": arguments.data,
-        "split": arguments.split,
-        "class_counts": counts.tolist(),
-        "label_names": splits.label_names,
-        "heads": {name: report.to_dict() for name, report in reports.items()},
-        "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
-    }
+def _log_other_names(splits: Splits, model: nn.Module, name: str) -> None:
+    """Warns of the first class that has other names in a model and in the data."""
+    theirs = splits.label_names or []
+    for label, (own, their) in enumerate(zip(shown_as(model, theirs) or [], theirs, strict=False)):
+        if own != their:
+            log.warning(
+                "class %d is %r in %s and %r in the data; figures are right only if such classes "
+                "mean the same",
+                *(label, own, name, their),
+            )
+            return

@@ -4,9 +4,9 @@ import argparse
 import csv
 import io
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from timm_lt.cli.arguments import FOLDER, LIST, find_data
+from timm_lt.cli import inputs
 from timm_lt.cli.common import (
     STDOUT,
     Commands,
@@ -33,6 +33,7 @@ from timm_lt.data.lists import located
 from timm_lt.data.sources import checked_source, dataset_from_files, find_root, find_splits
 from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
+from timm_lt.run.recipe import DataRecipe
 from timm_lt.utils.checks import UsageError, check_background, check_integer, check_number
 from timm_lt.utils.console import advance, error_text, one_line, progress, result_console
 from timm_lt.utils.files import write_atomic
@@ -44,67 +45,46 @@ if TYPE_CHECKING:
 TABLE, PLOT = "classes.csv", "classes.png"
 
 
-def add_parser(commands: Commands) -> None:
+def add_inspect(commands: Commands) -> None:
     """Adds the command to the parser."""
-    inspect = add_command(
-        commands,
-        "inspect",
-        description=(
-            "Prints classes, class counts, imbalance, shot groups, duplicates, unreadable files, "
-            "image sizes and whatever would keep a run from training, and writes a table and a "
-            "plot of the classes."
-        ),
-        examples=[
-            "timm-lt inspect photos",
-            "timm-lt inspect train.txt --root photos",
-            "timm-lt inspect glyph_lt --quick",
-        ],
-    )
-    inspect.add_argument("data", help="folder of images, list of images, or a data set's name")
-    inspect.add_argument("--root", help="folder with the files of a list or a data set")
-    inspect.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="option of the data set; may be repeated",
-    )
-    inspect.add_argument(
-        "--background",
-        default="white",
-        metavar="COLOR",
-        help="behind transparent pixels, e.g. black or '#808080'; default: white",
-    )
-    inspect.add_argument(
-        "--output", type=Path, help="folder for table and plot; default: inspect_NAME"
-    )
-    inspect.add_argument(
-        "--quick", action="store_true", help="decode no image and look for no duplicates"
-    )
-    inspect.add_argument(
-        "--shot-rule", choices=get_args(ShotRule), default="fb", help="of the shot groups"
-    )
+    inspect = add_command(commands, "inspect", inspect_data)
+    add = inspect.add_argument
+    add("data", help="folder of images, list of images, or a data set's name")
+    inputs.add_data_options(inspect)
+    inputs.add_background(inspect, "white", "white")
+    add("--output", type=Path, help="folder for table and plot; inspect_NAME by default")
+    add("--quick", action="store_true", help="decode no image and look for no duplicates")
+    add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add_output_options(inspect, quiet="the figures")
-    inspect.set_defaults(command=inspect_data)
 
 
 def inspect_data(arguments: argparse.Namespace) -> None:
-    """Inspects a data set, prints the figures, and writes table, plot and JSON."""
+    """Prints the figures of a data set, and whatever would keep a run from training.
+
+    These are classes, class counts, imbalance, shot groups, duplicates, unreadable files and image
+    sizes. Writes a table and a plot of the classes.
+
+    Examples:
+        timm-lt inspect photos
+        timm-lt inspect train.txt --root photos
+        timm-lt inspect glyph_lt --quick
+    """
     options = parse_options(arguments.option, "min_images=5")
-    data = find_data(arguments.data, arguments.root, options)
-    source, root, options = data.name, data.root, dict(data.options)
-    name = _data_name(source, root, options)
+    data = inputs.find_data(arguments.data, arguments.root, options)
+    is_list = data.name == "list" and "train" in data.options
+    name = Path(data.options["train"]).stem if is_list else Path(data.title).name
     output = arguments.output or Path(f"inspect_{name}")
     check_folder("--output", output)
-    if source == FOLDER and root and output.resolve().is_relative_to(Path(root).resolve()):
-        beside = Path(root).resolve().parent / f"inspect_{name}"
+    root = None if data.root is None else Path(data.root).expanduser().resolve()
+    if data.name == "folder" and root and output.resolve().is_relative_to(root):
+        beside = shlex.quote(str(root.parent / f"inspect_{name}"))
         raise UsageError(
-            f"{output} would lie in the folder {root} and be taken for a class; choose a folder "
-            f"elsewhere, e.g. --output {shlex.quote(str(beside))}"
+            f"{output} would lie in the folder {data.root} and be taken for a class; choose a "
+            f"folder elsewhere, e.g. --output {beside}"
         )
     background = check_background(arguments.background)
-    splits, problems = _load(source, root, options)
-    splits = {key: as_rgb(data, background=background) for key, data in splits.items()}
+    splits, problems = _load(data)
+    splits = {split: as_rgb(rows, background=background) for split, rows in splits.items()}
     total = None if arguments.quick else sum(map(len, splits.values()))
     with progress(f"inspecting {name}", total, unit="images") as bar:
         found = inspect_splits(
@@ -121,74 +101,59 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     show_result(arguments, found.to_dict(), None)
 
 
-def _data_name(source: str, root: str | None, options: dict[str, Any]) -> str:
-    """Returns the name of a data set: that of its folder or list, if it is one."""
-    if source == FOLDER and root is not None:
-        return Path(root).resolve().name
-    return Path(options["train"]).stem if source == LIST and "train" in options else source
-
-
-def _load(
-    source: str, root: str | None, options: dict[str, Any]
-) -> "tuple[dict[str, Dataset], list[str]]":
+def _load(data: DataRecipe) -> "tuple[dict[str, Dataset], list[str]]":
     """Returns the splits of a data set, and the problems that would keep a run from training.
+
+    A folder or list that a run would refuse is inspected all the same.
 
     Raises:
         UsageError: If an option is wrong, or there are no images to inspect.
     """
-    if source in (FOLDER, LIST):
-        # A folder or list that a run would refuse is inspected all the same, with right options.
+    source, root, options = data.name, data.root, dict(data.options)
+    if source in ("folder", "list"):
         checked_source(source, root, dict(options))
         check_number("test_fraction", options.get("test_fraction", 0.2), "(0, 1)")
         check_integer("seed", options.get("seed", 0), minimum=0)
     try:
         return {**find_splits(source, root=root, **options)}, []
     except UsageError as error:
-        if root is None or source not in (FOLDER, LIST):
+        if root is None or source not in ("folder", "list"):
             raise
-        if source == LIST:
-            train = located(options["train"], find_root(root))
-            return _listed(train, Path(root).expanduser()), error.problems
+        path = Path(root).expanduser()
+        if source == "list":
+            files = read_image_list(located(options["train"], find_root(root)))
+            parts = files.by_split() or {"train": files}
+            return {
+                split: dataset_from_files(
+                    [str(path.absolute() / file) for file in part.paths], part.labels, part.names
+                )
+                for split, part in parts.items()
+            }, error.problems
         listed = {key: options[key] for key in ("min_images", "other_files") if key in options}
-        images = list_folder(Path(root).expanduser(), **listed)
+        images = list_folder(path, **listed)
         # Otherwise another option is wrong, or there is nothing to inspect.
         if not (images.problems.found and images.files["train"]):
             raise
-        splits: dict[str, Dataset] = {
+        return {
             split: dataset_from_files(paths, images.labels[split], images.names)
             for split, paths in images.files.items()
-        }
-        return splits, images.problems.found
-
-
-def _listed(train: Path, root: Path) -> "dict[str, Dataset]":
-    """Returns the splits of a list, whether or not its files exist."""
-    found = read_image_list(train)
-    return {
-        split: dataset_from_files(
-            [str(root.absolute() / file) for file in part.paths], part.labels, part.names
-        )
-        for split, part in (found.by_split() or {"train": found}).items()
-    }
+        }, images.problems.found
 
 
 def _write_files(output: Path, found: Inspection) -> list[Path]:
     """Writes the table of all classes and the plot of their training images."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     train = torch.tensor(found.class_counts.get("train", []), dtype=torch.int64)
     groups = [""] * found.num_classes
     if train.any():
         for group, mask in shot_groups(train, found.shot_rule).items():
             for label in mask.nonzero().flatten().tolist():
                 groups[label] = group_word(group)
-    rows.writerow(["label", "name", *found.class_counts, "shot"])
     names = found.label_names or [""] * found.num_classes
-    counts = zip(*found.class_counts.values(), strict=True)
-    rows.writerows(
-        [label, name, *count, group]
-        for label, (name, count, group) in enumerate(zip(names, counts, groups, strict=True))
-    )
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["label", "name", *found.class_counts, "shot"])
+    counts = found.class_counts.values()
+    rows.writerows(zip(range(found.num_classes), names, *counts, groups, strict=True))
     write_atomic(output / TABLE, text.getvalue())
     if not train.any():
         return [output / TABLE]
@@ -205,14 +170,21 @@ def _print_report(console: Console, found: Inspection, written: list[Path]) -> N
 
     total = sum(map(sum, found.class_counts.values()))
     say(f"[bold]{_plain(found.name)}[/]: {total:,} images of {found.num_classes} classes")
-    console.print(_splits_table(found))
+    splits = ("split", "images", "classes", "largest", "smallest")
+    console.print(_table(splits, _split_rows(found)))
     if found.shots:
         say(
             f"imbalance factor {found.imbalance_factor:.4g} (largest / smallest class of train); "
             f"imbalance ratio {found.imbalance_ratio:.4g} (mean over the classes of largest / "
             "class: MeanIR of Charte et al., 2015)",
         )
-        console.print(_shot_table(found), _class_table(found))
+        shots = (
+            (group_word(group), shot["rule"], shot["classes"], shot["images"])
+            for group, shot in found.shots.items()
+        )
+        groups = ("shot group", "training images of a class", "classes", "images")
+        console.print(_table(groups, shots))
+        console.print(_table(("class", "label", *found.class_counts), _class_rows(found)))
     say(*_duplicates(found.duplicates, found.label_names), *_unreadable(found))
     say(*_sizes(found.sizes) if found.sizes else ())
     say(f"written: {', '.join(_plain(str(path)) for path in written)}")
@@ -229,15 +201,16 @@ def _plain(text: str, limit: int = 60) -> str:
     return escape(one_line(text, limit)) or "''"
 
 
-def _table(*columns: str) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | int]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
     return table
 
 
-def _splits_table(found: Inspection) -> Table:
-    table = _table("split", "images", "classes", "largest", "smallest")
+def _split_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
     for split, counts in found.class_counts.items():
         present = [count for count in counts if count] or [0]
         words = split
@@ -245,33 +218,19 @@ def _splits_table(found: Inspection) -> Table:
             words = "val (held out of train by a run)"
         elif split == "train" and len(found.class_counts) == 1:
             words = "train (nothing is held out yet)"
-        numbers = sum(counts), sum(map(bool, counts)), max(present), min(present)
-        table.add_row(words, *(f"{number:,}" for number in numbers))
-    return table
+        yield words, sum(counts), sum(map(bool, counts)), max(present), min(present)
 
 
-def _shot_table(found: Inspection) -> Table:
-    table = _table("shot group", "training images of a class", "classes", "images")
-    for group, shot in found.shots.items():
-        numbers = f"{shot['classes']:,}", f"{shot['images']:,}"
-        table.add_row(group_word(group), str(shot["rule"]), *numbers)
-    return table
-
-
-def _class_table(found: Inspection) -> Table:
-    """The largest and the smallest classes of train."""
+def _class_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
+    """Yields the largest and the smallest classes of train."""
     train = torch.tensor(found.class_counts["train"])
     order = train.argsort(descending=True, stable=True).tolist()
-    table = _table("class", "label", *found.class_counts)
     for rank, label in enumerate(order):
-        if SHOWN <= rank < len(order) - SHOWN:
-            if rank == SHOWN:
-                table.add_row("...")
-            continue
-        name = _plain(found.label_names[label], 40) if found.label_names else "-"
-        counts = [f"{counts[label]:,}" for counts in found.class_counts.values()]
-        table.add_row(name, str(label), *counts)
-    return table
+        if not SHOWN <= rank < len(order) - SHOWN:
+            name = _plain(found.label_names[label], 40) if found.label_names else "-"
+            yield name, str(label), *(counts[label] for counts in found.class_counts.values())
+        elif rank == SHOWN:
+            yield ("...",)
 
 
 def _duplicates(found: Duplicates | None, names: list[str] | None) -> Iterator[str]:

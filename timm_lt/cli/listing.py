@@ -1,6 +1,7 @@
 """``timm-lt list``: registered names, or the heads of a checkpoint."""
 
 import argparse
+from pathlib import Path
 
 import timm
 from rich.table import Table
@@ -13,37 +14,32 @@ from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import head_table
 from timm_lt.run.comparison import shipped_grids
 from timm_lt.run.parse import shipped_recipes
-from timm_lt.utils.checks import UsageError
 
 
-def add_parser(commands: Commands) -> None:
+def add_list(commands: Commands) -> None:
     """Adds the command to the parser."""
-    listing = add_command(
-        commands,
-        "list",
-        description=(
-            "Lists the registered models, heads, samplers, losses, data sets and recipes; or the "
-            "heads of a checkpoint with options and metrics, without downloading weights."
-        ),
-        examples=["timm-lt list", "timm-lt list me/birds", "timm-lt list output/birds"],
-    )
+    listing = add_command(commands, "list", list_parts)
     listing.add_argument(
         "checkpoint",
         nargs="?",
         help="folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME",
     )
     add_output_options(listing, quiet="the names")
-    listing.set_defaults(command=list_parts)
 
 
 def list_parts(arguments: argparse.Namespace) -> None:
-    """Prints the registered names, a row for each kind; or the heads of a checkpoint."""
+    """Lists the registered models, heads, samplers, losses, data sets and recipes.
+
+    Or the heads of a checkpoint with options and metrics, without downloading weights.
+
+    Examples:
+        timm-lt list
+        timm-lt list me/birds
+        timm-lt list output/birds
+    """
     given = arguments.checkpoint
     if given is not None:
-        folder = ModelSource.find(given).folder
-        if folder is None:
-            raise UsageError(f"{given!r} is not a folder, nor a repo NAMESPACE/NAME of the Hub")
-        info = read_checkpoint(folder)
+        info = read_checkpoint(ModelSource.find(given).folder or Path(given))
         show_result(arguments, _describe(info), head_table(info))
         return
     rows: dict[str, list[str]] = {

@@ -3,7 +3,7 @@
 import argparse
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,37 +11,29 @@ import timm.data
 import torch
 from PIL import Image
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_lt.checkpoint import background_of
-from timm_lt.cli.arguments import (
-    MODEL_HELP,
-    add_compute_options,
-    add_weights_options,
-    load_model,
-    model_recipe,
-)
-from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, say
+from timm_lt.cli import inputs
+from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
 from timm_lt.data.decode import (
-    DAMAGE,
-    damage_of,
+    ImageError,
     decode_image,
     describe_huge,
     is_huge,
     shown_path,
 )
-from timm_lt.data.folder import HEIC_SUFFIXES, counted_suffixes, find_images, suffix
-from timm_lt.models.create import image_config
-from timm_lt.models.label_names import label_names
+from timm_lt.data.folder import HEIC_SUFFIXES, Found, counted_suffixes, find_images, suffix
+from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.network import class_orders
-from timm_lt.run.recipe import ClassOrder
+from timm_lt.run.recipe import ClassOrder, prefixed
 from timm_lt.utils.accelerator import default_device, set_cpu_threads
-from timm_lt.utils.checks import UsageError, check_background, check_integer, shown_names
+from timm_lt.utils.checks import UsageError, check_background, shown_names
 from timm_lt.utils.console import log, one_line, result_console
-from timm_lt.utils.files import write_atomic
+from timm_lt.utils.files import read_text, write_atomic
 
 BATCH_SIZE = 32
 # Images that no folder of a run has, since Pillow does not decode them, or only a preview.
@@ -55,6 +47,7 @@ UNUSUAL_SUFFIXES = frozenset(
         *("cur", "icns", "dds", "sgi", "bpg", "flif"),
     )
 )
+DECODED = Image.registered_extensions()
 # Number of files that are named in the log because they are not images.
 SHOWN_OTHERS = 100
 FORMATS = ("table", "csv", "json")
@@ -68,24 +61,14 @@ class Prediction(NamedTuple):
     error: str | None
 
 
-def add_parser(commands: Commands) -> None:
+def add_predict(commands: Commands) -> None:
     """Adds the command to the parser."""
-    predict = add_command(
-        commands,
-        "predict",
-        description="Prints the most probable classes of images.",
-        examples=[
-            "timm-lt predict output/birds a.jpg b.jpg --head tau_norm",
-            "timm-lt predict resnet50 photos --format csv --top 1",
-            "timm-lt predict hf-hub:me/birds a.jpg --format json",
-            "timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt",
-        ],
-    )
+    predict = add_command(commands, "predict", predict_images)
     add = predict.add_argument
-    add("model", help=MODEL_HELP)
+    add("model", help=inputs.MODEL_HELP)
     add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
     add("--head", metavar="NAME", help="the joint classifier by default")
-    add_weights_options(predict, "weights for that architecture")
+    inputs.add_weights_options(predict, "weights for that architecture")
     add(
         "--classes",
         type=int,
@@ -99,44 +82,47 @@ def add_parser(commands: Commands) -> None:
         help="UTF-8 text file with one class name per line, the first that of class 0, in place of "
         "the model's own names; without either, classes are numbers",
     )
-    add("--top", type=int, default=3, metavar="N", help="classes of each image; 3 by default")
+    add("--top", type=positive, default=3, metavar="N", help="classes of each image; 3 by default")
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
     form.add_argument(
         "--json", action="store_const", const="json", dest="format", help="--format json"
     )
     add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
-    add_compute_options(predict, workers=0)
+    inputs.add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
-    predict.set_defaults(command=predict_images)
 
 
 def predict_images(arguments: argparse.Namespace) -> None:
-    """Predicts, and prints or writes; images that cannot be read are named."""
+    """Prints the most probable classes of images.
+
+    Examples:
+        timm-lt predict output/birds a.jpg b.jpg --head tau_norm
+        timm-lt predict resnet50 photos --format csv --top 1
+        timm-lt predict hf-hub:me/birds a.jpg --format json
+        timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt
+    """
     set_cpu_threads(arguments.threads)
-    form, output = arguments.format or "table", arguments.output
-    if output is not None:
-        form = arguments.format or output.suffix.removeprefix(".").lower()
-        if form not in FORMATS[1:]:
-            raise UsageError(f"--output {output}: give --format csv or --format json")
-    check_integer("--top", arguments.top, minimum=1)
+    output = arguments.output
+    form = arguments.format or ("table" if output is None else output.suffix[1:].lower())
+    if output is not None and form not in FORMATS[1:]:
+        raise UsageError(f"--output {output}: give --format csv or --format json")
     given = arguments.background
     background = None if given == "auto" else check_background(given)
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
     name = ModelSource.parse(arguments.model, bare_repo=True).name
-    recipe = model_recipe(arguments, name)
-    model = load_model(recipe, arguments.image_size, head=arguments.head, **options)
+    recipe = inputs.model_recipe(arguments, name)
+    model = inputs.load_model(recipe, arguments.image_size, head=arguments.head, **options)
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)
-    text = _json(found) if form == "json" else _csv(found)
     if form == "table":
         result_console().print(_table(found))
     elif output is None:
-        say(text.rstrip("\n"))
+        say(_json(found) if form == "json" else _csv(found))
     else:
-        write_atomic(output, text)
+        write_atomic(output, f"{_json(found) if form == 'json' else _csv(found)}\n")
         log.info("wrote %s", output)
     damaged = [f"{image} ({error})" for image, _, error in found if error is not None]
     if damaged:
@@ -145,7 +131,7 @@ def predict_images(arguments: argparse.Namespace) -> None:
         )
 
 
-def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the files among the arguments, and the images in the folders among them, sorted.
 
     Other files of a folder are logged.
@@ -158,21 +144,16 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         UsageError: If a file does not exist, or a folder has no images.
     """
     paths: list[str] = []
-    errors: dict[str, str] = {}
     others: list[str] = []
-    for path in (Path(place).expanduser() for place in places):
-        if not path.is_dir():
-            if not path.is_file():
-                raise UsageError(f"there is no image {path}")
-            paths.append(str(path))
-            continue
-        found = find_images(str(path))
+    errors: dict[str, str] = {}
+    for path in (Path(text).expanduser() for text in given):
+        found = find_images(str(path)) if path.is_dir() else Found([str(path)])
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
-        errors |= found.broken
         images = sorted([*found.images, *photos, *found.broken])
-        if not images:
+        if not images or not (path.is_dir() or path.is_file()):
             only = f", only {counted_suffixes(found.others)}" if found.others else ""
-            raise UsageError(f"there is no image in {path}{only}")
+            raise UsageError(f"there is no image {'in ' * path.is_dir()}{path}{only}")
+        errors |= found.broken
         paths += images
         others += [other for other in found.others if other not in photos]
     if others:
@@ -181,14 +162,10 @@ def find_files(places: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             "not images by their suffix, skipped: %d (%s): %s",
             *(len(others), counted_suffixes(others), names),
         )
-    return paths, errors | _undecodable(paths)
-
-
-def _undecodable(paths: Sequence[str]) -> dict[str, str]:
-    """Returns why files cannot be read whose format Pillow does not decode."""
-    unknown = UNUSUAL_SUFFIXES - {end[1:] for end in Image.registered_extensions()}
-    unread = [path for path in paths if suffix(path) in unknown]
-    return {path: f"Pillow does not decode .{suffix(path)}; convert it to JPEG" for path in unread}
+    for path_ in paths:
+        if (end := suffix(path_)) in UNUSUAL_SUFFIXES and f".{end}" not in DECODED:
+            errors[path_] = f"Pillow does not decode .{end}; convert it to JPEG"
+    return paths, errors
 
 
 class ImageFiles(Dataset[tuple[Tensor, str]]):
@@ -214,8 +191,8 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
             return torch.empty(0), self.errors[path]
         try:
             image = decode_image({"path": path, "bytes": None}, background=self.background)
-        except DAMAGE as error:
-            return torch.empty(0), damage_of(error)
+        except ImageError as error:
+            return torch.empty(0), str(error)
         self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 
@@ -237,16 +214,16 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
             raise UsageError("--class-order is for the names of --names; remove it, or give these")
         own = label_names(model)
         return None if own is None else [one_line(name, 200) for name in own]
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not valid UTF-8"
-        raise UsageError(f"--names {file} cannot be read: {reason}") from error
+    with prefixed("--names"):
+        text = read_text(file.expanduser())
+    if text is None:
+        raise UsageError(f"--names: {file} does not exist")
+    lines = text.removeprefix("\ufeff").rstrip().splitlines()
     names = [one_line(line, 200) for line in lines]
     if len(names) != model.num_classes or "" in names:
         empty = f" (line {names.index('') + 1} is empty)" if "" in names else ""
         raise UsageError(
-            f"--names {file} has {len(names)} lines{empty}, and the model has "
+            f"--names: {file} has {len(names)} lines{empty}, and the model has "
             f"{model.num_classes} classes; write a name for each, in the order of the classes"
         )
     orders = class_orders(names)
@@ -276,35 +253,27 @@ def predict_files(
     model = model.to(device)
     found: list[Prediction] = []
     for batch in loader:
+        best: Iterator[tuple[list[float], list[int]]] = iter(())
         readable = [image for image, error in batch if not error]
-        best = iter(_best(model, torch.stack(readable).to(device), names, top) if readable else [])
+        if readable:
+            with torch.inference_mode():
+                shares = model(torch.stack(readable).to(device)).softmax(dim=1)
+            chosen = shares.topk(min(top, shares.shape[1]))
+            best = zip(chosen.values.tolist(), chosen.indices.tolist(), strict=True)
         for _, error in batch:
-            path = files.paths[len(found)]
-            found.append(Prediction(path, [] if error else next(best), error or None))
+            pairs = [] if error else zip(*next(best), strict=True)
+            classes = [(names[label] if names else str(label), share) for share, label in pairs]
+            found.append(Prediction(files.paths[len(found)], classes, error or None))
     huge = [shown_path(files.paths[row]) for row in files.huge.nonzero().flatten().tolist()]
     if huge:
         log.warning("%s", describe_huge(len(huge), len(files), huge))
     return found
 
 
-def _best(
-    model: nn.Module, images: Tensor, names: list[str] | None, top: int
-) -> list[list[tuple[str, float]]]:
-    with torch.inference_mode():
-        shares = model(images).softmax(dim=1)
-    best = shares.topk(min(top, shares.shape[1]))
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        [(names[label] if names else str(label), share) for label, share in zip(*row, strict=True)]
-        for row in rows
-    ]
-
-
 def _table(found: Sequence[Prediction]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("image", "class", "%"):
-        justify: Any = "right" if heading == "%" else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
+    table = Table("image", "class", Column("%", justify="right"), box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for image, classes, error in found:
         if error is not None:
             table.add_row(escape(image), f"[dim]{escape(f'({error})')}", "")
@@ -315,28 +284,28 @@ def _table(found: Sequence[Prediction]) -> Table:
 
 def _csv(found: Sequence[Prediction]) -> str:
     """Returns a row for each image; a column ``error`` if some cannot be read."""
-    columns = ["image"]
-    for rank in range(1, max(len(classes) for _, classes, _ in found) + 1):
-        columns += [f"class_{rank}", f"probability_{rank}"]
-    columns += ["error"] if any(error for *_, error in found) else []
-    text = io.StringIO()
-    rows = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    rows.writeheader()
+    rows = []
     for image, classes, error in found:
-        row = {"image": image} if error is None else {"image": image, "error": error}
+        rows.append({"image": image} | ({"error": error} if error else {}))
         for rank, (name, share) in enumerate(classes, 1):
-            row |= {f"class_{rank}": name, f"probability_{rank}": f"{share:.6f}"}
-        rows.writerow(row)
-    return text.getvalue()
+            rows[-1] |= {f"class_{rank}": name, f"probability_{rank}": f"{share:.6f}"}
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.sort(key=lambda column: column == "error")
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().rstrip("\n")
 
 
 def _json(found: Sequence[Prediction]) -> str:
-    entries = [
-        {
-            "image": image,
-            "classes": [{"name": name, "probability": share} for name, share in classes],
-            **({} if error is None else {"error": error}),
-        }
-        for image, classes, error in found
-    ]
-    return as_json(entries) + "\n"
+    return as_json(
+        [
+            {
+                "image": image,
+                "classes": [{"name": name, "probability": share} for name, share in classes],
+                **({} if error is None else {"error": error}),
+            }
+            for image, classes, error in found
+        ]
+    )

@@ -12,38 +12,24 @@ from typing import Any
 
 import timm.data
 import torch.distributed as dist
-import yaml
 from timm.data import create_loader as timm_create_loader
-from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from timm_lt.cli.common import Commands, add_command
 from timm_lt.data import create_loader, dataset_labels
 from timm_lt.models import lt_resnet as lt_resnet  # importing it registers the architectures
-from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
-from timm_lt.utils.checks import UsageError, check_options
+from timm_lt.run.recipe import prefixed
+from timm_lt.samplers import ClassSampler, create_sampler
+from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
+from timm_lt.utils.files import YAML_ERRORS, parse_yaml
 
 SAMPLER = "--sampler"
-# Options of all samplers that suit a script of timm.
-COMMON = ("num_samples", "seed", "num_classes")
 
 
-def add_parser(commands: Commands) -> None:
+def add_run(commands: Commands) -> None:
     """Adds the command to the parser."""
-    run = add_command(
-        commands,
-        "run",
-        description=(
-            "Runs a script, such as validate.py, inference.py or train.py of timm's repository "
-            "(they are not in its package), with the lt_* models registered. The arguments after "
-            "SCRIPT are those of the script, except for --sampler directly after it."
-        ),
-        examples=[
-            "timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained",
-            "timm-lt run train.py --sampler class_balanced photos --model resnet18",
-        ],
-    )
+    run = add_command(commands, "run", run_script)
     run.add_argument(
         SAMPLER,
         help="sampler of the training images: a name, or YAML with options, as '{name: power, q: "
@@ -51,26 +37,35 @@ def add_parser(commands: Commands) -> None:
     )
     run.add_argument("script", metavar="SCRIPT", help="a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
-    run.set_defaults(command=run_script)
 
 
 def run_script(arguments: argparse.Namespace) -> None:
-    """Runs a script as Python would."""
+    """Runs a script with the lt_* models registered, such as validate.py or train.py of timm.
+
+    They are in timm's repository, not in its package. The arguments after SCRIPT are those of the
+    script, except for --sampler directly after it.
+
+    Examples:
+        timm-lt run validate.py photos --model lt_resnext50.imagenet_lt --pretrained
+        timm-lt run train.py --sampler class_balanced photos --model resnet18
+    """
     path, sampler, rest = Path(arguments.script), arguments.sampler, arguments.arguments
     if not path.is_file():
         raise UsageError(
             f"there is no script {path}; timm's own are in its repository, not in its package: "
             "clone it, and give the path of the script"
         )
-    if rest[:1] == [SAMPLER]:
-        sampler, rest = "".join(rest[1:2]), rest[2:]
-    elif rest and rest[0].startswith(f"{SAMPLER}="):
-        sampler, rest = rest[0].partition("=")[2], rest[1:]
+    if rest and rest[0].partition("=")[0] == SAMPLER:
+        # Also directly behind the script.
+        own = argparse.ArgumentParser()
+        own.add_argument(SAMPLER)
+        number = 1 if "=" in rest[0] else 2
+        sampler, rest = own.parse_args(rest[:number]).sampler, rest[number:]
     scope: AbstractContextManager[list[EpochsInTurn]] = nullcontext([])
     if sampler is not None:
         scope = training_sampler(*parse_sampler(sampler))
+    before = sys.argv, sys.path[:]
     with scope as used:
-        before = sys.argv, sys.path[:]
         sys.argv = [str(path), *rest]
         sys.path.insert(0, str(path.resolve().parent))
         try:
@@ -85,36 +80,31 @@ def run_script(arguments: argparse.Namespace) -> None:
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
-    """Returns the name and the options of a sampler.
-
-    Args:
-        text: A name, or YAML with the key ``name`` and options.
+    """Returns the name and the options of a sampler, from its name or YAML with both.
 
     Raises:
         UsageError: If it is neither, or there is no such sampler or option.
     """
-    try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
-        options = None
-    options = {"name": options} if isinstance(options, str) else options
-    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
-        raise UsageError(
-            f"{SAMPLER} {text!r} must be the name of a sampler, or YAML with its name and options, "
-            "as {name: power, q: 0.5}"
-        )
-    name = options.pop("name")
-    try:
-        part = SAMPLERS[name]
-        own = {key: option for key, option in options.items() if key not in COMMON}
-        check_options(f"sampler {name!r}", part, own)
-    except UsageError as error:
-        raise UsageError(f"{SAMPLER}: {error}") from error
-    if getattr(part, "unit", 1) > 1:
-        raise UsageError(
-            f"{SAMPLER}: sampler {name!r} draws pairs, and timm's train.py has no loss for them; "
-            "use timm-lt train"
-        )
+    with prefixed(SAMPLER):
+        try:
+            options = parse_yaml(text)
+        except YAML_ERRORS:
+            options = None
+        options = {"name": options} if isinstance(options, str) else options
+        if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+            raise UsageError(
+                f"{text!r} must be the name of a sampler, or YAML with its name and options, as "
+                "{name: power, q: 0.5}"
+            )
+        name = options.pop("name")
+        # A number of classes is for the script's own labels.
+        own = {key: value for key, value in options.items() if key != "num_classes"}
+        sampler = create_sampler(name, [0, 1], **own)
+        if getattr(sampler, "unit", 1) > 1:
+            raise UsageError(
+                f"sampler {name!r} draws pairs, and timm's train.py has no loss for them; use "
+                "timm-lt train"
+            )
     return name, options
 
 
@@ -132,22 +122,20 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
     used: list[EpochsInTurn] = []
 
     @functools.wraps(timm_create_loader)
-    def with_sampler(*args: Any, **kwargs: Any) -> PrefetchLoader | DataLoader[Any]:
+    def with_sampler(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         call = inspect.signature(timm_create_loader).bind(*args, **kwargs).arguments
-        loader: PrefetchLoader | DataLoader[Any]
         if not call.get("is_training"):
-            loader = timm_create_loader(**call)
-            return loader
-        sampler = create_sampler(name, dataset_labels(call["dataset"]), **options)
+            return timm_create_loader(**call)
+        dataset = call["dataset"]
+        sampler = create_sampler(name, dataset_labels(dataset), **options)
         if call.get("distributed"):
             sampler.shard(dist.get_rank(), dist.get_world_size())
         if sampler.rank == 0:
             log.info("training images are drawn by sampler %s %s", name, options or "")
         used.append(EpochsInTurn(sampler))
-        loader = create_loader(**call, sampler=used[-1]).loader
-        dataset = call["dataset"]
         # train.py calls it before each epoch; workers get a copy.
         setters = [*filter(None, [getattr(dataset, "set_epoch", None)]), used[-1].set_epoch]
+        loader = create_loader(**call, sampler=used[-1]).loader
         dataset.set_epoch = functools.partial(_set_epochs, setters)
         return loader
 
@@ -177,7 +165,7 @@ class EpochsInTurn(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration draws; the one after it draws the next."""
+        """Sets the epoch that the next iteration draws."""
         self.epoch = epoch
 
     def __len__(self) -> int:

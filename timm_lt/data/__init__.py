@@ -1,18 +1,17 @@
 """Data sets by name, the means to make a long-tailed one, and images ready for training."""
 
-from timm_lt.data import cifar as cifar  # importing a source registers it
-from timm_lt.data import digits_lt as digits_lt
+from timm_lt.data import builtin as builtin  # importing a source registers it
+from timm_lt.data import cifar as cifar
 from timm_lt.data import folder as folder
-from timm_lt.data import glyph_lt as glyph_lt
 from timm_lt.data import hub as hub
 from timm_lt.data import lists as lists
 from timm_lt.data.augment import create_augmentation as create_augmentation
 from timm_lt.data.augment import list_augmentations as list_augmentations
 from timm_lt.data.augment import register_augmentation as register_augmentation
+from timm_lt.data.builtin import glyph_arrays as glyph_arrays
 from timm_lt.data.cifar import cifar_manifest as cifar_manifest
 from timm_lt.data.decode import load_image as load_image
 from timm_lt.data.given import dataset_labels as dataset_labels
-from timm_lt.data.glyph_lt import glyph_arrays as glyph_arrays
 from timm_lt.data.inspection import Inspection as Inspection
 from timm_lt.data.inspection import inspect_splits as inspect_splits
 from timm_lt.data.list_files import ImageList as ImageList

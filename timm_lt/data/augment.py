@@ -1,7 +1,6 @@
-"""Augmentations of batches of small images: each is a function of (seed, draw) alone.
+"""Augmentations of batches of small images, each a function of (seed, draw) alone.
 
-The random numbers of a draw do not depend on its batch, process or worker. Training is therefore
-the same on any number of processes, and a resumed epoch repeats exactly.
+Training is therefore the same on any number of processes, and a resumed epoch repeats exactly.
 """
 
 from collections.abc import Callable
@@ -49,13 +48,9 @@ def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
 
     They are counter-based: the finaliser of SplitMix64 over a key per draw.
 
-    Args:
-        seed: A non-negative integer.
-        draws: The draws, (B,) int64; see :class:`~timm_lt.data.loader.NumberedSampler`.
-        count: Numbers per draw.
-
     Shape:
-        (B, count) float32
+        draws (B,) int64, see :class:`~timm_lt.data.loader.NumberedSampler`; returns (B, count)
+        float32.
 
     References:
         Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014,

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from timm_lt.data.hub import hub
 from timm_lt.data.images import label_names, label_tensor, relabelled
-from timm_lt.data.long_tailed import check_manifest, long_tailed_indices, subset_manifest
+from timm_lt.data.long_tailed import long_tailed_indices, manifest_differences, subset_manifest
 from timm_lt.data.sources import Split, dataset_from_arrays, register_dataset
-from timm_lt.utils.checks import Problems, UsageError, check_choice, check_integer, shown_names
+from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names
+from timm_lt.utils.files import read_json
 from timm_lt.utils.longtail import Profile
 
 if TYPE_CHECKING:
@@ -31,36 +33,24 @@ MISSPELT = {"cra": "crab"}
 
 @dataclass(frozen=True)
 class CifarSpec:
-    """CIFAR-10 or CIFAR-100 as published.
-
-    Attributes:
-        name: Its name.
-        repo: Its copy on the Hub.
-        label: Column of labels in that copy.
-        names: Class names, (C,), in the order of the labels.
-        batches: First labels (``first``) and images per class (``counts``) of each training file,
-            in the official order.
-        test_per_class: Test images per class.
-        python: Folder of the Python version.
-        binary: Folder of the binary version.
-        binary_train: Its training files, in the official order.
-        binary_test: Its test file.
-        label_bytes: Bytes before the pixels of an image in a binary file; the last is the label.
-        published: Training images per class of the published subsets, by imbalance factor.
-    """
+    """CIFAR-10 or CIFAR-100 as published."""
 
     name: str
+    # Copy on the Hub, and its column of labels.
     repo: str
     label: str
+    # Class names, (C,), in the order of the labels.
     names: list[str]
+    # First labels ("first") and images per class ("counts") of each training file.
     batches: list[dict[str, list[int]]]
     test_per_class: int
+    # Folders of the Python and of the binary version, and the files of the latter.
     python: str
     binary: str
     binary_train: list[str]
     binary_test: str
+    # Bytes before the pixels of an image in a binary file; the last is the label.
     label_bytes: int
-    published: dict[str, list[int]]
 
     @property
     def per_class(self) -> dict[Split, int]:
@@ -73,8 +63,8 @@ _FACTS = json.loads((resources.files("timm_lt.data") / "facts/cifar.json").read_
 SPECS: dict[str, CifarSpec] = {name: CifarSpec(**facts) for name, facts in _FACTS.items()}
 
 
-@register_dataset("cifar10_lt", selected_on_test=BEST_TEST_EPOCH)
-def cifar10_lt(
+def cifar_lt(
+    name: CifarName,
     *,
     root: str | Path | None = None,
     imbalance_factor: float = 100.0,
@@ -83,26 +73,28 @@ def cifar10_lt(
     manifest: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> "dict[Split, Dataset]":
-    """Builds CIFAR-10-LT: 5,000 training images of the first class, fewer of each later one.
+    """Builds CIFAR-10-LT, or CIFAR-100-LT over the 100 fine classes.
 
-    Train is a subset of the 50,000 training images, test all 10,000 test images; a run holds
-    validation images out of train, or selects on the test split as papers did
-    (``protocol="paper"``). With seed 0 the subset is that of LDAM-DRW: the rows of every copy are
-    first brought into the official order.
+    Train has all 5,000 or 500 training images of the first class and fewer of each later one, test
+    all 10,000 test images. A run holds validation images out of train, or selects on the test split
+    as papers did (``protocol="paper"``). With seed 0 the subset is that of LDAM-DRW: the rows of
+    every copy are first brought into the official order.
 
     Args:
-        root: Local copy: the folder that contains ``cifar-10-batches-py``,
-            ``cifar-10-batches-bin`` or the parquet files of ``uoft-cs/cifar10``. None loads the
-            copy on the Hub.
-        imbalance_factor: Largest class over smallest class, from 1, the balanced set, to 5,000.
+        name: ``"cifar10_lt"`` or ``"cifar100_lt"``.
+        root: Local copy: the folder that contains the Python version (``cifar-10-batches-py``,
+            ``cifar-100-python``), the binary version (``cifar-10-batches-bin``,
+            ``cifar-100-binary``) or the parquet files of ``uoft-cs/cifar10`` or ``cifar100``. None
+            loads the copy on the Hub.
+        imbalance_factor: Largest class over smallest class, from 1, the balanced set, to the number
+            of images of the first class.
         profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
         seed: Seed of the choice of images, a non-negative integer below 2^32.
         manifest: JSON file of :func:`cifar_manifest` that the subset must agree with.
         cache_dir: Cache of the ``datasets`` library for the Hub's copy.
 
     Raises:
-        UsageError: If there is no copy, it is not CIFAR-10 as published, or an option is out of
-            range.
+        UsageError: If there is no copy, it is not CIFAR as published, or an option is out of range.
 
     References:
         Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009,
@@ -111,27 +103,18 @@ def cifar10_lt(
         2019, https://arxiv.org/abs/1906.07413
     """
     options = {"imbalance_factor": imbalance_factor, "profile": profile, "seed": seed}
-    return _splits("cifar10_lt", root, manifest, cache_dir, options)
+    copy = _read(SPECS[name], root, cache_dir)
+    found, rows = _subset(name, copy["train"], options)
+    if manifest is not None:
+        path = Path(manifest).expanduser()
+        problems = Problems(f"the subset differs from {path}")
+        problems.found += manifest_differences(found, read_json(path))
+        problems.check()
+    return {"train": copy["train"].select(rows), "test": copy["test"]}
 
 
-@register_dataset("cifar100_lt", selected_on_test=BEST_TEST_EPOCH)
-def cifar100_lt(
-    *,
-    root: str | Path | None = None,
-    imbalance_factor: float = 100.0,
-    profile: Profile = "exponential",
-    seed: int = 0,
-    manifest: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-) -> "dict[Split, Dataset]":
-    """Builds CIFAR-100-LT over the 100 fine classes; 500 training images of the first.
-
-    The options are those of :func:`cifar10_lt`. A local copy is ``cifar-100-python``,
-    ``cifar-100-binary`` or the parquet files of ``uoft-cs/cifar100``; the imbalance factor is at
-    most 500.
-    """
-    options = {"imbalance_factor": imbalance_factor, "profile": profile, "seed": seed}
-    return _splits("cifar100_lt", root, manifest, cache_dir, options)
+for _name in get_args(CifarName):
+    register_dataset(_name, selected_on_test=BEST_TEST_EPOCH)(partial(cifar_lt, _name))
 
 
 def cifar_manifest(
@@ -145,9 +128,9 @@ def cifar_manifest(
 ) -> dict[str, Any]:
     """Describes the training images of ``cifar10_lt`` or ``cifar100_lt``, ready for JSON.
 
-    The indices count in the official order, whatever the order of the copy. Two people with the
-    same ``indices_sha256`` and ``all_labels_sha256`` train on the same images. All arguments but
-    the name are options of :func:`cifar10_lt`.
+    The arguments are those of :func:`cifar_lt`. The indices count in the official order, whatever
+    the order of the copy. Two people with the same ``indices_sha256`` and ``all_labels_sha256``
+    train on the same images.
 
     Returns:
         The result of :func:`~timm_lt.data.long_tailed.subset_manifest`, and the options.
@@ -157,54 +140,27 @@ def cifar_manifest(
     return _subset(name, _read(SPECS[name], root, cache_dir)["train"], options)[0]
 
 
-def _splits(
-    name: CifarName,
-    root: str | Path | None,
-    manifest: str | Path | None,
-    cache_dir: str | Path | None,
-    options: dict[str, Any],
-) -> "dict[Split, Dataset]":
-    copy = _read(SPECS[name], root, cache_dir)
-    found, rows = _subset(name, copy["train"], options)
-    if manifest is not None:
-        check_manifest(found, Path(manifest).expanduser())
-    return {"train": copy["train"].select(rows), "test": copy["test"]}
-
-
 def _subset(
     name: CifarName, train: "Dataset", options: dict[str, Any]
 ) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """Returns the manifest of the subset, and its rows in the copy."""
-    check_integer("seed", options["seed"], minimum=0, maximum=2**32 - 1)
     spec, stored = SPECS[name], label_tensor(train).numpy()
-    order = official_rows(spec, stored)
-    labels, num_classes = stored[order], len(spec.names)
-    chosen = long_tailed_indices(labels, num_classes=num_classes, **options)
-    found = subset_manifest(
-        labels, chosen, num_classes=num_classes, data=name, **options, order=ORDER
+    order, number = official_rows(spec, stored), len(spec.names)
+    labels = stored[order]
+    chosen = long_tailed_indices(labels, num_classes=number, **options)
+    manifest = subset_manifest(
+        labels, chosen, num_classes=number, data=name, **options, order=ORDER
     )
-    published = spec.published.get(f"{options['imbalance_factor']:g}", found["class_counts"])
-    assert options["profile"] != "exponential" or published == found["class_counts"]
-    return found, order[chosen]
+    return manifest, order[chosen]
 
 
 def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Finds the official order of training images that are stored in any order of their files.
+    """Returns the row of each image of the official order, (N,), given the labels as stored, (N,).
 
     The subset of LDAM-DRW depends on the order of the rows, which is that of torchvision,
     ``data_batch_1`` to ``data_batch_5``. The Hub's copy of CIFAR-10 has the order of the archive's
     members: ``data_batch_4``, 3, 2, 5, 1. A file is recognised by its first labels and its images
-    per class.
-
-    Args:
-        spec: The data set.
-        labels: The labels as they are stored, (N,).
-
-    Returns:
-        (N,): the row of each image of the official order.
-
-    Raises:
-        UsageError: If a file is not recognised.
+    per class; a UsageError says that one is not.
     """
     blocks = np.arange(len(labels)).reshape(len(spec.batches), -1)
     counts = [np.bincount(labels[rows], minlength=len(spec.names)).tolist() for rows in blocks]
@@ -215,12 +171,10 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
             if count == batch["counts"] and labels[rows[: len(first)]].tolist() == first:
                 order.append(rows)
     if len(order) != len(blocks):
-        official = spec.batches[0]["first"]
         raise UsageError(
-            f"unknown order of the training images of {spec.name}: the labels begin with "
-            f"{labels[: len(official)].tolist()}, officially with {official}, and {len(order)} of "
-            f"{len(blocks)} blocks are official files; their subset would not be the published "
-            "one. Use the official files, or data set 'hub' with make_long_tailed"
+            f"unknown order of the training images of {spec.name}: {len(order)} of {len(blocks)} "
+            "blocks are official files, and the subset would not be the published one; use the "
+            "official files, or data set 'hub' with make_long_tailed"
         )
     return np.concatenate(order)
 
@@ -228,28 +182,24 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
 def _read(
     spec: CifarSpec, root: str | Path | None, cache_dir: str | Path | None
 ) -> "dict[Split, Dataset]":
-    """Reads the training and test images of a copy, in the order of the copy.
-
-    Raises:
-        UsageError: If there is no copy, or its classes are not the published ones.
-    """
-    if root is None:
-        copy = _read_tables(spec, repo=spec.repo, cache_dir=cache_dir)
-    else:
-        root = Path(root).expanduser()
-        folders = [
-            root / name if root.name != name else root for name in (spec.python, spec.binary)
-        ]
-        if folders[0].is_dir():
-            copy = _read_python(spec, folders[0])
-        elif folders[1].is_dir():
-            copy = _read_binary(spec, folders[1])
-        else:
-            copy = _read_tables(spec, root=root, cache_dir=cache_dir)
-    problems = Problems(f"{root or spec.repo} is not {spec.name} as published")
+    """Reads the training and test images of a copy, in the order of the copy."""
+    name = f"{root or spec.repo} is not {spec.name} as published"
+    try:
+        folder = None if root is None else Path(root).expanduser()
+        copy = _read_any(spec, folder, cache_dir)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"{name}: {error}; expected the folder {spec.python} (other files than the official "
+            f"ones can run code and are not read) or {spec.binary} of the unpacked archives, or "
+            f"the parquet files of {spec.repo}"
+        ) from error
+    problems = Problems(name)
     for split, number in spec.per_class.items():
+        names = label_names(copy[split])
         counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
-        if counts != [number] * len(spec.names):
+        if names != spec.names:
+            problems.add(f"{split} has the classes {shown_names(names or [])}")
+        elif counts != [number] * len(spec.names):
             pairs = zip(spec.names, counts, strict=False)
             wrong = [f"{n} of {name}" for name, n in pairs if n != number]
             problems.add(f"{split} needs {number} images of each class, found {shown_names(wrong)}")
@@ -257,23 +207,24 @@ def _read(
     return copy
 
 
-def _read_tables(spec: CifarSpec, **source: Any) -> "dict[Split, Dataset]":
-    """Reads the Hub's copy, or its parquet files."""
-    try:
-        copy = hub(**source, label=spec.label, train="train", test="test")
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; {spec.name} is the folder {spec.python} or {spec.binary} of the unpacked "
-            f"official archives, or the parquet files of {spec.repo}"
-        ) from error
+def _read_any(
+    spec: CifarSpec, root: Path | None, cache_dir: str | Path | None
+) -> "dict[Split, Dataset]":
+    """Reads the layout that is in a folder, or the copy on the Hub."""
+    source: dict[str, Any] = {"repo": spec.repo}
+    if root is not None:
+        source = {"root": root}
+        python, binary = (
+            root / name if root.name != name else root for name in (spec.python, spec.binary)
+        )
+        if python.is_dir():
+            return _read_python(spec, python)
+        if binary.is_dir():
+            return _read_binary(spec, binary)
+    copy = hub(**source, label=spec.label, train="train", test="test", cache_dir=cache_dir)
     for split, rows in copy.items():
         names = [MISSPELT.get(name, name) for name in label_names(rows) or spec.names]
-        if names != spec.names:
-            raise UsageError(
-                f"the classes of the {split} split are {shown_names(names)}, not those of "
-                f"{spec.name}: {shown_names(spec.names)}"
-            )
-        copy[split] = relabelled(rows, label_tensor(rows).numpy(), spec.names)
+        copy[split] = relabelled(rows, label_tensor(rows).numpy(), names)
     return copy
 
 
@@ -284,15 +235,9 @@ def _read_python(spec: CifarSpec, folder: Path) -> "dict[Split, Dataset]":
     loader: Any = getattr(torchvision, spec.name.replace("-", ""))
     parts: dict[Split, Dataset] = {}
     for split in spec.per_class:
-        try:
-            # NumPy warns of the old description of the arrays.
-            with warnings.catch_warnings(action="ignore"):
-                found = loader(folder.parent, train=split == "train", download=False)
-        except RuntimeError as error:
-            raise UsageError(
-                f"{folder} is not the official Python version of {spec.name}: a file is missing or "
-                "has another MD5; such files can run code, so that only the official ones are read"
-            ) from error
+        # NumPy warns of the old description of the arrays.
+        with warnings.catch_warnings(action="ignore"):
+            found = loader(folder.parent, train=split == "train", download=False)
         parts[split] = dataset_from_arrays(found.data, np.array(found.targets), spec.names)
     return parts
 
@@ -301,13 +246,8 @@ def _read_binary(spec: CifarSpec, folder: Path) -> "dict[Split, Dataset]":
     files: dict[Split, list[str]] = {"train": spec.binary_train, "test": [spec.binary_test]}
     parts: dict[Split, Dataset] = {}
     for split, names in files.items():
-        try:
-            content = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
-            rows = content.reshape(-1, spec.label_bytes + PIXELS)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{folder} is not the official binary version of {spec.name}: {error}"
-            ) from error
+        content = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
+        rows = content.reshape(-1, spec.label_bytes + PIXELS)
         images = rows[:, spec.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = rows[:, spec.label_bytes - 1].astype(np.int64)
         parts[split] = dataset_from_arrays(images, labels, spec.names)

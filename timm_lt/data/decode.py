@@ -1,40 +1,43 @@
-"""Images of every kind as RGB, and the images of a data set that cannot be read."""
+"""Decoding of images of every kind to RGB, and images that cannot be decoded."""
 
 import io
+import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets import Image as ImageColumn
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from timm_lt.utils.checks import WHITE, UsageError, check_background, shown_names
-from timm_lt.utils.console import ignore_pillow_warnings
+from timm_lt.data.sources import Split, dataset_from_files
+from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, shown_names
+from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
-REMEDY = "save it with 8 or 16 bits"
-# Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this.
+# Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this: a wrong guess
+# about fractions beyond 1, or about a nearly black image, could lose everything.
 DARK = 16
 
-# What happens to an image that cannot be read.
+# Whether an unreadable image stops a run or is left out.
 Unreadable = Literal["raise", "skip"]
 # Target of an image that could not be read.
 UNREADABLE = -1
-# Errors of Pillow for files that are damaged or not images.
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-# Further errors of its decoders: AVIF raises RuntimeError, odd headers any of the others.
-ODD_DAMAGE = (
+# Errors of Pillow and its decoders about damaged files; AVIF raises RuntimeError.
+DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
     *(struct.error, zlib.error),
 )
@@ -49,6 +52,14 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Images whose headers are read together.
+ROWS = 500
+# Start of torch's message about an error that a worker raised.
+CAUGHT = "Caught "
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; the message is the reason."""
 
 
 def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
@@ -59,11 +70,9 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
     scaled by their values: floats from 0 to 1 are multiplied by 255; other values up to 255 are
     levels of 8 bits, and up to 65535 levels of 16 bits. No value is ever clipped.
 
-    Transparent pixels are composited onto the background.
-
     Args:
         image: In any mode that Pillow converts.
-        background: A colour from :func:`check_background`.
+        background: Colour that transparent pixels are composited onto, ``#rrggbb``.
 
     Raises:
         ValueError: If values are negative, not finite, or in none of these ranges; also if they are
@@ -75,77 +84,55 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
         canvas = Image.new("RGBA", image.size, background)
         canvas.alpha_composite(with_alpha(image))
         return canvas.convert("RGB")
-    return image if image.mode == "RGB" else _opaque(image).convert("RGB")
+    return image if image.mode == "RGB" else _with_8_bits(image).convert("RGB")
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
     """Returns an image that has any kind of transparency as RGBA with 8 bits."""
     if image.mode == "La":
         image = image.convert("LA")
-    elif is_deep(image):
+    elif _is_deep(image):
         # Pillow compares a transparent grey level with the upper byte of 16 bits.
         alpha = np.asarray(image) != image.info["transparency"]
-        image = _opaque(image)
+        image = _with_8_bits(image)
         image.putalpha(Image.fromarray(alpha.astype(np.uint8) * np.uint8(255)))
     return image.convert("RGBA")
 
 
-def is_deep(image: Image.Image) -> bool:
+def loses_levels(image: Image.Image) -> bool:
+    """Tells whether an image that is opened but not loaded has more than 8 bits per channel."""
+    return _is_deep(image) or ";16" in _raw_mode(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
     """Tells whether Pillow keeps grey levels of an image with more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def loses_levels(image: Image.Image) -> bool:
-    """Tells whether an image that is opened but not loaded has more than 8 bits per channel."""
-    return is_deep(image) or ";16" in _raw_mode(image)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Returns an image without its transparency, with 8 bits per channel."""
-    if is_deep(image):
-        levels = _float_levels(image) if image.mode == "F" else _integer_levels(image)
-        return Image.fromarray(levels.astype(np.uint8))
-    return image
-
-
-def _integer_levels(image: Image.Image) -> NDArray[Any]:
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Returns an image without its transparency, with grey levels of more than 8 bits scaled."""
+    if not _is_deep(image):
+        return image
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    is_float, low, high = image.mode == "F", values.min(), values.max()
     bits = (tags.get(BITS_PER_SAMPLE) or (32,))[0]
-    if image.mode != "I" or image.format in ("PPM", "PNG"):
+    if image.mode.startswith("I;16") or image.format in ("PPM", "PNG"):
         bits = 12 if bits == 12 else 16
-    if bits == 32:
-        return _levels_by_value(values)
-    if values.min() < 0:
-        raise _out_of_range(values)
-    # Pillow inverts 8 bits where white is zero, but not more.
-    white_is_zero = tags.get(PHOTOMETRIC) == 0
-    return ((1 << bits) - 1 - values if white_is_zero else values) >> (bits - 8)
-
-
-def _float_levels(image: Image.Image) -> NDArray[Any]:
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"it has values that are NaN or infinite; replace them and {REMEDY}")
-    levels = np.rint(values * 255)
-    if levels.min() >= 0 and levels.max() <= 255:
-        return levels
-    if values.max() < DARK:
-        # Either fractions beyond 1 or a nearly black image: a wrong guess could lose everything.
-        raise _out_of_range(values)
-    return _levels_by_value(values)
-
-
-def _levels_by_value(values: NDArray[Any]) -> NDArray[Any]:
-    if values.min() < 0 or values.max() > 65535:
-        raise _out_of_range(values)
-    return np.rint(values) if values.max() <= 255 else values // 256
-
-
-def _out_of_range(values: NDArray[Any]) -> ValueError:
-    return ValueError(
-        f"its values go from {values.min():g} to {values.max():g}, which is none of the ranges "
-        f"that can be read (0 to 1 of floats, 0 to 255, 0 to 65535); {REMEDY}"
-    )
+    fractions = np.rint(values.astype(np.float64) * 255) if is_float else values
+    if is_float and fractions.min() >= 0 and fractions.max() <= 255:
+        levels = fractions
+    elif not is_float and bits < 32 and low >= 0:
+        # Pillow inverts 8 bits where white is zero, but not more.
+        white_is_zero = tags.get(PHOTOMETRIC) == 0
+        levels = ((1 << bits) - 1 - values if white_is_zero else values) >> (bits - 8)
+    elif (bits == 32 or is_float) and low >= 0 and (DARK if is_float else 0) <= high <= 65535:
+        levels = np.rint(values) if high <= 255 else values // 256
+    else:
+        raise ValueError(
+            f"its values go from {low:g} to {high:g}, which is none of the ranges that can be "
+            "read (0 to 1 of floats, 0 to 255, 0 to 65535); save it with 8 or 16 bits"
+        )
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _scale_transparency(image: Image.Image) -> None:
@@ -160,17 +147,14 @@ def _scale_transparency(image: Image.Image) -> None:
 def _raw_mode(image: Image.Image) -> str:
     """Returns the layout of an image's pixels in its file; empty once it is loaded."""
     tiles = getattr(image, "tile", None)
-    if not tiles:
-        return ""
-    arguments = tiles[0].args
+    arguments = tiles[0].args if tiles else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def encoded_images(dataset: Dataset) -> Dataset:
     """Returns a data set of the stored images: bytes, or the path of a file.
 
-    A data set with a transform of its own is returned unchanged, because only its own rows have
-    the images that it yields.
+    A data set with a transform of its own is returned unchanged.
     """
     if dataset.format["type"] == "custom":
         return dataset
@@ -212,26 +196,20 @@ def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> 
     color = check_background(background)
     try:
         return decode_image({"path": str(path), "bytes": None}, background=color)
-    except DAMAGE as error:
-        reason = damage_of(error)
-        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {reason}") from error
+    except ImageError as error:
+        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {error}") from error
 
 
 def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
-    """Returns an image in RGB, upright by its EXIF orientation.
-
-    Args:
-        encoded: The entry of a row of :func:`encoded_images`.
-        row: Number of the row, for the message.
-        column: The column of the data set.
+    """Decodes an image of :func:`encoded_images`, given its row and the column of the data set.
 
     Raises:
         UsageError: If the image cannot be decoded; names its row and file.
     """
     try:
         return decode_column(encoded, column)
-    except DAMAGE as error:
-        raise unreadable_images({image_name(encoded, row): damage_of(error)}) from error
+    except ImageError as error:
+        raise unreadable_images({image_name(encoded, row): str(error)}) from error
 
 
 def decode_column(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
@@ -248,46 +226,56 @@ def decode_image(
 ) -> Image.Image:
     """Decodes an image to RGB, upright by its EXIF orientation; every image is read here.
 
-    Args:
-        encoded: ``path`` and ``bytes``, one of which may be None; or a PIL image.
-        background: Colour behind transparent pixels, ``#rrggbb``.
-        mode: Mode that the image is converted to before RGB, such as L to remove colours.
+    It is a PIL image, or ``path`` and ``bytes``, one of which may be None. A mode is that before
+    RGB, such as L to remove colours.
 
     Raises:
-        Exception: One of ``DAMAGE`` if the image is damaged or has values in an unknown range.
+        ImageError: If the image is damaged or has values in an unknown range.
     """
     if get_worker_info() is not None:
         _ignore_warnings_once()
     source = encoded if isinstance(encoded, Image.Image) else source_of(encoded)
-    if source is None:
-        raise ValueError("there is no image")
-    if is_remote(source):
-        source = ImageColumn().decode_example({"path": source, "bytes": None})
-    with pillow_errors():
+    with damage_explained():
+        if source is None:
+            raise ValueError("there is no image")
+        if is_remote(source):
+            source = ImageColumn().decode_example({"path": source, "bytes": None})
         if isinstance(source, Image.Image):
-            return _in_mode(to_rgb(source, background), mode)
-        # Without `with`, Pillow leaves damaged files and those with several frames open.
-        with open_image(source) as image:
-            return upright(_in_mode(to_rgb(image, background), mode), image)
-
-
-def _in_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    return image if mode in (None, "RGB") else image.convert(mode).convert("RGB")
+            rgb = to_rgb(source, background)
+        else:
+            # Without `with`, Pillow leaves damaged files and those with several frames open.
+            with open_image(source) as image:
+                rgb = upright(to_rgb(image, background), image)
+        return rgb if mode in (None, "RGB") else rgb.convert(mode).convert("RGB")
 
 
 _ignore_warnings_once = cache(ignore_pillow_warnings)
 
 
 @contextmanager
-def pillow_errors() -> Iterator[None]:
-    """Turns every error of Pillow about a damaged image into one of ``DAMAGE``."""
+def damage_explained() -> Iterator[None]:
+    """Turns every error of Pillow about a damaged image into :class:`ImageError`."""
     try:
         yield
-    except ODD_DAMAGE as error:
+    except DAMAGE as error:
         # Torch reports the death of a worker wherever the main process happens to be.
         if is_worker_death(error):
             raise
-        raise ValueError(f"Pillow cannot decode it ({type(error).__name__}: {error})") from error
+        raise ImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image, or has a format that Pillow does not read"
+    if isinstance(error, Image.DecompressionBombError):
+        # Pillow warns above its limit, and refuses above twice that.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError | ValueError | SyntaxError | EOFError):
+        return str(error).removesuffix(".") or type(error).__name__
+    return f"Pillow cannot decode it ({type(error).__name__}: {error})"
 
 
 def open_image(source: str | bytes) -> Image.Image:
@@ -306,9 +294,9 @@ def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     ``ImageOps.exif_transpose`` would also rewrite all EXIF data, and fail on any odd entry.
     """
     try:
-        with pillow_errors():
+        with damage_explained():
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DAMAGE:
+    except ImageError:
         return pixels
     return pixels if turn is None else pixels.transpose(turn)
 
@@ -323,22 +311,9 @@ def describe_huge(number: int, total: int, names: Sequence[str], split: str = ""
     """Returns the message about all images that Pillow would warn of one by one."""
     limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
     return (
-        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read all "
-        f"the same: {shown_names(names)}"
+        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read "
+        f"all the same: {shown_names(names)}"
     )
-
-
-def damage_of(error: Exception) -> str:
-    """Returns in a few words why an image cannot be decoded."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not an image, or has a format that Pillow does not read"
-    if isinstance(error, Image.DecompressionBombError):
-        # Pillow warns above its limit, and refuses above twice that.
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).removesuffix(".") or type(error).__name__
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
@@ -357,11 +332,9 @@ def shown_path(path: str) -> str:
 
 
 def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> UsageError:
-    """Returns the error about images that cannot be read: their number, and the first five.
+    """Returns the error about images that cannot be read, given the reasons by their names.
 
-    Args:
-        reasons: Reason of each, by its :func:`image_name`.
-        number: Number of all images; not needed for a single unreadable one.
+    The number of all images is not needed for a single unreadable one.
     """
     # Only training stops at such images; other commands skip them.
     fix = "train without such images with --data.unreadable skip"
@@ -375,10 +348,7 @@ def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> 
 
 
 def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces images of a batch that could not be read with other images of the batch.
-
-    Shape:
-        images (B, ...), targets (B,), -1 for an image that could not be read.
+    """Replaces the images of a batch that could not be read, target -1, with others of the batch.
 
     Raises:
         UsageError: If no image of the batch could be read.
@@ -394,8 +364,151 @@ def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return images[rows], targets[rows]
 
 
-# Start of torch's message about an error that a worker raised.
-CAUGHT = "Caught "
+class UnreadableImage(NamedTuple):
+    """An image that cannot be read: its row, its name in messages, and the reason."""
+
+    row: int
+    name: str
+    reason: str
+
+
+def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[UnreadableImage]:
+    """Finds empty files, files that are not images, and JPEG files that are cut off.
+
+    Pillow reads the header of each file. A JPEG that does not end with its marker is decoded to be
+    sure. Remote files, and data sets with a transform of their own, are not checked.
+    """
+    encoded = encoded_images(dataset)
+    if encoded.format["type"] == "custom":
+        return []
+    rows = range(len(dataset)) if rows is None else rows
+    found = []
+    with ThreadPoolExecutor() as threads:
+        batches = encoded.select(rows).with_format("arrow").iter(ROWS)
+        for number, batch in enumerate(batches):
+            images = batch.column("image").to_pylist()
+            checked = zip(rows[number * ROWS :], images, threads.map(_damage, images), strict=False)
+            found += [
+                UnreadableImage(row, image_name(image, row), reason)
+                for row, image, reason in checked
+                if reason is not None
+            ]
+    return found
+
+
+def _damage(encoded: dict[str, Any] | None) -> str | None:
+    """Returns the reason why an image cannot be read, if its header or its end shows one."""
+    source = source_of(encoded)
+    if source is None:
+        return "there is no image"
+    if is_remote(source):
+        return None
+    try:
+        with damage_explained(), open_image(source) as image:
+            if image.format in ("JPEG", "MPO"):
+                file = cast(Any, image).fp
+                file.seek(-2, os.SEEK_END)
+                if file.read(2) != b"\xff\xd9":
+                    image.load()
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def verify_images(
+    datasets: Mapping[str, Dataset], accelerator: Accelerator, *, unreadable: Unreadable = "raise"
+) -> dict[str, list[int]]:
+    """Returns the rows of the damaged images by split; the processes share the files among them.
+
+    With ``unreadable="skip"`` their number is logged, otherwise they are a UsageError.
+    """
+    first, step = accelerator.process_index, accelerator.num_processes
+    ours = [
+        (split, image)
+        for split, data in datasets.items()
+        for image in find_damaged(data, range(first, len(data), step))
+    ]
+    damaged: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
+    for split, image in sorted(gather_object(ours)):
+        damaged[split].append(image)
+    problems = Problems()
+    for split, images in damaged.items():
+        if images and unreadable == "skip":
+            log.info("%d of %d %s images cannot be read", len(images), len(datasets[split]), split)
+        else:
+            note_damaged(problems, split, images, len(datasets[split]))
+    problems.check()
+    return {split: [image.row for image in images] for split, images in damaged.items()}
+
+
+def note_damaged(
+    problems: Problems, split: str, damaged: Sequence[UnreadableImage], number: int
+) -> None:
+    """Adds the damaged images of a split of so many images to the problems, if there are any."""
+    if damaged:
+        reasons = {image.name: image.reason for image in damaged}
+        problems.add(f"{split} split: {unreadable_images(reasons, number)}")
+
+
+def note_damaged_files(problems: Problems, files: Mapping[Split, Sequence[str]]) -> None:
+    """Adds the damaged files of all splits to the problems; missing files are ignored."""
+    for split, paths in files.items():
+        dataset = dataset_from_files(list(paths), np.zeros(len(paths), np.int64), None)
+        damaged = [image for image in find_damaged(dataset) if Path(paths[image.row]).is_file()]
+        note_damaged(problems, split, damaged, len(paths))
+
+
+def log_exceptional(
+    split: str, dataset: Dataset, left_out: int, unreadable: Sequence[int], huge: Sequence[int]
+) -> None:
+    """Logs the images of a split that were left out, and those that Pillow would warn of.
+
+    The rows of those left out may be unknown.
+    """
+    encoded = encoded_images(dataset)
+    # The data set's own transform may fail on the image.
+    has_transform = encoded.format["type"] == "custom"
+
+    def names(rows: Sequence[int]) -> list[str]:
+        return [
+            f"image {row}" if has_transform else image_name(encoded[row]["image"], row)
+            for row in rows
+        ]
+
+    if left_out:
+        shown = f": {shown_names(names(unreadable))}" if unreadable else ""
+        log.warning(
+            "%d of %d %s images cannot be read and were left out%s",
+            *(left_out, len(dataset), split, shown),
+        )
+    if huge:
+        log.warning("%s", describe_huge(len(huge), len(dataset), names(huge), split))
+
+
+def check_classes_left(
+    labels: Mapping[str, Tensor], unreadable: Mapping[str, list[int]], names: list[str] | None
+) -> None:
+    """Checks that every class keeps an image that can be read, in train and in val.
+
+    Raises:
+        UsageError: If a split, or a class of train or val, has no image left; names all of them.
+    """
+    problems = Problems()
+    for split, rows in unreadable.items():
+        readable = torch.ones(len(labels[split]), dtype=torch.bool)
+        readable[rows] = False
+        left = set(labels[split][readable].tolist())
+        lost = [c for c in labels[split].unique().tolist() if c not in left]
+        if not left:
+            problems.add(f"{split} split: none of the {len(readable)} images can be read")
+        elif lost and split != "test":
+            # A class without a test image has no accuracy, which the report says.
+            shown = shown_names([f"{c} ({names[c]})" if names else c for c in lost])
+            problems.add(
+                f"{split} split: {len(lost)} classes have no image that can be read: {shown}; "
+                "repair some, or remove these classes"
+            )
+    problems.check()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,27 +14,24 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetInfo, Value
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, random_uniforms
 from timm_lt.data.decode import (
-    DAMAGE,
     UNREADABLE,
+    ImageError,
     Unreadable,
-    damage_of,
     decode_column,
     describe_huge,
     encoded_images,
     image_name,
     is_huge,
-    read_image,
     unreadable_images,
 )
 from timm_lt.data.fingerprint import described, digest, images_fingerprint, tensor_fingerprint
-from timm_lt.data.loader import InOrder, Loader, check_groups, create_loader
+from timm_lt.data.loader import InOrder, create_loader, prepared_loader
 from timm_lt.samplers.streams import keyed
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError
@@ -51,6 +48,8 @@ RESERVED = (
 )
 
 Batch = tuple[Tensor, Tensor]
+Order = Sampler[int] | None
+Purpose = Literal["train", "eval", "views"]
 
 
 class TrainLoader(Protocol):
@@ -72,7 +71,7 @@ class Images(TorchDataset[Any], ABC):
     Attributes:
         labels: (N,) int64.
         size: (H, W) of the images in a batch.
-        unreadable: What happens to an image that cannot be read. With ``"skip"`` its target is -1.
+        unreadable: Whether an image that cannot be read is an error or has the target -1.
     """
 
     def __init__(self, labels: Tensor, size: tuple[int, int], unreadable: Unreadable) -> None:
@@ -82,22 +81,28 @@ class Images(TorchDataset[Any], ABC):
         self._missing = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
         self._huge = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
-    @abstractmethod
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
     ) -> TrainLoader:
         """Creates a loader of augmented images, in whole batches over all processes."""
+        return self._loader("train", batch_size, sampler, accelerator)
 
-    @abstractmethod
     def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
         """Creates a loader of all images in order, not augmented."""
+        return self._loader("eval", batch_size, None, accelerator)
 
-    @abstractmethod
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
         """Creates a loader of all images in order, augmented; each epoch is another view.
 
         View v of image i is draw ``v N + i``, whatever the batches and the processes.
         """
+        return self._loader("views", batch_size, InOrder(len(self)), accelerator)
+
+    @abstractmethod
+    def _loader(
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
+    ) -> TrainLoader:
+        """Creates a loader; in training, a last batch that is not full is dropped."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -148,12 +153,6 @@ class ImageTensors(Images):
         seed: int = 0,
         missing: Sequence[int] = (),
     ) -> None:
-        is_rgb = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
-        if not is_rgb or len(images) != len(labels):
-            raise UsageError(
-                f"images must be (N, 3, H, W) uint8 with N labels, got {tuple(images.shape)} "
-                f"{images.dtype} and {len(labels)} labels"
-            )
         super().__init__(labels, (images.shape[2], images.shape[3]), "skip" if missing else "raise")
         self.images = images
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
@@ -169,31 +168,16 @@ class ImageTensors(Images):
         plain.augmentation = NoAugmentation()
         return plain
 
-    def train_loader(
-        self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
+    def _loader(
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> TrainLoader:
-        """Creates a loader of augmented images, in whole batches over all processes."""
-        processes = accelerator.num_processes
-        share = batch_size // processes if accelerator.split_batches else batch_size
-        check_groups(sampler, share, processes)
-        loader: TrainLoader = accelerator.prepare_data_loader(
-            batches(self, batch_size, sampler, drop_last=True)
+        data, whole = self.without_augmentation() if purpose == "eval" else self, purpose == "train"
+        # The result of __getitems__ is a batch already.
+        loader: DataLoader[Batch] = DataLoader(
+            data, batch_size, sampler=sampler, drop_last=whole, collate_fn=tuple
         )
-        return loader
-
-    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
-        """Creates a loader of all images in order, not augmented."""
-        loader: Iterable[Batch] = accelerator.prepare_data_loader(
-            batches(self.without_augmentation(), batch_size)
-        )
-        return loader
-
-    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
-        """Creates a loader of all images in order, augmented; each epoch is another view."""
-        loader: TrainLoader = accelerator.prepare_data_loader(
-            batches(self, batch_size, InOrder(len(self)))
-        )
-        return loader
+        prepared: TrainLoader = prepared_loader(loader, accelerator)
+        return prepared
 
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
@@ -221,68 +205,55 @@ class ImageTensors(Images):
 def decode_images(
     dataset: Dataset, size: tuple[int, int] | None = None, *, missing: list[int] | None = None
 ) -> Tensor:
-    """Decodes every image of a data set into one tensor.
+    """Decodes the column ``image`` of a data set into one tensor, (N, 3, H, W) uint8.
 
-    Args:
-        dataset: With a column ``image`` that decodes to PIL images.
-        size: (H, W) to which images of another size are resized, bilinear; None takes the size of
-            the first that can be read.
-        missing: Receives the rows of images that cannot be decoded, which become black; with None
-            such an image is an error.
-
-    Returns:
-        (N, 3, H, W) uint8.
+    Images of another size (H, W) are resized, bilinear; without one, it is that of the first image.
+    The list ``missing`` receives the rows of images that cannot be decoded, which become black.
 
     Raises:
-        UsageError: If the data set is empty or too large for the memory, an image cannot be decoded
-            (names all such rows), or no image can be.
+        UsageError: If the data set is too large for the memory, no image can be decoded, or one
+            cannot be and there is no ``missing``; names all such rows.
     """
-    images: np.ndarray[Any, Any] | None = None
-    rejected: dict[int, tuple[str, str]] = {}
+    images: NDArray[np.uint8] | None = None
+    reasons: dict[int, tuple[str, str]] = {}
     column = dataset.features["image"]
     huge: list[str] = []
     for row, encoded in enumerate(encoded_images(dataset)):
         try:
             image = decode_column(encoded["image"], column)
-        except DAMAGE as error:
-            rejected[row] = image_name(encoded["image"], row), damage_of(error)
+        except ImageError as error:
+            reasons[row] = image_name(encoded["image"], row), str(error)
             continue
         if is_huge(image.size):
             huge.append(image_name(encoded["image"], row))
         if images is None:
-            size = size or (image.height, image.width)
-            images = _empty_images(len(dataset), size)
-        height, width = images.shape[1:3]
+            height, width = size or (image.height, image.width)
+            images = _empty_images(len(dataset), height, width)
         # For an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     if huge:
         log.info("%s", describe_huge(len(huge), len(dataset), huge))
-    if rejected and missing is None:
-        raise unreadable_images(dict(rejected.values()), len(dataset))
+    if reasons and missing is None:
+        raise unreadable_images(dict(reasons.values()), len(dataset))
     if images is None:
         raise UsageError(f"none of the {len(dataset)} images can be read")
     if missing is not None:
-        missing += rejected
+        missing += reasons
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _empty_images(number: int, size: tuple[int, int]) -> "np.ndarray[Any, Any]":
-    height, width = size
+def _empty_images(number: int, height: int, width: int) -> NDArray[np.uint8]:
     if number * height * width * 3 > MAX_BYTES:
         raise UsageError(
             f"{number:,} images of {height}x{width} need more than "
             f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size, or decode them "
             "when they are drawn with --data.augmentation timm"
         )
-    return np.zeros((number, height, width, 3), dtype=np.uint8)
+    return np.zeros((number, height, width, 3), np.uint8)
 
 
 def label_tensor(dataset: Dataset) -> Tensor:
-    """Returns the labels of a data set, (N,) int64, without decoding an image.
-
-    Raises:
-        UsageError: If a label is not a non-negative integer; names its row.
-    """
+    """Returns the labels of a data set, (N,) int64, without decoding an image."""
     column = dataset.data.column("label")
     if column.null_count or not pa.types.is_integer(column.type):
         return check_labels(dataset.with_format("numpy")["label"][:])
@@ -299,13 +270,7 @@ def label_names(dataset: Dataset) -> list[str] | None:
 
 
 def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | None) -> Dataset:
-    """Returns a data set with other labels; images are not copied.
-
-    Args:
-        dataset: With a column ``label``.
-        labels: The labels, (N,).
-        names: Class names, (C,), if known.
-    """
+    """Returns a data set with other labels (N,) and class names (C,); images are not copied."""
     rows = np.arange(len(dataset))
     if dataset._indices is not None:
         rows = dataset._indices.column(0).to_numpy()
@@ -329,22 +294,6 @@ def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | N
     )
 
 
-def batches(
-    data: ImageTensors,
-    batch_size: int,
-    sampler: Sampler[int] | None = None,
-    *,
-    drop_last: bool = False,
-) -> DataLoader[Batch]:
-    """Creates a loader that yields whole batches from ``__getitems__``, by default in order."""
-    return DataLoader(data, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=as_it_is)
-
-
-def as_it_is(batch: list[Any]) -> list[Any]:
-    """Returns the result of ``__getitems__``, which is a batch already."""
-    return batch
-
-
 class StoredImages(Images):
     """An image-classification data set whose images are decoded and transformed when drawn.
 
@@ -359,7 +308,7 @@ class StoredImages(Images):
             ``{"auto_augment": "rand-m9-mstd0.5"}``.
         seed: Seed of the augmentation.
         workers: Processes that decode, for each process that trains; 0 decodes in that one.
-        unreadable: What happens to an image that cannot be read.
+        unreadable: ``"raise"`` or ``"skip"`` images that cannot be read.
         name: Name of the data set in messages.
     """
 
@@ -380,123 +329,82 @@ class StoredImages(Images):
         self.dataset = dataset
         self.name = name
         self.transform: Any = None
-        self.augmented = False
+        self._views = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]
         self._preprocessing = dict(preprocessing)
         self._augmentation = dict(augmentation or {})
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
-        self._augmented()
-
-    def train_loader(
-        self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
-    ) -> TrainLoader:
-        """Creates a loader of augmented images, in whole batches over all processes."""
-        options = self._preprocessing | self._augmentation
-        return self._loader(batch_size, accelerator, sampler=sampler, is_training=True, **options)
-
-    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
-        """Creates a loader of all images in order, with timm's transform for evaluation."""
-        # Not persistent: eval workers would stay alive, and idle, during training.
-        return self._loader(
-            batch_size, accelerator, persistent_workers=False, **self._preprocessing
-        )
-
-    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
-        """Creates a loader of all images in order, augmented; each epoch is another view."""
-        options = self._preprocessing | self._augmentation
-        if options.get("re_prob"):
-            # Erasing in the prefetcher would not be a function of the draw.
-            options["use_prefetcher"] = False
-        # Not in training mode, in which a last batch that is not full is dropped.
-        loader = self._loader(
-            batch_size,
-            accelerator,
-            sampler=InOrder(len(self)),
-            persistent_workers=False,
-            **options,
-        )
-        views: Any = loader.dataset
-        views.transform, views.augmented = self._augmented(**options).transform, True
-        return loader
-
-    def fingerprint(self) -> str:
-        """Returns a digest of the images in their order, the labels and the transform."""
-        options = [self.size, self._preprocessing, self.transform, self.unreadable]
-        if self.augmented:
-            options += [self._augmentation, str(self._key)]
-        images = images_fingerprint(self.dataset)
-        return digest(images, tensor_fingerprint(self.labels), described(options))
-
-    def _augmented(self, **options: Any) -> "StoredImages":
-        """Returns the images with timm's transform for training."""
-        options = self._preprocessing | self._augmentation | options
-        augmented = copy.copy(self)
         try:
             for option in self._augmentation:
                 if option in RESERVED:
                     raise ValueError(f"{option!r} is set automatically; remove it")
-            create_loader(augmented, (3, *self.size), 1, is_training=True, **options)
+            options = self._preprocessing | self._augmentation
+            create_loader(copy.copy(self), (3, *size), 1, is_training=True, **options)
         except (AssertionError, TypeError, ValueError, KeyError) as error:
             reason = error if str(error) else type(error).__name__
             raise UsageError(f"augmentation {self._augmentation} is not valid: {reason}") from error
-        return augmented
 
-    def _loader(self, batch_size: int, accelerator: Accelerator, **options: Any) -> Loader:
-        if options.get("use_prefetcher", True):
-            options.setdefault("collate_fn", collate)
+    def _loader(
+        self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
+    ) -> TrainLoader:
+        options = self._preprocessing | ({} if purpose == "eval" else self._augmentation)
+        if purpose != "train":
+            # Workers for evaluation would stay alive, and idle, during training.
+            options["persistent_workers"] = False
+        if purpose == "views" and options.get("re_prob"):
+            # Erasing in the prefetcher would not be a function of the draw.
+            options["use_prefetcher"] = False
         # create_loader sets the transform of the data set.
-        loader = create_loader(
-            copy.copy(self),
+        data = copy.copy(self)
+        data._views = purpose == "views"
+        return create_loader(
+            data,
             (3, *self.size),
             batch_size,
+            sampler=sampler,
             accelerator=accelerator,
+            is_training=purpose != "eval",
             num_workers=self._workers,
             pin_memory=accelerator.device.type == "cuda",
             **options,
         )
-        if options.get("collate_fn") is collate and not options.get("input_size_choices"):
-            loader.normalize_by_rows(self.size[1])
-        return loader
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        options = [self.size, self._preprocessing, self.transform, self.unreadable]
+        if self._views:
+            options += [self._augmentation, str(self._key)]
+        images = images_fingerprint(self.dataset)
+        return digest(images, tensor_fingerprint(self.labels), described(options))
 
     def __getitem__(self, draw: int) -> tuple[Any, int]:
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: list[int]) -> list[tuple[Any, int]]:
         """Returns the images and targets of several draws."""
-        number = len(self)
-        rows = [draw % number for draw in draws]
-        targets = self.labels[rows].tolist()
+        rows = [draw % len(self) for draw in draws]
         seeds = keyed(self._key, np.array(draws, np.int64)).tolist()
-        pairs = []
+        stored = self._encoded[rows]["image"]
         # A worker uses its random states for nothing else.
         with kept_random_state() if get_worker_info() is None else nullcontext():
-            for index, encoded in enumerate(self._encoded[rows]["image"]):
-                try:
-                    image = read_image(encoded, rows[index], self._column)
-                    if is_huge(image.size):
-                        self._huge[rows[index]] = True
-                except UsageError as error:
-                    if self.unreadable == "raise":
-                        raise UsageError(f"{self.name}: {error}") from error
-                    self._missing[rows[index]] = True
-                    image, targets[index] = Image.new("RGB", self.size[::-1]), UNREADABLE
-                if self.transform is not None:
-                    _seed(seeds[index])
-                    image = self.transform(image)
-                pairs.append((image, targets[index]))
-        return pairs
+            return [self._item(*part) for part in zip(rows, stored, seeds, strict=True)]
 
-
-def collate(batch: list[tuple[Any, int]]) -> Batch:
-    """Returns the result of timm's collate function, with the channels last in memory."""
-    if not isinstance(batch[0][0], Tensor):
-        # The transform is not timm's.
-        collated: Batch = fast_collate(batch)
-        return collated
-    # Pillow has the channels last, and so has the model: they are never moved.
-    images = torch.stack([image.permute(1, 2, 0) for image, _ in batch])
-    return images.permute(0, 3, 1, 2), torch.tensor([target for _, target in batch])
+    def _item(self, row: int, encoded: Any, seed: int) -> tuple[Any, int]:  # noqa: ANN401
+        target = int(self.labels[row])
+        try:
+            image = decode_column(encoded, self._column)
+            self._huge[row] |= is_huge(image.size)
+        except ImageError as error:
+            if self.unreadable == "raise":
+                name = f"{self.name}: {image_name(encoded, row)}"
+                raise unreadable_images({name: str(error)}) from error
+            self._missing[row] = True
+            image, target = Image.new("RGB", self.size[::-1]), UNREADABLE
+        if self.transform is not None:
+            _seed(seed)
+            image = self.transform(image)
+        return image, target
 
 
 def _seed(word: int) -> None:

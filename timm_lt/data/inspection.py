@@ -2,13 +2,13 @@
 
 import errno
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -18,17 +18,19 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from torch import Tensor
 
-from timm_lt.data.damaged import UnreadableImage, find_damaged, image_names, note_damaged
 from timm_lt.data.decode import (
-    DAMAGE,
-    damage_of,
+    ImageError,
+    UnreadableImage,
+    damage_explained,
     decode_column,
     encoded_images,
+    find_damaged,
+    image_name,
     is_huge,
     is_remote,
     loses_levels,
+    note_damaged,
     open_image,
-    pillow_errors,
     source_of,
 )
 from timm_lt.data.images import label_names, label_tensor
@@ -74,21 +76,17 @@ class Duplicates:
 def find_duplicates(
     images: Iterable[tuple[Hashable, DuplicateImage]], splits: Sequence[str]
 ) -> Duplicates:
-    """Counts images with the same content.
+    """Counts images with the same content, given a digest of each, split by split.
 
     >>> images = [("x", DuplicateImage("train", "a", 0)), ("x", DuplicateImage("test", "b", 1))]
     >>> found = find_duplicates(images, ["train", "test"])
     >>> found.within, found.across, found.conflicts
     ({'train': 0, 'test': 0}, {'train, test': 1}, 1)
-
-    Args:
-        images: A digest of each image's content, and the image; split by split.
-        splits: Names of the splits in their order.
     """
     groups: dict[Hashable, list[DuplicateImage]] = {}
     for content, image in images:
         groups.setdefault(content, []).append(image)
-    across = [f"{one}, {other}" for one, other in combinations(splits, 2)]
+    across = [f"{one}, {other}" for one, other in itertools.combinations(splits, 2)]
     pairs: dict[str, list[tuple[DuplicateImage, DuplicateImage]]] = {
         key: [] for key in (*splits, *across, "conflicts")
     }
@@ -277,88 +275,89 @@ def _imbalance(counts: Tensor | None, rule: ShotRule) -> dict[str, Any]:
 
 
 class ImageStats(NamedTuple):
-    """Digest of an image's bytes; its properties, or the reason why it cannot be read."""
+    """Properties of an image, or the reason why it cannot be read."""
 
+    name: str
     digest: bytes | None = None
-    properties: tuple[tuple[str, Any], ...] = ()
-    reason: str | None = None
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)
+    mode: str = ""
+    format: str = ""
+    traits: tuple[str, ...] = ()
 
 
 def _inspect_images(
     datasets: Mapping[str, Dataset], labels: Mapping[str, Tensor], on_image: Callable[[], None]
 ) -> dict[str, Any]:
     """Decodes every image and compares their contents."""
-    digests: dict[str, list[bytes | None]] = {split: [] for split in datasets}
-    unreadable: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
-    properties: Counter[tuple[str, Any]] = Counter()
+    stats: dict[str, list[ImageStats]] = {split: [] for split in datasets}
     for split, dataset in datasets.items():
-        for row, image in enumerate(_image_stats(dataset)):
+        for image in _image_stats(dataset):
             on_image()
-            digests[split].append(image.digest)
-            properties.update(image.properties)
-            if image.reason is not None:
-                (name,) = image_names(dataset, [row])
-                unreadable[split].append(UnreadableImage(row, name, image.reason))
-    often = Counter(digest for of_split in digests.values() for digest in of_split if digest)
-    duplicates = []
-    for split, dataset in datasets.items():
-        rows = [row for row, digest in enumerate(digests[split]) if digest and often[digest] > 1]
-        for row, name in zip(rows, image_names(dataset, rows), strict=True):
-            duplicate = DuplicateImage(split, name, int(labels[split][row]))
-            duplicates.append((digests[split][row], duplicate))
+            stats[split].append(image)
+    copies = (
+        (image.digest, DuplicateImage(split, image.name, label))
+        for split, images in stats.items()
+        for image, label in zip(images, labels[split].tolist(), strict=True)
+        if image.digest
+    )
     return {
-        "unreadable": unreadable,
-        "duplicates": find_duplicates(duplicates, list(datasets)),
-        "sizes": _sizes(properties),
+        "unreadable": {
+            split: [
+                UnreadableImage(row, image.name, image.reason)
+                for row, image in enumerate(images)
+                if image.reason
+            ]
+            for split, images in stats.items()
+        },
+        "duplicates": find_duplicates(copies, list(datasets)),
+        "sizes": _sizes([image for images in stats.values() for image in images if image.mode]),
     }
 
 
 def _image_stats(dataset: Dataset) -> Iterator[ImageStats]:
     look = partial(_stats, column=dataset.features["image"])
     encoded = encoded_images(dataset.with_format(None)).with_format("arrow")
+    rows = itertools.count()
     with ThreadPoolExecutor() as threads:
         for batch in encoded.iter(ROWS):
-            yield from threads.map(look, batch.column("image").to_pylist())
+            yield from threads.map(look, batch.column("image").to_pylist(), rows)
 
 
-def _stats(encoded: dict[str, Any] | None, column: ImageColumn) -> ImageStats:
-    source, digest = source_of(encoded), None
-    if source is None:
-        return ImageStats(reason="there is no image")
-    if is_remote(source):
-        return ImageStats()
+def _stats(encoded: dict[str, Any] | None, row: int, column: ImageColumn) -> ImageStats:
+    source, digest, name = source_of(encoded), None, image_name(encoded or {"path": None}, row)
+    if source is None or is_remote(source):
+        return ImageStats(name, reason="" if source else "there is no image")
     try:
-        content = Path(source).read_bytes() if isinstance(source, str) else source
-        digest = hashlib.sha256(content).digest()
-        with pillow_errors(), open_image(content) as image:
-            traits = {
-                "transparent": image.has_transparency_data,
-                "deep": loses_levels(image),
-                "huge": is_huge(image.size),
-            }
-            kinds = ("mode", image.mode), ("format", image.format or "")
+        with damage_explained():
+            content = Path(source).read_bytes() if isinstance(source, str) else source
+            digest = hashlib.sha256(content).digest()
+            with open_image(content) as image:
+                traits = {
+                    "transparent": image.has_transparency_data,
+                    "deep": loses_levels(image),
+                    "huge": is_huge(image.size),
+                }
+                kind = image.mode, image.format or ""
         decoded = decode_column({"bytes": content, "path": None}, column)
-    except DAMAGE as error:
-        return ImageStats(digest, reason=damage_of(error))
+    except ImageError as error:
+        return ImageStats(name, digest, str(error))
     extremes: Any = decoded.getextrema()
     traits["one_color"] = all(low == high for low, high in extremes)
-    present = (("trait", trait) for trait, value in traits.items() if value)
-    return ImageStats(digest, (("size", decoded.size), *kinds, *present))
+    present = tuple(trait for trait, value in traits.items() if value)
+    return ImageStats(name, digest, "", decoded.size, *kind, present)
 
 
-def _sizes(properties: Counter[tuple[str, Any]]) -> Sizes | None:
-    def counted(kind: str) -> Counter[Any]:
-        return Counter({value: n for (of, value), n in properties.items() if of == kind})
-
-    sizes = counted("size")
-    if not sizes:
+def _sizes(images: Sequence[ImageStats]) -> Sizes | None:
+    if not images:
         return None
+    sizes = Counter(image.size for image in images)
     widths, heights = zip(*sizes.elements(), strict=True)
     return Sizes(
         width=(min(widths), median_low(widths), max(widths)),
         height=(min(heights), median_low(heights), max(heights)),
         most_frequent=[(*size, number) for size, number in sizes.most_common(SHOWN)],
-        modes=dict(counted("mode").most_common()),
-        formats=dict(counted("format").most_common()),
-        **counted("trait"),
+        modes=dict(Counter(image.mode for image in images).most_common()),
+        formats=dict(Counter(image.format for image in images).most_common()),
+        **Counter(trait for image in images for trait in image.traits),
     )

@@ -1,11 +1,11 @@
 """Images and labels of any data set or batch, in whatever layout they come."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import datasets
 import numpy as np
@@ -29,7 +29,6 @@ from timm_lt.utils.longtail import check_labels
 # Keys of images and of labels in a sample or batch that is a mapping; the first present is used.
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-NOT_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
 EXPECTED = (
     "expected an image and its label (a batch: images and labels) as a pair, or as a mapping with "
     f"one of the keys {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}"
@@ -42,14 +41,10 @@ ACCEPTED = (
 
 
 def check_dataset(data: object, *, streams: bool = False) -> None:
-    """Checks that a data set has a length and random access.
-
-    Args:
-        data: The data set.
-        streams: Whether an ``IterableDataset`` of torch passes.
+    """Checks that a data set has a length and random access, or is an ``IterableDataset`` of torch.
 
     Raises:
-        UsageError: If it has not.
+        UsageError: If it has not, or is one although ``streams`` is False.
     """
     is_stream = isinstance(data, IterableDataset)
     known = isinstance(data, Dataset | datasets.Dataset | Sequence) and not isinstance(data, str)
@@ -58,7 +53,7 @@ def check_dataset(data: object, *, streams: bool = False) -> None:
         if isinstance(data, datasets.IterableDataset | datasets.DatasetDict):
             cure = "load it without streaming=True, and pass one of its splits"
         raise UsageError(
-            f"a {type(data).__name__} is not a data set with a length and random access; {cure}"
+            f"a {_name(data)} is not a data set with a length and random access; {cure}"
         )
 
 
@@ -70,11 +65,7 @@ def is_plain(rows: datasets.Dataset) -> bool:
 def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
     """Returns the data sets that a ``Subset``, ``ConcatDataset`` or wrapper takes its items from.
 
-    Args:
-        data: The data set.
-
-    Returns:
-        The data sets; and for each item the number of its data set and its row there, (N,).
+    And for each item the number of its data set and its row there, (N,).
     """
     if isinstance(data, Subset) and reads_as(data, Subset):
         parts, part, row = flattened(data.dataset)
@@ -88,22 +79,14 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
             rows_of.append(row)
             parts += leaves
         return parts, np.concatenate(numbers), np.concatenate(rows_of)
-    if isinstance(data, ImageRows) and reads_as(data, ImageRows):
-        return flattened(data.rows)
-    if isinstance(data, TransformedItems) and reads_as(data, TransformedItems):
-        return flattened(data.items)
-    wrappers = AugMixDataset, ScheduledTransformDataset
-    if isinstance(data, wrappers) and reads_as(data, *wrappers):
-        return flattened(data.dataset)
+    for kind, attribute in WRAPPERS.items():
+        if isinstance(data, kind) and reads_as(data, kind):
+            return flattened(getattr(data, attribute))
     return [data], np.zeros(len(data), np.int64), np.arange(len(data))
 
 
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
-    """Returns image and label of a data set's item.
-
-    Raises:
-        UsageError: If it cannot be drawn, or image or label is missing.
-    """
+    """Returns image and label of a data set's item."""
     noun = f"item {row} of a {_name(items)}"
     try:
         item = items[row]
@@ -118,81 +101,60 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
     >>> image_and_label({"image": "ant.png", "label": 3}, "item 0")
     ('ant.png', 3)
 
-    Args:
-        sample: A tuple or list that begins with image and label, whatever follows; or a mapping,
-            a named tuple or a dataclass with one of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
-        noun: Name of the sample in messages.
+    It is a tuple or list that begins with image and label, whatever follows; or a mapping with one
+    of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
 
     Raises:
         UsageError: If image or label is missing; says what was found.
     """
-    fields = _fields(sample)
-    if fields is not None:
-        names = {str(name).lower(): name for name in reversed(list(fields))}
+    if isinstance(sample, Mapping):
+        names = {str(name).lower(): name for name in reversed(list(sample))}
         image, label = (
             next((names[key] for key in keys if key in names), None)
             for keys in (IMAGE_KEYS, LABEL_KEYS)
         )
         if image is not None and label is not None:
-            return fields[image], fields[label]
+            return sample[image], sample[label]
     if isinstance(sample, str) or not isinstance(sample, Sequence) or len(sample) < 2:
         raise UsageError(f"{noun} is a {_kind(sample)}; {EXPECTED}")
     return sample[0], sample[1]
 
 
-def _fields(sample: object) -> Mapping[Any, Any] | None:
-    if isinstance(sample, Mapping):
-        return sample
-    if isinstance(sample, tuple) and hasattr(sample, "_asdict"):
-        return dict(sample._asdict())
-    if dataclasses.is_dataclass(sample) and not isinstance(sample, type):
-        return vars(sample)
-    return None
-
-
 def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
-    """Returns images and labels of a batch as tensors.
+    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch.
 
-    Args:
-        batch: See :func:`image_and_label`. Images and labels are tensors, NumPy arrays, or lists of
-            either.
-        noun: Name of the batch in messages.
-
-    Shape:
-        images (B, C, H, W), floating point; labels (B,), integers.
+    They are tensors, NumPy arrays, or lists of either, in a layout of :func:`image_and_label`.
 
     Raises:
         UsageError: If they have another shape or type, or their numbers differ.
     """
     given, targets = image_and_label(batch, noun)
-    images, labels = _as_tensor(given), _as_tensor(targets)
-    if images is None or images.ndim != 4 or not images.is_floating_point():
+    images, labels = as_tensor(given), as_tensor(targets)
+    is_batch = images is not None and images.ndim == 4 and images.is_floating_point()
+    if not is_batch or images is None or labels is None or labels.shape != images.shape[:1]:
         raise UsageError(
-            f"the images of {noun} are a {_kind(given)}; expected floating-point numbers of shape "
-            "(batch, channels, height, width), normalized as the model was trained: divided by "
-            "255, less the mean, divided by the standard deviation. timm_lt.create_loader yields "
-            "such batches"
+            f"the images of {noun} are a {_kind(given)}, its labels a {_kind(targets)}; expected "
+            "one integer for each image, and floating-point images of shape (batch, channels, "
+            "height, width), normalized as the model was trained: divided by 255, less the mean, "
+            "divided by the standard deviation. timm_lt.create_loader yields such batches"
         )
-    if labels is None or labels.shape != images.shape[:1]:
-        raise UsageError(
-            f"the labels of {noun} are a {_kind(targets)}; expected one integer for each of the "
-            f"{len(images)} images"
-        )
-    if len(labels) and (labels.is_floating_point() or labels.dtype in NOT_INTEGERS):
+    if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
         # Names the first label that is not an integer.
         check_labels(labels, noun=f"{noun}: labels")
     return images, labels.long()
 
 
-def _as_tensor(values: object) -> Tensor | None:
-    """Returns numbers as a tensor; None if they are not numbers, or not of one shape."""
+def as_tensor(values: object) -> Tensor | None:
+    """Returns numbers as a tensor, if possible without a copy; None if they have no one shape."""
     if isinstance(values, Tensor):
         return values
     try:
         if isinstance(values, list | tuple) and any(isinstance(one, Tensor) for one in values):
             return torch.stack([torch.as_tensor(one) for one in values])
-        # A copy: torch takes no array with negative strides, and warns of one that is read-only.
-        return torch.from_numpy(np.array(values))
+        array = np.asarray(values)
+        # torch takes no negative strides, and warns of arrays that are read-only.
+        with catch_warnings(action="ignore", category=UserWarning):
+            return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)
     except (TypeError, ValueError, RuntimeError):
         return None
 
@@ -258,11 +220,19 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
         return digest(dataset_fingerprint(self.items), described(self.transform))
 
 
+# Data sets that have the items of another, and the attribute with that other.
+WRAPPERS = {
+    ImageRows: "rows",
+    TransformedItems: "items",
+    AugMixDataset: "dataset",
+    ScheduledTransformDataset: "dataset",
+}
+
+
 def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
     """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged.
 
-    Args:
-        given: A tensor (C, H, W), an array (H, W, C), either without channels, a path, or anything.
+    Pixels are a tensor (C, H, W) or an array (H, W, C), either also without channels.
     """
     if isinstance(given, str | Path):
         return {"path": str(given), "bytes": None}
@@ -274,12 +244,7 @@ def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
 
 
 def with_transform(data: Any, *, takes_tensors: bool) -> Any:  # noqa: ANN401 - of any class
-    """Returns a data set whose transform timm can set: itself, or its items with one.
-
-    Args:
-        data: The data set.
-        takes_tensors: See :class:`TransformedItems`.
-    """
+    """Returns a data set whose transform timm can set: itself, or :class:`TransformedItems`."""
     known = ImageDataset, AugMixDataset, DatasetFolder
     if isinstance(data, IterableDataset) or reads_as(data, *known) or _uses_transform(data):
         return data

@@ -26,7 +26,7 @@ from timm_lt.data.decode import CAUGHT, is_worker_death
 from timm_lt.data.items import check_dataset, is_plain, with_transform
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
-from timm_lt.utils.checks import UsageError, check_integer, unknown_name
+from timm_lt.utils.checks import UsageError, unknown_name
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
 # Options that do not go with a sampler, or with an accelerator.
@@ -34,6 +34,12 @@ CONFLICTS = {
     "sampler": ("num_aug_repeats",),
     "accelerator": ("distributed", "use_multi_epochs_loader", "num_aug_repeats", "device"),
 }
+# Settings of a DataLoader, and of a schedule of sizes, that stay with another sampler.
+SETTINGS = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "persistent_workers")
+SCHEDULE = (
+    *("batch_sizes", "choice_weights", "seed", "drop_last", "choice_schedule"),
+    *("schedule_epochs", "schedule_spread", "schedule_random_mix"),
+)
 RESUME = "go on with --resume"
 # Errors in the main process when a worker goes away while it hands over a batch.
 CUT_OFF = (EOFError, ConnectionError, FileNotFoundError)
@@ -61,7 +67,7 @@ class Loader:
         self.sampler: Any = batches.sampler if is_scheduled else inner.sampler
         self.loader: Any = inner if prefetcher is None else prefetcher
         if accelerator is not None:
-            prepared: Any = accelerator.prepare_data_loader(inner)
+            prepared = prepared_loader(inner, accelerator)
             inner = prepared.base_dataloader
             if prefetcher is not None:
                 # Inside accelerate's loader. Outside, the prefetcher's one-batch lookahead would
@@ -71,7 +77,6 @@ class Loader:
         if prefetcher is not None:
             prefetcher.loader = inner
         self._inner = inner
-        self._prefetcher = prefetcher
         self._prepared = accelerator is not None
 
     def set_epoch(self, epoch: int) -> None:
@@ -82,26 +87,10 @@ class Loader:
         another from the first that was set. Persistent workers keep copies of the data set, which
         are not changed.
         """
-        epoch = check_integer("epoch", epoch, minimum=0)
         parts: tuple[Any, ...] = (self.sampler, self.batch_sampler, self.dataset, self.loader)
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-
-    def normalize_by_rows(self, width: int) -> None:
-        """Lets timm normalise channels-last batches row by row, with the same result.
-
-        Pixel by pixel, three values at a time, they would take twice as long as channels-first
-        batches.
-
-        Args:
-            width: Width of all images.
-        """
-        if self._prefetcher is None:
-            return
-        for name in ("mean", "std"):
-            rows = getattr(self._prefetcher, name).expand(-1, -1, -1, width)
-            setattr(self._prefetcher, name, rows.contiguous(memory_format=torch.channels_last))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         processes = PartialState().num_processes if is_initialized() else 1
@@ -194,12 +183,27 @@ def create_loader(
             data set, is not shared among the processes, or is too short for one batch; or if the
             data set has no random access.
     """
-    _check_options(options, sampler=sampler, accelerator=accelerator)
-    options.setdefault("device", default_device())
-    if accelerator is not None:
-        options["device"] = accelerator.device
-    options["device"] = torch.device(options["device"])
-    images = _with_transform(dataset, background, options)
+    parts = {"sampler": sampler, "accelerator": accelerator}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise unknown_name("option of create_loader:", name, list(OPTIONS))
+        for part, conflicts in CONFLICTS.items():
+            if value and parts[part] is not None and name in conflicts:
+                raise UsageError(f"{name}= does not go with {part}=; remove one of them")
+    device = accelerator.device if accelerator else options.get("device") or default_device()
+    options["device"] = torch.device(device)
+    check_dataset(dataset, streams=True)
+    images: Any
+    if isinstance(dataset, datasets.Dataset) and is_plain(dataset):
+        images = ImageRows(dataset.with_format(None), background=background)
+    elif background is None:
+        # The prefetcher would treat any tensor as uint8.
+        images = with_transform(dataset, takes_tensors=not options.get("use_prefetcher", True))
+    else:
+        raise UsageError(
+            f"background only applies to a datasets.Dataset that decodes its images; a "
+            f"{type(dataset).__name__} decodes them itself, such as with timm_lt.load_image"
+        )
     if sampler is not None:
         _fit_sampler(sampler, images, distributed=bool(options.get("distributed")))
     loader = timm_create_loader(images, input_size, batch_size, **options)
@@ -207,8 +211,6 @@ def create_loader(
     inner = loader if prefetcher is None else prefetcher.loader
     if sampler is not None:
         inner = _with_sampler(inner, sampler, options.get("num_batches"))
-    if accelerator is not None:
-        _check_shares(inner, accelerator)
     created = Loader(inner, prefetcher, accelerator)
     if not isinstance(images, IterableDataset) and len(created) == 0:
         raise UsageError(
@@ -216,29 +218,6 @@ def create_loader(
             "every process, and in training only full batches are loaded"
         )
     return created
-
-
-def _check_options(options: dict[str, Any], **parts: object) -> None:
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise unknown_name("option of create_loader:", name, list(OPTIONS))
-        for part, conflicts in CONFLICTS.items():
-            if value and parts[part] is not None and name in conflicts:
-                raise UsageError(f"{name}= does not go with {part}=; remove one of them")
-
-
-def _with_transform(data: Any, background: object, options: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Returns a data set with a transform that timm can set."""
-    check_dataset(data, streams=True)
-    if isinstance(data, datasets.Dataset) and is_plain(data):
-        return ImageRows(data.with_format(None), background=background)
-    if background is not None:
-        raise UsageError(
-            f"background only applies to a datasets.Dataset that decodes its images; a "
-            f"{type(data).__name__} decodes them itself, such as with timm_lt.load_image"
-        )
-    # The prefetcher would treat any tensor as uint8.
-    return with_transform(data, takes_tensors=not options.get("use_prefetcher", True))
 
 
 def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> None:  # noqa: ANN401
@@ -271,65 +250,36 @@ def _with_sampler(
         if isinstance(sampler, ClassSampler):
             # A schedule restarts the epoch when it needs more images than there are.
             sampler.warns_of_repetition = False
-        schedule = ScheduledBatchSampler(
-            sampler,
-            batch_sizes=batches.batch_sizes,
-            choice_weights=batches.choice_weights.tolist(),
-            seed=batches.seed,
-            drop_last=batches.drop_last,
-            num_batches=num_batches,
-            choice_schedule=batches.choice_schedule,
-            schedule_epochs=batches.schedule_epochs,
-            schedule_spread=batches.schedule_spread,
-            schedule_random_mix=batches.schedule_random_mix,
-        )
-        order = {"batch_sampler": schedule}
+        schedule: dict[str, Any] = {name: getattr(batches, name) for name in SCHEDULE}
+        schedule["choice_weights"] = batches.choice_weights.tolist()
+        order = {
+            "batch_sampler": ScheduledBatchSampler(sampler, num_batches=num_batches, **schedule)
+        }
     else:
-        order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return type(loader)(
-        loader.dataset,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        persistent_workers=loader.persistent_workers,
-        **order,
-    )
+        # A view of all images is whole.
+        drop_last = loader.drop_last and not isinstance(sampler, InOrder)
+        order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": drop_last}
+    settings: dict[str, Any] = {name: getattr(loader, name) for name in SETTINGS}
+    return type(loader)(loader.dataset, **settings, **order)
 
 
-def _check_shares(loader: DataLoader[Any], accelerator: Accelerator) -> None:
-    """Checks that accelerate can share the batches of a loader among its processes."""
-    processes = accelerator.num_processes
-    batches: Any = loader.batch_sampler
+def prepared_loader(loader: DataLoader[Any], accelerator: Accelerator) -> Any:  # noqa: ANN401
+    """Returns accelerate's loader, which gives each process its share of the batches."""
+    processes, batches = accelerator.num_processes, loader.batch_sampler
     if isinstance(batches, ScheduledBatchSampler):
         if processes > 1:
             raise UsageError("input_size_choices does not go with several processes of accelerate")
         # Accelerate asks for it when it splits batches.
         batches.batch_size = max(batches.batch_sizes)  # type: ignore[attr-defined]
-    size = loader.batch_size or 1
-    check_groups(
-        loader.sampler, size // processes if accelerator.split_batches else size, processes
-    )
-
-
-def check_groups(sampler: Sampler[Any] | Iterable[Any], batch_size: int, processes: int) -> None:
-    """Checks that the batches of several processes keep the groups of a sampler together.
-
-    Args:
-        sampler: Order of the images.
-        batch_size: Images of a batch on each process.
-        processes: Number of processes.
-
-    Raises:
-        UsageError: If the batch size is not a multiple of the size of the sampler's groups.
-    """
-    group = getattr(sampler, "group", 1)
-    if processes > 1 and batch_size % group:
+    group, share = getattr(loader.sampler, "group", 1), loader.batch_size or 1
+    share //= processes if accelerator.split_batches else 1
+    if processes > 1 and share % group:
         raise UsageError(
             f"the sampler draws groups of {group} images that belong together, and batches of "
-            f"{batch_size} images on each of {processes} processes would divide them; use a "
+            f"{share} images on each of {processes} processes would divide them; use a "
             f"multiple of {group}"
         )
+    return accelerator.prepare_data_loader(loader)
 
 
 class NumberedSampler(Sampler[int]):
@@ -339,10 +289,7 @@ class NumberedSampler(Sampler[int]):
     differently, but the same on every process and after a restart. A draw is one integer,
     ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
 
-    Args:
-        sampler: The order of the images.
-        num_images: N.
-        length: Draws per epoch; the rest of each epoch of the sampler is dropped.
+    An epoch has ``length`` draws; the rest of each epoch of the sampler is dropped.
 
     >>> from timm_lt.samplers import create_sampler
     >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
@@ -352,14 +299,9 @@ class NumberedSampler(Sampler[int]):
     """
 
     def __init__(self, sampler: ClassSampler, num_images: int, length: int) -> None:
-        self.sampler = sampler
-        self.num_images = num_images
-        self.length = length
-
-    @property
-    def group(self) -> int:
-        """Consecutive draws that stay together on a process."""
-        return self.sampler.group
+        self.sampler, self.num_images, self.length = sampler, num_images, length
+        # Consecutive draws that stay together on a process.
+        self.group = sampler.group
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the 0-based epoch of the next iteration."""
@@ -380,9 +322,6 @@ class InOrder(Sampler[int]):
 
     View v of image i, of N, is draw ``v N + i``, so that its augmentation depends on nothing else.
 
-    Args:
-        num_images: N.
-
     >>> sampler = InOrder(3)
     >>> sampler.set_epoch(2)
     >>> list(sampler)
@@ -390,8 +329,7 @@ class InOrder(Sampler[int]):
     """
 
     def __init__(self, num_images: int) -> None:
-        self.num_images = num_images
-        self.view = 0
+        self.num_images, self.view = num_images, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the 0-based view of the next iteration."""
@@ -408,12 +346,7 @@ class InOrder(Sampler[int]):
 def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
     """Yields batches; an error of a worker process becomes a UsageError in one line.
 
-    Args:
-        batches: A loader.
-        again: Advice on how to continue once the cause is removed, for messages.
-
-    Raises:
-        UsageError: If a worker process failed or died.
+    The message ends with the advice how to continue ``again``.
     """
     begun = False
     try:

@@ -1,14 +1,13 @@
 """Long-tailed subsets of balanced data sets, and manifests to compare them by."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_lt.utils.checks import Problems, UsageError, check_integer, shown_names
-from timm_lt.utils.files import read_json, sha256
+from timm_lt.utils.checks import UsageError, check_integer, shown_names
+from timm_lt.utils.files import sha256
 from timm_lt.utils.longtail import (
     Labels,
     Profile,
@@ -77,27 +76,15 @@ def long_tailed_indices(
     seed: int = 0,
     num_classes: int | None = None,
 ) -> NDArray[np.int64]:
-    """Returns the indices of a long-tailed subset, chosen as LDAM-DRW does.
+    """Returns the indices of a long-tailed subset, class by class, chosen as LDAM-DRW does.
 
     The counts ``n_c`` are those of :func:`~timm_lt.utils.longtail.long_tailed_counts` with
     ``n_max`` the largest class. The indices of each class in turn are shuffled, and the first
-    ``n_c`` are taken.
+    ``n_c`` are taken. The arguments are those of :func:`make_long_tailed`; without ``num_classes``,
+    it is the largest label plus one.
 
     >>> long_tailed_indices([0, 1] * 4, imbalance_factor=4).tolist()
     [4, 6, 2, 0, 1]
-
-    Args:
-        labels: Integer labels, one per image.
-        imbalance_factor: Largest class over smallest class, at least 1.
-        profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
-        seed: A non-negative integer below 2^32.
-        num_classes: Number of classes; None takes the largest label plus one.
-
-    Shape:
-        labels (N,); returns indices, class by class.
-
-    Raises:
-        UsageError: As :func:`make_long_tailed`.
     """
     check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
     available = class_counts(labels, num_classes)
@@ -132,8 +119,6 @@ def subset_manifest(
     >>> subset_manifest([1, 0, 1], [2, 1], seed=0)["class_counts"]
     [1, 1]
 
-    A hash is the SHA-256 of 64-bit little-endian integers.
-
     Args:
         labels: Labels of the whole data set, (N,).
         indices: Indices of the subset, in order.
@@ -142,7 +127,8 @@ def subset_manifest(
 
     Returns:
         The description, ``num_images``, ``class_counts`` (C,), ``indices_sha256``,
-        ``labels_sha256`` of the subset, ``all_labels_sha256`` of the whole, and ``indices``.
+        ``labels_sha256`` of the subset, ``all_labels_sha256`` of the whole, and ``indices``. A hash
+        is the SHA-256 of 64-bit little-endian integers.
 
     Raises:
         UsageError: If an index is out of range.
@@ -162,31 +148,20 @@ def subset_manifest(
     }
 
 
-def check_manifest(found: Mapping[str, Any], path: str | Path) -> None:
-    """Checks that a subset is that of a manifest file.
-
-    Args:
-        found: The manifest of the subset.
-        path: The JSON file; entries that it lacks are not compared.
-
-    Raises:
-        UsageError: If the file is not a manifest, or the subset differs; lists the differences.
-    """
-    expected = read_json(Path(path))
+def manifest_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Returns how a manifest differs from another one, whose missing entries are ignored."""
     if not set(COMPARED) & set(expected):
-        raise UsageError(f"{path} is not a manifest: it has none of {', '.join(COMPARED)}")
-    problems = Problems(f"the subset differs from {path}")
-    for name in COMPARED:
-        if name in expected and expected[name] != found[name]:
-            problems.add(f"{name} is {_brief(found[name])}, not {_brief(expected[name])}")
-    if not problems.found and expected.get("indices", found["indices"]) != found["indices"]:
-        problems.add("the indices differ, though their hash is the same")
-    problems.check()
-
-
-def _digest(values: Labels) -> str:
-    return sha256(np.asarray(values, "<i8").tobytes())
+        return [f"that is not a manifest: it has none of {', '.join(COMPARED)}"]
+    return [
+        f"{name} is {_brief(found[name])}, not {_brief(expected[name])}"
+        for name in COMPARED
+        if name in expected and expected[name] != found[name]
+    ]
 
 
 def _brief(value: object) -> str:
     return f"[{shown_names(value)}]" if isinstance(value, list) else str(value)
+
+
+def _digest(values: Labels) -> str:
+    return sha256(np.asarray(values, "<i8").tobytes())

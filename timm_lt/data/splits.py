@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.data.columns import as_rgb
-from timm_lt.data.damaged import note_damaged_files
-from timm_lt.data.decode import Unreadable, shown_path
+from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
     StoredImages,

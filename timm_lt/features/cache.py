@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -34,7 +35,6 @@ from timm_lt.data.fingerprint import (
     qualified_name,
     tensor_fingerprint,
 )
-from timm_lt.data.images import as_it_is, collate
 from timm_lt.data.loader import InOrder, Loader
 from timm_lt.features.values import Features, check_views
 from timm_lt.utils.checks import UsageError
@@ -48,43 +48,33 @@ SYNC_SECONDS = 1.0
 # NumPy has no bfloat16: its bits are kept as integers.
 DTYPES = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
 # Functions that make a batch of the samples as they are.
-COLLATING = (default_collate, fast_collate, collate, as_it_is)
+COLLATING = (default_collate, fast_collate, tuple)
 
 
 @dataclass
 class Progress:
-    """Counter of the rows on the disk.
+    """Counter of the rows on the disk, with the parts of the key for people."""
 
-    Attributes:
-        settings: Settings that divide the images into batches; only the same can continue.
-        description: Parts of the key, for people.
-        view: View that is being extracted.
-        batches: Whole batches of that view.
-        rows: Rows of all whole batches, over all views.
-        images: Images of all whole batches, including those that could not be read.
-        width: Columns D; 0 before the first batch.
-        complete: Whether these are all rows.
-    """
-
+    # Settings that divide the images into batches; only the same can continue.
     settings: dict[str, Any]
     description: dict[str, str]
+    # View that is being extracted, and its whole batches.
     view: int = 0
     batches: int = 0
+    # Rows of all whole batches over all views, and their images, readable or not.
     rows: int = 0
     images: int = 0
+    # Columns D; 0 before the first batch.
     width: int = 0
     complete: bool = False
 
 
 class FeatureCache:
-    """Files of one key.
+    """Files of one key in a folder; if they cannot be written, methods fail with a UsageError.
 
-    Args:
-        folder: Folder of the cache.
-        description: Everything that decides the features, but rounding; the key is its digest.
-        settings: Settings that divide the images into batches, which rounding depends on.
-        dtype: Type of the values.
-        views: Views of each image.
+    The key is a digest of the ``description``, everything that decides the features but rounding,
+    and of type and number of views. Rounding depends on the ``settings``, which divide the images
+    into batches.
     """
 
     def __init__(
@@ -102,14 +92,14 @@ class FeatureCache:
             folder / f"{self.key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
         )
         self._values: BinaryIO | None = None
-        self._targets: list[Tensor] = []
+        # One buffer: a tensor per batch would keep the heap from shrinking between batches.
+        self._targets = array("q")
         self._synced = time.monotonic()
 
     def read(self) -> Features | None:
         """Maps the finished features, without reading their values; None if there are none.
 
-        They may be larger than memory. Writing to the values does not change the file. Damaged
-        files count as none: a warning says so, and they are made anew.
+        Writing to the values does not change the file. Damaged files count as none, with a warning.
         """
         try:
             if not Progress(**read_json(self._counter)).complete:
@@ -118,18 +108,17 @@ class FeatureCache:
             targets = _mapped(self._targets_path, torch.int64)
         except (UsageError, ValueError, TypeError, OSError) as error:
             if self._counter.exists():
-                log.warning("%s is damaged (%s): features are extracted anew", self._counter, error)
+                log.warning(
+                    "%s is damaged (%s): features are extracted again", self._counter, error
+                )
             return None
         return Features.from_checked(values, targets, self.views)
 
     @contextmanager
     def growing(self) -> Iterator[Progress | None]:
-        """Locks the files and opens them behind the last whole batch.
+        """Locks the files and opens them after the last whole batch.
 
         Yields None if another process has finished them meanwhile.
-
-        Raises:
-            UsageError: If the folder cannot be written.
         """
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +134,10 @@ class FeatureCache:
                 yield None
                 return
             with self._writing():
-                self._values = self._continued() or self._started()
+                self._values = self._continued()
+                if self._values is None:
+                    self._discard()
+                    self._values = self._values_path.open("wb")
             try:
                 yield self.progress
             finally:
@@ -154,23 +146,20 @@ class FeatureCache:
                     self._values.close()
 
     def append(self, values: Tensor, targets: Tensor, view: int, images: int) -> None:
-        """Adds the rows of the next batch, (B, D) and (B,); B may be 0.
+        """Adds the rows of the next batch of a view, (B, D) and (B,).
 
         Args:
-            values: Features of the images that could be read.
+            values: Features of the images that could be read; B may be 0.
             targets: Their labels.
             view: View of the batch.
-            images: Images of the batch, including those that could not be read.
-
-        Raises:
-            UsageError: If the rows cannot be written.
+            images: Images of the batch, readable or not.
         """
         progress, width = self.progress, values.shape[1]
         with self._writing() as file:
             if progress.width == 0:
                 file.write(self._header(0, width))
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
-            self._targets.append(targets.long())
+            self._targets.frombytes(targets.long().numpy().tobytes())
             progress.batches = progress.batches + 1 if view == progress.view else 1
             progress.view, progress.width = view, width
             progress.rows += len(values)
@@ -179,22 +168,15 @@ class FeatureCache:
                 self._sync()
 
     def finish(self, expected: int | None = None) -> None:
-        """Marks the files as finished.
+        """Marks the files as finished, or removes them if not all images are in every view.
 
-        Args:
-            expected: Number of images over all views; None if unknown.
-
-        Raises:
-            UsageError: If the files cannot be written, there are no rows, the number of images is
-                another, or the views are not of the same images. Except for the first, the rows
-                are removed.
+        ``expected`` is the number of images over all views, if known.
         """
-        progress = self.progress
+        progress, images = self.progress, self.progress.images
         try:
-            check_number(progress.images, progress.rows, expected)
-            check_views(torch.cat(self._targets), self.views)
+            check_views(torch.from_numpy(np.array(self._targets)), self.views, images, expected)
         except UsageError:
-            # Otherwise the next call would continue behind these rows, to the same error.
+            # Otherwise the next call would continue after these rows, to the same error.
             self._discard()
             raise
         with self._writing() as file:
@@ -219,22 +201,17 @@ class FeatureCache:
             end = len(self._header(0, stored.width))
             end += stored.rows * stored.width * self.dtype.itemsize
             fits = stored.settings == self.progress.settings and not stored.complete
-            if not (fits and stored.width and len(targets) == stored.rows):
-                return None
-            if self._values_path.stat().st_size < end:
+            whole = len(targets) == stored.rows and self._values_path.stat().st_size >= end
+            if not (fits and whole and stored.width):
                 return None
         except (UsageError, ValueError, TypeError, OSError):
             return None
-        log.info("continuing %s behind %d rows", self._values_path, stored.rows)
-        self.progress, self._targets = stored, [torch.from_numpy(targets)]
+        log.info("continuing %s after %d rows", self._values_path, stored.rows)
+        self.progress, self._targets = stored, array("q", targets.tobytes())
         file = self._values_path.open("r+b")
         file.truncate(end)
         file.seek(end)
         return file
-
-    def _started(self) -> BinaryIO:
-        self._discard()
-        return self._values_path.open("wb")
 
     def _discard(self) -> None:
         for path in (self._counter, self._targets_path, self._values_path):
@@ -246,7 +223,7 @@ class FeatureCache:
             self._values.flush()
             os.fsync(self._values.fileno())
         targets = io.BytesIO()
-        np.save(targets, torch.cat(self._targets).numpy())
+        np.save(targets, np.array(self._targets))
         write_atomic(self._targets_path, targets.getvalue())
         write_atomic(self._counter, json.dumps(asdict(self.progress), indent=2))
         self._synced = time.monotonic()
@@ -258,17 +235,12 @@ class FeatureCache:
         except OSError as error:
             raise UsageError(
                 f"cache_dir {self.folder} cannot be written ({error}): make room and run it again, "
-                "to continue behind the whole batches, or choose another cache_dir"
+                "to continue after the last whole batch, or choose another cache_dir"
             ) from error
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """Maps a ``.npy`` file of a cache, which may be larger than memory.
-
-    Raises:
-        ValueError: If it is not such a file, or is cut off.
-        OSError: If it cannot be read.
-    """
+    """Maps a ``.npy`` file of a cache, which may be larger than memory."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, _ = np.lib.format.read_array_header_1_0(file)
@@ -284,12 +256,7 @@ def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
 
 
 def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
-    """Returns a digest of a model without its classifier: weights, buffers and kinds of modules.
-
-    Args:
-        model: The model.
-        classifier: Path of the classifier.
-    """
+    """Returns a digest of a model without its classifier: weights, buffers and kinds of modules."""
 
     def outside(name: str) -> bool:
         return name != classifier and not name.startswith(f"{classifier}.")
@@ -308,16 +275,10 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
 def samples_fingerprint(loader: object, key: str | None = None) -> str:
     """Returns a digest of the samples of a loader in their order, with their transform.
 
-    Args:
-        loader: The loader.
-        key: Stands for the samples where they cannot be told.
-
-    Raises:
-        UsageError: If a sampler draws the images, or the samples cannot be told and there is no
-            key, see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+    A key stands for samples that cannot be identified, see
+    :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
     """
     layers, (batches, _) = layers_of(loader), batch_sampler_of(loader)
-    torchs, data = layers[-1], getattr(loader, "dataset", None)
     if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
         raise UsageError(
             "cache_dir= needs a loader with the images in the order of the data set, not as a "
@@ -326,25 +287,21 @@ def samples_fingerprint(loader: object, key: str | None = None) -> str:
         )
     if key is not None:
         return f"key {key}"
-    unknown = None
-    if data is None:
-        unknown = f"samples of a {type(loader).__name__}"
-    elif isinstance(torchs, DataLoader) and batches is None:
-        unknown = f"order of the images of a {type(loader).__name__} with batches of its own"
-    elif isinstance(torchs, DataLoader) and torchs.collate_fn not in COLLATING:
-        unknown = f"effect of collate_fn={torchs.collate_fn!r}"
-    if unknown is not None:
+    is_known = not isinstance(layers[-1], DataLoader) or (
+        batches is not None and layers[-1].collate_fn in COLLATING
+    )
+    data = getattr(loader, "dataset", None)
+    if data is None or not is_known:
         raise UsageError(
-            f"unknown {unknown}: pass key= with a word that stands for the samples in their order "
-            "and their transform"
+            f"the samples of a {type(loader).__name__} without a data set, or with batches or a "
+            "collate_fn of its own, cannot be identified; pass key= with a word that stands for "
+            "the samples, their order and their transform"
         )
-    normalization: list[Any] = []
-    for part in layers:
-        if isinstance(part, PrefetchLoader):
-            erasing = {} if part.random_erasing is None else vars(part.random_erasing)
-            options = {name: value for name, value in erasing.items() if name != "device"}
-            normalization += [part.mean.tolist(), part.std.tolist(), str(part.img_dtype)]
-            normalization.append(described(options))
+    normalization = [
+        [part.mean.tolist(), part.std.tolist(), str(part.img_dtype), described(part.random_erasing)]
+        for part in layers
+        if isinstance(part, PrefetchLoader)
+    ]
     return digest(dataset_fingerprint(data), loader_sizes(loader)[1], normalization)
 
 
@@ -361,26 +318,23 @@ def layers_of(loader: object) -> list[Any]:
 
 
 def is_prepared(loader: object) -> bool:
-    """Returns whether accelerate gives each process its share of the batches."""
+    """Tells whether accelerate gives each process its share of the batches."""
     return any(isinstance(x, DataLoaderShard | DataLoaderDispatcher) for x in layers_of(loader))
 
 
 def batch_sampler_of(loader: object) -> tuple[BatchSampler | None, int]:
     """Returns the batch sampler of a loader, and how many of its batches are taken at once.
 
-    Several are if each process takes one. Without a known sampler, as for a list of batches, it is
-    None.
+    Several are if each process takes one. The sampler is None for loaders with batches of their
+    own, such as a list or a schedule of sizes.
     """
-    inner: Any = loader.loader if isinstance(loader, PrefetchLoader) else loader
-    known = isinstance(inner, Loader | DataLoader) or hasattr(inner, "base_dataloader")
-    if not known or isinstance(inner, DataLoaderDispatcher):
-        return None, 1
-    batches, at_once = inner.batch_sampler, 1
+    layers, at_once = layers_of(loader), 1
+    batches = getattr(layers[-1], "batch_sampler", None)
     while isinstance(batches, BatchSamplerShard):
         at_once *= 1 if batches.split_batches else batches.num_processes
         batches = batches.batch_sampler
-    # Subclasses, such as a schedule of sizes, have batches of their own.
-    return (batches, at_once) if type(batches) is BatchSampler else (None, 1)
+    is_dispatched = any(isinstance(layer, DataLoaderDispatcher) for layer in layers)
+    return (None, 1) if is_dispatched or type(batches) is not BatchSampler else (batches, at_once)
 
 
 def loader_sizes(loader: object) -> tuple[int | None, int | None]:
@@ -390,27 +344,6 @@ def loader_sizes(loader: object) -> tuple[int | None, int | None]:
         return None, None
     size, number = batches.batch_size * at_once, len(batches.sampler)
     return size, number - number % size if batches.drop_last else number
-
-
-def check_number(images: int, rows: int, expected: int | None) -> None:
-    """Checks that a loader gave images, each of them once in each view.
-
-    Args:
-        images: Images over all processes and views, readable or not.
-        rows: Images that could be read.
-        expected: Number of images; None if unknown.
-
-    Raises:
-        UsageError: If there were no images, or more or fewer than expected.
-    """
-    if rows == 0:
-        reason = "no batches" if images == 0 else "no images that can be read: all labels are -1"
-        raise UsageError(f"the loader has {reason}, so there are no features to extract")
-    if expected not in (None, images):
-        raise UsageError(
-            f"the loader gave {images} images in all instead of {expected}, each once in each "
-            "view: with several processes, prepare it with the accelerator and pass accelerator="
-        )
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -21,13 +22,12 @@ from timm_lt.data.loader import loaded
 from timm_lt.features.cache import (
     FeatureCache,
     backbone_fingerprint,
-    check_number,
     is_prepared,
     loader_sizes,
     samples_fingerprint,
     without_first,
 )
-from timm_lt.features.values import Features, check_finite
+from timm_lt.features.values import Features, check_finite, check_views
 from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.utils.accelerator import torch_defaults, unwrapped
 from timm_lt.utils.checks import UsageError, check_integer, check_literals, unknown_name
@@ -36,7 +36,7 @@ from timm_lt.utils.longtail import check_labels
 
 ComputeDtype = Literal["float32", "bfloat16"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
-AGAIN = "extract the features again (with cache_dir=, it continues behind the whole batches)"
+AGAIN = "extract the features again (with cache_dir=, it continues after the last whole batch)"
 CHANNELS = (1, 3, 4)
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def extract_features(
     so memory holds one batch however many there are. The files are named by a digest of the
     backbone (not of the classifier), of the samples in their order with their transform, and of
     the options; batch size, processes and workers do not count. Finished files are opened without
-    running the model. Files of a killed process are continued behind the last whole batch, if
+    running the model. Files of a killed process are continued after the last whole batch, if
     batch size and number of processes are the same. If two processes ask for the same features,
     one extracts them and the other waits.
 
@@ -71,14 +71,12 @@ def extract_features(
         model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
             DataParallel or torch.compile.
         loader: Yields images (B, 3, H, W), floating point and normalized, and targets (B,), in a
-            fixed order: as a tuple or list, which may have more parts behind them, or as a mapping
-            with keys such as ``"image"`` and ``"label"``; as tensors, NumPy arrays or lists. Images
-            with target -1, which could not be read, are left out.
+            fixed order, as a tuple, a list or a mapping with keys such as ``"image"`` and
+            ``"label"``. Images with target -1, which could not be read, are left out.
         classifier: Path of the classifier whose input is taken, for a model with several (such as
             ``head_dist`` of a distilled one); None takes the only one.
-        accelerator: The one that prepared the loader. Features are gathered from all processes, in
-            the order of the data set, and every process gets all of them. The processes share
-            ``cache_dir``.
+        accelerator: The one that prepared the loader. Every process gets the features of all, in
+            the order of the data set. The processes share ``cache_dir``.
         cache_dir: Folder of the cache, created if missing. None keeps the features in memory.
         dtype: Type of the stored values. float16 has 11 significant bits up to 65,504, bfloat16
             has 8.
@@ -89,21 +87,18 @@ def extract_features(
         views: Passes over the loader, K >= 1, each with other augmented views of the same images.
             ``loader.set_epoch(view)`` is called before each, if it exists. With the loaders of
             ``views_loader``, view v of an image has the same augmentation whatever came before.
-        key: Stands for the samples in their order with their transform where they cannot be told,
-            as for a list of batches; see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It
-            must change with the samples.
+        key: Stands for the samples in their order with their transform where these cannot be
+            identified, as for a list of batches; see
+            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must change with the samples.
 
     Returns:
         Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
 
     Raises:
-        UsageError: If the loader is empty, gives another number of images than it has, or is not
-            prepared for several processes; a batch has no labels, or has images or labels of
-            another shape or type; the model fails on the images, does not call its classifier,
-            calls it for more than one vector per image, or has several; or a feature is not
-            finite, or too large for ``dtype``. With ``cache_dir``, also if the loader draws its
-            images; its samples, their order or its ``collate_fn`` cannot be told and there is no
-            key; or the folder cannot be written.
+        UsageError: If a batch is not images and labels, the model does not take them to one vector
+            per image for its classifier, a feature is not finite in ``dtype``, or the loader is not
+            prepared for several processes. With ``cache_dir``, also if the loader draws its images,
+            its samples cannot be identified without a key, or the folder cannot be written.
     """
     options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
     check_literals("extract_features", extract_features, options)
@@ -129,32 +124,17 @@ def extract_features(
 
 
 def chosen_classifier(model: nn.Module, name: str | None) -> str:
-    """Returns the path of the classifier whose input is taken: the given one, or the only one.
-
-    Raises:
-        UsageError: If there is no such classifier, or several and none is named.
-    """
+    """Returns the path of the classifier whose input is taken: the given one, or the only one."""
     classifiers = find_classifiers(model)
-    if name is None and len(classifiers) > 1:
-        raise UsageError(
-            f"{type(model).__name__} has {len(classifiers)} classifiers, each with features of its "
-            f"own: pass classifier= with one of {', '.join(classifiers)}"
-        )
-    name = classifier_name(model) if name is None else name
+    if name is None and len(classifiers) < 2:
+        return classifier_name(model)
     if name not in classifiers:
         raise unknown_name(f"classifier of {type(model).__name__}:", name, list(classifiers))
     return name
 
 
 class _Batch(NamedTuple):
-    """Features of a batch, of all processes.
-
-    Attributes:
-        values: (B, D) in the stored type, of the images that could be read.
-        targets: (B,).
-        view: View of the images.
-        images: Number of images, including those that could not be read.
-    """
+    """Features (B, D) and targets (B,) of a batch of all processes, and its number of images."""
 
     values: Tensor
     targets: Tensor
@@ -196,8 +176,8 @@ class _Extraction:
                     targets.resize_(2 * end)
                 values[rows:end], targets[rows:end] = batch.values, batch.targets
                 rows, images = end, images + batch.images
-        check_number(images, rows, self.num_images)
-        return Features(values[:rows], targets[:rows], self.views)
+        check_views(targets[:rows], self.views, images, self.num_images)
+        return Features.from_checked(values[:rows], targets[:rows], self.views)
 
     def cached(self, folder: Path, key: str | None) -> Features:
         """Returns the features of a cache; without them, all processes make them together."""
@@ -231,13 +211,10 @@ class _Extraction:
     def _batches(
         self, view: int = 0, skipped: int = 0, row: int = 0, *, in_order: bool = False
     ) -> Generator[_Batch]:
-        """Yields the features batch by batch; the model has hooks until this is closed.
+        """Yields the features batch by batch, from a view without its first batches on.
 
-        Args:
-            view: First view.
-            skipped: Batches of that view to leave out.
-            row: Index of the first row, for messages.
-            in_order: Whether a single view is also to be of epoch 0.
+        The model has hooks until this is closed. ``row`` is the index of the first row in messages;
+        with ``in_order``, a single view is of epoch 0, too.
         """
         with backbone(self.model, self.classifier, self.compute_dtype) as features:
             for number in range(view, self.views):
@@ -245,13 +222,17 @@ class _Extraction:
                     self.loader.set_epoch(number)
                 first = skipped if number == view else 0
                 with without_first(self.loader, first) as rest:
-                    batches = loaded(rest, again=AGAIN)
-                    for index, batch in enumerate(batches, first):
+                    for index, batch in enumerate(loaded(rest, again=AGAIN), first):
                         images, labels = images_and_labels(batch, f"batch {index} of the loader")
                         values, targets = self._gathered(features, images, labels)
-                        kept = _kept(values, targets, self.dtype, row)
-                        row += len(kept[0])
-                        yield _Batch(*kept, number, len(targets))
+                        readable = targets != UNREADABLE
+                        values, kept = values[readable], targets[readable]
+                        if len(kept):
+                            noun = f"targets[{row}:]" if row else "targets"
+                            kept = check_labels(kept, noun=noun)
+                        check_finite(values, row, self.dtype)
+                        row += len(kept)
+                        yield _Batch(values.to(self.dtype), kept, number, len(targets))
 
     def _gathered(
         self, features: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
@@ -268,14 +249,19 @@ class _Extraction:
                 known = isinstance(error, UsageError | torch.OutOfMemoryError)
                 if known or is_worker_death(error):
                     raise
-                raise _unfit(error, self.model, images) from error
+                shape, reason = tuple(images.shape), str(error).strip().partition("\n")[0]
+                last = shape[1] not in CHANNELS and shape[3] in CHANNELS
+                hint = ", with the channels last: pass images.permute(0, 3, 1, 2)" if last else ""
+                raise UsageError(
+                    f"{type(self.model).__name__} fails on images of shape {shape}{hint} ({reason})"
+                ) from error
             batch = (values, labels.to(values.device))
             if self.accelerator is not None:
                 batch = self.accelerator.gather_for_metrics(batch)
             return batch[0].float().cpu(), batch[1].cpu()
 
     def _on_main(self, act: Callable[..., T], *arguments: Any) -> T:
-        """Calls a function on the main process; all get its result, or raise its error."""
+        """Acts in the main process; the result or the error is that of every process."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return act(*arguments)
         outcome: list[Any] = [None, None]
@@ -283,10 +269,11 @@ class _Extraction:
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = act(*arguments)
+            except UsageError as error:
+                failure, outcome[1] = error, str(error)
             except Exception as error:  # noqa: BLE001 - else the other processes wait for ever
                 failure = error
-                unknown = f"the main process failed with {type(error).__name__}: {error}"
-                outcome[1] = str(error) if isinstance(error, UsageError) else unknown
+                outcome[1] = f"the main process failed with {type(error).__name__}: {error}"
         result, problem = broadcast_object_list(outcome)
         if failure is not None:
             raise failure
@@ -295,39 +282,12 @@ class _Extraction:
         return cast(T, result)
 
 
-def _unfit(error: Exception, model: nn.Module, images: Tensor) -> UsageError:
-    """Returns the error for a model that fails on images."""
-    shape = tuple(images.shape)
-    last = shape[1] not in CHANNELS and shape[3] in CHANNELS
-    hint = ", with the channels last: pass images.permute(0, 3, 1, 2)" if last else ""
-    reason = str(error).strip().partition("\n")[0]
-    return UsageError(f"{type(model).__name__} fails on images of shape {shape}{hint} ({reason})")
-
-
-def _kept(values: Tensor, targets: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows of the images that could be read, checked and in the stored type."""
-    readable = targets != UNREADABLE
-    values, targets = values[readable], targets[readable]
-    if len(targets):
-        targets = check_labels(targets, noun=f"targets[{first}:]" if first else "targets")
-    kept = values.to(dtype)
-    if not kept.isfinite().all():
-        check_finite(values, first)
-        row, column = (~kept.isfinite()).nonzero()[0].tolist()
-        raise UsageError(
-            f"feature row {first + row} has {float(values[row, column])} in column {column}, "
-            f"beyond the largest {str(dtype).removeprefix('torch.')}, {torch.finfo(dtype).max:g}: "
-            "take dtype='float32'"
-        )
-    return kept, targets
-
-
 class _BeforeClassifier(Exception):  # noqa: N818
     """Ends a forward pass just before the classifier, which may not be fitted yet."""
 
 
 class FeatureTap:
-    """Keeps the input of a classifier, forward pass by forward pass.
+    """Keeps the input of a timm model's classifier, forward pass by forward pass.
 
     >>> import timm, torch
     >>> model = timm.create_model("test_resnet", num_classes=3)
@@ -337,13 +297,8 @@ class FeatureTap:
     >>> features.shape, torch.equal(model.fc(features), logits)
     (torch.Size([2, 96]), True)
 
-    Args:
-        model: A timm model, not wrapped for several processes.
-        classifier: Path of the classifier; None takes the only one.
-        ends: Whether a forward pass ends before the classifier.
-
-    Raises:
-        UsageError: If there is no such classifier.
+    The classifier is given by its path, or the only one. With ``ends``, a forward pass ends before
+    it.
     """
 
     def __init__(
@@ -367,21 +322,19 @@ class FeatureTap:
             UsageError: If the model did not call the classifier, or called it for more than one
                 vector per image.
         """
-        if self._taken is None:
-            raise UsageError(
-                f"{type(self._model).__name__} computes its output without calling its classifier"
-            )
         taken, self._taken = self._taken, None
-        # A 1×1 convolution takes (N, D, 1, 1).
         spatial = isinstance(self._classifier, nn.Conv2d)
         spatial = spatial or getattr(self._classifier, "spatial", False)
-        rows = taken.flatten(1) if spatial and taken.shape[2:] == (1, 1) else taken
-        if rows.ndim != 2:
+        if taken is not None and spatial and taken.shape[2:] == (1, 1):
+            # A 1×1 convolution takes (N, D, 1, 1).
+            taken = taken.flatten(1)
+        if taken is None or taken.ndim != 2:
+            found = "did not call it" if taken is None else f"gave it {tuple(taken.shape)}"
             raise UsageError(
-                f"the classifier's input has shape {tuple(rows.shape)}, but features are one "
-                "vector per image, (batch, width)"
+                f"features are the input of the classifier, one vector per image (batch, width), "
+                f"but {type(self._model).__name__} {found}"
             )
-        return rows
+        return taken
 
     def remove(self) -> None:
         """Removes the hook from the model."""
@@ -392,17 +345,12 @@ class FeatureTap:
 def backbone(
     model: nn.Module, classifier: str, compute_dtype: ComputeDtype
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields a function from images (B, 3, H, W) to features (B, D), float32.
+    """Yields a function from images (B, 3, H, W) to the classifier's input (B, D), float32.
 
     Images get the type of the model's weights, so a model in bfloat16, float16 or float64 computes
-    in it. The mixed precision of accelerate is off. The model is in evaluation mode meanwhile;
-    afterwards each module is in its mode again and the weights have their old memory format.
-
-    Args:
-        model: A timm model.
-        classifier: Path of the classifier whose input is taken.
-        compute_dtype: ``"bfloat16"`` is autocast with the channels last in memory; global pooling
-            sums and keeps float32.
+    in it. ``"bfloat16"`` is autocast with the channels last in memory; global pooling sums and
+    keeps float32. The mixed precision of accelerate is off. Afterwards each module is in its mode
+    again and the weights have their old memory format.
     """
     device = find_classifiers(model)[classifier].weight.device
     dtype = next((w.dtype for w in model.parameters() if w.is_floating_point()), None)
@@ -412,60 +360,39 @@ def backbone(
         images = images.to(device, dtype if images.is_floating_point() else None)
         if low and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        with _autocast(device, enabled=low), contextlib.suppress(_BeforeClassifier):
+        with autocast(enabled=low), contextlib.suppress(_BeforeClassifier):
             model(images)
         return tap.take().float()
 
+    autocast = partial(torch.autocast, device.type, torch.bfloat16)
     with ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(model))
+        _prepare(model, stack, low=low)
         tap = FeatureTap(model, classifier, ends=True)
         stack.callback(tap.remove)
         # Off also for the caller's autocast; within it, weights are cast once, not per batch.
-        stack.enter_context(_autocast(device, enabled=False))
-        if low:
-            stack.enter_context(_channels_last(model))
-            for module in model.modules():
-                if isinstance(module, SelectAdaptivePool2d | nn.AdaptiveAvgPool2d):
-                    stack.callback(module.register_forward_pre_hook(_in_float32).remove)
+        stack.enter_context(autocast(enabled=False))
         yield features
 
 
-def _autocast(device: torch.device, *, enabled: bool) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def _prepare(model: nn.Module, stack: ExitStack, *, low: bool) -> None:
+    """Puts a model in evaluation mode, for bfloat16 with the channels last, until a stack ends."""
+    for module in model.modules():
+        # Module by module: parts of a model in training may be frozen in evaluation mode.
+        stack.callback(setattr, module, "training", module.training)
+        state = vars(module)
+        if "_original_forward" in state:
+            # Without the mixed precision that accelerate wraps around it.
+            stack.callback(state.__setitem__, "forward", state.get("forward"))
+            state["forward"] = state["_original_forward"]
+        if low and isinstance(module, SelectAdaptivePool2d | nn.AdaptiveAvgPool2d):
+            stack.callback(module.register_forward_pre_hook(_in_float32).remove)
+    model.eval()
+    for weight in model.parameters():
+        if low and weight.ndim == 4:
+            # Restored, not converted back: optimizers and others may share their memory.
+            stack.callback(setattr, weight, "data", weight.data)
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.float() for tensor in inputs)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, without the mixed precision that accelerate wraps around."""
-    # Module by module: parts of a model in training may be frozen in evaluation mode.
-    modes = [(module, module.training) for module in model.modules()]
-    wrapped = [module for module in model.modules() if "_original_forward" in vars(module)]
-    forwards = [vars(module).get("forward") for module in wrapped]
-    model.eval()
-    try:
-        for module in wrapped:
-            vars(module)["forward"] = vars(module)["_original_forward"]
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, forward in zip(wrapped, forwards, strict=True):
-            vars(module)["forward"] = forward
-
-
-@contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Lays the weights of convolutions out with the channels last."""
-    # Restored, not converted back: optimizers and others may share their memory.
-    weights = [(weight, weight.data) for weight in model.parameters() if weight.ndim == 4]
-    try:
-        for weight, data in weights:
-            weight.data = data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for weight, data in weights:
-            weight.data = data

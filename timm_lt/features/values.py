@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from warnings import catch_warnings
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from timm_lt.data.items import as_tensor
 from timm_lt.utils.checks import UsageError, check_integer
 from timm_lt.utils.longtail import check_labels
 
@@ -42,20 +41,16 @@ class Features:
     views: int = 1
 
     def __post_init__(self) -> None:
-        values = _as_tensor(self.values)
-        if values is None or values.ndim != 2 or not values.is_floating_point():
+        values, targets = as_tensor(self.values), check_labels(self.targets, noun="targets")
+        is_matrix = values is not None and values.ndim == 2 and values.is_floating_point()
+        if values is None or not is_matrix or targets.shape != (len(values),):
             shape = "" if values is None else f" of {values.dtype} and shape {tuple(values.shape)}"
             raise UsageError(
-                "feature values must be a floating-point (N, D) matrix, got a "
-                f"{type(self.values).__name__}{shape}"
+                "feature values must be a floating-point (N, D) matrix with N targets, got a "
+                f"{type(self.values).__name__}{shape} with {len(targets)} targets"
             )
         object.__setattr__(self, "values", values)
-        object.__setattr__(self, "targets", check_labels(self.targets, noun="targets"))
-        if self.targets.shape != (len(self.values),):
-            raise UsageError(
-                f"{len(self.values)} feature rows need as many targets, got targets of shape "
-                f"{tuple(self.targets.shape)}"
-            )
+        object.__setattr__(self, "targets", targets)
         check_views(self.targets, self.views)
         self.__dict__["feature_mean"] = _finite_mean(self.values)
 
@@ -95,18 +90,6 @@ class Features:
         return len(self.targets)
 
 
-def _as_tensor(values: object) -> Tensor | None:
-    """Returns values as a tensor, without a copy; None if they are not an array of numbers."""
-    if isinstance(values, Tensor):
-        return values
-    try:
-        # torch warns about read-only arrays, such as mapped files; the values are only read.
-        with catch_warnings(action="ignore", category=UserWarning):
-            return torch.from_numpy(np.asarray(values))
-    except (TypeError, ValueError):
-        return None
-
-
 def check_features(features: object, noun: str) -> None:
     """Checks that an argument is :class:`Features`.
 
@@ -120,42 +103,57 @@ def check_features(features: object, noun: str) -> None:
         )
 
 
-def check_views(targets: Tensor, views: int) -> None:
+def check_views(
+    targets: Tensor, views: int, images: int | None = None, expected: int | None = None
+) -> None:
     """Checks that all views have the same images in the same order, as far as labels show it.
 
+    Args:
+        targets: Labels of the rows, view by view.
+        views: Number of views.
+        images: Images that a loader gave over all views, readable or not.
+        expected: Images that it should give, if known.
+
     Raises:
-        UsageError: If the views have different labels; names the first such row.
+        UsageError: If the loader gave no readable images or another number, or the views have
+            different labels; names the first such row.
     """
     check_integer("views", views, minimum=1)
+    if images is not None and (len(targets) == 0 or expected not in (None, images)):
+        raise UsageError(
+            f"the loader gave {images} images, {len(targets)} of them readable; expected "
+            f"{expected or 'at least 1'}, each once in each view. With several processes, prepare "
+            "the loader with the accelerator and pass accelerator="
+        )
     rows = len(targets) // views
-    expected = targets[:rows].repeat(views)
-    if len(expected) != len(targets) or not targets.equal(expected):
+    expected_targets = targets[:rows].repeat(views)
+    if not targets.equal(expected_targets):
         where = ""
-        if len(expected) == len(targets):
-            first = int((targets != expected).nonzero()[0])
-            where = f": row {first} has label {int(targets[first])}, not {int(expected[first])}"
+        if len(expected_targets) == len(targets):
+            row = int((targets != expected_targets).nonzero()[0])
+            where = f": row {row} has label {targets[row]}, not {expected_targets[row]}"
         raise UsageError(
             f"{len(targets)} feature rows are not {views} views of the same images in the same "
             f"order{where}"
         )
 
 
-def check_finite(values: Tensor, first: int = 0) -> None:
-    """Checks that every value is finite.
-
-    Args:
-        values: (B, D).
-        first: Index of the first row, for the message.
+def check_finite(values: Tensor, first: int = 0, dtype: torch.dtype | None = None) -> None:
+    """Checks that every value (B, D) is finite, also in the type in which it will be stored.
 
     Raises:
-        UsageError: If a value is not finite; names its row and column.
+        UsageError: If a value is not finite; names its column, and its row counted from ``first``.
     """
-    bad = ~values.isfinite()
+    bad = ~values.to(dtype or values.dtype).isfinite()
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
+        fault = "; features must be finite"
+        if values[row, column].isfinite():
+            largest = torch.finfo(dtype or values.dtype).max
+            name = str(dtype).removeprefix("torch.")
+            fault = f", beyond the largest {name}, {largest:g}: take dtype='float32'"
         raise UsageError(
-            f"feature row {first + row} has {float(values[row, column])} in column {column}; "
-            "features must be finite"
+            f"feature row {first + row} has {float(values[row, column])} in column {column}{fault}"
         )
 
 

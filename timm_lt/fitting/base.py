@@ -1,18 +1,19 @@
-"""The registry of fits, the data that they take, and selection on validation."""
+"""Fits of heads on features: their registry and data, selection on validation, and `fit_head`."""
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from timm_lt.features import Features, check_features
-from timm_lt.fitting.curves import check_fits, check_joint
-from timm_lt.fitting.sgd import row_blocks
+from timm_lt.features import Features
+from timm_lt.fitting.curves import check_fits, joint_classifier
+from timm_lt.fitting.solvers import row_blocks
 from timm_lt.heads import HEADS, Head, head_option_names
+from timm_lt.heads.linear import BATCH_SIZE, TrainingLength
 from timm_lt.metrics import (
     Objective,
     confidence_intervals,
@@ -21,14 +22,18 @@ from timm_lt.metrics import (
     paired_difference,
     shot_accuracy,
 )
+from timm_lt.utils.accelerator import torch_defaults
 from timm_lt.utils.checks import (
     UsageError,
+    check_choice,
     check_integer,
     check_literals,
+    check_mapping,
     check_number,
     check_options,
     shown_names,
 )
+from timm_lt.utils.console import log
 from timm_lt.utils.longtail import (
     ClassCounts,
     ShotRule,
@@ -37,6 +42,29 @@ from timm_lt.utils.longtail import (
     class_counts,
 )
 from timm_lt.utils.registry import Registry
+
+AUTO = "auto"
+DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")
+HEADS_WITHOUT_CLASSIFIER = ("crt", "ncm")
+# Ranges of the options of fits; heads check their own options.
+RANGES = {
+    "lr": "(0, inf)",
+    "weight_decay": "[0, inf)",
+    "max_norm": "(0, inf)",
+    "loss_weight": "[0, inf)",
+    "novel_share": "(0, 1)",
+    "dropout": "[0, 1)",
+    "gamma": "(0, inf)",
+    "scale": "(0, inf)",
+}
+MINIMA = {
+    **dict.fromkeys(
+        ("steps", "epochs", "max_iterations", "episodes", "fake_novel", "exemplars"), 1
+    ),
+    "queries": 2,
+}
+# More draws would not fit into memory.
+MAXIMUM = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +77,7 @@ class FitData:
         class_counts: Training images per class, (C,), all >= 1, of the joint classifier; they may
             differ from the counts of the features.
         classifier: A float32 copy of the joint classifier (C, D) on the CPU, or None.
-        val: Validation features, or None.
+        val: Validation features with rows of every class, or None.
         seed: Random seed.
         objective: What is maximised on validation.
         rule: Bounds of the shot groups.
@@ -62,6 +90,42 @@ class FitData:
     seed: int
     objective: Objective
     rule: ShotRule
+
+    @classmethod
+    def create(
+        cls,
+        features: Features,
+        classifier: nn.Module | None,
+        counts: ClassCounts | None,
+        val: Features | None,
+        **settings: Any,
+    ) -> "FitData":
+        """Checks the arguments of :func:`fit_head`; ``settings`` are seed, objective and rule."""
+        check_integer("seed", settings["seed"], minimum=0)
+        check_choice("objective", settings["objective"], get_args(Objective))
+        joint = None if classifier is None else joint_classifier(classifier)
+        num_classes = None if joint is None else joint.out_features
+        if counts is not None:
+            counts = check_class_counts(counts, num_classes)
+            num_classes = len(counts)
+        check_fits(features, "features", num_classes, None if joint is None else joint.in_features)
+        width = features.num_features
+        number = num_classes or int(features.targets.max()) + 1
+        of_features = class_counts(features.targets, number)
+        counts = of_features // features.views if counts is None else counts
+        for some in (of_features, counts):
+            check_no_empty_class(some)
+        if val is not None:
+            check_fits(val, "val", number, width)
+            empty = (class_counts(val.targets, number) == 0).nonzero().flatten().tolist()
+            if empty:
+                raise UsageError(
+                    f"{len(empty)} of {number} classes have no validation image: "
+                    f"{shown_names(empty)}; selecting on such a split would ignore them"
+                )
+        # A copy, so that the model stays on its device.
+        joint = None if joint is None else copy.deepcopy(joint).to("cpu", torch.float32)
+        return cls(features, counts, joint, val, **settings)
 
     @property
     def num_classes(self) -> int:
@@ -93,167 +157,195 @@ class FitData:
         return linear
 
 
-def check_fit_data(
-    features: Features,
-    classifier: nn.Linear | None,
-    counts: ClassCounts | None,
-    val: Features | None,
-    *,
-    seed: int,
-    objective: Objective,
-    rule: ShotRule,
-) -> FitData:
-    """Checks the arguments of :func:`~timm_lt.fitting.fit_head`."""
-    check_integer("seed", seed, minimum=0)
-    check_features(features, "features")
-    if classifier is not None:
-        check_joint(classifier)
-        # A copy, so that the model stays on its device.
-        classifier = copy.deepcopy(classifier).to("cpu", torch.float32)
-        num_classes = classifier.out_features
-    else:
-        counts = None if counts is None else check_class_counts(counts)
-        num_classes = int(features.targets.max()) + 1 if counts is None else len(counts)
-    check_fits(features, "features", num_classes, classifier)
-    of_features = class_counts(features.targets, num_classes)
-    check_no_empty_class(of_features)
-    counts = (
-        of_features // features.views if counts is None else check_class_counts(counts, num_classes)
-    )
-    check_no_empty_class(counts)
-    if val is not None:
-        check_fits(val, "val", num_classes, classifier)
-        if val.num_features != features.num_features:
-            raise UsageError(
-                f"val has {val.num_features} features per row, the training features "
-                f"{features.num_features}"
-            )
-        empty = (class_counts(val.targets, num_classes) == 0).nonzero().flatten().tolist()
-        if empty:
-            raise UsageError(
-                f"{len(empty)} of {num_classes} classes have no validation image: "
-                f"{shown_names(empty)}; selecting on such a split would ignore them"
-            )
-    return FitData(features, counts, classifier, val, seed, objective, rule)
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fit of a head: the fields are its options, and calling it fits the head.
+
+    Options with the name of an option of the head are passed on to the head. For an option whose
+    default is None, None is chosen from the data.
+
+    Raises:
+        UsageError: If an option is out of range.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        owner, options = f"head {self.name!r}", vars(self)
+        for field in fields(self):
+            if options[field.name] is None and field.default is not None:
+                raise UsageError(
+                    f"{field.name} of {owner} cannot be null; remove it for its default"
+                )
+        check_literals(owner, type(self), options)
+        given = {key: value for key, value in options.items() if value is not None}
+        for key in RANGES.keys() & given:
+            check_number(f"{key} of {owner}", given[key], RANGES[key])
+        for key in MINIMA.keys() & given:
+            check_integer(f"{key} of {owner}", given[key], MINIMA[key], MAXIMUM)
+        of_head = {key: given[key] for key in head_option_names(self.name) if key in given}
+        HEADS[self.name](1, 1, **of_head)
+
+    def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
+        """Checks, before features exist, that classes of these sizes can be fitted.
+
+        Args:
+            class_counts: Training images per class (C,), at least 1 each.
+            rule: Bounds of the shot groups.
+            views: Rows of features per image.
+
+        Raises:
+            UsageError: If a group that the head needs is empty, or a schedule is too long.
+        """
+
+    def __call__(self, data: FitData) -> Head:
+        """Returns the fitted head in evaluation mode, and logs the time."""
+        started = time.perf_counter()
+        head = self._fit(data).eval()
+        log.debug("fitted %s in %.1f s: %s", self.name, time.perf_counter() - started, head)
+        return head
+
+    def _fit(self, data: FitData) -> Head:
+        raise NotImplementedError
 
 
-class Fit(Protocol):
-    """A function that fits a head; its keyword-only parameters are the options."""
-
-    def __call__(self, data: FitData, /, **options: Any) -> Head:
-        """Returns the fitted head."""
-
-
-class ClassesCheck(Protocol):
-    """A check of a fit's options that depends on the class counts."""
-
-    def __call__(
-        self, options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
-    ) -> None:
-        """Raises UsageError if classes of these sizes cannot be fitted."""
-
-
-F = TypeVar("F", bound=Callable[..., Head])
-FITS: Registry[Callable[..., Head]] = Registry("fit of head")
-FIT_CHECKS: dict[str, tuple[Callable[[dict[str, Any]], None], ...]] = {}
-CLASSES_CHECKS: dict[str, ClassesCheck] = {}
-# By head, a function that adds default options that depend on the data.
-FIT_COMPLETIONS: dict[str, Callable[[FitData, dict[str, Any]], dict[str, Any]]] = {}
-
-
-def register_fit(
-    name: str,
-    *checks: Callable[[dict[str, Any]], None],
-    check_classes: ClassesCheck | None = None,
-    complete: Callable[[FitData, dict[str, Any]], dict[str, Any]] | None = None,
-) -> Callable[[F], F]:
-    """Returns a decorator that registers a fit under the name of its head.
+@dataclass(frozen=True, kw_only=True)
+class TrainedFit(Fit):
+    """A fit by SGD.
 
     Args:
-        name: Name of the head.
-        *checks: Check the options before anything is fitted.
-        check_classes: Checks what depends on the class counts; see :func:`check_fit_classes`.
-        complete: Returns the options together with the defaults that depend on the data.
+        steps: Number of updates; None goes by ``epochs``.
+        epochs: Passes over the rows; None is the length of the reference code, but at least a
+            number of updates.
+        lr: Initial learning rate.
     """
+
+    length: ClassVar[TrainingLength]
+    batch_size: ClassVar[int] = BATCH_SIZE
+
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.updates(1)
+
+    def updates(self, images: int) -> int:
+        """Returns the number of updates for so many images."""
+        return self.length.updates(
+            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
+        )
+
+
+F = TypeVar("F", bound=type[Fit])
+FITS: Registry[type[Fit]] = Registry("fit of head")
+
+
+def register_fit(name: str) -> Callable[[F], F]:
+    """Returns a class decorator that registers a fit under the name of its head."""
     HEADS[name]
     add = FITS.register(name)
 
-    def decorate(fit: F) -> F:
-        add(fit)
-        FIT_CHECKS[name] = checks
-        if check_classes is not None:
-            CLASSES_CHECKS[name] = check_classes
-        if complete is not None:
-            FIT_COMPLETIONS[name] = complete
-        return fit
+    def decorate(cls: F) -> F:
+        cls.name = name
+        add(cls)
+        return cls
 
     return decorate
 
 
-# Ranges of the options of fits; heads check their own options.
-FIT_RANGES = {"lr": "(0, inf)", "weight_decay": "[0, inf)"}
-FIT_MINIMA = {"steps": 1, "epochs": 1, "max_iterations": 1}
-# More draws would not fit into memory.
-FIT_MAXIMUM = 10_000_000
-
-
-def check_fit_options(name: str, options: dict[str, Any]) -> None:
-    """Checks the options of a head and its fit, names and values, without fitting.
+def create_fit(name: str, **options: Any) -> Fit:
+    """Creates the fit of a head.
 
     Raises:
         UsageError: For an unknown head, an option that it does not take, or a value out of range.
     """
-    cls = HEADS[name]
+    HEADS[name]
     check_options(f"head {name!r}", FITS[name], options)
-    defaults = inspect.signature(FITS[name]).parameters
-    for key, value in options.items():
-        if value is None and defaults[key].default is not None:
-            raise UsageError(f"{key} of head {name!r} cannot be null; remove it for its default")
-    of_head = {key: options[key] for key in head_option_names(name) if key in options}
-    # None: to be selected on validation.
-    cls(1, 1, **{key: value for key, value in of_head.items() if value is not None})
-    for key, value in options.items():
-        if key in FIT_RANGES and value is not None:
-            check_number(f"{key} of head {name!r}", value, FIT_RANGES[key])
-        if key in FIT_MINIMA and value is not None:
-            lowest = FIT_MINIMA[key]
-            check_integer(f"{key} of head {name!r}", value, lowest, FIT_MAXIMUM)
-    check_literals(f"head {name!r}", FITS[name], options)
-    for check in FIT_CHECKS.get(name, ()):
-        check(options)
+    return FITS[name](**options)
 
 
-def complete_fit_options(name: str, data: FitData, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds default options that depend on the data, and checks all as :func:`check_fit_options`."""
-    complete = FIT_COMPLETIONS.get(name)
-    completed = dict(options) if complete is None else complete(data, dict(options))
-    check_fit_options(name, completed)
-    return completed
-
-
-def check_fit_classes(
+@torch_defaults()
+def fit_head(
     name: str,
-    options: dict[str, Any],
-    class_counts: Tensor,
+    features: Features,
+    /,
     *,
+    classifier: nn.Module | None = None,
+    class_counts: ClassCounts | None = None,
+    val: Features | None = None,
+    seed: int = 0,
+    objective: Objective = "all",
     rule: ShotRule = "fb",
-    views: int = 1,
-) -> None:
-    """Checks, before features exist, that a head can be fitted on classes of these sizes.
+    **options: Any,
+) -> Head:
+    """Fits a head on frozen features.
+
+    Options that are not given are selected on the validation features; ``head.selection`` records
+    how. Everything is computed in float32. Features are read in blocks and may be memory-mapped and
+    larger than memory; several views of an image are several rows.
 
     Args:
-        name: Name of the head.
-        options: Options that :func:`check_fit_options` has checked.
-        class_counts: Training images per class (C,), at least 1 each.
+        name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several heads and
+            returns the one with the highest objective on validation. Its option ``heads`` has their
+            names, or maps each to its options; by default those of :data:`DEFAULT_HEADS` that can
+            be fitted from the arguments.
+        features: Training features, values (N, D).
+        classifier: The joint classifier (C, D) as returned by ``model.get_classifier()``
+            (``nn.Linear``, alone or in a module, or a 1×1 convolution), or a ``linear`` head; for
+            heads that start from it.
+        class_counts: Training images per class (C,) of the joint classifier, the prior of
+            ``logit_adjusted``; None counts the targets. Class-balanced fits always count the
+            features, which may be a part of the training set.
+        val: Validation features, values (M, D), with an image of every class.
+        seed: Random seed, at least 0, of the fits that draw batches.
+        objective: What is maximised on validation: ``"all"`` (accuracy over images),
+            ``"class_mean"``, ``"few_shot"``, ``"harmonic_mean"`` of the shot groups, or
+            ``"worst_class"``.
         rule: Bounds of the shot groups.
-        views: Rows of features per image.
+        **options: Options of the head and its fit.
+
+    Returns:
+        The head, in evaluation mode, on the CPU.
 
     Raises:
-        UsageError: If a group that the head needs is empty, or a schedule is too long.
+        UsageError: For an unknown head or option, a value out of range, shapes that do not match, a
+            class without training or validation images, or a missing classifier or validation
+            features.
+
+    >>> import torch
+    >>> x = torch.eye(3).repeat(4, 1)
+    >>> head = fit_head("ncm", Features(x, torch.arange(3).repeat(4)))
+    >>> head(x[:3]).argmax(1)
+    tensor([0, 1, 2])
     """
-    check = CLASSES_CHECKS.get(name)
-    if check is not None:
-        check(options, class_counts, rule=rule, views=views)
+    if name == AUTO:
+        check_options(f"head {AUTO!r}", _fit_best, options)
+    fit = None if name == AUTO else create_fit(name, **options)
+    data = FitData.create(
+        features, classifier, class_counts, val, seed=seed, objective=objective, rule=rule
+    )
+    return _fit_best(data, **options) if fit is None else fit(data)
+
+
+def _fit_best(
+    data: FitData, *, heads: Mapping[str, dict[str, Any] | None] | Sequence[str] | None = None
+) -> Head:
+    """Fits several heads and returns the best on validation."""
+    val = data.need_val(AUTO, "a head", "the name of one")
+    if heads is None:
+        heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
+    elif isinstance(heads, str):
+        heads = [heads]
+    given = heads if isinstance(heads, Mapping) else dict.fromkeys(heads)
+    fits = [
+        create_fit(name, **check_mapping(f"options of head {name!r}", options))
+        for name, options in given.items()
+    ]
+    fitted = {fit.name: fit(data) for fit in fits}
+    preds = {name: predictions(head, val) for name, head in fitted.items()}
+    return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
 
 
 H = TypeVar("H", bound=Head)
@@ -267,10 +359,7 @@ def predictions(head: Head, features: Features) -> Tensor:
 
 
 def validation_score(head: Head, data: FitData, val: Features) -> tuple[float, float]:
-    """Returns the objective on validation and the class mean, which breaks ties.
-
-    An objective such as the worst class is often 0 for all candidates.
-    """
+    """Returns the objective on validation and the class mean, which breaks ties, such as at 0."""
     report = shot_accuracy(predictions(head, val), val.targets, data.class_counts, data.rule)
     return objective_value(report, data.objective), report.class_mean
 
@@ -289,12 +378,7 @@ def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option
 
 def selection_record(option: str, value: float, accuracy: float, data: FitData) -> dict[str, Any]:
     """Returns a checkpoint's record of a selected option; ``val_accuracy`` is the objective."""
-    return {
-        option: value,
-        "objective": data.objective,
-        "split": "val",
-        "val_accuracy": accuracy,
-    }
+    return {option: value, "objective": data.objective, "split": "val", "val_accuracy": accuracy}
 
 
 def compare_heads(
@@ -345,3 +429,22 @@ def compare_heads(
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "behind": {name: list(interval) for name, interval in behind.items()},
     }
+
+
+def take_best(
+    heads: Mapping[str, Head],
+    preds: Mapping[str, Tensor],
+    targets: Tensor,
+    class_counts: Tensor,
+    objective: Objective = "all",
+    rule: ShotRule = "fb",
+) -> Head:
+    """Returns a copy of the best head by its predictions on validation, ``preds`` (M,) each.
+
+    Its ``selection`` is the record of :func:`compare_heads`, with the head's own selection as
+    ``options``.
+    """
+    record = compare_heads(preds, targets, class_counts, objective=objective, rule=rule)
+    best = copy.deepcopy(heads[record["head"]])
+    best.selection = record | ({"options": best.selection} if best.selection else {})
+    return best

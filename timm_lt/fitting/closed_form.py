@@ -1,27 +1,28 @@
-"""Fits without an optimiser: class means, and one selected tau.
-
-Class means in every feature space, from one pass over the features.
-"""
+"""Fits without an optimiser: class means, and one selected tau."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from timm_lt.fitting.base import FitData, register_fit, select, selection_record
-from timm_lt.fitting.curves import tau_curve
-from timm_lt.fitting.sgd import take_rows
-from timm_lt.heads import LogitAdjustedHead, NCMHead, TauNormHead
+from timm_lt.fitting.base import Fit, FitData, register_fit, select, selection_record
+from timm_lt.fitting.curves import Adjustment, tau_curve
+from timm_lt.fitting.solvers import take_rows
+from timm_lt.heads import Head, LogitAdjustedHead, NCMHead, TauNormHead
 from timm_lt.heads.metric import FeatureSpace, Metric
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import class_counts
 
-# Rows that are summed at a time: in three spaces, they are to come from the processor's cache.
+# Rows per block; in three feature spaces they should fit into the processor's cache.
 ROWS = 512
-# Rows among which those of a class are brought together. With few of each class, adding up the sums
-# would cost as much as they do; with many, reading is no longer sequential.
+# Rows among which those of a class are sorted together. With few rows of each class, adding up the
+# sums would cost as much as the rows; with many, reading is no longer sequential.
 STRETCH, STRETCH_PER_CLASS = 2**14, 16
+# The range that Kang et al. sweep, in steps half as wide.
+TAU_GRID = tuple(step / 20 for step in range(41))
 
 
 def class_means(
@@ -33,15 +34,14 @@ def class_means(
 ) -> dict[FeatureSpace, Tensor]:
     """Returns the mean of the rows of each class in each space, from one pass over the rows.
 
-    Each row is fetched once, for all spaces; those of a class that lie near each other are fetched
-    and added up together, weighted with their inverse norms. Memory is that of the sums and of a
-    few hundred rows.
+    Nearby rows of a class are read and added up together, weighted with their inverse norms.
+    Memory is that of the sums and of a few hundred rows.
 
     Args:
-        values: Features, which may lie in a mapped file.
-        targets: Their classes, in [0, C).
-        num_classes: C.
-        spaces: Feature spaces, as of the ``ncm`` head.
+        values: Features, maybe memory-mapped.
+        targets: Classes of the rows, in [0, C).
+        num_classes: Number of classes C.
+        spaces: Feature spaces of the ``ncm`` head.
         feature_mean: Mean of the training features, for ``"centered_l2"``.
 
     Shape:
@@ -59,17 +59,15 @@ def class_means(
         offsets = sizes.cumsum(0) - sizes
         order = torch.arange(len(rows))
         for total, space in zip(sums, spaces, strict=True):
-            values_there, weights = _in_space(block, space, feature_mean)
-            part = F.embedding_bag(
-                order, values_there, offsets, mode="sum", per_sample_weights=weights
-            )
+            moved, weights = _in_space(block, space, feature_mean)
+            part = F.embedding_bag(order, moved, offsets, mode="sum", per_sample_weights=weights)
             total.index_add_(0, present, part)
     counts = class_counts(targets, num_classes)[:, None]
     return {space: total.div_(counts) for space, total in zip(spaces, sums, strict=True)}
 
 
 def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields all rows, some at a time, ordered by class within a stretch; with their classes."""
+    """Yields blocks of row indices, sorted by class within a stretch, with their classes."""
     stretch = max(STRETCH, STRETCH_PER_CLASS * num_classes)
     for start in range(0, len(targets), stretch):
         labels, order = targets[start : start + stretch].sort(stable=True)
@@ -79,7 +77,7 @@ def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tenso
 def _in_space(
     block: Tensor, space: FeatureSpace, mean: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns rows (B, D) and their weights (B,), which make them what they are in a space."""
+    """Returns rows (B, D) and weights (B,); their products are the rows in a feature space."""
     if space == "raw":
         return block, None
     if space == "centered_l2":
@@ -91,62 +89,85 @@ def _in_space(
     return block, norms.clamp_min_(1e-12).reciprocal_()
 
 
-# The range that Kang et al. sweep, in steps half as wide.
-TAU_GRID = tuple(step / 20 for step in range(41))
-
-
 @register_fit("ncm")
-def fit_ncm(data: FitData, *, metric: Metric = "cosine", features: FeatureSpace = "raw") -> NCMHead:
-    """Takes the class means of the training features, in one pass over them.
+@dataclass(frozen=True, kw_only=True)
+class NCMFit(Fit):
+    """Takes the class means of the training features.
 
     ``feature_mean`` is the mean over training images, not over classes, as in the code of Kang et
     al.
     """
-    head = NCMHead.from_classifier(data.new_linear(), metric=metric, features=features)
-    values, targets = data.features.values, data.features.targets
-    mean = data.features.feature_mean
-    means = class_means(values, targets, data.num_classes, (features,), mean)
-    with torch.no_grad():
-        head.feature_mean.copy_(mean)
-        head.weight.copy_(means[features])
-    return head
+
+    metric: Metric = "cosine"
+    features: FeatureSpace = "raw"
+
+    def _fit(self, data: FitData) -> NCMHead:
+        head = NCMHead.from_classifier(
+            data.new_linear(), metric=self.metric, features=self.features
+        )
+        rows, mean = data.features, data.features.feature_mean
+        means = class_means(rows.values, rows.targets, data.num_classes, (self.features,), mean)
+        with torch.no_grad():
+            head.feature_mean.copy_(mean)
+            head.weight.copy_(means[self.features])
+        return head
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TauFit(Fit):
+    """Takes the joint classifier, with the tau that is the exact maximiser on validation.
+
+    Args:
+        tau: Strength, >= 0; None selects it.
+    """
+
+    adjust: ClassVar[Adjustment]
+    tau: float | None = None
+
+    def _fit(self, data: FitData) -> Head:
+        classifier = data.need_classifier(self.name)
+        if self.tau is not None:
+            return self._head(classifier, self.tau, data)
+        val, counts = data.need_val(self.name, "tau"), data.class_counts
+        curve = tau_curve(classifier, val, adjust=self.adjust, class_counts=counts, rule=data.rule)
+        tau, accuracy = curve.maximise(data.objective)
+        head = self._head(classifier, tau, data)
+        head.selection = selection_record("tau", tau, accuracy, data)
+        return head
+
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        raise NotImplementedError
 
 
 @register_fit("tau_norm")
-def fit_tau_norm(
-    data: FitData, *, tau: float | None = None, keep_bias: bool = False
-) -> TauNormHead:
-    """Normalises the joint classifier; tau is the exact maximiser on validation.
+@dataclass(frozen=True, kw_only=True)
+class TauNormFit(_TauFit):
+    """Normalises the joint classifier.
 
     With a bias that is kept, accuracy has no closed form in tau: the best of a grid is taken then.
     """
-    classifier = data.need_classifier("tau_norm")
-    if tau is not None:
-        return TauNormHead.from_classifier(classifier, tau=tau, keep_bias=keep_bias)
-    val = data.need_val("tau_norm", "tau")
-    if keep_bias and classifier.bias is not None:
-        candidates = [
-            (grid_tau, TauNormHead.from_classifier(classifier, tau=grid_tau, keep_bias=True))
-            for grid_tau in TAU_GRID
-        ]
-        return select(candidates, data, val, "tau")
-    curve = tau_curve(classifier, val, class_counts=data.class_counts, rule=data.rule)
-    tau, accuracy = curve.maximise(data.objective)
-    head = TauNormHead.from_classifier(classifier, tau=tau, keep_bias=keep_bias)
-    head.selection = selection_record("tau", tau, accuracy, data)
-    return head
+
+    adjust = "norm"
+    keep_bias: bool = False
+
+    def _fit(self, data: FitData) -> Head:
+        classifier = data.need_classifier(self.name)
+        if self.tau is not None or not self.keep_bias or classifier.bias is None:
+            return super()._fit(data)
+        candidates = [(tau, self._head(classifier, tau, data)) for tau in TAU_GRID]
+        return select(candidates, data, data.need_val(self.name, "tau"), "tau")
+
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        return TauNormHead.from_classifier(classifier, tau=tau, keep_bias=self.keep_bias)
 
 
 @register_fit("logit_adjusted")
-def fit_logit_adjusted(data: FitData, *, tau: float | None = None) -> LogitAdjustedHead:
-    """Subtracts tau times the log prior; tau is the exact maximiser on validation."""
-    classifier = data.need_classifier("logit_adjusted")
-    counts = data.class_counts
-    if tau is not None:
+@dataclass(frozen=True, kw_only=True)
+class LogitAdjustedFit(_TauFit):
+    """Subtracts tau times the log prior."""
+
+    adjust = "prior"
+
+    def _head(self, classifier: nn.Linear, tau: float, data: FitData) -> Head:
+        counts = data.class_counts
         return LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)
-    val = data.need_val("logit_adjusted", "tau")
-    curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=data.rule)
-    tau, accuracy = curve.maximise(data.objective)
-    head = LogitAdjustedHead.from_classifier(classifier, tau=tau, class_counts=counts)
-    head.selection = selection_record("tau", tau, accuracy, data)
-    return head

@@ -1,8 +1,7 @@
 """Accuracy as an exact function of tau, for tau-normalisation and logit adjustment.
 
-For which tau each image is right: one interval per image, from one pass over its logits.
-
-At any tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
+Each image is right for one interval of tau, which is found from one pass over its logits. At any
+tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
 
 - Logit adjustment, ``z_c − tau·log prior_c``: lead is ``z_c − z_t``, rise is ``log prior_c −
   log prior_t``.
@@ -14,21 +13,19 @@ At any tau the label t of a row beats class c where ``tau·rise_c >= lead_c``:
 - Tau-normalisation with ``z_t = 0``, which no tau changes: a positive logit always wins, a negative
   one never; lead is the sign of ``z_c``, rise is 0.
 
-So each class gives one bound: a heavier one (``rise > 0``) holds tau to ``>= lead / rise``, a
+So each class gives one bound: a heavier one (``rise > 0``) restricts tau to ``>= lead / rise``, a
 lighter one (``rise < 0``) to ``<= lead / rise``, one of equal weight allows every tau or none. The
 label wins on the interval from the highest lower to the lowest upper bound. A lighter class of
-greater lead leaves no ``tau >= 0``: with the classes ordered by norm, only running maxima of the
-positive logits ever win, and rows with other labels are dropped before a logarithm is taken.
+greater lead leaves no ``tau >= 0``: such rows are dropped before a logarithm is taken.
 
-Step functions of tau: what an objective is between any two taus at which an image changes.
-
-An image that is right on ``[low, high]`` adds its weight there, so an objective that is a weighted
-mean over images changes at 2 N taus at most, and sorting gives it everywhere.
+An objective that is a weighted mean over images changes at 2 N taus at most, the ends of these
+intervals, and sorting them gives the objective everywhere.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -66,14 +63,14 @@ SMALLEST, LOG_SMALLEST = 1e-35, -80.0
 
 
 class IntervalFinder:
-    """Finds the taus at which labels win, for a few rows of logits at a time.
+    """Finds the taus at which labels win.
 
     All is computed in the type of the logits: each bound is right for logits that differ from the
     given ones by a few of their roundings, and right at ``tau = 0`` for the given ones.
 
     Args:
-        slopes: What tau counts against each class: ``log‖w_c‖`` or ``log prior_c``, (C,) float64.
-        logarithmic: The lines are logarithms of the logits (tau-normalisation), not the logits.
+        slopes: Slope of each class's line, ``log‖w_c‖`` or ``log prior_c``, (C,) float64.
+        logarithmic: Whether the lines are logarithms of the logits (tau-normalisation).
         dtype: Type of the logits.
     """
 
@@ -91,16 +88,23 @@ class IntervalFinder:
         # Fresh memory for each step would take longer than the step.
         self.work = torch.empty(4, self.max_rows, len(slopes), dtype=dtype)
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, blocks: Iterator[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the first and the last tau >= 0 at which each label wins; (inf, -inf) if none.
 
         Shape:
-            logits (B, C) with B <= ``max_rows``, targets (B,); (B,) each.
+            blocks of logits (any, C), together N rows; targets (N,); (N,) float64 each.
         """
-        low = torch.full((len(logits),), math.inf, dtype=logits.dtype)
-        high = -low
-        alive = (~self._hopeless(logits, targets)).nonzero().flatten()
-        low[alive], high[alive] = self._bounds(logits, targets[alive], alive)
+        low, high = torch.full((2, len(targets)), math.inf, dtype=torch.float64)
+        high.neg_()
+        start = 0
+        for block in blocks:
+            for logits in block.split(self.max_rows):
+                labels = targets[start : start + len(logits)]
+                alive = (~self._hopeless(logits, labels)).nonzero().flatten()
+                rows = start + alive
+                found = self._bounds(logits, labels[alive], alive)
+                low[rows], high[rows] = (bound.double() for bound in found)
+                start += len(logits)
         return low, high
 
     def _hopeless(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -159,49 +163,25 @@ def _log_ratios(logits: Tensor, rise: Tensor, own: Tensor) -> None:
     logits[zero] = signs
 
 
-def winning_intervals(
-    blocks: Iterator[Tensor], targets: Tensor, find: IntervalFinder
-) -> tuple[Tensor, Tensor]:
-    """Returns the interval of tau of every row of the blocks of logits, one after the other.
-
-    Shape:
-        blocks of (any, C), together N rows; targets (N,); (N,) float64 each.
-    """
-    low, high = torch.empty(2, len(targets), dtype=torch.float64)
-    start = 0
-    for block in blocks:
-        for logits in block.split(find.max_rows):
-            rows = slice(start, start + len(logits))
-            low[rows], high[rows] = find(logits, targets[rows])
-            start += len(logits)
-    return low, high
-
-
-def logit_blocks(
-    values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None
-) -> Iterator[Tensor]:
+def logit_blocks(values: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
     """Yields the logits, some rows at a time, so that memory does not grow with the features.
 
     Args:
-        values: Features (N, D), which may lie in a mapped file.
-        weight: The classifier, (C, D) on the CPU; logits are computed in its type.
-        bias: Its bias, (C,), or None.
-        rows: Indices of the rows to take, (M,); None for all.
+        values: Features (N, D), maybe memory-mapped.
+        weight: Weight of the classifier, (C, D) on the CPU; logits have its type.
+        bias: Bias of the classifier, (C,), or None.
     """
-    count = len(values) if rows is None else len(rows)
     step = max(BLOCK // max(weight.shape), BLOCK_ROWS)
-    for start in range(0, count, step):
-        chosen = slice(start, start + step)
-        block = values[chosen if rows is None else rows[chosen].to(values.device)]
+    for block in values.split(step):
         yield F.linear(block.detach().to("cpu", weight.dtype), weight, bias)
 
 
-# Entries of the (edges, C) matrices from which the worst class is taken at a time.
-ENTRIES = 2**22
+# A step function of tau: where it changes, (K,) ascending from 0, and its value after each.
+Steps = tuple[Tensor, Tensor]
 
 
-def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where a weighted mean changes, (K,) ascending from 0, and its value after each.
+def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> Steps:
+    """Returns the weighted mean of the images that are right.
 
     Args:
         low: First tau at which each image is right, (N,) float64.
@@ -209,24 +189,14 @@ def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, 
         weights: Weight of each image in the mean, (N,) >= 0.
     """
     total = weights.double().sum()
-    low, high, weights = _real(low, high, weights.double())
-    edges = _edges(low, high)
+    # Drop images that are right at no tau >= 0.
+    kept = (low <= high) & (high >= 0)
+    low, high, weights = low[kept].clamp_min(0), high[kept], weights.double()[kept]
+    edges = torch.cat([low.new_zeros(1), low, high[high.isfinite()]]).unique()
     # An image counts from its low edge on, up to and including its high edge.
     started = _sum_up_to(low, weights, edges)
     ended = _sum_up_to(high, weights, edges)
     return edges, (started - ended) / total
-
-
-def _real(low: Tensor, high: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaves out images that are right at no tau >= 0."""
-    kept = (low <= high) & (high >= 0)
-    return low[kept].clamp_min(0), high[kept], extra[kept]
-
-
-def _edges(low: Tensor, high: Tensor) -> Tensor:
-    taus = torch.cat([torch.zeros(1, dtype=low.dtype), low, high[high.isfinite()]])
-    edges: Tensor = taus.unique()
-    return edges
 
 
 def _sum_up_to(points: Tensor, weights: Tensor, edges: Tensor) -> Tensor:
@@ -237,105 +207,13 @@ def _sum_up_to(points: Tensor, weights: Tensor, edges: Tensor) -> Tensor:
     return up_to
 
 
-def objective_steps(
-    low: Tensor,
-    high: Tensor,
-    objective: Objective,
-    *,
-    targets: Tensor | None,
-    shots: Mapping[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Returns where an objective may change, (K,) ascending from 0, and its value after each.
-
-    Args:
-        low: First tau at which each image is right, (N,) float64.
-        high: Last such tau, (N,).
-        objective: As of :func:`timm_lt.fit_head`.
-        targets: Class of each image, (N,), if known.
-        shots: Whether each class belongs to a shot group, (C,) by group, if known.
-
-    Raises:
-        UsageError: If the classes or shot groups that the objective needs are not known, or the
-            split has no image of the group.
-    """
-    if objective == "all":
-        return weighted_steps(low, high, torch.ones(len(low)))
-    if targets is None:
-        raise UsageError(f"objective {objective!r} needs a curve that knows its targets")
-    if objective == "worst_class":
-        return _worst_class(low, high, targets)
-    weights = class_counts(targets).double().reciprocal()[targets]
-    if objective == "class_mean":
-        return weighted_steps(low, high, weights)
-    if not shots:
-        raise UsageError(f"objective {objective!r} needs class_counts= for the shot groups")
-    groups = {}
-    for name, members in shots.items():
-        rows = members[targets]
-        if rows.any():
-            groups[name] = weighted_steps(low[rows], high[rows], weights[rows])
-    if objective == "harmonic_mean":
-        return _harmonic_mean(list(groups.values()))
-    if objective not in groups:
-        raise UsageError(
-            f"the split has no image of a few-shot class: take another objective than {objective!r}"
-        )
-    return groups[objective]
-
-
-def on_common_edges(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Returns the edges of all of some step functions, and the values of each after them."""
-    edges = torch.cat([edges for edges, _ in steps]).unique()
-    values = [
-        values[torch.searchsorted(own_edges, edges, right=True) - 1] for own_edges, values in steps
-    ]
-    return edges, values
-
-
-def _harmonic_mean(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns the harmonic mean of step functions, 0 where one of them is 0."""
-    edges, values = on_common_edges(steps)
-    inverse = torch.stack(values).clamp_min(0).reciprocal().mean(0)
-    return edges, inverse.reciprocal()
-
-
-def _worst_class(low: Tensor, high: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the least accuracy of a class that has images."""
-    counts = class_counts(targets)
-    present = counts.nonzero().flatten()
-    column = torch.zeros_like(counts)
-    column[present] = torch.arange(len(present))
-    low, high, columns = _real(low, high, column[targets])
-    edges = _edges(low, high)
-    values = [
-        (right / counts[present]).amin(1)
-        for right in _right_per_class(low, high, columns, edges, len(present))
-    ]
-    return edges, torch.cat(values)
-
-
-def _right_per_class(
-    low: Tensor, high: Tensor, columns: Tensor, edges: Tensor, num_classes: int
-) -> Iterator[Tensor]:
-    """Yields how many images of each class are right after each edge, some edges at a time."""
-    finite = high.isfinite()
-    taus = torch.cat([low, high[finite]])
-    classes = torch.cat([columns, columns[finite]])
-    changes = torch.cat([torch.ones(len(low)), -torch.ones(int(finite.sum()))]).double()
-    place = torch.searchsorted(edges, taus)
-    place, order = place.sort()
-    right = torch.zeros(num_classes, dtype=torch.float64)
-    step = max(ENTRIES // num_classes, 1)
-    for start in range(0, len(edges), step):
-        rows = min(step, len(edges) - start)
-        first, last = torch.searchsorted(place, torch.tensor([start, start + rows])).tolist()
-        chosen = order[first:last]
-        part = torch.zeros(rows, num_classes, dtype=torch.float64)
-        part.index_put_((place[first:last] - start, classes[chosen]), changes[chosen], True)
-        part[0] += right
-        part = part.cumsum(0)
-        right = part[-1]
-        yield part
+def on_common_edges(functions: Iterable[Steps]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Returns the edges of all of some step functions, and yields the values of each after them."""
+    functions = list(functions)
+    edges = torch.cat([own for own, _ in functions]).unique()
+    return edges, (
+        values[torch.searchsorted(own, edges, right=True) - 1] for own, values in functions
+    )
 
 
 Adjustment = Literal["norm", "prior"]
@@ -369,40 +247,54 @@ class AccuracyCurve:
     shots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, tau: float, *, objective: Objective = "all") -> float:
-        """Returns the accuracy at one tau, or what another objective is there.
-
-        Args:
-            tau: The tau, >= 0.
-            objective: As of :meth:`maximise`.
-
-        Raises:
-            UsageError: As :meth:`maximise`.
-        """
+        """Returns an objective at a tau >= 0; arguments and errors are those of `maximise`."""
         right = (self.low <= tau) & (tau <= self.high)
         # The images that are right there, as if they were right at every tau.
         low, high = torch.where(right, 0.0, torch.inf), torch.where(right, torch.inf, -torch.inf)
-        _, values = objective_steps(low, high, objective, targets=self.targets, shots=self.shots)
-        return float(values[0])
+        return float(replace(self, low=low, high=high).steps(objective)[1][0])
 
-    def steps(self, objective: Objective = "all") -> tuple[Tensor, Tensor]:
+    def steps(self, objective: Objective = "all") -> Steps:
         """Returns where an objective changes, (K,) ascending from 0, and its value after each.
 
-        Args:
-            objective: As of :meth:`maximise`.
-
-        Raises:
-            UsageError: As :meth:`maximise`.
+        Arguments and errors are those of `maximise`.
         """
-        return objective_steps(
-            self.low, self.high, objective, targets=self.targets, shots=self.shots
-        )
+        if objective == "all":
+            return self._mean(slice(None), torch.ones(len(self.low)))
+        if self.targets is None or not (self.shots or objective in ("class_mean", "worst_class")):
+            missing = "targets" if self.targets is None else "class_counts= for the shot groups"
+            raise UsageError(f"objective {objective!r} needs a curve with {missing}")
+        counts = class_counts(self.targets)
+        weights = counts.double().reciprocal()[self.targets]
+        if objective == "class_mean":
+            return self._mean(slice(None), weights)
+        if objective == "worst_class":
+            by_class = self.targets.argsort(stable=True).split(counts.tolist())
+            ones = torch.ones_like(weights)
+            recalls = [self._mean(rows, ones) for rows in by_class if len(rows)]
+            edges, values = on_common_edges(recalls)
+            return edges, functools.reduce(torch.minimum, values)
+        members = {name: mask[self.targets] for name, mask in self.shots.items()}
+        groups = {name: self._mean(rows, weights) for name, rows in members.items() if rows.any()}
+        if objective == "harmonic_mean":
+            edges, means = on_common_edges(groups.values())
+            # 0 where one of them is 0.
+            inverse = torch.stack([*means]).clamp_min(0).reciprocal().mean(0)
+            return edges, inverse.reciprocal()
+        if objective not in groups:
+            raise UsageError(
+                f"the split has no image for the objective {objective!r}; choose another"
+            )
+        return groups[objective]
+
+    def _mean(self, rows: Tensor | slice, weights: Tensor) -> Steps:
+        """Returns the weighted mean over some images as a step function."""
+        return weighted_steps(self.low[rows], self.high[rows], weights[rows])
 
     @property
     def best_tau(self) -> float:
         """The middle of the widest stretch of taus up to 10 with the highest accuracy.
 
-        In the middle, rounding cannot tip an image over the edge. A stretch of more than one unit,
-        which may go on for ever, is cut there: the least of the taus that do the same will do.
+        In the middle, rounding cannot tip an image over the edge. A stretch is cut after one unit.
         """
         return self.maximise("all")[0]
 
@@ -413,16 +305,17 @@ class AccuracyCurve:
         mean over the classes decides; then the width of the stretch.
 
         Args:
-            objective: As of :func:`timm_lt.fit_head`.
+            objective: An objective of :func:`timm_lt.fit_head`.
 
         Raises:
-            UsageError: If the curve was made without the class counts that the objective needs, or
-                the split has no image of the shot group.
+            UsageError: If the curve has no class counts, which the objective needs, or the split
+                has no image of the shot group.
         """
         edges, values = self.steps(objective)
         order = [values]
         if objective != "all":
-            edges, order = on_common_edges([(edges, values), self.steps("class_mean")])
+            edges, both = on_common_edges([(edges, values), self.steps("class_mean")])
+            order = [*both]
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
         edges, ends, order = edges[near], ends[near], [values[near] for values in order]
@@ -447,20 +340,19 @@ def tau_curve(
     """Computes the accuracy of tau-normalisation or logit adjustment at every tau >= 0 at once.
 
     With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
-    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. Either way the label of an image
-    wins on one interval of tau, which :mod:`timm_lt.fitting.curves` finds from one product of
-    features and weight. The ends are exact up to the rounding of the logits, which have the
-    type that a head's have, float32 at least. Features may lie in a mapped file: they are
-    read block by block.
+    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. The label of an image wins on one
+    interval of tau, which is found from one product of features and weight. The ends are exact up
+    to the rounding of the logits, which are at least float32. Features are read in blocks and may
+    be memory-mapped.
 
     Args:
-        classifier: The joint classifier (C, D), as ``model.get_classifier()`` gives it.
-        features: Features to be right on, values (N, D).
+        classifier: The joint classifier (C, D), from ``model.get_classifier()``.
+        features: Validation features, values (N, D).
         adjust: ``"norm"`` or ``"prior"``.
         class_counts: Training images per class (C,); for ``"prior"`` and for the shot groups.
-        group: Take the images of this shot group only; each image counts the same. Without it the
-            curve of every group is in ``groups``, if there are class counts.
-        rule: Where the shot groups have their boundaries.
+        group: Returns the curve of one shot group, in which each image counts the same. None
+            returns that of all images, with those of the groups if there are class counts.
+        rule: Bounds of the shot groups.
 
     Raises:
         UsageError: If shapes do not match, class counts are missing, the group has no images, or
@@ -470,81 +362,67 @@ def tau_curve(
         Kang et al., ICLR 2020, equation 3; Menon et al., ICLR 2021, equation 9.
     """
     check_choice("adjust", adjust, get_args(Adjustment))
-    classifier = as_joint(classifier)
-    check_joint(classifier)
+    classifier = joint_classifier(classifier)
     num_classes = classifier.out_features
-    check_fits(features, "features", num_classes, classifier)
+    check_fits(features, "features", num_classes, classifier.in_features)
     if class_counts is None and (adjust == "prior" or group is not None):
         raise UsageError("tau_curve needs class_counts= for adjust='prior' and for group=")
     counts = None if class_counts is None else check_class_counts(class_counts, num_classes)
-    if counts is not None and len(counts) != num_classes:
-        raise UsageError(f"class_counts has {len(counts)} classes, the classifier {num_classes}")
-    targets = features.targets.cpu()
-    shots = {} if counts is None else shot_groups(counts, rule)
-    members = {name: mask[targets].nonzero().flatten() for name, mask in shots.items()}
-    rows = None
-    if group is not None:
-        check_choice("group", group, tuple(members))
-        rows, members = members[group], {}
-        if not len(rows):
-            raise UsageError(f"no image belongs to the group {group!r}")
-        targets = targets[rows]
-    weight, bias = _weights(classifier, features)
-    if adjust == "norm":
-        bias, slopes = None, nonzero_norm(weight).flatten().double().log()
-    else:
-        assert counts is not None
-        slopes = log_prior(counts, num_classes).double()
-    blocks = logit_blocks(features.values, weight, bias, rows)
-    find = IntervalFinder(slopes, logarithmic=adjust == "norm", dtype=weight.dtype)
-    low, high = winning_intervals(blocks, targets, find)
-    groups = {
-        name: AccuracyCurve(low[rows], high[rows], targets=targets[rows]) if len(rows) else None
-        for name, rows in members.items()
-    }
-    return AccuracyCurve(low, high, groups, targets, shots)
-
-
-def _weights(classifier: nn.Linear, features: Features) -> tuple[Tensor, Tensor | None]:
-    """Returns weight and bias on the CPU in the type of the wider of classifier and features."""
+    # The type of the wider of classifier and features.
     dtype = torch.promote_types(features.values.dtype, classifier.weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     weight = classifier.weight.detach().to("cpu", dtype)
-    bias = None if classifier.bias is None else classifier.bias.detach().to("cpu", dtype)
+    bias: Tensor | None = None
     bad = (~weight.sum(1).isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UsageError(f"the classifier's weight of class {bad[0]} is not finite")
-    return weight, bias
+    if adjust == "norm":
+        slopes = nonzero_norm(weight).flatten().double().log()
+    else:
+        assert counts is not None
+        bias = None if classifier.bias is None else classifier.bias.detach().to("cpu", dtype)
+        slopes = log_prior(counts, num_classes).double()
+    find = IntervalFinder(slopes, logarithmic=adjust == "norm", dtype=dtype)
+    targets = features.targets.cpu()
+    low, high = find(logit_blocks(features.values, weight, bias), targets)
+    shots = {} if counts is None else shot_groups(counts, rule)
+    groups: dict[str, AccuracyCurve | None] = {}
+    for name, members in shots.items():
+        rows = members[targets]
+        part = AccuracyCurve(low[rows], high[rows], targets=targets[rows])
+        groups[name] = part if rows.any() else None
+    if group is None:
+        return AccuracyCurve(low, high, groups, targets, shots)
+    present = {name: curve for name, curve in groups.items() if curve is not None}
+    check_choice("group with images:", group, tuple(present))
+    return replace(present[group], shots=shots)
 
 
-def check_joint(classifier: nn.Linear) -> None:
-    """Checks that a classifier is a joint one: no head whose weight is not what it computes with.
+def joint_classifier(classifier: nn.Module) -> nn.Linear:
+    """Returns a joint classifier as ``nn.Linear``.
 
     Raises:
-        UsageError: If it is a head other than ``linear``.
+        UsageError: If it is a head other than ``linear``, which computes with another weight.
     """
-    if isinstance(classifier, Head) and not isinstance(classifier, LinearHead):
+    linear = as_joint(classifier)
+    if isinstance(linear, Head) and not isinstance(linear, LinearHead):
         raise UsageError(
-            f"classifier= takes the joint classifier, got a {classifier.kind!r} head; pass an "
+            f"classifier= takes the joint classifier, got a {linear.kind!r} head; pass an "
             "nn.Linear, e.g. what the head's fold() returns"
         )
+    return linear
 
 
-def check_fits(
-    features: Features, noun: str, num_classes: int, classifier: nn.Linear | None
-) -> None:
-    """Checks features against the number of classes and the classifier that will take them.
+def check_fits(features: Features, noun: str, num_classes: int | None, width: int | None) -> None:
+    """Checks features against the number of classes and the width of the classifier.
 
     Raises:
         UsageError: If they are not ``Features``, a target is out of range, or the widths differ.
     """
     check_features(features, noun)
     check_labels(features.targets, num_classes, noun=f"targets of {noun}")
-    if classifier is not None and classifier.in_features != features.num_features:
-        raise UsageError(
-            f"{noun} has {features.num_features} features per row, the classifier takes "
-            f"{classifier.in_features}"
-        )
+    if width is not None and features.num_features != width:
+        raise UsageError(f"{noun} has {features.num_features} features per row; expected {width}")
 
 
 def head_curves(
@@ -554,23 +432,19 @@ def head_curves(
     counts: Tensor,
     rule: ShotRule = "fb",
 ) -> dict[str, tuple[AccuracyCurve, float]]:
-    """Returns accuracy against tau, with the chosen tau, for each head that has one.
-
-    Each curve has those of the shot groups.
+    """Returns the curve, with those of the shot groups, and the chosen tau of each head with a tau.
 
     Args:
         classifier: The joint classifier, (C, D).
         heads: Fitted heads by name.
-        val: Features to be right on, values (N, D).
+        val: Validation features, values (N, D).
         counts: Training images per class, (C,).
-        rule: Where the shot groups have their boundaries.
+        rule: Bounds of the shot groups.
     """
     curves = {}
     for name, head in heads.items():
-        if isinstance(head, TauNormHead) and not head.keep_bias:
-            curve = tau_curve(classifier, val, class_counts=counts, rule=rule)
-            curves[name] = curve, head.tau
-        elif isinstance(head, LogitAdjustedHead):
-            curve = tau_curve(classifier, val, adjust="prior", class_counts=counts, rule=rule)
-            curves[name] = curve, head.tau
+        adjust: Adjustment = "prior" if isinstance(head, LogitAdjustedHead) else "norm"
+        if adjust == "prior" or (isinstance(head, TauNormHead) and not head.keep_bias):
+            curve = tau_curve(classifier, val, adjust=adjust, class_counts=counts, rule=rule)
+            curves[name] = curve, float(head.tau)  # type: ignore[arg-type]
     return curves

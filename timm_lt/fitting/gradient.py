@@ -1,53 +1,67 @@
-"""Fits by gradient on cached features: linear, crt, lws and cosine."""
+"""Fits by gradient on cached features: linear, crt, lws and cosine; SMOTE."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from timm_lt.features import Features
-from timm_lt.fitting.base import FitData, register_fit, select, selection_record, validation_score
-from timm_lt.fitting.sgd import (
-    BestStep,
-    Score,
-    SmoteTarget,
-    Softmax,
-    add_smote_rows,
-    check_length,
-    check_smote,
+from timm_lt.fitting.base import (
+    MAXIMUM,
+    Fit,
+    FitData,
+    TrainedFit,
+    register_fit,
+    select,
+    selection_record,
+    validation_score,
+)
+from timm_lt.fitting.solvers import (
+    MAX_ITERATIONS,
+    class_balanced_shares,
     epochs_of,
+    row_blocks,
     scale_gradient,
-    smote_counts,
     solve_linear,
+    take_rows,
     train_head,
 )
-from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, seeded_linear
-from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
+from timm_lt.heads import (
+    CosineHead,
+    CRTHead,
+    Head,
+    LinearHead,
+    LWSHead,
+    limit_norms,
+    seeded_linear,
+)
+from timm_lt.heads.linear import CRT_LENGTH, LWS_LENGTH
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler
-from timm_lt.utils.checks import (
-    UsageError,
-    check_choice,
-    check_integer,
-    check_mapping,
-    check_number,
-)
+from timm_lt.utils.checks import UsageError, check_integer, check_mapping
 from timm_lt.utils.longtail import ShotRule, class_counts
 
 H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]
-# Losses of the lbfgs solver; sgd takes any registered loss.
-LBFGSLoss = Literal["cross_entropy", "balanced_softmax"]
 Keep = Literal["last", "best"]
+SmoteTarget: TypeAlias = int | Literal["largest"]
+# Losses of the lbfgs solver; sgd takes any registered loss.
+LBFGS_LOSSES = ("cross_entropy", "balanced_softmax")
 SGD_OPTIONS = (
     *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
 )
-MAX_ITERATIONS = 100
+SGD_WEIGHT_DECAY = 5e-4
 # Rows x features x classes above which lbfgs, with its weight decays, takes minutes.
 LARGE = 5_000_000_000
 # From strong to weak: each solution is the start of the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+# Validations during training, with keep='best'.
+LOOKS = 10
+# Neighbours of SMOTE.
+NEIGHBORS = 5
 
 
 def usual_solver(rows: int, linear: nn.Linear) -> Solver:
@@ -56,142 +70,54 @@ def usual_solver(rows: int, linear: nn.Linear) -> Solver:
 
 
 @register_fit("linear")
-def fit_linear(
-    data: FitData, *, solver: Solver | None = None, weight_decay: float | None = None
-) -> LinearHead:
-    """Returns the joint classifier as a head, or without one fits a linear probe.
+@dataclass(frozen=True, kw_only=True)
+class LinearFit(Fit):
+    """Takes the joint classifier as it is, or without one fits a linear probe.
 
     The probe minimises the cross-entropy over the rows as they are distributed.
 
     Args:
-        data: Input of the fit.
-        solver: As in :func:`fit_crt`.
+        solver: ``"lbfgs"`` or ``"sgd"``; None is lbfgs, or sgd where lbfgs would take minutes.
         weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
     """
-    if data.classifier is not None:
-        if solver is not None or weight_decay is not None:
-            raise UsageError(
-                "solver and weight_decay of head 'linear' have no effect with a joint classifier; "
-                "remove them"
-            )
-        return LinearHead.from_classifier(data.classifier)
-    features = data.features
-    linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
-    solver = solver or usual_solver(features.num_images * features.views, linear)
-    if solver == "lbfgs":
-        counts = class_counts(features.targets, data.num_classes)
-        given = Softmax.instance_balanced(counts)
-        return _solve(LinearHead, data, features, linear, given, weight_decay=weight_decay)
-    head = LinearHead.from_classifier(linear)
-    train_head(
-        head,
-        features,
-        seed=data.seed,
-        steps=CRT_LENGTH.updates(features.num_images),
-        lr=0.2,
-        weight_decay=5e-4 if weight_decay is None else weight_decay,
-        sampler="instance_balanced",
-    )
-    return head
 
+    solver: Solver | None = None
+    weight_decay: float | None = None
 
-def _check_crt_options(options: dict[str, Any]) -> None:
-    """Checks the options by themselves; those of the other solver have no effect."""
-    solver = options.get("solver") or "lbfgs"
-    of_others = SGD_OPTIONS if solver == "lbfgs" else ("max_iterations",)
-    for key in of_others:
-        if options.get(key) is not None:
-            raise UsageError(
-                f"{key} of head 'crt' has no effect with solver {solver!r}; remove it, or pass "
-                f"solver={'sgd' if solver == 'lbfgs' else 'lbfgs'!r}"
-            )
-    check_length(options)
-    if options.get("max_norm") is not None:
-        check_number("max_norm of head 'crt'", options["max_norm"], "(0, inf)")
-    check_smote(options.get("smote"))
-    loss = options.get("loss", "cross_entropy")
-    given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
-    for key in {"class_counts", "reduction"} & set(given):
-        raise UsageError(f"{key} in loss_options of head 'crt' is set by the fit; remove it")
-    try:
-        made = create_loss(loss, class_counts=[2, 1], **given)
-    except UsageError as error:
-        raise UsageError(f"loss of head 'crt': {error}") from error
-    if solver == "lbfgs" and loss not in get_args(LBFGSLoss):
-        raise UsageError(
-            f"loss {loss!r} of head 'crt' needs solver: sgd; lbfgs solves "
-            f"{' and '.join(get_args(LBFGSLoss))}"
+    def _fit(self, data: FitData) -> LinearHead:
+        if data.classifier is not None:
+            if self.solver is not None or self.weight_decay is not None:
+                raise UsageError(
+                    "solver and weight_decay of head 'linear' have no effect with a joint "
+                    "classifier; remove them"
+                )
+            return LinearHead.from_classifier(data.classifier)
+        features = data.features
+        linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
+        if (self.solver or usual_solver(len(features), linear)) == "lbfgs":
+            shares = torch.full((data.num_classes,), 1.0 / len(features))
+            return _solve(LinearHead, data, features, linear, self.weight_decay, shares=shares)
+        head = LinearHead.from_classifier(linear)
+        train_head(
+            head,
+            features,
+            seed=data.seed,
+            steps=CRT_LENGTH.updates(features.num_images),
+            lr=0.2,
+            weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
+            sampler="instance_balanced",
         )
-    try:
-        getattr(made, "check_classifier", lambda _: None)(nn.Linear(1, 2, device="meta"))
-    except UsageError as error:
-        raise UsageError(f"loss {loss!r} of head 'crt', which is linear: {error}") from error
-    if getattr(made, "takes_pairs", False):
-        raise UsageError(f"loss {loss!r} of head 'crt' takes pairs of images; choose another")
-    sampler = options.get("sampler") or _usual_sampler(loss)
-    check_sampler("of head 'crt'", sampler, options.get("sampler_options"))
+        return head
 
 
-def _usual_sampler(loss: str) -> str:
-    """Returns the default sampler of a loss."""
-    return "instance_balanced" if loss == "balanced_softmax" else "class_balanced"
-
-
-def _check_crt_length(
-    options: dict[str, Any], class_counts: Tensor, *, rule: ShotRule, views: int
-) -> None:
-    """Checks that the schedule of a loss fits into the epochs."""
-    if options.get("solver") != "sgd":
-        return
-    rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
-    if options.get("smote") is not None:
-        rows = images = int(smote_counts(class_counts * views, options["smote"]).sum())
-    length = CRT_LENGTH.updates(images, epochs=options.get("epochs"), steps=options.get("steps"))
-    given = check_mapping("loss_options of head 'crt'", options.get("loss_options"))
-    loss = create_loss(options.get("loss", "cross_entropy"), class_counts=class_counts, **given)
-    try:
-        getattr(loss, "set_epoch", lambda *_: None)(0, epochs_of(length * BATCH_SIZE, rows))
-    except UsageError as error:
-        raise UsageError(f"loss of head 'crt' (an epoch is {rows} rows): {error}") from error
-
-
-def _with_solver(data: FitData, options: dict[str, Any]) -> dict[str, Any]:
-    """Adds the default solver, which depends on the size of the problem."""
-    if options.get("solver") is not None:
-        return options
-    rows = len(data.features)
-    if options.get("smote") is not None:
-        check_smote(options["smote"])
-        counts = class_counts(data.features.targets, data.num_classes)
-        rows = int(smote_counts(counts, options["smote"]).sum())
-    linear = nn.Linear(data.features.num_features, data.num_classes, device="meta")
-    return {**options, "solver": usual_solver(rows, linear)}
-
-
-@register_fit("crt", _check_crt_options, check_classes=_check_crt_length, complete=_with_solver)
-def fit_crt(
-    data: FitData,
-    *,
-    solver: Solver | None = None,
-    loss: str = "cross_entropy",
-    loss_options: Mapping[str, Any] | None = None,
-    sampler: str | None = None,
-    sampler_options: Mapping[str, Any] | None = None,
-    weight_decay: float | None = None,
-    max_iterations: int = MAX_ITERATIONS,
-    steps: int | None = None,
-    epochs: int | None = None,
-    lr: float = 0.2,
-    max_norm: float | None = None,
-    keep: Keep = "last",
-    smote: SmoteTarget | None = None,
-) -> CRTHead:
+@register_fit("crt")
+@dataclass(frozen=True, kw_only=True)
+class CRTFit(TrainedFit):
     """Re-trains the classifier from scratch on class-balanced data.
 
     Args:
-        data: Input of the fit.
-        solver: ``"lbfgs"`` solves the expected problem, ``"sgd"`` follows Kang et al.; None is
-            lbfgs, or sgd where lbfgs would take minutes.
+        solver: ``"lbfgs"`` solves the expected problem, ``"sgd"`` follows Kang et al.; None is the
+            one whose options are given, else lbfgs, or sgd where lbfgs would take minutes.
         loss: ``"cross_entropy"``, balanced by sampling (sgd) or weights (lbfgs), or
             ``"balanced_softmax"`` on the features as they are distributed. With sgd any of
             :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
@@ -212,48 +138,121 @@ def fit_crt(
         keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation (sgd).
         smote: Add synthetic rows up to so many per class, or up to the ``"largest"`` class.
     """
-    # Without a bias only if the joint classifier has none.
-    with_bias = data.classifier is None or data.classifier.bias is not None
-    width, num_classes = data.features.num_features, data.num_classes
-    linear = seeded_linear(width, num_classes, bias=with_bias, seed=data.seed)
-    features = data.features
-    if smote is not None:
-        features = add_smote_rows(features, data.num_classes, smote, seed=data.seed)
-    if solver == "lbfgs":
+
+    length = CRT_LENGTH
+
+    solver: Solver | None = None
+    loss: str = "cross_entropy"
+    loss_options: Mapping[str, Any] | None = None
+    sampler: str | None = None
+    sampler_options: Mapping[str, Any] | None = None
+    weight_decay: float | None = None
+    max_iterations: int = MAX_ITERATIONS
+    max_norm: float | None = None
+    keep: Keep = "last"
+    smote: SmoteTarget | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smote is not None:
+            smote_counts(torch.ones(1, dtype=torch.int64), self.smote)
+            _import_smote()
+        try:
+            loss = self._create_loss(torch.tensor([2, 1]))
+            if (check_classifier := getattr(loss, "check_classifier", None)) is not None:
+                check_classifier(nn.Linear(1, 2, device="meta"))
+            if getattr(loss, "takes_pairs", False):
+                raise UsageError(f"{self.loss!r} takes pairs of images; choose another")
+        except UsageError as error:
+            raise UsageError(f"loss of head 'crt', a linear classifier: {error}") from error
+        check_sampler("of head 'crt'", self._sampler, self.sampler_options)
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        of_sgd = [key for key in SGD_OPTIONS if key in given]
+        of_sgd += [f"loss {self.loss!r}"] if self.loss not in LBFGS_LOSSES else []
+        of_lbfgs = ["max_iterations"] if "max_iterations" in given else []
+        solver = self.solver or ("lbfgs" if of_lbfgs else "sgd" if of_sgd else None)
+        useless = {"lbfgs": of_sgd, "sgd": of_lbfgs, None: []}[solver]
+        if useless:
+            raise UsageError(
+                f"{useless[0]} of head 'crt' has no effect with the solver {solver}; remove it"
+            )
+        object.__setattr__(self, "solver", solver)
+
+    @property
+    def _sampler(self) -> str:
+        usual = "instance_balanced" if self.loss == "balanced_softmax" else "class_balanced"
+        return self.sampler or usual
+
+    def _create_loss(self, counts: Tensor) -> nn.Module:
+        options = check_mapping("loss_options", self.loss_options)
+        for key in {"class_counts", "reduction"} & options.keys():
+            raise UsageError(f"{key} in loss_options is set by the fit; remove it")
+        return create_loss(self.loss, class_counts=counts, **options)
+
+    def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
+        """Checks that the schedule of a loss fits into the epochs of sgd."""
+        if self.solver != "sgd":
+            return
+        rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
+        if self.smote is not None:
+            rows = images = int(smote_counts(class_counts * views, self.smote).sum())
+        epochs = epochs_of(self.updates(images) * self.batch_size, rows)
+        loss = self._create_loss(class_counts)
+        try:
+            getattr(loss, "set_epoch", lambda *_: None)(0, epochs)
+        except UsageError as error:
+            raise UsageError(f"loss of head 'crt' (an epoch is {rows} rows): {error}") from error
+
+    def _fit(self, data: FitData) -> CRTHead:
+        # Without a bias only if the joint classifier has none.
+        with_bias = data.classifier is None or data.classifier.bias is not None
+        features, num_classes = data.features, data.num_classes
+        linear = seeded_linear(features.num_features, num_classes, bias=with_bias, seed=data.seed)
+        if self.smote is not None:
+            features = add_smote_rows(features, num_classes, self.smote, seed=data.seed)
         counts = class_counts(features.targets, num_classes)
-        balanced = loss == "balanced_softmax"
-        make = Softmax.balanced_softmax if balanced else Softmax.class_balanced
-        return _solve(
-            CRTHead,
-            data,
+        if (self.solver or usual_solver(len(features), linear)) == "sgd":
+            return self._train(data, features, CRTHead.from_classifier(linear), counts)
+        problem: dict[str, Any] = {"shares": class_balanced_shares(counts)}
+        if self.loss == "balanced_softmax":
+            shares = torch.full((num_classes,), 1.0 / len(features))
+            problem = {"shares": shares, "offset": counts.float().log()}
+        problem["max_iterations"] = self.max_iterations
+        return _solve(CRTHead, data, features, linear, self.weight_decay, **problem)
+
+    def _train(self, data: FitData, features: Features, head: CRTHead, counts: Tensor) -> CRTHead:
+        """Trains the head by SGD."""
+        loss = self._create_loss(counts)
+        start = getattr(loss, "initial_bias", lambda _: None)(head.out_features)
+        undecayed = []
+        if start is not None and head.bias is not None:
+            nn.init.constant_(head.bias, start)
+            undecayed = [head.bias]
+        steps = self.updates(features.num_images)
+        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
+
+        def after(step: int) -> None:
+            if self.max_norm is not None:
+                limit_norms(head, self.max_norm)
+            if best is not None:
+                best(step)
+
+        train_head(
+            head,
             features,
-            linear,
-            make(counts),
-            weight_decay=weight_decay,
-            max_iterations=max_iterations,
+            seed=data.seed,
+            steps=steps,
+            lr=self.lr,
+            weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
+            sampler=self._sampler,
+            sampler_options=self.sampler_options,
+            loss=loss,
+            undecayed=undecayed,
+            after=after,
         )
-    head = CRTHead.from_classifier(linear)
-    counts = class_counts(features.targets, num_classes)
-    made = create_loss(loss, class_counts=counts, **dict(loss_options or {}))
-    start = getattr(made, "initial_bias", lambda _: None)(num_classes)
-    if start is not None and head.bias is not None:
-        nn.init.constant_(head.bias, start)
-    best = train_head(
-        head,
-        features,
-        seed=data.seed,
-        steps=CRT_LENGTH.updates(features.num_images, epochs=epochs, steps=steps),
-        lr=lr,
-        weight_decay=5e-4 if weight_decay is None else weight_decay,
-        sampler=sampler or _usual_sampler(loss),
-        sampler_options=sampler_options,
-        loss=made,
-        decay_bias=start is None,
-        max_norm=max_norm,
-        score=_score(head, data, keep),
-    )
-    _record(head, best, data)
-    return head
+        if best is not None:
+            best.restore()
+        return head
 
 
 def _solve(
@@ -261,29 +260,17 @@ def _solve(
     data: FitData,
     features: Features,
     linear: nn.Linear,
-    loss: Softmax,
-    *,
     weight_decay: float | None,
-    max_iterations: int = MAX_ITERATIONS,
+    **problem: Any,
 ) -> H:
     """Solves by L-BFGS from zero, selecting the weight decay on validation if it is None."""
-    check_integer("max_iterations", max_iterations, minimum=1)
-    if weight_decay is not None:
-        check_number("weight_decay", weight_decay, "[0, inf)")
     decays = WEIGHT_DECAYS if weight_decay is None else (weight_decay,)
     val = data.need_val(kind.kind, "weight_decay") if weight_decay is None else None
     weight = torch.zeros_like(linear.weight)
     bias: Tensor | None = None if linear.bias is None else torch.zeros_like(linear.bias)
     candidates = []
     for decay in decays:
-        weight, bias = solve_linear(
-            weight,
-            bias,
-            features,
-            weight_decay=decay,
-            max_iterations=max_iterations,
-            loss=loss,
-        )
+        weight, bias = solve_linear(weight, bias, features, weight_decay=decay, **problem)
         with torch.no_grad():
             linear.weight.copy_(weight)
             if bias is not None:
@@ -292,21 +279,12 @@ def _solve(
     return candidates[0][1] if val is None else select(candidates, data, val, "weight_decay")
 
 
-@register_fit("lws", check_length)
-def fit_lws(
-    data: FitData,
-    *,
-    scale_bias: bool = True,
-    steps: int | None = None,
-    epochs: int | None = None,
-    lr: float = 0.2,
-    weight_decay: float = 5e-4,
-    keep: Keep = "last",
-) -> LWSHead:
-    """Learns one factor per class, starting at 1, by class-balanced SGD (:func:`train_head`).
+@register_fit("lws")
+@dataclass(frozen=True, kw_only=True)
+class LWSFit(TrainedFit):
+    """Learns one factor per class, starting at 1, by class-balanced SGD.
 
     Args:
-        data: Input of the fit.
         scale_bias: Option of the head.
         steps: Updates, 512 rows each; None goes by epochs.
         epochs: None is the 5 of the authors' code, but at least 500 updates.
@@ -314,54 +292,146 @@ def fit_lws(
         weight_decay: On the factors, as in the authors' code.
         keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation.
     """
-    head = LWSHead.from_classifier(data.need_classifier("lws"), scale_bias=scale_bias)
-    with torch.no_grad():
-        head.scale.fill_(1.0)
-    best = train_head(
-        head,
-        data.features,
-        seed=data.seed,
-        steps=LWS_LENGTH.updates(data.features.num_images, epochs=epochs, steps=steps),
-        lr=lr,
-        weight_decay=weight_decay,
-        backward=scale_gradient(head, data.features),
-        score=_score(head, data, keep),
-    )
-    _record(head, best, data)
-    return head
+
+    length = LWS_LENGTH
+
+    scale_bias: bool = True
+    weight_decay: float = SGD_WEIGHT_DECAY
+    keep: Keep = "last"
+
+    def _fit(self, data: FitData) -> LWSHead:
+        classifier = data.need_classifier(self.name)
+        head = LWSHead.from_classifier(classifier, scale_bias=self.scale_bias)
+        with torch.no_grad():
+            head.scale.fill_(1.0)
+        steps = self.updates(data.features.num_images)
+        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
+        train_head(
+            head,
+            data.features,
+            seed=data.seed,
+            steps=steps,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            backward=scale_gradient(head, data.features),
+            after=best,
+        )
+        if best is not None:
+            best.restore()
+        return head
 
 
-@register_fit("cosine", check_length)
-def fit_cosine(
-    data: FitData,
-    *,
-    scale: float = 16.0,
-    learn_scale: bool = False,
-    steps: int | None = None,
-    epochs: int | None = None,
-    lr: float = 0.2,
-) -> CosineHead:
+@register_fit("cosine")
+@dataclass(frozen=True, kw_only=True)
+class CosineFit(TrainedFit):
     """Trains a cosine classifier by class-balanced SGD, from the joint classifier's directions."""
-    linear = data.new_linear()
-    if data.classifier is None:
-        nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
-    head = CosineHead.from_classifier(linear, scale=scale, learn_scale=learn_scale)
-    length = CRT_LENGTH.updates(data.features.num_images, epochs=epochs, steps=steps)
-    train_head(head, data.features, seed=data.seed, steps=length, lr=lr)
-    return head
+
+    length = CRT_LENGTH
+
+    scale: float = 16.0
+    learn_scale: bool = False
+
+    def _fit(self, data: FitData) -> CosineHead:
+        linear = data.new_linear()
+        if data.classifier is None:
+            nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
+        head = CosineHead.from_classifier(linear, scale=self.scale, learn_scale=self.learn_scale)
+        steps = self.updates(data.features.num_images)
+        train_head(head, data.features, seed=data.seed, steps=steps, lr=self.lr)
+        return head
 
 
-def _score(head: Head, data: FitData, keep: Keep) -> Callable[[], Score] | None:
-    """Returns the validation score during training, None for ``keep="last"``."""
-    check_choice(f"keep of head {head.kind!r}", keep, get_args(Keep))
-    if keep == "last":
-        return None
-    val = data.need_val(head.kind, "the best update", "keep='last'")
-    return lambda: validation_score(head, data, val)
+class _BestUpdate:
+    """Validates a head ten times during its training, and keeps the first best state."""
+
+    def __init__(self, head: Head, data: FitData, steps: int) -> None:
+        self.head, self.data = head, data
+        self.val = data.need_val(head.kind, "the best update", "keep='last'")
+        self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
+        self.compared: list[list[float]] = []
+        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
+
+    def __call__(self, step: int) -> None:
+        """Validates the head after an update, if it is due."""
+        if step not in self.looks:
+            return
+        self.head.eval()
+        score = validation_score(self.head, self.data, self.val)
+        self.head.train()
+        self.compared.append([step, score[0]])
+        if self.best is None or score > self.best[0]:
+            self.best = score, step, copy.deepcopy(self.head.state_dict())
+
+    def restore(self) -> None:
+        """Restores the best state, and records the selection."""
+        assert self.best is not None
+        score, step, state = self.best
+        self.head.load_state_dict(state)
+        self.head.selection = selection_record("steps", step, score[0], self.data)
+        self.head.selection["compared"] = self.compared
 
 
-def _record(head: Head, best: BestStep | None, data: FitData) -> None:
-    """Records the best update, if there is one."""
-    if best is not None:
-        head.selection = selection_record("steps", best.step, best.score, data)
-        head.selection["compared"] = [list(pair) for pair in best.compared]
+def _import_smote() -> Any:  # noqa: ANN401
+    try:
+        from imblearn.over_sampling import SMOTE
+    except ImportError as error:
+        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
+    return SMOTE
+
+
+def add_smote_rows(
+    features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
+) -> Features:
+    """Appends synthetic rows until each class has ``target`` rows.
+
+    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
+    of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
+    is repeated.
+
+    Args:
+        features: Values (N, D); the result is in memory.
+        num_classes: Number of classes C.
+        target: Smallest number of rows per class afterwards; ``"largest"`` is that of the largest
+            class.
+        seed: Seed of the draws.
+
+    Raises:
+        UsageError: If the target is out of range, or imbalanced-learn is not installed.
+
+    References:
+        Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
+        https://arxiv.org/abs/1106.1813
+    """
+    counts = class_counts(features.targets, num_classes)
+    missing = smote_counts(counts, target) - counts
+    parts = list(row_blocks(features.values, 1))
+    by_class = features.targets.sort(stable=True).indices.split(counts.tolist())
+    for label in missing.nonzero().flatten().tolist():
+        of_class = take_rows(features.values, by_class[label])
+        parts.append(_synthetic(of_class, int(missing[label]), seed + label))
+    labels = torch.repeat_interleave(torch.arange(num_classes), missing)
+    return Features(torch.cat(parts), torch.cat([features.targets.cpu(), labels]))
+
+
+def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
+    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
+    if target == "largest":
+        wanted = int(counts.max())
+    else:
+        wanted = check_integer("smote, rows per class or 'largest',", target, 1, MAXIMUM)
+    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
+
+
+def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
+    """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
+    if len(rows) == 1:
+        return rows.expand(number, -1)
+    smote = _import_smote()(
+        sampling_strategy={1: len(rows) + number},
+        k_neighbors=min(NEIGHBORS, len(rows) - 1),
+        random_state=seed % 2**32,
+    )
+    # imbalanced-learn needs a second class.
+    labels = [1] * len(rows) + [0]
+    resampled, _ = smote.fit_resample(torch.cat([rows, rows[:1]]).numpy(), labels)
+    return torch.from_numpy(resampled[len(labels) :])

@@ -33,4 +33,4 @@ from timm_lt.heads.linear import seeded_linear as seeded_linear
 from timm_lt.heads.metric import CosineHead as CosineHead
 from timm_lt.heads.metric import FSLwFHead as FSLwFHead
 from timm_lt.heads.metric import NCMHead as NCMHead
-from timm_lt.heads.oltr import OLTRHead as OLTRHead
+from timm_lt.heads.metric import OLTRHead as OLTRHead

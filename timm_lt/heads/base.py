@@ -1,10 +1,7 @@
-"""The base class of classifier heads.
+"""Base class of classifier heads, and their registry.
 
-A head keeps the keys ``weight`` and ``bias`` of the classifier that it replaces. What it computes
-is always ``F.linear(head.transform(features), *head.effective())``; heads differ in these two
-functions.
-
-The registry of heads and their factory.
+A head has the keys ``weight`` and ``bias`` of the classifier that it replaces, and computes
+``F.linear(head.transform(features), *head.effective())``.
 """
 
 import inspect
@@ -23,14 +20,12 @@ from timm_lt.utils.registry import Registry
 
 
 def is_pointwise(module: object) -> bool:
-    """Returns whether a module is a 1×1 convolution, which some models have as their classifier."""
+    """Returns whether a module is a 1×1 convolution, the classifier of some models."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
 def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
-    """Returns a 1×1 convolution as the ``nn.Linear`` (C, D) that it is, with the same memory.
-
-    An ``nn.Linear`` is returned as it is.
+    """Returns an ``nn.Linear`` as it is, a 1×1 convolution as one with the same memory.
 
     >>> as_linear(nn.Conv2d(8, 3, 1))
     Linear(in_features=8, out_features=3, bias=True)
@@ -45,38 +40,42 @@ def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
     return linear.train(classifier.training)
 
 
-# Not a tensor that stands for others: fake ones, proxies, wrappers of transforms.
+# Types of ordinary tensors, as opposed to fake tensors, proxies and wrappers of transforms.
 PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """Effective weights, and what they were computed from."""
+    """Effective weights, and the state that they were computed from."""
 
     state: tuple[Tensor, ...]
     marks: tuple[object, ...]
-    # Keeps the memory of the state alive, so no other tensor can come to lie at its address.
+    # References to the memory, so that no other tensor can get its address.
     memory: tuple[Tensor, ...]
     weights: tuple[Tensor, Tensor | None]
 
 
 class Head(nn.Linear):
-    """Base of all heads: an ``nn.Linear`` whose input and weights pass through a formula.
+    """Base class of heads: an ``nn.Linear`` with a formula for its input and its weights.
 
-    In evaluation mode the effective weights are computed once and kept until a parameter, a buffer
-    or an option changes, so inference costs what an ``nn.Linear`` costs. What torch's version
-    counters miss goes unseen until ``train()`` or ``eval()`` is called or a gradient is wanted:
-    writing into a tensor through ``.data`` or NumPy.
+    In evaluation mode the effective weights are cached until a parameter, a buffer or an option
+    changes, so inference costs as much as with an ``nn.Linear``. A change through ``.data`` or
+    NumPy is not noticed until ``train()`` or ``eval()`` is called or a gradient is needed.
+
+    Args:
+        in_features, out_features, bias, device, dtype: As for ``nn.Linear``, positional; the
+            options of a head are keyword-only.
 
     Attributes:
-        spatial: The head stands in the place of a 1×1 convolution, as some architectures have it:
-            features are (N, D, H, W), logits (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the
-            state dict, as timm has it there.
-        auxiliary: The model adds the logits to those of its main classifier, as VOLO does: what is
-            to be added to their sum once, such as logit adjustment, is left to that one.
-        backbone_statistics: Batch-norm statistics that belong to the head, by key of the model's
-            state dict: those of a classifier that was trained while the backbone's statistics moved
-            on. :func:`timm_lt.set_head` copies them into the model. None for most heads.
+        spatial: Whether the head replaces a 1×1 convolution: features are (N, D, H, W), logits
+            (N, C, H, W), and ``weight`` is (C, D, 1, 1) in the state dict.
+        auxiliary: Whether the model adds the logits to those of its main classifier, as VOLO does.
+            Logit adjustment is then applied to the main one only.
+        uses_bias: Whether the logits depend on ``bias``, which timm expects in the state dict.
+        backbone_statistics: Batch-norm statistics with which the head was trained, by key of the
+            model's state dict. :func:`timm_lt.set_head` copies them into the model. None for most
+            heads.
+        selection: How the options were selected, e.g. ``{"tau": 0.8, "split": "val"}``.
 
     Shape:
         - features: (N, D) or (..., D)
@@ -84,14 +83,13 @@ class Head(nn.Linear):
     """
 
     kind: ClassVar[str]
-    # State beside weight and bias. It is NaN until the head is fitted or loaded, so an unfitted
-    # state that was saved is still unfitted after loading.
+    # State besides weight and bias. NaN marks it as not fitted, also in a state dict.
     fitted_state: ClassVar[tuple[str, ...]] = ()
-    # What a checkpoint stores for this head; all else comes from the joint classifier, the options
-    # and the class counts.
+    # State in a checkpoint; the rest follows from joint classifier, options and class counts.
     own_state: ClassVar[tuple[str, ...]] = ()
-    # Options that the fitted state depends on: they cannot change once the head is fitted.
+    # Options that cannot change once the head is fitted.
     fixed_options: ClassVar[tuple[str, ...]] = ()
+    uses_bias: bool = True
 
     def __init__(
         self,
@@ -105,8 +103,9 @@ class Head(nn.Linear):
         self.spatial = False
         self.auxiliary = False
         self.backbone_statistics: dict[str, Tensor] | None = None
-        # How the options were chosen, e.g. {"tau": 0.8, "objective": "all", "split": "val"}.
         self.selection: dict[str, Any] = {}
+        if not self.uses_bias:
+            self._freeze(self.bias)
 
     @classmethod
     def from_classifier(cls, classifier: nn.Linear | nn.Conv2d, **options: Any) -> Self:
@@ -117,7 +116,8 @@ class Head(nn.Linear):
             **options: Options of the head.
 
         Raises:
-            UsageError: For a wrong option, or a fitted head whose weight is no classifier's.
+            UsageError: For a wrong option, or if the weight is that of a fitted head and not of a
+                classifier.
         """
         check_options(f"head {cls.kind!r}", cls, options)
         if (
@@ -132,34 +132,26 @@ class Head(nn.Linear):
             )
         spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
         classifier = as_linear(classifier)
-        weight = classifier.weight
-        # The weights that are drawn first are replaced: the global generators stay as they are.
+        weight, has_bias = classifier.weight, classifier.bias is not None
+        size = (classifier.in_features, classifier.out_features, has_bias)
+        # The initial weights are replaced: leave the global generators as they are.
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            head = cls(
-                classifier.in_features,
-                classifier.out_features,
-                classifier.bias is not None,
-                weight.device,
-                weight.dtype,
-                **options,
-            )
+            head = cls(*size, weight.device, weight.dtype, **options)
         with torch.no_grad():
             head.weight.copy_(weight)
-            if classifier.bias is not None:
+            if has_bias:
                 head.bias.copy_(classifier.bias)
         head.spatial = spatial
-        # The copied weight belongs to the statistics that its classifier came with.
+        # The copied weight was trained with these statistics.
         head.backbone_statistics = getattr(classifier, "backbone_statistics", None)
         return head.train(classifier.training)
 
-    @property
-    def uses_bias(self) -> bool:
-        """Whether the logits depend on ``bias``, which is there as timm expects it."""
-        return True
-
     def options(self) -> dict[str, Any]:
-        """Returns the options that would create this head again, ready for JSON."""
-        return {}
+        """Returns the options that would create this head again, ready for JSON.
+
+        They are the attributes with the names of the constructor's keyword-only parameters.
+        """
+        return {name: getattr(self, name) for name in _option_names(type(self))}
 
     def transform(self, features: Tensor) -> Tensor:
         """Maps features (..., D) to the space (..., D) in which the head is linear."""
@@ -173,9 +165,8 @@ class Head(nn.Linear):
         """Returns a plain ``nn.Linear`` with the same argmax for every feature vector.
 
         The logits are the same too, up to rounding, unless the head normalises its input. A
-        ``spatial`` head gives the 1×1 convolution whose place it has taken. It has a bias wherever
-        that classifier had one, of zeros if the head has none, so that its state dict has the keys
-        that plain timm expects.
+        ``spatial`` head gives a 1×1 convolution. The bias is zeros if the head has none but its
+        classifier had, so that the state dict has the keys that timm expects.
 
         Raises:
             UsageError: If the head is not linear in the features, even up to a positive factor.
@@ -187,7 +178,7 @@ class Head(nn.Linear):
             bias = torch.zeros_like(self.bias, dtype=weight.dtype)
         size, has_bias = (self.in_features, self.out_features), bias is not None
         plain: nn.Linear | nn.Conv2d
-        # On the meta device, it takes no memory and draws no random numbers.
+        # On the meta device: no memory, no random numbers.
         if self.spatial:
             plain = nn.Conv2d(*size, 1, bias=has_bias, device="meta")
         else:
@@ -201,13 +192,13 @@ class Head(nn.Linear):
 
     @torch.jit.unused
     def is_fitted(self) -> bool:
-        """Returns whether all state is there; on the meta device nobody knows, and it counts."""
+        """Returns whether all state is fitted; state on the meta device counts as fitted."""
         states = [getattr(self, name) for name in self.fitted_state]
         return not any(bool(torch.isnan(state).any()) for state in states if not state.is_meta)
 
     @torch.jit.unused
     def check_fitted(self) -> None:
-        """Raises UsageError if the head has no fitted state yet, and says how to fit it."""
+        """Raises UsageError if the head is not fitted yet; the message says how to fit it."""
         if not self.is_fitted():
             raise UsageError(self._unfitted_message())
 
@@ -222,37 +213,41 @@ class Head(nn.Linear):
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             weight, bias = self.effective()
         else:
-            weight, bias = self._kept_effective(input)
+            weight, bias = self._cached_effective(input)
         if self.spatial:
             input = input.movedim(-3, -1)
         logits = F.linear(self.transform(input), weight, bias)
         return logits.movedim(-1, -3) if self.spatial else logits
 
     @torch.jit.unused
-    def _kept_effective(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns ``effective()``, kept from the last call if nothing has changed since."""
+    def _cached_effective(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns ``effective()``, from the cache if nothing has changed since the last call."""
         every = (*self._parameters.values(), *self._buffers.values())
         state = tuple(tensor for tensor in every if tensor is not None)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state)
-        # A trace would take what is kept for a constant, or leave its placeholders here.
+        # A trace would take the cache for a constant, or leave its placeholders in it.
         tracing = torch.jit.is_tracing() or type(input) not in PLAIN  # type: ignore[attr-defined,no-untyped-call]
         # A parametrised weight is computed from tensors in a submodule.
         off = self.training or learning or tracing or bool(self._modules)
         marks = None if off else _marks(state)
         if marks is None:
-            # A step of an optimizer may follow, and fused ones change no version.
+            # An optimizer may step next, and fused ones change no version.
             self.__dict__["_cached"] = None
             self.check_fitted()
             return self.effective()
-        kept: _Cached | None = self.__dict__["_cached"]
-        if kept is None or kept.marks != marks or any(map(operator.is_not, kept.state, state)):
+        cached: _Cached | None = self.__dict__["_cached"]
+        if (
+            cached is None
+            or cached.marks != marks
+            or any(map(operator.is_not, cached.state, state))
+        ):
             self.check_fitted()
             # An inference tensor could not be used outside of inference mode afterwards.
             with torch.inference_mode(mode=False), torch.no_grad():
                 weights = self.effective()
             memory = tuple(tensor.detach() for tensor in state)
-            kept = self.__dict__["_cached"] = _Cached(state, marks, memory, weights)
-        return kept.weights
+            cached = self.__dict__["_cached"] = _Cached(state, marks, memory, weights)
+        return cached.weights
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         # An option such as tau, or the mode.
@@ -282,7 +277,7 @@ class Head(nn.Linear):
         return ", ".join([super().extra_repr(), *(f"{k}={v!r}" for k, v in self.options().items())])
 
     def _set_unfitted(self, name: str, *size: int, learned: bool = False) -> None:
-        # A parameter if a fit learns it by gradients, else a buffer; NaN marks it as unfitted.
+        """Registers state that is not fitted: a parameter if it is learned, otherwise a buffer."""
         state = torch.full(size, math.nan, device=self.weight.device, dtype=self.weight.dtype)
         if learned:
             self.register_parameter(name, nn.Parameter(state))
@@ -290,19 +285,19 @@ class Head(nn.Linear):
             self.register_buffer(name, state)
 
     def _freeze(self, *parameters: Tensor | None) -> None:
-        # An unused parameter that asks for a gradient makes DistributedDataParallel fail.
+        # DistributedDataParallel fails if an unused parameter requires a gradient.
         for parameter in parameters:
             if parameter is not None:
                 parameter.requires_grad_(False)
 
 
 def _marks(state: tuple[Tensor, ...]) -> tuple[object, ...] | None:
-    """Returns what changes when a tensor is written to; None for tensors that do not tell."""
+    """Returns values that change when a tensor is written to; None for tensors without versions."""
     try:
         versions = [(tensor._version, tensor.data_ptr()) for tensor in state]
     except RuntimeError:
         return None
-    # On a GPU autocast computes norms in another type.
+    # On a GPU, autocast computes norms in another type.
     return (torch.is_autocast_enabled(), *versions)
 
 
@@ -311,7 +306,7 @@ H = TypeVar("H", bound=type[Head])
 
 
 def register_head(name: str) -> Callable[[H], H]:
-    """Returns a class decorator that registers a head and writes its name into ``kind``."""
+    """Returns a class decorator that registers a head and sets its ``kind`` to the name."""
     add = HEADS.register(name)
 
     def decorate(cls: H) -> H:
@@ -323,7 +318,7 @@ def register_head(name: str) -> Callable[[H], H]:
 
 
 def list_heads() -> list[str]:
-    """Names the registered heads.
+    """Returns the names of the heads.
 
     >>> sorted(list_heads())
     ['cosine', 'crt', 'fslwf', 'linear', 'logit_adjusted', 'lws', 'ncm', 'oltr', 'tau_norm']
@@ -331,29 +326,18 @@ def list_heads() -> list[str]:
     return list(HEADS)
 
 
-def check_flag(noun: str, value: bool) -> bool:
-    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true.
-
-    >>> check_flag("keep_bias", "false")
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: keep_bias must be true or false, got 'false'
-
-    Raises:
-        UsageError: If the value is no boolean.
-    """
-    if not isinstance(value, bool):
-        raise UsageError(f"{noun} must be true or false, got {value!r}")
-    return value
-
-
-def head_option_names(name: str) -> list[str]:
-    """Returns the names of the options that a head takes; an unknown head raises UsageError."""
-    parameters = inspect.signature(HEADS[name]).parameters.values()
+def _option_names(cls: type[Head]) -> list[str]:
+    parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
+def head_option_names(name: str) -> list[str]:
+    """Returns the names of the options of a head; an unknown head raises UsageError."""
+    return _option_names(HEADS[name])
+
+
 def check_head_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Checks the options of a head without creating one of any size; returns all of them.
+    """Checks the options of a head on one of size 1; returns all of them with their defaults.
 
     Raises:
         UsageError: For an unknown head or option, or a value out of its range.
@@ -362,7 +346,7 @@ def check_head_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     {'tau': 0.5, 'keep_bias': False}
     """
     check_options(f"head {name!r}", HEADS[name], options)
-    # These depend on the number of classes.
+    # class_counts depend on the number of classes.
     sized = {key: value for key, value in options.items() if key != "class_counts"}
     return HEADS[name](1, 1, **sized).options()
 
@@ -386,7 +370,7 @@ def create_head(
         bias: Whether the classifier has a bias.
         device: Device of the parameters.
         dtype: Type of the parameters.
-        **options: Options of that head.
+        **options: Options of the head.
 
     Raises:
         UsageError: For an unknown head or option, or a value out of its range.

@@ -1,9 +1,4 @@
-"""Heads that are linear in the raw features: the joint classifier, cRT and logit adjustment.
-
-Heads that rescale the joint classifier class by class: tau-normalised, learned scales.
-
-How long heads are trained by SGD, on features as on images: what the reference code does.
-"""
+"""Heads that are linear in the raw features, and the lengths of their training."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_lt.heads.base import Head, check_flag, register_head
-from timm_lt.utils.checks import check_number
+from timm_lt.heads.base import Head, register_head
+from timm_lt.utils.checks import UsageError, check_flag, check_number
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 
 
@@ -38,14 +33,13 @@ class CRTHead(Head):
 class LogitAdjustedHead(Head):
     """Post-hoc logit adjustment: ``w_c·x + b_c − tau · log prior_c``.
 
-    Of a model with several classifiers, each is adjusted where the model averages them, and only
-    the main one where it adds an auxiliary one: the model's logits are adjusted once.
+    In a model that averages several classifiers, each is adjusted; in a model that adds an
+    auxiliary one, only the main one is. The logits of the model are adjusted once.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength, >= 0; 0 is the joint classifier, 1 removes the training prior.
-        class_counts: Training images per class (C,), all >= 1; the prior is their share. Without
-            them the head cannot be used until a checkpoint that has them is loaded.
+        class_counts: Training images per class (C,), all >= 1; the prior is their share. None:
+            the prior must be loaded from a checkpoint.
 
     References:
         Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, equation 9,
@@ -56,10 +50,7 @@ class LogitAdjustedHead(Head):
     log_prior: Tensor
 
     def __init__(
-        self,
-        *size: Any,
-        tau: float = 1.0,
-        class_counts: ClassCounts | None = None,
+        self, *size: Any, tau: float = 1.0, class_counts: ClassCounts | None = None
     ) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
@@ -68,7 +59,7 @@ class LogitAdjustedHead(Head):
             self.log_prior.copy_(log_prior(class_counts, self.out_features))
 
     def options(self) -> dict[str, Any]:
-        """Returns tau; the class counts live on as ``log_prior``."""
+        """Returns tau; the class counts are in ``log_prior``."""
         return {"tau": self.tau}
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
@@ -80,16 +71,13 @@ class LogitAdjustedHead(Head):
 
     def _unfitted_message(self) -> str:
         return (
-            "head 'logit_adjusted' does not know the class frequencies: pass class_counts=, e.g. "
+            "head 'logit_adjusted' needs the class frequencies: pass class_counts=, e.g. "
             "timm_lt.set_head(model, 'logit_adjusted', class_counts=timm_lt.class_counts(labels))"
         )
 
 
 def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
     """Returns the logarithm of each class's share of the training images, (C,) float32.
-
-    Raises:
-        UsageError: If the number of counts is not ``num_classes`` or a count is below 1.
 
     >>> log_prior([3, 1], 2).exp()
     tensor([0.7500, 0.2500])
@@ -102,16 +90,7 @@ def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
 def seeded_linear(
     in_features: int, num_classes: int, *, bias: bool = True, seed: int = 0
 ) -> nn.Linear:
-    """Returns a fresh classifier with the distribution of a new ``nn.Linear``, from a seed alone.
-
-    Args:
-        in_features: Width D of the features.
-        num_classes: Number of classes C.
-        bias: Whether it has a bias.
-        seed: A non-negative integer; the global random state is neither read nor moved.
-
-    Returns:
-        Weight (C, D) and bias (C,), uniform in ±1/√D.
+    """Returns a new classifier, uniform in ±1/√D as ``nn.Linear``, without the global generator.
 
     >>> bool(seeded_linear(4, 9, seed=1).weight.abs().max() <= 0.5)
     True
@@ -126,14 +105,7 @@ def seeded_linear(
 
 @torch.no_grad()
 def limit_norms(classifier: nn.Linear, max_norm: float) -> None:
-    """Shortens, in place, each class's weights that are longer than a limit (MaxNorm).
-
-    ``w_c ← w_c · min(1, max_norm / ‖w_c‖)``: the projection onto the balls ``‖w_c‖ <= max_norm``.
-    The bias stays.
-
-    Args:
-        classifier: Weight (C, D).
-        max_norm: The limit, > 0.
+    """Limits the norm of each class's weights in place: ``w_c ← w_c · min(1, max_norm / ‖w_c‖)``.
 
     References:
         Alshammari, Wang, Ramanan, Kong. Long-tailed recognition via weight balancing. CVPR 2022,
@@ -152,39 +124,24 @@ def limit_norms(classifier: nn.Linear, max_norm: float) -> None:
 class TauNormHead(Head):
     """Tau-normalised classifier: ``w_c / ‖w_c‖^tau · x``.
 
-    ``tau=0`` is the joint classifier without its bias, ``tau=1`` gives every class the same norm. A
-    class whose weight is all zeros keeps zero logits.
+    ``tau=0`` is the joint classifier without its bias, ``tau=1`` gives every class the same norm.
+    The logits of a class with a weight of zeros stay 0.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
         tau: Strength of the normalisation, >= 0.
-        keep_bias: Add the bias of the joint classifier unchanged (as BagofTricks-LT does); the
-            paper's code drops it.
+        keep_bias: Add the bias of the joint classifier, as BagofTricks-LT does; the paper's code
+            drops it.
 
     References:
         Kang et al., ICLR 2020, section 4.2, equation 3, https://arxiv.org/abs/1910.09217
     """
 
-    def __init__(
-        self,
-        *size: Any,
-        tau: float = 1.0,
-        keep_bias: bool = False,
-    ) -> None:
+    def __init__(self, *size: Any, tau: float = 1.0, keep_bias: bool = False) -> None:
         super().__init__(*size)
         self.tau = check_number("tau", tau, "[0, inf)")
-        self.keep_bias = check_flag("keep_bias", keep_bias)
+        self.keep_bias = self.uses_bias = check_flag("keep_bias", keep_bias)
         if not self.keep_bias:
             self._freeze(self.bias)
-
-    @property
-    def uses_bias(self) -> bool:
-        """Whether the logits depend on ``bias``: only if it is kept."""
-        return self.keep_bias
-
-    def options(self) -> dict[str, Any]:
-        """Returns tau and keep_bias."""
-        return {"tau": self.tau, "keep_bias": self.keep_bias}
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the normalised weight (C, D) and the bias, if kept."""
@@ -194,8 +151,6 @@ class TauNormHead(Head):
 
 def nonzero_norm(weight: Tensor) -> Tensor:
     """Returns the norm of each row of a weight (C, D) as (C, 1), and 1 for a row of zeros.
-
-    A class that never got a gradient may have such a row, which stays zero at every tau.
 
     >>> nonzero_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[5.0], [1.0]]
@@ -209,9 +164,7 @@ class LWSHead(Head):
     """Learnable weight scaling: ``scale_c · (w_c·x + b_c)`` with weight and bias frozen.
 
     Args:
-        *size: in_features D, out_features C, bias, device and dtype, as for ``nn.Linear``.
-        scale_bias: Scale the bias too, as the paper's code does; otherwise ``scale_c · w_c·x +
-            b_c``.
+        scale_bias: Scale the bias too, as the paper's code does.
 
     References:
         Kang et al., ICLR 2020, section 4.2, equation 4, https://arxiv.org/abs/1910.09217
@@ -222,19 +175,11 @@ class LWSHead(Head):
     fixed_options = ("scale_bias",)
     scale: nn.Parameter
 
-    def __init__(
-        self,
-        *size: Any,
-        scale_bias: bool = True,
-    ) -> None:
+    def __init__(self, *size: Any, scale_bias: bool = True) -> None:
         super().__init__(*size)
         self.scale_bias = check_flag("scale_bias", scale_bias)
         self._set_unfitted("scale", self.out_features, learned=True)
         self._freeze(self.weight, self.bias)
-
-    def options(self) -> dict[str, Any]:
-        """Returns scale_bias."""
-        return {"scale_bias": self.scale_bias}
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns the scaled weight (C, D) and bias (C,)."""
@@ -244,21 +189,21 @@ class LWSHead(Head):
         return weight, self.bias * self.scale
 
 
-# Rows or images of an update.
+# Rows or images per update.
 BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a head is trained unless somebody says so.
+    """Default length of the training of a head by SGD, on features or on images.
 
     Attributes:
-        epochs: Of the reference code on ImageNet-LT.
-        least_updates: At least so many: an epoch of a small data set is a handful of them.
+        epochs: Epochs of the reference code on ImageNet-LT.
+        min_updates: Lower bound, since an epoch of a small data set has few updates.
     """
 
     epochs: int
-    least_updates: int
+    min_updates: int
 
     def updates(
         self,
@@ -268,30 +213,27 @@ class TrainingLength:
         epochs: int | None = None,
         steps: int | None = None,
     ) -> int:
-        """Returns for how many updates to train.
+        """Returns the number of updates; ``epochs`` and ``steps`` override the default length.
 
-        >>> CRT_LENGTH.updates(115_846)
-        2260
-        >>> CRT_LENGTH.updates(10_847)
-        1000
+        >>> CRT_LENGTH.updates(115_846), CRT_LENGTH.updates(10_847)
+        (2260, 1000)
         >>> CRT_LENGTH.updates(10_847, batch_size=128, epochs=2)
         168
 
-        Args:
-            images: Images of an epoch; fewer than a batch are one update.
-            batch_size: Images of an update.
-            epochs: Given as epochs, in place of the length of the reference code.
-            steps: Given as such, and returned; it goes before ``epochs``.
+        Raises:
+            UsageError: If epochs and steps are both given.
         """
+        if steps is not None and epochs is not None:
+            raise UsageError("steps and epochs exclude each other; give one of them")
         if steps is not None:
             return steps
         per_epoch = max(images // batch_size, 1)
         if epochs is not None:
             return epochs * per_epoch
-        return max(self.epochs * per_epoch, self.least_updates)
+        return max(self.epochs * per_epoch, self.min_updates)
 
 
 CRT_LENGTH, LWS_LENGTH = TrainingLength(10, 1000), TrainingLength(5, 500)
-# Not the 60 epochs of its paper, in which the backbone learns too: on frozen features more of them
-# help many-shot classes at the cost of the others (docs/choose-a-head.md has validation figures).
+# Fewer than the 60 epochs of the paper, which train the backbone too: on frozen features more
+# epochs help many-shot classes at the cost of the others (docs/choose-a-head.md has figures).
 OLTR_LENGTH, OLTR_BATCH_SIZE = TrainingLength(2, 150), 128

@@ -1,7 +1,4 @@
-"""Losses: what a wrong answer costs, depending on how rare the class is.
-
-A new loss is a class in one of these files under ``@register_loss("name")``.
-"""
+"""Losses for long-tailed data. A new one is a class under ``@register_loss("name")``."""
 
 from timm_lt.losses.base import LOSSES as LOSSES
 from timm_lt.losses.base import ClassLoss as ClassLoss
@@ -12,9 +9,9 @@ from timm_lt.losses.base import register_loss as register_loss
 from timm_lt.losses.cross_entropy import BalancedSoftmaxLoss as BalancedSoftmaxLoss
 from timm_lt.losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from timm_lt.losses.cross_entropy import LabelAwareSmoothingLoss as LabelAwareSmoothingLoss
+from timm_lt.losses.cross_entropy import LDAMLoss as LDAMLoss
 from timm_lt.losses.cross_entropy import LogitAdjustmentLoss as LogitAdjustmentLoss
-from timm_lt.losses.margins import LDAMLoss as LDAMLoss
-from timm_lt.losses.margins import SeesawLoss as SeesawLoss
+from timm_lt.losses.cross_entropy import SeesawLoss as SeesawLoss
 from timm_lt.losses.metric import DiscriminativeCentroids as DiscriminativeCentroids
 from timm_lt.losses.metric import LiftedStructureLoss as LiftedStructureLoss
 from timm_lt.losses.metric import RangeLoss as RangeLoss

@@ -1,5 +1,6 @@
-"""The base class of losses, their registry, and terms that are stable at any logits."""
+"""Base class of losses, their registry, and terms that are stable at any logits."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -15,16 +16,16 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class ClassLoss(nn.Module):
-    """Base class of losses: one loss per image from its logits, then reduced.
+    """Base class of losses: one loss per image from its logits, then a reduction.
 
-    A subclass defines :meth:`per_example`. Targets are labels or, where ``takes_soft_targets`` is
-    set, distributions over the classes, as mixup makes them. The computation is in float32 or
-    wider, also under autocast: in float16 the log-softmax of confident logits loses its tail.
-    Buffers derived from the class counts move with ``.to(device)`` and are not in the state dict.
+    A subclass defines :meth:`per_example`. Targets are labels or, if ``takes_soft_targets`` is set,
+    distributions over the classes, as mixup makes them. The loss is computed in float32 or wider,
+    also under autocast: in float16 the log-softmax of confident logits loses its tail. Buffers made
+    from the class counts are not in the state dict.
 
     Args:
-        class_counts: Training images per class; None if unknown. Their number must equal the
-            number of logits, also for a loss that does not use them.
+        class_counts: Training images ``n_j`` per class, as many as there are logits. None, or a
+            count of 0, is an error for a loss that uses them.
         reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"`` for one loss per image.
 
     Shape:
@@ -32,15 +33,17 @@ class ClassLoss(nn.Module):
         returns a scalar, or (N,) for ``reduction="none"``.
 
     Raises:
-        UsageError: If a loss that uses the counts gets none, or a count of 0; if the shapes do not
-            match; if a target on the CPU is out of range (on a GPU, a device-side assertion fails).
+        UsageError: If an option is wrong, the shapes do not match, or a target on the CPU is out of
+            range (on a GPU, a device-side assertion fails).
     """
 
-    # forward takes a third argument, features (N, D): the classifier's input.
+    # forward takes a third argument, features (N, D): the input of the classifier.
     needs_features = False
     takes_soft_targets = False
     # Rows 2i and 2i + 1 of a batch form a pair (bilateral sampler and model).
     takes_pairs = False
+    # The loss is a sum over the classes of binary losses.
+    sigmoid = False
 
     def __init__(
         self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
@@ -71,22 +74,22 @@ class ClassLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the epoch before it begins, for losses with a schedule.
-
-        Args:
-            epoch: The 0-based epoch.
-            epochs: Total number of epochs.
+        """Sets the 0-based epoch of a schedule over a number of epochs; call it before each epoch.
 
         Raises:
-            UsageError: If the loss's schedule does not fit into so many epochs.
+            UsageError: If the schedule of the loss does not fit into the epochs.
         """
 
     def initial_bias(self, num_classes: int) -> float | None:
         """Returns the initial bias of a new classifier; None keeps the default.
 
-        Recipes set it; in your own loop, fill the classifier's bias with it.
+        A sigmoid starts at ``-log(C - 1)``, where every class has probability 1 / C. Recipes set
+        the bias; in your own loop, fill the bias of the classifier with it.
         """
-        return None
+        return -math.log(max(num_classes - 1, 1)) if self.sigmoid else None
+
+    def check_classifier(self, classifier: nn.Module) -> None:
+        """Raises UsageError if the loss does not suit the logits of a classifier."""
 
     def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
@@ -95,7 +98,7 @@ class ClassLoss(nn.Module):
             also = " or (N, C)" if self.takes_soft_targets else ""
             raise UsageError(f"{type(self).__name__} needs (N, C) and (N,){also}, got {shapes}")
         if soft != targets.is_floating_point() or targets.dtype == torch.bool:
-            kind = "floating point where they are distributions" if soft else "integers"
+            kind = "floating point if they are distributions" if soft else "integers"
             raise UsageError(f"targets must be {kind}, got {targets.dtype}, {shapes}")
         if self.num_classes not in {None, logits.shape[1]}:
             raise UsageError(f"class_counts has {self.num_classes} classes, but got {shapes}")
@@ -105,18 +108,13 @@ class ClassLoss(nn.Module):
             if low < 0 or high > last:
                 raise UsageError(f"targets must be from 0 to {last}, got {low} to {high}, {shapes}")
 
-    def extra_repr(self) -> str:
-        """Adds the reduction to the printed module."""
-        return f"reduction={self.reduction!r}"
 
-
-LOSSES: Registry[Callable[..., nn.Module]] = Registry("loss")
-
-L = TypeVar("L", bound=Callable[..., nn.Module])
+LOSSES: Registry[Callable[..., ClassLoss]] = Registry("loss")
+L = TypeVar("L", bound=type[ClassLoss])
 
 
 def register_loss(name: str) -> Callable[[L], L]:
-    """Returns a class decorator that registers a loss under a name.
+    """Returns a class decorator that registers a :class:`ClassLoss` under a name.
 
     Its constructor takes ``class_counts``, which may be None, and, keyword-only, its own options.
     """
@@ -124,11 +122,11 @@ def register_loss(name: str) -> Callable[[L], L]:
 
 
 def list_losses() -> list[str]:
-    """Returns the names that :func:`create_loss` knows."""
+    """Returns the names of the losses."""
     return list(LOSSES)
 
 
-def create_loss(name: str, class_counts: ClassCounts | None = None, **options: Any) -> nn.Module:
+def create_loss(name: str, class_counts: ClassCounts | None = None, **options: Any) -> ClassLoss:
     """Creates a loss by name: a module that takes logits (N, C) and targets (N,).
 
     >>> import torch
@@ -139,7 +137,7 @@ def create_loss(name: str, class_counts: ClassCounts | None = None, **options: A
     Args:
         name: One of :func:`list_losses`.
         class_counts: Training images per class (C,); every loss takes them, some need them.
-        **options: The loss's own options.
+        **options: Options of the loss.
 
     Raises:
         UsageError: If the name or an option is unknown, a value is out of range, or the loss needs
@@ -157,7 +155,7 @@ def required_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
 
 
 def mean_over_labels(per_class: Tensor, targets: Tensor) -> Tensor:
-    """Picks the labels' values (N,) out of (N, C), or averages them over soft targets."""
+    """Returns the values (N,) of the labels out of (N, C), or their mean over soft targets."""
     if targets.ndim == 1:
         return per_class.gather(1, targets[:, None]).squeeze(1)
     return (targets * per_class).sum(1)
@@ -173,7 +171,7 @@ def one_hot(targets: Tensor, like: Tensor) -> Tensor:
 def log_complement(log_p: Tensor) -> Tensor:
     """Returns ``log(1 - p_j)`` (N, C) from log-probabilities (N, C)."""
     top = log_p.argmax(1, keepdim=True)
-    # 1 - p cancels where p is near 1: sum the other probabilities instead.
+    # 1 - p cancels if p is near 1: sum the other probabilities instead.
     lowest = torch.finfo(log_p.dtype).min / 2
     others = log_p.scatter(1, top, lowest).logsumexp(1, keepdim=True)
     return torch.log1p(-log_p.exp().scatter(1, top, 0.0)).scatter(1, top, others)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_lt.losses.base import ClassLoss, Reduction, register_loss
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_flag, check_integer, check_number
 from timm_lt.utils.longtail import ClassCounts
 
 Distance = Literal["squared", "euclidean"]
@@ -16,10 +16,9 @@ NO_DISTANCE = 1e-12
 
 
 class _MetricLoss(ClassLoss):
-    """Cross-entropy plus ``weight`` times a term of the whole batch.
+    """Cross-entropy plus ``weight`` times a term of the batch of one process.
 
-    The term is added to each image's loss, so that the three reductions agree. The batch is that of
-    one process.
+    The term is added to the loss of each image, so that the three reductions agree.
     """
 
     needs_features = True
@@ -39,7 +38,7 @@ class _MetricLoss(ClassLoss):
         raise NotImplementedError
 
     def forward(self, logits: Tensor, targets: Tensor, features: Tensor | None = None) -> Tensor:
-        """Returns the reduced loss of a batch; features are what the classifier takes, (N, D)."""
+        """Returns the reduced loss of a batch; features (N, D) are the input of the classifier."""
         losses = super().forward(logits, targets)
         if features is None or features.ndim != 2 or len(features) != len(targets):
             got = None if features is None else tuple(features.shape)
@@ -54,22 +53,18 @@ class _MetricLoss(ClassLoss):
 
 @register_loss("range")
 class RangeLoss(_MetricLoss):
-    """Range loss: pulls the ends of each class together, pushes the two nearest classes apart.
+    """Range loss: reduces the largest distances in a class, separates the two nearest classes.
 
     Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` is a sum over
     the classes of the batch: the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
-    distances between two images of the class. ``L_inter = max(0, margin − D)`` has the smallest
-    distance D between two class means of the batch.
+    distances between two images of the class, or of all if it has fewer pairs. ``L_inter = max(0,
+    margin − D)`` has the smallest distance D between two class means of the batch; it is 0 for a
+    batch of one class. Squared distances are clamped to at least 1e-12.
 
-    A class with fewer than k pairs uses all of them; a class with one image adds 0. ``L_inter`` is
-    0 in a batch of one class. Squared distances are clamped to at least 1e-12, without a gradient
-    below.
-
-    Most batches of a long-tailed set hold at most one image of a rare class, and so no pair: draw
-    several with the sampler ``class_balanced`` and its option ``samples_per_class``.
+    Most batches of a long-tailed data set have no pair of images of a rare class. Draw several
+    images with the sampler ``class_balanced`` and its option ``samples_per_class``.
 
     Args:
-        class_counts: As in :class:`ClassLoss`; not used.
         weight: Weight of the term, at least 0; 0 is cross-entropy. Squared distances between
             features are large: at 0.1 a small ResNet learns nothing.
         k: Distances per class, at least 1; 2 in the paper.
@@ -78,7 +73,7 @@ class RangeLoss(_MetricLoss):
         alpha: Weight of the distances within classes, at least 0.
         beta: Weight of the distance between classes, at least 0.
         distance: ``"squared"`` Euclidean as in the paper, or ``"euclidean"``.
-        reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
+        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     References:
         Zhang et al., Range Loss for Deep Face Recognition with Long-tailed Training Data, ICCV
@@ -108,7 +103,7 @@ class RangeLoss(_MetricLoss):
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
         """Returns ``alpha · L_intra + beta · L_inter``."""
         same = targets[:, None] == targets
-        # Classes are numbered by the row of their first image.
+        # The number of a class is the row of its first image.
         group = same.int().argmax(1)
         intra = self._intra(features, same, group)
         return self.alpha * intra + self.beta * self._inter(features, group)
@@ -127,9 +122,9 @@ class RangeLoss(_MetricLoss):
         sums = torch.zeros_like(features).index_add(0, group, features)
         sizes = features.new_zeros(len(features)).index_add(0, group, features.new_ones(len(group)))
         means = sums / sizes.clamp_min(1)[:, None]
-        there = sizes > 0
+        present = sizes > 0
         with torch.no_grad():
-            pairs = (there[:, None] & there).triu(1)
+            pairs = (present[:, None] & present).triu(1)
             nearest = torch.cdist(means, means).masked_fill(~pairs, torch.inf).argmin()
         # Indexing with a scalar would synchronise.
         ends = means.index_select(0, torch.stack([nearest // len(means), nearest % len(means)]))
@@ -147,25 +142,24 @@ def _largest(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Finds the k largest distances within each group of rows, without a device synchronisation.
 
-    Takes features (N, D), whether two rows share a group (N, N), and the group of each row (N,).
-    Returns, for each candidate pair: first row, second row, group, and whether it is among the k.
+    ``same`` (N, N) says whether two rows share a group. Returns, for each candidate pair: first
+    row, second row, group, and whether it is among the k.
     """
     k = min(k, len(features))
     distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
     # A group's k largest are among the k largest of its rows.
-    lengths, second = (found.flatten() for found in distances.topk(k, dim=1))
+    lengths, second = (top.flatten() for top in distances.topk(k, dim=1))
     first = torch.arange(len(features), device=group.device).repeat_interleave(k)
     order = lengths.argsort(descending=True)
     order = order[group[first[order]].argsort(stable=True)]
     of_group = group[first[order]]
-    place = torch.arange(len(order), device=group.device)
-    rank = place - torch.searchsorted(of_group, of_group)
+    rank = torch.arange(len(order), device=group.device) - torch.searchsorted(of_group, of_group)
     return first[order], second[order], of_group, (rank < k) & (lengths[order] >= 0)
 
 
 @register_loss("lifted_structure")
 class LiftedStructureLoss(_MetricLoss):
-    """Lifted structured embedding: each pair of a class against all negatives of both its ends.
+    """Lifted structured embedding: each pair of a class against all negatives of both images.
 
     Cross-entropy plus ``weight / (2 |P|) · sum_{(i,j) in P} max(0, J_ij)^2`` over the pairs P of
     images of one class, with Euclidean distances D and
@@ -175,17 +169,15 @@ class LiftedStructureLoss(_MetricLoss):
 
     The term is 0 in a batch without positive pairs or without negatives. pytorch-metric-learning
     computes it with matrices of positive times negative pairs: with 4 images per class 25 MB each
-    at batch size 128, 200 MB at 256. Draw several images of a class with the sampler
-    ``class_balanced`` and its option ``samples_per_class``.
+    at batch size 128, 200 MB at 256. The note of ``range`` on the sampler applies.
 
     Args:
-        class_counts: As in :class:`ClassLoss`; not used.
         weight: Weight of the term, at least 0; 0 is cross-entropy.
-        neg_margin: Alpha of the paper, 1 there.
+        neg_margin: Alpha of the paper, which has 1.
         pos_margin: 0 in the paper.
-        normalize: Normalise the features to unit length, pytorch-metric-learning's default; the
-            paper does not.
-        reduction: As in :class:`ClassLoss`; each image's loss has all of the batch's term.
+        normalize: Normalise the features to unit length, the default of pytorch-metric-learning but
+            not in the paper.
+        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     Raises:
         UsageError: If pytorch-metric-learning is not installed.
@@ -208,8 +200,7 @@ class LiftedStructureLoss(_MetricLoss):
         super().__init__(class_counts, weight=weight, reduction=reduction)
         check_number("neg_margin", neg_margin, "(-inf, inf)")
         check_number("pos_margin", pos_margin, "(-inf, inf)")
-        if not isinstance(normalize, bool):
-            raise UsageError(f"normalize must be true or false, got {normalize!r}")
+        check_flag("normalize", normalize)
         try:
             from pytorch_metric_learning import distances, losses
         except ImportError as error:
@@ -232,22 +223,22 @@ Hinge = Literal["example", "batch"]
 
 
 class DiscriminativeCentroids(nn.Module):
-    """Attracts each feature to its class's centroid, and repels it from the others.
+    """Attracts each feature to the centroid of its class, and repels it from the others.
 
     ``l_i = ½ ‖x_i − c_y‖² + repulsion · max(0, margin − r_i)``, where
-    ``r_i = (1/C) Σ_{j≠y} ‖x_i − c_j‖²`` is, for the hinge, that of the example, or with
-    ``hinge="batch"``, as in the authors' code, the mean over the batch.
+    ``r_i = (1/C) Σ_{j≠y} ‖x_i − c_j‖²``, or its mean over the batch with ``hinge="batch"``, as in
+    the authors' code.
 
-    Not a loss of :func:`timm_lt.create_loss`: the centroids are parameters that an optimizer has to
-    be given; :func:`timm_lt.fit_head` trains them with the ``oltr`` head. The gradient is the
-    derivative of the loss, unlike the authors' code, whose gradient of the centroids ignores the
-    weight of the loss and divides by (1 + n_y) B.
+    Not available in :func:`timm_lt.create_loss`, since the centroids are parameters;
+    :func:`timm_lt.fit_head` trains them with the ``oltr`` head. The gradient is the derivative of
+    the loss. In the authors' code that of the centroids ignores the weight of the loss and divides
+    by (1 + n_y) B.
 
     Args:
-        centroids: Start of the centroids, usually the class means.
+        centroids: Initial centroids, usually the class means.
         repulsion: Weight of the hinge, >= 0.
         margin: >= 0.
-        hinge: Whether each example has a hinge or the batch has one.
+        hinge: One hinge per ``"example"`` or one of the ``"batch"``.
 
     Shape:
         centroids (C, D); features (N, D), targets (N,); returns the losses (N,), float32 at least.
@@ -288,8 +279,7 @@ class DiscriminativeCentroids(nn.Module):
                 f"{tuple(targets.shape)}"
             )
         wide = torch.promote_types(features.dtype, torch.float32)
-        # Centred, the centroids sum to 0: the sum of all distances costs one product, and nothing
-        # cancels.
+        # Centred centroids sum to 0, so the sum of all distances needs no product with them.
         middle = self.centroids.to(wide).mean(dim=0)
         x, c = features.to(wide) - middle, self.centroids.to(wide) - middle
         own = (x - c[targets]).square().sum(dim=1)

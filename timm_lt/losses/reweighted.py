@@ -1,6 +1,5 @@
 """Losses weighted by class size, and the focal loss."""
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -17,75 +16,50 @@ from timm_lt.losses.base import (
     softmax_focal,
 )
 from timm_lt.utils.checks import UsageError, check_choice, check_number
-from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
+from timm_lt.utils.longtail import ClassCounts
 
 Normalization = Literal["batch", "weights"]
 
 
-def inverse_frequency_weights(class_counts: ClassCounts, exponent: float = 1.0) -> Tensor:
-    """Returns ``w_j = n_j^-exponent``, scaled to a mean of 1 over the classes.
+def inverse_frequency_weights(counts: Tensor, exponent: float) -> Tensor:
+    """Returns ``w_j = n_j^-exponent`` (C,), scaled to a mean of 1 over the classes.
 
-    >>> inverse_frequency_weights([100, 50, 25])
+    >>> inverse_frequency_weights(torch.tensor([100, 50, 25]), 1.0)
     tensor([0.4286, 0.8571, 1.7143], dtype=torch.float64)
-
-    Args:
-        class_counts: Training images per class (C,), at least 1 each.
-        exponent: At least 0: 0 gives every class 1, 0.5 the inverse square root.
-
-    Raises:
-        UsageError: If a class is empty, or the exponent is out of range.
     """
     exponent = check_number("exponent", exponent, "[0, inf)")
-    check_no_empty_class(class_counts)
-    counts = check_class_counts(class_counts)
     # In logarithms: a large power would overflow.
     return torch.softmax(-exponent * counts.double().log(), 0) * len(counts)
 
 
-def effective_number_weights(class_counts: ClassCounts, beta: float) -> Tensor:
-    """Returns ``1 / E_j``, ``E_j = (1 - beta^n_j) / (1 - beta)``, scaled to a mean of 1.
+def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
+    """Returns ``1 / E_j`` (C,), ``E_j = (1 - beta^n_j) / (1 - beta)``, scaled to a mean of 1.
 
-    At beta = 0 every class has 1; towards 1 they become the inverse frequencies.
-
-    >>> effective_number_weights([3, 1], 0.5)
+    >>> effective_number_weights(torch.tensor([3, 1]), 0.5)
     tensor([0.7273, 1.2727], dtype=torch.float64)
-
-    Args:
-        class_counts: Training images per class (C,), at least 1 each.
-        beta: In [0, 1).
-
-    Raises:
-        UsageError: If a class is empty, or beta is out of range.
-
-    References:
-        Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
-        https://arxiv.org/abs/1901.05555 (equations 2 and 6).
     """
     beta = check_number("beta", beta, "[0, 1)")
-    check_no_empty_class(class_counts)
-    counts = check_class_counts(class_counts).double()
     # expm1 keeps the digits of 1 - beta^n for beta near 1; the factor 1 - beta cancels.
-    inverse = -1 / torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
+    log_beta = torch.tensor(beta, dtype=torch.float64).log()
+    inverse = -1 / torch.expm1(counts.double() * log_beta)
     return inverse / inverse.mean()
 
 
 class WeightedLoss(ClassLoss):
     """Multiplies the loss of an image by the weight of its class: ``w_y l(z, y)``.
 
-    A soft target t gives ``sum_j t_j w_j l(z, j)``; for cross-entropy that is ``-sum_j t_j w_j log
-    p_j``, as in torch. The mean divides by the number of images (``normalization="batch"``) or by
-    the sum of their weights, ``sum_j t_j w_j`` each (``"weights"``; torch's weighted mean for
-    labels, while torch divides by the batch size for soft targets).
+    A soft target t gives ``sum_j t_j w_j l(z, j)``, as cross-entropy does in torch. The mean
+    divides by the number of images (``normalization="batch"``) or by the sum of their weights,
+    ``sum_j t_j w_j`` each (``"weights"``). For labels that is torch's weighted mean; for soft
+    targets torch divides by the batch size.
 
     With ``across_processes`` (set by the training loop) the weights are summed over all processes,
     so that an update equals that of one process. With gradient accumulation the sum is over each
     micro-batch.
 
     Args:
-        class_counts: As in :class:`ClassLoss`.
         weights: w (C,), above 0.
-        normalization: What the mean divides by.
-        reduction: As in :class:`ClassLoss`.
+        normalization: Divisor of the mean.
     """
 
     takes_soft_targets = True
@@ -102,15 +76,15 @@ class WeightedLoss(ClassLoss):
         super().__init__(class_counts, reduction=reduction)
         check_choice("normalization", normalization, get_args(Normalization))
         self.normalization = normalization
-        # A collective: only where all processes compute the loss together.
+        # Only where all processes compute the loss together, since it is a collective.
         self.across_processes = False
         # Above 0 in float32, so that the weights of a batch never sum to 0.
         weights = weights.float().clamp_min(torch.finfo(torch.float32).tiny)
         self.register_buffer("weights", weights, persistent=False)
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the unweighted losses (N,)."""
-        raise NotImplementedError
+        """Returns the unweighted losses (N,); the default is cross-entropy."""
+        return F.cross_entropy(logits, targets, reduction="none")
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the weighted losses (N,)."""
@@ -132,10 +106,6 @@ class WeightedLoss(ClassLoss):
         total = weights.sum()
         return losses.sum() / (_mean_over_processes(total) if self.across_processes else total)
 
-    def extra_repr(self) -> str:
-        """Adds the normalization to the printed module."""
-        return f"normalization={self.normalization!r}, {super().extra_repr()}"
-
 
 def _mean_over_processes(total: Tensor) -> Tensor:
     # DDP averages gradients, so each process divides by its equal share of the total.
@@ -156,13 +126,10 @@ class InverseFrequencyLoss(WeightedLoss):
     """Cross-entropy, weighted by inverse class frequency: ``l = -w_y log softmax_y(z)``.
 
     ``w_j`` is proportional to ``n_j^-exponent``, with a mean of 1 over the classes. Training from
-    scratch is slow; docs/losses.md says why and what helps.
+    scratch is slow; docs/losses.md explains why and what helps.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
-        exponent: At least 0: 0 is cross-entropy, 0.5 weighs by the inverse square root.
-        normalization: As in :class:`~timm_lt.losses.reweighted.WeightedLoss`, like reduction.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        exponent: At least 0: 0 is cross-entropy, 0.5 the inverse square root.
 
     References:
         Huang et al., Learning Deep Representation for Imbalanced Classification, CVPR 2016,
@@ -181,34 +148,9 @@ class InverseFrequencyLoss(WeightedLoss):
         weights = inverse_frequency_weights(counts, exponent)
         super().__init__(counts, weights, normalization=normalization, reduction=reduction)
 
-    def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross-entropies (N,)."""
-        return F.cross_entropy(logits, targets, reduction="none")
-
-
-class _EffectiveNumberLoss(WeightedLoss):
-    """Softmax or sigmoid losses, weighted by the inverse effective number."""
-
-    sigmoid = False
-
-    def __init__(
-        self,
-        class_counts: ClassCounts | None,
-        beta: float,
-        normalization: Normalization,
-        reduction: Reduction,
-    ) -> None:
-        counts = required_counts(self, class_counts)
-        weights = effective_number_weights(counts, beta)
-        super().__init__(counts, weights, normalization=normalization, reduction=reduction)
-
-    def initial_bias(self, num_classes: int) -> float | None:
-        """Returns ``-log(C - 1)`` for a sigmoid, so that every class starts at 1 / C."""
-        return sigmoid_bias(num_classes) if self.sigmoid else None
-
 
 @register_loss("class_balanced")
-class ClassBalancedLoss(_EffectiveNumberLoss):
+class ClassBalancedLoss(WeightedLoss):
     """Class-balanced loss: ``w_y l(z, y)``, ``w_j`` prop. to ``(1 - beta) / (1 - beta^n_j)``.
 
     The weights are inverse effective numbers of images with a mean of 1 over the classes: all 1 at
@@ -222,13 +164,11 @@ class ClassBalancedLoss(_EffectiveNumberLoss):
     the bias (timm's default); otherwise the C - 1 negatives of each image dominate at first.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
-        form: Which loss is weighted.
+        form: The weighted loss.
         gamma: At least 0, only for ``form="focal"``; None is 1, as in the authors' code.
         normalization: ``"batch"`` as in the authors' TensorFlow code, or ``"weights"``, torch's
             weighted mean, as in most later code.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     References:
         Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
@@ -245,38 +185,35 @@ class ClassBalancedLoss(_EffectiveNumberLoss):
         normalization: Normalization = "batch",
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(class_counts, beta, normalization, reduction)
+        counts = required_counts(self, class_counts)
+        weights = effective_number_weights(counts, beta)
+        super().__init__(counts, weights, normalization=normalization, reduction=reduction)
         check_choice("form", form, get_args(Form))
         if gamma is not None and form != "focal":
             raise UsageError(f"gamma only applies with form='focal', got form={form!r}")
-        self.form, self.sigmoid = form, form != "softmax"
-        given = 1.0 if gamma is None else check_number("gamma", gamma, "[0, inf)")
-        self.gamma = given if form == "focal" else 0.0
+        gamma = check_number("gamma", 1.0 if gamma is None else gamma, "[0, inf)")
+        self.sigmoid, self.gamma = form != "softmax", gamma if form == "focal" else 0.0
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (N,) of the form."""
         if self.sigmoid:
             return sigmoid_focal(logits, targets, self.gamma)
-        return F.cross_entropy(logits, targets, reduction="none")
+        return super().unweighted(logits, targets)
 
 
 @register_loss("class_balanced_focal")
-class ClassBalancedFocalLoss(_EffectiveNumberLoss):
+class ClassBalancedFocalLoss(ClassBalancedLoss):
     """Class-balanced focal loss: ``w_y f(z, y)``, ``w_j`` as in ``class_balanced``.
 
     The paper's f has a sigmoid per class and equals ``class_balanced`` with ``form="focal"``, whose
-    note on the bias applies. Later code takes the softmax, ``f = -(1 - p_y)^gamma log p_y``; LDAM's
-    takes ``p_y = exp(-w_y CE)``, not a probability, for ``w_y (1 - p_y)^gamma CE``.
+    note on the bias applies. Later code takes the softmax, ``f = -(1 - p_y)^gamma log p_y``.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         beta: In [0, 1).
         gamma: At least 0; the paper tries 0.5, 1 and 2.
         form: ``"sigmoid"``, the paper's, or ``"softmax"``.
-        probability: With ``form="softmax"``: p is the softmax (``"unweighted"``) or, as in LDAM's
-            code, has the weight inside (``"weighted"``).
-        normalization: As in :class:`~timm_lt.losses.reweighted.WeightedLoss`, like reduction.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        probability: With ``form="softmax"``: p is the softmax (``"unweighted"``), or
+            ``exp(-w_y CE)`` as in LDAM's code, which is not a probability (``"weighted"``).
 
     References:
         Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
@@ -294,30 +231,31 @@ class ClassBalancedFocalLoss(_EffectiveNumberLoss):
         normalization: Normalization = "batch",
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(class_counts, beta, normalization, reduction)
+        super().__init__(
+            class_counts,
+            beta=beta,
+            form="focal",
+            gamma=gamma,
+            normalization=normalization,
+            reduction=reduction,
+        )
         check_choice("form", form, get_args(FocalForm))
         check_choice("probability", probability, get_args(Probability))
         if probability == "weighted" and form != "softmax":
             raise UsageError("probability='weighted' only applies with form='softmax'")
-        self.gamma = check_number("gamma", gamma, "[0, inf)")
         self.sigmoid, self.probability = form == "sigmoid", probability
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the focal losses (N,)."""
         if self.sigmoid:
-            return sigmoid_focal(logits, targets, self.gamma)
+            return super().unweighted(logits, targets)
         if self.probability == "unweighted":
             return softmax_focal(logits, targets, self.gamma)
         log_p = F.log_softmax(logits, 1)
-        # Where p rounds to 1: 0^gamma has an infinite slope for gamma < 1.
+        # Clamped, since 0^gamma has an infinite slope for gamma < 1.
         tiny = torch.finfo(log_p.dtype).tiny
         modulator = (-torch.expm1(self.weights * log_p)).clamp_min(tiny) ** self.gamma
         return mean_over_labels(-log_p * modulator, targets)
-
-
-def sigmoid_bias(num_classes: int) -> float:
-    """Returns ``-log(C - 1)``, at which a sigmoid is 1 / C; 0 for one class."""
-    return -math.log(max(num_classes - 1, 1))
 
 
 @register_loss("focal")
@@ -326,11 +264,10 @@ class FocalLoss(ClassLoss):
 
     With ``form="softmax"``, ``p_t`` is the softmax of the label. With ``form="sigmoid"`` (the
     paper's detector) l is summed over the classes, with ``p_t = sigmoid(z_j)`` for the label and
-    ``1 - sigmoid(z_j)`` for the others; its bias is that of ``class_balanced``.
+    ``1 - sigmoid(z_j)`` for the others; the note on the bias of ``class_balanced`` applies.
 
     Args:
-        class_counts: As in :class:`ClassLoss`, like reduction; not used.
-        gamma: At least 0; larger values down-weight images that are classified well already.
+        gamma: At least 0; larger values down-weight images that are already classified well.
         form: ``"softmax"``, the baseline of long-tail papers, or ``"sigmoid"``.
 
     References:
@@ -351,13 +288,9 @@ class FocalLoss(ClassLoss):
         super().__init__(class_counts, reduction=reduction)
         self.gamma = check_number("gamma", gamma, "[0, inf)")
         check_choice("form", form, get_args(FocalForm))
-        self.form = form
+        self.sigmoid = form == "sigmoid"
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the focal losses (N,)."""
-        focal = sigmoid_focal if self.form == "sigmoid" else softmax_focal
+        focal = sigmoid_focal if self.sigmoid else softmax_focal
         return focal(logits, targets, self.gamma)
-
-    def initial_bias(self, num_classes: int) -> float | None:
-        """Returns ``-log(C - 1)`` for a sigmoid, so that every class starts at 1 / C."""
-        return sigmoid_bias(num_classes) if self.form == "sigmoid" else None

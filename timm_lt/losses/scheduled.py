@@ -7,13 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor, nn
 
-from timm_lt.losses.base import (
-    ClassLoss,
-    Reduction,
-    create_loss,
-    register_loss,
-    required_counts,
-)
+from timm_lt.losses.base import ClassLoss, Reduction, create_loss, register_loss, required_counts
 from timm_lt.losses.reweighted import (
     Normalization,
     WeightedLoss,
@@ -26,38 +20,38 @@ from timm_lt.utils.longtail import ClassCounts, check_start, epoch_not_set, firs
 Weights = Literal["effective_number", "inverse_frequency"]
 
 
-# Options of a wrapped loss that the wrapper sets.
-RESERVED = ("class_counts", "reduction", "normalization")
-
-
 class _Wrapper(ClassLoss):
-    """Passes on to the wrapped loss what it defines of :class:`ClassLoss`."""
+    """A loss around another one, ``self.loss``."""
 
-    loss: Any
+    loss: ClassLoss
 
     def _wrap(
         self, name: str, options: Mapping[str, Any] | None, class_counts: ClassCounts | None
     ) -> None:
         options = check_mapping("loss_options", options)
-        for reserved in RESERVED:
+        for reserved in ("class_counts", "reduction", "normalization"):
             if reserved in options:
                 raise UsageError(
                     f"loss_options: {reserved} is set by {type(self).__name__}; remove it"
                 )
         self.loss = create_loss(name, class_counts, reduction="none", **options)
+        if self.loss.takes_pairs:
+            raise UsageError(
+                f"{type(self).__name__} cannot wrap {name}; use loss {name}, with this one as its "
+                "option loss="
+            )
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets the epoch of the wrapped loss; see :meth:`ClassLoss.set_epoch`."""
-        getattr(self.loss, "set_epoch", lambda *_: None)(epoch, epochs)
+        self.loss.set_epoch(epoch, epochs)
 
     def initial_bias(self, num_classes: int) -> float | None:
         """Returns the initial bias of the wrapped loss."""
-        bias: float | None = getattr(self.loss, "initial_bias", lambda _: None)(num_classes)
-        return bias
+        return self.loss.initial_bias(num_classes)
 
     def check_classifier(self, classifier: nn.Module) -> None:
         """Checks the classifier as the wrapped loss does."""
-        getattr(self.loss, "check_classifier", lambda _: None)(classifier)
+        self.loss.check_classifier(classifier)
 
 
 @register_loss("deferred_reweighting")
@@ -65,20 +59,18 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
     """Deferred re-weighting (DRW): a plain loss at first, ``w_y l(z, y)`` from an epoch on.
 
     The training loop calls :meth:`set_epoch`; in your own loop call it before each epoch, unless
-    ``start`` is 0. Soft targets and feature inputs are supported if the wrapped loss supports them.
+    ``start`` is 0. Soft targets and features are supported if the wrapped loss supports them.
 
     Args:
-        class_counts: Training images ``n_j`` per class, at least 1 each.
         loss: Name of the wrapped loss; not ``bilateral``, which can wrap this one.
         loss_options: Options of the wrapped loss.
         start: First weighted epoch (0-based), or a fraction of the epochs in (0, 1), rounded down;
             160 of 200 in the paper.
         weights: Inverse ``"effective_number"`` as in the authors' code, or ``"inverse_frequency"``
             as in the paper's algorithm 1; both have a mean of 1.
-        beta: Of the effective number, in [0, 1); None is 0.9999, as in the authors' code.
-        exponent: Of the inverse frequency, at least 0; None is 1.
+        beta: Parameter of the effective number, in [0, 1); None is 0.9999, as in the authors' code.
+        exponent: Exponent of the inverse frequency, at least 0; None is 1.
         normalization: ``"weights"`` as in the paper, or ``"batch"``; see :class:`WeightedLoss`.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
         UsageError: For a wrong option, also of the wrapped loss; if ``start`` is not within the
@@ -108,13 +100,8 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
         check_start(start)
         self.start = start
         self._wrap(loss, loss_options, counts)
-        if getattr(self.loss, "takes_pairs", False):
-            raise UsageError(
-                f"deferred_reweighting cannot wrap {loss}: use loss {loss} with the option "
-                "loss='deferred_reweighting'"
-            )
-        self.takes_soft_targets = getattr(self.loss, "takes_soft_targets", False)
-        self.needs_features = getattr(self.loss, "needs_features", False)
+        self.takes_soft_targets = self.loss.takes_soft_targets
+        self.needs_features = self.loss.needs_features
         self.active: bool | None = True if start == 0 else None
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -132,21 +119,17 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
         weights, labels = self._weigh(targets)
         return self._reduced(weights * self.loss(logits, labels, *features), targets)
 
-    def extra_repr(self) -> str:
-        """Adds the start to the printed module."""
-        return f"start={self.start}, {super().extra_repr()}"
-
 
 def _class_weights(
     counts: Tensor, weights: str, beta: float | None, exponent: float | None
 ) -> Tensor:
     check_choice("weights", weights, get_args(Weights))
-    if weights == "effective_number":
-        if exponent is not None:
-            raise UsageError("exponent only applies with weights='inverse_frequency'")
+    by_number = weights == "effective_number"
+    if (exponent if by_number else beta) is not None:
+        name = "exponent" if by_number else "beta"
+        raise UsageError(f"{name} does not apply with weights={weights!r}; remove it")
+    if by_number:
         return effective_number_weights(counts, 0.9999 if beta is None else beta)
-    if beta is not None:
-        raise UsageError("beta only applies with weights='effective_number'")
     return inverse_frequency_weights(counts, 1.0 if exponent is None else exponent)
 
 
@@ -154,13 +137,13 @@ Adaptor = Literal[
     "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
 ]
 Divisor = Literal["epochs", "code"]
-# Alpha by the share of the epochs that have passed; ``beta`` draws it at random instead.
+# Alpha as a function of s = t / T_div; ``beta`` draws it at random instead.
 ADAPTORS: dict[str, Callable[[float], float]] = {
-    "parabolic_decay": lambda share: 1 - share**2,
-    "linear_decay": lambda share: 1 - share,
-    "cosine_decay": lambda share: math.cos(share * math.pi / 2),
-    "parabolic_increment": lambda share: share**2,
-    "equal": lambda share: 0.5,
+    "parabolic_decay": lambda s: 1 - s**2,
+    "linear_decay": lambda s: 1 - s,
+    "cosine_decay": lambda s: math.cos(s * math.pi / 2),
+    "parabolic_increment": lambda s: s**2,
+    "equal": lambda s: 0.5,
 }
 BETA = 0.2
 # Numbers of epochs for which the authors' code divides by another number.
@@ -171,21 +154,18 @@ DIVISORS = {90: 100, 180: 200}
 class BilateralLoss(_Wrapper):
     """Cumulative learning of a bilateral network: ``L = α l(z, y_c) + (1 - α) l(z, y_r)``.
 
-    ``z = α z_c + (1 - α) z_r`` are the mixed logits of a pair: ``z_c`` (even rows) of an image of
-    the uniform stream through the conventional branch, ``z_r`` (odd rows) of an image of the
-    re-balancing stream through the re-balancing branch.
-
-    In epoch t (0-based) of T, ``α = 1 - (t / T_div)^2`` falls from 1 towards 0; it ends at .010 for
-    200 epochs. In the paper ``T_div = T``; the authors' code divides by 100 for 90 epochs and by
-    200 for 180, so that α ends at .208 and .199 in place of .022 and .011.
+    ``z = α z_c + (1 - α) z_r`` are the mixed logits of a pair: ``z_c`` (even rows) of the
+    conventional branch for an image of the uniform stream, ``z_r`` (odd rows) of the re-balancing
+    branch for an image of the re-balancing stream. In epoch t (0-based) of T, ``α = 1 - (t /
+    T_div)^2`` falls from 1 towards 0.
 
     Args:
-        class_counts: Training images per class, for a loss that needs them.
         loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
         loss_options: Options of l.
         adaptor: α as a function of ``s = t / T_div``: ``1 - s^2``, ``1 - s``, ``cos(π s / 2)``,
             ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch (table 4 of the paper).
-        divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"``.
+        divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"`` 100 for 90
+            epochs and 200 for 180, so that α ends at .208 and .199 instead of .022 and .011.
         seed: Seed of ``"beta"``, at least 0; α is a function of seed, epoch and batch number.
         reduction: Over the pairs; ``"none"`` gives one loss per pair.
 
@@ -194,7 +174,7 @@ class BilateralLoss(_Wrapper):
 
     Raises:
         UsageError: If ``loss`` needs features or cosines, or is ``bilateral``; if a batch has an
-            odd number of rows; if used before :meth:`set_epoch` with an α that follows the epochs.
+            odd number of rows; if used before :meth:`set_epoch` with an α that depends on it.
 
     References:
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
@@ -225,17 +205,13 @@ class BilateralLoss(_Wrapper):
         super().__init__(class_counts, reduction=reduction)
         check_choice("adaptor", adaptor, get_args(Adaptor))
         check_choice("divisor", divisor, get_args(Divisor))
-        if loss == "bilateral":
-            raise UsageError("loss bilateral cannot wrap itself")
         self._wrap(loss, loss_options, class_counts)
-        if getattr(self.loss, "needs_features", False):
-            raise UsageError(f"loss bilateral mixes logits, and {loss} needs features")
+        if self.loss.needs_features:
+            raise UsageError(f"loss bilateral mixes logits, but {loss} needs features")
         try:
             self.check_classifier(nn.Linear(1, 2, device="meta"))
         except UsageError as error:
-            raise UsageError(
-                f"loss bilateral needs a linear classifier, and {loss} another: {error}"
-            ) from error
+            raise UsageError(f"loss bilateral has a linear classifier, but {error}") from error
         self.adaptor, self.divisor = adaptor, divisor
         self.seed = check_integer("seed", seed, minimum=0)
         self._share: float | None = None
@@ -258,6 +234,11 @@ class BilateralLoss(_Wrapper):
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
+        if len(logits) % 2:
+            raise UsageError(
+                f"BilateralLoss needs an even number of rows (pairs from sampler bilateral), got "
+                f"{len(logits)}"
+            )
         if self._share is None and self.adaptor not in {"equal", "beta"}:
             raise epoch_not_set(self)
         self._batches += 1
@@ -266,15 +247,3 @@ class BilateralLoss(_Wrapper):
         conventional, rebalancing = self.loss(mixed, targets[0::2]), self.loss(mixed, targets[1::2])
         losses: Tensor = alpha * conventional + (1 - alpha) * rebalancing
         return losses
-
-    def _check_shapes(self, logits: Tensor, targets: Tensor) -> None:
-        super()._check_shapes(logits, targets)
-        if len(logits) % 2:
-            raise UsageError(
-                f"BilateralLoss needs an even number of rows (pairs from sampler bilateral), got "
-                f"{len(logits)}"
-            )
-
-    def extra_repr(self) -> str:
-        """Adds the options to the printed module."""
-        return f"adaptor={self.adaptor!r}, divisor={self.divisor!r}, {super().extra_repr()}"

@@ -1,8 +1,5 @@
 """Metrics: accuracy per shot group and class, calibration, shifted priors, intervals, open sets."""
 
-from timm_lt.metrics.calibration import ECE_BINS as ECE_BINS
-from timm_lt.metrics.calibration import calibration_error as calibration_error
-from timm_lt.metrics.calibration import reliability as reliability
 from timm_lt.metrics.intervals import PairedDifference as PairedDifference
 from timm_lt.metrics.intervals import ShiftDirection as ShiftDirection
 from timm_lt.metrics.intervals import confidence_intervals as confidence_intervals
@@ -22,6 +19,9 @@ from timm_lt.metrics.shot_report import objective_field as objective_field
 from timm_lt.metrics.shot_report import objective_value as objective_value
 from timm_lt.metrics.shot_report import per_class_table as per_class_table
 from timm_lt.metrics.shot_report import write_per_class as write_per_class
+from timm_lt.metrics.streaming import ECE_BINS as ECE_BINS
 from timm_lt.metrics.streaming import ShotMetrics as ShotMetrics
+from timm_lt.metrics.streaming import calibration_error as calibration_error
 from timm_lt.metrics.streaming import evaluate_logits as evaluate_logits
+from timm_lt.metrics.streaming import reliability as reliability
 from timm_lt.metrics.streaming import shot_accuracy as shot_accuracy

@@ -111,18 +111,15 @@ def paired_difference(
     PairedDifference(difference=0.25, low=0.0, high=0.5)
 
     Args:
-        preds_a: Classes that a predicts, integers in [0, C).
-        preds_b: Classes that b predicts, integers in [0, C).
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        preds_a: Classes that a predicts, (N,), integers in [0, C).
+        preds_b: Classes that b predicts, (N,).
+        targets: True classes, (N,).
+        class_counts: Training images per class, (C,).
         objective: Figure to compare; see :func:`~timm_lt.metrics.objective_value`.
         rule: Bounds of the shot groups.
         level: Share of the draws inside the interval, in (0, 1).
         samples: Number of draws, at least 1.
         seed: Seed of the draws.
-
-    Shape:
-        preds_a (N,), preds_b (N,), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the shapes differ, a label or a value is out of range, or the objective's
@@ -135,7 +132,7 @@ def paired_difference(
     )
     targets = check_labels(targets)
     right_a, right_b = (check_labels(preds) == targets for preds in (preds_a, preds_b))
-    groups = _groups(class_counts, rule, len(check_class_counts(class_counts)))
+    groups = _groups(class_counts, rule)
     # Columns: neither right, only b, only a, both.
     cells = torch.bincount(4 * targets + 2 * right_a + right_b, minlength=4 * groups.shape[1])
     cells = cells.view(-1, 4)
@@ -154,16 +151,15 @@ def paired_difference(
     return PairedDifference(a - b, *_percentiles(drawn[field], level))
 
 
-def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int) -> Tensor:
+def _groups(class_counts: ClassCounts, rule: ShotRule, num_classes: int | None = None) -> Tensor:
     """Returns the masks of the shot groups as float64, (3, C)."""
     counts = check_class_counts(class_counts, num_classes)
     return torch.stack(list(shot_groups(counts, rule).values())).double()
 
 
 def _figures(right: NDArray[np.int64], images: NDArray[np.int64], groups: Tensor) -> Figures:
-    return accuracy_figures(
-        torch.from_numpy(right).double(), torch.from_numpy(images).double(), groups
-    )
+    counts = torch.from_numpy(images).double()
+    return accuracy_figures(torch.from_numpy(right).double(), counts, groups)
 
 
 def _bootstrap(draw: Draw, width: int, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
@@ -254,22 +250,14 @@ def shifted_accuracies(
     ['forward_50', 'forward_25', 'forward_10', 'forward_5', 'forward_2', 'uniform',
      'backward_2', 'backward_5', 'backward_10', 'backward_25', 'backward_50']
 
-    Args:
-        accuracies: A report, or the accuracy of each class, (C,); NaN where unknown.
-        class_counts: Training images per class, (C,).
-
-    Returns:
-        Accuracies by direction and imbalance factor, from training-like to reversed.
-
-    Raises:
-        UsageError: If the sizes differ, or no accuracy is known.
+    Its arguments and errors are the same.
     """
-    forward = {
-        f"forward_{r}": shifted_accuracy(accuracies, class_counts, "forward", r) for r in SHIFTS
+    shifts: list[tuple[ShiftDirection, int]] = [
+        *(("forward", r) for r in SHIFTS),
+        ("uniform", 1),
+        *(("backward", r) for r in reversed(SHIFTS)),
+    ]
+    return {
+        d if d == "uniform" else f"{d}_{r}": shifted_accuracy(accuracies, class_counts, d, r)
+        for d, r in shifts
     }
-    uniform = {"uniform": shifted_accuracy(accuracies, class_counts, "uniform")}
-    backward = {
-        f"backward_{r}": shifted_accuracy(accuracies, class_counts, "backward", r)
-        for r in reversed(SHIFTS)
-    }
-    return forward | uniform | backward

@@ -1,5 +1,6 @@
 """Open-set recognition: a confidence threshold rejects images of unknown classes."""
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -97,11 +98,8 @@ class OpenSetMetrics:
         """Counts a batch; an error leaves the counts unchanged.
 
         Args:
-            logits: Finite scores of the known classes, on any device.
-            targets: True classes, integers in [0, C), and -1 for open images.
-
-        Shape:
-            logits (N, C), targets (N,); N may be 0.
+            logits: Finite scores of the known classes, (N, C), on any device; N may be 0.
+            targets: True classes, (N,), integers in [0, C), and -1 for open images.
 
         Raises:
             UsageError: If the shapes do not match, a target is out of range, or a logit is not
@@ -109,15 +107,11 @@ class OpenSetMetrics:
         """
         confidences, right, known = _judged(logits, targets, self.num_classes)
         accepted = confidences >= self.threshold
-        self._counts += torch.stack(
-            [
-                (accepted & right).sum(),
-                (accepted & known & ~right).sum(),
-                (~accepted & known).sum(),
-                (accepted & ~known).sum(),
-                (~accepted & ~known).sum(),
-            ]
+        outcomes = (
+            *(accepted & right, accepted & known & ~right, ~accepted & known),
+            *(accepted & ~known, ~accepted & ~known),
         )
+        self._counts += torch.stack(outcomes).sum(1)
 
     def merge(self, other: "OpenSetMetrics") -> None:
         """Adds the counts of another accumulator; UsageError if their options differ."""
@@ -131,29 +125,29 @@ class OpenSetMetrics:
 
         This accumulator keeps the counts of its own process.
         """
-        whole = OpenSetMetrics(self.num_classes, threshold=self.threshold, rule=self.rule)
+        total = copy.copy(self)
         counts = self._counts.to(accelerator.device)
-        whole._counts = accelerator.reduce(counts, reduction="sum").cpu()
-        return whole
+        total._counts = accelerator.reduce(counts, reduction="sum").cpu()
+        return total
 
     def compute(self) -> OpenSetReport:
         """Returns the report on all counted images; UsageError if there are none."""
         right, wrong, rejected, accepted_open, rejected_open = self._counts.tolist()
-        known, of_none = right + wrong + rejected, accepted_open + rejected_open
-        if known + of_none == 0:
+        known, unknown = right + wrong + rejected, accepted_open + rejected_open
+        if known + unknown == 0:
             raise UsageError("no images have been counted: call update with some first")
         positives = right + wrong + (rejected if self.rule == "oltr" else 0)
         return OpenSetReport(
             f_measure=_share(2 * right, positives + right + accepted_open),
             precision=_share(right, positives),
             recall=_share(right, right + accepted_open),
-            all=(right + rejected_open) / (known + of_none),
+            all=(right + rejected_open) / (known + unknown),
             known=_share(right, known),
-            open=_share(rejected_open, of_none),
+            open=_share(rejected_open, unknown),
             rejected_known=_share(rejected, known),
             threshold=self.threshold,
             rule=self.rule,
-            images=(known, of_none),
+            images=(known, unknown),
         )
 
 
@@ -205,12 +199,12 @@ def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "ol
 
 def _judged(logits: Tensor, targets: Labels, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns confidences, known and right, known, each (N,) on the CPU."""
-    given = torch.as_tensor(targets).cpu()
-    known = given != OPEN
-    check_logits(logits, len(given), num_classes)
-    if len(given) == 0:
+    labels = torch.as_tensor(targets).cpu()
+    known = labels != OPEN
+    check_logits(logits, len(labels), num_classes)
+    if len(labels) == 0:
         return torch.zeros(0, dtype=torch.float64), known, known
-    classes = check_labels(given.masked_fill(~known, 0), num_classes, noun="targets")
+    classes = check_labels(labels.masked_fill(~known, 0), num_classes, noun="targets")
     preds, confidences, _ = judge(logits, classes)
     return confidences.double(), known & (preds == classes), known
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,11 +80,9 @@ class ShotReport:
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields, JSON-ready; a class that the split lacks is None."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("test_images", "predicted"):
-            if fields[name] is not None:
-                fields[name] = fields[name].tolist()
-        per_class = [None if math.isnan(a) else a for a in self.per_class.tolist()]
-        return fields | {"per_class": per_class}
+        fields |= {k: v.tolist() for k, v in fields.items() if isinstance(v, Tensor)}
+        fields["per_class"] = [None if math.isnan(a) else a for a in fields["per_class"]]
+        return fields
 
     def summary(self) -> dict[str, Any]:
         """Returns the scalar fields of :meth:`to_dict`."""
@@ -96,13 +93,13 @@ class ShotReport:
     def from_dict(cls, fields: dict[str, Any]) -> "ShotReport":
         """Restores a report from :meth:`to_dict`, also of an older version."""
         per_class = [math.nan if a is None else a for a in fields["per_class"]]
-        counted = {
+        tensors = {
             name: torch.tensor(fields[name], dtype=torch.long)
             for name in ("test_images", "predicted")
             if fields.get(name) is not None
         }
-        accuracies = {"per_class": torch.tensor(per_class, dtype=torch.float64)}
-        return cls(**fields | counted | accuracies)
+        tensors["per_class"] = torch.tensor(per_class, dtype=torch.float64)
+        return cls(**fields | tensors)
 
     def right_and_images(self) -> tuple[Tensor, Tensor]:
         """Returns the right images and all images of each class, (C,) int64.
@@ -163,8 +160,6 @@ def objective_value(report: ShotReport, objective: Objective) -> float:
     return value
 
 
-# The columns that depend on the classifier.
-FIGURES = ("accuracy", "precision", "f1")
 # A spreadsheet runs a cell that begins with one of these as a formula, or drops the apostrophe.
 FORMULA_STARTS = (*"=+-@\t\r\n'", *"\uff1d\uff0b\uff0d\uff20")
 
@@ -194,25 +189,13 @@ def per_class_table(
             per class.
     """
     right, images = report.right_and_images()
-    counts = check_class_counts(class_counts, len(images), label_names)
     predicted = torch.as_tensor(report.predicted)
-    columns: dict[str, list[Any]] = {"class": list(range(len(counts)))}
-    if label_names is not None:
-        names = list(label_names)
-        wrong = isinstance(label_names, str) or len(names) != len(counts)
-        if wrong or not all(isinstance(name, str) for name in names):
-            raise UsageError(f"label_names must be {len(counts)} names, got {shown_names(names)}")
-        columns["name"] = names
-    groups = {name: mask.tolist() for name, mask in shot_groups(counts, report.rule).items()}
-    columns["training_images"] = counts.tolist()
-    columns["shot_group"] = [
-        next(name for name, mask in groups.items() if mask[c]) for c in columns["class"]
-    ]
-    columns["test_images"] = images.tolist()
-    columns["accuracy"] = _quotients(right, images)
-    columns["precision"] = _quotients(right, predicted)
-    columns["f1"] = _quotients(2 * right, predicted + images)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    columns = _class_columns(report, class_counts, label_names) | {
+        "accuracy": _quotients(right, images),
+        "precision": _quotients(right, predicted),
+        "f1": _quotients(2 * right, predicted + images),
+    }
+    return _rows(columns)
 
 
 def compare_per_class(
@@ -229,34 +212,54 @@ def compare_per_class(
      'accuracy_crt': 0.5}
 
     Args:
-        reports: Reports on one split by classifier, at least one.
+        reports: Reports on one split by classifier.
         class_counts: Training images per class, as for the reports, (C,).
         label_names: Names of the classes, (C,); without them the rows have no name.
 
     Raises:
-        UsageError: As :func:`per_class_table`, or if the reports are of different splits.
+        UsageError: As :func:`per_class_table`, or if the reports are on different splits.
     """
-    tables = {
-        name: per_class_table(report, class_counts, label_names) for name, report in reports.items()
+    columns: dict[str, list[Any]] = {}
+    for name, report in reports.items():
+        shared = _class_columns(report, class_counts, label_names)
+        if columns and not shared.items() <= columns.items():
+            raise UsageError(
+                f"the reports of {next(iter(reports))!r} and {name!r} are on different splits"
+            )
+        columns |= shared | {f"accuracy_{name}": _quotients(*report.right_and_images())}
+    return _rows(columns)
+
+
+def _class_columns(
+    report: ShotReport, class_counts: ClassCounts, label_names: Sequence[str] | None
+) -> dict[str, list[Any]]:
+    """Returns the columns of a table of classes that do not depend on the classifier."""
+    _, images = report.right_and_images()
+    counts = check_class_counts(class_counts, len(images), label_names)
+    columns: dict[str, list[Any]] = {"class": list(range(len(counts)))}
+    if label_names is not None:
+        names = list(label_names)
+        wrong = isinstance(label_names, str) or len(names) != len(counts)
+        if wrong or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"label_names must be {len(counts)} names, got {shown_names(names)}")
+        columns["name"] = names
+    groups = shot_groups(counts, report.rule)
+    group_of = torch.stack(list(groups.values())).int().argmax(0)
+    return columns | {
+        "training_images": counts.tolist(),
+        "shot_group": [list(groups)[k] for k in group_of.tolist()],
+        "test_images": images.tolist(),
     }
-    if not tables:
-        raise UsageError("reports must not be empty")
-    first, *others = tables
-    shared = [{k: v for k, v in row.items() if k not in FIGURES} for row in tables[first]]
-    for other in others:
-        pairs = zip(shared, tables[other], strict=True)
-        if not all(row.items() <= found.items() for row, found in pairs):
-            raise UsageError(f"the reports of {first!r} and {other!r} are not of one split")
-    for name, table in tables.items():
-        for row, found in zip(shared, table, strict=True):
-            row[f"accuracy_{name}"] = found["accuracy"]
-    return shared
 
 
 def _quotients(numerators: Tensor, denominators: Tensor) -> list[float | None]:
     """Returns the quotients of integers in float64; 0 / 0 is None."""
     quotients = numerators.double() / denominators
     return [None if math.isnan(value) else value for value in quotients.tolist()]
+
+
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -275,28 +278,21 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
             valid UTF-8, or JSON cannot represent a value, such as NaN.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise UsageError(f"{path} must end in .csv or .json")
-    if not rows or any(list(row) != list(rows[0]) for row in rows):
-        raise UsageError(f"rows for {path} must be at least one, all with the same columns")
-    if path.suffix == ".json":
-        try:
-            json.dumps(rows, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"{path}: {error}; use finite Python numbers, strings or None"
-            ) from error
-        write_json(path, [dict(row) for row in rows])
-        return
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(map(_cell, rows[0]))
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
     try:
-        content = text.getvalue().encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{path}: {error}") from error
-    write_atomic(path, content)
+        if path.suffix not in (".csv", ".json"):
+            raise ValueError("the name must end in .csv or .json")
+        if not rows or any(list(row) != list(rows[0]) for row in rows):
+            raise ValueError("there must be at least one row, and all must have the same columns")
+        if path.suffix == ".json":
+            write_json(path, [dict(row) for row in rows])
+            return
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(map(_cell, rows[0]))
+        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        write_atomic(path, text.getvalue().encode())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def _cell(value: object) -> object:

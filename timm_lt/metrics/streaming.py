@@ -1,6 +1,6 @@
-"""Accuracy of a split, counted batch by batch and over processes; the figures from the counts."""
+"""Accuracy and calibration of a split, counted batch by batch and over processes."""
 
-import math
+import copy
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -8,9 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_lt.metrics.calibration import ECE_BINS, bin_error, confidence_bins, describe_bins
 from timm_lt.metrics.shot_report import ShotReport
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, check_integer
 from timm_lt.utils.longtail import (
     ClassCounts,
     Labels,
@@ -21,6 +20,7 @@ from timm_lt.utils.longtail import (
 )
 
 TOP = 5
+ECE_BINS = 15
 # Confidences are summed as integers in units of 2^-32: the sum does not depend on the order, and
 # that of 2^31 - 1 confidences fits int64.
 CONFIDENCE_UNITS, MAX_SCORED = 2**32, 2**31 - 1
@@ -36,20 +36,6 @@ class Outcomes(NamedTuple):
     in_top: Tensor
 
 
-def count_classes(counts: Tensor, preds: Tensor, targets: Tensor) -> None:
-    """Adds images to the rows wrong, right and predicted of ``counts``, int64 (3 or more, C).
-
-    preds and targets are checked, (N,) int64. The cost is O(N), not O(C).
-    """
-    ones = torch.ones_like(targets)
-    # NumPy is faster than torch with integers.
-    right = preds.numpy() == targets.numpy()
-    cells = np.multiply(right, counts.shape[1], dtype=np.int64)
-    cells += targets.numpy()
-    counts.view(-1).scatter_add_(0, torch.from_numpy(cells), ones)
-    counts[2].scatter_add_(0, preds, ones)
-
-
 def are_logits(outputs: object) -> TypeGuard[Tensor]:
     """Returns whether outputs are logits: a floating-point tensor with two dimensions."""
     return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point()
@@ -58,10 +44,10 @@ def are_logits(outputs: object) -> TypeGuard[Tensor]:
 def check_logits(logits: object, num_images: int, num_classes: int) -> None:
     """Checks that logits are finite, floating point and of shape (num_images, num_classes)."""
     if not are_logits(logits) or logits.shape != (num_images, num_classes):
-        shape, kind = (num_images, num_classes), f"a {type(logits).__name__}"
+        shape, found = (num_images, num_classes), f"a {type(logits).__name__}"
         if isinstance(logits, Tensor):
-            kind = f"{tuple(logits.shape)} of {logits.dtype}"
-        raise UsageError(f"logits must be a floating-point tensor (N, C) = {shape}, got {kind}")
+            found = f"{tuple(logits.shape)} of {logits.dtype}"
+        raise UsageError(f"logits must be a floating-point tensor (N, C) = {shape}, got {found}")
     # The sum of a row is finite unless a logit is not, or the row overflows.
     suspects = (~logits.sum(1).isfinite()).nonzero().flatten()
     wrong: list[int] = suspects[~logits[suspects].isfinite().all(1)].tolist()
@@ -85,27 +71,10 @@ def _judge(part: tuple[Tensor, Tensor]) -> Outcomes:
     # Softmax probability of the prediction, without an (N, C) tensor.
     confidences = (top - logits.logsumexp(dim=1)).exp()
     own = logits.gather(1, targets[:, None])
-    last = logits.topk(min(TOP, logits.shape[1])).values[:, -1:]
-    in_top = (own > last).flatten()
-    # topk breaks ties arbitrarily; here lower classes come first.
-    level = (own == last).flatten().nonzero().flatten()
-    rows, own = logits[level], own[level]
-    earlier = torch.arange(logits.shape[1], device=logits.device) < targets[level, None]
-    in_top[level] = ((rows > own) | ((rows == own) & earlier)).sum(1) < TOP
-    return Outcomes(preds, confidences, in_top | (preds == targets))
-
-
-def count_bins(bins: Tensor, confidences: Tensor, right: Tensor, group_of: Tensor) -> None:
-    """Adds images to ``bins``, int64 (groups, 3, bins): images, right and confidence in units.
-
-    confidences (N,) are in [0, 1], right (N,) is boolean, group_of (N,) is each image's shot group.
-    """
-    confidences = confidences.double()
-    cells = group_of * ECE_BINS + confidence_bins(confidences)
-    units = (confidences * CONFIDENCE_UNITS).round().long()
-    for row, amount in enumerate((torch.ones_like(cells), right.long(), units)):
-        sums = torch.zeros(len(bins) * ECE_BINS, dtype=torch.long).scatter_add_(0, cells, amount)
-        bins[:, row] += sums.view(len(bins), ECE_BINS)
+    # Equal logits rank by class.
+    earlier = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    ranks = ((logits > own) | ((logits == own) & earlier)).sum(1)
+    return Outcomes(preds, confidences, (ranks < TOP) | (preds == targets))
 
 
 def accuracy_figures(right: Tensor, images: Tensor, groups: Tensor) -> dict[str, Tensor]:
@@ -166,8 +135,8 @@ class ShotMetrics:
         self._groups = torch.stack(list(groups.values()))
         # Rows: wrong images of the class, right ones, predictions of the class, top-5 hits.
         self._counts = torch.zeros(4, self.num_classes, dtype=torch.long)
-        # Per group and bin: images, right images, sum of confidences.
-        self._bins = torch.zeros(len(groups), 3, ECE_BINS, dtype=torch.long)
+        # Images, right images and sum of confidences of each bin, group by group.
+        self._bins = torch.zeros(3, len(groups) * ECE_BINS, dtype=torch.long)
 
     @property
     def num_classes(self) -> int:
@@ -178,12 +147,9 @@ class ShotMetrics:
         """Counts a batch; an error leaves the counts unchanged.
 
         Args:
-            outputs: Predicted classes, or logits (floating point, on any device), which add
-                calibration and top-5.
-            targets: True classes, integers in [0, C).
-
-        Shape:
-            outputs (N,) or (N, C), targets (N,); N may be 0.
+            outputs: Predicted classes, (N,), or logits, (N, C) floating point on any device, which
+                add calibration and top-5; N may be 0.
+            targets: True classes, (N,), integers in [0, C).
 
         Raises:
             UsageError: If the shapes do not match, a label is not an integer in [0, C), a logit is
@@ -203,8 +169,7 @@ class ShotMetrics:
             raise UsageError(
                 f"preds {tuple(preds.shape)} and targets {tuple(targets.shape)} must have one shape"
             )
-        self._check_kind(scored=False)
-        count_classes(self._counts, preds, targets)
+        self._count(preds, targets, scored=False)
 
     def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
         """Counts a batch as :meth:`update` does and returns its predictions.
@@ -222,22 +187,27 @@ class ShotMetrics:
         """
         targets = check_labels(targets, self.num_classes, noun="targets")
         check_logits(logits, len(targets), self.num_classes)
-        self._check_kind(scored=True)
         outcomes = judge(logits, targets)
         preds, confidences, in_top = outcomes
-        count_classes(self._counts, preds, targets)
+        self._count(preds, targets, scored=True)
         self._counts[3].scatter_add_(0, targets, in_top.long())
-        group_of = self._groups.int().argmax(0)[targets]
-        count_bins(self._bins, confidences, preds == targets, group_of)
+        first_bin = ECE_BINS * self._groups.int().argmax(0)[targets]
+        self._bins += bin_sums(confidences, preds == targets, first_bin, self._bins.shape[1])
         return outcomes
 
-    def _check_kind(self, scored: bool) -> None:
-        """Checks that either all updates have logits or none has."""
+    def _count(self, preds: Tensor, targets: Tensor, *, scored: bool) -> None:
+        """Counts the images in O(N), not O(C), if all updates have logits or none has."""
         had_logits = bool(self._bins.any())
         if had_logits != scored and (had_logits or self._counts.any()):
             raise UsageError(
                 "some updates have logits and others predictions: pass logits in all or in none"
             )
+        ones = torch.ones_like(targets)
+        # NumPy is faster than torch with integers.
+        cells = np.multiply(preds.numpy() == targets.numpy(), self.num_classes, dtype=np.int64)
+        cells += targets.numpy()
+        self._counts.view(-1).scatter_add_(0, torch.from_numpy(cells), ones)
+        self._counts[2].scatter_add_(0, preds, ones)
 
     def merge(self, other: "ShotMetrics") -> None:
         """Adds the counts of another accumulator; UsageError if their shot groups differ."""
@@ -253,11 +223,10 @@ class ShotMetrics:
         """
         both = torch.cat([self._counts.flatten(), self._bins.flatten()])
         sums = accelerator.reduce(both.to(accelerator.device), reduction="sum").cpu()
-        whole = object.__new__(type(self))
-        vars(whole).update(vars(self))
-        whole._counts = sums[: self._counts.numel()].view_as(self._counts)
-        whole._bins = sums[self._counts.numel() :].view_as(self._bins)
-        return whole
+        total = copy.copy(self)
+        total._counts = sums[: self._counts.numel()].view_as(self._counts)
+        total._bins = sums[self._counts.numel() :].view_as(self._bins)
+        return total
 
     def compute(self) -> ShotReport:
         """Returns the report on all counted images.
@@ -273,7 +242,8 @@ class ShotMetrics:
         present = images > 0
         columns = (right, images, self._groups.double())
         in_split = columns if present.all() else [values[..., present] for values in columns]
-        figures: dict[str, Any] = {k: _known(v) for k, v in accuracy_figures(*in_split).items()}
+        values = accuracy_figures(*in_split).items()
+        figures: dict[str, Any] = {k: None if v.isnan() else float(v) for k, v in values}
         # TP = right, FP = predicted - right, FN = images - right; 0 / 0 counts as 0.
         either = predicted + images
         f1, precision = (part.nan_to_num(0) for part in (2 * right / either, right / predicted))
@@ -292,42 +262,25 @@ class ShotMetrics:
 
     def _scores(self) -> dict[str, Any]:
         """Returns the report's fields that need logits, if there were any."""
-        images, scored = int(self._counts[:2].sum()), int(self._bins[:, 0].sum())
+        images, scored = int(self._counts[:2].sum()), int(self._bins[0].sum())
         if scored == 0:
             return {}
-        if scored != images:
+        if scored != images or scored > MAX_SCORED:
             raise UsageError(
-                f"only {scored} of {images} images have logits: pass logits in all updates, on "
-                "all processes, or in none"
+                f"{scored} of {images} images have logits; pass logits in all updates, on all "
+                f"processes, or in none, and of at most {MAX_SCORED} images"
             )
-        if scored > MAX_SCORED:
-            raise UsageError(
-                f"{scored} images have logits, calibration is for {MAX_SCORED} or less"
-            )
-        groups = {
-            name: _described(bins) for name, bins in zip(self._group_names, self._bins, strict=True)
-        }
-        bins = _described(self._bins.sum(0))
+        of_groups = self._bins.view(3, len(self._groups), ECE_BINS)
+        bins = _describe_bins(of_groups.sum(1))
         return {
             "top5": int(self._counts[3].sum()) / images,
-            "ece": bin_error(bins),
+            "ece": _bin_error(bins),
             "ece_per_group": {
-                name: bin_error(of_group) if any(part["images"] for part in of_group) else None
-                for name, of_group in groups.items()
+                name: _bin_error(_describe_bins(of_groups[:, k]))
+                for k, name in enumerate(self._group_names)
             },
             "reliability": bins,
         }
-
-
-def _described(bins: Tensor) -> list[dict[str, Any]]:
-    images, right, units = bins
-    return describe_bins(images, right, units.double() / CONFIDENCE_UNITS)
-
-
-def _known(value: Tensor) -> float | None:
-    """Returns a figure as a float; NaN becomes None."""
-    figure = float(value)
-    return None if math.isnan(figure) else figure
 
 
 def shot_accuracy(
@@ -345,13 +298,10 @@ def shot_accuracy(
     few_shot (< 20) 0.0 %, class mean 66.7 %, macro F1 55.6 %, ECE none
 
     Args:
-        preds: Predicted classes, integers in [0, C).
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        preds: Predicted classes, (N,), integers in [0, C).
+        targets: True classes, (N,), integers in [0, C).
+        class_counts: Training images per class, (C,).
         rule: Bounds of the shot groups.
-
-    Shape:
-        preds (N,), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the shapes differ or a label is not an integer in [0, C).
@@ -375,13 +325,10 @@ def evaluate_logits(
     rounded to multiples of 2^-32.
 
     Args:
-        logits: Finite scores.
-        targets: True classes, integers in [0, C).
-        class_counts: Training images per class.
+        logits: Finite scores, (N, C).
+        targets: True classes, (N,), integers in [0, C).
+        class_counts: Training images per class, (C,).
         rule: Bounds of the shot groups.
-
-    Shape:
-        logits (N, C), targets (N,), class_counts (C,).
 
     Raises:
         UsageError: If the logits are not a floating-point tensor, the shapes do not match, a logit
@@ -391,3 +338,94 @@ def evaluate_logits(
     metrics = ShotMetrics(check_class_counts(class_counts, num_classes), rule)
     metrics.update_logits(logits, targets)
     return metrics.compute()
+
+
+def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> list[dict[str, Any]]:
+    """Computes the accuracy of predictions in each confidence bin, JSON-ready.
+
+    With 15 bins, bin b has the images with a confidence in ``((b - 1) / 15, b / 15]``; confidence 0
+    is in the first. Confidences are rounded to multiples of 2^-32.
+
+    >>> reliability(torch.tensor([0.25, 1.0, 0.75]), torch.tensor([1, 1, 0]), bins=2)
+    [{'images': 1, 'confidence': 0.25, 'accuracy': 1.0},
+     {'images': 2, 'confidence': 0.875, 'accuracy': 0.5}]
+
+    Args:
+        confidences: Probability of the predicted class, (N,) in [0, 1], N >= 1.
+        right: Whether the prediction is right, (N,).
+        bins: Number of bins of equal width.
+
+    Returns:
+        Number of images, mean confidence and accuracy of each bin; the last two are None for an
+        empty bin.
+
+    Raises:
+        UsageError: If there are no images, the shapes differ, or a value is out of range.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
+        https://arxiv.org/abs/1706.04599
+    """
+    check_integer("bins", bins, minimum=1)
+    if confidences.ndim != 1 or confidences.shape != right.shape or len(right) == 0:
+        shapes = f"{tuple(confidences.shape)} and {tuple(right.shape)}"
+        raise UsageError(f"confidences and right must be (N,) with N >= 1, got {shapes}")
+    # NaN is in no range, since every comparison with it is false.
+    valid = (confidences >= 0) & (confidences <= 1) & ((right == 0) | (right == 1))
+    if not valid.all():
+        row = int((~valid).nonzero()[0])
+        raise UsageError(
+            f"confidences must be in [0, 1] and right 0 or 1; row {row} has "
+            f"{confidences[row].item()} and {right[row].item()}"
+        )
+    return _describe_bins(bin_sums(confidences, right, 0, bins, bins))
+
+
+def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> float:
+    """Returns the expected calibration error: ``sum_b |B_b| / N |acc(B_b) - conf(B_b)|``.
+
+    Arguments and errors are those of :func:`reliability`.
+
+    >>> round(calibration_error(torch.tensor([0.9, 0.9, 0.9, 0.5]), torch.tensor([1, 1, 0, 1])), 3)
+    0.3
+
+    References:
+        Guo et al., ICML 2017, equation 3, https://arxiv.org/abs/1706.04599
+    """
+    return _bin_error(reliability(confidences, right, bins)) or 0.0
+
+
+def bin_sums(
+    confidences: Tensor, right: Tensor, first_bin: Tensor | int, size: int, bins: int = ECE_BINS
+) -> Tensor:
+    """Sums images, right images and confidences (in units) per bin, int64 (3, size).
+
+    The bins of an image begin at ``first_bin``.
+    """
+    confidences = confidences.double()
+    # Not torchmetrics: it puts confidences of exactly 1, frequent in float32, into a bin of their
+    # own, which overstates the error.
+    cells = first_bin + (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    units = (confidences * CONFIDENCE_UNITS).round().long()
+    amounts = torch.stack([torch.ones_like(cells), right.long(), units])
+    sums = torch.zeros(3, size, dtype=torch.long)
+    return sums.scatter_add_(1, cells.expand(3, -1), amounts)
+
+
+def _describe_bins(sums: Tensor) -> list[dict[str, Any]]:
+    """Returns the bins of :func:`reliability` from the sums of :func:`bin_sums`."""
+    return [
+        {
+            "images": n,
+            "confidence": units / CONFIDENCE_UNITS / n if n else None,
+            "accuracy": right / n if n else None,
+        }
+        for n, right, units in sums.T.tolist()
+    ]
+
+
+def _bin_error(bins: list[dict[str, Any]]) -> float | None:
+    """Returns the calibration error of bins; None if all are empty."""
+    filled = [part for part in bins if part["images"]]
+    gaps = [part["images"] * abs(part["accuracy"] - part["confidence"]) for part in filled]
+    return sum(gaps) / sum(part["images"] for part in filled) if filled else None

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
-from timm_lt.models.pretrained import batch_norm_statistics, read_url
-from timm_lt.models.published import PUBLISHED
-from timm_lt.models.third_party import Weights, WeightsFile, check_weights, read_weights
+from timm_lt.models.pretrained import PUBLISHED, batch_norm_statistics, read_url, set_scale
+from timm_lt.models.third_party import Weights, WeightsFile, read_weights
 from timm_lt.models.weights_file import build
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import ClassCounts
@@ -74,41 +73,33 @@ def convert_checkpoint(
         UsageError: If a file cannot be read, is of another architecture or another number of
             classes, or the file of a head has another backbone; nothing is written then.
     """
-    published = PUBLISHED.get(source)
-    if published is not None and published.urls:
-        model = model or source
-        others = {name: url for name, url in published.urls.items() if name != "linear"}
-        source, heads = published.urls["linear"], {**others, **(heads or {})}
-    elif published is not None or not source:
-        where = published and (published.folder or "no weights are published under it")
-        raise UsageError(f"{source!r} has no files to convert{f': {where}' if where else ''}")
-    name, found = _published_name(source), "published"
-    if model is not None:
-        name, found = model, "given"
+    if source in PUBLISHED or not source:
+        urls = PUBLISHED[source].urls if source else {}
+        if not urls:
+            raise UsageError(f"{source!r} has no files to convert")
+        model, source, heads = model or source, urls.pop("linear"), {**urls, **(heads or {})}
+    name, found = (model, "given") if model is not None else (_published_name(source), "published")
+    published = PUBLISHED.get(name or "")
 
     def read(path: Path) -> WeightsFile:
         file = read_weights(path, source)
-        if name in PUBLISHED:
-            expected = expected_state(name, PUBLISHED[name].num_classes)
-            check_weights(file.select(expected, name, key=key), expected, name)
+        if published is not None:
+            expected = expected_state(published.name, published.num_classes)
+            file.select(expected, published.name, key=key).fit(expected, published.name)
         return file
 
     file = _fetch(source, cache_dir, read)
     if name is None:
-        name, found = _name_of_file(source, file)
+        name, found = _name_of_file(file)
     published = PUBLISHED.get(name)
+    classes = None if published is None else published.num_classes
     network, weights = build(
-        file,
-        name,
-        num_classes=None if published is None else published.num_classes,
-        key=key,
-        image_size=image_size,
-        **(options or {}),
+        file, name, num_classes=classes, key=key, image_size=image_size, **(options or {})
     )
     joint = get_head(network)
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
-        fitted["lws"] = _scaled(joint, weights.scale)
+        fitted["lws"] = set_scale(HEADS["lws"].from_classifier(joint), weights.scale)
     for head, location in (heads or {}).items():
         fitted[head] = _other_head(head, location, name, cache_dir, weights, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
@@ -132,35 +123,25 @@ def _fetch(location: str, cache_dir: str | Path | None, read: Callable[[Path], T
     return read_url(location, read, cache_dir) if "://" in location else read(Path(location))
 
 
-def _name_of_file(source: str, file: WeightsFile) -> tuple[str, str]:
+def _name_of_file(file: WeightsFile) -> tuple[str, str]:
     """Returns the architecture of weights, with the tag for their number of classes."""
     if file.architecture is not None:
         return file.architecture, "in the file"
     for architecture in ARCHITECTURES:
-        classes = _classes_if(file, architecture)
-        if classes is not None:
-            tags = [
-                entry.name
-                for entry in PUBLISHED.values()
-                if (entry.architecture, entry.num_classes) == (architecture, classes)
-            ]
-            return next(iter(tags), architecture), "by shape"
+        try:
+            state = file.select(expected_state(architecture, 1), architecture)
+            classes = state.num_classes("fc") or 1
+            state.fit(expected_state(architecture, classes), architecture)
+        except UsageError:
+            continue
+        for entry in PUBLISHED.values():
+            if (entry.architecture, entry.num_classes) == (architecture, classes):
+                return entry.name, "by shape"
+        return architecture, "by shape"
     raise UsageError(
-        f"{source} has the tensors of none of {', '.join(ARCHITECTURES)}; name its architecture "
+        f"{file.name} has the tensors of none of {', '.join(ARCHITECTURES)}; name its architecture "
         "with --model, e.g. --model convnext_tiny"
     )
-
-
-def _classes_if(file: WeightsFile, architecture: str) -> int | None:
-    """Returns the number of classes of weights; None if they are not of this architecture."""
-    try:
-        state = file.select(expected_state(architecture, 1), architecture)
-        classes = state.num_classes("fc")
-        if classes:
-            check_weights(state, expected_state(architecture, classes), architecture)
-    except UsageError:
-        return None
-    return classes or None
 
 
 def _other_head(
@@ -176,7 +157,7 @@ def _other_head(
 
     def read(file: Path) -> Weights:
         state = read_weights(file, location).select(expected, name, path)
-        return check_weights(state, expected, name, path)
+        return state.fit(expected, name, path)
 
     other = _fetch(location, cache_dir, read)
     own = () if other.scale is not None else (f"{path}.weight", f"{path}.bias")
@@ -187,20 +168,14 @@ def _other_head(
                 "its own"
             )
     if other.scale is not None:
-        new: Head = _scaled(joint, other.scale)
+        new: Head = set_scale(HEADS["lws"].from_classifier(joint), other.scale)
     else:
         new = HEADS["crt"].from_classifier(joint)
-        parts = {
-            key.removeprefix(f"{path}."): other.tensors[key] for key in own if key in other.tensors
-        }
-        new.load_state_dict({**parts, "weight": parts["weight"].flatten(1)})
+        with torch.no_grad():
+            for part, key in zip((new.weight, new.bias), own, strict=True):
+                if key in other.tensors:
+                    part.copy_(other.tensors[key].view_as(part))
     moved = batch_norm_statistics(other.tensors)
     if any(not torch.equal(value, weights.tensors[key]) for key, value in moved.items()):
         new.backbone_statistics = moved
     return new
-
-
-def _scaled(joint: nn.Linear, scale: Tensor) -> Head:
-    head = HEADS["lws"].from_classifier(joint)
-    head.load_state_dict({**head.state_dict(), "scale": scale})
-    return head

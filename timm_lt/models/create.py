@@ -1,11 +1,12 @@
 """Models with a chosen head: any timm architecture, a registered one, or a decoupled checkpoint.
 
-Also the images that a model takes: size, normalisation and crop.
+Also the images that a model takes (size, normalisation and crop) and the names of its classes.
 """
 
 import difflib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,28 @@ from torch import nn
 
 from timm_lt.checkpoint import (
     BACKGROUND,
-    CheckpointInfo,
     check_build,
     find_entry,
     find_info,
     load_error,
-    load_model_head,
+    load_heads,
     read_config,
 )
-from timm_lt.heads import (
-    HEADS,
-    Head,
-    check_head_options,
-    get_heads,
-    head_option_names,
-    set_head,
-)
-from timm_lt.models.repo import LOCAL_DIR, ModelSource, Repo
+from timm_lt.heads import HEADS, Head, check_head_options, get_heads, head_option_names, set_head
+from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
+from timm_lt.utils.console import log
 from timm_lt.utils.hub import hub_errors
+
+# Preprocessing of images in timm's configuration of a model.
+FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+CHOICES = {
+    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": ("center", "squash", "border"),
+}
+WORDNET = re.compile(r"n\d{8}")
+# Share of class names that must be those of ImageNet; lists differ in the spelling of a few.
+SHARE = 0.9
 
 
 def create_model(
@@ -55,9 +59,8 @@ def create_model(
 ) -> nn.Module:
     """Creates a timm model with a head.
 
-    From the Hub, only the config, the backbone and the file of the one head are downloaded, each
-    once; cached files are not downloaded again, and nothing is with ``HF_HUB_OFFLINE=1``. No pickle
-    is read.
+    From the Hub, only the config, the backbone and the file of the one head are downloaded, unless
+    they are in the cache. No pickle is read.
 
     Args:
         name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
@@ -83,38 +86,46 @@ def create_model(
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
     """
     source = ModelSource.parse(name, cache_dir=options.get("cache_dir"), token=token)
-    if source.repo is not None:
-        return _create_from_hub(source.repo, pretrained is not False, head, options)
-    if token is not None:
+    if token is not None and source.repo is None:
         raise UsageError(f"token only applies to names that start with hf-hub:, not to {name!r}")
+    if source.repo is not None:
+        folder = source.repo.download(weights=pretrained is not False, head=head)
+        model = _create_from_folder(folder, pretrained is not False, head, options)
+        config = getattr(model, "pretrained_cfg", None)
+        if isinstance(config, dict):
+            # The same as timm sets for a model from the Hub.
+            config |= {"source": "hf-hub", "hf_hub_id": str(source.repo)}
+            config.pop("file", None)
+        return model
     if source.folder is not None:
         return _create_from_folder(source.folder, pretrained is not False, head, options)
     name, pretrained = source.name, bool(pretrained)
-    _check_architecture(name)
+    architecture, _, tag = name.partition(".")
+    module = find_entrypoint(architecture).__module__
+    tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
+    if tag and tag not in tags:
+        raise unknown_name(f"tag of {architecture!r}:", tag, [key for key in tags if key])
     with _timm_errors(name, head):
-        if head is None:
-            return timm.create_model(name, pretrained=pretrained, **options)
-        entrypoint = timm.models.model_entrypoint(name.partition(".")[0])
-        if entrypoint.__module__.startswith("timm_lt."):
+        if head is not None and module.startswith("timm_lt."):
             return timm.create_model(name, pretrained=pretrained, head=head, **options)
         ours, theirs = split_options(head, options)
         model = timm.create_model(name, pretrained=pretrained, **theirs)
+        if head is None:
+            return model
         if theirs.get("features_only"):
             check_head_options(head, ours)
             return model
         return set_head(model, head, **ours)
 
 
-def _check_architecture(name: str) -> None:
-    """Raises UsageError for an architecture or a tag that timm does not have."""
-    architecture, _, tag = name.partition(".")
+def find_entrypoint(architecture: str) -> Callable[..., nn.Module]:
+    """Returns timm's function for an architecture; the error for an unknown one lists others."""
     if not timm.models.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f"; similar names: {', '.join(close)}" if close else ""
         raise UsageError(f"unknown architecture {architecture!r}{hint}; timm.list_models() has all")
-    tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
-    if tag and tag not in tags:
-        raise unknown_name(f"tag of {architecture!r}:", tag, [key for key in tags if key])
+    found: Callable[..., nn.Module] = timm.models.model_entrypoint(architecture)
+    return found
 
 
 @contextmanager
@@ -125,21 +136,19 @@ def _timm_errors(name: str, head: str | None) -> Iterator[None]:
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         with hub_errors(name):
             raise error
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         # timm passes options that it does not know to the constructor of the architecture.
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None:
+        if found is not None:
+            problem = f"has no option {found[1]!r}; is head= missing?"
+            if head is not None and head in HEADS:
+                names = ", ".join(head_option_names(head)) or "none"
+                problem = f"has no option {found[1]!r}; options of head {head!r}: {names}"
+        elif "No pretrained weights exist" in str(error):
+            problem = "has no pretrained weights; load a file of weights, or remove pretrained"
+        else:
             raise
-        hint = "is head= missing?"
-        if head is not None and head in HEADS:
-            hint = f"options of head {head!r}: {', '.join(head_option_names(head)) or 'none'}"
-        raise UsageError(f"{name} has no option {found[1]!r}; {hint}") from error
-    except RuntimeError as error:
-        if "No pretrained weights exist" not in str(error):
-            raise
-        raise UsageError(
-            f"{name} has no pretrained weights; load a file of weights, or remove pretrained"
-        ) from error
+        raise UsageError(f"{name} {problem}") from error
 
 
 def split_options(
@@ -151,68 +160,32 @@ def split_options(
     return ours, {key: value for key, value in options.items() if key not in names}
 
 
-def _create_from_hub(
-    repo: Repo, pretrained: bool, head: str | None, options: dict[str, Any]
-) -> nn.Module:
-    folder = repo.download(weights=pretrained, head=head)
-    model = _create_from_folder(folder, pretrained, head, options)
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, dict):
-        # The same as timm sets for a model from the Hub.
-        config |= {"source": "hf-hub", "hf_hub_id": str(repo)}
-        config.pop("file", None)
-    return model
-
-
 def _create_from_folder(
     folder: Path, pretrained: bool, head: str | None, options: dict[str, Any]
 ) -> nn.Module:
-    info = find_info(folder)
+    info, name = find_info(folder), f"{LOCAL_DIR}{folder}"
     check_build(folder, read_config(folder), info, pretrained=pretrained)
-    if head is None:
-        model = _create_joint(folder, pretrained, None, options)
-    elif pretrained:
-        model = _create_with_head(folder, head, info, options)
-    else:
+    if head is not None and not pretrained:
         raise UsageError(f"head {head!r} of {folder} needs its backbone; remove pretrained=False")
-    if info is not None:
-        model.__dict__[BACKGROUND] = info.background
-    return model
-
-
-def _create_with_head(
-    folder: Path, head: str, info: CheckpointInfo | None, options: dict[str, Any]
-) -> nn.Module:
-    ours, theirs = split_options(find_entry(info, head, str(folder)).kind, options)
-    model = _create_joint(folder, True, head, theirs)
-    if info is not None:
-        return load_model_head(folder, model, head, **ours)
-    for new in get_heads(set_head(model, head, **ours)).values():
-        assert isinstance(new, Head)
-        new.check_fitted()
-    return model
-
-
-def _create_joint(
-    folder: Path, pretrained: bool, head: str | None, options: dict[str, Any]
-) -> nn.Module:
-    name = f"{LOCAL_DIR}{folder}"
+    kind = None if head is None else find_entry(info, head, str(folder)).kind
+    ours, theirs = split_options(kind, options)
     try:
         with _timm_errors(name, head):
-            return timm.create_model(name, pretrained=pretrained, **options)
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **theirs)
     except UsageError:
         raise
     except Exception as error:
         # timm does not check the values in the config of a folder.
         raise load_error(folder, error) from error
-
-
-# Preprocessing of images in timm's configuration of a model.
-FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-CHOICES = {
-    "interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
-    "crop_mode": ("center", "squash", "border"),
-}
+    if info is not None:
+        model.__dict__[BACKGROUND] = info.background
+    if head is not None:
+        if info is not None:
+            return set_head(model, load_heads(folder, head, model, **ours))
+        for new in get_heads(set_head(model, head, **ours)).values():
+            assert isinstance(new, Head)
+            new.check_fitted()
+    return model
 
 
 def create_sized_model(
@@ -229,69 +202,47 @@ def create_sized_model(
     resamples the position embeddings of pretrained weights. The size becomes part of the model's
     configuration.
 
-    Args:
-        name: A name as for :func:`timm_lt.create_model`.
-        pretrained: Load weights.
-        image_size: Side, or height and width, in pixels; None is the size of the model.
-        head: A head as for :func:`timm_lt.create_model`.
-        **options: Arguments of :func:`timm_lt.create_model`, and any of ``FIELDS``.
-
-    Raises:
-        UsageError: If there is no such model, or the architecture does not take that size.
+    The size is a side, or height and width, in pixels; None is that of the model. The other
+    arguments are those of :func:`timm_lt.create_model`, and any of ``FIELDS``.
     """
-    options = with_overlay({}, options)
+    options = with_overlay(options)
+    # With dynamic_img_size, the embeddings are fitted to each image.
+    is_sized = image_size is not None and not options.get("dynamic_img_size")
+    sized = {"img_size": image_size, **options} if is_sized else options
     try:
-        if image_size is None:
-            return create_model(name, pretrained, head=head, **options)
-        model = _create_at(name, pretrained, image_size, head=head, **options)
+        try:
+            model = create_model(name, pretrained, head=head, **sized)
+        except UsageError as error:
+            # Most convolutional architectures take images of any size and have no img_size.
+            if not is_sized or not isinstance(error.__cause__, TypeError):
+                raise
+            model = create_model(name, pretrained, head=head, **options)
     except UsageError:
         raise
     except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         size = "" if image_size is None else f" for images of {image_size} pixels"
         raise UsageError(f"{name} cannot be built{size} with {options}: {reason}") from error
-    config: dict[str, Any] = {**(getattr(model, "pretrained_cfg", None) or {})}
-    # Otherwise timm would prefer these for testing.
-    for key in ("test_input_size", "test_crop_pct"):
-        config.pop(key, None)
-    config["input_size"] = (options.get("in_chans", 3), *to_2tuple(image_size))
-    model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
+    if image_size is not None:
+        shape = (options.get("in_chans", 3), *to_2tuple(image_size))
+        config = {**_config(model), "input_size": shape}
+        # Otherwise timm would prefer these for testing.
+        for key in ("test_input_size", "test_crop_pct"):
+            config.pop(key, None)
+        model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
     return model
 
 
-def _create_at(
-    name: str, pretrained: bool, image_size: int | tuple[int, int], **options: Any
-) -> nn.Module:
-    # With dynamic_img_size, the embeddings are fitted to each image.
-    sized = {} if options.get("dynamic_img_size") else {"img_size": image_size}
-    try:
-        return create_model(name, pretrained, **{**sized, **options})
-    except UsageError as error:
-        # Most convolutional architectures take images of any size and have no img_size.
-        if not isinstance(error.__cause__, TypeError):
-            raise
-        return create_model(name, pretrained, **options)
-
-
-def with_overlay(first: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def with_overlay(options: dict[str, Any]) -> dict[str, Any]:
     """Returns options with the preprocessing moved to ``pretrained_cfg_overlay``, for timm.
 
-    Args:
-        first: Defaults of the options.
-        options: The options.
-
-    Raises:
-        UsageError: If timm does not take a value.
-
-    >>> with_overlay({"std": 0.5, "crop_pct": 1.0}, {"crop_pct": 0.9, "global_pool": "max"})
+    >>> with_overlay({"std": 0.5, "crop_pct": 0.9, "global_pool": "max"})
     {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}}
     """
     key = "pretrained_cfg_overlay"
-    overlay: dict[str, Any] = {}
-    for given in (first, options):
-        overlay |= given.get(key) or {}
-        overlay |= {k: _preprocessing(k, v) for k, v in given.items() if k in FIELDS}
-    others = {k: v for k, v in {**first, **options}.items() if k not in (key, *FIELDS)}
+    overlay = {k: _preprocessing(k, v) for k, v in options.items() if k in FIELDS}
+    overlay |= options.get(key) or {}
+    others = {k: v for k, v in options.items() if k not in (key, *FIELDS)}
     return others | ({key: overlay} if overlay else {})
 
 
@@ -313,9 +264,6 @@ def image_config(model: nn.Module) -> dict[str, Any]:
     """Returns size, normalisation and crop of a model's images, as arguments of timm's transforms.
 
     Arguments with which the model was created take precedence over its configuration.
-
-    Raises:
-        UsageError: If the model does not take images of 3 channels.
     """
     config: dict[str, Any] = timm.data.resolve_data_config(model=model)
     config["input_size"] = input_size(model)
@@ -336,3 +284,85 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     if arguments.get("img_size") and not arguments.get("dynamic_img_size"):
         height, width = to_2tuple(arguments["img_size"])
     return arguments.get("in_chans") or channels, height, width
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Returns the class names of a model: its own, or those of ImageNet; None if unknown."""
+    names = _config(model).get("label_names")
+    if not names:
+        imagenet = _imagenet(model)
+        return None if imagenet is None else imagenet.label_descriptions()
+    if isinstance(names, Mapping):
+        # Labels are strings in JSON.
+        by_label = {str(label): name for label, name in names.items()}
+        names = [by_label[label] for label in map(str, range(len(names))) if label in by_label]
+    return [*map(str, names)] if len(names) == getattr(model, "num_classes", None) else None
+
+
+def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
+    """Returns whether a model's classes have these names, in any order; None if unknown.
+
+    Names of ImageNet's classes are WordNet ids, or one or all words of their synset. The numbers 0
+    to C - 1 are not names.
+    """
+    own = label_names(model)
+    if own is None or not names or [*names] == [str(label) for label in range(len(names))]:
+        return None
+    imagenet = _imagenet(model)
+    if sorted(own) == sorted(names) or imagenet is None:
+        return sorted(own) == sorted(names)
+    same = 0
+    for synset, text, name in zip(imagenet.label_names(), own, names, strict=False):
+        words = {_plain(text), *map(_plain, text.split(","))}
+        same += name == synset or _plain(name) in words
+    return same >= SHARE * len(names)
+
+
+def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:
+    """Returns whether to keep the classifier of a model with as many classes as the data.
+
+    If that is unclear, the log says so, with ``what`` as the name of the model and ``cure`` as the
+    option that fits another classifier.
+    """
+    known = is_for(model, names)
+    if known is None:
+        # With the number of classes of an ImageNet, it may be that of ImageNet.
+        doubtful = names and timm.data.infer_imagenet_subset(model)
+        log.log(
+            logging.WARNING if doubtful else logging.INFO,
+            "%s has no names for its %d classes; its classifier is assumed to be for the classes "
+            "of the data (%s fits another)",
+            *(what, getattr(model, "num_classes", None), cure),
+        )
+    return known is not False
+
+
+def shown_as(model: nn.Module, names: Sequence[str]) -> list[str] | None:
+    """Returns the class names of a model, as WordNet ids if the given names are such."""
+    imagenet = _imagenet(model)
+    if imagenet is not None and any(WORDNET.fullmatch(name) for name in names):
+        return list(imagenet.label_names())
+    return label_names(model)
+
+
+def _imagenet(model: nn.Module) -> Any:  # noqa: ANN401
+    """Returns timm's class names of an ImageNet if the model has timm's weights for it, or None.
+
+    A folder or a repo of others may have any weights together with timm's tag.
+    """
+    config = _config(model)
+    repo, source = config.get("hf_hub_id") or "", config.get("source")
+    timms = not source or (source == "hf-hub" and repo.startswith("timm/"))
+    as_published = config.get("num_classes") == getattr(model, "num_classes", None)
+    if not (timms and as_published and config.get("tag")) or config.get("label_names"):
+        return None
+    subset = timm.data.infer_imagenet_subset(model)
+    return None if subset is None else timm.data.ImageNetInfo(subset)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"[\W_]+", " ", name.casefold()).split())

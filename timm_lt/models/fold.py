@@ -7,19 +7,21 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import CONFIG, WEIGHTS, save_plain
-from timm_lt.heads import Head, fold_head, get_heads
+from timm_lt.checkpoint import CONFIG, WEIGHTS, config_text, plain_copy
+from timm_lt.heads import Head, get_heads
 from timm_lt.models.create import input_size
 from timm_lt.utils.checks import UsageError
+from timm_lt.utils.files import write_atomic
 
 ONNX = "model.onnx"
 PROGRAM = "model.pt2"
@@ -30,7 +32,6 @@ IMAGES = 4
 TOLERANCE = 1e-3
 # The batch size of an exported model is free.
 ANY_NUMBER = ({0: torch.export.Dim("batch")},)
-Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,26 @@ def write_folded(
     images = torch.randn(IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))
     heads = [head for head in get_heads(model).values() if isinstance(head, Head)]
     exact = all(_is_linear(head) for head in heads)
-    original = copy.deepcopy(model).cpu().float().eval()
-    plain = fold_head(copy.deepcopy(original))
+    shipped, original = plain_copy(model), copy.deepcopy(model).cpu().float().eval()
+    plain = copy.deepcopy(shipped).float().eval()
     with torch.inference_mode():
         wanted, folded = original(images), plain(images)
     _compare(f"the folded {type(model).__name__}", folded, wanted, exact=exact)
-    save_plain(folder, model, label_names=label_names)
-    difference = _compare_file(folder, _load_timm, images, folded)
-    others = {}
-    if onnx:
-        with _export_errors(model, "ONNX"):
-            _export_onnx(plain, images, folder / ONNX)
-        others["onnxruntime"] = _compare_file(folder / ONNX, _load_onnx, images, folded)
-    if program:
-        with _export_errors(model, "a program"):
-            exported = torch.export.export(plain, (images,), dynamic_shapes=ANY_NUMBER)
-            torch.export.save(exported, folder / PROGRAM)
-        others["torch.export"] = _compare_file(folder / PROGRAM, _load_program, images, folded)
+    for path, head in get_heads(model).items():
+        if head.bias is None and shipped.get_submodule(path).bias is not None:
+            raise UsageError(
+                f"the folded head needs a bias, but the classifier {path!r} of timm's "
+                f"{type(model).__name__} has none, so timm could not load it"
+            )
+    state = {key: value.contiguous() for key, value in shipped.state_dict().items()}
+    write_atomic(folder / WEIGHTS, safetensors.torch.save(state))
+    write_atomic(folder / CONFIG, config_text(shipped, label_names))
+    difference, others = _compare_file(folder, images, folded), {}
+    runtimes = {"onnxruntime": (ONNX, onnx), "torch.export": (PROGRAM, program)}
+    for runtime, (file, is_wanted) in runtimes.items():
+        if is_wanted:
+            _export(plain, images, folder / file)
+            others[runtime] = _compare_file(folder / file, images, folded)
     return FoldReport(exact, difference, others)
 
 
@@ -106,7 +110,7 @@ def _is_linear(head: Head) -> bool:
     return torch.equal(head.transform(features), features)
 
 
-def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool) -> float:
+def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool = True) -> float:
     """Returns the largest difference divided by the largest logit, after checking that it is small.
 
     For a head that is not linear, the predictions must be the same, up to ties.
@@ -124,75 +128,58 @@ def _compare(what: str, found: Tensor, wanted: Tensor, *, exact: bool) -> float:
     return difference
 
 
-@contextmanager
-def _export_errors(model: nn.Module, what: str) -> Iterator[None]:
-    """Hides torch's notes about its exporter, and turns its errors into UsageError."""
+def _compare_file(path: Path, images: Tensor, wanted: Tensor) -> float:
+    """Loads a written model and compares it for several images and for one."""
+    try:
+        with torch.inference_mode():
+            run = _load(path)
+            several, one = run(images), run(images[:1])
+    except Exception as error:
+        raise UsageError(f"{path} was written but cannot be run: {_reason(error)}") from error
+    _compare(f"{path} for one image", one, wanted[:1])
+    return _compare(str(path), several, wanted)
+
+
+def _load(path: Path) -> Callable[[Tensor], Tensor]:
+    """Loads an ONNX file, a program, or the folder of a timm checkpoint."""
+    if path.name == ONNX:
+        import onnxruntime  # type: ignore[import-untyped]
+
+        session = onnxruntime.InferenceSession(path)
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if path.name == PROGRAM:
+        return torch.export.load(path).module()
+    model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return model.eval()
+
+
+def _export(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes an ONNX file or a program, without torch's notes about its exporter."""
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            if path.name == PROGRAM:
+                exported = torch.export.export(model, (images,), dynamic_shapes=ANY_NUMBER)
+                torch.export.save(exported, path)
+                return
+            options = {"dynamo": True, "verbose": False, "dynamic_shapes": ANY_NUMBER, **names}
+            program = torch.onnx.export(model, (images,), **options)
+            assert program is not None
+            program.save(path)
     except OSError:
         # A full disk, say.
         raise
     except Exception as error:
         raise UsageError(
-            f"torch cannot export {type(model).__name__} to {what}: {_reason(error)}"
+            f"torch cannot export {type(model).__name__} to {path.name}: {_reason(error)}"
         ) from error
     finally:
         logger.setLevel(level)
 
 
-def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=ANY_NUMBER,
-    )
-    assert program is not None
-    program.save(path)
-
-
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _load_timm(folder: Path) -> Logits:
-    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return model.eval()
-
-
-def _load_onnx(path: Path) -> Logits:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    session = onnxruntime.InferenceSession(path)
-
-    def run(images: Tensor) -> Tensor:
-        (logits,) = session.run(None, {"images": images.numpy()})
-        return torch.from_numpy(logits)
-
-    return run
-
-
-def _load_program(path: Path) -> Logits:
-    return torch.export.load(path).module()
-
-
-def _compare_file(
-    path: Path, load: Callable[[Path], Logits], images: Tensor, wanted: Tensor
-) -> float:
-    """Loads what was written and compares it for several images and for one."""
-    try:
-        with torch.inference_mode():
-            run = load(path)
-            several, one = run(images), run(images[:1])
-    except Exception as error:
-        raise UsageError(f"{path} was written but cannot be run: {_reason(error)}") from error
-    _compare(f"{path} for one image", one, wanted[:1], exact=True)
-    return _compare(str(path), several, wanted, exact=True)

@@ -9,6 +9,7 @@ arguments. ``hub_configs/`` lists the published weights. timm shows the name of 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,14 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
-    is_model,
     model_entrypoint,
     register_model,
-    register_model_deprecations,
 )
 from torch import Tensor, nn
 
 from timm_lt.checkpoint import WEIGHTS, TimmBase
-from timm_lt.heads import HEADS, check_head_options, set_head
-from timm_lt.models.create import split_options
+from timm_lt.heads import check_head_options, set_head
+from timm_lt.models.create import find_entrypoint, split_options
 from timm_lt.models.networks import (
     ANY_BASE,
     BRANCH_SCALE,
@@ -35,9 +34,7 @@ from timm_lt.models.networks import (
     create_bilateral,
     unpair,
 )
-from timm_lt.models.pretrained import PretrainedSource
-from timm_lt.models.published import PUBLISHED, Published
-from timm_lt.utils.checks import UsageError
+from timm_lt.models.pretrained import PUBLISHED, PretrainedSource, Published
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,8 @@ class Architecture:
 
     Attributes:
         doc: Description, as timm's docstrings of architectures.
-        base: The architecture of timm; None if timm lacks it.
-        bilateral: Whether it has two branches, which timm lacks, too.
-        own: Function that builds an architecture that timm lacks, from timm's usual arguments.
+        base: Architecture of timm that it is, with further arguments, or that it is made from.
+        make: Function that makes an architecture which timm lacks, from timm's usual arguments.
         first_conv: Path of the first convolution.
         reduction: Image size divided by the size of the last feature map.
         feature_cfg: timm's settings of ``features_only``.
@@ -56,37 +52,33 @@ class Architecture:
 
     doc: str
     base: TimmBase | None = None
-    bilateral: bool = False
-    own: Callable[..., nn.Module] | None = None
+    make: Callable[..., nn.Module] | None = None
     first_conv: str = "conv1"
     reduction: int = 32
     feature_cfg: dict[str, Any] = field(default_factory=dict)
 
     def build(self, **options: Any) -> nn.Module:
         """Builds the model with timm's usual arguments, without weights."""
-        if self.own is not None:
-            return self.own(**options)
-        if not self.bilateral:
-            return self._plain(self.base, options)
-        scale = options.pop("branch_scale", BRANCH_SCALE)
-        base = TimmBase(options.pop("base"), {}) if "base" in options else self.base
-        model = create_bilateral(self._plain(base, options), branch_scale=scale, fresh=True)
-        # A checkpoint records the registered name instead.
-        model.__dict__.pop("timm_base", None)
-        return model
-
-    def _plain(self, base: TimmBase | None, options: dict[str, Any]) -> nn.Module:
-        if base is None:
-            return CifarResNet(**options)
-        if not is_model(base.architecture):
-            raise UsageError(f"unknown base {base.architecture!r}; timm.list_models() has all")
-        entrypoint = model_entrypoint(base.architecture)
-        model: nn.Module = entrypoint(pretrained=False, **{**base.model_args, **options})
+        if self.make is not None:
+            return self.make(**options)
+        assert self.base is not None
+        entrypoint = model_entrypoint(self.base.architecture)
+        model: nn.Module = entrypoint(pretrained=False, **{**self.base.model_args, **options})
         return model
 
 
 def _oltr_resnet10(*, spatial: SpatialAttention = "convolution", **options: Any) -> nn.Module:
     return attach_attention(ARCHITECTURES["lt_resnet10"].build(**options), spatial=spatial)
+
+
+def _bilateral(
+    *, base: str = "resnet18", branch_scale: float = BRANCH_SCALE, **options: Any
+) -> nn.Module:
+    plain = find_entrypoint(base.partition(".")[0])(**options)
+    model = create_bilateral(plain, branch_scale=branch_scale, fresh=True)
+    # A checkpoint records the registered name instead.
+    model.__dict__.pop("timm_base", None)
+    return model
 
 
 CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
@@ -108,10 +100,11 @@ ARCHITECTURES = {
     "lt_oltr_resnet10": Architecture(
         "ResNet-10 with the modulated attention of OLTR behind its last stage. "
         '``spatial="linear"`` has the published form, for images of 224 pixels only.',
-        own=_oltr_resnet10,
+        make=_oltr_resnet10,
     ),
     "lt_resnet32": Architecture(
         "ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture.",
+        make=CifarResNet,
         reduction=4,
         feature_cfg=CIFAR_FEATURES,
     ),
@@ -130,19 +123,17 @@ ARCHITECTURES = {
     ),
     "lt_bbn_resnet32": Architecture(
         "Bilateral ResNet-32 for CIFAR as in BBN; trained with sampler and loss ``bilateral``.",
-        bilateral=True,
+        make=partial(_bilateral, base="lt_resnet32"),
         reduction=4,
         feature_cfg=CIFAR_FEATURES,
     ),
     "lt_bbn_resnet50": Architecture(
         "Bilateral ResNet-50 as in BBN; trained with sampler and loss ``bilateral``.",
-        TimmBase("resnet50", {}),
-        bilateral=True,
+        make=partial(_bilateral, base="resnet50"),
     ),
     ANY_BASE: Architecture(
         "Bilateral network of a model of timm's class ResNet, ``base=`` its name (a ResNet-18).",
-        TimmBase("resnet18", {}),
-        bilateral=True,
+        make=_bilateral,
     ),
 }
 
@@ -150,8 +141,11 @@ ARCHITECTURES = {
 def _cfg(entry: Published) -> dict[str, Any]:
     architecture = ARCHITECTURES[entry.architecture]
     _, height, width = entry.input_size
+    images = ("input_size", "crop_pct", "interpolation", "mean", "std")
     return {
-        **entry.pretrained_cfg(),
+        **{key: getattr(entry, key) for key in ("num_classes", "hf_hub_id", *images)},
+        "url": entry.urls.get("linear"),
+        "origin_url": entry.origin,
         "file": str(entry.folder / WEIGHTS) if entry.folder else None,
         "first_conv": architecture.first_conv,
         "classifier": "fc",
@@ -175,36 +169,31 @@ def _create(
     if variant == ANY_BASE and kwargs.get("pretrained_cfg") is None:
         # The images are those of the base.
         base = get_pretrained_cfg(kwargs.get("base", ANY_BASE))
-        given = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
-        overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        kwargs["pretrained_cfg_overlay"] = given | overlay
-    kind = head
-    if pretrained and head is not None and head not in HEADS:
-        kind = PretrainedSource.kind(variant, head, kwargs)
-    head_options, timm_options = split_options(kind, kwargs)
-    source = None
-    if pretrained:
-        source = PretrainedSource.find(variant, head, head_options, timm_options)
-        if source.remote:
+        images = {} if base is None else {key: getattr(base, key) for key in IMAGE_KEYS}
+        kwargs["pretrained_cfg_overlay"] = images | (kwargs.get("pretrained_cfg_overlay") or {})
+    source = PretrainedSource(variant, head, kwargs) if pretrained else None
+    kind = head if source is None else source.kind
+    head_options, options = split_options(kind, kwargs)
+    if source is not None:
+        source.choose_url(head_options)
+        if source.url or source.repo:
             # A wrong option raises before anything is downloaded.
             with torch.device("meta"):
-                _build(variant, False, **timm_options)
-        expected = expected_state(variant, source.config.num_classes)
-        weights = source.read(expected, timm_options.get("cache_dir"))
+                _build(variant, False, **options)
+        weights = source.read(expected_state(variant, source.config.num_classes))
         if weights is not None:
-            overlay = timm_options.get("pretrained_cfg_overlay") or {}
             # Without its source: timm would read the weights again.
+            overlay = options.get("pretrained_cfg_overlay") or {}
             overlay = {**overlay, "state_dict": weights.tensors, "source": None}
-            timm_options["pretrained_cfg_overlay"] = overlay
-    model = _build(variant, pretrained, **timm_options)
+            options["pretrained_cfg_overlay"] = overlay
+    model = _build(variant, pretrained, **options)
     if head is None or kind is None:
         return model
-    if timm_options.get("features_only"):
+    if options.get("features_only"):
         # timm's scripts pass any arguments with it; there is no classifier to replace.
         check_head_options(kind, head_options)
         return model
-    config: Any = model.pretrained_cfg
-    if source is None or model.num_classes != config["num_classes"]:
+    if source is None or model.num_classes != source.config.num_classes:
         return set_head(model, kind, **head_options)
     return source.put_head(model, head, head_options)
 
@@ -218,20 +207,15 @@ def _build(variant: str, pretrained: bool, **options: Any) -> nn.Module:
     for module in model.modules():
         # The loaded weights would stay in memory with the configuration.
         module.__dict__.get("pretrained_cfg", {}).pop("state_dict", None)
-    if architecture.bilateral and options.get("features_only"):
+    if options.get("features_only"):
         unpair(model)
-    if architecture.base is not None and not architecture.bilateral:
+    if architecture.base is not None:
         model.__dict__["timm_base"] = architecture.base
     return model
 
 
 def expected_state(name: str, num_classes: int) -> dict[str, Tensor]:
-    """Returns the state dict of a registered architecture on the meta device: names and shapes.
-
-    Args:
-        name: The architecture, with or without a tag.
-        num_classes: Number of classes of its classifier.
-    """
+    """Returns the state dict of a registered architecture on the meta device: names and shapes."""
     with torch.device("meta"):
         model = ARCHITECTURES[name.partition(".")[0]].build(num_classes=num_classes)
     state: dict[str, Tensor] = model.state_dict()
@@ -252,6 +236,3 @@ def _register(name: str) -> Callable[..., nn.Module]:
 
 # Each is also a function of this module, as in timm's modules.
 globals().update({name: _register(name) for name in ARCHITECTURES})
-register_model_deprecations(
-    __name__, {old: entry.name for entry in PUBLISHED.values() for old in entry.formerly}
-)

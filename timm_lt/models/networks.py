@@ -28,9 +28,8 @@ PUBLISHED_SIZE = 7
 class ModulatedAttention(nn.Module):
     """Adds spatially weighted self-attention to a feature map: ``y = x + m ⊙ SA(x)``.
 
-    ``SA`` is self-attention over the P = H W positions with embedded Gaussians,
-    ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)``, where θ, φ and g are 1×1 convolutions to
-    ``channels // reduction`` channels. ``m`` has one weight per position:
+    ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)`` over the P = H W positions, where θ, φ and
+    g are 1×1 convolutions to ``channels // reduction`` channels. ``m`` has one weight per position:
 
     - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, for any map size. The factor is
       1 for the 7×7 map of the paper and keeps the mean weight at 1/49 for other image sizes.
@@ -42,18 +41,14 @@ class ModulatedAttention(nn.Module):
 
     Args:
         channels: Channels of the map, >= 2.
-        reduction: Divisor of the channels inside the self-attention, from 1 to ``channels``; 2 in
-            the paper.
+        reduction: Divisor of the channels inside the self-attention, from 1 to ``channels``.
         spatial: Form of the spatial weights.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Shape:
         (N, channels, H, W) to (N, channels, H, W).
 
     Raises:
-        UsageError: If a number is out of range, or in the forward pass, if ``spatial="linear"``
-            gets a map that is not 7×7.
+        UsageError: If a number is out of range, or ``spatial="linear"`` gets a map that is not 7×7.
 
     References:
         Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
@@ -66,13 +61,7 @@ class ModulatedAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        reduction: int = 2,
-        spatial: SpatialAttention = "convolution",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, reduction: int = 2, spatial: SpatialAttention = "convolution"
     ) -> None:
         super().__init__()
         check_integer("channels", channels, minimum=2)
@@ -80,18 +69,17 @@ class ModulatedAttention(nn.Module):
         check_choice("spatial", spatial, get_args(SpatialAttention))
         self.linear = spatial == "linear"
         width, positions = channels // reduction, PUBLISHED_SIZE**2
-        self.query = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
-        self.key = nn.Conv2d(channels, width, 1, bias=False, device=device, dtype=dtype)
-        self.value = nn.Conv2d(channels, width, 1, device=device, dtype=dtype)
-        self.output = nn.Conv2d(width, channels, 1, device=device, dtype=dtype)
-        self.spatial: nn.Module
-        if self.linear:
-            self.spatial = nn.Linear(positions * channels, positions, device=device, dtype=dtype)
-        else:
-            self.spatial = nn.Conv2d(channels, 1, 1, bias=False, device=device, dtype=dtype)
-        nn.init.zeros_(self.output.weight)
-        if self.output.bias is not None:
-            nn.init.zeros_(self.output.bias)
+        self.query = nn.Conv2d(channels, width, 1)
+        self.key = nn.Conv2d(channels, width, 1, bias=False)
+        self.value = nn.Conv2d(channels, width, 1)
+        self.output = nn.Conv2d(width, channels, 1)
+        self.spatial: nn.Module = (
+            nn.Linear(positions * channels, positions)
+            if self.linear
+            else nn.Conv2d(channels, 1, 1, bias=False)
+        )
+        for parameter in self.output.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the attended map, (N, channels, H, W)."""
@@ -113,18 +101,15 @@ class ModulatedAttention(nn.Module):
     def spatial_weights(self, x: Tensor) -> Tensor:
         """Returns m, (N, 1, H, W)."""
         height, width = x.shape[2], x.shape[3]
-        if self.linear:
-            if height != 7 or width != 7:
-                raise UsageError(
-                    f"spatial='linear' only takes 7×7 maps (images of 224 pixels), got "
-                    f"{height}×{width}; use spatial='convolution'"
-                )
-            logits = self.spatial(x.flatten(1))
-        else:
-            logits = self.spatial(x).flatten(1)
-        weights: Tensor = logits.softmax(1).to(x.dtype)
         if not self.linear:
-            weights = weights * (height * width / 49)
+            weights: Tensor = self.spatial(x).flatten(1).softmax(1).to(x.dtype)
+            return (height * width / 49 * weights).view(-1, 1, height, width)
+        if height != 7 or width != 7:
+            raise UsageError(
+                f"spatial='linear' only takes 7×7 maps (images of 224 pixels), got "
+                f"{height}×{width}; use spatial='convolution'"
+            )
+        weights = self.spatial(x.flatten(1)).softmax(1).to(x.dtype)
         return weights.view(-1, 1, height, width)
 
     def extra_repr(self) -> str:
@@ -167,15 +152,8 @@ def attach_attention(
     stage = model.get_submodule(last["module"])
     if hasattr(stage, ATTENTION):
         raise UsageError(f"the model already has {last['module']}.{ATTENTION}")
-    weight = next(stage.parameters())
-    attention = ModulatedAttention(
-        last["num_chs"],
-        reduction=reduction,
-        spatial=spatial,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    stage.add_module(ATTENTION, attention.train(model.training))
+    attention = ModulatedAttention(last["num_chs"], reduction=reduction, spatial=spatial)
+    stage.add_module(ATTENTION, attention.to(next(stage.parameters())).train(model.training))
     return model
 
 
@@ -199,27 +177,21 @@ class ZeroPadShortcut(nn.Module):
 
 
 class CifarResNet(ResNet):
-    """Classifies small images by the CIFAR ResNet of He et al., section 4.2.
+    """CIFAR ResNet of He et al., section 4.2, for small images.
 
-    A 3x3 convolution with 16 channels and no max pooling, three stages of n basic blocks
-    ``x <- relu(shortcut(x) + bn(conv(relu(bn(conv(x))))))`` with 16, 32 and 64 channels and strides
-    1, 2 and 2, pooling, and the linear classifier ``fc``: depth 6n + 2. LDAM and BBN use
-    ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10 classes).
-
-    The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV 2015), and
-    batch normalisation starts as the identity. There are four features (stem and stages) at strides
-    1, 1, 2 and 4, so timm's ``features_only`` needs
-    ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
+    A 3x3 convolution with 16 channels and no max pooling, three stages of n basic blocks with 16,
+    32 and 64 channels and strides 1, 2 and 2, pooling, and the linear classifier ``fc``: depth
+    6n + 2. LDAM and BBN use ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10
+    classes). The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV
+    2015). There are four features (stem and stages) at strides 1, 1, 2 and 4, so timm's
+    ``features_only`` needs ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
 
     Args:
         layers: Basic blocks per stage, three numbers.
         num_classes: Outputs of ``fc``; with 0 the model returns its features.
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling, ``"avg"`` in the papers.
-        drop_rate: Dropout before the classifier, in [0, 1).
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); grows linearly from 0.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **options: Further arguments of timm's ``ResNet``, such as ``drop_rate``.
 
     Shape:
         images (N, in_chans, H, W); features (N, 64, ceil(H / 4), ceil(W / 4)); logits (N, C).
@@ -232,10 +204,6 @@ class CifarResNet(ResNet):
         https://arxiv.org/abs/1512.03385
         He, Zhang, Ren, Sun. Delving deep into rectifiers. ICCV 2015.
         https://arxiv.org/abs/1502.01852
-        Cao, Wei, Gaidon, Arechiga, Ma. Learning imbalanced datasets with label-distribution-aware
-        margin loss. NeurIPS 2019. https://arxiv.org/abs/1906.07413
-        Zhou, Cui, Wei, Chen. BBN: Bilateral-branch network with cumulative learning for long-tailed
-        visual recognition. CVPR 2020. https://arxiv.org/abs/1912.02413
 
     >>> CifarResNet(layers=(1, 1, 1))(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
@@ -247,10 +215,7 @@ class CifarResNet(ResNet):
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         if len(layers) != 3:
             raise UsageError(f"layers must be three numbers, one per stage, got {tuple(layers)}")
@@ -265,14 +230,10 @@ class CifarResNet(ResNet):
             stem_type="deep",
             stem_width=8,
             channels=(16, 32, 64),
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            zero_init_last=False,
-            device=device,
-            dtype=dtype,
+            **{"zero_init_last": False, **options},
         )
-        stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, device=device, dtype=dtype)
-        self.set_submodule("conv1", stem)
+        weight: Any = self.bn1.weight
+        self.set_submodule("conv1", nn.Conv2d(in_chans, 16, 3, padding=1, bias=False).to(weight))
         self.set_submodule("maxpool", nn.Identity())
         self.set_submodule("layer2.0.downsample", ZeroPadShortcut(8))
         self.set_submodule("layer3.0.downsample", ZeroPadShortcut(16))
@@ -280,7 +241,7 @@ class CifarResNet(ResNet):
         self.set_submodule("layer4", nn.Sequential())
         for feature, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             feature["reduction"] = reduction
-        self.init_weights()
+        self.init_weights(options.get("zero_init_last", False))
 
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Draws the weights of the convolutions; the last batch norms of blocks can start at 0."""
@@ -311,7 +272,6 @@ class CifarResNet(ResNet):
 BRANCH_SCALE = 1.0
 # The registered bilateral architecture of any ResNet.
 ANY_BASE = "lt_bbn_resnet"
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class BilateralBlock(nn.Module):
@@ -367,8 +327,7 @@ class _Bilateral(ResNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the feature map (N, 2 d, H, W)."""
-        stages: list[Any] = [self.get_submodule(name) for name in STAGES]
-        blocks: list[nn.Module] = [block for stage in stages for block in stage]
+        blocks = _blocks(self)
         # A model without its last stage, as pruned by timm, has no branches.
         last = blocks.pop() if blocks else None
         if not (self.training and isinstance(last, BilateralBlock) and last.paired):
@@ -379,11 +338,13 @@ class _Bilateral(ResNet):
         """Returns the input of a branch, for the images of its stream."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing:
-            checked: Tensor = checkpoint_seq(blocks, x)
-            return checked
-        for block in blocks:
-            x = block(x)
-        return x
+            return checkpoint_seq(blocks, x)  # type: ignore[no-any-return]
+        return nn.Sequential(*blocks)(x)  # type: ignore[no-any-return]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the residual blocks of a ResNet."""
+    return [b for n in (1, 2, 3, 4) for b in model.get_submodule(f"layer{n}").children()]
 
 
 class BilateralResNet(_Bilateral):
@@ -412,10 +373,10 @@ def create_bilateral(
 
     In training mode, rows 2 i and 2 i + 1 of a batch are a pair, as drawn by sampler ``bilateral``.
     Their logits are ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``, which the loss
-    ``bilateral`` mixes to ``α z_c + (1 - α) z_r``, the logits of the features
-    ``s (α f_c, (1 - α) f_r)``. As in the authors' code, the two streams pass the shared trunk one
-    after the other: batch norm normalises each by its own statistics, and updates its running ones
-    twice. (``forward_intermediates`` does not separate the streams before the last block.)
+    ``bilateral`` mixes to ``α z_c + (1 - α) z_r``. As in the authors' code, the two streams pass
+    the shared trunk one after the other: batch norm normalises each by its own statistics, and
+    updates its running ones twice. (``forward_intermediates`` does not separate the streams before
+    the last block.)
 
     Args:
         model: A ``ResNet`` of timm, with any of its blocks, or a :class:`CifarResNet`.
@@ -441,34 +402,30 @@ def create_bilateral(
     >>> model.num_features, model.train()(torch.zeros(4, 3, 32, 32)).shape
     (192, torch.Size([4, 3]))
     """
-    if type(model) not in KINDS:
-        raise UsageError(
-            "a bilateral network is made from timm's ResNet or ResNeXt, or from a CifarResNet, not "
-            f"from a {type(model).__name__}"
-        )
-    joint: Any = model.fc
-    if isinstance(joint, Head):
-        raise UsageError(
-            f"the model carries a {joint.kind!r} head; fold it (timm_lt.fold_head), or put it on "
-            "the bilateral network"
-        )
     scale = check_number("branch_scale", branch_scale, "(0, inf)")
-    stages: list[Any] = [model.get_submodule(name) for name in STAGES]
-    stage = next(stage for stage in reversed(stages) if len(stage))
-    last = stage[-1]
-    if not hasattr(last, "conv1"):
+    joint = getattr(model, "fc", None)
+    last: Any = _blocks(model)[-1] if type(model) in KINDS else None
+    problem = None
+    if last is None:
+        problem = f"not from a {type(model).__name__}"
+    elif isinstance(joint, Head):
+        problem = f"without a {joint.kind!r} head: fold it first (timm_lt.fold_head)"
+    elif not hasattr(last, "conv1"):
+        problem = f"whose last module is a residual block, not a {type(last).__name__}"
+    if problem is not None:
         raise UsageError(
-            "a bilateral network doubles the last residual block, but the last module of this "
-            f"model is a {type(last).__name__}"
+            "a bilateral network is made from timm's ResNet or ResNeXt, or from a CifarResNet, "
+            f"{problem}"
         )
-    twin = copy.deepcopy(last)
+    copied = copy.deepcopy(last)
     if fresh:
         # Initialises the modules of the block as the model does. Last batch norms that start at 0
         # are copied.
-        KINDS[type(model)].init_weights(twin, zero_init_last=False)
-    stage[-1] = BilateralBlock(last, twin, scale).train(last.training)
+        KINDS[type(model)].init_weights(copied, zero_init_last=False)
+    path = next(path for path, module in model.named_modules() if module is last)
+    model.set_submodule(path, BilateralBlock(last, copied, scale).train(last.training))
+    _record_base(model, scale)
     model.__class__ = KINDS[type(model)]
-    _rename(model, scale)
     bilateral: Any = model
     bilateral.num_features *= 2
     bilateral.feature_info[-1]["num_chs"] *= 2
@@ -478,14 +435,14 @@ def create_bilateral(
     return model
 
 
-def _rename(model: nn.Module, scale: float) -> None:
+def _record_base(model: nn.Module, scale: float) -> None:
     """Records the registered architecture and the base with which a checkpoint is built again."""
-    plain: TimmBase | None = model.__dict__.get("timm_base")
+    base: TimmBase | None = model.__dict__.get("timm_base")
     config: Any = getattr(model, "pretrained_cfg", None)
-    if plain is None and config:
-        plain = TimmBase(config["architecture"], {})
-    if plain is not None:
-        options = {"base": plain.architecture, **plain.model_args, "branch_scale": scale}
+    if base is None and config:
+        base = TimmBase(config["architecture"], {})
+    if base is not None:
+        options = {"base": base.architecture, **base.model_args, "branch_scale": scale}
         model.__dict__["timm_base"] = TimmBase(ANY_BASE, options)
 
 

@@ -1,24 +1,24 @@
-"""Weights of a pretrained model, from a Hub repo, a URL or a file.
+"""Published names, read from ``hub_configs/``, and pretrained weights from a repo, URL or file.
 
-timm would cache a URL under its last part, which two published files share, would read a local
-pickle whatever it holds, and would ask an unreachable Hub for a pickle as well.
+Each file ``<architecture>.<tag>.yaml`` with a ``published:`` block is one name in timm's registry.
+For the weights, timm would cache a URL under its last part, which two published files share, would
+read a local pickle whatever it holds, and would ask an unreachable Hub for a pickle as well.
 """
 
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import get_cache_dir
-from timm.models._pretrained import PretrainedCfg
+from timm.models._hub import download_cached_file, get_cache_dir
 from torch import Tensor, nn
-from torch.hub import download_url_to_file
 
 from timm_lt.checkpoint import (
     BLOCK,
@@ -26,66 +26,137 @@ from timm_lt.checkpoint import (
     WEIGHTS,
     find_entry,
     is_statistic,
-    load_model_head,
+    load_heads,
     read_checkpoint,
     read_config,
 )
-from timm_lt.heads import HEADS, Head, LWSHead, check_head_options, get_head, set_head
-from timm_lt.models.published import PUBLISHED
+from timm_lt.heads import HEADS, Head, check_head_options, get_head, set_head
 from timm_lt.models.repo import Repo
-from timm_lt.models.third_party import Weights, check_weights, read_weights
+from timm_lt.models.third_party import Weights, read_weights
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.console import console, log
-from timm_lt.utils.files import sha256
+from timm_lt.utils.files import read_yaml, sha256
 
 T = TypeVar("T")
+PUBLISHED_BLOCK = "published"
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+
+
+@dataclass(frozen=True)
+class PublishedHead:
+    """A head of a published backbone.
+
+    Attributes:
+        url: A file with the whole model that has this head; None for a head without a file of its
+            own, in the packaged checkpoint, or to be fitted.
+        quoted: Test accuracy from ``quoted_from``, fractions by shot group and "all".
+        measured: Test accuracy measured by this project, likewise.
+    """
+
+    url: str | None = None
+    quoted: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published name; the fields of the images are those of timm's ``PretrainedCfg``.
+
+    Attributes:
+        name: ``<architecture>.<tag>``, the file's name.
+        architecture: A registered ``lt_*`` architecture.
+        data: The training data.
+        training: Training of the representation, in words.
+        heads: The published or quoted heads; ``linear`` is the joint classifier.
+        packaged: The weights are a decoupled checkpoint in this package.
+        hf_hub_id: Hub repo of the decoupled checkpoint, ``namespace/name`` or
+            ``namespace/name@revision``. It has precedence over URLs.
+        origin: URL of the publisher.
+        quoted_from: Source of the quoted figures.
+        measured_with: Protocol of the measured figures.
+    """
+
+    name: str
+    architecture: str
+    data: str
+    training: str
+    num_classes: int
+    input_size: tuple[int, int, int]
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    heads: dict[str, PublishedHead] = field(default_factory=dict)
+    packaged: bool = False
+    hf_hub_id: str | None = None
+    origin: str | None = None
+    quoted_from: str | None = None
+    measured_with: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The packaged checkpoint, if there is one."""
+        return CHECKPOINTS / self.name if self.packaged else None
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """URLs by head."""
+        return {name: head.url for name, head in self.heads.items() if head.url}
+
+
+def hub_configs(inside: str = "") -> list[Path]:
+    """Returns the YAML files of ``hub_configs/``, or of a folder inside of it."""
+    package = Path(__file__).parents[1]
+    packaged = package / "hub_configs"
+    folder = packaged if packaged.is_dir() else package.parent / "hub_configs"
+    return sorted((folder / inside).glob("*.yaml"), key=lambda path: path.stem)
+
+
+def read_published(path: Path) -> Published | None:
+    """Reads the ``published:`` block of a file of ``hub_configs/``; None if it has none."""
+    block = read_yaml(path).get(PUBLISHED_BLOCK)
+    if block is None:
+        return None
+    heads = {name: PublishedHead(**(part or {})) for name, part in block.pop("heads", {}).items()}
+    fields: dict[str, Any] = dict(block)
+    for key in ("input_size", "mean", "std"):
+        fields[key] = tuple(fields[key])
+    return Published(name=path.stem, heads=heads, **fields)
+
+
+PUBLISHED = {
+    entry.name: entry for path in hub_configs() if (entry := read_published(path)) is not None
+}
 
 
 def cached_name(url: str) -> str:
-    """Returns the file name under which a URL is cached.
-
-    It consists of the end of the path, a digest of the whole URL and the suffix: readable, unique
-    to the URL, at most 133 characters, and valid on every file system.
+    """Returns the file name under which a URL is cached: a digest of it, and its readable end.
 
     >>> cached_name("https://example.org/weights/ImageNet_LT/models/resnet50.pth")
-    'ImageNet_LT--models--resnet50.1b5702488603d1d6.pth'
+    '1b5702488603d1d6-resnet50.pth'
     """
-    parts = urlsplit(url)
-    path = PurePosixPath(parts.hostname or "", unquote(parts.path).strip("/"))
-    suffix = path.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,15}", path.suffix) else ""
-    words = "--".join(path.parts[-3:]).removesuffix(suffix)
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", words)[-100:].lstrip("-.")
-    return f"{readable}.{sha256(url.encode())[:16]}{suffix}"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", urlsplit(url).path.rpartition("/")[2])
+    return f"{sha256(url.encode())[:16]}-{readable[-100:]}"
 
 
 def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None = None) -> T:
     """Reads the file behind a URL, which is downloaded unless it is in the cache.
 
-    Only a file that was read without an error is kept in the cache.
-
-    Args:
-        url: An http or https address.
-        read: Called with the path of the complete file; raises UsageError if it is not valid.
-        cache_dir: The cache; None is timm's. The files are in its subfolder ``timm_lt``.
-
-    Returns:
-        The result of ``read``.
-
-    Raises:
-        UsageError: If the file cannot be downloaded or is not valid.
+    The cache is the folder ``timm_lt`` in timm's, or in ``cache_dir``. A file that ``read`` refuses
+    with UsageError does not stay there.
     """
     if not re.match("https?://", url):
         raise UsageError(f"{url!r} is not an http:// or https:// URL")
     path = Path(cache_dir or get_cache_dir(), "timm_lt", cached_name(url))
+    is_new = not path.is_file()
     try:
-        if not path.is_file():
+        if is_new:
             path.parent.mkdir(parents=True, exist_ok=True)
+            shown = console.is_terminal and log.isEnabledFor(logging.INFO)
             # Processes that start together download the file once.
             with FileLock(f"{path}.lock"):
-                if not path.is_file():
-                    return _download(url, path, read)
-    except UsageError:
-        raise
+                log.info("downloading %s to %s", url, path)
+                download_cached_file((url, path.name), False, shown, cache_dir=path.parent)
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()
@@ -95,160 +166,118 @@ def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None =
     try:
         return read(path)
     except UsageError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+            raise
         raise UsageError(f"{error}; delete {path} to download it again") from error
 
 
-def _download(url: str, path: Path, read: Callable[[Path], T]) -> T:
-    """Downloads a file that gets its name after it was read."""
-    partial = path.with_name(f"{path.name}.incomplete")
-    log.info("downloading %s to %s", url, path)
-    shown = console.is_terminal and log.isEnabledFor(logging.INFO)
-    try:
-        download_url_to_file(url, str(partial), progress=shown)
-        result = read(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return result
-
-
 class PretrainedSource:
-    """Source of the weights of a pretrained model.
+    """Source of the weights of a pretrained model: a URL, a file, a repo, or timm's own.
 
-    Attributes:
-        name: Name of the model, for messages.
-        config: timm's configuration, with the caller's changes.
-        head: Requested head.
-        url: URL of the weights; None for a local file, or where timm finds the weights.
-        own_head: The file contains the requested head instead of the joint classifier.
-        repo_id: Hub repo with the weights, in place of a file.
-        folder: Decoupled checkpoint with the weights, once it is local.
-        weights: The weights, once they are read.
+    Args:
+        variant: A registered architecture.
+        head: Name of the requested head; None is the joint classifier.
+        options: Arguments of ``timm.create_model``.
     """
 
-    def __init__(
-        self, name: str, config: PretrainedCfg, head: str | None, url: str | None, own_head: bool
-    ) -> None:
-        self.name, self.config, self.head = name, config, head
-        self.url, self.own_head = url, own_head
-        by_timm = config.state_dict or config.file or config.hf_hub_filename
-        on_hub = not by_timm and config.source in (None, "", "hf-hub")
-        self.repo_id = config.hf_hub_id if on_hub and config.hf_hub_id else None
-        file = Path(config.file or "")
-        inside = url is None and file.name == WEIGHTS and (file.parent / CONFIG).is_file()
-        self.folder = file.parent if inside else None
+    def __init__(self, variant: str, head: str | None, options: dict[str, Any]) -> None:
+        config = self.config = resolve_pretrained_cfg(
+            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
+        )
+        self.name = f"{variant}.{config.tag}" if config.tag else variant
+        self.head, self.cache_dir = head, options.get("cache_dir")
+        self.url: str | None = None
+        self.repo: Repo | None = None
+        # Decoupled checkpoint with the weights, once it is local, and the weights, once read.
+        self.folder: Path | None = None
         self.weights: Weights | None = None
-
-    @classmethod
-    def find(
-        cls, variant: str, head: str | None, head_options: dict[str, Any], options: dict[str, Any]
-    ) -> "PretrainedSource":
-        """Finds the source of a model, before anything is built or downloaded.
-
-        Raises:
-            UsageError: If an option of the head is not valid, or the head needs published weights
-                and has none.
-        """
-        config = resolve_pretrained_cfg(
-            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
-        )
-        name = f"{variant}.{config.tag}" if config.tag else variant
-        urls = PUBLISHED[name].urls if name in PUBLISHED else {}
-        by_timm = config.source or config.state_dict or config.file or config.hf_hub_id
-        url = None if by_timm or not isinstance(config.url, str) else config.url
-        if head is None or url is None or url != urls.get("linear"):
-            return cls(name, config, head, url, own_head=False)
-        wanted, fitted = check_head_options(head, head_options), check_head_options(head, {})
-        if head in urls and head != "linear":
-            for key in HEADS[head].fixed_options:
-                if wanted[key] != fitted[key]:
-                    raise UsageError(
-                        f"the published {head} head of {name} was fitted with "
-                        f"{key}={fitted[key]!r}, which cannot change afterwards"
-                    )
-            return cls(name, config, head, urls[head], own_head=True)
-        if head == "crt":
-            raise UsageError(
-                f"{name} has no published crt head (published: {', '.join(urls)}); fit one with "
-                "timm_lt.fit_head('crt', ...)"
-            )
-        return cls(name, config, head, url, own_head=False)
-
-    @classmethod
-    def kind(cls, variant: str, head: str, options: dict[str, Any]) -> str:
-        """Returns the kind of a head, which the model's decoupled checkpoint has under a name.
-
-        Raises:
-            UsageError: If there is no such checkpoint, or no such head in it.
-        """
-        config = resolve_pretrained_cfg(
-            variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay")
-        )
-        source = cls(variant, config, head, None, own_head=False)
-        if source.repo_id is not None:
-            repo = Repo.parse(source.repo_id, cache_dir=options.get("cache_dir"))
-            return find_entry(repo.read_info(), head, str(repo)).kind
-        if source.folder is not None:
-            return find_entry(read_checkpoint(source.folder), head, str(source.folder)).kind
-        raise unknown_name("head", head, list(HEADS))
+        # Whether the file has the requested head instead of the joint classifier.
+        self.own_head = False
+        self.file = Path(config.file) if config.file and not config.source else None
+        if self.file and self.file.name == WEIGHTS and (self.file.parent / CONFIG).is_file():
+            self.folder = self.file.parent
+        # timm prefers a state dict to a file, a file to a repo, and a repo to a URL.
+        if config.state_dict or config.file or config.hf_hub_filename:
+            return
+        if config.hf_hub_id and config.source in (None, "", "hf-hub"):
+            self.repo = Repo.parse(config.hf_hub_id, cache_dir=self.cache_dir)
+        elif isinstance(config.url, str) and not config.source:
+            self.url = config.url
 
     @property
-    def remote(self) -> bool:
-        """Whether the weights may have to be downloaded."""
-        return self.url is not None or self.repo_id is not None
+    def kind(self) -> str | None:
+        """Kind of the requested head, which a decoupled checkpoint may have under another name."""
+        if self.head is None or self.head in HEADS:
+            return self.head
+        if self.repo is not None:
+            info = self.repo.read_info()
+        elif self.folder is not None:
+            info = read_checkpoint(self.folder)
+        else:
+            raise unknown_name("head", self.head, list(HEADS))
+        return find_entry(info, self.head, str(self.repo or self.folder)).kind
 
-    def read(
-        self, expected: Mapping[str, Tensor], cache_dir: str | Path | None = None
-    ) -> Weights | None:
-        """Reads the weights; returns None where timm reads them itself.
-
-        Args:
-            expected: A state dict with the expected names and shapes, on any device.
-            cache_dir: Cache for downloads; None is timm's cache, or the Hub's for a repo.
-
-        Raises:
-            UsageError: If the weights cannot be read, do not fit the architecture, or contain the
-                learned scales of an lws head while another head is requested.
-        """
-        if self.repo_id is not None:
-            folder = Repo.parse(self.repo_id, cache_dir=cache_dir).download(head=self.head)
-            self.folder = folder if BLOCK in read_config(folder) else None
-            self.weights = _load_file(folder / WEIGHTS, self.name, expected)
-        elif self.url is not None:
-            self.weights = read_url(
-                self.url,
-                lambda path: _load_file(path, self.name, expected, self.url),
-                cache_dir,
+    def choose_url(self, options: dict[str, Any]) -> None:
+        """Chooses the published file for the requested head, which must have these options."""
+        urls = PUBLISHED[self.name].urls if self.name in PUBLISHED else {}
+        head = self.head
+        if head is None or self.url is None or self.url != urls.get("linear"):
+            return
+        wanted, fitted = check_head_options(head, options), check_head_options(head, {})
+        fixed = [key for key in HEADS[head].fixed_options if wanted[key] != fitted[key]]
+        if head == "crt" and head not in urls:
+            raise UsageError(
+                f"{self.name} has no published crt head (published: {', '.join(urls)}); fit one "
+                "with timm_lt.fit_head('crt', ...)"
             )
-        elif self.config.file and not self.config.source:
-            self.weights = _load_file(self.config.file, self.name, expected)
+        if head in urls and fixed:
+            raise UsageError(
+                f"the published {head} head of {self.name} was fitted with "
+                f"{fixed[0]}={fitted[fixed[0]]!r}, which cannot change afterwards"
+            )
+        self.own_head = head in urls and head != "linear"
+        self.url = urls[head] if self.own_head else self.url
+
+    def read(self, expected: Mapping[str, Tensor]) -> Weights | None:
+        """Reads the weights, with the names and shapes of ``expected``; None if timm reads them."""
+
+        def load(path: Path, place: str | None = None) -> Weights:
+            return read_weights(path, place).select(expected, self.name).fit(expected, self.name)
+
+        if self.repo is not None:
+            folder = self.repo.download(head=self.head)
+            self.folder = folder if BLOCK in read_config(folder) else None
+            self.weights = load(folder / WEIGHTS)
+        elif self.url is not None:
+            self.weights = read_url(self.url, lambda path: load(path, self.url), self.cache_dir)
+        elif self.file is not None:
+            self.weights = load(self.file)
         if self.weights is not None and self.weights.scale is not None and self.head != "lws":
-            place = self.url or self.config.file
+            place = self.url or self.file
             raise UsageError(f"{place} has the learned scales of an lws head; pass head='lws'")
         return self.weights
 
     def put_head(self, model: nn.Module, head: str, options: dict[str, Any]) -> nn.Module:
         """Sets the head of a model whose weights are loaded."""
         if self.folder is not None:
-            return load_model_head(self.folder, model, head, **options)
+            return set_head(model, load_heads(self.folder, head, model, **options))
         set_head(model, head, **options)
-        if self.weights is None:
-            return model
         new = get_head(model)
-        if isinstance(new, LWSHead) and self.weights.scale is not None:
-            new.load_state_dict({**new.state_dict(), "scale": self.weights.scale})
-        if isinstance(new, Head) and self.own_head:
-            new.backbone_statistics = batch_norm_statistics(self.weights.tensors)
+        if self.weights is not None and isinstance(new, Head):
+            if self.weights.scale is not None:
+                set_scale(new, self.weights.scale)
+            if self.own_head:
+                new.backbone_statistics = batch_norm_statistics(self.weights.tensors)
         return model
+
+
+def set_scale(head: Head, scale: Tensor) -> Head:
+    """Sets the learned scales (C,) of an lws head; returns the head."""
+    head.load_state_dict({**head.state_dict(), "scale": scale})
+    return head
 
 
 def batch_norm_statistics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the batch-norm statistics among the tensors of a model."""
     return {key: value for key, value in tensors.items() if is_statistic(key)}
-
-
-def _load_file(
-    path: str | Path, name: str, expected: Mapping[str, Tensor], place: str | None = None
-) -> Weights:
-    """Reads and checks the weights of a model; ``place`` names the file in messages."""
-    return check_weights(read_weights(path, place).select(expected, name), expected, name)

@@ -23,7 +23,6 @@ from timm_lt.checkpoint import (
     find_info,
     read_checkpoint,
 )
-from timm_lt.models.published import PUBLISHED
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import file_sha256
 from timm_lt.utils.hub import HF_HUB, hub_errors, split_revision
@@ -56,9 +55,6 @@ class Repo:
 
         >>> Repo.parse("hf-hub:me/birds@v1").revision
         'v1'
-
-        Raises:
-            UsageError: If it is neither.
         """
         return cls(*split_revision(name), cache_dir, token)
 
@@ -66,11 +62,7 @@ class Repo:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     def read_info(self) -> CheckpointInfo:
-        """Downloads the config of a decoupled checkpoint and reads it.
-
-        Raises:
-            UsageError: If it cannot be downloaded, or is not that of a decoupled checkpoint.
-        """
+        """Downloads the config of a decoupled checkpoint and reads it."""
         return read_checkpoint(self.download(weights=False))
 
     def download(self, *, weights: bool = True, head: str | None = None) -> Path:
@@ -81,27 +73,25 @@ class Repo:
 
         Returns:
             The folder of the commit in the cache; all files are of that commit.
-
-        Raises:
-            UsageError: If there is no such head, or a file cannot be downloaded or is not the one
-                that the config describes.
         """
         folder = self.fetch(CONFIG, limit=TEXT_LIMIT).parent
         info = find_info(folder)
+        digests = {WEIGHTS: info.weights_sha256 if info else None} if weights else {}
+        if info is not None and head is not None:
+            entry = find_entry(info, head, str(self))
+            digests |= {entry.file: entry.sha256} if entry.file is not None else {}
         # The branch may move on between two files.
         commit = replace(self, revision=folder.name)
-        entry = find_entry(info, head, str(self)) if info and head is not None else None
-        if weights:
-            commit._download_checked(WEIGHTS, info.weights_sha256 if info else None)
-        if entry is not None and entry.file is not None:
-            commit._download_checked(entry.file, entry.sha256)
+        for file, digest in digests.items():
+            path = commit.fetch(file)
+            if digest is not None and file_sha256(path) != digest:
+                commit._fetch_again(file, digest)
         return folder
 
     def fetch(self, file: str, *, limit: int | None = None, force: bool = False) -> Path:
         """Returns the path of a file in the cache, downloaded if necessary or with ``force``.
 
-        Raises:
-            UsageError: If it cannot be downloaded, or has more than ``limit`` bytes.
+        A file of more than ``limit`` bytes is refused before it is downloaded.
         """
         options: dict[str, Any] = {
             "revision": self.revision,
@@ -116,46 +106,31 @@ class Repo:
                     raise UsageError(f"{file} of {self} has {size:,} bytes, more than {limit:,}")
             return Path(hf_hub_download(self.repo_id, file, force_download=force, **options))
 
-    def _download_checked(self, file: str, digest: str | None) -> None:
-        path = self.fetch(file)
-        if digest is None or file_sha256(path) == digest:
-            return
-        cause = None
-        if constants.is_offline_mode():
-            cure = "load it once while online"
-        else:
+    def _fetch_again(self, file: str, digest: str) -> None:
+        """Replaces a file in the cache that is not the one that the config describes."""
+        cure = "load it once while online"
+        if not constants.is_offline_mode():
             try:
                 path = self.fetch(file, force=True)
                 if file_sha256(path) == digest:
                     return
-                _remove(path)
                 cure = "it was not kept in the cache"
+                blob = path.resolve()
+                path.unlink(missing_ok=True)
+                # A blob named by its own digest is intact, and may belong to another commit.
+                if blob.is_file() and file_sha256(blob) != blob.name:
+                    blob.unlink()
             except UsageError as error:
-                cause, cure = error, f"fetching it again: {error}"
+                cure = f"fetching it again: {error}"
         raise UsageError(
             f"{file} of {self.repo_id} is not the one that {CONFIG} describes (SHA-256 differs); "
             f"{cure}"
-        ) from cause
-
-
-def _remove(path: Path) -> None:
-    """Removes a damaged file from the cache."""
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    # A blob with its own digest as its name is intact, and may belong to another commit.
-    if blob.is_file() and file_sha256(blob) != blob.name:
-        blob.unlink()
+        )
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a model, from the name that a user gives.
-
-    Attributes:
-        name: Name for ``timm.create_model``.
-        folder: Folder of a checkpoint.
-        repo: Repo of a checkpoint.
-    """
+    """Source of a model: its name for timm, and the folder or repo of its checkpoint."""
 
     name: str
     folder: Path | None = None
@@ -176,11 +151,22 @@ class ModelSource:
 
         >>> ModelSource.parse("local-dir:output/birds").folder.name
         'birds'
-
-        Raises:
-            UsageError: If it is not valid, a folder without a checkpoint, or a file of weights.
         """
-        name = _full_name(given, bare_repo)
+        name, path = str(given), Path(given).expanduser()
+        if isinstance(given, Path) or not (
+            ":" in name or timm.models.is_model(name.partition(".")[0])
+        ):
+            is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
+            if (path / CONFIG).is_file():
+                return cls(f"{LOCAL_DIR}{path}", path)
+            if path.is_file():
+                raise UsageError(
+                    f"{given} is a file of weights: name its architecture, and pass the file with "
+                    "--checkpoint (in Python checkpoint_path=)"
+                )
+            if is_path or path.is_dir():
+                raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
+            name = f"{HF_HUB}{name}" if bare_repo and REPO.fullmatch(name) else name
         try:
             scheme, rest = parse_model_name(name)
         except ValueError as error:
@@ -193,19 +179,14 @@ class ModelSource:
     def find(cls, given: str) -> "ModelSource":
         """Finds the folder with the config of a checkpoint; that of a repo is downloaded.
 
-        Args:
-            given: A name as for :meth:`parse`, or just the id of a repo.
-
-        Returns:
-            The source, with the commit of a repo; without a folder for an architecture or for
-            pretrained weights that are not on this disk.
-
-        Raises:
-            UsageError: If the repo cannot be read.
+        The id of a repo needs no ``hf-hub:``. The result names the commit of a repo; it has no
+        folder for an architecture or for pretrained weights that are not on this disk.
         """
         source = cls.parse(given, bare_repo=True)
-        if source.name in PUBLISHED:
-            return replace(source, folder=PUBLISHED[source.name].folder)
+        if timm.models.is_model_pretrained(source.name):
+            # The packaged checkpoint is a file in timm's configuration.
+            config: Any = timm.models.get_pretrained_cfg(source.name)
+            return replace(source, folder=Path(config.file).parent if config.file else None)
         if source.repo is None:
             return source
         try:
@@ -221,25 +202,6 @@ class ModelSource:
     def read_info(self) -> CheckpointInfo | None:
         """Reads the description of a decoupled checkpoint; returns None if the folder has none."""
         return None if self.folder is None else find_info(self.folder)
-
-
-def _full_name(given: str | Path, bare_repo: bool) -> str:
-    """Returns a name for timm, with the scheme of a folder or repo."""
-    name, path = str(given), Path(given).expanduser()
-    is_registered = ":" in name or timm.models.is_model(name.partition(".")[0])
-    if isinstance(given, str) and is_registered:
-        return name
-    if (path / CONFIG).is_file():
-        return f"{LOCAL_DIR}{path}"
-    if path.is_file():
-        raise UsageError(
-            f"{given} is a file of weights: name its architecture, and pass the file with "
-            "--checkpoint (in Python checkpoint_path=)"
-        )
-    is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
-    if is_path or path.is_dir():
-        raise UsageError(f"{given} is not a checkpoint folder: it has no {CONFIG}")
-    return f"{HF_HUB}{name}" if bare_repo and REPO.fullmatch(name) else name
 
 
 def list_repo_heads(

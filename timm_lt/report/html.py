@@ -11,13 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from timm_lt.metrics import PairedDifference, confidence_intervals, paired_difference
-from timm_lt.report.changes import (
-    Thumbnails,
-    compare,
-    confused_groups,
-    frequent_mistakes,
-    min_images,
-)
 from timm_lt.report.plots import (
     PALETTE,
     draw_calibration,
@@ -28,7 +21,14 @@ from timm_lt.report.plots import (
     head_styles,
     page_colors,
 )
-from timm_lt.report.record import Report
+from timm_lt.report.record import (
+    Report,
+    Thumbnails,
+    compare,
+    confused_groups,
+    frequent_mistakes,
+    min_images,
+)
 from timm_lt.report.tables import GROUPS, describe_selection, group_word, percent
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import write_atomic
@@ -37,7 +37,7 @@ from timm_lt.utils.longtail import describe_shots
 FOLDER = Path(__file__).parent
 # Classes in the table, the rarest ones; per_class.csv has all of them.
 MAX_CLASSES = 10_000
-# Rows of the table of classes that are shown at a time, and without a script.
+# Rows on a page of the table of classes. Without a script there is only the first page.
 PAGE = 100
 # Stands for a missing figure.
 NONE = "\N{EN DASH}"
@@ -57,37 +57,33 @@ def render_report(report: Report) -> str:
     All text is escaped, and the page's own policy allows neither requests nor other scripts. Its
     size is bounded: the table has the 10,000 rarest classes, at most eight heads are compared with
     the joint classifier, and pictures have at most 3 kB each.
-
-    Args:
-        report: The figures.
     """
     style, script = (
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
-    thumbnails = Thumbnails(report.images)
-    counts, shown = report.class_counts, _shown(report)
+    thumbnails, compared = Thumbnails(report.images), report.compared
     bases = [] if report.base is None else [report.base]
+    shown = report.recommended if report.recommended in compared else next(iter(compared), None)
     page: str = (
         _environment()
         .get_template("report.html")
         .render(
             report=report,
             title=one_line(report.title, 200),
-            facts={**report.facts, **_data_facts(report)},
-            shots=describe_shots(counts, report.rule),
+            shots=describe_shots(report.class_counts, report.rule),
             groups=GROUPS,
             group_of=[GROUPS[k] for k in report.group_of.tolist()],
-            counts=counts.tolist(),
+            counts=report.class_counts.tolist(),
             **_heads(report),
             shown=shown,
-            min_images=_min_images(min_images(report)),
-            comparisons={n: compare(report, n, thumbnails) for n in report.compared if bases},
+            min_images=min_images(report),
+            comparisons={name: compare(report, name, thumbnails) for name in compared if bases},
             confusions={
                 name: (confused_groups(report, name), frequent_mistakes(report, name, thumbnails))
-                for name in (*bases, *report.compared)
+                for name in (*bases, *compared)
             },
             charts={name: _charts(report, name) for name in CHARTS},
-            table=_table(report, shown),
+            table=_table(report, shown if bases else None),
             page=PAGE,
             style=Markup(_palette() + style),
             script=Markup(script),
@@ -97,27 +93,35 @@ def render_report(report: Report) -> str:
     return page.lstrip()
 
 
+def write_report(path: str | Path, report: Report) -> None:
+    """Writes a report atomically as one HTML file; see :func:`render_report`."""
+    write_atomic(Path(path), render_report(report))
+
+
 def _heads(report: Report) -> dict[str, Any]:
     """Returns the values for the table of heads."""
-    heads = report.reports
+    heads, joint = report.reports, report.base
+    columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
+    if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
+        columns["class_mean"] = "class mean"
     return {
-        "columns": _columns(report),
-        "best": {key: _best(report, key) for key in (*GROUPS, "all", "class_mean")},
+        "columns": columns,
+        # The largest value of each figure as it is displayed.
+        "best": {
+            key: percent(max(getattr(shot, key) or 0.0 for shot in heads.values()))
+            for key in columns
+        },
         "intervals": {n: confidence_intervals(r, report.class_counts) for n, r in heads.items()},
-        "gains": {name: _gain(report, name) for name in heads if name != report.base},
+        "gains": {n: _gain(report, n, joint) for n in heads if joint and n != joint},
         "selected": {n: describe_selection(report.selections.get(n, {})) for n in heads},
         "swatches": {name: _swatch(style) for name, style in head_styles(report).items()},
     }
 
 
-def write_report(path: str | Path, report: Report) -> None:
-    """Writes a report as one HTML file, whole or not at all.
-
-    Args:
-        path: The file.
-        report: The figures.
-    """
-    write_atomic(Path(path), render_report(report))
+def _gain(report: Report, head: str, joint: str) -> PairedDifference:
+    """Returns by how much a head exceeds the joint classifier, with its interval."""
+    preds, others = report.preds(head), report.preds(joint)
+    return paired_difference(preds, others, report.targets, report.class_counts, rule=report.rule)
 
 
 @cache
@@ -129,13 +133,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Smaller than its default, and in the order of the columns.
+    # More compact than the default, and in the order of the columns.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {
         "percent": _percent,
         "points": _points,
         "group_word": group_word,
-        "breakable": _breakable,
+        # A name may be broken after an underscore.
+        "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),
         "number": "{:,}".format,
     }
     return environment
@@ -143,11 +148,6 @@ def _environment() -> Environment:
 
 def _percent(fraction: float | None) -> str:
     return NONE if fraction is None else percent(fraction)
-
-
-def _breakable(name: str) -> Markup:
-    """Returns a name, escaped, that may be broken after an underscore."""
-    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _points(difference: float | None) -> str:
@@ -158,9 +158,8 @@ def _points(difference: float | None) -> str:
     """
     if difference is None:
         return NONE
-    text = f"{100 * abs(difference):.1f}"
-    sign = "" if text == "0.0" else "+" if difference > 0 else "−"
-    return f"{sign}{text}"
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text.replace("-", "−")
 
 
 def _palette() -> str:
@@ -189,60 +188,11 @@ def _swatch(style: Mapping[str, Any]) -> str:
     return page_colors(f"{line}; stroke-dasharray: {pattern or 'none'}")
 
 
-def _data_facts(report: Report) -> dict[str, str]:
-    counts = report.class_counts
-    return {
-        "Training images": (
-            f"{int(counts.sum()):,} of {len(counts):,} classes, {int(counts.max()):,} to "
-            f"{int(counts.min()):,} of each"
-        ),
-        "Test images": f"{len(report.targets):,}",
-    }
+def _table(report: Report, compared: str | None) -> dict[str, Any]:
+    """Returns the table of classes for the template and the script.
 
-
-def _gain(report: Report, head: str) -> PairedDifference | None:
-    """Returns by how much a head exceeds the joint classifier, with its interval."""
-    if report.base is None:
-        return None
-    own, joint = (report.predictions[name].preds.long() for name in (head, report.base))
-    return paired_difference(own, joint, report.targets, report.class_counts, rule=report.rule)
-
-
-def _columns(report: Report) -> Mapping[str, str]:
-    """Returns the figures in the table of heads, with their headings."""
-    columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
-    if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in report.reports.values()):
-        columns["class_mean"] = "class mean"
-    return columns
-
-
-def _best(report: Report, key: str) -> str:
-    """Returns the largest value of a figure as it is displayed."""
-    return percent(max(getattr(shot, key) or 0.0 for shot in report.reports.values()))
-
-
-def _min_images(by_group: Mapping[str, int]) -> str:
-    """Returns the test images that a displayed class has at least; empty if one is enough.
-
-    >>> _min_images({"many_shot": 5, "few_shot": 3}), _min_images({"few_shot": 5})
-    ('5 (many) or 3 (few)', '5')
+    Its last column is the gain of the compared head over the joint classifier.
     """
-    numbers = set(by_group.values())
-    if len(numbers) < 2:
-        return "".join(str(number) for number in numbers if number > 1)
-    *parts, last = [f"{number} ({group_word(group)})" for group, number in by_group.items()]
-    return f"{', '.join(parts)} or {last}"
-
-
-def _shown(report: Report) -> str | None:
-    """Returns the head whose comparison with the joint classifier is displayed first."""
-    if report.recommended in report.compared:
-        return report.recommended
-    return next(iter(report.compared), None)
-
-
-def _table(report: Report, shown: str | None) -> dict[str, Any]:
-    """Returns the table of classes for the template and the script."""
     classes = report.by_frequency[-MAX_CLASSES:]
     columns = {
         "class": [report.names[c] for c in classes.tolist()],
@@ -251,14 +201,13 @@ def _table(report: Report, shown: str | None) -> dict[str, Any]:
         "test images": report.images_per_class[classes].tolist(),
     }
     accuracies = {name: shot.per_class[classes] for name, shot in report.reports.items()}
-    change = shown if report.base is not None else None
     figures = list(accuracies.values())
-    if change is not None:
-        figures.append(accuracies[change] - accuracies[report.joint])
+    if compared is not None:
+        figures.append(accuracies[compared] - accuracies[report.joint])
     cells = [[None if a != a else round(a, 4) for a in column.tolist()] for column in figures]
     return {
         "columns": [*columns, *accuracies],
-        "change": change,
+        "change": compared,
         "rows": list(map(list, zip(*columns.values(), *cells, strict=True))),
         "heads": len(accuracies),
     }

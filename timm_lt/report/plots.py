@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from timm_lt.metrics import Objective
-from timm_lt.report.changes import confused_groups
-from timm_lt.report.record import Report
+from timm_lt.report.record import Report, confused_groups
 from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
 
 # Every colour of the charts, for light pages and PNG files and for dark pages. The report has them
-# as variables of its style sheet; no two light ones may be equal, and none black.
+# as variables of its style sheet, so no two light ones may be equal, and none black.
 PALETTE: Mapping[str, tuple[str, str]] = {
     "text": ("#1b1d22", "#e8e9ed"),
     "muted": ("#5b606b", "#a6abb8"),
@@ -41,14 +40,15 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "c8": ("#8a4b2a", "#d8a58a"),
 }
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-# Colours of heads beside the joint classifier; every other one is dashed, too.
+# Styles of heads beside the joint classifier; every other one is dashed, too.
 COLORS = tuple(color for name, color in LIGHT.items() if re.fullmatch(r"c\d", name))
+DASHED, DOTTED, MIXED = (0, (6, 2)), (0, (2, 1.5)), (0, (5, 2, 1.5, 2))
+DASHES: tuple[Any, ...] = ("-", DASHED, "-", DOTTED, "-", MIXED, "-", (0, (4, 4)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("", "6 2", "", "2 1.5", "", "5 2 1.5 2", "", "4 4", "")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": LIGHT["text"],
-    # Names come from anywhere: a dollar sign is no formula.
+    # Names may have any characters: a dollar sign does not start a formula.
     "text.parse_math": False,
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],
@@ -62,16 +62,20 @@ STYLE: dict[Any, Any] = {
     "grid.color": LIGHT["grid"],
     "xtick.color": LIGHT["muted"],
     "ytick.color": LIGHT["muted"],
+    "figure.dpi": 120,
+    "figure.labelsize": 9,
     "legend.frameon": False,
     "path.simplify_threshold": 0.5,
     # Text stays text: it takes the font of the page, and can be searched.
     "svg.fonttype": "none",
 }
-# Width of a PNG file and least width of any figure in inches, and pixels per inch of a file.
-WIDTH, LEAST_WIDTH, DPI = 7.5, 3.6, 120
+# Width of a PNG file and least width of any figure, in inches.
+WIDTH, LEAST_WIDTH = 7.5, 3.6
 # Share of the images that a bin of confidences needs for the line to go through it.
 SURE_SHARE = 0.005
 RANKS = "classes, from the most to the least frequent"
+DASHED_LINE = {"color": LIGHT["muted"], "linestyle": "--", "linewidth": 1}
+DOTTED_LINE = DASHED_LINE | {"linestyle": ":"}
 
 
 @contextmanager
@@ -87,23 +91,21 @@ def chart_style(**more: Any) -> Iterator[None]:
 
 @chart_style()
 def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
-    """Writes a matplotlib figure as PNG, whole or not at all."""
+    """Writes a matplotlib figure atomically as PNG."""
     image = io.BytesIO()
-    _lay_out(figure, DPI)
-    figure.savefig(image, dpi=DPI)
+    _save(figure, image)
     write_atomic(path, image.getvalue())
 
 
 def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
-    """Returns a matplotlib figure as SVG to be put into a page that defines the palette.
+    """Returns a matplotlib figure as SVG for a page that defines the palette.
 
     A ``gid`` that begins with ``tip:`` becomes the text that a browser shows over the artist. The
     salt sets the figure's ids apart from those of others in the page.
     """
     file = io.StringIO()
     with chart_style(**{"svg.hashsalt": salt}):
-        _lay_out(figure, 72)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        _save(figure, file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
     head = re.compile(r'^.*?<svg .*?width="(.*?)".*?(viewBox="[^"]*").*?>', re.DOTALL)
@@ -126,13 +128,11 @@ def page_colors(text: str) -> str:
     return re.sub(r"#[0-9a-f]{6}", lambda color: names.get(color[0], color[0]), text)
 
 
-def _lay_out(figure: Any, dpi: int) -> None:  # noqa: ANN401
-    """Computes the layout once; matplotlib would do so, and draw all, twice."""
-    layout = figure.get_layout_engine()
-    if layout is not None:
-        figure.dpi = dpi
-        layout.execute(figure)
-        figure.set_layout_engine("none")
+def _save(figure: Any, file: Any, **options: Any) -> None:  # noqa: ANN401
+    """Saves a figure; its layout is computed once, where savefig would do so twice."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    figure.savefig(file, **options)
 
 
 def panels(
@@ -157,64 +157,63 @@ def panels(
 
 
 def add_legend(figure: Any, lines: Mapping[str, Any], **options: Any) -> None:  # noqa: ANN401
-    """Adds a legend above the panels, where it hides no curve; its columns depend on the width."""
+    """Adds a legend above the panels, where it hides no curve, in as many columns as fit."""
     # Inches of a handle and its gaps, and of a character.
     entry = 0.6 + 0.07 * max(map(len, lines))
     columns = max(int(figure.get_figwidth() / entry), 1)
-    # A head may have a name that matplotlib leaves out of automatic legends.
+    # Explicit labels, for matplotlib would skip names that begin with an underscore.
     handles, labels = list(lines.values()), list(lines)
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, **options)
 
 
-def line_style(color: str, dashes: str = "", width: float = 1.5) -> dict[str, Any]:
-    """Returns options of matplotlib for a line, with dashes in widths of the line."""
-    pattern = (0, tuple(map(float, dashes.split()))) if dashes else "-"
-    return {"color": color, "linestyle": pattern, "linewidth": width}
+def line_style(color: str, dashes: Any = "-", width: float = 1.5) -> dict[str, Any]:  # noqa: ANN401
+    """Returns matplotlib's options for a line."""
+    return {"color": color, "linestyle": dashes, "linewidth": width}
 
 
 def head_styles(report: Report) -> dict[str, dict[str, Any]]:
-    """Returns how each head's line looks in all charts; the joint classifier's has the text colour.
+    """Returns the style of each head's line in all charts.
 
-    The joint classifier is last, so that it lies above the others.
+    The joint classifier has the colour of text, and is last so that it lies above the others.
     """
     styles = {}
     for number, name in enumerate(name for name in report.reports if name != report.base):
         turn, k = divmod(number, len(COLORS))
         width = 2.2 if name == report.recommended else 1.5
-        styles[name] = line_style(COLORS[k], "9 3" if turn else DASHES[k], width)
-    return (
-        styles
-        if report.base is None
-        else styles | {report.base: line_style(LIGHT["text"], width=2.2)}
-    )
+        styles[name] = line_style(COLORS[k], (0, (9, 3)) if turn else DASHES[k], width)
+    if report.base is not None:
+        styles[report.base] = line_style(LIGHT["text"], width=2.2)
+    return styles
 
 
 def group_styles() -> dict[str, dict[str, Any]]:
-    """Returns how the lines of the shot groups and of all images look."""
-    colors = (LIGHT[group_word(group)] for group in GROUPS)
-    styles = map(line_style, colors, ("6 2", "3 2", ""))
+    """Returns the styles of the lines of the shot groups and of all images."""
+    colors = [LIGHT[group_word(group)] for group in GROUPS]
+    styles = map(line_style, colors, (DASHED, (0, (3, 2)), "-"))
     return {**dict(zip(GROUPS, styles, strict=True)), "all": line_style(LIGHT["text"], width=2.0)}
 
 
-def mark_groups(axes: Any, class_counts: Tensor, rule: ShotRule) -> None:  # noqa: ANN401
-    """Draws where a shot group ends and the next begins, with their names above."""
+def _rank_axes(axes: Any, class_counts: Tensor, rule: ShotRule) -> None:  # noqa: ANN401
+    """Labels an axis of class ranks, and marks where a shot group ends and the next begins."""
+    axes.set(xlabel=RANKS, xlim=(0.5, len(class_counts) + 0.5))
     end, inches = 0.5, axes.figure.get_figwidth() / len(class_counts)
     for name, shot in describe_shots(class_counts, rule).items():
         start, end = end, end + int(shot["classes"])
         if start == end:
             continue
         if start > 1:
-            axes.axvline(start, color=LIGHT["muted"], linestyle=":", linewidth=1)
+            axes.axvline(start, **DOTTED_LINE)
         room, short = (end - start) * inches, group_word(name)
         text = f"{short} {shot['rule']}" if room > 1.6 else short if room > 0.8 else ""
         transform, options = axes.get_xaxis_transform(), {"ha": "center", "va": "bottom"}
         axes.text((start + end) / 2, 1.01, text, transform=transform, **options)
 
 
-def _rank_axes(axes: Any, class_counts: Tensor, rule: ShotRule) -> None:  # noqa: ANN401
-    axes.set_xlabel(RANKS)
-    axes.set_xlim(0.5, len(class_counts) + 0.5)
-    mark_groups(axes, class_counts, rule)
+def _count_axis(axes: Any, label: str) -> None:  # noqa: ANN401
+    """Makes the axis of training images logarithmic; a class of one image is visible above 0.7."""
+    axes.set(yscale="log", ylabel=label)
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _running_mean(values: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -229,25 +228,21 @@ def _running_mean(values: Tensor) -> tuple[Tensor, Tensor, int]:
 def draw_frequency(report: Report, width: float) -> Any:  # noqa: ANN401
     """Draws the test accuracy of each head from frequent to rare classes."""
     figure, (axes,) = panels(1, width, (width, width, 2.6 + 0.16 * width))
-    order, counts, lines = report.by_frequency, axes.twinx(), {}
+    order, lines = report.by_frequency, {}
     for name, style in head_styles(report).items():
         ranks, means, size = _running_mean(report.reports[name].per_class[order])
         (lines[name],) = axes.plot(ranks, means, gid=f"tip:{name}", **style)
-    axes.set_ylabel("test accuracy, %")
-    axes.set_ylim(0, 100)
+    axes.set(ylabel="test accuracy, %", ylim=(0, 100))
     _rank_axes(axes, report.class_counts, report.rule)
     if size > 1:
         axes.set_xlabel(f"{RANKS}\n(each point is the mean of {size} neighbouring classes)")
-    ranks = torch.arange(len(order)) + 1
+    counts, ranks = axes.twinx(), torch.arange(len(order)) + 1
     counts.fill_between(ranks, report.class_counts[order], step="mid", color=LIGHT["shade"])
-    # The floor shows a class of one image; 0 has no logarithm.
-    counts.set_yscale("log")
-    counts.set_ylim(bottom=0.7)
-    counts.set_ylabel("training images (grey)")
-    counts.yaxis.set_major_formatter("{x:,.0f}")
+    _count_axis(counts, "training images (grey)")
     counts.minorticks_off()
     counts.grid(visible=False)
     add_legend(figure, lines)
+    # The lines lie above the counts.
     axes.set_zorder(counts.get_zorder() + 1)
     axes.patch.set_visible(False)
     return figure
@@ -261,65 +256,60 @@ def draw_curves(report: Report, width: float) -> Any:  # noqa: ANN401
     figure, axes = panels(len(report.curves), width, (3.2, 5.2, 3.3), sharey=True)
     lines: dict[str, Any] = {}
     for panel, name in zip(axes, report.curves, strict=True):
-        _draw_curve(panel, report, name, lines)
+        lines = _draw_curve(panel, report, name) | lines
     axes[0].set_ylabel("validation accuracy, %")
     add_legend(figure, lines)
     return figure
 
 
-def _draw_curve(axes: Any, report: Report, head: str, lines: dict[str, Any]) -> None:  # noqa: ANN401
+def _draw_curve(axes: Any, report: Report, head: str) -> dict[str, Any]:  # noqa: ANN401
+    """Draws the curves of a head for the shot groups, all images and its objective."""
     curve, tau = report.curves[head]
     objective: Objective = report.objective(head) or "all"
-    right = max(2.0, 1.5 * tau)
     styles = group_styles()
-    parts = {
+    steps = {
         # A shot group's figure is the mean over its classes, as everywhere.
         name: part.steps("all" if part.targets is None else "class_mean")
         for name, part in curve.groups.items()
         if part is not None
     }
-    parts["all"] = curve.steps()
-    if objective not in parts:
-        parts[objective] = curve.steps(objective)
+    steps["all"] = curve.steps()
+    if objective not in steps:
+        steps[objective] = curve.steps(objective)
         styles[objective] = line_style(LIGHT["accent"], width=2.0)
-    for name, steps in parts.items():
+    right, lines = max(2.0, 1.5 * tau), {}
+    for name, (edges, values) in steps.items():
         word = group_word(name) if name in (*GROUPS, "all") else OBJECTIVE_WORDS[objective]
-        line = _draw_steps(axes, steps, right, gid=f"tip:{word}", **styles[name])
-        lines.setdefault(word, line)
+        # The last value holds up to the right end.
+        inside = edges < right
+        x = torch.cat([edges[inside], torch.tensor([right])])
+        y = 100 * torch.cat([values[inside], values[inside][-1:]])
+        (lines[word],) = axes.step(x, y, where="post", gid=f"tip:{word}", **styles[name])
     value, at_zero = (percent(curve(at, objective=objective)) for at in (tau, 0.0))
     how = "selected" if report.objective(head) else "given"
-    axes.axvline(tau, linestyle="--", color=LIGHT["muted"], linewidth=1)
+    axes.axvline(tau, **DASHED_LINE)
     color, tip = styles[objective]["color"], f"tip:tau {tau:.3g}: {value} %"
     axes.plot([tau], [100 * curve(tau, objective=objective)], "o", color=color, gid=tip)
     axes.set_title(
         f"{head}\n{value} % at the {how} tau {tau:.3g}, {at_zero} % at tau 0\n"
         f"({OBJECTIVE_WORDS[objective]})"
     )
-    axes.set_xlim(0, right)
-    axes.set_xlabel(f"tau (dashed: {how})")
-
-
-def _draw_steps(axes: Any, steps: tuple[Tensor, Tensor], right: float, **style: Any) -> Any:  # noqa: ANN401
-    """Draws a step function up to ``right``; its last value holds up to there."""
-    edges, values = steps
-    shown = edges < right
-    edges = torch.cat([edges[shown], torch.tensor([right])])
-    values = torch.cat([values[shown], values[shown][-1:]])
-    return axes.step(edges, 100 * values, where="post", **style)[0]
+    axes.set(xlim=(0, right), xlabel=f"tau (dashed: {how})")
+    return lines
 
 
 @chart_style()
 def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
-    """Draws how often predictions of each confidence are right, a panel for each head."""
-    heads = {name: found for name, found in report.reports.items() if found.reliability}
+    """Draws the accuracy of the predictions of each confidence, a panel for each head."""
+    heads = {name: shot for name, shot in report.reports.items() if shot.reliability}
     if not heads:
         return None
     figure, axes = panels(len(heads), width, (1.65, 2.2, 2.3), sharex=True, sharey=True)
     styles = head_styles(report)
-    for panel, (name, found) in zip(axes, heads.items(), strict=True):
-        bins = [part for part in found.reliability or () if part["images"]]
+    for panel, (name, shot) in zip(axes, heads.items(), strict=True):
+        bins = [part for part in shot.reliability or () if part["images"]]
         total = sum(part["images"] for part in bins)
-        panel.plot([0, 100], [0, 100], color=LIGHT["muted"], linestyle=":", linewidth=1)
+        panel.plot([0, 100], [0, 100], **DOTTED_LINE)
         # Bins of few images are noise, and would draw the line away from the others.
         sure = [part for part in bins if part["images"] >= SURE_SHARE * total]
         points = [[100 * part[key] for part in sure] for key in ("confidence", "accuracy")]
@@ -329,55 +319,52 @@ def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
             x, y = 100 * part["confidence"], 100 * part["accuracy"]
             tip = f"tip:{part['images']:,} images of confidence {x:.0f} %: {y:.1f} % right"
             panel.plot([x], [y], "o", markersize=size, color=styles[name]["color"], gid=tip)
-        panel.set_title(f"{name}\nECE {percent(found.ece)} %")
+        panel.set_title(f"{name}\nECE {percent(shot.ece)} %")
         panel.set_box_aspect(1)
     # Room for the points at the ends.
     axes[0].set(xlim=(-4, 104), ylim=(-4, 104), xticks=(0, 50, 100), yticks=(0, 50, 100))
-    figure.supxlabel("confidence of the prediction, %", fontsize=9, color=LIGHT["muted"])
-    figure.supylabel("test accuracy, %", fontsize=9, color=LIGHT["muted"])
+    figure.supxlabel("confidence of the prediction, %", color=LIGHT["muted"])
+    figure.supylabel("test accuracy, %", color=LIGHT["muted"])
     return figure
 
 
 @chart_style()
 def draw_training(report: Report, width: float) -> Any:  # noqa: ANN401
-    """Draws training loss, accuracy on validation and learning rate by epoch."""
+    """Draws training loss, validation accuracy and learning rate by epoch."""
     if not report.history:
         return None
     validated = [record for record in report.history if record.val]
-    epochs = [record.epoch for record in report.history]
+    epochs, kept = [record.epoch for record in report.history], report.kept_epoch
     figure, axes = panels(2 + bool(validated), width, (2.3, 4.0, 2.6))
-    figures = {
-        "training loss": [record.loss for record in report.history],
-        "learning rate": [record.lr for record in report.history],
-    }
-    for panel, (title, values) in zip((axes[0], axes[-1]), figures.items(), strict=True):
+    for panel, title, name in (
+        (axes[0], "training loss", "loss"),
+        (axes[-1], "learning rate", "lr"),
+    ):
+        values = [getattr(record, name) for record in report.history]
         panel.plot(epochs, values, color=LIGHT["text"], gid=f"tip:{title}")
         panel.set_title(title)
         panel.set_ylim(bottom=0)
-    if validated:
-        lines = {}
-        for group, style in group_styles().items():
-            points = [(r.epoch, 100 * v) for r in validated if (v := r.val.get(group)) is not None]
-            if points:
-                word = group_word(group)
-                (lines[word],) = axes[1].plot(
-                    *zip(*points, strict=True), gid=f"tip:{word}", **style
-                )
-        axes[1].set_title("validation accuracy, %")
-        axes[1].set_ylim(0, 100)
+    lines = {}
+    for group, style in group_styles().items():
+        points = [(r.epoch, 100 * v) for r in validated if (v := r.val.get(group)) is not None]
+        if points:
+            (lines[group_word(group)],) = axes[1].plot(
+                *zip(*points, strict=True), gid=f"tip:{group_word(group)}", **style
+            )
+    if lines:
+        axes[1].set(title="validation accuracy, %", ylim=(0, 100))
         add_legend(figure, lines)
-    kept = report.kept_epoch
     for panel in axes:
         panel.set_xlabel("epoch" if kept is None else f"epoch (dashed: {kept}, kept)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         if kept is not None:
-            panel.axvline(kept, linestyle="--", color=LIGHT["muted"], linewidth=1)
+            panel.axvline(kept, **DASHED_LINE)
     return figure
 
 
 @chart_style()
 def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
-    """Draws what each class gains or loses with the recommended head."""
+    """Draws the gain or loss of each class with the recommended head."""
     head, joint = report.recommended, report.base
     if head is None or joint in (None, head):
         return None
@@ -394,15 +381,15 @@ def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
         add_legend(figure, {f"mean of {size} neighbouring classes": line})
     axes.axhline(0, color=LIGHT["text"], linewidth=0.8)
     _rank_axes(axes, report.class_counts, report.rule)
-    axes.set_ylabel(f"accuracy of {head} minus {joint}, points")
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     axes.set_xlabel(f"{RANKS}\n(better: {better}, worse: {worse})")
+    axes.set_ylabel(f"accuracy of {head} minus {joint}, points")
     return figure
 
 
 @chart_style()
 def draw_confusions(report: Report, width: float) -> Any:  # noqa: ANN401
-    """Draws what the joint classifier and the recommended head take each shot group for."""
+    """Draws the confusions between shot groups of the joint classifier and the recommended head."""
     heads = [name for name in (report.base, report.recommended) if name is not None]
     if not heads:
         return None
@@ -442,14 +429,9 @@ PLOT_FILES: Sequence[str] = tuple(PLOTS)
 
 
 def save_plots(folder: Path, report: Report) -> list[Path]:
-    """Draws a run's charts as PNG files; files for which the report has no figures are deleted.
+    """Draws a run's charts as PNG files, and returns their paths.
 
-    Args:
-        folder: Folder for the files; created if missing.
-        report: The figures.
-
-    Returns:
-        The files.
+    Files for which the report has no figures are deleted.
     """
     paths = []
     for name, draw in PLOTS.items():
@@ -465,27 +447,12 @@ def save_plots(folder: Path, report: Report) -> list[Path]:
 
 @chart_style()
 def save_count_plot(path: Path, class_counts: ClassCounts, rule: ShotRule = "fb") -> None:
-    """Draws the training images of the classes, from the most to the least frequent, as PNG.
-
-    Args:
-        path: File to write.
-        class_counts: Training images per class, (C,).
-        rule: Rule of the shot groups, which are shaded.
-    """
+    """Draws the training images of the classes, from the most to the least frequent, as PNG."""
     figure, (axes,) = panels(1, WIDTH, (WIDTH, WIDTH, 4.2))
     counts = check_class_counts(class_counts).sort(descending=True).values
     axes.stairs(counts, torch.arange(len(counts) + 1) + 0.5, fill=True, color=LIGHT["c0"])
-    # The floor shows a class of one image; 0 has no logarithm.
-    axes.set_yscale("log")
-    axes.set_ylim(0.7, 1.5 * int(counts[0]))
-    axes.set_ylabel("training images")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    _count_axis(axes, "training images")
     _rank_axes(axes, counts, rule)
-    end = 0.5
-    for name, shot in describe_shots(counts, rule).items():
-        start, end = end, end + int(shot["classes"])
-        shade = LIGHT[group_word(name)]
-        axes.axvspan(start, end, color=shade, alpha=0.12, linewidth=0, zorder=0)
     write_figure(path, figure)
 
 
@@ -498,11 +465,8 @@ def save_spread_plot(
 ) -> None:
     """Draws a panel for each shot group: columns along the axis, a marker for each row.
 
-    Args:
-        path: PNG file to write.
-        spreads: By shot group, then by row and column, the mean accuracy and its standard
-            deviation, fractions; None if unknown.
-        title: Heading of the rows.
+    The spreads are the mean accuracy and its standard deviation, fractions or None, by shot group,
+    then by row and column; the title is the heading of the rows.
     """
     cells = next(iter(spreads.values()))
     labels, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))

@@ -1,25 +1,38 @@
-"""The record from which the plots and the HTML report are drawn."""
+"""The figures of a run for its plots and its report, and the changes of classes under a head."""
 
+import base64
+import functools
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
 
+from timm_lt.data.decode import encoded_images, read_image
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.report.tables import JOINT
-from timm_lt.training.history import EpochRecord
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.report.tables import GROUPS, JOINT, percent
+from timm_lt.training.state import EpochRecord
+from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
 # Heads compared with the joint classifier; more would make the report large.
 MAX_COMPARED = 8
 NAME_LENGTH = 40
+
+# At most so many classes that gained or lost, pictures of each, and confusions of a head.
+CHANGES, PICTURES, MISTAKES = 5, 4, 6
+# With fewer test images a class gains or loses by chance.
+FEW_IMAGES = 5
+# Pixels of a picture's longer side, and bytes of its file.
+SIDE, MAX_BYTES = 88, 3000
+QUALITIES = (80, 60, 40, 20)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +50,14 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class ExampleImages:
-    """Data sets from which example images are shown.
+    """Data sets for the example images of a report.
 
     Args:
         train: Training images, with a column ``image``.
         train_labels: Their labels, (M,) int64.
         test: Test images, with a column ``image``.
-        test_rows: Row in ``test`` of each evaluated image, (N,) int64. With None no test image is
-            shown.
+        test_rows: Row in ``test`` of each evaluated image, (N,) int64; with None the report has no
+            test images.
     """
 
     train: Dataset
@@ -57,7 +70,7 @@ class ExampleImages:
 class Report:
     """Figures of several heads on the same test images.
 
-    Only the first five arguments are required; the report has no section for what is missing.
+    Only the first five arguments are required; sections for missing ones are left out.
 
     Args:
         title: Name of the run.
@@ -112,8 +125,8 @@ class Report:
                 "a report needs at least one head, each with predictions of the shape of the "
                 f"targets, {tuple(self.targets.shape)}; got {wrong or 'no head'}"
             )
-        if self.recommended is not None and self.recommended not in shapes:
-            raise unknown_name("recommended head", self.recommended, list(shapes))
+        if self.recommended is not None:
+            check_choice("recommended head", self.recommended, tuple(shapes))
 
     @property
     def rule(self) -> ShotRule:
@@ -127,7 +140,7 @@ class Report:
 
     @cached_property
     def compared(self) -> list[str]:
-        """Heads that are compared with the joint classifier; the recommended one is among them."""
+        """Heads that are compared with the joint classifier, including the recommended one."""
         others = [name for name in self.reports if name != self.base]
         if self.recommended in others[MAX_COMPARED:]:
             return [*others[: MAX_COMPARED - 1], self.recommended]
@@ -155,7 +168,211 @@ class Report:
         """Test images of each class, (C,) int64."""
         return torch.bincount(self.targets, minlength=len(self.class_counts))
 
+    def preds(self, head: str) -> Tensor:
+        """Returns the predictions of a head, (N,) int64."""
+        return self.predictions[head].preds.long()
+
     def objective(self, head: str) -> Objective | None:
         """Returns the objective that a head's tau maximises; None for a tau that was given."""
         selection = self.selections.get(head, {})
         return selection.get("objective") if "tau" in selection else None
+
+
+class Picture(NamedTuple):
+    """Small picture: its data URI, its alternative text, and a note to show below it."""
+
+    uri: str
+    text: str
+    note: str
+
+
+class Change(NamedTuple):
+    """Class with its test images, those that the joint classifier (before) and a head get right.
+
+    The pictures are test images on which the two differ.
+    """
+
+    label: int
+    before: int
+    after: int
+    images: int
+    pictures: list[Picture]
+
+
+class Comparison(NamedTuple):
+    """Classes that gained and lost most, and the numbers of all that gained and that lost."""
+
+    gained: list[Change]
+    lost: list[Change]
+    better: int
+    worse: int
+
+
+class Mistake(NamedTuple):
+    """Frequent confusion: true and predicted class, its test images, and their share of the class.
+
+    The pictures are a confused test image, and a training image of the predicted class.
+    """
+
+    label: int
+    pred: int
+    images: int
+    share: float
+    pictures: list[Picture]
+
+
+class Thumbnails:
+    """Small pictures of example images, each decoded once; None has no pictures."""
+
+    def __init__(self, images: ExampleImages | None) -> None:
+        self._images = images
+        self._rows = functools.cache(lambda split: encoded_images(getattr(images, split)))
+        self._uri = functools.cache(self._encode)
+
+    def test(self, image: int) -> str | None:
+        """Returns the data URI of an evaluated image; None if it is unreadable or unknown."""
+        if self._images is None or self._images.test_rows is None:
+            return None
+        return self._uri("test", int(self._images.test_rows[image]))
+
+    def of_class(self, label: int) -> str | None:
+        """Returns the data URI of the first training image of a class, if it has one."""
+        if self._images is None:
+            return None
+        rows = (self._images.train_labels == label).nonzero()
+        return self._uri("train", int(rows[0])) if len(rows) else None
+
+    def _encode(self, split: str, row: int) -> str | None:
+        column = getattr(self._images, split).features["image"]
+        try:
+            return data_uri(read_image(self._rows(split)[row]["image"], row, column))
+        except UsageError:
+            # The loader has reported unreadable images already.
+            return None
+
+
+def data_uri(image: Image.Image) -> str | None:
+    """Returns an RGB image as a JPEG of at most 88 pixels and 3,000 bytes; None if larger."""
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE))
+    for quality in QUALITIES:
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() <= MAX_BYTES:
+            return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return None
+
+
+def evaluated_rows(size: int, unreadable: list[int], evaluated: int) -> Tensor | None:
+    """Returns the evaluated rows of a data set, None if not all unreadable rows are known.
+
+    >>> evaluated_rows(4, [1], 3)
+    tensor([0, 2, 3])
+    """
+    readable = torch.ones(size, dtype=torch.bool)
+    readable[unreadable] = False
+    rows = readable.nonzero().flatten()
+    return rows if len(rows) == evaluated else None
+
+
+def min_images(report: Report) -> dict[str, int]:
+    """Returns the test images that a class needs for its change to be shown, by shot group.
+
+    These are five or, in a group where no class has five, as many as its largest class has.
+    """
+    images = report.images_per_class
+    of_groups = {group: images[report.group_of == k] for k, group in enumerate(GROUPS)}
+    return {group: min(FEW_IMAGES, int(n.max())) for group, n in of_groups.items() if n.any()}
+
+
+def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
+    """Compares a head with the joint classifier class by class."""
+    before, images = report.reports[report.joint].right_and_images()
+    after, _ = report.reports[head].right_and_images()
+    change = ((after - before) / images.double()).nan_to_num(0)
+    needed = min_images(report)
+    enough = images >= torch.tensor([needed.get(g, 0) for g in GROUPS])[report.group_of]
+
+    def most(gain: Tensor, right: str, wrong: str) -> list[Change]:
+        """Returns the classes with the largest gain; among equals, those with more images."""
+        classes: list[int] = ((gain > 0) & enough).nonzero().flatten().tolist()
+        classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
+        return [
+            Change(
+                *(c, int(before[c]), int(after[c]), int(images[c])),
+                _differing(report, c, right, wrong, thumbnails),
+            )
+            for c in classes[:CHANGES]
+        ]
+
+    return Comparison(
+        gained=most(change, head, report.joint),
+        lost=most(-change, report.joint, head),
+        better=int((change > 0).sum()),
+        worse=int((change < 0).sum()),
+    )
+
+
+def _differing(
+    report: Report, label: int, right: str, wrong: str, thumbnails: Thumbnails
+) -> list[Picture]:
+    """Returns images of a class on which one head is right and the other wrong."""
+    who = "the joint classifier" if wrong == report.joint else "this head"
+    preds = report.preds(wrong)
+    rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
+    pictures = []
+    for row in rows.nonzero().flatten()[:PICTURES].tolist():
+        if (uri := thumbnails.test(row)) is not None:
+            pred = report.names[int(preds[row])]
+            sure = _confidence(report, wrong, row)
+            pictures.append(
+                Picture(uri, f"{report.names[label]}, which {who} takes for {pred}{sure}", pred)
+            )
+    return pictures
+
+
+def _confidence(report: Report, head: str, row: int) -> str:
+    confidences = report.predictions[head].confidences
+    return "" if confidences is None else f" ({percent(float(confidences[row]))} % sure)"
+
+
+def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, float]]:
+    """Returns the outcomes of each shot group's test images, as shares that sum to 1.
+
+    The outcomes are ``right`` and, for wrong predictions, the shot group of the predicted class.
+    """
+    preds, targets = report.preds(head), report.targets
+    outcomes = [*GROUPS, "right"]
+    outcome = torch.where(preds == targets, len(GROUPS), report.group_of[preds])
+    cells = report.group_of[targets] * len(outcomes) + outcome
+    counts = torch.bincount(cells, minlength=len(GROUPS) * len(outcomes)).double()
+    return {
+        group: dict(zip(outcomes, (row / row.sum()).tolist(), strict=True))
+        for group, row in zip(GROUPS, counts.view(len(GROUPS), -1), strict=True)
+        if row.sum() > 0
+    }
+
+
+def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[Mistake]:
+    """Returns the most frequent confusions of a head.
+
+    Only pairs of classes that occur are counted, so memory does not grow with C².
+    """
+    preds, targets, names = report.preds(head), report.targets, report.names
+    wrong = preds != targets
+    pairs, times = (targets[wrong] * len(names) + preds[wrong]).unique(return_counts=True)
+    mistakes = []
+    for k in times.argsort(descending=True, stable=True)[:MISTAKES].tolist():
+        label, pred = divmod(int(pairs[k]), len(names))
+        row = int(((targets == label) & (preds == pred)).nonzero()[0])
+        test, train = thumbnails.test(row), thumbnails.of_class(pred)
+        pictures = []
+        if test is not None and train is not None:
+            sure = _confidence(report, head, row)
+            pictures = [
+                Picture(test, f"{names[label]}, taken for {names[pred]}{sure}", "test"),
+                Picture(train, f"a training image of {names[pred]}", "train"),
+            ]
+        share = int(times[k]) / int(report.images_per_class[label])
+        mistakes.append(Mistake(label, pred, int(times[k]), share, pictures))
+    return mistakes

@@ -1,9 +1,8 @@
-"""Tables of heads for the terminal, figures in words, and the recommended head in a sentence."""
+"""Tables of heads for the terminal, and figures and the recommended head in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +13,7 @@ from timm_lt.metrics import ShotReport, confidence_intervals
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import describe_shots
 
+JOINT = "linear"
 GROUPS = ("many_shot", "medium_shot", "few_shot")
 # Keys of a selection's record beside the selected option.
 SELECTION_FIELDS = ("objective", "split", "val_accuracy", "compared")
@@ -43,7 +43,7 @@ def percent(fraction: float | None) -> str:
 
 
 def known_fraction(value: object) -> float | None:
-    """Returns a figure from an untrusted file if it is a fraction in [0, 1], else None.
+    """Returns a value from an untrusted file if it is a fraction in [0, 1], else None.
 
     >>> known_fraction(0.5), known_fraction(70.1), known_fraction("0.5")
     (0.5, None, None)
@@ -103,34 +103,22 @@ def shot_table(
 ) -> Table:
     """Builds the table of heads by shot group, in percent.
 
-    Args:
-        reports: Test figures by head.
-        class_counts: Training images per class, (C,).
-        seconds: Time to make each head; if empty, the table has no such column.
-        selections: How each head's options were selected; if empty, likewise.
-        title: Line above the table.
-        note: Line below the table and its legend.
-        intervals: Show the 95 % interval of :func:`~timm_lt.metrics.confidence_intervals` below
-            each accuracy.
+    Seconds and selections are by head; if empty, the table has no such column. The note is below
+    the legend. With ``intervals`` each accuracy has its 95 % confidence interval.
     """
-    rule = next(iter(reports.values())).rule
-    legend = shot_legend(describe_shots(class_counts, rule))
+    legend = shot_legend(describe_shots(class_counts, next(iter(reports.values())).rule))
     if intervals:
         legend += (
             "\nbelow each accuracy: its 95 % interval, over other test images of these classes"
         )
-    table = new_table(title, legend if note is None else f"{legend}\n{note}")
     balanced = all(abs(r.all - r.class_mean) < 1e-9 for r in reports.values())
-    names = ["many", "medium", "few", "all", *([] if balanced else ["class mean"]), "ECE"]
-    table.add_column("head", no_wrap=True)
-    for name in names:
-        style = "bold" if name == "all" else ""
-        table.add_column(name, justify="right", style=style, no_wrap=True)
+    fields = [*GROUPS, "all", *([] if balanced else ["class_mean"])]
+    headings = [group_word(field).replace("_", " ") for field in fields]
+    table = new_table(title, legend if note is None else f"{legend}\n{note}", [*headings, "ECE"])
     if seconds:
         table.add_column("seconds", justify="right")
     if selections:
         table.add_column("selected")
-    fields = [*GROUPS, "all", *([] if balanced else ["class_mean"])]
     for name, report in reports.items():
         ends = confidence_intervals(report, class_counts) if intervals else {}
         cells = [percent(getattr(report, field)) + _below(ends.get(field)) for field in fields]
@@ -151,30 +139,26 @@ def _below(ends: tuple[float, float] | None) -> str:
 def head_table(info: CheckpointInfo) -> Table:
     """Builds the table of a checkpoint's heads: test figures in percent, and options."""
     counts, rule = info.class_counts, info.shot_rule
-    legend = [shot_legend(describe_shots(torch.tensor(counts), rule))] if counts and rule else []
+    legend = [shot_legend(describe_shots(counts, rule))] if counts and rule else []
     legend += [TEST_SELECTION] if info.protocol == "paper" else []
+    fields = (*GROUPS, "all")
     title = f"{one_line(info.architecture)}, {info.num_classes} classes"
-    table = new_table(title, "\n".join(legend) or None)
-    table.add_column("head", no_wrap=True)
-    for name in ("many", "medium", "few", "all"):
-        style = "bold" if name == "all" else ""
-        table.add_column(name, justify="right", style=style, no_wrap=True)
+    table = new_table(title, "\n".join(legend) or None, [group_word(field) for field in fields])
     table.add_column("options")
     for name, entry in info.heads.items():
-        figures = [entry.metrics.get(key) for key in (*GROUPS, "all")]
+        figures = [percent(known_fraction(entry.metrics.get(field))) for field in fields]
         kind = [] if entry.kind == name else [f"a {entry.kind} head"]
         options = [f"{key}={brief(value)}" for key, value in entry.options.items()]
-        table.add_row(
-            name,
-            *(percent(known_fraction(value)) for value in figures),
-            escape(", ".join(kind + options)),
-        )
+        table.add_row(name, *figures, escape(", ".join(kind + options)))
     return table
 
 
-def new_table(title: str, caption: str | None) -> Table:
-    """Returns an empty table in the style of all tables, with lines above and below it."""
-    return Table(
+def new_table(title: str, caption: str | None, figures: Sequence[str] = ()) -> Table:
+    """Creates an empty table in the style of all tables.
+
+    A table of heads has a column for their names, and one for each of the figures.
+    """
+    table = Table(
         title=escape(title),
         caption=caption,
         title_justify="left",
@@ -184,6 +168,12 @@ def new_table(title: str, caption: str | None) -> Table:
         show_edge=False,
         padding=(0, 0, 0, 1),
     )
+    if figures:
+        table.add_column("head", no_wrap=True)
+    for name in figures:
+        style = "bold" if name == "all" else ""
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    return table
 
 
 def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
@@ -198,18 +188,13 @@ def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
     return f"shots: {', '.join(parts).replace(')', ' classes)', 1)}"
 
 
-JOINT = "linear"
-
-
 def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> str:
-    """Returns a sentence or two on the head that validation chose.
+    """Describes the head that validation chose in a sentence or two.
 
-    The figures are of the test split, which had no part in the choice. Heads are tied with the
+    The figures are of the test split, which is not used for the choice. Heads are tied with the
     recommended one if the interval of its lead on validation reaches 0.
 
-    Args:
-        reports: Test figures by head.
-        record: Selection of head ``auto``, see :func:`timm_lt.fit_head`.
+    The record is the selection of head ``auto``; see :func:`timm_lt.fit_head`.
 
     >>> from timm_lt.metrics import shot_accuracy
     >>> before = shot_accuracy([0, 0, 0, 1], [0, 0, 1, 1], [500, 5])
@@ -244,12 +229,13 @@ def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> s
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """Returns how a figure changes, as a verb with its values."""
+    """Describes the change of a figure, as a verb with its values."""
     old, new = percent(before), percent(after)
     if before is None or after is None:
         return f"is {new} %"
-    verb = "stays" if old == new else "rises" if after > before else "falls"
-    return f"stays at {new} %" if verb == "stays" else f"{verb} from {old} % to {new} %"
+    if old == new:
+        return f"stays at {new} %"
+    return f"{'rises' if after > before else 'falls'} from {old} % to {new} %"
 
 
 def _listed(texts: list[str]) -> str:

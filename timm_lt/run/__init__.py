@@ -3,31 +3,17 @@
 Only this package, ``timm_lt/cli`` and ``train_lt.py`` know recipes.
 """
 
+from timm_lt.run.execution import evaluate as evaluate
+from timm_lt.run.execution import extract as extract
+from timm_lt.run.execution import fit as fit
 from timm_lt.run.execution import main as main
 from timm_lt.run.execution import open_run as open_run
 from timm_lt.run.execution import push as push
-from timm_lt.run.execution import run_recipe as run_recipe
 from timm_lt.run.execution import run_to_exit as run_to_exit
 from timm_lt.run.execution import save as save
 from timm_lt.run.execution import show as show
-from timm_lt.run.parse import DEFAULT_RECIPE as DEFAULT_RECIPE
-from timm_lt.run.parse import create_parser as create_parser
-from timm_lt.run.parse import find_recipe as find_recipe
-from timm_lt.run.parse import load_recipe as load_recipe
+from timm_lt.run.execution import train as train
 from timm_lt.run.parse import parse_command_line as parse_command_line
-from timm_lt.run.parse import parse_recipe as parse_recipe
-from timm_lt.run.parse import shipped_recipes as shipped_recipes
 from timm_lt.run.rebalancing import Rebalanced as Rebalanced
 from timm_lt.run.rebalancing import rebalance as rebalance
-from timm_lt.run.recipe import DataRecipe as DataRecipe
-from timm_lt.run.recipe import FeaturesRecipe as FeaturesRecipe
-from timm_lt.run.recipe import ModelRecipe as ModelRecipe
 from timm_lt.run.recipe import Recipe as Recipe
-from timm_lt.run.recipe import RunOptions as RunOptions
-from timm_lt.run.recipe import stage_heads as stage_heads
-from timm_lt.run.setup import Run as Run
-from timm_lt.run.setup import create_run as create_run
-from timm_lt.run.stages import evaluate as evaluate
-from timm_lt.run.stages import extract as extract
-from timm_lt.run.stages import fit as fit
-from timm_lt.run.stages import train as train

@@ -5,13 +5,11 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.markup import escape
@@ -20,24 +18,23 @@ from rich.table import Table
 from timm_lt.checkpoint import METRICS, PLOTS
 from timm_lt.data import Splits
 from timm_lt.data.sources import Split, check_protocol, checked_source, dataset_from_arrays
-from timm_lt.models.published import hub_configs
+from timm_lt.models.pretrained import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend
-from timm_lt.run.folder import check_places, check_run_folder, is_running
+from timm_lt.run.folder import check_run_folder, is_running
 from timm_lt.run.network import create_images, create_network
-from timm_lt.run.parse import parse_recipe
-from timm_lt.run.recipe import Recipe
+from timm_lt.run.parse import parse_recipe, parse_values
+from timm_lt.run.recipe import Recipe, prefixed
 from timm_lt.run.setup import Run as TrainingRun
 from timm_lt.run.setup import check_heads, create_trainer
-from timm_lt.utils import checks
 from timm_lt.utils.accelerator import (
     VISIBLE_DEVICES,
     create_accelerator,
     fresh_accelerate,
     visible_devices,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_options
+from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_number, shown_names
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
 
@@ -48,6 +45,8 @@ AFTER, LR_FACTOR = "after", "lr_factor"
 SHARED = ("seed", "heads", "protocol", "shot_rule", "objective", "data")
 OWN_DATA = ("data.augmentation", "data.augmentation_options", "data.image_size", "data.verify")
 CLASS_MEAN = "class_mean"
+# Seconds between two looks at the processes.
+POLL_SECONDS = 0.2
 RESULTS, MARKDOWN = "results.json", "results.md"
 OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
 
@@ -56,12 +55,7 @@ OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
 class Row:
     """A row of the table, or one cell of a row where the table has columns.
 
-    Attributes:
-        label: Label of the row.
-        column: Label of the column, or None.
-        representation: Name of the representation.
-        head: Name of the head.
-        quoted: Overall accuracy in the paper, a fraction, or None.
+    ``quoted`` is the overall accuracy in the paper, a fraction.
     """
 
     label: str
@@ -69,9 +63,6 @@ class Row:
     representation: str
     head: str
     quoted: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.check_number(f"quoted of {self.label!r}", self.quoted or 0.0, "[0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +89,9 @@ class Grid:
     title: str
     source: str
     recipe: str
-    representations: Mapping[str, Mapping[str, Any]]
-    rows: Sequence[Row]
-    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    representations: dict[str, dict[str, Any]]
+    rows: list[Row]
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     metric: Literal["accuracy", "error"] = "accuracy"
     plot: bool = False
     rows_title: str = "method"
@@ -114,6 +105,7 @@ class Grid:
                 check_choice(f"representation before {name!r}:", changes[AFTER], names[:number])
         for row in self.rows:
             check_choice(f"representation of {row.label!r}:", row.representation, names)
+            check_number(f"quoted of {row.label!r}", row.quoted or 0.0, "[0, 1]")
         labels = {(row.label, row.column) for row in self.rows}
         mistakes = {
             # They become names of folders.
@@ -130,11 +122,6 @@ class Grid:
         """Labels of the columns from left to right."""
         return list(dict.fromkeys(row.column for row in self.rows if row.column is not None))
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether a cell shows one figure, over all test images."""
-        return bool(self.columns) and not self.plot
-
 
 def shipped_grids() -> dict[str, Path]:
     """Returns the files of the shipped grids by name."""
@@ -142,44 +129,26 @@ def shipped_grids() -> dict[str, Path]:
 
 
 def load_grid(name: str) -> Grid:
-    """Reads a grid.
-
-    Args:
-        name: A path, or the name of a shipped grid with or without ``.yaml``.
-
-    Raises:
-        UsageError: If there is no such file, or a key is unknown, missing or of the wrong type.
-    """
+    """Reads a grid: a file, or a shipped grid by its name with or without ``.yaml``."""
     shipped, path = shipped_grids(), Path(name)
     if not path.is_file():
         check_choice("grid (and no such file):", path.stem, tuple(shipped))
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
-    try:
-        check_options("the grid", Grid, values)
-        checks.check_literals("the grid", Grid, values)
+    with prefixed(f"grid {path}"):
         for key in ("representations", "heads"):
             parts = check_mapping(key, values.get(key))
-            values[key] = {part: check_mapping(f"{key}: {part}", parts[part]) for part in parts}
-        rows = [check_mapping("a row", row) for row in values["rows"]]
-        for row in rows:
-            check_options("a row", Row, row)
-        labelled = [Row(**row | {"label": str(row["label"])}) for row in rows]
-        return Grid(**values | {"rows": labelled})
-    except (UsageError, TypeError) as error:
-        raise UsageError(f"grid {path}: {error}") from error
+            values[key] = {name: {} if part is None else part for name, part in parts.items()}
+        grid: Grid = parse_values(Grid, values)
+    return grid
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A representation trained with a seed: one run of the main job.
 
-    Attributes:
-        representation: Name of the representation.
-        seed: The seed.
-        recipe: The whole recipe.
-        output: Folder of the comparison, absolute.
-        after: The run that it starts from, or None.
+    ``output`` is the absolute path of the folder of the comparison, and ``after`` the run that this
+    one starts from.
     """
 
     representation: str
@@ -197,9 +166,20 @@ class Run:
         return self.output / "runs" / self.representation / f"seed_{self.seed}"
 
     @property
+    def log(self) -> Path:
+        """Output of the run."""
+        return self.output / "logs" / f"{self}.log"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run has figures."""
         return (self.folder / METRICS).is_file()
+
+    @property
+    def can_start(self) -> bool:
+        """Whether its source is finished, and no process of a killed comparison still runs it."""
+        ready = self.after is None or self.after.is_finished
+        return ready and not is_running(self.folder)
 
 
 def make_runs(
@@ -218,34 +198,44 @@ def make_runs(
         rows: Rows of the grid.
         base: The shared recipe, with the changes of the command line.
         folder: Folder of the comparison.
-        seeds: Seeds; every representation is trained with each.
+        seeds: Seeds with which each representation is trained.
         given: Keys of the recipe that the command line sets, e.g. ``"optimizer.lr"``.
 
     Raises:
-        UsageError: If a recipe is wrong, or the command line sets a key that the grid sets.
+        UsageError: If a recipe is wrong, the command line sets a key that the grid sets, or the
+            folder has other files, results of another grid or runs of other recipes.
     """
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
-    check_places(base, folder)
+    if other := _foreign_files(folder, grid):
+        files = shown_names(other, 3)
+        raise UsageError(f"{folder} has files of something else ({files}); choose another --output")
     after = {name: str(own.get(AFTER)) for name, own in grid.representations.items()}
     needed = {row.representation for row in rows}
     for name in reversed(after):
         needed |= {after[name]} if name in needed else set()
     runs: dict[tuple[str, int], Run] = {}
     for name in (name for name in after if name in needed):
-        try:
+        with prefixed(f"representation {name!r}"):
             recipe = _recipe(grid, name, base, given)
             _try_out(recipe)
-        except UsageError as error:
-            raise UsageError(f"representation {name!r}: {error}") from error
         for seed in seeds:
             source, model = runs.get((after[name], seed)), recipe.model
             if source is not None:
                 model = replace(model, name=f"{LOCAL_DIR}{source.folder}", pretrained=True)
             own = replace(recipe, seed=seed, model=model)
-            runs[name, seed] = Run(name, seed, own, folder.resolve(), source)
+            run = runs[name, seed] = Run(name, seed, own, folder.resolve(), source)
+            check_run_folder(run.folder, own, resume=True)
     # Sources first: a run that waits for one keeps a job idle.
     return sorted(runs.values(), key=lambda run: run.after is not None)
+
+
+def _foreign_files(folder: Path, grid: Grid) -> list[str]:
+    """Returns the files in a folder that are not of a comparison, or of that of another grid."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    other = sorted(name for name in names - OUTPUTS if not name.startswith("."))
+    is_other = RESULTS in names and read_json(folder / RESULTS).get("name") != grid.name
+    return [*other, RESULTS] if is_other else other
 
 
 def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe:
@@ -254,7 +244,7 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
     shared: tuple[str, ...] = SHARED
     if changes.pop(AFTER, None) is not None:
         changes["model.pretrained"], shared = True, (*SHARED, "model.name")
-    factor = checks.check_number(LR_FACTOR, changes.pop(LR_FACTOR, 1.0), "(0, inf)")
+    factor = check_number(LR_FACTOR, changes.pop(LR_FACTOR, 1.0), "(0, inf)")
     if "epochs" in given:
         # To try a grid out.
         changes.pop("epochs", None)
@@ -290,106 +280,73 @@ def _try_out(recipe: Recipe) -> None:
     trial = replace(recipe, model=model, heads={JOINT: {}}, objective=None)
     with fresh_accelerate():
         accelerator = create_accelerator(accumulation_steps=recipe.accumulation_steps)
-        run = TrainingRun("trial", trial, None, accelerator, splits, create_network(trial, 2), True)
+        run = TrainingRun(
+            "trial", trial, None, accelerator, splits, create_network(trial, 2), False
+        )
         run.images = create_images(trial, splits, run.model, workers=0)
         create_trainer(run)
 
 
-def check_folder(folder: Path, grid: Grid, runs: Sequence[Run]) -> None:
-    """Checks that the folder of a comparison is new, or has the same comparison.
+def run_all(runs: Sequence[Run], *, jobs: int, threads: int) -> dict[Run, str]:
+    """Runs what is not finished yet in ``jobs`` processes, and returns why some runs failed.
 
-    Raises:
-        UsageError: If it has other files, results of another grid or runs of other recipes.
+    Each process is on the GPU with the fewest of them if there is one. Ctrl-C and SIGTERM end the
+    processes, whose runs can be resumed.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    other = sorted(name for name in names - OUTPUTS if not name.startswith("."))
-    if RESULTS in names and read_json(folder / RESULTS).get("name") != grid.name:
-        other.append(RESULTS)
-    if other:
-        files = checks.shown_names(other, 3)
-        raise UsageError(f"{folder} has files of something else ({files}); choose another --output")
-    for run in runs:
-        check_run_folder(run.folder, run.recipe.to_yaml(), resume=True, overwrite=False)
-
-
-class Runner:
-    """Runs processes side by side, each on the GPU with the fewest of them if there is one.
-
-    Args:
-        jobs: Number of processes, >= 1.
-        threads: CPU threads of each, >= 1.
-    """
-
-    def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads, self._stopped = jobs, threads, False
-        self._lock = threading.Lock()
-        self._failures: dict[Run, Future[str]] = {}
-        self._active: dict[subprocess.Popen[bytes], str | None] = {}
-
-    def run(self, runs: Sequence[Run]) -> dict[Run, str]:
-        """Runs what is not finished yet; a failure is logged, and the others go on.
-
-        Ctrl-C and SIGTERM end the processes, which leave what can be resumed.
-
-        Args:
-            runs: The runs, each after the one that it starts from.
-
-        Returns:
-            Why runs failed; without those that have figures.
-        """
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                for run in runs:
-                    self._failures[run] = pool.submit(self._run, run)
-                failures = {run: failure.result() for run, failure in self._failures.items()}
-            finally:
-                self._stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in [*self._active]:
-                    process.terminate()
-        return {run: failure for run, failure in failures.items() if failure}
-
-    def _run(self, run: Run) -> str:
-        if run.is_finished:
-            log.info("%s is finished already", run)
-            return ""
-        if run.after is not None and self._failures[run.after].result():
-            return f"left out, since {run.after} failed"
-        while is_running(run.folder) and not self._stopped:
-            # A process that outlived a comparison that was killed.
-            time.sleep(1)
-        file, output = run.output / "recipes" / f"{run}.yaml", run.output / "logs" / f"{run}.log"
-        write_atomic(file, run.recipe.to_yaml())
-        output.parent.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "timm_lt", "train", str(file), "--resume"]
-        command += ["--output", str(run.folder), "--threads", str(self.threads)]
-        log.info("%s started", run)
-        with output.open("ab") as stream:
-            status = self._wait(command, stream)
-        if run.is_finished:
-            log.info("%s finished", run)
-            return ""
-        lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next(filter(str.strip, reversed(lines)), "").removeprefix("error: ")
-        failure = one_line(last, 500) if status > 0 else f"killed by signal {-status}"
-        log.error("%s failed: %s (%s)", run, failure, output)
-        return failure
-
-    def _wait(self, command: list[str], output: IO[bytes]) -> int:
-        """Runs a command to its end, and returns its exit status."""
-        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        # Two runs that start at once must not take the same GPU.
-        with self._lock:
-            device = min(visible_devices(), key=[*self._active.values()].count, default=None)
-            own |= {} if device is None else {VISIBLE_DEVICES: device}
-            process = subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
-            self._active[process] = device
-        if self._stopped:
+    waiting = [run for run in runs if not run.is_finished]
+    log.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
+    active: dict[Run, tuple[subprocess.Popen[bytes], str | None]] = {}
+    failures: dict[Run, str] = {}
+    try:
+        while waiting or active:
+            for run, (process, _) in [*active.items()]:
+                if process.poll() is not None:
+                    del active[run]
+                    if failure := _failure(run, process.returncode):
+                        failures[run] = failure
+            for run in [*waiting]:
+                if run.after in failures:
+                    failures[run] = f"left out, since {run.after} failed"
+                    waiting.remove(run)
+                elif len(active) < jobs and run.can_start:
+                    used = [device for _, device in active.values()]
+                    device = min(visible_devices(), key=used.count, default=None)
+                    active[run] = _start(run, threads, device), device
+                    waiting.remove(run)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process, _ in active.values():
             process.terminate()
-        status = process.wait()
-        del self._active[process]
-        return status
+        for process, _ in active.values():
+            process.wait()
+    return failures
+
+
+def _start(run: Run, threads: int, device: str | None) -> subprocess.Popen[bytes]:
+    """Starts the process of a run, whose output goes to its log."""
+    recipe = run.output / "recipes" / f"{run}.yaml"
+    write_atomic(recipe, run.recipe.to_yaml())
+    run.log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "timm_lt", "train", str(recipe), "--resume"]
+    command += ["--output", str(run.folder), "--threads", str(threads)]
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    own |= {} if device is None else {VISIBLE_DEVICES: device}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    log.info("%s started", run)
+    with run.log.open("ab") as output:
+        return subprocess.Popen(command, stdout=output, env=os.environ | own, **streams)
+
+
+def _failure(run: Run, status: int) -> str | None:
+    """Returns why the process of a run failed; None if the run is finished."""
+    if run.is_finished:
+        log.info("%s finished", run)
+        return None
+    lines = run.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next(filter(str.strip, reversed(lines)), "").removeprefix("error: ")
+    failure = one_line(last, 500) if status > 0 else f"killed by signal {-status}"
+    log.error("%s failed: %s (%s)", run, failure, run.log)
+    return failure
 
 
 def measure(
@@ -409,10 +366,11 @@ def measure(
     figures = [*GROUPS, "all", *([] if balanced else [CLASS_MEAN])]
     records = []
     for row in rows:
-        found = {
-            s: m["heads"][row.head] for (r, s), m in metrics.items() if r == row.representation
+        by_seed = {
+            seed: {key: found["heads"][row.head][key] for key in figures}
+            for (representation, seed), found in metrics.items()
+            if representation == row.representation
         }
-        by_seed = {seed: {key: head[key] for key in figures} for seed, head in found.items()}
         records.append({**vars(row), "by_seed": by_seed})
     one: Mapping[str, Any] = next(iter(metrics.values()), {})
     quoted = any(row.quoted is not None for row in rows)
@@ -464,11 +422,12 @@ def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
     """Returns the texts of the table, headings first: shot groups, or one figure a cell."""
     rows, number = record["rows"], len(record["seeds"])
+    is_matrix = bool(grid.columns) and not grid.plot
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         few = len(row["by_seed"])
         missing = "" if few == number else f" ({few} of {number} seeds)"
-        if grid.is_matrix:
+        if is_matrix:
             mean, sd = spread(row, "all")
             mean = 1 - mean if grid.metric == "error" and mean is not None else mean
             texts = lines.setdefault((row["label"],), [""] * len(grid.columns))
@@ -480,7 +439,7 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             if record["quoted_from"]:
                 texts.append("" if row["quoted"] is None else percent(row["quoted"]))
             lines[label] = texts
-    if grid.is_matrix:
+    if is_matrix:
         headings = [f"{grid.rows_title} / {grid.columns_title}", *grid.columns]
     else:
         headings = [grid.rows_title, *([grid.columns_title] if grid.columns else [])]
@@ -502,10 +461,7 @@ def spread(
 ) -> tuple[float | None, float | None]:
     """Returns the mean of a figure over the seeds, and its sample standard deviation.
 
-    Args:
-        row: A row of the record.
-        key: Name of the figure.
-        minus: Another row, for the difference to it, paired by seed.
+    With ``minus``, of the difference to another row, paired by seed.
     """
     values = []
     for seed, figures in row["by_seed"].items():

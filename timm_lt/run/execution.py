@@ -1,47 +1,74 @@
-"""A whole run: from a recipe to the folder with its results, and how the process ends."""
+"""A whole run: its stages from data to the folder with results, and how the process ends."""
 
+import hashlib
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 
 from timm_lt import hub
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
-from timm_lt.data.decode import is_worker_death
+from timm_lt.data.decode import is_worker_death, log_exceptional
+from timm_lt.data.images import Images
 from timm_lt.data.loader import describe_worker_death
-from timm_lt.fitting import AUTO, AccuracyCurve, head_curves
-from timm_lt.heads import get_head
+from timm_lt.data.sources import Split
+from timm_lt.features import Features, extract_features
+from timm_lt.fitting import AUTO, fit_head, head_curves, take_best
+from timm_lt.fitting.base import predictions
+from timm_lt.heads import Head, fold_head, get_head, head_statistics
 from timm_lt.hub.card import write_card
-from timm_lt.metrics import ShotReport, compare_per_class, confidence_intervals, write_per_class
-from timm_lt.report import ExampleImages, Report, evaluated_rows, save_plots, write_report
+from timm_lt.metrics import (
+    ShotMetrics,
+    ShotReport,
+    compare_per_class,
+    confidence_intervals,
+    write_per_class,
+)
+from timm_lt.report import (
+    ExampleImages,
+    Predictions,
+    Report,
+    evaluated_rows,
+    save_plots,
+    write_report,
+)
 from timm_lt.report.tables import JOINT, TEST_SELECTION, recommend, shot_table
-from timm_lt.run.folder import PER_CLASS, REPORT, check_run_folder
+from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.run.parse import parse_command_line
-from timm_lt.run.recipe import Recipe, RunOptions
-from timm_lt.run.setup import Run, create_run
-from timm_lt.run.stages import best_on_validation, evaluate, extract, fit, train
+from timm_lt.run.recipe import Recipe, RunOptions, head_kind, stage_heads
+from timm_lt.run.setup import Evaluation, Run, create_run
+from timm_lt.training import (
+    EVAL_BATCH_SIZE,
+    TrainingState,
+    describe_history,
+    representation_seconds,
+    train_head_on_images,
+)
 from timm_lt.utils.accelerator import fresh_accelerate, is_lost_process, process_rank
 from timm_lt.utils.checks import UsageError
-from timm_lt.utils.console import error_text, log, log_traceback, result_console, start_logging
+from timm_lt.utils.console import (
+    advance,
+    error_text,
+    log,
+    log_traceback,
+    progress,
+    result_console,
+    start_logging,
+)
 from timm_lt.utils.files import read_json, write_json
 from timm_lt.utils.longtail import describe_shots
 
 LOST_PROCESS = "another process of this run has ended; go on with --resume and without --overwrite"
 INTERRUPTED = "interrupted; run it again with --resume and without --overwrite to go on"
-# torch's message when SIGTERM ends a data worker.
-WORKER_TERMINATED = "killed by signal: Terminated"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, with which a scheduler ends a job."""
 
 
 def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
@@ -56,23 +83,14 @@ def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
-    """Runs a recipe and writes its folder.
-
-    Args:
-        name: Name of the recipe.
-        recipe: The recipe.
-        options: How to run it.
-
-    Returns:
-        The test figures by head.
+    """Runs a recipe, writes its folder, and returns the test figures by head.
 
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder, before training.
     """
     with open_run(name, recipe, options) as run:
         if run is not None:
-            for stage in (train, extract, fit, evaluate, save):
-                stage(run)
+            run_stages(run)
     reports = show(name, options)
     push(name, options)
     return reports
@@ -86,7 +104,7 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
         UsageError: For any mistake in the recipe, the data or the folder.
     """
     folder = options.folder(name)
-    check_run_folder(folder, recipe.to_yaml(), resume=options.resume, overwrite=options.overwrite)
+    check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:
         hub.check_push(options.push_to_hub, private=options.private or None)
     elif options.private or options.license is not None:
@@ -100,6 +118,204 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
         yield run
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
+
+
+def run_stages(run: Run) -> None:
+    """Runs all stages of a run."""
+    for stage in (train, extract, fit, evaluate, save):
+        stage(run)
+
+
+def train(run: Run) -> None:
+    """Trains the representation, or resumes it; with ``epochs: 0`` there is nothing to train."""
+    run.seconds["representation"] = 0.0
+    if run.trainer is None:
+        return
+    assert run.folder is not None
+    training = run.trainer.run(TrainingState(run.folder / STATE, run.accelerator))
+    # The memory format of a loaded model: another may round differently.
+    run.model = training.model.to(memory_format=torch.contiguous_format)
+    # A cosine head, say, becomes the linear classifier with its normalised weights.
+    fold_head(run.model)
+    run.kept_epoch, run.history = training.kept, training.history
+    run.seconds["representation"] = representation_seconds(training.history)
+    log.info("%s", describe_history(training.history, training.kept))
+
+
+def extract(run: Run) -> None:
+    """Extracts the features of every split once, in the order of its images."""
+    started = time.perf_counter()
+    with progress("extracting features", len(run.images), unit="splits") as bar:
+        for split, images in run.images.items():
+            views = run.recipe.features.views if split == "train" else None
+            run.features[split] = _extract(run, images, views)
+            advance(bar)
+    run.seconds["features"] = time.perf_counter() - started
+    for split, images in run.images.items():
+        run.unreadable[split] = len(images) - run.features[split].num_images
+        # If the features of a split came from the cache, its images were not read.
+        rows = sorted(set(gather_object(images.unreadable_rows())))
+        run.unreadable_rows[split] = rows
+        huge = sorted(set(gather_object(images.huge_rows())))
+        if run.accelerator.is_main_process:
+            log_exceptional(split, run.splits.datasets[split], run.unreadable[split], rows, huge)
+
+
+def _extract(run: Run, images: Images, views: int | None = None) -> Features:
+    create_loader = images.eval_loader if views is None else images.views_loader
+    loader: Iterable[Any] = create_loader(EVAL_BATCH_SIZE, run.accelerator)
+    recipe = run.recipe.features
+    return extract_features(
+        run.model,
+        loader,
+        accelerator=run.accelerator,
+        views=views or 1,
+        cache_dir=recipe.cache_dir,
+        dtype=recipe.dtype,
+        compute_dtype=recipe.compute_dtype,
+    )
+
+
+def fit(run: Run) -> None:
+    """Fits all heads: on images with all processes, on features with the main process alone."""
+    run.seconds["heads"] = {}
+    if not run.joint and run.trainer is None:
+        _fit_joint(run)
+    heads = _train_on_images(run)
+    if not run.accelerator.is_main_process:
+        return
+    seconds, on_features = run.seconds["heads"], stage_heads(run.recipe, "features")
+    classifier = get_head(run.model)
+    with progress("fitting heads", len(on_features), unit="heads") as bar:
+        for name, options in on_features.items():
+            advance(bar, 0, f"fitting {name}")
+            started = time.perf_counter()
+            kind = head_kind(run.recipe, name)
+            heads[name] = _fit_on_features(run, kind, classifier=classifier, **options)
+            seconds[name] = time.perf_counter() - started
+            advance(bar)
+            if kind == "linear":
+                heads[name].selection = dict(run.joint_selection)
+    for head in heads.values():
+        if head.selection:
+            head.selection["split"] = run.val_name
+    if AUTO in run.recipe.heads:
+        started = time.perf_counter()
+        heads[AUTO] = _best_on_validation(run, heads)
+        _log_comparison(heads[AUTO].selection)
+        seconds[AUTO] = time.perf_counter() - started
+    run.heads = {name: heads[name] for name in run.recipe.heads}
+
+
+def _fit_on_features(run: Run, kind: str, **options: Any) -> Head:
+    return fit_head(
+        kind,
+        run.features["train"],
+        class_counts=run.splits.class_counts,
+        val=run.features["val"],
+        seed=run.recipe.seed,
+        objective=run.objective,
+        rule=run.recipe.shot_rule,
+        **options,
+    )
+
+
+def _fit_joint(run: Run) -> None:
+    """Gives a model whose classifier is for other classes one for these: a linear probe."""
+    log.info(
+        "%s has no classifier for these %d classes: one is fitted first",
+        *(run.recipe.model.name, run.splits.num_classes),
+    )
+    started = time.perf_counter()
+    fitted: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        head = _fit_on_features(run, "linear")
+        fitted = [(head.state_dict(), head.selection)]
+    state, run.joint_selection = broadcast_object_list(fitted)[0]
+    classifier = get_head(run.model)
+    with torch.no_grad():
+        classifier.weight.copy_(state["weight"])
+        if classifier.bias is not None:
+            classifier.bias.copy_(state["bias"])
+    run.seconds["representation"] = time.perf_counter() - started
+
+
+def _train_on_images(run: Run) -> dict[str, Head]:
+    """Trains the heads with stage images, and extracts features with batch norm as they have it."""
+    heads: dict[str, Head] = {}
+    for name, options in stage_heads(run.recipe, "images").items():
+        started = time.perf_counter()
+        heads[name] = train_head_on_images(
+            head_kind(run.recipe, name),
+            run.model,
+            run.images["train"],
+            accelerator=run.accelerator,
+            seed=run.recipe.seed,
+            **options,
+        )
+        run.seconds["heads"][name] = time.perf_counter() - started
+    started = time.perf_counter()
+    extract_own(run, heads, ["val", "test"])
+    run.seconds["features"] += time.perf_counter() - started
+    return heads
+
+
+def extract_own(run: Run, heads: Mapping[str, nn.Module], splits: Sequence[Split]) -> None:
+    """Extracts the features of heads that have batch-norm statistics of their own."""
+    for name, head in heads.items():
+        if isinstance(head, Head) and head.backbone_statistics:
+            with head_statistics(run.model, head):
+                run.own_features[name] = {s: _extract(run, run.images[s]) for s in splits}
+
+
+def _best_on_validation(run: Run, heads: dict[str, Head]) -> Head:
+    """Returns the head that is best on validation."""
+    heads = {name: heads[name] for name in run.recipe.heads if name != AUTO}
+    preds = {name: predictions(head, run.features_of(name, "val")) for name, head in heads.items()}
+    targets, counts = run.features["val"].targets, run.splits.class_counts
+    best = take_best(heads, preds, targets, counts, run.objective, run.recipe.shot_rule)
+    record = best.selection = best.selection | {"split": run.val_name}
+    if record["head"] in run.own_features:
+        run.own_features[AUTO] = run.own_features[record["head"]]
+    return best
+
+
+def _log_comparison(record: dict[str, Any]) -> None:
+    """Logs how far each head lies behind the best."""
+    for name, value in record["compared"]:
+        if name == record["head"]:
+            log.info("%s on validation: %s %.1f %%", record["objective"], name, 100 * value)
+            continue
+        (low, high), (least, most) = record["intervals"][name], record["behind"][name]
+        log.info(
+            "%s on validation: %s %.1f %% (%.1f to %.1f), %.1f to %.1f behind %s",
+            *(record["objective"], name, 100 * value, 100 * low, 100 * high),
+            *(100 * least, 100 * most, record["head"]),
+        )
+
+
+def evaluate(run: Run, split: Split = "test") -> None:
+    """Evaluates all heads, on the test images in a run."""
+    for name, head in run.heads.items():
+        run.evaluations[name] = _evaluate(run, head, run.features_of(name, split))
+
+
+def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
+    """Evaluates a head batch by batch, so that the logits of all images are never in memory."""
+    metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
+    digest = hashlib.sha256()
+    preds, confidences = [], []
+    # In the batches of the loaded model: from float32 features come the same bits.
+    batches = (part.split(EVAL_BATCH_SIZE) for part in (features.values, features.targets))
+    for values, targets in zip(*batches, strict=True):
+        with torch.inference_mode():
+            logits = head(values.float())
+        outcomes = metrics.update_logits(logits, targets)
+        preds.append(outcomes.preds.int())
+        confidences.append(outcomes.confidences.float())
+        digest.update(logits.numpy().tobytes())
+    predicted = Predictions(torch.cat(preds), torch.cat(confidences))
+    return Evaluation(metrics.compute(), predicted, digest.hexdigest())
 
 
 def save(run: Run) -> None:
@@ -123,13 +339,12 @@ def save(run: Run) -> None:
 
 def _write(run: Run, folder: Path) -> None:
     recipe, splits, counts = run.recipe, run.splits, run.splits.class_counts
-    reports = {name: found.report for name, found in run.evaluations.items()}
     save_checkpoint(
         folder,
         run.model,
         heads=run.heads,
         class_counts=counts,
-        metrics={name: report.summary() for name, report in reports.items()},
+        metrics={name: report.summary() for name, report in run.reports.items()},
         label_names=splits.label_names,
         dataset=recipe.data.title,
         shot_rule=recipe.shot_rule,
@@ -137,38 +352,38 @@ def _write(run: Run, folder: Path) -> None:
         seed=recipe.seed,
         background=splits.background,
     )
-    write_per_class(folder / PER_CLASS, compare_per_class(reports, counts, splits.label_names))
-    own = {name: head for name, head in run.heads.items() if name != AUTO}
-    joint = get_head(run.model)
-    curves = head_curves(joint, own, run.features["val"], counts, recipe.shot_rule)
-    report = _report(run, curves)
+    write_per_class(folder / PER_CLASS, compare_per_class(run.reports, counts, splits.label_names))
+    report = _report(run)
     save_plots(folder / PLOTS, report)
     write_card(folder, name=run.name)
     write_report(folder / REPORT, report)
 
 
-def _report(run: Run, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> Report:
+def _report(run: Run) -> Report:
     """Returns the report, without head ``auto``, which is one of the others."""
-    recipe, splits = run.recipe, run.splits
-    own = {name: found for name, found in run.evaluations.items() if name != AUTO}
-    auto = run.heads[AUTO] if AUTO in run.heads else best_on_validation(run, run.heads)
-    evaluated, rows = run.features["test"].num_images, run.unreadable_rows.get("test", [])
+    recipe, splits, counts = run.recipe, run.splits, run.splits.class_counts
+    heads = {name: head for name, head in run.heads.items() if name != AUTO}
+    auto = run.heads.get(AUTO) or _best_on_validation(run, heads)
+    test, rows = run.features["test"], run.unreadable_rows.get("test", [])
+    evaluated = evaluated_rows(len(splits.labels["test"]), rows, test.num_images)
     return Report(
         title=run.name,
-        reports={name: found.report for name, found in own.items()},
-        class_counts=splits.class_counts,
-        targets=run.features["test"].targets,
-        predictions={name: found.predictions for name, found in own.items()},
+        reports={name: run.evaluations[name].report for name in heads},
+        class_counts=counts,
+        targets=test.targets,
+        predictions={name: run.evaluations[name].predictions for name in heads},
         label_names=splits.label_names,
-        curves=curves,
-        selections={name: run.heads[name].selection for name in own},
+        curves=head_curves(
+            get_head(run.model), heads, run.features["val"], counts, recipe.shot_rule
+        ),
+        selections={name: head.selection for name, head in heads.items()},
         seconds=run.seconds["heads"] | {JOINT: run.seconds["representation"]},
         recommended=str(auto.selection["head"]),
         images=ExampleImages(
             train=splits.datasets["train"],
             train_labels=splits.labels["train"],
             test=splits.datasets["test"],
-            test_rows=evaluated_rows(len(splits.labels["test"]), rows, evaluated),
+            test_rows=evaluated,
         ),
         history=run.history,
         kept_epoch=run.kept_epoch or None,
@@ -185,8 +400,7 @@ def _report(run: Run, curves: Mapping[str, tuple[AccuracyCurve, float]]) -> Repo
 
 def _metrics(run: Run) -> dict[str, Any]:
     """Returns the content of ``metrics.json``."""
-    counts, recipe, heads = run.splits.class_counts, run.recipe, run.heads
-    reports = {name: found.report for name, found in run.evaluations.items()}
+    counts, recipe, heads, reports = run.splits.class_counts, run.recipe, run.heads, run.reports
     chosen = heads[AUTO].selection if AUTO in heads else None
     return {
         "heads": {name: report.to_dict() for name, report in reports.items()},
@@ -245,14 +459,12 @@ def push(name: str, options: RunOptions) -> None:
     repo, folder = options.push_to_hub, options.folder(name)
     if repo is None or process_rank() > 0:
         return
-    private, license_ = options.private, options.license
+    private = options.private or None
     try:
-        pushed = hub.push_to_hub(folder, repo, private=private or None, license=license_)
+        pushed = hub.push_to_hub(folder, repo, private=private, license=options.license)
     except UsageError as error:
-        again = ["timm-lt", "push", str(folder), repo, *(["--private"] if private else [])]
-        again += [] if license_ is None else ["--license", license_]
         raise UsageError(
-            f"{error}; the run itself is complete in {folder}: push it with {shlex.join(again)}"
+            f"{error}; the run itself is complete in {folder}: push it with timm-lt push"
         ) from error
     log.info("pushed to %s", pushed.url)
 
@@ -260,63 +472,40 @@ def push(name: str, options: RunOptions) -> None:
 def run_to_exit(command: Callable[[], object], interrupted: str = INTERRUPTED) -> int:
     """Runs a command and returns its exit status; says in one line on stderr why it failed.
 
-    Args:
-        command: The command.
-        interrupted: Message after Ctrl-C and SIGTERM: how to go on.
-
-    Returns:
-        0; 2 for a :class:`UsageError`, a dead data worker or another process that ended; 130 after
-        Ctrl-C, 143 after SIGTERM.
+    The status is 2 for a :class:`UsageError`, a dead data worker or another process that ended; 130
+    after Ctrl-C and SIGTERM, with the message ``interrupted``.
     """
     try:
         with fresh_accelerate(), _terminable():
             command()
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)  # noqa: T201
-        return 143 if isinstance(error, Terminated) else 130
+        return 130
     except (UsageError, RuntimeError) as error:
         log_traceback(error)
-        message = _in_one_line(error)
-        if message is None:
+        if isinstance(error, UsageError):
+            message = error_text(str(error))
+        elif is_worker_death(error):
+            message = describe_worker_death(error)
+        elif is_lost_process(error):
+            message = LOST_PROCESS
+        else:
             raise
         print(f"error: {message}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
 
 
-def _in_one_line(error: UsageError | RuntimeError) -> str | None:
-    """Returns what went wrong; None for a bug."""
-    if isinstance(error, UsageError):
-        return error_text(str(error))
-    if is_worker_death(error):
-        return describe_worker_death(error)
-    return LOST_PROCESS if is_lost_process(error) else None
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Turns SIGTERM into :class:`Terminated`, unless a launcher ends several processes.
-
-    A scheduler ends the data workers as well, and torch may report that first.
-    """
+    """Lets SIGTERM, with which a scheduler ends a job, end a run as Ctrl-C does."""
+    # A launcher ends several processes by itself.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if not alone or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        # Ignore further SIGTERM, and the end of data workers, while shutting down.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):  # not on Windows
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (UsageError, RuntimeError) as error:
-        if WORKER_TERMINATED in str(error):
-            raise Terminated from error
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,28 +8,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import timm.data
 import torch
-from accelerate import Accelerator
 from timm.utils import natural_key
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import background_of, find_info
+from timm_lt.checkpoint import GIVEN_MODEL, background_of, find_info
 from timm_lt.data import Splits, create_augmentation, list_augmentations
-from timm_lt.data.damaged import check_classes_left, verify_images
-from timm_lt.data.decode import encoded_images, read_image
-from timm_lt.data.images import Images
+from timm_lt.data.images import Images, StoredImages
 from timm_lt.data.sources import Split
-from timm_lt.heads import HEADS, find_classifiers, set_head
-from timm_lt.models.create import FIELDS, create_sized_model, image_config, split_options
-from timm_lt.models.label_names import is_for, label_names
+from timm_lt.features import extract_features
+from timm_lt.heads import HEADS, find_classifiers, get_head, set_head
+from timm_lt.models.create import (
+    FIELDS,
+    create_sized_model,
+    image_config,
+    keeps_classifier,
+    label_names,
+    split_options,
+)
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.third_party import read_weights
 from timm_lt.models.weights_file import classes_of_file, create_from_file
 from timm_lt.run.recipe import ClassOrder, ModelRecipe, Recipe, prefixed
 from timm_lt.samplers import create_sampler
 from timm_lt.training import start_classifier
-from timm_lt.utils.accelerator import available_cores
+from timm_lt.utils.accelerator import available_cores, temporary_accelerator
 from timm_lt.utils.checks import Problems, UsageError, check_choice, check_integer, shown_names
 from timm_lt.utils.console import log
 
@@ -41,10 +44,9 @@ NUM_IMAGES, BATCH_SIZE = 256, 32
 # Two-sided 2 % point of the normal distribution, and the smallest difference of two accuracies.
 MIN_Z, MIN_DIFFERENCE = 2.326, 0.2
 WORDS: dict[ClassOrder, str] = {"timm": "timm's natural order", "sorted": "sorted order"}
-HOW = (
-    "--class-order timm or --class-order sorted (class_order= in Python, model.class_order in a "
-    "recipe)"
-)
+# Options in messages: of the command line, of a recipe, and in Python.
+ORDER = "--class-order timm or --class-order sorted (in recipes and Python class_order)"
+FRESH = "timm-lt heads --fresh-classifier (in recipes and Python fresh_classifier)"
 
 
 def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -82,48 +84,15 @@ def _new_head(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str,
     head = str(given.options.get("head"))
     if not given.name.startswith(LOCAL_DIR) or head not in HEADS or not HEADS[head].own_state:
         return None, {}, given.options
-    folder = Path(given.name.removeprefix(LOCAL_DIR))
-    info = find_info(folder)
+    info = find_info(Path(given.name.removeprefix(LOCAL_DIR)))
     if info is not None and head in info.heads:
         return None, {}, given.options
     ours, theirs = split_options(head, given.options)
     return head, ours, {key: value for key, value in theirs.items() if key != "head"}
 
 
-def has_classifier(
-    given: ModelRecipe, model: nn.Module, num_classes: int, names: Sequence[str] | None
-) -> bool:
-    """Returns whether the classifier of a model with weights is one for the classes of the data.
-
-    It has as many, and if both have names of the classes, they are the same in any order.
-    """
-    if given.checkpoint is not None:
-        stored = classes_of_file(given.checkpoint, model, given.checkpoint_key)
-    else:
-        config = getattr(model, "pretrained_cfg", None) or {}
-        stored = config.get("num_classes") if given.pretrained else None
-    kept = stored == num_classes and not given.fresh_classifier
-    return kept and is_for(model, names) is not False
-
-
-def start_network(
-    recipe: Recipe,
-    loss: nn.Module,
-    model: nn.Module,
-    num_classes: int,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Initializes the classifier as the loss wants it, unless it is a pretrained one.
-
-    Args:
-        recipe: The recipe.
-        loss: The loss.
-        model: The model; it is changed in place.
-        num_classes: Number of classes C.
-        names: Names of the classes, (C,); a pretrained classifier of other names is drawn anew.
-    """
-    if has_classifier(recipe.model, model, num_classes, names):
-        return
+def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
+    """Initializes a classifier that is not for the classes of the data, as the loss wants it."""
     if recipe.model.pretrained:
         _draw_classifier(recipe, model)
     start_classifier(loss, model, num_classes)
@@ -134,13 +103,6 @@ def _draw_classifier(recipe: Recipe, model: nn.Module) -> None:
     torch.manual_seed(recipe.seed)
     for classifier in find_classifiers(model).values():
         classifier.reset_parameters()
-
-
-def on_background(recipe: Recipe, splits: Splits, model: nn.Module) -> Splits:
-    """Returns the splits with the background of the recipe, or of the model's checkpoint."""
-    given = recipe.data.background
-    with prefixed("data"):
-        return splits.on_background(background_of(model) if given == AUTO else given)
 
 
 def create_images(
@@ -169,37 +131,77 @@ def create_images(
         raise UsageError("--workers only applies with data.augmentation timm; remove it")
     check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
     augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
+    common |= {"mean": config["mean"], "std": config["std"]}
     images: dict[Split, Images] = {}
     problems = Problems()
     for split in get_args(Split):
+        own = augmentation if split == "train" else None
         with problems.collected():
-            images[split] = splits.images(
-                split,
-                mean=config["mean"],
-                std=config["std"],
-                augmentation=augmentation if split == "train" else None,
-                **common,
-            )
+            images[split] = splits.images(split, augmentation=own, **common)
     problems.check()
     return images
 
 
-def check_readable(
-    recipe: Recipe, splits: Splits, images: Mapping[Split, Images], accelerator: Accelerator
-) -> None:
-    """Checks that images can be read; or, if those that cannot are skipped, what is left.
+def has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bool:
+    """Returns whether the classifier of a model has weights for as many classes, and is kept."""
+    if given.checkpoint is not None:
+        stored = classes_of_file(given.checkpoint, model, given.checkpoint_key)
+    else:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        stored = config.get("num_classes") if given.pretrained else None
+    return stored == num_classes and not given.fresh_classifier
+
+
+def match_data(
+    recipe: Recipe,
+    splits: Splits,
+    model: nn.Module,
+    *,
+    kept: bool,
+    named: nn.Module | None = None,
+) -> tuple[Splits, bool]:
+    """Fits the data to a model: the background of its images, and the order of its classes.
+
+    If names come with the weights of a classifier, they decide. Otherwise it is the order that the
+    recipe asks for; or, where timm's and torchvision's differ, the one in which the model is right
+    about clearly more training images. If neither is clear, it is timm's for data in that order
+    and for a file that names its architecture, as those of timm's ``train.py`` do; else the user
+    is asked. If the classifier is trained further, the order of the data stays instead.
+
+    Args:
+        recipe: The recipe.
+        splits: The data.
+        model: The model.
+        kept: Whether the model has weights of a classifier for as many classes.
+        named: The model with the names of its classes, if that is another.
+
+    Returns:
+        The data, and whether the classifier is for their classes.
 
     Raises:
-        UsageError: If images cannot be read, or a class has no others.
+        UsageError: If the order cannot be determined, or is asked for without a choice.
     """
-    data = recipe.data
-    if data.augmentation != TIMM:
-        unreadable = {str(split): found.unreadable_rows() for split, found in images.items()}
-    elif data.verify:
-        unreadable = verify_images(splits.datasets, accelerator, unreadable=data.unreadable)
-    else:
-        return
-    check_classes_left(splits.labels, unreadable, splits.label_names)
+    given, background = recipe.model, recipe.data.background
+    weights, named = given.checkpoint or given.name, named or model
+    with prefixed("data"):
+        splits = splits.on_background(background_of(model) if background == AUTO else background)
+    names, own = splits.label_names, label_names(named)
+    kept = kept and keeps_classifier(named, names, weights, FRESH)
+    if given.class_order is not None:
+        check_choice("class order", given.class_order, get_args(ClassOrder))
+        if kept and names and not own:
+            return splits.in_order(class_orders(names)[given.class_order]), kept
+        raise UsageError(
+            f"class order {given.class_order} only applies to a classifier that is kept and has no "
+            "class names, and to data that have; remove it"
+        )
+    if kept and names and own:
+        return splits.in_order(own) if sorted(own) == sorted(names) else splits, kept
+    orders = class_orders(names or ())
+    if not kept or names not in orders.values() or orders["timm"] == orders["sorted"]:
+        return splits, kept
+    order = _order_of_weights(recipe, splits, model, orders)
+    return splits if order is None else splits.in_order(orders[order]), kept
 
 
 def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
@@ -217,81 +219,38 @@ def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
     return {"timm": natural, "sorted": by_code_point}
 
 
-def in_order_of_weights(
-    splits: Splits,
-    model: nn.Module,
-    *,
-    kept: bool = True,
-    given: ModelRecipe,
-    image_size: int | None = None,
-    trained: bool = False,
-) -> Splits:
-    """Numbers the classes of the data as a classifier with its weights does.
-
-    If names come with the weights, they decide. Otherwise it is the order that is asked for; or,
-    where timm's and torchvision's differ, the one in which the model is right about clearly more
-    training images. If neither is clear, it is timm's for data in that order and for a file that
-    names its architecture, as those of timm's ``train.py`` do; else the user is asked.
-
-    Args:
-        splits: The data.
-        model: A model with a classifier for as many classes.
-        kept: Whether that classifier is kept; a new one has the order of the data.
-        given: Name of the model, file of its weights, and ``class_order``.
-        image_size: Side of the images in pixels; None is the model's.
-        trained: Whether the classifier is trained further: if the order of the weights is not
-            clear, the order of the data stays.
-
-    Raises:
-        UsageError: If the order cannot be determined, or is asked for without a choice.
-    """
-    name, names, own = given.checkpoint or given.name, splits.label_names, label_names(model)
-    if given.class_order is not None:
-        check_choice("class order", given.class_order, get_args(ClassOrder))
-        if kept and names and not own:
-            return splits.in_order(class_orders(names)[given.class_order])
-        reason = f"{name} has none for these classes" if not kept else "the data lack class names"
-        reason = f"the weights of {name} have class names" if kept and own else reason
-        raise UsageError(
-            f"class order {given.class_order} only applies to a classifier that is kept and has no "
-            f"class names, and {reason}; remove it"
-        )
-    if not names or not kept:
-        return splits
-    if own:
-        return splits.in_order(own) if sorted(own) == sorted(names) else splits
-    orders = class_orders(names)
-    if orders["timm"] == orders["sorted"] or names not in orders.values():
-        return splits
+def _order_of_weights(
+    recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
+) -> ClassOrder | None:
+    """Returns the order of the classes in weights; None for that of the data."""
+    given = recipe.model
+    name = given.checkpoint or given.name
     log.info("determining the order of the classes in the weights of %s", name)
-    found, seen = _order_by_images(splits, model, orders, image_size)
-    if found is not None:
-        say = log.info if orders[found] == names else log.warning
-        say("classes are numbered as in the weights, in %s: of %s", WORDS[found], seen)
-        return splits.in_order(orders[found])
-    if trained:
+    order, seen = _order_by_images(recipe, splits, model, orders)
+    if order is not None:
+        say = log.info if orders[order] == splits.label_names else log.warning
+        say("classes are numbered as in the weights, in %s: of %s", WORDS[order], seen)
+        return order
+    if recipe.epochs:
         log.info("the order of the classes in the weights of %s is not clear: of %s", name, seen)
-        return splits
-    from_timm = given.checkpoint and read_weights(given.checkpoint).architecture is not None
-    if names == orders["timm"] or from_timm:
+        return None
+    is_file = given.checkpoint not in (None, GIVEN_MODEL)
+    from_timm = is_file and read_weights(name).architecture is not None
+    if splits.label_names == orders["timm"] or from_timm:
         log.warning(
             "classes are numbered in %s, as timm's train.py does, since images do not tell the "
-            "order of the weights: of %s; if it is wrong, say --class-order sorted (class_order= "
-            "in Python)",
-            *(WORDS["timm"], seen),
+            "order of the weights: of %s; if it is wrong, choose %s",
+            *(WORDS["timm"], seen, ORDER),
         )
-        return splits.in_order(orders["timm"])
+        return "timm"
     raise UsageError(
-        f"it is not clear in which order the weights of {name} have the classes: of {seen}; say "
-        f"{HOW}, or fit a new classifier (--fresh-classifier, in Python fresh_classifier=True)"
+        f"it is not clear in which order the weights of {name} have the classes: of {seen}; choose "
+        f"{ORDER}, or fit a new classifier with {FRESH}"
     )
 
 
 def _order_by_images(
-    splits: Splits,
-    model: nn.Module,
-    orders: Mapping[ClassOrder, list[str]],
-    image_size: int | None,
+    recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
 ) -> tuple[ClassOrder | None, str]:
     """Returns the order in which clearly more training images are right, if any, and the numbers.
 
@@ -301,55 +260,45 @@ def _order_by_images(
     labels, names = splits.labels["train"], splits.label_names or []
     index = {}
     for order, found in orders.items():
-        place = {name: label for label, name in enumerate(found)}
-        index[order] = torch.tensor([place[name] for name in names])
+        label_of = {name: label for label, name in enumerate(found)}
+        index[order] = torch.tensor([label_of[name] for name in names])
     rows = (index["timm"] != index["sorted"])[labels].nonzero().flatten()
     if len(rows) > NUM_IMAGES:
         classes = labels[rows].unique(return_inverse=True)[1]
         drawn = create_sampler("class_balanced", classes, num_samples=NUM_IMAGES)
         rows = rows[torch.tensor(list(drawn)).unique()]
-    rows, preds = _predictions(model, splits, rows, image_size)
-    labels = labels[rows]
-    hits = {order: preds == labels_there[labels] for order, labels_there in index.items()}
+    labels, preds = _predictions(recipe, splits, model, rows)
+    hits = {order: preds == of_order[labels] for order, of_order in index.items()}
     seen = " and ".join(
         f"{int(right.sum())} are right in {WORDS[order]} ({shown_names(orders[order])})"
         for order, right in hits.items()
     )
-    seen = f"{len(rows)} training images, {seen}"
     _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
     shares = (hits["timm"].double() - hits["sorted"].double()) / counts[classes]
-    difference = float(shares.sum()) / max(len(counts), 1)
-    spread = float(shares.square().sum().sqrt()) / max(len(counts), 1)
+    difference = float(shares.sum()) / len(counts)
+    spread = float(shares.square().sum().sqrt()) / len(counts)
+    seen = f"{len(labels)} training images, {seen}"
     if abs(difference) < max(MIN_DIFFERENCE, MIN_Z * spread):
         return None, seen
     return "timm" if difference > 0 else "sorted", seen
 
 
 def _predictions(
-    model: nn.Module, splits: Splits, rows: Tensor, image_size: int | None
+    recipe: Recipe, splits: Splits, model: nn.Module, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the rows whose images can be read, and the label that the model predicts for each."""
-    config = image_config(model)
-    if image_size is not None:
-        config["input_size"] = (3, image_size, image_size)
-    transform = timm.data.create_transform(**config)
-    device, was_training = next(model.parameters()).device, model.training
-    dataset = splits.datasets["train"]
-    encoded, column = encoded_images(dataset), dataset.features["image"]
-    kept: list[int] = []
-    preds: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    model.eval()
-    with torch.inference_mode():
-        for part in rows.split(BATCH_SIZE):
-            images = []
-            for row in part.tolist():
-                try:
-                    image = read_image(encoded[row]["image"], row, column)
-                except UsageError:
-                    continue
-                images.append(transform(image))
-                kept.append(row)
-            if images:
-                preds.append(model(torch.stack(images).to(device)).argmax(dim=1).cpu())
-    model.train(was_training)
-    return torch.tensor(kept, dtype=torch.int64), torch.cat(preds)
+    """Returns the labels of the training images that can be read, and the model's predictions."""
+    config, size = image_config(model), recipe.data.image_size
+    images = StoredImages(
+        splits.datasets["train"].select(rows.numpy()),
+        splits.labels["train"][rows],
+        size=config["input_size"][1:] if size is None else (size, size),
+        preprocessing={key: config[key] for key in FIELDS},
+        unreadable="skip",
+    )
+    with temporary_accelerator() as accelerator:
+        loader = images.eval_loader(BATCH_SIZE, accelerator)
+        model.to(accelerator.device)
+        features = extract_features(model, loader, accelerator=accelerator)
+        with torch.inference_mode():
+            logits = get_head(model)(features.values.to(accelerator.device))
+    return features.targets, logits.argmax(dim=1).cpu()

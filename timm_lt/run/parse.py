@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import docstring_parser
 
-from timm_lt.models.published import PUBLISHED_BLOCK, hub_configs
+from timm_lt.models.pretrained import PUBLISHED_BLOCK, hub_configs
 from timm_lt.run.recipe import Recipe, RunOptions, prefixed
 from timm_lt.utils.checks import UsageError, unknown_name
 from timm_lt.utils.console import epilog, start_logging, wrapped
@@ -26,11 +26,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str | None) -> Path:
-    """Returns the file of a recipe.
-
-    Args:
-        name: A path, or the name of a shipped recipe with or without ``.yaml``; None is the
-            embedded one.
+    """Returns the file of a recipe: a path, or a shipped name; None is the embedded one.
 
     Raises:
         UsageError: If there is no such file; lists the shipped recipes.
@@ -66,11 +62,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
-    """Creates a recipe from the mapping in its file.
-
-    Args:
-        values: The mapping, without a ``published:`` block.
-        noun: What the recipe is called in messages.
+    """Creates a recipe from the mapping in its file, which messages call ``noun``.
 
     Raises:
         UsageError: If a key is unknown, or has a value of the wrong type; the message names it.
@@ -81,29 +73,38 @@ def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
         heads = {name: {} if given is None else given for name, given in heads.items()}
         values = {**values, "heads": heads}
     with prefixed(noun):
-        recipe: Recipe = _create(Recipe, values)
+        recipe: Recipe = parse_values(Recipe, values)
     return recipe
 
 
-def _create(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
-    """Creates a dataclass of the recipe after checking the names and types of its keys."""
+def parse_values(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
+    """Creates a dataclass from values of a file, whose keys messages begin with ``prefix``.
+
+    Raises:
+        UsageError: If a key is unknown, or a value has the wrong type.
+        TypeError: If a required key is missing.
+    """
     hints = _hints(cls)
-    arguments: dict[str, Any] = {}
-    for own, value in values.items():
-        name = f"{prefix}{own}"
-        if own not in hints:
-            raise unknown_name("key", name, [f"{prefix}{known}" for known in hints])
-        is_part = dataclasses.is_dataclass(hints[own])
-        hint = dict if is_part else hints[own]
-        if not fits(value, hint):
-            choices = _choices(hint)
-            if choices:
-                raise unknown_name(name, value, choices)
-            mapping = hint is dict or get_origin(hint) is dict
-            kind = "a mapping" if mapping else inspect.formatannotation(hint)
-            raise UsageError(f"{name} must be {kind}, got {value!r}")
-        arguments[own] = _create(hints[own], value, f"{name}.") if is_part else value
-    return cls(**arguments)
+    for key in values:
+        if key not in hints:
+            raise unknown_name("key", f"{prefix}{key}", [f"{prefix}{known}" for known in hints])
+    return cls(**{key: _parse(v, hints[key], f"{prefix}{key}") for key, v in values.items()})
+
+
+def _parse(value: Any, hint: Any, name: str) -> Any:  # noqa: ANN401
+    """Returns a value of the annotated type, in which mappings become dataclasses."""
+    inner = get_args(hint)[0] if get_origin(hint) is list else None
+    if isinstance(value, list) and dataclasses.is_dataclass(inner):
+        return [_parse(item, inner, f"{name}[{number}]") for number, item in enumerate(value)]
+    is_part = dataclasses.is_dataclass(hint)
+    if not fits(value, dict if is_part else hint):
+        choices = _choices(hint)
+        if choices:
+            raise unknown_name(name, value, choices)
+        mapping = is_part or get_origin(hint) is dict
+        kind = "a mapping" if mapping else inspect.formatannotation(hint)
+        raise UsageError(f"{name} must be {kind}, got {value!r}")
+    return parse_values(hint, value, f"{name}.") if is_part else value
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
@@ -136,11 +137,7 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
 
 
 def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions] | None:
-    """Parses ``[RECIPE] [--option value ...]``.
-
-    Args:
-        prog: Name of the program in the help text.
-        argv: The arguments after it.
+    """Parses ``[RECIPE] [--option value ...]``, the arguments of a program.
 
     Returns:
         The recipe's name, the recipe with the overrides, and the options of the run; None if the
@@ -156,12 +153,11 @@ def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOpti
     named = bool(argv) and not argv[0].startswith("-")
     path = find_recipe(argv[0] if named else None)
     base = load_recipe(path)
-    parsed, rest = create_parser(prog, base).parse_known_args(argv[1:] if named else argv)
-    given = vars(parsed)
+    given = _parse_options(create_parser(prog, base), base, argv[1:] if named else argv)
     print_config = given.pop("print_config", False)
     run = {field.name: given.pop(field.name) for field in dataclasses.fields(RunOptions)}
     values, hints = dataclasses.asdict(base), {key: hint for key, hint, *_ in _options(base)}
-    for key, text in (*given.items(), *_keys_of_mappings(rest, list(hints))):
+    for key, text in given.items():
         *parents, last = key.split(".")
         target = values
         for name in parents:
@@ -169,11 +165,31 @@ def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOpti
                 target[name] = {}
             target = target[name]
         target[last] = _value(text, hints.get(key, Any))
-    recipe = _create(Recipe, values)
+    recipe = parse_values(Recipe, values)
     if print_config:
         print(recipe.to_yaml(), end="")  # noqa: T201
         return None
     return path.stem, recipe, RunOptions(**run | {"resume": bool(run["resume"])})
+
+
+def _parse_options(
+    parser: argparse.ArgumentParser, recipe: Recipe, argv: list[str]
+) -> dict[str, Any]:
+    """Returns the options by key, among them keys of mappings, as in ``--heads.tau_norm.tau``."""
+    known = [f"--{key}" for key, *_ in _options(recipe)]
+    mappings = tuple(f"{key}." for key in known if key == "--heads" or key.endswith("options"))
+    for name in dict.fromkeys(argument.partition("=")[0] for argument in argv):
+        if name.startswith(mappings):
+            parser.add_argument(name)
+    parsed, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise UsageError(f"unexpected argument {name!r}; RECIPE comes before the options")
+        inner = [key for key in known if key.endswith(f".{name[2:]}")]
+        run = [f"--{field.name}" for field in dataclasses.fields(RunOptions)]
+        raise unknown_name("option", name, inner or [*known, *run])
+    return vars(parsed)
 
 
 def _value(text: str, hint: Any) -> Any:  # noqa: ANN401
@@ -183,26 +199,6 @@ def _value(text: str, hint: Any) -> Any:  # noqa: ANN401
     except YAML_ERRORS:
         return text
     return value if fits(value, hint) else text
-
-
-def _keys_of_mappings(rest: list[str], known: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields options that set one key of a mapping, such as ``--heads.tau_norm.tau 0.7``."""
-    mappings = tuple(f"{key}." for key in known if key == "heads" or key.endswith("options"))
-    arguments = iter(rest)
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            raise UsageError(f"unexpected argument {argument!r}; RECIPE comes before the options")
-        if not name.startswith(mappings):
-            inner = [f"--{key}" for key in known if key.endswith(f".{name}")]
-            if inner:
-                raise UsageError(f"unknown option '--{name}'; did you mean {' or '.join(inner)}?")
-            run = [field.name for field in dataclasses.fields(RunOptions)]
-            raise unknown_name("option", f"--{name}", [f"--{key}" for key in (*known, *run)])
-        text = value if equals else next(arguments, None)
-        if text is None:
-            raise UsageError(f"--{name} needs a value")
-        yield name, text
 
 
 def _options(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:  # noqa: ANN401
@@ -225,12 +221,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentParser:
-    """Creates the parser of the options of a recipe and of :class:`RunOptions`.
-
-    Args:
-        prog: Name of the program in the help text.
-        recipe: The recipe whose values are shown as defaults; None is an empty one.
-    """
+    """Creates the parser of the options of a recipe, with its values as defaults, and of a run."""
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [RECIPE] [--option value ...]",
@@ -249,29 +240,27 @@ def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentP
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     group = parser.add_argument_group("recipe")
     for key, hint, value, text in _options(recipe or Recipe()):
-        shown = json.dumps(value, default=str)
         group.add_argument(
             f"--{key}",
             metavar=None if _choices(hint) else key.rpartition(".")[2].upper(),
             choices=_choices(hint),
-            default=argparse.SUPPRESS,
-            help=f"{text} (default: {shown})".replace("%", "%%"),
+            help=f"{text} (default: {json.dumps(value, default=str)})".replace("%", "%%"),
         )
     group = parser.add_argument_group("how to run")
-    exclusive = group.add_mutually_exclusive_group()
+    level, folder = (group.add_mutually_exclusive_group() for _ in range(2))
+    owners = {"quiet": level, "verbose": level, "resume": folder, "overwrite": folder}
     for key, hint, value, text in _options(RunOptions()):
-        owner = exclusive if key in ("quiet", "verbose") else group
+        how: dict[str, Any] = {"type": int if fits(1, hint) else str}
         if key == "resume":
-            owner.add_argument("--resume", nargs="?", const="auto", choices=["auto"], help=text)
+            how = {"nargs": "?", "const": "auto", "choices": ["auto"]}
         elif hint is bool:
-            owner.add_argument(f"--{key}", action="store_true", help=text)
-        else:
-            kind = int if fits(1, hint) else str
-            owner.add_argument(f"--{key}", type=kind, default=value, help=text)
+            how = {"action": "store_true"}
+        owners.get(key, group).add_argument(f"--{key}", help=text, default=value, **how)
     group.add_argument("--print_config", action="store_true", help="Print the recipe and exit.")
     return parser
 

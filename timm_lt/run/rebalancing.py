@@ -17,11 +17,11 @@ from timm_lt.data.sources import checked_source
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.heads import Head, get_head, set_head
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.models.label_names import is_for, keeps_classifier
+from timm_lt.models.create import is_for
 from timm_lt.report.tables import JOINT, recommend
-from timm_lt.run.execution import save
-from timm_lt.run.folder import REPORT, check_places, check_run_folder
-from timm_lt.run.network import TIMM, in_order_of_weights, on_background
+from timm_lt.run.execution import run_stages
+from timm_lt.run.folder import REPORT, check_run_folder
+from timm_lt.run.network import TIMM, match_data
 from timm_lt.run.recipe import (
     ClassOrder,
     DataRecipe,
@@ -32,7 +32,6 @@ from timm_lt.run.recipe import (
     prefixed,
 )
 from timm_lt.run.setup import Run, complete_run
-from timm_lt.run.stages import evaluate, extract, fit, train
 from timm_lt.utils.accelerator import temporary_accelerator, torch_defaults, unwrapped
 from timm_lt.utils.checks import UsageError, check_mapping
 from timm_lt.utils.console import pillow_warnings_ignored
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
     # Columns of images and labels, or pairs of an image and its label.
     Images: TypeAlias = datasets.Dataset | Dataset[Any] | Sequence[tuple[Any, int]]
-
-FOLDER = "folder"
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,30 +103,27 @@ def rebalance(
         model: A timm model with one classifier, which may be wrapped in DistributedDataParallel,
             DataParallel or torch.compile. It is not changed. If its number of classes or their
             names are not those of the data, a linear classifier is fitted first.
-        dataset: A folder with a directory of images per class (or with ``train``, ``val`` and
-            ``test`` above them). Or a data set: a ``datasets.Dataset`` with a column of images and
-            one ``label``; torchvision's ``ImageFolder`` or timm's ``ImageDataset``, whose files
-            are opened when they are drawn; or any pairs of an image (of PIL, uint8 pixels as a
-            tensor or array, or the path of a file) and its label. Or data sets by the names
-            ``train``, ``val`` and ``test``. The transform of a folder's data set is not applied,
-            since the model's own is; other data sets must not normalize.
+        dataset: A folder with a directory of images per class, or with ``train``, ``val`` and
+            ``test`` above them. Or a ``datasets.Dataset`` with a column of images and one
+            ``label``, torchvision's ``ImageFolder``, timm's ``ImageDataset``, or any pairs of an
+            image (of PIL, uint8 pixels, or the path of a file) and its label. Or data sets by the
+            names ``train``, ``val`` and ``test``. The transform of a folder's data set is not
+            applied, since the model's own is; other data sets must not normalize.
         options: Options of the data source ``folder``, e.g. ``{"other_files": "skip"}``.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear``, with
             which the others are compared, is always included.
         class_order: Order of the classes in a model without class names, ``"timm"`` (folders 1, 2,
-            10) or ``"sorted"`` (1, 10, 2), as in torchvision; None determines it on training images
-            if the two differ. Results have the classes in the model's order.
-        fresh_classifier: Fit a new linear classifier, even if the model has one of as many classes,
-            such as one of other data.
+            10) or ``"sorted"`` (1, 10, 2), as in torchvision; None determines it on training
+            images. Results have the classes in the model's order.
+        fresh_classifier: Fit a new linear classifier, even if the model has one of as many classes.
         objective: Objective on validation, see :func:`timm_lt.fit_head`; None is ``"all"``, or
             ``"class_mean"`` if validation is as long-tailed as the training images.
-        output: Folder for a decoupled checkpoint with all heads, figures, plots, report and card,
-            which say that the weights are those of a model given in Python; None writes nothing.
+        output: Folder for a decoupled checkpoint with figures, plots, report and card, which say
+            that the weights are those of a model given in Python; None writes nothing.
         overwrite: Replace a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
         background: Colour behind transparent pixels: a name such as ``"black"``, ``"#rrggbb"``, or
-            ``[red, green, blue]``; ``"auto"`` takes the one of the checkpoint that the model was
-            loaded from, or white.
+            ``[red, green, blue]``; ``"auto"`` takes that of the model's checkpoint, or white.
         workers: Worker processes that decode images; None is by the cores.
         seed: Seed of the fits.
 
@@ -160,18 +154,13 @@ def rebalance(
         seed=seed,
     )
     folder = None if output is None else Path(output)
-    check_places(recipe, folder)
-    if folder is not None:
-        check_run_folder(folder, recipe.to_yaml(), resume=False, overwrite=overwrite)
+    check_run_folder(folder, recipe, overwrite=overwrite)
     copied: Any = _plain_copy(model)
     # A model without a classifier is refused here.
-    joint = get_head(model).out_features == splits.num_classes and not fresh_classifier
-    names, splits = splits.label_names, on_background(recipe, splits, copied)
+    kept = get_head(model).out_features == splits.num_classes and not fresh_classifier
     # The architecture's tag says nothing about weights given in Python, unless names agree.
-    known = model if is_for(model, names) else copied
-    joint = joint and keeps_classifier(known, names, "the model", "fresh_classifier=True")
-    weights = ModelRecipe("the model", class_order=class_order)
-    splits = in_order_of_weights(splits, known, kept=joint, given=weights)
+    named = model if is_for(model, splits.label_names) else copied
+    splits, joint = match_data(recipe, splits, copied, kept=kept, named=named)
     if not joint:
         copied.reset_classifier(splits.num_classes)
     with temporary_accelerator() as accelerator:
@@ -180,11 +169,10 @@ def rebalance(
         run = Run(name, recipe, folder, accelerator, splits, copied, joint)
         complete_run(run, RunOptions(overwrite=overwrite, workers=workers))
         with closing(run):
-            for stage in (train, extract, fit, evaluate, save):
-                stage(run)
+            run_stages(run)
         # The main process alone has fitted and evaluated heads.
         run.heads, run.evaluations = broadcast_object_list([run.heads, run.evaluations])
-    reports = {name: found.report for name, found in run.evaluations.items() if name != AUTO}
+    reports = {name: report for name, report in run.reports.items() if name != AUTO}
     record = run.heads.pop(AUTO).selection
     best = str(record["head"])
     balanced = set_head(run.model, copy.deepcopy(run.heads[best]))
@@ -195,11 +183,9 @@ def rebalance(
 
 def _to_fit(heads: str | Sequence[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the options of the heads by name, the joint classifier first and auto last."""
-    if isinstance(heads, str):
-        heads = [heads]
-    if not isinstance(heads, Mapping | Sequence):
-        raise UsageError(f"heads must be names of heads, or options by name, got {heads!r}")
-    named = heads if isinstance(heads, Mapping) else dict.fromkeys(heads)
+    with prefixed("heads"):
+        named = [heads] if isinstance(heads, str) else heads
+        named = named if isinstance(named, Mapping) else dict.fromkeys(named)
     options = {name: check_mapping(f"head {name!r}", given) for name, given in named.items()}
     if not options.keys() - {JOINT, AUTO}:
         raise UsageError(f"there is nothing to choose from: give a head besides {JOINT}")
@@ -222,8 +208,8 @@ def _find_data(
     root = str(dataset)
     with prefixed("options"):
         # create_splits has arguments of its own, which are not options of the folder.
-        checked_source(FOLDER, None, dict(root=root, **options))
-    return DataRecipe(FOLDER, root, options, **how), create_splits(FOLDER, root=root, **options)
+        checked_source("folder", None, dict(root=root, **options))
+    return DataRecipe("folder", root, options, **how), create_splits("folder", root=root, **options)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

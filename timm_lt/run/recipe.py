@@ -5,16 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from timm_lt.fitting import AUTO, DEFAULT_HEADS
 from timm_lt.metrics import OBJECTIVES
-from timm_lt.utils.checks import (
-    UsageError,
-    check_choice,
-    check_integer,
-    check_number,
-)
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 from timm_lt.utils.files import yaml_text
 
 # The order of class directories in timm's ReaderImageFolder, and in torchvision's ImageFolder.
@@ -28,26 +23,25 @@ def prefixed(name: str) -> Iterator[None]:
     """Puts a key of the recipe before the messages of what is created from its values."""
     try:
         yield
-    except (UsageError, TypeError) as error:
-        # TypeError: Python's own, for an argument that does not exist or is given twice.
+    except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
+    except TypeError as error:
+        # Python's own, for an argument that is unknown, missing or given twice: without the name
+        # of the function.
+        raise UsageError(f"{name}: {str(error).rpartition('() ')[2]}") from error
 
 
 class _Part:
     """A part of the recipe: keys of its own, and more options of what it creates."""
 
     options: dict[str, Any]
-    # Argument that the key "name" is passed as.
-    NAME: ClassVar[str] = "name"
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of what is created from this part."""
-        own = {key: value for key, value in vars(self).items() if key != "options"}
-        own = {self.NAME if key == "name" else key: value for key, value in own.items()}
-        for name in own.keys() & self.options.keys():
-            part = type(self).__name__.removesuffix("Recipe").lower()
-            raise UsageError(f"{part}.options: {name} is set elsewhere; remove it")
-        return {key: value for key, value in own.items() if value is not None} | self.options
+    def arguments(self, name: str = "name") -> dict[str, Any]:
+        """Returns the arguments of what is created; ``name`` is the one for the key "name"."""
+        own = {name if key == "name" else key: value for key, value in vars(self).items()}
+        options = own.pop("options")
+        with prefixed(f"{type(self).__name__.removesuffix('Recipe').lower()}.options"):
+            return dict(**{key: v for key, v in own.items() if v is not None}, **options)
 
 
 @dataclass(frozen=True)
@@ -174,8 +168,6 @@ class OptimizerRecipe(_Part):
         options: More arguments of timm.optim.create_optimizer_v2.
     """
 
-    NAME: ClassVar[str] = "opt"
-
     name: str = "sgd"
     lr: float = 0.1
     weight_decay: float = 5e-4
@@ -192,8 +184,6 @@ class SchedulerRecipe(_Part):
         warmup_epochs: Epochs of linear warm-up, included in epochs.
         options: More arguments of timm.scheduler.create_scheduler_v2.
     """
-
-    NAME: ClassVar[str] = "sched"
 
     name: str = "cosine"
     warmup_epochs: int = 1
@@ -326,19 +316,16 @@ class Recipe:
         check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
         if self.objective is not None:
             check_choice("objective", self.objective, OBJECTIVES)
-        model, file = self.model, self.model.checkpoint
-        weights = model.pretrained or bool(file)
+        model, file, mixup = self.model, self.model.checkpoint, self.mixup
+        weights, plain = model.pretrained or file, self.data.augmentation == "none"
         if self.epochs == 0 and not weights:
-            raise UsageError(
-                "epochs 0 trains no backbone: it needs model.pretrained, or a model.checkpoint"
-            )
-        mixup, views = self.mixup, self.features.views
+            raise UsageError("epochs 0 needs the weights of model.pretrained or model.checkpoint")
         for name, is_useless, reason in (
             ("model.fresh_classifier", model.fresh_classifier and not weights, "without weights"),
             ("model.checkpoint_key", model.checkpoint_key and not file, "without a checkpoint"),
             ("model.pretrained", model.pretrained and file, "with model.checkpoint"),
             ("mixup.off_epoch", mixup.off_epoch and not mixup.mixes(), "without mixup or cutmix"),
-            ("features.views", views and self.data.augmentation == "none", "without augmentation"),
+            ("features.views", self.features.views and plain, "without augmentation"),
         ):
             if is_useless:
                 raise UsageError(f"{name} has no effect {reason}; remove it")

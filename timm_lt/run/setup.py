@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from accelerate import Accelerator
 from filelock import FileLock
@@ -13,31 +13,24 @@ from torch import nn
 
 from timm_lt.checkpoint import check_head_name
 from timm_lt.data import Splits, create_splits
+from timm_lt.data.decode import check_classes_left, verify_images
 from timm_lt.data.images import Images
 from timm_lt.data.sources import Split
 from timm_lt.data.splits import split_digests
 from timm_lt.features import Features
-from timm_lt.fitting import AUTO, check_fit_classes, check_fit_options
+from timm_lt.fitting import AUTO, create_fit
 from timm_lt.heads import Head
 from timm_lt.losses import LOSSES, create_loss
 from timm_lt.metrics import Objective, ShotReport
-from timm_lt.models.label_names import keeps_classifier
 from timm_lt.report import Predictions
 from timm_lt.report.tables import TEST_SELECTION
-from timm_lt.run.folder import (
-    LOGS,
-    check_images,
-    check_places,
-    prepare_run_folder,
-    release_run_folder,
-)
+from timm_lt.run.folder import LOGS, check_images, prepare_run_folder, release_run_folder
 from timm_lt.run.network import (
-    check_readable,
+    TIMM,
     create_images,
     create_network,
     has_classifier,
-    in_order_of_weights,
-    on_background,
+    match_data,
     start_network,
 )
 from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
@@ -55,23 +48,13 @@ from timm_lt.utils.checks import Problems, UsageError, check_choice
 from timm_lt.utils.console import log, progress, start_logging
 from timm_lt.utils.longtail import ClassCounts, Labels, shot_groups
 
-# Option that fits a new classifier, for messages.
-CURE = "model.fresh_classifier (--fresh-classifier)"
 
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Results of a head on the test images.
-
-    Attributes:
-        report: Its figures.
-        logits_sha256: Digest of its logits.
-        predictions: Its predicted class of each image, int32, with its probability, float32.
-    """
+class Evaluation(NamedTuple):
+    """Results of a head on the test images: its figures, predictions, and digest of the logits."""
 
     report: ShotReport
-    logits_sha256: str
     predictions: Predictions
+    logits_sha256: str
 
 
 @dataclass
@@ -79,19 +62,12 @@ class Run:
     """A recipe turned into objects, and all that a run has produced so far.
 
     Attributes:
-        name: Name of the recipe.
-        recipe: The recipe.
         folder: Folder of the run; None writes nothing.
-        accelerator: Its processes share the images.
-        splits: The data.
-        model: The model with its joint classifier.
-        joint: Whether that classifier is for these classes, or will be after training.
-        images: Images by split, as the model takes them.
+        joint: Whether the model's classifier has weights for these classes, before training.
         trainer: The representation stage; None if nothing but heads is trained.
         plans: How heads are trained on images, by name.
         lock: Lock on the folder, on the main process.
         seconds: Wall times.
-        history: Record of each epoch of the representation stage.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
         features: Features by split, from the backbone as it was trained.
         own_features: By head and split, for heads with batch-norm statistics of their own.
@@ -126,7 +102,7 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """What is maximised on validation."""
+        """Objective that is maximised on validation."""
         # On a long-tailed split, the accuracy over the images is that of the large classes.
         usual = "class_mean" if self.splits.val_source == "train" else "all"
         return cast(Objective, self.recipe.objective or usual)
@@ -136,6 +112,11 @@ class Run:
         """Source of the validation images, as in records of what was selected."""
         source = self.splits.val_source
         return "train, held out" if source == "train" else source
+
+    @property
+    def reports(self) -> dict[str, ShotReport]:
+        """Test figures by head."""
+        return {name: evaluation.report for name, evaluation in self.evaluations.items()}
 
     def features_of(self, head: str, split: Split) -> Features:
         """Returns the features that a head takes."""
@@ -150,16 +131,9 @@ class Run:
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
     """Creates all parts of a recipe, and claims its folder when all of them are right.
 
-    Args:
-        name: Name of the recipe.
-        folder: Folder of the run.
-        recipe: The recipe.
-        options: How to run it.
-
     Raises:
-        UsageError: For any mistake in the recipe, the data or the folder.
+        UsageError: For any mistake in the recipe or the data.
     """
-    check_places(recipe, folder)
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,
         accumulation_steps=recipe.accumulation_steps,
@@ -171,32 +145,14 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     start_logging(quiet=options.quiet or not accelerator.is_main_process, verbose=options.verbose)
     started = time.perf_counter()
     with progress(f"loading {recipe.data.name}", None):
-        data = recipe.data
-        with prefixed("data"):
-            splits = create_splits(
-                data.name,
-                root=data.root,
-                val_fraction=data.val_fraction,
-                protocol=recipe.protocol,
-                **data.options,
-            )
-        digests = split_digests(splits.datasets, splits.labels, data.root)
+        splits = load_splits(recipe)
+        digests = split_digests(splits.datasets, splits.labels, recipe.data.root)
         if options.resume:
             check_images(folder, digests)
         model = create_network(recipe, splits.num_classes).to(accelerator.device)
-        splits = on_background(recipe, splits, model)
-        named = splits.num_classes, splits.label_names
-        joint = has_classifier(recipe.model, model, *named)
-        weights = recipe.model.checkpoint or recipe.model.name
-        splits = in_order_of_weights(
-            splits,
-            model,
-            kept=joint and keeps_classifier(model, named[1], weights, CURE),
-            given=recipe.model,
-            image_size=data.image_size,
-            trained=recipe.epochs > 0,
-        )
-        run = Run(name, recipe, folder, accelerator, splits, model, joint or recipe.epochs > 0)
+        kept = has_classifier(recipe.model, model, splits.num_classes)
+        splits, joint = match_data(recipe, splits, model, kept=kept)
+        run = Run(name, recipe, folder, accelerator, splits, model, joint)
         complete_run(run, options, digests)
     run.seconds["data"] = time.perf_counter() - started
     if options.tracker != "none":
@@ -204,15 +160,23 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
     return run
 
 
+def load_splits(recipe: Recipe) -> Splits:
+    """Creates the splits of a recipe's data."""
+    data = recipe.data
+    with prefixed("data"):
+        return create_splits(
+            data.name,
+            root=data.root,
+            val_fraction=data.val_fraction,
+            protocol=recipe.protocol,
+            **data.options,
+        )
+
+
 def complete_run(
     run: Run, options: RunOptions, digests: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
     """Creates the other parts of a run, from its data and model, and claims its folder.
-
-    Args:
-        run: The run; it is changed in place.
-        options: How to run it.
-        digests: Number and digest of the images by split, for the folder.
 
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder; if several things are
@@ -234,23 +198,21 @@ def complete_run(
         )
         for head, given in stage_heads(recipe, "images").items()
     }
-    # Last, since it may take minutes.
-    check_readable(recipe, splits, run.images, accelerator)
-    _describe(run)
+    unreadable = {str(split): images.unreadable_rows() for split, images in run.images.items()}
+    if recipe.data.augmentation == TIMM and recipe.data.verify:
+        # Last, since it may take minutes.
+        unreadable = verify_images(splits.datasets, accelerator, unreadable=recipe.data.unreadable)
+    check_classes_left(splits.labels, unreadable, splits.label_names)
+    _log_data(run)
     if accelerator.is_main_process and run.folder is not None:
-        overwrite = options.overwrite
         run.lock = prepare_run_folder(
-            run.folder, recipe.to_yaml(), overwrite=overwrite, images=digests
+            run.folder, recipe, overwrite=options.overwrite, images=digests
         )
     accelerator.wait_for_everyone()
 
 
 def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
-    """Checks the heads of a recipe and their options.
-
-    Args:
-        recipe: The recipe.
-        splits: The data, whose classes the heads are for; None looks at the options alone.
+    """Checks the heads of a recipe and their options, and whether they fit the data if given.
 
     Raises:
         UsageError: For a wrong head or option, or if the data have too few classes.
@@ -263,15 +225,15 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
         check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
     for name, options in stage_heads(recipe, "features").items():
-        check_fit_options(head_kind(recipe, name), options)
+        create_fit(head_kind(recipe, name), **options)
     if splits is None:
         return
-    if splits.num_classes < 2:
+    counts, rule, views = splits.class_counts, recipe.shot_rule, recipe.features.views or 1
+    if len(counts) < 2:
         raise UsageError("training needs at least 2 classes; found 1")
-    counts, rule = splits.class_counts, recipe.shot_rule
     for name, options in stage_heads(recipe, "features").items():
-        views = recipe.features.views or 1
-        check_fit_classes(head_kind(recipe, name), options, counts, rule=rule, views=views)
+        fit = create_fit(head_kind(recipe, name), **options)
+        fit.check_classes(counts, rule=rule, views=views)
     few = shot_groups(counts, rule)["few_shot"]
     if recipe.objective == "few_shot" and not few[splits.labels["val"]].any():
         raise UsageError(
@@ -284,7 +246,8 @@ def create_trainer(run: Run) -> RepresentationTrainer:
     recipe, splits = run.recipe, run.splits
     sampler = create_training_sampler(recipe, splits.labels["train"], splits.num_classes)
     loss = create_training_loss(recipe, splits.class_counts)
-    start_network(recipe, loss, run.model, splits.num_classes, splits.label_names)
+    if not run.joint:
+        start_network(recipe, loss, run.model, splits.num_classes)
     return RepresentationTrainer(
         run.model,
         run.images["train"],
@@ -299,23 +262,12 @@ def create_trainer(run: Run) -> RepresentationTrainer:
 
 def create_training_sampler(recipe: Recipe, labels: Labels, num_classes: int) -> ClassSampler:
     """Creates the sampler of a recipe; a schedule is as long as the training."""
-    options = recipe.sampler.arguments()
-    epochs = {"epochs": recipe.epochs}
+    own: dict[str, Any] = {"seed": recipe.seed, "num_classes": num_classes}
     with prefixed("sampler"):
         if "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters:
-            options = epochs | options
-        if options.get("epochs", recipe.epochs) != recipe.epochs:
-            raise UsageError(
-                f"epochs is {options['epochs']}, but training has {recipe.epochs} epochs; remove it"
-            )
-        return create_sampler(
-            labels=labels,
-            seed=recipe.seed,
-            num_classes=num_classes,
-            rank=0,
-            num_replicas=1,
-            **options,
-        )
+            own["epochs"] = recipe.epochs
+        options = recipe.sampler.arguments()
+        return create_sampler(labels=labels, rank=0, num_replicas=1, **own, **options)
 
 
 def create_training_loss(recipe: Recipe, class_counts: ClassCounts) -> nn.Module:
@@ -333,8 +285,8 @@ def training_options(recipe: Recipe) -> TrainingOptions:
     return TrainingOptions(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer.arguments(),
-        scheduler=recipe.scheduler.arguments(),
+        optimizer=recipe.optimizer.arguments("opt"),
+        scheduler=recipe.scheduler.arguments("sched"),
         clip_grad=recipe.clip_grad,
         clip_mode=recipe.clip_mode,
         max_norm=recipe.max_norm,
@@ -349,7 +301,7 @@ def training_options(recipe: Recipe) -> TrainingOptions:
     )
 
 
-def _describe(run: Run) -> None:
+def _log_data(run: Run) -> None:
     """Logs data and model."""
     splits, counts = run.splits, run.splits.class_counts
     log.info(

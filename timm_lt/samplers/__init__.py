@@ -1,4 +1,4 @@
-"""Samplers: how often each class is drawn in an epoch, reproducible from (seed, epoch) alone."""
+"""Samplers: draw images by class, as a function of (seed, epoch) alone."""
 
 from timm_lt.samplers.balanced import ClassBalancedSampler as ClassBalancedSampler
 from timm_lt.samplers.balanced import EffectiveNumberSampler as EffectiveNumberSampler

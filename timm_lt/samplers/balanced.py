@@ -1,10 +1,7 @@
-"""Samplers between instance-balanced and class-balanced.
+"""Samplers with fixed class probabilities, from instance-balanced to reversed."""
 
-Samplers that draw rare classes more often than frequent ones, or by effective numbers.
-
-Samplers that bring every class to a target number of images per epoch.
-"""
-
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.samplers.base import ClassSampler, Plan, register_sampler, small_integers
+from timm_lt.samplers.base import ClassSampler, Plan, register_sampler
 from timm_lt.samplers.streams import (
     Integers,
     Purpose,
-    blocks,
+    numbered,
     round_systematically,
+    small_integers,
     sort_order,
     torch_generator,
 )
@@ -37,31 +35,38 @@ def power_probabilities(class_counts: ClassCounts, q: float) -> Tensor:
     return weights / weights.sum()
 
 
+class _PowerLawSampler(ClassSampler):
+    """Draws classes by a power of their size: ``p_j = n_j^q / sum_k n_k^q``."""
+
+    q: float
+
+    def class_probabilities(self, epoch: int | None = None) -> Tensor:
+        """Returns ``n_j^q / sum_k n_k^q``."""
+        return power_probabilities(self.class_counts, self.q)
+
+
 @register_sampler("instance_balanced")
-class InstanceBalancedSampler(ClassSampler):
+class InstanceBalancedSampler(_PowerLawSampler):
     """Draws every image equally often: ``p_j = n_j / N``, ordinary shuffling.
 
     With ``num_samples`` = N an epoch is a random permutation of the data set.
     """
 
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``n_j / N``."""
-        return power_probabilities(self.class_counts, 1.0)
+    q = 1.0
 
 
 @register_sampler("class_balanced")
-class ClassBalancedSampler(ClassSampler):
+@dataclass(eq=False, kw_only=True)
+class ClassBalancedSampler(_PowerLawSampler):
     """Draws every class equally often: ``p_j = 1 / C`` over the C classes that have images.
 
-    With ``samples_per_class`` = k > 1 the order is not uniformly random: an epoch is a sequence of
-    rounds through the classes, in an order shuffled for each round, and a round draws k images of
-    a class in a row. A batch of 512 then holds 128 classes x 4. Classes are drawn in whole blocks
-    of k: numbers differ by at most k. Where ``num_samples`` is not a multiple of k, the last block
-    of the epoch is shorter. A block stays together on a rank, and with accelerate in batches whose
-    size on each process is a multiple of k.
+    With ``samples_per_class`` = k > 1 an epoch consists of rounds through the classes, in an order
+    that is shuffled for each round, with a block of k images of each class: a batch of 512 has 128
+    classes x 4. The draws of two classes differ by at most k. The last block of the epoch is
+    shorter if k does not divide ``num_samples``. A block stays on one rank; with accelerate, if k
+    divides the batch size of a process.
 
     Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
         samples_per_class: k, the consecutive draws of one class, at least 1.
 
     References:
@@ -69,73 +74,59 @@ class ClassBalancedSampler(ClassSampler):
         2020, https://arxiv.org/abs/1910.09217 (their code has k = 4).
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        samples_per_class: int = 1,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        self.samples_per_class = check_integer("samples_per_class", samples_per_class, minimum=1)
+    q = 0.0
 
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``1 / C``."""
-        return power_probabilities(self.class_counts, 0.0)
+    samples_per_class: int = 1
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        super().__post_init__(labels, num_classes)
+        self.samples_per_class = check_integer(
+            "samples_per_class", self.samples_per_class, minimum=1
+        )
 
     @property
     def group(self) -> int:
-        """Consecutive draws of one class, k."""
+        """Number of consecutive draws of one class, k."""
         return self.samples_per_class
 
     def _round(self, epoch: int) -> Integers:
         k = self.samples_per_class
-        if k == 1:
-            return super()._round(epoch)
         generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
         num_blocks = -(-self.num_samples // k)
         drawn = k * round_systematically(self.class_probabilities(epoch), num_blocks, generator)
-        # The last block of the epoch is that of a class in the last round.
+        # The short block belongs to a class of the last round.
         last = (drawn == drawn.max()).nonzero().flatten()
         shorter = last[torch.randint(len(last), (1,), generator=generator)]
         drawn[shorter] -= k * num_blocks - self.num_samples
         draws: Integers = drawn.numpy()
         return draws
 
-    def _num_chunks(self, draws: Integers) -> int:
-        if self.samples_per_class == 1:
-            return super()._num_chunks(draws)
-        return -(-int(draws.max()) // self._draws_per_chunk())
-
-    def _drawn_before(self, plan: Plan, chunk: int) -> Integers:
-        if self.samples_per_class == 1:
-            return super()._drawn_before(plan, chunk)
-        return np.minimum(plan.draws, chunk * self._draws_per_chunk())
-
-    def _draws_per_chunk(self) -> int:
-        """Returns how often a class is drawn in a chunk: in whole rounds, at least one."""
+    def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
         k = self.samples_per_class
-        return k * max(self.chunk_size // (k * len(self.class_counts)), 1)
+        if k == 1:
+            return super()._division(plan)
+        # A chunk consists of whole rounds, at least one.
+        per_chunk = k * max(self.chunk_size // (k * len(plan.draws)), 1)
+        num_chunks = -(-int(plan.draws.max()) // per_chunk)
+        return num_chunks, lambda chunk: np.minimum(plan.draws, chunk * per_chunk)
 
     def _arrange(
         self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
     ) -> NDArray[Any]:
-        if self.samples_per_class == 1:
+        k = self.samples_per_class
+        if k == 1:
             return super()._arrange(plan, chunk, amounts, generator)
-        block_class, round_number = blocks(-(-amounts // self.samples_per_class))
-        size = amounts[block_class] - round_number * self.samples_per_class
+        block_class, round_number = numbered(-(-amounts // k))
+        size = np.minimum(amounts[block_class] - round_number * k, k)
         order = torch.randperm(len(block_class), generator=generator).numpy()
-        size = np.minimum(size, self.samples_per_class)
-        # The short block, if there is one, comes last.
-        order = order[sort_order((round_number + (size < self.samples_per_class))[order])]
+        # Sorted by round; a short block comes last.
+        order = order[sort_order((round_number + (size < k))[order])]
         classes = small_integers(len(amounts))[block_class[order]]
         return np.repeat(classes, size[order])
 
 
 @register_sampler("square_root")
-class SquareRootSampler(ClassSampler):
+class SquareRootSampler(_PowerLawSampler):
     """Draws classes by the square root of their size: ``p_j = sqrt(n_j) / sum_k sqrt(n_k)``.
 
     References:
@@ -143,19 +134,17 @@ class SquareRootSampler(ClassSampler):
         https://arxiv.org/abs/1805.00932
     """
 
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``sqrt(n_j) / sum_k sqrt(n_k)``."""
-        return power_probabilities(self.class_counts, 0.5)
+    q = 0.5
 
 
 @register_sampler("power")
-class PowerSampler(ClassSampler):
+@dataclass(eq=False, kw_only=True)
+class PowerSampler(_PowerLawSampler):
     """Draws classes by a power of their size: ``p_j = n_j^q / sum_k n_k^q``.
 
     ``q`` = 1 is instance-balanced, 1/2 square-root and 0 class-balanced sampling.
 
     Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
         q: The exponent, in [0, 1].
 
     References:
@@ -163,50 +152,37 @@ class PowerSampler(ClassSampler):
         2020, https://arxiv.org/abs/1910.09217 (equation 1).
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        q: float,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        self.q = check_number("q", q, "[0, 1]")
+    q: float
 
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``n_j^q / sum_k n_k^q``."""
-        return power_probabilities(self.class_counts, self.q)
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        super().__post_init__(labels, num_classes)
+        self.q = check_number("q", self.q, "[0, 1]")
 
 
 @register_sampler("reversed")
-class ReversedSampler(ClassSampler):
+class ReversedSampler(_PowerLawSampler):
     """Draws rare classes most often: ``p_j = w_j / sum_k w_k`` with ``w_j = n_max / n_j``.
 
-    The sampler of the re-balancing branch of BBN. Unlike there, the images of a class are drawn in
-    cycles and not independently.
+    The sampler of the re-balancing branch of BBN. The paper draws the images of a class
+    independently; here they are drawn in cycles.
 
     References:
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
         Recognition, CVPR 2020, https://arxiv.org/abs/1912.02413 (section 4.2).
     """
 
-    def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``(1 / n_j) / sum_k (1 / n_k)``; n_max cancels."""
-        return power_probabilities(self.class_counts, -1.0)
+    q = -1.0
 
 
 @register_sampler("effective_number")
+@dataclass(eq=False, kw_only=True)
 class EffectiveNumberSampler(ClassSampler):
-    """Draws every image by the inverse effective number of its class: ``p_j`` is as ``n_j / E_j``.
+    """Draws images by the inverse effective number of their class: ``p_j`` prop. to ``n_j / E_j``.
 
-    ``E_j = (1 - beta^n_j) / (1 - beta)``, so ``p_j = (n_j / E_j) / sum_k (n_k / E_k)``: the paper
-    weighs the loss of each image by ``1 / E_j``, this draws it that often. ``beta`` = 0 is
-    instance-balanced (E_j = 1), ``beta`` towards 1 class-balanced (E_j towards n_j).
+    ``E_j = (1 - beta^n_j) / (1 - beta)``. The paper weights the loss of each image by ``1 / E_j``.
+    ``beta`` = 0 is instance-balanced, ``beta`` towards 1 class-balanced.
 
     Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
         beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
 
     References:
@@ -214,64 +190,52 @@ class EffectiveNumberSampler(ClassSampler):
         https://arxiv.org/abs/1901.05555 (equations 2 and 6).
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        beta: float,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        self.beta = check_number("beta", beta, "[0, 1)")
+    beta: float
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        super().__post_init__(labels, num_classes)
+        self.beta = check_number("beta", self.beta, "[0, 1)")
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns ``n_j / E_j``, normalised."""
         n = self.class_counts.double()
         beta = torch.tensor(self.beta, dtype=torch.float64)
-        # 1 - beta^n without its rounding error for beta near 1; 1 - beta cancels.
-        inverse = -1 / torch.expm1(n.clamp(min=1) * torch.log(beta))
-        weights = n * inverse
+        # 1 - beta^n without its rounding error for beta near 1; the factor 1 - beta cancels.
+        weights = n * (-1 / torch.expm1(n.clamp(min=1) * torch.log(beta)))
         return weights / weights.sum()
 
 
+@dataclass(eq=False, kw_only=True)
 class _TargetSampler(ClassSampler):
-    """Draws ``m_j`` images of each class in an epoch, as the target says."""
+    """Draws each class by its target number of images."""
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        target: int | None = None,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        self.target = None if target is None else check_integer("target", target, minimum=1)
-        if num_samples is None:
+    target: int | None = None
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        by_target = self.num_samples is None
+        super().__post_init__(labels, num_classes)
+        if self.target is not None:
+            self.target = check_integer("target", self.target, minimum=1)
+        if by_target:
             self.num_samples = int(self.images_per_class().sum())
 
     def images_per_class(self) -> Tensor:
-        """Returns ``m_j`` (C,), 0 for a class without images."""
+        """Returns the target of each class (C,), 0 for an empty class."""
         raise NotImplementedError
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``m_j / sum_k m_k``."""
+        """Returns the targets, normalised."""
         images = self.images_per_class().double()
         return images / images.sum()
 
 
 @register_sampler("under_sampled")
 class UnderSampledSampler(_TargetSampler):
-    """Draws at most ``target`` images of each class in an epoch: ``p_j`` is as min(n_j, target).
+    """Draws at most ``target`` images per class and epoch: ``p_j`` prop. to min(n_j, target).
 
-    The images that an epoch leaves out come in the next ones: none is lost for good, unlike where
-    a data set is reduced once and for all, as for random under-sampling in the reference.
+    Later epochs draw the remaining images. Random under-sampling in the reference discards them.
 
     Args:
-        labels, seed, num_classes: As in :class:`ClassSampler`.
         num_samples: None takes ``sum_j min(n_j, target)``; another length keeps the proportions.
         target: Images per class, at least 1; None takes the smallest class that has any.
 
@@ -288,12 +252,11 @@ class UnderSampledSampler(_TargetSampler):
 
 @register_sampler("over_sampled")
 class OverSampledSampler(_TargetSampler):
-    """Draws at least ``target`` images of each class in an epoch: ``p_j`` is as max(n_j, target).
+    """Draws at least ``target`` images per class and epoch: ``p_j`` prop. to max(n_j, target).
 
-    The images of a small class repeat equally often, give or take one.
+    The images of a small class are repeated equally often, up to a difference of one.
 
     Args:
-        labels, seed, num_classes: As in :class:`ClassSampler`.
         num_samples: None takes ``sum_j max(n_j, target)``; another length keeps the proportions.
         target: Images per class, at least 1; None takes the largest class.
 
@@ -305,5 +268,4 @@ class OverSampledSampler(_TargetSampler):
     def images_per_class(self) -> Tensor:
         """Returns ``max(n_j, target)`` for a class with images."""
         counts = self.class_counts
-        target = self.target or int(counts.max())
-        return counts.clamp(min=target).where(counts > 0, 0)
+        return counts.clamp(min=self.target or int(counts.max())).where(counts > 0, 0)

@@ -1,12 +1,8 @@
-"""Samplers whose class probabilities change during training.
-
-Deferred re-sampling: one sampler, then another.
-
-The two streams of a bilateral-branch network, as one sampler of pairs.
-"""
+"""Samplers that change during training, and the sampler of pairs of a bilateral network."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -15,8 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from timm_lt.samplers.balanced import InstanceBalancedSampler, power_probabilities
-from timm_lt.samplers.base import SAMPLERS, ClassSampler, Plan, register_sampler, small_integers
-from timm_lt.samplers.streams import Integers, Purpose, keyed, seed_word, sort_order
+from timm_lt.samplers.base import SAMPLERS, ClassSampler, Plan, register_sampler
+from timm_lt.samplers.streams import (
+    Integers,
+    Purpose,
+    keyed,
+    seed_word,
+    small_integers,
+    sort_order,
+)
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping
 from timm_lt.utils.longtail import Labels, first_epoch
 
@@ -24,27 +27,23 @@ Schedule = Literal["t/T", "t/(T-1)"]
 
 
 @register_sampler("progressively_balanced")
+@dataclass(eq=False, kw_only=True)
 class ProgressivelyBalancedSampler(ClassSampler):
     """Moves from instance-balanced to class-balanced: ``p_j(t) = (1 - a) n_j / N + a / C``.
 
-    The paper's formula has ``a = t/T``, with t the current and T the total number of epochs. Its
-    code has 0-based ``t/(T-1)``. Here t is 0-based in both:
+    t is the 0-based epoch, T the number of epochs. The first epoch is instance-balanced. ``"t/T"``
+    is the schedule of the paper. ``"t/(T-1)"`` is that of its code: the last epoch is
+    class-balanced.
 
-    - ``"t/T"``: a goes from 0 to (T-1)/T. The first epoch is exactly instance-balanced, the last
-      not quite class-balanced.
-    - ``"t/(T-1)"``: a goes from 0 to 1. The first epoch is exactly instance-balanced, the last
-      exactly class-balanced; a single epoch (T = 1) is instance-balanced.
-
-    With ``steps_per_epoch`` = S > 1, t and T count steps, of which an epoch has S:
-    :meth:`class_probabilities` is their mean. A class's draws in any number of steps are within one
-    of their expectation. Steps are therefore only about ``num_samples / S`` long: they begin within
-    about ``sqrt(C)`` draws of their place. A step is arranged uniformly at random; an epoch costs
-    time in proportion to S C beside its draws.
+    With ``steps_per_epoch`` = S > 1, t and T count steps, S per epoch, and
+    :meth:`class_probabilities` is their mean. Each step is arranged uniformly at random. In any
+    number of steps, the draws of a class differ by less than one from their expectation; a step
+    therefore starts within about ``sqrt(C)`` draws of its position. The time of an epoch grows with
+    S C.
 
     Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
         epochs: Number of epochs, at least 1.
-        schedule: How a grows.
+        schedule: a is t/T, from 0 to (T-1)/T, or t/(T-1), from 0 to 1.
         steps_per_epoch: S, at least 1.
 
     Raises:
@@ -55,31 +54,34 @@ class ProgressivelyBalancedSampler(ClassSampler):
         2020, https://arxiv.org/abs/1910.09217 (equation 2).
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        epochs: int,
-        schedule: Schedule = "t/T",
-        steps_per_epoch: int = 1,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        check_choice("schedule", schedule, get_args(Schedule))
-        self.epochs = check_integer("epochs", epochs, minimum=1)
-        self.schedule = schedule
-        self.steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, minimum=1)
+    epochs: int
+    schedule: Schedule = "t/T"
+    steps_per_epoch: int = 1
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        super().__post_init__(labels, num_classes)
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        self.epochs = check_integer("epochs", self.epochs, minimum=1)
+        self.steps_per_epoch = check_integer("steps_per_epoch", self.steps_per_epoch, minimum=1)
+        total = self.epochs * self.steps_per_epoch
+        # The step at which a would be 1.
+        self._last_step = total if self.schedule == "t/T" else max(total - 1, 1)
+        # Steps are divided into ticks if they are longer than a chunk; chunks are whole ticks.
+        self._ticks_per_step = -(-self.num_samples // (self.steps_per_epoch * self.chunk_size))
+        self._ticks = self.steps_per_epoch * self._ticks_per_step
+        by_draws = self.chunk_size * self._ticks // self.num_samples
+        by_memory = 4 * self.chunk_size // len(self.class_counts)
+        self._ticks_per_chunk = max(min(by_draws, by_memory), 1)
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``(1 - a) n_j / N + a / C``, with several steps in the epoch their mean."""
-        return self._mean_probabilities(self._first_step(epoch), self.steps_per_epoch)
+        """Returns ``(1 - a) n_j / N + a / C``, averaged over the steps of the epoch."""
+        a = (self._first_step(epoch) + (self.steps_per_epoch - 1) / 2) / self._last_step
+        instance_balanced, class_balanced = self._ends()
+        return (1 - a) * instance_balanced + a * class_balanced
 
-    def step_probabilities(self, step: int, epoch: int | None = None) -> Tensor:
-        """Returns ``(1 - a) n_j / N + a / C`` (C,) in a 0-based step of an epoch."""
-        check_integer("step", step, minimum=0, maximum=self.steps_per_epoch - 1)
-        return self._mean_probabilities(self._first_step(epoch) + step, 1)
+    def _ends(self) -> list[Tensor]:
+        """Returns the probabilities at a = 0 and a = 1."""
+        return [power_probabilities(self.class_counts, q) for q in (1.0, 0.0)]
 
     def _first_step(self, epoch: int | None) -> int:
         t = self.epoch if epoch is None else epoch
@@ -90,51 +92,23 @@ class ProgressivelyBalancedSampler(ClassSampler):
             )
         return t * self.steps_per_epoch
 
-    def _last_step(self) -> int:
-        """Returns the step at which a would be 1."""
-        total = self.epochs * self.steps_per_epoch
-        return total if self.schedule == "t/T" else max(total - 1, 1)
-
-    def _mean_probabilities(self, t: int, steps: int) -> Tensor:
-        """Returns the mean of the probabilities from step t on."""
-        a = (t + (steps - 1) / 2) / self._last_step()
-        instance_balanced = power_probabilities(self.class_counts, 1.0)
-        class_balanced = power_probabilities(self.class_counts, 0.0)
-        return (1 - a) * instance_balanced + a * class_balanced
-
-    # With several steps in an epoch, what is arranged together is a tick: a step or, if that is
-    # more than a chunk, an equal part of one. A chunk is as many ticks as fit.
-
-    def _ticks_per_step(self) -> int:
-        return -(-self.num_samples // (self.steps_per_epoch * self.chunk_size))
-
-    def _ticks(self, first_chunk: int, chunks: int) -> Integers:
-        """Returns the ticks at which some chunks begin and end, and those between."""
-        total = self.steps_per_epoch * self._ticks_per_step()
-        draws = self.chunk_size * total // self.num_samples
-        numbers = 4 * self.chunk_size // len(self.class_counts)
-        per_chunk = max(min(draws, numbers), 1)
-        first = min(first_chunk * per_chunk, total)
-        return np.arange(first, min((first_chunk + chunks) * per_chunk, total) + 1)
-
-    def _num_chunks(self, draws: Integers) -> int:
+    def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
         if self.steps_per_epoch == 1:
-            return super()._num_chunks(draws)
-        total = self.steps_per_epoch * self._ticks_per_step()
-        return -(-total // int(self._ticks(0, 1)[-1]))
+            return super()._division(plan)
+        num_chunks = -(-self._ticks // self._ticks_per_chunk)
+        return num_chunks, lambda chunk: self._drawn_before(plan, self._ticks_of(chunk)[:1])[0]
 
-    def _drawn_before(self, plan: Plan, chunk: int) -> Integers:
-        if self.steps_per_epoch == 1:
-            return super()._drawn_before(plan, chunk)
-        drawn: Integers = self._drawn_before_ticks(plan, self._ticks(chunk, 0))[0]
-        return drawn
+    def _ticks_of(self, chunk: int) -> Integers:
+        """Returns the ticks of a chunk and the one after them."""
+        first = chunk * self._ticks_per_chunk
+        return np.arange(first, min(first + self._ticks_per_chunk, self._ticks) + 1)
 
-    def _drawn_before_ticks(self, plan: Plan, ticks: Integers) -> Integers:
+    def _drawn_before(self, plan: Plan, ticks: Integers) -> Integers:
         """Returns how often each class is drawn in the epoch before some ticks (ticks, C)."""
         share = self._expected_before(plan, ticks)
-        total = self._expected_before(plan, self._ticks(0, self._num_chunks(plan.draws))[-1:])
+        total = self._expected_before(plan, np.array([self._ticks]))
         share /= np.where(total > 0, total, 1)
-        # Each class is rounded by an offset of its own, again in the middle of one of 2^18 steps.
+        # Rounded with an offset for each class, a multiple of 2^-18 plus 2^-19.
         key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
         offset = keyed(key, np.arange(share.shape[1])) >> np.uint64(64 - 18)
         share *= plan.draws
@@ -143,13 +117,12 @@ class ProgressivelyBalancedSampler(ClassSampler):
 
     def _expected_before(self, plan: Plan, ticks: Integers) -> NDArray[np.float64]:
         """Returns the sum of the probabilities of the steps before some ticks (ticks, C)."""
-        steps = ticks / self._ticks_per_step()
+        steps = ticks / self._ticks_per_step
         whole = np.floor(steps)
         # The sum of a, which is constant within a step.
         a = self._first_step(plan.epoch) * steps + whole * (whole - 1) / 2 + (steps - whole) * whole
-        a /= self._last_step()
-        instance_balanced = power_probabilities(self.class_counts, 1.0).numpy()
-        class_balanced = power_probabilities(self.class_counts, 0.0).numpy()
+        a /= self._last_step
+        instance_balanced, class_balanced = (end.numpy() for end in self._ends())
         expected: NDArray[np.float64] = np.outer(steps - a, instance_balanced)
         expected += np.outer(a, class_balanced)
         return expected
@@ -159,7 +132,7 @@ class ProgressivelyBalancedSampler(ClassSampler):
     ) -> NDArray[Any]:
         if self.steps_per_epoch == 1:
             return super()._arrange(plan, chunk, amounts, generator)
-        of_tick = np.diff(self._drawn_before_ticks(plan, self._ticks(chunk, 1)), axis=0)
+        of_tick = np.diff(self._drawn_before(plan, self._ticks_of(chunk)), axis=0)
         tick = np.repeat(small_integers(len(of_tick)), of_tick.sum(axis=1))
         order = torch.randperm(len(tick), generator=generator).numpy()
         order = order[sort_order(tick[order])]
@@ -169,77 +142,60 @@ class ProgressivelyBalancedSampler(ClassSampler):
 
 
 @register_sampler("deferred")
+@dataclass(eq=False, kw_only=True)
 class DeferredSampler(ClassSampler):
-    """Deferred re-sampling (DRS): draws as one sampler does, and from an epoch on as another.
+    """Deferred re-sampling (DRS): one sampler at first, another from an epoch on.
 
-    Cycles of images go on across the change. An epoch has ``num_samples`` draws before and after
-    it, also where a sampler by itself would have others.
+    The cycles of images continue after the change. An epoch always has ``num_samples`` draws, also
+    with a sampler that has another length by default.
 
     Args:
-        labels, num_samples, seed, num_classes: As in :class:`ClassSampler`.
-        first: Name of the sampler at first.
-        second: Name of the sampler from ``start`` on.
-        first_options: Options of the first.
-        second_options: Options of the second.
+        first, first_options: Name and options of the first sampler.
+        second, second_options: Name and options of the second sampler.
         start: The 0-based epoch of the change, or a fraction of the epochs in (0, 1), rounded
             down: 160 in the paper, 0.8 of its 200.
-        epochs: Number of epochs, at least 1, also for a part that has a schedule; a recipe sets
-            it. None is unknown, and then start is an epoch.
+        epochs: Number of epochs, at least 1; a recipe sets it. A sampler with a schedule takes it
+            as well, unless its options have another. None: ``start`` must be an epoch.
 
     Raises:
-        UsageError: For options that are wrong here or for a part, or a start that is not within
-            the epochs.
+        UsageError: For a wrong option, also of one of the two samplers, or a start that is not
+            within the epochs.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
         2019, https://arxiv.org/abs/1906.07413 (section 4, DRS).
     """
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        first: str = "instance_balanced",
-        second: str = "class_balanced",
-        first_options: Mapping[str, Any] | None = None,
-        second_options: Mapping[str, Any] | None = None,
-        start: float = 0.8,
-        epochs: int | None = None,
-    ) -> None:
-        super().__init__(labels, num_samples, seed, num_classes)
-        self.epochs = None if epochs is None else check_integer("epochs", epochs, minimum=1)
-        self.first_epoch = first_epoch(start, self.epochs)
-        self.parts = tuple(
-            self._create(
-                f"{place}_options", name, labels, check_mapping(f"{place}_options", options)
-            )
-            for place, name, options in (
-                ("first", first, first_options),
-                ("second", second, second_options),
-            )
+    first: str = "instance_balanced"
+    second: str = "class_balanced"
+    first_options: Mapping[str, Any] | None = None
+    second_options: Mapping[str, Any] | None = None
+    start: float = 0.8
+    epochs: int | None = None
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        super().__post_init__(labels, num_classes)
+        if self.epochs is not None:
+            self.epochs = check_integer("epochs", self.epochs, minimum=1)
+        self.first_epoch = first_epoch(self.start, self.epochs)
+        self.parts = (
+            self._create(self.first, labels, check_mapping("first_options", self.first_options)),
+            self._create(self.second, labels, check_mapping("second_options", self.second_options)),
         )
 
-    def _create(
-        self, owner: str, name: str, labels: Labels, options: dict[str, Any]
-    ) -> ClassSampler:
-        parameters = inspect.signature(SAMPLERS[name]).parameters
-        scheduled = "epochs" in parameters and self.epochs is not None
-        if scheduled and options.setdefault("epochs", self.epochs) != self.epochs:
-            raise UsageError(
-                f"{owner}: epochs is {options['epochs']}, but there are {self.epochs}: leave it out"
-            )
+    def _create(self, name: str, labels: Labels, options: dict[str, Any]) -> ClassSampler:
+        if self.epochs is not None and "epochs" in inspect.signature(SAMPLERS[name]).parameters:
+            options.setdefault("epochs", self.epochs)
         size = (labels, self.num_samples, self.seed, len(self.class_counts))
         part = SAMPLERS.create(name, *size, **options)
         if part.unit > 1:
-            raise UsageError(f"sampler {name!r} draws pairs and is no part of a deferred one")
-        # One copy of the images is enough.
+            raise UsageError(f"sampler 'deferred' cannot use {name!r}, which draws pairs")
+        # Share one copy of the images.
         part._images = self._images
         return part
 
-    def _part(self, epoch: int | None) -> ClassSampler:
+    def _part(self, epoch: int | None = None) -> ClassSampler:
+        """Returns the sampler of an epoch."""
         return self.parts[(self.epoch if epoch is None else epoch) >= self.first_epoch]
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
@@ -249,8 +205,8 @@ class DeferredSampler(ClassSampler):
 
     @property
     def group(self) -> int:
-        """Consecutive draws that stay together on a rank, as the sampler of the epoch has them."""
-        return self._part(None).group
+        """Number of consecutive draws that stay on one rank in the current epoch."""
+        return self._part().group
 
     def _round(self, epoch: int) -> Integers:
         part = self._part(epoch)
@@ -258,7 +214,6 @@ class DeferredSampler(ClassSampler):
         return part._round(epoch)
 
     def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
-        # A part may arrange its epochs in a way of its own.
         return self._part(plan.epoch)._chunks(plan, start)
 
 
@@ -266,21 +221,19 @@ Rebalancing = Literal["reversed", "class_balanced", "instance_balanced"]
 
 
 @register_sampler("bilateral")
+@dataclass(eq=False, kw_only=True)
 class BilateralSampler(ClassSampler):
     """Draws pairs ``u_0, r_0, u_1, r_1, ...`` of a uniform and a re-balancing stream.
 
-    The uniform stream is ``instance_balanced`` of the same seed; the other has a seed of its own.
-    Each keeps by itself what :class:`ClassSampler` promises: ``u`` shows every image once in an
-    epoch of 2 N draws. (The paper draws the images of ``r`` with replacement.) A pair stays
-    together: on a rank, and in batches that hold an even number of images for each process.
-
-    It is for a bilateral network (:func:`timm_lt.create_bilateral`), which sends even rows of a
-    batch through one branch and odd rows through the other, and for the loss ``bilateral``.
+    The uniform stream is ``instance_balanced`` with the same seed, the other has a seed of its own.
+    (The paper draws the images of ``r`` with replacement.) A pair stays on one rank, and in one
+    batch if the batch size of each process is even. A bilateral network
+    (:func:`timm_lt.create_bilateral`) sends even and odd rows through different branches; the loss
+    ``bilateral`` mixes their logits.
 
     Args:
-        labels, seed, num_classes: As in :class:`ClassSampler`.
-        num_samples: Images of an epoch, of both streams together: even, at least 2; None takes 2 N.
-        rebalancing: How ``r`` is drawn; the paper's table 3 compares the three.
+        num_samples: Images of both streams in an epoch, an even number; None takes 2 N.
+        rebalancing: Sampler of ``r``; the paper's table 3 compares the three.
 
     Raises:
         UsageError: If ``num_samples`` is odd, or as :class:`ClassSampler`.
@@ -299,50 +252,43 @@ class BilateralSampler(ClassSampler):
 
     unit: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        labels: Labels,
-        num_samples: int | None = None,
-        seed: int = 0,
-        num_classes: int | None = None,
-        *,
-        rebalancing: Rebalancing = "reversed",
-    ) -> None:
-        check_choice("rebalancing", rebalancing, get_args(Rebalancing))
-        pairs = None
-        if num_samples is not None:
-            if check_integer("num_samples", num_samples, minimum=1) % 2:
-                raise UsageError(
-                    f"num_samples of sampler 'bilateral' counts the images of pairs and must be "
-                    f"even, got {num_samples}"
-                )
-            pairs = num_samples // 2
-        self.conventional = InstanceBalancedSampler(labels, pairs, seed, num_classes)
-        self.rebalancing = SAMPLERS.create(rebalancing, labels, pairs, 0, num_classes)
-        super().__init__(labels, 2 * self.conventional.num_samples, seed, num_classes)
-        # Nothing is drawn from a third copy of the labels.
-        self._images = self.conventional._images
+    rebalancing: Rebalancing = "reversed"
+
+    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
+        check_choice("rebalancing", self.rebalancing, get_args(Rebalancing))
+        pairs = self.num_samples if self.num_samples is None else self.num_samples // 2
+        if pairs is not None and self.num_samples % 2:
+            raise UsageError(
+                f"num_samples of sampler 'bilateral' must be even, since it draws pairs; got "
+                f"{self.num_samples}"
+            )
+        self._uniform = InstanceBalancedSampler(labels, pairs, self.seed, num_classes)
+        self._other = SAMPLERS.create(self.rebalancing, labels, pairs, 0, num_classes)
+        self.num_samples = 2 * self._uniform.num_samples
+        super().__post_init__(labels, num_classes)
+        # Share one copy of the images.
+        self._images = self._uniform._images
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns the mean of the probabilities of both streams."""
         epoch = self.epoch if epoch is None else epoch
-        uniform = self.conventional.class_probabilities(epoch)
-        return (uniform + self.rebalancing.class_probabilities(epoch)) / 2
+        uniform = self._uniform.class_probabilities(epoch)
+        return (uniform + self._other.class_probabilities(epoch)) / 2
 
     def _plan(self, epoch: int) -> Plan:
         """Returns the plan of the uniform stream; the other's follows from its seed and epoch."""
-        self.conventional.seed = self.seed
-        return self.conventional._plan(epoch)
+        self._uniform.seed = self.seed
+        return self._uniform._plan(epoch)
 
     def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yields what both streams have a chunk of, from a pair on."""
-        self.rebalancing.seed = int(seed_word(plan.seed, Purpose.REBALANCING)[0])
+        """Yields the pairs for which both streams have a chunk, from a position on."""
+        self._other.seed = int(seed_word(plan.seed, Purpose.REBALANCING)[0])
         at = start // 2
-        uniform = self.conventional._chunks(plan, at)
-        other = self.rebalancing._chunks(self.rebalancing._plan(plan.epoch), at)
+        uniform = self._uniform._chunks(plan, at)
+        other = self._other._chunks(self._other._plan(plan.epoch), at)
         (begin_u, u), (begin_r, r) = next(uniform), next(other)
         while True:
-            # Both are cut into chunks, though not at the same places.
+            # The chunks of the two streams may end at different positions.
             end = min(begin_u + len(u), begin_r + len(r))
             pairs = (u[at - begin_u : end - begin_u], r[at - begin_r : end - begin_r])
             yield 2 * at, np.stack(pairs, axis=1).ravel()

@@ -14,12 +14,11 @@ from torch import nn
 
 from timm_lt.checkpoint import is_statistic
 from timm_lt.data.images import Images
-from timm_lt.data.loader import NumberedSampler
 from timm_lt.heads import (
     CRTHead,
     Head,
     LWSHead,
-    create_head,
+    check_head_options,
     get_head,
     head_option_names,
     seeded_linear,
@@ -28,16 +27,9 @@ from timm_lt.heads import (
 from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.models.networks import unpair
 from timm_lt.samplers import check_sampler, create_sampler
-from timm_lt.training.frozen import BatchNorm, FrozenParts
-from timm_lt.training.update import (
-    Losses,
-    Schedule,
-    Update,
-    cpu_copy,
-    run_updates,
-    seed_epoch,
-    share_buffers,
-)
+from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_of_batch
+from timm_lt.training.model import BatchNorm, FrozenParts
+from timm_lt.training.parts import cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number, unknown_name
 from timm_lt.utils.console import log, progress
@@ -58,10 +50,10 @@ class HeadOptions:
             head's ``backbone_statistics``.
         epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
             updates. The last N mod ``batch_size`` images of each pass are dropped.
-        steps: Number of updates, >= 1, in place of ``epochs``.
+        steps: Number of updates, >= 1; excludes ``epochs``.
         batch_size: Images per update over all processes, from 1 to N; None takes 512, or as many
             as there are.
-        lr: Learning rate at the start, > 0.
+        lr: Initial learning rate, > 0.
         weight_decay: >= 0.
         momentum: In [0, 1).
         sampler: One of :func:`timm_lt.list_samplers`, over all draws of the training as one epoch.
@@ -69,7 +61,7 @@ class HeadOptions:
             succession: ``{"samples_per_class": 4}``.
 
     Raises:
-        UsageError: If a value is out of range, or ``epochs`` and ``steps`` are both set.
+        UsageError: If a value is out of range.
     """
 
     bn: BatchNorm = "frozen"
@@ -90,8 +82,6 @@ class HeadOptions:
         for name in ("epochs", "steps", "batch_size"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
-        if self.epochs is not None and self.steps is not None:
-            raise UsageError("epochs and steps exclude each other: remove one")
 
 
 @dataclass(frozen=True)
@@ -109,13 +99,8 @@ class HeadPlan:
     updates: int
 
 
-def image_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions, dict[str, Any]]:
-    """Divides the options of :func:`train_head_on_images` into those of training and of the head.
-
-    Raises:
-        UsageError: If the head is not trained on images, an option is unknown, or a value is out of
-            range.
-    """
+def _divide_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions, dict[str, Any]]:
+    """Divides options into those of the training and those of the head."""
     own = [field.name for field in dataclasses.fields(HeadOptions)]
     known = [*own, *head_option_names(name)]
     if name not in LENGTHS:
@@ -128,49 +113,12 @@ def image_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions, d
             raise unknown_name(f"option of head {name!r} on images:", key, known)
     of_head = {key: value for key, value in options.items() if key not in own}
     try:
-        create_head(name, 1, 1, **of_head)
+        check_head_options(name, of_head)
         training = HeadOptions(**{key: options[key] for key in own if key in options})
     except UsageError as error:
         raise UsageError(f"head {name!r} on images: {error}") from error
     check_sampler(f"of head {name!r}", training.sampler, training.sampler_options)
     return training, of_head
-
-
-def check_images(train: object) -> None:
-    """Checks that training images are in memory or stored, as training takes them.
-
-    Raises:
-        UsageError: If they are of another type.
-    """
-    if not hasattr(train, "train_loader"):
-        raise UsageError(
-            f"train is a {type(train).__name__}, not ImageTensors or StoredImages of timm_lt.data"
-        )
-
-
-def check_batch_size(
-    batch_size: int, num_images: int, accelerator: Accelerator, unit: int = 1
-) -> int:
-    """Returns the images that a process takes at once, after checking that parts can share a batch.
-
-    Args:
-        batch_size: Images per update, over all processes.
-        num_images: Images of an epoch.
-        accelerator: Its processes and accumulated batches are the parts.
-        unit: Images that belong together, 2 for the pairs of a bilateral sampler.
-
-    Raises:
-        UsageError: If an epoch has no whole batch, or the parts cannot share one.
-    """
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    parts = processes * steps * unit
-    if batch_size % parts or not 1 <= batch_size <= num_images:
-        raise UsageError(
-            f"batch_size {batch_size} counts the images of an update over {processes} processes "
-            f"with accumulation_steps {steps}: it must be a multiple of {parts} and at most "
-            f"{num_images}, the images of an epoch"
-        )
-    return int(batch_size // (processes * steps))
 
 
 def plan_head_on_images(
@@ -183,8 +131,7 @@ def plan_head_on_images(
     Raises:
         UsageError: If the training would be refused.
     """
-    given, _ = image_options(name, options)
-    check_images(train)
+    given, _ = _divide_options(name, options)
     classifier = get_head(model)
     if isinstance(classifier, Head) and classifier.kind != "linear":
         raise UsageError(
@@ -196,14 +143,15 @@ def plan_head_on_images(
             f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
             "features"
         )
-    check_no_empty_class(class_counts(train.labels, classifier.out_features))
     number, parts = len(train), accelerator.num_processes * accelerator.gradient_accumulation_steps
     largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
     batch_size = largest if given.batch_size is None else given.batch_size
+    share = share_of_batch(batch_size, number, accelerator)
+    check_no_empty_class(class_counts(train.labels, classifier.out_features))
     # They refuse batch norm that has no statistics, or too small a batch to compute them.
     frozen = FrozenParts(model, [], given.bn)
     try:
-        frozen.try_batch(model, train.size, check_batch_size(batch_size, number, accelerator))
+        frozen.try_batch(model, train.size, share)
     finally:
         frozen.thaw()
     updates = LENGTHS[name].updates(
@@ -255,9 +203,9 @@ def train_head_on_images(
         2020, sections 4.1 and 4.2, https://arxiv.org/abs/1910.09217
     """
     plan = plan_head_on_images(name, model, train, accelerator, **options)
-    given, of_head = image_options(name, options)
+    given, of_head = _divide_options(name, options)
     check_integer("seed", seed, minimum=0)
-    frozen, head = _frozen_copy(name, model, given.bn, seed, of_head)
+    network, head = _frozen_copy(name, model, seed, of_head)
     draws = create_sampler(
         given.sampler,
         train.labels,
@@ -266,65 +214,71 @@ def train_head_on_images(
         num_classes=head.out_features,
         **dict(given.sampler_options or {}),
     )
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, given.lr, momentum=given.momentum, weight_decay=given.weight_decay
-    )
-    seed_epoch(seed, 0, accelerator.process_index)
     with _forgotten(accelerator):
-        numbered = NumberedSampler(draws, len(train), len(draws))
-        parts = accelerator.gradient_accumulation_steps
-        loader = train.train_loader(plan.batch_size // parts, numbered, accelerator)
-        loader.set_epoch(0)
-        schedule = Schedule(
-            optimizer, {"sched": "cosine"}, epochs=1, updates_per_epoch=plan.updates
+        trainer = RepresentationTrainer(
+            network,
+            train,
+            draws,
+            nn.CrossEntropyLoss(),
+            _one_epoch(given, plan, seed),
+            accelerator=accelerator,
         )
-        prepared, moved = accelerator.prepare(frozen, optimizer)
-        update = Update(prepared, moved, nn.CrossEntropyLoss(), accelerator)
-        losses = Losses(
-            f"head {name!r}", "lower its lr, or take mixed_precision no", parts, accelerator
-        )
-        skips = train.unreadable == "skip"
+        if given.bn == "frozen":
+            # Also the modules that contain the head: the paper's networks have no dropout.
+            trainer.frozen.evaluated = [m for m in network.modules() if m is not head]
         with progress(f"training {name} on images", plan.updates, unit="updates") as bar:
-            loss = run_updates(loader, update, schedule, losses, first=0, skips=skips, bar=bar)
+            advice = "lower its lr, or take mixed_precision no"
+            loss = trainer.train_epoch(0, bar, f"head {name!r}", advice)
     log.info("trained %s on images: %d updates, mean loss %.3f", name, plan.updates, loss)
-    share_buffers(frozen.buffers(), accelerator)
     if given.bn == "shift":
-        state = {key: value for key, value in frozen.state_dict().items() if is_statistic(key)}
+        state = {key: value for key, value in network.state_dict().items() if is_statistic(key)}
         head.backbone_statistics = cpu_copy(state)
     # On features it takes vectors, even if it replaced a convolution.
     head.spatial = False
     return head.to("cpu", torch.float32).eval()
 
 
+def _one_epoch(given: HeadOptions, plan: HeadPlan, seed: int) -> TrainingOptions:
+    """Returns the options of the training loop, for which the whole training is one epoch."""
+    return TrainingOptions(
+        epochs=1,
+        batch_size=plan.batch_size,
+        optimizer={
+            "opt": "momentum",
+            "lr": given.lr,
+            "weight_decay": given.weight_decay,
+            "momentum": given.momentum,
+            "filter_bias_and_bn": False,
+        },
+        trained=[],
+        bn=given.bn,
+        seed=seed,
+    )
+
+
 def _frozen_copy(
-    name: str, model: nn.Module, bn: BatchNorm, seed: int, options: Mapping[str, Any]
+    name: str, model: nn.Module, seed: int, options: Mapping[str, Any]
 ) -> tuple[nn.Module, Head]:
     """Returns a copy of the model that carries the head, and the head, which alone has gradients.
 
-    Nothing before the head has any, so autograd keeps nothing of the backbone, as under
-    ``no_grad``.
+    So autograd keeps nothing of the backbone, as under ``no_grad``.
     """
     joint = get_head(model)
     head: Head
     if name == "crt":
-        fresh = seeded_linear(
-            joint.in_features, joint.out_features, bias=joint.bias is not None, seed=seed
-        )
+        bias = joint.bias is not None
+        fresh = seeded_linear(joint.in_features, joint.out_features, bias=bias, seed=seed)
         head = CRTHead.from_classifier(fresh)
     else:
         head = LWSHead.from_classifier(joint, **options)
         with torch.no_grad():
             head.scale.fill_(1.0)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    network = copy.deepcopy(model).requires_grad_(False)
     # Images come one by one here, so a bilateral network does not take pairs.
-    unpair(frozen)
+    unpair(network)
     # Before the optimiser is made, since this may move the head to another device or type.
-    set_head(frozen, head)
-    frozen.to(memory_format=torch.channels_last)
-    frozen.train(bn == "shift")
-    head.train()
-    return frozen, head
+    set_head(network, head)
+    return network, head
 
 
 @contextmanager

@@ -8,7 +8,7 @@ ends with the same weights, bit for bit on one CPU process with the same number 
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,38 +16,42 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from rich.progress import Progress
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
-from timm_lt.data.decode import UNREADABLE
+from timm_lt.data.decode import UNREADABLE, without_unreadable
 from timm_lt.data.images import Batch, Images
 from timm_lt.data.loader import NumberedSampler, loaded
-from timm_lt.heads import Head, find_classifiers, get_head, get_heads
+from timm_lt.features.extract import FeatureTap
+from timm_lt.heads import get_heads, limit_norms
 from timm_lt.metrics import shot_accuracy
-from timm_lt.models.networks import takes_pairs
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.frozen import BatchNorm, FrozenParts
-from timm_lt.training.head import check_batch_size, check_images
-from timm_lt.training.history import SHOT_GROUPS, EpochRecord, best_record, log_epoch
-from timm_lt.training.state import BEST, EMA, TrainingState
-from timm_lt.training.update import (
-    KAPPA,
-    TAU,
+from timm_lt.training.model import BatchNorm, FrozenParts, check_loss
+from timm_lt.training.parts import (
     ClipMode,
     Losses,
     Schedule,
-    Update,
     cpu_copy,
-    create_ema,
     create_mixup,
     create_optimizer,
+    create_part,
     means_over_processes,
-    mixes,
-    run_updates,
     seed_epoch,
     share_buffers,
 )
+from timm_lt.training.state import (
+    BEST,
+    EMA,
+    SHOT_GROUPS,
+    EpochRecord,
+    TrainingState,
+    best_record,
+    log_epoch,
+)
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -73,7 +77,7 @@ class TrainingOptions:
             ones are shortened to it after each update, as in Alshammari et al., Long-Tailed
             Recognition via Weight Balancing, CVPR 2022. None does not limit them.
         mixup: Arguments of ``timm.data.Mixup``; images are mixed if an alpha is above 0. With
-            ``remix_kappa``, and ``remix_tau``, by :class:`~timm_lt.training.update.Remix`.
+            ``remix_kappa``, and ``remix_tau``, by :class:`~timm_lt.training.parts.Remix`.
         mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
         ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are
             validated and kept.
@@ -81,7 +85,7 @@ class TrainingOptions:
         keep: Weights to keep: those of the epoch with the ``"best"`` overall accuracy on validation
             (the first of equals), or of the ``"last"`` epoch.
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
-            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.frozen.FrozenParts`.
+            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
             ``"shift"`` in training mode, so their statistics move.
         seed: Seed of everything random but the sampler and the augmentation.
@@ -109,22 +113,15 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "validate_every"):
             check_integer(name, getattr(self, name), minimum=1)
+        for name in ("clip_grad", "max_norm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "(0, inf)")
         check_choice("keep", self.keep, get_args(Keep))
-        mixup, ema = self.mixup or {}, self.ema or {}
-        kappa = mixup.get(KAPPA) is not None
-        for name, is_set, needed, is_there in (
-            (
-                f"clip_mode {self.clip_mode}",
-                self.clip_mode != "norm",
-                "clip_grad",
-                self.clip_grad is not None,
-            ),
-            (f"mixup.{KAPPA}", kappa, "mixup.mixup_alpha or cutmix_alpha", mixes(mixup)),
-            (f"mixup.{TAU}", mixup.get(TAU) is not None, f"mixup.{KAPPA}", kappa),
-            (f"ema options {[*ema]}", bool(ema), "ema.decay", ema.get("decay") is not None),
-        ):
-            if is_set and not is_there:
-                raise UsageError(f"{name} has no effect without {needed}")
+        check_choice("clip_mode", self.clip_mode, get_args(ClipMode))
+        if self.clip_mode != "norm" and self.clip_grad is None:
+            raise UsageError(f"clip_mode {self.clip_mode} has no effect without clip_grad")
+        if self.ema and self.ema.get("decay") is None:
+            raise UsageError(f"ema options {[*self.ema]} has no effect without ema.decay")
 
 
 @dataclass(frozen=True)
@@ -210,14 +207,13 @@ class RepresentationTrainer:
         val: Images | None = None,
         class_counts: ClassCounts | None = None,
     ) -> None:
-        self.options, self.accelerator, self.loss = options, accelerator, loss
+        self.options, self.accelerator = options, accelerator
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (options.ema or options.max_norm or options.trained is not None):
             raise UsageError("ema, max_norm and trained do not work under FSDP: remove them")
-        check_images(train)
-        _check_loss(loss, model, sampler, options.epochs)
+        check_loss(loss, model, sampler, options.epochs)
         unit = getattr(sampler, "unit", 1)
-        batch = check_batch_size(options.batch_size, len(sampler), accelerator, unit)
+        batch = share_of_batch(options.batch_size, len(sampler), accelerator, unit)
         self.frozen = FrozenParts(model, options.trained, options.bn)
         self.frozen.try_batch(model, train.size, batch)
         width = getattr(model, "num_classes", 0)
@@ -226,9 +222,12 @@ class RepresentationTrainer:
             if class_counts is None
             else check_class_counts(class_counts, width or None)
         )
-        mixup = create_mixup(options.mixup, self.class_counts, batch)
-        self.ema = create_ema(options.ema, model)
-        if self.ema is not None:
+        self.mixup = create_mixup(options.mixup, self.class_counts, batch)
+        if self.mixup is not None and not getattr(loss, "takes_soft_targets", False):
+            raise UsageError(f"{type(loss).__name__} takes no soft targets, which mixup makes")
+        self.ema: ModelEmaV3 | None = None
+        if options.ema:
+            self.ema = create_part("ema", ModelEmaV3, model, **options.ema)
             self.ema.to(accelerator.device).to(memory_format=torch.channels_last)
         # Gradients of an update that was cut short would be added to those of the first.
         model.zero_grad()
@@ -248,42 +247,31 @@ class RepresentationTrainer:
         if not self.sharded:
             model.to(memory_format=torch.channels_last)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.update = Update(
-            self.model,
-            self.optimizer,
-            loss.to(accelerator.device),
-            accelerator,
-            mixup=mixup,
-            ema=self.ema,
-            clip_grad=options.clip_grad,
-            clip_mode=options.clip_mode,
-            max_norm=options.max_norm,
-        )
+        self.loss = loss.to(accelerator.device)
+        # timm's name for optimisers that need the graph of the gradient.
+        second_order = getattr(self.optimizer.optimizer, "is_second_order", False)
+        self._backward_options = {"create_graph": True} if second_order else {}
+        self._raw = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._tap = FeatureTap(self._raw) if getattr(loss, "needs_features", False) else None
 
     @kept_random_state()
     def run(self, state: TrainingState | None = None) -> Training:
-        """Trains, and saves to a state after each epoch.
-
-        Raises:
-            UsageError: If an image cannot be read, the loss is not finite, or the state is that of
-                another run or cannot be written.
-        """
+        """Trains, and saves to a state after each epoch; see :func:`train_representation`."""
         if state is not None and len(state.accelerator._models) > 1:
             raise UsageError("an accelerator saves one run: make a new one for each")
-        epochs, mixup = self.options.epochs, self.update.mixup
-        off = epochs if self.options.mixup_off_epoch is None else self.options.mixup_off_epoch
+        epochs = self.options.epochs
         keeps_best = self.options.keep == "best"
-        history = [] if state is None else self._resumed(state)
-        best = self._saved_best(state, history) if keeps_best else None
-        with (
-            progress("training", epochs * self.updates, unit="updates") as bar,
-            means_over_processes(self.loss),
-            closing(self.update),
-        ):
+        history: list[EpochRecord] = []
+        best: dict[str, Tensor] | None = None
+        if state is not None:
+            history, best = self._resume(state)
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
+            stack.enter_context(means_over_processes(self.loss))
+            if self._tap is not None:
+                stack.callback(self._tap.remove)
             advance(bar, len(history) * self.updates)
             for epoch in range(len(history), epochs):
-                if mixup is not None:
-                    mixup.mixup_enabled = epoch < off
                 history.append(self._epoch(epoch, bar))
                 log_epoch(history, epochs, self.accelerator)
                 improved = keeps_best and best_record(history) is history[-1]
@@ -296,64 +284,116 @@ class RepresentationTrainer:
         model = self._finished(self._weights() if best is None else best)
         return Training(model, history, (chosen or history[-1]).epoch)
 
-    def _resumed(self, state: TrainingState) -> list[EpochRecord]:
-        """Loads the last state, if there is one, and returns its history."""
+    def _resume(self, state: TrainingState) -> tuple[list[EpochRecord], dict[str, Tensor] | None]:
+        """Loads the last state, if there is one; returns its history and the best weights."""
         history = state.load()
-        if history:
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state.load_weights(EMA, history[-1].epoch))
-            self.schedule.replay(history)
-            log.info("resumed after epoch %d", history[-1].epoch)
-        return history
-
-    def _saved_best(
-        self, state: TrainingState | None, history: list[EpochRecord]
-    ) -> dict[str, Tensor] | None:
-        if state is None or best_record(history) is None:
-            return None
-        return state.load_weights(BEST, history[-1].epoch)
+        if not history:
+            return history, None
+        epoch = history[-1].epoch
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.load_weights(EMA, epoch))
+        self.schedule.replay(history)
+        log.info("resumed after epoch %d", epoch)
+        has_best = self.options.keep == "best" and best_record(history) is not None
+        return history, state.load_weights(BEST, epoch) if has_best else None
 
     def _epoch(self, epoch: int, bar: Progress) -> EpochRecord:
-        """Trains for one epoch, 0-based."""
+        """Trains for one epoch, 0-based, and validates."""
         started = time.perf_counter()
-        epochs, accelerator = self.options.epochs, self.accelerator
-        if (set_epoch := getattr(self.loss, "set_epoch", None)) is not None:
-            set_epoch(epoch, epochs)
-        seed_epoch(self.options.seed, epoch, accelerator.process_index)
-        self.loader.set_epoch(epoch)
-        self.model.train()
-        self.frozen.set_mode()
+        options = self.options
         kept = f"; the state after epoch {epoch} is kept" if epoch else ""
-        advice = (
+        loss = self.train_epoch(
+            epoch,
+            bar,
+            f"epoch {epoch + 1}",
             "start again, in another folder or with --overwrite, with a lower learning rate "
-            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}"
+            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}",
         )
-        steps = accelerator.gradient_accumulation_steps
-        losses = Losses(f"epoch {epoch + 1}", advice, steps, accelerator)
-        first = epoch * self.updates
-        loss = run_updates(
-            self.loader, self.update, self.schedule, losses, first=first, skips=self.skips, bar=bar
-        )
-        averaged = [] if self.ema is None else self.ema.module.buffers()
-        share_buffers([*self.model.buffers(), *averaged], accelerator)
         trained = time.perf_counter() - started
-        validated = (epoch + 1) % self.options.validate_every == 0 or epoch + 1 == epochs
+        due = (epoch + 1) % options.validate_every == 0 or epoch + 1 == options.epochs
+        val: dict[str, float | None] = {}
+        if due and self.val_loader is not None:
+            model = self.model if self.ema is None else self.ema.module
+            val = validate(model, self.val_loader, self.accelerator, self.class_counts)
         record = EpochRecord(
             epoch=epoch + 1,
             loss=loss,
             lr=self.optimizer.param_groups[0]["lr"],
-            images_per_second=self.updates * self.options.batch_size / trained,
-            val=self._validate() if validated else {},
+            images_per_second=self.updates * options.batch_size / trained,
+            val=val,
             seconds=time.perf_counter() - started,
         )
         self.schedule.after_epoch(record)
         return record
 
-    def _validate(self) -> dict[str, float | None]:
-        if self.val_loader is None:
-            return {}
-        model = self.model if self.ema is None else self.ema.module
-        return validate(model, self.val_loader, self.accelerator, self.class_counts)
+    def train_epoch(self, epoch: int, bar: Progress, owner: str, advice: str) -> float:
+        """Trains for one epoch, 0-based, and returns the mean loss over all processes.
+
+        The message about a loss that is not finite names the owner, an epoch or a head, and gives
+        the advice.
+
+        Raises:
+            UsageError: If an image cannot be read, or a loss or a weight is not finite.
+        """
+        options, accelerator = self.options, self.accelerator
+        if (set_epoch := getattr(self.loss, "set_epoch", None)) is not None:
+            set_epoch(epoch, options.epochs)
+        if self.mixup is not None:
+            off = options.mixup_off_epoch
+            self.mixup.mixup_enabled = off is None or epoch < off
+        seed_epoch(options.seed, epoch, accelerator.process_index)
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        self.frozen.set_mode()
+        losses = Losses(accelerator, owner, advice)
+        steps = accelerator.gradient_accumulation_steps
+        # After an epoch that was cut short, accelerate still counts the batches of its last update.
+        accelerator.step = 0
+        for number, batch in enumerate(loaded(self.loader)):
+            step = epoch * self.updates + number // steps
+            if number % steps == 0:
+                self.schedule.before_update(step)
+            images, targets = without_unreadable(*batch) if self.skips else batch
+            losses.add(self._take(images, targets, step))
+            if (number + 1) % steps == 0:
+                advance(bar)
+        loss = losses.finish(self.model)
+        averaged = [] if self.ema is None else self.ema.module.buffers()
+        share_buffers([*self.model.buffers(), *averaged], accelerator)
+        return loss
+
+    def _take(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Takes one batch, moves the weights at the last of an update, and returns the loss."""
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        images = images.to(memory_format=torch.channels_last)
+        accelerator, options = self.accelerator, self.options
+        with accelerator.accumulate(self.model):
+            logits = self.model(images)
+            features = () if self._tap is None else (self._tap.take(),)
+            value: Tensor = self.loss(logits, targets, *features)
+            accelerator.backward(value, **self._backward_options)
+            moves = accelerator.sync_gradients
+            if moves and options.clip_grad is not None:
+                self._clip(options.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if moves and options.max_norm is not None:
+                for classifier in get_heads(self._raw).values():
+                    limit_norms(classifier, options.max_norm)
+            if moves and self.ema is not None:
+                self.ema.update(self._raw, step=step)
+        return value.detach()
+
+    def _clip(self, threshold: float) -> None:
+        if self.options.clip_mode == "norm":
+            self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
+        elif self.options.clip_mode == "value":
+            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
+        else:
+            self.accelerator.unscale_gradients()
+            # Without the classifier, as in Brock et al. (2021).
+            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
 
     def _weights(self) -> dict[str, Tensor]:
         """Returns a copy of the present weights, averaged if there is an average, on the CPU."""
@@ -361,8 +401,7 @@ class RepresentationTrainer:
             return cpu_copy(self.ema.module.state_dict())
         if self.sharded:
             return cpu_copy(self.accelerator.get_state_dict(self.model))
-        raw = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return cpu_copy(raw.state_dict())
+        return cpu_copy(self._raw.state_dict())
 
     def _finished(self, weights: dict[str, Tensor]) -> nn.Module:
         """Returns the model, unwrapped, with these weights."""
@@ -384,11 +423,7 @@ def validate(
 ) -> dict[str, float | None]:
     """Returns the accuracy over all images and per shot group; every image counts once.
 
-    Args:
-        model: Model; it is left in evaluation mode.
-        loader: Prepared by the accelerator.
-        accelerator: Gathers from all processes.
-        counts: Training images per class (C,).
+    The model is left in evaluation mode. ``counts`` are the training images per class, (C,).
     """
     model.eval()
     preds, targets = [], []
@@ -404,60 +439,24 @@ def validate(
     return {name: getattr(report, name) for name in ("all", *SHOT_GROUPS)}
 
 
-def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:
-    """Gives a fresh classifier the bias that the loss starts with, if it has one."""
-    initial_bias = getattr(loss, "initial_bias", None)
-    value = None if initial_bias is None else initial_bias(num_classes)
-    if value is not None:
-        for classifier in find_classifiers(model).values():
-            if classifier.bias is not None:
-                nn.init.constant_(classifier.bias, value)
+def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
+    """Returns the number of images that a process takes at once.
 
-
-def check_model(model: nn.Module, images: Images) -> None:
-    """Checks that a model takes images of this size, and that its head can be folded.
-
-    A model may be trained with a head such as ``cosine``; its joint classifier is then folded into
-    a linear one.
+    Args:
+        batch_size: Images per update, over all processes.
+        draws: Images of an epoch.
+        accelerator: Its processes and accumulated batches are the parts.
+        unit: Images that belong together, 2 for the pairs of a bilateral sampler.
 
     Raises:
-        UsageError: If not.
+        UsageError: If an epoch has no whole batch, or the parts cannot share one.
     """
-    classifier, size = get_head(model), (3, *images.size)
-    try:
-        if isinstance(classifier, Head):
-            classifier.fold()
-        with torch.inference_mode():
-            model.eval()(next(model.parameters()).new_zeros(1, *size))
-    except UsageError as error:
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    parts = processes * steps * unit
+    if batch_size % parts or not 1 <= batch_size <= draws:
         raise UsageError(
-            f"the model cannot be trained with this head; remove head= ({error})"
-        ) from error
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the model does not take images of size {size}: {error}") from error
-
-
-def _check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:
-    """Checks that a loss fits the model, the sampler and the number of epochs."""
-    if (set_epoch := getattr(loss, "set_epoch", None)) is not None:
-        set_epoch(0, epochs)
-    check_classifier = getattr(loss, "check_classifier", None)
-    # Only timm's models tell which module is the classifier.
-    if check_classifier is not None and hasattr(model, "get_classifier"):
-        for classifier in get_heads(model).values():
-            check_classifier(classifier)
-    bilateral = {
-        "model": takes_pairs(model),
-        "sampler": getattr(sampler, "unit", 1) > 1,
-        "loss": getattr(loss, "takes_pairs", False),
-    }
-    if not any(bilateral.values()):
-        return
-    # Mixed logits are those of mixed features for a linear classifier only.
-    bilateral["linear classifier"] = getattr(get_head(model), "kind", "linear") == "linear"
-    missing = ", ".join(name for name, is_one in bilateral.items() if not is_one)
-    if missing:
-        raise UsageError(
-            f"not bilateral: {missing}; BBN is trained with all of: a model lt_bbn_* (or from "
-            "create_bilateral) with a linear classifier, sampler bilateral and loss bilateral"
+            f"batch_size {batch_size} counts the images of an update over {processes} processes "
+            f"with accumulation_steps {steps}: it must be a multiple of {parts} and at most "
+            f"{draws}, the images of an epoch"
         )
+    return int(batch_size // (processes * steps))

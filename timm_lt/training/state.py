@@ -1,10 +1,10 @@
-"""Training state on disk, written as a whole and verified before it is loaded."""
+"""History of a training run, and its state on disk."""
 
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial as bind
 from pathlib import Path
 from typing import TypeVar
@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from timm_lt.data.decode import is_worker_death
-from timm_lt.training.history import EpochRecord
 from timm_lt.utils.accelerator import is_lost_process
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.console import log
 from timm_lt.utils.files import file_sha256, flush_folder, read_json, write_json
 
+SHOT_GROUPS = ("many_shot", "medium_shot", "few_shot")
 HISTORY = "history.json"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
@@ -33,6 +33,89 @@ KEPT = 2
 
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Figures of one epoch of training.
+
+    Attributes:
+        epoch: 1-based.
+        loss: Mean training loss over the epoch's batches.
+        lr: Learning rate at its end.
+        images_per_second: Training images per second, over all processes.
+        seconds: Wall time of the epoch with its validation.
+        val: Accuracy on validation, ``all`` and per shot group, as fractions; empty if the epoch
+            was not validated.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    images_per_second: float
+    seconds: float
+    val: dict[str, float | None]
+
+    @property
+    def score(self) -> float:
+        """Overall accuracy on validation; -1 if the epoch was not validated."""
+        return -1.0 if self.val.get("all") is None else float(self.val["all"] or 0)
+
+    def accuracies(self) -> str:
+        """Returns the accuracies on validation in percent."""
+        groups = [self.val[name] for name in SHOT_GROUPS]
+        shown = " / ".join("-" if a is None else f"{100 * a:.1f}" for a in groups)
+        return f"{100 * self.score:.1f} % ({shown})"
+
+
+def best_record(history: Sequence[EpochRecord]) -> EpochRecord | None:
+    """Returns the epoch with the best overall accuracy on validation, the first of equals."""
+    validated = [record for record in history if record.val]
+    return max(validated, key=lambda record: record.score, default=None)
+
+
+def representation_seconds(history: Sequence[EpochRecord]) -> float:
+    """Returns the wall time of training, over all its sessions."""
+    return sum(record.seconds for record in history)
+
+
+def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelerator) -> None:
+    """Logs the last epoch of a history, also to the trackers."""
+    record = history[-1]
+    line = f"epoch {record.epoch:3d}/{epochs}  loss {record.loss:.3f}  lr {record.lr:.3g}"
+    if record.val:
+        line += f"  val {record.accuracies()}" + ("*" if best_record(history) is record else "")
+    left = (epochs - record.epoch) * representation_seconds(history) / len(history)
+    line += f"  {record.images_per_second:,.0f} images/s  {record.seconds:.1f} s"
+    log.info("%s", line + (f"  {format_seconds(left)} left" if left else ""))
+    values = {key: value for key, value in asdict(record).items() if key not in ("epoch", "val")}
+    values |= {f"val/{name}": value for name, value in record.val.items() if value is not None}
+    accelerator.log(values, step=record.epoch)
+
+
+def describe_history(history: Sequence[EpochRecord], kept: int) -> str:
+    """Returns a summary of a run in one line; ``kept`` is the epoch whose weights are kept."""
+    seconds = representation_seconds(history)
+    # Every epoch has the same number of images.
+    rate = len(history) / sum(1 / record.images_per_second for record in history)
+    line = f"trained {len(history)} epochs in {format_seconds(seconds)}, {rate:,.0f} images/s"
+    best = best_record(history)
+    if best is not None:
+        line += f"; best on validation: epoch {best.epoch} with {best.accuracies()}"
+    return f"{line}; the weights of epoch {kept} are kept"
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration for people.
+
+    >>> format_seconds(59.4), format_seconds(3725)
+    ('59 s', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 class TrainingState:
@@ -78,11 +161,16 @@ class TrainingState:
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"
         try:
-            self._prepare(partial)
+            self._clean()
+            if self.accelerator.is_main_process:
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                self._complete(partial, history, ema, best)
+                write_json(partial / HISTORY, {"epochs": [asdict(record) for record in history]})
+                self._add_weights(partial, ema, best)
+                _seal(partial)
                 partial.rename(self._path(epoch))
                 flush_folder(self.folder)
                 self._drop(self.saved_epochs()[:-KEPT])
@@ -105,19 +193,20 @@ class TrainingState:
             UsageError: If all states are damaged.
         """
         self._clean()
-        for epoch in reversed(self._shared(self.saved_epochs)):
+        epochs = self._shared(self.saved_epochs)
+        for epoch in reversed(epochs):
             folder = self._path(epoch)
             problem = self._shared(bind(find_damage, folder))
             try:
                 if problem is None:
                     self.accelerator.load_state(str(folder))
                     stored = read_json(folder / HISTORY)["epochs"]
-                    self._drop([later for later in self.saved_epochs() if later > epoch])
+                    self._drop([later for later in epochs if later > epoch])
                     return [EpochRecord(**record) for record in stored]
             except DAMAGE as error:
                 problem = str(error)
             log.warning("the training state %s is damaged (%s)", folder, problem)
-        if self._shared(self.saved_epochs):
+        if epochs:
             raise UsageError(
                 f"every training state in {self.folder} is damaged; start again with --overwrite"
             )
@@ -130,27 +219,14 @@ class TrainingState:
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch_{epoch:04d}"
 
-    def _prepare(self, partial: Path) -> None:
-        self._clean()
-        if self.accelerator.is_main_process:
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-
     def _clean(self) -> None:
         """Removes the remains of killed processes."""
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".partial_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _complete(
-        self,
-        partial: Path,
-        history: Sequence[EpochRecord],
-        ema: Weights | None,
-        best: Weights | None,
-    ) -> None:
-        """Adds history, averaged and best weights and the digests, and flushes all files."""
-        write_json(partial / HISTORY, {"epochs": [asdict(record) for record in history]})
+    def _add_weights(self, partial: Path, ema: Weights | None, best: Weights | None) -> None:
+        """Adds averaged and best weights."""
         if ema is not None:
             save_file(dict(ema), partial / EMA)
         if best is not None:
@@ -159,23 +235,13 @@ class TrainingState:
             before = self._path(self.saved_epochs()[-1]) / BEST
             if before.is_file():
                 shutil.copyfile(before, partial / BEST)
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        digests = {
-            path.relative_to(partial).as_posix(): file_sha256(path) for path in sorted(files)
-        }
-        write_json(partial / MANIFEST, digests)
-        for path in files:
-            # Windows flushes only files that are open for writing.
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        flush_folder(partial)
 
     def _drop(self, epochs: Sequence[int]) -> None:
         """Removes saved states."""
         if not self.accelerator.is_main_process:
             return
         for epoch in epochs:
-            # Renamed first, so that a part of it is not taken for a state.
+            # Renamed first, so that an interrupted removal does not leave a damaged state.
             doomed = self.folder / f".partial_{epoch:04d}"
             self._path(epoch).rename(doomed)
             shutil.rmtree(doomed)
@@ -185,6 +251,18 @@ class TrainingState:
         seen: list[T | None] = [look() if self.accelerator.is_main_process else None]
         shared: list[T] = broadcast_object_list(seen)
         return shared[0]
+
+
+def _seal(folder: Path) -> None:
+    """Adds the digests of the files in a folder, and flushes all files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    write_json(folder / MANIFEST, digests)
+    for path in files:
+        # Windows flushes only files that are open for writing.
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    flush_folder(folder)
 
 
 def find_damage(folder: Path) -> str | None:

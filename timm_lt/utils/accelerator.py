@@ -28,7 +28,7 @@ from timm_lt.utils.checks import UsageError, check_choice, check_integer
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
-# Held while the settings of the process are not its caller's: calls in threads take turns.
+# Held while the settings of the process differ from the caller's: calls in threads take turns.
 STATE_LOCK = threading.RLock()
 
 
@@ -42,34 +42,25 @@ def create_accelerator(
 ) -> Accelerator:
     """Creates the accelerator of a run: the batch size counts images over all processes.
 
-    Everything else is as ``accelerate config`` set it: processes, machines, FSDP, a compiler.
-
-    Args:
-        mixed_precision: ``"auto"`` takes bf16 where the processor computes it natively (a GPU that
-            can, or a CPU with avx512_bf16) and full precision elsewhere, unless ``accelerate
-            launch`` asks for another one than its default, ``"no"``.
-        accumulation_steps: Batches over which the gradient of an update is summed, >= 1.
-        compiled: Whether to compile the model with torch.compile.
-        tracker: ``"none"`` or an installed tracker of accelerate.
-        folder: Folder of trackers that write files.
+    Processes, machines, FSDP and compilers are configured by ``accelerate config``. The precision
+    ``"auto"`` is bf16 where the processor computes it natively (a GPU that can, or a CPU with
+    avx512_bf16) and full precision elsewhere, unless ``accelerate launch`` sets another precision
+    than its default, ``"no"``. The folder is for trackers that write files.
 
     Raises:
         UsageError: If the tracker is unknown or not installed, or this machine does not have the
             precision.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import get_available_trackers
 
-    if tracker != "none":
-        known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
-        check_choice("tracker", tracker, ("none", *known))
-        if tracker not in [str(kind) for kind in get_available_trackers()]:
-            raise UsageError(f"tracker {tracker!r} is not installed: pip install {tracker}")
+    installed = map(str, get_available_trackers())
+    check_choice("or not installed tracker", tracker, ("none", *installed))
     precision = mixed_precision
     if mixed_precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         precision = native_precision() if launched == "no" else launched  # type: ignore[assignment]
     if precision == "fp16" and not torch.accelerator.is_available():
-        raise UsageError("mixed_precision fp16 needs a GPU: take auto, bf16 or no")
+        raise UsageError("mixed_precision fp16 needs a GPU; choose auto, bf16 or no")
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
     try:
         return Accelerator(
@@ -141,9 +132,9 @@ def kept_random_state() -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
-    They are the random states, inference mode, autocast, the default device and type of tensors,
+    These are the random states, inference mode, autocast, the default device and type of tensors,
     and the settings of the first data worker: the start method of processes and the handler of
-    SIGCHLD. One thread at a time is in such a block.
+    SIGCHLD. Only one thread at a time runs such a block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -174,7 +165,7 @@ def _kept_worker_settings() -> Iterator[None]:
         in_main = threading.current_thread() is threading.main_thread()
         if number is not None and in_main and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
-            # Otherwise torch would not set it for the caller's own workers.
+            # Otherwise torch would not set its handler for the caller's own workers.
             signal_handling._SIGCHLD_handler_set = False
 
 
@@ -205,20 +196,16 @@ def process_rank() -> int:
 
 
 def set_cpu_threads(threads: int | None = None) -> int:
-    """Sets the number of threads that torch computes with in this process.
+    """Sets and returns the number of threads that torch uses in this process.
 
-    ``accelerate launch`` gives every process one thread unless told otherwise, which leaves cores
-    idle; under it, the default is this process's share of the cores, and elsewhere torch's own.
+    ``accelerate launch`` gives every process one thread by default, which leaves cores idle.
 
     Args:
-        threads: Number of threads, >= 1; None is the default.
-
-    Returns:
-        The number of threads.
+        threads: Number of threads, >= 1; None is this process's share of the cores under
+            ``accelerate launch``, and torch's own default elsewhere.
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(available_cores() // processes, 1)
+        threads = max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if threads is not None:
         torch.set_num_threads(check_integer("threads", threads, minimum=1))
     return torch.get_num_threads()
@@ -227,13 +214,13 @@ def set_cpu_threads(threads: int | None = None) -> int:
 def visible_devices() -> list[str]:
     """Returns the GPUs, each as ``CUDA_VISIBLE_DEVICES`` names it to a process."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    given = os.environ.get(VISIBLE_DEVICES)
-    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+    names = os.environ.get(VISIBLE_DEVICES)
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
 
 
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
-    # Only Linux knows the affinity of a process.
+    # Only Linux has the affinity of a process.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

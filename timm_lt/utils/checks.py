@@ -1,30 +1,29 @@
-"""Errors for users, and the checks of options, numbers and choices."""
+"""Errors for users, and checks of options, numbers and choices."""
 
 import difflib
 import inspect
 import math
 import numbers
 import operator
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import NoneType, UnionType
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any
 
-T = TypeVar("T")
-P = TypeVar("P")
 # Background of transparent pixels.
 WHITE = "#ffffff"
 
 
 class UsageError(ValueError):
-    """A mistake that the user can mend: the message names the culprit and the fix.
+    """An error in the user's input: the message says what is wrong and how to fix it.
 
-    Every error that timm_lt raises about its input is one of these; the command line prints the
-    message without a traceback and exits with status 2.
+    timm_lt raises it for all invalid input; the command line prints the message without a traceback
+    and exits with status 2.
 
     Attributes:
-        problems: What is wrong, one sentence each; see :class:`Problems`.
+        problems: The problems, one sentence each; see :class:`Problems`.
     """
 
     def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
@@ -33,7 +32,7 @@ class UsageError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong with some input, so that all of it is reported together.
+    """Collects the problems of some input, so that all are reported together.
 
     >>> problems = Problems("2 files")
     >>> problems.add("a.png is empty")
@@ -46,7 +45,7 @@ class Problems:
     - seed must be an integer >= 0, got -1
 
     Args:
-        owner: Whose problems they are, for the message; may be empty.
+        owner: The input, in front of the message; may be empty.
     """
 
     def __init__(self, owner: str = "") -> None:
@@ -54,23 +53,19 @@ class Problems:
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        """Notes a problem: what is wrong, and how to mend it."""
+        """Adds a problem, which should say what is wrong and how to fix it."""
         self.found.append(problem)
 
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
-        """Notes the :class:`UsageError` of a block, which ends there, instead of raising it."""
+        """Adds the problems of a :class:`UsageError` in a block, instead of raising it."""
         try:
             yield
         except UsageError as error:
             self.found += [prefix + problem for problem in error.problems]
 
     def check(self) -> None:
-        """Raises what was noted, if anything was.
-
-        Raises:
-            UsageError: With all problems, also as ``problems``; one is a sentence, several a list.
-        """
+        """Raises a UsageError with all problems, if there are any; several are a list."""
         if not self.found:
             return
         owner = f"{self.owner}: " if self.owner else ""
@@ -81,7 +76,7 @@ class Problems:
 
 
 def shown_names(names: Sequence[object], limit: int = 5) -> str:
-    """Returns the first of many names, for messages.
+    """Joins the first names of a list, for messages.
 
     >>> shown_names(["a", "b", "c"], 2)
     'a, b, ...'
@@ -101,13 +96,9 @@ def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
 
 
 def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Checks that a part takes the given options: its keyword-only parameters are the valid ones.
+    """Checks the names of a part's options against its keyword-only parameters.
 
-    Args:
-        owner: Whose options they are, for the message, e.g. ``"loss 'cross_entropy'"``.
-        part: The class or function that will receive them. A ``**kwargs`` in its signature takes
-            any name.
-        options: The options by name.
+    A ``**kwargs`` in its signature takes any name; ``owner`` is the part in messages.
 
     Raises:
         UsageError: If an option is unknown or a required one is missing; lists the valid ones.
@@ -128,11 +119,7 @@ def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any])
 
 
 def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
-    """Checks that a value is one of a closed set, usually ``typing.get_args`` of its Literal.
-
-    Raises:
-        UsageError: If it is not; the message lists the choices.
-    """
+    """Raises a UsageError that lists the choices if a value is not one of them."""
     if value not in choices:
         raise unknown_name(noun, value, list(choices))
 
@@ -140,33 +127,22 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
 def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
 
-    Where the annotation allows None beside it, None passes.
-
-    Raises:
-        UsageError: If a value is not in its set; the message lists the set.
+    If the annotation allows None, too, None is valid; with any other type beside it, the set is
+    not closed.
     """
     hints = typing.get_type_hints(part)
-    for name, value in options.items():
-        annotation = hints.get(name)
-        is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
-        parts = typing.get_args(annotation) if is_union else (annotation,)
+    for name in options.keys() & hints.keys():
+        is_literal = typing.get_origin(hints[name]) is typing.Literal
+        parts = (hints[name],) if is_literal else typing.get_args(hints[name])
         closed = [part for part in parts if part is not NoneType]
-        if [typing.get_origin(part) for part in closed] != [typing.Literal]:
-            continue
-        if value is not None or NoneType not in parts:
-            check_choice(f"{name} of {owner}:", value, typing.get_args(closed[0]))
+        # Not a union of a Literal and numbers.
+        is_closed = [typing.get_origin(part) for part in closed] == [typing.Literal]
+        if is_closed and (options[name] is not None or NoneType not in parts):
+            check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
 
 
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns options as a dict after checking that they are a mapping by name; None is empty.
-
-    >>> check_mapping("loss_options", 5)
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: loss_options must be a mapping of names to values, got 5
-
-    Raises:
-        UsageError: If they are not.
-    """
+    """Returns options as a dict, empty for None; UsageError if they are not a mapping by name."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -183,29 +159,17 @@ def check_number(noun: str, value: float, interval: str) -> float:
     Traceback (most recent call last):
     timm_lt.utils.checks.UsageError: smoothing must be a number in [0, 1), got 1
 
-    Args:
-        noun: What the number is called in the message.
-        value: The number.
-        interval: Two bounds in interval notation: a round bracket leaves its bound out, ``inf``
-            stands for no bound.
-
-    Raises:
-        UsageError: If the value is no real number or lies outside.
+    The interval has two bounds: a round bracket excludes its bound, ``inf`` means no bound.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
     below = operator.le if interval[-1] == "]" else operator.lt
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and above(value, low) and below(value, high) and _fits_float(value)):
+    # An integer beyond all floats is below inf.
+    is_number = is_number and abs(value) <= sys.float_info.max
+    if not (is_number and above(value, low) and below(value, high)):
         raise UsageError(f"{noun} must be a number in {interval}, got {value!r}")
     return float(value)
-
-
-def _fits_float(value: float) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
 
 
 def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:
@@ -214,15 +178,23 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
     >>> check_integer("num_samples", 0, minimum=1)
     Traceback (most recent call last):
     timm_lt.utils.checks.UsageError: num_samples must be an integer >= 1, got 0
-
-    Raises:
-        UsageError: If the value is no integer or lies outside ``minimum`` to ``maximum``.
     """
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not (is_integer and minimum <= operator.index(value) <= maximum):
         bounds = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
         raise UsageError(f"{noun} must be an integer {bounds}, got {value!r}")
     return operator.index(value)
+
+
+def check_flag(noun: str, value: bool) -> bool:
+    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true.
+
+    Raises:
+        UsageError: If the value is not a boolean.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{noun} must be true or false, got {value!r}")
+    return value
 
 
 def check_background(background: object) -> str:
@@ -240,17 +212,14 @@ def check_background(background: object) -> str:
     """
     from PIL import ImageColor
 
-    color: tuple[int, ...] | None = None
-    if isinstance(background, str):
-        try:
-            color = ImageColor.getrgb(background)
-        except ValueError:
-            color = None
-    elif isinstance(background, list | tuple) and all(type(level) is int for level in background):
-        color = tuple(background)
-    if color is None or len(color) != 3 or not all(0 <= level <= 255 for level in color):
+    try:
+        levels: Any = ImageColor.getrgb(background) if isinstance(background, str) else background
+        color = bytes([*levels])
+    except (TypeError, ValueError):
+        color = b""
+    if len(color) != 3:
         raise UsageError(
             f"background {background!r} is not a valid colour; expected a name such as 'white', "
             "'#rrggbb', or three integers from 0 to 255"
         )
-    return "#{:02x}{:02x}{:02x}".format(*color)
+    return f"#{color.hex()}"

@@ -21,12 +21,7 @@ STATUS = "Exit status: 0 on success, 2 for a mistake (one line on stderr), 130 a
 
 
 def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Sends timm_lt's log to the console, without Pillow's warnings.
-
-    Args:
-        quiet: Log warnings and errors only.
-        verbose: Log debug messages, too.
-    """
+    """Sends timm_lt's log to the console, without Pillow's warnings."""
     ignore_pillow_warnings()
     handler: logging.Handler
     if console.is_terminal:
@@ -56,31 +51,24 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 
 def result_console() -> Console:
-    """Returns a console for results on standard output; wide tables fit if it is not a terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDE)
+    """Returns a console for results on standard output; wide if it is not a terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=WIDE)
 
 
 def log_traceback(error: BaseException) -> None:
     """Logs the traceback of an error at level debug, without control characters."""
-    if not log.isEnabledFor(logging.DEBUG):
-        return
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    shown = [line[: len(line) - len(line.lstrip(" "))] + one_line(line, 2000) for line in lines]
-    log.debug("%s", "\n".join(shown))
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        indent = len(line) - len(line.lstrip(" "))
+        log.debug("%s%s", " " * indent, one_line(line, 2000))
 
 
 @contextmanager
 def progress(description: str, total: int | None, *, unit: str = "") -> Iterator[Progress]:
     """Shows a progress bar while the block runs, if standard error is a terminal.
 
-    The bar is the first task of the yielded ``Progress``: ``bar.update(bar.task_ids[0],
-    advance=1)``.
-
-    Args:
-        description: Text before the bar.
-        total: Number of steps; None shows a pulse.
-        unit: Unit of the steps.
+    The bar is the first task of the yielded ``Progress``; see :func:`advance`. A total of None
+    shows a pulse.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -125,7 +113,7 @@ def one_line(text: str, limit: int = 80) -> str:
 
 
 def error_text(message: str) -> str:
-    r"""Returns a message without control characters that it may quote from a file or a repo.
+    r"""Returns an error message, which may quote a file or a repo, without control characters.
 
     >>> error_text("two problems\n- a\x1b[2J\n- b")
     'two problems\n- a [2J\n- b'

@@ -1,8 +1,7 @@
-"""Files that are either whole or not there: atomic writes and content hashes."""
+"""Files: atomic writes, strict JSON and YAML, and content hashes."""
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -14,30 +13,26 @@ import yaml
 
 from timm_lt.utils.checks import UsageError
 
-# What PyYAML raises for text that is no YAML, and for values that are none of their type.
+# Errors of PyYAML for text that is not YAML, and for values that are not of their type.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 def read_text(path: Path) -> str | None:
-    """Reads a file in UTF-8; None if there is none.
-
-    Raises:
-        UsageError: If it is no text in UTF-8.
-    """
+    """Reads a file in UTF-8; None if it does not exist, UsageError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text in UTF-8") from error
+        raise UsageError(f"{path} is not valid UTF-8") from error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a crash leaves either the old content or the new one, never a part.
+    """Writes a file; after a crash it has either the old content or the new one, never a part.
 
     A new file gets the permissions that the process's umask allows; an old one keeps its own.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not of mkstemp, which makes private files: its mode is that of any new file.
+    # Not mkstemp, which makes private files: the mode is that of any new file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
@@ -55,7 +50,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the names of files in a folder last through a crash; Windows has no call for it."""
+    """Flushes the names of the files in a folder to disk; not possible on Windows."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -65,52 +60,34 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes JSON atomically; NaN and infinity are refused, since JSON has no word for them."""
+    """Writes JSON atomically; ValueError for NaN and infinity, which JSON cannot represent."""
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-        path: The file.
-        limit: Most bytes that it may have; None is no limit.
+    """Reads a JSON object of at most ``limit`` bytes.
 
     Raises:
-        UsageError: If the file is missing, too large, no JSON, not an object, or has a key twice.
+        UsageError: If the file is missing, too large, not valid JSON, not an object, or has a key
+            twice or a number that is not finite.
     """
     try:
-        if limit is not None and path.stat().st_size > limit:
-            raise UsageError(f"{path} has {path.stat().st_size:,} bytes, more than {limit:,}")
-        content = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_refuse_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
+        if limit is not None and (size := path.stat().st_size) > limit:
+            raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+        # NaN, and numbers that a float cannot represent.
+        json.dumps(content, allow_nan=False)
+        if not isinstance(content, dict):
+            raise TypeError(f"it must be a JSON object, not a {type(content).__name__}")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
-    except UsageError:
-        raise
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UsageError(f"{path} is not a readable JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is beyond all numbers")
-    return number
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
@@ -120,23 +97,16 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Args:
-        path: The file.
-        noun: What the file is called in messages, e.g. ``"recipe"``.
+    """Reads a YAML mapping; ``noun`` is the file in messages, e.g. ``"recipe"``.
 
     Raises:
-        UsageError: If the file is missing, no YAML, no mapping, or has a key twice.
+        UsageError: If the file is missing, not valid YAML, not a mapping, or has a key twice.
     """
     name = f"{noun} {path}".strip()
     try:
-        text = path.read_text(encoding="utf-8")
-        values = parse_yaml(text)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from error
     except YAML_ERRORS as error:
         raise UsageError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -145,25 +115,24 @@ def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:  # noqa: ANN401
-    """Parses YAML, in which no key may be given twice; raises one of :data:`YAML_ERRORS`."""
+    """Parses YAML without duplicate keys; raises one of :data:`YAML_ERRORS`."""
     return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and reads 5e-4 as a number as YAML 1.2 does."""
+    """Refuses duplicate keys, and reads 5e-4 as a number as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"the key in line {line} must be a word, not a list or mapping")
+                raise ValueError(f"the key in line {line} must be a word, not a list or mapping")
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UsageError(f"key {key!r} is given twice, the second time in line {line}")
+                raise ValueError(f"key {key!r} is given twice, the second time in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -1,4 +1,4 @@
-"""Names of Hub repos, and errors of the Hub's client in one sentence that says what to do."""
+"""Ids of Hub repos, and errors of the Hub's client as one sentence that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,13 +45,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 def hub_errors(
     repo_id: str, revision: str | None = None, file: str | None = None
 ) -> Iterator[None]:
-    """Turns errors of the Hub's client into a UsageError that says what to do.
-
-    Args:
-        repo_id: The model repo that is read or written.
-        revision: Its revision.
-        file: The file in it.
-    """
+    """Turns errors of the Hub's client about a repo into a UsageError that says what to do."""
     try:
         yield
     except UsageError:
@@ -61,7 +55,7 @@ def hub_errors(
 
 
 def _message(error: Exception, repo_id: str, revision: str | None, file: str | None) -> str:
-    what = f"{file} of {repo_id}" if file else repo_id
+    subject = f"{file} of {repo_id}" if file else repo_id
     match error:
         case HFValidationError():
             return f"{repo_id!r} is not a valid repo id: {_line(error)}"
@@ -73,29 +67,30 @@ def _message(error: Exception, repo_id: str, revision: str | None, file: str | N
         case RepositoryNotFoundError():
             return f"there is no model repo {repo_id}, or it is private; {LOGIN}"
         case LocalEntryNotFoundError():
-            return f"{what} is not in the cache, and {_reason(error, what)}"
+            return f"{subject} is not in the cache, and {_reason(error, subject)}"
         case EntryNotFoundError():
             return f"{repo_id} has no file {file}"
-    return f"{what}: {_reason(error, what)}"
+    return f"{subject}: {_reason(error, subject)}"
 
 
-def _reason(error: BaseException, what: str) -> str:
-    """Says why a request failed and what can be done."""
-    known = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, FileMetadataError)
+def _reason(error: BaseException, subject: str) -> str:
+    """Returns the reason of a failed request, and what can be done."""
+    specific = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, FileMetadataError)
     cause: BaseException | None = error
     # For uploads and forced downloads the client wraps its errors in built-in ones.
-    while cause is not None and not isinstance(cause, known):
+    while cause is not None and not isinstance(cause, specific):
         cause = cause.__cause__
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
-    if isinstance(cause, HfHubHTTPError):
-        return _status_reason(cause)
-    if isinstance(cause, HTTPError):
-        return f"{constants.ENDPOINT} cannot be reached ({_line(cause)}); try again"
-    if isinstance(cause, FileMetadataError):
-        return f"{constants.ENDPOINT} does not answer as the Hub does ({_line(cause)})"
+    match cause:
+        case OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
+        case HfHubHTTPError():
+            return _status_reason(cause)
+        case HTTPError():
+            return f"{constants.ENDPOINT} cannot be reached ({_line(cause)}); try again"
+        case FileMetadataError():
+            return f"{constants.ENDPOINT} does not answer as the Hub does ({_line(cause)})"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or what} cannot be read or written: {error.strerror}"
+        return f"{error.filename or subject} cannot be read or written: {error.strerror}"
     return _line(error)
 
 

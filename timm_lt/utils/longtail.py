@@ -1,8 +1,9 @@
-"""Labels, class counts, long-tail profiles, shot groups, and the start of late schedules."""
+"""Labels, class counts, long-tail profiles, shot groups, and the start of scheduled options."""
 
 from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ PARETO_POWER = 6
 
 
 class ShotBounds(NamedTuple):
-    """The boundaries of the shot groups on the number of training images of a class."""
+    """Boundaries of the shot groups: least many-shot and largest few-shot class, and in words."""
 
     many_min: int
     few_max: int
@@ -51,13 +52,10 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
     """Checks labels and returns them as a LongTensor on the CPU.
 
     Args:
-        labels: Integers in [0, num_classes), one per image. A NumPy array or a tensor must have an
-            integer dtype: a float label is refused even if its value is whole.
+        labels: Integers in [0, num_classes), (N,) with N >= 1. A NumPy array or a tensor must have
+            an integer dtype: a float label is refused even if its value is whole.
         num_classes: Number of classes, at least 1; None leaves the labels unbounded above.
         noun: Name of the labels in messages.
-
-    Shape:
-        labels (N,) with N >= 1, returned as (N,).
 
     Raises:
         UsageError: If there are no labels, they are not one-dimensional, or one of them is not an
@@ -85,7 +83,7 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
 def _as_integers(values: Labels, noun: str) -> Tensor:
     """Converts labels to a LongTensor (N,) on the CPU; the error names the first wrong one."""
     is_dataset = isinstance(values, Dataset) or hasattr(values, "column_names")
-    unordered = isinstance(values, Mapping | AbstractSet | str | bytes)
+    unordered = isinstance(values, Mapping | AbstractSet | ValuesView | str | bytes)
     if is_dataset or unordered or not isinstance(values, Iterable):
         hint = "; pass timm_lt.dataset_labels(dataset)" if is_dataset else ""
         raise UsageError(
@@ -99,30 +97,31 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
         values = (values.double() if values.is_floating_point() else values).numpy()
     try:
         array = np.asarray(values)
-    except ValueError as error:
-        raise UsageError(f"{noun} must be one-dimensional: {error}") from error
+    except ValueError:
+        # Lists of different lengths.
+        array = np.asarray(values, dtype=object)
     if array.ndim != 1:
         raise UsageError(f"{noun} must be one-dimensional, got shape {array.shape}")
     # NumPy takes a boolean among integers for 0 or 1.
     mixed = isinstance(values, Sequence) and bool in set(map(type, values))
     if not array.size or (array.dtype.kind in "iu" and not mixed):
         return torch.from_numpy(array.astype(np.int64))
-    items = values if isinstance(values, Sequence) else array
-    if array.dtype.kind == "f" and items is array:
-        # Name a fraction or NaN, if there is one, rather than the first whole float.
-        index = int(np.argmax(~(array == np.round(array))))
-    else:
-        is_integer = [type(v) is int or isinstance(v, np.integer) for v in items]
-        is_integer = [fits and abs(v) < 2**63 for fits, v in zip(is_integer, items, strict=True)]
-        if all(is_integer):
-            return torch.tensor([int(v) for v in items])
-        index = is_integer.index(False)
-    value: Any = items[index]
-    value = value.item() if hasattr(value, "item") else value
+    items: list[Any] = list(values if isinstance(values, Sequence) else array)
+    wrong = [index for index, item in enumerate(items) if not _is_integer(item)]
+    if not wrong:
+        return torch.tensor([int(item) for item in items])
+    # Among floats, a fraction or NaN says more than a whole number.
+    is_float = array.dtype.kind == "f"
+    index = min(wrong, key=lambda i: float(items[i]).is_integer()) if is_float else wrong[0]
+    item = items[index].item() if hasattr(items[index], "item") else items[index]
     hint = "" if dtype is None else f": the dtype is {dtype}"
-    if isinstance(value, str):
+    if isinstance(item, str):
         hint = "; number the classes first, e.g. [names.index(name) for name in labels]"
-    raise UsageError(f"{noun}[{index}] = {value!r} is not an integer{hint}")
+    raise UsageError(f"{noun}[{index}] = {item!r} is not an integer{hint}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
 
 
 def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
@@ -132,11 +131,11 @@ def class_counts(labels: Labels, num_classes: int | None = None) -> Tensor:
     tensor([2, 0, 1, 0])
 
     Args:
-        labels: Integer labels, one per image.
-        num_classes: Number of classes; None takes the largest label plus one.
+        labels: Integer labels, (N,) with N >= 1.
+        num_classes: Number of classes C; None takes the largest label plus one.
 
-    Shape:
-        labels (N,) with N >= 1; returns (C,) int64. An empty class has count 0.
+    Returns:
+        The counts, (C,) int64; an empty class has count 0.
 
     Raises:
         UsageError: If a label is not an integer in [0, num_classes); names its index and value.
@@ -156,21 +155,18 @@ def check_class_counts(
     tensor([90,  0,  5])
 
     Args:
-        class_counts: Counts in label order; or by label, as a mapping or a pandas Series.
+        class_counts: Non-negative integers, (C,), not all of them 0, in label order; or by label,
+            as a mapping or a pandas Series.
         num_classes: Expected number of classes. With it a mapping may omit empty classes.
         label_names: Class names in label order, which a mapping may have as keys.
-
-    Shape:
-        class_counts (C,) with C >= 1, non-negative integers, not all of them 0.
 
     Raises:
         UsageError: If they are not, or their number is not ``num_classes``; names the first wrong
             index and its value, or the wrong keys.
     """
-    by_label, in_order = _by_label(class_counts), cast("Labels", class_counts)
-    if by_label is not None:
-        in_order = _in_label_order(by_label, num_classes, label_names)
-    counts = check_labels(in_order, noun="class_counts")
+    if hasattr(class_counts, "keys") and getattr(class_counts, "ndim", 1) == 1:
+        class_counts = _in_label_order(class_counts, num_classes, list(label_names or ()))
+    counts = check_labels(class_counts, noun="class_counts")  # type: ignore[arg-type]
     if num_classes is not None and len(counts) != num_classes:
         raise UsageError(f"class_counts has {len(counts)} classes, expected {num_classes}")
     if counts.max() == 0:
@@ -178,55 +174,25 @@ def check_class_counts(
     return counts
 
 
-def _by_label(class_counts: Any) -> dict[Any, Any] | None:  # noqa: ANN401
-    """Returns the counts of a mapping or a pandas Series by key; None for an array of counts."""
-    if isinstance(class_counts, Mapping):
-        return dict(class_counts)
-    if isinstance(class_counts, ValuesView):
-        # In the order of first appearance for a Counter.
+def _in_label_order(by_label: Any, num_classes: int | None, names: list[str]) -> list[int]:  # noqa: ANN401
+    """Returns the counts of a mapping or a pandas Series in label order."""
+    keys, counts = list(by_label.keys()), dict(by_label.items())
+    by_name = bool(names) and all(isinstance(key, str) for key in keys)
+    size = num_classes or len(names) or len(keys)
+    labels: dict[Any, None] = dict.fromkeys(names if by_name else range(size))
+    unknown = [key for key in keys if key not in labels or not (by_name or _is_integer(key))]
+    missing = [label for label in labels if label not in counts]
+    # Only where the number of classes is known, a mapping may omit empty classes.
+    incomplete = bool(missing) and num_classes is None and not names
+    if unknown or incomplete or len(counts) < len(keys):
+        valid = f"class names ({shown_names(names)})" if by_name else f"the labels 0 to {size - 1}"
         raise UsageError(
-            f"class_counts is a {type(class_counts).__name__}, which may be in any order: pass the "
-            "mapping itself"
+            f"the keys of class_counts must be {valid}, each once, with 0 images for an empty "
+            f"class; missing: {shown_names(missing) or 'none'}, unknown: "
+            f"{shown_names([repr(key) for key in unknown]) or 'none'}; or pass the counts in label "
+            "order"
         )
-    # A list's `index` is a method, a Series' is not.
-    index = getattr(class_counts, "index", None)
-    is_series = getattr(class_counts, "ndim", 0) == 1 and hasattr(class_counts, "items")
-    if index is None or callable(index) or not is_series:
-        return None
-    by_label = dict(class_counts.items())
-    if len(by_label) != len(class_counts):
-        raise UsageError("the index of class_counts has a label twice")
-    return by_label
-
-
-def _in_label_order(
-    by_label: dict[Any, int], num_classes: int | None, label_names: Sequence[str] | None
-) -> list[int]:
-    """Returns the counts of a mapping in label order."""
-    names = list(label_names or ())
-    if names and all(isinstance(key, str) for key in by_label):
-        unknown = [name for name in by_label if name not in names]
-        if unknown:
-            raise UsageError(
-                f"class_counts has keys that are not class names: {shown_names(unknown)}; the "
-                f"names are {shown_names(names)}"
-            )
-        return [by_label.get(name, 0) for name in names]
-    if bool in map(type, by_label) or not all(isinstance(k, int | np.integer) for k in by_label):
-        raise UsageError(
-            f"the keys of class_counts must be integer labels from 0 on, got "
-            f"{shown_names(list(by_label))}; or pass the counts in label order"
-        )
-    size = num_classes or len(names) or len(by_label)
-    surplus = sorted(key for key in by_label if not 0 <= key < size)
-    missing = [label for label in range(size) if label not in by_label]
-    if surplus or (missing and num_classes is None and not names):
-        raise UsageError(
-            f"the keys of class_counts must be the labels 0 to {size - 1}, with 0 images for an "
-            f"empty class; missing: {shown_names(missing) or 'none'}, too many: "
-            f"{shown_names(surplus) or 'none'}"
-        )
-    return [by_label.get(label, 0) for label in range(size)]
+    return [counts.get(label, 0) for label in labels]
 
 
 def check_no_empty_class(class_counts: ClassCounts) -> None:
@@ -287,7 +253,9 @@ def long_tailed_counts(
     check_integer("num_classes", num_classes, minimum=1)
     check_integer("max_count", max_count, minimum=1)
     check_choice("profile", profile, get_args(Profile))
-    _check_imbalance_factor(imbalance_factor, max_count)
+    # A larger factor would leave the rarest class empty.
+    noun = "imbalance_factor (largest class / smallest class; LDAM-DRW writes the inverse)"
+    check_number(noun, imbalance_factor, f"[1, {max_count}]")
     r = imbalance_factor
     # arange / (C - 1) would be 0 / 0 for one class.
     x = np.arange(num_classes) / max(num_classes - 1, 1)
@@ -304,21 +272,6 @@ def long_tailed_counts(
     return counts
 
 
-def _check_imbalance_factor(imbalance_factor: float, max_count: int) -> None:
-    check_number("imbalance_factor", imbalance_factor, "(0, inf)")
-    if imbalance_factor < 1:
-        raise UsageError(
-            f"imbalance_factor must be at least 1 (largest class / smallest class), got "
-            f"{imbalance_factor}; LDAM-DRW and its family write it inverted: their "
-            f"{imbalance_factor} is {1 / imbalance_factor:g} here"
-        )
-    if imbalance_factor > max_count:
-        raise UsageError(
-            f"imbalance_factor {imbalance_factor} with max_count {max_count} would leave the "
-            f"rarest class empty: it must be at most max_count"
-        )
-
-
 def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, Tensor]:
     """Splits the classes into many-, medium- and few-shot groups by their training images.
 
@@ -331,11 +284,11 @@ def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, T
      'few_shot': [False, False, False]}
 
     Args:
-        class_counts: Training images per class.
+        class_counts: Training images per class, (C,).
         rule: Where the boundaries lie; published few-shot numbers depend on it.
 
-    Shape:
-        class_counts (C,); returns three boolean masks (C,), of which each class is in exactly one.
+    Returns:
+        Three boolean masks, (C,); each class is in exactly one.
 
     Raises:
         UsageError: If the rule is unknown or the counts are not counts.
@@ -400,10 +353,6 @@ def first_epoch(start: float, epochs: int | None) -> int:
     >>> first_epoch(160, 200), first_epoch(0.8, 200), first_epoch(0.8, 4)
     (160, 160, 3)
 
-    Args:
-        start: A 0-based epoch, or a fraction of the epochs.
-        epochs: Number of epochs; None if unknown.
-
     Raises:
         UsageError: If the start is not within the epochs, or is a fraction of unknown epochs.
     """
@@ -411,9 +360,9 @@ def first_epoch(start: float, epochs: int | None) -> int:
     if epochs is None:
         if isinstance(start, float):
             raise UsageError(f"start {start} is a fraction of the epochs: give epochs, too")
-        return int(start)
+        return start
     # 0.29 * 100 is 28.999...
-    epoch = int(start * epochs + 1e-9) if isinstance(start, float) else int(start)
+    epoch = int(start * epochs + 1e-9) if isinstance(start, float) else start
     if epoch >= epochs:
         raise UsageError(
             f"start {start} is not within the {epochs} epochs (0 to {epochs - 1}); choose an "

@@ -13,7 +13,7 @@ class Registry(Generic[T]):
     """Named parts of one kind, in the order in which they were registered.
 
     Args:
-        noun: What a part is called in messages, e.g. ``"head"``.
+        noun: Name of a part in messages, e.g. ``"head"``.
     """
 
     def __init__(self, noun: str) -> None:
@@ -24,7 +24,7 @@ class Registry(Generic[T]):
         """Returns a decorator that registers a class or function under a name.
 
         Raises:
-            UsageError: If the name is taken or is no lower-case identifier.
+            UsageError: If the name is taken or not a lower-case identifier.
         """
         if not (name.isidentifier() and name == name.lower()):
             raise UsageError(f"{self.noun} name {name!r} must be a lower-case identifier")
@@ -40,7 +40,7 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """Returns the part of that name; a wrong one raises UsageError, listing the right ones."""
+        """Returns the part of that name; UsageError with the valid names for another one."""
         if not isinstance(name, str) or name not in self._parts:
             raise unknown_name(self.noun, name, list(self._parts))
         return self._parts[name]
@@ -48,13 +48,8 @@ class Registry(Generic[T]):
     def create(self: "Registry[Callable[..., P]]", name: str, /, *args: Any, **options: Any) -> P:
         """Builds the part of that name from positional arguments and options.
 
-        The convention for parts: what every part of the kind is given comes first, the part's own
+        By convention, the arguments that all parts of the kind take come first, and the part's own
         options are keyword-only.
-
-        Args:
-            name: The registered name.
-            *args: Passed on as they are.
-            **options: Passed on after :func:`check_options`.
 
         Raises:
             UsageError: If the name or an option is unknown, or a required option is missing.

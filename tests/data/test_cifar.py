@@ -1,0 +1,364 @@
+"""CIFAR-LT from stand-ins in every layout: the subset is that of LDAM-DRW in any stored order."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pickle  # noqa: TID251
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torchvision
+from huggingface_hub import constants
+from PIL import Image
+
+from timm_lt.data import Splits, cifar_manifest
+from timm_lt.data.cifar import SPECS, official_rows
+from timm_lt.data.sources import find_splits
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import long_tailed_counts
+
+HUB_ORDER = [3, 2, 1, 4, 0]  # of the members of the archive: data_batch_4, 3, 2, 5, 1
+CIFAR10, CIFAR100 = SPECS.values()
+BOTH = list(SPECS.items())
+SIZES = {
+    "cifar10_lt": {10: 20431, 50: 13996, 100: 12406, 200: 11203},
+    "cifar100_lt": {10: 19573, 50: 12608, 100: 10847, 200: 9502},
+}
+
+
+def labels_of(batch, seed):
+    """Labels that begin as those of a published file, and are as many of each class."""
+    first, counts = batch["first"], batch["counts"]
+    rest = np.array(counts) - np.bincount(first, minlength=len(counts))
+    rest = np.repeat(np.arange(len(rest)), rest)
+    return np.concatenate([first, np.random.default_rng(seed).permutation(rest)])
+
+
+def parquet(path, facts, labels, rows):
+    """Writes a table of the Hub's layout, whose images are the numbers of their rows."""
+    images = [{"bytes": str(row).encode(), "path": None} for row in rows]
+    kinds = {"img": datasets.Image(), facts.label: datasets.ClassLabel(names=list(facts.names))}
+    kinds = datasets.Features(kinds)
+    table = pa.table({"img": images, facts.label: labels}).cast(kinds.arrow_schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+@pytest.fixture(autouse=True)
+def _prepared(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def hub_copies(tmp_path_factory):
+    """Root and official labels of both, as large as they are, in the order of the Hub."""
+    copies = {}
+    for name, facts in BOTH:
+        root = tmp_path_factory.mktemp(name) / "snapshot"
+        batches = [labels_of(batch, seed) for seed, batch in enumerate(facts.batches)]
+        rows = np.arange(50_000).reshape(len(batches), -1)
+        stored = HUB_ORDER if name == "cifar10_lt" else [0]
+        labels, index = (np.concatenate([parts[i] for i in stored]) for parts in (batches, rows))
+        parquet(root / "plain_text/train-00000-of-00001.parquet", facts, labels, index)
+        test = np.repeat(np.arange(len(facts.names)), facts.test_per_class)
+        parquet(root / "plain_text/test-00000-of-00001.parquet", facts, test, range(10_000))
+        copies[name] = root, np.concatenate(batches)
+    return copies
+
+
+def naive_subset(labels, factor, profile, num_classes):
+    """LDAM-DRW's procedure, with NumPy's global generator."""
+    n_max, mu, counts = len(labels) / num_classes, 1 / factor, []
+    for i in range(num_classes):
+        if profile == "exponential":
+            counts.append(int(n_max * mu ** (i / (num_classes - 1.0))))
+        else:
+            counts.append(int(n_max) if i < num_classes // 2 else int(n_max * mu))
+    np.random.seed(0)  # noqa: NPY002
+    chosen = []
+    for label, count in enumerate(counts):
+        indices = np.where(labels == label)[0]
+        np.random.shuffle(indices)  # noqa: NPY002
+        chosen.extend(indices[:count].tolist())
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "profile"),
+    [
+        ("cifar10_lt", 100, "exponential"),
+        ("cifar10_lt", 10, "step"),
+        ("cifar100_lt", 100, "exponential"),
+        ("cifar100_lt", 200, "exponential"),
+    ],
+)
+def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
+    hub_copies, name, factor, profile
+):
+    (root, labels), facts = hub_copies[name], SPECS[name]
+    found = find_splits(name, root=root, imbalance_factor=factor, profile=profile)
+    expected = naive_subset(labels, factor, profile, len(facts.names))
+    # The images are the numbers of their rows.
+    encoded = found["train"].cast_column("image", datasets.Image(decode=False))["image"]
+    assert [int(image["bytes"]) for image in encoded] == expected
+    assert found["train"]["label"][:] == labels[expected].tolist()
+    assert found["train"].features["label"].names == list(facts.names)
+    assert len(found["test"]) == 10_000
+    assert list(found) == ["train", "test"]
+    if profile == "exponential":
+        assert len(expected) == SIZES[name][factor]
+
+
+def test_the_order_of_the_files_is_recognised_or_refused(hub_copies):
+    _, labels = hub_copies["cifar10_lt"]
+    blocks = np.arange(50_000).reshape(5, -1)
+    for order in ([0, 1, 2, 3, 4], HUB_ORDER, [4, 0, 3, 1, 2]):
+        rows = np.concatenate([blocks[i] for i in order])
+        assert (rows[official_rows(CIFAR10, labels[rows])] == np.arange(50_000)).all()
+    with pytest.raises(UsageError, match=r"unknown order .* CIFAR-10: 0 of 5 blocks are official"):
+        official_rows(CIFAR10, np.sort(labels))
+    # Two images of the first file change places with two of the second: the counts differ.
+    mine = np.flatnonzero(labels[:10_000] == 0)[-2:]
+    other = 10_000 + np.flatnonzero(labels[10_000:20_000] == 1)[-2:]
+    labels = labels.copy()
+    labels[mine], labels[other] = 1, 0
+    with pytest.raises(UsageError, match="3 of 5 blocks are official files"):
+        official_rows(CIFAR10, labels)
+
+
+def test_the_facts_agree_with_the_published_sizes():
+    assert np.sum([batch["counts"] for batch in CIFAR10.batches], 0).tolist() == [5000] * 10
+    assert [sum(batch["counts"]) for batch in CIFAR10.batches] == [10_000] * 5
+    assert CIFAR10.per_class == {"train": 5000, "test": 1000}
+    assert CIFAR100.per_class == {"train": 500, "test": 100}
+    assert len(set(CIFAR100.names)) == 100
+    assert CIFAR100.names == sorted(CIFAR100.names)
+    for name, sizes in SIZES.items():
+        spec = SPECS[name]
+        for factor, size in sizes.items():
+            largest = spec.per_class["train"]
+            assert sum(long_tailed_counts(len(spec.names), largest, factor, "exponential")) == size
+
+
+# Local copies in the other layouts, of ten training images a class and two test images.
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Makes both data sets small, and gives their images and labels in the official order."""
+    made = {}
+    rng = np.random.default_rng(0)
+    for name, facts in BOTH:
+        classes = len(facts.names)
+        labels = rng.permutation(np.repeat(np.arange(classes), 10))
+        parts = labels.reshape(len(facts.batches), -1)
+        batches = [
+            {"first": p[:5].tolist(), "counts": np.bincount(p, minlength=classes).tolist()}
+            for p in parts
+        ]
+        changed = dataclasses.replace(facts, batches=batches, test_per_class=2)
+        monkeypatch.setitem(SPECS, name, changed)
+        test = np.repeat(np.arange(classes), 2)
+        made[name] = {
+            "train": (rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8), labels),
+            "test": (rng.integers(0, 256, (len(test), 32, 32, 3), np.uint8), test),
+        }
+    return made
+
+
+def pixels(images):
+    """As CIFAR stores them: all of red, then green, then blue."""
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+def write_binary(folder, name, parts):
+    facts = SPECS[name]
+    folder.mkdir(parents=True)
+    files = dict.fromkeys(facts.binary_train, "train") | {facts.binary_test: "test"}
+    for part, (images, labels) in parts.items():
+        mine = [file for file in files if files[file] == part]
+        rows = np.zeros((len(labels), facts.label_bytes + 3072), np.uint8)
+        rows[:, facts.label_bytes - 1], rows[:, facts.label_bytes :] = labels, pixels(images)
+        for file, content in zip(mine, np.split(rows, len(mine)), strict=True):
+            (folder / file).write_bytes(content.tobytes())
+
+
+def write_python(folder, name, parts, monkeypatch):
+    """Writes pickles, and lets torchvision expect their MD5."""
+    facts = SPECS[name]
+    loader = getattr(torchvision.datasets, facts.name.replace("-", ""))
+    folder.mkdir(parents=True)
+    key = {"cifar10_lt": "labels", "cifar100_lt": "fine_labels"}[name]
+
+    def dump(file, content):
+        path = folder / file
+        path.write_bytes(pickle.dumps(content))
+        return file, hashlib.md5(path.read_bytes()).hexdigest()
+
+    for part, names in (("train", loader.train_list), ("test", loader.test_list)):
+        images, labels = (np.split(array, len(names)) for array in parts[part])
+        written = [
+            list(dump(file, {"data": pixels(images[i]), key: labels[i].tolist()}))
+            for i, (file, _) in enumerate(names)
+        ]
+        monkeypatch.setattr(loader, f"{part}_list", written)
+    meta = dict(loader.meta)
+    meta["filename"], meta["md5"] = dump(meta["filename"], {meta["key"]: list(facts.names)})
+    monkeypatch.setattr(loader, "meta", meta)
+
+
+def write_parquet(root, name, parts):
+    facts = SPECS[name]
+    for part, (images, labels) in parts.items():
+        files = []
+        for image in images:
+            files.append(io.BytesIO())
+            Image.fromarray(image).save(files[-1], "png")
+        encoded = pa.array([{"bytes": file.getvalue(), "path": None} for file in files])
+        # Without names, as some tools write it; those of the Hub are checked elsewhere.
+        table = pa.table({"img": encoded, facts.label: labels})
+        root.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, root / f"{part}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("layout", ["binary", "python", "parquet"])
+@pytest.mark.parametrize("name", SPECS)
+def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_path, monkeypatch):
+    parts, facts = small[name], SPECS[name]
+    folder = tmp_path / {"binary": facts.binary, "python": facts.python}.get(layout, "data")
+    if layout == "binary":
+        write_binary(folder, name, parts)
+    elif layout == "python":
+        write_python(folder, name, parts, monkeypatch)
+    else:
+        write_parquet(folder, name, parts)
+    found = find_splits(name, root=folder if within else tmp_path, imbalance_factor=5)
+    images, labels = parts["train"]
+    chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+    assert found["train"]["label"][:] == labels[chosen].tolist()
+    shown = np.stack([np.asarray(image) for image in found["train"]["image"]])
+    assert (shown == images[chosen]).all()
+    assert (np.stack([np.asarray(i) for i in found["test"]["image"]]) == parts["test"][0]).all()
+    splits = Splits.from_datasets(found)
+    assert splits.val_source == "train"
+    assert splits.label_names == list(facts.names)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_pickle_that_is_not_the_published_one_is_never_opened(small, name, tmp_path, monkeypatch):
+    facts = SPECS[name]
+    folder = tmp_path / facts.python
+    write_python(folder, name, small[name], monkeypatch)
+    opened = tmp_path / "opened"
+
+    class Bomb:
+        def __reduce__(self):
+            return opened.touch, ()
+
+    victim = sorted(folder.glob("test*"))[0]
+    victim.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UsageError, match=r"not found or corrupted.*can run code and are not read"):
+        find_splits(name, root=tmp_path)
+    assert not opened.exists()
+    victim.unlink()
+    with pytest.raises(UsageError, match=r"is not CIFAR-10.* as published: .*not found"):
+        find_splits(name, root=tmp_path)
+
+
+def test_a_binary_copy_that_is_cut_off_or_incomplete(small, tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_binary(folder, "cifar10_lt", small["cifar10_lt"])
+    file = folder / "data_batch_3.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UsageError, match=r"is not CIFAR-10 as published: .*3073"):
+        find_splits("cifar10_lt", root=tmp_path)
+    file.write_bytes(whole[:-3073])
+    with pytest.raises(UsageError, match="train needs 10 images of each class, found 9 of "):
+        find_splits("cifar10_lt", root=tmp_path)
+    file.unlink()
+    with pytest.raises(UsageError, match=r"No such file .*data_batch_3\.bin"):
+        find_splits("cifar10_lt", root=tmp_path)
+
+
+def test_a_folder_without_a_copy_or_with_another_data_set_is_refused(hub_copies, small, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    message = "no parquet or arrow file.*expected the folder cifar-10-batches-py .*uoft-cs"
+    with pytest.raises(UsageError, match=message):
+        find_splits("cifar10_lt", root=tmp_path)
+    with pytest.raises(UsageError, match="no column 'fine_label' of labels"):
+        find_splits("cifar100_lt", root=hub_copies["cifar10_lt"][0])
+    facts = dataclasses.replace(CIFAR10, names=CIFAR10.names[::-1])
+    for split in ("train", "test"):
+        parquet(tmp_path / f"{split}.parquet", facts, [0], [0])
+    with pytest.raises(UsageError, match=r"as published: .*\n- train has the classes truck, ship"):
+        find_splits("cifar10_lt", root=tmp_path)
+    test_only = small["cifar10_lt"]["test"]
+    write_parquet(tmp_path / "b", "cifar10_lt", {"train": test_only, "test": test_only})
+    with pytest.raises(UsageError, match="train needs 10 images of each class, found 2 of airpla"):
+        find_splits("cifar10_lt", root=tmp_path / "b")
+
+
+def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, parts in small.items():
+        facts = SPECS[name]
+        order = np.arange(len(parts["train"][1])).reshape(len(facts.batches), -1)[::-1].ravel()
+        stored = parts | {"train": tuple(array[order] for array in parts["train"])}
+        write_parquet(tmp_path / name, name, stored)
+        files = {f"data/{f.name}": f.read_bytes() for f in (tmp_path / name).glob("*.parquet")}
+        loopback_hub.create(f"datasets/{facts.repo}", files)
+        options = {"imbalance_factor": 5, "cache_dir": tmp_path / "prepared"}
+        found = find_splits(name, **options)["train"]
+        images, labels = parts["train"]
+        chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+        assert (np.stack([np.asarray(i) for i in found["image"]]) == images[chosen]).all()
+
+
+def test_the_misspelt_class_of_the_hub_is_known(hub_copies, tmp_path):
+    _, labels = hub_copies["cifar100_lt"]
+    names = [{"crab": "cra"}.get(name, name) for name in CIFAR100.names]
+    facts = dataclasses.replace(CIFAR100, names=names)
+    parquet(tmp_path / "train.parquet", facts, labels, range(50_000))
+    parquet(tmp_path / "test.parquet", facts, np.repeat(np.arange(100), 100), range(10_000))
+    found = find_splits("cifar100_lt", root=tmp_path)
+    assert found["train"].features["label"].names[26] == "crab"
+
+
+# Manifests.
+
+
+def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monkeypatch):
+    root, labels = hub_copies["cifar10_lt"]
+    # A tilde is the home directory.
+    monkeypatch.setenv("HOME", str(root.parent))
+    manifest = cifar_manifest("cifar10_lt", root=f"~/{root.name}", imbalance_factor=50)
+    chosen = np.array(naive_subset(labels, 50, "exponential", 10), "<i8")
+    assert manifest["indices"] == chosen.tolist()
+    assert manifest["indices_sha256"] == hashlib.sha256(chosen.tobytes()).hexdigest()
+    content = labels[chosen].astype("<i8").tobytes()
+    assert manifest["labels_sha256"] == hashlib.sha256(content).hexdigest()
+    assert (manifest["num_images"], manifest["seed"]) == (13996, 0)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = find_splits("cifar10_lt", root=root, imbalance_factor=50, manifest="~/manifest.json")
+    assert len(found["train"]) == 13996
+    options = {"imbalance_factor": 50, "seed": 1, "manifest": path}
+    with pytest.raises(UsageError, match=r"differs from .*manifest\.json: indices_sha256 is"):
+        find_splits("cifar10_lt", root=root, **options)
+    with pytest.raises(UsageError, match="num_images is 12406, not 13996"):
+        find_splits("cifar10_lt", root=root, manifest=path)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="not a manifest: it has none of num_images"):
+        find_splits("cifar10_lt", root=root, manifest=path)
+    with pytest.raises(UsageError, match=r"must be a number in \[1, 500\], got 501"):
+        find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], imbalance_factor=501)

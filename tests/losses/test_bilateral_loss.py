@@ -1,0 +1,199 @@
+"""The loss of a bilateral network, against the paper's equations in plain Python."""
+
+import math
+
+import pytest
+import torch
+from losses_by_hand import COUNTS, effective_number_weight
+from torch.nn import functional as F
+
+from timm_lt.losses import create_loss
+from timm_lt.utils.checks import UsageError
+
+
+def batch(seed=0, pairs=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2 * pairs, len(COUNTS), generator=generator, dtype=dtype)
+    return logits, torch.randint(len(COUNTS), (2 * pairs,), generator=generator)
+
+
+def at(epoch, epochs, **options):
+    loss = create_loss("bilateral", COUNTS, **options)
+    loss.set_epoch(epoch, epochs)
+    return loss
+
+
+def by_hand(logits, targets, alpha, weights=(1,) * 5):
+    """Equations 1 and 3, one pair at a time; with weights n_j, of balanced softmax."""
+    losses = []
+    for i in range(0, len(logits), 2):
+        z = [alpha * c + (1 - alpha) * r for c, r in zip(logits[i], logits[i + 1], strict=True)]
+        total = sum(w * math.exp(zj) for w, zj in zip(weights, z, strict=True))
+        p = [w * math.exp(zj) / total for w, zj in zip(weights, z, strict=True)]
+        y_c, y_r = targets[i], targets[i + 1]
+        losses.append(-alpha * math.log(p[y_c]) - (1 - alpha) * math.log(p[y_r]))
+    return losses
+
+
+@pytest.mark.parametrize(("epoch", "alpha"), [(0, 1.0), (6, 0.64), (9, 0.19)])
+@pytest.mark.parametrize(
+    ("inner", "weights"), [("cross_entropy", (1,) * 5), ("balanced_softmax", COUNTS)]
+)
+def test_values_and_gradients(epoch, alpha, inner, weights):
+    logits, targets = batch()
+    expected = by_hand(logits.tolist(), targets.tolist(), alpha, weights)
+    for reduction, reduce in (("none", list), ("sum", sum), ("mean", lambda x: sum(x) / len(x))):
+        found = at(epoch, 10, loss=inner, reduction=reduction)(logits, targets)
+        assert found.tolist() == pytest.approx(reduce(expected), rel=1e-6)
+    logits.requires_grad_()
+    at(epoch, 10, loss=inner, reduction="sum")(logits, targets).backward()
+    for i in range(len(logits)):
+        for j in range(5):
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = logits.detach().clone()
+                moved[i, j] += step
+                sides.append(sum(by_hand(moved.tolist(), targets.tolist(), alpha, weights)))
+            slope = (sides[0] - sides[1]) / 2e-6
+            assert logits.grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+
+
+def test_at_alpha_1_it_is_the_conventional_branch():
+    logits, targets = batch()
+    logits.requires_grad_()
+    value = at(0, 10)(logits, targets)
+    assert torch.equal(value, F.cross_entropy(logits[0::2], targets[0::2]))
+    value.backward()
+    # Zeros and not None: every parameter of the other branch has a gradient.
+    assert not logits.grad[1::2].any()
+    expected = torch.softmax(logits.detach()[0::2], 1) - F.one_hot(targets[0::2], 5)
+    torch.testing.assert_close(logits.grad[0::2], expected / 4)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "epochs", "last"),
+    [
+        # From the authors' code: never 0.
+        ("code", 90, 0.208),
+        ("code", 100, 0.020),
+        ("code", 180, 0.199),
+        ("code", 200, 0.010),
+        # From the paper: 1 - (89 / 90)^2 and so on.
+        ("epochs", 90, 0.022),
+        ("epochs", 180, 0.011),
+        ("epochs", 200, 0.010),
+    ],
+)
+def test_the_last_alpha(divisor, epochs, last):
+    loss = at(epochs - 1, epochs, divisor=divisor)
+    assert loss.alpha == pytest.approx(last, abs=5e-4)
+    loss.set_epoch(0, epochs)
+    assert loss.alpha == 1
+
+
+@pytest.mark.parametrize(
+    ("adaptor", "alphas"),
+    [
+        ("parabolic_decay", [1, 15 / 16, 3 / 4, 7 / 16]),
+        ("linear_decay", [1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine_decay", [1, 0.92387953, 0.70710678, 0.38268343]),
+        ("parabolic_increment", [0, 1 / 16, 1 / 4, 9 / 16]),
+        ("equal", [1 / 2] * 4),
+    ],
+)
+def test_adaptors_of_table_4(adaptor, alphas):
+    found = [at(epoch, 4, adaptor=adaptor).alpha for epoch in range(4)]
+    assert found == pytest.approx(alphas, abs=1e-8)
+    loss = create_loss("bilateral", adaptor=adaptor)
+    if adaptor == "equal":
+        assert loss(*batch()).isfinite()
+    else:
+        with pytest.raises(UsageError, match="BilateralLoss depends on the epoch"):
+            loss(*batch())
+
+
+def test_the_beta_adaptor_draws_for_each_batch():
+    options = {"adaptor": "beta", "reduction": "none"}
+    loss, twin, other = at(3, 4, **options), at(3, 4, **options), at(3, 4, seed=1, **options)
+    logits, targets = batch(pairs=1)
+    state = torch.get_rng_state()
+    draws = [loss.alpha]
+    for number in range(2000):
+        found = loss(logits, targets)
+        expected = by_hand(logits.tolist(), targets.tolist(), loss.alpha)
+        # Reading it changes nothing; before the first batch it is that of the first.
+        assert found.tolist() == pytest.approx(expected)
+        assert loss.alpha == (draws[0] if number == 0 else loss.alpha)
+        draws.append(loss.alpha)
+    drawn = torch.tensor(draws[1:])
+    # Beta(.2, .2): mean 1/2, variance 1 / (4 (2 * .2 + 1)); most of it lies at the ends.
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert drawn.var().item() == pytest.approx(1 / 5.6, abs=0.01)
+    assert torch.equal(torch.get_rng_state(), state)
+    # A function of seed, epoch and number of the batch.
+    assert twin.alpha == draws[0] != other.alpha
+    loss.set_epoch(2, 4)
+    assert loss.alpha != draws[0]
+    loss.set_epoch(3, 4)
+    again, first = ([each(logits, targets).item() for _ in range(3)] for each in (loss, twin))
+    assert again == first
+
+
+def test_half_precision_extremes_and_many_classes():
+    confident = torch.tensor([[8.0, 0, 0, 0, 0], [8, 0, 0, 0, 0]])
+    for dtype in (torch.float16, torch.bfloat16):
+        found = at(3, 4, reduction="none")(confident.to(dtype), torch.tensor([0, 0]))
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(math.log(1 + 4 * math.exp(-8)), rel=1e-3)
+    loss = create_loss("bilateral")
+    loss.set_epoch(3, 4)
+    for logits in (
+        torch.tensor([[6e4, -6e4], [-6e4, 6e4]], dtype=torch.float16),
+        torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)),
+    ):
+        value = loss(logits.requires_grad_(), torch.tensor([1, 0]))
+        value.backward()
+        assert logits.grad.isfinite().all()
+        exact = loss(logits.detach().double(), torch.tensor([1, 0])).item()
+        assert value.item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_wrapped_losses_get_options_and_epochs():
+    logits, targets = batch()
+    plain = at(2, 4, loss="logit_adjustment", loss_options={"tau": 0.0})
+    torch.testing.assert_close(plain(logits, targets), at(2, 4)(logits, targets))
+    # Deferred weights from epoch 2 on.
+    for epoch, alpha in ((1, 15 / 16), (3, 7 / 16)):
+        parts = []
+        for i in range(0, 8, 2):
+            pair = logits[i : i + 2].tolist()
+            for row, share in ((i, alpha), (i + 1, 1 - alpha)):
+                y = targets[row].item()
+                # Both labels the same: the cross-entropy of the mixed logits.
+                value = by_hand(pair, [y, y], alpha)[0]
+                parts.append(share * value * (effective_number_weight(y) if epoch >= 2 else 1))
+        options = {"loss": "deferred_reweighting", "loss_options": {"start": 2}}
+        found = at(epoch, 4, reduction="sum", **options)(logits, targets)
+        assert found.item() == pytest.approx(sum(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adaptor": "linear"}, "'linear'.*linear_decay.*parabolic_increment, equal, beta"),
+        ({"divisor": "T"}, "unknown divisor 'T'.*epochs, code"),
+        ({"loss": "bilateral"}, "BilateralLoss cannot wrap bilateral"),
+        ({"loss": "range"}, "mixes logits, but range needs features"),
+        ({"loss": "balanced_softmax"}, "BalancedSoftmaxLoss needs class_counts"),
+        ({"loss_options": {"normalization": "batch"}}, "normalization is set by BilateralLoss"),
+        ({"loss": "ldam", "class_counts": COUNTS}, "has a linear classifier, but loss ldam"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        create_loss("bilateral", **options)
+
+
+def test_half_a_pair_is_refused():
+    with pytest.raises(UsageError, match=r"needs an even number of rows.* got 3"):
+        create_loss("bilateral")(torch.zeros(3, 5), torch.zeros(3).long())

@@ -1,0 +1,264 @@
+"""Chi-square tests of samplers, each shown to fail for a sampler that is broken.
+
+All seeds are fixed, so a test that passes once passes always. A correct sampler must stay above
+``PLAUSIBLE``, which one in 10^5 would miss by chance; a broken one must fall below ``ABSURD``.
+"""
+
+import collections
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from timm_lt.samplers import ClassSampler, balanced, base, create_sampler, streams
+
+PLAUSIBLE, ABSURD = 1e-5, 1e-20
+
+
+def p_value(observed, expected):
+    """Returns the chi-square p-value of counts; all observed categories must be expected."""
+    assert set(observed) <= set(expected)
+    counts = [observed[category] for category in expected]
+    shares = np.array(list(expected.values()), dtype=float)
+    return stats.chisquare(counts, shares / shares.sum() * sum(counts)).pvalue
+
+
+def uniform(*choices):
+    return dict.fromkeys(itertools.product(*choices), 1)
+
+
+def several_chunks(monkeypatch, chunk_size=25):
+    """Divides an epoch into many chunks; classes of 5 and 6 images are shuffled in place."""
+    monkeypatch.setattr(ClassSampler, "chunk_size", chunk_size)
+    monkeypatch.setattr(streams, "BLOCK", 4)
+
+
+# Ways to break a sampler
+
+
+def without_mixing(monkeypatch):
+    monkeypatch.setattr(streams, "mix", lambda words: words)
+
+
+def the_same_in_every_epoch(monkeypatch):
+    def first_epoch(seed, purpose, _, *rest):
+        return streams.torch_generator(seed, purpose, 0, *rest)
+
+    for module in (base, balanced):
+        monkeypatch.setattr(module, "torch_generator", first_epoch)
+
+
+def the_same_in_every_cycle(monkeypatch):
+    permute = streams.ImageCycles._permute
+    monkeypatch.setattr(
+        streams.ImageCycles, "_permute", lambda self, c, q: permute(self, c, np.zeros_like(q))
+    )
+
+
+def without_arranging(monkeypatch):
+    def arrange(self, plan, chunk, amounts, generator):
+        return np.repeat(np.arange(len(amounts)), amounts)
+
+    monkeypatch.setattr(ClassSampler, "_arrange", arrange)
+
+
+def shares_without_shift(monkeypatch):
+    monkeypatch.setattr(streams, "keyed", lambda key, numbers: np.zeros_like(numbers, np.uint64))
+
+
+# Within a class -----------------------------------------------------------------------------------
+
+# Class c has c + 1 images, which follow each other in the data.
+SIZES = [1, 2, 3, 4, 5, 6]
+FIRST = [0, 1, 3, 6, 10, 15]
+SMALL_CLASSES = [label for label, size in enumerate(SIZES) for _ in range(size)]
+
+
+def orders_over_seeds(runs):
+    """Yields the orders of the images of each class in the first epoch of many seeds."""
+    sampler = create_sampler("instance_balanced", SMALL_CLASSES)
+    for seed in range(runs):
+        sampler.seed = seed
+        yield sampler.epoch_indices(0).tolist()
+
+
+def orders_over_epochs(runs):
+    """Yields the same over the epochs of one seed."""
+    sampler = create_sampler("instance_balanced", SMALL_CLASSES)
+    for epoch in range(runs):
+        yield sampler.epoch_indices(epoch).tolist()
+
+
+def orders_of_cycles_in_pieces(runs):
+    """Yields the same over cycles that begin and end anywhere in an epoch, and in its chunks."""
+    sampler = create_sampler("class_balanced", SMALL_CLASSES, num_samples=6 * 50)
+    drawn = [[] for _ in SIZES]
+    for epoch in range(math.ceil(runs * 6 / 50)):
+        for index in sampler.epoch_indices(epoch).tolist():
+            drawn[SMALL_CLASSES[index]].append(index)
+    for run in range(runs):
+        yield [i for c, n in enumerate(SIZES) for i in drawn[c][run * n : (run + 1) * n]]
+
+
+def p_values_of_orders(epochs):
+    observed = [collections.Counter() for _ in SIZES]
+    for stream in epochs:
+        orders = [[] for _ in SIZES]
+        for index in stream:
+            orders[SMALL_CLASSES[index]].append(index - FIRST[SMALL_CLASSES[index]])
+        for label, order in enumerate(orders):
+            observed[label][tuple(order)] += 1
+    return [
+        p_value(observed[label], dict.fromkeys(itertools.permutations(range(size)), 1))
+        for label, size in enumerate(SIZES)
+        if size > 1
+    ]
+
+
+@pytest.mark.parametrize(
+    ("orders", "in_chunks"),
+    [
+        (orders_over_seeds, False),
+        (orders_over_epochs, False),
+        (orders_of_cycles_in_pieces, False),
+        (orders_of_cycles_in_pieces, True),
+    ],
+)
+def test_all_orders_within_a_class_are_equally_likely(orders, in_chunks, monkeypatch):
+    if in_chunks:
+        several_chunks(monkeypatch)
+    # 6! = 720 orders of the largest class, five each.
+    assert min(p_values_of_orders(orders(3600))) > PLAUSIBLE
+
+
+@pytest.mark.parametrize("orders", [orders_over_seeds, orders_over_epochs])
+def test_without_mixing_orders_are_not_equally_likely(orders, monkeypatch):
+    without_mixing(monkeypatch)
+    assert max(p_values_of_orders(orders(1000))[1:]) < ABSURD
+
+
+# Over positions -----------------------------------------------------------------------------------
+
+LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
+
+
+def p_values_of_positions(name, runs=1500, **options):
+    """Returns a p-value for each position of an epoch of several chunks: the image drawn there."""
+    n = 60
+    sampler = create_sampler(name, LABELS, num_samples=n, **options)
+    observed = np.zeros((n, len(LABELS)))
+    for seed in range(runs):
+        sampler.seed = seed
+        observed[np.arange(n), sampler.epoch_indices(1)] += 1
+    p = sampler.class_probabilities(1).numpy()[LABELS]
+    expected = runs * p / np.bincount(LABELS)[LABELS]
+    return stats.chisquare(observed, expected[None].repeat(n, 0), axis=1).pvalue
+
+
+@pytest.mark.parametrize("chunk_size", [20, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("power", {"q": 0.3}),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                ("instance_balanced", {}),
+                ("class_balanced", {}),
+                ("reversed", {}),
+                ("effective_number", {"beta": 0.9}),
+                ("progressively_balanced", {"epochs": 3}),
+                ("deferred", {"start": 1}),
+            ]
+        ),
+    ],
+)
+def test_every_image_is_equally_likely_at_every_position(name, options, chunk_size, monkeypatch):
+    several_chunks(monkeypatch, chunk_size)
+    # The least of 60.
+    assert p_values_of_positions(name, **options).min() > PLAUSIBLE
+
+
+def test_without_arranging_positions_are_not_equally_likely(monkeypatch):
+    several_chunks(monkeypatch, chunk_size=20)
+    without_arranging(monkeypatch)
+    assert p_values_of_positions("class_balanced", 500).min() < ABSURD
+
+
+# Pairs and single draws ---------------------------------------------------------------------------
+
+
+def consecutive_orders(runs):
+    """Returns the p-value of the orders of 3 images in consecutive cycles: 6 x 6 pairs."""
+    sampler = create_sampler("instance_balanced", [0, 0, 0, 1, 1])
+    pairs = collections.Counter()
+    for seed in range(runs):
+        sampler.seed = seed
+        pair = [sampler.epoch_indices(epoch).tolist() for epoch in (1, 2)]
+        pairs[tuple(tuple(i for i in stream if i < 3) for stream in pair)] += 1
+    return p_value(pairs, uniform(*[list(itertools.permutations(range(3)))] * 2))
+
+
+def consecutive_positions(runs):
+    """Returns the p-value of the positions of one image in consecutive epochs: 6 x 6 pairs."""
+    sampler = create_sampler("instance_balanced", [0, 1, 1, 1, 2, 2])
+    pairs = collections.Counter()
+    for epoch in range(runs):
+        pair = [sampler.epoch_indices(2 * epoch + k).tolist() for k in range(2)]
+        pairs[tuple(stream.index(0) for stream in pair)] += 1
+    return p_value(pairs, uniform(range(6), range(6)))
+
+
+def consecutive_rounding(runs):
+    """Returns the p-value of two of four equal classes in consecutive epochs: 6 x 6 pairs."""
+    sampler = create_sampler("class_balanced", [0, 1, 2, 3], num_samples=2)
+    pairs = collections.Counter()
+    for epoch in range(runs):
+        pair = [sampler.epoch_indices(2 * epoch + k).tolist() for k in range(2)]
+        pairs[tuple(tuple(sorted(stream)) for stream in pair)] += 1
+    return p_value(pairs, uniform(*[list(itertools.combinations(range(4), 2))] * 2))
+
+
+def position_of_one(runs):
+    """Returns the p-value of the position of a class's only image, in an epoch of two chunks."""
+    sampler = create_sampler("instance_balanced", [0] * 9 + [1])
+    observed = collections.Counter()
+    for seed in range(runs):
+        sampler.seed = seed
+        observed[sampler.epoch_indices(0).tolist().index(9)] += 1
+    return p_value(observed, dict.fromkeys(range(10), 1))
+
+
+def draws_of_two_ranks(runs):
+    """Returns the p-value of simultaneous draws of two ranks: two different images."""
+    ranks = [
+        create_sampler("instance_balanced", [0, 0, 0, 1, 1, 2], rank=rank, num_replicas=2)
+        for rank in range(2)
+    ]
+    pairs = collections.Counter()
+    for seed in range(runs):
+        for sampler in ranks:
+            sampler.seed = seed
+            sampler.set_epoch(0)
+        pairs[tuple(list(sampler)[1] for sampler in ranks)] += 1
+    return p_value(pairs, dict.fromkeys(itertools.permutations(range(6), 2), 1))
+
+
+@pytest.mark.parametrize(
+    ("measure", "break_it"),
+    [
+        (consecutive_orders, the_same_in_every_cycle),
+        (consecutive_positions, the_same_in_every_epoch),
+        (consecutive_rounding, the_same_in_every_epoch),
+        (position_of_one, shares_without_shift),
+        (draws_of_two_ranks, without_arranging),
+    ],
+)
+def test_draws_are_independent_and_broken_ones_are_not(measure, break_it, monkeypatch):
+    if measure is position_of_one:
+        several_chunks(monkeypatch, chunk_size=8)
+    assert measure(3000) > PLAUSIBLE
+    break_it(monkeypatch)
+    assert measure(500) < ABSURD

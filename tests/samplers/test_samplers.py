@@ -1,0 +1,726 @@
+"""One contract for every registered sampler, then the particularities of each."""
+
+import collections
+import itertools
+import json
+import math
+import types
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.utils.data import BatchSampler, DataLoader
+
+from timm_lt import samplers
+from timm_lt.data.loader import NumberedSampler, prepared_loader
+from timm_lt.samplers import (
+    ClassSampler,
+    base,
+    create_sampler,
+    list_samplers,
+    register_sampler,
+    streams,
+)
+from timm_lt.utils.checks import UsageError
+
+# Samplers with required options, or with other options that the contract should cover.
+OPTIONS = {
+    "class_balanced": [{}, {"samples_per_class": 4}],
+    "power": [{"q": 0.3}],
+    "progressively_balanced": [
+        *({"epochs": 9, "schedule": s} for s in ("t/T", "t/(T-1)")),
+        {"epochs": 9, "steps_per_epoch": 4, "schedule": "t/(T-1)"},
+    ],
+    "effective_number": [{"beta": 0.9}],
+    "under_sampled": [{}, {"target": 6}],
+    "over_sampled": [{"target": 6}],
+    "deferred": [
+        {"start": 1},
+        {
+            "first": "progressively_balanced",
+            "second_options": {"samples_per_class": 4},
+            "start": 0.5,
+            "epochs": 9,
+        },
+    ],
+}
+VARIANTS = [
+    pytest.param(name, options, id=f"{name}{options or ''}")
+    for name in list_samplers()
+    for options in OPTIONS.get(name, [{}])
+]
+contract = pytest.mark.parametrize(("name", "options"), VARIANTS)
+# The two streams of a bilateral sampler are single samplers.
+single = pytest.mark.parametrize(
+    ("name", "options"), [v for v in VARIANTS if v.values[0] != "bilateral"]
+)
+
+# Shuffled, with the empty classes 2 and 5.
+COUNTS = [23, 9, 0, 4, 1, 0]
+LABELS = torch.repeat_interleave(torch.tensor(COUNTS))[
+    torch.randperm(sum(COUNTS), generator=torch.Generator().manual_seed(0))
+].tolist()
+N = len(LABELS)
+
+
+@pytest.fixture(params=[False, True], ids=["one_chunk", "small_chunks"])
+def chunks(request, monkeypatch):
+    """Runs with one chunk, and with several and classes that are shuffled in place."""
+    if request.param:
+        monkeypatch.setattr(ClassSampler, "chunk_size", 25)
+        monkeypatch.setattr(streams, "BLOCK", 8)
+
+
+def check_epoch(sampler, stream, labels):
+    """Checks, by naive loops, the properties of every epoch of every single sampler."""
+    n = len(stream)
+    assert all(type(index) is int and 0 <= index < len(labels) for index in stream)
+    p = sampler.class_probabilities()
+    assert p.dtype == torch.float64
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    sizes = collections.Counter(labels)
+    drawn = images_by_class(stream, labels)
+    for c in range(len(p)):
+        assert c in sizes or p[c] == 0
+        assert abs(len(drawn[c]) - n * p[c].item()) < sampler.group
+        assert in_cycles(drawn[c], sizes[c]), "an image came twice before another came once"
+
+
+def images_by_class(stream, labels):
+    drawn = collections.defaultdict(list)
+    for index in stream:
+        drawn[labels[index]].append(index)
+    return drawn
+
+
+def in_cycles(drawn, size):
+    """Whether the draws of a class are cycles, of which the first may be the rest of one."""
+
+    def distinct(images):
+        return len(set(images)) == len(images)
+
+    return size == 0 or any(
+        distinct(drawn[:rest])
+        and all(distinct(drawn[i : i + size]) for i in range(rest, len(drawn), size))
+        for rest in range(size)
+    )
+
+
+def groups_of(stream, size):
+    return [stream[i : i + size] for i in range(0, len(stream), size)]
+
+
+# The contract -------------------------------------------------------------------------------------
+
+
+@single
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_samples", [1, 36, 331])
+def test_epochs_keep_the_contract_and_continue_the_cycles(name, options, num_samples):
+    def create():
+        return create_sampler(name, LABELS, num_samples=num_samples, num_classes=6, **options)
+
+    sampler = create()
+    drawn = collections.defaultdict(list)
+    for epoch in range(9):
+        sampler.set_epoch(epoch)
+        stream = list(sampler)
+        assert len(stream) == len(sampler) == num_samples
+        check_epoch(sampler, stream, LABELS)
+        # The same without having drawn the epochs before.
+        assert create().epoch_indices(epoch).tolist() == stream
+        for label, images in images_by_class(stream, LABELS).items():
+            drawn[label] += images
+    for label, images in drawn.items():
+        for cycle in groups_of(images, COUNTS[label]):
+            assert len(set(cycle)) == len(cycle)
+
+
+@single
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=1, max_size=40),
+    num_samples=st.integers(1, 120),
+    seed=st.integers(0, 2**70),
+    epoch=st.integers(0, 8),
+)
+def test_any_labels_keep_the_contract(name, options, labels, num_samples, seed, epoch):
+    sampler = create_sampler(name, labels, num_samples=num_samples, seed=seed, **options)
+    sampler.set_epoch(epoch)
+    check_epoch(sampler, list(sampler), labels)
+
+
+@contract
+def test_the_stream_is_a_function_of_seed_and_epoch_alone(name, options):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    first = create_sampler(name, LABELS, seed=7, **options)
+    before = torch.get_rng_state()
+    stream = list(first)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    # Another seed and other epochs before leave no trace either.
+    second = create_sampler(name, np.array(LABELS), seed=9, **options)
+    second.set_epoch(5)
+    next(iter(second))
+    second.seed = 7
+    second.set_epoch(0)
+    first.set_epoch(0)
+    assert list(second) == stream == list(first)
+    streams_ = set()
+    for seed, epoch in itertools.product(range(4), range(4)):
+        sampler = create_sampler(name, LABELS, seed=seed, **options)
+        streams_.add(tuple(sampler.epoch_indices(epoch).tolist()))
+    assert len(streams_) == 16
+
+
+@contract
+def test_draws_are_right_on_average(name, options):
+    sampler = create_sampler(name, LABELS, num_samples=18, num_classes=6, **options)
+    epochs, epoch = 400, 1
+    total = torch.zeros(6)
+    for seed in range(epochs):
+        sampler.seed = seed
+        images = sampler.epoch_indices(epoch)
+        total += torch.bincount(torch.tensor(LABELS)[images], minlength=6)
+    # Rounding up or down has a standard deviation of at most 1/2.
+    error = (total / epochs - 18 * sampler.class_probabilities(epoch)).abs()
+    assert error.max() < 4 * 0.5 / math.sqrt(epochs)
+
+
+@single
+def test_ten_thousand_classes(name, options):
+    classes = 10_000
+    labels = torch.cat([torch.arange(classes), torch.arange(50).repeat(40)])
+    sampler = create_sampler(name, labels, num_samples=15_000, **options)
+    for epoch in (8, 0):
+        sampler.set_epoch(epoch)
+        drawn = sampler.epoch_indices()
+        of_class = torch.bincount(labels[drawn], minlength=classes)
+        assert (of_class - 15_000 * sampler.class_probabilities()).abs().max() < sampler.group
+    # The cycle of every class begins in the first epoch: no image is two draws ahead of another.
+    cycles = -(-of_class // sampler.class_counts)
+    assert (torch.bincount(drawn, minlength=len(labels)) <= cycles[labels]).all()
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+def test_iterators_do_not_disturb_each_other(name, options):
+    sampler = create_sampler(name, LABELS, num_samples=200, **options)
+    expected = [sampler.epoch_indices(epoch).tolist() for epoch in range(2)]
+    first = iter(sampler)
+    drawn = [next(first) for _ in range(110)]
+    sampler.set_epoch(1)
+    assert list(sampler) == expected[1]
+    assert drawn + list(first) == expected[0]
+
+
+@contract
+def test_loaders_draw_the_same_stream(name, options):
+    stream = create_sampler(name, LABELS, num_samples=40, **options).epoch_indices(0)
+    loader = DataLoader(
+        range(N), batch_size=5, sampler=create_sampler(name, LABELS, num_samples=40, **options)
+    )
+    assert torch.equal(torch.cat(list(loader)), stream)
+    # accelerate divides the batches among two processes.
+    for rank in range(2):
+        sampler = create_sampler(name, LABELS, num_samples=40, **options)
+        shard = BatchSamplerShard(BatchSampler(sampler, 5, drop_last=False), 2, rank)
+        assert list(shard) == stream.view(8, 5)[rank::2].tolist()
+
+
+# Ranks and states ---------------------------------------------------------------------------------
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 8, 60])
+def test_ranks_share_the_same_stream(name, options, num_replicas):
+    n = 40
+    stream = create_sampler(name, LABELS, num_samples=n, **options).epoch_indices(2).tolist()
+    ranks = []
+    for rank in range(num_replicas):
+        sampler = create_sampler(
+            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
+        )
+        sampler.set_epoch(2)
+        group = sampler.group if num_replicas > 1 else 1
+        ranks.append(groups_of(list(sampler), group))
+        assert len(sampler) == group * len(ranks[-1]) == group * math.ceil(n / group / num_replicas)
+    together = [part for turn in zip(*ranks, strict=True) for part in turn]
+    # The padding is the beginning.
+    assert together == (groups_of(stream, group) * 6)[: len(together)]
+
+
+@contract
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 3), (4, 1)])
+def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after):
+    n = 96
+
+    def create(rank, num_replicas):
+        return create_sampler(
+            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
+        )
+
+    stream = create(0, 1).epoch_indices(5).tolist()
+    following = create(0, 1).epoch_indices(6).tolist()
+    for consumed in (0, 1, 12, n // before):
+        old = create(before - 1, before)
+        old.set_epoch(5)
+        iterator = iter(old)
+        for _ in range(consumed):
+            next(iterator)
+        state = json.loads(json.dumps(old.state_dict()))
+        # The position is the beginning of a group that stays together.
+        whole = old.group if before > 1 else old.unit
+        position = consumed // whole * whole * before
+        assert state["position"] == position
+        group = old.group if max(before, after) > 1 else old.unit
+        if position % group:
+            continue
+        rest = []
+        for rank in range(after):
+            new = create(rank, after)
+            new.load_state_dict(state)
+            assert new.state_dict() == state
+            # As accelerate does.
+            new.set_epoch(5)
+            rest.append(groups_of(list(new), group))
+            assert new.state_dict()["position"] == n
+            # Only the first iteration is a rest.
+            new.set_epoch(6)
+            turns = math.ceil(n / group / after)
+            expected = (groups_of(following, group) * 2)[rank : turns * after : after]
+            assert groups_of(list(new), group) == expected
+        left = groups_of(stream[position:], group)
+        together = [part for turn in zip(*rest, strict=True) for part in turn]
+        assert together[: len(left)] == left
+        assert len(together) == math.ceil(len(left) / after) * after
+
+
+def test_a_state_of_another_stream_is_refused():
+    state = create_sampler("class_balanced", LABELS, seed=1).state_dict()
+    assert state == {"seed": 1, "epoch": 0, "num_samples": N, "position": 0}
+    with pytest.raises(UsageError, match=r"another stream: its seed is 1, that of the sampler 2"):
+        create_sampler("class_balanced", LABELS, seed=2).load_state_dict(state)
+    with pytest.raises(UsageError, match="its num_samples is 37, that of the sampler 5"):
+        create_sampler("class_balanced", LABELS, num_samples=5, seed=1).load_state_dict(state)
+    with pytest.raises(UsageError, match="position must be an integer from 0 to 37, got 38"):
+        create_sampler("class_balanced", LABELS, seed=1).load_state_dict(state | {"position": 38})
+    pairs = create_sampler("bilateral", LABELS)
+    pairs.load_state_dict(pairs.state_dict() | {"position": 7})
+    with pytest.raises(UsageError, match="position 7 is inside a group of 2 draws"):
+        iter(pairs)
+
+
+def test_a_sharded_sampler_is_refused_beside_accelerate(monkeypatch):
+    sharded = create_sampler("class_balanced", LABELS, rank=1, num_replicas=2)
+    whole = create_sampler("class_balanced", LABELS)
+    monkeypatch.setattr(base, "is_initialized", lambda: True)
+    monkeypatch.setattr(base, "PartialState", lambda: types.SimpleNamespace(num_processes=2))
+    assert len(list(whole)) == N
+    with pytest.raises(UsageError, match=r"rank 1 of 2.*2 processes: create it without rank="):
+        iter(sharded)
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "k"),
+    [("class_balanced", {"samples_per_class": 4}, 4), ("bilateral", {}, 2)],
+)
+def test_accelerate_keeps_groups_together(split_batches, name, options, k):
+    def create():
+        return create_sampler(name, LABELS, num_samples=96, **options)
+
+    shards = []
+    for rank in range(2):
+        batches = BatchSampler(create(), 16, drop_last=True)
+        shard = BatchSamplerShard(batches, 2, rank, split_batches=split_batches)
+        shards += [group for batch in shard for group in groups_of(batch, k)]
+    assert sorted(shards) == sorted(groups_of(create().epoch_indices(0).tolist(), k))
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_batches_that_divide_groups_are_refused(split_batches):
+    def create():
+        return create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
+
+    numbered = NumberedSampler(create(), len(LABELS), 96)
+    for sampler, size, processes in ((create(), 6, 1), (numbered, 8, 2)):
+        prepare(sampler, size, processes, split_batches=split_batches)
+    for sampler, size in ((create(), 6), (numbered, 2)):
+        with pytest.raises(UsageError, match=rf"groups of 4 .* batches of {size} images on each"):
+            prepare(sampler, size, 2, split_batches=split_batches)
+
+
+def prepare(sampler, size, processes, *, split_batches):
+    """Prepares a loader with which each process has batches of this size."""
+    accelerator = types.SimpleNamespace(
+        num_processes=processes,
+        split_batches=split_batches,
+        prepare_data_loader=lambda loader: loader,
+    )
+    total = size * processes if split_batches else size
+    prepared_loader(DataLoader(range(len(LABELS)), total, sampler=sampler), accelerator)
+
+
+# Wrong arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("power", {"num_samples": 0, "q": 1}, "num_samples must be an integer >= 1, got 0"),
+        ("power", {"seed": -1, "q": 1}, "seed must be an integer >= 0, got -1"),
+        ("power", {"num_classes": 0, "q": 1}, "num_classes must be an integer >= 1, got 0"),
+        ("power", {"rank": 2, "num_replicas": 2, "q": 1}, "rank must be an integer from 0 to 1"),
+        ("power", {"num_replicas": 0, "q": 1}, "num_replicas must be an integer >= 1"),
+        ("uniform", {}, r"unknown sampler 'uniform'.*instance_balanced, class_balanced"),
+        ("power", {}, "sampler 'power' needs the option 'q'"),
+        ("power", {"q": 1.1}, r"q must be a number in \[0, 1\], got 1.1"),
+        ("power", {"p": 0.5}, "sampler 'power' has no option 'p'; valid options: q"),
+        ("class_balanced", {"samples_per_class": 0}, "samples_per_class must be an integer >= 1"),
+        ("progressively_balanced", {"epochs": 0}, "epochs must be an integer >= 1, got 0"),
+        ("progressively_balanced", {"epochs": 3, "schedule": "t"}, r"one of: t/T, t/\(T-1\)"),
+        ("progressively_balanced", {"epochs": 3, "steps_per_epoch": 0}, "steps_per_epoch must be"),
+        ("effective_number", {"beta": 1.0}, r"beta must be a number in \[0, 1\), got 1.0"),
+        ("under_sampled", {"target": 0}, "target must be an integer >= 1, got 0"),
+        ("deferred", {}, "start 0.8 is a fraction of the epochs: give epochs, too"),
+        ("deferred", {"epochs": 3, "start": 3}, "start 3 is not within the 3 epochs"),
+        ("deferred", {"start": 1, "second": "shift"}, "unknown sampler 'shift'"),
+        ("deferred", {"start": 1, "second_options": {"q": 1}}, "'class_balanced' has no option"),
+        ("deferred", {"start": 1, "first_options": 5}, "first_options must be a mapping"),
+        ("deferred", {"start": 1, "second": "bilateral", "num_samples": 4}, "which draws pairs"),
+        ("bilateral", {"num_samples": 7}, "must be even, since it draws pairs; got 7"),
+        ("bilateral", {"rebalancing": "power"}, "'power'.*reversed, class_balanced, instance"),
+    ],
+)
+def test_bad_arguments_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        create_sampler(name, LABELS, **options)
+
+
+def test_bad_labels_and_epochs_are_refused(monkeypatch):
+    monkeypatch.setattr(streams, "BLOCK", 2)
+    with pytest.raises(UsageError, match=r"labels\[3\] = -2 is negative"):
+        create_sampler("class_balanced", [0, 1, 0, -2, 1])
+    with pytest.raises(UsageError, match="epoch must be an integer >= 0, got -1"):
+        create_sampler("class_balanced", LABELS).set_epoch(-1)
+
+
+# Probabilities, against the formulas in plain Python ----------------------------------------------
+
+
+def power_by_hand(q):
+    weights = [n**q if n else 0.0 for n in COUNTS]
+    return [w / sum(weights) for w in weights]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "q"),
+    [
+        ("instance_balanced", {}, 1),
+        ("square_root", {}, 0.5),
+        ("class_balanced", {}, 0),
+        ("reversed", {}, -1),
+        *[("power", {"q": q}, q) for q in (0, 0.3, 0.5, 1)],
+    ],
+)
+def test_power_family(name, options, q):
+    p = create_sampler(name, LABELS, num_classes=6, **options).class_probabilities()
+    assert p.tolist() == pytest.approx(power_by_hand(q), abs=1e-15)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("t/T", 4 / 5), ("t/(T-1)", 1.0)])
+def test_progressively_balanced_schedule(schedule, last):
+    sampler = create_sampler(
+        "progressively_balanced", LABELS, num_classes=6, epochs=5, schedule=schedule
+    )
+    for t in range(5):
+        a = last * t / 4
+        expected = [(1 - a) * n / N + (a / 4 if n else 0) for n in COUNTS]
+        assert sampler.class_probabilities(t).tolist() == pytest.approx(expected, abs=1e-15)
+    assert sampler.class_probabilities(0).tolist() == power_by_hand(1)
+    assert (sampler.class_probabilities(4).tolist() == power_by_hand(0)) == (last == 1)
+    sampler.set_epoch(5)
+    with pytest.raises(UsageError, match=r"epoch 5 is outside .*epochs=5 covers 0 to 4"):
+        iter(sampler)
+    single_epoch = create_sampler("progressively_balanced", LABELS, epochs=1, schedule=schedule)
+    assert sorted(single_epoch) == list(range(N))
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("schedule", ["t/T", "t/(T-1)"])
+def test_progressively_balanced_per_step(schedule):
+    epochs, steps, n = 3, 5, 370
+    options = {"epochs": epochs, "steps_per_epoch": steps, "schedule": schedule}
+    sampler = create_sampler("progressively_balanced", LABELS, num_samples=n, **options)
+    last = epochs * steps - (schedule == "t/(T-1)")
+    counts = [count for count in COUNTS[:5] if count]
+    for epoch in range(epochs):
+        mean, expected_so_far = [0] * 4, [0] * 4
+        stream = [LABELS[index] for index in sampler.epoch_indices(epoch)]
+        for step in range(steps):
+            a = (epoch * steps + step) / last
+            p = [(1 - a) * count / N + a / 4 for count in counts]
+            mean = [m + x / steps for m, x in zip(mean, p, strict=True)]
+            expected_so_far = [e + x * n / steps for e, x in zip(expected_so_far, p, strict=True)]
+            # A step ends within C / 2 draws of its position.
+            ends = range((step + 1) * n // steps - 4, (step + 1) * n // steps + 5)
+            drawn = [[stream[:end].count(c) for c in (0, 1, 3, 4)] for end in ends]
+            assert any(
+                all(abs(d - e) < 2 for d, e in zip(counted, expected_so_far, strict=True))
+                for counted in drawn
+            )
+        p = sampler.class_probabilities(epoch)[[0, 1, 3, 4]]
+        assert p.tolist() == pytest.approx(mean, abs=1e-15)
+
+
+@pytest.mark.parametrize("beta", ["0", "0.9", "0.9999", "0.999999999", "0.999999999999"])
+def test_effective_number(beta):
+    # Exact fractions: E = 1 + beta + ... + beta^(n - 1); an image has the weight 1 / E.
+    effective = [sum(Fraction(beta) ** i for i in range(n)) for n in COUNTS]
+    of_class = [n / e if n else 0 for n, e in zip(COUNTS, effective, strict=True)]
+    sampler = create_sampler("effective_number", LABELS, num_classes=6, beta=float(beta))
+    expected = [float(w / sum(of_class)) for w in of_class]
+    assert sampler.class_probabilities().tolist() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("under_sampled", None, [1, 1, 0, 1, 1, 0]),
+        ("under_sampled", 5, [5, 5, 0, 4, 1, 0]),
+        ("over_sampled", None, [23, 23, 0, 23, 23, 0]),
+        ("over_sampled", 5, [23, 9, 0, 5, 5, 0]),
+    ],
+)
+def test_targets_are_met_exactly(name, target, expected):
+    sampler = create_sampler(name, LABELS, num_classes=6, target=target)
+    assert len(sampler) == sum(expected)
+    for epoch in range(20):
+        drawn = torch.tensor(LABELS)[sampler.epoch_indices(epoch)]
+        assert torch.bincount(drawn, minlength=6).tolist() == expected
+
+
+# Order --------------------------------------------------------------------------------------------
+
+
+def test_instance_balanced_epoch_is_a_permutation():
+    # Many odd class sizes: a rounding error in any n * p_j would drop or repeat an image.
+    labels = torch.repeat_interleave(torch.arange(1, 400))
+    sampler = create_sampler("instance_balanced", labels)
+    for epoch in range(20):
+        assert torch.equal(sampler.epoch_indices(epoch).sort().values, torch.arange(len(labels)))
+
+
+def test_all_orders_are_equally_likely():
+    sampler = create_sampler("instance_balanced", [0, 0, 1, 2])
+    orders = collections.Counter()
+    for epoch in range(2400):
+        orders[tuple(sampler.epoch_indices(epoch).tolist())] += 1
+    assert len(orders) == 24
+    assert stats.chisquare(list(orders.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_samples_per_class_draws_blocks_in_rounds(k):
+    sampler = create_sampler("class_balanced", LABELS, num_samples=24 * k, samples_per_class=k)
+    orders = set()
+    for epoch in range(5):
+        blocks = groups_of([LABELS[i] for i in sampler.epoch_indices(epoch).tolist()], k)
+        assert all(len(set(block)) == 1 for block in blocks)
+        for round_ in groups_of([block[0] for block in blocks], 4):
+            assert sorted(round_) == [0, 1, 3, 4]
+            orders.add(tuple(round_))
+    # 30 rounds in 24 possible orders: all the same or a handful would be no shuffling.
+    assert len(orders) > 10
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("num_samples", [3, 42, 1001])
+@pytest.mark.parametrize("num_replicas", [2, 3, 7])
+def test_a_short_block_is_filled_up_on_several_ranks(num_samples, num_replicas):
+    def create(rank):
+        size = {"num_samples": num_samples, "rank": rank, "num_replicas": num_replicas}
+        return create_sampler("class_balanced", LABELS, samples_per_class=4, **size)
+
+    whole = create(0).epoch_indices(0).tolist()
+    number, last = math.ceil(num_samples / 4), (num_samples - 1) % 4 + 1
+    for block in [*groups_of(whole, 4)[: number - 1], whole[-last:]]:
+        assert len({LABELS[index] for index in block}) == 1
+    ranks = [groups_of(list(create(rank)), 4) for rank in range(num_replicas)]
+    blocks = [part for turn in zip(*ranks, strict=True) for part in turn]
+    filled = groups_of(whole + (whole * 2)[: 4 - last], 4)
+    assert blocks == (filled * num_replicas)[: len(blocks)]
+
+
+@pytest.mark.parametrize(
+    ("start", "epochs", "first"), [(160, 200, 160), (0.8, 200, 160), (2, None, 2), (0.5, 3, 1)]
+)
+def test_deferred_changes_in_its_epoch(start, epochs, first):
+    options = {"start": start, "epochs": epochs, "second": "reversed"}
+    sampler = create_sampler("deferred", LABELS, num_classes=6, **options)
+    for epoch in (0, first - 1, first, first + 1):
+        expected = power_by_hand(-1 if epoch >= first else 1)
+        assert sampler.class_probabilities(epoch).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_deferred_draws_as_its_parts_do():
+    size = {"num_samples": 60, "seed": 5}
+    options = {"start": 2, "second_options": {"samples_per_class": 5}}
+    sampler = create_sampler("deferred", LABELS, **options, **size)
+    first = create_sampler("instance_balanced", LABELS, **size)
+    for epoch in range(2):
+        assert torch.equal(sampler.epoch_indices(epoch), first.epoch_indices(epoch))
+    blocks = torch.tensor(LABELS)[sampler.epoch_indices(2)].view(-1, 5)
+    assert (blocks == blocks[:, :1]).all()
+    # A part with a length of its own draws num_samples images too.
+    sampler = create_sampler("deferred", LABELS, start=1, second="over_sampled")
+    assert len(sampler) == N == len(sampler.epoch_indices(1))
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("rebalancing", ["reversed", "class_balanced", "instance_balanced"])
+@pytest.mark.parametrize("num_samples", [None, 2, 362])
+def test_bilateral_streams_alternate(rebalancing, num_samples):
+    options = {"num_classes": 6, "seed": 3}
+    sampler = create_sampler(
+        "bilateral", LABELS, num_samples=num_samples, rebalancing=rebalancing, **options
+    )
+    n = num_samples or 2 * N
+    uniform = create_sampler("instance_balanced", LABELS, num_samples=n // 2, **options)
+    other = create_sampler(rebalancing, LABELS, num_samples=n // 2, num_classes=6)
+    drawn = collections.defaultdict(list)
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        other.set_epoch(epoch)
+        stream = list(sampler)
+        assert len(stream) == len(sampler) == n
+        assert stream[0::2] == uniform.epoch_indices(epoch).tolist()
+        check_epoch(other, stream[1::2], LABELS)
+        for label, images in images_by_class(stream[1::2], LABELS).items():
+            drawn[label] += images
+    for label, images in drawn.items():
+        for cycle in groups_of(images, COUNTS[label]):
+            assert len(set(cycle)) == len(cycle)
+    if n == 2 * N:
+        # The streams are not the same.
+        assert sum(u == r for u, r in zip(stream[0::2], stream[1::2], strict=True)) < N / 2
+    expected = other.class_probabilities() / 2 + torch.tensor(COUNTS) / (2 * N)
+    torch.testing.assert_close(sampler.class_probabilities(), expected)
+
+
+def test_shares_of_chunks_follow_the_definition():
+    draws, num_chunks, key = np.array([3, 0, 17, 1, 8]), 7, np.array([5], np.uint64)
+    numbers = range(int(draws.sum()))
+    shift = [int(streams.keyed(key, np.array([i // num_chunks]))[0]) for i in numbers]
+    chunk_of = [(i - h) % num_chunks for i, h in zip(numbers, shift, strict=True)]
+    label_of = np.repeat(range(5), draws)
+    for chunk in range(num_chunks + 1):
+        naive = [0] * 5
+        for number in numbers:
+            naive[label_of[number]] += chunk_of[number] < chunk
+        assert streams.drawn_before(draws, chunk, num_chunks, key).tolist() == naive
+
+
+def test_no_label_needs_more_than_four_bytes():
+    sampler = create_sampler("instance_balanced", torch.zeros(10_000, dtype=torch.long))
+    arrays = [v for v in vars(sampler._images).values() if isinstance(v, np.ndarray)]
+    assert [array.nbytes for array in arrays if array.nbytes > 1000] == [40_000]
+
+
+@pytest.mark.exhaustive
+def test_more_images_than_a_float_counts():
+    """torch.multinomial, and with it WeightedRandomSampler, is limited to 2^24 images."""
+    labels = torch.zeros(2**24 + 5, dtype=torch.long)
+    labels[2**24 :] = 1
+    sampler = create_sampler("class_balanced", labels, num_samples=20, seed=1)
+    rare = sorted(index - 2**24 for index in sampler if index >= 2**24)
+    assert rare == sorted(2 * list(range(5)))
+
+
+def test_a_new_sampler_defines_class_probabilities(monkeypatch):
+    # Register it in a copy, which other tests do not see.
+    monkeypatch.setattr(samplers.SAMPLERS, "_parts", dict(samplers.SAMPLERS._parts))
+
+    @register_sampler("only_class")
+    class OnlyClass(ClassSampler):
+        def __init__(self, labels, num_samples=None, seed=0, num_classes=None, *, label):
+            super().__init__(labels, num_samples, seed, num_classes)
+            self.label = label
+
+        def class_probabilities(self, epoch=None):
+            return (torch.arange(len(self.class_counts)) == self.label).double()
+
+    sampler = create_sampler("only_class", LABELS, num_samples=6, num_classes=6, label=3)
+    check_epoch(sampler, list(sampler), LABELS)
+    with pytest.raises(UsageError, match="must be 0 for a class without images"):
+        iter(create_sampler("only_class", LABELS, num_classes=6, label=2))
+
+
+# Epochs that are not set --------------------------------------------------------------------------
+
+
+def warned(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(warning.message) for warning in caught]
+
+
+@contract
+def test_an_epoch_that_is_drawn_again_warns_once(name, options):
+    sampler = create_sampler(name, LABELS, **options)
+    loader = DataLoader(range(N), 4, sampler=sampler)
+    assert warned(lambda: list(loader)) == []
+    (message,) = warned(lambda: list(loader))
+    assert warned(lambda: list(loader)) == []
+    assert "draws epoch 0 again" in message
+    assert "set_epoch(epoch)" in message
+
+
+def test_epochs_that_are_set_do_not_warn():
+    sampler = create_sampler("class_balanced", LABELS)
+
+    def draw():
+        # The first batch, before training.
+        next(iter(DataLoader(range(N), 4, sampler=sampler)))
+        list(sampler)
+        for epoch in (1, 2, 2):
+            sampler.set_epoch(epoch)
+            # The first batch, training, and an evaluation of the training images.
+            next(iter(sampler)), list(sampler), list(sampler)
+        sampler.load_state_dict(sampler.state_dict() | {"position": 8})
+        list(sampler)
+        sampler.set_epoch(3)
+        # Iterators without draws, as DataLoader makes.
+        iter(sampler), iter(sampler)
+        for pair in zip(sampler, sampler, strict=True):
+            assert pair[0] == pair[1]
+        sampler.epoch_indices()
+
+    assert warned(draw) == []
+    # Never set again.
+    assert len(warned(lambda: [list(sampler) for _ in range(20)])) == 1
+    # Two first batches are no epoch yet, four are.
+    sampler = create_sampler("class_balanced", LABELS)
+    assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []
+    assert len(warned(lambda: [next(iter(sampler)), next(iter(sampler))])) == 1
+
+
+def test_accelerate_sets_the_epochs_itself():
+    sampler = create_sampler("class_balanced", LABELS)
+    loader = Accelerator(cpu=True).prepare(DataLoader(range(N), 4, sampler=sampler))
+    epochs = []
+    assert warned(lambda: epochs.extend(torch.cat(list(loader)).tolist() for _ in range(3))) == []
+    assert epochs == [sampler.epoch_indices(epoch).tolist() for epoch in range(3)]

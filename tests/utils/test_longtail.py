@@ -1,0 +1,271 @@
+import json
+from collections import Counter
+from fractions import Fraction
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+import timm_lt
+from timm_lt.utils.checks import UsageError
+from timm_lt.utils.longtail import (
+    check_class_counts,
+    check_no_empty_class,
+    class_counts,
+    describe_shots,
+    long_tailed_counts,
+    shot_groups,
+)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(0, 5))
+def test_class_counts_count(labels, spare):
+    num_classes = max(labels) + 1 + spare
+    expected = [labels.count(c) for c in range(num_classes)]
+    for given_labels in (
+        labels,
+        tuple(labels),
+        np.array(labels, dtype=np.uint8),
+        np.array(labels, dtype=object),
+        torch.tensor(labels, dtype=torch.int32),
+        [np.int64(label) for label in labels],
+        tuple(torch.tensor(labels)),
+        [np.array(label) for label in labels],
+        pd.Series(labels, index=range(7, 7 + len(labels))),
+        datasets.Dataset.from_dict({"label": labels})["label"],
+    ):
+        counts = class_counts(given_labels, num_classes)
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == expected
+    assert class_counts(labels).tolist() == expected[: max(labels) + 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1, -2], r"labels\[2\] = -1 is negative"),
+        ([0, 3, 4], r"labels\[1\] = 3 is not below num_classes=3; valid labels are 0 to 2"),
+        (torch.tensor([0, 7]), r"labels\[1\] = 7 is not below num_classes=3"),
+        ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
+        ([0, None], r"labels\[1\] = None is not an integer"),
+        (np.array(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
+        (pd.Series(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
+        (Counter([0, 0, 1]), "labels must be a sequence or an array of integers, got a Counter"),
+        ({0, 1}, "labels must be a sequence or an array of integers, got a set"),
+        (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
+        (torch.tensor([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*torch.float32"),
+        (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
+        (pd.Series([1, None]), r"labels\[1\] = nan is not an integer"),
+        ([0, 1, True], r"labels\[2\] = True is not an integer"),
+        (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
+        ([], "labels must not be empty"),
+        (torch.tensor([]), "labels must not be empty"),
+        ([[0, 1], [1, 0]], r"labels must be one-dimensional, got shape \(2, 2\)"),
+        ([[0, 1], [1]], r"labels\[0\] = \[0, 1\] is not an integer"),
+        (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
+        ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
+        (pd.DataFrame({"label": [0]}), "must be one-dimensional, got shape"),
+        ("012", "got a str"),
+        (5, "got a int"),
+        (TensorDataset(torch.zeros(2)), r"got a TensorDataset; pass timm_lt.dataset_labels\("),
+        (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
+    ],
+)
+def test_class_counts_names_the_culprit(labels, message):
+    with pytest.raises(UsageError, match=message):
+        class_counts(labels, num_classes=3)
+
+
+def test_empty_classes_are_named():
+    check_no_empty_class([1, 2, 3])
+    with pytest.raises(UsageError, match=r"7 of 8 .*: 0, 1, 3, 4, 5, \.\.\.$"):
+        check_no_empty_class([0, 0, 9, 0, 0, 0, 0, 0])
+    with pytest.raises(UsageError, match="all 0"):
+        check_no_empty_class([0, 0])
+    with pytest.raises(UsageError, match=r"class_counts\[1\] = -3 is negative"):
+        check_no_empty_class([4, -3])
+
+
+# The sizes of CIFAR-LT as published by Cao et al. and its successors.
+@pytest.mark.parametrize(
+    ("num_classes", "max_count", "sizes"),
+    [
+        (10, 5000, {10: 20431, 50: 13996, 100: 12406, 200: 11203}),
+        (100, 500, {10: 19573, 50: 12608, 100: 10847, 200: 9502}),
+    ],
+)
+def test_exponential_profile_has_the_published_sizes(num_classes, max_count, sizes):
+    for factor, size in sizes.items():
+        assert sum(long_tailed_counts(num_classes, max_count, factor)) == size
+
+
+@given(
+    num_classes=st.integers(1, 40),
+    smallest=st.integers(1, 50),
+    factor=st.integers(1, 300),
+    profile=st.sampled_from(["exponential", "step", "pareto"]),
+)
+def test_profiles_fall_from_max_count_to_its_imbalanced_part(
+    num_classes, smallest, factor, profile
+):
+    counts = long_tailed_counts(num_classes, smallest * factor, factor, profile)
+    assert len(counts) == num_classes
+    assert all(type(count) is int for count in counts)
+    assert counts[0] == smallest * factor
+    assert counts == sorted(counts, reverse=True)
+    if num_classes > 1:
+        assert counts[-1] == smallest
+
+
+def integer_root_floor(value: Fraction, degree: int) -> int:
+    """The largest k with k ** degree <= value, in exact arithmetic."""
+    k = 0
+    while (k + 1) ** degree <= value:
+        k += 1
+    return k
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "max_count", "factor"), [(7, 640, 64), (4, 500, 8), (12, 300, 100), (3, 77, 7)]
+)
+def test_exponential_profile_is_exact(num_classes, max_count, factor):
+    # n_i = floor(n_max r^(-i/m)) is the largest k with k^m <= n_max^m / r^i.
+    m = num_classes - 1
+    expected = [
+        integer_root_floor(Fraction(max_count**m, factor**i), m) for i in range(num_classes)
+    ]
+    assert long_tailed_counts(num_classes, max_count, factor) == expected
+
+
+def test_profiles_by_hand():
+    assert long_tailed_counts(100, 500, 200)[-1] == 2
+    assert long_tailed_counts(5, 5000, 100, "step") == [5000, 5000, 50, 50, 50]
+    assert long_tailed_counts(4, 500, 10, "step") == [500, 500, 50, 50]
+    # r = 2^6: the base falls from 1 to 2 in equal steps, 1, 1.5, 2.
+    assert long_tailed_counts(3, 6400, 64, "pareto") == [6400, int(6400 / 1.5**6), 100]
+    assert long_tailed_counts(6, 12, 1, "pareto") == [12] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 500, 0.01), r"LDAM-DRW writes the inverse.* in \[1, 500\], got 0.01"),
+        ((10, 500, float("nan")), "got nan"),
+        ((10, 50, 100), r"must be a number in \[1, 50\], got 100"),
+        ((0, 500, 10), "num_classes must be an integer >= 1, got 0"),
+        ((10, 0, 10), "max_count must be an integer >= 1, got 0"),
+        ((10, 500, 10, "exp"), "unknown profile 'exp'.*exponential, step, pareto"),
+    ],
+)
+def test_invalid_profiles_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        long_tailed_counts(*arguments)
+
+
+def test_group_boundaries():
+    counts = [0, 1, 19, 20, 21, 99, 100, 101]
+    letter = {"many_shot": "m", "medium_shot": "d", "few_shot": "f"}
+    for rule, expected in (("fb", "fffddddm"), ("oltr", "ffffddmm")):
+        groups = shot_groups(counts, rule)
+        assert list(groups) == list(letter)
+        assert all(mask.dtype == torch.bool for mask in groups.values())
+        found = ["".join(letter[g] for g in groups if groups[g][c]) for c in range(len(counts))]
+        assert "".join(found) == expected
+
+
+def test_groups_of_cifar100_lt_are_the_published_ones():
+    counts = torch.tensor(long_tailed_counts(100, 500, 100))
+    assert json.loads(json.dumps(describe_shots(counts))) == {
+        "many_shot": {"classes": 35, "rule": "> 100"},
+        "medium_shot": {"classes": 35, "rule": "20 to 100"},
+        "few_shot": {"classes": 30, "rule": "< 20"},
+    }
+    oltr, fb50 = describe_shots(counts, "oltr"), describe_shots(long_tailed_counts(100, 500, 50))
+    assert [group["classes"] for group in oltr.values()] == [35, 34, 31]
+    assert [group["classes"] for group in fb50.values()] == [41, 41, 18]
+    with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
+        describe_shots([1, 2], "FB")
+
+
+# A rare class first, so that neither the order of keys nor that of frequency is that of labels.
+TAIL_FIRST = [2] * 3 + [0] * 160 + [3] * 60 + [1] * 25
+COUNTS = [160, 25, 3, 60]
+LOGITS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(40) % 4
+FEATURES = timm_lt.Features(LOGITS, TARGETS)
+CLASSIFIER = timm_lt.create_head("linear", 4, 4)
+DOORS = {
+    "loss": lambda counts: timm_lt.create_loss("balanced_softmax", counts)(LOGITS, TARGETS),
+    "metrics": lambda counts: str(timm_lt.evaluate_logits(LOGITS, TARGETS, counts)),
+    "shift": lambda counts: timm_lt.shifted_accuracies(LOGITS[0].sigmoid(), counts),
+    "head": lambda counts: timm_lt.fit_head(
+        "logit_adjusted", FEATURES, classifier=CLASSIFIER, class_counts=counts, tau=1.0
+    ).log_prior.tolist(),
+    "curve": lambda counts: (
+        timm_lt.tau_curve(CLASSIFIER, FEATURES, adjust="prior", class_counts=counts).best_tau
+    ),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_counts_by_label_are_counts(door):
+    series = pd.Series(TAIL_FIRST)
+    for by_label in (
+        Counter(TAIL_FIRST),
+        {np.int64(label): np.int32(n) for label, n in Counter(TAIL_FIRST).items()},
+        series.value_counts(),
+        series.value_counts().sort_index(),
+    ):
+        assert DOORS[door](by_label) == DOORS[door](COUNTS)
+
+
+def test_counts_by_name(tmp_path):
+    names = ["owl", "auk", "emu", "jay"]
+    by_name = pd.Series([names[label] for label in TAIL_FIRST]).value_counts()
+    assert check_class_counts(by_name, label_names=names).tolist() == COUNTS
+    assert check_class_counts({"auk": 1, "owl": 2}, label_names=names).tolist() == [2, 1, 0, 0]
+    assert check_class_counts({0: 9, 3: 1}, num_classes=5).tolist() == [9, 0, 0, 1, 0]
+    model = timm.create_model("test_resnet", num_classes=4)
+    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=by_name, label_names=names)
+    block = json.loads((tmp_path / "config.json").read_text())["timm_lt"]
+    assert block["class_counts"] == COUNTS
+    # timm keeps the names of a folder's classes.
+    named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    timm_lt.set_head(named, "logit_adjusted", class_counts=by_name)
+    torch.testing.assert_close(named.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
+    loaded = timm_lt.create_model(
+        f"local-dir:{tmp_path}", head="logit_adjusted", class_counts=by_name[::-1]
+    )
+    assert torch.equal(loaded.fc.log_prior, named.fc.log_prior)
+    with pytest.raises(UsageError, match=r"must be class names \(owl, .*unknown: 'eel'"):
+        check_class_counts({"owl": 1, "eel": 2}, label_names=names)
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_classes", "message"),
+    [
+        ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, unknown: 2"),
+        ({0: 5, 1: 4, 3: 1}, None, "missing: 2, unknown: 3"),
+        ({0: 5, -1: 4}, 3, "missing: 1, 2, unknown: -1"),
+        ({"0": 5, "1": 4}, None, "unknown: '0', '1'"),
+        ({0.0: 5}, None, "unknown: 0.0"),
+        ({True: 5, False: 1}, None, "unknown: True, False"),
+        (Counter(torch.tensor([0, 0, 1])), None, r"unknown: tensor\(0\)"),
+        ({0: 0.5, 1: 0.5}, None, r"class_counts\[0\] = 0.5 is not an integer"),
+        (pd.Series([5, 4], index=[0, 0]), None, "each once"),
+        ({}, None, "class_counts must not be empty"),
+        ({0: 0}, None, "must not be all 0"),
+        (Counter(TAIL_FIRST).most_common(), None, "class_counts must be one-dimensional"),
+        (Counter(TAIL_FIRST).values(), None, "got a dict_values"),
+        (pd.DataFrame({"n": COUNTS}), None, "one-dimensional, got shape"),
+    ],
+)
+def test_invalid_counts_by_label_are_refused(counts, num_classes, message):
+    with pytest.raises(UsageError, match=message):
+        check_class_counts(counts, num_classes)

@@ -1,0 +1,180 @@
+"""The model and the data that commands take."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from timm_lt.checkpoint import CONFIG
+from timm_lt.cli.common import parse_options, positive
+from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
+from timm_lt.data.sources import DATASETS
+from timm_lt.models.create import create_sized_model
+from timm_lt.models.repo import REPO
+from timm_lt.models.weights_file import create_from_file
+from timm_lt.run.recipe import ClassOrder, DataRecipe, ModelRecipe, prefixed
+from timm_lt.utils.checks import UsageError, unknown_name
+
+MODEL_HELP = (
+    "a pretrained model of timm, hf-hub:NAMESPACE/NAME, local-dir:FOLDER (or just the folder); "
+    "with --checkpoint an architecture"
+)
+TABLES = ("parquet", "arrow")
+DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub"
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the argument ``data``: ``--root`` and ``--option``."""
+    parser.add_argument("--root", help="folder with the files of a list or a data set")
+    add_option(parser, "option of the data set, e.g. test_fraction=0.3")
+
+
+def add_option(parser: argparse.ArgumentParser, text: str, name: str = "--option") -> None:
+    """Adds an option ``KEY=VALUE``, for :func:`~timm_lt.cli.common.parse_options`."""
+    text = f"{text}; may be repeated"
+    parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
+    """Adds ``--threads`` and ``--workers``, with a default of the latter."""
+    default = "as the cores allow" if workers is None else workers
+    parser.add_argument("--threads", type=int, help="CPU threads; all by default")
+    decode = f"processes that decode images; by default {default}"
+    parser.add_argument("--workers", type=int, default=workers, help=decode)
+
+
+def add_background(parser: argparse.ArgumentParser, default: str, explained: str) -> None:
+    """Adds ``--background``, with its default and the explanation of that."""
+    text = f"behind transparent pixels, e.g. white, black or '#808080'; by default {explained}"
+    parser.add_argument("--background", default=default, metavar="COLOR", help=text)
+
+
+def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
+    """Adds the options of how a model is created, and of its images and classes.
+
+    Args:
+        parser: Parser of the command.
+        checkpoint: Help of ``--checkpoint``; None adds only what creates a model.
+    """
+    add = parser.add_argument
+    if checkpoint is not None:
+        add("--checkpoint", metavar="FILE", help=checkpoint)
+        add(
+            "--class-order",
+            choices=get_args(ClassOrder),
+            help="order of the classes in weights without class names: timm (1, 2, 10) or sorted "
+            "(1, 10, 2); by default determined from training images, in predict that of --names",
+        )
+        add_background(parser, "auto", "that of the model's checkpoint, or white")
+    add(
+        "--checkpoint-key",
+        metavar="KEY",
+        help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
+    )
+    size = "by default that of the file or model"
+    add("--image-size", type=positive, metavar="PIXELS", help=size)
+    add_option(
+        parser,
+        "argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
+        f"crop_mode of its images; {size}",
+        "--model-option",
+    )
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of ``--model-option``."""
+    return parse_options(arguments.model_option, "global_pool=max", "--model-option")
+
+
+def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
+    """Returns the model with the options of :func:`add_weights_options`.
+
+    Args:
+        arguments: Arguments of the command.
+        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
+    """
+    return ModelRecipe(
+        name,
+        pretrained=arguments.checkpoint is None,
+        checkpoint=arguments.checkpoint,
+        checkpoint_key=arguments.checkpoint_key,
+        class_order=arguments.class_order,
+        options=model_options(arguments),
+    )
+
+
+def data_recipe(arguments: argparse.Namespace) -> DataRecipe:
+    """Returns the data of the argument ``data`` and its options, with the model's preprocessing."""
+    options = parse_options(arguments.option, "test_fraction=0.3")
+    return replace(
+        find_data(arguments.data, arguments.root, options),
+        augmentation="timm",
+        background=arguments.background,
+        image_size=arguments.image_size,
+        unreadable="skip",
+    )
+
+
+def load_model(
+    recipe: ModelRecipe, image_size: int | None, *, head: str | None = None, **options: Any
+) -> nn.Module:
+    """Loads a model in evaluation mode.
+
+    Args:
+        recipe: The model.
+        image_size: Side of its images in pixels; None is that of the file or model.
+        head: A head of its checkpoint; None is the joint classifier.
+        **options: Further options of :func:`timm_lt.create_model`.
+
+    Raises:
+        UsageError: If there is no such model, head or file, or they do not fit together.
+    """
+    with prefixed("model"):
+        if recipe.checkpoint is None:
+            return create_sized_model(
+                recipe.name, True, image_size, head=head, **options, **recipe.options
+            ).eval()
+        if head is not None:
+            raise UsageError("--head is for a model with its own heads, not for --checkpoint")
+        return create_from_file(
+            recipe.name,
+            recipe.checkpoint,
+            key=recipe.checkpoint_key,
+            image_size=image_size,
+            **options,
+            **recipe.options,
+        ).eval()
+
+
+def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecipe:
+    """Finds the data that a user means by a folder, a list or a name.
+
+    Args:
+        data: A folder of images, a list of images, a data set's name, or NAMESPACE/NAME on the Hub.
+        root: Folder with the files of a list or a data set, or None.
+        options: Options of the data set.
+
+    Raises:
+        UsageError: If there is no such thing.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            raise UsageError(f"{data} is a checkpoint, not a folder of images")
+        if root is not None:
+            raise UsageError("--root is for lists and data sets; a folder is its own root")
+        return DataRecipe("folder", str(path), options)
+    if data in DATASETS:
+        return DataRecipe(data, root, options)
+    faults = dict.fromkeys(IMAGE_SUFFIXES, "an image: give a folder of images, or a list of them")
+    faults |= dict.fromkeys(TABLES, f"a table, not a list: give hub, with --root {path}")
+    if fault := faults.get(suffix(path.name)):
+        raise UsageError(f"{path} is {fault}")
+    if path.is_file():
+        start = str(path.parent) if root is None else root
+        return DataRecipe("list", start, {"train": str(path.resolve()), **options})
+    if REPO.fullmatch(data):
+        return DataRecipe("hub", None, {"repo": data, **options})
+    raise unknown_name("data set (and no such folder or list):", data, list(DATASETS))
