@@ -20,8 +20,8 @@ import numpy as np
 from timing import seconds
 
 from timm_lt.data import read_image_list
-from timm_lt.data.list_files import Paths
 from timm_lt.data.lists import missing_rows
+from timm_lt.data.sources import Paths
 
 LINES = 437_513
 LONG = 10_000_000

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from timm_lt.data import Splits, dataset_labels
+from timm_lt.data import Splits
 from timm_lt.data.columns import image_column, label_column
 from timm_lt.data.hub import choose_splits
 from timm_lt.data.sources import find_splits
@@ -18,13 +18,6 @@ from timm_lt.utils.checks import UsageError
 
 NAMES = ["daisy", "rose", "tulip"]
 REPO = "me/flowers"
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture
@@ -96,9 +89,6 @@ def sharded(**splits):
 ALL = {"train": table([0, 1, 2, 0]), "validation": table([1], first=4), "test": table([2], first=5)}
 
 
-# What is there, is found.
-
-
 def test_a_data_set_of_the_hub_becomes_three_splits(hub):
     found = hub(sharded(**ALL))
     assert list(found) == ["train", "val", "test"]
@@ -109,13 +99,6 @@ def test_a_data_set_of_the_hub_becomes_three_splits(hub):
     assert found["train"]["label"][:] == [0, 1, 2, 0]
     assert values(found["train"]) == [[i, i, i] for i in range(4)]
     assert values(found["test"]) == [[5, 5, 5]]
-
-
-def test_what_is_prepared_is_not_downloaded_again(hub):
-    hub(sharded(**ALL))
-    hub.server.forget()
-    assert len(hub()["train"]) == 4
-    assert hub.server.downloads() == []
 
 
 def test_a_folder_here_of_the_same_name_is_not_taken_instead(hub, tmp_path, monkeypatch):
@@ -132,7 +115,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
     assert len(hub()["train"]) == 3
     assert len(hub(repo=f"{REPO}@{old}")["train"]) == 4
     assert len(hub(revision=old)["train"]) == 4
-    with pytest.raises(UsageError, match="has a revision already; remove revision='v2'"):
+    with pytest.raises(UsageError, match="with at most one revision"):
         hub(repo=f"{REPO}@{old}", revision="v2")
 
 
@@ -149,12 +132,9 @@ configs:
 def test_a_config_is_chosen(hub):
     files = {"l": table([0, 1] * 3), "s": table([0, 1]), "t": table([1])}
     files = {f"{name}.parquet": parquet(rows) for name, rows in files.items()}
-    files["README.md"] = CARD
-    assert len(hub(files, config="small")["train"]) == 2
+    assert len(hub(files | {"README.md": CARD}, config="small")["train"]) == 2
     with pytest.raises(UsageError, match=r"^me/flowers cannot be .*onfig.*'large', 'small'"):
         hub()
-    with pytest.raises(UsageError, match=r"'smal' not found. Available: \['large', 'small'\]"):
-        hub(config="smal")
 
 
 @pytest.mark.parametrize("layout", ["data/{}-00000-of-00001", "{}", "{}/0000", "default/{}/0000"])
@@ -175,17 +155,14 @@ def test_shards_are_in_order_and_odd_paths_are_no_patterns(local, tmp_path):
     assert find_splits("hub", root=root / "train-00000-of-00002.parquet")["test"]["label"][:] == [0]
 
 
-def test_files_without_a_split_in_their_name_are_train(local):
-    parts = {f"part-{i}.parquet": table([0, 1, 2], first=3 * i) for i in range(2)}
-    found = local(parts)
-    assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(6)]
-
-
-def test_a_subfolder_is_a_config(local):
-    files = {f"{name}/train.parquet": table([0, 0, 1, 1]) for name in ("a", "b")}
-    # A copy that the system makes.
+def test_a_subfolder_is_a_config_and_hidden_files_are_ignored(local):
+    files = {
+        f"{name}/part-{i}.parquet": table([0, 1, 2], first=3 * i) for name in "ab" for i in (0, 1)
+    }
     files["b/._test.parquet"] = b"no table"
-    assert len(local(files, config="b")["train"]) == 2
+    found = local(files, config="b")
+    # Without a split in their names, all files are train.
+    assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(6)]
     with pytest.raises(UsageError, match=r"root '.*c' does not exist or has no parquet or arrow"):
         local(files, config="c")
 
@@ -202,9 +179,6 @@ def test_arrow_files_and_what_save_to_disk_wrote(tmp_path, local):
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(UsageError, match=r"one cannot be read: "):
         find_splits("hub", root=tmp_path / "one")
-
-
-# Which split is which.
 
 
 @pytest.mark.parametrize(
@@ -231,8 +205,8 @@ def test_splits_are_found_or_named(available, options, expected):
 @pytest.mark.parametrize(
     ("available", "options", "message"),
     [
-        (["full", "test"], {}, "none of the splits full, test is named train; name one"),
-        (["train", "dev", "val"], {}, "several splits could be val: dev, val; name one"),
+        (["full", "test"], {}, "none of the splits full, test could be the train split; name one"),
+        (["train", "dev", "val"], {}, "several of the splits dev, val could be the val split"),
         (["train", "test"], {"test": "tset"}, r"split for test=: 'tset' \(did you mean 'test'"),
         (["train", "test"], {"val": "test"}, "'test' cannot be validation and test at once"),
     ],
@@ -240,13 +214,6 @@ def test_splits_are_found_or_named(available, options, expected):
 def test_splits_that_cannot_be_told_are_refused(available, options, message):
     with pytest.raises(UsageError, match=message):
         choose_splits(available, **options)
-
-
-def test_a_test_split_is_dealt_out_of_each_class(local):
-    found = local({"train.parquet": table([0] * 10 + [1] * 5)}, test_fraction=0.4)
-    assert np.bincount(found["test"]["label"][:]).tolist() == [4, 2]
-    assert sorted(values(found["train"]) + values(found["test"])) == [[i] * 3 for i in range(15)]
-    assert values(local({}, test_fraction=0.4)["test"]) == values(found["test"])
 
 
 @pytest.mark.parametrize("names", [NAMES, None])
@@ -263,13 +230,7 @@ def test_small_classes_are_left_out_of_every_split(local, names):
         local({}, min_images=9)
 
 
-def test_columns_that_are_not_used_are_logged(local, caplog):
-    rows = table([0] * 5 + [1] * 5).add_column("photographer", ["me"] * 10)
-    local({"train.parquet": rows, "test.parquet": rows})
-    assert caplog.text.count("columns that are not used: photographer") == 1
-
-
-def test_an_unlabelled_test_split_is_said_so(local):
+def test_rows_without_a_label_are_found(local):
     unlabelled = table([-1, -1])
     files = ALL | {"test": unlabelled}
     files = {f"{name}.parquet": rows for name, rows in files.items()}
@@ -287,8 +248,6 @@ def test_an_unlabelled_test_split_is_said_so(local):
     found = local(files, test="validation", incomplete="drop")
     assert values(found["train"]) == [[i] * 3 for i in (0, 2, 3)]
 
-
-# Which column is which.
 
 KINDS = {
     "image": datasets.Image(),
@@ -312,12 +271,7 @@ def empty(**columns):
     [
         ({"img": "image", "raw": "binary", "fine": "class", "label": "text"}, "img", "fine"),
         ({"pic": "struct", "raw": "binary", "x": "integer", "Target": "integer"}, "pic", "Target"),
-        ({"raw": "binary", "label": "class", "coarse": "class"}, "raw", "label"),
-        (
-            {"image": "image", "mask": "image", "labels": "integer", "coarse": "class"},
-            "image",
-            "labels",
-        ),
+        ({"image": "image", "mask": "image", "labels": "integer", "z": "class"}, "image", "labels"),
         ({"raw": "binary", "label": "text", "category": "text"}, "raw", "label"),
     ],
 )
@@ -330,22 +284,10 @@ def test_columns_are_found(columns, image, label):
     ("find", "columns", "named", "message"),
     [
         (image_column, {"a": "image", "b": "image"}, None, "could be the image: a, b; name one"),
-        (image_column, {"a": "text"}, None, r"no column of images; the columns are a \(string\)"),
         (image_column, {"a": "text"}, "a", r"no column 'a' of images; .* a \(string\)"),
         (label_column, {"a": "class", "b": "class"}, None, "could be the label: a, b; name one"),
         (label_column, {"label": "number"}, None, r"no column of labels.*label \(float32\)"),
-        (
-            label_column,
-            {"label": "list"},
-            "label",
-            r"no column 'label' .* label \(List\)",
-        ),
-        (
-            label_column,
-            {"label": "class"},
-            "lable",
-            "no column 'lable' of labels",
-        ),
+        (label_column, {"label": "list"}, "label", r"no column 'label' .* label \(List\)"),
     ],
 )
 def test_columns_that_cannot_be_told_are_refused(find, columns, named, message):
@@ -364,9 +306,6 @@ def test_an_image_may_be_stored_in_several_ways(local, kind):
     plain = table([0, 1, 2], image="pic") if kind == "Image" else plain
     found = local({"train.parquet": plain, "test.parquet": plain})
     assert values(found["train"]) == [[i, i, i] for i in range(3)]
-
-
-# Labels of every kind.
 
 
 @pytest.mark.parametrize(
@@ -390,11 +329,10 @@ def test_labels_of_every_kind(local, train, test, names, expected):
     [
         ([0, 1, 4] * 2, "train split: .*2, 3"),
         ([0, -2, 1], "-2"),
-        (["a", None], "split 'train' has 1 of 2 rows without a label: 1"),
-        (["a", "", " "], "split 'train' has 2 of 3 rows without a label: 1, 2"),
+        (["a", "", " ", None], "split 'train' has 3 of 4 rows without a label: 1, 2, 3"),
     ],
 )
-def test_labels_that_are_none_are_refused(local, tmp_path, labels, message):
+def test_wrong_labels_are_refused(local, labels, message):
     rows = table(labels, None)
     with pytest.raises(UsageError, match=message):
         Splits.from_datasets(local({"train.parquet": rows, "test.parquet": rows}))
@@ -406,19 +344,17 @@ def test_labels_beyond_an_int64_are_refused(local):
         local({"train.parquet": rows, "test.parquet": rows})
 
 
-def test_other_classes_in_another_split_are_refused(local):
-    other = table([0], ["daisy", "oak", "rose"])
-    with pytest.raises(
-        UsageError, match="1 classes of split 'test' are not among those of 'train': oak"
-    ):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (table([0], ["daisy", "oak"]), "split 'test', oak, are not among those of split 'train'"),
+        (table([0], None), r"split 'test', int64, are not among those .* \(ClassLabel\)"),
+        (table([0], label="class"), "split 'test': no column 'label' of labels"),
+    ],
+)
+def test_other_labels_in_another_split_are_refused(local, other, message):
+    with pytest.raises(UsageError, match=message):
         local({"train.parquet": ALL["train"], "test.parquet": other})
-    with pytest.raises(
-        UsageError, match="'label' is int64 in split 'test' but ClassLabel in split"
-    ):
-        local({"train.parquet": ALL["train"], "test.parquet": table([0], None)})
-    rows = table([0], label="class")
-    with pytest.raises(UsageError, match="split 'test': no column 'label' of labels"):
-        local({"train.parquet": ALL["train"], "test.parquet": rows})
 
 
 def test_shards_with_other_classes_are_refused(local, hub):
@@ -428,9 +364,6 @@ def test_shards_with_other_classes_are_refused(local, hub):
         local(files)
     with pytest.raises(UsageError, match=r"test-0.*have different class names in column 'label'"):
         hub(sharded(train=shards[0], test=shards[1]))
-
-
-# Images that are none.
 
 
 def test_missing_and_empty_images_are_found_before_training_all_together(local):
@@ -455,9 +388,6 @@ def test_missing_and_empty_images_are_found_before_training_all_together(local):
     assert found["train"]["label"][:] == [0, 1, 1]
 
 
-# What cannot be read.
-
-
 def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
     (tmp_path / "root" / "cats").mkdir(parents=True)
     (tmp_path / "train.csv").write_text("image,label\n")
@@ -467,9 +397,6 @@ def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
     for content in (b"", b"PAR1 and no more"):
         with pytest.raises(UsageError, match=r"train\.parquet cannot be read: "):
             local({"train.parquet": content})
-    (tmp_path / "root" / "train.parquet").unlink()
-    with pytest.raises(UsageError, match=r"train\.arrow cannot be read: "):
-        local({"train.arrow": b"no arrow"})
 
 
 @pytest.mark.parametrize(
@@ -477,7 +404,6 @@ def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
     [
         ({}, "needs either repo, .* or root"),
         ({"repo": REPO, "root": "."}, "needs either repo, .* or root"),
-        ({"root": ".", "revision": "v1"}, "needs either repo, .* or root"),
         ({"repo": "flowers"}, "'flowers' is not a valid repo id; expected 'namespace/name'"),
         ({"repo": REPO, "test_fraction": 1}, r"test_fraction .* must be a number in \(0, 1\)"),
     ],
@@ -527,14 +453,3 @@ def test_a_hub_that_is_out_of_reach_is_said_so(hub, no_waiting):
     hub.server.fault(".*", ".*", drop="request")
     with pytest.raises(UsageError, match=r"me/flowers: .* cannot be reached"):
         hub()
-
-
-def test_a_stream_is_refused_with_the_reason():
-    with pytest.raises(UsageError, match="is a stream: it has no length, no class counts and no"):
-        dataset_labels(table([0, 1]).to_iterable_dataset())
-
-
-def test_a_root_may_be_in_the_home(local, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    local({"train.parquet": table([0, 0, 1, 1, 2, 2])})
-    assert len(find_splits("hub", root="~/root")["train"]) == 3

@@ -289,7 +289,7 @@ def test_a_list_and_a_name_are_inspected(photos, capsys):
         (["photos/cat"], "no images in directories of classes, 12 directly in it"),
         (["x.parquet"], r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
         (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
-        (["digits_lt", "--root", "photos"], "reads no files; remove the root"),
+        (["digits_lt", "--root", "photos"], "has no option .root."),
     ],
 )
 def test_mistakes_are_told(photos, capsys, arguments, message):

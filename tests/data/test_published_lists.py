@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from timm_lt.data import check_image_list, create_splits
-from timm_lt.data.list_files import ImageList, Paths
-from timm_lt.data.published import find_difference, pairs_hash, published, published_splits
-from timm_lt.data.sources import find_splits
+from timm_lt.data.list_files import ImageList
+from timm_lt.data.lists import find_difference, pairs_hash, published, published_splits
+from timm_lt.data.sources import Paths, find_splits
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import SHOT_RULES
 
@@ -26,22 +26,21 @@ COUNTS = {"train": [5, 3, 2], "val": [1, 1, 1], "test": [2, 2, 2]}
 
 def small(name):
     """Facts about a data set of three classes in place of those that are published."""
-    known = published(name)
     lists = {}
-    for split, one in known.lists.items():
-        facts = {"lines": sum(COUNTS[split]), "sha256": None, "probes": {}, "group_totals": {}}
-        if one.class_counts is None:
+    for split, known in published(name).items():
+        facts = {"lines": sum(COUNTS[split]), "num_classes": 3, "class_names": NAMES[name]}
+        if known.class_counts is None:
             facts["group_totals"] = {"Aves": 8, "Fungi": 2}
         else:
-            facts["class_counts"] = np.array(COUNTS[split])
-        lists[split] = replace(one, **facts)
-    return replace(known, num_classes=3, class_names=NAMES[name], lists=lists)
+            facts |= {"class_counts": COUNTS[split], "group_totals": {}}
+        lists[split] = replace(known, sha256=None, probes={}, **facts)
+    return lists
 
 
 def images(name):
     """Split, class and file name of every image."""
     for split, counts in COUNTS.items():
-        if split in published(name).lists:
+        if split in published(name):
             for label, count in enumerate(counts):
                 for row in range(count):
                     yield split, label, row
@@ -81,9 +80,7 @@ def inat(layout, split, label, row):
 
 
 LAYOUTS = {"imagenet_lt": imagenet, "places_lt": places, "inat2018": inat}
-FILES = {
-    name: {split: one.files[0] for split, one in published(name).lists.items()} for name in NAMES
-}
+FILES = {name: {split: one.files[0] for split, one in published(name).items()} for name in NAMES}
 
 
 def put(root, name, disk):
@@ -105,23 +102,28 @@ def write_lists(root, name, layout, change=lambda path, label: (path, label)):
 
 
 def build(name, root, **given):
-    given = {split: given.get(split) for split in FILES[name]}
-    return published_splits(small(name), root, given)
+    return published_splits(small(name), root, *(given.get(split) for split in FILES[name]))
+
+
+def files_of(dataset, root):
+    images = dataset.data.column("image").combine_chunks().field("path").to_pylist()
+    return [path.removeprefix(f"{root}/") for path in images]
 
 
 def problems_of(name, root, **given):
     with pytest.raises(UsageError) as caught:
         build(name, root, **given)
-    owner = f"{published(name).title} in {root}: "
+    owner = f"{published(name)['train'].title} in {root}: "
     return [problem.removeprefix(owner) for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize(
     ("name", "listed", "disk", "where"),
     [
-        *(("imagenet_lt", a, b, "") for a in ("folders", "flat") for b in ("folders", "flat")),
+        ("imagenet_lt", "flat", "folders", ""),
         ("imagenet_lt", "folders", "kaggle", "data_txt/ImageNet_LT"),
-        *(("places_lt", a, b, "") for a in ("v1", "v2") for b in ("v1", "v2", "torchvision")),
+        ("places_lt", "v1", "v2", ""),
+        ("places_lt", "v2", "torchvision", ""),
         ("inat2018", "outside", "outside", "iNaturalist18"),
         ("inat2018", "outside", "inside", ""),
     ],
@@ -132,62 +134,10 @@ def test_lists_and_images_may_each_have_any_layout(tmp_path, name, listed, disk,
     found = build(name, tmp_path)
     assert list(found) == list(FILES[name])
     for split, dataset in found.items():
-        expected = [
-            (str(tmp_path / LAYOUTS[name](disk, *image)), image[1])
-            for image in images(name)
-            if image[0] == split
-        ]
-        paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
-        assert list(zip(paths, dataset["label"][:], strict=True)) == expected
+        expected = [(LAYOUTS[name](disk, *i), i[1]) for i in images(name) if i[0] == split]
+        assert files_of(dataset, tmp_path) == [path for path, _ in expected]
+        assert dataset["label"][:] == [label for _, label in expected]
         assert getattr(dataset.features["label"], "names", None) == NAMES[name]
-
-
-# By the layout of the published lists.
-SHIPPED = [
-    (name, split, layout)
-    for name in NAMES
-    for split, one in published(name).lists.items()
-    for layout in one.layouts
-]
-
-
-@pytest.mark.parametrize(("name", "split", "layout"), SHIPPED)
-def test_every_layout_of_a_download_is_found(tmp_path, name, split, layout):
-    published_in = {"imagenet_lt": "folders", "places_lt": "v1", "inat2018": "outside"}[name]
-    put(tmp_path, name, published_in)
-    write_lists(tmp_path, name, published_in)
-    nested = ["a/airfield", "d/desert_road", "d/desert/sand"]
-    expected = []
-    for image in images(name):
-        if image[0] != split:
-            continue
-        usual = LAYOUTS[name](published_in, *image)
-        file = usual.removeprefix("train_val2018/") if name == "inat2018" else Path(usual).name
-        places = {"{file}": file, "{nested}": nested[image[1]]}
-        if NAMES[name]:
-            places["{name}"] = NAMES[name][image[1]]
-        place = layout
-        for key, value in places.items():
-            place = place.replace(key, value)
-        (tmp_path / usual).rename(tmp_path / "moved")
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "moved").rename(tmp_path / place)
-        expected.append(str(tmp_path / place))
-    dataset = build(name, tmp_path)[split]
-    assert dataset.data.column("image").combine_chunks().field("path").to_pylist() == expected
-
-
-def test_an_image_in_two_lists_is_found(tmp_path):
-    put(tmp_path, "imagenet_lt", "folders")
-    write_lists(
-        tmp_path,
-        "imagenet_lt",
-        "folders",
-        lambda path, label: (path.replace("n01440764_val0", "n01440764_train3"), label),
-    )
-    (problem,) = problems_of("imagenet_lt", tmp_path)
-    assert problem.startswith("1 images are listed more than once")
-    assert "/n01440764_train3.JPEG (train 0, val 0); keep" in problem
 
 
 def test_official_annotations_give_names(tmp_path):
@@ -264,7 +214,7 @@ def listed(rows):
 
 
 def difference(name, split, rows, known=None):
-    return find_difference(known or small(name), split, listed(rows))
+    return find_difference(known or small(name)[split], listed(rows))
 
 
 def rows_of(name, layout, split):
@@ -293,9 +243,7 @@ def test_labels_of_places365_are_refused():
 
 def test_other_images_are_found_by_their_hash():
     rows = rows_of("places_lt", "v1", "train")
-    known = small("places_lt")
-    one = replace(known.lists["train"], sha256=pairs_hash(listed(rows)))
-    known = replace(known, lists={"train": one})
+    known = replace(small("places_lt")["train"], sha256=pairs_hash(listed(rows)))
     same = rows_of("places_lt", "v2", "train")[::-1]
     assert difference("places_lt", "train", same, known) is None
     other = [("train/airfield/9.jpg", 0), *rows[1:]]
@@ -304,8 +252,8 @@ def test_other_images_are_found_by_their_hash():
 
 def flat_test_list(name, labels, probes):
     """A flat test list whose first images are given, with as many images a class as published."""
-    known = published(name)
-    each = known.lists["test"].lines // known.num_classes
+    known = published(name)["test"]
+    each = known.lines // known.num_classes
     left = np.bincount(list(probes.values()), minlength=known.num_classes)
     rows = [(f"val/{file}", labels.get(label, label)) for file, label in probes.items()]
     return rows + [
@@ -353,7 +301,7 @@ READ = {
 def test_a_flat_test_list_is_known_by_a_few_images(name, labels, lacking, expected):
     probes = dict(list(READ[name].items())[lacking:])
     rows = flat_test_list(name, labels, probes)
-    assert difference(name, "test", rows, published(name)) == expected
+    assert difference(name, "test", rows, published(name)["test"]) == expected
 
 
 def test_the_hash_is_that_of_sorted_lines():
@@ -366,13 +314,14 @@ def test_the_hash_is_that_of_sorted_lines():
 @pytest.fixture(scope="module")
 def whole_list(tmp_path_factory):
     """A list with as many images of each class as the training list of ImageNet-LT."""
-    known = published("imagenet_lt")
-    counts = known.lists["train"].class_counts.tolist()
+    known = published("imagenet_lt")["train"]
     path = tmp_path_factory.mktemp("lists") / "train.txt"
     path.write_text(
         "".join(
             f"train/{wnid}/{wnid}_{row}.JPEG {label}\n"
-            for label, (wnid, count) in enumerate(zip(known.class_names, counts, strict=True))
+            for label, (wnid, count) in enumerate(
+                zip(known.class_names, known.class_counts, strict=True)
+            )
             for row in range(count)
         )
     )
@@ -422,14 +371,14 @@ def shot_groups(counts, rule):
     ],
 )
 def test_counts_are_those_of_the_papers(name, figures, groups):
-    known = published(name)
-    counts = known.lists["train"].class_counts
+    known = published(name)["train"]
+    counts = np.array(known.class_counts)
     assert (counts.sum(), counts.max(), counts.min(), len(counts)) == figures
     assert {rule: shot_groups(counts, rule) for rule in groups} == groups
     # Sorted as if "-" were "_": the order that Places365 does not have.
     assert known.class_names == sorted(known.class_names, key=lambda n: n.replace("-", "_"))
-    for split, one in known.lists.items():
-        assert one.class_counts.sum() == one.lines, split
+    for split, one in published(name).items():
+        assert split == "train" or one.class_counts * one.num_classes == one.lines
 
 
 @pytest.mark.parametrize(
@@ -450,34 +399,18 @@ def test_counts_are_those_of_the_papers(name, figures, groups):
     ],
 )
 def test_counts_and_classes_are_those_of_the_lists(name, counts, classes):
-    known = published(name)
-    found = known.lists["train"].class_counts.tolist()
-    assert sha256(json.dumps(found).encode()).hexdigest() == counts
+    known = published(name)["train"]
+    assert sha256(json.dumps(known.class_counts).encode()).hexdigest() == counts
     assert sha256(json.dumps(known.class_names).encode()).hexdigest() == classes
 
 
-def test_hashes_and_totals_are_those_of_the_lists():
-    hashes = {
-        (name, split): one.sha256
-        for name in NAMES
-        for split, one in published(name).lists.items()
-        if one.sha256
-    }
-    # Of the sorted lines "basename label", by sha256sum.
-    assert hashes == {
-        ("imagenet_lt", "val"): "b3c5c4b470bac7141cfde18190f7cae9183c6812e0d49818defef92c5a63c1f5",
-        ("places_lt", "train"): "35590600ad82450ab85aaaccaf1b64a5efa89186bb18a9a916012d722055bfae",
-        ("places_lt", "val"): "20742c0c1a1ade5e6c524c57f77c6693d21cfea75bd88ac7fa08a143c69a44d5",
-    }
-    inat = published("inat2018")
-    train, test = inat.lists["train"], inat.lists["test"]
-    assert inat.num_classes == 8142
-    assert (train.lines, test.lines) == (437_513, 24_426)
-    groups = (
-        "Plantae Insecta Aves Actinopterygii Fungi Reptilia Mollusca Mammalia Animalia Amphibia"
-    )
-    groups = [*groups.split(), "Arachnida", "Chromista", "Protozoa", "Bacteria"]
-    totals = "118800 87192 143950 7835 6864 22754 8007 20104 5966 11156 4037 621 211 16"
-    assert train.group_totals == dict(zip(groups, map(int, totals.split()), strict=True))
-    classes = [2917, 2031, 1258, 369, 321, 284, 262, 234, 178, 144, 114, 25, 4, 1]
-    assert test.group_totals == dict(zip(groups, (3 * c for c in classes), strict=True))
+def test_totals_of_inaturalist_are_those_of_the_competition():
+    train, test = published("inat2018").values()
+    assert (train.num_classes, train.lines, test.lines) == (8142, 437_513, 24_426)
+    assert sum(train.group_totals.values()) == train.lines
+    assert train.group_totals["Aves"] == 143_950
+    # Three images of each species.
+    groups = ["Plantae", "Insecta", "Aves", "Reptilia", "Mammalia", "Fungi", "Amphibia", "Mollusca"]
+    groups += ["Animalia", "Arachnida", "Actinopterygii", "Chromista", "Protozoa", "Bacteria"]
+    species = [2917, 2031, 1258, 284, 234, 321, 144, 262, 178, 114, 369, 25, 4, 1]
+    assert test.group_totals == dict(zip(groups, (3 * n for n in species), strict=True))

@@ -39,18 +39,10 @@ class RGBImage(datasets.Image):  # type: ignore[misc]
 def as_rgb(
     dataset: datasets.Dataset, *, column: str = "image", background: object = None
 ) -> datasets.Dataset:
-    """Returns a data set whose images are always decoded by timm_lt.
+    """Returns a data set whose images are always decoded by timm_lt, on a background.
 
-    A data set with a transform of its own is returned unchanged, unless a background is given.
-
-    Args:
-        dataset: The data set.
-        column: Its column of images.
-        background: See :func:`~timm_lt.utils.checks.check_background`; None keeps the column's own,
-            or takes white.
-
-    Raises:
-        UsageError: If the background is not a colour.
+    None keeps the background of the column, or takes white; then a data set with a transform of its
+    own is returned unchanged. See :func:`~timm_lt.utils.checks.check_background`.
     """
     found = dataset.features.get(column)
     keeps = background is None
@@ -66,13 +58,10 @@ class ImageRows(torch.utils.data.Dataset[tuple[Any, int]]):
 
     Args:
         rows: A data set with a column of images and one of labels.
-        background: Colour behind transparent pixels; None keeps that of the column, or white.
+        background: See :func:`as_rgb`.
 
     Attributes:
         transform: Applied to each RGB image; None leaves it a PIL image.
-
-    Raises:
-        UsageError: If a column is missing; lists the columns.
     """
 
     def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
@@ -102,23 +91,6 @@ class ImageRows(torch.utils.data.Dataset[tuple[Any, int]]):
         return digest(images_fingerprint(images), labels, described(self.transform))
 
 
-def check_random_access(dataset: object) -> None:
-    """Checks that a data set is neither a stream nor a dict of splits.
-
-    Raises:
-        UsageError: If it is; says why it is not accepted, and what to pass.
-    """
-    if isinstance(dataset, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise UsageError(
-            f"{type(dataset).__name__} is a stream: it has no length, no class counts and no "
-            "random access, which samplers and heads need; load the data set without streaming=True"
-        )
-    if isinstance(dataset, datasets.DatasetDict):
-        raise UsageError(
-            f"a DatasetDict is several data sets: pass one of its splits, {', '.join(dataset)}"
-        )
-
-
 # Names of columns of labels, compared without case.
 LABEL_NAMES = (
     *("label", "labels", "target", "targets", "class", "classes", "class_name", "class_label"),
@@ -127,14 +99,13 @@ LABEL_NAMES = (
 
 
 def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
-    """Finds the column of images: of type ``Image``, else of encoded bytes.
+    """Finds the column of images: of type ``Image``, else a struct of bytes and path, else binary.
 
-    Encoded bytes are a struct of ``bytes`` and ``path``, or binary. Of several columns of a type,
-    the one called ``image`` is taken.
+    Of several columns of a type, the one called ``image`` is taken.
 
     Args:
         rows: The data set.
-        column: Name of the column, if it is known.
+        column: Name of the column, if the user gives it.
 
     Raises:
         UsageError: If there is no such column, or several; lists the columns.
@@ -142,7 +113,7 @@ def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
     kinds = rows.features.items()
     images = [name for name, kind in kinds if isinstance(kind, datasets.Image)]
     encoded = [n for n, kind in kinds if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
-    binary = [name for name, kind in kinds if _dtype(kind) in ("binary", "large_binary")]
+    binary = [name for name, kind in kinds if _type_name(kind) in ("binary", "large_binary")]
     return _choose("image", rows, column, images + encoded + binary, images, encoded, binary)
 
 
@@ -150,14 +121,7 @@ def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
     """Finds the column of labels: ``label`` or ``labels`` with integers, else a ``ClassLabel``.
 
     Otherwise it is a column of integers or texts with a usual name such as ``target`` or ``class``.
-    Of several columns, the one called ``label`` is taken.
-
-    Args:
-        rows: The data set.
-        column: Name of the column, if it is known.
-
-    Raises:
-        UsageError: If there is no such column, or several; lists the columns.
+    Of several columns, the one called ``label`` is taken. See :func:`image_column`.
     """
     if not isinstance(rows, datasets.Dataset):
         raise UsageError(f"a {type(rows).__name__} is not a datasets.Dataset, so has no columns")
@@ -189,18 +153,14 @@ def label_kind(feature: object) -> Literal["names", "integers", "texts"] | None:
     """Returns the kind of labels in a column of this type; None for a type without labels."""
     if isinstance(feature, datasets.ClassLabel):
         return "names"
-    kind = _dtype(feature) or ""
-    if "int" in kind:
+    kind = _type_name(feature)
+    if isinstance(feature, datasets.Value) and "int" in kind:
         return "integers"
     return "texts" if kind in ("string", "large_string", "string_view") else None
 
 
-def _dtype(feature: object) -> str | None:
-    return str(feature.dtype) if isinstance(feature, datasets.Value) else None
-
-
 def _type_name(feature: object) -> str:
-    return _dtype(feature) or type(feature).__name__
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
 UNLABELLED = -1
@@ -211,12 +171,9 @@ def read_labels(
 ) -> tuple[dict[str, NDArray[np.int64]], list[str] | None]:
     """Reads the labels of all splits as integers with one list of class names.
 
-    The names of a ``ClassLabel`` are those of the first split; splits with another order are
-    renumbered. Texts are names, sorted over all splits. Integers have no names.
-
-    Args:
-        tables: The splits by name, the training split first.
-        column: The column of labels.
+    The names of a ``ClassLabel`` are those of the first split, which is the training split; splits
+    with another order are renumbered. Texts are names, sorted over all splits. Integers have no
+    names.
 
     Returns:
         The labels by split, (N,) int64, -1 where there is none; and the class names, (C,).
@@ -224,36 +181,33 @@ def read_labels(
     Raises:
         UsageError: If a split has another type of labels or other classes than the first.
     """
-    first = next(iter(tables))
-    features = {split: table.features[column] for split, table in tables.items()}
-    for split, feature in features.items():
-        if label_kind(feature) != label_kind(features[first]):
+    first, expected = next((split, table.features[column]) for split, table in tables.items())
+    names: list[str] | None = getattr(expected, "names", None)
+    values = {}
+    for split, table in tables.items():
+        feature, array = table.features[column], arrow_column(table, column)
+        own: list[str] | None = getattr(feature, "names", None)
+        other = sorted({*(own or ())} - {*(names or ())})
+        if other or label_kind(feature) != label_kind(expected):
             raise UsageError(
-                f"column {column!r} is {_type_name(feature)} in split {split!r} but "
-                f"{_type_name(features[first])} in split {first!r}"
+                f"the labels of split {split!r}, {shown_names(other) or _type_name(feature)}, are "
+                f"not among those of split {first!r} ({_type_name(expected)})"
             )
-    values = {split: arrow_column(table, column) for split, table in tables.items()}
-    names: list[str] | None = getattr(features[first], "names", None)
-    if label_kind(features[first]) == "texts":
-        values = {split: array.cast(pa.string()) for split, array in values.items()}
+        if own is not None:
+            numbers = pc.if_else(pc.less(array, 0), None, array)
+            array = pa.chunked_array([pa.array(own, pa.string())]).take(numbers)
+        values[split] = array
+    if label_kind(expected) == "integers":
+        whole = {split: array.cast(pa.int64()) for split, array in values.items()}
+    else:
         texts = {text for array in values.values() for text in pc.unique(array).to_pylist()}
-        names = sorted(text for text in texts if text and text.strip())
+        names = names or sorted(text for text in texts if text and text.strip())
         known = pa.array(names, pa.string())
-        values = {split: pc.index_in(array, value_set=known) for split, array in values.items()}
-    labels: dict[str, NDArray[np.int64]] = {}
-    for split, array in values.items():
-        labels[split] = array.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
-        own: list[str] | None = getattr(features[split], "names", names)
-        if names is None or own is None or own == names:
-            continue
-        if unknown := sorted(set(own) - set(names)):
-            raise UsageError(
-                f"{len(unknown)} classes of split {split!r} are not among those of {first!r}: "
-                f"{shown_names(unknown)}"
-            )
-        # The last number is for -1.
-        labels[split] = np.array([*map(names.index, own), UNLABELLED])[labels[split]]
-    return labels, names
+        whole = {
+            split: pc.index_in(array.cast(pa.string()), value_set=known).cast(pa.int64())
+            for split, array in values.items()
+        }
+    return {split: array.fill_null(UNLABELLED).to_numpy() for split, array in whole.items()}, names
 
 
 def arrow_column(table: datasets.Dataset, column: str) -> pa.ChunkedArray:

@@ -1,10 +1,6 @@
-"""Fingerprints: digests of everything that decides the images of a data set or a model's features.
-
-They are equal in every process.
-"""
+"""Fingerprints, equal in every process: digests of data sets, transforms and modules."""
 
 import json
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -81,8 +77,8 @@ def dataset_fingerprint(data: object) -> str:
 
     Supported are data sets with a method ``fingerprint() -> str``, timm's ``ImageDataset`` of a
     folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them; not
-    classes derived from these that have a ``__getitem__`` of their own. A file counts as changed
-    when its path, its size or its time of change is another.
+    classes derived from these with a ``__getitem__`` of their own. Files are known by path, size
+    and modification time.
 
     Raises:
         UsageError: If the data set is none of these, its transform cannot be hashed, or a file is
@@ -95,14 +91,17 @@ def dataset_fingerprint(data: object) -> str:
         return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
     if isinstance(data, TensorDataset) and reads_as(data, TensorDataset):
         return digest(*map(tensor_fingerprint, data.tensors))
-    if isinstance(data, ImageDataset) and reads_as(data, ImageDataset):
-        # Other readers may read anything.
-        if type(data.reader) is ReaderImageFolder:
-            options = [data.transform, data.target_transform, data.input_img_mode, data.load_bytes]
-            return digest(_files(data.reader.samples), described(options))
-    elif isinstance(data, DatasetFolder) and reads_as(data, DatasetFolder):
-        options = [data.transform, data.target_transform, data.transforms, data.loader]
-        return digest(_files(data.samples), described(options))
+    folders = ImageDataset | DatasetFolder
+    if isinstance(data, folders) and reads_as(data, ImageDataset, DatasetFolder):
+        samples: Any = None
+        if isinstance(data, DatasetFolder):
+            samples, options = data.samples, [data.transforms, data.loader]
+        # Other readers of timm may read anything.
+        elif type(data.reader) is ReaderImageFolder:
+            samples, options = data.reader.samples, [data.input_img_mode, data.load_bytes]
+        if samples is not None:
+            files = [[_file(path), int(target)] for path, target in samples]
+            return digest(files, described([data.transform, data.target_transform, *options]))
     raise UsageError(f"the samples of a {type(data).__name__} have no fingerprint; {KEY}")
 
 
@@ -117,11 +116,7 @@ def reads_as(data: object, *known: type) -> bool:
 
 
 def images_fingerprint(dataset: Dataset) -> str:
-    """Returns a digest of the stored images of a data set: bytes, or files.
-
-    Raises:
-        UsageError: If the data set has a transform of its own, or a file is missing.
-    """
+    """Returns a digest of the stored images of a data set without a transform: bytes, or files."""
     encoded = encoded_images(dataset)
     if encoded.format["type"] == "custom":
         raise UsageError(f"a data set with a transform of its own has no fingerprint; {KEY}")
@@ -144,12 +139,8 @@ def digest(*parts: object) -> str:
     return sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
 
-def _files(samples: Iterable[tuple[str, int]]) -> list[list[Any]]:
-    return [[_file(path), int(target)] for path, target in samples]
-
-
 def _file(path: str) -> str:
-    """Returns the path, the size and the time of change of a file."""
+    """Returns the path, the size and the modification time of a file."""
     if is_remote(path):
         return path
     try:

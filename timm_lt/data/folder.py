@@ -2,22 +2,17 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from timm_lt.data.decode import shown_path
-from timm_lt.data.sources import SPLIT_WORDS, Split, find_root, register_dataset
-from timm_lt.data.splits import (
-    LabelArray,
-    leave_out_small,
-    note_alike_names,
-    note_classes,
-    splits_from_files,
-)
+from timm_lt.data.sources import SPLIT_WORDS, Paths, Split, find_root, register_dataset
+from timm_lt.data.splits import ImageFiles
 from timm_lt.utils.checks import Problems, check_choice, shown_names
 from timm_lt.utils.console import log
 
@@ -25,7 +20,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OtherFiles = Literal["raise", "skip"]
-SKIP = "or leave them out with the data option other_files=skip"
 # Formats that Pillow decodes, without those that share a suffix with other kinds of files (.ps,
 # .pdf, .h5, .mpg).
 IMAGE_SUFFIXES = frozenset(
@@ -60,39 +54,35 @@ class Found:
     """Contents of a directory and of those below it, without hidden files.
 
     Attributes:
+        directories: The directories.
         images: Image files by their suffix, in the order of torchvision's ``ImageFolder``.
         others: Files with other suffixes.
-        loose: Images beside the directories of classes.
         broken: Entries that cannot be used, with the reason: links to nothing or to a directory
             that was listed already, directories that cannot be listed, names that are not UTF-8.
     """
 
+    directories: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    loose: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def find_images(directory: str, listed: dict[tuple[int, int], str] | None = None) -> Found:
-    """Lists the image files in a directory and in those below it; links are followed.
-
-    Args:
-        directory: The directory.
-        listed: Directories that were listed already, by device and inode; completed in place.
-    """
+def find_images(directory: str) -> Found:
+    """Lists the image files in a directory and in those below it; links are followed."""
     found = Found()
-    _walk(directory, found, {} if listed is None else listed)
+    _walk(directory, found, {})
     found.images.sort(key=os.path.split)
     return found
 
 
 def _walk(directory: str, found: Found, listed: dict[tuple[int, int], str]) -> None:
+    found.directories.append(directory)
     status = Path(directory).stat()
     first = listed.setdefault((status.st_dev, status.st_ino), directory)
     if first != directory:
         found.broken[directory] = f"the same directory as {first}, by a link"
         return
-    for entry in _entries(directory, found):
+    for entry in _entries(directory, found.broken):
         try:
             if entry.is_dir():
                 _walk(entry.path, found, listed)
@@ -107,7 +97,7 @@ def _walk(directory: str, found: Found, listed: dict[tuple[int, int], str]) -> N
             found.broken[entry.path] = error.strerror or str(error)
 
 
-def _entries(directory: str, found: Found) -> list["os.DirEntry[str]"]:
+def _entries(directory: str, broken: dict[str, str]) -> list["os.DirEntry[str]"]:
     """Returns the entries of a directory that are not hidden, sorted by name."""
     try:
         with os.scandir(directory) as entries:
@@ -115,13 +105,13 @@ def _entries(directory: str, found: Found) -> list["os.DirEntry[str]"]:
                 (entry for entry in entries if not is_hidden(entry.name)), key=lambda e: e.name
             )
     except OSError as error:
-        found.broken[directory] = error.strerror or str(error)
+        broken[directory] = error.strerror or str(error)
         return []
     # Bytes that are not UTF-8 are surrogates in the name, which cannot be encoded.
     unnamed = [e for e in visible if e.name.encode(errors="ignore").decode() != e.name]
     for entry in unnamed:
         shown = entry.path.encode(errors="backslashreplace").decode()
-        found.broken[shown] = "its name is not UTF-8"
+        broken[shown] = "its name is not UTF-8"
     return [entry for entry in visible if entry not in unnamed]
 
 
@@ -166,149 +156,111 @@ def counted_suffixes(paths: Iterable[str]) -> str:
     return ", ".join(f"{n} .{end}" if end else f"{n} without suffix" for end, n in order)
 
 
-@dataclass
-class ImageFolder:
-    """Images of a folder, and the problems of its directories.
-
-    Attributes:
-        root: The folder, absolute.
-        files: Image files by split; without directories for splits, all are ``"train"``.
-        labels: Their labels.
-        names: Class names, sorted, (C,).
-        problems: Whatever keeps a run from training.
-    """
-
-    root: str
-    files: dict[Split, list[str]]
-    labels: dict[Split, LabelArray]
-    names: list[str]
-    problems: Problems
-
-
 def list_folder(
     root: str | Path, *, min_images: int | None = None, other_files: OtherFiles = "raise"
-) -> ImageFolder:
-    """Lists a folder of images, and collects whatever keeps a run from training on it.
+) -> ImageFiles:
+    """Lists a folder of images, and collects all problems that keep a run from training on it.
 
-    Args:
-        root: The folder.
-        min_images: See :func:`folder`.
-        other_files: See :func:`folder`.
-
-    Raises:
-        UsageError: If it does not exist or is not a folder, or an option is out of range.
+    For the options see :func:`folder`.
     """
     check_choice("other_files", other_files, get_args(OtherFiles))
     root = find_root(root)
     problems = Problems(f"folder {shown_path(root)}")
-    found = Found()
-    splits = _split_directories(problems, root, _directories(root, found))
-    images = ImageFolder(root, *_read_splits(root, splits, found), problems)
-    if not images.files["train"]:
-        if "train" in splits:
+    found = find_images(root)
+    splits = _split_directories(problems, root, found)
+    class_of = {path: _class_of(path, root, splits) for path in [*found.images, *found.others]}
+    images = _labelled(problems, root, found, splits, class_of)
+    # Other files beside the classes, such as a licence, do no harm.
+    others = [path for path in found.others if class_of[path]]
+    shapes = IMAGE_SUFFIXES | HEIC_SUFFIXES
+    loose = [path for path, place in class_of.items() if not place and suffix(path) in shapes]
+    if len(images.labels["train"]) == 0:
+        if "train" in splits.values():
             problems.add(
-                f"no images in directories of classes, {len(found.loose)} directly in it: make a "
+                f"no images in directories of classes, {len(loose)} directly in it: make a "
                 "directory for each class"
             )
         return images
-    rows, images.labels, left = leave_out_small(images.labels, images.names, min_images)
-    images.files = {s: [images.files[s][row] for row in rows[s].tolist()] for s in rows}
-    images.names = left or []
-    held_out = [split for split in get_args(Split) if split not in splits]
-    note_alike_names(problems, images.names)
-    note_classes(problems, images.labels, len(images.names), images.names, held_out)
-    depth = splits["train"].count("/") + 2
-    if len(images.names) == 1 and min(path.count("/") for path in images.files["train"]) > depth:
-        problems.add(
-            f"the only class, {shown_path(images.names[0])}, has directories and no images of its "
-            "own: is it the root?"
-        )
-    _note_other_files(problems, root, found, other_files)
+    held_out = [split for split in get_args(Split) if split not in splits.values()]
+    images.note_classes(held_out, min_images)
+    for noun, paths, fix in (
+        ("images in no class", loose, "move them into one"),
+        (
+            f"files that are not images by their suffix ({counted_suffixes(others)})",
+            others,
+            "move them elsewhere (HEIC, which Pillow does not decode: convert to JPEG)",
+        ),
+        (
+            "files and directories that cannot be used",
+            [f"{path} ({reason})" for path, reason in found.broken.items()],
+            "repair or remove them",
+        ),
+    ):
+        shown = shown_names([shown_path(path.removeprefix(f"{root}/")) for path in paths[:6]])
+        if paths and other_files == "skip":
+            log.info("%s, left out: %d (%s)", noun, len(paths), shown)
+        elif paths:
+            problems.add(
+                f"{noun}: {len(paths)} ({shown}); {fix}, or leave them out with the data option "
+                "other_files=skip"
+            )
     return images
 
 
-def _directories(directory: str, found: Found) -> list[str]:
-    """Returns the names of the directories in one, and notes the images directly in it."""
-    names = []
-    for entry in _entries(directory, found):
-        if entry.is_dir():
-            names.append(entry.name)
-        elif suffix(entry.name) in IMAGE_SUFFIXES | HEIC_SUFFIXES:
-            # Other files beside the classes, such as a licence, do no harm.
-            found.loose.append(entry.path)
-    return names
-
-
-def _split_directories(problems: Problems, root: str, names: Sequence[str]) -> dict[Split, str]:
-    """Returns the directories of the splits; the root is that of train if it has classes."""
-    words = {name: SPLIT_WORDS[name.lower()] for name in names if name.lower() in SPLIT_WORDS}
-    others = [name for name in names if name not in words]
-    if others or not words:
-        for name in (name for name, split in words.items() if split == "train"):
-            # A class may be called train, too: then images lie in it.
-            found = Found()
-            if _directories(f"{root}/{name}", found) and not found.loose:
-                problems.add(
-                    f"directories of classes lie beside {name}, which has classes of its own: "
-                    f"{shown_names(others)}; move them into it, or elsewhere"
-                )
-                return {"train": f"{root}/{name}"}
-        return {"train": root}
-    splits: dict[Split, str] = {}
-    for name, split in words.items():
-        if split in splits:
-            both = f"{splits[split].removeprefix(f'{root}/')} and {name}"
-            problems.add(f"two directories are for {split}: {both}")
-        splits.setdefault(split, f"{root}/{name}")
-    if "train" not in splits:
-        problems.add(f"there is no directory train beside {', '.join(words)}")
+def _split_directories(problems: Problems, root: str, found: Found) -> dict[str, Split]:
+    """Returns the directories of the splits in the root; none if the root has the classes."""
+    below = [directory.removeprefix(f"{root}/") for directory in found.directories[1:]]
+    names = [name for name in below if "/" not in name]
+    # A class may be called train, too, if others are not named like splits.
+    if not names or any(name.lower() not in SPLIT_WORDS for name in names):
+        return {"": "train"}
+    splits = {name: SPLIT_WORDS[name.lower()] for name in names}
+    for split, number in Counter(splits.values()).items():
+        if number > 1:
+            several = [name for name in names if splits[name] == split]
+            problems.add(f"{number} directories are for {split}: {' and '.join(several)}")
+    if "train" not in splits.values():
+        problems.add(f"there is no directory train beside {', '.join(names)}")
     return splits
 
 
-def _read_splits(
-    root: str, splits: Mapping[Split, str], found: Found
-) -> tuple[dict[Split, list[str]], dict[Split, LabelArray], list[str]]:
-    """Returns the files and labels of each split, and the class names."""
-    listed: dict[tuple[int, int], str] = {}
-    classes: dict[Split, dict[str, list[str]]] = {}
-    for split, directory in splits.items():
-        # The root was listed already.
-        names = _directories(directory, Found() if directory == root else found)
-        below = {name: find_images(f"{directory}/{name}", listed) for name in names}
-        classes[split] = {name: images.images for name, images in below.items()}
-        for images in below.values():
-            found.others += images.others
-            found.broken |= images.broken
-    names = sorted({name for of_split in classes.values() for name in of_split})
-    files: dict[Split, list[str]] = {"train": []}
-    labels: dict[Split, LabelArray] = {"train": np.empty(0, np.int64)}
-    for split, of_split in classes.items():
-        parts = [of_split.get(name, []) for name in names]
-        files[split] = [path for paths in parts for path in paths]
-        labels[split] = np.repeat(np.arange(len(names)), [len(paths) for paths in parts])
-    return files, labels, names
+def _class_of(path: str, root: str, splits: Mapping[str, Split]) -> tuple[Split, str] | None:
+    """Returns the split and the class of a file; None if it lies beside the classes."""
+    below = path.removeprefix(f"{root}/")
+    first, _, rest = ("", "", below) if "" in splits else below.partition("/")
+    name, _, file = rest.partition("/")
+    return (splits[first], name) if file else None
 
 
-def _note_other_files(problems: Problems, root: str, found: Found, other_files: OtherFiles) -> None:
-    """Notes or logs what is not an image in a class."""
-    unusable = [f"{path} ({reason})" for path, reason in found.broken.items()]
-    for what, paths, fix in (
-        ("images in no class", found.loose, "move them into one"),
-        (
-            f"files that are not images by their suffix ({counted_suffixes(found.others)})",
-            found.others,
-            "move them elsewhere (HEIC, which Pillow does not decode: convert to JPEG)",
-        ),
-        ("files and directories that cannot be used", unusable, "repair or remove them"),
-    ):
-        if not paths:
-            continue
-        inside = [path.removeprefix(f"{root}/") for path in paths[:6]]
-        shown = shown_names([shown_path(path) for path in inside])
-        if other_files == "skip":
-            log.info("%s, left out: %d (%s)", what, len(paths), shown)
-        else:
-            problems.add(f"{what}: {len(paths)} ({shown}); {fix}, {SKIP}")
+def _labelled(
+    problems: Problems,
+    root: str,
+    found: Found,
+    splits: Mapping[str, Split],
+    class_of: Mapping[str, tuple[Split, str] | None],
+) -> ImageFiles:
+    """Returns the images of the classes with their labels."""
+    places = [_class_of(f"{directory}/.", root, splits) for directory in found.directories]
+    names = sorted({place[1] for place in places if place})
+    label_of = {name: label for label, name in enumerate(names)}
+    samples: dict[Split, list[tuple[int, str]]] = {s: [] for s in ("train", *splits.values())}
+    own_images = set()
+    for path in found.images:
+        if place := class_of[path]:
+            samples[place[0]].append((label_of[place[1]], path))
+            own_images.add(os.path.basename(os.path.dirname(path)))  # noqa: PTH119, PTH120 - faster
+    for name in names:
+        if name not in own_images and (len(names) == 1 or name.lower() in SPLIT_WORDS):
+            problems.add(
+                f"{shown_path(name)} has directories and no images of its own, so it is not a "
+                "class: make it the root, or move its images up"
+            )
+    files, labels = {}, {}
+    for split, pairs in samples.items():
+        pairs.sort(key=itemgetter(0))
+        files[split] = Paths(path for _, path in pairs)
+        labels[split] = np.array([label for label, _ in pairs], np.int64)
+    return ImageFiles(root, problems, files, labels, names)
 
 
 @register_dataset("folder")
@@ -342,17 +294,9 @@ def folder(
         seed: Seed of the choice of the test images, a non-negative integer.
 
     Raises:
-        UsageError: For everything that is wrong with the folder at once: it has no class, a class
-            has no image or too few to be held out, class names differ only in case, there are
-            other files; then also for images that are damaged.
+        UsageError: With all problems of the folder: it has no class, a class has no image or too
+            few to be held out, class names differ only in case, there are other files; then also
+            images that are damaged.
     """
-    found = list_folder(root, min_images=min_images, other_files=other_files)
-    return splits_from_files(
-        found.problems,
-        found.files,
-        found.labels,
-        found.names,
-        root=found.root,
-        test_fraction=test_fraction,
-        seed=seed,
-    )
+    images = list_folder(root, min_images=min_images, other_files=other_files)
+    return images.splits(test_fraction=test_fraction, seed=seed)

@@ -1,15 +1,21 @@
-"""Data sets passed as objects: a Hugging Face one, torchvision's, timm's, or pairs."""
+"""Data sets passed as objects, of Hugging Face, torchvision, timm or one's own: labels, images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
 
 import datasets
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.readers.reader_hfds import ReaderHfds
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import Subset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
@@ -19,16 +25,155 @@ from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
 from timm_lt.data.items import ACCEPTED, as_image, check_dataset, drawn_item, flattened, is_plain
 from timm_lt.data.list_files import note_unused
-from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files
+from timm_lt.data.sources import SPLIT_WORDS, dataset_from_images
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import Problems, UsageError, unknown_name
-from timm_lt.utils.longtail import check_labels
+from timm_lt.utils.console import log
+from timm_lt.utils.longtail import Labels, check_labels
 
+# Items that are drawn to verify labels that a data set keeps as an attribute.
+VERIFIED = 1000
 # Loaders of torchvision's folders, and modes of timm's, that read a whole file in RGB.
 LOADERS = (default_loader, pil_loader)
 MODES = ("RGB", "", None)
-# Rows of a table that are made together.
-ROWS = 1000
+
+
+def dataset_labels(dataset: Dataset[Any] | datasets.Dataset, column: str | None = None) -> Tensor:
+    """Returns the label of every image of a data set, equal to that of its item.
+
+    >>> dataset_labels([("a.png", 2), ("b.png", 0), ("c.png", 1)])
+    tensor([2, 0, 1])
+
+    No image is decoded for a ``datasets.Dataset`` without a transform, torchvision's
+    ``DatasetFolder`` and the classes derived from it such as ``ImageFolder`` and ``ImageNet``,
+    timm's ``ImageDataset`` and ``AugMixDataset``, torch's ``TensorDataset`` (its second tensor),
+    and a ``Subset`` or ``ConcatDataset`` of these. A ``target_transform`` is applied.
+
+    Any other data set (others of torchvision, and classes with a ``__getitem__`` of their own) has
+    its items drawn: a label is the second part of an item, or has a key such as ``"label"``. Up to
+    1,000 items all of them are drawn. Of more, 1,000 and the first of each class are; if they
+    agree with labels that the data set keeps as an attribute (such as ``targets``, ``_samples``, or
+    a column of a table), these are used. Otherwise every item is drawn, which is logged.
+
+    Args:
+        dataset: The data set, or a list of pairs of an image and its label.
+        column: Column of a ``datasets.Dataset``; None takes ``"label"``, else ``"labels"``.
+
+    Shape:
+        (N,) int64.
+
+    Raises:
+        UsageError: If an item cannot be drawn or has no label, or a label is not a non-negative
+            integer; names its row. Also if the data set is a stream or empty.
+    """
+    check_dataset(dataset)
+    parts, part_of, row_of = flattened(dataset)
+    labels = np.zeros(len(part_of), np.int64)
+    for number, part in enumerate(parts):
+        here = np.flatnonzero(part_of == number)
+        if len(here):
+            stored, rows = _stored_labels(part, column), row_of[here]
+            values = _drawn(part, rows, column) if stored is None else check_labels(stored)[rows]
+            labels[here] = check_labels(values).numpy()
+    return check_labels(labels)
+
+
+def _stored_labels(dataset: Any, column: str | None = None) -> Any:  # noqa: ANN401
+    """Returns the labels of a data set whose class says where they are; None for others."""
+    match dataset:
+        case datasets.Dataset() if is_plain(dataset):
+            return _column(dataset, label_column(dataset, column))
+        case TensorDataset() if reads_as(dataset, TensorDataset) and len(dataset.tensors) > 1:
+            return dataset.tensors[1]
+        case ImageDataset() if reads_as(dataset, ImageDataset):
+            return _transformed(_reader_labels(dataset.reader), dataset.target_transform)
+        case DatasetFolder() if reads_as(dataset, DatasetFolder):
+            return _transformed([label for _, label in dataset.samples], dataset.target_transform)
+    return None
+
+
+def _column(dataset: datasets.Dataset, column: str) -> Labels:
+    values: Labels = dataset.with_format("numpy")[column][:]
+    return values
+
+
+def _reader_labels(reader: Any) -> Labels | None:  # noqa: ANN401 - timm's readers have no types
+    """Returns the labels of a reader of timm, if it keeps them."""
+    if not type(reader).__module__.startswith("timm.data.readers."):
+        return None
+    if isinstance(reader, ReaderHfds):
+        return list(reader.iter_targets())
+    labels: Labels | None = getattr(reader, "targets", None)
+    if labels is None and hasattr(reader, "samples"):
+        return [label for _, label in reader.samples]
+    return labels
+
+
+def _transformed(labels: Any, transform: Any) -> Any:  # noqa: ANN401 - of any class
+    if transform is None or labels is None:
+        return labels
+    return [transform(label) for label in check_labels(labels).tolist()]
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Keeps the random state, and ignores files that data sets leave to the garbage collector."""
+    with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
+        yield
+
+
+def _drawn(dataset: Any, rows: NDArray[np.int64], column: str | None) -> Labels:  # noqa: ANN401
+    """Returns the labels of some items; of many, those of an attribute that agrees with them."""
+    kind = type(dataset).__name__
+
+    @cache
+    def label_of(row: int) -> Any:  # noqa: ANN401 - whatever the data set yields
+        try:
+            by_column = column is not None and isinstance(dataset, datasets.Dataset)
+            return dataset[row][column] if by_column else drawn_item(dataset, row)[1]
+        except UsageError as error:
+            raise UsageError(
+                f"the labels of a {kind} are not known: {error}; or pass one integer per image"
+            ) from error
+
+    with _drawing():
+        if len(rows) > VERIFIED:
+            some = np.random.default_rng(0).permutation(len(rows))[:VERIFIED]
+            for candidate in _kept_labels(dataset):
+                labels = candidate.numpy()[rows]
+                firsts = np.unique(labels, return_index=True)[1]
+                sample = np.concatenate([some, firsts])
+                if all(_is_equal(label_of(int(rows[n])), int(labels[n])) for n in sample):
+                    return labels
+            log.info("drawing all %d items of a %s for their labels", len(rows), kind)
+        return [label_of(row) for row in rows.tolist()]
+
+
+def _is_equal(drawn: object, label: int) -> bool:
+    is_number = isinstance(drawn, int | np.integer | Tensor | np.ndarray) and np.ndim(drawn) == 0
+    return is_number and bool(drawn == label)
+
+
+def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any class
+    """Yields non-negative integers that a data set keeps, one for each item: maybe its labels."""
+    transform = getattr(dataset, "target_transform", None)
+    # Properties, such as the labels of MNIST, are not among the instance's attributes.
+    names = dict.fromkeys(("targets", "labels", *getattr(dataset, "__dict__", ())))
+    kept: list[Any] = [getattr(dataset, name, None) for name in names]
+    if isinstance(dataset, datasets.Dataset):
+        kept = [_column(dataset, label_column(dataset))]
+    for values in kept:
+        columns = [values]
+        if hasattr(values, "iloc"):
+            columns = list(values.to_numpy().T) if values.ndim == 2 else [values.to_numpy()]
+        elif isinstance(values, Sequence) and values and isinstance(values[0], tuple | list):
+            columns = list(zip(*values, strict=False))
+        for column in columns:
+            # Values that are not labels may be anything, and a transform fail on them.
+            with suppress(UsageError, TypeError, ValueError, LookupError):
+                labels = check_labels(_transformed(column, transform))
+                if len(labels) == len(dataset):
+                    yield labels
 
 
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
@@ -54,11 +199,9 @@ def given_splits(data: object) -> dict[str, datasets.Dataset]:
         UsageError: If it is none of these, images are tensors or do not fit in memory, or a label
             is not an integer from 0 to the number of classes.
     """
-    if not isinstance(data, Mapping):
-        data = {"train": data}
     splits: dict[str, datasets.Dataset] = {}
     problems = Problems()
-    for name, part in data.items():
+    for name, part in data.items() if isinstance(data, Mapping) else [("train", data)]:
         split = SPLIT_WORDS.get(str(name).lower())
         if split is None or split in splits:
             raise unknown_name("split (each at most once):", name, ["train", "val", "test"])
@@ -77,20 +220,25 @@ def _as_dataset(data: Any) -> datasets.Dataset:  # noqa: ANN401 - of any class
         plain = data.with_format(None)
         return plain.rename_columns({old: new for old, new in columns.items() if old != new})
     parts, part_of, row_of = flattened(data)
-    files, names = [_files(part) for part in parts], [_class_names(part) for part in parts]
-    shared = names[0] if all(other == names[0] for other in names) else None
-    if None in files:
-        # Some data sets of torchvision open files that they leave to the garbage collector.
-        with kept_random_state(), catch_warnings(action="ignore", category=ResourceWarning):
-            return _with_names(_from_items(data, shared), data)
-    rows = zip(part_of.tolist(), row_of.tolist(), strict=True)
-    samples: list[Any] = [files[part][row] for part, row in rows]
-    labels = [label for _, label in samples]
-    checked = check_labels(labels, None if shared is None else len(shared))
-    return dataset_from_files([path for path, _ in samples], checked.numpy(), shared)
+    files = [known for part in parts if (known := _files(part)) is not None]
+    if len(files) == len(parts):
+        rows = zip(part_of.tolist(), row_of.tolist(), strict=True)
+        samples = [files[part][row] for part, row in rows]
+    else:
+        with _drawing():
+            samples = _drawn_samples(data)
+    labels = check_labels([label for _, label in samples])
+    found = {
+        tuple(_class_names(part, row_of[part_of == number], labels[part_of == number]) or ())
+        for number, part in enumerate(parts)
+    }
+    names = found.pop() if len(found) == 1 else ()
+    check_labels(labels, len(names) or None)
+    images = [image for image, _ in samples]
+    return dataset_from_images(images, labels.numpy(), list(names) or None)
 
 
-def _files(data: object) -> list[tuple[str, Any]] | None:
+def _files(data: object) -> list[tuple[dict[str, Any], Any]] | None:
     """Returns the files of a data set and their labels, if its items are nothing else."""
     if isinstance(data, DatasetFolder) and reads_as(data, DatasetFolder):
         samples = data.samples if data.loader in LOADERS else None
@@ -100,72 +248,56 @@ def _files(data: object) -> list[tuple[str, Any]] | None:
     else:
         return None
     transform = data.target_transform or (lambda label: label)
-    return samples and [(str(path), transform(label)) for path, label in samples]
+    return samples and [
+        ({"bytes": None, "path": str(path)}, transform(label)) for path, label in samples
+    ]
 
 
-def _class_names(data: object) -> list[str] | None:
-    """Returns the names of the classes by label, if a data set has one of each."""
-    folders = DatasetFolder, ImageDataset
-    renumbered = isinstance(data, folders) and not reads_as(data, *folders)
-    if renumbered or getattr(data, "target_transform", None) is not None:
-        return None
-    names = getattr(data, "classes", None)
-    if names is None:
-        numbers = getattr(getattr(data, "reader", None), "class_to_idx", None) or {}
-        if sorted(numbers.values()) != list(range(len(numbers))):
-            return None
-        names = sorted(numbers, key=numbers.__getitem__)
-    known = isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
-    return list(names) if known and 0 < len(names) == len(set(names)) else None
-
-
-def _with_names(found: datasets.Dataset, data: object) -> datasets.Dataset:
-    """Names the labels of items, if they are those that the data set keeps with names."""
-    feature, stored = None, None
+def _class_names(data: Any, rows: NDArray[np.int64], labels: Tensor) -> list[str] | None:  # noqa: ANN401
+    """Returns the class names of a data set, unless it stores other labels of the rows."""
+    stored: Any = None
     if isinstance(data, datasets.Dataset):
         column = label_column(data)
-        feature = data.features[column]
-        if isinstance(feature, datasets.ClassLabel):
-            stored = data.with_format(None)[column][:]
-    elif isinstance(data, DatasetFolder):
-        feature, stored = datasets.ClassLabel(names=data.classes), data.targets
-    return found.cast_column("label", feature) if stored == found["label"][:] else found
+        names = getattr(data.features[column], "names", None)
+        stored = data.with_format(None)[column][:]
+    elif isinstance(data, ImageDataset):
+        numbers = getattr(data.reader, "class_to_idx", None) or {}
+        names, stored = sorted(numbers, key=numbers.__getitem__), _reader_labels(data.reader)
+    else:
+        names = getattr(data, "classes", None)
+        stored = [label for _, label in data.samples] if isinstance(data, DatasetFolder) else None
+    if stored is not None and [stored[row] for row in rows] != labels.tolist():
+        return None
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        return None
+    return list(names) if 0 < len(names) == len(set(names)) else None
 
 
-def _from_items(items: Any, names: list[str] | None) -> datasets.Dataset:  # noqa: ANN401
-    column, size = datasets.Image(mode="RGB"), 0
-    label_type = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
-    features = datasets.Features({"image": column, "label": label_type})
-    images: list[dict[str, Any]] = []
-    labels: list[Any] = []
+def _drawn_samples(items: Any) -> list[tuple[dict[str, Any], Any]]:  # noqa: ANN401 - of any class
+    """Draws all items, whose images are encoded without loss."""
+    samples, size, kind = [], 0, type(items).__name__
     for row in range(len(items)):
         image, label = drawn_item(items, row)
-        images.append(_encoded(image, row, type(items).__name__))
-        labels.append(label)
-        size += len(images[-1]["bytes"] or b"")
+        samples.append((_encoded(image, row, kind), label))
+        size += len(samples[-1][0]["bytes"] or b"")
         if size > MAX_BYTES:
             raise UsageError(
-                f"the images of a {type(items).__name__} need more than {MAX_BYTES / 2**30:.0f} "
-                "GiB of memory; pass the paths of their files instead of images"
+                f"the images of a {kind} need more than {MAX_BYTES / 2**30:.0f} GiB of memory; "
+                "pass the paths of their files instead of images"
             )
-    checked = check_labels(labels, None if names is None else len(names)).tolist()
-    parts = [
-        {"image": images[start : start + ROWS], "label": checked[start : start + ROWS]}
-        for start in range(0, len(images), ROWS)
-    ]
-    return datasets.concatenate_datasets([datasets.Dataset.from_dict(p, features) for p in parts])
+    return samples
 
 
 def _encoded(given: object, row: int, kind: str) -> dict[str, Any]:
     """Returns an image without loss: its file if that is known, else PNG."""
     image = as_image(given)
-    if not isinstance(image, dict | Image.Image):
+    if isinstance(image, dict):
+        return image
+    if not isinstance(image, Image.Image):
         raise UsageError(
             f"image {row} of a {kind} is a {type(image).__name__}; remove a transform that makes "
             f"tensors, because the model's own preprocessing does so. Expected {ACCEPTED}"
         )
-    if isinstance(image, dict):
-        return image
     column = datasets.Image()
     # Of a file that is opened but not read, the path is stored.
     if not (getattr(image, "filename", "") and getattr(image, "tile", None)):
@@ -179,18 +311,10 @@ def _encoded(given: object, row: int, kind: str) -> dict[str, Any]:
 
 
 def folder_of(data: object) -> str | None:
-    """Returns the folder of the training images of data that :func:`given_splits` takes.
-
-    Args:
-        data: The data.
-
-    Returns:
-        The attribute ``root`` of a data set of torchvision, or of the reader of one of timm.
-    """
+    """Returns the folder of the training images, if a data set of torchvision or timm has one."""
     if isinstance(data, Mapping):
-        data = next(
-            (p for n, p in data.items() if SPLIT_WORDS.get(str(n).lower()) == "train"), None
-        )
+        words = {SPLIT_WORDS.get(str(name).lower()): part for name, part in data.items()}
+        data = words.get("train")
     while isinstance(data, Subset):
         data = data.dataset
     root = getattr(getattr(data, "reader", data), "root", None)

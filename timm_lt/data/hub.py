@@ -97,9 +97,9 @@ def hub(
     """
     check_choice("incomplete of data set 'hub':", incomplete, get_args(Incomplete))
     check_number("test_fraction of data set 'hub'", test_fraction, "(0, 1)")
-    if (repo is None) == (root is None) or (root and revision):
+    if (repo is None) == (root is None) or (revision and (root or "@" in str(repo))):
         raise UsageError(
-            "data set 'hub' needs either repo, NAMESPACE/NAME on the Hub with or without a "
+            "data set 'hub' needs either repo, NAMESPACE/NAME on the Hub with at most one "
             "revision, or root, local parquet or arrow files"
         )
     if root is not None:
@@ -107,9 +107,20 @@ def hub(
     else:
         tables = _read_repo(str(repo), revision, config, cache_dir)
     names = choose_splits(list(tables), train=train, val=val, test=test)
-    tables = {name: tables[name] for name in dict.fromkeys(names.values())}
     problems = Problems(str(repo or root))
-    rows, labels = _labelled(tables, image, label, problems)
+    tables = {name: tables[name] for name in dict.fromkeys(names.values())}
+    for name, table in tables.items():
+        with problems.collected(f"split {name!r}: "):
+            image, label = image_column(table, image), label_column(table, label)
+    problems.check()
+    unused = {*tables[names["train"]].column_names} - {image, label}
+    note_unused(problems.owner, sorted(unused))
+    with _readable(f"column {label!r}"):
+        labels, class_names = read_labels(tables, str(label))
+        rows = {
+            name: _labelled(table, str(image), labels[name], class_names)
+            for name, table in tables.items()
+        }
     for name in rows:
         split = next(split for split in names if names[split] == name)
         with problems.collected(f"split {name!r} "):
@@ -141,24 +152,12 @@ def choose_splits(
     >>> choose_splits(["train", "validation", "test"], val="train")
     {'train': 'train', 'test': 'test'}
 
-    Args:
-        available: Names of the splits of the data set.
-        train: Name of the training split; None finds it.
-        val: Name of the validation split; None finds it.
-        test: Name of the test split; None finds it.
-
     Raises:
         UsageError: If a name is unknown, several splits could be meant, there is no training split,
             or one split would be both validation and test.
     """
-    trained, validated, tested = (
-        _find_split(split, name, available)
-        for split, name in (("train", train), ("val", val), ("test", test))
-    )
-    if trained is None:
-        raise UsageError(
-            f"none of the splits {', '.join(available)} is named train; name one with train="
-        )
+    trained = _find_split("train", train, available)
+    validated, tested = _find_split("val", val, available), _find_split("test", test, available)
     if val is None and tested is None:
         validated, tested = None, validated
     if val is None and validated == test:
@@ -170,17 +169,20 @@ def choose_splits(
             f"or test=, or {trained!r} to hold out a part of it"
         )
     if validated in (None, trained):
-        return {"train": trained, "test": tested}
-    return {"train": trained, "val": str(validated), "test": tested}
+        return {"train": str(trained), "test": str(tested)}
+    return {"train": str(trained), "val": str(validated), "test": str(tested)}
 
 
-def _find_split(split: str, name: str | None, available: Sequence[str]) -> str | None:
+def _find_split(split: Split, name: str | None, available: Sequence[str]) -> str | None:
     if name is not None:
         check_choice(f"split for {split}=:", name, tuple(available))
         return name
     found = [known for known in available if SPLIT_WORDS.get(known.lower()) == split]
-    if len(found) > 1:
-        raise UsageError(f"several splits could be {split}: {', '.join(found)}; name one")
+    if len(found) > 1 or (split == "train" and not found):
+        raise UsageError(
+            f"{'several' if found else 'none'} of the splits {', '.join(found or available)} could "
+            f"be the {split} split; name one with {split}="
+        )
     return found[0] if found else None
 
 
@@ -193,8 +195,6 @@ def _read_repo(
     from huggingface_hub import HfFileSystem, try_to_load_from_cache
 
     repo_id, own_revision = split_revision(repo)
-    if own_revision and revision:
-        raise UsageError(f"{repo!r} has a revision already; remove revision={revision!r}")
     revision = own_revision or revision
     with hub_errors(repo), _readable(repo):
         builder = load_dataset_builder(
@@ -308,60 +308,43 @@ def _readable(name: object) -> Iterator[None]:
 
 
 def _labelled(
-    tables: "Mapping[str, Dataset]", image: str | None, label: str | None, problems: Problems
-) -> "tuple[dict[str, Dataset], dict[str, NDArray[np.int64]]]":
-    """Returns the splits with the columns image and label alone, and their labels."""
+    table: "Dataset", image: str, labels: NDArray[np.int64], names: list[str] | None
+) -> "Dataset":
+    """Returns a table with the columns image and label alone."""
     from datasets import ClassLabel, Image, Value
 
-    first = next(iter(tables.values()))
-    for name, table in tables.items():
-        with problems.collected(f"split {name!r}: "):
-            image, label = image_column(table, image), label_column(table, label)
-    problems.check()
-    note_unused(problems.owner, [c for c in first.column_names if c not in (image, label)])
-    rows = {}
-    with _readable(f"column {label!r}"):
-        labels, names = read_labels(tables, str(label))
-        feature = Value("int64") if names is None else ClassLabel(names=names)
-        for name, table in tables.items():
-            images = table.with_format(None).select_columns(str(image))
-            images = images if image == "image" else images.rename_column(str(image), "image")
-            images = images.cast_column("image", Image(mode="RGB"))
-            rows[name] = images.add_column("label", labels[name], feature=feature)
-    return rows, labels
+    rows = table.with_format(None).select_columns(image)
+    rows = rows if image == "image" else rows.rename_column(image, "image")
+    feature = Value("int64") if names is None else ClassLabel(names=names)
+    return rows.cast_column("image", Image(mode="RGB")).add_column("label", labels, feature=feature)
 
 
 def _complete(
-    rows: "Dataset",
-    labels: NDArray[np.int64],
-    split: Split,
-    incomplete: Incomplete,
+    rows: "Dataset", labels: NDArray[np.int64], split: Split, incomplete: Incomplete
 ) -> "Dataset":
     """Returns a split without its incomplete rows, or raises if there are any."""
     unlabelled = np.flatnonzero(labels == UNLABELLED).tolist()
+    without_image = rows_without_image(rows)
+    problems = Problems()
     if unlabelled and len(unlabelled) == len(labels):
-        raise UsageError(
+        problems.add(
             f"has no labels, so it cannot be the {split} split; name another one with {split}=, or "
             "the training split to hold out a part of it"
         )
-    problems = Problems()
-    without_image = rows_without_image(rows)
-    for noun, found in (("a label", unlabelled), ("an image", without_image)):
-        if found and incomplete == "raise":
-            problems.add(
-                f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; add "
-                "what is missing, or leave out these rows with incomplete=drop"
-            )
+    elif incomplete == "raise":
+        for noun, found in (("a label", unlabelled), ("an image", without_image)):
+            if found:
+                problems.add(
+                    f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; "
+                    "add what is missing, or leave out these rows with incomplete=drop"
+                )
     problems.check()
     dropped = unlabelled + without_image
     return rows.select(np.setdiff1d(np.arange(len(rows)), dropped)) if dropped else rows
 
 
 def rows_without_image(rows: "Dataset") -> list[int]:
-    """Finds the rows without an image, with an empty one, or with a file that does not exist.
-
-    No image is decoded; of images in the table only the sizes are read.
-    """
+    """Finds the rows without an image, with an empty one, or with a file that does not exist."""
     images = arrow_column(rows, "image")
     sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
     paths = pc.struct_field(images, "path").to_pylist()

@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import to_pil_image
 
-from timm_lt.data.columns import ImageRows, check_random_access
+from timm_lt.data.columns import ImageRows
 from timm_lt.data.decode import read_image
 from timm_lt.data.fingerprint import dataset_fingerprint, described, digest, reads_as
 from timm_lt.utils.accelerator import kept_random_state
@@ -46,11 +46,12 @@ def check_dataset(data: object, *, streams: bool = False) -> None:
     Raises:
         UsageError: If it has not, or is one although ``streams`` is False.
     """
-    check_random_access(data)
     is_stream = isinstance(data, IterableDataset)
     known = isinstance(data, Dataset | datasets.Dataset | Sequence) and not isinstance(data, str)
     if not known or (is_stream and not streams) or not (is_stream or hasattr(data, "__len__")):
         cure = "pass its attribute dataset" if hasattr(data, "dataset") else f"expected {ACCEPTED}"
+        if isinstance(data, datasets.IterableDataset | datasets.DatasetDict):
+            cure = "load it without streaming=True, and pass one of its splits"
         raise UsageError(
             f"a {_name(data)} is not a data set with a length and random access; {cure}"
         )

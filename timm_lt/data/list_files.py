@@ -6,9 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pyarrow import csv as arrow_csv
 
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
-from timm_lt.data.sources import SPLIT_WORDS, Split
+from timm_lt.data.sources import SPLIT_WORDS, Paths, Split
 from timm_lt.utils.checks import UsageError, shown_names
 from timm_lt.utils.console import log, one_line
 
@@ -40,57 +41,6 @@ SPACE, TAB, RETURN, NEWLINE, ZERO = b" \t\r\n0"
 BLOCK = 2**19
 # Bytes at the beginning of a file that tell its format.
 START = 4096
-# Paths that are converted to Python strings at a time.
-ROWS = 10_000
-
-
-class Paths(Sequence[str]):
-    """Sequence of strings in an Arrow array: the bytes of each string and 4 or 8 more.
-
-    Args:
-        strings: Strings, or an Arrow array of strings, which is not copied.
-        step: Every ``step``-th string of the array is an item of the sequence.
-    """
-
-    def __init__(self, strings: "Sequence[str] | pa.Array", step: int = 1) -> None:
-        self._strings = strings if isinstance(strings, pa.Array) else pa.array(strings, pa.string())
-        self._step = step
-
-    @property
-    def arrow(self) -> "pa.Array":
-        """The strings as an Arrow array without others between them."""
-        return self._strings if self._step == 1 else self.take(np.arange(len(self))).arrow
-
-    def __len__(self) -> int:
-        return len(range(0, len(self._strings), self._step))
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Paths": ...
-    def __getitem__(self, index: int | slice) -> "str | Paths":
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
-        path: str = self._strings[range(len(self))[index] * self._step].as_py()
-        return path
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self._strings), ROWS * self._step):
-            block = self._strings[start : start + ROWS * self._step]
-            yield from block.to_pylist()[:: self._step]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def __repr__(self) -> str:
-        return f"Paths([{shown_names([repr(path) for path in self[:6]])}])"
-
-    def __arrow_array__(self, type: "pa.DataType | None" = None) -> "pa.Array":
-        return self.arrow if type is None else self.arrow.cast(type)
-
-    def take(self, rows: NDArray[Any]) -> "Paths":
-        """Returns the paths at some positions."""
-        return Paths(self._strings.take(pa.array(rows * self._step)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,28 +93,20 @@ def read_image_list(path: str | Path) -> ImageList:
 
     The formats, in UTF-8 with the line ends of any system:
 
-    - Text with a line for each image: a path, which may contain blanks, then blanks or tabs, then
-      an integer label. Empty lines are ignored.
+    - Text: a path, which may contain blanks, then blanks or tabs and an integer label on each line.
     - CSV (``.csv``; ``.tsv`` with tabs), or text whose first line names the columns: ``path``,
       ``image``, ``filename``, ``file_name`` or ``filepath``; ``label``, ``target``, ``class`` or
-      ``category``; optionally ``split``. Other columns are named in the log. The header may be
-      missing if the only columns are a path and a label, and either the first label is an integer
-      or the first path ends as images do. Labels that are words become the sorted class names.
-    - JSON (``.json``, or text that starts like JSON) as BBN's: ``annotations`` with a path
-      (``fpath``, ``im_path``, ...) and a ``category_id``, and optionally ``num_classes``.
+      ``category``; optionally ``split``. The header may be missing if the only columns are a path
+      and a label, and either the first label is an integer or the first path ends as images do.
+      Labels that are words become the sorted class names.
+    - JSON as BBN's: ``annotations`` with a path (``fpath``, ``im_path``, ...) and a
+      ``category_id``, and optionally ``num_classes``.
     - JSON as COCO's, COCO Camera Traps' and iNaturalist's: ``images`` with ``id`` and
       ``file_name``, ``annotations`` with ``image_id`` and ``category_id``, ``categories`` with
-      ``id`` and ``name``. Ids are integers or texts. The categories become labels 0 to C - 1 in the
-      order of their ids. Images without an annotation are left out and counted in the log.
+      ``id`` and ``name``. The categories become labels 0 to C - 1 in the order of their ids. Images
+      without an annotation are left out and counted in the log.
 
-    JSON may have a ``split`` beside each path, too. Its values are ``train``, ``val``, ``valid``,
-    ``validation``, ``dev`` or ``test``, in any case.
-
-    Args:
-        path: The list.
-
-    Returns:
-        Paths as they are in the list, labels, and class names and splits if the list has them.
+    A split, also beside a path in JSON, is a usual name such as ``train``, ``val`` or ``test``.
 
     Raises:
         UsageError: If the file is missing, empty or in none of these formats, or a label is missing
@@ -173,7 +115,9 @@ def read_image_list(path: str | Path) -> ImageList:
     path = Path(path)
     try:
         found = _read(path)
-    except (OSError, OverflowError, UnicodeEncodeError, csv.Error) as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"list {path} cannot be read: {reason}") from error
     if len(found.paths) == 0:
@@ -184,13 +128,14 @@ def read_image_list(path: str | Path) -> ImageList:
 def _read(path: Path) -> ImageList:
     with path.open("rb") as file:
         start = file.read(START).removeprefix(BOM).lstrip()
-    line, *more = re.split(rb"[\r\n]", start, maxsplit=1)
-    # The path in a line with a label may start like JSON.
-    has_label = bool(more or len(start) < START) and re.search(rb"\S[ \t]+[0-9]+\s*$", line)
-    starts_as_json = start[:1] in (b"{", b"[") and not has_label
     kind = path.suffix.lower()
-    if kind == ".json" or (starts_as_json and kind not in (".csv", ".tsv")):
+    if kind == ".json":
         return _read_json(path)
+    if start[:1] in (b"{", b"[") and kind not in (".csv", ".tsv"):
+        # A path may begin like JSON.
+        with suppress(json.JSONDecodeError):
+            return _read_json(path)
+    line = re.split(rb"[\r\n]", start, maxsplit=1)[0]
     delimiter = "\t" if kind == ".tsv" else ","
     fields = next(csv.reader([line.decode(errors="replace").strip()], delimiter=delimiter), [])
     if kind in (".csv", ".tsv") or {"path", "label"} <= _used_columns(fields).keys():
@@ -215,35 +160,30 @@ def _read_text(path: Path) -> ImageList:
     content = np.fromfile(path, np.uint8)
     if content[-1:].tobytes() != b"\n":
         content = np.append(content, np.uint8(NEWLINE))
-    kind, dtype = (pa.string(), np.int32) if len(content) < 2**31 else (pa.large_string(), np.int64)
     start = len(BOM) if content[: len(BOM)].tobytes() == BOM else 0
-    bounds, labels = [np.empty(0, dtype)], [np.empty(0, np.int64)]
+    chunks, labels = [], []
     while start < len(content):
-        lines = _parse_lines(content[start : start + BLOCK])
-        if lines is None:
+        block = content[start : start + BLOCK]
+        parsed = _parse_lines(block)
+        if parsed is None:
             return _read_lines(path)
-        newlines, ends, values = lines
-        block = np.empty(2 * len(ends), dtype)
-        block[0], block[2::2], block[1::2] = start, newlines[:-1] + start + 1, ends + start
-        bounds.append(block)
+        offsets, values = parsed
+        # A path, the rest of its line, the next path, ...
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
+        chunks.append(pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers))
         labels.append(values)
-        start += int(newlines[-1]) + 1
-    offsets = np.concatenate(bounds)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(content)]
-    # A path, the rest of its line, the next path, ...
-    strings = pa.Array.from_buffers(kind, len(offsets) - 1, buffers)
-    if content.max(initial=0) > 127:
+        start += int(offsets[-1])
+    paths = pa.chunked_array(chunks)
+    if content.max() > 127:
         try:
-            strings.validate(full=True)
+            paths.validate(full=True)
         except pa.ArrowInvalid:
             return _read_lines(path)
-    return ImageList(Paths(strings, step=2), np.concatenate(labels))
+    return ImageList(Paths(paths, step=2), np.concatenate(labels))
 
 
-def _parse_lines(
-    block: NDArray[np.uint8],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-    """Returns the newlines, the ends of the paths and the labels in a block of lines.
+def _parse_lines(block: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+    """Returns the beginnings and ends of the paths in a block of lines, and the labels.
 
     None if a line is not a path, one blank and a label: :func:`_read_lines` reads it.
     """
@@ -264,14 +204,17 @@ def _parse_lines(
     blank, before = block[ends], block[ends - 1]
     is_usual = (ends < last) & ((blank == SPACE) | (blank == TAB)) & (before > SPACE)
     is_usual[1:] &= ends[1:] > newlines[:-1] + 1
-    is_usual &= ~is_digit
     # A carriage return inside a line ends one, too.
     inside = np.count_nonzero(block[: newlines[-1]] == RETURN) - np.count_nonzero(returns)
-    return (newlines, ends, labels) if is_usual.all() and ends[0] > 0 and not inside else None
+    if inside or is_digit.any() or not is_usual.all():
+        return None
+    offsets = np.zeros(2 * len(ends) + 1, np.int32)
+    offsets[1::2], offsets[2::2] = ends, newlines + 1
+    return offsets, labels
 
 
 def _read_lines(path: Path) -> ImageList:
-    """Reads a text list of any kind line by line; names the line of the first mistake."""
+    """Reads a text list line by line; names the line of the first mistake."""
     paths, labels = [], []
     for number, line in enumerate(io.StringIO(read_utf8(path), newline=None), 1):
         fields = line.rsplit(None, 1)
@@ -289,7 +232,7 @@ def _read_lines(path: Path) -> ImageList:
 
 
 def _used_columns(fields: Sequence[str]) -> dict[str, int]:
-    """Returns where the header of a table has the path, the label and the split."""
+    """Returns the positions of path, label and split in the header of a table."""
     names = [field.strip().lower() for field in fields]
     return {
         use: next(names.index(word) for word in words if word in names)
@@ -311,12 +254,19 @@ def _read_table(path: Path, fields: list[str], delimiter: str) -> ImageList:
                 f"line is {', '.join(map(repr, fields))}; expected one of "
                 f"{', '.join(TABLE_COLUMNS['path'])} and one of {', '.join(TABLE_COLUMNS['label'])}"
             )
+    names = [str(position) for position in range(len(fields))]
+    types = {names[position]: pa.string() for position in used.values()}
     try:
-        table = _columns(path, delimiter, len(fields), used, has_header)
-    except pa.ArrowInvalid as error:
+        table = arrow_csv.read_csv(
+            path,
+            arrow_csv.ReadOptions(column_names=names, skip_rows_after_names=int(has_header)),
+            arrow_csv.ParseOptions(delimiter=delimiter),
+            arrow_csv.ConvertOptions(include_columns=[*types], column_types=types),
+        )
+    except pa.ArrowInvalid:
         _raise_fault(path, delimiter, used, has_header)
-        raise UsageError(f"{path} is not a valid table: {error}") from error
-    paths, texts, *splits = (column.combine_chunks() for column in table.columns)
+        raise
+    paths, texts, *splits = table.columns
     texts = pc.utf8_trim_whitespace(texts)
     is_integer = pc.all(pc.match_substring_regex(texts, INTEGER)).as_py()
     has_number = pc.any(pc.match_substring_regex(texts, NUMBER)).as_py()
@@ -324,36 +274,20 @@ def _read_table(path: Path, fields: list[str], delimiter: str) -> ImageList:
     if has_gap or (has_number and not is_integer):
         _raise_fault(path, delimiter, used, has_header)
     if has_header:
-        note_unused(path, [name for place, name in enumerate(fields) if place not in used.values()])
-    names: list[str] | None = None
+        note_unused(path, [name for n, name in enumerate(fields) if n not in used.values()])
+    class_names: list[str] | None = None
     if is_integer:
         labels = texts.cast(pa.int64()).to_numpy()
     else:
-        words = texts.dictionary_encode()
+        words = texts.combine_chunks().dictionary_encode()
         classes, ranks = np.unique(words.dictionary.to_numpy(False), return_inverse=True)
-        labels, names = ranks[words.indices.to_numpy()], classes.tolist()
-    found = _as_splits(path, splits[0]) if splits else None
-    return ImageList(Paths(paths), labels, names, splits=found)
-
-
-def _columns(
-    path: Path, delimiter: str, width: int, used: Mapping[str, int], has_header: bool
-) -> "pa.Table":
-    """Returns the used columns of a table as strings."""
-    names = [str(place) for place in range(width)]
-    strings = {names[place]: pa.string() for place in used.values()}
-    return arrow_csv.read_csv(
-        path,
-        arrow_csv.ReadOptions(
-            use_threads=False, column_names=names, skip_rows_after_names=int(has_header)
-        ),
-        arrow_csv.ParseOptions(delimiter=delimiter),
-        arrow_csv.ConvertOptions(include_columns=[*strings], column_types=strings),
-    )
+        labels, class_names = ranks[words.indices.to_numpy()], classes.tolist()
+    found = _as_splits(path, splits[0].to_pylist()) if splits else None
+    return ImageList(Paths(paths), labels, class_names, splits=found)
 
 
 def _raise_fault(path: Path, delimiter: str, used: Mapping[str, int], has_header: bool) -> None:
-    """Reads a table once more, row by row, and names the first line that is wrong."""
+    """Reads a table row by row, and names the first line that is wrong."""
     rows = csv.reader(io.StringIO(read_utf8(path), newline=None), delimiter=delimiter)
     lines = [(rows.line_num, row) for row in rows if row]
     width = len(lines[0][1])
@@ -370,19 +304,16 @@ def _raise_fault(path: Path, delimiter: str, used: Mapping[str, int], has_header
             )
 
 
-def _as_splits(path: Path, values: "Sequence[str] | pa.Array") -> NDArray[np.str_]:
+def _as_splits(path: Path, values: Sequence[str]) -> NDArray[np.str_]:
     """Returns the splits that a column names, as ``"train"``, ``"val"`` or ``"test"``."""
-    coded = pa.array(values, pa.string()).dictionary_encode()
-    words = coded.dictionary.to_pylist()
-    unknown = [repr(word) for word in words if word.strip().lower() not in SPLIT_WORDS]
+    words = [value.strip().lower() for value in values]
+    unknown = [repr(word) for word in dict.fromkeys(words) if word not in SPLIT_WORDS]
     if unknown:
         raise UsageError(
             f"{path}: the column split has values that are not the name of a split: "
             f"{shown_names(unknown)}; expected {', '.join(SPLIT_WORDS)}"
         )
-    splits = np.array([SPLIT_WORDS[word.strip().lower()] for word in words], np.str_)
-    found: NDArray[np.str_] = splits[coded.indices.to_numpy()]
-    return found
+    return np.array([SPLIT_WORDS[word] for word in words])
 
 
 def note_unused(owner: str | Path, names: Sequence[str]) -> None:
@@ -393,11 +324,7 @@ def note_unused(owner: str | Path, names: Sequence[str]) -> None:
 
 
 def _read_json(path: Path) -> ImageList:
-    text = read_utf8(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    content = json.loads(read_utf8(path))
     if isinstance(content, list):
         content = {"annotations": content}
     if not isinstance(content, dict) or "annotations" not in content:
@@ -418,14 +345,11 @@ def _read_json(path: Path) -> ImageList:
 def _of_paths(path: Path, content: Mapping[str, Any]) -> ImageList:
     """Reads annotations that have paths and labels, as BBN's."""
     where, number = "annotations", content.get("num_classes")
-    paths = _column(path, content, where, PATH_KEYS, str)
+    paths = Paths(_column(path, content, where, PATH_KEYS, str))
     labels = np.array(_column(path, content, where, LABEL_KEYS, int), np.int64)
-    note_unused(path, _other_keys(content, where, *PATH_KEYS, *LABEL_KEYS))
+    splits = _other_columns(path, content[where], *PATH_KEYS, *LABEL_KEYS)
     return ImageList(
-        Paths(paths),
-        labels,
-        num_classes=number if isinstance(number, int) else None,
-        splits=_split_column(path, content, where),
+        paths, labels, num_classes=number if isinstance(number, int) else None, splits=splits
     )
 
 
@@ -434,19 +358,16 @@ def _of_images(path: Path, content: Mapping[str, Any]) -> ImageList:
     where = "annotations"
     paths = Paths(_column(path, content, "images", ("file_name",), str))
     image_ids = _column(path, content, "images", ("id",), int, str)
-    rows = _positions(
-        path, "image", _column(path, content, where, ("image_id",), int, str), image_ids
-    )
+    annotated = _column(path, content, where, ("image_id",), int, str)
+    rows = _positions(path, "image", annotated, image_ids)
     names: list[str] | None = None
     if "categories" in content:
-        category_ids = _column(path, content, "categories", ("id",), int, str)
+        ids = _column(path, content, "categories", ("id",), int, str)
         titles = _column(path, content, "categories", ("name",), str)
-        order = sorted(
-            range(len(titles)), key=lambda i: (type(category_ids[i]).__name__, category_ids[i])
-        )
+        order = sorted(range(len(ids)), key=lambda row: (isinstance(ids[row], str), ids[row]))
         wanted = _column(path, content, where, ("category_id",), int, str)
-        found = _positions(path, "category", wanted, [category_ids[i] for i in order])
-        names = [titles[i] for i in order]
+        found = _positions(path, "category", wanted, [ids[row] for row in order])
+        names = [titles[row] for row in order]
     else:
         found = np.array(_column(path, content, where, ("category_id",), int), np.int64)
     labels = np.full(len(paths), -1, np.int64)
@@ -457,15 +378,14 @@ def _of_images(path: Path, content: Mapping[str, Any]) -> ImageList:
             f"{path}: {len(several)} images have annotations of different categories: "
             f"{shown_names(paths.take(several[:6]))}; keep one category for each"
         )
-    note_unused(path, _other_keys(content, "images", "id", "file_name"))
-    splits = _split_column(path, content, "images")
-    listed = ImageList(paths, labels, names, len(names) if names else None, splits)
+    splits = _other_columns(path, content["images"], "id", "file_name")
     bare = np.setdiff1d(np.arange(len(paths)), rows)
     if len(bare):
         log.warning(
             "%s: %d of %d images have no annotation and are left out: %s",
             *(path, len(bare), len(paths), shown_names(paths.take(bare[:6]))),
         )
+    listed = ImageList(paths, labels, names, len(names) if names else None, splits)
     return listed.select(np.unique(rows))
 
 
@@ -489,25 +409,25 @@ def _column(
     return values
 
 
-def _other_keys(content: Mapping[str, Any], where: str, *used: str) -> list[str]:
-    return sorted({key for entry in content[where] for key in entry} - {*used, "split"})
-
-
-def _split_column(path: Path, content: Mapping[str, Any], where: str) -> NDArray[np.str_] | None:
-    if not any("split" in entry for entry in content[where]):
+def _other_columns(
+    path: Path, entries: Sequence[Mapping[str, Any]], *used: str
+) -> NDArray[np.str_] | None:
+    """Returns the splits of entries if any has one, and logs the keys that are not used."""
+    others = {key for entry in entries for key in entry} - {*used}
+    note_unused(path, sorted(others - {"split"}))
+    if "split" not in others:
         return None
-    return _as_splits(path, _column(path, content, where, ("split",), str))
+    return _as_splits(path, [str(entry.get("split", "")) for entry in entries])
 
 
 def _positions(
     path: Path, noun: str, wanted: Sequence[Hashable], ids: Sequence[Hashable]
 ) -> NDArray[np.int64]:
     """Returns the position of each wanted id among unique ids."""
-    places = {number: place for place, number in enumerate(ids)}
-    repeated = [number for number, count in Counter(ids).items() if count > 1]
-    unknown = [number for number in dict.fromkeys(wanted) if number not in places]
+    positions = {one: position for position, one in enumerate(ids)}
+    repeated = [one for one, count in Counter(ids).items() if count > 1]
+    unknown = [one for one in dict.fromkeys(wanted) if one not in positions]
     if repeated or unknown:
         fault = f"several have the {noun} id" if repeated else f"no {noun} has the id"
-        shown = shown_names([repr(number) for number in repeated or unknown])
-        raise UsageError(f"{path}: {fault} {shown}")
-    return np.array([places[number] for number in wanted], np.int64)
+        raise UsageError(f"{path}: {fault} {shown_names([repr(i) for i in repeated or unknown])}")
+    return np.array([positions[one] for one in wanted], np.int64)

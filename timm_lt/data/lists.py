@@ -1,26 +1,24 @@
-"""The data set list: images that are named by a list for each split."""
+"""Data sets made of lists: list, and the published imagenet_lt, places_lt and inat2018."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from timm_lt.data.list_files import ImageList, Paths, read_image_list, read_utf8
-from timm_lt.data.sources import Split, find_root, register_dataset
-from timm_lt.data.splits import (
-    LabelArray,
-    leave_out_small,
-    note_alike_names,
-    note_classes,
-    splits_from_files,
-)
-from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.data.list_files import ImageList, read_image_list, read_utf8
+from timm_lt.data.sources import Paths, Split, find_root, register_dataset
+from timm_lt.data.splits import ImageFiles, LabelArray
+from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names
 from timm_lt.utils.console import log
 
 if TYPE_CHECKING:
@@ -30,32 +28,32 @@ if TYPE_CHECKING:
 ABSOLUTE = r"^(/|[A-Za-z]:[/\\]|\\\\)"
 # Parts of a path that can be spelled in another way.
 UNTIDY = r"(^|/)\.{0,2}/|/\.{1,2}$"
+# The data sets of published lists, each with a file of its name in FACTS.
+PUBLISHED = ("imagenet_lt", "places_lt", "inat2018")
+FACTS = Path(__file__).parent / "facts"
+# Files that are looked for to find the layout of the images.
+SAMPLE = 64
 
 
 def located(path: str | Path, root: str) -> Path:
-    """Returns where a file is that the user names: in the root, or in the working directory.
-
-    Raises:
-        UsageError: If it is in neither.
-    """
+    """Returns the path of a list in the root, else in the working directory."""
     path = Path(path).expanduser()
-    places = list(dict.fromkeys([Path(root) / path, Path.cwd() / path]))
-    found = next((place for place in places if place.is_file()), None)
+    candidates = list(dict.fromkeys([Path(root) / path, Path.cwd() / path]))
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UsageError(f"there is no file {' nor '.join(map(str, places))}")
+        raise UsageError(f"there is no file {' nor '.join(map(str, candidates))}")
     return found
 
 
 def joined(root: str, paths: Paths) -> Paths:
-    """Returns the files that listed paths stand for.
+    """Returns the files of listed paths; relative ones start at the root.
 
-    Relative paths start at the root. Backslashes become slashes unless the first file with a
-    backslash exists.
+    Backslashes become slashes unless the first file with a backslash exists.
     """
     listed = paths.arrow
     absolute = pc.match_substring_regex(listed, ABSOLUTE)
-    start = pa.scalar(root.rstrip("/"), listed.type)
-    files = pc.if_else(absolute, listed, pc.binary_join_element_wise(start, listed, "/"))
+    below = pc.binary_join_element_wise(pa.scalar(root.rstrip("/")), listed, "/")
+    files = pc.if_else(absolute, listed, below)
     first = pc.index(pc.match_substring(files, "\\"), True).as_py()
     if first >= 0 and not Path(files[first].as_py()).is_file():
         files = pc.replace_substring(files, "\\", "/")
@@ -65,11 +63,7 @@ def joined(root: str, paths: Paths) -> Paths:
 def missing_rows(paths: Paths) -> NDArray[np.int64]:
     """Returns the positions of paths where there is no file, ascending.
 
-    Each directory is listed once, which is faster than a look at every file, above all on a
-    network.
-
-    Raises:
-        UsageError: If a directory cannot be listed.
+    Each directory is listed once: faster than a look at every file, above all on a network.
     """
     files_in = cache(_files_in)
     missing: list[int] = []
@@ -92,45 +86,52 @@ def _files_in(folder: str) -> set[str]:
         raise UsageError(f"{folder} cannot be listed: {error.strerror or error}") from error
 
 
-def note_missing(problems: Problems, split: str, files: Paths, root: str) -> None:
-    """Notes files that do not exist."""
-    with problems.collected(f"{split} list: "):
-        rows = missing_rows(files)
-        if len(rows):
-            shown = shown_names(files.take(rows[:6]))
-            hint = f"; relative paths start at the root {root}" if len(rows) == len(files) else ""
-            problems.add(
-                f"{split} list: {len(rows):,} of {len(files):,} files do not exist: {shown}{hint}"
-            )
-
-
 def note_repeats(
     problems: Problems, files: Mapping[Split, Paths], labels: Mapping[Split, LabelArray]
 ) -> None:
     """Notes images that are listed more than once, in one list or in several."""
-    whole = pa.concat_arrays([_tidy(paths).cast(pa.large_string()) for paths in files.values()])
-    coded = whole.dictionary_encode()
-    codes = coded.indices.to_numpy()
-    repeated = np.flatnonzero(np.bincount(codes) > 1)
+    every = pa.chunked_array(
+        [chunk for paths in files.values() for chunk in _tidy(paths).chunks], pa.string()
+    )
+    counts = pc.value_counts(every)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated) == 0:
         return
     lines = [f"{split} {label}" for split in files for label in labels[split].tolist()]
     shown = []
-    for code in repeated[:6].tolist():
-        places = [lines[row] for row in np.flatnonzero(codes == code).tolist()]
-        shown.append(f"{coded.dictionary[code].as_py()} ({shown_names(places)})")
+    for path in repeated[:6]:
+        rows = pc.indices_nonzero(pc.equal(every, path)).to_pylist()
+        shown.append(f"{path} ({shown_names([lines[row] for row in rows])})")
     problems.add(
         f"{len(repeated):,} images are listed more than once, here with their splits and labels: "
         f"{shown_names(shown)}; keep one line for each"
     )
 
 
-def _tidy(files: Paths) -> pa.Array:
+def _tidy(files: Paths) -> pa.ChunkedArray:
     """Returns absolute paths with one spelling each, for comparison."""
     untidy = pc.match_substring_regex(pc.utf8_slice_codeunits(files.arrow, 1), UNTIDY)
     if not pc.any(untidy).as_py():
         return files.arrow
-    return pa.array([os.path.normpath(path) for path in files], files.arrow.type)
+    return Paths([os.path.normpath(path) for path in files]).arrow
+
+
+def _listed_images(
+    problems: Problems, root: str, lists: Mapping[Split, ImageList], files: dict[Split, Paths]
+) -> ImageFiles:
+    """Returns the images of lists, after noting those that are missing or listed twice."""
+    for split, paths in files.items():
+        with problems.collected(f"{split} list: "):
+            rows = missing_rows(paths)
+            if len(rows):
+                hint = f"; relative paths start at the root {root}" * (len(rows) == len(paths))
+                raise UsageError(
+                    f"{len(rows):,} of {len(paths):,} files do not exist: "
+                    f"{shown_names(paths.take(rows[:6]))}{hint}"
+                )
+    labels = {split: found.labels for split, found in lists.items()}
+    note_repeats(problems, files, labels)
+    return ImageFiles(root, problems, files, labels, None)
 
 
 @register_dataset("list")
@@ -149,10 +150,8 @@ def listed(
 
     A test split without a list is held out of each class of training, the same in every run. A
     validation split without a list is held out by the run. Give the validation list as ``test``
-    where results are reported on it.
-
-    A list with a split column is given as ``train`` alone, or for each split, which then takes its
-    own images.
+    where results are reported on it. A list with a split column is given as ``train`` alone, or for
+    each split, which then takes its own images.
 
     Classes are numbered as in the training list, or as in ``label_names``; the class names of the
     other lists are matched by name. Categories of a JSON list that have no image in any split are
@@ -181,58 +180,37 @@ def listed(
     given: dict[Split, str | Path | None] = {"train": train, "val": val, "test": test}
     lists = _read_lists(problems, given, folder)
     files = {split: joined(folder, found.paths) for split, found in lists.items()}
-    for split, paths in files.items():
-        note_missing(problems, split, paths, folder)
-    labels: Mapping[Split, LabelArray] = {split: found.labels for split, found in lists.items()}
-    if files:
-        note_repeats(problems, files, labels)
-    names: list[str] | None = None
+    images = _listed_images(problems, folder, lists, files)
     with problems.collected():
         if "train" in lists:
-            if label_names is not None:
-                names = _read_names(located(label_names, folder))
-            labels, names = _numbered(lists, names)
-            rows, labels, names = leave_out_small(labels, names, min_images)
-            files = {split: files[split].take(rows[split]) for split in rows}
+            names = None if label_names is None else _read_names(located(label_names, folder))
+            images.labels, images.names = _numbered(lists, names)
             stated = [found.num_classes or 0 for found in lists.values() if min_images is None]
-            num_classes = len(names) if names else max([int(labels["train"].max()) + 1, *stated])
             held_out = [split for split in given if split not in lists and given[split] is None]
-            note_alike_names(problems, names or ())
-            note_classes(problems, labels, num_classes, names, held_out)
-    return splits_from_files(
-        problems,
-        files,
-        labels,
-        names,
-        root=folder,
-        test_fraction=test_fraction,
-        seed=seed,
-    )
+            images.note_classes(held_out, min_images, max(stated, default=0))
+    return images.splits(test_fraction=test_fraction, seed=seed)
 
 
 def _read_lists(
     problems: Problems, given: Mapping[Split, str | Path | None], root: str
 ) -> dict[Split, ImageList]:
-    """Reads the list of each split; that of train may bring other splits in a split column."""
+    """Reads the list of each split; one with a split column may bring several."""
+    read = cache(read_image_list)
+    places: dict[Split, Path] = {}
     lists: dict[Split, ImageList] = {}
-    divided: Path | None = None
     for split, path in given.items():
-        if path is None:
-            continue
+        if path is not None:
+            with problems.collected(f"{split} list: "):
+                places[split] = located(path, root)
+    for split, place in places.items():
         with problems.collected(f"{split} list: "):
-            place = located(path, root)
-            if place == divided and split in lists:
-                continue
-            found = read_image_list(place)
-            parts = found.by_split() or {split: found}
-            if split in lists or split not in parts or (len(parts) > 1 and split != "train"):
-                owner, splits = (divided, lists) if split in lists else (place, parts)
+            parts = read(place).by_split() or {split: read(place)}
+            if split not in parts or (len(parts) > 1 and len({*places.values()}) > 1):
                 raise UsageError(
-                    f"the split column of {owner} has images of {', '.join(splits)}: give a list "
-                    "of several splits as the option train alone, or leave one split in it"
+                    f"the split column of {place} has images of {', '.join(parts)}: give a list "
+                    "of several splits as the option train alone, or keep one split in it"
                 )
             lists |= parts
-            divided = place if len(parts) > 1 else divided
     return lists
 
 
@@ -247,27 +225,23 @@ def _read_names(path: Path) -> list[str]:
 def _numbered(
     lists: Mapping[Split, ImageList], given: list[str] | None
 ) -> tuple[dict[Split, LabelArray], list[str] | None]:
-    """Returns the labels of all lists as positions in one list of class names, and the names."""
+    """Returns the labels of all lists by one list of class names, and the names."""
     names = given or lists["train"].names
-    labels: dict[Split, LabelArray] = {}
+    owner = "label_names" if given else "the train list"
+    label_of = {name: label for label, name in enumerate(names or ())}
+    labels = {split: found.labels for split, found in lists.items()}
     for split, found in lists.items():
-        if given is None and (found.names is None) != (names is None):
+        if found.names is None and (given or names is None):
+            continue
+        used, rows = np.unique(found.labels, return_inverse=True)
+        titles = [found.names[label] if found.names else str(label) for label in used.tolist()]
+        if unknown := [title for title in titles if title not in label_of]:
             raise UsageError(
-                f"the labels of the train list and of the {split} list must both be class names or "
-                "both be numbers; otherwise give the order of the names with label_names"
+                f"{split} list: {len(unknown)} classes are not in {owner}: {shown_names(unknown)}; "
+                "the labels of all lists must be class names or all be numbers, unless the option "
+                "label_names gives the order of the names"
             )
-        labels[split] = found.labels
-        if found.names is not None and names is not None:
-            places = {name: label for label, name in enumerate(names)}
-            used = [found.names[label] for label in np.unique(found.labels).tolist()]
-            if unknown := [name for name in used if name not in places]:
-                owner = "label_names" if given else "the train list"
-                raise UsageError(
-                    f"{split} list: {len(unknown)} classes are not in {owner}: "
-                    f"{shown_names(unknown)}"
-                )
-            order = np.array([places.get(name, -1) for name in found.names], np.int64)
-            labels[split] = order[found.labels]
+        labels[split] = np.array([label_of[title] for title in titles])[rows]
     if given is None and names:
         present = np.unique(np.concatenate([*labels.values()]))
         unused = [names[label] for label in np.setdiff1d(np.arange(len(names)), present)]
@@ -279,3 +253,316 @@ def _numbered(
         labels = {split: np.searchsorted(present, values) for split, values in labels.items()}
         names = [names[label] for label in present]
     return labels, names
+
+
+@dataclass(frozen=True)
+class PublishedList:
+    """Known facts about a published list and its data set.
+
+    Attributes:
+        title: Name of the data set in papers.
+        split: Split of the list.
+        num_classes: Number of classes C.
+        class_names: Names of the directories of the classes, (C,); None if those are the labels.
+        class_pattern: Regular expression with the class in a path as group ``name``, and the
+            directory above it as ``group``.
+        depth: Number of components at the end of a path that are the same in every layout.
+        folders: Folders below the root where the list is looked for.
+        where: Where the list is published.
+        files: Names under which it is published.
+        lines: Number of images N.
+        layouts: Paths of an image below the root: ``{name}`` is the directory of its class,
+            ``{nested}`` the same in Places365's second layout, ``{file}`` the end of its path.
+        needs: The download with the images, and how to unpack it.
+        class_counts: Images per class, (C,), or of each class; None if not known.
+        group_totals: Images by the directory above that of the class, if known.
+        probes: Labels of a few images by file name, for lists without directories of classes.
+        sha256: SHA-256 of the sorted lines ``basename label``, joined by newlines, if known.
+    """
+
+    title: str
+    split: Split
+    num_classes: int
+    class_names: list[str] | None
+    class_pattern: str
+    depth: int
+    folders: Sequence[str]
+    where: str
+    files: Sequence[str]
+    lines: int
+    layouts: Sequence[str]
+    needs: str
+    class_counts: Sequence[int] | int | None = None
+    group_totals: Mapping[str, int] = field(default_factory=dict)
+    probes: Mapping[str, int] = field(default_factory=dict)
+    sha256: str | None = None
+
+    @property
+    def directories(self) -> list[str]:
+        """Name of the directory of each class, (C,)."""
+        return self.class_names or [str(label) for label in range(self.num_classes)]
+
+
+def published(name: str) -> dict[Split, PublishedList]:
+    """Returns the known facts about the lists of a data set, by split."""
+    check_choice("data set with published lists", name, PUBLISHED)
+    content: dict[str, Any] = json.loads((FACTS / f"{name}.json").read_text("utf-8"))
+    # Other fields say where the facts come from, for readers of the file.
+    shared = {key: content[key] for key in PublishedList.__annotations__ if key in content}
+    lists = content["lists"].items()
+    return {split: PublishedList(split=split, **shared, **facts) for split, facts in lists}
+
+
+def check_image_list(name: str, split: Split, path: str | Path) -> ImageList:
+    """Checks that a list is the published one, as far as that is known, without any image.
+
+    A hash of all images is known for the training and validation list of Places-LT and for the
+    validation list of ImageNet-LT; for the others the number of images of every class, or for the
+    training list of iNaturalist 2018 the totals of the super categories. The directory of an image
+    must be that of its label; without such directories the labels of a few images are compared. No
+    image may be listed more than once.
+
+    Args:
+        name: ``"imagenet_lt"``, ``"places_lt"`` or ``"inat2018"``.
+        split: ``"train"``, ``"val"`` or ``"test"``; iNaturalist 2018 has no ``"val"``.
+        path: The list, in a format of :func:`~timm_lt.data.read_image_list`.
+
+    Raises:
+        UsageError: If it is another list; names the first known difference.
+    """
+    known = published(name)
+    check_choice(f"split of {name!r}", split, tuple(known))
+    found = _read_published(known[split], Path(path))
+    problems = Problems(str(path))
+    note_repeats(problems, {split: found.paths}, {split: found.labels})
+    problems.check()
+    return found
+
+
+def _read_published(known: PublishedList, path: Path) -> ImageList:
+    found = read_image_list(path)
+    if difference := find_difference(known, found):
+        raise UsageError(
+            f"{path} is not the published {known.split} list of {known.title}: {difference}; for a "
+            "list of your own use the data set 'list'"
+        )
+    return found
+
+
+def find_difference(known: PublishedList, found: ImageList) -> str | None:
+    """Returns the first known difference of a list from the published one, if there is one."""
+    labels = found.labels
+    if len(labels) != known.lines:
+        return f"it has {len(labels):,} images, not {known.lines:,}"
+    if labels.max() >= known.num_classes:
+        return f"label {labels.max()} is not below the number of classes, {known.num_classes:,}"
+    if known.class_counts is not None:
+        expected = np.full(known.num_classes, known.class_counts)
+        counts = np.bincount(labels, minlength=known.num_classes)
+        for label in np.flatnonzero(counts != expected).tolist():
+            name = f"{label} ({known.directories[label]})"
+            return f"class {name} has {counts[label]:,} images, not {expected[label]:,}"
+    difference = _difference_of_directories(known, found)
+    if difference is None and known.sha256 not in (None, pairs_hash(found)):
+        return "the classes have the right numbers of images, but some images are others"
+    return difference
+
+
+def _difference_of_directories(known: PublishedList, found: ImageList) -> str | None:
+    """Returns the first image or group of classes that the directories or probes show to differ."""
+    parts = pc.extract_regex(found.paths.arrow, known.class_pattern)
+    # In Places365's second layout, a class may be a directory within another.
+    names = pc.replace_substring(pc.struct_field(parts, "name"), "/", "-")
+    right = pa.array(known.directories).take(pa.array(found.labels))
+    wrong = pc.indices_nonzero(pc.not_equal(names, right)).to_pylist()
+    if wrong:
+        return (
+            f"{len(wrong):,} images are in the directory of another class than their label's, e.g. "
+            f"{found.paths[wrong[0]]}, whose label {found.labels[wrong[0]]} is {right[wrong[0]]}"
+        )
+    if known.group_totals:
+        groups = pc.value_counts(pc.struct_field(parts, "group")).to_pylist()
+        totals = {group["values"]: group["counts"] for group in groups}
+        for group in [*known.group_totals, *totals]:
+            if totals.get(group, 0) != (wanted := known.group_totals.get(group, 0)):
+                return f"{group} has {totals.get(group, 0):,} images, not {wanted:,}"
+    files = _ends(found.paths, 1)
+    for name, label in known.probes.items():
+        rows = pc.indices_nonzero(pc.equal(files, name)).to_numpy()
+        if found.labels[rows].tolist() != [label]:
+            return f"{name} has label {shown_names(found.labels[rows]) or None}, not {label}"
+    return None
+
+
+def _ends(paths: Paths, depth: int) -> pa.ChunkedArray:
+    """Returns the last components of paths."""
+    pattern = rf"(?P<end>[^/]+(?:/[^/]+){{{depth - 1}}})$"
+    return pc.struct_field(pc.extract_regex(paths.arrow, pattern), "end")
+
+
+def pairs_hash(found: ImageList) -> str:
+    """Returns the SHA-256 of the sorted lines ``basename label``: equal in every layout."""
+    pairs = sorted(zip(_ends(found.paths, 1).to_pylist(), found.labels.tolist(), strict=True))
+    return sha256("\n".join(f"{name} {label}" for name, label in pairs).encode()).hexdigest()
+
+
+def published_splits(
+    known: Mapping[Split, PublishedList], root: str | Path, *given: str | Path | None
+) -> "dict[Split, Dataset]":
+    """Builds the splits of published lists; a list that is None is looked for below the root."""
+    folder = find_root(root)
+    problems = Problems(f"{known['train'].title} in {folder}")
+    lists: dict[Split, ImageList] = {}
+    files: dict[Split, Paths] = {}
+    for split, path in zip(known, given, strict=True):
+        with problems.collected(f"{split} list: "):
+            place = located(path, folder) if path else _find_list(known[split], folder)
+            lists[split] = _read_published(known[split], place)
+    for split, found in lists.items():
+        layout = _layout(known[split], found, folder)
+        if layout is None:
+            entries = sorted(entry.name for entry in Path(folder).iterdir())
+            problems.add(
+                f"the images of the {split} split do not exist, e.g. {found.paths[0]}: "
+                f"{known[split].title} needs {known[split].needs}; {folder} contains "
+                f"{shown_names(entries, 8) or 'nothing'}"
+            )
+            continue
+        files[split] = _laid_out(known[split], layout, found, folder)
+    images = _listed_images(problems, folder, lists, files)
+    named = (found.names for found in lists.values() if found.names)
+    images.names = known["train"].class_names or next(named, None)
+    return images.splits()
+
+
+def _find_list(known: PublishedList, root: str) -> Path:
+    """Returns the path of a list that the user does not name."""
+    for folder, name in product(known.folders, known.files):
+        if (path := Path(root) / folder / name).is_file():
+            return path
+    folders = ", ".join(f"{folder}/" for folder in known.folders if folder)
+    raise UsageError(
+        f"there is no {' nor '.join(known.files)} in the root nor in its folders {folders}: put it "
+        f"there, or name it with the option {known.split!r}; it is published {known.where}"
+    )
+
+
+def _layout(known: PublishedList, found: ImageList, root: str) -> str | None:
+    """Returns the layout in which most images of a sample exist, if any does; "" is as listed."""
+    rows = np.unique(np.linspace(0, len(found.labels) - 1, SAMPLE).astype(np.int64))
+    sample = found.select(rows)
+    hits = {
+        layout: sum(map(os.path.isfile, _laid_out(known, layout, sample, root)))
+        for layout in ("", *known.layouts)
+    }
+    best = max(hits, key=lambda layout: hits[layout])
+    return best if hits[best] else None
+
+
+def _laid_out(known: PublishedList, layout: str, found: ImageList, root: str) -> Paths:
+    """Returns the files of a list in a layout."""
+    if not layout:
+        return joined(root, found.paths)
+    parent = layout.rpartition("/")[0]
+    directories = [
+        f"{root}/" + parent.format(name=name, nested=f"{name[0]}/{name.replace('-', '/')}")
+        for name in known.directories
+    ]
+    starts = pc.utf8_rtrim(pa.array(directories), "/").take(pa.array(found.labels))
+    return Paths(pc.binary_join_element_wise(starts, _ends(found.paths, known.depth), "/"))
+
+
+@register_dataset("imagenet_lt")
+def imagenet_lt(
+    *,
+    root: str | Path,
+    train: str | Path | None = None,
+    val: str | Path | None = None,
+    test: str | Path | None = None,
+) -> "dict[Split, Dataset]":
+    """Builds ImageNet-LT from ImageNet's images (ILSVRC 2012) and the published lists.
+
+    115,846 training images of 1,000 classes, 1,280 to 5 each; 20 a class for validation, out of
+    ImageNet's training images; ImageNet's validation images, 50 a class, for the test. Training
+    images are in ``train/<wnid>/``, test images in ``val/<wnid>/`` or in ``val/``, whatever the
+    lists say. The lists are checked: see :func:`~timm_lt.data.check_image_list`.
+
+    Args:
+        root: The folder with the images.
+        train: The training list; None looks for ``ImageNet_LT_train.txt`` in the root and in its
+            usual folders. A relative path is looked for in the root, then in the working directory.
+        val: The list of validation images, ``ImageNet_LT_val.txt``.
+        test: The list of test images, ``ImageNet_LT_test.txt``.
+
+    Raises:
+        UsageError: With all problems: a list is missing or is not the published one, images do not
+            exist (names the download), are listed twice, or are damaged.
+
+    References:
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160
+    """
+    return published_splits(published("imagenet_lt"), root, train, val, test)
+
+
+# Their code has no validation split here: the best epoch and tau are those of the test split.
+@register_dataset("inat2018", selected_on_test="Kang et al., ICLR 2020")
+def inat2018(
+    *, root: str | Path, train: str | Path | None = None, test: str | Path | None = None
+) -> "dict[Split, Dataset]":
+    """Builds iNaturalist 2018 from the competition's images and lists.
+
+    437,513 training images of 8,142 species, 1,000 to 2 each; the official validation images, 3 a
+    class, are the test split that papers report on. There is no validation split: a run holds out
+    a part of training, or selects on the test split as Kang et al. did (``protocol="paper"``).
+    Images are in ``train_val2018/<super category>/<class>/``, below the root or as the root. The
+    lists are checked: see :func:`~timm_lt.data.check_image_list`. Classes have names if a list is
+    JSON.
+
+    Args:
+        root: The folder with the images.
+        train: The training list, the official JSON file or the text file of Kang et al.; None looks
+            for ``iNaturalist18_train.txt`` and ``train2018.json``. See :func:`imagenet_lt`.
+        test: The list of test images, ``iNaturalist18_val.txt`` or ``val2018.json``.
+
+    Raises:
+        UsageError: As :func:`imagenet_lt`.
+
+    References:
+        Van Horn et al., The iNaturalist Species Classification and Detection Dataset, CVPR 2018,
+        https://arxiv.org/abs/1707.06642
+    """
+    return published_splits(published("inat2018"), root, train, test)
+
+
+@register_dataset("places_lt")
+def places_lt(
+    *,
+    root: str | Path,
+    train: str | Path | None = None,
+    val: str | Path | None = None,
+    test: str | Path | None = None,
+) -> "dict[Split, Dataset]":
+    """Builds Places-LT from the images of Places365-Standard and the published lists.
+
+    62,500 training images of 365 classes, 4,980 to 5 each; 20 a class for validation, out of
+    Places365's training images; Places365's validation images, 100 a class, for the test. Lists and
+    images may each have either layout of Places365: ``train/<class>/`` and ``val/<class>/``, or
+    ``data_256/<letter>/<class>/`` and ``val_256/``. Five classes have other labels than in
+    Places365; a list with those of Places365 is refused.
+
+    Args:
+        root: The folder with the images.
+        train: The training list, ``Places_LT_train.txt``; for this and the others see
+            :func:`imagenet_lt`.
+        val: The list of validation images, ``Places_LT_val.txt``.
+        test: The list of test images, ``Places_LT_test.txt``.
+
+    Raises:
+        UsageError: As :func:`imagenet_lt`.
+
+    References:
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160
+    """
+    return published_splits(published("places_lt"), root, train, val, test)

@@ -16,8 +16,9 @@ from timm_lt.utils.longtail import (
     long_tailed_counts,
 )
 
-from .columns import check_random_access, label_column
-from .labels import dataset_labels
+from .columns import label_column
+from .given import dataset_labels
+from .items import check_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +56,7 @@ def make_long_tailed(
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
         2019, https://arxiv.org/abs/1906.07413
     """
-    check_random_access(dataset)
+    check_dataset(dataset)
     column = label_column(dataset, column)
     indices = long_tailed_indices(
         dataset_labels(dataset, column),

@@ -1,17 +1,19 @@
 """Registry of data sets, and data sets made of files or of arrays."""
 
 import inspect
+import io
 import os
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from PIL import Image
 
-from timm_lt.utils.checks import UsageError, check_choice, check_options
+from timm_lt.utils.checks import UsageError, check_choice, check_options, shown_names
 from timm_lt.utils.longtail import SelectionProtocol
 from timm_lt.utils.registry import Registry
 
@@ -25,10 +27,9 @@ SPLIT_WORDS: dict[str, Split] = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# Images in memory per chunk of a column.
+ROWS = 1000
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
-
-# Files per chunk of a column: more of the longest paths would exceed 2 GiB.
-FILES = 500_000
 
 DATASETS: "Registry[Callable[..., Any]]" = Registry("data set")
 # Papers that selected on the test split, by data set.
@@ -76,15 +77,10 @@ def list_datasets() -> list[str]:
 
 
 def check_protocol(name: str, protocol: str) -> None:
-    """Checks that a data set may be used under a protocol.
-
-    Args:
-        name: A name from :func:`list_datasets`.
-        protocol: ``"standard"``, or ``"paper"``, which selects on the test split.
+    """Checks that a data set may be used under a protocol, ``"standard"`` or ``"paper"``.
 
     Raises:
-        UsageError: If the protocol is unknown, or no paper selected on the test split of the data
-            set; the message lists the data sets where one did.
+        UsageError: If either is unknown, or no paper selected on the test split of the data set.
     """
     check_choice("data set", name, tuple(DATASETS))
     check_choice("protocol", protocol, get_args(SelectionProtocol))
@@ -120,48 +116,46 @@ def create_dataset(
         UsageError: If the name, the split or an option is unknown; the message lists the valid
             ones. Also if a root is missing or not needed, or the data set has no such split.
     """
-    from timm_lt.data.columns import as_rgb
-
-    source = checked_source(name, root, options)
     check_choice(f"split of data set {name!r}", split, get_args(Split))
-    dataset = source(split, **options) if _takes_split(source) else source(**options).get(split)
-    if dataset is None:
+    found = _build(name, (split,), root, options)
+    if split not in found:
         raise UsageError(
             f"data set {name!r} has no {split} split: hold out a part of train with "
             "timm_lt.data.hold_out, as a run does"
         )
-    return as_rgb(dataset)
+    return found[split]
 
 
 def find_splits(
     name: str, *, root: str | Path | None = None, **options: Any
 ) -> "dict[str, Dataset]":
     """Builds all splits that a data set has, as :func:`create_dataset` builds one."""
+    return _build(name, get_args(Split), root, options)
+
+
+def _build(
+    name: str, splits: Sequence[str], root: str | Path | None, options: dict[str, Any]
+) -> "dict[str, Dataset]":
+    """Builds those of the splits that a data set has."""
     from timm_lt.data.columns import as_rgb
 
     source = checked_source(name, root, options)
-    if _takes_split(source):
-        found = {split: source(split, **options) for split in get_args(Split)}
+    parameters = inspect.signature(source).parameters.values()
+    if any(p.kind is not p.KEYWORD_ONLY for p in parameters):
+        found = {split: source(split, **options) for split in splits}
     else:
         found = source(**options)
-    return {split: as_rgb(dataset) for split, dataset in found.items() if dataset is not None}
+    return {split: as_rgb(found[split]) for split in splits if found.get(split) is not None}
 
 
 def checked_source(
     name: str, root: str | Path | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Returns the function of a data set after checking its options, which get the root.
-
-    Raises:
-        UsageError: If the data set or an option is unknown, or a root is missing or not needed.
-    """
+    """Returns the function of a data set after checking its options, to which the root is added."""
     source = DATASETS[name]
-    owner = f"data set {name!r}"
     if root is not None:
-        if "root" not in inspect.signature(source).parameters:
-            raise UsageError(f"{owner} reads no files; remove the root {str(root)!r}")
         options["root"] = root
-    check_options(owner, source, options)
+    check_options(f"data set {name!r}", source, options)
     return source
 
 
@@ -178,33 +172,66 @@ def find_root(root: str | Path) -> str:
     return path
 
 
-def _takes_split(source: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(source).parameters.values()
-    return any(p.kind is not p.KEYWORD_ONLY for p in parameters)
+class Paths(Sequence[str]):
+    """Paths of files in an Arrow array, which takes the bytes of each and 4 or 8 more.
+
+    Args:
+        strings: The paths.
+        step: Every ``step``-th string of each chunk of an Arrow array is a path.
+    """
+
+    def __init__(self, strings: "Iterable[str] | pa.ChunkedArray", step: int = 1) -> None:
+        if not isinstance(strings, pa.ChunkedArray):
+            strings = pa.chunked_array([pa.array(strings, pa.string())])
+        self._strings, self._step = strings, step
+
+    @property
+    def arrow(self) -> "pa.ChunkedArray":
+        """The paths as an Arrow array without other strings between them."""
+        return self._strings if self._step == 1 else self.take(np.arange(len(self))).arrow
+
+    def __len__(self) -> int:
+        return len(self._strings) // self._step
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Paths": ...
+    def __getitem__(self, index: int | slice) -> "str | Paths":
+        found = range(len(self))[index]
+        if isinstance(found, range):
+            return self.take(np.array(found, np.int64))
+        return str(self._strings[found * self._step])
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._strings.iterchunks():
+            yield from chunk.to_pylist()[:: self._step]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return f"Paths([{shown_names([repr(path) for path in self[:6]])}])"
+
+    def __arrow_array__(self, type: "pa.DataType | None" = None) -> "pa.ChunkedArray":
+        return self.arrow
+
+    def take(self, rows: NDArray[Any]) -> "Paths":
+        """Returns the paths at some positions."""
+        return Paths(self._strings.take(pa.array(rows * self._step)))
 
 
 def dataset_from_files(
-    paths: "Sequence[str] | pa.Array", labels: NDArray[np.int64], names: list[str] | None
+    paths: Sequence[str], labels: NDArray[np.int64], names: list[str] | None
 ) -> "Dataset":
     """Makes a data set of image files, which are opened when an item is read.
 
-    Args:
-        paths: The files, (N,).
-        labels: Their labels, (N,).
-        names: Class names, (C,), if known.
+    Shape:
+        ``paths (N,)``; ``labels (N,)``; ``names (C,)``, if the classes have names.
     """
-    from datasets import ClassLabel, Dataset, Features, Image, Value
-
-    label = Value("int64") if names is None else ClassLabel(names=names)
-    features = Features({"image": Image(mode="RGB"), "label": label})
-    tables = []
-    for start in range(0, max(len(paths), 1), FILES):
-        files = pa.array(paths[start : start + FILES], pa.string())
-        content = pa.nulls(len(files), pa.binary())
-        column = pa.StructArray.from_arrays([content, files], ["bytes", "path"])
-        part = pa.array(labels[start : start + FILES], pa.int64())
-        tables.append(pa.table({"image": column, "label": part}).cast(features.arrow_schema))
-    return Dataset(pa.concat_tables(tables))
+    content = pa.scalar(None, pa.binary())
+    images = pc.make_struct(content, pa.array(paths, pa.string()), field_names=["bytes", "path"])
+    return dataset_from_images(images, labels, names)
 
 
 def dataset_from_arrays(
@@ -215,29 +242,27 @@ def dataset_from_arrays(
     Shape:
         ``images (N, H, W, 3)``, RGB; ``labels (N,)``, in [0, len(names)).
     """
-    from datasets import ClassLabel, Dataset, Features, Image
-
-    features = Features({"image": Image(mode="RGB"), "label": ClassLabel(names=names)})
-    files = encode_bmp(images)
-    fixed = pa.binary(files.shape[1])
-    encoded = pa.Array.from_buffers(fixed, len(files), [None, pa.py_buffer(files)])
-    encoded = encoded.cast(pa.binary())
-    paths = pa.nulls(len(files), pa.string())
-    column = pa.StructArray.from_arrays([encoded, paths], ["bytes", "path"])
-    table = pa.table({"image": column, "label": pa.array(labels)})
-    return Dataset(table.cast(features.arrow_schema))
+    encoded = []
+    for pixels in images:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "BMP")
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    return dataset_from_images(encoded, labels, names)
 
 
-def encode_bmp(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Encodes images (N, H, W, 3) of one size as BMP files (N, bytes), with one copy."""
-    number, height, width, _ = images.shape
-    row = -(-width * 3 // 4) * 4  # rows are padded to whole words
-    size = 54 + height * row
-    header = struct.pack("<2sIHHI", b"BM", size, 0, 0, 54)
-    header += struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, height * row, 0, 0, 0, 0)
-    files = np.zeros((number, size), np.uint8)
-    files[:, :54] = np.frombuffer(header, np.uint8)
-    pixels = files[:, 54:].reshape(number, height, row)[:, :, : width * 3]
-    # From the bottom row up, blue first. The slice of a padded row stays a view when split.
-    pixels.reshape(number, height, width, 3, copy=False)[:] = images[:, ::-1, :, ::-1]
-    return files
+def dataset_from_images(
+    images: "Sequence[Mapping[str, Any]] | pa.Array | pa.ChunkedArray",
+    labels: NDArray[np.int64],
+    names: list[str] | None,
+) -> "Dataset":
+    """Makes a data set of encoded images: mappings of bytes and path, or a column of them."""
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    label = Value("int64") if names is None else ClassLabel(names=names)
+    schema = Features({"image": Image(mode="RGB"), "label": label}).arrow_schema
+    if not isinstance(images, pa.Array | pa.ChunkedArray):
+        kind = schema.field("image").type
+        # One array holds up to 2 GiB.
+        chunks = [images[row : row + ROWS] for row in range(0, len(images), ROWS)]
+        images = pa.chunked_array([pa.array(chunk, kind) for chunk in chunks], kind)
+    return Dataset(pa.table({"image": images, "label": labels}).cast(schema))

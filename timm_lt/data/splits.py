@@ -1,8 +1,8 @@
-"""Splits of a data set: hold-out, small classes, the identity of images, and what is checked."""
+"""Splits of a data set: hold-out, small classes, identity of images, checks before training."""
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
@@ -18,8 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.data.augment import Augmentation
-from timm_lt.data.columns import as_rgb, check_random_access
+from timm_lt.data.columns import as_rgb
 from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
@@ -29,8 +28,10 @@ from timm_lt.data.images import (
     label_tensor,
     relabelled,
 )
+from timm_lt.data.items import check_dataset
 from timm_lt.data.sources import (
     SPLIT_WORDS,
+    Paths,
     Split,
     check_protocol,
     dataset_from_files,
@@ -97,7 +98,7 @@ def hold_out(
     if len(single):
         raise UsageError(
             f"{len(single)} of {len(counts)} classes have only one image, which cannot be held out "
-            f"for {purpose}: {_shown_classes(single, names)}; give a {purpose} split, add images, "
+            f"for {purpose}: {_class_titles(single, names)}; give a {purpose} split, add images, "
             "or leave these classes out"
         )
     held = (counts * fraction).round().long().clamp_min(1).minimum(counts - 1)
@@ -131,7 +132,7 @@ def hold_out_split(
     root: str | Path | None = None,
     seed: int = 0,
 ) -> dict[Any, Dataset]:
-    """Returns the splits of a data set, with one that is missing held out of train.
+    """Returns the splits of a data set; a missing validation or test split is held out of train.
 
     The same images are held out whatever the order of the files and the folder above ``root``; see
     :func:`hold_out` and :func:`image_keys`.
@@ -152,31 +153,24 @@ def hold_out_split(
 
 
 def leave_out_small(
-    labels: Mapping[Split, LabelArray], names: Sequence[str] | None, min_images: int | None
-) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str] | None]:
-    """Leaves out the classes with few training images, and renumbers the others.
-
-    Args:
-        labels: Labels by split, with ``"train"``.
-        names: Class names, (C,), if known.
-        min_images: Smallest number of training images of a class; None leaves out no class.
+    labels: Mapping[Split, LabelArray], names: Sequence[str] | None, min_images: int
+) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str]]:
+    """Leaves out the classes with fewer than ``min_images`` training images, and logs them.
 
     Returns:
-        The remaining rows by split, their labels, and the remaining class names. Classes without
-        names are named by their labels if those change.
+        The remaining rows by split, their new labels, and the remaining class names; classes
+        without names are named by their labels.
 
     Raises:
         UsageError: If ``min_images`` is not a positive integer, or no class has so many images.
     """
-    rows = {split: np.arange(len(values)) for split, values in labels.items()}
-    if min_images is None:
-        return rows, dict(labels), None if names is None else list(names)
     check_integer("min_images", min_images, minimum=1)
-    present, numbers = np.unique(labels["train"], return_counts=True)
-    counts = dict(zip(present.tolist(), numbers.tolist(), strict=True))
-    classes = np.unique(np.concatenate([*labels.values()])) if names is None else range(len(names))
-    titles = {int(c): str(c) if names is None else names[c] for c in classes}
-    small = {c: counts.get(c, 0) for c in titles if counts.get(c, 0) < min_images}
+    counts = Counter(labels["train"].tolist())
+    if names is None:
+        titles = {c: str(c) for c in np.unique(np.concatenate([*labels.values()])).tolist()}
+    else:
+        titles = dict(enumerate(names))
+    small = {c: counts[c] for c in titles if counts[c] < min_images}
     kept = np.array([c for c in titles if c not in small], np.int64)
     if len(kept) == 0:
         raise UsageError(f"no class has {min_images} images, as min_images requires")
@@ -186,8 +180,6 @@ def leave_out_small(
             *(min_images, len(small), len(titles)),
             ", ".join(f"{shown_path(titles[c])} ({number})" for c, number in small.items()),
         )
-    if len(kept) == kept[-1] + 1 == len(titles):
-        return rows, dict(labels), None if names is None else list(names)
     rows = {split: np.flatnonzero(np.isin(values, kept)) for split, values in labels.items()}
     renumbered = {split: np.searchsorted(kept, labels[split][rows[split]]) for split in labels}
     return rows, renumbered, [titles[c] for c in kept.tolist()]
@@ -200,10 +192,10 @@ def note_classes(
     names: Sequence[str] | None,
     held_out: Sequence[Split] = (),
 ) -> None:
-    """Notes the classes that keep a run from training.
+    """Adds the classes that keep a run from training to the problems.
 
-    A class without a test image does not: its accuracy is NaN. Splits that will be held out of
-    train are in ``held_out``.
+    A class without a test image does not: its accuracy is NaN. ``held_out`` has the splits that
+    will be held out of train.
     """
     for split, values in labels.items():
         if int(values.max(initial=0)) >= num_classes:
@@ -226,60 +218,78 @@ def note_classes(
             hint = f", e.g. with the data option min_images={minimum}" if minimum else ""
             problems.add(
                 f"{split} split: {number:,} of {num_classes:,} classes have {fault}: "
-                f"{_shown_classes(classes, names)}; add images, or leave these classes out{hint}"
+                f"{_class_titles(classes, names)}; add images, or leave these classes out{hint}"
             )
 
 
-def note_alike_names(problems: Problems, names: Sequence[str]) -> None:
-    """Notes class names that are the same but for case, blanks or composed letters.
-
-    For names of directories and words in lists; a ``ClassLabel`` may have both "a" and "A".
-    """
-    groups = defaultdict(list)
-    for name in names:
-        groups[unicodedata.normalize("NFC", " ".join(name.split())).casefold()].append(repr(name))
-    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    if alike:
-        problems.add(
-            f"{len(alike)} class names differ only in case, blanks or composed letters: "
-            f"{shown_names(alike)}; rename these classes or merge them"
-        )
-
-
-def _shown_classes(classes: LabelArray, names: Sequence[str] | None) -> str:
-    """Returns the first classes by name, or by label without names."""
+def _class_titles(classes: LabelArray, names: Sequence[str] | None) -> str:
+    """Returns the first classes by name, or by label if they have no names."""
     first = classes[:6].tolist()
     return shown_names([shown_path(names[c]) if names and c < len(names) else c for c in first])
 
 
-def splits_from_files(
-    problems: Problems,
-    files: Mapping[Split, Sequence[str]],
-    labels: Mapping[Split, LabelArray],
-    names: list[str] | None,
-    *,
-    root: str,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-) -> dict[Any, Dataset]:
-    """Builds the splits of image files (N,) and labels (N,); a missing test split is held out.
+@dataclass
+class ImageFiles:
+    """Image files with labels, and all problems that keep a run from training on them.
 
-    Raises:
-        UsageError: With all problems, to which damaged files are added if there are any; or if
-            ``test_fraction`` or ``seed`` is out of range.
+    Attributes:
+        root: Folder of the files; the hold-out depends on their paths below it.
+        problems: The problems so far.
+        files: The files by split.
+        labels: Their labels by split, (N,).
+        names: Class names, (C,), if known.
     """
-    if problems.found:
-        note_damaged_files(problems, {split: list(paths) for split, paths in files.items()})
-    problems.check()
-    datasets = {
-        split: dataset_from_files(files[split], labels[split], names)
-        for split in get_args(Split)
-        if split in files
-    }
-    return hold_out_split(datasets, "test", test_fraction, root=root, seed=seed)
+
+    root: str
+    problems: Problems
+    files: dict[Split, Paths]
+    labels: dict[Split, LabelArray]
+    names: list[str] | None
+
+    def note_classes(
+        self, held_out: Sequence[Split], min_images: int | None = None, num_classes: int = 0
+    ) -> None:
+        """Leaves out small classes, if ``min_images`` is given, and notes problems of the others.
+
+        Args:
+            held_out: The splits that will be held out of train.
+            min_images: See :func:`leave_out_small`.
+            num_classes: Least number of classes C, for labels without names.
+        """
+        if min_images is not None:
+            rows, self.labels, self.names = leave_out_small(self.labels, self.names, min_images)
+            self.files = {split: paths.take(rows[split]) for split, paths in self.files.items()}
+        # Directories and words of lists; a ClassLabel may have both "a" and "A".
+        alike = defaultdict(list)
+        for name in self.names or ():
+            folded = unicodedata.normalize("NFC", " ".join(name.split())).casefold()
+            alike[folded].append(repr(name))
+        same = [" and ".join(group) for group in alike.values() if len(group) > 1]
+        if same:
+            self.problems.add(
+                f"{len(same)} class names differ only in case, blanks or composed letters: "
+                f"{shown_names(same)}; rename these classes or merge them"
+            )
+        number = len(self.names or ()) or max(num_classes, int(self.labels["train"].max()) + 1)
+        note_classes(self.problems, self.labels, number, self.names, held_out)
+
+    def splits(self, *, test_fraction: float = 0.2, seed: int = 0) -> dict[Any, Dataset]:
+        """Returns the splits, or raises all problems, to which damaged files are then added.
+
+        A missing test split is held out; see :func:`hold_out`.
+        """
+        if self.problems.found:
+            note_damaged_files(self.problems, self.files)
+        self.problems.check()
+        datasets = {
+            split: dataset_from_files(self.files[split], self.labels[split], self.names)
+            for split in get_args(Split)
+            if split in self.files
+        }
+        return hold_out_split(datasets, "test", test_fraction, root=self.root, seed=seed)
 
 
-def image_keys(dataset: "Dataset", root: str | Path | None = None) -> list[str | bytes] | None:
+def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | bytes] | None:
     """Returns a key for each image that depends on no other image, to hold images out by.
 
     The key of a file is its path, see :func:`path_keys`; that of an image stored in the data set
@@ -304,15 +314,13 @@ def image_keys(dataset: "Dataset", root: str | Path | None = None) -> list[str |
 def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> list[str]:
     """Returns the paths of image files below the root, without the directory of their split.
 
-    They stay the same when the data are moved or other images are added.
+    They stay the same when the data are moved or other images are added. Files outside the root
+    keep their absolute paths. Without a root, the key is the file name with its directory.
 
     >>> path_keys(["/photos/cat/1.jpg", "/photos/train/cat/2.jpg"], "/photos")
     ['cat/1.jpg', 'cat/2.jpg']
     >>> path_keys(["/photos/cat/1.jpg"])
     ['cat/1.jpg']
-
-    Files outside the root keep their absolute paths. Without a root, the name of a file and that of
-    its directory are the key.
     """
     # Windows separates by backslashes.
     files = [(path or "").replace(os.sep, "/") for path in paths]
@@ -320,18 +328,16 @@ def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> li
         return ["/".join(path.split("/")[-2:]) for path in files]
     start = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() follows links
     start = f"{start.replace(os.sep, '/').rstrip('/')}/"
-    below = [path.removeprefix(start) for path in files]
-    parts = [path.partition("/") for path in below]
-    return [
-        rest if "/" in rest and first.lower() in SPLIT_WORDS else path
-        for path, (first, _, rest) in zip(below, parts, strict=True)
-    ]
+    keys = []
+    for path in files:
+        below = path.removeprefix(start)
+        first, _, rest = below.partition("/")
+        keys.append(rest if "/" in rest and first.lower() in SPLIT_WORDS else below)
+    return keys
 
 
 def split_digests(
-    datasets: Mapping[str, "Dataset"],
-    labels: Mapping[str, Tensor],
-    root: str | Path | None = None,
+    datasets: Mapping[str, Dataset], labels: Mapping[str, Tensor], root: str | Path | None = None
 ) -> dict[str, dict[str, Any]]:
     """Returns the number of images of each split, and a digest of their labels and keys."""
     digests = {}
@@ -384,12 +390,12 @@ class Splits:
             root: Folder of the image files, if known; the split depends on their paths below it.
 
         Raises:
-            UsageError: For everything that is wrong at once: a split is a stream or has no images,
-                a class has too few images for the splits, a label is negative or not below the
-                number of classes, or the splits name their classes differently.
+            UsageError: With all problems: a split is a stream or has no images, a class has too few
+                images for the splits, a label is negative or not below the number of classes, or
+                the splits name their classes differently.
         """
         for dataset in datasets.values():
-            check_random_access(dataset)
+            check_dataset(dataset)
         found: dict[Any, Dataset] = {split: as_rgb(data) for split, data in datasets.items()}
         held_out: list[Split] = [split for split in ("val", "test") if split not in found]
         val_source: ValSource = "train" if "val" in held_out else "val"
@@ -403,7 +409,14 @@ class Splits:
             with problems.collected(f"{split} split: "):
                 if len(found.get(split, ())):
                     labels[split] = label_tensor(found[split]).numpy()
-                    note_other_names(problems, split, label_names(found[split]), names)
+                    own = label_names(found[split])
+                    if own and names and own != names:
+                        pairs = enumerate(zip_longest(own, names))
+                        label, (name, other) = next(pair for pair in pairs if len({*pair[1]}) > 1)
+                        problems.add(
+                            f"{split} split: label {label} is class {name!r}, not {other!r} as in "
+                            "train"
+                        )
                 elif split not in held_out:
                     problems.add(f"the {split} split has no images")
         if "train" not in labels:
@@ -428,14 +441,14 @@ class Splits:
         if names == self.label_names:
             return self
         assert self.label_names is not None
-        place = {name: label for label, name in enumerate(names)}
-        places = torch.tensor([place[name] for name in self.label_names])
-        labels = {split: places[values] for split, values in self.labels.items()}
+        label_of = {name: label for label, name in enumerate(names)}
+        new_labels = torch.tensor([label_of[name] for name in self.label_names])
+        labels = {split: new_labels[values] for split, values in self.labels.items()}
         datasets = {
             split: relabelled(self.datasets[split], values.numpy(), names)
             for split, values in labels.items()
         }
-        counts = self.class_counts[places.argsort()]
+        counts = self.class_counts[new_labels.argsort()]
         return Splits(datasets, labels, counts, names, self.val_source)
 
     @property
@@ -445,59 +458,33 @@ class Splits:
 
     def on_background(self, background: object) -> "Splits":
         """Returns the splits with transparent pixels composited onto another colour."""
-        datasets = {
-            split: as_rgb(dataset, background=background)
-            for split, dataset in self.datasets.items()
-        }
-        return replace(self, datasets=datasets)
+        rows = {name: as_rgb(part, background=background) for name, part in self.datasets.items()}
+        return replace(self, datasets=rows)
 
     def images(
         self,
         split: Split,
         *,
         size: tuple[int, int] | None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
         unreadable: Unreadable = "raise",
+        **options: Any,
     ) -> ImageTensors:
-        """Decodes a split into memory; see :class:`~timm_lt.data.images.ImageTensors`.
+        """Decodes a split into memory; the options are those of :class:`ImageTensors`.
 
         Raises:
             UsageError: If an image cannot be read, unless such images are to be skipped.
         """
         missing: list[int] | None = None if unreadable == "raise" else []
-        try:
+        problems = Problems()
+        with problems.collected(f"{split} split: "):
             images = decode_images(self.datasets[split], size, missing=missing)
-        except UsageError as error:
-            raise UsageError(f"{split} split: {error}") from error
-        return ImageTensors(
-            images,
-            self.labels[split],
-            mean=mean,
-            std=std,
-            augmentation=augmentation,
-            seed=seed,
-            missing=missing or (),
-        )
+        problems.check()
+        return ImageTensors(images, self.labels[split], missing=missing or (), **options)
 
     def stored_images(self, split: Split, **options: Any) -> StoredImages:
         """Returns a split that is decoded image by image; see :class:`StoredImages`."""
         name = f"{split} split"
         return StoredImages(self.datasets[split], self.labels[split], name=name, **options)
-
-
-def note_other_names(
-    problems: Problems, split: Split, found: list[str] | None, expected: list[str] | None
-) -> None:
-    """Notes the first class that a split names differently than the train split."""
-    for label, (name, other) in enumerate(zip_longest(found or (), expected or ())):
-        if found and expected and name != other:
-            problems.add(
-                f"{split} split: label {label} is class {name!r}, not {other!r} as in train"
-            )
-            return
 
 
 def create_splits(
