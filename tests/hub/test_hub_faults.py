@@ -283,7 +283,7 @@ def test_mistakes_at_the_command_line_are_one_line(loopback_hub, tmp_path, capsy
         ("push", str(PACKAGED), "me/bi--rds"): "is not a valid repo id",
         ("push", str(PACKAGED), "you/birds"): "you/birds: the token has no permission",
         ("list", "me/nothing"): "there is no model repo me/nothing",
-        ("list", "nothing"): "is not a folder, nor a repo",
+        ("list", "nothing"): "nothing is not a folder, nor a repo id",
     }
     for arguments, message in cases.items():
         assert main(list(arguments)) == 2, arguments

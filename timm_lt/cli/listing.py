@@ -1,7 +1,6 @@
 """``timm-lt list``: registered names, or the heads of a checkpoint."""
 
 import argparse
-from pathlib import Path
 
 import timm
 from rich.table import Table
@@ -14,6 +13,7 @@ from timm_lt.models.repo import ModelSource
 from timm_lt.report.tables import head_table
 from timm_lt.run.comparison import shipped_grids
 from timm_lt.run.parse import shipped_recipes
+from timm_lt.utils.checks import UsageError
 
 
 def add_list(commands: Commands) -> None:
@@ -39,7 +39,10 @@ def list_parts(arguments: argparse.Namespace) -> None:
     """
     given = arguments.checkpoint
     if given is not None:
-        info = read_checkpoint(ModelSource.find(given).folder or Path(given))
+        folder = ModelSource.find(given).folder
+        if folder is None:
+            raise UsageError(f"{given} is not a folder, nor a repo id or a packaged checkpoint")
+        info = read_checkpoint(folder)
         show_result(arguments, _describe(info), head_table(info))
         return
     rows: dict[str, list[str]] = {

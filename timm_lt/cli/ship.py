@@ -177,8 +177,10 @@ def _options_by_head(options: dict[str, Any], kinds: dict[str, str]) -> dict[str
     names = {head: head_option_names(kind) for head, kind in kinds.items()}
     known = sorted({name for accepted in names.values() for name in accepted})
     for option in options:
+        if not known:
+            raise UsageError(f"head {', '.join(kinds)} has no option {option!r}; it has none")
         if option not in known:
-            raise unknown_name(f"option of head {', '.join(kinds)}:", option, known or ["none"])
+            raise unknown_name(f"option of head {', '.join(kinds)}:", option, known)
     return {
         head: {key: value for key, value in options.items() if key in accepted}
         for head, accepted in names.items()
