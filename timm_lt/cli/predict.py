@@ -147,7 +147,7 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     others: list[str] = []
     errors: dict[str, str] = {}
     for path in (Path(text).expanduser() for text in given):
-        found = find_images(str(path)) if path.is_dir() else Found([str(path)])
+        found = find_images(str(path)) if path.is_dir() else Found(images=[str(path)])
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
         images = sorted([*found.images, *photos, *found.broken])
         if not images or not (path.is_dir() or path.is_file()):

@@ -464,7 +464,7 @@ def push(name: str, options: RunOptions) -> None:
         pushed = hub.push_to_hub(folder, repo, private=private, license=options.license)
     except UsageError as error:
         raise UsageError(
-            f"{error}; the run itself is complete in {folder}: push it with timm-lt push"
+            f"{error}; the run itself is complete: push it with timm-lt push {folder} {repo}"
         ) from error
     log.info("pushed to %s", pushed.url)
 
