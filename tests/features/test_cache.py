@@ -435,7 +435,7 @@ def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
 
 @pytest.mark.exhaustive
 def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
-    assert "cannot be written ([Errno 27] File too large): make room" in faults["full"]
+    assert "cannot be written: File too large; make room" in faults["full"]
     assert faults["before"] == []
     assert faults["rest"] == list(range(6, N))
     assert faults["after"] == faults["bits"]

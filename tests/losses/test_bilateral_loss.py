@@ -186,7 +186,7 @@ def test_wrapped_losses_get_options_and_epochs():
         ({"loss": "range"}, "mixes logits, but range needs features"),
         ({"loss": "balanced_softmax"}, "BalancedSoftmaxLoss needs class_counts"),
         ({"loss_options": {"normalization": "batch"}}, "normalization is set by BilateralLoss"),
-        ({"loss": "ldam", "class_counts": COUNTS}, "has a linear classifier, but loss ldam"),
+        ({"loss": "ldam", "class_counts": COUNTS}, "has a linear classifier: loss ldam"),
     ],
 )
 def test_bad_options_are_refused(options, message):

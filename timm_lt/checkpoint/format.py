@@ -15,7 +15,7 @@ from typing import Any, get_args
 from torch import nn
 
 from timm_lt.heads import HEADS, check_head_options
-from timm_lt.utils.checks import WHITE, UsageError
+from timm_lt.utils.checks import WHITE, UsageError, user_errors
 from timm_lt.utils.files import read_json
 from timm_lt.utils.longtail import SelectionProtocol, ShotRule
 
@@ -294,10 +294,8 @@ def _read_entry(name: str, entry: _Fields) -> HeadEntry:
     options, metrics = entry.read_object("options", {}), entry.read_object("metrics", {})
     # They are those of the block.
     options.refuse(["class_counts"])
-    try:
+    with user_errors(options.where.removesuffix("."), UsageError):
         check_head_options(kind, options.content)
-    except UsageError as error:
-        raise UsageError(f"{options.where.removesuffix('.')}: {error}") from error
     for key in metrics.content:
         metrics.read(key, (_is_metric, "a number or null, or an object of these"))
     flag: Rule = (lambda v: isinstance(v, bool), "true or false")

@@ -31,7 +31,13 @@ from timm_lt.heads import (
     get_heads,
     head_option_names,
 )
-from timm_lt.utils.checks import UsageError, check_background, check_number, unknown_name
+from timm_lt.utils.checks import (
+    UsageError,
+    check_background,
+    check_number,
+    unknown_name,
+    user_errors,
+)
 from timm_lt.utils.files import sha256, write_atomic
 from timm_lt.utils.longtail import ClassCounts, SelectionProtocol, ShotRule, check_class_counts
 
@@ -166,12 +172,9 @@ def head_entry(
     for key, value in entry["metrics"].items():
         if key in FRACTIONS and value is not None:
             check_number(f"{key} of head {name!r} in metrics", value, "[0, 1]")
-    try:
+    fault = f"metrics or selection of head {name!r} cannot be JSON"
+    with user_errors(fault, TypeError, ValueError):
         json.dumps(entry, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"metrics or selection of head {name!r} cannot be JSON: {error}"
-        ) from error
     return entry, content
 
 

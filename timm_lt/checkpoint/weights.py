@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from timm_lt.checkpoint.format import CONFIG, WEIGHTS, CheckpointInfo
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.files import file_sha256
 
 Shapes = dict[str, tuple[int, ...]]
@@ -33,13 +33,11 @@ FREE_ADAPTED = 10**6
 @contextmanager
 def open_weights(path: Path, digest: str | None) -> Iterator[Any]:
     """Opens a safetensors file of a checkpoint, whose SHA-256 is ``digest`` unless None."""
-    try:
+    with user_errors(f"{path} is not a readable safetensors file", SafetensorError, OSError):
         if digest is not None and file_sha256(path) != digest:
             raise UsageError(f"{path} is not the file that {CONFIG} describes (SHA-256 differs)")
         with safetensors.safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def read_shapes(folder: Path, info: CheckpointInfo | None) -> Shapes:

@@ -43,7 +43,7 @@ from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
 from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import CHECKPOINT_ENTRIES, LOCK
-from timm_lt.utils.checks import WHITE, UsageError, shown_names, unknown_name
+from timm_lt.utils.checks import WHITE, UsageError, shown_names, unknown_name, user_errors
 from timm_lt.utils.files import read_json, write_json
 from timm_lt.utils.longtail import ClassCounts
 
@@ -79,7 +79,7 @@ def new_folder(
     destination: Path = arguments.destination
     # A symbolic link stays: the folder that it points to is replaced.
     target = destination.resolve()
-    try:
+    with user_errors(f"{destination} cannot be written"):
         inside = list(target.iterdir()) if target.exists() else []
         foreign = sorted({path.name for path in inside} - names - {LOCK})
         is_whole = (target / CONFIG).is_file() or all((path / CONFIG).is_file() for path in inside)
@@ -102,8 +102,6 @@ def new_folder(
             if target.exists():
                 target.rename(Path(scratch) / "old")
             new.rename(target)
-    except OSError as error:
-        raise UsageError(f"{destination} cannot be written: {error.strerror or error}") from error
 
 
 def add_fold(commands: Commands) -> None:
@@ -296,14 +294,12 @@ def convert_weights(arguments: argparse.Namespace) -> None:
 
 
 def _class_counts(path: Path) -> ClassCounts:
-    try:
+    with user_errors(f"--class-counts {path} cannot be read", OSError, ValueError, RecursionError):
         counts: ClassCounts = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(counts, dict):
             # Keys are strings in JSON; 007 is a class name, not a label.
             return {int(k) if k == str(int(k)) else k: v for k, v in counts.items()}
-        return counts
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--class-counts {path} cannot be read: {error}") from error
+    return counts
 
 
 def add_push(commands: Commands) -> None:

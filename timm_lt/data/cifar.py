@@ -15,7 +15,7 @@ from timm_lt.data.hub import hub
 from timm_lt.data.images import label_names, label_tensor, relabelled
 from timm_lt.data.long_tailed import long_tailed_indices, manifest_differences, subset_manifest
 from timm_lt.data.sources import Split, dataset_from_arrays, register_dataset
-from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names
+from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names, user_errors
 from timm_lt.utils.files import read_json
 from timm_lt.utils.longtail import Profile
 
@@ -184,15 +184,14 @@ def _read(
 ) -> "dict[Split, Dataset]":
     """Reads the training and test images of a copy, in the order of the copy."""
     name = f"{root or spec.repo} is not {spec.name} as published"
-    try:
+    expected = (
+        f"expected the folder {spec.python} (other files than the official ones can run code and "
+        f"are not read) or {spec.binary} of the unpacked archives, or the parquet files of "
+        f"{spec.repo}"
+    )
+    with user_errors(name, OSError, RuntimeError, ValueError, UsageError, cure=expected):
         folder = None if root is None else Path(root).expanduser()
         copy = _read_any(spec, folder, cache_dir)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"{name}: {error}; expected the folder {spec.python} (other files than the official "
-            f"ones can run code and are not read) or {spec.binary} of the unpacked archives, or "
-            f"the parquet files of {spec.repo}"
-        ) from error
     problems = Problems(name)
     for split, number in spec.per_class.items():
         names = label_names(copy[split])

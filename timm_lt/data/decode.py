@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from timm_lt.data.sources import Split, dataset_from_files
-from timm_lt.utils.checks import WHITE, Problems, UsageError, check_background, shown_names
+from timm_lt.utils.checks import (
+    WHITE,
+    Problems,
+    UsageError,
+    check_background,
+    shown_names,
+    user_errors,
+)
 from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
@@ -194,10 +201,8 @@ def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> 
         UsageError: If the file cannot be decoded, or the colour is not valid.
     """
     color = check_background(background)
-    try:
+    with user_errors(f"{shown_path(str(path))} cannot be decoded", ImageError):
         return decode_image({"path": str(path), "bytes": None}, background=color)
-    except ImageError as error:
-        raise UsageError(f"{shown_path(str(path))} cannot be decoded: {error}") from error
 
 
 def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:

@@ -16,7 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
 from timm_lt.data.decode import encoded_images, is_remote
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 
 # Attributes that do not change the features of a module in evaluation.
 WITHOUT_EFFECT = ("training", "num_classes")
@@ -38,10 +38,8 @@ def described(thing: object) -> str:
     Raises:
         UsageError: If a part of it cannot be pickled.
     """
-    try:
+    with user_errors(f"{repr(thing)[:80]} cannot be hashed", Exception, cure=KEY):
         return str(Hasher.hash(thing))
-    except Exception as error:
-        raise UsageError(f"{repr(thing)[:80]} cannot be hashed ({error}); {KEY}") from error
 
 
 def plain_options(module: nn.Module) -> str:
@@ -143,8 +141,6 @@ def _file(path: str) -> str:
     """Returns the path, the size and the modification time of a file."""
     if is_remote(path):
         return path
-    try:
+    with user_errors(f"{path} cannot be read"):
         status = Path(path).stat()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     return f"{path} {status.st_size} {status.st_mtime_ns}"

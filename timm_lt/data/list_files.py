@@ -19,7 +19,7 @@ from pyarrow import csv as arrow_csv
 
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import SPLIT_WORDS, Paths, Split
-from timm_lt.utils.checks import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names, user_errors
 from timm_lt.utils.console import log, one_line
 
 # Column names, compared without case; the first that a table has is used.
@@ -113,13 +113,9 @@ def read_image_list(path: str | Path) -> ImageList:
             or is not a non-negative integer; the message names the file and the line.
     """
     path = Path(path)
-    try:
+    invalid = (OSError, ValueError, OverflowError, RecursionError, csv.Error)
+    with user_errors(f"list {path} cannot be read", *invalid):
         found = _read(path)
-    except UsageError:
-        raise
-    except (OSError, ValueError, OverflowError, RecursionError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"list {path} cannot be read: {reason}") from error
     if len(found.paths) == 0:
         raise UsageError(f"list {path} is empty: it names no image with a label")
     return found

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from timm_lt.data.list_files import ImageList, read_image_list, read_utf8
 from timm_lt.data.sources import Paths, Split, find_root, register_dataset
 from timm_lt.data.splits import ImageFiles, LabelArray
-from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names
+from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names, user_errors
 from timm_lt.utils.console import log
 
 if TYPE_CHECKING:
@@ -75,15 +76,14 @@ def missing_rows(paths: Paths) -> NDArray[np.int64]:
 
 
 def _files_in(folder: str) -> set[str]:
-    try:
-        # The folder of a file in the root directory is empty.
-        with os.scandir(folder or "/") as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        # A zero byte in a name is a ValueError.
-        return set()
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be listed: {error.strerror or error}") from error
+    # The folder of a file in the root directory is empty; a zero byte in a name is a ValueError.
+    with (
+        user_errors(f"{folder} cannot be listed"),
+        suppress(FileNotFoundError, NotADirectoryError, ValueError),
+        os.scandir(folder or "/") as entries,
+    ):
+        return {entry.name for entry in entries if entry.is_file()}
+    return set()
 
 
 def note_repeats(

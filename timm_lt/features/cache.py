@@ -37,7 +37,7 @@ from timm_lt.data.fingerprint import (
 )
 from timm_lt.data.loader import InOrder, Loader
 from timm_lt.features.values import Features, check_views
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import flush_folder, read_json, write_atomic
 
@@ -230,13 +230,12 @@ class FeatureCache:
 
     @contextmanager
     def _writing(self) -> Iterator[BinaryIO]:
-        try:
+        cure = (
+            "make room and run it again, to continue after the last whole batch, or choose another "
+            "cache_dir"
+        )
+        with user_errors(f"cache_dir {self.folder} cannot be written", cure=cure):
             yield cast(BinaryIO, self._values)
-        except OSError as error:
-            raise UsageError(
-                f"cache_dir {self.folder} cannot be written ({error}): make room and run it again, "
-                "to continue after the last whole batch, or choose another cache_dir"
-            ) from error
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:

@@ -41,7 +41,7 @@ from timm_lt.heads import (
 from timm_lt.heads.linear import CRT_LENGTH, LWS_LENGTH
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler
-from timm_lt.utils.checks import UsageError, check_integer, check_mapping
+from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
 from timm_lt.utils.longtail import ShotRule, class_counts
 
 H = TypeVar("H", bound=Head)
@@ -157,14 +157,12 @@ class CRTFit(TrainedFit):
         if self.smote is not None:
             smote_counts(torch.ones(1, dtype=torch.int64), self.smote)
             _import_smote()
-        try:
+        with user_errors("loss of head 'crt', a linear classifier", UsageError):
             loss = self._create_loss(torch.tensor([2, 1]))
             if (check_classifier := getattr(loss, "check_classifier", None)) is not None:
                 check_classifier(nn.Linear(1, 2, device="meta"))
             if getattr(loss, "takes_pairs", False):
                 raise UsageError(f"{self.loss!r} takes pairs of images; choose another")
-        except UsageError as error:
-            raise UsageError(f"loss of head 'crt', a linear classifier: {error}") from error
         check_sampler("of head 'crt'", self._sampler, self.sampler_options)
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         of_sgd = [key for key in SGD_OPTIONS if key in given]
@@ -198,10 +196,8 @@ class CRTFit(TrainedFit):
             rows = images = int(smote_counts(class_counts * views, self.smote).sum())
         epochs = epochs_of(self.updates(images) * self.batch_size, rows)
         loss = self._create_loss(class_counts)
-        try:
+        with user_errors(f"loss of head 'crt' (an epoch is {rows} rows)", UsageError):
             getattr(loss, "set_epoch", lambda *_: None)(0, epochs)
-        except UsageError as error:
-            raise UsageError(f"loss of head 'crt' (an epoch is {rows} rows): {error}") from error
 
     def _fit(self, data: FitData) -> CRTHead:
         # Without a bias only if the joint classifier has none.

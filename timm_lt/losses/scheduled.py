@@ -14,7 +14,7 @@ from timm_lt.losses.reweighted import (
     effective_number_weights,
     inverse_frequency_weights,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping, user_errors
 from timm_lt.utils.longtail import ClassCounts, check_start, epoch_not_set, first_epoch
 
 Weights = Literal["effective_number", "inverse_frequency"]
@@ -208,10 +208,8 @@ class BilateralLoss(_Wrapper):
         self._wrap(loss, loss_options, class_counts)
         if self.loss.needs_features:
             raise UsageError(f"loss bilateral mixes logits, but {loss} needs features")
-        try:
+        with user_errors("loss bilateral has a linear classifier", UsageError):
             self.check_classifier(nn.Linear(1, 2, device="meta"))
-        except UsageError as error:
-            raise UsageError(f"loss bilateral has a linear classifier, but {error}") from error
         self.adaptor, self.divisor = adaptor, divisor
         self.seed = check_integer("seed", seed, minimum=0)
         self._share: float | None = None

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from timm_lt.utils.checks import UsageError, check_choice, shown_names
+from timm_lt.utils.checks import UsageError, check_choice, shown_names, user_errors
 from timm_lt.utils.files import write_atomic, write_json
 from timm_lt.utils.longtail import (
     ClassCounts,
@@ -278,7 +278,7 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
             valid UTF-8, or JSON cannot represent a value, such as NaN.
     """
     path = Path(path)
-    try:
+    with user_errors(f"{path} cannot be written", TypeError, ValueError):
         if path.suffix not in (".csv", ".json"):
             raise ValueError("the name must end in .csv or .json")
         if not rows or any(list(row) != list(rows[0]) for row in rows):
@@ -291,8 +291,6 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         writer.writerow(map(_cell, rows[0]))
         writer.writerows([_cell(value) for value in row.values()] for row in rows)
         write_atomic(path, text.getvalue().encode())
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def _cell(value: object) -> object:

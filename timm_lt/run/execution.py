@@ -54,7 +54,7 @@ from timm_lt.training import (
     train_head_on_images,
 )
 from timm_lt.utils.accelerator import fresh_accelerate, is_lost_process, process_rank
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import (
     advance,
     error_text,
@@ -326,15 +326,11 @@ def save(run: Run) -> None:
     """
     if not run.accelerator.is_main_process or run.folder is None:
         return
-    try:
+    cure = "the training state is complete: make room and go on with --resume"
+    with user_errors("the results cannot be written", cure=cure):
         _write(run, run.folder)
         # Last: a folder with metrics is a finished run.
         write_json(run.folder / METRICS, _metrics(run))
-    except OSError as error:
-        raise UsageError(
-            f"the results cannot be written ({error}); the training state is complete: make room "
-            "and go on with --resume"
-        ) from error
 
 
 def _write(run: Run, folder: Path) -> None:
@@ -460,12 +456,9 @@ def push(name: str, options: RunOptions) -> None:
     if repo is None or process_rank() > 0:
         return
     private = options.private or None
-    try:
+    cure = f"the run itself is complete: push it with timm-lt push {folder} {repo}"
+    with user_errors("the push failed", UsageError, cure=cure):
         pushed = hub.push_to_hub(folder, repo, private=private, license=options.license)
-    except UsageError as error:
-        raise UsageError(
-            f"{error}; the run itself is complete: push it with timm-lt push {folder} {repo}"
-        ) from error
     log.info("pushed to %s", pushed.url)
 
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from timm_lt.checkpoint import CARD, CONFIG, METRICS, PLOTS, RECIPE, WEIGHTS
 from timm_lt.run.recipe import Recipe
-from timm_lt.utils.checks import Problems, UsageError, shown_names
+from timm_lt.utils.checks import Problems, UsageError, shown_names, user_errors
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
 
 STATE = "state"
@@ -54,12 +54,10 @@ def check_run_folder(
         problems.add(f"features.cache_dir {cache} lies in the folder of the run; choose another")
     problems.check()
     if cache is not None:
-        try:
+        with user_errors(f"features.cache_dir {cache} cannot be written"):
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cache):
                 pass
-        except OSError as error:
-            raise UsageError(f"features.cache_dir {cache} cannot be written: {error}") from error
 
 
 def _refusal(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
@@ -144,7 +142,7 @@ def prepare_run_folder(
     Raises:
         UsageError: If the folder cannot be written, or another process runs in it.
     """
-    try:
+    with user_errors(f"{folder} cannot be written"):
         folder = folder.resolve()
         lock = lock_folder(folder)
         if overwrite and _entries(folder):
@@ -158,8 +156,6 @@ def prepare_run_folder(
         write_atomic(folder / RECIPE, recipe.to_yaml())
         if images is not None:
             write_json(folder / STATE / IMAGES, dict(images))
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error}") from error
     return lock
 
 

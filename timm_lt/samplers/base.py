@@ -26,7 +26,7 @@ from timm_lt.samplers.streams import (
     sort_order,
     torch_generator,
 )
-from timm_lt.utils.checks import UsageError, check_integer, check_mapping
+from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
 from timm_lt.utils.longtail import Labels
 from timm_lt.utils.registry import Registry
 
@@ -398,10 +398,8 @@ def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -
             the training of a head is a single epoch.
     """
     given = check_mapping(f"sampler_options {owner}", options)
-    try:
+    with user_errors(f"sampler {owner}", UsageError):
         made = SAMPLERS.create(sampler, [0, 1], 1, **given)
-    except UsageError as error:
-        raise UsageError(f"sampler {owner}: {error}") from error
     if getattr(made, "epochs", 1) != 1:
         raise UsageError(
             f"sampler {sampler!r} {owner} changes from epoch to epoch, but a head is trained in a "

@@ -31,7 +31,14 @@ from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_
 from timm_lt.training.model import BatchNorm, FrozenParts
 from timm_lt.training.parts import cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number, unknown_name
+from timm_lt.utils.checks import (
+    UsageError,
+    check_choice,
+    check_integer,
+    check_number,
+    unknown_name,
+    user_errors,
+)
 from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import check_no_empty_class, class_counts
 
@@ -112,11 +119,9 @@ def _divide_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions,
         if key not in known:
             raise unknown_name(f"option of head {name!r} on images:", key, known)
     of_head = {key: value for key, value in options.items() if key not in own}
-    try:
+    with user_errors(f"head {name!r} on images", UsageError):
         check_head_options(name, of_head)
         training = HeadOptions(**{key: options[key] for key in own if key in options})
-    except UsageError as error:
-        raise UsageError(f"head {name!r} on images: {error}") from error
     check_sampler(f"of head {name!r}", training.sampler, training.sampler_options)
     return training, of_head
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_lt.training.state import EpochRecord
-from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name, user_errors
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
@@ -54,10 +54,9 @@ def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options
         interval = RANGES.get(f"{owner}.{name}")
         if interval is not None and value is not None:
             check_number(f"{owner}.{name}", value, interval)
-    try:
+    refusals = (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError)
+    with user_errors(owner, UsageError, *refusals):
         return create(*arguments, **options)
-    except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
-        raise UsageError(f"{owner}: {error}") from error
 
 
 class Remix(Mixup):

@@ -24,7 +24,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.utils.data._utils import signal_handling
 
-from timm_lt.utils.checks import UsageError, check_choice, check_integer
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, user_errors
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -62,7 +62,7 @@ def create_accelerator(
     if precision == "fp16" and not torch.accelerator.is_available():
         raise UsageError("mixed_precision fp16 needs a GPU; choose auto, bf16 or no")
     check_integer("accumulation_steps", accumulation_steps, minimum=1)
-    try:
+    with user_errors(f"mixed_precision {precision}", ValueError):
         return Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=accumulation_steps,
@@ -73,8 +73,6 @@ def create_accelerator(
             # The main process fits heads while the others wait for it.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
-    except ValueError as error:
-        raise UsageError(f"mixed_precision {precision}: {error}") from error
 
 
 @contextmanager

@@ -31,6 +31,29 @@ class UsageError(ValueError):
         self.problems = list(problems) or [message]
 
 
+@contextmanager
+def user_errors(fault: str, *kinds: type[Exception], cure: str = "") -> Iterator[None]:
+    """Turns errors of these kinds into a UsageError: ``fault``, their reason, and the cure.
+
+    The default is OSError. A UsageError passes unchanged, unless it is among the kinds.
+
+    >>> with user_errors("the counts are not valid", KeyError, cure="pass them in label order"):
+    ...     {}["crow"]
+    Traceback (most recent call last):
+    timm_lt.utils.checks.UsageError: the counts are not valid: 'crow'; pass them in label order
+    """
+    try:
+        yield
+    except Exception as error:
+        is_theirs = isinstance(error, UsageError) and UsageError not in kinds
+        if is_theirs or not isinstance(error, kinds or OSError):
+            raise
+        reason: object = error
+        if isinstance(error, OSError) and str(error.filename or "") in fault:
+            reason = error.strerror or error
+        raise UsageError(f"{fault}: {reason}" + (f"; {cure}" if cure else "")) from error
+
+
 class Problems:
     """Collects the problems of some input, so that all are reported together.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 
 # Errors of PyYAML for text that is not YAML, and for values that are not of their type.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -103,12 +103,11 @@ def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
         UsageError: If the file is missing, not valid YAML, not a mapping, or has a key twice.
     """
     name = f"{noun} {path}".strip()
-    try:
+    with (
+        user_errors(f"{name} is not valid YAML", *YAML_ERRORS),
+        user_errors(f"{name} cannot be read"),
+    ):
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
-    except YAML_ERRORS as error:
-        raise UsageError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{name} must be a mapping of keys to values")
     return values
