@@ -146,7 +146,7 @@ FULL = (
     ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
 )
 MORE_FULL = (
-    (None, 100, ["recipe.yaml", "cannot be written"]),
+    ("*/run/.recipe.yaml*", 100, ["recipe.yaml", "cannot be written"]),
     ("*/state/.partial_0003", 500_000, ["state after epoch 3", "after epoch 2 is whole"]),
     ("*/state/.partial_0004/.history.json*", 100, ["after epoch 4", "history.json"]),
     ("*/heads/.crt*", 3000, ["results", "crt.safetensors"]),
