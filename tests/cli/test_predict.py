@@ -138,7 +138,9 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
         assert hidden not in out + error
     (mixed / "only").mkdir()
     (mixed / "only" / "notes.txt").touch()
-    assert predict("mixed/only")[2] == "error: there is no image in mixed/only, only 1 .txt\n"
+    assert predict("mixed/only")[2] == "error: no images in mixed/only; found only 1 .txt\n"
+    gone = "error: gone.png does not exist; expected an image or a folder of images\n"
+    assert predict("gone.png")[2] == gone
     # Files that are named themselves: a text is not an image, and a raw file is not read either.
     assert "it is not an image" in predict("mixed/notes.txt", "--format", "csv")[1]
     assert predict("mixed/e.NEF", "--format", "csv")[0] == 2

@@ -92,6 +92,27 @@ def test_the_start_of_the_generator():
     assert generator.gamma.item() == 30
 
 
+def test_a_weight_by_numbers():
+    """With one base class all attention is on it: mean feature plus its direction."""
+    generator = WeightGenerator(3, 1, gamma=30, random=torch.Generator().manual_seed(0))
+    features = torch.eye(3)[None, :2]
+    weight = generator(features, torch.tensor([[0.0, 0.0, 5.0]]), torch.tensor([0]))
+    assert weight.tolist() == [pytest.approx([0.5, 0.5, 1.0])]
+
+
+def test_gradients_of_the_generator():
+    generator, weight = some_generator(), draw(K, D).requires_grad_()
+    features = nn.functional.normalize(draw(2, 3, D, seed=2), dim=-1)
+    names = [name for name, _ in generator.named_parameters()]
+
+    def call(weight, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        base = torch.tensor([4, 1, 2])
+        return torch.func.functional_call(generator, given, (features, weight[base], base))
+
+    assert torch.autograd.gradcheck(call, (weight, *generator.parameters()))
+
+
 def test_a_feature_of_zeros_has_finite_gradients():
     generator = some_generator()
     weight = generator(torch.zeros(1, 2, D).double(), draw(K, D), torch.arange(K))

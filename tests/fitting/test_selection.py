@@ -365,7 +365,7 @@ FEW = torch.tensor([500, 400, 300, 200])
         ("crt", {"val": None}, "selects weight_decay .*pass val=, or weight_decay="),
         ("lws", {"val": None, "keep": "best"}, "pass val=, or keep='last'"),
         ("auto", {"val": None}, "head 'auto' selects a head on validation features: pass val="),
-        ("auto", {"heads": {}}, "there are no heads to choose from"),
+        ("auto", {"heads": {}}, "auto needs at least one head"),
         ("auto", {"heads": {"crtt": {}}}, "did you mean 'crt'"),
         ("auto", {"heads": {"linear": 3}}, "options of head 'linear' must be a mapping"),
         ("auto", {"heads": {"lws": {"tau": 1}}}, "head 'lws' has no option 'tau'"),

@@ -7,6 +7,7 @@ import pytest
 import timm
 import timm.optim
 import torch
+from torch.autograd import gradcheck
 
 import timm_lt
 from timm_lt.models.networks import ModulatedAttention, attach_attention
@@ -93,6 +94,30 @@ def test_it_starts_as_the_identity_and_learns_from_there(form):
         optimizer.step()
     # After the first step all have a gradient: none is there for nothing.
     assert all(p.grad.abs().max() > 1e-9 for p in module.parameters())
+
+
+@pytest.mark.parametrize(("form", "size"), [("convolution", (2, 3)), ("linear", (7, 7))])
+def test_gradients_of_images_and_weights(form, size):
+    module, x = attention(2, spatial=form), maps(1, 2, *size).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert gradcheck(call, (x, *module.parameters()), fast_mode=form == "linear")
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5)])
+@torch.no_grad()
+def test_a_constant_map_by_hand(size):
+    """All positions are equal, with a weight of 1/49 each."""
+    module = ModulatedAttention(2)
+    module.value.weight.copy_(torch.tensor([1.0, 0]).view(1, 2, 1, 1))
+    module.value.bias.zero_()
+    module.output.weight.copy_(torch.tensor([49.0, 98]).view(2, 1, 1, 1))
+    y = module(torch.tensor([3.0, 5]).view(1, 2, 1, 1).expand(1, 2, *size))
+    # 3 + 3 and 5 + 6.
+    torch.testing.assert_close(y, torch.tensor([6.0, 11]).view(1, 2, 1, 1).expand_as(y))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -153,6 +153,12 @@ def test_accumulated_gradients_are_those_of_one_batch(model, data, pixels, accel
     torch.testing.assert_close(head.weight, expected["weight"], rtol=1e-4, atol=1e-5)
 
 
+def test_images_are_augmented(model, data, pixels, accelerator):
+    moved = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
+    heads = [train("crt", model, images, accelerator) for images in (data, moved)]
+    assert not torch.allclose(heads[0].weight, heads[1].weight, atol=1e-3)
+
+
 def test_a_frozen_backbone_has_no_dropout(data, accelerator):
     weights = []
     for drop_rate in (0.0, 0.5):

@@ -151,8 +151,10 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
         images = sorted([*found.images, *photos, *found.broken])
         if not images or not (path.is_dir() or path.is_file()):
-            only = f", only {counted_suffixes(found.others)}" if found.others else ""
-            raise UsageError(f"there is no image {'in ' * path.is_dir()}{path}{only}")
+            if not path.is_dir():
+                raise UsageError(f"{path} does not exist; expected an image or a folder of images")
+            only = f"; found only {counted_suffixes(found.others)}" if found.others else ""
+            raise UsageError(f"no images in {path}{only}")
         errors |= found.broken
         paths += images
         others += [other for other in found.others if other not in photos]

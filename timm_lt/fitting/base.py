@@ -407,7 +407,7 @@ def compare_heads(
         UsageError: If there is no head, or the split has no image of the objective's shot group.
     """
     if not preds:
-        raise UsageError("there are no heads to choose from")
+        raise UsageError("auto needs at least one head to choose from; heads is empty")
     reports = {name: shot_accuracy(given, targets, counts, rule) for name, given in preds.items()}
     values = {name: objective_value(report, objective) for name, report in reports.items()}
     # The class mean breaks ties, e.g. where the worst class is 0 for all.
