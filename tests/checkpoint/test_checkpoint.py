@@ -13,12 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 import timm_lt
-from timm_lt.checkpoint import (
-    load_head,
-    load_heads,
-    read_checkpoint,
-    save_checkpoint,
-)
+from timm_lt.checkpoint import load_head, load_heads, read_checkpoint, save_checkpoint
 from timm_lt.heads import HEADS, create_head, get_head, set_head
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.files import sha256

@@ -10,11 +10,7 @@ from scipy import stats
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 
-from timm_lt.data.augment import (
-    create_augmentation,
-    list_augmentations,
-    random_uniforms,
-)
+from timm_lt.data.augment import create_augmentation, list_augmentations, random_uniforms
 from timm_lt.utils.checks import UsageError
 
 ZERO = {"rotation": 0.0, "scale": 0.0, "aspect": 0.0, "shear": 0.0, "shift": 0.0}

@@ -14,13 +14,7 @@ from timm.data import create_transform
 
 from timm_lt.data import images as images_module
 from timm_lt.data.augment import create_augmentation
-from timm_lt.data.images import (
-    ImageTensors,
-    StoredImages,
-    decode_images,
-    label_names,
-    label_tensor,
-)
+from timm_lt.data.images import ImageTensors, StoredImages, decode_images, label_names, label_tensor
 from timm_lt.data.loader import NumberedSampler
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.samplers import create_sampler

@@ -7,12 +7,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from timm_lt.data import create_dataset, register_dataset
-from timm_lt.data.sources import (
-    DATASETS,
-    dataset_from_arrays,
-    dataset_from_files,
-    find_splits,
-)
+from timm_lt.data.sources import DATASETS, dataset_from_arrays, dataset_from_files, find_splits
 from timm_lt.utils.checks import UsageError
 
 BUILT_IN = ["digits_lt", "glyph_lt"]

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from timm_lt.metrics import (
-    compare_per_class,
-    per_class_table,
-    shot_accuracy,
-    write_per_class,
-)
+from timm_lt.metrics import compare_per_class, per_class_table, shot_accuracy, write_per_class
 from timm_lt.utils.checks import UsageError
 
 COUNTS = [500, 50, 19, 5, 3]

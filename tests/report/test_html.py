@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from report_runs import (
-    LONG,
-    figures,
-    long_tail,
-    report_of,
-    right_in_order,
-    squares,
-    whole_report,
-)
+from report_runs import LONG, figures, long_tail, report_of, right_in_order, squares, whole_report
 
 from timm_lt.fitting import AccuracyCurve
 from timm_lt.metrics import paired_difference

@@ -6,14 +6,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
-from report_runs import (
-    COUNTS,
-    balanced_reports,
-    figures,
-    long_tail,
-    right_in_order,
-    whole_report,
-)
+from report_runs import COUNTS, balanced_reports, figures, long_tail, right_in_order, whole_report
 
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve

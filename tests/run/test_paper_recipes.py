@@ -20,12 +20,7 @@ from PIL import Image
 
 import train_lt
 from timm_lt.data import register_dataset
-from timm_lt.data.sources import (
-    DATASETS,
-    SELECTED_ON_TEST,
-    check_protocol,
-    dataset_from_files,
-)
+from timm_lt.data.sources import DATASETS, SELECTED_ON_TEST, check_protocol, dataset_from_files
 from timm_lt.losses import create_loss
 from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.run.parse import load_recipe, shipped_recipes

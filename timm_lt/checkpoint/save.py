@@ -23,14 +23,7 @@ from timm_lt.checkpoint.format import (
     parse_text,
 )
 from timm_lt.checkpoint.load import from_joint, own_tensors
-from timm_lt.heads import (
-    Head,
-    LinearHead,
-    classifier_name,
-    fold_head,
-    get_heads,
-    head_option_names,
-)
+from timm_lt.heads import Head, LinearHead, classifier_name, fold_head, get_heads, head_option_names
 from timm_lt.utils.checks import (
     UsageError,
     check_background,

@@ -18,13 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.checkpoint import background_of
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
-from timm_lt.data.decode import (
-    ImageError,
-    decode_image,
-    describe_huge,
-    is_huge,
-    shown_path,
-)
+from timm_lt.data.decode import ImageError, decode_image, describe_huge, is_huge, shown_path
 from timm_lt.data.folder import HEIC_SUFFIXES, Found, counted_suffixes, find_images, suffix
 from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource

@@ -28,13 +28,7 @@ from timm_lt.checkpoint import (
     save_checkpoint,
 )
 from timm_lt.cli import inputs
-from timm_lt.cli.common import (
-    Commands,
-    add_command,
-    add_output_options,
-    parse_options,
-    show_result,
-)
+from timm_lt.cli.common import Commands, add_command, add_output_options, parse_options, show_result
 from timm_lt.heads import head_option_names
 from timm_lt.hub import push_to_hub
 from timm_lt.models.convert import convert_checkpoint

@@ -13,26 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from timm_lt.data.columns import (
-    UNLABELLED,
-    arrow_column,
-    image_column,
-    label_column,
-    read_labels,
-)
+from timm_lt.data.columns import UNLABELLED, arrow_column, image_column, label_column, read_labels
 from timm_lt.data.decode import is_remote
 from timm_lt.data.folder import visible_files
 from timm_lt.data.images import label_names, label_tensor, relabelled
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, Split, register_dataset
 from timm_lt.data.splits import hold_out_split, leave_out_small
-from timm_lt.utils.checks import (
-    Problems,
-    UsageError,
-    check_choice,
-    check_number,
-    shown_names,
-)
+from timm_lt.utils.checks import Problems, UsageError, check_choice, check_number, shown_names
 from timm_lt.utils.hub import hub_errors, split_revision
 
 if TYPE_CHECKING:

@@ -29,15 +29,7 @@ from timm_lt.fitting.solvers import (
     take_rows,
     train_head,
 )
-from timm_lt.heads import (
-    CosineHead,
-    CRTHead,
-    Head,
-    LinearHead,
-    LWSHead,
-    limit_norms,
-    seeded_linear,
-)
+from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, limit_norms, seeded_linear
 from timm_lt.heads.linear import CRT_LENGTH, LWS_LENGTH
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler

@@ -14,11 +14,7 @@ from typing import Any
 import timm
 import timm.data
 from httpx2 import HTTPError
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn

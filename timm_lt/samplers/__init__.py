@@ -17,6 +17,4 @@ from timm_lt.samplers.base import list_samplers as list_samplers
 from timm_lt.samplers.base import register_sampler as register_sampler
 from timm_lt.samplers.scheduled import BilateralSampler as BilateralSampler
 from timm_lt.samplers.scheduled import DeferredSampler as DeferredSampler
-from timm_lt.samplers.scheduled import (
-    ProgressivelyBalancedSampler as ProgressivelyBalancedSampler,
-)
+from timm_lt.samplers.scheduled import ProgressivelyBalancedSampler as ProgressivelyBalancedSampler

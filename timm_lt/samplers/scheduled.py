@@ -12,14 +12,7 @@ from torch import Tensor
 
 from timm_lt.samplers.balanced import InstanceBalancedSampler, power_probabilities
 from timm_lt.samplers.base import SAMPLERS, ClassSampler, Plan, register_sampler
-from timm_lt.samplers.streams import (
-    Integers,
-    Purpose,
-    keyed,
-    seed_word,
-    small_integers,
-    sort_order,
-)
+from timm_lt.samplers.streams import Integers, Purpose, keyed, seed_word, small_integers, sort_order
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping
 from timm_lt.utils.longtail import Labels, first_epoch
 

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_lt.utils.checks import (
-    UsageError,
-    check_choice,
-    check_integer,
-    check_number,
-    shown_names,
-)
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number, shown_names
 
 Labels: TypeAlias = Sequence[int] | NDArray[Any] | Tensor
 # Counts in label order, or by label, such as a collections.Counter or pandas' value_counts().
