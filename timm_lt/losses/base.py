@@ -2,23 +2,28 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, get_args
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.checks import UsageError, check_fields
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.utils.registry import Registry
 
 Reduction = Literal["mean", "sum", "none"]
+NonNegative = Annotated[float, "[0, inf)"]
+BelowOne = Annotated[float, "[0, 1)"]
 
 
+@dataclass(eq=False, repr=False)
 class ClassLoss(nn.Module):
     """Base class of losses: one loss per image from its logits, then a reduction.
 
-    A subclass defines :meth:`per_example`. Targets are labels or, if ``takes_soft_targets`` is set,
+    A subclass defines :meth:`per_example`; its options are keyword-only fields of a dataclass, or
+    parameters of a constructor. Targets are labels or, if ``takes_soft_targets`` is set,
     distributions over the classes, as mixup makes them. The loss is computed in float32 or wider,
     also under autocast: in float16 the log-softmax of confident logits loses its tail. Buffers made
     from the class counts are not in the state dict.
@@ -45,12 +50,13 @@ class ClassLoss(nn.Module):
     # The loss is a sum over the classes of binary losses.
     sigmoid = False
 
-    def __init__(
-        self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
-    ) -> None:
+    class_counts: InitVar[ClassCounts | None] = None
+    _: KW_ONLY
+    reduction: Reduction = "mean"
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
         super().__init__()
-        check_choice("reduction", reduction, get_args(Reduction))
-        self.reduction = reduction
+        check_fields(self)
         self.num_classes = None if class_counts is None else len(check_class_counts(class_counts))
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -147,11 +153,11 @@ def create_loss(name: str, class_counts: ClassCounts | None = None, **options: A
 
 
 def required_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
-    """Returns the class counts (C,), each at least 1, of a loss that needs them."""
+    """Returns the class counts (C,), float64, each at least 1, of a loss that needs them."""
     if class_counts is None:
         raise UsageError(f"{type(loss).__name__} needs class_counts, the training images per class")
     check_no_empty_class(class_counts)
-    return check_class_counts(class_counts)
+    return check_class_counts(class_counts).double()
 
 
 def mean_over_labels(per_class: Tensor, targets: Tensor) -> Tensor:
@@ -185,16 +191,11 @@ def softmax_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
 
 
 def sigmoid_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
-    """Returns the sum over the classes (N,) of ``-(1 - p_t)^gamma log p_t``.
-
-    ``p_t`` is sigmoid(z_j) for the label and 1 - sigmoid(z_j) for the other classes.
-    """
+    """Returns ``-sum_j (1 - p_t)^gamma log p_t`` (N,), p_t the sigmoid of z_y, and of -z_j."""
     # -log p and -log(1 - p) of the sigmoid.
     positive, negative = F.softplus(-logits), F.softplus(logits)
+    label, other = positive, negative
     if gamma > 0:
-        positive, negative = (
-            positive * torch.exp(-gamma * negative),
-            negative * torch.exp(-gamma * positive),
-        )
+        label, other = label * torch.exp(-gamma * negative), other * torch.exp(-gamma * positive)
     targets = one_hot(targets, logits)
-    return (targets * positive + (1 - targets) * negative).sum(1)
+    return (targets * label + (1 - targets) * other).sum(1)

@@ -1,20 +1,22 @@
 """Metric-learning losses: cross-entropy plus a term on distances between a batch's features."""
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.losses.base import ClassLoss, Reduction, register_loss
-from timm_lt.utils.checks import UsageError, check_choice, check_flag, check_integer, check_number
+from timm_lt.losses.base import ClassLoss, NonNegative, register_loss
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 from timm_lt.utils.longtail import ClassCounts
 
-Distance = Literal["squared", "euclidean"]
 # Lower bound of squared distances, which the harmonic mean divides by.
 NO_DISTANCE = 1e-12
+Finite = Annotated[float, "(-inf, inf)"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class _MetricLoss(ClassLoss):
     """Cross-entropy plus ``weight`` times a term of the batch of one process.
 
@@ -23,11 +25,7 @@ class _MetricLoss(ClassLoss):
 
     needs_features = True
 
-    def __init__(
-        self, class_counts: ClassCounts | None, *, weight: float, reduction: Reduction
-    ) -> None:
-        super().__init__(class_counts, reduction=reduction)
-        self.weight = check_number("weight", weight, "[0, inf)")
+    weight: NonNegative
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropies (N,)."""
@@ -52,6 +50,7 @@ class _MetricLoss(ClassLoss):
 
 
 @register_loss("range")
+@dataclass(eq=False, repr=False, kw_only=True)
 class RangeLoss(_MetricLoss):
     """Range loss: reduces the largest distances in a class, separates the two nearest classes.
 
@@ -80,25 +79,12 @@ class RangeLoss(_MetricLoss):
         2017, https://arxiv.org/abs/1611.08976
     """
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        weight: float = 0.0001,
-        k: int = 2,
-        margin: float = 0.1,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        distance: Distance = "squared",
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, weight=weight, reduction=reduction)
-        self.k = check_integer("k", k, minimum=1)
-        self.margin = check_number("margin", margin, "[0, inf)")
-        self.alpha = check_number("alpha", alpha, "[0, inf)")
-        self.beta = check_number("beta", beta, "[0, inf)")
-        check_choice("distance", distance, get_args(Distance))
-        self.distance = distance
+    weight: NonNegative = 0.0001
+    k: Annotated[int, 1] = 2
+    margin: NonNegative = 0.1
+    alpha: NonNegative = 0.5
+    beta: NonNegative = 0.5
+    distance: Literal["squared", "euclidean"] = "squared"
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
         """Returns ``alpha · L_intra + beta · L_inter``."""
@@ -158,6 +144,7 @@ def _largest(
 
 
 @register_loss("lifted_structure")
+@dataclass(eq=False, repr=False, kw_only=True)
 class LiftedStructureLoss(_MetricLoss):
     """Lifted structured embedding: each pair of a class against all negatives of both images.
 
@@ -187,20 +174,13 @@ class LiftedStructureLoss(_MetricLoss):
         https://arxiv.org/abs/1511.06452
     """
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        weight: float = 0.003,
-        neg_margin: float = 1.0,
-        pos_margin: float = 0.0,
-        normalize: bool = False,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, weight=weight, reduction=reduction)
-        check_number("neg_margin", neg_margin, "(-inf, inf)")
-        check_number("pos_margin", pos_margin, "(-inf, inf)")
-        check_flag("normalize", normalize)
+    weight: NonNegative = 0.003
+    neg_margin: Finite = 1.0
+    pos_margin: Finite = 0.0
+    normalize: bool = False
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
         try:
             from pytorch_metric_learning import distances, losses
         except ImportError as error:
@@ -208,9 +188,9 @@ class LiftedStructureLoss(_MetricLoss):
                 "lifted_structure needs pytorch-metric-learning: pip install 'timm_lt[metric]'"
             ) from error
         self.term = losses.LiftedStructureLoss(
-            neg_margin=neg_margin,
-            pos_margin=pos_margin,
-            distance=distances.LpDistance(normalize_embeddings=normalize),
+            neg_margin=self.neg_margin,
+            pos_margin=self.pos_margin,
+            distance=distances.LpDistance(normalize_embeddings=self.normalize),
         )
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
