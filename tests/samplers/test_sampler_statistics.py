@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from timm_lt.samplers import ClassSampler, balanced, base, create_sampler, streams
+from timm_lt.samplers import ClassSampler, create_sampler, streams
 
 PLAUSIBLE, ABSURD = 1e-5, 1e-20
 
@@ -43,11 +43,12 @@ def without_mixing(monkeypatch):
 
 
 def the_same_in_every_epoch(monkeypatch):
-    def first_epoch(seed, purpose, _, *rest):
-        return streams.torch_generator(seed, purpose, 0, *rest)
-
-    for module in (base, balanced):
-        monkeypatch.setattr(module, "torch_generator", first_epoch)
+    generator = streams.torch_generator
+    monkeypatch.setattr(
+        streams,
+        "torch_generator",
+        lambda seed, purpose, _, *rest: generator(seed, purpose, 0, *rest),
+    )
 
 
 def the_same_in_every_cycle(monkeypatch):
@@ -58,7 +59,7 @@ def the_same_in_every_cycle(monkeypatch):
 
 
 def without_arranging(monkeypatch):
-    def arrange(self, plan, chunk, amounts, generator):
+    def arrange(self, plan, chunk, amounts, rng):
         return np.repeat(np.arange(len(amounts)), amounts)
 
     monkeypatch.setattr(ClassSampler, "_arrange", arrange)

@@ -22,10 +22,9 @@ BelowOne = Annotated[float, "[0, 1)"]
 class ClassLoss(nn.Module):
     """Base class of losses: one loss per image from its logits, then a reduction.
 
-    A subclass defines :meth:`per_example`; its options are keyword-only fields of a dataclass, or
-    parameters of a constructor. Targets are labels or, if ``takes_soft_targets`` is set,
-    distributions over the classes, as mixup makes them. The loss is computed in float32 or wider,
-    also under autocast: in float16 the log-softmax of confident logits loses its tail. Buffers made
+    A subclass defines :meth:`per_example`; its options are keyword-only fields of a dataclass.
+    Targets are labels or, if ``takes_soft_targets`` is set, distributions over the classes, as
+    mixup makes them. The loss is computed in float32 or wider, also under autocast. Buffers made
     from the class counts are not in the state dict.
 
     Args:
@@ -47,8 +46,8 @@ class ClassLoss(nn.Module):
     takes_soft_targets = False
     # Rows 2i and 2i + 1 of a batch form a pair (bilateral sampler and model).
     takes_pairs = False
-    # The loss is a sum over the classes of binary losses.
-    sigmoid = False
+    # With any other form, the loss is a sum over the classes of binary losses.
+    form = "softmax"
 
     class_counts: InitVar[ClassCounts | None] = None
     _: KW_ONLY
@@ -80,7 +79,7 @@ class ClassLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the 0-based epoch of a schedule over a number of epochs; call it before each epoch.
+        """Sets the epoch (0-based) of a schedule; call it before each epoch.
 
         Raises:
             UsageError: If the schedule of the loss does not fit into the epochs.
@@ -92,7 +91,7 @@ class ClassLoss(nn.Module):
         A sigmoid starts at ``-log(C - 1)``, where every class has probability 1 / C. Recipes set
         the bias; in your own loop, fill the bias of the classifier with it.
         """
-        return -math.log(max(num_classes - 1, 1)) if self.sigmoid else None
+        return None if self.form == "softmax" else -math.log(max(num_classes - 1, 1))
 
     def check_classifier(self, classifier: nn.Module) -> None:
         """Raises UsageError if the loss does not suit the logits of a classifier."""

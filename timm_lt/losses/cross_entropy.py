@@ -111,7 +111,7 @@ class BalancedSoftmaxLoss(ClassLoss):
     """Balanced softmax: ``l = -log(n_y e^{z_y} / sum_j n_j e^{z_j})``.
 
     Training adds the log frequencies to the logits; without them, at test time, the logits are
-    those of a balanced prior. Equal to logit adjustment at tau = 1.
+    those of a balanced prior.
 
     References:
         Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
@@ -157,15 +157,12 @@ class LDAMLoss(ClassLoss):
     The logits z are cosines (margins need normalised weights and features), so the model needs a
     cosine classifier; training refuses any other. The smallest class has margin m.
 
-    - ``logits="cosine"``: the classifier returns z, as ``head="cosine", scale=1.0`` does;
-    - ``logits="scaled"``: the classifier returns ``s z``, as ``head="cosine", scale=30.0`` does.
-      The loss is the same, and the softmax of the model's output is that of the loss without
-      margins.
-
     Args:
         max_margin: m, at least 0; 0.5 in the paper.
         scale: s, above 0; 30 in the authors' code.
-        logits: Output of the classifier.
+        logits: ``"cosine"`` if the classifier returns z, as ``head="cosine", scale=1.0`` does;
+            ``"scaled"`` if it returns ``s z``, as with ``scale=30.0``. The loss is the same; scaled
+            logits have the softmax of the loss without margins.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
@@ -221,8 +218,7 @@ class SeesawLoss(ClassLoss):
 
     The mitigation ``M_yj = min(1, n_j / n_y)^p`` reduces the push of frequent classes on rarer
     ones. The compensation ``K_yj = max(1, p_j / p_y)^q`` restores it for an image that is mistaken
-    for class j. ``p_j`` is the detached softmax. With ``mitigation`` = p = 0 and ``compensation`` =
-    q = 0 this is cross-entropy.
+    for class j. ``p_j`` is the detached softmax. With p = q = 0 this is cross-entropy.
 
     The paper accumulates ``n_j`` during training; here they are the class counts, so that resumed
     and multi-process runs are the same. Soft targets are not supported.

@@ -18,10 +18,7 @@ Finite = Annotated[float, "(-inf, inf)"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class _MetricLoss(ClassLoss):
-    """Cross-entropy plus ``weight`` times a term of the batch of one process.
-
-    The term is added to the loss of each image, so that the three reductions agree.
-    """
+    """Cross-entropy plus ``weight`` times a term of the batch, added to the loss of each image."""
 
     needs_features = True
 
@@ -54,23 +51,22 @@ class _MetricLoss(ClassLoss):
 class RangeLoss(_MetricLoss):
     """Range loss: reduces the largest distances in a class, separates the two nearest classes.
 
-    Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` is a sum over
-    the classes of the batch: the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
-    distances between two images of the class, or of all if it has fewer pairs. ``L_inter = max(0,
-    margin − D)`` has the smallest distance D between two class means of the batch; it is 0 for a
-    batch of one class. Squared distances are clamped to at least 1e-12.
+    Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` sums, over the
+    classes of the batch, the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
+    distances between two images of the class. ``L_inter = max(0, margin − D)`` has the smallest
+    distance D between two class means of the batch; it is 0 for a batch of one class. Squared
+    distances are clamped to at least 1e-12.
 
     Most batches of a long-tailed data set have no pair of images of a rare class. Draw several
     images with the sampler ``class_balanced`` and its option ``samples_per_class``.
 
     Args:
-        weight: Weight of the term, at least 0; 0 is cross-entropy. Squared distances between
-            features are large: at 0.1 a small ResNet learns nothing.
+        weight: Weight of the term, at least 0. Squared distances between features are large: at 0.1
+            a small ResNet learns nothing.
         k: Distances per class, at least 1; 2 in the paper.
         margin: Margin between class means, at least 0, in the unit of ``distance``. The paper does
             not give margin, alpha, beta and weight; tune them to the scale of the features.
-        alpha: Weight of the distances within classes, at least 0.
-        beta: Weight of the distance between classes, at least 0.
+        alpha, beta: Weights of the distances within and between classes, at least 0.
         distance: ``"squared"`` Euclidean as in the paper, or ``"euclidean"``.
         reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
@@ -128,8 +124,7 @@ def _largest(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Finds the k largest distances within each group of rows, without a device synchronisation.
 
-    ``same`` (N, N) says whether two rows share a group. Returns, for each candidate pair: first
-    row, second row, group, and whether it is among the k.
+    Returns, for each candidate pair: first row, second row, group, and whether it is among the k.
     """
     k = min(k, len(features))
     distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
@@ -155,11 +150,11 @@ class LiftedStructureLoss(_MetricLoss):
         + D_ij − pos_margin``.
 
     The term is 0 in a batch without positive pairs or without negatives. pytorch-metric-learning
-    computes it with matrices of positive times negative pairs: with 4 images per class 25 MB each
-    at batch size 128, 200 MB at 256. The note of ``range`` on the sampler applies.
+    computes it with matrices of positive times negative pairs: 200 MB each for a batch of 256 with
+    4 images per class. The note of ``range`` on the sampler applies.
 
     Args:
-        weight: Weight of the term, at least 0; 0 is cross-entropy.
+        weight: Weight of the term, at least 0.
         neg_margin: Alpha of the paper, which has 1.
         pos_margin: 0 in the paper.
         normalize: Normalise the features to unit length, the default of pytorch-metric-learning but
@@ -210,9 +205,8 @@ class DiscriminativeCentroids(nn.Module):
     the authors' code.
 
     Not available in :func:`timm_lt.create_loss`, since the centroids are parameters;
-    :func:`timm_lt.fit_head` trains them with the ``oltr`` head. The gradient is the derivative of
-    the loss. In the authors' code that of the centroids ignores the weight of the loss and divides
-    by (1 + n_y) B.
+    :func:`timm_lt.fit_head` trains them with the ``oltr`` head. In the authors' code the gradient
+    of the centroids ignores the weight of the loss and divides by (1 + n_y) B.
 
     Args:
         centroids: Initial centroids, usually the class means.

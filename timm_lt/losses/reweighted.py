@@ -48,17 +48,14 @@ class WeightedLoss(ClassLoss):
     """Multiplies the loss of an image by the weight of its class: ``w_y l(z, y)``.
 
     A subclass defines :meth:`weigh_classes`. A soft target t gives ``sum_j t_j w_j l(z, j)``, as
-    cross-entropy does in torch. The mean divides by the number of images
-    (``normalization="batch"``) or by the sum of their weights, ``sum_j t_j w_j`` each
-    (``"weights"``). For labels that is torch's weighted mean; for soft targets torch divides by the
-    batch size.
-
-    With ``across_processes`` (set by the training loop) the weights are summed over all processes,
-    so that an update equals that of one process. With gradient accumulation the sum is over each
-    micro-batch.
+    cross-entropy does in torch. With ``across_processes`` (set by the training loop) the weights
+    are summed over all processes, so that an update equals that of one process. With gradient
+    accumulation the sum is over each micro-batch.
 
     Args:
-        normalization: Divisor of the mean.
+        normalization: Divisor of the mean: the number of images (``"batch"``), or the sum of their
+            weights, ``sum_j t_j w_j`` each (``"weights"``). For labels that is torch's weighted
+            mean; for soft targets torch divides by the batch size.
     """
 
     takes_soft_targets = True
@@ -147,8 +144,8 @@ class ClassBalancedLoss(WeightedLoss):
     - ``"sigmoid"``: ``-log sigmoid(z_y) - sum_{j != y} log(1 - sigmoid(z_j))``;
     - ``"focal"``: the same sum, each term times (1 - its probability)^gamma.
 
-    A sigmoid should start with a bias of ``-log(C - 1)`` (recipes set it) without weight decay on
-    the bias (timm's default); otherwise the C - 1 negatives of each image dominate at first.
+    A sigmoid should start with the bias of :meth:`initial_bias` (recipes set it), without weight
+    decay (timm's default); otherwise the C - 1 negatives of each image dominate at first.
 
     Args:
         beta: In [0, 1); the paper tries 0.9, 0.99, 0.999 and 0.9999.
@@ -170,7 +167,6 @@ class ClassBalancedLoss(WeightedLoss):
         super().__post_init__(class_counts)
         if self.gamma is not None and self.form != "focal":
             raise UsageError(f"gamma only applies with form='focal', got form={self.form!r}")
-        self.sigmoid = self.form != "softmax"
 
     def weigh_classes(self, counts: Tensor) -> Tensor:
         """Returns the inverse effective numbers of images."""
@@ -211,8 +207,7 @@ class ClassBalancedFocalLoss(WeightedLoss):
 
     def __post_init__(self, class_counts: ClassCounts | None) -> None:
         super().__post_init__(class_counts)
-        self.sigmoid = self.form == "sigmoid"
-        if self.probability == "weighted" and self.sigmoid:
+        if self.probability == "weighted" and self.form == "sigmoid":
             raise UsageError("probability='weighted' only applies with form='softmax'")
 
     def weigh_classes(self, counts: Tensor) -> Tensor:
@@ -221,7 +216,7 @@ class ClassBalancedFocalLoss(WeightedLoss):
 
     def unweighted(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the focal losses (N,)."""
-        if self.sigmoid:
+        if self.form == "sigmoid":
             return sigmoid_focal(logits, targets, self.gamma)
         if self.probability == "unweighted":
             return softmax_focal(logits, targets, self.gamma)
@@ -255,11 +250,7 @@ class FocalLoss(ClassLoss):
     gamma: NonNegative = 2.0
     form: Literal["softmax", "sigmoid"] = "softmax"
 
-    def __post_init__(self, class_counts: ClassCounts | None) -> None:
-        super().__post_init__(class_counts)
-        self.sigmoid = self.form == "sigmoid"
-
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the focal losses (N,)."""
-        focal = sigmoid_focal if self.sigmoid else softmax_focal
+        focal = sigmoid_focal if self.form == "sigmoid" else softmax_focal
         return focal(logits, targets, self.gamma)

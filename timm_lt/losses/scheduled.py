@@ -59,8 +59,7 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
     ``start`` is 0. Soft targets and features are supported if the wrapped loss supports them.
 
     Args:
-        loss: Name of the wrapped loss; not ``bilateral``, which can wrap this one.
-        loss_options: Options of the wrapped loss.
+        loss, loss_options: The wrapped loss; not ``bilateral``, which can wrap this one.
         start: First weighted epoch (0-based), or a fraction of the epochs in (0, 1), rounded down;
             160 of 200 in the paper.
         weights: Inverse ``"effective_number"`` as in the authors' code, or ``"inverse_frequency"``
@@ -135,14 +134,12 @@ DIVISORS = {90: 100, 180: 200}
 class BilateralLoss(_Wrapper):
     """Cumulative learning of a bilateral network: ``L = α l(z, y_c) + (1 - α) l(z, y_r)``.
 
-    ``z = α z_c + (1 - α) z_r`` are the mixed logits of a pair: ``z_c`` (even rows) of the
-    conventional branch for an image of the uniform stream, ``z_r`` (odd rows) of the re-balancing
-    branch for an image of the re-balancing stream. In epoch t (0-based) of T, ``α = 1 - (t /
-    T_div)^2`` falls from 1 towards 0.
+    ``z = α z_c + (1 - α) z_r`` mixes the logits of a pair: ``z_c`` (even rows) of the conventional
+    branch and the uniform stream, ``z_r`` (odd rows) of the re-balancing ones. In epoch t (0-based)
+    of T, ``α = 1 - (t / T_div)^2`` falls from 1 towards 0.
 
     Args:
-        loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
-        loss_options: Options of l.
+        loss, loss_options: l, one of :func:`timm_lt.list_losses` that takes logits only.
         adaptor: α as a function of ``s = t / T_div``: ``1 - s^2``, ``1 - s``, ``cos(π s / 2)``,
             ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch (table 4 of the paper).
         divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"`` 100 for 90
@@ -205,10 +202,8 @@ class BilateralLoss(_Wrapper):
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
         if len(logits) % 2:
-            raise UsageError(
-                f"BilateralLoss needs an even number of rows (pairs from sampler bilateral), got "
-                f"{len(logits)}"
-            )
+            rows = f"{len(logits)} rows"
+            raise UsageError(f"BilateralLoss needs pairs, as sampler bilateral draws; got {rows}")
         if self._share is None and self.adaptor not in {"equal", "beta"}:
             raise epoch_not_set(self)
         self._batches += 1
