@@ -82,7 +82,9 @@ def parsed(parse, *arguments):
     try:
         return parse(*arguments)
     except SystemExit as stopped:
-        assert not stopped.code, arguments
+        if stopped.code:
+            raise AssertionError(arguments) from stopped
+        return None
 
 
 def check_command(words):

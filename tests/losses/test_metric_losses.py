@@ -169,8 +169,6 @@ def test_features_that_do_not_fit_are_refused(wrong):
     ("name", "options", "message"),
     [
         ("range", {"k": 0}, "k must be an integer >= 1, got 0"),
-        ("range", {"alpha": math.inf}, "alpha must be a number"),
-        ("range", {"weight": -0.1}, r"weight must be a number in \[0, inf\), got -0.1"),
         ("range", {"distance": "cosine"}, "unknown distance 'cosine'.*squared, euclidean"),
         ("lifted_structure", {"neg_margin": math.nan}, "neg_margin must be a number"),
         ("lifted_structure", {"normalize": "no"}, "normalize must be true or false, got 'no'"),
