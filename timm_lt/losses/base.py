@@ -37,8 +37,7 @@ class ClassLoss(nn.Module):
         returns a scalar, or (N,) for ``reduction="none"``.
 
     Raises:
-        UsageError: If an option is wrong, the shapes do not match, or a target on the CPU is out of
-            range (on a GPU, a device-side assertion fails).
+        UsageError: If an option, a shape or a target is wrong (on a GPU, targets are not checked).
     """
 
     # forward takes a third argument, features (N, D): the input of the classifier.
@@ -145,8 +144,7 @@ def create_loss(name: str, class_counts: ClassCounts | None = None, **options: A
         **options: Options of the loss.
 
     Raises:
-        UsageError: If the name or an option is unknown, a value is out of range, or the loss needs
-            class_counts and has none.
+        UsageError: If the name, an option or class_counts is wrong.
     """
     return LOSSES.create(name, class_counts, **options)
 

@@ -25,7 +25,6 @@ class _MetricLoss(ClassLoss):
     weight: NonNegative
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross-entropies (N,)."""
         return F.cross_entropy(logits, targets, reduction="none")
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -37,10 +36,8 @@ class _MetricLoss(ClassLoss):
         losses = super().forward(logits, targets)
         if features is None or features.ndim != 2 or len(features) != len(targets):
             got = None if features is None else tuple(features.shape)
-            raise UsageError(
-                f"{type(self).__name__} needs the classifier's input (N, D) as features, got {got} "
-                f"for targets {tuple(targets.shape)}"
-            )
+            needs = f"{type(self).__name__} needs the classifier's input (N, D) as features"
+            raise UsageError(f"{needs}, got {got} for {len(targets)} targets")
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         term = self.weight * self.batch_term(features, targets.long())
         return losses + (len(targets) * term if self.reduction == "sum" else term)
@@ -68,7 +65,6 @@ class RangeLoss(_MetricLoss):
             not give margin, alpha, beta and weight; tune them to the scale of the features.
         alpha, beta: Weights of the distances within and between classes, at least 0.
         distance: ``"squared"`` Euclidean as in the paper, or ``"euclidean"``.
-        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     References:
         Zhang et al., Range Loss for Deep Face Recognition with Long-tailed Training Data, ICCV
@@ -159,7 +155,6 @@ class LiftedStructureLoss(_MetricLoss):
         pos_margin: 0 in the paper.
         normalize: Normalise the features to unit length, the default of pytorch-metric-learning but
             not in the paper.
-        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     Raises:
         UsageError: If pytorch-metric-learning is not installed.
@@ -248,10 +243,8 @@ class DiscriminativeCentroids(nn.Module):
         """Returns the losses (N,) of features (N, D)."""
         num_classes, width = self.centroids.shape
         if features.ndim != 2 or features.shape[1] != width or targets.shape != features.shape[:1]:
-            raise UsageError(
-                f"features must be (N, {width}) and targets (N,), got {tuple(features.shape)} and "
-                f"{tuple(targets.shape)}"
-            )
+            got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
+            raise UsageError(f"features must be (N, {width}) and targets (N,), got {got}")
         wide = torch.promote_types(features.dtype, torch.float32)
         # Centred centroids sum to 0, so the sum of all distances needs no product with them.
         middle = self.centroids.to(wide).mean(dim=0)

@@ -95,18 +95,12 @@ class WeightedLoss(ClassLoss):
     def _reduced(self, losses: Tensor, targets: Tensor) -> Tensor:
         if self.reduction != "mean" or self.normalization == "batch":
             return super()._reduced(losses, targets)
-        weights, _ = self._weigh(targets)
-        total = weights.sum()
-        return losses.sum() / (_mean_over_processes(total) if self.across_processes else total)
-
-
-def _mean_over_processes(total: Tensor) -> Tensor:
-    # DDP averages gradients, so each process divides by its equal share of the total.
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return total
-    total = total.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+        total = self._weigh(targets)[0].sum()
+        if self.across_processes and distributed.is_available() and distributed.is_initialized():
+            # DDP averages gradients, so each process divides by its equal share of the total.
+            distributed.all_reduce(total)
+            total = total / distributed.get_world_size()
+        return losses.sum() / total
 
 
 @register_loss("inverse_frequency")

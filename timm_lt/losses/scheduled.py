@@ -38,15 +38,12 @@ class _Wrapper(ClassLoss):
             )
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the epoch of the wrapped loss; see :meth:`ClassLoss.set_epoch`."""
         self.wrapped.set_epoch(epoch, epochs)
 
     def initial_bias(self, num_classes: int) -> float | None:
-        """Returns the initial bias of the wrapped loss."""
         return self.wrapped.initial_bias(num_classes)
 
     def check_classifier(self, classifier: nn.Module) -> None:
-        """Checks the classifier as the wrapped loss does."""
         self.wrapped.check_classifier(classifier)
 
 
@@ -69,8 +66,7 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
         normalization: ``"weights"`` as in the paper, or ``"batch"``; see :class:`WeightedLoss`.
 
     Raises:
-        UsageError: For a wrong option, also of the wrapped loss; if ``start`` is not within the
-            epochs; if used before the epoch is set.
+        UsageError: For a wrong option; if ``start`` is not within the epochs, or they are not set.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS

@@ -32,7 +32,6 @@ class _PowerLawSampler(ClassSampler):
     q: float
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``n_j^q / sum_k n_k^q``."""
         return power_probabilities(self.class_counts, self.q)
 
 
@@ -185,7 +184,6 @@ class _TargetSampler(ClassSampler):
     target: Annotated[int, 1] | None = None
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns the targets, normalised."""
         images = self.images_per_class().double()
         return images / images.sum()
 

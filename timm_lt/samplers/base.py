@@ -109,9 +109,9 @@ class ClassSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Sets the 0-based epoch of the next iteration.
 
-        Call it before each epoch; otherwise every iteration draws the same epoch, and the sampler
-        warns once. An epoch may be iterated three times, as for training and an evaluation, before
-        it warns. After :meth:`load_state_dict`, setting the epoch of the state keeps its position.
+        Call it before each epoch; otherwise every iteration draws the same one. The sampler warns
+        once, at the fourth iteration of an epoch. Setting the epoch of a loaded state keeps its
+        position.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         if epoch != self.epoch:
@@ -121,17 +121,13 @@ class ClassSampler(Sampler[int]):
     def shard(self, rank: int, num_replicas: int) -> None:
         """Makes this the sampler of one of several processes, for use without accelerate.
 
-        The stream is the same for any number of processes. Rank ``r`` of ``R`` gets the groups
-        ``r``, ``r + R``, ... of :attr:`group` consecutive draws. As in torch's DistributedSampler,
-        the first draws of the epoch fill up its end, so that all ranks have equally many.
-
-        Args:
-            rank: From 0 to ``num_replicas`` - 1.
-            num_replicas: Number of processes, at least 1.
+        Rank ``r`` of ``R = num_replicas`` gets the groups ``r``, ``r + R``, ... of :attr:`group`
+        consecutive draws. As in torch's DistributedSampler, the first draws of the epoch fill up
+        its end, so that all ranks have equally many.
 
         Raises:
-            UsageError: If a value is out of range; when iterating, if accelerate runs several
-                processes, since it divides the batches itself.
+            UsageError: If ``rank`` is not from 0 to R - 1; when iterating, if accelerate runs
+                several processes, since it divides the batches itself.
         """
         self.num_replicas = check_integer("num_replicas", num_replicas, minimum=1)
         self.rank = check_integer("rank", rank, minimum=0, maximum=num_replicas - 1)
@@ -221,10 +217,9 @@ class ClassSampler(Sampler[int]):
             UsageError: If the state is of another stream, or a value is out of range.
         """
         for name in ("seed", "num_samples"):
-            if state.get(name) != getattr(self, name):
-                raise UsageError(
-                    f"the state has {name} {state.get(name)}, the sampler {getattr(self, name)}"
-                )
+            own = getattr(self, name)
+            if state.get(name) != own:
+                raise UsageError(f"the state has {name} {state.get(name)}, the sampler {own}")
         self.epoch = check_integer("epoch", state["epoch"], minimum=0)
         self._start = check_integer("position", state["position"], 0, self.num_samples)
         self._cursor = _Cursor(self._start)

@@ -106,9 +106,7 @@ class ProgressivelyBalancedSampler(ClassSampler):
         a = self._first_step(plan.epoch) * steps + whole * (whole - 1) / 2 + (steps - whole) * whole
         a /= self._last_step
         instance_balanced, class_balanced = (end.numpy() for end in self._ends())
-        expected: NDArray[np.float64] = np.outer(steps - a, instance_balanced)
-        expected += np.outer(a, class_balanced)
-        return expected
+        return np.outer(steps - a, instance_balanced) + np.outer(a, class_balanced)
 
     def _arrange(self, plan: Plan, chunk: int, amounts: Integers, rng: torch.Generator) -> Array:
         if self.steps_per_epoch == 1:
@@ -244,7 +242,6 @@ class BilateralSampler(ClassSampler):
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns the mean of the probabilities of both streams."""
-        epoch = self.epoch if epoch is None else epoch
         uniform = self._uniform.class_probabilities(epoch)
         return (uniform + self._other.class_probabilities(epoch)) / 2
 
