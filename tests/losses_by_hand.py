@@ -6,7 +6,20 @@ Those of the losses of features are of a whole batch.
 import itertools
 import math
 
+import torch
+
 COUNTS = [500, 120, 30, 8, 5]
+
+
+def slopes(function, x):
+    """Returns the gradient of a function of a tensor, by differences."""
+    x = torch.as_tensor(x, dtype=torch.float64).detach()
+    found = torch.zeros_like(x)
+    for index in itertools.product(*map(range, x.shape)):
+        step = torch.zeros_like(x)
+        step[index] = 1e-6
+        found[index] = (function(x + step) - function(x - step)) / 2e-6
+    return found
 
 
 def softmax(z):
@@ -136,8 +149,8 @@ def range_by_hand(x, targets, *, k=2, margin=0.1, alpha=0.5, beta=0.5, power=2):
         largest = sorted(pairs, reverse=True)[:k]
         if largest:
             intra += len(largest) / sum(1 / d for d in largest)
-    centers = [[sum(column) / len(rows) for column in zip(*rows, strict=True)]
-               for rows in groups.values()]  # fmt: skip
+    columns = [zip(*rows, strict=True) for rows in groups.values()]
+    centers = [[sum(column) / len(column) for column in center] for center in columns]
     gaps = [apart(a, b) ** power for a, b in itertools.combinations(centers, 2)]
     inter = max(0.0, margin - min(gaps)) if gaps else 0.0
     return alpha * intra + beta * inter
@@ -161,6 +174,9 @@ def lifted_by_hand(x, targets, *, neg_margin=1.0, pos_margin=0.0, normalize=Fals
     return sum(hinges) / (2 * len(hinges)) if hinges else 0.0
 
 
+SOFTMAX = {"form": "softmax", "gamma": 0.5}
+CONVEX = {"shape": "convex", "head": 0.6, "tail": 0.1, "spread": "all"}
+WEIGHTED = {"start": 0, "normalization": "batch"}
 BY_HAND = [
     ("cross_entropy", {}, cross_entropy),
     ("cross_entropy", {"smoothing": 0.1}, cross_entropy),
@@ -178,28 +194,20 @@ BY_HAND = [
     ("focal", {"form": "sigmoid"}, focal),
     ("focal", {"form": "sigmoid", "gamma": 0.5}, focal),
     ("class_balanced_focal", {}, class_balanced_focal),
-    ("class_balanced_focal", {"form": "softmax", "gamma": 0.5}, class_balanced_focal),
-    (
-        "class_balanced_focal",
-        {"form": "softmax", "gamma": 0.5, "probability": "weighted"},
-        class_balanced_focal,
-    ),
+    ("class_balanced_focal", SOFTMAX, class_balanced_focal),
+    ("class_balanced_focal", {**SOFTMAX, "probability": "weighted"}, class_balanced_focal),
     ("ldam", {}, ldam),
     ("ldam", {"max_margin": 0.3, "scale": 10.0, "logits": "scaled"}, ldam),
     ("label_aware_smoothing", {}, label_aware_smoothing),
     ("label_aware_smoothing", {"shape": "linear", "tail": 0.1}, label_aware_smoothing),
-    (
-        "label_aware_smoothing",
-        {"shape": "convex", "head": 0.6, "tail": 0.1, "spread": "all"},
-        label_aware_smoothing,
-    ),
+    ("label_aware_smoothing", CONVEX, label_aware_smoothing),
     ("seesaw", {}, seesaw),
     ("seesaw", {"mitigation": 1.5, "compensation": 0.5, "min_probability": 0.2}, seesaw),
     ("deferred_reweighting", {}, deferred_reweighting),
-    ("deferred_reweighting", {"start": 0, "normalization": "batch"}, deferred_reweighting),
+    ("deferred_reweighting", WEIGHTED, deferred_reweighting),
     (
         "deferred_reweighting",
-        {"start": 0, "normalization": "batch", "weights": "inverse_frequency", "loss": "ldam"},
+        {**WEIGHTED, "weights": "inverse_frequency", "loss": "ldam"},
         deferred_reweighting,
     ),
 ]

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from losses_by_hand import COUNTS, effective_number_weight
+from losses_by_hand import COUNTS, effective_number_weight, slopes
 from torch.nn import functional as F
 
 from timm_lt.losses import create_loss
 from timm_lt.utils.checks import UsageError
 
 
-def batch(seed=0, pairs=4, dtype=torch.float64):
+def batch(seed=0, pairs=4):
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(2 * pairs, len(COUNTS), generator=generator, dtype=dtype)
+    logits = 3 * torch.randn(2 * pairs, len(COUNTS), generator=generator, dtype=torch.float64)
     return logits, torch.randint(len(COUNTS), (2 * pairs,), generator=generator)
 
 
@@ -25,7 +25,7 @@ def at(epoch, epochs, **options):
 
 def by_hand(logits, targets, alpha, weights=(1,) * 5):
     """Equations 1 and 3, one pair at a time; with weights n_j, of balanced softmax."""
-    losses = []
+    logits, targets, losses = logits.tolist(), targets.tolist(), []
     for i in range(0, len(logits), 2):
         z = [alpha * c + (1 - alpha) * r for c, r in zip(logits[i], logits[i + 1], strict=True)]
         total = sum(w * math.exp(zj) for w, zj in zip(weights, z, strict=True))
@@ -41,21 +41,14 @@ def by_hand(logits, targets, alpha, weights=(1,) * 5):
 )
 def test_values_and_gradients(epoch, alpha, inner, weights):
     logits, targets = batch()
-    expected = by_hand(logits.tolist(), targets.tolist(), alpha, weights)
+    expected = by_hand(logits, targets, alpha, weights)
     for reduction, reduce in (("none", list), ("sum", sum), ("mean", lambda x: sum(x) / len(x))):
         found = at(epoch, 10, loss=inner, reduction=reduction)(logits, targets)
         assert found.tolist() == pytest.approx(reduce(expected), rel=1e-6)
     logits.requires_grad_()
     at(epoch, 10, loss=inner, reduction="sum")(logits, targets).backward()
-    for i in range(len(logits)):
-        for j in range(5):
-            sides = []
-            for step in (1e-6, -1e-6):
-                moved = logits.detach().clone()
-                moved[i, j] += step
-                sides.append(sum(by_hand(moved.tolist(), targets.tolist(), alpha, weights)))
-            slope = (sides[0] - sides[1]) / 2e-6
-            assert logits.grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+    rise = slopes(lambda moved: sum(by_hand(moved, targets, alpha, weights)), logits)
+    torch.testing.assert_close(logits.grad, rise, rtol=0, atol=1e-5)
 
 
 def test_at_alpha_1_it_is_the_conventional_branch():
@@ -66,8 +59,6 @@ def test_at_alpha_1_it_is_the_conventional_branch():
     value.backward()
     # Zeros and not None: every parameter of the other branch has a gradient.
     assert not logits.grad[1::2].any()
-    expected = torch.softmax(logits.detach()[0::2], 1) - F.one_hot(targets[0::2], 5)
-    torch.testing.assert_close(logits.grad[0::2], expected / 4)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +72,6 @@ def test_at_alpha_1_it_is_the_conventional_branch():
         # From the paper: 1 - (89 / 90)^2 and so on.
         ("epochs", 90, 0.022),
         ("epochs", 180, 0.011),
-        ("epochs", 200, 0.010),
     ],
 )
 def test_the_last_alpha(divisor, epochs, last):
@@ -114,15 +104,14 @@ def test_adaptors_of_table_4(adaptor, alphas):
 
 def test_the_beta_adaptor_draws_for_each_batch():
     options = {"adaptor": "beta", "reduction": "none"}
-    loss, twin, other = at(3, 4, **options), at(3, 4, **options), at(3, 4, seed=1, **options)
+    loss, same, other = at(3, 4, **options), at(3, 4, **options), at(3, 4, seed=1, **options)
     logits, targets = batch(pairs=1)
     state = torch.get_rng_state()
     draws = [loss.alpha]
     for number in range(2000):
         found = loss(logits, targets)
-        expected = by_hand(logits.tolist(), targets.tolist(), loss.alpha)
+        assert found.tolist() == pytest.approx(by_hand(logits, targets, loss.alpha))
         # Reading it changes nothing; before the first batch it is that of the first.
-        assert found.tolist() == pytest.approx(expected)
         assert loss.alpha == (draws[0] if number == 0 else loss.alpha)
         draws.append(loss.alpha)
     drawn = torch.tensor(draws[1:])
@@ -131,11 +120,11 @@ def test_the_beta_adaptor_draws_for_each_batch():
     assert drawn.var().item() == pytest.approx(1 / 5.6, abs=0.01)
     assert torch.equal(torch.get_rng_state(), state)
     # A function of seed, epoch and number of the batch.
-    assert twin.alpha == draws[0] != other.alpha
+    assert same.alpha == draws[0] != other.alpha
     loss.set_epoch(2, 4)
     assert loss.alpha != draws[0]
     loss.set_epoch(3, 4)
-    again, first = ([each(logits, targets).item() for _ in range(3)] for each in (loss, twin))
+    again, first = ([each(logits, targets).item() for _ in range(3)] for each in (loss, same))
     assert again == first
 
 
@@ -147,10 +136,8 @@ def test_half_precision_extremes_and_many_classes():
         assert found.item() == pytest.approx(math.log(1 + 4 * math.exp(-8)), rel=1e-3)
     loss = create_loss("bilateral")
     loss.set_epoch(3, 4)
-    for logits in (
-        torch.tensor([[6e4, -6e4], [-6e4, 6e4]], dtype=torch.float16),
-        torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)),
-    ):
+    many = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0))
+    for logits in (torch.tensor([[6e4, -6e4], [-6e4, 6e4]], dtype=torch.float16), many):
         value = loss(logits.requires_grad_(), torch.tensor([1, 0]))
         value.backward()
         assert logits.grad.isfinite().all()
@@ -163,18 +150,16 @@ def test_wrapped_losses_get_options_and_epochs():
     plain = at(2, 4, loss="logit_adjustment", loss_options={"tau": 0.0})
     torch.testing.assert_close(plain(logits, targets), at(2, 4)(logits, targets))
     # Deferred weights from epoch 2 on.
+    options = {"loss": "deferred_reweighting", "loss_options": {"start": 2}, "reduction": "sum"}
     for epoch, alpha in ((1, 15 / 16), (3, 7 / 16)):
-        parts = []
-        for i in range(0, 8, 2):
-            pair = logits[i : i + 2].tolist()
-            for row, share in ((i, alpha), (i + 1, 1 - alpha)):
-                y = targets[row].item()
-                # Both labels the same: the cross-entropy of the mixed logits.
-                value = by_hand(pair, [y, y], alpha)[0]
-                parts.append(share * value * (effective_number_weight(y) if epoch >= 2 else 1))
-        options = {"loss": "deferred_reweighting", "loss_options": {"start": 2}}
-        found = at(epoch, 4, reduction="sum", **options)(logits, targets)
-        assert found.item() == pytest.approx(sum(parts), rel=1e-5)
+        # Both labels the same: the cross-entropy of the mixed logits.
+        losses = [by_hand(logits, targets[i::2].repeat_interleave(2), alpha) for i in (0, 1)]
+        expected = 0
+        for row, y in enumerate(targets.tolist()):
+            share = alpha if row % 2 == 0 else 1 - alpha
+            weight = effective_number_weight(y) if epoch >= 2 else 1
+            expected += share * weight * losses[row % 2][row // 2]
+        assert at(epoch, 4, **options)(logits, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +172,9 @@ def test_wrapped_losses_get_options_and_epochs():
         ({"loss": "balanced_softmax"}, "BalancedSoftmaxLoss needs class_counts"),
         ({"loss_options": {"normalization": "batch"}}, "normalization is set by BilateralLoss"),
         ({"loss": "ldam", "class_counts": COUNTS}, "has a linear classifier: loss ldam"),
+        ({}, r"BilateralLoss needs pairs, .* got 3 rows"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_bad_options_and_half_a_pair_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        create_loss("bilateral", **options)
-
-
-def test_half_a_pair_is_refused():
-    with pytest.raises(UsageError, match=r"needs an even number of rows.* got 3"):
-        create_loss("bilateral")(torch.zeros(3, 5), torch.zeros(3).long())
+        create_loss("bilateral", **options)(torch.zeros(3, 5), torch.zeros(3).long())

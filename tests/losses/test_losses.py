@@ -1,6 +1,5 @@
 """Losses of logits: formulas in plain Python, constants by hand, identities, schedules."""
 
-import inspect
 import math
 
 import losses_by_hand as hand
@@ -8,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_by_hand import BY_HAND, COUNTS
+from losses_by_hand import BY_HAND, COUNTS, slopes
 from torch.nn import functional as F
 
 import timm_lt
@@ -41,42 +40,32 @@ def every(name, **options):
     return in_first_epoch(name, reduction="none", **options)
 
 
+@pytest.fixture
+def own_losses(monkeypatch):
+    """Losses are registered in a copy, which other tests do not see."""
+    monkeypatch.setattr(losses.LOSSES, "_parts", dict(losses.LOSSES._parts))
+
+
 # Values -------------------------------------------------------------------------------------------
 
 
-def test_every_loss_is_compared_by_hand():
-    assert {name for name, *_ in BY_HAND} == set(list_losses()) - OTHERS
-    assert {name for name, *_ in CONSTANTS} == set(list_losses()) - OTHERS
-
-
 @variants
-def test_values(name, options, by_hand):
+def test_values_and_gradients(name, options, by_hand):
     logits, targets = batch()
-    pairs = zip(logits.tolist(), targets.tolist(), strict=True)
-    expected = [by_hand(z, y, **options) for z, y in pairs]
-    found = {r: in_first_epoch(name, reduction=r, **options)(logits, targets)
-             for r in ("none", "sum", "mean")}  # fmt: skip
-    assert found["none"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert found["sum"].item() == pytest.approx(sum(expected), rel=1e-5)
-    assert found["mean"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert torch.equal(in_first_epoch(name, **options)(logits, targets), found["mean"])
-
-
-@variants
-def test_gradients(name, options, by_hand):
-    logits, targets = batch(seed=1, n=3)
+    pairs = list(zip(logits.tolist(), targets.tolist(), strict=True))
+    expected = torch.tensor([by_hand(z, y, **options) for z, y in pairs]).double()
+    reductions = {"none": lambda losses: losses, "sum": torch.sum, "mean": torch.mean}
+    for reduction, reduced in reductions.items():
+        found = in_first_epoch(name, reduction=reduction, **options)(logits, targets)
+        torch.testing.assert_close(found, reduced(expected), rtol=1e-5, atol=1e-7)
+    assert torch.equal(in_first_epoch(name, **options)(logits, targets), found)
     logits.requires_grad_()
     every(name, **options)(logits, targets).sum().backward()
-    step = 1e-6
-    for i, z in enumerate(logits.tolist()):
-        fixed = {"at": z} if "at" in inspect.signature(by_hand).parameters else {}
-        for j in range(len(z)):
-            high, low = [*z], [*z]
-            high[j] += step
-            low[j] -= step
-            y = int(targets[i])
-            rise = by_hand(high, y, **options, **fixed) - by_hand(low, y, **options, **fixed)
-            assert logits.grad[i, j].item() == pytest.approx(rise / (2 * step), abs=2e-5)
+    for (z, y), grad in zip(pairs, logits.grad, strict=True):
+        # The compensation of seesaw is a constant.
+        fixed = options | ({"at": z} if name == "seesaw" else {})
+        rise = slopes(lambda moved, y=y, fixed=fixed: by_hand(moved.tolist(), y, **fixed), z)
+        torch.testing.assert_close(grad, rise, rtol=0, atol=2e-5)
 
 
 WEIGHTED = {"beta": 0.999999, "form": "softmax", "probability": "weighted"}
@@ -93,7 +82,6 @@ CONSTANTS = [
     ("label_aware_smoothing", [3, 1], {"head": 0.5}, [LN3, 0], 1, math.log(4)),
     # 1/3 and 1/1, of mean 2/3: weights 1/2 and 3/2.
     ("inverse_frequency", [3, 1], {}, [0, 0], 0, LN2 / 2),
-    ("inverse_frequency", [3, 1], {}, [0, 0], 1, 1.5 * LN2),
     ("inverse_frequency", [9, 1], {"exponent": 0.5}, [0, 0], 1, 1.5 * LN2),
     # E = (1 - 1/4) / (1/2) = 3/2 and 1; 1/E = 2/3 and 1: weights 4/5 and 6/5.
     ("class_balanced", [2, 1], {"beta": 0.5}, [0, 0], 0, 0.8 * LN2),
@@ -103,7 +91,6 @@ CONSTANTS = [
     # exp(-1.5 log 2) is 2^-1.5.
     ("class_balanced_focal", [3, 1], WEIGHTED, [0, 0], 1, 1.5 * (1 - 2**-1.5) * LN2),
     ("deferred_reweighting", [2, 1], DEFERRED, [0, 0], 0, 0.8 * LN2),
-    ("focal", [2, 1], {}, [0, 0], 0, LN2 / 4),
     # The softmax is 3/4 and 1/4.
     ("focal", [2, 1], {"gamma": 1}, [LN3, 0], 0, (2 * LN2 - LN3) / 4),
     ("focal", [2, 1], {"form": "sigmoid"}, [LN3, 0], 0, ((2 * LN2 - LN3) / 4 + LN2) / 4),
@@ -118,35 +105,28 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "counts", "options", "z", "y", "expected"), CONSTANTS)
-def test_constants(name, counts, options, z, y, expected):
-    loss = create_loss(name, counts, **options)
-    found = loss(torch.tensor([z], dtype=torch.float64), torch.tensor([y]))
-    assert found.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "middle"),
-    [("linear", 0.3), ("concave", 0.1 + 0.4 / 2**0.5), ("convex", 0.5 - 0.4 / 2**0.5)],
-)
-def test_the_smoothing_of_three_classes(shape, middle):
-    loss = create_loss("label_aware_smoothing", [3, 2, 1], head=0.5, tail=0.1, shape=shape)
-    assert loss.smoothing.tolist() == pytest.approx([0.5, middle, 0.1])
+def test_constants():
+    for name, counts, options, z, y, expected in CONSTANTS:
+        loss = create_loss(name, counts, **options)
+        found = loss(torch.tensor([z], dtype=torch.float64), torch.tensor([y]))
+        assert found.item() == pytest.approx(expected, rel=1e-5), (name, options)
+    for table in (BY_HAND, CONSTANTS):
+        assert {name for name, *_ in table} == set(list_losses()) - OTHERS
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 1 - 1e-12])
 def test_weights_are_stable_and_have_a_mean_of_one(beta):
-    counts = torch.tensor([10**6, 1000, 1])
+    counts = torch.tensor([1e6, 1000, 1]).double()
     weights = effective_number_weights(counts, beta)
     by_frequency = inverse_frequency_weights(counts, 1.0)
     # The effective number is this sum; here it is short.
     if beta in {0.9, 0.9999}:
-        numbers = torch.tensor([sum(beta**k for k in range(n)) for n in counts.tolist()])
-        torch.testing.assert_close(weights, (1 / numbers / (1 / numbers).mean()).double())
+        numbers = torch.tensor([sum(beta**k for k in range(int(n))) for n in counts]).double()
+        torch.testing.assert_close(weights, 1 / numbers / (1 / numbers).mean())
     else:
         expected = torch.ones(3).double() if beta == 0 else by_frequency
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-8)
-    for found in (weights, inverse_frequency_weights(counts, 80.0)):
+    for found in (weights, by_frequency, inverse_frequency_weights(counts, 80.0)):
         assert found.mean().item() == pytest.approx(1)
         assert torch.isfinite(found).all()
 
@@ -154,28 +134,23 @@ def test_weights_are_stable_and_have_a_mean_of_one(beta):
 # Numerics -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @variants
-def test_half_precision_logits_lose_nothing(name, options, by_hand, dtype):
-    # Confident and right: half precision would lose the loss, about 4 e^-8.
-    logits = torch.tensor([[8.0, 0, 0, 0, 0], [0, 0, 0, 8, 0]], dtype=dtype)
-    if "ldam" in {name, options.get("loss")} and options.get("logits") != "scaled":
-        logits /= 32
-    targets = torch.tensor([0, 3])
+def test_half_precision_and_extreme_logits_lose_nothing(name, options, by_hand):
     loss = every(name, **options)
-    exact = loss(logits.double(), targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = loss(logits, targets)
-    assert found.dtype == torch.float32
-    # With tau = 2.5 the first is 1e-5, a difference of numbers of size 7 in float32.
-    tiny = 5e-7 if options.get("tau") == 2.5 else 0
-    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=tiny)
-
-
-@variants
-def test_extreme_logits_stay_finite(name, options, by_hand):
+    for dtype in (torch.float16, torch.bfloat16):
+        # Confident and right: half precision would lose the loss, about 4 e^-8.
+        logits = torch.tensor([[8.0, 0, 0, 0, 0], [0, 0, 0, 8, 0]], dtype=dtype)
+        if "ldam" in {name, options.get("loss")} and options.get("logits") != "scaled":
+            logits /= 32
+        targets = torch.tensor([0, 3])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss(logits, targets)
+        assert found.dtype == torch.float32
+        # With tau = 2.5 the first is 1e-5, a difference of numbers of size 7 in float32.
+        tiny = 5e-7 if options.get("tau") == 2.5 else 0
+        exact = loss(logits.double(), targets)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=tiny)
     logits = torch.tensor([[6e4, -6e4, 0, 0, 0]] * 2, dtype=torch.float16, requires_grad=True)
-    loss = every(name, **options)
     # Wrong and right.
     targets = torch.tensor([1, 0])
     values = loss(logits, targets)
@@ -204,10 +179,9 @@ def test_state_dict_is_empty_and_buffers_move(name):
     loss = in_first_epoch(name)
     assert loss.state_dict() == {}
     assert not list(loss.parameters())
-    if loss.needs_features:
-        return
-    meta = loss.to("meta")
-    assert meta(torch.zeros(2, 5, device="meta"), torch.zeros(2, device="meta").long()).is_meta
+    if not loss.needs_features:
+        targets = torch.zeros(2, device="meta", dtype=torch.long)
+        assert loss.to("meta")(torch.zeros(2, 5, device="meta"), targets).is_meta
 
 
 # Identities ---------------------------------------------------------------------------------------
@@ -261,19 +235,17 @@ def test_identities(counts, data):
 def test_more_identities():
     logits, targets = batch()
 
-    def loss(name, **options):
-        return every(name, **options)(logits, targets)
-
-    def same(found, expected):
+    def same(name, options, expected, counts=COUNTS):
+        found = every(name, class_counts=counts, **options)(logits, targets)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
     one_hot = F.one_hot(targets, 5).double()
-    bce = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
-    same(loss("focal", form="sigmoid", gamma=0), bce.sum(1))
-    same(loss("class_balanced", form="sigmoid", beta=0), bce.sum(1))
-    same(loss("class_balanced", beta=1 - 1e-9), loss("inverse_frequency"))
-    equal = every("label_aware_smoothing", class_counts=[9] * 5, head=0.2, spread="all")
-    same(equal(logits, targets), loss("cross_entropy", smoothing=0.2))
+    bce = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(1)
+    same("focal", {"form": "sigmoid", "gamma": 0}, bce)
+    same("class_balanced", {"form": "sigmoid", "beta": 0}, bce)
+    same("class_balanced", {"beta": 1 - 1e-9}, every("inverse_frequency")(logits, targets))
+    smoothed = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
+    same("label_aware_smoothing", {"head": 0.2, "spread": "all"}, smoothed, [9] * 5)
 
 
 # Weighted means -----------------------------------------------------------------------------------
@@ -282,51 +254,24 @@ def test_more_identities():
 @pytest.mark.parametrize("name", ["inverse_frequency", "class_balanced"])
 def test_weighted_means_are_those_of_torch(name):
     logits, targets = batch(9, seed=3)
-    by_weights = create_loss(name, COUNTS, normalization="weights")
-    weights = by_weights.weights.double()
-    expected = F.cross_entropy(logits, targets, weights)
-    torch.testing.assert_close(by_weights(logits, targets), expected)
-    by_batch = create_loss(name, COUNTS)
-    expected = F.cross_entropy(logits, targets, weights, reduction="sum") / len(targets)
-    torch.testing.assert_close(by_batch(logits, targets), expected)
-    # For distributions torch divides by the batch size; our mean by weights agrees with labels.
+    by_batch, by_weights = (
+        create_loss(name, COUNTS, normalization=divisor) for divisor in ("batch", "weights")
+    )
+    weights = by_weights.class_weights.double()
     soft = torch.softmax(torch.randn(9, 5, dtype=torch.float64), 1)
-    torch.testing.assert_close(by_batch(logits, soft), F.cross_entropy(logits, soft, weights))
-    one_hot = F.one_hot(targets, 5).double()
-    torch.testing.assert_close(by_weights(logits, one_hot), by_weights(logits, targets))
-    total = (soft * weights).sum()
-    expected = F.cross_entropy(logits, soft, weights, reduction="sum") / total
-    torch.testing.assert_close(by_weights(logits, soft), expected)
-    # The weight of a single image cancels.
-    one = logits[:1], targets[:1]
-    torch.testing.assert_close(by_weights(*one), F.cross_entropy(*one))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "weight"),
-    [
-        ("class_balanced", {"form": "sigmoid"}, hand.effective_number_weight),
-        ("class_balanced", {"form": "focal"}, hand.effective_number_weight),
-        ("class_balanced_focal", {}, hand.effective_number_weight),
-        (
-            "class_balanced_focal",
-            {"form": "softmax", "probability": "weighted"},
-            hand.effective_number_weight,
-        ),
-        (
-            "deferred_reweighting",
-            {"start": 0, "weights": "inverse_frequency"},
-            hand.frequency_weight,
-        ),
-    ],
-)
-def test_means_by_weights_are_those_by_hand(name, options, weight):
-    logits, targets = batch()
-    pairs = list(zip(logits.tolist(), targets.tolist(), strict=True))
-    values = [getattr(hand, name)(z, y, **options) for z, y in pairs]
-    expected = sum(values) / sum(weight(y) for _, y in pairs)
-    found = create_loss(name, COUNTS, normalization="weights", **options)(logits, targets)
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+    total = F.cross_entropy(logits, soft, weights, reduction="sum")
+    one, one_hot = (logits[:1], targets[:1]), F.one_hot(targets, 5).double()
+    for found, expected in [
+        (by_weights(logits, targets), F.cross_entropy(logits, targets, weights)),
+        (by_batch(logits, targets), F.cross_entropy(logits, targets, weights, reduction="sum") / 9),
+        # For distributions torch divides by the batch size; our mean by weights agrees with labels.
+        (by_batch(logits, soft), F.cross_entropy(logits, soft, weights)),
+        (by_weights(logits, one_hot), by_weights(logits, targets)),
+        (by_weights(logits, soft), total / (soft * weights).sum()),
+        # The weight of a single image cancels.
+        (by_weights(*one), F.cross_entropy(*one)),
+    ]:
+        torch.testing.assert_close(found, expected)
 
 
 # Deferred re-weighting ----------------------------------------------------------------------------
@@ -348,26 +293,19 @@ def test_weights_begin_in_their_epoch(start, epochs, first):
         torch.testing.assert_close(loss(logits, targets), plain if epoch < first else weighted)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_loss_with_a_schedule_needs_the_epoch(wrapped):
-    options = {"start": 0.8}
-    if wrapped:
-        options = {"start": 0, "loss": "deferred_reweighting", "loss_options": options}
-    loss = create_loss("deferred_reweighting", COUNTS, **options)
-    with pytest.raises(UsageError, match=r"depends on the epoch: call loss.set_epoch\(epoch, ep"):
-        loss(*batch())
+def test_a_loss_with_a_schedule_needs_the_epoch():
+    wrapped = {"start": 0, "loss": "deferred_reweighting", "loss_options": {"start": 160}}
+    for options in ({"start": 160}, wrapped):
+        loss = create_loss("deferred_reweighting", COUNTS, **options)
+        with pytest.raises(UsageError, match=r"depends on the epoch: call loss.set_epoch\("):
+            loss(*batch())
+        with pytest.raises(UsageError, match="start 160 is not within the 160 epochs"):
+            loss.set_epoch(0, 160)
+        loss.set_epoch(0, 161)
 
 
-def test_a_start_after_training_is_refused():
-    loss = create_loss("deferred_reweighting", COUNTS, start=160)
-    with pytest.raises(UsageError, match="start 160 is not within the 160 epochs"):
-        loss.set_epoch(0, 160)
-    loss.set_epoch(0, 161)
-
-
-def test_the_wrapped_loss_decides_on_its_input(monkeypatch):
-    # Register it in a copy, which other tests do not see.
-    monkeypatch.setattr(losses.LOSSES, "_parts", dict(losses.LOSSES._parts))
+@pytest.mark.usefixtures("own_losses")
+def test_the_wrapped_loss_decides_on_its_input():
     epochs_seen = []
 
     @register_loss("of_features")
@@ -387,7 +325,7 @@ def test_the_wrapped_loss_decides_on_its_input(monkeypatch):
     loss.set_epoch(0, 2)
     assert loss(logits, targets, features).item() == pytest.approx(17)
     loss.set_epoch(1, 2)
-    weights = loss.weights[targets]
+    weights = loss.class_weights[targets]
     expected = (weights * features.sum(1)).sum() / weights.sum()
     assert loss(logits, targets, features).item() == pytest.approx(expected.item())
     assert epochs_seen == [(0, 2), (1, 2)]
@@ -397,6 +335,18 @@ def test_the_wrapped_loss_decides_on_its_input(monkeypatch):
 
 
 # Models -------------------------------------------------------------------------------------------
+
+
+def test_ldam_with_a_cosine_classifier():
+    x, targets = batch(4)[0][:, :3], torch.tensor([0, 4, 2, 4])
+    head = timm_lt.create_head("cosine", 3, 5, scale=1.0).double()
+    create_loss("ldam", COUNTS, reduction="sum")(head(x), targets).backward()
+
+    def by_hand(weight):
+        cosines = F.normalize(x) @ F.normalize(weight).T
+        return sum(map(hand.ldam, cosines.tolist(), targets.tolist()))
+
+    torch.testing.assert_close(head.weight.grad, slopes(by_hand, head.weight), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -420,26 +370,21 @@ def test_ldam_needs_a_cosine_classifier(deferred):
         loss(logits="scaled").check_classifier(classifier("cosine", scale=16.0))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "biased"),
-    [
+def test_a_sigmoid_starts_at_one_in_c():
+    for name, options, biased in [
         ("focal", {"form": "sigmoid"}, True),
         ("class_balanced", {"form": "focal"}, True),
         ("class_balanced", {"form": "sigmoid"}, True),
-        ("class_balanced_focal", {}, True),
         ("deferred_reweighting", {"loss": "class_balanced_focal"}, True),
         ("focal", {}, False),
         ("class_balanced", {}, False),
         ("class_balanced_focal", {"form": "softmax"}, False),
-        ("deferred_reweighting", {}, False),
-    ],
-)
-def test_a_sigmoid_starts_at_one_in_c(name, options, biased):
-    model = timm_lt.create_model("test_resnet", num_classes=5)
-    before = model.fc.bias.tolist()
-    start_classifier(create_loss(name, COUNTS, **options), model, 5)
-    # Sigmoid of -log 4 is 1/5.
-    assert model.fc.bias.tolist() == pytest.approx([-math.log(4)] * 5 if biased else before)
+    ]:
+        model = timm_lt.create_model("test_resnet", num_classes=5)
+        before = model.fc.bias.tolist()
+        start_classifier(create_loss(name, COUNTS, **options), model, 5)
+        # Sigmoid of -log 4 is 1/5.
+        assert model.fc.bias.tolist() == pytest.approx([-math.log(4)] * 5 if biased else before)
 
 
 # Mistakes -----------------------------------------------------------------------------------------
@@ -450,35 +395,19 @@ def test_a_sigmoid_starts_at_one_in_c(name, options, biased):
     [
         ("CE", {}, "unknown loss 'CE'.*cross_entropy, .*balanced_softmax"),
         ("balanced_softmax", {"class_counts": None}, "BalancedSoftmaxLoss needs class_counts"),
-        ("balanced_softmax", {"class_counts": [3, 1.5]}, r"class_counts\[1\] = 1.5 is not an int"),
         ("balanced_softmax", {"tau": 1}, "has no option 'tau'; valid options: reduction"),
         ("logit_adjustment", {"tau": -1}, r"tau must be a number in \[0, inf\), got -1"),
-        ("cross_entropy", {"smoothing": 1}, r"smoothing must be a number in \[0, 1\)"),
+        ("cross_entropy", {"smoothing": None}, "smoothing must be a number.*got None"),
         ("cross_entropy", {"reduction": "avg"}, "'avg'.*mean, sum, none"),
-        ("inverse_frequency", {"exponent": -1}, r"exponent must be a number in \[0, inf\)"),
-        ("inverse_frequency", {"normalization": "sum"}, "'sum'.*choose one of: batch, weights"),
-        ("class_balanced", {"beta": 1}, r"beta must be a number in \[0, 1\), got 1"),
         ("class_balanced", {"gamma": 1}, "gamma only applies with form='focal'"),
-        ("class_balanced", {"form": "relu"}, "choose one of: softmax, sigmoid, focal"),
-        ("class_balanced_focal", {"form": "focal"}, "choose one of: softmax, sigmoid"),
+        ("class_balanced", {"form": "focal", "gamma": -1}, "gamma must be a number"),
         ("class_balanced_focal", {"probability": "weighted"}, "only applies with form='softmax'"),
-        ("focal", {"gamma": -1}, "gamma must be a number"),
-        ("focal", {"form": "focal"}, "choose one of: softmax, sigmoid"),
-        ("ldam", {"max_margin": -0.1}, "max_margin must be a number"),
         ("ldam", {"scale": 0}, r"scale must be a number in \(0, inf\)"),
-        ("ldam", {"logits": "raw"}, "choose one of: cosine, scaled"),
-        ("label_aware_smoothing", {"head": 1}, r"head must be a number in \[0, 1\)"),
         ("label_aware_smoothing", {"tail": 0.4}, "head must be .* got 0.3"),
-        ("label_aware_smoothing", {"shape": "exp"}, "choose one of: concave, linear, convex"),
-        ("seesaw", {"min_probability": 1}, r"min_probability must be a number in \[0, 1\)"),
         ("deferred_reweighting", {"start": -1}, "start must be an integer >= 0"),
         ("deferred_reweighting", {"start": 1.5}, r"start, an epoch .* must be a number in \(0, 1"),
         ("deferred_reweighting", {"loss": ["ldam"]}, r"unknown loss \['ldam'\]"),
-        (
-            "deferred_reweighting",
-            {"loss": "bilateral"},
-            "cannot wrap bilateral; use loss bilateral",
-        ),
+        ("deferred_reweighting", {"loss": "bilateral"}, "cannot wrap bilateral; use loss bilat"),
         ("deferred_reweighting", {"loss_options": 5}, "loss_options must be a mapping.*got 5"),
         ("deferred_reweighting", {"loss_options": {"tau": 1}}, "has no option 'tau'"),
         ("deferred_reweighting", {"loss_options": {"reduction": "sum"}}, "reduction is set"),
@@ -510,15 +439,17 @@ def test_empty_classes_and_bad_batches_are_refused(name):
             loss(logits, targets, *features)
 
 
-def test_a_new_loss_defines_per_example(monkeypatch):
-    # Register it in a copy, which other tests do not see.
-    monkeypatch.setattr(losses.LOSSES, "_parts", dict(losses.LOSSES._parts))
-
+@pytest.mark.usefixtures("own_losses")
+def test_a_new_loss_defines_per_example():
     @register_loss("zero_one")
     class ZeroOneLoss(ClassLoss):
+        def __init__(self, class_counts=None, *, weight=1, reduction="mean"):
+            super().__init__(class_counts, reduction=reduction)
+            self.weight = weight
+
         def per_example(self, logits, targets):
-            return (logits.argmax(1) != targets).float()
+            return self.weight * (logits.argmax(1) != targets).float()
 
     assert "zero_one" in list_losses()
-    loss = create_loss("zero_one", reduction="sum")
-    assert loss(torch.eye(3), torch.tensor([0, 0, 1])).item() == 2
+    loss = create_loss("zero_one", reduction="sum", weight=3)
+    assert loss(torch.eye(3), torch.tensor([0, 0, 1])).item() == 6

@@ -20,47 +20,34 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from timm_lt import samplers
 from timm_lt.data.loader import NumberedSampler, prepared_loader
-from timm_lt.samplers import (
-    ClassSampler,
-    base,
-    create_sampler,
-    list_samplers,
-    register_sampler,
-    streams,
-)
+from timm_lt.samplers import ClassSampler, base, create_sampler, list_samplers, streams
 from timm_lt.utils.checks import UsageError
 
+BY_FOURS = {"samples_per_class": 4}
+STEPS = {"epochs": 9, "steps_per_epoch": 4, "schedule": "t/(T-1)"}
 # Samplers with required options, or with other options that the contract should cover.
 OPTIONS = {
-    "class_balanced": [{}, {"samples_per_class": 4}],
+    "class_balanced": [{}, BY_FOURS],
     "power": [{"q": 0.3}],
-    "progressively_balanced": [
-        *({"epochs": 9, "schedule": s} for s in ("t/T", "t/(T-1)")),
-        {"epochs": 9, "steps_per_epoch": 4, "schedule": "t/(T-1)"},
-    ],
+    "progressively_balanced": [{"epochs": 9}, {"epochs": 9, "schedule": "t/(T-1)"}, STEPS],
     "effective_number": [{"beta": 0.9}],
     "under_sampled": [{}, {"target": 6}],
     "over_sampled": [{"target": 6}],
     "deferred": [
         {"start": 1},
-        {
-            "first": "progressively_balanced",
-            "second_options": {"samples_per_class": 4},
-            "start": 0.5,
-            "epochs": 9,
-        },
+        {"first": "progressively_balanced", "second_options": BY_FOURS, "start": 0.5, "epochs": 9},
     ],
 }
-VARIANTS = [
-    pytest.param(name, options, id=f"{name}{options or ''}")
-    for name in list_samplers()
-    for options in OPTIONS.get(name, [{}])
+# One for each way to divide and arrange an epoch; the others are exhaustive.
+SAMPLE = [("power", {"q": 0.3}), ("class_balanced", BY_FOURS), ("progressively_balanced", STEPS)]
+SAMPLE += [("deferred", OPTIONS["deferred"][1]), ("bilateral", {})]
+VARIANTS = [(name, options) for name in list_samplers() for options in OPTIONS.get(name, [{}])]
+REST = [
+    pytest.param(*case, marks=pytest.mark.exhaustive) for case in VARIANTS if case not in SAMPLE
 ]
-contract = pytest.mark.parametrize(("name", "options"), VARIANTS)
+contract = pytest.mark.parametrize(("name", "options"), [*SAMPLE, *REST])
 # The two streams of a bilateral sampler are single samplers.
-single = pytest.mark.parametrize(
-    ("name", "options"), [v for v in VARIANTS if v.values[0] != "bilateral"]
-)
+single = pytest.mark.parametrize(("name", "options"), [*SAMPLE[:-1], *REST])
 
 # Shuffled, with the empty classes 2 and 5.
 COUNTS = [23, 9, 0, 4, 1, 0]
@@ -80,17 +67,19 @@ def chunks(request, monkeypatch):
 
 def check_epoch(sampler, stream, labels):
     """Checks, by naive loops, the properties of every epoch of every single sampler."""
-    n = len(stream)
     assert all(type(index) is int and 0 <= index < len(labels) for index in stream)
     p = sampler.class_probabilities()
     assert p.dtype == torch.float64
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
-    sizes = collections.Counter(labels)
-    drawn = images_by_class(stream, labels)
+    sizes, drawn = collections.Counter(labels), images_by_class(stream, labels)
     for c in range(len(p)):
         assert c in sizes or p[c] == 0
-        assert abs(len(drawn[c]) - n * p[c].item()) < sampler.group
-        assert in_cycles(drawn[c], sizes[c]), "an image came twice before another came once"
+        assert abs(len(drawn[c]) - len(stream) * p[c].item()) < sampler.group
+        # The first cycle may be the rest of one.
+        assert sizes[c] == 0 or any(
+            in_cycles(drawn[c][:rest], sizes[c]) and in_cycles(drawn[c][rest:], sizes[c])
+            for rest in range(sizes[c])
+        ), "an image was drawn twice before another was drawn once"
 
 
 def images_by_class(stream, labels):
@@ -101,20 +90,16 @@ def images_by_class(stream, labels):
 
 
 def in_cycles(drawn, size):
-    """Whether the draws of a class are cycles, of which the first may be the rest of one."""
-
-    def distinct(images):
-        return len(set(images)) == len(images)
-
-    return size == 0 or any(
-        distinct(drawn[:rest])
-        and all(distinct(drawn[i : i + size]) for i in range(rest, len(drawn), size))
-        for rest in range(size)
-    )
+    return all(len(set(cycle)) == len(cycle) for cycle in groups_of(drawn, size))
 
 
 def groups_of(stream, size):
     return [stream[i : i + size] for i in range(0, len(stream), size)]
+
+
+def together(ranks):
+    """Returns the parts of ranks in the order of the whole stream."""
+    return [part for turn in zip(*ranks, strict=True) for part in turn]
 
 
 # The contract -------------------------------------------------------------------------------------
@@ -138,9 +123,7 @@ def test_epochs_keep_the_contract_and_continue_the_cycles(name, options, num_sam
         assert create().epoch_indices(epoch).tolist() == stream
         for label, images in images_by_class(stream, LABELS).items():
             drawn[label] += images
-    for label, images in drawn.items():
-        for cycle in groups_of(images, COUNTS[label]):
-            assert len(set(cycle)) == len(cycle)
+    assert all(in_cycles(images, COUNTS[label]) for label, images in drawn.items())
 
 
 @single
@@ -159,8 +142,6 @@ def test_any_labels_keep_the_contract(name, options, labels, num_samples, seed, 
 
 @contract
 def test_the_stream_is_a_function_of_seed_and_epoch_alone(name, options):
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
     first = create_sampler(name, LABELS, seed=7, **options)
     before = torch.get_rng_state()
     stream = list(first)
@@ -175,40 +156,9 @@ def test_the_stream_is_a_function_of_seed_and_epoch_alone(name, options):
     second.set_epoch(0)
     first.set_epoch(0)
     assert list(second) == stream == list(first)
-    streams_ = set()
-    for seed, epoch in itertools.product(range(4), range(4)):
-        sampler = create_sampler(name, LABELS, seed=seed, **options)
-        streams_.add(tuple(sampler.epoch_indices(epoch).tolist()))
-    assert len(streams_) == 16
-
-
-@contract
-def test_draws_are_right_on_average(name, options):
-    sampler = create_sampler(name, LABELS, num_samples=18, num_classes=6, **options)
-    epochs, epoch = 400, 1
-    total = torch.zeros(6)
-    for seed in range(epochs):
-        sampler.seed = seed
-        images = sampler.epoch_indices(epoch)
-        total += torch.bincount(torch.tensor(LABELS)[images], minlength=6)
-    # Rounding up or down has a standard deviation of at most 1/2.
-    error = (total / epochs - 18 * sampler.class_probabilities(epoch)).abs()
-    assert error.max() < 4 * 0.5 / math.sqrt(epochs)
-
-
-@single
-def test_ten_thousand_classes(name, options):
-    classes = 10_000
-    labels = torch.cat([torch.arange(classes), torch.arange(50).repeat(40)])
-    sampler = create_sampler(name, labels, num_samples=15_000, **options)
-    for epoch in (8, 0):
-        sampler.set_epoch(epoch)
-        drawn = sampler.epoch_indices()
-        of_class = torch.bincount(labels[drawn], minlength=classes)
-        assert (of_class - 15_000 * sampler.class_probabilities()).abs().max() < sampler.group
-    # The cycle of every class begins in the first epoch: no image is two draws ahead of another.
-    cycles = -(-of_class // sampler.class_counts)
-    assert (torch.bincount(drawn, minlength=len(labels)) <= cycles[labels]).all()
+    seeds = [create_sampler(name, LABELS, seed=seed, **options) for seed in range(4)]
+    drawn = {tuple(s.epoch_indices(epoch).tolist()) for s in seeds for epoch in range(4)}
+    assert len(drawn) == 16
 
 
 @contract
@@ -224,17 +174,17 @@ def test_iterators_do_not_disturb_each_other(name, options):
 
 
 @contract
-def test_loaders_draw_the_same_stream(name, options):
-    stream = create_sampler(name, LABELS, num_samples=40, **options).epoch_indices(0)
-    loader = DataLoader(
-        range(N), batch_size=5, sampler=create_sampler(name, LABELS, num_samples=40, **options)
-    )
-    assert torch.equal(torch.cat(list(loader)), stream)
-    # accelerate divides the batches among two processes.
-    for rank in range(2):
-        sampler = create_sampler(name, LABELS, num_samples=40, **options)
-        shard = BatchSamplerShard(BatchSampler(sampler, 5, drop_last=False), 2, rank)
-        assert list(shard) == stream.view(8, 5)[rank::2].tolist()
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_loaders_draw_the_same_stream(name, options, split_batches):
+    def create():
+        return create_sampler(name, LABELS, num_samples=96, **options)
+
+    stream = create().epoch_indices(0)
+    assert torch.equal(torch.cat(list(DataLoader(range(N), 5, sampler=create()))), stream)
+    # accelerate divides the batches among two processes, and keeps groups together.
+    batches = [BatchSampler(create(), 16, drop_last=False) for _ in range(2)]
+    shards = [BatchSamplerShard(b, 2, rank, split_batches) for rank, b in enumerate(batches)]
+    assert list(itertools.chain.from_iterable(together(shards))) == stream.tolist()
 
 
 # Ranks and states ---------------------------------------------------------------------------------
@@ -248,16 +198,15 @@ def test_ranks_share_the_same_stream(name, options, num_replicas):
     stream = create_sampler(name, LABELS, num_samples=n, **options).epoch_indices(2).tolist()
     ranks = []
     for rank in range(num_replicas):
-        sampler = create_sampler(
-            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
-        )
+        place = {"rank": rank, "num_replicas": num_replicas}
+        sampler = create_sampler(name, LABELS, num_samples=n, **place, **options)
         sampler.set_epoch(2)
         group = sampler.group if num_replicas > 1 else 1
         ranks.append(groups_of(list(sampler), group))
         assert len(sampler) == group * len(ranks[-1]) == group * math.ceil(n / group / num_replicas)
-    together = [part for turn in zip(*ranks, strict=True) for part in turn]
     # The padding is the beginning.
-    assert together == (groups_of(stream, group) * 6)[: len(together)]
+    drawn = together(ranks)
+    assert drawn == (groups_of(stream, group) * 6)[: len(drawn)]
 
 
 @contract
@@ -267,23 +216,19 @@ def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after)
     n = 96
 
     def create(rank, num_replicas):
-        return create_sampler(
-            name, LABELS, num_samples=n, rank=rank, num_replicas=num_replicas, **options
-        )
+        place = {"rank": rank, "num_replicas": num_replicas}
+        return create_sampler(name, LABELS, num_samples=n, **place, **options)
 
-    stream = create(0, 1).epoch_indices(5).tolist()
-    following = create(0, 1).epoch_indices(6).tolist()
+    stream, following = (create(0, 1).epoch_indices(epoch).tolist() for epoch in (5, 6))
     for consumed in (0, 1, 12, n // before):
         old = create(before - 1, before)
         old.set_epoch(5)
-        iterator = iter(old)
-        for _ in range(consumed):
-            next(iterator)
+        collections.deque(itertools.islice(old, consumed), maxlen=0)
         state = json.loads(json.dumps(old.state_dict()))
         # The position is the beginning of a group that stays together.
         whole = old.group if before > 1 else old.unit
         position = consumed // whole * whole * before
-        assert state["position"] == position
+        assert state == {"seed": 0, "epoch": 5, "num_samples": n, "position": position}
         group = old.group if max(before, after) > 1 else old.unit
         if position % group:
             continue
@@ -301,76 +246,51 @@ def test_a_state_resumes_in_the_middle_of_an_epoch(name, options, before, after)
             turns = math.ceil(n / group / after)
             expected = (groups_of(following, group) * 2)[rank : turns * after : after]
             assert groups_of(list(new), group) == expected
-        left = groups_of(stream[position:], group)
-        together = [part for turn in zip(*rest, strict=True) for part in turn]
-        assert together[: len(left)] == left
-        assert len(together) == math.ceil(len(left) / after) * after
+        left, drawn = groups_of(stream[position:], group), together(rest)
+        assert drawn[: len(left)] == left
+        assert len(drawn) == math.ceil(len(left) / after) * after
 
 
 def test_a_state_of_another_stream_is_refused():
-    state = create_sampler("class_balanced", LABELS, seed=1).state_dict()
-    assert state == {"seed": 1, "epoch": 0, "num_samples": N, "position": 0}
-    with pytest.raises(UsageError, match=r"another stream: its seed is 1, that of the sampler 2"):
-        create_sampler("class_balanced", LABELS, seed=2).load_state_dict(state)
-    with pytest.raises(UsageError, match="its num_samples is 37, that of the sampler 5"):
-        create_sampler("class_balanced", LABELS, num_samples=5, seed=1).load_state_dict(state)
-    with pytest.raises(UsageError, match="position must be an integer from 0 to 37, got 38"):
-        create_sampler("class_balanced", LABELS, seed=1).load_state_dict(state | {"position": 38})
+    sampler = create_sampler("class_balanced", LABELS, seed=1)
+    for change, message in [
+        ({"seed": 2}, "the state has seed 2, the sampler 1"),
+        ({"num_samples": 5}, "the state has num_samples 5, the sampler 37"),
+        ({"position": 38}, "position must be an integer from 0 to 37, got 38"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            sampler.load_state_dict(sampler.state_dict() | change)
     pairs = create_sampler("bilateral", LABELS)
     pairs.load_state_dict(pairs.state_dict() | {"position": 7})
-    with pytest.raises(UsageError, match="position 7 is inside a group of 2 draws"):
+    with pytest.raises(UsageError, match="position 7 is inside a group; it must be a multiple of"):
         iter(pairs)
 
 
 def test_a_sharded_sampler_is_refused_beside_accelerate(monkeypatch):
     sharded = create_sampler("class_balanced", LABELS, rank=1, num_replicas=2)
-    whole = create_sampler("class_balanced", LABELS)
     monkeypatch.setattr(base, "is_initialized", lambda: True)
     monkeypatch.setattr(base, "PartialState", lambda: types.SimpleNamespace(num_processes=2))
-    assert len(list(whole)) == N
-    with pytest.raises(UsageError, match=r"rank 1 of 2.*2 processes: create it without rank="):
+    assert len(list(create_sampler("class_balanced", LABELS))) == N
+    with pytest.raises(UsageError, match=r"rank 1 of 2, but accelerate.*: create it without rank="):
         iter(sharded)
 
 
 @pytest.mark.parametrize("split_batches", [False, True])
-@pytest.mark.parametrize(
-    ("name", "options", "k"),
-    [("class_balanced", {"samples_per_class": 4}, 4), ("bilateral", {}, 2)],
-)
-def test_accelerate_keeps_groups_together(split_batches, name, options, k):
-    def create():
-        return create_sampler(name, LABELS, num_samples=96, **options)
-
-    shards = []
-    for rank in range(2):
-        batches = BatchSampler(create(), 16, drop_last=True)
-        shard = BatchSamplerShard(batches, 2, rank, split_batches=split_batches)
-        shards += [group for batch in shard for group in groups_of(batch, k)]
-    assert sorted(shards) == sorted(groups_of(create().epoch_indices(0).tolist(), k))
-
-
-@pytest.mark.parametrize("split_batches", [False, True])
 def test_batches_that_divide_groups_are_refused(split_batches):
-    def create():
-        return create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
+    def prepare(sampler, size, processes):
+        accelerator = types.SimpleNamespace(
+            num_processes=processes, split_batches=split_batches, prepare_data_loader=lambda x: x
+        )
+        total = size * processes if split_batches else size
+        prepared_loader(DataLoader(range(N), total, sampler=sampler), accelerator)
 
-    numbered = NumberedSampler(create(), len(LABELS), 96)
-    for sampler, size, processes in ((create(), 6, 1), (numbered, 8, 2)):
-        prepare(sampler, size, processes, split_batches=split_batches)
-    for sampler, size in ((create(), 6), (numbered, 2)):
+    sampler = create_sampler("class_balanced", LABELS, num_samples=96, samples_per_class=4)
+    numbered = NumberedSampler(sampler, N, 96)
+    prepare(sampler, 6, 1)
+    prepare(numbered, 8, 2)
+    for refused, size in ((sampler, 6), (numbered, 2)):
         with pytest.raises(UsageError, match=rf"groups of 4 .* batches of {size} images on each"):
-            prepare(sampler, size, 2, split_batches=split_batches)
-
-
-def prepare(sampler, size, processes, *, split_batches):
-    """Prepares a loader with which each process has batches of this size."""
-    accelerator = types.SimpleNamespace(
-        num_processes=processes,
-        split_batches=split_batches,
-        prepare_data_loader=lambda loader: loader,
-    )
-    total = size * processes if split_batches else size
-    prepared_loader(DataLoader(range(len(LABELS)), total, sampler=sampler), accelerator)
+            prepare(refused, size, 2)
 
 
 # Wrong arguments ----------------------------------------------------------------------------------
@@ -379,28 +299,22 @@ def prepare(sampler, size, processes, *, split_batches):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("power", {"num_samples": 0, "q": 1}, "num_samples must be an integer >= 1, got 0"),
         ("power", {"seed": -1, "q": 1}, "seed must be an integer >= 0, got -1"),
         ("power", {"num_classes": 0, "q": 1}, "num_classes must be an integer >= 1, got 0"),
         ("power", {"rank": 2, "num_replicas": 2, "q": 1}, "rank must be an integer from 0 to 1"),
-        ("power", {"num_replicas": 0, "q": 1}, "num_replicas must be an integer >= 1"),
         ("uniform", {}, r"unknown sampler 'uniform'.*instance_balanced, class_balanced"),
         ("power", {}, "sampler 'power' needs the option 'q'"),
         ("power", {"q": 1.1}, r"q must be a number in \[0, 1\], got 1.1"),
         ("power", {"p": 0.5}, "sampler 'power' has no option 'p'; valid options: q"),
-        ("class_balanced", {"samples_per_class": 0}, "samples_per_class must be an integer >= 1"),
-        ("progressively_balanced", {"epochs": 0}, "epochs must be an integer >= 1, got 0"),
+        ("progressively_balanced", {"epochs": None}, "epochs must be an integer >= 1, got None"),
         ("progressively_balanced", {"epochs": 3, "schedule": "t"}, r"one of: t/T, t/\(T-1\)"),
-        ("progressively_balanced", {"epochs": 3, "steps_per_epoch": 0}, "steps_per_epoch must be"),
-        ("effective_number", {"beta": 1.0}, r"beta must be a number in \[0, 1\), got 1.0"),
         ("under_sampled", {"target": 0}, "target must be an integer >= 1, got 0"),
         ("deferred", {}, "start 0.8 is a fraction of the epochs: give epochs, too"),
         ("deferred", {"epochs": 3, "start": 3}, "start 3 is not within the 3 epochs"),
         ("deferred", {"start": 1, "second": "shift"}, "unknown sampler 'shift'"),
         ("deferred", {"start": 1, "second_options": {"q": 1}}, "'class_balanced' has no option"),
-        ("deferred", {"start": 1, "first_options": 5}, "first_options must be a mapping"),
         ("deferred", {"start": 1, "second": "bilateral", "num_samples": 4}, "which draws pairs"),
-        ("bilateral", {"num_samples": 7}, "must be even, since it draws pairs; got 7"),
+        ("bilateral", {"num_samples": 7}, "draws pairs; got num_samples=7"),
         ("bilateral", {"rebalancing": "power"}, "'power'.*reversed, class_balanced, instance"),
     ],
 )
@@ -412,7 +326,7 @@ def test_bad_arguments_are_refused(name, options, message):
 def test_bad_labels_and_epochs_are_refused(monkeypatch):
     monkeypatch.setattr(streams, "BLOCK", 2)
     with pytest.raises(UsageError, match=r"labels\[3\] = -2 is negative"):
-        create_sampler("class_balanced", [0, 1, 0, -2, 1])
+        create_sampler("class_balanced", np.array([0, 1, 0, -2, 1]))
     with pytest.raises(UsageError, match="epoch must be an integer >= 0, got -1"):
         create_sampler("class_balanced", LABELS).set_epoch(-1)
 
@@ -442,9 +356,8 @@ def test_power_family(name, options, q):
 
 @pytest.mark.parametrize(("schedule", "last"), [("t/T", 4 / 5), ("t/(T-1)", 1.0)])
 def test_progressively_balanced_schedule(schedule, last):
-    sampler = create_sampler(
-        "progressively_balanced", LABELS, num_classes=6, epochs=5, schedule=schedule
-    )
+    options = {"num_classes": 6, "schedule": schedule}
+    sampler = create_sampler("progressively_balanced", LABELS, epochs=5, **options)
     for t in range(5):
         a = last * t / 4
         expected = [(1 - a) * n / N + (a / 4 if n else 0) for n in COUNTS]
@@ -452,9 +365,9 @@ def test_progressively_balanced_schedule(schedule, last):
     assert sampler.class_probabilities(0).tolist() == power_by_hand(1)
     assert (sampler.class_probabilities(4).tolist() == power_by_hand(0)) == (last == 1)
     sampler.set_epoch(5)
-    with pytest.raises(UsageError, match=r"epoch 5 is outside .*epochs=5 covers 0 to 4"):
+    with pytest.raises(UsageError, match="epoch 5 is outside the schedule: epochs=5"):
         iter(sampler)
-    single_epoch = create_sampler("progressively_balanced", LABELS, epochs=1, schedule=schedule)
+    single_epoch = create_sampler("progressively_balanced", LABELS, epochs=1, **options)
     assert sorted(single_epoch) == list(range(N))
 
 
@@ -465,24 +378,18 @@ def test_progressively_balanced_per_step(schedule):
     options = {"epochs": epochs, "steps_per_epoch": steps, "schedule": schedule}
     sampler = create_sampler("progressively_balanced", LABELS, num_samples=n, **options)
     last = epochs * steps - (schedule == "t/(T-1)")
-    counts = [count for count in COUNTS[:5] if count]
+    counts = torch.tensor([count for count in COUNTS if count], dtype=torch.float64)
     for epoch in range(epochs):
-        mean, expected_so_far = [0] * 4, [0] * 4
         stream = [LABELS[index] for index in sampler.epoch_indices(epoch)]
-        for step in range(steps):
-            a = (epoch * steps + step) / last
-            p = [(1 - a) * count / N + a / 4 for count in counts]
-            mean = [m + x / steps for m, x in zip(mean, p, strict=True)]
-            expected_so_far = [e + x * n / steps for e, x in zip(expected_so_far, p, strict=True)]
+        a = (epoch * steps + torch.arange(steps).double()[:, None]) / last
+        p = (1 - a) * counts / N + a / 4
+        for step, expected in enumerate((p * n / steps).cumsum(0)):
             # A step ends within C / 2 draws of its position.
             ends = range((step + 1) * n // steps - 4, (step + 1) * n // steps + 5)
-            drawn = [[stream[:end].count(c) for c in (0, 1, 3, 4)] for end in ends]
-            assert any(
-                all(abs(d - e) < 2 for d, e in zip(counted, expected_so_far, strict=True))
-                for counted in drawn
-            )
-        p = sampler.class_probabilities(epoch)[[0, 1, 3, 4]]
-        assert p.tolist() == pytest.approx(mean, abs=1e-15)
+            drawn = torch.tensor([[stream[:end].count(c) for c in (0, 1, 3, 4)] for end in ends])
+            assert ((drawn - expected).abs() < 2).all(1).any()
+        found = sampler.class_probabilities(epoch)[[0, 1, 3, 4]]
+        torch.testing.assert_close(found, p.mean(0), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("beta", ["0", "0.9", "0.9999", "0.999999999", "0.999999999999"])
@@ -521,13 +428,8 @@ def test_instance_balanced_epoch_is_a_permutation():
     sampler = create_sampler("instance_balanced", labels)
     for epoch in range(20):
         assert torch.equal(sampler.epoch_indices(epoch).sort().values, torch.arange(len(labels)))
-
-
-def test_all_orders_are_equally_likely():
     sampler = create_sampler("instance_balanced", [0, 0, 1, 2])
-    orders = collections.Counter()
-    for epoch in range(2400):
-        orders[tuple(sampler.epoch_indices(epoch).tolist())] += 1
+    orders = collections.Counter(tuple(sampler.epoch_indices(e).tolist()) for e in range(2400))
     assert len(orders) == 24
     assert stats.chisquare(list(orders.values())).pvalue > 1e-3
 
@@ -558,8 +460,7 @@ def test_a_short_block_is_filled_up_on_several_ranks(num_samples, num_replicas):
     number, last = math.ceil(num_samples / 4), (num_samples - 1) % 4 + 1
     for block in [*groups_of(whole, 4)[: number - 1], whole[-last:]]:
         assert len({LABELS[index] for index in block}) == 1
-    ranks = [groups_of(list(create(rank)), 4) for rank in range(num_replicas)]
-    blocks = [part for turn in zip(*ranks, strict=True) for part in turn]
+    blocks = together([groups_of(list(create(rank)), 4) for rank in range(num_replicas)])
     filled = groups_of(whole + (whole * 2)[: 4 - last], 4)
     assert blocks == (filled * num_replicas)[: len(blocks)]
 
@@ -593,12 +494,10 @@ def test_deferred_draws_as_its_parts_do():
 @pytest.mark.parametrize("rebalancing", ["reversed", "class_balanced", "instance_balanced"])
 @pytest.mark.parametrize("num_samples", [None, 2, 362])
 def test_bilateral_streams_alternate(rebalancing, num_samples):
-    options = {"num_classes": 6, "seed": 3}
-    sampler = create_sampler(
-        "bilateral", LABELS, num_samples=num_samples, rebalancing=rebalancing, **options
-    )
+    size = {"num_samples": num_samples, "num_classes": 6, "seed": 3}
+    sampler = create_sampler("bilateral", LABELS, rebalancing=rebalancing, **size)
     n = num_samples or 2 * N
-    uniform = create_sampler("instance_balanced", LABELS, num_samples=n // 2, **options)
+    uniform = create_sampler("instance_balanced", LABELS, **size | {"num_samples": n // 2})
     other = create_sampler(rebalancing, LABELS, num_samples=n // 2, num_classes=6)
     drawn = collections.defaultdict(list)
     for epoch in range(5):
@@ -610,9 +509,7 @@ def test_bilateral_streams_alternate(rebalancing, num_samples):
         check_epoch(other, stream[1::2], LABELS)
         for label, images in images_by_class(stream[1::2], LABELS).items():
             drawn[label] += images
-    for label, images in drawn.items():
-        for cycle in groups_of(images, COUNTS[label]):
-            assert len(set(cycle)) == len(cycle)
+    assert all(in_cycles(images, COUNTS[label]) for label, images in drawn.items())
     if n == 2 * N:
         # The streams are not the same.
         assert sum(u == r for u, r in zip(stream[0::2], stream[1::2], strict=True)) < N / 2
@@ -633,12 +530,6 @@ def test_shares_of_chunks_follow_the_definition():
         assert streams.drawn_before(draws, chunk, num_chunks, key).tolist() == naive
 
 
-def test_no_label_needs_more_than_four_bytes():
-    sampler = create_sampler("instance_balanced", torch.zeros(10_000, dtype=torch.long))
-    arrays = [v for v in vars(sampler._images).values() if isinstance(v, np.ndarray)]
-    assert [array.nbytes for array in arrays if array.nbytes > 1000] == [40_000]
-
-
 @pytest.mark.exhaustive
 def test_more_images_than_a_float_counts():
     """torch.multinomial, and with it WeightedRandomSampler, is limited to 2^24 images."""
@@ -653,7 +544,7 @@ def test_a_new_sampler_defines_class_probabilities(monkeypatch):
     # Register it in a copy, which other tests do not see.
     monkeypatch.setattr(samplers.SAMPLERS, "_parts", dict(samplers.SAMPLERS._parts))
 
-    @register_sampler("only_class")
+    @samplers.register_sampler("only_class")
     class OnlyClass(ClassSampler):
         def __init__(self, labels, num_samples=None, seed=0, num_classes=None, *, label):
             super().__init__(labels, num_samples, seed, num_classes)
@@ -678,15 +569,18 @@ def warned(action):
     return [str(warning.message) for warning in caught]
 
 
-@contract
-def test_an_epoch_that_is_drawn_again_warns_once(name, options):
-    sampler = create_sampler(name, LABELS, **options)
+def test_an_epoch_that_is_drawn_again_warns_once():
+    sampler = create_sampler("class_balanced", LABELS)
     loader = DataLoader(range(N), 4, sampler=sampler)
     assert warned(lambda: list(loader)) == []
     (message,) = warned(lambda: list(loader))
-    assert warned(lambda: list(loader)) == []
     assert "draws epoch 0 again" in message
-    assert "set_epoch(epoch)" in message
+    assert "set_epoch of the sampler" in message
+    assert warned(lambda: list(loader)) == []
+    # Two first batches are not an epoch yet, four are.
+    sampler = create_sampler("class_balanced", LABELS)
+    assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []
+    assert len(warned(lambda: [next(iter(sampler)), next(iter(sampler))])) == 1
 
 
 def test_epochs_that_are_set_do_not_warn():
@@ -704,21 +598,12 @@ def test_epochs_that_are_set_do_not_warn():
         list(sampler)
         sampler.set_epoch(3)
         # Iterators without draws, as DataLoader makes.
-        iter(sampler), iter(sampler)
-        for pair in zip(sampler, sampler, strict=True):
-            assert pair[0] == pair[1]
-        sampler.epoch_indices()
+        iter(sampler), iter(sampler), sampler.epoch_indices()
+        assert all(first == second for first, second in zip(sampler, sampler, strict=True))
 
     assert warned(draw) == []
-    # Never set again.
     assert len(warned(lambda: [list(sampler) for _ in range(20)])) == 1
-    # Two first batches are no epoch yet, four are.
-    sampler = create_sampler("class_balanced", LABELS)
-    assert warned(lambda: [next(iter(sampler)), next(iter(sampler))]) == []
-    assert len(warned(lambda: [next(iter(sampler)), next(iter(sampler))])) == 1
-
-
-def test_accelerate_sets_the_epochs_itself():
+    # accelerate sets the epochs itself.
     sampler = create_sampler("class_balanced", LABELS)
     loader = Accelerator(cpu=True).prepare(DataLoader(range(N), 4, sampler=sampler))
     epochs = []

@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, get_args
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.checks import UsageError, check_fields
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
 from timm_lt.utils.registry import Registry
 
 Reduction = Literal["mean", "sum", "none"]
+NonNegative = Annotated[float, "[0, inf)"]
+BelowOne = Annotated[float, "[0, 1)"]
 
 
+@dataclass(eq=False, repr=False)
 class ClassLoss(nn.Module):
     """Base class of losses: one loss per image from its logits, then a reduction.
 
-    A subclass defines :meth:`per_example`. Targets are labels or, if ``takes_soft_targets`` is set,
-    distributions over the classes, as mixup makes them. The loss is computed in float32 or wider,
-    also under autocast: in float16 the log-softmax of confident logits loses its tail. Buffers made
+    A subclass defines :meth:`per_example`; its options are keyword-only fields of a dataclass.
+    Targets are labels or, if ``takes_soft_targets`` is set, distributions over the classes, as
+    mixup makes them. The loss is computed in float32 or wider, also under autocast. Buffers made
     from the class counts are not in the state dict.
 
     Args:
@@ -33,8 +37,7 @@ class ClassLoss(nn.Module):
         returns a scalar, or (N,) for ``reduction="none"``.
 
     Raises:
-        UsageError: If an option is wrong, the shapes do not match, or a target on the CPU is out of
-            range (on a GPU, a device-side assertion fails).
+        UsageError: If an option, a shape or a target is wrong (on a GPU, targets are not checked).
     """
 
     # forward takes a third argument, features (N, D): the input of the classifier.
@@ -42,15 +45,16 @@ class ClassLoss(nn.Module):
     takes_soft_targets = False
     # Rows 2i and 2i + 1 of a batch form a pair (bilateral sampler and model).
     takes_pairs = False
-    # The loss is a sum over the classes of binary losses.
-    sigmoid = False
+    # With any other form, the loss is a sum over the classes of binary losses.
+    form = "softmax"
 
-    def __init__(
-        self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
-    ) -> None:
+    class_counts: InitVar[ClassCounts | None] = None
+    _: KW_ONLY
+    reduction: Reduction = "mean"
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
         super().__init__()
-        check_choice("reduction", reduction, get_args(Reduction))
-        self.reduction = reduction
+        check_fields(self)
         self.num_classes = None if class_counts is None else len(check_class_counts(class_counts))
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class ClassLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the 0-based epoch of a schedule over a number of epochs; call it before each epoch.
+        """Sets the epoch (0-based) of a schedule; call it before each epoch.
 
         Raises:
             UsageError: If the schedule of the loss does not fit into the epochs.
@@ -86,7 +90,7 @@ class ClassLoss(nn.Module):
         A sigmoid starts at ``-log(C - 1)``, where every class has probability 1 / C. Recipes set
         the bias; in your own loop, fill the bias of the classifier with it.
         """
-        return -math.log(max(num_classes - 1, 1)) if self.sigmoid else None
+        return None if self.form == "softmax" else -math.log(max(num_classes - 1, 1))
 
     def check_classifier(self, classifier: nn.Module) -> None:
         """Raises UsageError if the loss does not suit the logits of a classifier."""
@@ -140,18 +144,17 @@ def create_loss(name: str, class_counts: ClassCounts | None = None, **options: A
         **options: Options of the loss.
 
     Raises:
-        UsageError: If the name or an option is unknown, a value is out of range, or the loss needs
-            class_counts and has none.
+        UsageError: If the name, an option or class_counts is wrong.
     """
     return LOSSES.create(name, class_counts, **options)
 
 
 def required_counts(loss: object, class_counts: ClassCounts | None) -> Tensor:
-    """Returns the class counts (C,), each at least 1, of a loss that needs them."""
+    """Returns the class counts (C,), float64, each at least 1, of a loss that needs them."""
     if class_counts is None:
         raise UsageError(f"{type(loss).__name__} needs class_counts, the training images per class")
     check_no_empty_class(class_counts)
-    return check_class_counts(class_counts)
+    return check_class_counts(class_counts).double()
 
 
 def mean_over_labels(per_class: Tensor, targets: Tensor) -> Tensor:
@@ -185,16 +188,11 @@ def softmax_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
 
 
 def sigmoid_focal(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
-    """Returns the sum over the classes (N,) of ``-(1 - p_t)^gamma log p_t``.
-
-    ``p_t`` is sigmoid(z_j) for the label and 1 - sigmoid(z_j) for the other classes.
-    """
+    """Returns ``-sum_j (1 - p_t)^gamma log p_t`` (N,), p_t the sigmoid of z_y, and of -z_j."""
     # -log p and -log(1 - p) of the sigmoid.
     positive, negative = F.softplus(-logits), F.softplus(logits)
+    label, other = positive, negative
     if gamma > 0:
-        positive, negative = (
-            positive * torch.exp(-gamma * negative),
-            negative * torch.exp(-gamma * positive),
-        )
+        label, other = label * torch.exp(-gamma * negative), other * torch.exp(-gamma * positive)
     targets = one_hot(targets, logits)
-    return (targets * positive + (1 - targets) * negative).sum(1)
+    return (targets * label + (1 - targets) * other).sum(1)

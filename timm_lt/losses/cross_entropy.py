@@ -1,26 +1,29 @@
 """Cross-entropy: plain, with smoothed targets, or with logits shifted by class size."""
 
 import math
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_lt.losses.base import (
+    BelowOne,
     ClassLoss,
-    Reduction,
+    NonNegative,
     log_complement,
     mean_over_labels,
     one_hot,
     register_loss,
     required_counts,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_number
+from timm_lt.utils.checks import UsageError, check_number
 from timm_lt.utils.longtail import ClassCounts
 
 
 @register_loss("cross_entropy")
+@dataclass(eq=False, repr=False, kw_only=True)
 class CrossEntropyLoss(ClassLoss):
     """Cross-entropy: ``l = -sum_j t_j log softmax_j(z)``, ``t_j = (1 - s) [j = y] + s / C``.
 
@@ -36,26 +39,15 @@ class CrossEntropyLoss(ClassLoss):
 
     takes_soft_targets = True
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, reduction=reduction)
-        self.smoothing = check_number("smoothing", smoothing, "[0, 1)")
+    smoothing: BelowOne = 0.0
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the smoothed cross-entropies (N,)."""
         return F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
 
 
-Shape = Literal["concave", "linear", "convex"]
-Spread = Literal["others", "all"]
-
-
 @register_loss("label_aware_smoothing")
+@dataclass(eq=False, repr=False, kw_only=True)
 class LabelAwareSmoothingLoss(ClassLoss):
     """Label-aware smoothing: ``l = -sum_j q_j log softmax_j(z)``, smoothed by ``eps_y``.
 
@@ -83,34 +75,24 @@ class LabelAwareSmoothingLoss(ClassLoss):
     """
 
     takes_soft_targets = True
-    smoothing: Tensor
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        head: float = 0.3,
-        tail: float = 0.0,
-        shape: Shape = "concave",
-        spread: Spread = "others",
-        reduction: Reduction = "mean",
-    ) -> None:
-        counts = required_counts(self, class_counts)
-        super().__init__(counts, reduction=reduction)
-        tail = check_number("tail", tail, "[0, 1)")
-        head = check_number("head", head, f"[{tail:g}, 1)")
-        check_choice("shape", shape, get_args(Shape))
-        check_choice("spread", spread, get_args(Spread))
-        self.spread = spread
-        n = counts.double()
+    head: float = 0.3
+    tail: BelowOne = 0.0
+    shape: Literal["concave", "linear", "convex"] = "concave"
+    spread: Literal["others", "all"] = "others"
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        n = required_counts(self, class_counts)
+        tail, head = self.tail, check_number("head", self.head, f"[{self.tail:g}, 1)")
         span = n.max() - n.min()
         share = (n - n.min()) / span if span > 0 else torch.ones_like(n)
         smoothing = {
             "concave": tail + (head - tail) * torch.sin(share * math.pi / 2),
             "linear": tail + (head - tail) * share,
             "convex": head + (head - tail) * torch.sin(3 * math.pi / 2 + share * math.pi / 2),
-        }[shape]
-        self.register_buffer("smoothing", smoothing.float(), persistent=False)
+        }[self.shape]
+        self.smoothing = nn.Buffer(smoothing.float(), persistent=False)
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the smoothed cross-entropies (N,)."""
@@ -123,8 +105,35 @@ class LabelAwareSmoothingLoss(ClassLoss):
         return F.cross_entropy(logits, targets - moved + spread, reduction="none")
 
 
+@register_loss("balanced_softmax")
+@dataclass(eq=False, repr=False, kw_only=True)
+class BalancedSoftmaxLoss(ClassLoss):
+    """Balanced softmax: ``l = -log(n_y e^{z_y} / sum_j n_j e^{z_j})``.
+
+    Training adds the log frequencies to the logits; without them, at test time, the logits are
+    those of a balanced prior.
+
+    References:
+        Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
+        https://arxiv.org/abs/2007.10740
+    """
+
+    takes_soft_targets = True
+    tau = 1.0
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        n = required_counts(self, class_counts)
+        self.adjustment = nn.Buffer((self.tau * (n / n.sum()).log()).float(), persistent=False)
+
+    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropies (N,) of the adjusted logits."""
+        return F.cross_entropy(logits + self.adjustment, targets, reduction="none")
+
+
 @register_loss("logit_adjustment")
-class LogitAdjustmentLoss(ClassLoss):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LogitAdjustmentLoss(BalancedSoftmaxLoss):
     """Logit adjustment: the cross-entropy of ``z_j + tau log pi_j``, where ``pi_j = n_j / N``.
 
     At tau = 0 this is plain cross-entropy, at tau = 1 balanced softmax.
@@ -137,64 +146,23 @@ class LogitAdjustmentLoss(ClassLoss):
         https://arxiv.org/abs/2007.07314
     """
 
-    takes_soft_targets = True
-    adjustment: Tensor
-
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        tau: float = 1.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        counts = required_counts(self, class_counts).double()
-        super().__init__(class_counts, reduction=reduction)
-        tau = check_number("tau", tau, "[0, inf)")
-        adjustment = tau * (counts / counts.sum()).log()
-        self.register_buffer("adjustment", adjustment.float(), persistent=False)
-
-    def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross-entropies (N,) of the adjusted logits."""
-        return F.cross_entropy(logits + self.adjustment, targets, reduction="none")
-
-
-@register_loss("balanced_softmax")
-class BalancedSoftmaxLoss(LogitAdjustmentLoss):
-    """Balanced softmax: ``l = -log(n_y e^{z_y} / sum_j n_j e^{z_j})``.
-
-    Training adds the log frequencies to the logits; without them, at test time, the logits are
-    those of a balanced prior. Equal to logit adjustment at tau = 1.
-
-    References:
-        Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020,
-        https://arxiv.org/abs/2007.10740
-    """
-
-    def __init__(
-        self, class_counts: ClassCounts | None = None, *, reduction: Reduction = "mean"
-    ) -> None:
-        super().__init__(class_counts, reduction=reduction)
-
-
-Logits = Literal["cosine", "scaled"]
+    tau: NonNegative = 1.0
 
 
 @register_loss("ldam")
+@dataclass(eq=False, repr=False, kw_only=True)
 class LDAMLoss(ClassLoss):
     """LDAM: cross-entropy of ``s (z_j - Delta_y [j = y])``, ``Delta_j = m (n_j / n_min)^(-1/4)``.
 
     The logits z are cosines (margins need normalised weights and features), so the model needs a
     cosine classifier; training refuses any other. The smallest class has margin m.
 
-    - ``logits="cosine"``: the classifier returns z, as ``head="cosine", scale=1.0`` does;
-    - ``logits="scaled"``: the classifier returns ``s z``, as ``head="cosine", scale=30.0`` does.
-      The loss is the same, and the softmax of the model's output is that of the loss without
-      margins.
-
     Args:
         max_margin: m, at least 0; 0.5 in the paper.
         scale: s, above 0; 30 in the authors' code.
-        logits: Output of the classifier.
+        logits: ``"cosine"`` if the classifier returns z, as ``head="cosine", scale=1.0`` does;
+            ``"scaled"`` if it returns ``s z``, as with ``scale=30.0``. The loss is the same; scaled
+            logits have the softmax of the loss without margins.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
@@ -202,26 +170,16 @@ class LDAMLoss(ClassLoss):
     """
 
     takes_soft_targets = True
-    margins: Tensor
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        max_margin: float = 0.5,
-        scale: float = 30.0,
-        logits: Logits = "cosine",
-        reduction: Reduction = "mean",
-    ) -> None:
-        counts = required_counts(self, class_counts)
-        super().__init__(counts, reduction=reduction)
-        max_margin = check_number("max_margin", max_margin, "[0, inf)")
-        self.scale = check_number("scale", scale, "(0, inf)")
-        check_choice("logits", logits, get_args(Logits))
-        self.logits = logits
-        n = counts.double()
-        margins = max_margin * (n / n.min()) ** -0.25
-        self.register_buffer("margins", margins.float(), persistent=False)
+    max_margin: NonNegative = 0.5
+    scale: Annotated[float, "(0, inf)"] = 30.0
+    logits: Literal["cosine", "scaled"] = "cosine"
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        n = required_counts(self, class_counts)
+        margins = self.max_margin * (n / n.min()) ** -0.25
+        self.margins = nn.Buffer(margins.float(), persistent=False)
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropies (N,) with the margin subtracted from the label's logit."""
@@ -254,13 +212,13 @@ class LDAMLoss(ClassLoss):
 
 
 @register_loss("seesaw")
+@dataclass(eq=False, repr=False, kw_only=True)
 class SeesawLoss(ClassLoss):
     """Seesaw: ``l = -log(e^{z_y} / (e^{z_y} + sum_{j != y} M_yj K_yj e^{z_j}))``.
 
     The mitigation ``M_yj = min(1, n_j / n_y)^p`` reduces the push of frequent classes on rarer
     ones. The compensation ``K_yj = max(1, p_j / p_y)^q`` restores it for an image that is mistaken
-    for class j. ``p_j`` is the detached softmax. With ``mitigation`` = p = 0 and ``compensation`` =
-    q = 0 this is cross-entropy.
+    for class j. ``p_j`` is the detached softmax. With p = q = 0 this is cross-entropy.
 
     The paper accumulates ``n_j`` during training; here they are the class counts, so that resumed
     and multi-process runs are the same. Soft targets are not supported.
@@ -275,24 +233,14 @@ class SeesawLoss(ClassLoss):
         https://arxiv.org/abs/2008.10032 (equations 4 to 7; its classifier is a cosine one).
     """
 
-    log_counts: Tensor
+    mitigation: NonNegative = 0.8
+    compensation: NonNegative = 2.0
+    min_probability: BelowOne = 0.0
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        mitigation: float = 0.8,
-        compensation: float = 2.0,
-        min_probability: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        counts = required_counts(self, class_counts)
-        super().__init__(counts, reduction=reduction)
-        self.mitigation = check_number("mitigation", mitigation, "[0, inf)")
-        self.compensation = check_number("compensation", compensation, "[0, inf)")
-        self.min_probability = check_number("min_probability", min_probability, "[0, 1)")
-        log_counts = counts.double().log()
-        self.register_buffer("log_counts", log_counts.float(), persistent=False)
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        log_counts = required_counts(self, class_counts).log()
+        self.log_counts = nn.Buffer(log_counts.float(), persistent=False)
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (N,)."""

@@ -1,36 +1,30 @@
 """Metric-learning losses: cross-entropy plus a term on distances between a batch's features."""
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.losses.base import ClassLoss, Reduction, register_loss
-from timm_lt.utils.checks import UsageError, check_choice, check_flag, check_integer, check_number
+from timm_lt.losses.base import ClassLoss, NonNegative, register_loss
+from timm_lt.utils.checks import UsageError, check_choice, check_number
 from timm_lt.utils.longtail import ClassCounts
 
-Distance = Literal["squared", "euclidean"]
 # Lower bound of squared distances, which the harmonic mean divides by.
 NO_DISTANCE = 1e-12
+Finite = Annotated[float, "(-inf, inf)"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class _MetricLoss(ClassLoss):
-    """Cross-entropy plus ``weight`` times a term of the batch of one process.
-
-    The term is added to the loss of each image, so that the three reductions agree.
-    """
+    """Cross-entropy plus ``weight`` times a term of the batch, added to the loss of each image."""
 
     needs_features = True
 
-    def __init__(
-        self, class_counts: ClassCounts | None, *, weight: float, reduction: Reduction
-    ) -> None:
-        super().__init__(class_counts, reduction=reduction)
-        self.weight = check_number("weight", weight, "[0, inf)")
+    weight: NonNegative
 
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross-entropies (N,)."""
         return F.cross_entropy(logits, targets, reduction="none")
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -42,63 +36,47 @@ class _MetricLoss(ClassLoss):
         losses = super().forward(logits, targets)
         if features is None or features.ndim != 2 or len(features) != len(targets):
             got = None if features is None else tuple(features.shape)
-            raise UsageError(
-                f"{type(self).__name__} needs the classifier's input (N, D) as features, got {got} "
-                f"for targets {tuple(targets.shape)}"
-            )
+            needs = f"{type(self).__name__} needs the classifier's input (N, D) as features"
+            raise UsageError(f"{needs}, got {got} for {len(targets)} targets")
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         term = self.weight * self.batch_term(features, targets.long())
         return losses + (len(targets) * term if self.reduction == "sum" else term)
 
 
 @register_loss("range")
+@dataclass(eq=False, repr=False, kw_only=True)
 class RangeLoss(_MetricLoss):
     """Range loss: reduces the largest distances in a class, separates the two nearest classes.
 
-    Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` is a sum over
-    the classes of the batch: the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
-    distances between two images of the class, or of all if it has fewer pairs. ``L_inter = max(0,
-    margin − D)`` has the smallest distance D between two class means of the batch; it is 0 for a
-    batch of one class. Squared distances are clamped to at least 1e-12.
+    Cross-entropy plus ``weight · (alpha · L_intra + beta · L_inter)``. ``L_intra`` sums, over the
+    classes of the batch, the harmonic mean ``k / sum_{j<=k} 1 / D_j`` of the ``k`` largest
+    distances between two images of the class. ``L_inter = max(0, margin − D)`` has the smallest
+    distance D between two class means of the batch; it is 0 for a batch of one class. Squared
+    distances are clamped to at least 1e-12.
 
     Most batches of a long-tailed data set have no pair of images of a rare class. Draw several
     images with the sampler ``class_balanced`` and its option ``samples_per_class``.
 
     Args:
-        weight: Weight of the term, at least 0; 0 is cross-entropy. Squared distances between
-            features are large: at 0.1 a small ResNet learns nothing.
+        weight: Weight of the term, at least 0. Squared distances between features are large: at 0.1
+            a small ResNet learns nothing.
         k: Distances per class, at least 1; 2 in the paper.
         margin: Margin between class means, at least 0, in the unit of ``distance``. The paper does
             not give margin, alpha, beta and weight; tune them to the scale of the features.
-        alpha: Weight of the distances within classes, at least 0.
-        beta: Weight of the distance between classes, at least 0.
+        alpha, beta: Weights of the distances within and between classes, at least 0.
         distance: ``"squared"`` Euclidean as in the paper, or ``"euclidean"``.
-        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     References:
         Zhang et al., Range Loss for Deep Face Recognition with Long-tailed Training Data, ICCV
         2017, https://arxiv.org/abs/1611.08976
     """
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        weight: float = 0.0001,
-        k: int = 2,
-        margin: float = 0.1,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        distance: Distance = "squared",
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, weight=weight, reduction=reduction)
-        self.k = check_integer("k", k, minimum=1)
-        self.margin = check_number("margin", margin, "[0, inf)")
-        self.alpha = check_number("alpha", alpha, "[0, inf)")
-        self.beta = check_number("beta", beta, "[0, inf)")
-        check_choice("distance", distance, get_args(Distance))
-        self.distance = distance
+    weight: NonNegative = 0.0001
+    k: Annotated[int, 1] = 2
+    margin: NonNegative = 0.1
+    alpha: NonNegative = 0.5
+    beta: NonNegative = 0.5
+    distance: Literal["squared", "euclidean"] = "squared"
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
         """Returns ``alpha · L_intra + beta · L_inter``."""
@@ -142,8 +120,7 @@ def _largest(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Finds the k largest distances within each group of rows, without a device synchronisation.
 
-    ``same`` (N, N) says whether two rows share a group. Returns, for each candidate pair: first
-    row, second row, group, and whether it is among the k.
+    Returns, for each candidate pair: first row, second row, group, and whether it is among the k.
     """
     k = min(k, len(features))
     distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
@@ -158,6 +135,7 @@ def _largest(
 
 
 @register_loss("lifted_structure")
+@dataclass(eq=False, repr=False, kw_only=True)
 class LiftedStructureLoss(_MetricLoss):
     """Lifted structured embedding: each pair of a class against all negatives of both images.
 
@@ -168,16 +146,15 @@ class LiftedStructureLoss(_MetricLoss):
         + D_ij − pos_margin``.
 
     The term is 0 in a batch without positive pairs or without negatives. pytorch-metric-learning
-    computes it with matrices of positive times negative pairs: with 4 images per class 25 MB each
-    at batch size 128, 200 MB at 256. The note of ``range`` on the sampler applies.
+    computes it with matrices of positive times negative pairs: 200 MB each for a batch of 256 with
+    4 images per class. The note of ``range`` on the sampler applies.
 
     Args:
-        weight: Weight of the term, at least 0; 0 is cross-entropy.
+        weight: Weight of the term, at least 0.
         neg_margin: Alpha of the paper, which has 1.
         pos_margin: 0 in the paper.
         normalize: Normalise the features to unit length, the default of pytorch-metric-learning but
             not in the paper.
-        reduction: As in :class:`ClassLoss`; the loss of each image includes the whole term.
 
     Raises:
         UsageError: If pytorch-metric-learning is not installed.
@@ -187,20 +164,13 @@ class LiftedStructureLoss(_MetricLoss):
         https://arxiv.org/abs/1511.06452
     """
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        weight: float = 0.003,
-        neg_margin: float = 1.0,
-        pos_margin: float = 0.0,
-        normalize: bool = False,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, weight=weight, reduction=reduction)
-        check_number("neg_margin", neg_margin, "(-inf, inf)")
-        check_number("pos_margin", pos_margin, "(-inf, inf)")
-        check_flag("normalize", normalize)
+    weight: NonNegative = 0.003
+    neg_margin: Finite = 1.0
+    pos_margin: Finite = 0.0
+    normalize: bool = False
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
         try:
             from pytorch_metric_learning import distances, losses
         except ImportError as error:
@@ -208,9 +178,9 @@ class LiftedStructureLoss(_MetricLoss):
                 "lifted_structure needs pytorch-metric-learning: pip install 'timm_lt[metric]'"
             ) from error
         self.term = losses.LiftedStructureLoss(
-            neg_margin=neg_margin,
-            pos_margin=pos_margin,
-            distance=distances.LpDistance(normalize_embeddings=normalize),
+            neg_margin=self.neg_margin,
+            pos_margin=self.pos_margin,
+            distance=distances.LpDistance(normalize_embeddings=self.normalize),
         )
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -230,9 +200,8 @@ class DiscriminativeCentroids(nn.Module):
     the authors' code.
 
     Not available in :func:`timm_lt.create_loss`, since the centroids are parameters;
-    :func:`timm_lt.fit_head` trains them with the ``oltr`` head. The gradient is the derivative of
-    the loss. In the authors' code that of the centroids ignores the weight of the loss and divides
-    by (1 + n_y) B.
+    :func:`timm_lt.fit_head` trains them with the ``oltr`` head. In the authors' code the gradient
+    of the centroids ignores the weight of the loss and divides by (1 + n_y) B.
 
     Args:
         centroids: Initial centroids, usually the class means.
@@ -274,10 +243,8 @@ class DiscriminativeCentroids(nn.Module):
         """Returns the losses (N,) of features (N, D)."""
         num_classes, width = self.centroids.shape
         if features.ndim != 2 or features.shape[1] != width or targets.shape != features.shape[:1]:
-            raise UsageError(
-                f"features must be (N, {width}) and targets (N,), got {tuple(features.shape)} and "
-                f"{tuple(targets.shape)}"
-            )
+            got = f"{tuple(features.shape)} and {tuple(targets.shape)}"
+            raise UsageError(f"features must be (N, {width}) and targets (N,), got {got}")
         wide = torch.promote_types(features.dtype, torch.float32)
         # Centred centroids sum to 0, so the sum of all distances needs no product with them.
         middle = self.centroids.to(wide).mean(dim=0)

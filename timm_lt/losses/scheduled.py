@@ -2,59 +2,53 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from timm_lt.losses.base import ClassLoss, Reduction, create_loss, register_loss, required_counts
+from timm_lt.losses.base import BelowOne, ClassLoss, NonNegative, create_loss, register_loss
 from timm_lt.losses.reweighted import (
-    Normalization,
     WeightedLoss,
     effective_number_weights,
     inverse_frequency_weights,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping, user_errors
+from timm_lt.utils.checks import UsageError, check_mapping, user_errors
 from timm_lt.utils.longtail import ClassCounts, check_start, epoch_not_set, first_epoch
 
-Weights = Literal["effective_number", "inverse_frequency"]
 
-
+@dataclass(eq=False, repr=False, kw_only=True)
 class _Wrapper(ClassLoss):
-    """A loss around another one, ``self.loss``."""
+    """A loss around another one, ``self.wrapped``."""
 
-    loss: ClassLoss
+    loss: str = "cross_entropy"
+    loss_options: Mapping[str, Any] | None = None
 
-    def _wrap(
-        self, name: str, options: Mapping[str, Any] | None, class_counts: ClassCounts | None
-    ) -> None:
-        options = check_mapping("loss_options", options)
-        for reserved in ("class_counts", "reduction", "normalization"):
-            if reserved in options:
-                raise UsageError(
-                    f"loss_options: {reserved} is set by {type(self).__name__}; remove it"
-                )
-        self.loss = create_loss(name, class_counts, reduction="none", **options)
-        if self.loss.takes_pairs:
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        options = check_mapping("loss_options", self.loss_options)
+        for reserved in {"class_counts", "reduction", "normalization"} & options.keys():
+            raise UsageError(f"loss_options: {reserved} is set by {type(self).__name__}; remove it")
+        self.wrapped = create_loss(self.loss, class_counts, reduction="none", **options)
+        if self.wrapped.takes_pairs:
             raise UsageError(
-                f"{type(self).__name__} cannot wrap {name}; use loss {name}, with this one as its "
-                "option loss="
+                f"{type(self).__name__} cannot wrap {self.loss}; use loss {self.loss}, with this "
+                "one as its option loss="
             )
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the epoch of the wrapped loss; see :meth:`ClassLoss.set_epoch`."""
-        self.loss.set_epoch(epoch, epochs)
+        self.wrapped.set_epoch(epoch, epochs)
 
     def initial_bias(self, num_classes: int) -> float | None:
-        """Returns the initial bias of the wrapped loss."""
-        return self.loss.initial_bias(num_classes)
+        return self.wrapped.initial_bias(num_classes)
 
     def check_classifier(self, classifier: nn.Module) -> None:
-        """Checks the classifier as the wrapped loss does."""
-        self.loss.check_classifier(classifier)
+        self.wrapped.check_classifier(classifier)
 
 
 @register_loss("deferred_reweighting")
+@dataclass(eq=False, repr=False, kw_only=True)
 class DeferredReweightingLoss(_Wrapper, WeightedLoss):
     """Deferred re-weighting (DRW): a plain loss at first, ``w_y l(z, y)`` from an epoch on.
 
@@ -62,8 +56,7 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
     ``start`` is 0. Soft targets and features are supported if the wrapped loss supports them.
 
     Args:
-        loss: Name of the wrapped loss; not ``bilateral``, which can wrap this one.
-        loss_options: Options of the wrapped loss.
+        loss, loss_options: The wrapped loss; not ``bilateral``, which can wrap this one.
         start: First weighted epoch (0-based), or a fraction of the epochs in (0, 1), rounded down;
             160 of 200 in the paper.
         weights: Inverse ``"effective_number"`` as in the authors' code, or ``"inverse_frequency"``
@@ -73,36 +66,35 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
         normalization: ``"weights"`` as in the paper, or ``"batch"``; see :class:`WeightedLoss`.
 
     Raises:
-        UsageError: For a wrong option, also of the wrapped loss; if ``start`` is not within the
-            epochs; if used before the epoch is set.
+        UsageError: For a wrong option; if ``start`` is not within the epochs, or they are not set.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
         2019, https://arxiv.org/abs/1906.07413 (algorithm 1).
     """
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        loss: str = "cross_entropy",
-        loss_options: Mapping[str, Any] | None = None,
-        start: float = 0.8,
-        weights: Weights = "effective_number",
-        beta: float | None = None,
-        exponent: float | None = None,
-        normalization: Normalization = "weights",
-        reduction: Reduction = "mean",
-    ) -> None:
-        counts = required_counts(self, class_counts)
-        values = _class_weights(counts, weights, beta, exponent)
-        super().__init__(counts, values, normalization=normalization, reduction=reduction)
-        check_start(start)
-        self.start = start
-        self._wrap(loss, loss_options, counts)
-        self.takes_soft_targets = self.loss.takes_soft_targets
-        self.needs_features = self.loss.needs_features
-        self.active: bool | None = True if start == 0 else None
+    start: float = 0.8
+    weights: Literal["effective_number", "inverse_frequency"] = "effective_number"
+    beta: BelowOne | None = None
+    exponent: NonNegative | None = None
+    normalization: Literal["batch", "weights"] = "weights"
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        check_start(self.start)
+        self.takes_soft_targets = self.wrapped.takes_soft_targets
+        self.needs_features = self.wrapped.needs_features
+        self.active: bool | None = True if self.start == 0 else None
+
+    def weigh_classes(self, counts: Tensor) -> Tensor:
+        """Returns the weights of the second part of the training."""
+        by_number = self.weights == "effective_number"
+        unused = "exponent" if by_number else "beta"
+        if getattr(self, unused) is not None:
+            raise UsageError(f"{unused} does not apply with weights={self.weights!r}; remove it")
+        if by_number:
+            return effective_number_weights(counts, 0.9999 if self.beta is None else self.beta)
+        return inverse_frequency_weights(counts, 1.0 if self.exponent is None else self.exponent)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Turns the weights on or off; see :meth:`ClassLoss.set_epoch`."""
@@ -115,28 +107,11 @@ class DeferredReweightingLoss(_Wrapper, WeightedLoss):
         if self.active is None:
             raise epoch_not_set(self)
         if not self.active:
-            return ClassLoss._reduced(self, self.loss(logits, targets, *features), targets)
+            return ClassLoss._reduced(self, self.wrapped(logits, targets, *features), targets)
         weights, labels = self._weigh(targets)
-        return self._reduced(weights * self.loss(logits, labels, *features), targets)
+        return self._reduced(weights * self.wrapped(logits, labels, *features), targets)
 
 
-def _class_weights(
-    counts: Tensor, weights: str, beta: float | None, exponent: float | None
-) -> Tensor:
-    check_choice("weights", weights, get_args(Weights))
-    by_number = weights == "effective_number"
-    if (exponent if by_number else beta) is not None:
-        name = "exponent" if by_number else "beta"
-        raise UsageError(f"{name} does not apply with weights={weights!r}; remove it")
-    if by_number:
-        return effective_number_weights(counts, 0.9999 if beta is None else beta)
-    return inverse_frequency_weights(counts, 1.0 if exponent is None else exponent)
-
-
-Adaptor = Literal[
-    "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
-]
-Divisor = Literal["epochs", "code"]
 # Alpha as a function of s = t / T_div; ``beta`` draws it at random instead.
 ADAPTORS: dict[str, Callable[[float], float]] = {
     "parabolic_decay": lambda s: 1 - s**2,
@@ -151,17 +126,16 @@ DIVISORS = {90: 100, 180: 200}
 
 
 @register_loss("bilateral")
+@dataclass(eq=False, repr=False, kw_only=True)
 class BilateralLoss(_Wrapper):
     """Cumulative learning of a bilateral network: ``L = α l(z, y_c) + (1 - α) l(z, y_r)``.
 
-    ``z = α z_c + (1 - α) z_r`` are the mixed logits of a pair: ``z_c`` (even rows) of the
-    conventional branch for an image of the uniform stream, ``z_r`` (odd rows) of the re-balancing
-    branch for an image of the re-balancing stream. In epoch t (0-based) of T, ``α = 1 - (t /
-    T_div)^2`` falls from 1 towards 0.
+    ``z = α z_c + (1 - α) z_r`` mixes the logits of a pair: ``z_c`` (even rows) of the conventional
+    branch and the uniform stream, ``z_r`` (odd rows) of the re-balancing ones. In epoch t (0-based)
+    of T, ``α = 1 - (t / T_div)^2`` falls from 1 towards 0.
 
     Args:
-        loss: l, one of :func:`timm_lt.list_losses` that takes logits only.
-        loss_options: Options of l.
+        loss, loss_options: l, one of :func:`timm_lt.list_losses` that takes logits only.
         adaptor: α as a function of ``s = t / T_div``: ``1 - s^2``, ``1 - s``, ``cos(π s / 2)``,
             ``s^2``, one half, or drawn from Beta(0.2, 0.2) for each batch (table 4 of the paper).
         divisor: ``T_div``: the number of ``"epochs"``, or as in the authors' ``"code"`` 100 for 90
@@ -191,27 +165,18 @@ class BilateralLoss(_Wrapper):
 
     takes_pairs = True
 
-    def __init__(
-        self,
-        class_counts: ClassCounts | None = None,
-        *,
-        loss: str = "cross_entropy",
-        loss_options: Mapping[str, Any] | None = None,
-        adaptor: Adaptor = "parabolic_decay",
-        divisor: Divisor = "epochs",
-        seed: int = 0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(class_counts, reduction=reduction)
-        check_choice("adaptor", adaptor, get_args(Adaptor))
-        check_choice("divisor", divisor, get_args(Divisor))
-        self._wrap(loss, loss_options, class_counts)
-        if self.loss.needs_features:
-            raise UsageError(f"loss bilateral mixes logits, but {loss} needs features")
+    adaptor: Literal[
+        "parabolic_decay", "linear_decay", "cosine_decay", "parabolic_increment", "equal", "beta"
+    ] = "parabolic_decay"
+    divisor: Literal["epochs", "code"] = "epochs"
+    seed: Annotated[int, 0] = 0
+
+    def __post_init__(self, class_counts: ClassCounts | None) -> None:
+        super().__post_init__(class_counts)
+        if self.wrapped.needs_features:
+            raise UsageError(f"loss bilateral mixes logits, but {self.loss} needs features")
         with user_errors("loss bilateral has a linear classifier", UsageError):
             self.check_classifier(nn.Linear(1, 2, device="meta"))
-        self.adaptor, self.divisor = adaptor, divisor
-        self.seed = check_integer("seed", seed, minimum=0)
         self._share: float | None = None
         self._epoch, self._batches = 0, 0
 
@@ -233,15 +198,14 @@ class BilateralLoss(_Wrapper):
     def per_example(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses (B,) of the pairs of logits (2 B, C) and targets (2 B,)."""
         if len(logits) % 2:
-            raise UsageError(
-                f"BilateralLoss needs an even number of rows (pairs from sampler bilateral), got "
-                f"{len(logits)}"
-            )
+            rows = f"{len(logits)} rows"
+            raise UsageError(f"BilateralLoss needs pairs, as sampler bilateral draws; got {rows}")
         if self._share is None and self.adaptor not in {"equal", "beta"}:
             raise epoch_not_set(self)
         self._batches += 1
         alpha = self.alpha
         mixed = alpha * logits[0::2] + (1 - alpha) * logits[1::2]
-        conventional, rebalancing = self.loss(mixed, targets[0::2]), self.loss(mixed, targets[1::2])
+        conventional = self.wrapped(mixed, targets[0::2])
+        rebalancing = self.wrapped(mixed, targets[1::2])
         losses: Tensor = alpha * conventional + (1 - alpha) * rebalancing
         return losses

@@ -2,25 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from timm_lt.samplers import streams
 from timm_lt.samplers.base import ClassSampler, Plan, register_sampler
-from timm_lt.samplers.streams import (
-    Integers,
-    Purpose,
-    numbered,
-    round_systematically,
-    small_integers,
-    sort_order,
-    torch_generator,
-)
-from timm_lt.utils.checks import check_integer, check_number
-from timm_lt.utils.longtail import ClassCounts, Labels, check_class_counts
+from timm_lt.samplers.streams import Array, Integers, Purpose
+from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 
 def power_probabilities(class_counts: ClassCounts, q: float) -> Tensor:
@@ -41,7 +32,6 @@ class _PowerLawSampler(ClassSampler):
     q: float
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns ``n_j^q / sum_k n_k^q``."""
         return power_probabilities(self.class_counts, self.q)
 
 
@@ -60,11 +50,10 @@ class InstanceBalancedSampler(_PowerLawSampler):
 class ClassBalancedSampler(_PowerLawSampler):
     """Draws every class equally often: ``p_j = 1 / C`` over the C classes that have images.
 
-    With ``samples_per_class`` = k > 1 an epoch consists of rounds through the classes, in an order
-    that is shuffled for each round, with a block of k images of each class: a batch of 512 has 128
-    classes x 4. The draws of two classes differ by at most k. The last block of the epoch is
-    shorter if k does not divide ``num_samples``. A block stays on one rank; with accelerate, if k
-    divides the batch size of a process.
+    With ``samples_per_class`` = k > 1 an epoch consists of rounds through the classes, shuffled for
+    each round, with a block of k images of each class: a batch of 512 has 128 classes x 4. The last
+    block is shorter if k does not divide ``num_samples``. A block stays on one rank; with
+    accelerate, if k divides the batch size of a process.
 
     Args:
         samples_per_class: k, the consecutive draws of one class, at least 1.
@@ -76,13 +65,7 @@ class ClassBalancedSampler(_PowerLawSampler):
 
     q = 0.0
 
-    samples_per_class: int = 1
-
-    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        super().__post_init__(labels, num_classes)
-        self.samples_per_class = check_integer(
-            "samples_per_class", self.samples_per_class, minimum=1
-        )
+    samples_per_class: Annotated[int, 1] = 1
 
     @property
     def group(self) -> int:
@@ -91,14 +74,14 @@ class ClassBalancedSampler(_PowerLawSampler):
 
     def _round(self, epoch: int) -> Integers:
         k = self.samples_per_class
-        generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
+        generator = streams.torch_generator(self.seed, Purpose.ROUNDING, epoch)
         num_blocks = -(-self.num_samples // k)
-        drawn = k * round_systematically(self.class_probabilities(epoch), num_blocks, generator)
+        probabilities = self.class_probabilities(epoch)
+        draws = k * streams.round_systematically(probabilities, num_blocks, generator)
         # The short block belongs to a class of the last round.
-        last = (drawn == drawn.max()).nonzero().flatten()
-        shorter = last[torch.randint(len(last), (1,), generator=generator)]
-        drawn[shorter] -= k * num_blocks - self.num_samples
-        draws: Integers = drawn.numpy()
+        last = np.flatnonzero(draws == draws.max())
+        shorter = last[int(torch.randint(len(last), (1,), generator=generator))]
+        draws[shorter] -= k * num_blocks - self.num_samples
         return draws
 
     def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
@@ -110,18 +93,16 @@ class ClassBalancedSampler(_PowerLawSampler):
         num_chunks = -(-int(plan.draws.max()) // per_chunk)
         return num_chunks, lambda chunk: np.minimum(plan.draws, chunk * per_chunk)
 
-    def _arrange(
-        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
-    ) -> NDArray[Any]:
+    def _arrange(self, plan: Plan, chunk: int, amounts: Integers, rng: torch.Generator) -> Array:
         k = self.samples_per_class
         if k == 1:
-            return super()._arrange(plan, chunk, amounts, generator)
-        block_class, round_number = numbered(-(-amounts // k))
+            return super()._arrange(plan, chunk, amounts, rng)
+        block_class, round_number = streams.numbered(-(-amounts // k))
         size = np.minimum(amounts[block_class] - round_number * k, k)
-        order = torch.randperm(len(block_class), generator=generator).numpy()
+        order = torch.randperm(len(block_class), generator=rng).numpy()
         # Sorted by round; a short block comes last.
-        order = order[sort_order((round_number + (size < k))[order])]
-        classes = small_integers(len(amounts))[block_class[order]]
+        order = order[streams.sort_order((round_number + (size < k))[order])]
+        classes = streams.small_integers(len(amounts))[block_class[order]]
         return np.repeat(classes, size[order])
 
 
@@ -152,19 +133,14 @@ class PowerSampler(_PowerLawSampler):
         2020, https://arxiv.org/abs/1910.09217 (equation 1).
     """
 
-    q: float
-
-    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        super().__post_init__(labels, num_classes)
-        self.q = check_number("q", self.q, "[0, 1]")
+    q: Annotated[float, "[0, 1]"]
 
 
 @register_sampler("reversed")
 class ReversedSampler(_PowerLawSampler):
     """Draws rare classes most often: ``p_j = w_j / sum_k w_k`` with ``w_j = n_max / n_j``.
 
-    The sampler of the re-balancing branch of BBN. The paper draws the images of a class
-    independently; here they are drawn in cycles.
+    The sampler of BBN's re-balancing branch, whose paper draws images with replacement.
 
     References:
         Zhou et al., BBN: Bilateral-Branch Network with Cumulative Learning for Long-Tailed Visual
@@ -190,11 +166,7 @@ class EffectiveNumberSampler(ClassSampler):
         https://arxiv.org/abs/1901.05555 (equations 2 and 6).
     """
 
-    beta: float
-
-    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        super().__post_init__(labels, num_classes)
-        self.beta = check_number("beta", self.beta, "[0, 1)")
+    beta: Annotated[float, "[0, 1)"]
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns ``n_j / E_j``, normalised."""
@@ -209,22 +181,9 @@ class EffectiveNumberSampler(ClassSampler):
 class _TargetSampler(ClassSampler):
     """Draws each class by its target number of images."""
 
-    target: int | None = None
-
-    def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        by_target = self.num_samples is None
-        super().__post_init__(labels, num_classes)
-        if self.target is not None:
-            self.target = check_integer("target", self.target, minimum=1)
-        if by_target:
-            self.num_samples = int(self.images_per_class().sum())
-
-    def images_per_class(self) -> Tensor:
-        """Returns the target of each class (C,), 0 for an empty class."""
-        raise NotImplementedError
+    target: Annotated[int, 1] | None = None
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
-        """Returns the targets, normalised."""
         images = self.images_per_class().double()
         return images / images.sum()
 
@@ -233,7 +192,7 @@ class _TargetSampler(ClassSampler):
 class UnderSampledSampler(_TargetSampler):
     """Draws at most ``target`` images per class and epoch: ``p_j`` prop. to min(n_j, target).
 
-    Later epochs draw the remaining images. Random under-sampling in the reference discards them.
+    Later epochs draw the remaining images, which the reference discards.
 
     Args:
         num_samples: None takes ``sum_j min(n_j, target)``; another length keeps the proportions.

@@ -6,27 +6,17 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate.state import PartialState, is_initialized
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from timm_lt.samplers.streams import (
-    ImageCycles,
-    Integers,
-    Purpose,
-    drawn_before,
-    round_systematically,
-    seed_word,
-    small_integers,
-    sort_order,
-    torch_generator,
-)
-from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
+from timm_lt.samplers import streams
+from timm_lt.samplers.streams import Array, Integers, Purpose
+from timm_lt.utils.checks import UsageError, check_fields, check_integer, check_mapping, user_errors
 from timm_lt.utils.longtail import Labels
 from timm_lt.utils.registry import Registry
 
@@ -36,8 +26,7 @@ PIECE = 2**12
 PASSES = 3
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Draws of each class (C,) in an epoch, and in all epochs before it."""
 
     seed: int
@@ -58,10 +47,10 @@ class ClassSampler(Sampler[int]):
     - the stream is a function of (seed, epoch) and independent of the global random state: all
       processes draw the same one, and accelerate gives each its batches.
 
-    An epoch is computed without drawing the ones before it, in K chunks of about 2^18 draws (at
-    least four per class), each arranged uniformly at random. If K > 1, each draw is still equally
-    likely at every position, but a class is spread over the chunks more evenly than by chance:
-    within two of ``1 / K`` of its draws in each.
+    An epoch is computed without those before it, in K chunks of about 2^18 draws (at least four per
+    class), each arranged uniformly at random. If K > 1, a draw is still equally likely at every
+    position, but a class is spread more evenly than by chance: within two of ``1 / K`` of its draws
+    in each chunk.
 
     Args:
         labels: Integer labels (N,), one per image of the data set; an index is in [0, N).
@@ -84,18 +73,16 @@ class ClassSampler(Sampler[int]):
     unit: ClassVar[int] = 1
 
     labels: InitVar[Labels]
-    num_samples: int = None  # type: ignore[assignment]
-    seed: int = 0
+    num_samples: Annotated[int, 1] = None  # type: ignore[assignment]
+    seed: Annotated[int, 0] = 0
     num_classes: InitVar[int | None] = None
 
     def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        """Counts the images of each class."""
-        self._images = ImageCycles(labels, num_classes)
+        check_fields(self)
+        self._images = streams.ImageCycles(labels, num_classes)
         self.class_counts = torch.from_numpy(self._images.counts)
         if self.num_samples is None:
-            self.num_samples = int(self.class_counts.sum())
-        self.num_samples = check_integer("num_samples", self.num_samples, minimum=1)
-        self.seed = check_integer("seed", self.seed, minimum=0)
+            self.num_samples = int(self.images_per_class().sum())
         self.epoch = 0
         self.rank, self.num_replicas = 0, 1
         self.warns_of_repetition = True
@@ -103,6 +90,10 @@ class ClassSampler(Sampler[int]):
         # A first batch and an epoch may be drawn before set_epoch is called.
         self._begun, self._passes = 0, 2
         self._last_plan: Plan | None = None
+
+    def images_per_class(self) -> Tensor:
+        """Returns the draws of each class (C,) in an epoch of the default length."""
+        return self.class_counts
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns the probability of each class in a draw.
@@ -118,30 +109,25 @@ class ClassSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Sets the 0-based epoch of the next iteration.
 
-        Call it before each epoch; otherwise every iteration draws the same epoch, and the sampler
-        warns once. An epoch may be iterated three times, as for training and an evaluation, before
-        it warns. After :meth:`load_state_dict`, setting the epoch of the state keeps its position.
+        Call it before each epoch; otherwise every iteration draws the same one. The sampler warns
+        once, at the fourth iteration of an epoch. Setting the epoch of a loaded state keeps its
+        position.
         """
         epoch = check_integer("epoch", epoch, minimum=0)
         if epoch != self.epoch:
             self._start, self._cursor = 0, _Cursor(0)
-        self.epoch = epoch
-        self._begun, self._passes = 0, PASSES
+        self.epoch, self._begun, self._passes = epoch, 0, PASSES
 
     def shard(self, rank: int, num_replicas: int) -> None:
         """Makes this the sampler of one of several processes, for use without accelerate.
 
-        The stream is the same for any number of processes. Rank ``r`` of ``R`` gets the groups
-        ``r``, ``r + R``, ... of :attr:`group` consecutive draws. As in torch's DistributedSampler,
-        the first draws of the epoch fill up its end, so that all ranks have equally many.
-
-        Args:
-            rank: From 0 to ``num_replicas`` - 1.
-            num_replicas: Number of processes, at least 1.
+        Rank ``r`` of ``R = num_replicas`` gets the groups ``r``, ``r + R``, ... of :attr:`group`
+        consecutive draws. As in torch's DistributedSampler, the first draws of the epoch fill up
+        its end, so that all ranks have equally many.
 
         Raises:
-            UsageError: If a value is out of range; when iterating, if accelerate runs several
-                processes, since it divides the batches itself.
+            UsageError: If ``rank`` is not from 0 to R - 1; when iterating, if accelerate runs
+                several processes, since it divides the batches itself.
         """
         self.num_replicas = check_integer("num_replicas", num_replicas, minimum=1)
         self.rank = check_integer("rank", rank, minimum=0, maximum=num_replicas - 1)
@@ -159,16 +145,14 @@ class ClassSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self.num_replicas > 1 and is_initialized() and PartialState().num_processes > 1:
             raise UsageError(
-                f"this sampler is sharded (rank {self.rank} of {self.num_replicas}), but "
-                f"accelerate divides the batches among its {PartialState().num_processes} "
-                "processes: create it without rank= and num_replicas="
+                f"the sampler has rank {self.rank} of {self.num_replicas}, but accelerate divides "
+                "the batches itself: create it without rank= and num_replicas="
             )
         plan, start = self._plan(self.epoch), self._start
         group = self.group if self.num_replicas > 1 else self.unit
         if start % group and start < self.num_samples:
             raise UsageError(
-                f"position {start} is inside a group of {group} draws that stay together; resume "
-                f"from a multiple of {group}"
+                f"position {start} is inside a group; it must be a multiple of {group}"
             )
         self._start, self._cursor = 0, _Cursor(start, group, self.num_replicas)
         # A generator of single draws would take longer than computing them.
@@ -180,8 +164,7 @@ class ClassSampler(Sampler[int]):
             self.warns_of_repetition = False
             warnings.warn(
                 f"{type(self).__name__} draws epoch {self.epoch} again, the same images in the "
-                "same order: call set_epoch(epoch) of the sampler, or of its loader, before each "
-                "epoch",
+                "same order: call set_epoch of the sampler or its loader before each epoch",
                 stacklevel=2,
             )
         self._begun += 1
@@ -195,7 +178,7 @@ class ClassSampler(Sampler[int]):
         if self._passes < PASSES:
             self._passes = 1
 
-    def _filled(self, plan: Plan, cursor: "_Cursor") -> Iterator[NDArray[Any]]:
+    def _filled(self, plan: Plan, cursor: "_Cursor") -> Iterator[Array]:
         """Yields the stream from the start of a cursor on, in whole groups and turns of the ranks.
 
         Missing draws at the end are the first ones of the epoch.
@@ -221,12 +204,9 @@ class ClassSampler(Sampler[int]):
         A DataLoader with workers draws ahead. In this case, replace ``"position"`` by the number of
         images in its batches, over all ranks.
         """
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "num_samples": self.num_samples,
-            "position": min(self._cursor.position(), self.num_samples),
-        }
+        position = min(self._cursor.position(), self.num_samples)
+        stream = {"seed": self.seed, "epoch": self.epoch, "num_samples": self.num_samples}
+        return stream | {"position": position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues from a state in the next iteration, and only in that one.
@@ -237,22 +217,16 @@ class ClassSampler(Sampler[int]):
             UsageError: If the state is of another stream, or a value is out of range.
         """
         for name in ("seed", "num_samples"):
-            if state.get(name) != getattr(self, name):
-                raise UsageError(
-                    f"the state is of another stream: its {name} is {state.get(name)}, that of the "
-                    f"sampler {getattr(self, name)}"
-                )
+            own = getattr(self, name)
+            if state.get(name) != own:
+                raise UsageError(f"the state has {name} {state.get(name)}, the sampler {own}")
         self.epoch = check_integer("epoch", state["epoch"], minimum=0)
         self._start = check_integer("position", state["position"], 0, self.num_samples)
         self._cursor = _Cursor(self._start)
         self._begun, self._passes = 0, PASSES
 
     def epoch_indices(self, epoch: int | None = None) -> Tensor:
-        """Returns the indices (num_samples,) of a whole epoch, over all ranks.
-
-        Args:
-            epoch: 0-based epoch; None takes that of :meth:`set_epoch`.
-        """
+        """Returns the indices (num_samples,) of a whole epoch, by default of the current one."""
         epoch = self.epoch if epoch is None else check_integer("epoch", epoch, minimum=0)
         indices = np.empty(self.num_samples, dtype=np.int64)
         for begin, images in self._chunks(self._plan(epoch), 0):
@@ -273,30 +247,24 @@ class ClassSampler(Sampler[int]):
     def _round(self, epoch: int) -> Integers:
         """Returns how often each class (C,) is drawn in an epoch."""
         probabilities = self.class_probabilities(epoch)
-        generator = torch_generator(self.seed, Purpose.ROUNDING, epoch)
-        draws: Integers = round_systematically(probabilities, self.num_samples, generator).numpy()
+        generator = streams.torch_generator(self.seed, Purpose.ROUNDING, epoch)
+        draws = streams.round_systematically(probabilities, self.num_samples, generator)
         if (draws[self._images.counts == 0] > 0).any():
             raise UsageError("class_probabilities must be 0 for a class without images")
         return draws
 
-    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, Array]]:
         """Yields the chunks of an epoch from that of a position on, with their first positions."""
-        num_chunks, inner = self._division(plan)
-
-        def before(chunk: int) -> Integers:
-            if chunk == 0:
-                return np.zeros_like(plan.draws)
-            return plan.draws if chunk == num_chunks else inner(chunk)
-
+        num_chunks, before = self._division(plan)
         first = bisect.bisect_right(range(1, num_chunks), start, key=lambda c: int(before(c).sum()))
         drawn = before(first)
         for chunk in range(first, num_chunks):
             following = before(chunk + 1)
             amounts = following - drawn
             images = self._images.draw(plan.seed, plan.drawn + drawn, amounts)
-            generator = torch_generator(plan.seed, Purpose.ARRANGEMENT, plan.epoch, chunk)
+            generator = streams.torch_generator(plan.seed, Purpose.ARRANGEMENT, plan.epoch, chunk)
             # The positions of each class in order, as its images are.
-            order = sort_order(self._arrange(plan, chunk, amounts, generator))
+            order = streams.sort_order(self._arrange(plan, chunk, amounts, generator))
             arranged = np.empty_like(images)
             arranged[order] = images
             yield int(drawn.sum()), arranged
@@ -305,15 +273,13 @@ class ClassSampler(Sampler[int]):
     def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
         """Returns the number of chunks, and a function: the draws of each class before a chunk."""
         num_chunks = -(-self.num_samples // max(self.chunk_size, 4 * len(plan.draws)))
-        key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
-        return num_chunks, lambda chunk: drawn_before(plan.draws, chunk, num_chunks, key)
+        key = streams.seed_word(plan.seed, Purpose.SHARES, plan.epoch)
+        return num_chunks, lambda chunk: streams.drawn_before(plan.draws, chunk, num_chunks, key)
 
-    def _arrange(
-        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
-    ) -> NDArray[Any]:
+    def _arrange(self, plan: Plan, chunk: int, amounts: Integers, rng: torch.Generator) -> Array:
         """Returns the class of each draw of a chunk; class ``j`` has ``amounts[j]`` draws."""
-        order = torch.randperm(int(amounts.sum()), generator=generator).numpy()
-        classes: NDArray[Any] = np.repeat(small_integers(len(amounts)), amounts)[order]
+        order = torch.randperm(int(amounts.sum()), generator=rng).numpy()
+        classes: Array = np.repeat(streams.small_integers(len(amounts)), amounts)[order]
         return classes
 
 
@@ -391,18 +357,12 @@ def create_sampler(
 
 
 def check_sampler(owner: str, sampler: str, options: Mapping[str, Any] | None) -> None:
-    """Checks the name and the options of the sampler with which a head is trained.
-
-    Raises:
-        UsageError: If the name or an option is wrong, or the sampler changes from epoch to epoch:
-            the training of a head is a single epoch.
-    """
+    """Checks the sampler with which a head is trained, in a single epoch."""
     given = check_mapping(f"sampler_options {owner}", options)
     with user_errors(f"sampler {owner}", UsageError):
         made = SAMPLERS.create(sampler, [0, 1], 1, **given)
     if getattr(made, "epochs", 1) != 1:
         raise UsageError(
             f"sampler {sampler!r} {owner} changes from epoch to epoch, but a head is trained in a "
-            "single epoch; choose another sampler, or one that changes within an epoch and epochs: "
-            "1"
+            "single epoch; choose another sampler, or epochs: 1 and steps_per_epoch"
         )

@@ -3,20 +3,19 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from timm_lt.samplers import streams
 from timm_lt.samplers.balanced import InstanceBalancedSampler, power_probabilities
 from timm_lt.samplers.base import SAMPLERS, ClassSampler, Plan, register_sampler
-from timm_lt.samplers.streams import Integers, Purpose, keyed, seed_word, small_integers, sort_order
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_mapping
+from timm_lt.samplers.streams import Array, Integers, Purpose, keyed, seed_word, small_integers
+from timm_lt.utils.checks import UsageError, check_mapping
 from timm_lt.utils.longtail import Labels, first_epoch
-
-Schedule = Literal["t/T", "t/(T-1)"]
 
 
 @register_sampler("progressively_balanced")
@@ -24,19 +23,16 @@ Schedule = Literal["t/T", "t/(T-1)"]
 class ProgressivelyBalancedSampler(ClassSampler):
     """Moves from instance-balanced to class-balanced: ``p_j(t) = (1 - a) n_j / N + a / C``.
 
-    t is the 0-based epoch, T the number of epochs. The first epoch is instance-balanced. ``"t/T"``
-    is the schedule of the paper. ``"t/(T-1)"`` is that of its code: the last epoch is
-    class-balanced.
-
-    With ``steps_per_epoch`` = S > 1, t and T count steps, S per epoch, and
-    :meth:`class_probabilities` is their mean. Each step is arranged uniformly at random. In any
-    number of steps, the draws of a class differ by less than one from their expectation; a step
-    therefore starts within about ``sqrt(C)`` draws of its position. The time of an epoch grows with
-    S C.
+    t is the 0-based epoch, T the number of epochs. With ``steps_per_epoch`` = S > 1 they count
+    steps, S per epoch, each arranged uniformly at random, and :meth:`class_probabilities` is the
+    mean over the steps. In any number of steps, the draws of a class differ by less than one from
+    their expectation; a step starts within about ``sqrt(C)`` draws of its position. The time of an
+    epoch grows with S C.
 
     Args:
         epochs: Number of epochs, at least 1.
-        schedule: a is t/T, from 0 to (T-1)/T, or t/(T-1), from 0 to 1.
+        schedule: a is ``"t/T"``, from 0 to (T-1)/T, as in the paper, or ``"t/(T-1)"``, from 0 to 1,
+            as in its code.
         steps_per_epoch: S, at least 1.
 
     Raises:
@@ -47,15 +43,12 @@ class ProgressivelyBalancedSampler(ClassSampler):
         2020, https://arxiv.org/abs/1910.09217 (equation 2).
     """
 
-    epochs: int
-    schedule: Schedule = "t/T"
-    steps_per_epoch: int = 1
+    epochs: Annotated[int, 1]
+    schedule: Literal["t/T", "t/(T-1)"] = "t/T"
+    steps_per_epoch: Annotated[int, 1] = 1
 
     def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
         super().__post_init__(labels, num_classes)
-        check_choice("schedule", self.schedule, get_args(Schedule))
-        self.epochs = check_integer("epochs", self.epochs, minimum=1)
-        self.steps_per_epoch = check_integer("steps_per_epoch", self.steps_per_epoch, minimum=1)
         total = self.epochs * self.steps_per_epoch
         # The step at which a would be 1.
         self._last_step = total if self.schedule == "t/T" else max(total - 1, 1)
@@ -79,10 +72,7 @@ class ProgressivelyBalancedSampler(ClassSampler):
     def _first_step(self, epoch: int | None) -> int:
         t = self.epoch if epoch is None else epoch
         if not 0 <= t < self.epochs:
-            raise UsageError(
-                f"epoch {t} is outside the schedule: epochs={self.epochs} covers 0 to "
-                f"{self.epochs - 1}"
-            )
+            raise UsageError(f"epoch {t} is outside the schedule: epochs={self.epochs}")
         return t * self.steps_per_epoch
 
     def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
@@ -93,7 +83,7 @@ class ProgressivelyBalancedSampler(ClassSampler):
 
     def _ticks_of(self, chunk: int) -> Integers:
         """Returns the ticks of a chunk and the one after them."""
-        first = chunk * self._ticks_per_chunk
+        first = min(chunk * self._ticks_per_chunk, self._ticks)
         return np.arange(first, min(first + self._ticks_per_chunk, self._ticks) + 1)
 
     def _drawn_before(self, plan: Plan, ticks: Integers) -> Integers:
@@ -116,21 +106,17 @@ class ProgressivelyBalancedSampler(ClassSampler):
         a = self._first_step(plan.epoch) * steps + whole * (whole - 1) / 2 + (steps - whole) * whole
         a /= self._last_step
         instance_balanced, class_balanced = (end.numpy() for end in self._ends())
-        expected: NDArray[np.float64] = np.outer(steps - a, instance_balanced)
-        expected += np.outer(a, class_balanced)
-        return expected
+        return np.outer(steps - a, instance_balanced) + np.outer(a, class_balanced)
 
-    def _arrange(
-        self, plan: Plan, chunk: int, amounts: Integers, generator: torch.Generator
-    ) -> NDArray[Any]:
+    def _arrange(self, plan: Plan, chunk: int, amounts: Integers, rng: torch.Generator) -> Array:
         if self.steps_per_epoch == 1:
-            return super()._arrange(plan, chunk, amounts, generator)
+            return super()._arrange(plan, chunk, amounts, rng)
         of_tick = np.diff(self._drawn_before(plan, self._ticks_of(chunk)), axis=0)
         tick = np.repeat(small_integers(len(of_tick)), of_tick.sum(axis=1))
-        order = torch.randperm(len(tick), generator=generator).numpy()
-        order = order[sort_order(tick[order])]
+        order = torch.randperm(len(tick), generator=rng).numpy()
+        order = order[streams.sort_order(tick[order])]
         classes = np.tile(small_integers(len(amounts)), len(of_tick))
-        arranged: NDArray[Any] = np.repeat(classes, of_tick.ravel())[order]
+        arranged: Array = np.repeat(classes, of_tick.ravel())[order]
         return arranged
 
 
@@ -143,8 +129,7 @@ class DeferredSampler(ClassSampler):
     with a sampler that has another length by default.
 
     Args:
-        first, first_options: Name and options of the first sampler.
-        second, second_options: Name and options of the second sampler.
+        first, first_options, second, second_options: Names and options of the two samplers.
         start: The 0-based epoch of the change, or a fraction of the epochs in (0, 1), rounded
             down: 160 in the paper, 0.8 of its 200.
         epochs: Number of epochs, at least 1; a recipe sets it. A sampler with a schedule takes it
@@ -164,12 +149,10 @@ class DeferredSampler(ClassSampler):
     first_options: Mapping[str, Any] | None = None
     second_options: Mapping[str, Any] | None = None
     start: float = 0.8
-    epochs: int | None = None
+    epochs: Annotated[int, 1] | None = None
 
     def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
         super().__post_init__(labels, num_classes)
-        if self.epochs is not None:
-            self.epochs = check_integer("epochs", self.epochs, minimum=1)
         self.first_epoch = first_epoch(self.start, self.epochs)
         self.parts = (
             self._create(self.first, labels, check_mapping("first_options", self.first_options)),
@@ -206,11 +189,8 @@ class DeferredSampler(ClassSampler):
         part.seed = self.seed
         return part._round(epoch)
 
-    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, Array]]:
         return self._part(plan.epoch)._chunks(plan, start)
-
-
-Rebalancing = Literal["reversed", "class_balanced", "instance_balanced"]
 
 
 @register_sampler("bilateral")
@@ -219,10 +199,9 @@ class BilateralSampler(ClassSampler):
     """Draws pairs ``u_0, r_0, u_1, r_1, ...`` of a uniform and a re-balancing stream.
 
     The uniform stream is ``instance_balanced`` with the same seed, the other has a seed of its own.
-    (The paper draws the images of ``r`` with replacement.) A pair stays on one rank, and in one
-    batch if the batch size of each process is even. A bilateral network
-    (:func:`timm_lt.create_bilateral`) sends even and odd rows through different branches; the loss
-    ``bilateral`` mixes their logits.
+    A pair stays on one rank, and in one batch if the batch size of each process is even. A
+    bilateral network (:func:`timm_lt.create_bilateral`) sends even and odd rows through different
+    branches; the loss ``bilateral`` mixes their logits.
 
     Args:
         num_samples: Images of both streams in an epoch, an even number; None takes 2 N.
@@ -245,26 +224,24 @@ class BilateralSampler(ClassSampler):
 
     unit: ClassVar[int] = 2
 
-    rebalancing: Rebalancing = "reversed"
+    rebalancing: Literal["reversed", "class_balanced", "instance_balanced"] = "reversed"
 
     def __post_init__(self, labels: Labels, num_classes: int | None) -> None:
-        check_choice("rebalancing", self.rebalancing, get_args(Rebalancing))
-        pairs = self.num_samples if self.num_samples is None else self.num_samples // 2
-        if pairs is not None and self.num_samples % 2:
-            raise UsageError(
-                f"num_samples of sampler 'bilateral' must be even, since it draws pairs; got "
-                f"{self.num_samples}"
-            )
+        super().__post_init__(labels, num_classes)
+        pairs, odd = divmod(self.num_samples, 2)
+        if odd:
+            raise UsageError(f"sampler 'bilateral' draws pairs; got num_samples={self.num_samples}")
         self._uniform = InstanceBalancedSampler(labels, pairs, self.seed, num_classes)
         self._other = SAMPLERS.create(self.rebalancing, labels, pairs, 0, num_classes)
-        self.num_samples = 2 * self._uniform.num_samples
-        super().__post_init__(labels, num_classes)
         # Share one copy of the images.
         self._images = self._uniform._images
 
+    def images_per_class(self) -> Tensor:
+        """Returns the images of both streams: 2 N in all."""
+        return 2 * self.class_counts
+
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns the mean of the probabilities of both streams."""
-        epoch = self.epoch if epoch is None else epoch
         uniform = self._uniform.class_probabilities(epoch)
         return (uniform + self._other.class_probabilities(epoch)) / 2
 
@@ -273,7 +250,7 @@ class BilateralSampler(ClassSampler):
         self._uniform.seed = self.seed
         return self._uniform._plan(epoch)
 
-    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, Array]]:
         """Yields the pairs for which both streams have a chunk, from a position on."""
         self._other.seed = int(seed_word(plan.seed, Purpose.REBALANCING)[0])
         at = start // 2

@@ -14,6 +14,7 @@ from timm_lt.utils.longtail import Labels, check_labels
 
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Array = NDArray[Any]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Labels or images per block: bounds the temporary memory.
@@ -32,12 +33,7 @@ class Purpose(IntEnum):
 
 
 def mix(words: Words) -> Words:
-    """Scrambles 64-bit words in place, one to one: the finaliser of splitmix64.
-
-    References:
-        Steele et al., Fast Splittable Pseudorandom Number Generators, OOPSLA 2014,
-        https://doi.org/10.1145/2660193.2660195
-    """
+    """Scrambles 64-bit words in place, one to one: splitmix64, doi.org/10.1145/2660193.2660195."""
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(27)
@@ -46,20 +42,19 @@ def mix(words: Words) -> Words:
     return words
 
 
-def keyed(key: Words, numbers: NDArray[Any]) -> Words:
+def keyed(key: Words, numbers: Array) -> Words:
     """Returns a random 64-bit word for each pair of key and number."""
     return mix(numbers.astype(np.uint64) * GOLDEN + key)
 
 
 def seed_sequence(seed: int, purpose: Purpose, *numbers: int) -> np.random.SeedSequence:
-    """Returns a seed sequence for a purpose and, for instance, an epoch and a chunk."""
+    """Returns a seed sequence for a purpose and numbers such as an epoch and a chunk."""
     return np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
 
 
 def seed_word(seed: int, purpose: Purpose, *numbers: int) -> Words:
     """Returns one random 64-bit word of shape (1,)."""
-    words = seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64)
-    return words.astype(np.uint64)
+    return seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64).astype(np.uint64)
 
 
 def torch_generator(seed: int, purpose: Purpose, *numbers: int) -> torch.Generator:
@@ -67,7 +62,7 @@ def torch_generator(seed: int, purpose: Purpose, *numbers: int) -> torch.Generat
     return torch.Generator().manual_seed(int(seed_word(seed, purpose, *numbers)[0]))
 
 
-def small_integers(stop: int) -> NDArray[Any]:
+def small_integers(stop: int) -> Array:
     """Returns 0, ..., stop - 1 in a small integer type, which is faster to sort."""
     return np.arange(stop, dtype=np.int16 if stop <= 2**15 else np.int32)
 
@@ -78,9 +73,8 @@ def ranges(starts: Integers, sizes: Integers) -> Integers:
     >>> ranges(np.array([7, 0]), np.array([2, 3]))
     array([7, 8, 0, 1, 2])
     """
-    found: Integers = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
-    found += np.arange(len(found))
-    return found
+    offsets: Integers = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+    return offsets + np.arange(len(offsets))
 
 
 def numbered(sizes: Integers) -> tuple[Integers, Integers]:
@@ -88,31 +82,28 @@ def numbered(sizes: Integers) -> tuple[Integers, Integers]:
     return np.repeat(np.arange(len(sizes)), sizes), ranges(np.zeros_like(sizes), sizes)
 
 
-def sort_order(keys: NDArray[Any]) -> Integers:
+def sort_order(keys: Array) -> Integers:
     """Returns the stable order of non-negative integers."""
     # torch sorts integers by radix, three times as fast as NumPy's comparisons.
-    order: Integers = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
-    return order
+    return torch.argsort(torch.from_numpy(keys), stable=True).numpy()
 
 
-def round_systematically(
-    probabilities: Tensor, num_samples: int, generator: torch.Generator
-) -> Tensor:
+def round_systematically(probabilities: Tensor, total: int, rng: torch.Generator) -> Integers:
     """Rounds ``n * p_j`` up or down to integers (C,) that sum to n and are right on average.
 
-    Each class owns an interval of length ``n * p_j``. Its number is that of the marks in it, which
-    have a distance of 1 and a common random offset.
+    The intervals of length ``n * p_j`` are laid end to end; a class gets as many draws as there are
+    marks in its interval. The marks are 1 apart and have a random offset.
     """
     # In a fixed order, neighbouring classes would never round up together.
-    order = torch.randperm(len(probabilities), generator=generator)
+    order = torch.randperm(len(probabilities), generator=rng)
     ends = probabilities[order].cumsum(0)
     # The division makes the last end exactly n.
-    ends = ends / ends[-1] * num_samples
+    ends = ends / ends[-1] * total
     # Multiples of 2^-18 plus 2^-19: never so close to 0 or 1 that rounding errors of `ends` count.
-    offset = (torch.randint(2**18, (1,), generator=generator).double() + 0.5) / 2**18
+    offset = (torch.randint(2**18, (1,), generator=rng).double() + 0.5) / 2**18
     marks = torch.floor(ends + offset).long()
-    draws = torch.empty_like(marks)
-    draws[order] = torch.diff(marks, prepend=torch.zeros(1, dtype=torch.long))
+    draws: Integers = np.empty(len(order), dtype=np.int64)
+    draws[order.numpy()] = np.diff(marks.numpy(), prepend=0)
     return draws
 
 
@@ -137,16 +128,15 @@ class ImageCycles:
     """Endless sequence of the images of each class: one permutation, a cycle, after another.
 
     A permutation is a function of (seed, class, cycle): the images sorted by a hash of these and
-    the image, of at least 40 bits. Memory is one integer per image: the cycle of each class that
-    was last drawn from. Within it, drawing copies; a new cycle sorts the class.
+    the image, of at least 40 bits. The latest cycle of each class is stored, one integer per image.
     """
 
     def __init__(self, labels: Labels, num_classes: int | None) -> None:
         self.counts = np.zeros(num_classes or 0, dtype=np.int64)
         for _, part in _parts(labels, num_classes):
-            more = np.bincount(part, minlength=len(self.counts))
-            more[: len(self.counts)] += self.counts
-            self.counts = more
+            counts = np.bincount(part, minlength=len(self.counts))
+            counts[: len(self.counts)] += self.counts
+            self.counts = counts
         ends = self.counts.cumsum()
         self._starts = ends - self.counts
         total = int(ends[-1])
@@ -160,7 +150,7 @@ class ImageCycles:
         self._cycles = np.full(len(self.counts), -1)
         self._seed: int | None = None
 
-    def draw(self, seed: int, ranks: Integers, amounts: Integers) -> NDArray[Any]:
+    def draw(self, seed: int, ranks: Integers, amounts: Integers) -> Array:
         """Returns ``amounts`` (C,) images, class after class, behind the first ``ranks`` (C,)."""
         if seed != self._seed:
             self._seed, self._key = seed, seed_word(seed, Purpose.CYCLES)
@@ -169,8 +159,7 @@ class ImageCycles:
         begin = amounts.cumsum() - amounts
         large = self.counts > BLOCK
         for c in np.flatnonzero(large & (amounts > 0)):
-            part = images[begin[c] : begin[c] + amounts[c]]
-            self._draw_large(int(c), int(ranks[c]), part)
+            self._draw_large(int(c), int(ranks[c]), images[begin[c] : begin[c] + amounts[c]])
         classes = np.flatnonzero(~large & (amounts > 0))
         work = (self.counts[classes] + amounts[classes]).cumsum() // BLOCK
         for few in np.split(classes, np.flatnonzero(np.diff(work)) + 1):
@@ -178,12 +167,7 @@ class ImageCycles:
         return images
 
     def _draw_small(
-        self,
-        classes: Integers,
-        ranks: Integers,
-        amounts: Integers,
-        begin: Integers,
-        images: NDArray[Any],
+        self, classes: Integers, ranks: Integers, amounts: Integers, begin: Integers, images: Array
     ) -> None:
         """Writes the draws of some classes to ``images``, those of each class from ``begin`` on."""
         sizes = self.counts[classes]
@@ -217,7 +201,7 @@ class ImageCycles:
         ]
         self._cycles[done] = cycle[open_]
 
-    def _permute(self, classes: Integers, cycles: Integers) -> NDArray[Any]:
+    def _permute(self, classes: Integers, cycles: Integers) -> Array:
         """Returns the permutations of some (class, cycle), one after another."""
         sizes = self.counts[classes]
         images = self._images[ranges(self._starts[classes], sizes)]
@@ -231,7 +215,7 @@ class ImageCycles:
         hashes |= row
         return images[sort_order(hashes.view(np.int64))]
 
-    def _draw_large(self, c: int, rank: int, images: NDArray[Any]) -> None:
+    def _draw_large(self, c: int, rank: int, images: Array) -> None:
         """Writes the draws of one class, which is shuffled in place to save memory."""
         size, start = int(self.counts[c]), self._starts[c]
         home = self._images[start : start + size]
@@ -253,11 +237,9 @@ def _parts(labels: Labels, num_classes: int | None) -> Iterator[tuple[int, NDArr
     """Yields checked labels block by block, each with the index of its first label."""
     if not isinstance(labels, Tensor | np.ndarray) or labels.ndim != 1 or len(labels) == 0:
         labels = check_labels(labels, num_classes)
-    for start in range(0, len(labels), BLOCK):
-        try:
-            part = check_labels(labels[start : start + BLOCK], num_classes)
-        except UsageError:
-            # The error names the index among all labels.
-            check_labels(labels, num_classes)
-            raise
-        yield start, part.numpy()
+    try:
+        for start in range(0, len(labels), BLOCK):
+            yield start, check_labels(labels[start : start + BLOCK], num_classes).numpy()
+    except UsageError:
+        # The error names the index among all labels.
+        check_labels(labels, num_classes)

@@ -1,5 +1,6 @@
 """Errors for users, and checks of options, numbers and choices."""
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -218,6 +219,29 @@ def check_flag(noun: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{noun} must be true or false, got {value!r}")
     return value
+
+
+def check_fields(part: Any) -> None:  # noqa: ANN401
+    """Checks the fields of a dataclass by their annotations, for its ``__post_init__``.
+
+    A ``Literal`` lists the choices, ``Annotated[float, "[0, 1)"]`` has an interval, and
+    ``Annotated[int, 1]`` a minimum. None is valid where it is the default.
+    """
+    for field in dataclasses.fields(part):
+        name, value, kind = field.name, getattr(part, field.name), field.type
+        if value is None and field.default is None:
+            continue
+        if NoneType in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+        arguments = typing.get_args(kind)
+        if typing.get_origin(kind) is typing.Literal:
+            check_choice(name, value, arguments)
+        elif kind is bool:
+            check_flag(name, value)
+        elif arguments and arguments[0] is float:
+            setattr(part, name, check_number(name, value, arguments[1]))
+        elif arguments and arguments[0] is int:
+            setattr(part, name, check_integer(name, value, minimum=arguments[1]))
 
 
 def check_background(background: object) -> str:
