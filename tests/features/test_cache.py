@@ -30,7 +30,7 @@ from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.loader import InOrder
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.features import cache, extract_features
-from timm_lt.features.cache import samples_fingerprint
+from timm_lt.features.extract import batch_sampler_of, layers_of, loader_sizes
 from timm_lt.heads import get_head
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
@@ -79,6 +79,11 @@ def ran(model, loader, folder, **options):
     model._seen.clear()
     timm_lt.extract_features(model, loader, cache_dir=folder, **options)
     return sum(model._seen)
+
+
+def samples_fingerprint(loader):
+    sizes = loader_sizes(loader)
+    return cache.samples_fingerprint(layers_of(loader), batch_sampler_of(loader)[0], sizes[1])
 
 
 def ends(folder):
