@@ -6,6 +6,7 @@ import pytest
 
 from timm_lt.utils.checks import (
     Problems,
+    Registry,
     UsageError,
     check_background,
     check_integer,
@@ -13,7 +14,6 @@ from timm_lt.utils.checks import (
     check_number,
     unknown_name,
 )
-from timm_lt.utils.registry import Registry
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.utils.checks import UsageError, check_options
-from timm_lt.utils.registry import Registry
+from timm_lt.utils.checks import Registry, UsageError, check_options
 
 
 def is_pointwise(module: object) -> bool:

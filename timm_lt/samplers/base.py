@@ -26,9 +26,8 @@ from timm_lt.samplers.streams import (
     sort_order,
     torch_generator,
 )
-from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
+from timm_lt.utils.checks import Registry, UsageError, check_integer, check_mapping, user_errors
 from timm_lt.utils.longtail import Labels
-from timm_lt.utils.registry import Registry
 
 # Draws that are converted to Python integers at once.
 PIECE = 2**12
