@@ -1,5 +1,6 @@
 """A feature cache: its key, kills, damage, two processes, and several views."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset
-from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import ToTensor
 
 import timm_lt
 from timm_lt.data import create_augmentation, create_loader
@@ -47,6 +46,12 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield create_accelerator(mixed_precision="no")
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Counts each batch as soon as it is written."""
+    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
 
 
 def small_model():
@@ -81,7 +86,7 @@ def ran(model, loader, folder, **options):
     return sum(model._seen)
 
 
-def samples_fingerprint(loader):
+def fingerprint(loader):
     sizes = loader_sizes(loader)
     return cache.samples_fingerprint(layers_of(loader), batch_sampler_of(loader)[0], sizes[1])
 
@@ -115,25 +120,21 @@ def test_a_cache_has_the_bits_of_features_in_memory_in_numpy_files(tmp_path, dty
     assert ends(tmp_path) == ENDS
 
 
-def test_images_that_cannot_be_read_are_left_out(tmp_path):
+def test_images_that_cannot_be_read_and_empty_batches_have_no_rows(tmp_path):
     model = small_model()
     loader = DataLoader(in_memory(missing=[0, 1, 2, 3, 9]), 4, collate_fn=tuple)
     features = extract_features(model, loader, cache_dir=tmp_path)
     assert features.targets.tolist() == [int(LABELS[row]) for row in (4, 5, 6, 7, 8, 10)]
     assert features.values.equal(extract_features(model, loader).values)
     nothing = DataLoader(in_memory(missing=range(N)), 4, collate_fn=tuple)
+    images, labels = tensors().tensors
+    empty = (images[:0], [])
+    batches = [empty, (images[:4], labels[:4]), empty, (images[4:], labels[4:])]
+    expected = extract_features(model, batches[1::2])
     for options in ({}, {"cache_dir": tmp_path}):
         with pytest.raises(UsageError, match="gave 11 images, 0 of them readable"):
             extract_features(model, nothing, **options)
-
-
-def test_an_empty_batch_has_no_rows(tmp_path):
-    images, labels = tensors().tensors
-    empty = (images[:0], [])
-    loader = [empty, (images[:4], labels[:4]), empty, (images[4:], labels[4:])]
-    expected = extract_features(small_model(), loader[1::2])
-    for options in ({}, {"cache_dir": tmp_path, "key": "any"}):
-        features = extract_features(small_model(), loader, **options)
+        features = extract_features(model, batches, **options, key="any")
         assert features.values.equal(expected.values)
         assert features.targets.equal(LABELS)
 
@@ -179,7 +180,7 @@ def test_the_images_with_their_transform_are_in_the_key_and_how_they_are_loaded_
     make, same, other, accelerator
 ):
     def key(*images, batch_size=4, **options):
-        return samples_fingerprint(make(*images, **options).eval_loader(batch_size, accelerator))
+        return fingerprint(make(*images, **options).eval_loader(batch_size, accelerator))
 
     assert key() == key(batch_size=3, seed=6, **same)
     # One value, the order of two images, a label.
@@ -190,46 +191,44 @@ def test_the_images_with_their_transform_are_in_the_key_and_how_they_are_loaded_
     assert len({key(), key(**other), *(key(*images) for images in changed)}) == 5
 
 
-def test_folders_and_subsets_of_timm_torch_and_torchvision(tmp_path):
+def test_files_and_the_order_of_a_subset_are_in_the_key(tmp_path):
     for row in range(4):
+        (tmp_path / f"class_{row % 2}").mkdir(exist_ok=True)
         file = tmp_path / f"class_{row % 2}" / f"{row}.png"
-        file.parent.mkdir(exist_ok=True)
         Image.fromarray(PIXELS[row]).save(file)
-    folder = str(tmp_path)
 
-    def of_timm(**options):
-        return samples_fingerprint(create_loader(ImageDataset(folder), SIDE, 2, **options))
+    def folder(**options):
+        options = {"is_training": True, "sampler": InOrder(4), "num_workers": 0} | options
+        return fingerprint(create_loader(ImageDataset(str(tmp_path)), SIDE, 2, **options))
 
-    def of_torchvision(angle=0):
-        data = ImageFolder(folder, transform=lambda image: ToTensor()(image.rotate(angle)))
-        return samples_fingerprint(DataLoader(data, 2))
-
-    assert of_timm() == of_timm(num_workers=0) != of_timm(mean=(0.4, 0.5, 0.5))
-    assert of_torchvision() == of_torchvision() != of_torchvision(90)
-    before = of_timm(), of_torchvision()
-    # Bytes that are no other image, in a file that is not read: the time of change is another.
+    variants = [{}, {"mean": (0.4, 0.5, 0.5)}]
+    variants += [{"re_prob": 0.5, "re_mode": "pixel"}, {"re_prob": 0.5, "re_count": 3}]
+    before = [folder(**options) for options in variants]
+    assert len(set(before)) == 4
+    assert before == [folder(**options) for options in variants]
+    # Another time of change, of a file that is not read.
     os.utime(file, ns=(1, 1))
-    assert (of_timm() != before[0], of_torchvision() != before[1]) == (True, True)
-    whole = tensors()
-    keys = [
-        samples_fingerprint(DataLoader(Subset(whole, rows), size, drop_last=drop_last))
-        for rows, size, drop_last in (
-            ([1, 2, 3], 2, False),
-            ([1, 2, 3], 3, False),
-            ([1, 3, 2], 2, False),
-            ([1, 2, 3], 2, True),
-        )
-    ]
+    assert folder() != before[0]
+    whole, orders = tensors(), ([1, 2, 3], [1, 2, 3], [1, 3, 2], [1, 2, 3])
+    layouts = zip(orders, (2, 3, 2, 2), (False, False, False, True), strict=True)
+    keys = [fingerprint(DataLoader(Subset(whole, o), n, drop_last=d)) for o, n, d in layouts]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
 
 
-def test_samples_that_cannot_be_told_need_a_key(tmp_path):
+def doubled(batch):
+    images, targets = default_collate(batch)
+    return 2 * images, targets
+
+
+def test_samples_that_cannot_be_identified_need_a_key(tmp_path):
     model, batches = small_model(), list(DataLoader(tensors(), 4))
     store = tmp_path / "cache"
     for loader, message in (
         (batches, "the samples of a list without a data set"),
         (DataLoader([*zip(*tensors().tensors, strict=True)], 4), "a list have no fingerprint"),
+        (DataLoader(tensors(), 4, collate_fn=doubled), "collate_fn of its own"),
+        (DataLoader(tensors(), 4, collate_fn=FastCollateMixup(mixup_alpha=1.0)), "of its own"),
         (DataLoader(tensors(), batch_sampler=[[3, 2, 1], [0, 5]]), "batches .* of its own"),
     ):
         with pytest.raises(UsageError, match=rf"{message}.*pass key="):
@@ -241,7 +240,7 @@ def test_samples_that_cannot_be_told_need_a_key(tmp_path):
     assert features.targets.equal(LABELS[[3, 2, 1, 0, 5]])
 
 
-def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
+def test_a_loader_that_draws_is_refused(tmp_path):
     for loader in (
         DataLoader(tensors(), 4, shuffle=True),
         create_loader(in_memory(), SIDE, 4, is_training=True, use_prefetcher=False),
@@ -249,41 +248,14 @@ def test_a_loader_that_draws_is_refused(tmp_path, accelerator):
     ):
         with pytest.raises(UsageError, match=r"in the order of the data set, not as a \w*Sampler"):
             extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
+
+
+def test_a_loader_that_dispatches_needs_a_key(tmp_path, accelerator):
     AcceleratorState._reset_state(reset_partial_state=True)
-    dispatching = Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
-    )
-    loader = dispatching.prepare(DataLoader(tensors(), 2))
-    with pytest.raises(
-        UsageError, match=r"samples of a DataLoaderDispatcher .* cannot be identified"
-    ):
+    config = DataLoaderConfiguration(dispatch_batches=True)
+    loader = Accelerator(cpu=True, dataloader_config=config).prepare(DataLoader(tensors(), 2))
+    with pytest.raises(UsageError, match=r"samples of a DataLoaderDispatcher .* cannot be"):
         extract_features(small_model(), loader, cache_dir=tmp_path)
-
-
-def test_what_a_loader_does_to_the_images_is_in_the_key(tmp_path):
-    def doubled(batch):
-        images, targets = default_collate(batch)
-        return 2 * images, targets
-
-    known = samples_fingerprint(DataLoader(tensors(), 4))
-    assert known == samples_fingerprint(DataLoader(tensors(), 4, collate_fn=default_collate))
-    samples_fingerprint(DataLoader(tensors(), 4, collate_fn=fast_collate))
-    for collate in (doubled, FastCollateMixup(mixup_alpha=1.0)):
-        with pytest.raises(
-            UsageError, match=r"collate_fn of its own, cannot be identified; pass key="
-        ):
-            samples_fingerprint(DataLoader(tensors(), 4, collate_fn=collate))
-    (tmp_path / "a").mkdir()
-    for row in range(4):
-        Image.fromarray(PIXELS[row]).save(tmp_path / "a" / f"{row}.png")
-
-    def fingerprint(**options):
-        options |= {"is_training": True, "sampler": InOrder(4), "num_workers": 0, "re_prob": 0.5}
-        return samples_fingerprint(create_loader(ImageDataset(str(tmp_path)), 32, 2, **options))
-
-    variants = [{}, {"re_mode": "pixel"}, {"re_count": 3}]
-    assert len({fingerprint(**options) for options in variants}) == len(variants)
-    assert fingerprint() == fingerprint()
 
 
 # Kills and faults ---------------------------------------------------------------------------------
@@ -291,17 +263,10 @@ def test_what_a_loader_does_to_the_images_is_in_the_key(tmp_path):
 
 # Forks of one process that imported all: each takes the features of 11 images, two at a time.
 SCRIPT = """
-import hashlib
-import json
-import os
-import resource
-import shutil
-import signal
-import sys
+import hashlib, json, os, resource, signal, sys
 from pathlib import Path
 
-import timm
-import torch
+import timm, torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_lt.features import cache, extract_features
@@ -364,9 +329,7 @@ class Wide(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = torch.nn.Linear(4096, 2)
-
-    def get_classifier(self):
-        return self.fc
+        self.get_classifier = lambda: self.fc
 
     def forward(self, images):
         return self.fc(images.flatten(1).repeat(1, 4096))
@@ -375,10 +338,8 @@ class Wide(torch.nn.Module):
 def growth(folder):
     '''Bytes by which 160 MB of features, in batches of 4 MB, make the largest size grow.'''
     data = TensorDataset(torch.arange(10000.0).view(-1, 1, 1, 1), torch.zeros(10000).long())
-    loader = DataLoader(data, 250)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = extract_features(Wide(), loader, cache_dir=folder)
-    assert features.values.shape == (10000, 4096)
+    features = extract_features(Wide(), DataLoader(data, 250), cache_dir=folder, key="a")
     assert features.values[-1, 7] == 9999
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
@@ -470,41 +431,29 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
 
 
 class Broken(DataLoader):
-    """Fails after some batches."""
-
-    after = 2
+    """Fails after two batches."""
 
     def __iter__(self):
-        for number, batch in enumerate(super().__iter__()):
-            if number == self.after:
-                raise KeyboardInterrupt
-            yield batch
-
-
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A folder with an unfinished cache: two batches of three."""
-    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
-    with pytest.raises(KeyboardInterrupt):
-        extract_features(small_model(), Broken(tensors(), 4), cache_dir=tmp_path)
-    assert not finished(tmp_path)
-    return tmp_path
+        yield from itertools.islice(super().__iter__(), 2)
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("damage", ["none", "batches", "shorter", "missing"])
 @pytest.mark.parametrize("end", ["values.npy", "targets.npy", "json"])
 def test_an_interrupted_cache_is_continued_if_it_is_whole_and_the_batches_are_the_same(
-    interrupted, end, damage
+    tmp_path, at_once, end, damage
 ):
-    (path,) = interrupted.glob(f"*.{end}")
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(small_model(), Broken(tensors(), 4), cache_dir=tmp_path)
+    (path,) = tmp_path.glob(f"*.{end}")
     if damage == "shorter":
         os.truncate(path, path.stat().st_size - 1)
     elif damage == "missing":
         path.unlink()
     model, loader = small_model(), DataLoader(tensors(), 3 if damage == "batches" else 4)
-    assert ran(model, loader, interrupted) == (N - 8 if damage == "none" else N)
+    assert ran(model, loader, tmp_path) == (N - 8 if damage == "none" else N)
     expected = extract_features(model, loader)
-    assert extract_features(model, loader, cache_dir=interrupted).values.equal(expected.values)
+    assert extract_features(model, loader, cache_dir=tmp_path).values.equal(expected.values)
 
 
 @pytest.mark.parametrize(
@@ -530,31 +479,24 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 class Ending(DataLoader):
     """Ends before its last batch."""
 
-    whole = False
-
     def __iter__(self):
-        batches = list(super().__iter__())
-        return iter(batches if self.whole else batches[:-1])
+        return iter(list(super().__iter__())[:-1])
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_loader_that_gives_another_number_of_images_is_refused(tmp_path, monkeypatch, cached):
-    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
+def test_a_loader_that_gives_another_number_of_images_is_refused(tmp_path, at_once, cached):
     options = {"cache_dir": tmp_path} if cached else {}
-    loader = Ending(tensors(), 4)
     for _ in range(2):
         with pytest.raises(UsageError, match=r"gave 16 images, .* expected 22"):
-            extract_features(small_model(), loader, views=2, **options)
-    loader.whole = True
-    features = extract_features(small_model(), loader, views=2, **options)
-    assert features.targets.equal(LABELS.repeat(2))
+            extract_features(small_model(), Ending(tensors(), 4), views=2, **options)
+    # The rows are gone: a whole loader begins anew.
+    model = small_model()
+    assert not cached or ran(model, DataLoader(tensors(), 4), tmp_path, views=2) == 2 * N
 
 
 def test_a_second_process_waits_and_reads(tmp_path):
     """A thread stands for it: the lock is of the file, not of the process."""
-    first, second = small_model(), small_model()
-    loader = DataLoader(tensors(), 4)
-    started, results = threading.Event(), []
+    first, second, started = small_model(), small_model(), threading.Event()
 
     class Slow(DataLoader):
         def __iter__(self):
@@ -562,50 +504,44 @@ def test_a_second_process_waits_and_reads(tmp_path):
             time.sleep(0.3)
             return super().__iter__()
 
-    def work(model, loader):
-        results.append(extract_features(model, loader, cache_dir=tmp_path).values)
+    def take(model, loader):
+        return extract_features(model, loader, cache_dir=tmp_path).values
 
-    pairs = (first, Slow(tensors(), 4)), (second, loader)
-    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
-    threads[0].start()
-    started.wait()
-    threads[1].start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(take, first, Slow(tensors(), 4))
+        started.wait()
+        fast = threads.submit(take, second, DataLoader(tensors(), 4))
+        assert slow.result().equal(fast.result())
     assert (sum(first._seen), sum(second._seen)) == (N, 0)
-    assert results[0].equal(results[1])
 
 
 # Views --------------------------------------------------------------------------------------------
 
 
+AFFINE = {"augmentation": create_augmentation("affine")}
+TIMM = {"augmentation": {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5}}
+
+
+def views_of(data, accelerator, batch_size=4, **options):
+    loader = data.views_loader(batch_size, accelerator)
+    return extract_features(small_model(), loader, accelerator=accelerator, **options)
+
+
 @pytest.mark.parametrize("make", ["in_memory", "stored"])
-def test_views_are_those_of_their_draws_whatever_the_batches_and_the_start(
-    make, tmp_path, accelerator
-):
-    if make == "in_memory":
-        data = in_memory(augmentation=create_augmentation("affine"))
-    else:
-        data = stored(augmentation={"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5})
-    model = small_model()
-
-    def take(batch_size=4, **options):
-        loader = data.views_loader(batch_size, accelerator)
-        return extract_features(model, loader, accelerator=accelerator, **options)
-
-    features = take(views=3)
+def test_views_are_those_of_their_draws_whatever_the_batches(make, tmp_path, accelerator):
+    data = in_memory(**AFFINE) if make == "in_memory" else stored(**TIMM)
+    features = views_of(data, accelerator, views=3)
     assert (len(features), features.num_images) == (3 * N, N)
     assert features.targets.equal(LABELS.repeat(3))
     first, second, third = features.values.split(N)
     assert not first.allclose(second, atol=1e-3)
     assert not second.allclose(third, atol=1e-3)
-    torch.testing.assert_close(take(5, views=3).values, features.values)
-    assert take(views=2).values.equal(features.first_views(2).values)
-    assert take(views=3, cache_dir=tmp_path).values.equal(features.values)
-    assert take(views=1, cache_dir=tmp_path).values.equal(first)
+    torch.testing.assert_close(views_of(data, accelerator, 5, views=3).values, features.values)
+    for views in (1, 2, 3):
+        found = views_of(data, accelerator, views=views, cache_dir=tmp_path)
+        assert found.values.equal(features.first_views(views).values)
     # By hand, image by image.
     loader = data.views_loader(4, accelerator)
-    shown = getattr(loader, "dataset", data)
     draw = 2 * N + 7
     loader.set_epoch(2)
     image = [images for images, _ in loader][1][3]
@@ -614,60 +550,45 @@ def test_views_are_those_of_their_draws_whatever_the_batches_and_the_start(
         expected = data.augmentation(data.images[7:8].float(), uniforms)
         expected = ((expected - data.mean) / data.std)[0]
     else:
-        expected = shown[draw][0]
+        expected = loader.dataset[draw][0]
     torch.testing.assert_close(image, expected)
 
 
-def test_views_are_continued_in_the_middle(tmp_path, monkeypatch, accelerator):
-    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
-    model = small_model()
-    data = in_memory(augmentation=create_augmentation("affine"))
-
-    def take(loader, **options):
-        return extract_features(model, loader, accelerator=accelerator, views=3, **options)
-
-    expected = take(data.views_loader(4, accelerator)).values
-
+def test_views_are_continued_in_the_middle(tmp_path, at_once, accelerator):
     class Failing(ImageTensors):
         def __getitems__(self, draws):
             if draws[0] >= N + 8:
                 raise KeyboardInterrupt
             return super().__getitems__(draws)
 
-    failing = in_memory(augmentation=create_augmentation("affine"))
+    data, failing, model = in_memory(**AFFINE), in_memory(**AFFINE), small_model()
     failing.__class__ = Failing
     with pytest.raises(KeyboardInterrupt):
-        take(failing.views_loader(4, accelerator), cache_dir=tmp_path)
-    model._seen.clear()
-    features = take(data.views_loader(4, accelerator), cache_dir=tmp_path)
+        views_of(failing, accelerator, views=3, cache_dir=tmp_path)
+    loader = data.views_loader(4, accelerator)
+    ran(model, loader, tmp_path, views=3, accelerator=accelerator)
     # Accelerate reads ahead: when the third batch of a view cannot be read, the first is whole.
     assert model._seen == [4, 3, 4, 4, 3]
-    assert features.values.equal(expected)
+    features = views_of(data, accelerator, views=3, cache_dir=tmp_path)
+    assert features.values.equal(views_of(data, accelerator, views=3).values)
     # Another seed is another augmentation.
     data.seed += 1
     assert ran(model, data.views_loader(4, accelerator), tmp_path, views=3) == 3 * N
 
 
 class Views:
-    """Gives the images of the second view in another order, as long as it is broken."""
-
-    broken = True
+    """Gives the images of the second view in another order."""
 
     def set_epoch(self, epoch):
-        self.order = torch.arange(N).flip(0) if self.broken and epoch else torch.arange(N)
+        self.order = torch.arange(N).flip(0) if epoch else torch.arange(N)
 
     def __iter__(self):
         images, labels = tensors().tensors
         return ((images[rows], labels[rows]) for rows in self.order.split(4))
 
 
-def test_views_of_other_images_are_refused_and_not_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SYNC_SECONDS", 0)
-    loader, model = Views(), small_model()
+def test_views_of_other_images_are_refused_and_not_continued(tmp_path, at_once):
     for options in ({}, {"cache_dir": tmp_path, "key": "a"}):
         with pytest.raises(UsageError, match="not 2 views of the same images"):
-            extract_features(model, loader, views=2, **options)
+            extract_features(small_model(), Views(), views=2, **options)
     assert ends(tmp_path) == {"lock"}
-    loader.broken = False
-    features = extract_features(model, loader, views=2, cache_dir=tmp_path, key="a")
-    assert features.targets.equal(LABELS.repeat(2))
