@@ -4,12 +4,9 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +31,6 @@ from timm_lt.heads import get_head
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
-ROOT = Path(timm_lt.__file__).parents[1]
 N, SIDE, C = 11, 32, 4
 PIXELS = np.random.default_rng(0).integers(0, 256, (N, SIDE, SIDE, 3), dtype=np.uint8)
 LABELS = torch.arange(N) % C
@@ -261,68 +257,83 @@ def test_a_loader_that_dispatches_needs_a_key(tmp_path, accelerator):
 # Kills and faults ---------------------------------------------------------------------------------
 
 
-# Forks of one process that imported all: each takes the features of 11 images, two at a time.
+# Takes the features of 11 images, two at a time; a moment is an access to a file of the cache.
 SCRIPT = """
-import hashlib, json, os, resource, signal, sys
-from pathlib import Path
-
+import json, os, signal, sys
 import timm, torch
 from torch.utils.data import DataLoader, TensorDataset
-
 from timm_lt.features import cache, extract_features
-from timm_lt.utils.checks import UsageError
 
-torch.set_num_threads(1)
+folder, moment = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = timm.create_model("test_resnet", num_classes=4)
-images = torch.randn(11, 3, 32, 32)
 cache.SYNC_SECONDS = 0
+read, events = [], 0
 
 
-def run(folder, moment=0, limit=None):
-    return in_child(folder, lambda: extract(folder, moment, limit))
+class Noting(TensorDataset):
+    def __getitem__(self, row):
+        read.append(row)
+        return super().__getitem__(row)
 
 
-def in_child(folder, act):
-    '''Returns the status of a child, and what it returned or what was wrong.'''
-    notes = folder.with_suffix(".json")
-    child = os.fork()
-    if child == 0:
-        try:
-            answer = act()
-        except UsageError as error:
-            answer = str(error)
-        # The limit is on this file, too, but it is small.
-        notes.write_text(json.dumps(answer))
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, json.loads(notes.read_text()) if status == 0 else None
+def note(event, arguments):
+    global events
+    touched = event in ("open", "os.rename", "os.remove", "os.truncate")
+    if touched and str(arguments[0]).startswith(folder):
+        events += 1
+        if events == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def extract(folder, moment, limit):
-    read, events = [], 0
+sys.addaudithook(note)
+loader = DataLoader(Noting(torch.randn(11, 3, 32, 32), torch.arange(11) % 4), 2)
+extract_features(model, loader, cache_dir=folder, key="a")
+print(json.dumps([read, events]))
+"""
 
-    class Noting(TensorDataset):
-        def __getitem__(self, row):
-            read.append(row)
-            return super().__getitem__(row)
 
-    def note(event, arguments):
-        # Before each file of the cache is opened, renamed or removed.
-        nonlocal events
-        touched = event in ("open", "os.rename", "os.remove", "os.truncate")
-        if touched and str(arguments[0]).startswith(str(folder)):
-            events += 1
-            if events == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+def bits(folder):
+    """The content of a finished cache."""
+    return [path.read_bytes() for path in sorted(folder.glob("*.npy"))] if finished(folder) else []
 
-    sys.addaudithook(note)
-    if limit is not None:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    loader = DataLoader(Noting(images, torch.arange(11) % 4), 2)
-    extract_features(model, loader, cache_dir=folder, key="a")
-    return {"read": read, "events": events}
+
+@pytest.mark.exhaustive
+def test_after_a_kill_or_a_full_disk_the_rest_is_made_to_the_same_bits(server, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def take(folder, moment=0, **options):
+        return server.run(folder, moment, script=tmp_path / "script.py", **options)
+
+    _, events = json.loads(take(tmp_path / "whole").out)
+    expected, numbers = bits(tmp_path / "whole"), []
+    assert (len(expected), events >= 24) == (2, True)
+    for moment in range(1, events + 1, 3):
+        folder = tmp_path / str(moment)
+        assert take(folder, moment).status == -signal.SIGKILL
+        assert bits(folder) in ([], expected)
+        read, _ = json.loads(take(folder).out)
+        assert bits(folder) == expected
+        # Behind the last whole batch: what is skipped is not even read.
+        assert read == list(range(N - len(read), N))
+        numbers.append(len(read))
+    # Before the first batch, behind the last one, and between.
+    assert sorted(numbers, reverse=True) == numbers
+    assert (numbers[0], numbers[-1], len(set(numbers)) >= 5) == (N, 0, True)
+    # Room for six rows of width 96 and a part of the seventh.
+    folder = tmp_path / "full"
+    assert "cannot be written: File too large; make" in take(folder, limit=128 + 2304 + 100).err
+    assert bits(folder) == []
+    assert json.loads(take(folder).out)[0] == list(range(6, N))
+    assert bits(folder) == expected
+
+
+# Prints by how many bytes 160 MB of features, in batches of 4 MB, make the largest size grow.
+GROWTH = """
+import resource, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from timm_lt.features import extract_features
 
 
 class Wide(torch.nn.Module):
@@ -335,84 +346,26 @@ class Wide(torch.nn.Module):
         return self.fc(images.flatten(1).repeat(1, 4096))
 
 
-def growth(folder):
-    '''Bytes by which 160 MB of features, in batches of 4 MB, make the largest size grow.'''
-    data = TensorDataset(torch.arange(10000.0).view(-1, 1, 1, 1), torch.zeros(10000).long())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features = extract_features(Wide(), DataLoader(data, 250), cache_dir=folder, key="a")
-    assert features.values[-1, 7] == 9999
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def finished(folder):
-    done = [json.loads(path.read_text())["complete"] for path in folder.glob("*.json")]
-    files = sorted(folder.glob("*.npy")) if any(done) else []
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-
-
-root = Path(sys.argv[1])
-_, whole = run(root / "whole")
-results = {"events": whole["events"], "bits": finished(root / "whole"), "kills": []}
-for moment in range(1, whole["events"] + 1, 3):
-    folder = root / str(moment)
-    status, _ = run(folder, moment)
-    before = finished(folder)
-    results["kills"].append([status, before, run(folder)[1]["read"], finished(folder)])
-folder = root / "full"
-# Room for six rows of width 96 and a part of the seventh.
-results["full"] = run(folder, limit=128 + 6 * 4 * 96 + 100)[1]
-results["before"], results["rest"] = finished(folder), run(folder)[1]["read"]
-results["after"] = finished(folder)
-for name in ("cache", "memory"):
-    large = root / "large" if name == "cache" else None
-    results[name] = in_child(root / name, lambda: growth(large))[1]
-print(json.dumps(results))
+data = TensorDataset(torch.arange(10000.0).view(-1, 1, 1, 1), torch.ones(10000).long())
+loader = DataLoader(data, 250)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+features = extract_features(Wide(), loader, cache_dir=sys.argv[1] or None, key="a")
+assert features.values[-1, 7] == 9999
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """What came of a kill at every third access to a file, and of a full disk."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("faults"))]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
-
-
 @pytest.mark.exhaustive
-def test_a_killed_process_is_gone_on_with_to_the_same_bits(faults):
-    assert len(faults["bits"]) == 2
-    assert len(faults["kills"]) >= 8
-    read = []
-    for status, before, rows, after in faults["kills"]:
-        assert status == -signal.SIGKILL
-        # Whole or not there.
-        assert before in ([], faults["bits"])
-        assert after == faults["bits"]
-        # Behind the last whole batch: what is skipped is not even read.
-        assert rows == list(range(N - len(rows), N))
-        read.append(len(rows))
-    assert sorted(read, reverse=True) == read
-    # Before the first batch, behind the last one, and between.
-    assert (read[0], read[-1]) == (N, 0)
-    assert len(set(read)) >= 5
-
-
-@pytest.mark.exhaustive
-def test_a_full_disk_is_an_error_and_the_rest_is_made_later(faults):
-    assert "cannot be written: File too large; make room" in faults["full"]
-    assert faults["before"] == []
-    assert faults["rest"] == list(range(6, N))
-    assert faults["after"] == faults["bits"]
-
-
-@pytest.mark.exhaustive
-def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(faults):
+def test_the_memory_holds_a_batch_with_a_cache_and_one_copy_without(server, tmp_path):
+    (tmp_path / "script.py").write_text(GROWTH)
+    grown = [
+        int(server.run(folder, script=tmp_path / "script.py").out)
+        for folder in (tmp_path / "cache", "")
+    ]
     size = 10000 * 4096 * 4
-    assert faults["cache"] < size / 2
+    assert grown[0] < size / 2
     # A second copy would be twice the size; torch itself takes 20 to 60 MB in a new process.
-    assert faults["memory"] < 1.6 * size
+    assert grown[1] < 1.6 * size
 
 
 def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
