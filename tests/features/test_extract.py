@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections import UserDict
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -65,12 +66,10 @@ def split(*sizes, images=IMAGES, labels=LABELS):
         (torch.zeros(3, 2).long(), torch.zeros(3).long(), "floating-point"),
         (torch.zeros(3, 2), torch.zeros(2).long(), r"shape \(3, 2\) with 2 targets"),
         (torch.zeros(3, 2), torch.tensor([0, -1, 0]), r"targets\[1\] = -1 is negative"),
-        (torch.zeros(2, 2), torch.tensor([0.0, 0.5]), r"targets\[1\] = 0.5 is not an integer"),
         (torch.zeros(0, 2), torch.zeros(0).long(), "must not be empty"),
         (torch.tensor([[1.0, 0.0], [0.0, torch.nan]]), [0, 1], "row 1 has nan in column 1"),
         (None, [0], r"floating-point \(N, D\) matrix .* got a NoneType"),
         ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
-        (np.eye(2), ["ant", "bee"], r"targets\[0\] = 'ant' is not an integer"),
         (np.eye(2), None, "targets must be a sequence or an array of integers"),
     ],
 )
@@ -134,13 +133,11 @@ def test_views_are_rows_of_the_same_images():
         Features(values, torch.tensor([4, 5, 4, 9, 4, 5]), views=3)
 
 
-@pytest.mark.parametrize("given", [(torch.eye(2), torch.tensor([0, 1])), np.eye(2), None])
-def test_a_fit_takes_features_only(given):
-    words = rf"must be timm_lt.Features, got a {type(given).__name__}: pass timm_lt.Features\("
-    with pytest.raises(UsageError, match=f"^features {words}"):
-        timm_lt.fit_head("ncm", given)
-    with pytest.raises(UsageError, match=f"^features {words}"):
-        timm_lt.tau_curve(nn.Linear(2, 2), given)
+def test_a_fit_takes_features_only():
+    words = r"^features must be timm_lt.Features, got a ndarray: pass timm_lt.Features\("
+    for call in (lambda x: timm_lt.fit_head("ncm", x), partial(timm_lt.tau_curve, nn.Linear(2, 2))):
+        with pytest.raises(UsageError, match=words):
+            call(np.eye(2))
 
 
 # The backbone -------------------------------------------------------------------------------------

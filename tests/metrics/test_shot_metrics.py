@@ -229,31 +229,15 @@ def test_reliability_and_calibration_error_against_a_loop(seed, bins):
     assert calibration_error(confidences, right, bins) == pytest.approx(error)
 
 
-def test_ece_and_top5_against_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.classification")
-    logits, targets = random_logits(num_classes=30, seed=3)
-    report = evaluate_logits(logits, targets, [9] * 30)
-    ece = functional.multiclass_calibration_error(
-        logits.softmax(1), targets, num_classes=30, n_bins=15, norm="l1"
-    )
-    assert report.ece == pytest.approx(ece.item(), abs=1e-6)
-    top5 = functional.multiclass_accuracy(logits, targets, num_classes=30, top_k=5, average="micro")
-    assert report.top5 == pytest.approx(top5.item())
-    assert 0.1 < report.top5 < 0.3
-
-
 def test_the_extremes_of_calibration():
-    # Confidence 1 in float32, and 1/C: the last and the first bin.
+    # Confidence 1 in float32: the last bin.
     sure = evaluate_logits(torch.tensor([[90.0, 0.0], [0.0, 90.0]]), [0, 0], [500, 5])
     assert sure.reliability[-1] == {"images": 2, "confidence": 1.0, "accuracy": 0.5}
     assert sure.ece == sure.ece_per_group["many_shot"] == 0.5
     assert sure.ece_per_group["few_shot"] is sure.few_shot is None
-    unsure = evaluate_logits(torch.zeros(1, 1000), [0], [5] * 1000)
-    assert unsure.reliability[0]["confidence"] == pytest.approx(1e-3, abs=1e-9)
     # In float32 the sum of 200,000 confidences of 0.1 is wrong in the fourth digit.
     report = evaluate_logits(torch.zeros(200_000, 10), torch.arange(200_000) % 10, [9] * 10)
     assert report.reliability[1]["confidence"] == pytest.approx(0.1, abs=1e-8)
-    assert report.ece == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -349,18 +333,15 @@ def accelerator():
 
 def test_counting_goes_on_after_computing_and_reducing(accelerator):
     logits, targets = random_logits()
+    expected = evaluate_logits(logits, targets, COUNTS).to_dict()
     metrics = streamed(logits[:300], targets[:300], 50)
-    early = metrics.compute()
-    before, expected = early.to_dict(), evaluate_logits(logits, targets, COUNTS).to_dict()
+    early = metrics.compute().to_dict()
+    # The reduced metrics are a copy.
     whole = metrics.reduce(accelerator)
-    assert whole.compute().to_dict() == before
-    whole.update(logits[300:], targets[300:])
-    assert whole.compute().to_dict() == expected
-    # The reduced metrics are a copy, and so is a report.
-    assert metrics.compute().to_dict() == before
-    metrics.update(logits[300:], targets[300:])
-    assert metrics.compute().to_dict() == expected
-    assert early.to_dict() == before
+    for part in (whole, metrics):
+        assert part.compute().to_dict() == early
+        part.update(logits[300:], targets[300:])
+        assert part.compute().to_dict() == expected
 
 
 def test_a_batch_may_be_empty():
@@ -396,12 +377,6 @@ def test_a_mistake_leaves_the_counts_unchanged(outputs, targets, message):
     with pytest.raises(UsageError, match=message):
         metrics.update(outputs, targets)
     assert metrics.compute().to_dict() == before
-
-
-@pytest.mark.parametrize("logits", [np.eye(2), torch.eye(2).bool(), torch.ones(2)])
-def test_other_values_are_not_logits(logits):
-    with pytest.raises(UsageError, match=r"logits must be a floating-point tensor .* got "):
-        evaluate_logits(logits, [0, 1], [5, 5])
 
 
 def test_logits_and_predictions_or_other_groups_do_not_mix():
