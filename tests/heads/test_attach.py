@@ -62,8 +62,7 @@ def test_a_folded_model_is_reset_as_in_timm():
     model.reset_classifier(5)
     assert type(get_head(model)) is nn.Linear
     plain = small_model()
-    weight = get_head(plain).weight
-    assert torch.equal(fold_head(plain).get_classifier().weight, weight)
+    assert get_head(fold_head(plain)) is get_head(plain)
 
 
 @pytest.mark.parametrize("name", [name for name in list_heads() if name != "oltr"])
@@ -97,12 +96,8 @@ def test_a_head_that_cannot_be_folded_stays():
     with pytest.raises(UsageError, match="cannot be folded"):
         fold_head(model)
     assert get_head(model).kind == "ncm"
-
-
-def test_set_head_by_name_alone_does_not_fit_it():
-    model = set_head(small_model(), "ncm")
     with pytest.raises(UsageError, match="'ncm' is not fitted"):
-        model(torch.zeros(1, 3, 32, 32))
+        set_head(small_model(), "ncm")(torch.zeros(1, 3, 32, 32))
 
 
 def test_set_head_takes_a_fitted_module_in_the_models_type_and_mode():
@@ -120,7 +115,6 @@ def test_set_head_takes_a_fitted_module_in_the_models_type_and_mode():
         (nn.Linear(96, 5), {}, r"the head is \(5, 96\).*classifier 'fc' is \(4, 96\)"),
         (nn.Linear(96, 4), {"tau": 1}, r"options \['tau'\] belong to a head given by name"),
         ({"head": nn.Linear(96, 4)}, {}, "has the classifiers fc, got heads for head"),
-        ("tau_nrom", {}, "did you mean 'tau_norm'"),
         ("tau_norm", {"gamma": 1}, "has no option 'gamma'"),
         (None, {}, "a head is a name or an nn.Linear, got NoneType"),
     ],
@@ -164,7 +158,7 @@ def test_a_classifier_that_is_not_a_module_is_refused(wrong):
 
 def test_the_classifier_in_a_list_is_found():
     linear = nn.Linear(6, 4)
-    for listed in ([linear], (linear,), nn.ModuleList([linear]), [[nn.Sequential(linear)]]):
+    for listed in ((linear,), nn.ModuleList([linear]), [[nn.Sequential(linear)]]):
         assert as_joint(listed) is linear
 
 

@@ -45,23 +45,17 @@ def naive(logits, targets, threshold, rule):
     return f, right / len(targets), tp / known, open_right / open_ones
 
 
-def test_by_hand():
+@pytest.mark.parametrize(("rule", "precision", "f"), [("fb", 2 / 3, 2 / 3), ("oltr", 1 / 2, 4 / 7)])
+def test_by_hand(rule, precision, f):
     # Of two classes: two right, one wrong, one rejected though right, one rejected open image, and
-    # one open image that is accepted.
+    # one open image that is accepted. P = 2/3 or, with the rejected one, 2/4; R = 2/3.
     logits = torch.tensor([[4.0, 0], [0, 4], [4, 0], [0.1, 0], [0, 0.2], [0, 4]])
-    targets = [0, 1, 1, 0, -1, -1]
-    reports = {
-        rule: open_set_report(logits, targets, threshold=0.9, rule=rule) for rule in ("fb", "oltr")
-    }
-    # P = 2/3, R = 2/3; with the rejected one P = 2/4, F = 2 (1/2)(2/3) / (7/6) = 4/7.
-    assert reports["fb"].f_measure == pytest.approx(2 / 3)
-    assert reports["oltr"].f_measure == pytest.approx(4 / 7)
-    for rule, report in reports.items():
-        assert report.precision == pytest.approx({"fb": 2 / 3, "oltr": 1 / 2}[rule])
-        assert report.recall == pytest.approx(2 / 3)
-        assert (report.all, report.known, report.open) == (0.5, 0.5, 0.5)
-        assert (report.rejected_known, report.images) == (0.25, (4, 2))
-        assert json.loads(json.dumps(report.to_dict()))["rule"] == rule
+    report = open_set_report(logits, [0, 1, 1, 0, -1, -1], threshold=0.9, rule=rule)
+    found = (report.precision, report.recall, report.f_measure)
+    assert found == pytest.approx((precision, 2 / 3, f))
+    assert (report.all, report.known, report.open) == (0.5, 0.5, 0.5)
+    assert (report.rejected_known, report.images) == (0.25, (4, 2))
+    assert json.loads(json.dumps(report.to_dict()))["rule"] == rule
 
 
 @pytest.mark.parametrize("rule", ["fb", "oltr"])
@@ -117,13 +111,6 @@ def test_what_cannot_be_said_is_none():
     assert (nothing.f_measure, nothing.precision, nothing.open) == (None, None, None)
 
 
-def test_extreme_logits_of_ten_thousand_classes():
-    logits = torch.zeros(2, 10_000, dtype=torch.float16)
-    logits[0, 7] = 6e4
-    report = open_set_report(logits, [7, -1])
-    assert (report.known, report.open) == (1.0, 1.0)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -131,9 +118,7 @@ def test_extreme_logits_of_ten_thousand_classes():
         (lambda z, y: open_set_report(z, y, rule="kang"), "unknown rule 'kang'.*fb, oltr"),
         (lambda z, y: open_set_report(z, y[:3]), r"\(N, C\) = \(3, 4\).*got \(5, 4\)"),
         (lambda z, y: open_set_report(z, y - 1), r"targets\[0\] = -2 is negative"),
-        (lambda z, y: open_set_report(z, y + 4), r"targets\[1\] = 4 is not below num_classes=4"),
         (lambda z, y: open_set_report(z / 0, y), "logits must be finite"),
-        (lambda z, y: open_set_report(y, y), "logits must be a floating-point tensor"),
         (lambda z, y: OpenSetMetrics(C).compute(), "no images have been counted"),
         (lambda z, y: OpenSetMetrics(C).merge(OpenSetMetrics(C, rule="fb")), "the same rule"),
         (lambda z, y: choose_threshold(z, y.clamp_min(0)), "needs open images"),

@@ -24,19 +24,15 @@ def test_rows_against_scikit_learn():
     precision, recall, f1, support = precision_recall_fscore_support(
         TARGETS, PREDS, labels=range(5), zero_division=np.nan
     )
-    found = rows()
-    assert [row["class"] for row in found] == [0, 1, 2, 3, 4]
-    assert [row["name"] for row in found] == NAMES
-    assert [row["training_images"] for row in found] == COUNTS
+    columns = {key: [row[key] for row in rows()] for key in rows()[0]}
+    assert columns["class"] == [0, 1, 2, 3, 4]
+    assert (columns["name"], columns["training_images"]) == (NAMES, COUNTS)
     groups = ["many_shot", "medium_shot", "few_shot", "few_shot", "few_shot"]
-    assert [row["shot_group"] for row in found] == groups
-    assert [row["test_images"] for row in found] == support.tolist()
+    assert (columns["shot_group"], columns["test_images"]) == (groups, support.tolist())
+    # Class 3 is nowhere, class 4 is predicted but has no image.
     for name, values in (("accuracy", recall), ("precision", precision), ("f1", f1)):
         expected = [None if math.isnan(value) else pytest.approx(value) for value in values]
-        assert [row[name] for row in found] == expected
-    # Class 3 is nowhere, class 4 is predicted but has no image.
-    assert [found[3][key] for key in ("accuracy", "precision", "f1")] == [None] * 3
-    assert [found[4][key] for key in ("accuracy", "precision", "f1")] == [None, 0.0, 0.0]
+        assert columns[name] == expected
 
 
 def test_files_read_back(tmp_path):

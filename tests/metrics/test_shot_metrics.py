@@ -130,45 +130,19 @@ def test_report_by_hand():
     assert set(report.summary()) == set(report.to_dict()) - long
 
 
-def test_rules_move_the_boundary_classes():
-    arguments = ([0, 1, 0], [0, 1, 2], [100, 20, 21])
-    fb, oltr = shot_accuracy(*arguments), shot_accuracy(*arguments, rule="oltr")
-    assert (fb.many_shot, fb.medium_shot, fb.few_shot) == (None, pytest.approx(2 / 3), None)
-    assert (oltr.many_shot, oltr.medium_shot, oltr.few_shot) == (1.0, 0.0, 1.0)
-    assert "few_shot (<= 20) 100.0 %" in str(oltr)
-
-
-@pytest.mark.parametrize("preds", [[0], [1]])
-def test_one_image_of_one_class(preds):
-    report = shot_accuracy(preds, [0], [5, 5])
-    hit = float(preds == [0])
-    assert (report.all, report.worst_class, report.harmonic_mean) == (hit, hit, hit)
-    # Class 1 counts in the macro figures where it is predicted.
-    assert (report.macro_f1, report.macro_precision) == (hit, hit)
-
-
 def test_the_cost_does_not_grow_with_images_times_classes():
     # As many images and classes as iNaturalist 2018; quadratic code would take minutes.
     generator = torch.Generator().manual_seed(0)
     preds, targets = torch.randint(8142, (2, 437_513), generator=generator)
     report = shot_accuracy(preds, targets, [50] * 8142)
     assert report.all == pytest.approx((preds == targets).double().mean().item())
-    # Of two images of each class one is right; of class 7 both are.
-    targets = torch.arange(200_000) // 2
-    preds = targets.clone()
-    preds[1::2] = 7
-    report = shot_accuracy(preds, targets, torch.arange(1, 100_001))
-    assert report.worst_class == 0.5
-    assert report.predicted[7] == 100_001
 
 
 def test_a_report_of_an_older_version_is_readable():
     fields = shot_accuracy([0, 1], [0, 0], [200, 5]).to_dict()
     old = ("all", "class_mean", *GROUPS, "macro_f1", "per_class", "rule", "ece")
     report = ShotReport.from_dict({name: fields[name] for name in old})
-    assert report.all == 0.5
-    assert report.worst_class is report.test_images is report.predicted is None
-    assert report.to_dict()["test_images"] is None
+    assert (report.all, report.worst_class, report.to_dict()["test_images"]) == (0.5, None, None)
     with pytest.raises(UsageError, match=r"no test_images.*evaluate again"):
         report.right_and_images()
     with pytest.raises(UsageError, match=r"'worst_class'.*older version wrote it.*all"):
@@ -184,30 +158,23 @@ def test_objectives():
     assert OBJECTIVES == ("all", "class_mean", "few_shot", "harmonic_mean", "worst_class")
     assert found == pytest.approx([9 / 16, 9 / 16, 3 / 8, 3 / (1 + 2 + 8 / 3), 1 / 4])
     report = shot_accuracy([0], [0], [500, 5])
-    others = "few_shot.*choose one of: all, class_mean, harmonic_mean, worst_class"
-    with pytest.raises(UsageError, match=others):
-        objective_value(report, "few_shot")
-    with pytest.raises(UsageError, match=r"unknown objective 'few'.*choose one of: all"):
-        objective_value(report, "few")
+    for objective, message in (
+        ("few_shot", "few_shot.*choose one of: all, class_mean, harmonic_mean, worst_class"),
+        ("few", r"unknown objective 'few'.*choose one of: all"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            objective_value(report, objective)
 
 
 # Calibration and top 5 ----------------------------------------------------------------------------
 
 
-def softmax_confidence(row):
-    exps = [math.exp(z - max(row)) for z in row]
-    return max(exps) / sum(exps)
-
-
 def reliability_by_hand(confidences, right, bins=15):
     """Images, confidence and accuracy of the bins (b/M, (b+1)/M], with 0 in the first."""
-    found = []
+    found, pairs = [], list(zip(confidences, right, strict=True))
     for b in range(bins):
-        inside = [
-            (c, r)
-            for c, r in zip(confidences, right, strict=True)
-            if b / bins < c <= (b + 1) / bins or (b == 0 and c == 0)
-        ]
+        low, high = b / bins if b else -1, (b + 1) / bins
+        inside = [(c, r) for c, r in pairs if low < c <= high]
         means = [sum(column) / len(inside) for column in zip(*inside, strict=True)]
         found.append([len(inside), *(means or [None, None])])
     return found
@@ -226,7 +193,11 @@ def test_logits_against_loops(rule):
     plain = shot_accuracy(logits.argmax(1), targets, COUNTS, rule)
     for name in ("all", "class_mean", "macro_f1", *GROUPS):
         assert getattr(report, name) == getattr(plain, name)
-    confidences = [softmax_confidence(row) for row in logits.tolist()]
+    exps = [[math.exp(z - max(row)) for z in row] for row in logits.tolist()]
+    confidences = [max(row) / sum(row) for row in exps]
+    outcomes = ShotMetrics(COUNTS).update_logits(logits, targets)
+    assert torch.equal(outcomes.preds, logits.argmax(1))
+    assert outcomes.confidences.tolist() == pytest.approx(confidences)
     right = (logits.argmax(1) == targets).tolist()
     assert report.ece == pytest.approx(ece_by_hand(confidences, right), abs=1e-6)
     for name in GROUPS:
@@ -247,7 +218,8 @@ def test_reliability_and_calibration_error_against_a_loop(seed, bins):
     # Few images, so that neighbouring bins have errors of either sign and cannot be confounded.
     generator = torch.Generator().manual_seed(seed)
     confidences = torch.rand(20, generator=generator, dtype=torch.float64)
-    confidences[:2] = torch.tensor([0.0, 1.0])
+    # The ends of bins; 0.6 is the upper end of the ninth of 15.
+    confidences[:3] = torch.tensor([0.0, 1.0, 0.6], dtype=torch.float64)
     right = torch.rand(20, generator=generator) < 0.5
     found = reliability(confidences, right, bins)
     expected = reliability_by_hand(confidences.tolist(), right.tolist(), bins)
@@ -257,40 +229,15 @@ def test_reliability_and_calibration_error_against_a_loop(seed, bins):
     assert calibration_error(confidences, right, bins) == pytest.approx(error)
 
 
-def test_ece_and_top5_against_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.classification")
-    logits, targets = random_logits(num_classes=30, seed=3)
-    report = evaluate_logits(logits, targets, [9] * 30)
-    ece = functional.multiclass_calibration_error(
-        logits.softmax(1), targets, num_classes=30, n_bins=15, norm="l1"
-    )
-    assert report.ece == pytest.approx(ece.item(), abs=1e-6)
-    top5 = functional.multiclass_accuracy(logits, targets, num_classes=30, top_k=5, average="micro")
-    assert report.top5 == pytest.approx(top5.item())
-    assert 0.1 < report.top5 < 0.3
-
-
-def test_bins_contain_their_upper_end():
-    # .6 = 9/15 and .58 lie in one bin, (8/15, 9/15]: |-.6 + .42| / 2.
-    confidences = torch.tensor([0.6, 0.58], dtype=torch.float64)
-    assert calibration_error(confidences, torch.tensor([0, 1])) == pytest.approx(0.09)
-    # Confidences 1, 1 (wrong) and .96 lie in the last bin: |2 - 2.96| / 3.
-    found = calibration_error(torch.tensor([1.0, 1.0, 0.96]), torch.tensor([1, 0, 1]))
-    assert found == pytest.approx(0.96 / 3)
-
-
 def test_the_extremes_of_calibration():
-    # Confidence 1 in float32, and 1/C: the last and the first bin.
+    # Confidence 1 in float32: the last bin.
     sure = evaluate_logits(torch.tensor([[90.0, 0.0], [0.0, 90.0]]), [0, 0], [500, 5])
     assert sure.reliability[-1] == {"images": 2, "confidence": 1.0, "accuracy": 0.5}
     assert sure.ece == sure.ece_per_group["many_shot"] == 0.5
     assert sure.ece_per_group["few_shot"] is sure.few_shot is None
-    unsure = evaluate_logits(torch.zeros(1, 1000), [0], [5] * 1000)
-    assert unsure.reliability[0]["confidence"] == pytest.approx(1e-3, abs=1e-9)
     # In float32 the sum of 200,000 confidences of 0.1 is wrong in the fourth digit.
     report = evaluate_logits(torch.zeros(200_000, 10), torch.arange(200_000) % 10, [9] * 10)
     assert report.reliability[1]["confidence"] == pytest.approx(0.1, abs=1e-8)
-    assert report.ece == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -311,12 +258,11 @@ def test_invalid_confidences_are_refused(confidences, right, bins, message):
         calibration_error(torch.tensor(confidences), torch.tensor(right), bins)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_logits_of_any_float_dtype(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_half_precision(dtype):
     logits, targets = random_logits()
     logits = logits.to(dtype)
-    report = evaluate_logits(logits, targets, COUNTS)
-    exact = evaluate_logits(logits.double(), targets, COUNTS)
+    report, exact = (evaluate_logits(z, targets, COUNTS) for z in (logits, logits.double()))
     assert report.all == exact.all
     assert report.ece == pytest.approx(exact.ece, abs=1e-5)
 
@@ -333,8 +279,6 @@ def test_top5_against_sorting(num_classes, values):
     ]
     report = evaluate_logits(logits, targets, [9] * num_classes)
     assert report.top5 == np.mean(expected)
-    assert report.top5 >= report.all
-    assert num_classes > 5 or report.top5 == 1
 
 
 # Batches and processes ----------------------------------------------------------------------------
@@ -366,30 +310,17 @@ def test_batches_order_and_parts_do_not_matter(size, kind, monkeypatch):
     assert function(outputs, targets, COUNTS, "oltr").to_dict() == whole
 
 
-def test_an_update_returns_the_prediction_of_each_image():
-    logits, targets = random_logits()
-    outcomes = ShotMetrics(COUNTS).update_logits(logits, targets)
-    assert torch.equal(outcomes.preds, logits.argmax(1))
-    exact = logits.double().softmax(1).amax(1)
-    torch.testing.assert_close(outcomes.confidences.double(), exact, rtol=1e-6, atol=0)
-
-
 def test_the_largest_number_of_images_with_logits_is_summed_exactly():
-    def sure_and_right(number):
-        metrics = ShotMetrics([5, 5])
-        metrics.update(torch.tensor([[200.0, -200.0]]), [0])
-        metrics._counts *= number
-        metrics._bins *= number
-        return metrics
-
-    assert sure_and_right(2**31 - 1).compute().reliability[-1] == {
-        "images": 2**31 - 1,
-        "confidence": 1.0,
-        "accuracy": 1.0,
-    }
-    # 2^31 confidences in units of 2^-32 are 2^63, one more than the largest int64.
+    metrics = ShotMetrics([5, 5])
+    metrics.update(torch.tensor([[200.0, -200.0]]), [0])
+    metrics._counts *= 2**31 - 1
+    metrics._bins *= 2**31 - 1
+    last = {"images": 2**31 - 1, "confidence": 1.0, "accuracy": 1.0}
+    assert metrics.compute().reliability[-1] == last
+    # One more confidence, in units of 2^-32, would make 2^63.
+    metrics.update(torch.tensor([[200.0, -200.0]]), [0])
     with pytest.raises(UsageError, match=r"2147483648 images have logits.*at most 2147483647"):
-        sure_and_right(2**31).compute()
+        metrics.compute()
 
 
 @pytest.fixture
@@ -402,18 +333,15 @@ def accelerator():
 
 def test_counting_goes_on_after_computing_and_reducing(accelerator):
     logits, targets = random_logits()
+    expected = evaluate_logits(logits, targets, COUNTS).to_dict()
     metrics = streamed(logits[:300], targets[:300], 50)
-    early = metrics.compute()
-    before, expected = early.to_dict(), evaluate_logits(logits, targets, COUNTS).to_dict()
+    early = metrics.compute().to_dict()
+    # The reduced metrics are a copy.
     whole = metrics.reduce(accelerator)
-    assert whole.compute().to_dict() == before
-    whole.update(logits[300:], targets[300:])
-    assert whole.compute().to_dict() == expected
-    # The reduced metrics are a copy, and so is a report.
-    assert metrics.compute().to_dict() == before
-    metrics.update(logits[300:], targets[300:])
-    assert metrics.compute().to_dict() == expected
-    assert early.to_dict() == before
+    for part in (whole, metrics):
+        assert part.compute().to_dict() == early
+        part.update(logits[300:], targets[300:])
+        assert part.compute().to_dict() == expected
 
 
 def test_a_batch_may_be_empty():
@@ -451,28 +379,15 @@ def test_a_mistake_leaves_the_counts_unchanged(outputs, targets, message):
     assert metrics.compute().to_dict() == before
 
 
-@pytest.mark.parametrize("logits", [np.eye(2), torch.eye(2).bool(), torch.ones(2)])
-def test_other_values_are_not_logits(logits):
-    with pytest.raises(UsageError, match=r"logits must be a floating-point tensor .* got "):
-        evaluate_logits(logits, [0, 1], [5, 5])
-    with pytest.raises(UsageError, match="class_counts has 5 classes, expected 6"):
-        evaluate_logits(torch.zeros(1, 6), [0], [9] * 5)
-
-
-def test_logits_and_predictions_do_not_mix():
+def test_logits_and_predictions_or_other_groups_do_not_mix():
     logits, targets = random_logits(20)
     metrics, others = streamed(logits, targets, 20), streamed(logits.argmax(1), targets, 20)
-    with pytest.raises(UsageError, match="pass logits in all or in none"):
-        metrics.update(logits.argmax(1), targets)
-    with pytest.raises(UsageError, match="pass logits in all or in none"):
-        others.update(logits, targets)
+    for part, outputs in ((metrics, logits.argmax(1)), (others, logits)):
+        with pytest.raises(UsageError, match="pass logits in all or in none"):
+            part.update(outputs, targets)
     metrics.merge(others)
     with pytest.raises(UsageError, match="20 of 40 images have logits"):
         metrics.compute()
-
-
-def test_only_metrics_of_the_same_groups_merge():
-    metrics = ShotMetrics([500, 20])
-    for other in (ShotMetrics([500, 20], "oltr"), ShotMetrics([500, 5]), ShotMetrics([500])):
+    for other in (ShotMetrics(COUNTS, "oltr"), ShotMetrics([*COUNTS[:6], 500]), ShotMetrics([500])):
         with pytest.raises(UsageError, match="same shot groups"):
             metrics.merge(other)

@@ -27,11 +27,6 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 
 
-def here(script):
-    """A script that can import this module."""
-    return script.replace("FOLDER", repr(str(Path(__file__).parent)))
-
-
 def small_model():
     torch.manual_seed(0)
     return timm.create_model("lt_test_resnet", num_classes=3)
@@ -67,30 +62,23 @@ def snapshot():
         if thread.name == "QueueFeederThread":
             thread.join(30)
     loggers = [logging.getLogger(name) for name in (None, "timm_lt", "timm", "accelerate")]
+    states = AcceleratorState, GradientState, PartialState
     return {
-        "accelerate": [
-            dict(kind._shared_state) for kind in (AcceleratorState, GradientState, PartialState)
-        ],
-        "environment": dict(os.environ),
-        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "running": threading.enumerate(),
+        "accelerate": [dict(kind._shared_state) for kind in states],
+        "environment": (dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:]),
+        "threads": (torch.get_num_threads(), threading.enumerate()),
         "start method": multiprocessing.get_start_method(allow_none=True),
         "signals": [signal.getsignal(number) for number in signal.valid_signals()],
         "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],
-        "warnings": warnings.filters[:],
+        "warnings": (warnings.filters[:], ImageFile.LOAD_TRUNCATED_IMAGES),
         "matplotlib": {key: str(matplotlib.rcParams._get(key)) for key in matplotlib.rcParams},
-        "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
-        "torch": torch.get_rng_state().tolist(),
+        "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "types": (torch.get_default_dtype(), torch.get_default_device()),
         "kernels": (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled),
-        "modes": [module.training for module in model.modules()],
-        "hooks": [dict(module._forward_pre_hooks) for module in model.modules()],
+        "modules": [(m.training, dict(m._forward_pre_hooks)) for m in model.modules()],
         "gradients": [weight.requires_grad for weight in model.parameters()],
         "weights": [value.tolist() for value in model.state_dict().values()],
-        "paths": (os.getcwd(), sys.path[:], sys.argv[:]),
-        "pillow": ImageFile.LOAD_TRUNCATED_IMAGES,
     }
 
 
@@ -121,11 +109,16 @@ for call, act in calls.items():
 """
 
 
+def script(folder, content):
+    """A file with a script that can import this module."""
+    path = folder / "script.py"
+    path.write_text(content.replace("FOLDER", repr(str(Path(__file__).parent))))
+    return path
+
+
 @pytest.mark.slow
 def test_the_process_is_left_as_it_was(server, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(here(SNAPSHOTS))
-    done = server.run(tmp_path, script=script)
+    done = server.run(tmp_path, script=script(tmp_path, SNAPSHOTS))
     assert done.status == 0, done.err[-3000:]
 
 
@@ -203,9 +196,7 @@ if own:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("accelerator", ["own", "none"])
 def test_two_processes_share_the_images(server, tmp_path, accelerator):
-    script = tmp_path / "script.py"
-    script.write_text(here(ON_TWO))
-    for rank in server.on_ranks(2, accelerator, script=script):
+    for rank in server.on_ranks(2, accelerator, script=script(tmp_path, ON_TWO)):
         assert rank.status == 0, rank.err
 
 
@@ -241,25 +232,22 @@ finally:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_workers_start_beside_threads_and_an_event_loop(server):
-    done = server.python(here(NOTEBOOK))
+def test_workers_start_beside_threads_and_an_event_loop(server, tmp_path):
+    done = server.run(script=script(tmp_path, NOTEBOOK))
     assert done.status == 0, done.err
 
 
-@pytest.mark.parametrize("wrapper", ["compiled in place", "compiled DataParallel"])
-def test_wrapped_models(wrapper):
-    model, wrapped = small_model().eval(), small_model().eval()
-    if wrapper == "compiled in place":
-        wrapped.compile(backend="eager")
-    else:
-        wrapped = torch.compile(torch.nn.DataParallel(wrapped), backend="eager")
-    wrapped(IMAGES)
-    assert torch.equal(features(wrapped), features(model))
-    found, expected = (
-        timm_lt.rebalance(given, PAIRS, heads="ncm", workers=0) for given in (wrapped, model)
-    )
-    assert type(found.model) is type(model)
-    assert torch.equal(found.model(IMAGES), expected.model(IMAGES))
+def test_wrapped_models():
+    model, wrapped, compiled = small_model().eval(), small_model().eval(), small_model().eval()
+    compiled.compile(backend="eager")
+    wrapped = torch.compile(torch.nn.DataParallel(wrapped), backend="eager")
+    expected = timm_lt.rebalance(model, PAIRS, heads="ncm", workers=0).model(IMAGES)
+    for given in (wrapped, compiled):
+        given(IMAGES)
+        assert torch.equal(features(given), features(model))
+        found = timm_lt.rebalance(given, PAIRS, heads="ncm", workers=0).model
+        assert type(found) is type(model)
+        assert torch.equal(found(IMAGES), expected)
 
 
 @contextmanager
@@ -293,14 +281,13 @@ def test_the_callers_modes_do_not_matter(mode):
 def test_calls_in_several_threads():
     AcceleratorState._reset_state(reset_partial_state=True)
     model = small_model()
-    expected = timm_lt.rebalance(model, PAIRS, heads="ncm", workers=0).heads["ncm"]
+
+    def weight(_=None):
+        return timm_lt.rebalance(model, PAIRS, heads="ncm", workers=0).heads["ncm"].weight
+
+    expected = weight()
     with ThreadPoolExecutor(3) as threads:
-        calls = [
-            threads.submit(timm_lt.rebalance, model, PAIRS, heads="ncm", workers=0)
-            for _ in range(6)
-        ]
-    for call in calls:
-        assert torch.equal(call.result().heads["ncm"].weight, expected.weight)
+        assert all(torch.equal(found, expected) for found in threads.map(weight, range(6)))
     assert not AcceleratorState._shared_state
     # Nothing is left of them: an accelerator with other settings can be created.
     assert Accelerator(cpu=True, gradient_accumulation_steps=4).gradient_accumulation_steps == 4

@@ -5,7 +5,7 @@ import re
 from rich.console import Console
 
 import timm_lt.utils.console as console_module
-from timm_lt.utils.console import advance, console, log, progress, start_logging
+from timm_lt.utils.console import log, start_logging
 
 
 def test_the_log_goes_to_standard_error_once(capsys):
@@ -18,16 +18,6 @@ def test_the_log_goes_to_standard_error_once(capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("one 1"), err.count("careful")) == ("", 1, 1)
     assert "fine" not in err
-
-
-def test_progress_counts_and_shows_nothing_without_a_terminal(capsys):
-    assert not console.is_terminal
-    with progress("counting", 3, unit="steps") as bar:
-        advance(bar)
-        advance(bar, 2, "done")
-        task = bar.tasks[0]
-        assert (task.completed, task.total, task.description) == (3, 3, "done")
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_shows_the_description_and_the_steps(monkeypatch):

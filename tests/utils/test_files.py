@@ -1,5 +1,4 @@
 import json
-import os
 import stat
 
 import pytest
@@ -12,35 +11,22 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("content", "stored"), [(b"\x00\xff", b"\x00\xff"), ("é\n", b"\xc3\xa9\n")]
-)
-def test_write_makes_folders_and_replaces(tmp_path, content, stored):
+def test_write_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b.txt"
-    write_atomic(path, "old and longer")
-    write_atomic(path, content)
-    assert path.read_bytes() == stored
-    assert names(path.parent) == ["b.txt"]
+    for content, stored in ((b"\x00\xff", b"\x00\xff"), ("é\n", b"\xc3\xa9\n")):
+        write_atomic(path, content)
+        assert path.read_bytes() == stored
+        assert names(path.parent) == ["b.txt"]
 
 
-def test_written_files_have_the_usual_rights(tmp_path):
-    (tmp_path / "usual").write_text("")
-    write_atomic(tmp_path / "ours", "")
-    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("usual", "ours")]  # noqa: PTH116
-    assert modes[0] == modes[1]
-
-
-def test_files_that_are_replaced_keep_their_rights(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    path.chmod(0o640)
-
-    def refuse(_):
-        raise AssertionError("another thread would make its files with it")
-
-    monkeypatch.setattr(os, "umask", refuse)
-    write_atomic(path, "new")
-    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o640)
+def test_new_files_have_the_usual_rights_and_old_ones_keep_theirs(tmp_path):
+    usual, ours = tmp_path / "usual", tmp_path / "ours"
+    usual.write_text("")
+    write_atomic(ours, "")
+    assert stat.S_IMODE(usual.stat().st_mode) == stat.S_IMODE(ours.stat().st_mode)
+    ours.chmod(0o640)
+    write_atomic(ours, "new")
+    assert (ours.read_text(), stat.S_IMODE(ours.stat().st_mode)) == ("new", 0o640)
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace", "shutil.copymode"])
@@ -79,7 +65,6 @@ def test_json_round_trip(tmp_path, monkeypatch):
         (b"{", "Expecting property name"),
         (b"", "Expecting value"),
         (b'{"a": "\xff"}', "codec can't decode"),
-        (b"[1]", "must be a JSON object, not a list"),
         (b"null", "must be a JSON object, not a NoneType"),
         (b'{"a": {"c": 1, "c": 1}}', "key 'c' is given twice"),
         (b'{"a": 1e999}', "not JSON compliant"),
@@ -89,7 +74,7 @@ def test_json_round_trip(tmp_path, monkeypatch):
         # Quadratic code would take minutes.
         (b"{%b}" % b",".join(b'"%d": 0' % (i % 9999) for i in range(10_000)), "'0' is given twice"),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_invalid_json_is_refused_and_named(tmp_path, content, message):
     path = tmp_path / "x.json"
@@ -101,8 +86,6 @@ def test_invalid_json_is_refused_and_named(tmp_path, content, message):
 def test_missing_json(tmp_path):
     with pytest.raises(UsageError, match=r"x\.json does not exist"):
         read_json(tmp_path / "x.json")
-    with pytest.raises(UsageError, match="is not a readable JSON file"):
-        read_json(tmp_path)
 
 
 def test_sha256_of_the_standard_example():

@@ -55,9 +55,7 @@ def test_class_counts_count(labels, spare):
         ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
         ([0, None], r"labels\[1\] = None is not an integer"),
         (np.array(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
-        (pd.Series(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
         (Counter([0, 0, 1]), "labels must be a sequence or an array of integers, got a Counter"),
-        ({0, 1}, "labels must be a sequence or an array of integers, got a set"),
         (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
         (torch.tensor([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*torch.float32"),
         (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
@@ -65,13 +63,11 @@ def test_class_counts_count(labels, spare):
         ([0, 1, True], r"labels\[2\] = True is not an integer"),
         (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
         ([], "labels must not be empty"),
-        (torch.tensor([]), "labels must not be empty"),
         ([[0, 1], [1, 0]], r"labels must be one-dimensional, got shape \(2, 2\)"),
         ([[0, 1], [1]], r"labels\[0\] = \[0, 1\] is not an integer"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
         ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
         (pd.DataFrame({"label": [0]}), "must be one-dimensional, got shape"),
-        ("012", "got a str"),
         (5, "got a int"),
         (TensorDataset(torch.zeros(2)), r"got a TensorDataset; pass timm_lt.dataset_labels\("),
         (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
@@ -83,7 +79,6 @@ def test_class_counts_names_the_culprit(labels, message):
 
 
 def test_empty_classes_are_named():
-    check_no_empty_class([1, 2, 3])
     with pytest.raises(UsageError, match=r"7 of 8 .*: 0, 1, 3, 4, 5, \.\.\.$"):
         check_no_empty_class([0, 0, 9, 0, 0, 0, 0, 0])
     with pytest.raises(UsageError, match="all 0"):
@@ -123,24 +118,14 @@ def test_profiles_fall_from_max_count_to_its_imbalanced_part(
         assert counts[-1] == smallest
 
 
-def integer_root_floor(value: Fraction, degree: int) -> int:
-    """The largest k with k ** degree <= value, in exact arithmetic."""
-    k = 0
-    while (k + 1) ** degree <= value:
-        k += 1
-    return k
-
-
 @pytest.mark.parametrize(
     ("num_classes", "max_count", "factor"), [(7, 640, 64), (4, 500, 8), (12, 300, 100), (3, 77, 7)]
 )
 def test_exponential_profile_is_exact(num_classes, max_count, factor):
     # n_i = floor(n_max r^(-i/m)) is the largest k with k^m <= n_max^m / r^i.
     m = num_classes - 1
-    expected = [
-        integer_root_floor(Fraction(max_count**m, factor**i), m) for i in range(num_classes)
-    ]
-    assert long_tailed_counts(num_classes, max_count, factor) == expected
+    for i, count in enumerate(long_tailed_counts(num_classes, max_count, factor)):
+        assert count**m <= Fraction(max_count**m, factor**i) < (count + 1) ** m
 
 
 def test_profiles_by_hand():
@@ -196,53 +181,22 @@ def test_groups_of_cifar100_lt_are_the_published_ones():
 # A rare class first, so that neither the order of keys nor that of frequency is that of labels.
 TAIL_FIRST = [2] * 3 + [0] * 160 + [3] * 60 + [1] * 25
 COUNTS = [160, 25, 3, 60]
-LOGITS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-TARGETS = torch.arange(40) % 4
-FEATURES = timm_lt.Features(LOGITS, TARGETS)
-CLASSIFIER = timm_lt.create_head("linear", 4, 4)
-DOORS = {
-    "loss": lambda counts: timm_lt.create_loss("balanced_softmax", counts)(LOGITS, TARGETS),
-    "metrics": lambda counts: str(timm_lt.evaluate_logits(LOGITS, TARGETS, counts)),
-    "shift": lambda counts: timm_lt.shifted_accuracies(LOGITS[0].sigmoid(), counts),
-    "head": lambda counts: timm_lt.fit_head(
-        "logit_adjusted", FEATURES, classifier=CLASSIFIER, class_counts=counts, tau=1.0
-    ).log_prior.tolist(),
-    "curve": lambda counts: (
-        timm_lt.tau_curve(CLASSIFIER, FEATURES, adjust="prior", class_counts=counts).best_tau
-    ),
-}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_counts_by_label_are_counts(door):
-    series = pd.Series(TAIL_FIRST)
-    for by_label in (
-        Counter(TAIL_FIRST),
-        {np.int64(label): np.int32(n) for label, n in Counter(TAIL_FIRST).items()},
-        series.value_counts(),
-        series.value_counts().sort_index(),
-    ):
-        assert DOORS[door](by_label) == DOORS[door](COUNTS)
-
-
-def test_counts_by_name(tmp_path):
-    names = ["owl", "auk", "emu", "jay"]
-    by_name = pd.Series([names[label] for label in TAIL_FIRST]).value_counts()
+def test_counts_by_label_or_name():
+    series, names = pd.Series(TAIL_FIRST), ["owl", "auk", "emu", "jay"]
+    numpy = {np.int64(label): np.int32(n) for label, n in Counter(TAIL_FIRST).items()}
+    for by_label in (Counter(TAIL_FIRST), numpy, series.value_counts()):
+        assert check_class_counts(by_label).tolist() == COUNTS
+    by_name = series.map(dict(enumerate(names))).value_counts()
     assert check_class_counts(by_name, label_names=names).tolist() == COUNTS
     assert check_class_counts({"auk": 1, "owl": 2}, label_names=names).tolist() == [2, 1, 0, 0]
     assert check_class_counts({0: 9, 3: 1}, num_classes=5).tolist() == [9, 0, 0, 1, 0]
-    model = timm.create_model("test_resnet", num_classes=4)
-    timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=by_name, label_names=names)
-    block = json.loads((tmp_path / "config.json").read_text())["timm_lt"]
-    assert block["class_counts"] == COUNTS
     # timm keeps the names of a folder's classes.
-    named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    timm_lt.set_head(named, "logit_adjusted", class_counts=by_name)
-    torch.testing.assert_close(named.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
-    loaded = timm_lt.create_model(
-        f"local-dir:{tmp_path}", head="logit_adjusted", class_counts=by_name[::-1]
-    )
-    assert torch.equal(loaded.fc.log_prior, named.fc.log_prior)
+    model = timm.create_model("test_resnet", num_classes=4)
+    model.pretrained_cfg["label_names"] = names
+    timm_lt.set_head(model, "logit_adjusted", class_counts=by_name)
+    torch.testing.assert_close(model.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
     with pytest.raises(UsageError, match=r"must be class names \(owl, .*unknown: 'eel'"):
         check_class_counts({"owl": 1, "eel": 2}, label_names=names)
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.samplers.streams import keyed
-from timm_lt.utils.checks import check_choice, check_integer, check_number
-from timm_lt.utils.registry import Registry
+from timm_lt.utils.checks import Registry, check_choice, check_integer, check_number
 
 AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
 A = TypeVar("A", bound="type[Augmentation]")

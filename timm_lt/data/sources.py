@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from timm_lt.utils.checks import UsageError, check_choice, check_options, shown_names
+from timm_lt.utils.checks import Registry, UsageError, check_choice, check_options, shown_names
 from timm_lt.utils.longtail import SelectionProtocol
-from timm_lt.utils.registry import Registry
 
 if TYPE_CHECKING:
     from datasets import Dataset

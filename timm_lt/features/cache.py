@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from filelock import FileLock, Timeout
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
@@ -35,8 +34,7 @@ from timm_lt.data.fingerprint import (
     qualified_name,
     tensor_fingerprint,
 )
-from timm_lt.data.loader import InOrder, Loader
-from timm_lt.features.values import Features, check_views
+from timm_lt.data.loader import InOrder
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import flush_folder, read_json, write_atomic
@@ -86,33 +84,31 @@ class FeatureCache:
         views: int,
     ) -> None:
         self.folder, self.dtype, self.views = folder, dtype, views
-        self.key = digest(LAYOUT, dict(description), str(dtype), views)
         self.progress = Progress(dict(settings), dict(description))
+        key = digest(LAYOUT, self.progress.description, str(dtype), views)
         self._values_path, self._targets_path, self._counter, self._lock = (
-            folder / f"{self.key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
+            folder / f"{key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
         )
         self._values: BinaryIO | None = None
         # One buffer: a tensor per batch would keep the heap from shrinking between batches.
         self._targets = array("q")
         self._synced = time.monotonic()
 
-    def read(self) -> Features | None:
-        """Maps the finished features, without reading their values; None if there are none.
+    def read(self) -> tuple[Tensor, Tensor] | None:
+        """Maps finished values (N, D) and targets (N,) without reading them; None without any.
 
         Writing to the values does not change the file. Damaged files count as none, with a warning.
         """
         try:
             if not Progress(**read_json(self._counter)).complete:
                 return None
-            values = _mapped(self._values_path, self.dtype)
-            targets = _mapped(self._targets_path, torch.int64)
+            return _mapped(self._values_path, self.dtype), _mapped(self._targets_path, torch.int64)
         except (UsageError, ValueError, TypeError, OSError) as error:
             if self._counter.exists():
                 log.warning(
                     "%s is damaged (%s): features are extracted again", self._counter, error
                 )
             return None
-        return Features.from_checked(values, targets, self.views)
 
     @contextmanager
     def growing(self) -> Iterator[Progress | None]:
@@ -146,14 +142,7 @@ class FeatureCache:
                     self._values.close()
 
     def append(self, values: Tensor, targets: Tensor, view: int, images: int) -> None:
-        """Adds the rows of the next batch of a view, (B, D) and (B,).
-
-        Args:
-            values: Features of the images that could be read; B may be 0.
-            targets: Their labels.
-            view: View of the batch.
-            images: Images of the batch, readable or not.
-        """
+        """Adds the readable rows (B, D) and (B,) of the next batch of a view, of ``images``."""
         progress, width = self.progress, values.shape[1]
         with self._writing() as file:
             if progress.width == 0:
@@ -167,16 +156,15 @@ class FeatureCache:
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
 
-    def finish(self, expected: int | None = None) -> None:
-        """Marks the files as finished, or removes them if not all images are in every view.
+    def finish(self, check: Callable[[Tensor, int, int], None]) -> None:
+        """Marks the files as finished, or removes them if ``check(targets, views, images)`` fails.
 
-        ``expected`` is the number of images over all views, if known.
+        Otherwise the next call would continue after these rows, to the same error.
         """
-        progress, images = self.progress, self.progress.images
+        progress = self.progress
         try:
-            check_views(torch.from_numpy(np.array(self._targets)), self.views, images, expected)
+            check(torch.from_numpy(np.array(self._targets)), self.views, progress.images)
         except UsageError:
-            # Otherwise the next call would continue after these rows, to the same error.
             self._discard()
             raise
         with self._writing() as file:
@@ -271,13 +259,14 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
     return digest(state, parts)
 
 
-def samples_fingerprint(loader: object, key: str | None = None) -> str:
+def samples_fingerprint(
+    layers: Sequence[Any], batches: BatchSampler | None, images: int | None, key: str | None = None
+) -> str:
     """Returns a digest of the samples of a loader in their order, with their transform.
 
-    A key stands for samples that cannot be identified, see
-    :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+    The loader is given by its layers, its batch sampler and its number of images. A key stands for
+    samples that cannot be identified, see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
     """
-    layers, (batches, _) = layers_of(loader), batch_sampler_of(loader)
     if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
         raise UsageError(
             "cache_dir= needs a loader with the images in the order of the data set, not as a "
@@ -289,10 +278,10 @@ def samples_fingerprint(loader: object, key: str | None = None) -> str:
     is_known = not isinstance(layers[-1], DataLoader) or (
         batches is not None and layers[-1].collate_fn in COLLATING
     )
-    data = getattr(loader, "dataset", None)
+    data = getattr(layers[0], "dataset", None)
     if data is None or not is_known:
         raise UsageError(
-            f"the samples of a {type(loader).__name__} without a data set, or with batches or a "
+            f"the samples of a {type(layers[0]).__name__} without a data set, or with batches or a "
             "collate_fn of its own, cannot be identified; pass key= with a word that stands for "
             "the samples, their order and their transform"
         )
@@ -301,62 +290,4 @@ def samples_fingerprint(loader: object, key: str | None = None) -> str:
         for part in layers
         if isinstance(part, PrefetchLoader)
     ]
-    return digest(dataset_fingerprint(data), loader_sizes(loader)[1], normalization)
-
-
-def layers_of(loader: object) -> list[Any]:
-    """Returns a loader and those inside it; torch's ``DataLoader``, if any, is the last."""
-    layers: list[Any] = [loader]
-    while True:
-        outer = layers[-1]
-        wraps = isinstance(outer, Loader | PrefetchLoader)
-        inner = outer.loader if wraps else getattr(outer, "base_dataloader", None)
-        if inner is None:
-            return layers
-        layers.append(inner)
-
-
-def is_prepared(loader: object) -> bool:
-    """Tells whether accelerate gives each process its share of the batches."""
-    return any(isinstance(x, DataLoaderShard | DataLoaderDispatcher) for x in layers_of(loader))
-
-
-def batch_sampler_of(loader: object) -> tuple[BatchSampler | None, int]:
-    """Returns the batch sampler of a loader, and how many of its batches are taken at once.
-
-    Several are if each process takes one. The sampler is None for loaders with batches of their
-    own, such as a list or a schedule of sizes.
-    """
-    layers, at_once = layers_of(loader), 1
-    batches = getattr(layers[-1], "batch_sampler", None)
-    while isinstance(batches, BatchSamplerShard):
-        at_once *= 1 if batches.split_batches else batches.num_processes
-        batches = batches.batch_sampler
-    is_dispatched = any(isinstance(layer, DataLoaderDispatcher) for layer in layers)
-    return (None, 1) if is_dispatched or type(batches) is not BatchSampler else (batches, at_once)
-
-
-def loader_sizes(loader: object) -> tuple[int | None, int | None]:
-    """Returns the images per batch and per pass, over all processes; None if unknown."""
-    batches, at_once = batch_sampler_of(loader)
-    if batches is None or not isinstance(batches.sampler, Sized):
-        return None, None
-    size, number = batches.batch_size * at_once, len(batches.sampler)
-    return size, number - number % size if batches.drop_last else number
-
-
-@contextmanager
-def without_first(loader: Iterable[Any], batches: int) -> Iterator[Iterable[Any]]:
-    """Yields a loader without its first batches; if their order is known, they are not read."""
-    of_all, at_once = batch_sampler_of(loader)
-    if batches == 0:
-        yield loader
-    elif of_all is None:
-        yield itertools.islice(loader, batches, None)
-    else:
-        order, first = of_all.sampler, batches * of_all.batch_size * at_once
-        of_all.sampler = list(itertools.islice(order, first, None))
-        try:
-            yield loader
-        finally:
-            of_all.sampler = order
+    return digest(dataset_fingerprint(data), images, normalization)

@@ -24,6 +24,7 @@ from timm_lt.metrics import (
 )
 from timm_lt.utils.accelerator import torch_defaults
 from timm_lt.utils.checks import (
+    Registry,
     UsageError,
     check_choice,
     check_integer,
@@ -41,7 +42,6 @@ from timm_lt.utils.longtail import (
     check_no_empty_class,
     class_counts,
 )
-from timm_lt.utils.registry import Registry
 
 AUTO = "auto"
 DEFAULT_HEADS = ("linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted")

@@ -1,10 +1,5 @@
-"""Classifier heads: drop-in replacements of a model's linear classifier (DESIGN section 3).
+"""Classifier heads: drop-in replacements of a model's linear classifier."""
 
-A new head is a class in one of these files under ``@register_head("name")`` plus, if it needs one,
-a fit in ``timm_lt/fitting``.
-"""
-
-from timm_lt.heads.attach import NoClassifierError as NoClassifierError
 from timm_lt.heads.attach import as_joint as as_joint
 from timm_lt.heads.attach import classifier_name as classifier_name
 from timm_lt.heads.attach import find_classifiers as find_classifiers

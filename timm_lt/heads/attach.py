@@ -19,15 +19,11 @@ from timm_lt.utils.longtail import check_class_counts
 Classifier = nn.Linear | nn.Conv2d
 
 
-class NoClassifierError(UsageError, TypeError):
-    """A model has no linear classifier that a head could replace."""
-
-
 def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
     """Returns a model's classifiers by path, e.g. ``{"head": ..., "head_dist": ...}``.
 
     Raises:
-        NoClassifierError: If there is none, or it is neither linear nor a 1×1 convolution.
+        UsageError: If there is none, or it is neither linear nor a 1×1 convolution.
 
     >>> import timm
     >>> list(find_classifiers(timm.create_model("test_resnet")))
@@ -38,7 +34,7 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
         roots = _classifier_roots(model)
         found = ", ".join(type(root).__name__ for root in roots) or "no get_classifier method"
         absent = {type(root) for root in roots} == {nn.Identity}
-        raise NoClassifierError(
+        raise UsageError(
             f"{type(model).__name__} has no classifier that a head can replace: found {found}, "
             f"expected nn.Linear or a 1×1 convolution"
             f"{'; create the model with num_classes >= 1' if absent else ''}"
@@ -67,7 +63,7 @@ def _main_classifiers(model: nn.Module) -> set[int]:
 
 
 def is_classifier(module: object) -> bool:
-    """Returns whether a head can replace a module."""
+    """Tells whether a head can replace a module."""
     return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
@@ -98,11 +94,6 @@ def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Mo
 def as_joint(classifier: nn.Module | Sequence[nn.Module]) -> nn.Linear:
     """Returns the only linear classifier in a model's ``get_classifier()`` as ``nn.Linear`` (C, D).
 
-    It may be inside another module or a list of modules, and a 1×1 convolution.
-
-    Raises:
-        UsageError: If there is no linear classifier, or several.
-
     >>> as_joint(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
     Linear(in_features=8, out_features=3, bias=True)
     """
@@ -118,11 +109,7 @@ def as_joint(classifier: nn.Module | Sequence[nn.Module]) -> nn.Linear:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Returns the path of a model's only classifier, e.g. ``"fc"`` or ``"head.fc"``.
-
-    Raises:
-        UsageError: If the model has no linear classifier, or several.
-    """
+    """Returns the path of a model's only classifier, e.g. ``"fc"`` or ``"head.fc"``."""
     names = list(find_classifiers(model))
     if len(names) > 1:
         raise UsageError(
@@ -136,9 +123,6 @@ def get_head(model: nn.Module) -> nn.Linear:
     """Returns a model's only classifier: a head, or timm's own as an ``nn.Linear``.
 
     A 1×1 convolution is returned as an ``nn.Linear`` with the same memory.
-
-    Raises:
-        UsageError: If the model has no linear classifier, or several.
     """
     return as_linear(find_classifiers(model)[classifier_name(model)])
 
@@ -204,9 +188,8 @@ def set_head(
         The same model.
 
     Raises:
-        UsageError: For an unknown head or option, a head of another shape, or one whose batch-norm
-            statistics are not the model's.
-        NoClassifierError: A UsageError and TypeError, for a model without a linear classifier.
+        UsageError: For an unknown head or option, a model without a linear classifier, a head of
+            another shape, or one whose batch-norm statistics are not the model's.
 
     >>> import timm
     >>> model = timm.create_model("test_resnet", num_classes=3)
@@ -283,8 +266,7 @@ def fold_head(model: nn.Module) -> nn.Module:
         The same model; its ``reset_classifier`` is timm's own again.
 
     Raises:
-        UsageError: If a head is not fitted, or not linear in the features; the model is unchanged
-            then.
+        UsageError: If a head is not fitted, or not linear in the features.
 
     >>> import timm
     >>> model = set_head(timm.create_model("test_resnet", num_classes=3), "tau_norm")
@@ -298,7 +280,7 @@ def fold_head(model: nn.Module) -> nn.Module:
 
 
 def _check_statistics(old: Classifier, *, fits: bool) -> None:
-    """Refuses to replace a head that changed the backbone by one that does not fit the change."""
+    """Refuses to replace a head that changed the backbone, unless the new one fits the change."""
     if isinstance(old, Head) and old.backbone_statistics and not fits:
         raise UsageError(
             f"the batch-norm statistics of the backbone are those of its {old.kind} head, and "
@@ -307,11 +289,7 @@ def _check_statistics(old: Classifier, *, fits: bool) -> None:
 
 
 def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the batch-norm statistics of heads, checked against the model.
-
-    Raises:
-        UsageError: If they are not the model's, or two heads have different ones.
-    """
+    """Returns the batch-norm statistics of heads, which must be the model's and the same."""
     state = model.state_dict()
     statistics: dict[str, Tensor] = {}
     for head in heads:
@@ -336,17 +314,7 @@ def head_statistics(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     """Gives a model the batch-norm statistics of a head while the block runs.
 
     Extract the features of a head with ``backbone_statistics`` inside of it. Afterwards the model
-    has its own statistics again, bit for bit. A head without statistics changes nothing.
-
-    Args:
-        model: A model with the backbone on which the head was trained.
-        head: A fitted head; it is not put on the model.
-
-    Yields:
-        The same model.
-
-    Raises:
-        UsageError: If the head's statistics are not the model's.
+    has its own statistics again, bit for bit. The head is not put on the model.
     """
     statistics = statistics_of([head], model)
     state = model.state_dict()

@@ -15,21 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.utils.checks import UsageError, check_options
-from timm_lt.utils.registry import Registry
+from timm_lt.utils.checks import Registry, UsageError, check_options
 
 
 def is_pointwise(module: object) -> bool:
-    """Returns whether a module is a 1×1 convolution, the classifier of some models."""
+    """Tells whether a module is a 1×1 convolution, the classifier of some models."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
 def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
-    """Returns an ``nn.Linear`` as it is, a 1×1 convolution as one with the same memory.
-
-    >>> as_linear(nn.Conv2d(8, 3, 1))
-    Linear(in_features=8, out_features=3, bias=True)
-    """
+    """Returns an ``nn.Linear`` unchanged, and a 1×1 convolution as one with the same memory."""
     if isinstance(classifier, nn.Linear):
         return classifier
     linear = nn.Linear(1, 1, device="meta")
@@ -109,28 +104,23 @@ class Head(nn.Linear):
 
     @classmethod
     def from_classifier(cls, classifier: nn.Linear | nn.Conv2d, **options: Any) -> Self:
-        """Creates the head from a trained classifier, whose weight and bias it copies.
+        """Creates the head from the weight and bias of a trained, joint classifier.
 
         Args:
-            classifier: The joint classifier, (C, D) or a 1×1 convolution (C, D, 1, 1).
+            classifier: ``nn.Linear`` (C, D) or a 1×1 convolution (C, D, 1, 1).
             **options: Options of the head.
 
         Raises:
-            UsageError: For a wrong option, or if the weight is that of a fitted head and not of a
-                classifier.
+            UsageError: For a wrong option, or a fitted head whose weight is not a classifier's.
         """
         check_options(f"head {cls.kind!r}", cls, options)
-        if (
-            isinstance(classifier, Head)
-            and classifier.fitted_state
-            and "weight" in classifier.own_state
-            and classifier.is_fitted()
-        ):
+        old = classifier if isinstance(classifier, Head) else None
+        spatial = old.spatial if old else is_pointwise(classifier)
+        if old and old.fitted_state and "weight" in old.own_state and old.is_fitted():
             raise UsageError(
-                f"the weight of a fitted {classifier.kind!r} head is not a classifier that a "
+                f"the weight of a fitted {old.kind!r} head is not a classifier that a "
                 f"{cls.kind!r} head can start from; start from the joint classifier"
             )
-        spatial = classifier.spatial if isinstance(classifier, Head) else is_pointwise(classifier)
         classifier = as_linear(classifier)
         weight, has_bias = classifier.weight, classifier.bias is not None
         size = (classifier.in_features, classifier.out_features, has_bias)
@@ -147,10 +137,7 @@ class Head(nn.Linear):
         return head.train(classifier.training)
 
     def options(self) -> dict[str, Any]:
-        """Returns the options that would create this head again, ready for JSON.
-
-        They are the attributes with the names of the constructor's keyword-only parameters.
-        """
+        """Returns the options that would create this head again, ready for JSON."""
         return {name: getattr(self, name) for name in _option_names(type(self))}
 
     def transform(self, features: Tensor) -> Tensor:
@@ -198,7 +185,7 @@ class Head(nn.Linear):
 
     @torch.jit.unused
     def check_fitted(self) -> None:
-        """Raises UsageError if the head is not fitted yet; the message says how to fit it."""
+        """Raises a UsageError that says how to fit the head if it is not fitted yet."""
         if not self.is_fitted():
             raise UsageError(self._unfitted_message())
 
@@ -236,11 +223,8 @@ class Head(nn.Linear):
             self.check_fitted()
             return self.effective()
         cached: _Cached | None = self.__dict__["_cached"]
-        if (
-            cached is None
-            or cached.marks != marks
-            or any(map(operator.is_not, cached.state, state))
-        ):
+        known = cached is not None and cached.marks == marks
+        if cached is None or not known or any(map(operator.is_not, cached.state, state)):
             self.check_fitted()
             # An inference tensor could not be used outside of inference mode afterwards.
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -311,8 +295,7 @@ def register_head(name: str) -> Callable[[H], H]:
 
     def decorate(cls: H) -> H:
         cls.kind = name
-        add(cls)
-        return cls
+        return add(cls)  # type: ignore[return-value]
 
     return decorate
 
@@ -337,14 +320,7 @@ def head_option_names(name: str) -> list[str]:
 
 
 def check_head_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Checks the options of a head on one of size 1; returns all of them with their defaults.
-
-    Raises:
-        UsageError: For an unknown head or option, or a value out of its range.
-
-    >>> check_head_options("tau_norm", {"tau": 0.5})
-    {'tau': 0.5, 'keep_bias': False}
-    """
+    """Checks the options of a head on one of size 1; returns all of them with their defaults."""
     check_options(f"head {name!r}", HEADS[name], options)
     # class_counts depend on the number of classes.
     sized = {key: value for key, value in options.items() if key != "class_counts"}
@@ -367,7 +343,7 @@ def create_head(
         name: One of :func:`list_heads`.
         in_features: Width D of the features.
         num_classes: Number of classes C.
-        bias: Whether the classifier has a bias.
+        bias: As for ``nn.Linear``, like the next two.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **options: Options of the head.

@@ -77,11 +77,7 @@ class LogitAdjustedHead(Head):
 
 
 def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
-    """Returns the logarithm of each class's share of the training images, (C,) float32.
-
-    >>> log_prior([3, 1], 2).exp()
-    tensor([0.7500, 0.2500])
-    """
+    """Returns the logarithm of each class's share of the training images, (C,) float32."""
     check_no_empty_class(class_counts)
     counts = check_class_counts(class_counts, num_classes).double()
     return (counts / counts.sum()).log().float()
@@ -90,11 +86,7 @@ def log_prior(class_counts: ClassCounts, num_classes: int) -> Tensor:
 def seeded_linear(
     in_features: int, num_classes: int, *, bias: bool = True, seed: int = 0
 ) -> nn.Linear:
-    """Returns a new classifier, uniform in ±1/√D as ``nn.Linear``, without the global generator.
-
-    >>> bool(seeded_linear(4, 9, seed=1).weight.abs().max() <= 0.5)
-    True
-    """
+    """Returns a new classifier, uniform in ±1/√D as ``nn.Linear``, from a generator of its own."""
     linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, num_classes, bias)
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(in_features)
@@ -150,11 +142,7 @@ class TauNormHead(Head):
 
 
 def nonzero_norm(weight: Tensor) -> Tensor:
-    """Returns the norm of each row of a weight (C, D) as (C, 1), and 1 for a row of zeros.
-
-    >>> nonzero_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
-    [[5.0], [1.0]]
-    """
+    """Returns the norm of each row of a weight (C, D) as (C, 1), and 1 for a row of zeros."""
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return torch.where(norm > 0, norm, 1.0)
 
@@ -197,9 +185,8 @@ BATCH_SIZE = 512
 class TrainingLength:
     """Default length of the training of a head by SGD, on features or on images.
 
-    Attributes:
-        epochs: Epochs of the reference code on ImageNet-LT.
-        min_updates: Lower bound, since an epoch of a small data set has few updates.
+    The epochs are those of the reference code on ImageNet-LT; since an epoch of a small data set
+    has few updates, ``min_updates`` is a lower bound.
     """
 
     epochs: int
@@ -219,9 +206,6 @@ class TrainingLength:
         (2260, 1000)
         >>> CRT_LENGTH.updates(10_847, batch_size=128, epochs=2)
         168
-
-        Raises:
-            UsageError: If epochs and steps are both given.
         """
         if steps is not None and epochs is not None:
             raise UsageError("steps and epochs exclude each other; give one of them")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_lt.utils.checks import UsageError, check_fields
+from timm_lt.utils.checks import Registry, UsageError, check_fields
 from timm_lt.utils.longtail import ClassCounts, check_class_counts, check_no_empty_class
-from timm_lt.utils.registry import Registry
 
 Reduction = Literal["mean", "sum", "none"]
 NonNegative = Annotated[float, "[0, inf)"]

@@ -50,8 +50,8 @@ def confidence_intervals(
 
     Images are resampled within each class (stratified): the number of right images of class c is
     binomial with ``n_c`` draws and the observed accuracy. Intervals are between percentiles, and do
-    not cover the variation between training runs. With few images per class, intervals of figures
-    that one class decides (worst class, harmonic and geometric mean) are rough and too low.
+    not cover the variation between training runs. Those of figures that one class with few images
+    decides (worst class, harmonic and geometric mean) are rough and too low.
 
     >>> report = shot_accuracy([0, 0, 0, 1], [0, 0, 0, 0], class_counts=[500, 5])
     >>> confidence_intervals(report, [500, 5])["many_shot"]
@@ -68,25 +68,21 @@ def confidence_intervals(
         (low, high) by figure; without shot groups that have no images.
 
     Raises:
-        UsageError: If the sizes differ, a value is out of range, or an older version wrote the
-            report, without the images per class.
+        UsageError: If the sizes differ, a value is out of range, or the report of an older version
+            lacks the images per class.
     """
     counts = report.right_and_images()
-    groups = _groups(class_counts, report.rule, len(report.per_class))
     present = counts[1] > 0
+    groups = _groups(class_counts, report.rule, len(report.per_class))[:, present]
     right, images = (count[present].numpy() for count in counts)
-    groups = groups[:, present]
 
     def draw(generator: np.random.Generator, size: int) -> Figures:
         drawn = generator.binomial(images, right / images, (size, len(images)))
         return _figures(drawn, images, groups)
 
-    drawn = _bootstrap(draw, len(images), samples, seed)
-    return {
-        name: _percentiles(values, level)
-        for name, values in drawn.items()
-        if getattr(report, name) is not None
-    }
+    drawn = _bootstrap(draw, len(images), samples, seed).items()
+    known = [(name, draws) for name, draws in drawn if getattr(report, name) is not None]
+    return {name: _percentiles(draws, level) for name, draws in known}
 
 
 def paired_difference(
@@ -117,8 +113,8 @@ def paired_difference(
         class_counts: Training images per class, (C,).
         objective: Figure to compare; see :func:`~timm_lt.metrics.objective_value`.
         rule: Bounds of the shot groups.
-        level: Share of the draws inside the interval, in (0, 1).
-        samples: Number of draws, at least 1.
+        level: As for :func:`confidence_intervals`, like the next two.
+        samples: Number of draws.
         seed: Seed of the draws.
 
     Raises:
@@ -163,7 +159,7 @@ def _figures(right: NDArray[np.int64], images: NDArray[np.int64], groups: Tensor
 
 
 def _bootstrap(draw: Draw, width: int, samples: int, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Returns the figures of all draws, (samples,), drawing ``width`` numbers each in blocks."""
+    """Returns the figures of all draws, (samples,), each of ``width`` random numbers."""
     check_integer("samples", samples, minimum=1)
     check_integer("seed", seed, minimum=0)
     generator = np.random.default_rng(seed)
@@ -244,13 +240,11 @@ def shifted_accuracy(
 def shifted_accuracies(
     accuracies: ShotReport | Tensor, class_counts: ClassCounts
 ) -> dict[str, float]:
-    """Returns :func:`shifted_accuracy` for the shifts of the papers' tables.
+    """Returns :func:`shifted_accuracy`, with the same arguments, for the papers' shifts.
 
     >>> list(shifted_accuracies(torch.tensor([0.9, 0.3]), [500, 5]))
     ['forward_50', 'forward_25', 'forward_10', 'forward_5', 'forward_2', 'uniform',
      'backward_2', 'backward_5', 'backward_10', 'backward_25', 'backward_50']
-
-    Its arguments and errors are the same.
     """
     shifts: list[tuple[ShiftDirection, int]] = [
         *(("forward", r) for r in SHIFTS),

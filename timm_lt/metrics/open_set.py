@@ -60,17 +60,14 @@ class OpenSetMetrics:
     positives in the code of OLTR (``rule="oltr"``), but not in that of Kang et al. (``"fb"``).
 
     The state is five integers: the report is the same for any order, batches and number of
-    processes. As with :class:`ShotMetrics`, first drop the duplicates of the last batch, and images
-    that could not be read, whose target -1 would make them open images here.
+    processes. First drop the duplicates of the last batch, and images that could not be read, whose
+    target -1 would make them open images here.
 
     Args:
         num_classes: Number of known classes C.
         threshold: Confidence below which an image is rejected, in [0, 1]; 0.1 in the paper; see
             :func:`choose_threshold`.
         rule: Whether rejected known images are false positives.
-
-    Raises:
-        UsageError: If an argument is out of range.
 
     References:
         Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
@@ -121,10 +118,7 @@ class OpenSetMetrics:
         self._counts += other._counts
 
     def reduce(self, accelerator: Accelerator) -> "OpenSetMetrics":
-        """Returns the metrics summed over all processes, which must all call it.
-
-        This accumulator keeps the counts of its own process.
-        """
+        """Returns the sum over all processes, which must all call it; ``self`` keeps its counts."""
         total = copy.copy(self)
         counts = self._counts.to(accelerator.device)
         total._counts = accelerator.reduce(counts, reduction="sum").cpu()
@@ -169,7 +163,7 @@ def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "ol
         rule: See :class:`OpenSetMetrics`.
 
     Raises:
-        UsageError: As :class:`OpenSetMetrics`, or without open images or right known ones.
+        UsageError: Without open images or right known ones, or as :class:`OpenSetMetrics`.
 
     >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
     >>> round(choose_threshold(logits, [0, 0, -1]), 3)  # of the second image, 1 / (1 + e^-1)

@@ -36,19 +36,16 @@ class ShotReport:
         all: Accuracy over the images.
         class_mean: Mean of the per-class accuracies over the classes that the split has; equal to
             ``all`` if the split is balanced.
-        many_shot: Mean accuracy of the many-shot classes; None if the split has no image of them.
-        medium_shot: Mean accuracy of the medium-shot classes, or None.
-        few_shot: Mean accuracy of the few-shot classes, or None.
+        many_shot, medium_shot, few_shot: Mean accuracy of the classes of a shot group; None if the
+            split has no image of them.
         macro_f1: Mean of the per-class F1 over the classes in the targets or the predictions.
         per_class: Accuracy of each class, (C,) float64; NaN for a class that the split lacks.
         rule: The rule that defines the shot groups.
-        ece: Expected calibration error; None without logits.
-        ece_per_group: Expected calibration error of each shot group; None without logits.
-        reliability: The bins of :func:`~timm_lt.metrics.reliability` over all images; None without
-            logits.
+        ece: Expected calibration error; None without logits, as the next two.
+        ece_per_group: Expected calibration error of each shot group.
+        reliability: The bins of :func:`~timm_lt.metrics.reliability` over all images.
         worst_class: Lowest per-class accuracy.
-        harmonic_mean: Harmonic mean of the per-class accuracies; 0 if one of them is.
-        geometric_mean: Geometric mean of the per-class accuracies; 0 if one of them is.
+        harmonic_mean, geometric_mean: Means of the per-class accuracies; 0 if one of them is.
         group_harmonic_mean: Harmonic mean of the shot groups' accuracies that are not None.
         macro_precision: Mean of the per-class precision over the classes in the targets or the
             predictions; 0 for a class without predictions.
@@ -102,11 +99,7 @@ class ShotReport:
         return cls(**fields | tensors)
 
     def right_and_images(self) -> tuple[Tensor, Tensor]:
-        """Returns the right images and all images of each class, (C,) int64.
-
-        Raises:
-            UsageError: If an older version wrote the report, without the images per class.
-        """
+        """Returns the right images and all images of each class, (C,) int64."""
         if self.test_images is None:
             raise UsageError("the report has no test_images (an older version): evaluate again")
         # Exact: the accuracy is the quotient of these integers.
@@ -125,14 +118,7 @@ def _percent(fraction: float | None) -> str:
 
 
 def objective_field(objective: Objective) -> str:
-    """Returns the name of a report's field for an objective.
-
-    >>> objective_field("harmonic_mean")
-    'group_harmonic_mean'
-
-    Raises:
-        UsageError: If the objective is unknown.
-    """
+    """Returns the name of a report's field for an objective."""
     check_choice("objective", objective, OBJECTIVES)
     # The harmonic mean over classes is 0 if any class is, and so cannot select.
     return "group_harmonic_mean" if objective == "harmonic_mean" else objective
@@ -185,8 +171,8 @@ def per_class_table(
         class without predictions, F1 for a class without both.
 
     Raises:
-        UsageError: If the sizes differ, or an older version wrote the report, without the images
-            per class.
+        UsageError: If the sizes differ, or the report of an older version lacks the images per
+            class.
     """
     right, images = report.right_and_images()
     predicted = torch.as_tensor(report.predicted)
@@ -233,7 +219,7 @@ def compare_per_class(
 def _class_columns(
     report: ShotReport, class_counts: ClassCounts, label_names: Sequence[str] | None
 ) -> dict[str, list[Any]]:
-    """Returns the columns of a table of classes that do not depend on the classifier."""
+    """Returns the columns that do not depend on the classifier."""
     _, images = report.right_and_images()
     counts = check_class_counts(class_counts, len(images), label_names)
     columns: dict[str, list[Any]] = {"class": list(range(len(counts)))}
@@ -266,8 +252,8 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
     """Writes rows such as those of :func:`per_class_table` to a file, atomically, in UTF-8.
 
     None is an empty cell in CSV and null in JSON. Spreadsheets run text that looks like a formula:
-    in CSV, text that begins with ``=``, ``+``, ``-``, ``@``, a full-width form of these, a tab, a
-    line break or an apostrophe gets an apostrophe in front, to be removed when it is read back.
+    in CSV, text that begins with ``=``, ``+``, ``-``, ``@`` (or a full-width form), a tab, a line
+    break or an apostrophe gets an apostrophe in front, to be removed when it is read back.
 
     Args:
         path: Ends in ``.csv`` or ``.json``.
@@ -294,9 +280,6 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
 
 
 def _cell(value: object) -> object:
-    """Returns a CSV cell: empty for None, text that cannot run as a formula."""
-    if value is None:
-        return ""
-    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
-        return f"'{value}"
-    return value
+    """Returns a CSV cell whose text cannot run as a formula."""
+    is_formula = isinstance(value, str) and value.startswith(FORMULA_STARTS)
+    return f"'{value}" if is_formula else value

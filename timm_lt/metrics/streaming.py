@@ -37,7 +37,7 @@ class Outcomes(NamedTuple):
 
 
 def are_logits(outputs: object) -> TypeGuard[Tensor]:
-    """Returns whether outputs are logits: a floating-point tensor with two dimensions."""
+    """Tells whether outputs are logits: a floating-point tensor with two dimensions."""
     return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point()
 
 
@@ -81,7 +81,7 @@ def accuracy_figures(right: Tensor, images: Tensor, groups: Tensor) -> dict[str,
     """Computes the figures of a report from the number of right images per class.
 
     right (..., C), images (C,) and the masks of the shot groups (3, C) are float64; each figure has
-    shape (...,). An empty shot group is NaN and left out of the harmonic mean of the groups.
+    shape (...,). An empty shot group is NaN and does not count in the harmonic mean of the groups.
     """
     accuracy = right / images
     sizes = groups.sum(1)
@@ -105,11 +105,10 @@ class ShotMetrics:
     """Accumulates the accuracy of a split, batch by batch.
 
     The state is integers, four per class and 45 per shot group, so the report is the same to the
-    last bit for any order of the images, any batches and any number of processes.
-
-    With several processes either gather the outputs (``accelerator.gather_for_metrics`` also drops
-    the duplicates of the last batch) or let each process count its own and call :meth:`reduce`.
-    Drop images that could not be read (target -1); they are refused.
+    last bit for any order of the images, any batches and any number of processes. Each process may
+    count its own images and call :meth:`reduce`, or all of them what
+    ``accelerator.gather_for_metrics`` returns. Images that could not be read (target -1) are
+    refused.
 
     >>> metrics = ShotMetrics(class_counts=[500, 50, 5])
     >>> metrics.update([0, 0, 1], [0, 0, 1])
@@ -121,9 +120,6 @@ class ShotMetrics:
     Args:
         class_counts: Training images per class, (C,).
         rule: Bounds of the shot groups.
-
-    Raises:
-        UsageError: If the counts are invalid or the rule is unknown.
     """
 
     # Not a torchmetrics.Metric: its import is slow, and one sum over processes is all it would do.
@@ -159,11 +155,8 @@ class ShotMetrics:
             return
         if are_logits(outputs):
             self.update_logits(outputs, targets)
-        else:
-            self._update_preds(outputs, targets)
-
-    def _update_preds(self, preds: Labels, targets: Labels) -> None:
-        preds = check_labels(preds, self.num_classes, noun="preds")
+            return
+        preds = check_labels(outputs, self.num_classes, noun="preds")
         targets = check_labels(targets, self.num_classes, noun="targets")
         if preds.shape != targets.shape:
             raise UsageError(
@@ -172,18 +165,10 @@ class ShotMetrics:
         self._count(preds, targets, scored=False)
 
     def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
-        """Counts a batch as :meth:`update` does and returns its predictions.
+        """Counts logits (N, C) as :meth:`update` does and returns their predictions.
 
-        Args:
-            logits: Finite scores, (N, C), on any device.
-            targets: True classes, integers in [0, C), (N,).
-
-        Returns:
-            ``preds`` (N,) int64, their probabilities ``confidences`` (N,), and ``in_top`` (N,),
-            whether the true class is among the top 5; on the CPU.
-
-        Raises:
-            UsageError: As :meth:`update`.
+        These are ``preds`` (N,), their probabilities ``confidences`` (N,), and ``in_top`` (N,),
+        whether the true class is among the top 5; on the CPU.
         """
         targets = check_labels(targets, self.num_classes, noun="targets")
         check_logits(logits, len(targets), self.num_classes)
@@ -217,10 +202,7 @@ class ShotMetrics:
         self._bins += other._bins
 
     def reduce(self, accelerator: Accelerator) -> "ShotMetrics":
-        """Returns the metrics summed over all processes, which must all call it.
-
-        This accumulator keeps the counts of its own process.
-        """
+        """Returns the sum over all processes, which must all call it; ``self`` keeps its counts."""
         both = torch.cat([self._counts.flatten(), self._bins.flatten()])
         sums = accelerator.reduce(both.to(accelerator.device), reduction="sum").cpu()
         total = copy.copy(self)
@@ -232,8 +214,7 @@ class ShotMetrics:
         """Returns the report on all counted images.
 
         Raises:
-            UsageError: If there are none, if only some had logits (after a merge or reduce), or if
-                2^31 or more had logits.
+            UsageError: If there are none, or only some had logits (after a merge or reduce).
         """
         wrong, right, predicted, _ = self._counts.double()
         images = wrong + right
@@ -311,7 +292,7 @@ def shot_accuracy(
         2020, https://arxiv.org/abs/1910.09217
     """
     metrics = ShotMetrics(class_counts, rule)
-    metrics._update_preds(preds, targets)
+    metrics.update(preds, targets)
     return metrics.compute()
 
 
@@ -321,18 +302,12 @@ def evaluate_logits(
     """Computes :func:`shot_accuracy` of the largest logits, top-5, and the calibration.
 
     The expected calibration error (:func:`~timm_lt.metrics.calibration_error` of the softmax) is
-    given over all images and over those whose true class is in each shot group; confidences are
-    rounded to multiples of 2^-32.
-
-    Args:
-        logits: Finite scores, (N, C).
-        targets: True classes, (N,), integers in [0, C).
-        class_counts: Training images per class, (C,).
-        rule: Bounds of the shot groups.
+    given over all images and over those whose true class is in each shot group. The logits are
+    finite scores, (N, C); the other arguments are those of :func:`shot_accuracy`.
 
     Raises:
-        UsageError: If the logits are not a floating-point tensor, the shapes do not match, a logit
-            is not finite (names the row), or a target is not an integer in [0, C).
+        UsageError: If the shapes do not match, a logit is not finite (names the row), or a target
+            is not an integer in [0, C).
     """
     num_classes = logits.shape[1] if are_logits(logits) else None
     metrics = ShotMetrics(check_class_counts(class_counts, num_classes), rule)
@@ -398,10 +373,7 @@ def calibration_error(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) 
 def bin_sums(
     confidences: Tensor, right: Tensor, first_bin: Tensor | int, size: int, bins: int = ECE_BINS
 ) -> Tensor:
-    """Sums images, right images and confidences (in units) per bin, int64 (3, size).
-
-    The bins of an image begin at ``first_bin``.
-    """
+    """Sums images, right images and confidences (in units) per bin, from ``first_bin`` on."""
     confidences = confidences.double()
     # Not torchmetrics: it puts confidences of exactly 1, frequent in float32, into a bin of their
     # own, which overstates the error.

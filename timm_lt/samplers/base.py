@@ -16,9 +16,15 @@ from torch.utils.data import Sampler
 
 from timm_lt.samplers import streams
 from timm_lt.samplers.streams import Array, Integers, Purpose
-from timm_lt.utils.checks import UsageError, check_fields, check_integer, check_mapping, user_errors
+from timm_lt.utils.checks import (
+    Registry,
+    UsageError,
+    check_fields,
+    check_integer,
+    check_mapping,
+    user_errors,
+)
 from timm_lt.utils.longtail import Labels
-from timm_lt.utils.registry import Registry
 
 # Draws that are converted to Python integers at once.
 PIECE = 2**12

@@ -42,14 +42,8 @@ def create_accelerator(
 ) -> Accelerator:
     """Creates the accelerator of a run: the batch size counts images over all processes.
 
-    Processes, machines, FSDP and compilers are configured by ``accelerate config``. The precision
-    ``"auto"`` is bf16 where the processor computes it natively (a GPU that can, or a CPU with
-    avx512_bf16) and full precision elsewhere, unless ``accelerate launch`` sets another precision
-    than its default, ``"no"``. The folder is for trackers that write files.
-
-    Raises:
-        UsageError: If the tracker is unknown or not installed, or this machine does not have the
-            precision.
+    The precision ``"auto"`` is that of ``accelerate launch``, unless it is ``"no"``, its default;
+    then it is that of :func:`native_precision`. The folder is for trackers that write files.
     """
     from accelerate.tracking import get_available_trackers
 
@@ -87,8 +81,7 @@ def fresh_accelerate() -> Iterator[None]:
     """Lets a block create an accelerator of any precision; restores accelerate's state afterwards.
 
     Accelerate has one state per process: a second ``Accelerator`` of another precision or
-    accumulation fails or changes the first. The device and the processes of the caller's own
-    accelerator are used if there is one.
+    accumulation fails or changes the first. The caller's device and processes are kept.
     """
     states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
     kept, environment = [dict(state) for state in states], set(os.environ)
@@ -131,8 +124,7 @@ def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
     These are the random states, inference mode, autocast, the default device and type of tensors,
-    and the settings of the first data worker: the start method of processes and the handler of
-    SIGCHLD. Only one thread at a time runs such a block.
+    and the process settings that the first data worker changes. One thread at a time runs a block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -152,6 +144,7 @@ def torch_defaults() -> Iterator[None]:
 
 @contextmanager
 def _kept_worker_settings() -> Iterator[None]:
+    """Restores the start method of processes and the handler of SIGCHLD afterwards."""
     start_method = multiprocessing.get_start_method(allow_none=True)
     number = getattr(signal, "SIGCHLD", None)  # not on Windows
     handler = None if number is None else signal.getsignal(number)
@@ -196,11 +189,8 @@ def process_rank() -> int:
 def set_cpu_threads(threads: int | None = None) -> int:
     """Sets and returns the number of threads that torch uses in this process.
 
-    ``accelerate launch`` gives every process one thread by default, which leaves cores idle.
-
-    Args:
-        threads: Number of threads, >= 1; None is this process's share of the cores under
-            ``accelerate launch``, and torch's own default elsewhere.
+    None is this process's share of the cores under ``accelerate launch``, which would give it one
+    thread, and torch's own default elsewhere.
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
         threads = max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -1,4 +1,4 @@
-"""Errors for users, and checks of options, numbers and choices."""
+"""Errors for users, checks of options, numbers and choices, and registries of named parts."""
 
 import dataclasses
 import difflib
@@ -11,8 +11,10 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+T = TypeVar("T")
+P = TypeVar("P")
 # Background of transparent pixels.
 WHITE = "#ffffff"
 
@@ -37,11 +39,6 @@ def user_errors(fault: str, *kinds: type[Exception], cure: str = "") -> Iterator
     """Turns errors of these kinds into a UsageError: ``fault``, their reason, and the cure.
 
     The default is OSError. A UsageError passes unchanged, unless it is among the kinds.
-
-    >>> with user_errors("the counts are not valid", KeyError, cure="pass them in label order"):
-    ...     {}["crow"]
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: the counts are not valid: 'crow'; pass them in label order
     """
     try:
         yield
@@ -56,28 +53,14 @@ def user_errors(fault: str, *kinds: type[Exception], cure: str = "") -> Iterator
 
 
 class Problems:
-    """Collects the problems of some input, so that all are reported together.
-
-    >>> problems = Problems("2 files")
-    >>> problems.add("a.png is empty")
-    >>> with problems.collected():
-    ...     check_integer("seed", -1, minimum=0)
-    >>> problems.check()
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: 2 files: 2 problems
-    - a.png is empty
-    - seed must be an integer >= 0, got -1
-
-    Args:
-        owner: The input, in front of the message; may be empty.
-    """
+    """Collects the problems of some input, named by ``owner``, to report all together."""
 
     def __init__(self, owner: str = "") -> None:
         self.owner = owner
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        """Adds a problem, which should say what is wrong and how to fix it."""
+        """Adds a problem: what is wrong, and how to fix it."""
         self.found.append(problem)
 
     @contextmanager
@@ -100,20 +83,12 @@ class Problems:
 
 
 def shown_names(names: Sequence[object], limit: int = 5) -> str:
-    """Joins the first names of a list, for messages.
-
-    >>> shown_names(["a", "b", "c"], 2)
-    'a, b, ...'
-    """
+    """Joins the first names of a list, for messages: ``a, b, ...``."""
     return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
-    """Builds the error for a name that is not among the choices: it lists them and the closest.
-
-    >>> str(unknown_name("head", "tau_nrom", ["linear", "tau_norm"]))
-    "unknown head 'tau_nrom' (did you mean 'tau_norm'?); choose one of: linear, tau_norm"
-    """
+    """Returns the error for a name that is not among the choices: it lists them and the closest."""
     close = difflib.get_close_matches(str(name), choices, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return UsageError(f"unknown {noun} {name!r}{hint}; choose one of: {', '.join(choices)}")
@@ -122,10 +97,7 @@ def unknown_name(noun: str, name: object, choices: list[str]) -> UsageError:
 def check_options(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the names of a part's options against its keyword-only parameters.
 
-    A ``**kwargs`` in its signature takes any name; ``owner`` is the part in messages.
-
-    Raises:
-        UsageError: If an option is unknown or a required one is missing; lists the valid ones.
+    A ``**kwargs`` in its signature takes any name.
     """
     parameters = inspect.signature(part).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -151,8 +123,7 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
 def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
     """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
 
-    If the annotation allows None, too, None is valid; with any other type beside it, the set is
-    not closed.
+    With another type than None beside it, the set is not closed.
     """
     hints = typing.get_type_hints(part)
     for name in options.keys() & hints.keys():
@@ -175,15 +146,9 @@ def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def check_number(noun: str, value: float, interval: str) -> float:
-    """Returns a number after checking that it lies in an interval; NaN lies in none.
+    """Returns a number after checking that it lies in an interval such as ``"(0, inf)"``.
 
-    >>> check_number("q", 0.5, "[0, 1]")
-    0.5
-    >>> check_number("smoothing", 1, "[0, 1)")
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: smoothing must be a number in [0, 1), got 1
-
-    The interval has two bounds: a round bracket excludes its bound, ``inf`` means no bound.
+    A round bracket excludes its bound, ``inf`` means no bound, and NaN lies in no interval.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = operator.ge if interval[0] == "[" else operator.gt
@@ -197,12 +162,7 @@ def check_number(noun: str, value: float, interval: str) -> float:
 
 
 def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf) -> int:
-    """Returns an integer after checking its range; NumPy integers are integers, booleans are not.
-
-    >>> check_integer("num_samples", 0, minimum=1)
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: num_samples must be an integer >= 1, got 0
-    """
+    """Returns an integer after checking its range; NumPy integers are integers, booleans not."""
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not (is_integer and minimum <= operator.index(value) <= maximum):
         bounds = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
@@ -211,11 +171,7 @@ def check_integer(noun: str, value: int, minimum: int, maximum: float = math.inf
 
 
 def check_flag(noun: str, value: bool) -> bool:
-    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true.
-
-    Raises:
-        UsageError: If the value is not a boolean.
-    """
+    """Returns a boolean after checking that it is one: the text ``"false"`` would count as true."""
     if not isinstance(value, bool):
         raise UsageError(f"{noun} must be true or false, got {value!r}")
     return value
@@ -245,17 +201,10 @@ def check_fields(part: Any) -> None:  # noqa: ANN401
 
 
 def check_background(background: object) -> str:
-    """Returns a background colour as ``#rrggbb``.
+    """Returns an opaque colour, by name, code or levels from 0 to 255, as ``#rrggbb``.
 
     >>> check_background("white"), check_background([0, 128, 255])
     ('#ffffff', '#0080ff')
-
-    Args:
-        background: A colour name or specification of ``PIL.ImageColor``, such as ``"black"`` or
-            ``"#808080"``; or red, green and blue, from 0 to 255.
-
-    Raises:
-        UsageError: If it is none of these, or is transparent itself.
     """
     from PIL import ImageColor
 
@@ -270,3 +219,47 @@ def check_background(background: object) -> str:
             "'#rrggbb', or three integers from 0 to 255"
         )
     return f"#{color.hex()}"
+
+
+class Registry(Generic[T]):
+    """Named parts of one kind, such as the heads, in the order of registration."""
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a class or function under a free, lower-case name."""
+        if not (name.isidentifier() and name == name.lower()):
+            raise UsageError(f"{self.noun} name {name!r} must be a lower-case identifier")
+        if name in self._parts:
+            raise UsageError(
+                f"{self.noun} {name!r} is registered already, by {self._parts[name]!r}"
+            )
+
+        def add(part: T) -> T:
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """Returns the part of that name; UsageError with the valid names for another one."""
+        if not isinstance(name, str) or name not in self._parts:
+            raise unknown_name(self.noun, name, list(self._parts))
+        return self._parts[name]
+
+    def create(self: "Registry[Callable[..., P]]", name: str, /, *args: Any, **options: Any) -> P:
+        """Builds the part of that name; its own options are keyword-only."""
+        part = self[name]
+        check_options(f"{self.noun} {name!r}", part, options)
+        return part(*args, **options)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

@@ -35,10 +35,7 @@ def start_logging(*, quiet: bool = False, verbose: bool = False) -> None:
 
 
 def ignore_pillow_warnings() -> None:
-    """Ignores Pillow's warnings, one per file; commands count the affected files instead.
-
-    It changes the state of the process: for commands and data workers only.
-    """
+    """Ignores Pillow's warnings in this process, a command or data worker: one per file."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -65,10 +62,9 @@ def log_traceback(error: BaseException) -> None:
 
 @contextmanager
 def progress(description: str, total: int | None, *, unit: str = "") -> Iterator[Progress]:
-    """Shows a progress bar while the block runs, if standard error is a terminal.
+    """Shows a progress bar, or a pulse without a total, if standard error is a terminal.
 
-    The bar is the first task of the yielded ``Progress``; see :func:`advance`. A total of None
-    shows a pulse.
+    :func:`advance` moves the bar.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -113,10 +109,6 @@ def one_line(text: str, limit: int = 80) -> str:
 
 
 def error_text(message: str) -> str:
-    r"""Returns an error message, which may quote a file or a repo, without control characters.
-
-    >>> error_text("two problems\n- a\x1b[2J\n- b")
-    'two problems\n- a [2J\n- b'
-    """
+    """Returns an error message, which may quote a file or a repo, without control characters."""
     lines = [one_line(line, 2000) for line in message.split("\n")[:100]]
     return "\n".join(line for line in lines if line)

@@ -26,13 +26,10 @@ def read_text(path: Path) -> str | None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file; after a crash it has either the old content or the new one, never a part.
-
-    A new file gets the permissions that the process's umask allows; an old one keeps its own.
-    """
+    """Writes a file; after a crash it has either the old content or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not mkstemp, which makes private files: the mode is that of any new file.
+    # Not mkstemp, which makes private files: a new file has the usual mode, an old one keeps its.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
@@ -50,7 +47,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flushes the names of the files in a folder to disk; not possible on Windows."""
+    """Flushes the names of the files in a folder to disk, where the system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -65,12 +62,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
-    """Reads a JSON object of at most ``limit`` bytes.
-
-    Raises:
-        UsageError: If the file is missing, too large, not valid JSON, not an object, or has a key
-            twice or a number that is not finite.
-    """
+    """Reads a JSON object of at most ``limit`` bytes, without duplicate keys and NaN."""
     try:
         if limit is not None and (size := path.stat().st_size) > limit:
             raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
@@ -97,11 +89,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, noun: str = "") -> dict[str, Any]:
-    """Reads a YAML mapping; ``noun`` is the file in messages, e.g. ``"recipe"``.
-
-    Raises:
-        UsageError: If the file is missing, not valid YAML, not a mapping, or has a key twice.
-    """
+    """Reads a YAML mapping; ``noun`` is the file in messages, e.g. ``"recipe"``."""
     name = f"{noun} {path}".strip()
     with (
         user_errors(f"{name} is not valid YAML", *YAML_ERRORS),

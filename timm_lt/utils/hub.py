@@ -28,9 +28,6 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
     >>> split_revision("hf-hub:me/birds@v1"), split_revision("me/birds")
     (('me/birds', 'v1'), ('me/birds', None))
-
-    Raises:
-        UsageError: If the name has another form.
     """
     repo_id, at, revision = name.removeprefix(HF_HUB).partition("@")
     if "/" not in repo_id or (at and not revision) or ".." in revision:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -24,36 +24,17 @@ ShotRule = Literal["fb", "oltr"]
 PARETO_POWER = 6
 
 
-class ShotBounds(NamedTuple):
-    """Boundaries of the shot groups: least many-shot and largest few-shot class, and in words."""
-
-    many_min: int
-    few_max: int
-    texts: dict[str, str]
-
-
-SHOT_RULES: dict[ShotRule, ShotBounds] = {
-    "fb": ShotBounds(
-        101, 19, {"many_shot": "> 100", "medium_shot": "20 to 100", "few_shot": "< 20"}
-    ),
-    "oltr": ShotBounds(
-        100, 20, {"many_shot": ">= 100", "medium_shot": "21 to 99", "few_shot": "<= 20"}
-    ),
+# Least images of a many-shot class, most of a few-shot one, and the bounds of the groups in words.
+SHOT_RULES: dict[ShotRule, tuple[int, int, tuple[str, str, str]]] = {
+    "fb": (101, 19, ("> 100", "20 to 100", "< 20")),
+    "oltr": (100, 20, (">= 100", "21 to 99", "<= 20")),
 }
 
 
 def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "labels") -> Tensor:
-    """Checks labels and returns them as a LongTensor on the CPU.
+    """Checks labels in [0, num_classes), (N,) with N >= 1, and returns them as int64 on the CPU.
 
-    Args:
-        labels: Integers in [0, num_classes), (N,) with N >= 1. A NumPy array or a tensor must have
-            an integer dtype: a float label is refused even if its value is whole.
-        num_classes: Number of classes, at least 1; None leaves the labels unbounded above.
-        noun: Name of the labels in messages.
-
-    Raises:
-        UsageError: If there are no labels, they are not one-dimensional, or one of them is not an
-            integer in range; names the first such index and its value.
+    A float label is refused even if its value is whole. The error names the first wrong index.
     """
     values = _as_integers(labels, noun)
     if len(values) == 0:
@@ -75,7 +56,7 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
 
 
 def _as_integers(values: Labels, noun: str) -> Tensor:
-    """Converts labels to a LongTensor (N,) on the CPU; the error names the first wrong one."""
+    """Converts labels to int64 (N,) on the CPU; the error names the first wrong one."""
     is_dataset = isinstance(values, Dataset) or hasattr(values, "column_names")
     unordered = isinstance(values, Mapping | AbstractSet | ValuesView | str | bytes)
     if is_dataset or unordered or not isinstance(values, Iterable):
@@ -143,20 +124,13 @@ def check_class_counts(
     num_classes: int | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Checks class counts and returns them as a LongTensor on the CPU.
+    """Checks class counts (C,), not all 0, and returns them as int64 on the CPU.
+
+    A mapping or a pandas Series has them by label or class name; with ``num_classes`` or
+    ``label_names`` it may omit empty classes.
 
     >>> check_class_counts({2: 5, 0: 90}, num_classes=3)
     tensor([90,  0,  5])
-
-    Args:
-        class_counts: Non-negative integers, (C,), not all of them 0, in label order; or by label,
-            as a mapping or a pandas Series.
-        num_classes: Expected number of classes. With it a mapping may omit empty classes.
-        label_names: Class names in label order, which a mapping may have as keys.
-
-    Raises:
-        UsageError: If they are not, or their number is not ``num_classes``; names the first wrong
-            index and its value, or the wrong keys.
     """
     if hasattr(class_counts, "keys") and getattr(class_counts, "ndim", 1) == 1:
         class_counts = _in_label_order(class_counts, num_classes, list(label_names or ()))
@@ -176,7 +150,6 @@ def _in_label_order(by_label: Any, num_classes: int | None, names: list[str]) ->
     labels: dict[Any, None] = dict.fromkeys(names if by_name else range(size))
     unknown = [key for key in keys if key not in labels or not (by_name or _is_integer(key))]
     missing = [label for label in labels if label not in counts]
-    # Only where the number of classes is known, a mapping may omit empty classes.
     incomplete = bool(missing) and num_classes is None and not names
     if unknown or incomplete or len(counts) < len(keys):
         valid = f"class names ({shown_names(names)})" if by_name else f"the labels 0 to {size - 1}"
@@ -190,15 +163,7 @@ def _in_label_order(by_label: Any, num_classes: int | None, names: list[str]) ->
 
 
 def check_no_empty_class(class_counts: ClassCounts) -> None:
-    """Checks that every class has at least one training image.
-
-    >>> check_no_empty_class([5, 0, 3, 0])
-    Traceback (most recent call last):
-    timm_lt.utils.checks.UsageError: 2 of 4 classes have no training image: 1, 3
-
-    Raises:
-        UsageError: If a class has none; says how many and names the first five.
-    """
+    """Checks that every class has at least one training image; names the first that have none."""
     counts = check_class_counts(class_counts)
     empty: list[int] = (counts == 0).nonzero().flatten().tolist()
     if empty:
@@ -219,24 +184,15 @@ def long_tailed_counts(
     - pareto: ``n_i = int(n_max * (1 + x * (r^(1/6) - 1))^-6)``, the density of a Pareto law of
       power 6 cut so that it ends at ``n_max / r``: a steeper head, a flatter tail.
 
-    At imbalance factor 1 every class has ``max_count``. The Pareto profile is a reading of "sampled
-    from a Pareto distribution with power 6" (Liu et al.), not what gave ImageNet-LT its counts:
-    those look like draws from the law, and for the 1,000 classes from 1,280 to 5 sum to 115,846
-    where this profile has 166,769.
+    At imbalance factor 1, or with a single class, every class has ``n_max``. The Pareto profile is
+    a reading of "sampled from a Pareto distribution with power 6" (Liu et al.). It does not give
+    the counts of ImageNet-LT, which look like draws from the law: they sum to 115,846, the profile
+    to 166,769.
 
     >>> long_tailed_counts(5, 500, 100)
     [500, 158, 50, 15, 5]
     >>> long_tailed_counts(5, 500, 100, "step")
     [500, 500, 5, 5, 5]
-
-    Args:
-        num_classes: C, at least 1. A single class has ``max_count``.
-        max_count: ``n_max``, the images of the most frequent class, at least 1.
-        imbalance_factor: Largest class over smallest class, from 1 to ``max_count``.
-        profile: The shape of the decay.
-
-    Raises:
-        UsageError: If a value is out of range.
 
     References:
         Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
@@ -272,20 +228,8 @@ def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, T
     ``fb`` (Kang et al.): many > 100, medium 20 to 100, few < 20. ``oltr`` (Liu et al.): many >=
     100, medium 21 to 99, few <= 20. An empty class is few-shot.
 
-    >>> {name: mask.tolist() for name, mask in shot_groups([500, 100, 20]).items()}
-    {'many_shot': [True, False, False],
-     'medium_shot': [False, True, True],
-     'few_shot': [False, False, False]}
-
-    Args:
-        class_counts: Training images per class, (C,).
-        rule: Where the boundaries lie; published few-shot numbers depend on it.
-
     Returns:
-        Three boolean masks, (C,); each class is in exactly one.
-
-    Raises:
-        UsageError: If the rule is unknown or the counts are not counts.
+        Three boolean masks, (C,), by name; each class is in exactly one.
 
     References:
         Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
@@ -295,8 +239,8 @@ def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, T
     """
     check_choice("shot rule", rule, get_args(ShotRule))
     counts = check_class_counts(class_counts)
-    bounds = SHOT_RULES[rule]
-    many, few = counts >= bounds.many_min, counts <= bounds.few_max
+    many_min, few_max, _ = SHOT_RULES[rule]
+    many, few = counts >= many_min, counts <= few_max
     return {"many_shot": many, "medium_shot": ~(many | few), "few_shot": few}
 
 
@@ -307,17 +251,13 @@ def shot_rule_texts(rule: ShotRule = "fb") -> dict[str, str]:
     {'many_shot': '>= 100', 'medium_shot': '21 to 99', 'few_shot': '<= 20'}
     """
     check_choice("shot rule", rule, get_args(ShotRule))
-    return dict(SHOT_RULES[rule].texts)
+    return dict(zip(("many_shot", "medium_shot", "few_shot"), SHOT_RULES[rule][2], strict=True))
 
 
 def describe_shots(
     class_counts: ClassCounts, rule: ShotRule = "fb"
 ) -> dict[str, dict[str, int | str]]:
-    """Returns the number of classes and the bounds of each shot group, JSON-ready.
-
-    >>> describe_shots(long_tailed_counts(100, 500, 100))["many_shot"]
-    {'classes': 35, 'rule': '> 100'}
-    """
+    """Returns the number of classes and the bounds of each shot group, JSON-ready."""
     texts = shot_rule_texts(rule)
     groups = shot_groups(class_counts, rule)
     return {
@@ -326,7 +266,7 @@ def describe_shots(
 
 
 def epoch_not_set(loss: object) -> UsageError:
-    """Returns the error for a scheduled loss that is used before :meth:`set_epoch`."""
+    """Returns the error for a scheduled loss that is used before ``set_epoch``."""
     return UsageError(
         f"{type(loss).__name__} depends on the epoch: call loss.set_epoch(epoch, epochs) before "
         "each epoch, also before the first"
@@ -347,8 +287,7 @@ def first_epoch(start: float, epochs: int | None) -> int:
     >>> first_epoch(160, 200), first_epoch(0.8, 200), first_epoch(0.8, 4)
     (160, 160, 3)
 
-    Raises:
-        UsageError: If the start is not within the epochs, or is a fraction of unknown epochs.
+    Without ``epochs``, the start must be an integer.
     """
     check_start(start)
     if epochs is None:
