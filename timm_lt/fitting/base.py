@@ -13,7 +13,6 @@ from timm_lt.features import Features
 from timm_lt.fitting.curves import check_fits, joint_classifier
 from timm_lt.fitting.solvers import row_blocks
 from timm_lt.heads import HEADS, Head, head_option_names
-from timm_lt.heads.linear import BATCH_SIZE, TrainingLength
 from timm_lt.metrics import (
     Objective,
     confidence_intervals,
@@ -72,15 +71,12 @@ class FitData:
     """Checked input of a fit.
 
     Attributes:
-        features: Training features, values (N, D) of any floating type, maybe memory-mapped, with
-            rows of every class; to be read in blocks.
+        features: Training features, (N, D) of any floating type, maybe memory-mapped, with rows of
+            every class; to be read in blocks.
         class_counts: Training images per class, (C,), all >= 1, of the joint classifier; they may
             differ from the counts of the features.
-        classifier: A float32 copy of the joint classifier (C, D) on the CPU, or None.
-        val: Validation features with rows of every class, or None.
-        seed: Random seed.
-        objective: What is maximised on validation.
-        rule: Bounds of the shot groups.
+        classifier: A float32 copy of the joint classifier (C, D) on the CPU.
+        val: Validation features with rows of every class.
     """
 
     features: Features
@@ -100,7 +96,7 @@ class FitData:
         val: Features | None,
         **settings: Any,
     ) -> "FitData":
-        """Checks the arguments of :func:`fit_head`; ``settings`` are seed, objective and rule."""
+        """Checks the arguments of :func:`fit_head`."""
         check_integer("seed", settings["seed"], minimum=0)
         check_choice("objective", settings["objective"], get_args(Objective))
         joint = None if classifier is None else joint_classifier(classifier)
@@ -163,9 +159,6 @@ class Fit:
 
     Options with the name of an option of the head are passed on to the head. For an option whose
     default is None, None is chosen from the data.
-
-    Raises:
-        UsageError: If an option is out of range.
     """
 
     name: ClassVar[str]
@@ -187,15 +180,9 @@ class Fit:
         HEADS[self.name](1, 1, **of_head)
 
     def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
-        """Checks, before features exist, that classes of these sizes can be fitted.
+        """Checks, before features exist, that classes (C,) of these sizes can be fitted.
 
-        Args:
-            class_counts: Training images per class (C,), at least 1 each.
-            rule: Bounds of the shot groups.
-            views: Rows of features per image.
-
-        Raises:
-            UsageError: If a group that the head needs is empty, or a schedule is too long.
+        ``views`` is the number of rows per image.
         """
 
     def __call__(self, data: FitData) -> Head:
@@ -207,35 +194,6 @@ class Fit:
 
     def _fit(self, data: FitData) -> Head:
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedFit(Fit):
-    """A fit by SGD.
-
-    Args:
-        steps: Number of updates; None goes by ``epochs``.
-        epochs: Passes over the rows; None is the length of the reference code, but at least a
-            number of updates.
-        lr: Initial learning rate.
-    """
-
-    length: ClassVar[TrainingLength]
-    batch_size: ClassVar[int] = BATCH_SIZE
-
-    steps: int | None = None
-    epochs: int | None = None
-    lr: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.updates(1)
-
-    def updates(self, images: int) -> int:
-        """Returns the number of updates for so many images."""
-        return self.length.updates(
-            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
-        )
 
 
 F = TypeVar("F", bound=type[Fit])
@@ -256,11 +214,7 @@ def register_fit(name: str) -> Callable[[F], F]:
 
 
 def create_fit(name: str, **options: Any) -> Fit:
-    """Creates the fit of a head.
-
-    Raises:
-        UsageError: For an unknown head, an option that it does not take, or a value out of range.
-    """
+    """Creates the fit of a head; UsageError for an unknown head or a wrong option."""
     HEADS[name]
     check_options(f"head {name!r}", FITS[name], options)
     return FITS[name](**options)
@@ -283,8 +237,8 @@ def fit_head(
     """Fits a head on frozen features.
 
     Options that are not given are selected on the validation features; ``head.selection`` records
-    how. Everything is computed in float32. Features are read in blocks and may be memory-mapped and
-    larger than memory; several views of an image are several rows.
+    how. Everything is computed in float32. Features are read in blocks and may be larger than
+    memory; several views of an image are several rows.
 
     Args:
         name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several heads and
@@ -389,22 +343,11 @@ def compare_heads(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> dict[str, Any]:
-    """Compares heads on validation, with 95 % bootstrap intervals over the images.
+    """Compares heads by their predictions (N,) on validation.
 
-    Args:
-        preds: Predicted classes by head, (N,) each; at least one head.
-        targets: True classes, (N,).
-        counts: Training images per class, (C,).
-        objective: What is compared.
-        rule: Bounds of the shot groups.
-
-    Returns:
-        A selection record: the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
-        value; ``compared``, the value of each head; their ``intervals``; and ``behind``, the
-        intervals of the difference between the best head and each.
-
-    Raises:
-        UsageError: If there is no head, or the split has no image of the objective's shot group.
+    The selection record has the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
+    value; ``compared``, the value of each head; their 95 % bootstrap ``intervals`` over the images;
+    and ``behind``, the intervals of the difference between the best head and each.
     """
     if not preds:
         raise UsageError("auto needs at least one head to choose from; heads is empty")
@@ -414,11 +357,10 @@ def compare_heads(
     best = max(values, key=lambda name: (values[name], reports[name].class_mean))
     field = objective_field(objective)
     intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}
+    given = (targets, counts)
     behind = {
-        name: paired_difference(
-            preds[best], given, targets, counts, objective=objective, rule=rule
-        )[1:]
-        for name, given in preds.items()
+        name: paired_difference(preds[best], other, *given, objective=objective, rule=rule)[1:]
+        for name, other in preds.items()
     }
     return {
         "head": best,
@@ -439,10 +381,9 @@ def take_best(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> Head:
-    """Returns a copy of the best head by its predictions on validation, ``preds`` (M,) each.
+    """Returns a copy of the head whose predictions (N,) on validation are best.
 
-    Its ``selection`` is the record of :func:`compare_heads`, with the head's own selection as
-    ``options``.
+    Its ``selection`` is the record of :func:`compare_heads`, with its own selection as ``options``.
     """
     record = compare_heads(preds, targets, class_counts, objective=objective, rule=rule)
     best = copy.deepcopy(heads[record["head"]])

@@ -1,9 +1,10 @@
 """Fits by gradient on cached features: linear, crt, lws and cosine; SMOTE."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from timm_lt.fitting.base import (
     MAXIMUM,
     Fit,
     FitData,
-    TrainedFit,
     register_fit,
     select,
     selection_record,
@@ -21,8 +21,6 @@ from timm_lt.fitting.base import (
 )
 from timm_lt.fitting.solvers import (
     MAX_ITERATIONS,
-    class_balanced_shares,
-    epochs_of,
     row_blocks,
     scale_gradient,
     solve_linear,
@@ -30,7 +28,7 @@ from timm_lt.fitting.solvers import (
     train_head,
 )
 from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, limit_norms, seeded_linear
-from timm_lt.heads.linear import CRT_LENGTH, LWS_LENGTH
+from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH, TrainingLength
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler
 from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
@@ -40,20 +38,86 @@ H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]
 Keep = Literal["last", "best"]
 SmoteTarget: TypeAlias = int | Literal["largest"]
-# Losses of the lbfgs solver; sgd takes any registered loss.
+# Options of crt for both solvers; max_iterations is for lbfgs, and the others for sgd.
+COMMON_OPTIONS = ("solver", "loss", "weight_decay", "smote")
 LBFGS_LOSSES = ("cross_entropy", "balanced_softmax")
-SGD_OPTIONS = (
-    *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
-)
 SGD_WEIGHT_DECAY = 5e-4
 # Rows x features x classes above which lbfgs, with its weight decays, takes minutes.
 LARGE = 5_000_000_000
 # From strong to weak: each solution is the start of the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 # Validations during training, with keep='best'.
-LOOKS = 10
+VALIDATIONS = 10
 # Neighbours of SMOTE.
 NEIGHBORS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFit(Fit):
+    """A fit by SGD.
+
+    Args:
+        steps: Number of updates; None goes by ``epochs``.
+        epochs: Passes over the rows; None is the length of the reference code, but at least a
+            number of updates.
+        lr: Initial learning rate.
+    """
+
+    length: ClassVar[TrainingLength]
+    batch_size: ClassVar[int] = BATCH_SIZE
+
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.updates(1)
+
+    def updates(self, images: int) -> int:
+        """Returns the number of updates for so many images."""
+        return self.length.updates(
+            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
+        )
+
+    def train(
+        self,
+        head: H,
+        data: FitData,
+        features: Features,
+        *,
+        keep: Keep = "last",
+        after: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> H:
+        """Trains a head by SGD; returns its last state, or the first best of ten on validation."""
+        steps = self.updates(features.num_images)
+        given = {"seed": data.seed, "steps": steps, "lr": self.lr, "batch_size": self.batch_size}
+        if keep == "last":
+            train_head(head, features, after=after, **given, **options)
+            return head
+        val = data.need_val(self.name, "the best update", "keep='last'")
+        due = {max(steps * number // VALIDATIONS, 1) for number in range(1, VALIDATIONS + 1)}
+        compared: list[list[float]] = []
+        best: tuple[tuple[float, float], int] = (-1.0, -1.0), 0
+        state: dict[str, Tensor] = {}
+
+        def validate(step: int) -> None:
+            nonlocal best, state
+            if after is not None:
+                after(step)
+            if step in due:
+                score = validation_score(head.eval(), data, val)
+                head.train()
+                compared.append([step, score[0]])
+                if score > best[0]:
+                    best, state = (score, step), copy.deepcopy(head.state_dict())
+
+        train_head(head, features, after=validate, **given, **options)
+        head.load_state_dict(state)
+        head.selection = selection_record("steps", best[1], best[0][0], data)
+        head.selection["compared"] = compared
+        return head
 
 
 def usual_solver(rows: int, linear: nn.Linear) -> Solver:
@@ -157,9 +221,9 @@ class CRTFit(TrainedFit):
                 raise UsageError(f"{self.loss!r} takes pairs of images; choose another")
         check_sampler("of head 'crt'", self._sampler, self.sampler_options)
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        of_sgd = [key for key in SGD_OPTIONS if key in given]
+        of_lbfgs = [*given & {"max_iterations"}]
+        of_sgd = sorted(given - {*COMMON_OPTIONS, *of_lbfgs})
         of_sgd += [f"loss {self.loss!r}"] if self.loss not in LBFGS_LOSSES else []
-        of_lbfgs = ["max_iterations"] if "max_iterations" in given else []
         solver = self.solver or ("lbfgs" if of_lbfgs else "sgd" if of_sgd else None)
         useless = {"lbfgs": of_sgd, "sgd": of_lbfgs, None: []}[solver]
         if useless:
@@ -186,7 +250,7 @@ class CRTFit(TrainedFit):
         rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
         if self.smote is not None:
             rows = images = int(smote_counts(class_counts * views, self.smote).sum())
-        epochs = epochs_of(self.updates(images) * self.batch_size, rows)
+        epochs = math.ceil(self.updates(images) * self.batch_size / rows)
         loss = self._create_loss(class_counts)
         with user_errors(f"loss of head 'crt' (an epoch is {rows} rows)", UsageError):
             getattr(loss, "set_epoch", lambda *_: None)(0, epochs)
@@ -201,46 +265,33 @@ class CRTFit(TrainedFit):
         counts = class_counts(features.targets, num_classes)
         if (self.solver or usual_solver(len(features), linear)) == "sgd":
             return self._train(data, features, CRTHead.from_classifier(linear), counts)
-        problem: dict[str, Any] = {"shares": class_balanced_shares(counts)}
+        # The expectation of balanced sampling.
+        shares, offset = (1.0 / (num_classes * counts.double())).float(), None
         if self.loss == "balanced_softmax":
-            shares = torch.full((num_classes,), 1.0 / len(features))
-            problem = {"shares": shares, "offset": counts.float().log()}
-        problem["max_iterations"] = self.max_iterations
+            shares, offset = torch.full((num_classes,), 1.0 / len(features)), counts.float().log()
+        problem = {"shares": shares, "offset": offset, "max_iterations": self.max_iterations}
         return _solve(CRTHead, data, features, linear, self.weight_decay, **problem)
 
     def _train(self, data: FitData, features: Features, head: CRTHead, counts: Tensor) -> CRTHead:
         """Trains the head by SGD."""
-        loss = self._create_loss(counts)
+        loss, limit = self._create_loss(counts), self.max_norm
         start = getattr(loss, "initial_bias", lambda _: None)(head.out_features)
         undecayed = []
         if start is not None and head.bias is not None:
             nn.init.constant_(head.bias, start)
             undecayed = [head.bias]
-        steps = self.updates(features.num_images)
-        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
-
-        def after(step: int) -> None:
-            if self.max_norm is not None:
-                limit_norms(head, self.max_norm)
-            if best is not None:
-                best(step)
-
-        train_head(
+        return self.train(
             head,
+            data,
             features,
-            seed=data.seed,
-            steps=steps,
-            lr=self.lr,
+            keep=self.keep,
             weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
             sampler=self._sampler,
             sampler_options=self.sampler_options,
             loss=loss,
             undecayed=undecayed,
-            after=after,
+            after=None if limit is None else lambda _: limit_norms(head, limit),
         )
-        if best is not None:
-            best.restore()
-        return head
 
 
 def _solve(
@@ -292,21 +343,9 @@ class LWSFit(TrainedFit):
         head = LWSHead.from_classifier(classifier, scale_bias=self.scale_bias)
         with torch.no_grad():
             head.scale.fill_(1.0)
-        steps = self.updates(data.features.num_images)
-        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
-        train_head(
-            head,
-            data.features,
-            seed=data.seed,
-            steps=steps,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            backward=scale_gradient(head, data.features),
-            after=best,
-        )
-        if best is not None:
-            best.restore()
-        return head
+        options = {"weight_decay": self.weight_decay, "keep": self.keep}
+        backward = scale_gradient(head, data.features)
+        return self.train(head, data, data.features, backward=backward, **options)
 
 
 @register_fit("cosine")
@@ -324,39 +363,7 @@ class CosineFit(TrainedFit):
         if data.classifier is None:
             nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
         head = CosineHead.from_classifier(linear, scale=self.scale, learn_scale=self.learn_scale)
-        steps = self.updates(data.features.num_images)
-        train_head(head, data.features, seed=data.seed, steps=steps, lr=self.lr)
-        return head
-
-
-class _BestUpdate:
-    """Validates a head ten times during its training, and keeps the first best state."""
-
-    def __init__(self, head: Head, data: FitData, steps: int) -> None:
-        self.head, self.data = head, data
-        self.val = data.need_val(head.kind, "the best update", "keep='last'")
-        self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
-        self.compared: list[list[float]] = []
-        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
-
-    def __call__(self, step: int) -> None:
-        """Validates the head after an update, if it is due."""
-        if step not in self.looks:
-            return
-        self.head.eval()
-        score = validation_score(self.head, self.data, self.val)
-        self.head.train()
-        self.compared.append([step, score[0]])
-        if self.best is None or score > self.best[0]:
-            self.best = score, step, copy.deepcopy(self.head.state_dict())
-
-    def restore(self) -> None:
-        """Restores the best state, and records the selection."""
-        assert self.best is not None
-        score, step, state = self.best
-        self.head.load_state_dict(state)
-        self.head.selection = selection_record("steps", step, score[0], self.data)
-        self.head.selection["compared"] = self.compared
+        return self.train(head, data, data.features)
 
 
 def _import_smote() -> Any:  # noqa: ANN401
@@ -367,24 +374,23 @@ def _import_smote() -> Any:  # noqa: ANN401
     return SMOTE
 
 
+def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
+    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
+    if target == "largest":
+        wanted = int(counts.max())
+    else:
+        wanted = check_integer("smote, rows per class or 'largest',", target, 1, MAXIMUM)
+    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
+
+
 def add_smote_rows(
     features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
 ) -> Features:
-    """Appends synthetic rows until each class has ``target`` rows.
+    """Appends synthetic rows until each class has ``target`` rows, or those of the largest class.
 
     A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
     of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
-    is repeated.
-
-    Args:
-        features: Values (N, D); the result is in memory.
-        num_classes: Number of classes C.
-        target: Smallest number of rows per class afterwards; ``"largest"`` is that of the largest
-            class.
-        seed: Seed of the draws.
-
-    Raises:
-        UsageError: If the target is out of range, or imbalanced-learn is not installed.
+    is repeated. The result is in memory.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
@@ -399,15 +405,6 @@ def add_smote_rows(
         parts.append(_synthetic(of_class, int(missing[label]), seed + label))
     labels = torch.repeat_interleave(torch.arange(num_classes), missing)
     return Features(torch.cat(parts), torch.cat([features.targets.cpu(), labels]))
-
-
-def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
-    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
-    if target == "largest":
-        wanted = int(counts.max())
-    else:
-        wanted = check_integer("smote, rows per class or 'largest',", target, 1, MAXIMUM)
-    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
 
 
 def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
