@@ -99,28 +99,28 @@ class FitData:
         """Checks the arguments of :func:`fit_head`."""
         check_integer("seed", settings["seed"], minimum=0)
         check_choice("objective", settings["objective"], get_args(Objective))
-        joint = None if classifier is None else joint_classifier(classifier)
-        num_classes = None if joint is None else joint.out_features
+        joint, num_classes, width = None, None, None
+        if classifier is not None:
+            # A copy, so that the model stays on its device.
+            joint = copy.deepcopy(joint_classifier(classifier)).to("cpu", torch.float32)
+            num_classes, width = joint.out_features, joint.in_features
         if counts is not None:
             counts = check_class_counts(counts, num_classes)
             num_classes = len(counts)
-        check_fits(features, "features", num_classes, None if joint is None else joint.in_features)
-        width = features.num_features
+        check_fits(features, "features", num_classes, width)
         number = num_classes or int(features.targets.max()) + 1
         of_features = class_counts(features.targets, number)
         counts = of_features // features.views if counts is None else counts
         for some in (of_features, counts):
             check_no_empty_class(some)
         if val is not None:
-            check_fits(val, "val", number, width)
+            check_fits(val, "val", number, features.num_features)
             empty = (class_counts(val.targets, number) == 0).nonzero().flatten().tolist()
             if empty:
                 raise UsageError(
                     f"{len(empty)} of {number} classes have no validation image: "
                     f"{shown_names(empty)}; selecting on such a split would ignore them"
                 )
-        # A copy, so that the model stays on its device.
-        joint = None if joint is None else copy.deepcopy(joint).to("cpu", torch.float32)
         return cls(features, counts, joint, val, **settings)
 
     @property
@@ -180,10 +180,7 @@ class Fit:
         HEADS[self.name](1, 1, **of_head)
 
     def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
-        """Checks, before features exist, that classes (C,) of these sizes can be fitted.
-
-        ``views`` is the number of rows per image.
-        """
+        """Checks, before features exist, that classes (C,) of these sizes can be fitted."""
 
     def __call__(self, data: FitData) -> Head:
         """Returns the fitted head in evaluation mode, and logs the time."""

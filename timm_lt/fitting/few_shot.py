@@ -1,7 +1,7 @@
 """Fits of few-shot heads: learning without forgetting (FSLwF), and OLTR with its memory."""
 
-import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -187,8 +187,6 @@ class _Training:
         self.weight = nn.Parameter(start[is_base])
         self.scale = nn.Parameter(torch.tensor(float(options.scale)))
         self.random = torch.Generator().manual_seed(data.seed)
-        settings = {"lr": options.lr, "weight_decay": options.weight_decay, "nesterov": True}
-        self.descend = functools.partial(descend, "fslwf", **settings)
 
     def train_base(self, seed: int) -> None:
         """Trains the cosine classifier of the base classes."""
@@ -203,7 +201,7 @@ class _Training:
         def backward(step: int) -> None:
             self.backward(rows[batches[step]], self.weight, labels[batches[step]])
 
-        self.descend([self.weight, self.scale], steps, backward)
+        self._descend(steps, backward)
 
     def train_generator(self, fake_novel: int) -> WeightGenerator:
         """Trains a generator in episodes, and the base classes' weights with it."""
@@ -233,7 +231,7 @@ class _Training:
             labels[1] += len(base)
             self.backward(torch.cat(rows), torch.cat([weight, generated]), torch.cat(labels))
 
-        self.descend([self.weight, self.scale, *generator.parameters()], options.episodes, backward)
+        self._descend(options.episodes, backward, *generator.parameters())
         return generator
 
     @torch.no_grad()
@@ -262,6 +260,13 @@ class _Training:
         """Sets the gradients of the mean cross-entropy of a cosine classifier."""
         cosines = self.unit(rows) @ F.normalize(weight, dim=1).T
         F.cross_entropy(self.scale * cosines, labels).backward()
+
+    def _descend(self, steps: int, backward: Callable[[int], None], *more: nn.Parameter) -> None:
+        parameters, options = [self.weight, self.scale, *more], self.options
+        decay = options.weight_decay
+        descend(
+            "fslwf", parameters, steps, backward, lr=options.lr, weight_decay=decay, nesterov=True
+        )
 
     def _draw(self, classes: Tensor, number: int) -> Tensor:
         """Returns rows (len(classes), number), different ones unless a class has too few."""

@@ -92,9 +92,9 @@ class TrainedFit(Fit):
     ) -> H:
         """Trains a head by SGD; returns its last state, or the first best of ten on validation."""
         steps = self.updates(features.num_images)
-        given = {"seed": data.seed, "steps": steps, "lr": self.lr, "batch_size": self.batch_size}
+        options |= {"seed": data.seed, "steps": steps, "lr": self.lr, "batch_size": self.batch_size}
         if keep == "last":
-            train_head(head, features, after=after, **given, **options)
+            train_head(head, features, after=after, **options)
             return head
         val = data.need_val(self.name, "the best update", "keep='last'")
         due = {max(steps * number // VALIDATIONS, 1) for number in range(1, VALIDATIONS + 1)}
@@ -113,7 +113,7 @@ class TrainedFit(Fit):
                 if score > best[0]:
                     best, state = (score, step), copy.deepcopy(head.state_dict())
 
-        train_head(head, features, after=validate, **given, **options)
+        train_head(head, features, after=validate, **options)
         head.load_state_dict(state)
         head.selection = selection_record("steps", best[1], best[0][0], data)
         head.selection["compared"] = compared
@@ -343,9 +343,10 @@ class LWSFit(TrainedFit):
         head = LWSHead.from_classifier(classifier, scale_bias=self.scale_bias)
         with torch.no_grad():
             head.scale.fill_(1.0)
-        options = {"weight_decay": self.weight_decay, "keep": self.keep}
-        backward = scale_gradient(head, data.features)
-        return self.train(head, data, data.features, backward=backward, **options)
+        decay, backward = self.weight_decay, scale_gradient(head, data.features)
+        return self.train(
+            head, data, data.features, keep=self.keep, weight_decay=decay, backward=backward
+        )
 
 
 @register_fit("cosine")
