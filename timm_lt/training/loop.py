@@ -176,24 +176,15 @@ def train_representation(
             is unknown; the loss needs another classifier; only some of model, sampler and loss are
             bilateral; an image cannot be read; or the loss is not finite.
     """
+    validation: dict[str, Any] = {"val": val, "class_counts": class_counts}
     trainer = RepresentationTrainer(
-        model,
-        train,
-        sampler,
-        loss,
-        options,
-        accelerator=accelerator,
-        val=val,
-        class_counts=class_counts,
+        model, train, sampler, loss, options, accelerator=accelerator, **validation
     )
     return trainer.run(state)
 
 
 class RepresentationTrainer:
-    """The parts of :func:`train_representation`, built and checked before anything is trained.
-
-    Args and errors are those of the function.
-    """
+    """The parts of :func:`train_representation`, built and checked before anything is trained."""
 
     def __init__(
         self,
@@ -302,13 +293,11 @@ class RepresentationTrainer:
         started = time.perf_counter()
         options = self.options
         kept = f"; the state after epoch {epoch} is kept" if epoch else ""
-        loss = self.train_epoch(
-            epoch,
-            bar,
-            f"epoch {epoch + 1}",
+        advice = (
             "start again, in another folder or with --overwrite, with a lower learning rate "
-            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}",
+            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}"
         )
+        loss = self.train_epoch(epoch, bar, f"epoch {epoch + 1}", advice)
         trained = time.perf_counter() - started
         due = (epoch + 1) % options.validate_every == 0 or epoch + 1 == options.epochs
         val: dict[str, float | None] = {}
@@ -331,9 +320,6 @@ class RepresentationTrainer:
 
         The message about a loss that is not finite names the owner, an epoch or a head, and gives
         the advice.
-
-        Raises:
-            UsageError: If an image cannot be read, or a loss or a weight is not finite.
         """
         options, accelerator = self.options, self.accelerator
         if (set_epoch := getattr(self.loss, "set_epoch", None)) is not None:
@@ -421,10 +407,7 @@ class RepresentationTrainer:
 def validate(
     model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator, counts: Tensor
 ) -> dict[str, float | None]:
-    """Returns the accuracy over all images and per shot group; every image counts once.
-
-    The model is left in evaluation mode. ``counts`` are the training images per class, (C,).
-    """
+    """Returns the accuracy over all images and per shot group; leaves the model in eval mode."""
     model.eval()
     preds, targets = [], []
     with torch.inference_mode(), accelerator.autocast():
@@ -442,14 +425,8 @@ def validate(
 def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
     """Returns the number of images that a process takes at once.
 
-    Args:
-        batch_size: Images per update, over all processes.
-        draws: Images of an epoch.
-        accelerator: Its processes and accumulated batches are the parts.
-        unit: Images that belong together, 2 for the pairs of a bilateral sampler.
-
-    Raises:
-        UsageError: If an epoch has no whole batch, or the parts cannot share one.
+    ``batch_size`` images make an update over all processes and accumulated batches, ``draws`` an
+    epoch; ``unit`` images belong together, 2 for the pairs of a bilateral sampler.
     """
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parts = processes * steps * unit

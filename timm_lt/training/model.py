@@ -27,17 +27,6 @@ def last_block(model: nn.Module) -> str:
     last block is returned. If it is a single layer, such as the norm or the 1×1 convolution at the
     end of some architectures, the last block before it is returned; a block has at least two layers
     with a weight matrix.
-
-    Args:
-        model: A timm model.
-
-    Raises:
-        UsageError: If its ``feature_info`` is missing or names a module that the model lacks, or
-            there is no block.
-
-    >>> import timm
-    >>> last_block(timm.create_model("test_resnet"))
-    'layer4.0'
     """
     try:
         path = str(list(model.feature_info)[-1]["module"])  # type: ignore[arg-type]
@@ -140,16 +129,7 @@ class FrozenParts:
             parameter.requires_grad_(True)
 
     def try_batch(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
-        """Passes the smallest batch, which batch norm may refuse, through a copy of the model.
-
-        Args:
-            model: The model.
-            size: Height and width of the images.
-            batch: Images per batch of a process.
-
-        Raises:
-            UsageError: If a map of a single pixel is normalised over a single image.
-        """
+        """Passes the smallest batch, which batch norm may refuse, through a copy of the model."""
         each = 2 if takes_pairs(model) else 1
         if batch > each:
             return
@@ -210,11 +190,7 @@ def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> Non
 
 
 def check_model(model: nn.Module, images: Images) -> None:
-    """Checks that a model takes images of this size, and that its head, if any, can be folded.
-
-    Raises:
-        UsageError: If not.
-    """
+    """Checks that a model takes images of this size, and that its head, if any, can be folded."""
     classifier, size = get_head(model), (3, *images.size)
     try:
         if isinstance(classifier, Head):

@@ -1,6 +1,5 @@
 """Parts of the training on images: mixup, optimiser, learning rates, losses and seeds."""
 
-import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_lt.training.state import EpochRecord
-from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name, user_errors
+from timm_lt.utils.checks import UsageError, check_choice, check_number, user_errors
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
@@ -42,18 +41,10 @@ T = TypeVar("T")
 
 
 def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages.
-
-    Raises:
-        UsageError: If an option is unknown or out of range, or the factory refuses it.
-    """
-    parameters = inspect.signature(create).parameters
-    for name, value in options.items():
-        if name not in parameters and "kwargs" not in parameters:
-            raise unknown_name(f"option of {owner}:", name, list(parameters))
-        interval = RANGES.get(f"{owner}.{name}")
-        if interval is not None and value is not None:
-            check_number(f"{owner}.{name}", value, interval)
+    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages."""
+    for name in options.keys() & {key.removeprefix(f"{owner}.") for key in RANGES}:
+        if options[name] is not None:
+            check_number(f"{owner}.{name}", options[name], RANGES[f"{owner}.{name}"])
     refusals = (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError)
     with user_errors(owner, UsageError, *refusals):
         return create(*arguments, **options)
@@ -112,16 +103,9 @@ class Remix(Mixup):
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixup | None:
-    """Creates timm's mixup and cutmix, or remix; None without an alpha.
+    """Creates timm's mixup and cutmix, or remix, from their arguments; None without an alpha.
 
-    Args:
-        options: Arguments of ``timm.data.Mixup``, except label smoothing, which is an option of the
-            loss; with ``remix_kappa`` or ``remix_tau``, those of :class:`Remix`.
-        class_counts: Training images per class, (C,); targets become (B, C).
-        batch: Images that are mixed with each other.
-
-    Raises:
-        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
+    Label smoothing is an option of the loss. ``batch`` images are mixed with each other.
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
@@ -142,11 +126,7 @@ def create_mixup(
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
-    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``.
-
-    Raises:
-        UsageError: If the optimiser or an option is unknown, or a value is out of range.
-    """
+    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``."""
     names = tuple(map(str, list_optimizers()))
     check_choice("optimizer", str(options["opt"]).removeprefix("lookahead_"), names)
     return create_part("optimizer", create_optimizer_v2, model, **options)
@@ -166,12 +146,9 @@ def means_over_processes(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """Losses of an epoch, kept on the device between two looks.
+    """Losses of an epoch, kept on the device between two checks that they are finite.
 
-    Args:
-        accelerator: Gathers from all processes, so that all of them stop.
-        owner: Epoch or head that is trained, for the message.
-        advice: Remedies for numbers that are not finite, for the message.
+    An error names the owner, an epoch or a head, and gives the advice.
     """
 
     def __init__(self, accelerator: Accelerator, owner: str, advice: str) -> None:
@@ -188,10 +165,8 @@ class Losses:
     def finish(self, model: nn.Module) -> float:
         """Returns the mean over all batches and processes.
 
-        Also checks the weights after the last update, whose effect no loss has shown yet.
-
-        Raises:
-            UsageError: On every process, if a loss or a weight of one of them is not finite.
+        Also checks the weights after the last update, whose effect no loss has shown yet. On an
+        error every process stops.
         """
         self._look()
         tensors = [*model.parameters(), *model.buffers()]
@@ -218,16 +193,9 @@ class Losses:
 
 
 class Schedule:
-    """timm's scheduler over a number of epochs; plateau also has a warm-up update by update.
+    """timm's scheduler over a number of epochs, including cooldown, warm-up and cycles.
 
-    Args:
-        optimizer: Optimiser whose learning rate it sets.
-        options: Arguments of ``timm.scheduler.create_scheduler_v2``.
-        epochs: Total length, including cooldown, warm-up and cycles.
-        updates_per_epoch: At least 1.
-
-    Raises:
-        UsageError: If an option is unknown, or the schedule cannot have that length.
+    Plateau, too, has a warm-up update by update.
     """
 
     def __init__(

@@ -122,8 +122,8 @@ class TrainingState:
     """Folder of a run's states, with one sub-folder per saved epoch.
 
     A sub-folder is written under another name, with the digests of its files, and renamed when it
-    is complete and on the disk: a kill at any moment leaves the one before it, and later damage is
-    noticed. Optimiser and random states are pickles of accelerate, which are read with
+    is on the disk: a kill at any moment leaves the one before it, and later damage is noticed.
+    Optimiser and random states are pickles of accelerate, which are read with
     ``weights_only=True``; everything else is safetensors and JSON.
 
     Args:
@@ -156,7 +156,7 @@ class TrainingState:
                 before it.
 
         Raises:
-            UsageError: If the state cannot be written; it is then removed.
+            UsageError: If the state cannot be written.
         """
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"
@@ -178,11 +178,10 @@ class TrainingState:
             if is_lost_process(error) or is_worker_death(error):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
-            saved = self.saved_epochs()
-            there = f"the one after epoch {saved[-1]} is whole" if saved else "there is no other"
             raise UsageError(
                 f"the training state after epoch {epoch} cannot be written to {self.folder} "
-                f"({error}); {there}: make room and go on with --resume"
+                f"({error}); complete states: {self.saved_epochs()}; free some space and go on "
+                "with --resume"
             ) from error
         self.accelerator.wait_for_everyone()
 
@@ -248,9 +247,9 @@ class TrainingState:
 
     def _shared(self, look: Callable[[], T]) -> T:
         """Returns the result of the main process on every process."""
-        seen: list[T | None] = [look() if self.accelerator.is_main_process else None]
-        shared: list[T] = broadcast_object_list(seen)
-        return shared[0]
+        seen = [look() if self.accelerator.is_main_process else None]
+        shared: T = broadcast_object_list(seen)[0]
+        return shared
 
 
 def _seal(folder: Path) -> None:
@@ -266,7 +265,7 @@ def _seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compares the files of a saved state with their digests; returns the first problem or None."""
+    """Returns the first problem of a saved state, whose files must have their digests."""
     try:
         digests = read_json(folder / MANIFEST)
         for name, digest in digests.items():
