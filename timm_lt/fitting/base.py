@@ -56,19 +56,14 @@ RANGES = {
     "gamma": "(0, inf)",
     "scale": "(0, inf)",
 }
-MINIMA = {
-    **dict.fromkeys(
-        ("steps", "epochs", "max_iterations", "episodes", "fake_novel", "exemplars"), 1
-    ),
-    "queries": 2,
-}
+MINIMA = {"steps": 1, "epochs": 1, "max_iterations": 1}
+MINIMA |= {"episodes": 1, "fake_novel": 1, "exemplars": 1, "queries": 2}
 # More draws would not fit into memory.
 MAXIMUM = 10_000_000
 
 
-@dataclass(frozen=True)
 class FitData:
-    """Checked input of a fit.
+    """Checked input of a fit; the arguments are those of :func:`fit_head`.
 
     Attributes:
         features: Training features, (N, D) of any floating type, maybe memory-mapped, with rows of
@@ -76,42 +71,35 @@ class FitData:
         class_counts: Training images per class, (C,), all >= 1, of the joint classifier; they may
             differ from the counts of the features.
         classifier: A float32 copy of the joint classifier (C, D) on the CPU.
-        val: Validation features with rows of every class.
     """
 
-    features: Features
-    class_counts: Tensor
-    classifier: nn.Linear | None
-    val: Features | None
-    seed: int
-    objective: Objective
-    rule: ShotRule
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         features: Features,
         classifier: nn.Module | None,
         counts: ClassCounts | None,
         val: Features | None,
-        **settings: Any,
-    ) -> "FitData":
-        """Checks the arguments of :func:`fit_head`."""
-        check_integer("seed", settings["seed"], minimum=0)
-        check_choice("objective", settings["objective"], get_args(Objective))
-        joint, num_classes, width = None, None, None
+        *,
+        seed: int,
+        objective: Objective,
+        rule: ShotRule,
+    ) -> None:
+        self.seed = check_integer("seed", seed, minimum=0)
+        check_choice("objective", objective, get_args(Objective))
+        self.features, self.val, self.objective, self.rule = features, val, objective, rule
+        self.classifier, num_classes, width = None, None, None
         if classifier is not None:
             # A copy, so that the model stays on its device.
-            joint = copy.deepcopy(joint_classifier(classifier)).to("cpu", torch.float32)
-            num_classes, width = joint.out_features, joint.in_features
+            self.classifier = copy.deepcopy(joint_classifier(classifier)).to("cpu", torch.float32)
+            num_classes, width = self.classifier.out_features, self.classifier.in_features
         if counts is not None:
             counts = check_class_counts(counts, num_classes)
             num_classes = len(counts)
         check_fits(features, "features", num_classes, width)
         number = num_classes or int(features.targets.max()) + 1
         of_features = class_counts(features.targets, number)
-        counts = of_features // features.views if counts is None else counts
-        for some in (of_features, counts):
+        self.class_counts = of_features // features.views if counts is None else counts
+        for some in (of_features, self.class_counts):
             check_no_empty_class(some)
         if val is not None:
             check_fits(val, "val", number, features.num_features)
@@ -121,7 +109,6 @@ class FitData:
                     f"{len(empty)} of {number} classes have no validation image: "
                     f"{shown_names(empty)}; selecting on such a split would ignore them"
                 )
-        return cls(features, counts, joint, val, **settings)
 
     @property
     def num_classes(self) -> int:
@@ -165,13 +152,9 @@ class Fit:
 
     def __post_init__(self) -> None:
         owner, options = f"head {self.name!r}", vars(self)
-        for field in fields(self):
-            if options[field.name] is None and field.default is not None:
-                raise UsageError(
-                    f"{field.name} of {owner} cannot be null; remove it for its default"
-                )
         check_literals(owner, type(self), options)
-        given = {key: value for key, value in options.items() if value is not None}
+        chosen = {field.name for field in fields(self) if field.default is None}
+        given = {k: value for k, value in options.items() if value is not None or k not in chosen}
         for key in RANGES.keys() & given:
             check_number(f"{key} of {owner}", given[key], RANGES[key])
         for key in MINIMA.keys() & given:
@@ -274,7 +257,7 @@ def fit_head(
     if name == AUTO:
         check_options(f"head {AUTO!r}", _fit_best, options)
     fit = None if name == AUTO else create_fit(name, **options)
-    data = FitData.create(
+    data = FitData(
         features, classifier, class_counts, val, seed=seed, objective=objective, rule=rule
     )
     return _fit_best(data, **options) if fit is None else fit(data)

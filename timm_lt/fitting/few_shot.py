@@ -97,13 +97,10 @@ class FSLwFFit(TrainedFit):
         queries: Rows that are classified in an episode, at least 2; they are not exemplars, unless
             a class has too few rows.
         novel_share: Share of the queries from classes taken for novel. None draws every class
-            equally often, as balanced test sets do; few-shot protocols take 0.5, which favours the
-            novel classes.
+            equally often; few-shot protocols take 0.5, which favours the novel classes.
         dropout: Share of the features' entries that are dropped in training, as in the code.
         gamma: Initial sharpness of the attention; the paper's code has 10, and 30 on ImageNet.
         scale: Initial factor of the cosines.
-        lr: Initial learning rate of both stages.
-        weight_decay: On everything that is learned.
     """
 
     length = LWS_LENGTH
@@ -176,10 +173,8 @@ class _Training:
         self.options, self.values, self.views = options, data.features.values, data.features.views
         targets = data.features.targets.cpu()
         by_class = targets.sort(stable=True).indices.split(class_counts(targets).tolist())
-        self.rows, self.novel_rows = (
-            [by_class[label] for label in mask.nonzero().flatten().tolist()]
-            for mask in (is_base, ~is_base)
-        )
+        self.rows = [rows for rows, base in zip(by_class, is_base, strict=True) if base]
+        self.novel_rows = [rows for rows, base in zip(by_class, is_base, strict=True) if not base]
         if data.classifier is not None:
             start = data.classifier.weight.detach()
         else:
@@ -286,16 +281,12 @@ class OLTRFit(TrainedFit):
     The settings are those of the authors' second stage: batches of 128, 4 rows of a class in
     succession, momentum 0.9, a learning rate that drops to a tenth at each third. The memory's
     coefficients start from the joint classifier, if there is one. On frozen features the loss of
-    the centroids moves nothing but them, and its minimum is near the class means, from which they
-    start.
+    the centroids moves nothing but them, from the class means, which are near its minimum.
 
     Args:
-        scale: Option of the head, like ``reach`` and ``squash``.
         centroids: ``"learned"`` by :class:`timm_lt.losses.DiscriminativeCentroids`, without weight
             decay; or fixed at the class ``"means"``.
-        loss_weight: Weight of that loss beside the cross-entropy, >= 0.
-        hinge: Option of that loss.
-        steps: Updates, 128 rows each.
+        loss_weight: Weight of that loss beside the cross-entropy, >= 0; ``hinge`` is its option.
         epochs: None is 2, but at least 150 updates; the paper, whose backbone learns too, has 60
             on ImageNet-LT.
         weight_decay: On everything but the centroids.

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
@@ -133,8 +134,7 @@ class LinearFit(Fit):
     The probe minimises the cross-entropy over the rows as they are distributed.
 
     Args:
-        solver: ``"lbfgs"`` or ``"sgd"``; None is lbfgs, or sgd where lbfgs would take minutes.
-        weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
+        solver: As of ``crt``, like ``weight_decay``.
     """
 
     solver: Solver | None = None
@@ -176,18 +176,14 @@ class CRTFit(TrainedFit):
             one whose options are given, else lbfgs, or sgd where lbfgs would take minutes.
         loss: ``"cross_entropy"``, balanced by sampling (sgd) or weights (lbfgs), or
             ``"balanced_softmax"`` on the features as they are distributed. With sgd any of
-            :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
-            "instance_balanced"``; its class counts are those of the features. An initial bias of
+            :func:`timm_lt.list_losses`, with the class counts of the features. An initial bias of
             the loss (sigmoids) is set, without weight decay.
-        loss_options: Options of the loss (sgd).
         sampler: One of :func:`timm_lt.list_samplers` (sgd); None is ``"class_balanced"``, or
             ``"instance_balanced"`` for balanced softmax.
-        sampler_options: Options of the sampler (sgd).
         weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
         max_iterations: Iterations of lbfgs per weight decay.
-        steps: Updates of sgd, 512 rows each; None goes by epochs.
+        steps: Updates of sgd, 512 rows each.
         epochs: Epochs of sgd; None is the paper's 10, but at least 1,000 updates.
-        lr: Initial learning rate of sgd.
         max_norm: Largest norm of a class's weights after each update of sgd, > 0; None is no limit.
             With weight decay, the second stage of Alshammari et al., Long-Tailed Recognition via
             Weight Balancing, CVPR 2022.
@@ -212,7 +208,8 @@ class CRTFit(TrainedFit):
         super().__post_init__()
         if self.smote is not None:
             smote_counts(torch.ones(1, dtype=torch.int64), self.smote)
-            _import_smote()
+            with user_errors("smote", ImportError, cure="pip install 'timm_lt[smote]'"):
+                import_module("imblearn.over_sampling")
         with user_errors("loss of head 'crt', a linear classifier", UsageError):
             loss = self._create_loss(torch.tensor([2, 1]))
             if (check_classifier := getattr(loss, "check_classifier", None)) is not None:
@@ -325,9 +322,8 @@ class LWSFit(TrainedFit):
 
     Args:
         scale_bias: Option of the head.
-        steps: Updates, 512 rows each; None goes by epochs.
+        steps: Updates, 512 rows each.
         epochs: None is the 5 of the authors' code, but at least 500 updates.
-        lr: Initial learning rate.
         weight_decay: On the factors, as in the authors' code.
         keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation.
     """
@@ -367,14 +363,6 @@ class CosineFit(TrainedFit):
         return self.train(head, data, data.features)
 
 
-def _import_smote() -> Any:  # noqa: ANN401
-    try:
-        from imblearn.over_sampling import SMOTE
-    except ImportError as error:
-        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
-    return SMOTE
-
-
 def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
     """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
     if target == "largest":
@@ -412,7 +400,7 @@ def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
     """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
     if len(rows) == 1:
         return rows.expand(number, -1)
-    smote = _import_smote()(
+    smote = import_module("imblearn.over_sampling").SMOTE(
         sampling_strategy={1: len(rows) + number},
         k_neighbors=min(NEIGHBORS, len(rows) - 1),
         random_state=seed % 2**32,

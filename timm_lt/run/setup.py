@@ -252,9 +252,9 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         sampler,
         loss,
         training_options(recipe),
-        accelerator=run.accelerator,
-        val=run.images["val"],
-        class_counts=splits.class_counts,
+        run.accelerator,
+        run.images["val"],
+        splits.class_counts,
     )
 
 

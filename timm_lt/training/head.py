@@ -44,9 +44,8 @@ class HeadOptions:
     Args:
         bn: ``"frozen"`` keeps the backbone in evaluation mode. ``"shift"`` puts it in training
             mode, as in the reference code: batch norm normalises by the statistics of a process's
-            batch, and its running statistics move to those of the sampler's classes; dropout and
-            drop path, which the paper's networks lack, are active. The statistics become the
-            head's ``backbone_statistics``.
+            batch, its running statistics, which become the head's ``backbone_statistics``, move to
+            those of the sampler's classes, and dropout and drop path are active.
         epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
             updates. The last N mod ``batch_size`` images of each pass are dropped.
         steps: Number of updates, >= 1; excludes ``epochs``.
@@ -156,19 +155,11 @@ class HeadTrainer:
         optimizer = {"opt": "momentum", "lr": given.lr, "weight_decay": given.weight_decay}
         optimizer |= {"momentum": given.momentum, "filter_bias_and_bn": False}
         # The whole training is one epoch of the loop.
-        options = TrainingOptions(
-            epochs=1,
-            batch_size=self.batch_size,
-            optimizer=optimizer,
-            trained=[],
-            bn=given.bn,
-            seed=seed,
-        )
+        part = {"trained": [], "bn": given.bn, "seed": seed}
+        options = TrainingOptions(epochs=1, batch_size=self.batch_size, optimizer=optimizer, **part)
         loss = nn.CrossEntropyLoss()
         with _forgotten(self.accelerator):
-            trainer = RepresentationTrainer(
-                network, train, draws, loss, options, accelerator=self.accelerator
-            )
+            trainer = RepresentationTrainer(network, train, draws, loss, options, self.accelerator)
             if given.bn == "frozen":
                 # Also the modules that contain the head: the paper's networks have no dropout.
                 trainer.frozen.evaluated = [m for m in network.modules() if m is not head]

@@ -17,8 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from rich.progress import Progress
 from timm.models import model_parameters
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_lt.data.decode import UNREADABLE, without_unreadable
@@ -73,17 +72,17 @@ class TrainingOptions:
         clip_grad: Threshold of the gradient, > 0; None does not clip.
         clip_mode: The threshold applies to the ``"norm"`` of all gradients, to each ``"value"``,
             or (``"agc"``) to the norm of each unit relative to that of its weights.
-        max_norm: Largest length of the weights of a class in the classifier, > 0 (MaxNorm): longer
-            ones are shortened to it after each update, as in Alshammari et al., Long-Tailed
-            Recognition via Weight Balancing, CVPR 2022. None does not limit them.
+        max_norm: Largest norm of a class's weights in the classifier after each update, > 0
+            (MaxNorm), as in Alshammari et al., Long-Tailed Recognition via Weight Balancing, CVPR
+            2022. None does not limit them.
         mixup: Arguments of ``timm.data.Mixup``; images are mixed if an alpha is above 0. With
             ``remix_kappa``, and ``remix_tau``, by :class:`~timm_lt.training.parts.Remix`.
-        mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
+        mixup_off_epoch: Epochs after which images are no longer mixed; None is never.
         ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are
             validated and kept.
         validate_every: Epochs between two validations, >= 1; the last epoch is always validated.
-        keep: Weights to keep: those of the epoch with the ``"best"`` overall accuracy on validation
-            (the first of equals), or of the ``"last"`` epoch.
+        keep: Weights to keep: of the ``"last"`` epoch, or of that with the ``"best"`` overall
+            accuracy on validation (the first of equals).
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
             ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
@@ -173,12 +172,11 @@ def train_representation(
 
     Raises:
         UsageError: If the batch size does not fit the data or the processes; an option or a module
-            is unknown; the loss needs another classifier; only some of model, sampler and loss are
-            bilateral; an image cannot be read; or the loss is not finite.
+            is unknown; model, sampler and loss do not fit each other; an image cannot be read; or
+            the loss is not finite.
     """
-    validation: dict[str, Any] = {"val": val, "class_counts": class_counts}
     trainer = RepresentationTrainer(
-        model, train, sampler, loss, options, accelerator=accelerator, **validation
+        model, train, sampler, loss, options, accelerator, val, class_counts
     )
     return trainer.run(state)
 
@@ -193,7 +191,6 @@ class RepresentationTrainer:
         sampler: ClassSampler,
         loss: nn.Module,
         options: TrainingOptions,
-        *,
         accelerator: Accelerator,
         val: Images | None = None,
         class_counts: ClassCounts | None = None,
@@ -372,14 +369,15 @@ class RepresentationTrainer:
         return value.detach()
 
     def _clip(self, threshold: float) -> None:
-        if self.options.clip_mode == "norm":
+        mode = self.options.clip_mode
+        if mode == "norm":
+            # Also under FSDP, where each process has a part of each gradient.
             self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
-        elif self.options.clip_mode == "value":
-            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
-        else:
-            self.accelerator.unscale_gradients()
-            # Without the classifier, as in Brock et al. (2021).
-            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
+            return
+        self.accelerator.unscale_gradients()
+        # agc leaves the classifier alone, as in Brock et al. (2021).
+        parameters = model_parameters(self._raw, exclude_head=mode == "agc")
+        dispatch_clip_grad(parameters, threshold, mode)
 
     def _weights(self) -> dict[str, Tensor]:
         """Returns a copy of the present weights, averaged if there is an average, on the CPU."""

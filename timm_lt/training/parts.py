@@ -42,9 +42,10 @@ T = TypeVar("T")
 
 def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """Calls a factory of timm with the options of a user; ``owner`` names the part in messages."""
-    for name in options.keys() & {key.removeprefix(f"{owner}.") for key in RANGES}:
-        if options[name] is not None:
-            check_number(f"{owner}.{name}", options[name], RANGES[f"{owner}.{name}"])
+    for name, value in options.items():
+        interval = RANGES.get(f"{owner}.{name}")
+        if interval is not None and value is not None:
+            check_number(f"{owner}.{name}", value, interval)
     refusals = (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError)
     with user_errors(owner, UsageError, *refusals):
         return create(*arguments, **options)

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial as bind
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from timm_lt.data.decode import is_worker_death
 from timm_lt.utils.accelerator import is_lost_process
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import file_sha256, flush_folder, read_json, write_json
 
@@ -26,7 +27,7 @@ HISTORY = "history.json"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 BEST = "best.safetensors"
-# Errors of reading a file that accelerate did not write.
+# Errors of accelerate when it reads what another version wrote.
 DAMAGE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
 # Number of saved states, so that one is left if the last is damaged.
 KEPT = 2
@@ -87,7 +88,7 @@ def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelera
         line += f"  val {record.accuracies()}" + ("*" if best_record(history) is record else "")
     left = (epochs - record.epoch) * representation_seconds(history) / len(history)
     line += f"  {record.images_per_second:,.0f} images/s  {record.seconds:.1f} s"
-    log.info("%s", line + (f"  {format_seconds(left)} left" if left else ""))
+    log.info("%s", line + (f"  {timedelta(seconds=round(left))} left" if left else ""))
     values = {key: value for key, value in asdict(record).items() if key not in ("epoch", "val")}
     values |= {f"val/{name}": value for name, value in record.val.items() if value is not None}
     accelerator.log(values, step=record.epoch)
@@ -95,27 +96,14 @@ def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelera
 
 def describe_history(history: Sequence[EpochRecord], kept: int) -> str:
     """Returns a summary of a run in one line; ``kept`` is the epoch whose weights are kept."""
-    seconds = representation_seconds(history)
     # Every epoch has the same number of images.
     rate = len(history) / sum(1 / record.images_per_second for record in history)
-    line = f"trained {len(history)} epochs in {format_seconds(seconds)}, {rate:,.0f} images/s"
+    took = timedelta(seconds=round(representation_seconds(history)))
+    line = f"trained {len(history)} epochs in {took}, {rate:,.0f} images/s"
     best = best_record(history)
     if best is not None:
         line += f"; best on validation: epoch {best.epoch} with {best.accuracies()}"
     return f"{line}; the weights of epoch {kept} are kept"
-
-
-def format_seconds(seconds: float) -> str:
-    """Returns a duration for people.
-
-    >>> format_seconds(59.4), format_seconds(3725)
-    ('59 s', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 class TrainingState:
@@ -132,8 +120,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder = folder
-        self.accelerator = accelerator
+        self.folder, self.accelerator = folder, accelerator
 
     def saved_epochs(self) -> list[int]:
         """Returns the epochs after which a state was saved, ascending."""
@@ -186,24 +173,18 @@ class TrainingState:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> list[EpochRecord]:
-        """Loads the last undamaged state and returns its history; [] if there are no states.
-
-        Raises:
-            UsageError: If all states are damaged.
-        """
+        """Loads the last undamaged state and returns its history; [] if there are no states."""
         self._clean()
         epochs = self._shared(self.saved_epochs)
         for epoch in reversed(epochs):
             folder = self._path(epoch)
             problem = self._shared(bind(find_damage, folder))
-            try:
-                if problem is None:
+            if problem is None:
+                with user_errors(f"the training state {folder} cannot be loaded", *DAMAGE):
                     self.accelerator.load_state(str(folder))
                     stored = read_json(folder / HISTORY)["epochs"]
-                    self._drop([later for later in epochs if later > epoch])
-                    return [EpochRecord(**record) for record in stored]
-            except DAMAGE as error:
-                problem = str(error)
+                self._drop([later for later in epochs if later > epoch])
+                return [EpochRecord(**record) for record in stored]
             log.warning("the training state %s is damaged (%s)", folder, problem)
         if epochs:
             raise UsageError(
