@@ -155,7 +155,7 @@ class HeadTrainer:
         optimizer = {"opt": "momentum", "lr": given.lr, "weight_decay": given.weight_decay}
         optimizer |= {"momentum": given.momentum, "filter_bias_and_bn": False}
         # The whole training is one epoch of the loop.
-        part = {"trained": [], "bn": given.bn, "seed": seed}
+        part: dict[str, Any] = {"trained": [], "bn": given.bn, "seed": seed}
         options = TrainingOptions(epochs=1, batch_size=self.batch_size, optimizer=optimizer, **part)
         loss = nn.CrossEntropyLoss()
         with _forgotten(self.accelerator):
