@@ -35,8 +35,8 @@ RANGES = {
     "mixup.switch_prob": "[0, 1]",
     "ema.decay": "[0, 1)",
 }
-# Batches between two looks at the losses, each of which waits for the device.
-LOOK_EVERY = 50
+# Batches between two checks of the losses, each of which waits for the device.
+CHECK_EVERY = 50
 T = TypeVar("T")
 
 
@@ -160,8 +160,8 @@ class Losses:
     def add(self, value: Tensor) -> None:
         """Adds the loss of the next batch; UsageError if a loss is not finite."""
         self._values.append(value)
-        if len(self._values) == LOOK_EVERY:
-            self._look()
+        if len(self._values) == CHECK_EVERY:
+            self._flush()
 
     def finish(self, model: nn.Module) -> float:
         """Returns the mean over all batches and processes.
@@ -169,7 +169,7 @@ class Losses:
         Also checks the weights after the last update, whose effect no loss has shown yet. On an
         error every process stops.
         """
-        self._look()
+        self._flush()
         tensors = [*model.parameters(), *model.buffers()]
         # Under FSDP each process has a part of each tensor.
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
@@ -179,7 +179,7 @@ class Losses:
             raise UsageError(f"{problem} {self._message}")
         return float(torch.cat(self._seen).mean())
 
-    def _look(self) -> None:
+    def _flush(self) -> None:
         if not self._values:
             return
         values = self._accelerator.reduce(torch.stack(self._values), "mean").double().cpu()

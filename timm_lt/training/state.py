@@ -167,8 +167,8 @@ class TrainingState:
             shutil.rmtree(partial, ignore_errors=True)
             raise UsageError(
                 f"the training state after epoch {epoch} cannot be written to {self.folder} "
-                f"({error}); complete states: {self.saved_epochs()}; free some space and go on "
-                "with --resume"
+                f"({error}); complete states: {self.saved_epochs()}; make room and go on with "
+                "--resume"
             ) from error
         self.accelerator.wait_for_everyone()
 
