@@ -288,8 +288,7 @@ def test_clipping_bounds_the_first_step(mode):
     elif mode == "value":
         expected = unclipped.clamp(-0.01, 0.01)
     else:
-        expected = []
-        parameters = dict(small_network().named_parameters())
+        expected, parameters = [], dict(small_network().named_parameters())
         parts = unclipped.split([p.numel() for p in parameters.values()])
         for (name, p), part in zip(parameters.items(), parts, strict=True):
             if name.startswith("hidden"):  # the classifier is left alone
@@ -459,15 +458,13 @@ def mixup(**options):
         ({"ema": {"decay": 1.0}}, r"ema.decay must be a number in \[0, 1\)"),
         ({"ema": {"use_warmup": True}}, "use_warmup.* has no effect without ema.decay"),
         ({"batch_size": 41}, "a multiple of 1 and at most 40, the images of an epoch"),
+        ({"accelerator": 3}, r"accumulation_steps 3: .* a multiple of 3"),
         ({"keep": "first"}, "unknown keep 'first'"),
         ({"epochs": 0}, "epochs must be an integer >= 1"),
     ],
 )
 def test_wrong_options_are_named(options, message):
+    if "accelerator" in options:
+        options = {"accelerator": new_accelerator(accumulation_steps=options["accelerator"])}
     with pytest.raises(timm_lt.UsageError, match=message):
         train(linear_model(), **options)
-
-
-def test_a_batch_is_shared_by_its_parts():
-    with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3: .* a multiple of 3"):
-        train(linear_model(), accelerator=new_accelerator(accumulation_steps=3))

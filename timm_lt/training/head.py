@@ -196,6 +196,7 @@ class HeadTrainer:
         return network, head
 
 
+@kept_random_state()
 def train_head_on_images(
     name: str,
     model: nn.Module,
