@@ -1,6 +1,5 @@
 """Options of fits: selection on validation by objectives, the best of several heads, bad input."""
 
-import math
 import sys
 
 import numpy as np
@@ -251,24 +250,17 @@ def test_a_schedule_that_starts_after_the_training_is_refused(smote, views, rows
         ("ncm", {"metric": None}, "unknown metric of head 'ncm'.* None"),
         ("lws", {"steps": 0}, "steps of head 'lws' must be an integer from 1"),
         ("lws", {"lr": None}, r"lr of head 'lws' must be a number in \(0, inf\), got None"),
-        ("lws", {"epochs": 1.5}, "epochs of head 'lws' must be an integer from 1 .*got 1.5"),
         ("lws", {"steps": 10**12}, "steps of head 'lws' must be an integer from 1 to"),
-        ("lws", {"lr": math.nan}, "got nan"),
-        ("lws", {"keep": "worst"}, "choose one of: last, best"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
-        ("crt", {"weight_decay": -1e-4}, r"weight_decay of head 'crt' must be .* \[0, inf\)"),
         ("crt", {"max_norm": 0}, r"max_norm of head 'crt' must be .* \(0, inf\)"),
         ("crt", {"smote": "all"}, "or 'largest', must be an integer from 1"),
-        ("crt", {"loss": "fokal"}, "loss of head 'crt'.*unknown loss 'fokal'.*balanced_softmax"),
         ("crt", {"loss": "ldam"}, "loss of head 'crt', a linear classifier: .*cosine"),
         ("crt", {"loss": "bilateral"}, "'bilateral' takes pairs"),
         ("crt", {"loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         ("crt", {"loss_options": {"reduction": "sum"}}, "reduction in loss_options"),
-        ("crt", {"sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {"sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
         ("crt", {"sampler": "deferred", "sampler_options": {"start": 3}}, "from epoch to epoch"),
         ("crt", LBFGS | {"keep": "best"}, "keep of head .crt. has no effect with the solver"),
-        ("crt", LBFGS | {"loss": "focal"}, "loss 'focal' of head 'crt' has no effect"),
         ("crt", {"steps": 5, "max_iterations": 9}, "steps of head .crt. has no effect"),
         ("crt", SGD | {"max_iterations": 9}, "max_iterations of head 'crt' has no effect"),
     ],
@@ -309,7 +301,6 @@ FEW = {"objective": "few_shot", "class_counts": torch.tensor([500, 400, 300, 200
         ("ncm", {"val": swap(VAL, 1, 0)}, "1 of 4 classes have no validation image: 1"),
         ("ncm", {"class_counts": COUNTS - 5}, "1 of 4 classes have no training image: 3"),
         ("ncm", {"class_counts": COUNTS[:3]}, "class_counts has 3 classes, expected 4"),
-        ("ncm", {"train": swap(TRAIN, 2, 4)}, r"targets of features\[\d+\] = 4 is not below"),
         ("ncm", {"val": swap(VAL, 2, 9)}, r"targets of val\[\d+\] = 9 is not below num_classes=4"),
         ("ncm", {"train": narrow(TRAIN)}, "features has 5 features per row; expected 6"),
         ("ncm", {"val": narrow(VAL), "classifier": None}, "val has 5 features per row"),
@@ -323,12 +314,10 @@ FEW = {"objective": "few_shot", "class_counts": torch.tensor([500, 400, 300, 200
             for name in ("tau_norm", "lws", "logit_adjusted")
         ),
         ("tau_norm", {"val": None}, "selects tau .*pass val=, or tau="),
-        ("crt", {"val": None}, "selects weight_decay .*pass val=, or weight_decay="),
         ("lws", {"val": None, "keep": "best"}, "pass val=, or keep='last'"),
         ("auto", {"val": None}, "head 'auto' selects a head on validation features: pass val="),
         ("auto", {"heads": {}}, "auto needs at least one head"),
         ("auto", {"heads": {"linear": 3}}, "options of head 'linear' must be a mapping"),
-        ("auto", {"heads": {"lws": {"tau": 1}}}, "head 'lws' has no option 'tau'"),
         ("auto", {"tau": 1.0}, "head 'auto' has no option 'tau'.*heads"),
         ("auto", {"classifier": None, "heads": ["tau_norm"]}, "starts from the joint classifier"),
     ],

@@ -12,13 +12,12 @@ import pytest
 import timm
 import torch
 from torch import nn
-from training_runs import new_accelerator
+from training_runs import new_accelerator, own_accelerator  # noqa: F401
 
 import timm_lt
 import train_lt
 from timm_lt.data import create_augmentation, create_splits
-from timm_lt.data.images import ImageTensors, StoredImages
-from timm_lt.data.sources import dataset_from_arrays
+from timm_lt.data.images import ImageTensors
 from timm_lt.heads import get_head, head_statistics, seeded_linear
 from timm_lt.run.recipe import Recipe, stage_heads
 from timm_lt.training import HeadTrainer, train_head_on_images
@@ -171,20 +170,9 @@ def test_mixed_precision_is_the_accelerators(model, data):
 # ---- what is random, and what stays as it is -----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["memory", "stored"])
-def test_the_same_seed_gives_the_same_bits(pixels, kind):
-    model = with_dropout()
+def test_the_same_seed_gives_the_same_bits(pixels):
+    model, heads = with_dropout(), []
     data = ImageTensors(pixels, LABELS, augmentation=create_augmentation("affine"), seed=5)
-    if kind == "stored":
-        arrays = pixels.permute(0, 2, 3, 1).numpy()
-        data = StoredImages(
-            dataset_from_arrays(arrays, LABELS.numpy(), list("abcd")),
-            LABELS,
-            size=(SIDE, SIDE),
-            preprocessing={"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
-            augmentation={"scale": (0.5, 1.0), "re_prob": 0.5},
-        )
-    heads = []
     for seed in (1, 1, 2):
         torch.rand(7)
         np.random.rand(3)  # noqa: NPY002
@@ -339,6 +327,8 @@ def test_wrong_options_are_named(model, data, name, options, message):
 
 
 def test_wrong_models_and_data_are_named(model, data):
+    with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3: .* a multiple of 3"):
+        train("crt", model, data, new_accelerator(accumulation_steps=3))
     vit = timm.create_model("test_vit", img_size=SIDE, num_classes=C)
     cosine = timm_lt.create_model("test_resnet", num_classes=C, head="cosine")
     five = timm.create_model("test_resnet", num_classes=5)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
-from training_runs import images, interrupted, network
+from training_runs import images, interrupted, network, own_accelerator  # noqa: F401
 from training_runs import train as train_with
 
 import timm_lt

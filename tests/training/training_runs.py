@@ -21,6 +21,13 @@ def new_accelerator(**options):
     return create_accelerator(**{"mixed_precision": "no"} | options)
 
 
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """In the tests of a file that imports it, leaves accelerate without a state."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def images(seed=0, side=SIDE):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (N, 3, side, side), generator=generator)
