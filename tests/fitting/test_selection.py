@@ -184,7 +184,6 @@ def test_auto_compares_the_heads_that_it_is_given_by_the_objective():
     assert head.selection["objective"] == "few_shot"
     named = fit("auto", heads=["linear", "tau_norm"]).selection["compared"]
     assert named == fit("auto", heads={"linear": None, "tau_norm": {}}).selection["compared"]
-    assert fit("auto", heads="linear").kind == "linear"
     assert set(dict(fit("auto", classifier=None).selection["compared"])) == {"crt", "ncm"}
 
 

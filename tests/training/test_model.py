@@ -209,7 +209,7 @@ def test_batches_without_a_variance_are_refused():
     """At 32 pixels the last maps of the network have one; frozen batch norm needs no batch."""
     model, size = network(), (SIDE, SIDE)
     parts = FrozenParts(model, None)
-    with pytest.raises(UsageError, match=r"over 1 images in a process's batch \(Expected more"):
+    with pytest.raises(UsageError, match=r"over 1 images in a process's batch: Expected more"):
         parts.try_batch(model, size, 1)
     parts.try_batch(model, size, 2)
     parts.try_batch(model, (2 * SIDE, SIDE), 1)

@@ -245,8 +245,7 @@ def fit_head(
 
     Raises:
         UsageError: For an unknown head or option, a value out of range, shapes that do not match, a
-            class without training or validation images, or a missing classifier or validation
-            features.
+            class without images, or a missing classifier or validation features.
 
     >>> import torch
     >>> x = torch.eye(3).repeat(4, 1)
@@ -270,13 +269,9 @@ def _fit_best(
     val = data.need_val(AUTO, "a head", "the name of one")
     if heads is None:
         heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
-    elif isinstance(heads, str):
-        heads = [heads]
     given = heads if isinstance(heads, Mapping) else dict.fromkeys(heads)
-    fits = [
-        create_fit(name, **check_mapping(f"options of head {name!r}", options))
-        for name, options in given.items()
-    ]
+    options = {name: check_mapping(f"options of head {name!r}", given[name]) for name in given}
+    fits = [create_fit(name, **options[name]) for name in options]
     fitted = {fit.name: fit(data) for fit in fits}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
@@ -303,16 +298,17 @@ def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option
     scores = [validation_score(head, data, val) for _, head in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     value, head = candidates[best]
-    head.selection = selection_record(option, value, scores[best][0], data)
-    head.selection["compared"] = [
-        [value, score] for (value, _), (score, _) in zip(candidates, scores, strict=True)
-    ]
+    compared = [[value, score[0]] for (value, _), score in zip(candidates, scores, strict=True)]
+    head.selection = selection_record(option, value, scores[best][0], data, compared=compared)
     return head
 
 
-def selection_record(option: str, value: float, accuracy: float, data: FitData) -> dict[str, Any]:
+def selection_record(
+    option: str, value: float, accuracy: float, data: FitData, **more: Any
+) -> dict[str, Any]:
     """Returns a checkpoint's record of a selected option; ``val_accuracy`` is the objective."""
-    return {option: value, "objective": data.objective, "split": "val", "val_accuracy": accuracy}
+    record = {option: value, "objective": data.objective, "split": "val", "val_accuracy": accuracy}
+    return record | more
 
 
 def compare_heads(

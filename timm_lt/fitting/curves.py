@@ -265,10 +265,7 @@ class AccuracyCurve:
 
     @property
     def best_tau(self) -> float:
-        """The middle of the widest stretch of taus up to 10 with the highest accuracy.
-
-        In the middle, rounding cannot tip an image over the edge. A stretch is cut after one unit.
-        """
+        """The middle of the widest stretch of taus up to 10 with the highest accuracy."""
         return self.maximise("all")[0]
 
     def maximise(self, objective: Objective = "all") -> tuple[float, float]:
@@ -289,6 +286,7 @@ class AccuracyCurve:
         if objective != "all":
             edges, both = on_common_edges([(edges, values), self.steps("class_mean")])
             order = [*both]
+        # In the middle of a stretch, cut after one unit, rounding tips no image over the edge.
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
         edges, ends, order = edges[near], ends[near], [values[near] for values in order]
@@ -313,10 +311,9 @@ def tau_curve(
     """Computes the accuracy of tau-normalisation or logit adjustment at every tau >= 0 at once.
 
     With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
-    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. The label of an image wins on one
-    interval of tau, which is found from one product of features and weight. The ends are exact up
-    to the rounding of the logits, which are at least float32. Features are read in blocks and may
-    be memory-mapped.
+    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. It takes one product of features,
+    read in blocks, and weight. The curve is exact up to the rounding of the logits, which are at
+    least float32.
 
     Args:
         classifier: The joint classifier (C, D), from ``model.get_classifier()``.

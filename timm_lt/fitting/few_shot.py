@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -257,11 +257,8 @@ class _Training:
         F.cross_entropy(self.scale * cosines, labels).backward()
 
     def _descend(self, steps: int, backward: Callable[[int], None], *more: nn.Parameter) -> None:
-        parameters, options = [self.weight, self.scale, *more], self.options
-        decay = options.weight_decay
-        descend(
-            "fslwf", parameters, steps, backward, lr=options.lr, weight_decay=decay, nesterov=True
-        )
+        given: dict[str, Any] = {"lr": self.options.lr, "weight_decay": self.options.weight_decay}
+        descend("fslwf", [self.weight, self.scale, *more], steps, backward, nesterov=True, **given)
 
     def _draw(self, classes: Tensor, number: int) -> Tensor:
         """Returns rows (len(classes), number), different ones unless a class has too few."""

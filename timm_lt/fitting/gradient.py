@@ -116,8 +116,7 @@ class TrainedFit(Fit):
 
         train_head(head, features, after=validate, **options)
         head.load_state_dict(state)
-        head.selection = selection_record("steps", best[1], best[0][0], data)
-        head.selection["compared"] = compared
+        head.selection = selection_record("steps", best[1], best[0][0], data, compared=compared)
         return head
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +50,7 @@ from timm_lt.training.state import (
     log_epoch,
 )
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_integer, check_literals, check_number
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -115,8 +115,7 @@ class TrainingOptions:
         for name in ("clip_grad", "max_norm"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), "(0, inf)")
-        check_choice("keep", self.keep, get_args(Keep))
-        check_choice("clip_mode", self.clip_mode, get_args(ClipMode))
+        check_literals("training", TrainingOptions, vars(self))
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UsageError(f"clip_mode {self.clip_mode} has no effect without clip_grad")
         if self.ema and self.ema.get("decay") is None:
@@ -205,10 +204,9 @@ class RepresentationTrainer:
         self.frozen = FrozenParts(model, options.trained, options.bn)
         self.frozen.try_batch(model, train.size, batch)
         width = getattr(model, "num_classes", 0)
-        self.class_counts = (
-            torch.bincount(train.labels, minlength=width)
-            if class_counts is None
-            else check_class_counts(class_counts, width or None)
+        counted = torch.bincount(train.labels, minlength=width)
+        self.class_counts = check_class_counts(
+            counted if class_counts is None else class_counts, width or None
         )
         self.mixup = create_mixup(options.mixup, self.class_counts, batch)
         if self.mixup is not None and not getattr(loss, "takes_soft_targets", False):
@@ -221,9 +219,7 @@ class RepresentationTrainer:
         model.zero_grad()
         self.updates = len(sampler) // options.batch_size
         optimizer = create_optimizer(model, options.optimizer)
-        self.schedule = Schedule(
-            optimizer, options.scheduler, epochs=options.epochs, updates_per_epoch=self.updates
-        )
+        self.schedule = Schedule(optimizer, options.scheduler, options.epochs, self.updates)
         if self.schedule.plateau and val is None:
             raise UsageError("scheduler plateau needs a validation split")
         draws = NumberedSampler(sampler, len(train), self.updates * options.batch_size)

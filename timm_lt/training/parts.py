@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -64,7 +65,7 @@ class Remix(Mixup):
     so an image in which the frequent class has a share below τ belongs to the rare one alone.
 
     Args:
-        class_counts: Training images per class, (C,), each >= 1.
+        counts: Training images per class, (C,), each >= 1.
         remix_kappa: κ, >= 1; 3 in the paper.
         remix_tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
         **options: Arguments of ``timm.data.Mixup``: mixup, cutmix or both, without label smoothing.
@@ -76,14 +77,14 @@ class Remix(Mixup):
 
     def __init__(
         self,
-        class_counts: ClassCounts,
+        counts: ClassCounts,
         *,
         remix_kappa: float = 3.0,
         remix_tau: float = 0.5,
         **options: Any,
     ) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.class_counts = check_class_counts(class_counts)
+        self.class_counts = check_class_counts(counts)
         self.kappa = check_number("mixup.remix_kappa", remix_kappa, "[1, inf)")
         self.tau = check_number("mixup.remix_tau", remix_tau, "[0, 1]")
 
@@ -110,20 +111,18 @@ def create_mixup(
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
-    given = {"mixup_alpha": 0.0} | given
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
-    remix = {name: given.pop(name) for name in ("remix_kappa", "remix_tau") if name in given}
+    is_remix = not given.keys().isdisjoint(("remix_kappa", "remix_tau"))
+    create: Callable[..., Mixup] = partial(Remix, class_counts) if is_remix else Mixup
     # Created also if it does not mix, to find wrong options.
-    mixup = create_part("mixup", Mixup, **sizes, **given)
+    mixup = create_part("mixup", create, **sizes, **{"mixup_alpha": 0.0} | given)
     if not any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
-        if remix:
-            raise UsageError(
-                f"mixup.{min(remix)} has no effect without mixup_alpha or cutmix_alpha"
-            )
+        if is_remix:
+            raise UsageError("mixup.remix_* has no effect without mixup_alpha or cutmix_alpha")
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return Remix(class_counts, **remix, **sizes, **given) if remix else mixup
+    return mixup
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
@@ -175,22 +174,21 @@ class Losses:
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
         broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
         if self._accelerator.reduce(broken, "sum") > 0:
-            problem = "weights are no longer finite after the last update"
-            raise UsageError(f"{problem} {self._message}")
+            raise UsageError(f"weights are no longer finite after the last update {self._message}")
         return float(torch.cat(self._seen).mean())
 
     def _flush(self) -> None:
         if not self._values:
             return
         values = self._accelerator.reduce(torch.stack(self._values), "mean").double().cpu()
-        first = sum(map(len, self._seen))
-        self._seen.append(values)
-        self._values = []
-        wrong = torch.nonzero(~values.isfinite()).flatten()
-        if len(wrong):
-            update = (first + int(wrong[0])) // self._accelerator.gradient_accumulation_steps + 1
+        wrong = torch.nonzero(~values.isfinite()).flatten().tolist()
+        if wrong:
+            batch = sum(map(len, self._seen)) + wrong[0]
+            update = batch // self._accelerator.gradient_accumulation_steps + 1
             value = float(values[wrong[0]])
             raise UsageError(f"the loss became {value} in update {update} {self._message}")
+        self._seen.append(values)
+        self._values = []
 
 
 class Schedule:
@@ -200,12 +198,7 @@ class Schedule:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        options: Mapping[str, Any],
-        *,
-        epochs: int,
-        updates_per_epoch: int,
+        self, optimizer: Optimizer, options: Mapping[str, Any], epochs: int, updates_per_epoch: int
     ) -> None:
         given = dict(options)
         check_choice("scheduler", given.get("sched", "cosine"), SCHEDULERS)

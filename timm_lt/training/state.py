@@ -128,22 +128,14 @@ class TrainingState:
         return sorted(int(name[6:]) for name in names if re.fullmatch(r"epoch_\d+", name))
 
     def save(
-        self,
-        history: Sequence[EpochRecord],
-        *,
-        ema: Weights | None = None,
-        best: Weights | None = None,
+        self, history: Sequence[EpochRecord], *, ema: Weights | None, best: Weights | None
     ) -> None:
         """Saves the state after the last epoch of the history; the one before it is kept too.
 
         Args:
             history: Every epoch so far.
             ema: Averaged weights, if any.
-            best: The best weights so far, if they are of this epoch; None keeps those of the state
-                before it.
-
-        Raises:
-            UsageError: If the state cannot be written.
+            best: The best weights so far, if of this epoch; None keeps those of the state before.
         """
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"
@@ -218,9 +210,7 @@ class TrainingState:
 
     def _drop(self, epochs: Sequence[int]) -> None:
         """Removes saved states."""
-        if not self.accelerator.is_main_process:
-            return
-        for epoch in epochs:
+        for epoch in epochs if self.accelerator.is_main_process else ():
             # Renamed first, so that an interrupted removal does not leave a damaged state.
             doomed = self.folder / f".partial_{epoch:04d}"
             self._path(epoch).rename(doomed)
