@@ -1,6 +1,6 @@
 """Options of fits: selection on validation by objectives, the best of several heads, bad input."""
 
-import math
+import sys
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from timm_lt.heads import list_heads
 from timm_lt.metrics import OBJECTIVES, shot_accuracy
 from timm_lt.utils.checks import UsageError
 
-SGD = {"solver": "sgd"}
+SGD, LBFGS = {"solver": "sgd"}, {"solver": "lbfgs"}
 TARGETS = VAL.targets.numpy()
 by_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 
@@ -85,7 +85,6 @@ def test_tau_norm_with_its_bias_selects_from_a_grid():
     head = fit("tau_norm", keep_bias=True)
     swept = {tau: accuracy(fit("tau_norm", keep_bias=True, tau=tau), VAL) for tau in (0, 0.5, 1, 2)}
     compared = dict(head.selection["compared"])
-    assert head.keep_bias
     assert accuracy(head, VAL) == max(compared.values()) >= max(swept.values())
     assert {tau: compared[tau] for tau in swept} == pytest.approx(swept)
     assert head.tau == head.selection["tau"]
@@ -131,14 +130,10 @@ def test_where_an_objective_is_the_same_for_all_the_mean_over_the_classes_decide
     """Images of class 3 lie where it never wins, so the worst class is 0 for all candidates."""
     far = -100 * JOINT.weight[3].detach()
     val = Features(VAL.values.where(VAL.targets[:, None] != 3, far), VAL.targets)
-    worst, mean = (fit(name, val=val, objective=o) for o in ("worst_class", "class_mean"))
-    assert worst.selection["val_accuracy"] == 0
-    assert same_accuracy(worst, mean, val)
-
-
-def same_accuracy(one, two, val):
-    reports = [shot_accuracy(h(val.values).argmax(1), val.targets, COUNTS) for h in (one, two)]
-    return reports[0].class_mean == pytest.approx(reports[1].class_mean)
+    heads = [fit(name, val=val, objective=o) for o in ("worst_class", "class_mean")]
+    reports = [shot_accuracy(h(val.values).argmax(1), val.targets, COUNTS) for h in heads]
+    assert heads[0].selection["val_accuracy"] == 0
+    assert reports[0].class_mean == pytest.approx(reports[1].class_mean)
 
 
 # The best of several heads ------------------------------------------------------------------------
@@ -158,9 +153,8 @@ def test_values_and_intervals_are_those_of_redrawn_images(objective):
     samples = []
     for _ in range(3000):
         rows = np.concatenate([rng.choice(own, len(own)) for own in of_class])
-        redrawn = [objective_by_hand(p.numpy()[rows], TARGETS[rows], objective)
-                   for p in PREDS.values()]  # fmt: skip
-        samples.append(redrawn)
+        preds = [p.numpy()[rows] for p in PREDS.values()]
+        samples.append([objective_by_hand(p, TARGETS[rows], objective) for p in preds])
     samples = np.array(samples)
     best = samples[:, [*PREDS].index(record["head"])]
     # A percentile of the worst class is a number of its 20 images.
@@ -190,7 +184,6 @@ def test_auto_compares_the_heads_that_it_is_given_by_the_objective():
     assert head.selection["objective"] == "few_shot"
     named = fit("auto", heads=["linear", "tau_norm"]).selection["compared"]
     assert named == fit("auto", heads={"linear": None, "tau_norm": {}}).selection["compared"]
-    assert fit("auto", heads="linear").kind == "linear"
     assert set(dict(fit("auto", classifier=None).selection["compared"])) == {"crt", "ncm"}
 
 
@@ -207,10 +200,7 @@ def test_a_choice_keeps_what_was_selected_before_and_the_heads_as_they_are():
 # The solver of crt --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"steps": 5}, {"epochs": 5, "keep": "best"}, {"epochs": 5, "loss": "focal"}],
-)
+@pytest.mark.parametrize("options", [{"steps": 5}, {"epochs": 5, "loss": "focal"}])
 def test_options_of_sgd_choose_it(options):
     options = {"seed": 3, **options}
     assert fit("crt", **options).weight.equal(fit("crt", solver="sgd", **options).weight)
@@ -230,22 +220,19 @@ def test_the_solver_goes_by_the_size_of_the_problem(monkeypatch):
     assert fit("crt", **lbfgs).weight.equal(fit("crt", solver="lbfgs", **lbfgs).weight)
 
 
-def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
-    """Of 2 steps of 512 rows are 6 passes over the 180 rows, or 3 over the 480 of SMOTE."""
-
-    def check(start, views=1, **options):
-        options |= {"loss": "deferred_reweighting", "loss_options": {"start": start}}
-        fit = create_fit("crt", steps=2, sampler="instance_balanced", **options)
+@pytest.mark.parametrize(
+    ("smote", "views", "rows", "epochs"),
+    [(None, 1, 180, 6), ("largest", 1, 480, 3), (None, 2, 360, 3)],
+)
+def test_a_schedule_that_starts_after_the_training_is_refused(smote, views, rows, epochs):
+    """2 steps of 512 rows are 6 passes over the 180 rows, or 3 over the 480 of SMOTE."""
+    for start in (epochs - 1, epochs):
+        loss = {"loss": "deferred_reweighting", "loss_options": {"start": start}}
+        fit = create_fit("crt", steps=2, sampler="instance_balanced", smote=smote, **loss)
+        if start < epochs:
+            fit.check_classes(COUNTS, views=views)
+    with pytest.raises(UsageError, match=rf"an epoch is {rows} rows\): start {epochs} is not with"):
         fit.check_classes(COUNTS, views=views)
-
-    check(5)
-    with pytest.raises(UsageError, match="an epoch is 180 rows\\): start 6 is not within"):
-        check(6)
-    check(2, smote="largest")
-    with pytest.raises(UsageError, match=r"480 rows\): start 3"):
-        check(3, smote="largest")
-    with pytest.raises(UsageError, match=r"360 rows\): start 3"):
-        check(3, views=2)
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -258,48 +245,22 @@ def test_a_schedule_that_starts_after_the_training_is_refused_before_it():
         *((name, {"tua": 1}, f"head '{name}' has no option 'tua'.*valid") for name in list_heads()),
         ("cosine", {"scale": 0.0}, "scale of head 'cosine' must be"),
         ("tau_norm", {"tau": -0.1}, r"tau must be a number in \[0, inf\)"),
-        ("logit_adjusted", {"tau": math.inf}, "tau must be"),
         ("ncm", {"metric": "manhattan"}, "choose one of: cosine, euclidean"),
-        ("ncm", {"features": "l1"}, "choose one of: raw, l2, centered_l2"),
-        ("ncm", {"metric": None}, "metric of head 'ncm' cannot be null"),
+        ("ncm", {"metric": None}, "unknown metric of head 'ncm'.* None"),
         ("lws", {"steps": 0}, "steps of head 'lws' must be an integer from 1"),
-        ("lws", {"epochs": 1.5}, "epochs of head 'lws' must be an integer from 1 .*got 1.5"),
+        ("lws", {"lr": None}, r"lr of head 'lws' must be a number in \(0, inf\), got None"),
         ("lws", {"steps": 10**12}, "steps of head 'lws' must be an integer from 1 to"),
-        ("lws", {"lr": 0.0}, r"lr of head 'lws' must be a number in \(0, inf\)"),
-        ("lws", {"lr": math.nan}, "got nan"),
-        ("lws", {"keep": "worst"}, "choose one of: last, best"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
-        ("crt", {"solver": "adam"}, "choose one of: lbfgs, sgd"),
-        ("crt", {"weight_decay": -1e-4}, r"weight_decay of head 'crt' must be .* \[0, inf\)"),
-        ("crt", {"max_iterations": 0}, "max_iterations of head 'crt' must be an integer from 1"),
         ("crt", {"max_norm": 0}, r"max_norm of head 'crt' must be .* \(0, inf\)"),
         ("crt", {"smote": "all"}, "or 'largest', must be an integer from 1"),
-        ("crt", {"smote": 10**13}, "must be an integer from 1"),
-        ("crt", {"loss": "fokal"}, "loss of head 'crt'.*unknown loss 'fokal'.*balanced_softmax"),
         ("crt", {"loss": "ldam"}, "loss of head 'crt', a linear classifier: .*cosine"),
         ("crt", {"loss": "bilateral"}, "'bilateral' takes pairs"),
         ("crt", {"loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         ("crt", {"loss_options": {"reduction": "sum"}}, "reduction in loss_options"),
-        ("crt", {"loss_options": 3}, "loss_options must be a mapping .*got 3"),
-        ("crt", {"sampler": "sqrt"}, "sampler of head 'crt': unknown sampler 'sqrt'"),
         ("crt", {"sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
-        ("crt", {"sampler_options": {"seed": 1}}, "head 'crt'.*has no option 'seed'"),
-        (
-            "crt",
-            {"sampler": "deferred", "sampler_options": {"start": 3}},
-            "changes from epoch to epoch",
-        ),
-        (
-            "crt",
-            {"solver": "lbfgs", "keep": "best"},
-            "keep of head .crt. has no effect with the solver",
-        ),
-        ("crt", {"solver": "lbfgs", "loss": "focal"}, "loss 'focal' of head 'crt' has no effect"),
-        (
-            "crt",
-            {"steps": 5, "max_iterations": 9},
-            "steps of head .crt. has no effect",
-        ),
+        ("crt", {"sampler": "deferred", "sampler_options": {"start": 3}}, "from epoch to epoch"),
+        ("crt", LBFGS | {"keep": "best"}, "keep of head .crt. has no effect with the solver"),
+        ("crt", {"steps": 5, "max_iterations": 9}, "steps of head .crt. has no effect"),
         ("crt", SGD | {"max_iterations": 9}, "max_iterations of head 'crt' has no effect"),
     ],
 )
@@ -309,8 +270,8 @@ def test_wrong_options_are_refused_before_anything_is_fitted(name, options, mess
 
 
 def test_smote_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "imblearn.over_sampling", None)
-    with pytest.raises(UsageError, match=r"pip install 'timm_lt\[smote\]'"):
+    monkeypatch.setitem(sys.modules, "imblearn.over_sampling", None)
+    with pytest.raises(UsageError, match=r"smote: .*imblearn.*; pip install 'timm_lt\[smote\]'"):
         create_fit("crt", smote=50)
 
 
@@ -329,7 +290,7 @@ def narrow(features):
     return Features(features.values[:, :5], features.targets)
 
 
-FEW = torch.tensor([500, 400, 300, 200])
+FEW = {"objective": "few_shot", "class_counts": torch.tensor([500, 400, 300, 200])}
 
 
 @pytest.mark.parametrize(
@@ -339,36 +300,23 @@ FEW = torch.tensor([500, 400, 300, 200])
         ("ncm", {"val": swap(VAL, 1, 0)}, "1 of 4 classes have no validation image: 1"),
         ("ncm", {"class_counts": COUNTS - 5}, "1 of 4 classes have no training image: 3"),
         ("ncm", {"class_counts": COUNTS[:3]}, "class_counts has 3 classes, expected 4"),
-        ("ncm", {"class_counts": COUNTS / 1}, "is not an integer"),
-        ("ncm", {"train": swap(TRAIN, 2, 4)}, r"targets of features\[\d+\] = 4 is not below"),
         ("ncm", {"val": swap(VAL, 2, 9)}, r"targets of val\[\d+\] = 9 is not below num_classes=4"),
         ("ncm", {"train": narrow(TRAIN)}, "features has 5 features per row; expected 6"),
-        ("ncm", {"val": narrow(VAL)}, "val has 5 features per row; expected 6"),
         ("ncm", {"val": narrow(VAL), "classifier": None}, "val has 5 features per row"),
-        (
-            "ncm",
-            {"classifier": None, "class_counts": COUNTS[:3]},
-            r"targets of features\[\d+\] = 3 is not below num_classes=3",
-        ),
         ("ncm", {"seed": -1}, "seed must be an integer >= 0"),
         ("ncm", {"objective": "f1"}, "choose one of: all, class_mean, few_shot"),
         ("tau_norm", {"classifier": fit("cosine")}, "takes the joint classifier, got a 'cosine'"),
         ("linear", {"weight_decay": 1e-2}, "of head 'linear' have no effect with a joint"),
-        ("tau_norm", {"objective": "few_shot", "class_counts": FEW}, "few_shot"),
-        ("crt", {"objective": "few_shot", "class_counts": FEW}, "few_shot"),
+        *((name, FEW, "few_shot") for name in ("tau_norm", "crt")),
         *(
             (name, {"classifier": None}, f"head '{name}' .*joint classifier: pass classifier=")
             for name in ("tau_norm", "lws", "logit_adjusted")
         ),
         ("tau_norm", {"val": None}, "selects tau .*pass val=, or tau="),
-        ("logit_adjusted", {"val": None}, "selects tau .*pass val=, or tau="),
-        ("crt", {"val": None}, "selects weight_decay .*pass val=, or weight_decay="),
         ("lws", {"val": None, "keep": "best"}, "pass val=, or keep='last'"),
         ("auto", {"val": None}, "head 'auto' selects a head on validation features: pass val="),
         ("auto", {"heads": {}}, "auto needs at least one head"),
-        ("auto", {"heads": {"crtt": {}}}, "did you mean 'crt'"),
         ("auto", {"heads": {"linear": 3}}, "options of head 'linear' must be a mapping"),
-        ("auto", {"heads": {"lws": {"tau": 1}}}, "head 'lws' has no option 'tau'"),
         ("auto", {"tau": 1.0}, "head 'auto' has no option 'tau'.*heads"),
         ("auto", {"classifier": None, "heads": ["tau_norm"]}, "starts from the joint classifier"),
     ],

@@ -141,13 +141,13 @@ def test_kills_change_nothing(server, whole, seconds, tmp_path, more):
 
 # Where the disk is full, how many bytes a file may have then, and words of the message.
 FULL = (
-    (None, 10_000, ["state after epoch 1", "there is no other"]),
+    (None, 10_000, ["state after epoch 1", "complete states: []"]),
     ("*/heads/.crt*", 5000, ["results", "model.safetensors"]),
     ("*/run/.metrics.json*", 10_000, ["results", "metrics.json"]),
 )
 MORE_FULL = (
     ("*/run/.recipe.yaml*", 100, ["recipe.yaml", "cannot be written"]),
-    ("*/state/.partial_0003", 500_000, ["state after epoch 3", "after epoch 2 is whole"]),
+    ("*/state/.partial_0003", 500_000, ["state after epoch 3", "complete states: [1, 2]"]),
     ("*/state/.partial_0004/.history.json*", 100, ["after epoch 4", "history.json"]),
     ("*/heads/.crt*", 3000, ["results", "crt.safetensors"]),
     ("*/run/.config.json*", 500, ["results", "config.json"]),

@@ -438,8 +438,8 @@ def test_first_update(name, stand_in, tmp_path):
     planned = {
         head: options for head, options in recipe.heads.items() if options.get("stage") == "images"
     }
-    assert set(run.plans) == set(planned) == ({"crt", "lws"} if name in KANG else set())
+    assert set(run.head_trainers) == set(planned) == ({"crt", "lws"} if name in KANG else set())
     for head, options in planned.items():
-        plan, number = run.plans[head], 600 + classes
-        assert (plan.bn, plan.batch_size) == ("shift", options["batch_size"])
+        plan, number = run.head_trainers[head], 600 + classes
+        assert (plan.options.bn, plan.batch_size) == ("shift", options["batch_size"])
         assert plan.updates == options["epochs"] * (number // options["batch_size"])

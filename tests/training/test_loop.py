@@ -2,73 +2,29 @@
 
 import math
 import re
-import resource
 
 import pytest
-import timm
 import timm.optim
 import torch
-from accelerate.state import AcceleratorState
-from stopping import StopError, StopsAfterTwo, new_state
+from stopping import new_state
 from torch import nn
+from training_runs import (
+    SIDE,
+    C,
+    N,
+    images,
+    interrupted,
+    linear_model,
+    network,
+    new_accelerator,
+    own_accelerator,  # noqa: F401
+    train,
+    weights,
+)
 
 import timm_lt
 from timm_lt.data.images import ImageTensors
-from timm_lt.heads import get_head
-from timm_lt.training import TrainingOptions, TrainingState, parts, train_representation
-from timm_lt.utils.accelerator import create_accelerator
-
-NUM_IMAGES, NUM_CLASSES, SIDE = 40, 4, 6
-
-
-def new_accelerator(**options):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return create_accelerator(**{"mixed_precision": "no"} | options)
-
-
-@pytest.fixture
-def accelerator():
-    yield new_accelerator()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def images(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (NUM_IMAGES, 3, SIDE, SIDE), generator=generator)
-    labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
-    pixels[:, 0] = pixels[:, 0] // 2 + 32 * labels[:, None, None]
-    return ImageTensors(pixels.to(torch.uint8), labels)
-
-
-def linear_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, NUM_CLASSES))
-
-
-def train(accelerator, model, loss=None, data=None, val=None, class_counts=None, state=None, **own):
-    """Returns the history; the model is trained in place."""
-    data = data or images()
-    settings = {
-        "epochs": 3,
-        "batch_size": 8,
-        "optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9},
-        "scheduler": {"sched": "cosine"},
-    }
-    return train_representation(
-        model,
-        data,
-        timm_lt.create_sampler("instance_balanced", data.labels, seed=0),
-        loss or timm_lt.create_loss("cross_entropy"),
-        TrainingOptions(**settings | own),
-        accelerator=accelerator,
-        val=val,
-        class_counts=class_counts,
-        state=state,
-    ).history
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from timm_lt.training import TrainingState, parts
 
 
 def accuracy(model, data, rows=slice(None)):
@@ -90,30 +46,11 @@ class Notes(nn.Module):
         return nn.functional.cross_entropy(logits, targets) * (self.note(targets) or 1.0)
 
 
-def stops_after(epochs):
-    class Stops(TrainingState):
-        def save(self, history, **kwargs):
-            super().save(history, **kwargs)
-            if len(history) == epochs:
-                raise StopError
-
-    return Stops
-
-
-def interrupted(folder, model, stop, **options):
-    """Trains a model in two sessions, of which the first ends after some epochs."""
-    state = new_state(folder, stops_after(stop))
-    with pytest.raises(StopError):
-        train(state.accelerator, linear_model(), state=state, **options)
-    state = new_state(folder)
-    return train(state.accelerator, model, state=state, **options)
-
-
-def test_follows_a_hand_written_nesterov_loop(accelerator):
+def test_follows_a_hand_written_nesterov_loop():
     model = linear_model()
     weight, bias = (p.detach().double().clone() for p in model[1].parameters())
     data = images()
-    history = train(accelerator, model, scheduler={"sched": "constant"})
+    history = train(model, scheduler={"sched": "constant"})
 
     x = ((data.images.double() / 255 - 0.5) / 0.25).flatten(1)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
@@ -121,22 +58,18 @@ def test_follows_a_hand_written_nesterov_loop(accelerator):
     losses = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        order = list(sampler)
-        epoch_losses = []
-        for start in range(0, NUM_IMAGES, 8):
-            rows = order[start : start + 8]
+        for rows in torch.tensor(list(sampler)).split(8):
             p = torch.softmax(x[rows] @ weight.T + bias, dim=1)
             targets = data.labels[rows]
-            epoch_losses.append(-p[range(8), targets].log().mean())
+            losses.append(-p[range(8), targets].log().mean().item())
             p[range(8), targets] -= 1
             # Weight decay is on the weight and not on the bias.
             gradients = [p.T @ x[rows] / 8 + 0.1 * weight, p.mean(0)]
-            for k in range(2):
-                velocity[k] = 0.9 * velocity[k] + gradients[k]
-            weight -= 0.01 * (gradients[0] + 0.9 * velocity[0])
-            bias -= 0.01 * (gradients[1] + 0.9 * velocity[1])
-        losses.append(torch.stack(epoch_losses).mean().item())
-    assert [record.loss for record in history] == pytest.approx(losses, rel=1e-4)
+            for value, v, gradient in zip((weight, bias), velocity, gradients, strict=True):
+                v.mul_(0.9).add_(gradient)
+                value.sub_(0.01 * (gradient + 0.9 * v))
+    expected = torch.tensor(losses).view(3, 5).mean(1).tolist()
+    assert [record.loss for record in history] == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(model[1].weight.double(), weight, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model[1].bias.double(), bias, atol=1e-5, rtol=1e-4)
 
@@ -144,30 +77,28 @@ def test_follows_a_hand_written_nesterov_loop(accelerator):
 # States -------------------------------------------------------------------------------------------
 
 
-def test_resumes_to_the_same_bits(accelerator, tmp_path):
+def test_resumes_to_the_same_bits(tmp_path):
     whole, model = linear_model(), linear_model()
-    history = train(accelerator, whole, epochs=4)
-    state = new_state(tmp_path, StopsAfterTwo)
-    with pytest.raises(StopError):
-        train(state.accelerator, linear_model(), epochs=4, state=state)
+    history = train(whole, epochs=4)
+    nn.init.constant_(model[1].weight, 7.0)
     # A write that was cut off leaves another name, which is not taken for a state.
     (tmp_path / ".partial_0003").mkdir()
     (tmp_path / ".partial_0003" / "model.safetensors").write_bytes(b"cut off")
-    state = new_state(tmp_path)
-    nn.init.constant_(model[1].weight, 7.0)
-    after = train(state.accelerator, model, epochs=4, state=state)
+    after = interrupted(tmp_path, (linear_model(), model), 2, epochs=4)
     assert weights(model).equal(weights(whole))
     assert [record.loss for record in after] == [record.loss for record in history]
     # The one before is kept, in case the last is damaged.
+    state = new_state(tmp_path)
     assert state.saved_epochs() == [3, 4]
+    train(linear_model(), accelerator=state.accelerator)
     with pytest.raises(timm_lt.UsageError, match="make a new one"):
-        train(state.accelerator, linear_model(), state=state)
+        train(linear_model(), state=state)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
-def test_a_damaged_state_is_not_loaded(accelerator, tmp_path, caplog, damage):
-    whole = linear_model()
-    history = train(accelerator, whole, state=TrainingState(tmp_path, accelerator))
+def test_a_damaged_state_is_not_loaded(tmp_path, caplog, damage):
+    whole, model = linear_model(), linear_model()
+    train(whole, state=new_state(tmp_path))
     file = tmp_path / "epoch_0003" / "optimizer.bin"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -178,73 +109,42 @@ def test_a_damaged_state_is_not_loaded(accelerator, tmp_path, caplog, damage):
     else:
         file.write_bytes(content[:-9] if damage == "cut" else content)
     # Continues from the state before it, to the same weights.
-    state, model = new_state(tmp_path), linear_model()
+    state = new_state(tmp_path)
     with caplog.at_level("WARNING", "timm_lt"):
-        again = train(state.accelerator, model, state=state)
+        train(model, state=state)
     assert "epoch_0003 is damaged" in caplog.text
     assert weights(model).equal(weights(whole))
-    assert [record.loss for record in again] == [record.loss for record in history]
     for path in tmp_path.glob("epoch_*/model.safetensors"):
         path.write_bytes(b"no tensors")
     state = new_state(tmp_path)
     with pytest.raises(timm_lt.UsageError, match=r"every training state .*damaged.*--overwrite"):
-        train(state.accelerator, linear_model(), state=state)
+        train(linear_model(), state=state)
 
 
-def test_a_full_disk_leaves_the_state_before(accelerator, tmp_path):
-    """The operating system refuses to write on, in the middle of a file."""
-    whole, limits = linear_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    train(accelerator, whole)
-
-    class DiskFills(TrainingState):
-        def save(self, history, **kwargs):
-            if len(history) == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            super().save(history, **kwargs)
-
-    state = new_state(tmp_path, DiskFills)
-    message = r"after epoch 2 cannot be written.*after epoch 1 is whole.*--resume"
-    try:
-        with pytest.raises(timm_lt.UsageError, match=message):
-            train(state.accelerator, linear_model(), state=state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch_0001"]
-    state, model = new_state(tmp_path), linear_model()
-    train(state.accelerator, model, state=state)
-    assert weights(model).equal(weights(whole))
-
-
-def test_averages_and_the_best_epoch_survive_a_restart(accelerator, tmp_path):
+def test_averages_and_the_best_epoch_survive_a_restart(tmp_path):
     """Learning rates that grow, so that an early epoch is the best on validation."""
-    options = {
-        "val": images(seed=1),
-        "ema": {"decay": 0.5},
-        "optimizer": {"opt": "adamw", "lr": 3.0},
-        "scheduler": {"sched": "constant", "warmup_epochs": 6, "warmup_lr": 1e-4},
-        "epochs": 6,
-    }
+    options = {"val": images(seed=1), "ema": {"decay": 0.5}, "epochs": 6}
+    options["optimizer"] = {"opt": "adamw", "lr": 3.0}
+    options["scheduler"] = {"sched": "constant", "warmup_epochs": 6, "warmup_lr": 1e-4}
     whole, model = linear_model(), linear_model()
-    history = train(accelerator, whole, **options)
+    history = train(whole, **options)
     best = max(history, key=lambda record: record.val["all"])
     assert best.epoch < 6
     assert history[-1].val["all"] < best.val["all"]
-    again = interrupted(tmp_path, model, 5, **options)
+    again = interrupted(tmp_path, (linear_model(), model), 5, **options)
     assert [record.val for record in again] == [record.val for record in history]
     assert weights(model).equal(weights(whole))
     assert accuracy(model, options["val"]) == pytest.approx(best.val["all"])
 
 
-def test_a_compiled_model_trains_and_resumes_to_the_same_weights(
-    accelerator, tmp_path, monkeypatch
-):
+def test_a_compiled_model_trains_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     """As ``accelerate config`` may ask for it; this backend only traces, so it is fast."""
     whole, model = linear_model(), linear_model()
     options = {"ema": {"decay": 0.5}, "val": images()}
-    train(accelerator, whole, **options)
+    train(whole, **options)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     assert new_accelerator().state.dynamo_plugin.backend == "EAGER"
-    interrupted(tmp_path, model, 1, **options)
+    interrupted(tmp_path, (linear_model(), model), 1, **options)
     torch.testing.assert_close(weights(model), weights(whole))
     assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
 
@@ -252,12 +152,12 @@ def test_a_compiled_model_trains_and_resumes_to_the_same_weights(
 # Validation ---------------------------------------------------------------------------------------
 
 
-def test_validation_is_counted_and_changes_nothing(accelerator):
+def test_validation_is_counted_and_changes_nothing():
     with_val, without, data = linear_model(), linear_model(), images()
     counts = torch.tensor([200, 200, 50, 5])
     options = {"epochs": 5, "validate_every": 2, "keep": "last"}
-    history = train(accelerator, with_val, val=data, class_counts=counts, **options)
-    train(accelerator, without, **options)
+    history = train(with_val, val=data, class_counts=counts, **options)
+    train(without, **options)
     assert weights(with_val).equal(weights(without))
     assert history[-1].val["all"] == pytest.approx(accuracy(with_val, data))
     few = data.labels == 3
@@ -265,63 +165,62 @@ def test_validation_is_counted_and_changes_nothing(accelerator):
     assert [bool(record.val) for record in history] == [False, True, False, True, True]
 
 
-def test_images_that_cannot_be_read_give_their_place_to_others(accelerator):
+def test_images_that_cannot_be_read_give_their_place_to_others():
     data, model, seen = images(), linear_model(), []
     missing = ImageTensors(data.images, data.labels, missing=[3, 4])
     options = {"data": missing, "val": missing, "keep": "last"}
-    history = train(accelerator, model, loss=Notes(seen.append), **options)
+    history = train(model, loss=Notes(seen.append), **options)
     # Others of the same batch stand in.
     assert [len(targets) for targets in seen] == [8] * 15
-    readable = torch.tensor([row for row in range(NUM_IMAGES) if row not in (3, 4)])
+    readable = torch.tensor([row for row in range(N) if row not in (3, 4)])
     assert history[-1].val["all"] == pytest.approx(accuracy(model, data, readable))
 
 
 # Updates ------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(accelerator, tmp_path, monkeypatch):
-    model = linear_model()
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    model, batches = linear_model(), []
     nn.init.constant_(model[1].weight, float("inf"))
     with pytest.raises(timm_lt.UsageError, match=r"became nan in update 1 of epoch 1:.*lr"):
-        train(accelerator, model)
-    batches = []
+        train(model)
     # Two batches an update, five updates an epoch: the ninth is of update 5 of epoch 2.
     numbers = iter([1.0] * (10 + 8) + [math.inf] * 9)
     accelerator = new_accelerator(accumulation_steps=2)
     state = TrainingState(tmp_path, accelerator)
     with pytest.raises(timm_lt.UsageError, match=r"inf in update 5 of epoch 2:.*is kept"):
-        train(accelerator, linear_model(), state=state, loss=Notes(lambda _: next(numbers)))
+        train(linear_model(), state=state, loss=Notes(lambda _: next(numbers)))
     assert state.saved_epochs() == [1]
     # A long epoch is stopped soon.
-    monkeypatch.setattr(parts, "LOOK_EVERY", 2)
+    monkeypatch.setattr(parts, "CHECK_EVERY", 2)
+    loss = Notes(lambda batch: batches.append(batch) or math.nan)
     with pytest.raises(timm_lt.UsageError, match=r"update 1 of epoch 1"):
-        train(
-            new_accelerator(), linear_model(), loss=Notes(lambda b: batches.append(b) or math.nan)
-        )
+        train(linear_model(), loss=loss)
     assert len(batches) == 2
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(accelerator):
+def test_accumulated_gradients_are_those_of_the_whole_batch():
     whole, parts = linear_model(), linear_model()
-    train(accelerator, whole)
-    train(new_accelerator(accumulation_steps=4), parts)
+    train(whole)
+    train(parts, accelerator=new_accelerator(accumulation_steps=4))
     torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
 
 
 def test_an_update_that_was_cut_short_is_forgotten():
+    accelerator = new_accelerator(accumulation_steps=4)
+    fresh, again = linear_model(), linear_model()
+    train(fresh, accelerator=accelerator)
+
     def interrupt(_):
         if accelerator.step == 2:
             raise KeyboardInterrupt
 
-    accelerator = new_accelerator(accumulation_steps=4)
-    fresh, again = linear_model(), linear_model()
-    train(accelerator, fresh)
     with pytest.raises(KeyboardInterrupt):
-        train(accelerator, again, loss=Notes(interrupt))
+        train(again, accelerator=accelerator, loss=Notes(interrupt))
     # Two of the four parts were begun; no update was made, so the weights are those of the start.
     assert weights(again).equal(weights(linear_model()))
     assert again[1].weight.grad is not None
-    train(accelerator, again)
+    train(again, accelerator=accelerator)
     assert weights(again).equal(weights(fresh))
 
 
@@ -334,23 +233,20 @@ class OfFeatures(nn.Module):
         super().__init__()
         self.classifier, self.epochs = [classifier], []
 
-    def set_epoch(self, epoch, epochs):
-        self.epochs.append((epoch, epochs))
+    def set_epoch(self, *epoch):
+        self.epochs.append(epoch)
 
     def forward(self, logits, targets, features):
-        again = features @ self.classifier[0].weight.T + self.classifier[0].bias
+        again = self.classifier[0](features)
         torch.testing.assert_close(again, logits)
         return nn.functional.cross_entropy(again, targets)
 
 
-def test_a_loss_of_features_has_their_gradients_and_gets_the_epochs(accelerator):
-    torch.manual_seed(0)
-    plain = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
-    torch.manual_seed(0)
-    other = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
-    train(accelerator, plain, epochs=2)
+def test_a_loss_of_features_has_their_gradients_and_gets_the_epochs():
+    plain, other = network(), network()
+    train(plain, epochs=2)
     of_features = OfFeatures(other.fc)
-    train(accelerator, other, epochs=2, loss=of_features)
+    train(other, epochs=2, loss=of_features)
     torch.testing.assert_close(weights(other), weights(plain))
     assert of_features.epochs == [(0, 2), (0, 2), (1, 2)]
     assert not other.fc._forward_pre_hooks
@@ -358,24 +254,11 @@ def test_a_loss_of_features_has_their_gradients_and_gets_the_epochs(accelerator)
 
 def small_network():
     torch.manual_seed(0)
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.hidden = nn.Linear(3 * SIDE * SIDE, 5)
-            self.fc = nn.Linear(5, NUM_CLASSES)
-
-        def get_classifier(self):
-            return self.fc
-
-        def forward(self, x):
-            return self.fc(self.hidden(x.flatten(1)).relu())
-
-    return Network()
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 5), nn.ReLU(), nn.Linear(5, C))
 
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
-def test_clipping_bounds_the_first_step(accelerator, mode):
+def test_clipping_bounds_the_first_step(mode):
     """Plain SGD at rate 1: the step is the clipped gradient."""
     model, free = small_network(), small_network()
     before = weights(model)
@@ -383,21 +266,20 @@ def test_clipping_bounds_the_first_step(accelerator, mode):
         "optimizer": {"opt": "momentum", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0},
         "scheduler": {"sched": "constant"},
         "epochs": 1,
-        "batch_size": NUM_IMAGES,
+        "batch_size": N,
     }
-    train(accelerator, free, **options)
-    train(new_accelerator(), model, clip_grad=0.01, clip_mode=mode, **options)
+    train(free, **options)
+    train(model, clip_grad=0.01, clip_mode=mode, **options)
     step, unclipped = weights(model) - before, weights(free) - before
     if mode == "norm":
         expected = unclipped * (0.01 / unclipped.norm())
     elif mode == "value":
         expected = unclipped.clamp(-0.01, 0.01)
     else:
-        expected = []
-        parameters = dict(small_network().named_parameters())
+        expected, parameters = [], dict(small_network().named_parameters())
         parts = unclipped.split([p.numel() for p in parameters.values()])
         for (name, p), part in zip(parameters.items(), parts, strict=True):
-            if name.startswith("hidden"):  # the classifier is left alone
+            if name.startswith("1."):  # the classifier is left alone
                 # A unit is a row of a weight, or a whole bias.
                 shape = (len(p) if p.ndim > 1 else 1, -1)
                 size, norm = (x.view(shape).norm(dim=1, keepdim=True) for x in (p.detach(), part))
@@ -408,13 +290,13 @@ def test_clipping_bounds_the_first_step(accelerator, mode):
     torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_averaged_weights_are_kept(accelerator):
+def test_averaged_weights_are_kept():
     """The average by its formula, from the weights after every update."""
     seen, model, plain = [], linear_model(), linear_model()
     loss = Notes(lambda _: seen.append(weights(model)))
-    train(accelerator, model, loss=loss, ema={"decay": 0.8}, keep="last")
+    train(model, loss=loss, ema={"decay": 0.8}, keep="last")
     # The loss sees the weights before each update; those after the last are of a plain run.
-    train(new_accelerator(), plain)
+    train(plain)
     expected = seen[0]
     for step, after in enumerate([*seen[1:], weights(plain)]):
         # timm's average begins with the weights after the second update.
@@ -423,26 +305,25 @@ def test_averaged_weights_are_kept(accelerator):
     torch.testing.assert_close(weights(model), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_class_weights_are_no_longer_than_the_limit(accelerator):
-    limited, free = (timm.create_model("test_resnet", num_classes=NUM_CLASSES) for _ in range(2))
+def test_class_weights_are_no_longer_than_the_limit():
     options = {"optimizer": {"opt": "sgd", "lr": 1.0}, "epochs": 2}
-    train(accelerator, limited, max_norm=0.7, **options)
-    train(accelerator, free, **options)
-    longest = [
-        max(math.hypot(*row) for row in get_head(m).weight.tolist()) for m in (limited, free)
-    ]
+    longest = []
+    for limit in ({"max_norm": 0.7}, {}):
+        model = network()
+        train(model, **limit, **options)
+        longest.append(max(math.hypot(*row) for row in model.fc.weight.tolist()))
     assert longest[0] == pytest.approx(0.7, abs=1e-5)
     assert longest[1] > 0.8
 
 
 @pytest.mark.parametrize("mixup", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0, "mode": "elem"}])
-def test_mixed_images_have_mixed_targets(accelerator, mixup):
+def test_mixed_images_have_mixed_targets(mixup):
     """Each image is a combination of two with its target's proportions, until mixup ends."""
     batches = []
     options = {"loss": Notes(batches.append), "mixup": mixup, "mixup_off_epoch": 2}
-    train(accelerator, linear_model(), **options)
+    train(linear_model(), **options)
     soft = torch.cat(batches[:10])
-    assert soft.shape == (80, NUM_CLASSES)
+    assert soft.shape == (80, C)
     torch.testing.assert_close(soft.sum(1), torch.ones(80))
     assert ((soft > 0).sum(1) <= 2).all()
     assert ((soft > 0).sum(1) == 2).any()
@@ -452,20 +333,16 @@ def test_mixed_images_have_mixed_targets(accelerator, mixup):
 # Learning rates -----------------------------------------------------------------------------------
 
 
-def test_cosine_goes_to_zero_per_update(accelerator):
-    history = train(accelerator, linear_model(), epochs=4)
-    rates = torch.tensor([record.lr for record in history])
+@pytest.mark.parametrize("cooldown", [0, 2])
+def test_a_cosine_ends_with_training(cooldown):
+    """Per update; cooldown and the epochs before it make up the epochs, at the lowest rate."""
+    scheduler = {"sched": "cosine", "cooldown_epochs": cooldown, "min_lr": 1e-4}
+    history = train(linear_model(), epochs=5, scheduler=scheduler)
+    length = 5 - cooldown
     # The last update of epoch e (1-based, 5 updates each) has the rate of update 5 e - 1.
-    expected = 0.005 * (1 + torch.cos(torch.pi * (5 * torch.arange(1, 5) - 1) / 20))
-    torch.testing.assert_close(rates, expected)
-
-
-def test_a_schedule_ends_with_training(accelerator):
-    """Cooldown and the epochs before it make up the epochs, all at the lowest rate in the end."""
-    scheduler = {"sched": "cosine", "cooldown_epochs": 2, "min_lr": 1e-4}
-    history = train(accelerator, linear_model(), epochs=5, scheduler=scheduler)
-    falling = [1e-4 + 0.00495 * (1 + math.cos(math.pi * (5 * e - 1) / 15)) for e in (1, 2, 3)]
-    assert [record.lr for record in history] == pytest.approx([*falling, 1e-4, 1e-4])
+    steps = [min(5 * e - 1, 5 * length) for e in range(1, length + 1)] + [5 * length] * cooldown
+    expected = [1e-4 + 0.00495 * (1 + math.cos(math.pi * step / 5 / length)) for step in steps]
+    assert [record.lr for record in history] == pytest.approx(expected)
 
 
 def plateau_rates_by_hand(scores, *, warmup, lr, decay, patience):
@@ -486,9 +363,7 @@ def plateau_rates_by_hand(scores, *, warmup, lr, decay, patience):
 
 
 @pytest.mark.parametrize(("warmup", "validate_every"), [(0, 1), (2, 1), (1, 2)])
-def test_plateau_follows_validation_and_survives_a_restart(
-    accelerator, tmp_path, warmup, validate_every
-):
+def test_plateau_follows_validation_and_survives_a_restart(tmp_path, warmup, validate_every):
     plateau = {"sched": "plateau", "patience_epochs": 1, "decay_rate": 0.5}
     options = {
         "epochs": 9,
@@ -498,15 +373,16 @@ def test_plateau_follows_validation_and_survives_a_restart(
         # Nothing is learnt at this rate: every epoch after the first is one of patience.
         "optimizer": {"opt": "sgd", "lr": 1e-6},
     }
-    history = train(accelerator, linear_model(), **options)
+    history = train(linear_model(), **options)
     rates = [record.lr for record in history]
     scores = [record.val.get("all") for record in history]
     by_hand = plateau_rates_by_hand(scores, warmup=warmup, lr=1e-6, decay=0.5, patience=1)
     assert rates == pytest.approx(by_hand, rel=1e-6)
     assert rates[-1] < 1e-6
-    assert [record.lr for record in interrupted(tmp_path, linear_model(), 6, **options)] == rates
-    with pytest.raises(timm_lt.UsageError, match="plateau needs a validation split"):
-        train(new_accelerator(), linear_model(), scheduler=plateau)
+    assert [
+        record.lr
+        for record in interrupted(tmp_path, (linear_model(), linear_model()), 6, **options)
+    ] == rates
 
 
 # Options ------------------------------------------------------------------------------------------
@@ -522,14 +398,14 @@ SAMPLE = {"sgd", "adamw", "adafactor", "lookahead_sgd", "sgdp", "muon"}
         for name in sorted({*map(str, timm.optim.list_optimizers()), *SAMPLE})
     ],
 )
-def test_every_optimiser_of_timm_trains_or_says_what_it_needs(accelerator, name, monkeypatch):
+def test_every_optimiser_of_timm_trains_or_says_what_it_needs(name, monkeypatch):
     # One of them compiles what it computes, which takes half a minute.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     optimizer = {"opt": name, "lr": 1e-3, "weight_decay": 0.01, "momentum": 0.9}
     model = small_network()
     before = weights(model)
     try:
-        train(accelerator, model, epochs=1, optimizer=optimizer)
+        train(model, epochs=1, optimizer=optimizer)
     except timm_lt.UsageError as error:
         assert re.search("install|CUDA|apex", str(error)), error  # noqa: PT017
         return
@@ -541,27 +417,28 @@ def sgd(**options):
     return {"optimizer": {"opt": "sgd", "lr": 0.1} | options}
 
 
+def mixup(**options):
+    return {"mixup": options}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (sgd(opt="sdg"), "did you mean 'sgd"),
         (sgd(lr=0.0), r"optimizer.lr must be a number in \(0, inf\)"),
-        (sgd(weight_decay=-1), "weight_decay"),
         (sgd(momentum=1.0), "momentum"),
-        (sgd(nesterof=True), "nesterof"),
+        (sgd(nesterof=True), "optimizer: .*'nesterof'"),
         ({"scheduler": {"sched": "cosin"}}, "did you mean 'cosine'"),
+        ({"scheduler": {"sched": "plateau"}}, "plateau needs a validation split"),
         ({"scheduler": {"warmup_epochs": 9}}, r"\[0, 3\]"),
-        ({"scheduler": {"warmup": 1}}, "unknown option of scheduler: 'warmup'"),
+        ({"scheduler": {"warmup": 1}}, "scheduler: .*unexpected keyword argument 'warmup'"),
         ({"scheduler": {"cooldown_epochs": 3}}, "longer than 3 epochs"),
         ({"max_norm": 0}, r"max_norm must be a number in \(0, inf\)"),
         ({"clip_mode": "agc"}, "clip_mode agc has no effect without clip_grad"),
-        (
-            {"mixup": {"remix_kappa": 3.0}},
-            "remix_kappa has no effect without mixup_alpha",
-        ),
-        ({"mixup": {"mixup_alpha": 0.2}, "batch_size": 5}, r"even number of images .* not 5"),
-        ({"mixup": {"mixup_alpha": 0.2}, "loss": nn.CrossEntropyLoss()}, "takes no soft targets"),
-        ({"mixup": {"alpha": 0.2}}, "unknown option of mixup: 'alpha'"),
+        (mixup(remix_kappa=3.0), r"remix_\* has no effect without mixup_alpha"),
+        (mixup(mixup_alpha=0.2) | {"batch_size": 5}, r"even number of images .* not 5"),
+        (mixup(mixup_alpha=0.2) | {"loss": nn.CrossEntropyLoss()}, "takes no soft targets"),
+        (mixup(alpha=0.2), "mixup: .*unexpected keyword argument 'alpha'"),
         ({"ema": {"decay": 1.0}}, r"ema.decay must be a number in \[0, 1\)"),
         ({"ema": {"use_warmup": True}}, "use_warmup.* has no effect without ema.decay"),
         ({"batch_size": 41}, "a multiple of 1 and at most 40, the images of an epoch"),
@@ -569,11 +446,6 @@ def sgd(**options):
         ({"epochs": 0}, "epochs must be an integer >= 1"),
     ],
 )
-def test_wrong_options_are_named(accelerator, options, message):
+def test_wrong_options_are_named(options, message):
     with pytest.raises(timm_lt.UsageError, match=message):
-        train(accelerator, linear_model(), **options)
-
-
-def test_a_batch_is_shared_by_its_parts():
-    with pytest.raises(timm_lt.UsageError, match=r"accumulation_steps 3: .* a multiple of 3"):
-        train(new_accelerator(accumulation_steps=3), linear_model())
+        train(linear_model(), **options)

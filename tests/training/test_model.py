@@ -4,20 +4,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
-from stopping import StopError, StopsAfterTwo, new_state
 from timm.layers import DropPath
 from torch import nn
+from training_runs import images, interrupted, network, own_accelerator  # noqa: F401
+from training_runs import train as train_with
 
 import timm_lt
-from timm_lt.data.images import ImageTensors
-from timm_lt.training import TrainingOptions, train_representation
 from timm_lt.training.model import FrozenParts, last_block
-from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
-N, C, SIDE = 24, 3, 32
-RATE, DECAY = 0.02, 0.1
+SIDE, RATE, DECAY = 32, 0.02, 0.1
+MOMENTUM = {"opt": "momentum", "lr": RATE, "weight_decay": DECAY, "momentum": 0.9}
+OPTIONS = {
+    "optimizer": MOMENTUM | {"filter_bias_and_bn": False},
+    "scheduler": {"sched": "constant"},
+    "epochs": 2,
+}
 # By the architecture's own code: the last of the repeated blocks in front of the classifier.
 BLOCKS = {
     "test_resnet": "layer4.0",
@@ -52,7 +54,6 @@ def test_the_last_block_of_an_architecture(name):
     ("info", "reason"),
     [
         (None, r"its feature_info names no module of it \("),
-        ([], r"its feature_info names no module of it \("),
         ([{"num_chs": 96}], r"its feature_info names no module of it \(.module"),
         ([{"module": "layer9"}], r"its feature_info names no module of it \(.*layer9"),
         ([{"module": "conv1"}], "conv1 and all before it are single layers"),
@@ -66,48 +67,8 @@ def test_an_unknown_last_block_is_an_error(info, reason):
         last_block(model)
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def images():
-    pixels = torch.randint(0, 256, (N, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
-    return ImageTensors(pixels.to(torch.uint8), torch.arange(N) % C)
-
-
-def new_model(name="test_resnet", **options):
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=C, **options)
-
-
-def train(model, *, state=None, val=None, **options):
-    data = images()
-    settings = {
-        "epochs": 2,
-        "batch_size": 8,
-        "optimizer": {
-            "opt": "momentum",
-            "lr": RATE,
-            "weight_decay": DECAY,
-            "momentum": 0.9,
-            "filter_bias_and_bn": False,
-        },
-        "scheduler": {"sched": "constant"},
-    }
-    given = create_accelerator(mixed_precision="no") if state is None else state.accelerator
-    return train_representation(
-        model,
-        data,
-        timm_lt.create_sampler("instance_balanced", data.labels),
-        timm_lt.create_loss("cross_entropy"),
-        TrainingOptions(**settings | options),
-        accelerator=given,
-        val=val,
-        state=state,
-    )
+def train(model, **options):
+    train_with(model, data=images(side=SIDE), **OPTIONS | options)
 
 
 def is_trained(key):
@@ -120,32 +81,30 @@ def changed(model, start):
 
 def by_hand(bn):
     """SGD with momentum on layer4 and fc; everything else is a function without parameters."""
-    model, data = new_model(), images()
+    model, data = network(), images(side=SIDE)
     x = (data.images.float() / 255 - 0.5) / 0.25
-    parameters = {k: p for k, p in model.named_parameters() if is_trained(k)}
-    velocity = {key: torch.zeros_like(p) for key, p in parameters.items()}
+    parameters = [p for k, p in model.named_parameters() if is_trained(k)]
+    velocity = [torch.zeros_like(p) for p in parameters]
     sampler = timm_lt.create_sampler("instance_balanced", data.labels)
     for epoch in range(2):
         sampler.set_epoch(epoch)
-        order = list(sampler)
-        for start in range(0, N, 8):
-            rows = order[start : start + 8]
+        for rows in torch.tensor(list(sampler)).split(8):
             model.train()
             if bn == "frozen":
                 for name, child in model.named_children():
                     child.train(name in ("layer4", "fc"))
             loss = F.cross_entropy(model(x[rows]), data.labels[rows])
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
-                for (key, p), gradient in zip(parameters.items(), gradients, strict=True):
-                    velocity[key] = 0.9 * velocity[key] + gradient + DECAY * p
-                    p.sub_(RATE * velocity[key])
+                for p, v, gradient in zip(parameters, velocity, gradients, strict=True):
+                    v.mul_(0.9).add_(gradient + DECAY * p)
+                    p.sub_(RATE * v)
     return model
 
 
 @pytest.mark.parametrize("bn", ["frozen", "shift"])
 def test_follows_a_hand_written_loop(bn):
-    model, before = new_model(), new_model().state_dict()
+    model, before = network(), network().state_dict()
     train(model, trained=["layer4"], bn=bn)
     expected = by_hand(bn).state_dict()
     for key, value in model.state_dict().items():
@@ -158,7 +117,7 @@ def test_follows_a_hand_written_loop(bn):
 
 
 def test_training_every_module_is_training_the_model():
-    model, whole = new_model(), new_model()
+    model, whole = network(), network()
     train(model, trained=[name for name, child in model.named_children() if [*child.parameters()]])
     train(whole)
     assert not changed(model, whole.state_dict())
@@ -167,26 +126,22 @@ def test_training_every_module_is_training_the_model():
 @pytest.mark.parametrize(
     ("name", "trained", "moved"),
     [
-        (
-            "test_resnet",
-            ["layer4.0.conv2", "fc"],
-            {"layer4.0.conv2.weight", "fc.weight", "fc.bias"},
-        ),
-        ("test_resnet", [], {"fc.weight", "fc.bias"}),
+        ("test_resnet", ["layer4.0.conv2", "fc"], {"layer4.0.conv2.weight"}),
+        ("test_resnet", [], set()),
         # Its classifier is a convolution.
-        ("dla46x_c", [], {"fc.weight", "fc.bias"}),
+        ("dla46x_c", [], set()),
     ],
 )
 def test_a_module_within_a_module_and_the_classifier_alone(name, trained, moved):
-    model = new_model(name)
+    model = network(name)
     train(model, trained=trained, epochs=1)
-    assert changed(model, new_model(name).state_dict()) == moved | {"fc.weight", "fc.bias"}
+    assert changed(model, network(name).state_dict()) == moved | {"fc.weight", "fc.bias"}
 
 
 def test_dropout_of_frozen_modules_is_off_or_on():
     modes = {}
     for bn in ("frozen", "shift"):
-        model = new_model(drop_path_rate=0.5)
+        model = network(drop_path_rate=0.5)
         for layer in (model.layer1, model.layer4):
             layer[0].drop_path = DropPath(0.5)
         parts = [model.layer1[0].drop_path, model.layer4[0].drop_path]
@@ -200,15 +155,14 @@ def test_dropout_of_frozen_modules_is_off_or_on():
 
 @pytest.mark.parametrize(("bn", "ema"), [("frozen", None), ("shift", {"decay": 0.5})])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, bn, ema):
-    options = {"trained": ["layer4"], "bn": bn, "ema": ema, "val": images(), "keep": "last"}
-    whole = train(new_model(), epochs=3, **options).model
-    with pytest.raises(StopError):
-        train(new_model(), epochs=3, state=new_state(tmp_path, StopsAfterTwo), **options)
-    resumed = train(new_model(), epochs=3, state=new_state(tmp_path), **options).model
+    whole, resumed, data = network(), network(), images(side=SIDE)
+    options = OPTIONS | {"trained": ["layer4"], "bn": bn, "ema": ema, "val": data, "keep": "last"}
+    train_with(whole, data=data, **options)
+    interrupted(tmp_path, (network(), resumed), 1, data=data, **options)
     assert not changed(resumed, whole.state_dict())
     # Also an average of frozen weights is those weights.
-    keys = {name for name, _ in new_model().named_parameters() if not is_trained(name)}
-    assert not keys & changed(resumed, new_model().state_dict())
+    keys = {name for name, _ in network().named_parameters() if not is_trained(name)}
+    assert not keys & changed(resumed, network().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -221,16 +175,16 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, bn, ema):
     ids=["groups by decay", "groups by layer", "one group"],
 )
 def test_frozen_weights_stay_whatever_the_groups_of_the_optimiser(options):
-    model = new_model()
+    model = network()
     train(model, trained=["last_block"], optimizer=options, clip_grad=1.0, clip_mode="agc")
-    moved = changed(model, new_model().state_dict())
+    moved = changed(model, network().state_dict())
     assert all(map(is_trained, moved))
     # Through a batch norm that starts at 0, little reaches the layers before it.
     assert {"fc.bias", "layer4.0.downsample.1.weight", "layer4.0.bn2.weight"} <= moved
 
 
 def test_wrong_modules_are_named_with_the_right_ones_there():
-    model = new_model()
+    model = network()
     right = "conv1, bn1.*layer4, global_pool, fc"
     for names, message in (
         (["layer5"], rf"'layer5' \(did you mean 'layer4'\?\).*: {right}"),
@@ -241,7 +195,7 @@ def test_wrong_modules_are_named_with_the_right_ones_there():
         with pytest.raises(UsageError, match=message):
             train(model, trained=names)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    vit = new_model("test_vit", img_size=SIDE)
+    vit = network("test_vit", img_size=SIDE)
     for parts, message in (
         ((model, None, "shift"), "no effect, since no modules are named in trained: remove it"),
         ((vit, ["blocks.5"], "shift"), "VisionTransformer has no batch-norm statistics"),
@@ -253,15 +207,15 @@ def test_wrong_modules_are_named_with_the_right_ones_there():
 
 def test_batches_without_a_variance_are_refused():
     """At 32 pixels the last maps of the network have one; frozen batch norm needs no batch."""
-    model, size = new_model(), (SIDE, SIDE)
+    model, size = network(), (SIDE, SIDE)
     parts = FrozenParts(model, None)
-    with pytest.raises(UsageError, match=r"over 1 images in a process's batch \(Expected more"):
+    with pytest.raises(UsageError, match=r"over 1 images in a process's batch: Expected more"):
         parts.try_batch(model, size, 1)
     parts.try_batch(model, size, 2)
     parts.try_batch(model, (2 * SIDE, SIDE), 1)
     FrozenParts(model, []).try_batch(model, size, 1)
-    assert not changed(model, new_model().state_dict())
-    bilateral = new_model("lt_bbn_resnet", base="test_resnet")
+    assert not changed(model, network().state_dict())
+    bilateral = network("lt_bbn_resnet", base="test_resnet")
     with pytest.raises(UsageError, match=r"over 2 images .*one for each branch"):
         FrozenParts(bilateral, None).try_batch(bilateral, size, 2)
     FrozenParts(bilateral, None).try_batch(bilateral, size, 4)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from timm.data import Mixup
 
 from timm_lt import UsageError
 from timm_lt.training.parts import create_mixup, seed_epoch
@@ -56,26 +55,6 @@ def test_without_a_threshold_remix_is_mixup():
     for options in ({"remix_kappa": 3.0, "remix_tau": 0.0}, {"remix_kappa": 1e9}):
         for found, expected in zip(mix(targets, **options), plain, strict=True):
             torch.testing.assert_close(found, expected)
-
-
-def test_half_of_a_frequent_and_a_rare_image_is_rare(monkeypatch):
-    """Class 0 has 100 times the images of class 4: with λ below a half of it, all goes to 4."""
-    mixing = create_mixup({"mixup_alpha": 1.0, "remix_kappa": 3.0}, COUNTS, 2)
-    for share, expected in ((0.4, [0, 0, 0, 0, 1]), (0.6, [0.6, 0, 0, 0, 0.4])):
-        soft = torch.tensor([[share, 0, 0, 0, 1 - share]] * 2)
-        monkeypatch.setattr(Mixup, "__call__", lambda _, images, __, soft=soft: (images, soft))
-        _, found = mixing(torch.zeros(2, 1, 1, 1), torch.tensor([0, 4]))
-        torch.testing.assert_close(found, torch.tensor([expected] * 2, dtype=torch.float32))
-
-
-def test_images_are_no_longer_mixed_when_it_is_off():
-    mixing = create_mixup({"cutmix_alpha": 1.0, "remix_kappa": 3.0}, COUNTS, 4)
-    assert mixing.mixup_enabled
-    mixing.mixup_enabled = False
-    images, targets = torch.rand(4, 3, 4, 4), torch.tensor([0, 4, 1, 2])
-    mixed, soft = mixing(images.clone(), targets)
-    assert torch.equal(mixed, images)
-    assert torch.equal(soft, torch.eye(5)[targets])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Fitting heads on frozen features, with options selected on validation."""
 
 from timm_lt.fitting import closed_form as closed_form
-from timm_lt.fitting import fslwf as fslwf
+from timm_lt.fitting import few_shot as few_shot
 from timm_lt.fitting import gradient as gradient
-from timm_lt.fitting import oltr as oltr
 from timm_lt.fitting.base import AUTO as AUTO
 from timm_lt.fitting.base import DEFAULT_HEADS as DEFAULT_HEADS
 from timm_lt.fitting.base import FITS as FITS

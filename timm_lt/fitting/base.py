@@ -13,7 +13,6 @@ from timm_lt.features import Features
 from timm_lt.fitting.curves import check_fits, joint_classifier
 from timm_lt.fitting.solvers import row_blocks
 from timm_lt.heads import HEADS, Head, head_option_names
-from timm_lt.heads.linear import BATCH_SIZE, TrainingLength
 from timm_lt.metrics import (
     Objective,
     confidence_intervals,
@@ -57,75 +56,59 @@ RANGES = {
     "gamma": "(0, inf)",
     "scale": "(0, inf)",
 }
-MINIMA = {
-    **dict.fromkeys(
-        ("steps", "epochs", "max_iterations", "episodes", "fake_novel", "exemplars"), 1
-    ),
-    "queries": 2,
-}
+MINIMA = {"steps": 1, "epochs": 1, "max_iterations": 1}
+MINIMA |= {"episodes": 1, "fake_novel": 1, "exemplars": 1, "queries": 2}
 # More draws would not fit into memory.
 MAXIMUM = 10_000_000
 
 
-@dataclass(frozen=True)
 class FitData:
-    """Checked input of a fit.
+    """Checked input of a fit; the arguments are those of :func:`fit_head`.
 
     Attributes:
-        features: Training features, values (N, D) of any floating type, maybe memory-mapped, with
-            rows of every class; to be read in blocks.
+        features: Training features, (N, D) of any floating type, maybe memory-mapped, with rows of
+            every class; to be read in blocks.
         class_counts: Training images per class, (C,), all >= 1, of the joint classifier; they may
             differ from the counts of the features.
-        classifier: A float32 copy of the joint classifier (C, D) on the CPU, or None.
-        val: Validation features with rows of every class, or None.
-        seed: Random seed.
-        objective: What is maximised on validation.
-        rule: Bounds of the shot groups.
+        classifier: A float32 copy of the joint classifier (C, D) on the CPU.
     """
 
-    features: Features
-    class_counts: Tensor
-    classifier: nn.Linear | None
-    val: Features | None
-    seed: int
-    objective: Objective
-    rule: ShotRule
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         features: Features,
         classifier: nn.Module | None,
         counts: ClassCounts | None,
         val: Features | None,
-        **settings: Any,
-    ) -> "FitData":
-        """Checks the arguments of :func:`fit_head`; ``settings`` are seed, objective and rule."""
-        check_integer("seed", settings["seed"], minimum=0)
-        check_choice("objective", settings["objective"], get_args(Objective))
-        joint = None if classifier is None else joint_classifier(classifier)
-        num_classes = None if joint is None else joint.out_features
+        *,
+        seed: int,
+        objective: Objective,
+        rule: ShotRule,
+    ) -> None:
+        self.seed = check_integer("seed", seed, minimum=0)
+        check_choice("objective", objective, get_args(Objective))
+        self.features, self.val, self.objective, self.rule = features, val, objective, rule
+        self.classifier, num_classes, width = None, None, None
+        if classifier is not None:
+            # A copy, so that the model stays on its device.
+            self.classifier = copy.deepcopy(joint_classifier(classifier)).to("cpu", torch.float32)
+            num_classes, width = self.classifier.out_features, self.classifier.in_features
         if counts is not None:
             counts = check_class_counts(counts, num_classes)
             num_classes = len(counts)
-        check_fits(features, "features", num_classes, None if joint is None else joint.in_features)
-        width = features.num_features
+        check_fits(features, "features", num_classes, width)
         number = num_classes or int(features.targets.max()) + 1
         of_features = class_counts(features.targets, number)
-        counts = of_features // features.views if counts is None else counts
-        for some in (of_features, counts):
+        self.class_counts = of_features // features.views if counts is None else counts
+        for some in (of_features, self.class_counts):
             check_no_empty_class(some)
         if val is not None:
-            check_fits(val, "val", number, width)
+            check_fits(val, "val", number, features.num_features)
             empty = (class_counts(val.targets, number) == 0).nonzero().flatten().tolist()
             if empty:
                 raise UsageError(
                     f"{len(empty)} of {number} classes have no validation image: "
                     f"{shown_names(empty)}; selecting on such a split would ignore them"
                 )
-        # A copy, so that the model stays on its device.
-        joint = None if joint is None else copy.deepcopy(joint).to("cpu", torch.float32)
-        return cls(features, counts, joint, val, **settings)
 
     @property
     def num_classes(self) -> int:
@@ -163,22 +146,15 @@ class Fit:
 
     Options with the name of an option of the head are passed on to the head. For an option whose
     default is None, None is chosen from the data.
-
-    Raises:
-        UsageError: If an option is out of range.
     """
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         owner, options = f"head {self.name!r}", vars(self)
-        for field in fields(self):
-            if options[field.name] is None and field.default is not None:
-                raise UsageError(
-                    f"{field.name} of {owner} cannot be null; remove it for its default"
-                )
         check_literals(owner, type(self), options)
-        given = {key: value for key, value in options.items() if value is not None}
+        chosen = {field.name for field in fields(self) if field.default is None}
+        given = {k: value for k, value in options.items() if value is not None or k not in chosen}
         for key in RANGES.keys() & given:
             check_number(f"{key} of {owner}", given[key], RANGES[key])
         for key in MINIMA.keys() & given:
@@ -187,16 +163,7 @@ class Fit:
         HEADS[self.name](1, 1, **of_head)
 
     def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
-        """Checks, before features exist, that classes of these sizes can be fitted.
-
-        Args:
-            class_counts: Training images per class (C,), at least 1 each.
-            rule: Bounds of the shot groups.
-            views: Rows of features per image.
-
-        Raises:
-            UsageError: If a group that the head needs is empty, or a schedule is too long.
-        """
+        """Checks, before features exist, that classes (C,) of these sizes can be fitted."""
 
     def __call__(self, data: FitData) -> Head:
         """Returns the fitted head in evaluation mode, and logs the time."""
@@ -207,35 +174,6 @@ class Fit:
 
     def _fit(self, data: FitData) -> Head:
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedFit(Fit):
-    """A fit by SGD.
-
-    Args:
-        steps: Number of updates; None goes by ``epochs``.
-        epochs: Passes over the rows; None is the length of the reference code, but at least a
-            number of updates.
-        lr: Initial learning rate.
-    """
-
-    length: ClassVar[TrainingLength]
-    batch_size: ClassVar[int] = BATCH_SIZE
-
-    steps: int | None = None
-    epochs: int | None = None
-    lr: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.updates(1)
-
-    def updates(self, images: int) -> int:
-        """Returns the number of updates for so many images."""
-        return self.length.updates(
-            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
-        )
 
 
 F = TypeVar("F", bound=type[Fit])
@@ -256,11 +194,7 @@ def register_fit(name: str) -> Callable[[F], F]:
 
 
 def create_fit(name: str, **options: Any) -> Fit:
-    """Creates the fit of a head.
-
-    Raises:
-        UsageError: For an unknown head, an option that it does not take, or a value out of range.
-    """
+    """Creates the fit of a head; UsageError for an unknown head or a wrong option."""
     HEADS[name]
     check_options(f"head {name!r}", FITS[name], options)
     return FITS[name](**options)
@@ -283,8 +217,8 @@ def fit_head(
     """Fits a head on frozen features.
 
     Options that are not given are selected on the validation features; ``head.selection`` records
-    how. Everything is computed in float32. Features are read in blocks and may be memory-mapped and
-    larger than memory; several views of an image are several rows.
+    how. Everything is computed in float32. Features are read in blocks and may be larger than
+    memory; several views of an image are several rows.
 
     Args:
         name: One of :func:`timm_lt.list_heads`; or ``"auto"``, which fits several heads and
@@ -311,8 +245,7 @@ def fit_head(
 
     Raises:
         UsageError: For an unknown head or option, a value out of range, shapes that do not match, a
-            class without training or validation images, or a missing classifier or validation
-            features.
+            class without images, or a missing classifier or validation features.
 
     >>> import torch
     >>> x = torch.eye(3).repeat(4, 1)
@@ -323,7 +256,7 @@ def fit_head(
     if name == AUTO:
         check_options(f"head {AUTO!r}", _fit_best, options)
     fit = None if name == AUTO else create_fit(name, **options)
-    data = FitData.create(
+    data = FitData(
         features, classifier, class_counts, val, seed=seed, objective=objective, rule=rule
     )
     return _fit_best(data, **options) if fit is None else fit(data)
@@ -336,13 +269,9 @@ def _fit_best(
     val = data.need_val(AUTO, "a head", "the name of one")
     if heads is None:
         heads = DEFAULT_HEADS if data.classifier is not None else HEADS_WITHOUT_CLASSIFIER
-    elif isinstance(heads, str):
-        heads = [heads]
     given = heads if isinstance(heads, Mapping) else dict.fromkeys(heads)
-    fits = [
-        create_fit(name, **check_mapping(f"options of head {name!r}", options))
-        for name, options in given.items()
-    ]
+    options = {name: check_mapping(f"options of head {name!r}", given[name]) for name in given}
+    fits = [create_fit(name, **options[name]) for name in options]
     fitted = {fit.name: fit(data) for fit in fits}
     preds = {name: predictions(head, val) for name, head in fitted.items()}
     return take_best(fitted, preds, val.targets, data.class_counts, data.objective, data.rule)
@@ -369,16 +298,17 @@ def select(candidates: list[tuple[Any, H]], data: FitData, val: Features, option
     scores = [validation_score(head, data, val) for _, head in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     value, head = candidates[best]
-    head.selection = selection_record(option, value, scores[best][0], data)
-    head.selection["compared"] = [
-        [value, score] for (value, _), (score, _) in zip(candidates, scores, strict=True)
-    ]
+    compared = [[value, score[0]] for (value, _), score in zip(candidates, scores, strict=True)]
+    head.selection = selection_record(option, value, scores[best][0], data, compared=compared)
     return head
 
 
-def selection_record(option: str, value: float, accuracy: float, data: FitData) -> dict[str, Any]:
+def selection_record(
+    option: str, value: float, accuracy: float, data: FitData, **more: Any
+) -> dict[str, Any]:
     """Returns a checkpoint's record of a selected option; ``val_accuracy`` is the objective."""
-    return {option: value, "objective": data.objective, "split": "val", "val_accuracy": accuracy}
+    record = {option: value, "objective": data.objective, "split": "val", "val_accuracy": accuracy}
+    return record | more
 
 
 def compare_heads(
@@ -389,22 +319,11 @@ def compare_heads(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> dict[str, Any]:
-    """Compares heads on validation, with 95 % bootstrap intervals over the images.
+    """Compares heads by their predictions (N,) on validation.
 
-    Args:
-        preds: Predicted classes by head, (N,) each; at least one head.
-        targets: True classes, (N,).
-        counts: Training images per class, (C,).
-        objective: What is compared.
-        rule: Bounds of the shot groups.
-
-    Returns:
-        A selection record: the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
-        value; ``compared``, the value of each head; their ``intervals``; and ``behind``, the
-        intervals of the difference between the best head and each.
-
-    Raises:
-        UsageError: If there is no head, or the split has no image of the objective's shot group.
+    The selection record has the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
+    value; ``compared``, the value of each head; their 95 % bootstrap ``intervals`` over the images;
+    and ``behind``, the intervals of the difference between the best head and each.
     """
     if not preds:
         raise UsageError("auto needs at least one head to choose from; heads is empty")
@@ -414,11 +333,10 @@ def compare_heads(
     best = max(values, key=lambda name: (values[name], reports[name].class_mean))
     field = objective_field(objective)
     intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}
+    given = (targets, counts)
     behind = {
-        name: paired_difference(
-            preds[best], given, targets, counts, objective=objective, rule=rule
-        )[1:]
-        for name, given in preds.items()
+        name: paired_difference(preds[best], other, *given, objective=objective, rule=rule)[1:]
+        for name, other in preds.items()
     }
     return {
         "head": best,
@@ -439,10 +357,9 @@ def take_best(
     objective: Objective = "all",
     rule: ShotRule = "fb",
 ) -> Head:
-    """Returns a copy of the best head by its predictions on validation, ``preds`` (M,) each.
+    """Returns a copy of the head whose predictions (N,) on validation are best.
 
-    Its ``selection`` is the record of :func:`compare_heads`, with the head's own selection as
-    ``options``.
+    Its ``selection`` is the record of :func:`compare_heads`, with its own selection as ``options``.
     """
     record = compare_heads(preds, targets, class_counts, objective=objective, rule=rule)
     best = copy.deepcopy(heads[record["head"]])

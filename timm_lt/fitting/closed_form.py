@@ -32,21 +32,11 @@ def class_means(
     spaces: Sequence[FeatureSpace] = ("raw",),
     feature_mean: Tensor | None = None,
 ) -> dict[FeatureSpace, Tensor]:
-    """Returns the mean of the rows of each class in each space, from one pass over the rows.
+    """Returns the means (C, D) of each class's rows in each space, from one pass over the rows.
 
     Nearby rows of a class are read and added up together, weighted with their inverse norms.
-    Memory is that of the sums and of a few hundred rows.
-
-    Args:
-        values: Features, maybe memory-mapped.
-        targets: Classes of the rows, in [0, C).
-        num_classes: Number of classes C.
-        spaces: Feature spaces of the ``ncm`` head.
-        feature_mean: Mean of the training features, for ``"centered_l2"``.
-
-    Shape:
-        values (N, D), targets (N,), feature_mean (D,); the means are (C, D) float32, NaN for a
-        class without rows.
+    Memory is that of the sums and of a few hundred rows. The mean of a class without rows is NaN.
+    ``feature_mean`` (D,) is that of the training features, for ``"centered_l2"``.
 
     >>> values, targets = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1])
     >>> class_means(values, targets, 2)["raw"].tolist()
@@ -77,7 +67,7 @@ def _by_class(targets: Tensor, num_classes: int) -> Iterator[tuple[Tensor, Tenso
 def _in_space(
     block: Tensor, space: FeatureSpace, mean: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns rows (B, D) and weights (B,); their products are the rows in a feature space."""
+    """Returns rows (B, D) and weights (B,), whose products are the rows in a feature space."""
     if space == "raw":
         return block, None
     if space == "centered_l2":

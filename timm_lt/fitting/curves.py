@@ -24,7 +24,7 @@ intervals, and sorting them gives the objective everywhere.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -63,15 +63,11 @@ SMALLEST, LOG_SMALLEST = 1e-35, -80.0
 
 
 class IntervalFinder:
-    """Finds the taus at which labels win.
+    """Finds the taus at which labels win; slopes (C,) float64 are ``log‖w_c‖`` or ``log prior_c``.
 
     All is computed in the type of the logits: each bound is right for logits that differ from the
-    given ones by a few of their roundings, and right at ``tau = 0`` for the given ones.
-
-    Args:
-        slopes: Slope of each class's line, ``log‖w_c‖`` or ``log prior_c``, (C,) float64.
-        logarithmic: Whether the lines are logarithms of the logits (tau-normalisation).
-        dtype: Type of the logits.
+    given ones by a few of their roundings, and right at ``tau = 0`` for the given ones. Lines are
+    logarithms of the logits for tau-normalisation.
     """
 
     def __init__(self, slopes: Tensor, *, logarithmic: bool, dtype: torch.dtype) -> None:
@@ -89,11 +85,7 @@ class IntervalFinder:
         self.work = torch.empty(4, self.max_rows, len(slopes), dtype=dtype)
 
     def __call__(self, blocks: Iterator[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the first and the last tau >= 0 at which each label wins; (inf, -inf) if none.
-
-        Shape:
-            blocks of logits (any, C), together N rows; targets (N,); (N,) float64 each.
-        """
+        """Returns the first and last tau >= 0 at which each label (N,) wins, else inf and -inf."""
         low, high = torch.full((2, len(targets)), math.inf, dtype=torch.float64)
         high.neg_()
         start = 0
@@ -164,13 +156,7 @@ def _log_ratios(logits: Tensor, rise: Tensor, own: Tensor) -> None:
 
 
 def logit_blocks(values: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
-    """Yields the logits, some rows at a time, so that memory does not grow with the features.
-
-    Args:
-        values: Features (N, D), maybe memory-mapped.
-        weight: Weight of the classifier, (C, D) on the CPU; logits have its type.
-        bias: Bias of the classifier, (C,), or None.
-    """
+    """Yields the logits of features (N, D), some rows at a time, in the type of the weight."""
     step = max(BLOCK // max(weight.shape), BLOCK_ROWS)
     for block in values.split(step):
         yield F.linear(block.detach().to("cpu", weight.dtype), weight, bias)
@@ -181,35 +167,25 @@ Steps = tuple[Tensor, Tensor]
 
 
 def weighted_steps(low: Tensor, high: Tensor, weights: Tensor) -> Steps:
-    """Returns the weighted mean of the images that are right.
-
-    Args:
-        low: First tau at which each image is right, (N,) float64.
-        high: Last such tau, (N,).
-        weights: Weight of each image in the mean, (N,) >= 0.
-    """
+    """Returns the weighted mean of the images, each of which is right from low to high, (N,)."""
     total = weights.double().sum()
     # Drop images that are right at no tau >= 0.
     kept = (low <= high) & (high >= 0)
     low, high, weights = low[kept].clamp_min(0), high[kept], weights.double()[kept]
     edges = torch.cat([low.new_zeros(1), low, high[high.isfinite()]]).unique()
+
+    def up_to(points: Tensor) -> Tensor:
+        """Returns the weight of the points up to each edge."""
+        points, order = points.sort()
+        sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
+        return sums[torch.searchsorted(points, edges, right=True)]
+
     # An image counts from its low edge on, up to and including its high edge.
-    started = _sum_up_to(low, weights, edges)
-    ended = _sum_up_to(high, weights, edges)
-    return edges, (started - ended) / total
+    return edges, (up_to(low) - up_to(high)) / total
 
 
-def _sum_up_to(points: Tensor, weights: Tensor, edges: Tensor) -> Tensor:
-    """Returns the weight of the points up to each edge."""
-    points, order = points.sort()
-    sums = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
-    up_to: Tensor = sums[torch.searchsorted(points, edges, right=True)]
-    return up_to
-
-
-def on_common_edges(functions: Iterable[Steps]) -> tuple[Tensor, Iterator[Tensor]]:
-    """Returns the edges of all of some step functions, and yields the values of each after them."""
-    functions = list(functions)
+def on_common_edges(functions: Collection[Steps]) -> tuple[Tensor, Iterator[Tensor]]:
+    """Returns the edges of several step functions, and yields the values of each after them."""
     edges = torch.cat([own for own, _ in functions]).unique()
     return edges, (
         values[torch.searchsorted(own, edges, right=True) - 1] for own, values in functions
@@ -225,8 +201,8 @@ LARGEST_TAU = 10.0
 class AccuracyCurve:
     """Accuracy as a step function of tau >= 0.
 
-    An image is right for the taus of one interval ``[low, high]``; it is empty if low > high. Where
-    an end is a tie that the image loses, the end lies a rounding further inside.
+    An image is right for the taus of one interval ``[low, high]``, which is empty if low > high.
+    Where an end is a tie that the image loses, the end lies a rounding further inside.
 
     Args:
         low: First tau at which each image is right, (N,) float64.
@@ -247,17 +223,14 @@ class AccuracyCurve:
     shots: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, tau: float, *, objective: Objective = "all") -> float:
-        """Returns an objective at a tau >= 0; arguments and errors are those of `maximise`."""
+        """Returns an objective at a tau >= 0."""
         right = (self.low <= tau) & (tau <= self.high)
         # The images that are right there, as if they were right at every tau.
         low, high = torch.where(right, 0.0, torch.inf), torch.where(right, torch.inf, -torch.inf)
         return float(replace(self, low=low, high=high).steps(objective)[1][0])
 
     def steps(self, objective: Objective = "all") -> Steps:
-        """Returns where an objective changes, (K,) ascending from 0, and its value after each.
-
-        Arguments and errors are those of `maximise`.
-        """
+        """Returns where an objective changes, (K,) ascending from 0, and its value after each."""
         if objective == "all":
             return self._mean(slice(None), torch.ones(len(self.low)))
         if self.targets is None or not (self.shots or objective in ("class_mean", "worst_class")):
@@ -292,10 +265,7 @@ class AccuracyCurve:
 
     @property
     def best_tau(self) -> float:
-        """The middle of the widest stretch of taus up to 10 with the highest accuracy.
-
-        In the middle, rounding cannot tip an image over the edge. A stretch is cut after one unit.
-        """
+        """The middle of the widest stretch of taus up to 10 with the highest accuracy."""
         return self.maximise("all")[0]
 
     def maximise(self, objective: Objective = "all") -> tuple[float, float]:
@@ -316,6 +286,7 @@ class AccuracyCurve:
         if objective != "all":
             edges, both = on_common_edges([(edges, values), self.steps("class_mean")])
             order = [*both]
+        # In the middle of a stretch, cut after one unit, rounding tips no image over the edge.
         ends = torch.cat([edges[1:], edges[-1:] + 1]).minimum(edges + 1)
         near = edges < LARGEST_TAU
         edges, ends, order = edges[near], ends[near], [values[near] for values in order]
@@ -340,10 +311,9 @@ def tau_curve(
     """Computes the accuracy of tau-normalisation or logit adjustment at every tau >= 0 at once.
 
     With ``adjust="norm"`` the logit of class c is ``w_c·x / ‖w_c‖^tau``, without bias; with
-    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. The label of an image wins on one
-    interval of tau, which is found from one product of features and weight. The ends are exact up
-    to the rounding of the logits, which are at least float32. Features are read in blocks and may
-    be memory-mapped.
+    ``adjust="prior"`` it is ``w_c·x + b_c − tau·log prior_c``. It takes one product of features,
+    read in blocks, and weight. The curve is exact up to the rounding of the logits, which are at
+    least float32.
 
     Args:
         classifier: The joint classifier (C, D), from ``model.get_classifier()``.
@@ -399,11 +369,7 @@ def tau_curve(
 
 
 def joint_classifier(classifier: nn.Module) -> nn.Linear:
-    """Returns a joint classifier as ``nn.Linear``.
-
-    Raises:
-        UsageError: If it is a head other than ``linear``, which computes with another weight.
-    """
+    """Returns a joint classifier as ``nn.Linear``; another head computes with another weight."""
     linear = as_joint(classifier)
     if isinstance(linear, Head) and not isinstance(linear, LinearHead):
         raise UsageError(
@@ -414,11 +380,7 @@ def joint_classifier(classifier: nn.Module) -> nn.Linear:
 
 
 def check_fits(features: Features, noun: str, num_classes: int | None, width: int | None) -> None:
-    """Checks features against the number of classes and the width of the classifier.
-
-    Raises:
-        UsageError: If they are not ``Features``, a target is out of range, or the widths differ.
-    """
+    """Checks features against the number of classes and the width of the classifier."""
     check_features(features, noun)
     check_labels(features.targets, num_classes, noun=f"targets of {noun}")
     if width is not None and features.num_features != width:
@@ -432,15 +394,7 @@ def head_curves(
     counts: Tensor,
     rule: ShotRule = "fb",
 ) -> dict[str, tuple[AccuracyCurve, float]]:
-    """Returns the curve, with those of the shot groups, and the chosen tau of each head with a tau.
-
-    Args:
-        classifier: The joint classifier, (C, D).
-        heads: Fitted heads by name.
-        val: Validation features, values (N, D).
-        counts: Training images per class, (C,).
-        rule: Bounds of the shot groups.
-    """
+    """Returns the curve on validation, and the chosen tau, of each head with a tau."""
     curves = {}
     for name, head in heads.items():
         adjust: Adjustment = "prior" if isinstance(head, LogitAdjustedHead) else "norm"

@@ -1,9 +1,11 @@
 """Fits by gradient on cached features: linear, crt, lws and cosine; SMOTE."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypeVar
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,6 @@ from timm_lt.fitting.base import (
     MAXIMUM,
     Fit,
     FitData,
-    TrainedFit,
     register_fit,
     select,
     selection_record,
@@ -21,8 +22,6 @@ from timm_lt.fitting.base import (
 )
 from timm_lt.fitting.solvers import (
     MAX_ITERATIONS,
-    class_balanced_shares,
-    epochs_of,
     row_blocks,
     scale_gradient,
     solve_linear,
@@ -30,7 +29,7 @@ from timm_lt.fitting.solvers import (
     train_head,
 )
 from timm_lt.heads import CosineHead, CRTHead, Head, LinearHead, LWSHead, limit_norms, seeded_linear
-from timm_lt.heads.linear import CRT_LENGTH, LWS_LENGTH
+from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH, TrainingLength
 from timm_lt.losses import create_loss
 from timm_lt.samplers import check_sampler
 from timm_lt.utils.checks import UsageError, check_integer, check_mapping, user_errors
@@ -40,20 +39,85 @@ H = TypeVar("H", bound=Head)
 Solver = Literal["lbfgs", "sgd"]
 Keep = Literal["last", "best"]
 SmoteTarget: TypeAlias = int | Literal["largest"]
-# Losses of the lbfgs solver; sgd takes any registered loss.
+# Options of crt for both solvers; max_iterations is for lbfgs, and the others for sgd.
+COMMON_OPTIONS = ("solver", "loss", "weight_decay", "smote")
 LBFGS_LOSSES = ("cross_entropy", "balanced_softmax")
-SGD_OPTIONS = (
-    *("steps", "epochs", "lr", "max_norm", "keep", "loss_options", "sampler", "sampler_options"),
-)
 SGD_WEIGHT_DECAY = 5e-4
 # Rows x features x classes above which lbfgs, with its weight decays, takes minutes.
 LARGE = 5_000_000_000
 # From strong to weak: each solution is the start of the next.
 WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 # Validations during training, with keep='best'.
-LOOKS = 10
+VALIDATIONS = 10
 # Neighbours of SMOTE.
 NEIGHBORS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFit(Fit):
+    """A fit by SGD.
+
+    Args:
+        steps: Number of updates; None goes by ``epochs``.
+        epochs: Passes over the rows; None is the length of the reference code, but at least a
+            number of updates.
+        lr: Initial learning rate.
+    """
+
+    length: ClassVar[TrainingLength]
+    batch_size: ClassVar[int] = BATCH_SIZE
+
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.updates(1)
+
+    def updates(self, images: int) -> int:
+        """Returns the number of updates for so many images."""
+        return self.length.updates(
+            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
+        )
+
+    def train(
+        self,
+        head: H,
+        data: FitData,
+        features: Features,
+        *,
+        keep: Keep = "last",
+        after: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> H:
+        """Trains a head by SGD; returns its last state, or the first best of ten on validation."""
+        steps = self.updates(features.num_images)
+        options |= {"seed": data.seed, "steps": steps, "lr": self.lr, "batch_size": self.batch_size}
+        if keep == "last":
+            train_head(head, features, after=after, **options)
+            return head
+        val = data.need_val(self.name, "the best update", "keep='last'")
+        due = {max(steps * number // VALIDATIONS, 1) for number in range(1, VALIDATIONS + 1)}
+        compared: list[list[float]] = []
+        best: tuple[tuple[float, float], int] = (-1.0, -1.0), 0
+        state: dict[str, Tensor] = {}
+
+        def validate(step: int) -> None:
+            nonlocal best, state
+            if after is not None:
+                after(step)
+            if step in due:
+                score = validation_score(head.eval(), data, val)
+                head.train()
+                compared.append([step, score[0]])
+                if score > best[0]:
+                    best, state = (score, step), copy.deepcopy(head.state_dict())
+
+        train_head(head, features, after=validate, **options)
+        head.load_state_dict(state)
+        head.selection = selection_record("steps", best[1], best[0][0], data, compared=compared)
+        return head
 
 
 def usual_solver(rows: int, linear: nn.Linear) -> Solver:
@@ -69,8 +133,7 @@ class LinearFit(Fit):
     The probe minimises the cross-entropy over the rows as they are distributed.
 
     Args:
-        solver: ``"lbfgs"`` or ``"sgd"``; None is lbfgs, or sgd where lbfgs would take minutes.
-        weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
+        solver: As of ``crt``, like ``weight_decay``.
     """
 
     solver: Solver | None = None
@@ -112,18 +175,14 @@ class CRTFit(TrainedFit):
             one whose options are given, else lbfgs, or sgd where lbfgs would take minutes.
         loss: ``"cross_entropy"``, balanced by sampling (sgd) or weights (lbfgs), or
             ``"balanced_softmax"`` on the features as they are distributed. With sgd any of
-            :func:`timm_lt.list_losses`, e.g. a re-weighted one with ``sampler=
-            "instance_balanced"``; its class counts are those of the features. An initial bias of
+            :func:`timm_lt.list_losses`, with the class counts of the features. An initial bias of
             the loss (sigmoids) is set, without weight decay.
-        loss_options: Options of the loss (sgd).
         sampler: One of :func:`timm_lt.list_samplers` (sgd); None is ``"class_balanced"``, or
             ``"instance_balanced"`` for balanced softmax.
-        sampler_options: Options of the sampler (sgd).
         weight_decay: None selects it on validation (lbfgs) or is 5e-4 (sgd).
         max_iterations: Iterations of lbfgs per weight decay.
-        steps: Updates of sgd, 512 rows each; None goes by epochs.
+        steps: Updates of sgd, 512 rows each.
         epochs: Epochs of sgd; None is the paper's 10, but at least 1,000 updates.
-        lr: Initial learning rate of sgd.
         max_norm: Largest norm of a class's weights after each update of sgd, > 0; None is no limit.
             With weight decay, the second stage of Alshammari et al., Long-Tailed Recognition via
             Weight Balancing, CVPR 2022.
@@ -148,7 +207,8 @@ class CRTFit(TrainedFit):
         super().__post_init__()
         if self.smote is not None:
             smote_counts(torch.ones(1, dtype=torch.int64), self.smote)
-            _import_smote()
+            with user_errors("smote", ImportError, cure="pip install 'timm_lt[smote]'"):
+                import_module("imblearn.over_sampling")
         with user_errors("loss of head 'crt', a linear classifier", UsageError):
             loss = self._create_loss(torch.tensor([2, 1]))
             if (check_classifier := getattr(loss, "check_classifier", None)) is not None:
@@ -157,9 +217,9 @@ class CRTFit(TrainedFit):
                 raise UsageError(f"{self.loss!r} takes pairs of images; choose another")
         check_sampler("of head 'crt'", self._sampler, self.sampler_options)
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        of_sgd = [key for key in SGD_OPTIONS if key in given]
+        of_lbfgs = [*given & {"max_iterations"}]
+        of_sgd = sorted(given - {*COMMON_OPTIONS, *of_lbfgs})
         of_sgd += [f"loss {self.loss!r}"] if self.loss not in LBFGS_LOSSES else []
-        of_lbfgs = ["max_iterations"] if "max_iterations" in given else []
         solver = self.solver or ("lbfgs" if of_lbfgs else "sgd" if of_sgd else None)
         useless = {"lbfgs": of_sgd, "sgd": of_lbfgs, None: []}[solver]
         if useless:
@@ -186,7 +246,7 @@ class CRTFit(TrainedFit):
         rows, images = int(class_counts.sum()) * views, int(class_counts.sum())
         if self.smote is not None:
             rows = images = int(smote_counts(class_counts * views, self.smote).sum())
-        epochs = epochs_of(self.updates(images) * self.batch_size, rows)
+        epochs = math.ceil(self.updates(images) * self.batch_size / rows)
         loss = self._create_loss(class_counts)
         with user_errors(f"loss of head 'crt' (an epoch is {rows} rows)", UsageError):
             getattr(loss, "set_epoch", lambda *_: None)(0, epochs)
@@ -201,46 +261,33 @@ class CRTFit(TrainedFit):
         counts = class_counts(features.targets, num_classes)
         if (self.solver or usual_solver(len(features), linear)) == "sgd":
             return self._train(data, features, CRTHead.from_classifier(linear), counts)
-        problem: dict[str, Any] = {"shares": class_balanced_shares(counts)}
+        # The expectation of balanced sampling.
+        shares, offset = (1.0 / (num_classes * counts.double())).float(), None
         if self.loss == "balanced_softmax":
-            shares = torch.full((num_classes,), 1.0 / len(features))
-            problem = {"shares": shares, "offset": counts.float().log()}
-        problem["max_iterations"] = self.max_iterations
+            shares, offset = torch.full((num_classes,), 1.0 / len(features)), counts.float().log()
+        problem = {"shares": shares, "offset": offset, "max_iterations": self.max_iterations}
         return _solve(CRTHead, data, features, linear, self.weight_decay, **problem)
 
     def _train(self, data: FitData, features: Features, head: CRTHead, counts: Tensor) -> CRTHead:
         """Trains the head by SGD."""
-        loss = self._create_loss(counts)
+        loss, limit = self._create_loss(counts), self.max_norm
         start = getattr(loss, "initial_bias", lambda _: None)(head.out_features)
         undecayed = []
         if start is not None and head.bias is not None:
             nn.init.constant_(head.bias, start)
             undecayed = [head.bias]
-        steps = self.updates(features.num_images)
-        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
-
-        def after(step: int) -> None:
-            if self.max_norm is not None:
-                limit_norms(head, self.max_norm)
-            if best is not None:
-                best(step)
-
-        train_head(
+        return self.train(
             head,
+            data,
             features,
-            seed=data.seed,
-            steps=steps,
-            lr=self.lr,
+            keep=self.keep,
             weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
             sampler=self._sampler,
             sampler_options=self.sampler_options,
             loss=loss,
             undecayed=undecayed,
-            after=after,
+            after=None if limit is None else lambda _: limit_norms(head, limit),
         )
-        if best is not None:
-            best.restore()
-        return head
 
 
 def _solve(
@@ -274,9 +321,8 @@ class LWSFit(TrainedFit):
 
     Args:
         scale_bias: Option of the head.
-        steps: Updates, 512 rows each; None goes by epochs.
+        steps: Updates, 512 rows each.
         epochs: None is the 5 of the authors' code, but at least 500 updates.
-        lr: Initial learning rate.
         weight_decay: On the factors, as in the authors' code.
         keep: State of the ``"last"`` update, or the ``"best"`` of ten on validation.
     """
@@ -292,21 +338,10 @@ class LWSFit(TrainedFit):
         head = LWSHead.from_classifier(classifier, scale_bias=self.scale_bias)
         with torch.no_grad():
             head.scale.fill_(1.0)
-        steps = self.updates(data.features.num_images)
-        best = _BestUpdate(head, data, steps) if self.keep == "best" else None
-        train_head(
-            head,
-            data.features,
-            seed=data.seed,
-            steps=steps,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            backward=scale_gradient(head, data.features),
-            after=best,
+        decay, backward = self.weight_decay, scale_gradient(head, data.features)
+        return self.train(
+            head, data, data.features, keep=self.keep, weight_decay=decay, backward=backward
         )
-        if best is not None:
-            best.restore()
-        return head
 
 
 @register_fit("cosine")
@@ -324,67 +359,26 @@ class CosineFit(TrainedFit):
         if data.classifier is None:
             nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(data.seed))
         head = CosineHead.from_classifier(linear, scale=self.scale, learn_scale=self.learn_scale)
-        steps = self.updates(data.features.num_images)
-        train_head(head, data.features, seed=data.seed, steps=steps, lr=self.lr)
-        return head
+        return self.train(head, data, data.features)
 
 
-class _BestUpdate:
-    """Validates a head ten times during its training, and keeps the first best state."""
-
-    def __init__(self, head: Head, data: FitData, steps: int) -> None:
-        self.head, self.data = head, data
-        self.val = data.need_val(head.kind, "the best update", "keep='last'")
-        self.looks = {max(steps * look // LOOKS, 1) for look in range(1, LOOKS + 1)}
-        self.compared: list[list[float]] = []
-        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
-
-    def __call__(self, step: int) -> None:
-        """Validates the head after an update, if it is due."""
-        if step not in self.looks:
-            return
-        self.head.eval()
-        score = validation_score(self.head, self.data, self.val)
-        self.head.train()
-        self.compared.append([step, score[0]])
-        if self.best is None or score > self.best[0]:
-            self.best = score, step, copy.deepcopy(self.head.state_dict())
-
-    def restore(self) -> None:
-        """Restores the best state, and records the selection."""
-        assert self.best is not None
-        score, step, state = self.best
-        self.head.load_state_dict(state)
-        self.head.selection = selection_record("steps", step, score[0], self.data)
-        self.head.selection["compared"] = self.compared
-
-
-def _import_smote() -> Any:  # noqa: ANN401
-    try:
-        from imblearn.over_sampling import SMOTE
-    except ImportError as error:
-        raise UsageError("smote needs imbalanced-learn: pip install 'timm_lt[smote]'") from error
-    return SMOTE
+def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
+    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
+    if target == "largest":
+        wanted = int(counts.max())
+    else:
+        wanted = check_integer("smote, rows per class or 'largest',", target, 1, MAXIMUM)
+    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
 
 
 def add_smote_rows(
     features: Features, num_classes: int, target: SmoteTarget, *, seed: int = 0
 ) -> Features:
-    """Appends synthetic rows until each class has ``target`` rows.
+    """Appends synthetic rows until each class has ``target`` rows, or those of the largest class.
 
     A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
     of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
-    is repeated.
-
-    Args:
-        features: Values (N, D); the result is in memory.
-        num_classes: Number of classes C.
-        target: Smallest number of rows per class afterwards; ``"largest"`` is that of the largest
-            class.
-        seed: Seed of the draws.
-
-    Raises:
-        UsageError: If the target is out of range, or imbalanced-learn is not installed.
+    is repeated. The result is in memory.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,
@@ -401,20 +395,11 @@ def add_smote_rows(
     return Features(torch.cat(parts), torch.cat([features.targets.cpu(), labels]))
 
 
-def smote_counts(counts: Tensor, target: SmoteTarget) -> Tensor:
-    """Returns the rows per class (C,) after :func:`add_smote_rows`; an empty class stays empty."""
-    if target == "largest":
-        wanted = int(counts.max())
-    else:
-        wanted = check_integer("smote, rows per class or 'largest',", target, 1, MAXIMUM)
-    return torch.where(counts == 0, 0, counts.clamp_min(wanted))
-
-
 def _synthetic(rows: Tensor, number: int, seed: int) -> Tensor:
     """Returns synthetic rows (number, D) between the rows (n, D) of a class."""
     if len(rows) == 1:
         return rows.expand(number, -1)
-    smote = _import_smote()(
+    smote = import_module("imblearn.over_sampling").SMOTE(
         sampling_strategy={1: len(rows) + number},
         k_neighbors=min(NEIGHBORS, len(rows) - 1),
         random_state=seed % 2**32,

@@ -24,12 +24,7 @@ Backward = Callable[[Tensor], None]
 
 
 def row_blocks(values: Tensor, width: int) -> Iterator[Tensor]:
-    """Yields features in order, a block at a time, as float32 on the CPU.
-
-    Args:
-        values: Features (N, D) of any floating type, maybe memory-mapped.
-        width: Output columns per row, used to choose the block size.
-    """
+    """Yields blocks of features (N, D) as float32 on the CPU; ``width`` is their outputs' width."""
     step = max(ENTRIES // max(width, values.shape[1]), ROWS)
     for start in range(0, len(values), step):
         yield values[start : start + step].detach().to("cpu", torch.float32)
@@ -58,22 +53,12 @@ def descend(
     fused: bool = True,
     **options: Any,
 ) -> None:
-    """Trains the parameters of a head by SGD with momentum 0.9.
+    """Trains the parameters of head ``name`` by SGD with momentum 0.9.
 
-    Args:
-        name: Name of the head, for the message.
-        parameters: Parameters, or parameter groups.
-        steps: Number of updates.
-        backward: Sets the gradients of an update, given its number.
-        lr: Initial learning rate.
-        decay: Factor of the learning rate from the update and the number of updates.
-        after: Called after each update with the number of updates so far.
-        fused: Option of ``torch.optim.SGD``, whose fused kernels round differently.
-        **options: Further options of it.
-
-    Raises:
-        UsageError: If the weights do not stay finite.
+    ``backward`` sets the gradients of an update, given its number; ``after`` is called with the
+    number of updates so far; ``options`` are those of ``torch.optim.SGD``.
     """
+    # Fused kernels round differently.
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, fused=fused, **options)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -109,30 +94,19 @@ def train_head(
     """Trains the trainable parameters of a head, in place, by SGD on batches of features.
 
     The settings are those of Kang et al.: momentum 0.9, weight decay 5e-4 on all trained parameters
-    (also the scales of lws), batch size 512, cosine learning rate to zero.
+    (also the scales of lws), batch size 512, cosine learning rate to zero. The whole training is
+    one epoch of the sampler; an epoch of the loss, by default cross-entropy, has N rows.
 
-    Args:
-        head: The head.
-        features: Training features, values (N, D).
-        seed: Seed of the sampler.
-        steps: Number of updates.
-        lr: Initial learning rate.
-        weight_decay: Weight decay.
-        batch_size: Rows per update.
-        sampler: One of :func:`timm_lt.list_samplers`; the whole training is one of its epochs.
-        sampler_options: Options of the sampler.
-        loss: One of ``timm_lt.create_loss``; None is cross-entropy. Its epochs have N rows.
-        backward: Sets the gradients for the rows of given indices; None differentiates the loss.
-        undecayed: Parameters that are trained without weight decay, of the head or others.
-        **options: Options of :func:`descend`.
+    ``backward`` sets the gradients for the rows of given indices, in place of the loss.
+    ``undecayed`` are parameters that are trained without weight decay, of the head or others.
+    ``options`` are those of :func:`descend`.
     """
     free = {id(parameter) for parameter in undecayed}
     decayed = [p for p in head.parameters() if p.requires_grad and id(p) not in free]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if undecayed:
         groups.append({"params": list(undecayed), "weight_decay": 0.0})
-    loss = nn.CrossEntropyLoss() if loss is None else loss
-    gradients = backward or _differentiate(head, features, loss)
+    gradients = backward or _differentiate(head, features, loss or nn.CrossEntropyLoss())
     draws, rows = steps * batch_size, len(features)
     drawn = create_sampler(
         sampler, features.targets, num_samples=draws, seed=seed, **dict(sampler_options or {})
@@ -143,16 +117,11 @@ def train_head(
     def update(step: int) -> None:
         epoch, before = step * batch_size // rows, (step - 1) * batch_size // rows
         if set_epoch is not None and epoch > before:
-            set_epoch(epoch, epochs_of(draws, rows))
+            set_epoch(epoch, math.ceil(draws / rows))
         gradients(batches[step])
 
     head.train()
     descend(head.kind, groups, steps, update, lr=lr, weight_decay=weight_decay, **options)
-
-
-def epochs_of(draws: int, rows: int) -> int:
-    """Returns the number of epochs of so many draws; the last may be incomplete."""
-    return -(-draws // rows)
 
 
 def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
@@ -175,22 +144,18 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
     """
     weight, bias = head.weight, head.bias
     inside, outside = (bias, None) if head.scale_bias else (None, bias)
-    num_classes = head.out_features
-
-    def compute(values: Tensor) -> Tensor:
-        return F.linear(values, weight, inside)
-
     cached: Tensor | None = None
-    if 4 * len(features) * num_classes <= MAX_BYTES:
+    if 4 * len(features) * head.out_features <= MAX_BYTES:
         with torch.no_grad():
-            blocks = row_blocks(features.values, num_classes)
-            cached = torch.cat([compute(block) for block in blocks])
+            blocks = row_blocks(features.values, head.out_features)
+            cached = torch.cat([F.linear(block, weight, inside) for block in blocks])
 
     @torch.no_grad()
     def backward(rows: Tensor) -> None:
-        frozen = (
-            compute(take_rows(features.values, rows)) if cached is None else take_rows(cached, rows)
-        )
+        if cached is None:
+            frozen = F.linear(take_rows(features.values, rows), weight, inside)
+        else:
+            frozen = take_rows(cached, rows)
         logits = frozen * head.scale
         if outside is not None:
             logits += outside
@@ -199,11 +164,6 @@ def scale_gradient(head: LWSHead, features: Features) -> Backward:
         head.scale.grad = wrong.mul_(frozen).mean(0)
 
     return backward
-
-
-def class_balanced_shares(counts: Tensor) -> Tensor:
-    """Returns weights of rows by their class, (C,), with the expectation of balanced sampling."""
-    return (1.0 / (len(counts) * counts.double())).float()
 
 
 def solve_linear(
@@ -216,29 +176,21 @@ def solve_linear(
     offset: Tensor | None = None,
     max_iterations: int = MAX_ITERATIONS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Minimises the cross-entropy of a linear classifier by L-BFGS.
+    """Minimises the cross-entropy of a linear classifier by L-BFGS, from a weight and a bias.
 
     The objective ``Σ_i share_i ℓ(W x_i + b + offset, y_i) + weight_decay / 2 · ‖W‖²`` is convex, so
     the result is deterministic. Features are read in blocks and may be larger than memory.
 
-    Args:
-        weight: Start, (C, D).
-        bias: Start, (C,), without weight decay; None for a classifier without bias.
-        features: Training features, values (N, D), with rows of every class.
-        weight_decay: >= 0; at 0 separable classes have no minimum.
-        shares: Weight of a row by its class, (C,); over all rows they add up to 1.
-        offset: Added to the logits, (C,), or None. With ``log n_c`` and equal shares the loss is
-            balanced softmax (Ren et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition,
-            NeurIPS 2020, equation 4, https://arxiv.org/abs/2007.10740).
-        max_iterations: Largest number of iterations.
-
-    Returns:
-        Weight (C, D) and bias (C,) or None.
+    ``shares`` are weights of a row by its class, (C,), which add up to 1 over all rows. ``offset``
+    (C,) is added to the logits. With ``log n_c`` and equal shares the loss is balanced softmax (Ren
+    et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020, equation 4,
+    https://arxiv.org/abs/2007.10740).
     """
-    num_classes = len(weight)
+    values, num_classes = features.values, len(weight)
     # Scale features to root mean square 1: with tiny features the first steps would be lost in
-    # rounding and look like convergence.
-    unit = _root_mean_square(features.values) or 1.0
+    # rounding and look like convergence. In float64 no square overflows or underflows.
+    squares = sum(float(block.double().square().sum()) for block in row_blocks(values, 1))
+    unit = float((squares / values.numel()) ** 0.5) or 1.0
     weight = (weight.detach() * unit).requires_grad_()
     bias = None if bias is None else bias.detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -255,7 +207,7 @@ def solve_linear(
         optimizer.zero_grad()
         total = 0.0
         start = 0
-        for block in row_blocks(features.values, num_classes):
+        for block in row_blocks(values, num_classes):
             targets = features.targets[start : start + len(block)]
             start += len(block)
             logits = F.linear(block, weight / unit, bias)
@@ -274,9 +226,3 @@ def solve_linear(
 
     optimizer.step(objective)
     return weight.detach() / unit, None if bias is None else bias.detach()
-
-
-def _root_mean_square(values: Tensor) -> float:
-    # In float64, the square of a float32 neither overflows nor underflows.
-    total = sum(float(block.double().square().sum()) for block in row_blocks(values, 1))
-    return float((total / values.numel()) ** 0.5)

@@ -51,7 +51,6 @@ from timm_lt.training import (
     TrainingState,
     describe_history,
     representation_seconds,
-    train_head_on_images,
 )
 from timm_lt.utils.accelerator import fresh_accelerate, is_lost_process, process_rank
 from timm_lt.utils.checks import UsageError, user_errors
@@ -243,16 +242,9 @@ def _fit_joint(run: Run) -> None:
 def _train_on_images(run: Run) -> dict[str, Head]:
     """Trains the heads with stage images, and extracts features with batch norm as they have it."""
     heads: dict[str, Head] = {}
-    for name, options in stage_heads(run.recipe, "images").items():
+    for name, trainer in run.head_trainers.items():
         started = time.perf_counter()
-        heads[name] = train_head_on_images(
-            head_kind(run.recipe, name),
-            run.model,
-            run.images["train"],
-            accelerator=run.accelerator,
-            seed=run.recipe.seed,
-            **options,
-        )
+        heads[name] = trainer.run(run.model, run.recipe.seed)
         run.seconds["heads"][name] = time.perf_counter() - started
     started = time.perf_counter()
     extract_own(run, heads, ["val", "test"])
@@ -406,7 +398,7 @@ def _metrics(run: Run) -> dict[str, Any]:
         "class_counts": counts.tolist(),
         "shots": describe_shots(counts, recipe.shot_rule),
         "selection": {name: head.selection for name, head in heads.items() if head.selection},
-        "stages": {name: {"stage": "images", **vars(plan)} for name, plan in run.plans.items()},
+        "stages": {name: trainer.summary() for name, trainer in run.head_trainers.items()},
         "seed": recipe.seed,
         "seconds": run.seconds,
         "protocol": recipe.protocol,

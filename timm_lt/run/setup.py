@@ -37,11 +37,10 @@ from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, s
 from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
 from timm_lt.training import (
     EpochRecord,
-    HeadPlan,
+    HeadTrainer,
     RepresentationTrainer,
     TrainingOptions,
     check_model,
-    plan_head_on_images,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import Problems, UsageError, check_choice
@@ -65,7 +64,7 @@ class Run:
         folder: Folder of the run; None writes nothing.
         joint: Whether the model's classifier has weights for these classes, before training.
         trainer: The representation stage; None if nothing but heads is trained.
-        plans: How heads are trained on images, by name.
+        head_trainers: Trainers of the heads with stage images, by name.
         lock: Lock on the folder, on the main process.
         seconds: Wall times.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
@@ -87,7 +86,7 @@ class Run:
     joint: bool
     images: Mapping[Split, Images] = field(default_factory=dict)
     trainer: RepresentationTrainer | None = None
-    plans: Mapping[str, HeadPlan] = field(default_factory=dict)
+    head_trainers: Mapping[str, HeadTrainer] = field(default_factory=dict)
     lock: FileLock | None = None
     seconds: dict[str, Any] = field(default_factory=dict)
     history: Sequence[EpochRecord] = ()
@@ -192,10 +191,9 @@ def complete_run(
     check_model(run.model, run.images["val"])
     if recipe.epochs:
         run.trainer = create_trainer(run)
-    run.plans = {
-        head: plan_head_on_images(
-            head_kind(recipe, head), run.model, run.images["train"], accelerator, **given
-        )
+    train = run.images["train"]
+    run.head_trainers = {
+        head: HeadTrainer(head_kind(recipe, head), run.model, train, accelerator, **given)
         for head, given in stage_heads(recipe, "images").items()
     }
     unreadable = {str(split): images.unreadable_rows() for split, images in run.images.items()}
@@ -254,9 +252,9 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         sampler,
         loss,
         training_options(recipe),
-        accelerator=run.accelerator,
-        val=run.images["val"],
-        class_counts=splits.class_counts,
+        run.accelerator,
+        run.images["val"],
+        splits.class_counts,
     )
 
 

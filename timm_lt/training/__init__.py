@@ -1,8 +1,7 @@
 """Training on images: the representation stage, resumable exactly, and single heads."""
 
 from timm_lt.training.head import HeadOptions as HeadOptions
-from timm_lt.training.head import HeadPlan as HeadPlan
-from timm_lt.training.head import plan_head_on_images as plan_head_on_images
+from timm_lt.training.head import HeadTrainer as HeadTrainer
 from timm_lt.training.head import train_head_on_images as train_head_on_images
 from timm_lt.training.loop import EVAL_BATCH_SIZE as EVAL_BATCH_SIZE
 from timm_lt.training.loop import RepresentationTrainer as RepresentationTrainer

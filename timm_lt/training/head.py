@@ -1,11 +1,10 @@
 """Classifier stage on images: cRT and LWS through the frozen backbone, as in Kang et al."""
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,14 +30,7 @@ from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_
 from timm_lt.training.model import BatchNorm, FrozenParts
 from timm_lt.training.parts import cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import (
-    UsageError,
-    check_choice,
-    check_integer,
-    check_number,
-    unknown_name,
-    user_errors,
-)
+from timm_lt.utils.checks import UsageError, check_integer, check_number, unknown_name, user_errors
 from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import check_no_empty_class, class_counts
 
@@ -52,9 +44,8 @@ class HeadOptions:
     Args:
         bn: ``"frozen"`` keeps the backbone in evaluation mode. ``"shift"`` puts it in training
             mode, as in the reference code: batch norm normalises by the statistics of a process's
-            batch, and its running statistics move to those of the sampler's classes; dropout and
-            drop path, which the paper's networks lack, are active. The statistics become the
-            head's ``backbone_statistics``.
+            batch, its running statistics, which become the head's ``backbone_statistics``, move to
+            those of the sampler's classes, and dropout and drop path are active.
         epochs: Passes of N images, >= 1; None takes 10 (crt) or 5 (lws), but at least 1000 or 500
             updates. The last N mod ``batch_size`` images of each pass are dropped.
         steps: Number of updates, >= 1; excludes ``epochs``.
@@ -82,7 +73,6 @@ class HeadOptions:
     sampler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("bn", self.bn, get_args(BatchNorm))
         check_number("lr", self.lr, "(0, inf)")
         check_number("weight_decay", self.weight_decay, "[0, inf)")
         check_number("momentum", self.momentum, "[0, 1)")
@@ -91,78 +81,119 @@ class HeadOptions:
                 check_integer(name, getattr(self, name), minimum=1)
 
 
-@dataclass(frozen=True)
-class HeadPlan:
-    """Length of the training of a head on images.
+class HeadTrainer:
+    """The training of a head on images, checked before anything is trained.
 
-    Attributes:
-        bn: Mode of batch norm, ``"frozen"`` or ``"shift"``.
-        batch_size: Images per update, over all processes.
-        updates: Number of updates.
+    Args and errors are those of :func:`train_head_on_images`; the model need not be trained yet.
     """
 
-    bn: BatchNorm
-    batch_size: int
-    updates: int
-
-
-def _divide_options(name: str, options: Mapping[str, Any]) -> tuple[HeadOptions, dict[str, Any]]:
-    """Divides options into those of the training and those of the head."""
-    own = [field.name for field in dataclasses.fields(HeadOptions)]
-    known = [*own, *head_option_names(name)]
-    if name not in LENGTHS:
-        raise UsageError(
-            f"head {name!r} is not trained on images; {' and '.join(LENGTHS)} are, the others are "
-            "fitted on features"
-        )
-    for key in options:
-        if key not in known:
+    def __init__(
+        self, name: str, model: nn.Module, train: Images, accelerator: Accelerator, **options: Any
+    ) -> None:
+        self.name, self.images, self.accelerator = name, train, accelerator
+        own = [field.name for field in fields(HeadOptions)]
+        known = [*own, *head_option_names(name)]
+        if name not in LENGTHS:
+            raise UsageError(
+                f"head {name!r} is not trained on images; {' and '.join(LENGTHS)} are, the others "
+                "are fitted on features"
+            )
+        for key in options.keys() - known:
             raise unknown_name(f"option of head {name!r} on images:", key, known)
-    of_head = {key: value for key, value in options.items() if key not in own}
-    with user_errors(f"head {name!r} on images", UsageError):
-        check_head_options(name, of_head)
-        training = HeadOptions(**{key: options[key] for key in own if key in options})
-    check_sampler(f"of head {name!r}", training.sampler, training.sampler_options)
-    return training, of_head
-
-
-def plan_head_on_images(
-    name: str, model: nn.Module, train: Images, accelerator: Accelerator, **options: Any
-) -> HeadPlan:
-    """Checks the arguments of :func:`train_head_on_images`, and returns the length of the training.
-
-    The model need not be trained yet, and there is no seed.
-
-    Raises:
-        UsageError: If the training would be refused.
-    """
-    given, _ = _divide_options(name, options)
-    classifier = get_head(model)
-    if isinstance(classifier, Head) and classifier.kind != "linear":
-        raise UsageError(
-            f"head {name!r} is trained on a model with its joint classifier, and this one carries "
-            f"a {classifier.kind!r} head: create it without head="
+        self.head_options = {key: value for key, value in options.items() if key not in own}
+        with user_errors(f"head {name!r} on images", UsageError):
+            check_head_options(name, self.head_options)
+            given = HeadOptions(**{key: options[key] for key in own if key in options})
+        check_sampler(f"of head {name!r}", given.sampler, given.sampler_options)
+        classifier = get_head(model)
+        if isinstance(classifier, Head) and classifier.kind != "linear":
+            raise UsageError(
+                f"head {name!r} is trained on a model with its joint classifier, and this one "
+                f"carries a {classifier.kind!r} head: create it without head="
+            )
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise UsageError(
+                f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
+                "features"
+            )
+        number = len(train)
+        parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
+        self.batch_size = given.batch_size or largest
+        share = share_of_batch(self.batch_size, number, accelerator)
+        check_no_empty_class(class_counts(train.labels, classifier.out_features))
+        # They refuse batch norm that has no statistics, or too small a batch to compute them.
+        frozen = FrozenParts(model, [], given.bn)
+        try:
+            frozen.try_batch(model, train.size, share)
+        finally:
+            frozen.thaw()
+        self.options = given
+        self.updates = LENGTHS[name].updates(
+            number, batch_size=self.batch_size, epochs=given.epochs, steps=given.steps
         )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError(
-            f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
-            "features"
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the entry of ``metrics.json``."""
+        sizes = {"batch_size": self.batch_size, "updates": self.updates}
+        return {"stage": "images", "bn": self.options.bn, **sizes}
+
+    @kept_random_state()
+    def run(self, model: nn.Module, seed: int = 0) -> Head:
+        """Trains the head on a copy of the model; see :func:`train_head_on_images`."""
+        check_integer("seed", seed, minimum=0)
+        network, head = self._frozen_copy(model, seed)
+        given, train = self.options, self.images
+        draws = create_sampler(
+            given.sampler,
+            train.labels,
+            num_samples=self.updates * self.batch_size,
+            seed=seed,
+            num_classes=head.out_features,
+            **dict(given.sampler_options or {}),
         )
-    number, parts = len(train), accelerator.num_processes * accelerator.gradient_accumulation_steps
-    largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
-    batch_size = largest if given.batch_size is None else given.batch_size
-    share = share_of_batch(batch_size, number, accelerator)
-    check_no_empty_class(class_counts(train.labels, classifier.out_features))
-    # They refuse batch norm that has no statistics, or too small a batch to compute them.
-    frozen = FrozenParts(model, [], given.bn)
-    try:
-        frozen.try_batch(model, train.size, share)
-    finally:
-        frozen.thaw()
-    updates = LENGTHS[name].updates(
-        number, batch_size=batch_size, epochs=given.epochs, steps=given.steps
-    )
-    return HeadPlan(given.bn, batch_size, updates)
+        optimizer = {"opt": "momentum", "lr": given.lr, "weight_decay": given.weight_decay}
+        optimizer |= {"momentum": given.momentum, "filter_bias_and_bn": False}
+        # The whole training is one epoch of the loop.
+        part: dict[str, Any] = {"trained": [], "bn": given.bn, "seed": seed}
+        options = TrainingOptions(epochs=1, batch_size=self.batch_size, optimizer=optimizer, **part)
+        loss = nn.CrossEntropyLoss()
+        with _forgotten(self.accelerator):
+            trainer = RepresentationTrainer(network, train, draws, loss, options, self.accelerator)
+            if given.bn == "frozen":
+                # Also the modules that contain the head: the paper's networks have no dropout.
+                trainer.frozen.evaluated = [m for m in network.modules() if m is not head]
+            with progress(f"training {self.name} on images", self.updates, unit="updates") as bar:
+                advice = "lower its lr, or take mixed_precision no"
+                mean = trainer.train_epoch(0, bar, f"head {self.name!r}", advice)
+        log.info("trained %s on images: %d updates, mean loss %.3f", self.name, self.updates, mean)
+        if given.bn == "shift":
+            state = {key: value for key, value in network.state_dict().items() if is_statistic(key)}
+            head.backbone_statistics = cpu_copy(state)
+        # On features it takes vectors, even if it replaced a convolution.
+        head.spatial = False
+        return head.to("cpu", torch.float32).eval()
+
+    def _frozen_copy(self, model: nn.Module, seed: int) -> tuple[nn.Module, Head]:
+        """Returns a copy of the model that carries the head, which alone has gradients.
+
+        So autograd keeps nothing of the backbone, as under ``no_grad``.
+        """
+        joint = get_head(model)
+        head: Head
+        if self.name == "crt":
+            size, bias = (joint.in_features, joint.out_features), joint.bias is not None
+            head = CRTHead.from_classifier(seeded_linear(*size, bias=bias, seed=seed))
+        else:
+            head = LWSHead.from_classifier(joint, **self.head_options)
+            with torch.no_grad():
+                head.scale.fill_(1.0)
+        network = copy.deepcopy(model).requires_grad_(False)
+        # Images come one by one here, so a bilateral network does not take pairs.
+        unpair(network)
+        # Before the optimiser is made, since this may move the head to another device or type.
+        set_head(network, head)
+        return network, head
 
 
 @kept_random_state()
@@ -207,83 +238,7 @@ def train_head_on_images(
         Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
         2020, sections 4.1 and 4.2, https://arxiv.org/abs/1910.09217
     """
-    plan = plan_head_on_images(name, model, train, accelerator, **options)
-    given, of_head = _divide_options(name, options)
-    check_integer("seed", seed, minimum=0)
-    network, head = _frozen_copy(name, model, seed, of_head)
-    draws = create_sampler(
-        given.sampler,
-        train.labels,
-        num_samples=plan.updates * plan.batch_size,
-        seed=seed,
-        num_classes=head.out_features,
-        **dict(given.sampler_options or {}),
-    )
-    with _forgotten(accelerator):
-        trainer = RepresentationTrainer(
-            network,
-            train,
-            draws,
-            nn.CrossEntropyLoss(),
-            _one_epoch(given, plan, seed),
-            accelerator=accelerator,
-        )
-        if given.bn == "frozen":
-            # Also the modules that contain the head: the paper's networks have no dropout.
-            trainer.frozen.evaluated = [m for m in network.modules() if m is not head]
-        with progress(f"training {name} on images", plan.updates, unit="updates") as bar:
-            advice = "lower its lr, or take mixed_precision no"
-            loss = trainer.train_epoch(0, bar, f"head {name!r}", advice)
-    log.info("trained %s on images: %d updates, mean loss %.3f", name, plan.updates, loss)
-    if given.bn == "shift":
-        state = {key: value for key, value in network.state_dict().items() if is_statistic(key)}
-        head.backbone_statistics = cpu_copy(state)
-    # On features it takes vectors, even if it replaced a convolution.
-    head.spatial = False
-    return head.to("cpu", torch.float32).eval()
-
-
-def _one_epoch(given: HeadOptions, plan: HeadPlan, seed: int) -> TrainingOptions:
-    """Returns the options of the training loop, for which the whole training is one epoch."""
-    return TrainingOptions(
-        epochs=1,
-        batch_size=plan.batch_size,
-        optimizer={
-            "opt": "momentum",
-            "lr": given.lr,
-            "weight_decay": given.weight_decay,
-            "momentum": given.momentum,
-            "filter_bias_and_bn": False,
-        },
-        trained=[],
-        bn=given.bn,
-        seed=seed,
-    )
-
-
-def _frozen_copy(
-    name: str, model: nn.Module, seed: int, options: Mapping[str, Any]
-) -> tuple[nn.Module, Head]:
-    """Returns a copy of the model that carries the head, and the head, which alone has gradients.
-
-    So autograd keeps nothing of the backbone, as under ``no_grad``.
-    """
-    joint = get_head(model)
-    head: Head
-    if name == "crt":
-        bias = joint.bias is not None
-        fresh = seeded_linear(joint.in_features, joint.out_features, bias=bias, seed=seed)
-        head = CRTHead.from_classifier(fresh)
-    else:
-        head = LWSHead.from_classifier(joint, **options)
-        with torch.no_grad():
-            head.scale.fill_(1.0)
-    network = copy.deepcopy(model).requires_grad_(False)
-    # Images come one by one here, so a bilateral network does not take pairs.
-    unpair(network)
-    # Before the optimiser is made, since this may move the head to another device or type.
-    set_head(network, head)
-    return network, head
+    return HeadTrainer(name, model, train, accelerator, **options).run(model, seed)
 
 
 @contextmanager

@@ -10,15 +10,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from rich.progress import Progress
 from timm.models import model_parameters
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_lt.data.decode import UNREADABLE, without_unreadable
@@ -51,7 +50,7 @@ from timm_lt.training.state import (
     log_epoch,
 )
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_integer, check_literals, check_number
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -73,17 +72,17 @@ class TrainingOptions:
         clip_grad: Threshold of the gradient, > 0; None does not clip.
         clip_mode: The threshold applies to the ``"norm"`` of all gradients, to each ``"value"``,
             or (``"agc"``) to the norm of each unit relative to that of its weights.
-        max_norm: Largest length of the weights of a class in the classifier, > 0 (MaxNorm): longer
-            ones are shortened to it after each update, as in Alshammari et al., Long-Tailed
-            Recognition via Weight Balancing, CVPR 2022. None does not limit them.
+        max_norm: Largest norm of a class's weights in the classifier after each update, > 0
+            (MaxNorm), as in Alshammari et al., Long-Tailed Recognition via Weight Balancing, CVPR
+            2022. None does not limit them.
         mixup: Arguments of ``timm.data.Mixup``; images are mixed if an alpha is above 0. With
             ``remix_kappa``, and ``remix_tau``, by :class:`~timm_lt.training.parts.Remix`.
-        mixup_off_epoch: Number of epochs after which images are no longer mixed; None is never.
+        mixup_off_epoch: Epochs after which images are no longer mixed; None is never.
         ema: Arguments of ``timm.utils.ModelEmaV3``; with a ``decay``, the averaged weights are
             validated and kept.
         validate_every: Epochs between two validations, >= 1; the last epoch is always validated.
-        keep: Weights to keep: those of the epoch with the ``"best"`` overall accuracy on validation
-            (the first of equals), or of the ``"last"`` epoch.
+        keep: Weights to keep: of the ``"last"`` epoch, or of that with the ``"best"`` overall
+            accuracy on validation (the first of equals).
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
             ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
@@ -116,8 +115,7 @@ class TrainingOptions:
         for name in ("clip_grad", "max_norm"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), "(0, inf)")
-        check_choice("keep", self.keep, get_args(Keep))
-        check_choice("clip_mode", self.clip_mode, get_args(ClipMode))
+        check_literals("training", TrainingOptions, vars(self))
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UsageError(f"clip_mode {self.clip_mode} has no effect without clip_grad")
         if self.ema and self.ema.get("decay") is None:
@@ -173,27 +171,17 @@ def train_representation(
 
     Raises:
         UsageError: If the batch size does not fit the data or the processes; an option or a module
-            is unknown; the loss needs another classifier; only some of model, sampler and loss are
-            bilateral; an image cannot be read; or the loss is not finite.
+            is unknown; model, sampler and loss do not fit each other; an image cannot be read; or
+            the loss is not finite.
     """
     trainer = RepresentationTrainer(
-        model,
-        train,
-        sampler,
-        loss,
-        options,
-        accelerator=accelerator,
-        val=val,
-        class_counts=class_counts,
+        model, train, sampler, loss, options, accelerator, val, class_counts
     )
     return trainer.run(state)
 
 
 class RepresentationTrainer:
-    """The parts of :func:`train_representation`, built and checked before anything is trained.
-
-    Args and errors are those of the function.
-    """
+    """The parts of :func:`train_representation`, built and checked before anything is trained."""
 
     def __init__(
         self,
@@ -202,7 +190,6 @@ class RepresentationTrainer:
         sampler: ClassSampler,
         loss: nn.Module,
         options: TrainingOptions,
-        *,
         accelerator: Accelerator,
         val: Images | None = None,
         class_counts: ClassCounts | None = None,
@@ -217,10 +204,9 @@ class RepresentationTrainer:
         self.frozen = FrozenParts(model, options.trained, options.bn)
         self.frozen.try_batch(model, train.size, batch)
         width = getattr(model, "num_classes", 0)
-        self.class_counts = (
-            torch.bincount(train.labels, minlength=width)
-            if class_counts is None
-            else check_class_counts(class_counts, width or None)
+        counted = torch.bincount(train.labels, minlength=width)
+        self.class_counts = check_class_counts(
+            counted if class_counts is None else class_counts, width or None
         )
         self.mixup = create_mixup(options.mixup, self.class_counts, batch)
         if self.mixup is not None and not getattr(loss, "takes_soft_targets", False):
@@ -233,9 +219,7 @@ class RepresentationTrainer:
         model.zero_grad()
         self.updates = len(sampler) // options.batch_size
         optimizer = create_optimizer(model, options.optimizer)
-        self.schedule = Schedule(
-            optimizer, options.scheduler, epochs=options.epochs, updates_per_epoch=self.updates
-        )
+        self.schedule = Schedule(optimizer, options.scheduler, options.epochs, self.updates)
         if self.schedule.plateau and val is None:
             raise UsageError("scheduler plateau needs a validation split")
         draws = NumberedSampler(sampler, len(train), self.updates * options.batch_size)
@@ -302,13 +286,11 @@ class RepresentationTrainer:
         started = time.perf_counter()
         options = self.options
         kept = f"; the state after epoch {epoch} is kept" if epoch else ""
-        loss = self.train_epoch(
-            epoch,
-            bar,
-            f"epoch {epoch + 1}",
+        advice = (
             "start again, in another folder or with --overwrite, with a lower learning rate "
-            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}",
+            f"(optimizer.lr), clipped gradients (clip_grad) or mixed_precision no{kept}"
         )
+        loss = self.train_epoch(epoch, bar, f"epoch {epoch + 1}", advice)
         trained = time.perf_counter() - started
         due = (epoch + 1) % options.validate_every == 0 or epoch + 1 == options.epochs
         val: dict[str, float | None] = {}
@@ -331,9 +313,6 @@ class RepresentationTrainer:
 
         The message about a loss that is not finite names the owner, an epoch or a head, and gives
         the advice.
-
-        Raises:
-            UsageError: If an image cannot be read, or a loss or a weight is not finite.
         """
         options, accelerator = self.options, self.accelerator
         if (set_epoch := getattr(self.loss, "set_epoch", None)) is not None:
@@ -386,14 +365,15 @@ class RepresentationTrainer:
         return value.detach()
 
     def _clip(self, threshold: float) -> None:
-        if self.options.clip_mode == "norm":
+        mode = self.options.clip_mode
+        if mode == "norm":
+            # Also under FSDP, where each process has a part of each gradient.
             self.accelerator.clip_grad_norm_(self.model.parameters(), threshold)
-        elif self.options.clip_mode == "value":
-            self.accelerator.clip_grad_value_(self.model.parameters(), threshold)
-        else:
-            self.accelerator.unscale_gradients()
-            # Without the classifier, as in Brock et al. (2021).
-            adaptive_clip_grad(model_parameters(self._raw, exclude_head=True), threshold)
+            return
+        self.accelerator.unscale_gradients()
+        # agc leaves the classifier alone, as in Brock et al. (2021).
+        parameters = model_parameters(self._raw, exclude_head=mode == "agc")
+        dispatch_clip_grad(parameters, threshold, mode)
 
     def _weights(self) -> dict[str, Tensor]:
         """Returns a copy of the present weights, averaged if there is an average, on the CPU."""
@@ -421,10 +401,7 @@ class RepresentationTrainer:
 def validate(
     model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator, counts: Tensor
 ) -> dict[str, float | None]:
-    """Returns the accuracy over all images and per shot group; every image counts once.
-
-    The model is left in evaluation mode. ``counts`` are the training images per class, (C,).
-    """
+    """Returns the accuracy over all images and per shot group; leaves the model in eval mode."""
     model.eval()
     preds, targets = [], []
     with torch.inference_mode(), accelerator.autocast():
@@ -442,14 +419,8 @@ def validate(
 def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
     """Returns the number of images that a process takes at once.
 
-    Args:
-        batch_size: Images per update, over all processes.
-        draws: Images of an epoch.
-        accelerator: Its processes and accumulated batches are the parts.
-        unit: Images that belong together, 2 for the pairs of a bilateral sampler.
-
-    Raises:
-        UsageError: If an epoch has no whole batch, or the parts cannot share one.
+    ``batch_size`` images make an update over all processes and accumulated batches, ``draws`` an
+    epoch; ``unit`` images belong together, 2 for the pairs of a bilateral sampler.
     """
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parts = processes * steps * unit

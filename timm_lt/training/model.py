@@ -12,7 +12,7 @@ from timm_lt.data.images import Images
 from timm_lt.heads import Head, find_classifiers, get_head, get_heads
 from timm_lt.models.networks import BilateralBlock, ModulatedAttention, takes_pairs
 from timm_lt.samplers import ClassSampler
-from timm_lt.utils.checks import UsageError, check_choice, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice, unknown_name, user_errors
 
 BatchNorm = Literal["frozen", "shift"]
 # Stands in a list of modules for the path that last_block finds.
@@ -27,17 +27,6 @@ def last_block(model: nn.Module) -> str:
     last block is returned. If it is a single layer, such as the norm or the 1×1 convolution at the
     end of some architectures, the last block before it is returned; a block has at least two layers
     with a weight matrix.
-
-    Args:
-        model: A timm model.
-
-    Raises:
-        UsageError: If its ``feature_info`` is missing or names a module that the model lacks, or
-            there is no block.
-
-    >>> import timm
-    >>> last_block(timm.create_model("test_resnet"))
-    'layer4.0'
     """
     try:
         path = str(list(model.feature_info)[-1]["module"])  # type: ignore[arg-type]
@@ -102,14 +91,8 @@ class FrozenParts:
     ``bn="shift"`` they are in training mode, as in the code of Kang et al.: batch norm normalises
     by the batch, its running statistics move to those of the training data, and dropout is active.
 
-    Args:
-        model: A timm model with its classifier.
-        trained: Paths of the modules to train, with everything in them; ``"last_block"`` is the
-            path that :func:`last_block` finds. None trains all.
-        bn: Mode of frozen modules.
-
-    Raises:
-        UsageError: If the model lacks such a module, or ``bn`` has no effect.
+    ``trained`` are the paths of the modules to train, with everything in them; ``"last_block"`` is
+    the path that :func:`last_block` finds. None trains all.
     """
 
     def __init__(
@@ -140,16 +123,7 @@ class FrozenParts:
             parameter.requires_grad_(True)
 
     def try_batch(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
-        """Passes the smallest batch, which batch norm may refuse, through a copy of the model.
-
-        Args:
-            model: The model.
-            size: Height and width of the images.
-            batch: Images per batch of a process.
-
-        Raises:
-            UsageError: If a map of a single pixel is normalised over a single image.
-        """
+        """Passes the smallest batch, which batch norm may refuse, through a copy of the model."""
         each = 2 if takes_pairs(model) else 1
         if batch > each:
             return
@@ -158,15 +132,12 @@ class FrozenParts:
         model.train()
         parts.set_mode()
         images = next(model.parameters()).new_zeros(each, 3, *size)
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                model(images)
-        except ValueError as error:
-            raise UsageError(
-                f"batch norm cannot normalise over {batch} images in a process's batch"
-                f"{', one for each branch' if each > 1 else ''} ({error}): take a larger "
-                "batch_size, or fewer processes or accumulation_steps"
-            ) from error
+        fault = f"batch norm cannot normalise over {batch} images in a process's batch"
+        fault += ", one for each branch" if each > 1 else ""
+        cure = "take a larger batch_size, or fewer processes or accumulation_steps"
+        refused = user_errors(fault, ValueError, cure=cure)
+        with refused, torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(images)
 
 
 def _modules(model: nn.Module, trained: Sequence[str]) -> list[nn.Module]:
@@ -201,8 +172,7 @@ def _beside(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
 
 def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:
     """Gives a fresh classifier the bias that the loss starts with, if it has one."""
-    initial_bias = getattr(loss, "initial_bias", None)
-    value = None if initial_bias is None else initial_bias(num_classes)
+    value = getattr(loss, "initial_bias", lambda _: None)(num_classes)
     if value is not None:
         for classifier in find_classifiers(model).values():
             if classifier.bias is not None:
@@ -210,21 +180,14 @@ def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> Non
 
 
 def check_model(model: nn.Module, images: Images) -> None:
-    """Checks that a model takes images of this size, and that its head, if any, can be folded.
-
-    Raises:
-        UsageError: If not.
-    """
+    """Checks that a model takes images of this size, and that its head, if any, can be folded."""
     classifier, size = get_head(model), (3, *images.size)
-    try:
+    refusals = (UsageError, RuntimeError, AssertionError)
+    with user_errors(f"the model cannot be trained on images of size {size}", *refusals):
         if isinstance(classifier, Head):
             classifier.fold()
         with torch.inference_mode():
             model.eval()(next(model.parameters()).new_zeros(1, *size))
-    except (UsageError, RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"the model cannot be trained on images of size {size}: {error}"
-        ) from error
 
 
 def check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:

@@ -1,10 +1,10 @@
 """Parts of the training on images: mixup, optimiser, learning rates, losses and seeds."""
 
-import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from timm_lt.training.state import EpochRecord
-from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name, user_errors
+from timm_lt.utils.checks import UsageError, check_choice, check_number, user_errors
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
 ClipMode = Literal["norm", "value", "agc"]
@@ -36,21 +36,14 @@ RANGES = {
     "mixup.switch_prob": "[0, 1]",
     "ema.decay": "[0, 1)",
 }
-# Batches between two looks at the losses, each of which waits for the device.
-LOOK_EVERY = 50
+# Batches between two checks of the losses, each of which waits for the device.
+CHECK_EVERY = 50
 T = TypeVar("T")
 
 
 def create_part(owner: str, create: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages.
-
-    Raises:
-        UsageError: If an option is unknown or out of range, or the factory refuses it.
-    """
-    parameters = inspect.signature(create).parameters
+    """Calls a factory of timm with the options of a user; ``owner`` names the part in messages."""
     for name, value in options.items():
-        if name not in parameters and "kwargs" not in parameters:
-            raise unknown_name(f"option of {owner}:", name, list(parameters))
         interval = RANGES.get(f"{owner}.{name}")
         if interval is not None and value is not None:
             check_number(f"{owner}.{name}", value, interval)
@@ -72,7 +65,7 @@ class Remix(Mixup):
     so an image in which the frequent class has a share below τ belongs to the rare one alone.
 
     Args:
-        class_counts: Training images per class, (C,), each >= 1.
+        counts: Training images per class, (C,), each >= 1.
         remix_kappa: κ, >= 1; 3 in the paper.
         remix_tau: τ, in [0, 1]; 0.5 in the paper, and 0 is mixup.
         **options: Arguments of ``timm.data.Mixup``: mixup, cutmix or both, without label smoothing.
@@ -84,14 +77,14 @@ class Remix(Mixup):
 
     def __init__(
         self,
-        class_counts: ClassCounts,
+        counts: ClassCounts,
         *,
         remix_kappa: float = 3.0,
         remix_tau: float = 0.5,
         **options: Any,
     ) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
-        self.class_counts = check_class_counts(class_counts)
+        self.class_counts = check_class_counts(counts)
         self.kappa = check_number("mixup.remix_kappa", remix_kappa, "[1, inf)")
         self.tau = check_number("mixup.remix_tau", remix_tau, "[0, 1]")
 
@@ -112,41 +105,28 @@ class Remix(Mixup):
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixup | None:
-    """Creates timm's mixup and cutmix, or remix; None without an alpha.
+    """Creates timm's mixup and cutmix, or remix, from their arguments; None without an alpha.
 
-    Args:
-        options: Arguments of ``timm.data.Mixup``, except label smoothing, which is an option of the
-            loss; with ``remix_kappa`` or ``remix_tau``, those of :class:`Remix`.
-        class_counts: Training images per class, (C,); targets become (B, C).
-        batch: Images that are mixed with each other.
-
-    Raises:
-        UsageError: If an option is unknown, out of range or without effect, or the batch is odd.
+    Label smoothing is an option of the loss. ``batch`` images are mixed with each other.
     """
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
-    given = {"mixup_alpha": 0.0} | given
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
-    remix = {name: given.pop(name) for name in ("remix_kappa", "remix_tau") if name in given}
+    is_remix = not given.keys().isdisjoint(("remix_kappa", "remix_tau"))
+    create: Callable[..., Mixup] = partial(Remix, class_counts) if is_remix else Mixup
     # Created also if it does not mix, to find wrong options.
-    mixup = create_part("mixup", Mixup, **sizes, **given)
+    mixup = create_part("mixup", create, **sizes, **{"mixup_alpha": 0.0} | given)
     if not any(given.get(name) for name in ("mixup_alpha", "cutmix_alpha", "cutmix_minmax")):
-        if remix:
-            raise UsageError(
-                f"mixup.{min(remix)} has no effect without mixup_alpha or cutmix_alpha"
-            )
+        if is_remix:
+            raise UsageError("mixup.remix_* has no effect without mixup_alpha or cutmix_alpha")
         return None
     if batch % 2:
         raise UsageError(f"mixup needs an even number of images in a process's batch, not {batch}")
-    return Remix(class_counts, **remix, **sizes, **given) if remix else mixup
+    return mixup
 
 
 def create_optimizer(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
-    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``.
-
-    Raises:
-        UsageError: If the optimiser or an option is unknown, or a value is out of range.
-    """
+    """Creates an optimiser from arguments of ``timm.optim.create_optimizer_v2``."""
     names = tuple(map(str, list_optimizers()))
     check_choice("optimizer", str(options["opt"]).removeprefix("lookahead_"), names)
     return create_part("optimizer", create_optimizer_v2, model, **options)
@@ -166,12 +146,9 @@ def means_over_processes(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """Losses of an epoch, kept on the device between two looks.
+    """Losses of an epoch, kept on the device between two checks that they are finite.
 
-    Args:
-        accelerator: Gathers from all processes, so that all of them stop.
-        owner: Epoch or head that is trained, for the message.
-        advice: Remedies for numbers that are not finite, for the message.
+    An error names the owner, an epoch or a head, and gives the advice.
     """
 
     def __init__(self, accelerator: Accelerator, owner: str, advice: str) -> None:
@@ -182,61 +159,46 @@ class Losses:
     def add(self, value: Tensor) -> None:
         """Adds the loss of the next batch; UsageError if a loss is not finite."""
         self._values.append(value)
-        if len(self._values) == LOOK_EVERY:
-            self._look()
+        if len(self._values) == CHECK_EVERY:
+            self._flush()
 
     def finish(self, model: nn.Module) -> float:
         """Returns the mean over all batches and processes.
 
-        Also checks the weights after the last update, whose effect no loss has shown yet.
-
-        Raises:
-            UsageError: On every process, if a loss or a weight of one of them is not finite.
+        Also checks the weights after the last update, whose effect no loss has shown yet. On an
+        error every process stops.
         """
-        self._look()
+        self._flush()
         tensors = [*model.parameters(), *model.buffers()]
         # Under FSDP each process has a part of each tensor.
         parts = [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
         broken = torch.stack([~part.isfinite().all() for part in parts]).any().float()
         if self._accelerator.reduce(broken, "sum") > 0:
-            problem = "weights are no longer finite after the last update"
-            raise UsageError(f"{problem} {self._message}")
+            raise UsageError(f"weights are no longer finite after the last update {self._message}")
         return float(torch.cat(self._seen).mean())
 
-    def _look(self) -> None:
+    def _flush(self) -> None:
         if not self._values:
             return
         values = self._accelerator.reduce(torch.stack(self._values), "mean").double().cpu()
-        first = sum(map(len, self._seen))
-        self._seen.append(values)
-        self._values = []
-        wrong = torch.nonzero(~values.isfinite()).flatten()
-        if len(wrong):
-            update = (first + int(wrong[0])) // self._accelerator.gradient_accumulation_steps + 1
+        wrong = torch.nonzero(~values.isfinite()).flatten().tolist()
+        if wrong:
+            batch = sum(map(len, self._seen)) + wrong[0]
+            update = batch // self._accelerator.gradient_accumulation_steps + 1
             value = float(values[wrong[0]])
             raise UsageError(f"the loss became {value} in update {update} {self._message}")
+        self._seen.append(values)
+        self._values = []
 
 
 class Schedule:
-    """timm's scheduler over a number of epochs; plateau also has a warm-up update by update.
+    """timm's scheduler over a number of epochs, including cooldown, warm-up and cycles.
 
-    Args:
-        optimizer: Optimiser whose learning rate it sets.
-        options: Arguments of ``timm.scheduler.create_scheduler_v2``.
-        epochs: Total length, including cooldown, warm-up and cycles.
-        updates_per_epoch: At least 1.
-
-    Raises:
-        UsageError: If an option is unknown, or the schedule cannot have that length.
+    Plateau, too, has a warm-up update by update.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        options: Mapping[str, Any],
-        *,
-        epochs: int,
-        updates_per_epoch: int,
+        self, optimizer: Optimizer, options: Mapping[str, Any], epochs: int, updates_per_epoch: int
     ) -> None:
         given = dict(options)
         check_choice("scheduler", given.get("sched", "cosine"), SCHEDULERS)

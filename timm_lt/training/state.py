@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial as bind
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from timm_lt.data.decode import is_worker_death
 from timm_lt.utils.accelerator import is_lost_process
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import file_sha256, flush_folder, read_json, write_json
 
@@ -26,7 +27,7 @@ HISTORY = "history.json"
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
 BEST = "best.safetensors"
-# Errors of reading a file that accelerate did not write.
+# Errors of accelerate when it reads what another version wrote.
 DAMAGE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError)
 # Number of saved states, so that one is left if the last is damaged.
 KEPT = 2
@@ -87,7 +88,7 @@ def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelera
         line += f"  val {record.accuracies()}" + ("*" if best_record(history) is record else "")
     left = (epochs - record.epoch) * representation_seconds(history) / len(history)
     line += f"  {record.images_per_second:,.0f} images/s  {record.seconds:.1f} s"
-    log.info("%s", line + (f"  {format_seconds(left)} left" if left else ""))
+    log.info("%s", line + (f"  {timedelta(seconds=round(left))} left" if left else ""))
     values = {key: value for key, value in asdict(record).items() if key not in ("epoch", "val")}
     values |= {f"val/{name}": value for name, value in record.val.items() if value is not None}
     accelerator.log(values, step=record.epoch)
@@ -95,35 +96,22 @@ def log_epoch(history: Sequence[EpochRecord], epochs: int, accelerator: Accelera
 
 def describe_history(history: Sequence[EpochRecord], kept: int) -> str:
     """Returns a summary of a run in one line; ``kept`` is the epoch whose weights are kept."""
-    seconds = representation_seconds(history)
     # Every epoch has the same number of images.
     rate = len(history) / sum(1 / record.images_per_second for record in history)
-    line = f"trained {len(history)} epochs in {format_seconds(seconds)}, {rate:,.0f} images/s"
+    took = timedelta(seconds=round(representation_seconds(history)))
+    line = f"trained {len(history)} epochs in {took}, {rate:,.0f} images/s"
     best = best_record(history)
     if best is not None:
         line += f"; best on validation: epoch {best.epoch} with {best.accuracies()}"
     return f"{line}; the weights of epoch {kept} are kept"
 
 
-def format_seconds(seconds: float) -> str:
-    """Returns a duration for people.
-
-    >>> format_seconds(59.4), format_seconds(3725)
-    ('59 s', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
-
-
 class TrainingState:
     """Folder of a run's states, with one sub-folder per saved epoch.
 
     A sub-folder is written under another name, with the digests of its files, and renamed when it
-    is complete and on the disk: a kill at any moment leaves the one before it, and later damage is
-    noticed. Optimiser and random states are pickles of accelerate, which are read with
+    is on the disk: a kill at any moment leaves the one before it, and later damage is noticed.
+    Optimiser and random states are pickles of accelerate, which are read with
     ``weights_only=True``; everything else is safetensors and JSON.
 
     Args:
@@ -132,8 +120,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder = folder
-        self.accelerator = accelerator
+        self.folder, self.accelerator = folder, accelerator
 
     def saved_epochs(self) -> list[int]:
         """Returns the epochs after which a state was saved, ascending."""
@@ -141,22 +128,14 @@ class TrainingState:
         return sorted(int(name[6:]) for name in names if re.fullmatch(r"epoch_\d+", name))
 
     def save(
-        self,
-        history: Sequence[EpochRecord],
-        *,
-        ema: Weights | None = None,
-        best: Weights | None = None,
+        self, history: Sequence[EpochRecord], *, ema: Weights | None, best: Weights | None
     ) -> None:
         """Saves the state after the last epoch of the history; the one before it is kept too.
 
         Args:
             history: Every epoch so far.
             ema: Averaged weights, if any.
-            best: The best weights so far, if they are of this epoch; None keeps those of the state
-                before it.
-
-        Raises:
-            UsageError: If the state cannot be written; it is then removed.
+            best: The best weights so far, if of this epoch; None keeps those of the state before.
         """
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"
@@ -178,33 +157,26 @@ class TrainingState:
             if is_lost_process(error) or is_worker_death(error):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
-            saved = self.saved_epochs()
-            there = f"the one after epoch {saved[-1]} is whole" if saved else "there is no other"
             raise UsageError(
                 f"the training state after epoch {epoch} cannot be written to {self.folder} "
-                f"({error}); {there}: make room and go on with --resume"
+                f"({error}); complete states: {self.saved_epochs()}; make room and go on with "
+                "--resume"
             ) from error
         self.accelerator.wait_for_everyone()
 
     def load(self) -> list[EpochRecord]:
-        """Loads the last undamaged state and returns its history; [] if there are no states.
-
-        Raises:
-            UsageError: If all states are damaged.
-        """
+        """Loads the last undamaged state and returns its history; [] if there are no states."""
         self._clean()
         epochs = self._shared(self.saved_epochs)
         for epoch in reversed(epochs):
             folder = self._path(epoch)
             problem = self._shared(bind(find_damage, folder))
-            try:
-                if problem is None:
+            if problem is None:
+                with user_errors(f"the training state {folder} cannot be loaded", *DAMAGE):
                     self.accelerator.load_state(str(folder))
                     stored = read_json(folder / HISTORY)["epochs"]
-                    self._drop([later for later in epochs if later > epoch])
-                    return [EpochRecord(**record) for record in stored]
-            except DAMAGE as error:
-                problem = str(error)
+                self._drop([later for later in epochs if later > epoch])
+                return [EpochRecord(**record) for record in stored]
             log.warning("the training state %s is damaged (%s)", folder, problem)
         if epochs:
             raise UsageError(
@@ -238,9 +210,7 @@ class TrainingState:
 
     def _drop(self, epochs: Sequence[int]) -> None:
         """Removes saved states."""
-        if not self.accelerator.is_main_process:
-            return
-        for epoch in epochs:
+        for epoch in epochs if self.accelerator.is_main_process else ():
             # Renamed first, so that an interrupted removal does not leave a damaged state.
             doomed = self.folder / f".partial_{epoch:04d}"
             self._path(epoch).rename(doomed)
@@ -248,9 +218,9 @@ class TrainingState:
 
     def _shared(self, look: Callable[[], T]) -> T:
         """Returns the result of the main process on every process."""
-        seen: list[T | None] = [look() if self.accelerator.is_main_process else None]
-        shared: list[T] = broadcast_object_list(seen)
-        return shared[0]
+        seen = [look() if self.accelerator.is_main_process else None]
+        shared: T = broadcast_object_list(seen)[0]
+        return shared
 
 
 def _seal(folder: Path) -> None:
@@ -266,7 +236,7 @@ def _seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compares the files of a saved state with their digests; returns the first problem or None."""
+    """Returns the first problem of a saved state, whose files must have their digests."""
     try:
         digests = read_json(folder / MANIFEST)
         for name, digest in digests.items():

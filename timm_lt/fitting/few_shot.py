@@ -1,25 +1,33 @@
-"""The fit of few-shot learning without forgetting: class weights generated from features."""
+"""Fits of few-shot heads: learning without forgetting (FSLwF), and OLTR with its memory."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_lt.fitting.base import FitData, TrainedFit, register_fit
+from timm_lt.fitting.base import FitData, register_fit
 from timm_lt.fitting.closed_form import class_means
+from timm_lt.fitting.gradient import TrainedFit
 from timm_lt.fitting.solvers import ENTRIES, ROWS, descend, take_rows
-from timm_lt.heads import FSLwFHead
-from timm_lt.heads.linear import BATCH_SIZE, LWS_LENGTH
+from timm_lt.heads import FSLwFHead, OLTRHead, seeded_linear
+from timm_lt.heads.linear import BATCH_SIZE, LWS_LENGTH, OLTR_BATCH_SIZE, OLTR_LENGTH
+from timm_lt.heads.metric import Squash
+from timm_lt.losses import DiscriminativeCentroids
+from timm_lt.losses.metric import Hinge
 from timm_lt.samplers import create_sampler
 from timm_lt.utils.checks import UsageError, check_choice, check_integer
 from timm_lt.utils.longtail import ShotRule, class_counts, shot_groups, shot_rule_texts
 
 Groups = Literal["many_shot", "many_and_medium"]
 Base: TypeAlias = int | Groups
+Centroids = Literal["learned", "means"]
+# Settings of OLTR's code: rows of a class in succession, and divisions of the learning rate by ten,
+# one at each third of the training.
+SAMPLES_PER_CLASS, DROPS = 4, 3
 
 
 class WeightGenerator(nn.Module):
@@ -33,12 +41,6 @@ class WeightGenerator(nn.Module):
 
     It starts with ``phi_avg = phi_att = 1``, ``phi_q = I`` with noise of 0.001, and keys of
     variance 2 / D, as the authors' code does.
-
-    Args:
-        num_features: Width D of the features.
-        num_base: Number of base classes K.
-        gamma: Initial sharpness of the attention.
-        random: Draws the keys and the noise.
 
     References:
         Gidaris and Komodakis, CVPR 2018, section 3.2, https://arxiv.org/abs/1804.09458
@@ -63,13 +65,7 @@ class WeightGenerator(nn.Module):
         return (self.gamma * similarity).softmax(dim=-1)
 
     def combine(self, mean: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
-        """Returns generated weights (M, D).
-
-        Args:
-            mean: Mean unit feature of each class, (M, D).
-            attention: Mean attention of its features, (M, B).
-            weight: Weights of the base classes, of any length, (B, D).
-        """
+        """Returns weights (M, D), from means over a class's features (M, D), (M, B) and (B, D)."""
         return self.phi_avg * mean + self.phi_att * (attention @ F.normalize(weight, dim=1))
 
     def forward(self, features: Tensor, weight: Tensor, base: Tensor) -> Tensor:
@@ -86,14 +82,14 @@ class FSLwFFit(TrainedFit):
     First a cosine classifier of the base classes is trained on rows as they are distributed, from
     the joint classifier's directions or, without one, from the class means. Then come episodes:
     some base classes are taken for novel, their weights are generated from a few of their rows and
-    the weights of the remaining base classes, and the cross-entropy over all of them moves the
-    generator, the base weights and the scale. The paper does not cover long tails: which classes
-    are base is our rule.
+    the other base classes' weights, and the cross-entropy over all of them moves the generator, the
+    base weights and the scale. The paper does not cover long tails: which classes are base is our
+    rule.
 
     Args:
         base: Base classes: the ``"many_shot"`` ones, ``"many_and_medium"``, or those with at least
             so many training images; at least two, and not all.
-        steps: Updates of the first stage, of 512 rows; None goes by epochs.
+        steps: Updates of the first stage, 512 rows each.
         epochs: None is 5 of the base classes' rows, but at least 500 updates.
         episodes: Updates of the second stage; the paper's code has 6 epochs of 4,000.
         fake_novel: Base classes of an episode that are taken for novel; None is a quarter.
@@ -101,13 +97,10 @@ class FSLwFFit(TrainedFit):
         queries: Rows that are classified in an episode, at least 2; they are not exemplars, unless
             a class has too few rows.
         novel_share: Share of the queries from classes taken for novel. None draws every class
-            equally often, as balanced test sets do; few-shot protocols take 0.5, which favours the
-            novel classes.
+            equally often; few-shot protocols take 0.5, which favours the novel classes.
         dropout: Share of the features' entries that are dropped in training, as in the code.
         gamma: Initial sharpness of the attention; the paper's code has 10, and 30 on ImageNet.
         scale: Initial factor of the cosines.
-        lr: Initial learning rate of both stages.
-        weight_decay: On everything that is learned.
     """
 
     length = LWS_LENGTH
@@ -126,18 +119,17 @@ class FSLwFFit(TrainedFit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        owner = "of head 'fslwf'"
         if isinstance(self.base, str):
-            check_choice(f"base {owner}:", self.base, get_args(Groups))
+            check_choice("base of head 'fslwf':", self.base, get_args(Groups))
         else:
-            check_integer(f"base {owner}, the fewest images of a base class,", self.base, minimum=1)
+            check_integer("base of head 'fslwf', the fewest images of a base class,", self.base, 1)
 
     def check_classes(self, class_counts: Tensor, *, rule: ShotRule = "fb", views: int = 1) -> None:
         """Checks that classes of these sizes can be divided into base and novel ones."""
-        self._number_of_novel(int(self._base_classes(class_counts, rule).sum()))
+        self._divide(class_counts, rule)
 
-    def _base_classes(self, counts: Tensor, rule: ShotRule) -> Tensor:
-        """Returns a mask (C,) of the base classes."""
+    def _divide(self, counts: Tensor, rule: ShotRule) -> tuple[Tensor, int]:
+        """Returns a mask (C,) of the base classes, and how many an episode takes for novel."""
         groups, texts = shot_groups(counts, rule), shot_rule_texts(rule)
         if self.base == "many_shot":
             mask, having = groups["many_shot"], texts["many_shot"]
@@ -147,30 +139,25 @@ class FSLwFFit(TrainedFit):
             mask, having = counts >= self.base, f">= {self.base}"
         number = int(mask.sum())
         if number < 2 or number == len(mask):
-            missing = "no novel class" if number == len(mask) else "fewer than two base classes"
-            low, high = int(counts.min()), int(counts.max())
             raise UsageError(
-                f"head 'fslwf' has {missing}: {number} of {len(mask)} classes have {having} "
-                f"training images, and classes have {low} to {high}; choose another base: "
-                "'many_shot', 'many_and_medium', or the fewest images of a base class"
+                f"head 'fslwf' needs two base classes and a novel one: {number} of {len(mask)} "
+                f"classes have {having} training images, and classes have {int(counts.min())} to "
+                f"{int(counts.max())}; choose another base: 'many_shot', 'many_and_medium', or the "
+                "fewest images of a base class"
             )
-        return mask
-
-    def _number_of_novel(self, num_base: int) -> int:
-        """Returns how many base classes an episode takes for novel."""
-        number = max(num_base // 4, 1) if self.fake_novel is None else self.fake_novel
-        if number >= num_base:
+        fake_novel = max(number // 4, 1) if self.fake_novel is None else self.fake_novel
+        if fake_novel >= number:
             raise UsageError(
                 "fake_novel of head 'fslwf' must be below the number of base classes, which is "
-                f"{num_base}; got {number}"
+                f"{number}; got {fake_novel}"
             )
-        return number
+        return mask, fake_novel
 
     def _fit(self, data: FitData) -> FSLwFHead:
-        is_base = self._base_classes(data.class_counts, data.rule)
+        is_base, fake_novel = self._divide(data.class_counts, data.rule)
         training = _Training(self, data, is_base)
         training.train_base(data.seed)
-        generator = training.train_generator(self._number_of_novel(int(is_base.sum())))
+        generator = training.train_generator(fake_novel)
         head = FSLwFHead.from_classifier(data.new_linear())
         with torch.no_grad():
             head.scale.copy_(training.scale)
@@ -180,22 +167,14 @@ class FSLwFFit(TrainedFit):
 
 
 class _Training:
-    """The two stages of the training, on some rows of the features at a time.
-
-    Args:
-        options: Options of the fit.
-        data: Input of the fit.
-        is_base: Mask (C,) of the base classes.
-    """
+    """The two stages of the training; ``is_base`` is a mask (C,) of the base classes."""
 
     def __init__(self, options: FSLwFFit, data: FitData, is_base: Tensor) -> None:
         self.options, self.values, self.views = options, data.features.values, data.features.views
         targets = data.features.targets.cpu()
         by_class = targets.sort(stable=True).indices.split(class_counts(targets).tolist())
-        self.rows, self.novel_rows = (
-            [by_class[label] for label in mask.nonzero().flatten().tolist()]
-            for mask in (is_base, ~is_base)
-        )
+        self.rows = [rows for rows, base in zip(by_class, is_base, strict=True) if base]
+        self.novel_rows = [rows for rows, base in zip(by_class, is_base, strict=True) if not base]
         if data.classifier is not None:
             start = data.classifier.weight.detach()
         else:
@@ -210,13 +189,14 @@ class _Training:
         steps = self.options.updates(len(rows) // self.views)
         sizes = torch.tensor([len(of_class) for of_class in self.rows])
         labels = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        sampler = create_sampler(
-            "instance_balanced", labels, num_samples=steps * BATCH_SIZE, seed=seed
-        )
-        batches = sampler.epoch_indices().view(steps, BATCH_SIZE)
-        self._descend(
-            steps, lambda step: self.loss(rows[batches[step]], self.weight, labels[batches[step]])
-        )
+        draws = {"num_samples": steps * BATCH_SIZE, "seed": seed}
+        batches = create_sampler("instance_balanced", labels, **draws).epoch_indices()
+        batches = batches.view(steps, BATCH_SIZE)
+
+        def backward(step: int) -> None:
+            self.backward(rows[batches[step]], self.weight, labels[batches[step]])
+
+        self._descend(steps, backward)
 
     def train_generator(self, fake_novel: int) -> WeightGenerator:
         """Trains a generator in episodes, and the base classes' weights with it."""
@@ -224,33 +204,29 @@ class _Training:
         generator = WeightGenerator(
             self.values.shape[1], len(self.rows), gamma=options.gamma, random=self.random
         )
-        share = options.novel_share or fake_novel / len(self.rows)
         # Queries of novel and of base classes.
+        share = options.novel_share or fake_novel / len(self.rows)
         of_novel = min(max(round(share * options.queries), 1), options.queries - 1)
         of_base = options.queries - of_novel
 
-        def loss(_: int) -> Tensor:
+        def backward(_: int) -> None:
             shuffled = torch.randperm(len(self.rows), generator=self.random)
             novel, base = shuffled[:fake_novel], shuffled[fake_novel:]
             # Exemplars, followed by queries.
-            drawn = self._draw(novel, options.exemplars + -(-of_novel // len(novel)))
-            exemplars, queries = drawn.split_with_sizes(
-                [options.exemplars, drawn.shape[1] - options.exemplars], dim=1
-            )
+            drawn = self._draw(novel, options.exemplars + math.ceil(of_novel / len(novel)))
+            exemplars, queries = drawn.tensor_split([options.exemplars], dim=1)
             # With more classes than queries, some classes have none.
             asked = base[:of_base]
-            base_queries = self._draw(asked, -(-of_base // len(asked)))
+            base_queries = self._draw(asked, math.ceil(of_base / len(asked)))
             weight = self.weight[base]
             generated = generator(self.unit(exemplars), weight, base)
             # The classes alternate in the transposed rows, and so do the labels.
             rows = [base_queries.T.flatten()[:of_base], queries.T.flatten()[:of_novel]]
-            labels = [
-                torch.arange(of_base) % len(asked),
-                len(base) + torch.arange(of_novel) % len(novel),
-            ]
-            return self.loss(torch.cat(rows), torch.cat([weight, generated]), torch.cat(labels))
+            labels = [torch.arange(of_base) % len(asked), torch.arange(of_novel) % len(novel)]
+            labels[1] += len(base)
+            self.backward(torch.cat(rows), torch.cat([weight, generated]), torch.cat(labels))
 
-        self._descend(options.episodes, loss, *generator.parameters())
+        self._descend(options.episodes, backward, *generator.parameters())
         return generator
 
     @torch.no_grad()
@@ -275,22 +251,14 @@ class _Training:
             features = features * kept
         return F.normalize(features, dim=-1)
 
-    def loss(self, rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of a cosine classifier."""
+    def backward(self, rows: Tensor, weight: Tensor, labels: Tensor) -> None:
+        """Sets the gradients of the mean cross-entropy of a cosine classifier."""
         cosines = self.unit(rows) @ F.normalize(weight, dim=1).T
-        return F.cross_entropy(self.scale * cosines, labels)
+        F.cross_entropy(self.scale * cosines, labels).backward()
 
-    def _descend(self, steps: int, loss: Callable[[int], Tensor], *more: nn.Parameter) -> None:
-        """Minimises a loss by SGD with Nesterov momentum."""
-        descend(
-            "fslwf",
-            [self.weight, self.scale, *more],
-            steps,
-            lambda step: loss(step).backward(),
-            lr=self.options.lr,
-            weight_decay=self.options.weight_decay,
-            nesterov=True,
-        )
+    def _descend(self, steps: int, backward: Callable[[int], None], *more: nn.Parameter) -> None:
+        given: dict[str, Any] = {"lr": self.options.lr, "weight_decay": self.options.weight_decay}
+        descend("fslwf", [self.weight, self.scale, *more], steps, backward, nesterov=True, **given)
 
     def _draw(self, classes: Tensor, number: int) -> Tensor:
         """Returns rows (len(classes), number), different ones unless a class has too few."""
@@ -300,3 +268,95 @@ class _Training:
             order = torch.randperm(len(rows), generator=self.random)[:number]
             drawn.append(rows[order[torch.arange(number) % len(order)]])
         return torch.stack(drawn)
+
+
+@register_fit("oltr")
+@dataclass(frozen=True, kw_only=True)
+class OLTRFit(TrainedFit):
+    """Trains the head by class-balanced SGD on the cross-entropy and the loss of the centroids.
+
+    The settings are those of the authors' second stage: batches of 128, 4 rows of a class in
+    succession, momentum 0.9, a learning rate that drops to a tenth at each third. The memory's
+    coefficients start from the joint classifier, if there is one. On frozen features the loss of
+    the centroids moves nothing but them, from the class means, which are near its minimum.
+
+    Args:
+        centroids: ``"learned"`` by :class:`timm_lt.losses.DiscriminativeCentroids`, without weight
+            decay; or fixed at the class ``"means"``.
+        loss_weight: Weight of that loss beside the cross-entropy, >= 0; ``hinge`` is its option.
+        epochs: None is 2, but at least 150 updates; the paper, whose backbone learns too, has 60
+            on ImageNet-LT.
+        weight_decay: On everything but the centroids.
+    """
+
+    length = OLTR_LENGTH
+    batch_size = OLTR_BATCH_SIZE
+
+    scale: float = 16.0
+    reach: float = 1.0
+    squash: Squash = "squared"
+    centroids: Centroids = "learned"
+    loss_weight: float = 0.01
+    hinge: Hinge = "example"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.centroids == "means" and (self.loss_weight, self.hinge) != (0.01, "example"):
+            raise UsageError(
+                "loss_weight and hinge of head 'oltr' have no effect with centroids 'means'"
+            )
+
+    def _fit(self, data: FitData) -> OLTRHead:
+        head, features = self.start(data), data.features
+        loss = DiscriminativeCentroids(head.centroids, hinge=self.hinge)
+        loss.requires_grad_(self.centroids == "learned")
+
+        def backward(rows: Tensor) -> None:
+            with torch.no_grad():
+                head.centroids.copy_(loss.centroids)
+            values, targets = take_rows(features.values, rows), features.targets[rows]
+            # head(values) would take weights that are no longer finite for unfitted ones.
+            logits = F.linear(head.transform(values), *head.effective())
+            objective: Tensor = F.cross_entropy(logits, targets)
+            if self.centroids == "learned":
+                objective = objective + self.loss_weight * loss(values, targets).mean()
+            objective.backward()
+
+        self.train(
+            head,
+            data,
+            features,
+            weight_decay=self.weight_decay,
+            sampler_options={"samples_per_class": SAMPLES_PER_CLASS},
+            backward=backward,
+            # The gradient of the centroids is so small that a decay would draw them to zero.
+            undecayed=[p for p in loss.parameters() if p.requires_grad],
+            decay=lambda step, steps: 0.1 ** (DROPS * step // steps),
+            fused=False,
+        )
+        with torch.no_grad():
+            head.centroids.copy_(loss.centroids)
+        return head
+
+    def start(self, data: FitData) -> OLTRHead:
+        """Returns the head before its training."""
+        features, num_classes = data.features, data.num_classes
+        width, with_bias = features.num_features, data.new_linear().bias is not None
+        generator = torch.Generator().manual_seed(data.seed)
+        seeds = torch.randint(2**31, (3,), generator=generator).tolist()
+        start = seeded_linear(width, num_classes, bias=with_bias, seed=seeds[0])
+        memory: nn.Linear = data.classifier or seeded_linear(width, num_classes, seed=seeds[1])
+        selector = seeded_linear(width, width, seed=seeds[2])
+        head = OLTRHead.from_classifier(
+            start, scale=self.scale, reach=self.reach, squash=self.squash
+        )
+        means = class_means(features.values, features.targets, num_classes)["raw"]
+        with torch.no_grad():
+            head.centroids.copy_(means)
+            head.memory_weight.copy_(memory.weight)
+            head.memory_bias.copy_(torch.zeros(()) if memory.bias is None else memory.bias)
+            head.selector_weight.copy_(selector.weight)
+            head.selector_bias.copy_(selector.bias)
+        return head
