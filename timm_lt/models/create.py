@@ -1,7 +1,4 @@
-"""Models with a chosen head: any timm architecture, a registered one, or a decoupled checkpoint.
-
-Also the images that a model takes (size, normalisation and crop) and the names of its classes.
-"""
+"""Models with a chosen head, the images that they take, and the names of their classes."""
 
 import difflib
 import logging
@@ -84,17 +81,17 @@ def create_model(
     source = ModelSource.parse(name, cache_dir=options.get("cache_dir"), token=token)
     if token is not None and source.repo is None:
         raise UsageError(f"token only applies to names that start with hf-hub:, not to {name!r}")
+    folder, weights = source.folder, pretrained is not False
     if source.repo is not None:
-        folder = source.repo.download(weights=pretrained is not False, head=head)
-        model = _create_from_folder(folder, pretrained is not False, head, options)
+        folder = source.repo.download(weights=weights, head=head)
+    if folder is not None:
+        model = _create_from_folder(folder, weights, head, options)
         config = getattr(model, "pretrained_cfg", None)
-        if isinstance(config, dict):
+        if source.repo is not None and isinstance(config, dict):
             # The same as timm sets for a model from the Hub.
             config |= {"source": "hf-hub", "hf_hub_id": str(source.repo)}
             config.pop("file", None)
         return model
-    if source.folder is not None:
-        return _create_from_folder(source.folder, pretrained is not False, head, options)
     name, pretrained = source.name, bool(pretrained)
     architecture, _, tag = name.partition(".")
     module = find_entrypoint(architecture).__module__
@@ -192,14 +189,11 @@ def create_sized_model(
     head: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Creates a model for images of a given size and preprocessing.
+    """Creates a model for images of a given size (side, or height and width) and preprocessing.
 
     An architecture that takes ``img_size``, such as a ViT, is built for that size, and timm
-    resamples the position embeddings of pretrained weights. The size becomes part of the model's
-    configuration.
-
-    The size is a side, or height and width, in pixels; None is that of the model. The other
-    arguments are those of :func:`timm_lt.create_model`, and any of ``FIELDS``.
+    resamples the position embeddings of pretrained weights. The options are those of
+    :func:`timm_lt.create_model`, and any of ``FIELDS``.
     """
     options = with_overlay(options)
     # With dynamic_img_size, the embeddings are fitted to each image.
@@ -243,14 +237,14 @@ def with_overlay(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocessing(field: str, value: Any) -> Any:  # noqa: ANN401
-    if field == "crop_pct":
-        return check_number(field, value, "(0, inf)")
     if field in CHOICES:
         check_choice(f"{field}:", value, CHOICES[field])
         return value
-    values = [*value] if isinstance(value, list | tuple) else [value]
-    span = "(0, inf)" if field == "std" else "(-inf, inf)"
-    numbers = tuple(check_number(field, number, span) for number in values)
+    is_list = isinstance(value, list | tuple) and field != "crop_pct"
+    span = "(-inf, inf)" if field == "mean" else "(0, inf)"
+    numbers = tuple(check_number(field, number, span) for number in (value if is_list else [value]))
+    if field == "crop_pct":
+        return numbers[0]
     if len(numbers) not in (1, 3):
         raise UsageError(f"{field} must be 1 or 3 numbers, got {len(numbers)}")
     return numbers * (3 // len(numbers))
@@ -259,7 +253,7 @@ def _preprocessing(field: str, value: Any) -> Any:  # noqa: ANN401
 def image_config(model: nn.Module) -> dict[str, Any]:
     """Returns size, normalisation and crop of a model's images, as arguments of timm's transforms.
 
-    Arguments with which the model was created take precedence over its configuration.
+    The size with which the model was created takes precedence over that of its configuration.
     """
     config: dict[str, Any] = timm.data.resolve_data_config(model=model)
     config["input_size"] = input_size(model)
@@ -317,8 +311,7 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
 def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:
     """Returns whether to keep the classifier of a model with as many classes as the data.
 
-    If that is unclear, the log says so, with ``what`` as the name of the model and ``cure`` as the
-    option that fits another classifier.
+    If that is unclear, it is kept, and the log names the option ``cure`` that fits another.
     """
     known = is_for(model, names)
     if known is None:

@@ -78,8 +78,7 @@ def write_folded(
     if missing:
         raise UsageError(f"an ONNX file needs {', '.join(missing)}: pip install 'timm_lt[onnx]'")
     images = torch.randn(IMAGES, *input_size(model), generator=torch.Generator().manual_seed(0))
-    heads = [head for head in get_heads(model).values() if isinstance(head, Head)]
-    exact = all(_is_linear(head) for head in heads)
+    exact = all(_is_linear(head) for head in get_heads(model).values() if isinstance(head, Head))
     shipped, original = plain_copy(model), copy.deepcopy(model).cpu().float().eval()
     plain = copy.deepcopy(shipped).float().eval()
     with torch.inference_mode():
@@ -95,8 +94,10 @@ def write_folded(
     write_atomic(folder / WEIGHTS, safetensors.torch.save(state))
     write_atomic(folder / CONFIG, config_text(shipped, label_names))
     difference, others = _compare_file(folder, images, folded), {}
-    runtimes = {"onnxruntime": (ONNX, onnx), "torch.export": (PROGRAM, program)}
-    for runtime, (file, is_wanted) in runtimes.items():
+    for runtime, file, is_wanted in (
+        ("onnxruntime", ONNX, onnx),
+        ("torch.export", PROGRAM, program),
+    ):
         if is_wanted:
             _export(plain, images, folder / file)
             others[runtime] = _compare_file(folder / file, images, folded)
@@ -155,7 +156,8 @@ def _load(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _export(model: nn.Module, images: Tensor, path: Path) -> None:
     """Writes an ONNX file or a program, without torch's notes about its exporter."""
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "dynamic_shapes": ANY_NUMBER}
+    options |= {"input_names": ["images"], "output_names": ["logits"]}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -165,11 +167,8 @@ def _export(model: nn.Module, images: Tensor, path: Path) -> None:
             if path.name == PROGRAM:
                 exported = torch.export.export(model, (images,), dynamic_shapes=ANY_NUMBER)
                 torch.export.save(exported, path)
-                return
-            options = {"dynamo": True, "verbose": False, "dynamic_shapes": ANY_NUMBER, **names}
-            program = torch.onnx.export(model, (images,), **options)
-            assert program is not None
-            program.save(path)
+            else:
+                torch.onnx.export(model, (images,), path, **options)
     except OSError:
         # A full disk, say.
         raise
