@@ -27,7 +27,7 @@ class Conversion:
         name: Name of the model.
         num_classes: Number of classes C.
         heads: Heads of the checkpoint; ``linear`` is the joint classifier.
-        found: Origin of the name: "given", "published", "in the file" or "by shape".
+        found: Origin of the name: "given", "in the file" or "by shape".
     """
 
     name: str
@@ -55,9 +55,8 @@ def convert_checkpoint(
             file: a checkpoint of timm's ``train.py``, or any pickle or safetensors with tensors by
             name.
         folder: The folder to write; made if missing.
-        model: The architecture, with a tag for its normalisation. None finds it: it is known for a
-            published URL and for files of timm's ``train.py``, and registered architectures are
-            recognised by the shapes of their tensors.
+        model: The architecture, with a tag for its normalisation. None finds it: files of timm's
+            ``train.py`` name it, and registered ones are recognised by the shapes of their tensors.
         heads: URL or path of further files by the name of their head. Each has the same backbone
             and a re-trained classifier (``crt``) or learned scales (``lws``). Other batch-norm
             statistics in that file become part of the head.
@@ -73,24 +72,18 @@ def convert_checkpoint(
         UsageError: If a file cannot be read, is of another architecture or another number of
             classes, or the file of a head has another backbone; nothing is written then.
     """
+    for entry in PUBLISHED.values():
+        if source == entry.urls.get("crt"):
+            raise UsageError(
+                f"{source} is the crt head of {entry.name}; convert {entry.name}, which includes it"
+            )
     if source in PUBLISHED:
         urls = PUBLISHED[source].urls
         if not urls:
             raise UsageError(f"{source!r} has no files to convert")
         model, source, heads = model or source, urls.pop("linear"), {**urls, **(heads or {})}
-    name, found = (model, "given") if model is not None else (_published_name(source), "published")
-    published = PUBLISHED.get(name or "")
-
-    def read(path: Path) -> WeightsFile:
-        file = read_weights(path, source)
-        if published is not None:
-            expected = expected_state(published.name, published.num_classes)
-            file.select(expected, published.name, key=key).fit(expected, published.name)
-        return file
-
-    file = _fetch(source, cache_dir, read)
-    if name is None:
-        name, found = _name_of_file(file)
+    file = _fetch(source, cache_dir, lambda path: read_weights(path, source))
+    name, found = (model, "given") if model is not None else _name_of_file(file)
     classes = PUBLISHED[name].num_classes if name in PUBLISHED else None
     network, weights = build(
         file, name, num_classes=classes, key=key, image_size=image_size, **(options or {})
@@ -110,18 +103,6 @@ def convert_checkpoint(
         fitted[head] = _other_head(f"head {head!r} of {location}", weights, other, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
-
-
-def _published_name(url: str) -> str | None:
-    """Returns the published name of a URL with a joint classifier; None if it is not published."""
-    for entry in PUBLISHED.values():
-        if url == entry.urls.get("crt"):
-            raise UsageError(
-                f"{url} is the crt head of {entry.name}; convert {entry.name}, which includes it"
-            )
-        if url in entry.urls.values():
-            return entry.name
-    return None
 
 
 def _fetch(location: str, cache_dir: str | Path | None, read: Callable[[Path], T]) -> T:

@@ -52,8 +52,8 @@ def create_model(
 ) -> nn.Module:
     """Creates a timm model with a head.
 
-    From the Hub, only the config, the backbone and the file of the one head are downloaded, unless
-    they are in the cache. No pickle is read.
+    From the Hub, exactly the config, the backbone and the file of the one head are downloaded, into
+    the cache. No pickle is read.
 
     Args:
         name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
@@ -133,10 +133,10 @@ def _timm_errors(name: str, head: str | None) -> Iterator[None]:
         # timm passes options that it does not know to the constructor of the architecture.
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is not None:
-            problem = f"has no option {found[1]!r}; is head= missing?"
+            hint = "is head= missing?"
             if head is not None and head in HEADS:
-                names = ", ".join(head_option_names(head)) or "none"
-                problem = f"has no option {found[1]!r}; options of head {head!r}: {names}"
+                hint = f"options of head {head!r}: {', '.join(head_option_names(head)) or 'none'}"
+            problem = f"has no option {found[1]!r}; {hint}"
         elif "No pretrained weights exist" in str(error):
             problem = "has no pretrained weights; load a file of weights, or remove pretrained"
         else:
@@ -148,9 +148,10 @@ def split_options(
     head: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into those of the head and the others."""
-    names = head_option_names(head) if head else []
-    ours = {key: value for key, value in options.items() if key in names}
-    return ours, {key: value for key, value in options.items() if key not in names}
+    ours = {
+        key: options[key] for key in (head_option_names(head) if head else []) if key in options
+    }
+    return ours, {key: value for key, value in options.items() if key not in ours}
 
 
 def _create_from_folder(
@@ -172,11 +173,9 @@ def _create_from_folder(
         raise load_error(folder, error) from error
     if info is not None:
         model.__dict__[BACKGROUND] = info.background
-    if head is not None:
-        if info is not None:
-            return set_head(model, load_heads(folder, head, model, **ours))
-        for new in get_heads(set_head(model, head, **ours)).values():
-            assert isinstance(new, Head)
+        return model if head is None else set_head(model, load_heads(folder, head, model, **ours))
+    for new in get_heads(model if head is None else set_head(model, head, **ours)).values():
+        if isinstance(new, Head):
             new.check_fitted()
     return model
 
@@ -214,11 +213,9 @@ def create_sized_model(
         size = "" if image_size is None else f" for images of {image_size} pixels"
         raise UsageError(f"{name} cannot be built{size} with {options}: {reason}") from error
     if image_size is not None:
-        shape = (options.get("in_chans", 3), *to_2tuple(image_size))
-        config = {**_config(model), "input_size": shape}
-        # Otherwise timm would prefer these for testing.
-        for key in ("test_input_size", "test_crop_pct"):
-            config.pop(key, None)
+        # timm would prefer the size and crop for testing.
+        config = {key: v for key, v in _config(model).items() if not key.startswith("test_")}
+        config["input_size"] = (options.get("in_chans", 3), *to_2tuple(image_size))
         model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
     return model
 
@@ -301,11 +298,11 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
     imagenet = _imagenet(model)
     if sorted(own) == sorted(names) or imagenet is None:
         return sorted(own) == sorted(names)
-    same = 0
-    for synset, text, name in zip(imagenet.label_names(), own, names, strict=False):
-        words = {_plain(text), *map(_plain, text.split(","))}
-        same += name == synset or _plain(name) in words
-    return same >= SHARE * len(names)
+    same = [
+        name == synset or _plain(name) in {_plain(text), *map(_plain, text.split(","))}
+        for synset, text, name in zip(imagenet.label_names(), own, names, strict=False)
+    ]
+    return sum(same) >= SHARE * len(names)
 
 
 def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:

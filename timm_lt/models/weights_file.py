@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -25,7 +25,7 @@ from timm_lt.checkpoint import check_sizes
 from timm_lt.checkpoint.format import RESERVED
 from timm_lt.heads import classifier_name
 from timm_lt.models.create import FIELDS, create_sized_model, with_overlay
-from timm_lt.utils.checks import UsageError, shown_names
+from timm_lt.utils.checks import UsageError, shown_names, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import read_yaml
 
@@ -33,8 +33,6 @@ from timm_lt.utils.files import read_yaml
 STATE_DICTS = {"state_dict", "model"}
 # Part of the key of a moving average, which is used only if asked for, or if alone.
 AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa|averaged)(?![a-z])", re.IGNORECASE)
-# The arguments of timm's train.py, written beside its checkpoints.
-ARGS = "args.yaml"
 # Names shown in messages, and nested mappings that are searched for weights.
 SHOWN, LEVELS = 3, 4
 # Types of weights and counters.
@@ -44,7 +42,7 @@ WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?=.)"
 )
 COUNTER = "num_batches_tracked"
-# Learned scales of an lws head, as Kang et al. name them, beside the classifier.
+# Learned scales of an lws head, as Kang et al. name them.
 SCALES = "scales"
 # Tensors beside those of a network: a loss, torch's AveragedModel, a profiler.
 LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
@@ -92,13 +90,9 @@ class Weights:
 class WeightsFile:
     """The content of a file of weights, or one network of it.
 
-    Attributes:
-        name: Name of the file in messages.
-        tensors: Tensors, and values beside them, by their path in nested mappings.
-        architecture: timm's name of the architecture, if the file has it.
-        args: Arguments of the training, as timm's ``train.py`` keeps them; empty if unknown.
-        key: Path of the selected network in the file, such as ``state_dict.model``.
-        others: Paths of other networks with the same names of tensors.
+    ``tensors`` are those of the file, and values beside them, by their path in nested mappings.
+    ``architecture`` and ``args`` are what timm's ``train.py`` notes, if it wrote the file. ``key``
+    is the path of the selected network, and ``others`` are those with the same names of tensors.
     """
 
     name: str
@@ -223,27 +217,13 @@ def _rank(prefix: str) -> tuple[bool, bool]:
     return AVERAGE.search(prefix) is not None, STATE_DICTS.isdisjoint(prefix.split("."))
 
 
-def _is_plain(value: object) -> TypeGuard[Tensor]:
-    """Returns whether a value is an ordinary tensor in memory, not a sparse or quantized one."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not (value.is_quantized or value.is_nested)
-        and value.device.type == "cpu"
-        and value.dtype in DTYPES
-    )
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor, {value.layout}, on {value.device}"
-    return f"a {type(value).__name__}"
-
-
 def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
     """Describes why a value cannot be a tensor of the model; None if it can."""
-    if not _is_plain(value):
-        return f"is {_kind(value)}, not a tensor"
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    is_plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
+    if not is_plain or value.device.type != "cpu" or value.dtype not in DTYPES:
+        return f"is a {value.dtype} tensor, {value.layout}, on {value.device}"
     if value.shape != wanted.shape:
         cure = "; give the size of its images with --image-size (in a recipe data.image_size)"
         shapes = f"is {tuple(value.shape)}, not {tuple(wanted.shape)}"
@@ -257,9 +237,9 @@ def _tensor_problem(key: str, value: object, wanted: Tensor) -> str | None:
 def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     """Reads a file of weights of another project, a pickle or safetensors.
 
-    Supported are checkpoints of timm's ``train.py`` and any nested mappings of names to tensors,
-    such as those of Kang et al. (``feat_model`` and ``classifier``). Pickles of anything but
-    tensors and plain values are refused. ``name`` is that of the file in messages, e.g. its URL.
+    Any nested mappings of names to tensors are supported, such as those of timm's ``train.py`` and
+    of Kang et al. Pickles of anything but tensors and plain values are refused. ``name`` is that of
+    the file in messages, e.g. its URL.
     """
     path = Path(path).expanduser()
     name = name or str(path)
@@ -267,7 +247,7 @@ def read_weights(path: str | Path, name: str | None = None) -> WeightsFile:
     found = _flatten(content) if isinstance(content, Mapping) else ()
     tensors = {WRAPPERS.sub("", key): value for key, value in found}
     if not any(isinstance(value, Tensor) for value in tensors.values()):
-        raise UsageError(f"{name} has no weights: found {_kind(content)}")
+        raise UsageError(f"{name} has no weights: found a {type(content).__name__}")
     args = _args(content, path)
     return WeightsFile(name, tensors, _architecture(content.get("arch") or args.get("model")), args)
 
@@ -288,24 +268,17 @@ def _read(path: Path, name: str) -> Any:  # noqa: ANN401
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except UsageError:
         raise
+    except pickle.UnpicklingError as error:
+        # Without torch's advice to load the file anyway.
+        culprit = re.search(r"(?:GLOBAL |Unsupported class )(\S+)", " ".join(str(error).split()))
+        asks = f"a pickle that asks for {culprit[1]}, not" if culprit else "damaged, or not"
+        problem = f"is refused: it is {asks} only tensors and plain values; save the state_dict()"
+        raise UsageError(f"{name} {problem} of a model alone") from error
     except Exception as error:
         # A part of a pickle may raise anything.
-        raise UsageError(f"{name} {_read_problem(error)}") from error
-
-
-def _read_problem(error: Exception) -> str:
-    """Returns the reason in torch's long message, without its advice to load the file anyway."""
-    text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError):
-        culprit = re.search(r"(?:GLOBAL |Unsupported class )(\S+)", text)
-        asks = f"a pickle that asks for {culprit[1]}, not" if culprit else "damaged, or not"
-        return (
-            f"is refused: it is {asks} only tensors and plain values; save the state_dict() of a "
-            "model alone"
-        )
-    reason = text.partition(". ")[0][:200] or type(error).__name__
-    reason = getattr(error, "strerror", None) or f"{reason}; it may be truncated"
-    return f"cannot be read as weights: {reason}"
+        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+        reason = getattr(error, "strerror", None) or f"{reason}; it may be truncated"
+        raise UsageError(f"{name} cannot be read as weights: {reason}") from error
 
 
 def _flatten(content: Mapping[Any, Any], levels: int = LEVELS) -> Iterator[tuple[str, Any]]:
@@ -333,7 +306,7 @@ def _args(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         args = vars(args)
     if isinstance(args, Mapping):
         return {str(key): value for key, value in args.items()}
-    beside = path.parent / ARGS
+    beside = path.parent / "args.yaml"
     found = read_yaml(beside) if beside.is_file() else {}
     # Other projects have a file of that name, too.
     return found if _architecture(found.get("model")) else {}
@@ -364,17 +337,9 @@ def build(
 
     Pooling, channels, image size, normalisation and crop are those of the training, if the file (or
     ``args.yaml`` beside it) has the arguments of timm's ``train.py``. Otherwise the image size is
-    that of the position embeddings. Options given here take precedence.
-
-    Args:
-        file: The file.
-        name: A timm architecture, or another name as for :func:`timm_lt.create_model`.
-        num_classes: Number of classes; None is that of the file.
-        classifier: Whether to load the weights of the classifier; None loads them if their number
-            of classes is that of the model.
-        key: Key or prefix of the weights, if the file has several networks.
-        image_size: Side of the images in pixels; None is that of the file, or of the model.
-        **options: Arguments of :func:`timm_lt.models.create.create_sized_model`.
+    that of the position embeddings. Options given here take precedence; they are those of
+    :func:`timm_lt.models.create.create_sized_model`. ``classifier`` says whether to load the
+    weights of the classifier; None loads them if their number of classes is that of the model.
     """
     stated, given = (text.partition(".")[0] for text in (file.architecture or "", name))
     if stated and timm.models.is_model(given) and _base(stated) != _base(given):
@@ -390,8 +355,10 @@ def build(
     path = classifier_name(probe)
     state = file.select(probe.state_dict(), name, path, key=key)
     classes = state.num_classes(path)
-    size, num_classes = image_size or size or _embedded_size(state, probe), num_classes or classes
-    model = create_sized_model(name, False, size, num_classes=num_classes or 1, **options)
+    pixels = image_size or size or _embedded_size(state, probe)
+    model = create_sized_model(
+        name, False, pixels, num_classes=num_classes or classes or 1, **options
+    )
     own, tensors = model.state_dict(), state.tensors
     if not (classes == model.num_classes if classifier is None else classifier):
         # The classifier stays as it was drawn.
@@ -431,10 +398,9 @@ def _base(architecture: str) -> str:
 def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """Returns the options of the model and the image size with which a file was trained."""
     args = {key: value for key, value in file.args.items() if value is not None}
-    shapes = {
-        key: tuple(value.shape) for key, value in file.tensors.items() if isinstance(value, Tensor)
-    }
-    try:
+    tensors = {key: value for key, value in file.tensors.items() if isinstance(value, Tensor)}
+    kinds = (AssertionError, TypeError, ValueError, KeyError, UsageError)
+    with user_errors(f"{file.name} has training arguments beyond timm's", *kinds):
         kwargs = dict(args.get("model_kwargs") or {})
         if isinstance(args.get("input_size"), int):
             # In scripts derived from timm's.
@@ -444,6 +410,7 @@ def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int
             args["input_size"] = (args.get("in_chans", 3), *pixels)
         options = {key: v for key, v in kwargs.items() if key not in (*RESERVED, *OTHERS)}
         options |= {ours: args[key] for key, ours in MODEL_ARGS.items() if args.get(key)}
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         check_sizes(Path(file.name), {"model_args": options}, shapes)
         options |= {key: args.pop(key) for key in FIELDS if args.get(key)}
         with_overlay(options)
@@ -451,9 +418,6 @@ def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int
         channels, height, width = (int(pixels) for pixels in config["input_size"])
         if min(height, width) < 1:
             raise ValueError(f"images of {height} × {width} pixels")
-    except (AssertionError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{file.name} has training arguments beyond timm's: {reason}") from error
     if channels != 3:
         options["in_chans"] = channels
     is_sized = args["img_size"] is not None or "input_size" in args
@@ -461,12 +425,6 @@ def _training_options(file: WeightsFile) -> tuple[dict[str, Any], tuple[int, int
     if values := {**options, **({"image size": size} if size else {})}:
         listing = ", ".join(f"{key} {value}" for key, value in values.items())
         log.info("%s was trained with %s", file.name, listing)
-    if args.get("class_map"):
-        log.warning(
-            "%s was trained with --class-map %s: its classes have the order of that file, not that "
-            "of the folders",
-            *(file.name, args["class_map"]),
-        )
     return options, size
 
 
