@@ -1,10 +1,8 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's ResNets, so its weights load into plain timm. The exceptions, which timm
-lacks, are ``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10``
-with its attention. ``timm.create_model`` takes ``head=`` and its options in addition to its usual
-arguments. ``hub_configs/`` lists the published weights. timm shows the name of this module in
-``list_modules``, so it must differ from those of timm.
+Each is one of timm's ResNets, so its weights load into plain timm, or one of
+:mod:`timm_lt.models.networks`, which timm lacks. ``timm.create_model`` takes ``head=`` and its
+options, too. timm shows the name of this module in ``list_modules``: it must not be one of timm's.
 """
 
 from collections.abc import Callable
@@ -39,11 +37,9 @@ from timm_lt.models.pretrained import PUBLISHED, PretrainedSource, Published
 
 @dataclass(frozen=True)
 class Architecture:
-    """A registered architecture, described by ``doc``.
+    """A registered architecture: the ``base`` of timm, or what ``make`` makes of its arguments.
 
-    It is the ``base`` of timm, or ``make`` makes it from timm's usual arguments. ``first_conv`` is
-    the path of its first convolution, ``reduction`` the image size divided by that of the last
-    feature map, and ``feature_cfg`` has timm's settings of ``features_only``.
+    ``reduction`` is the image size divided by that of the last feature map.
     """
 
     doc: str

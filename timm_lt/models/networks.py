@@ -19,21 +19,12 @@ from timm_lt.heads import Head
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 
 SpatialAttention = Literal["convolution", "linear"]
-# Name of the attention in the last stage, e.g. layer4.attention.
-ATTENTION = "attention"
 # Height and width of a ResNet's last feature map for images of 224 pixels.
 PUBLISHED_SIZE = 7
 
 
 class ModulatedAttention(nn.Module):
-    """Adds spatially weighted self-attention to a feature map: ``y = x + m ⊙ SA(x)``.
-
-    The formulas are in :func:`attach_attention`. Shape: (N, channels, H, W) to the same.
-
-    >>> x = torch.randn(2, 8, 5, 4)
-    >>> torch.equal(ModulatedAttention(8)(x), x)
-    True
-    """
+    """Spatially weighted self-attention, ``y = x + m ⊙ SA(x)`` of :func:`attach_attention`."""
 
     def __init__(
         self, channels: int, *, reduction: int = 2, spatial: SpatialAttention = "convolution"
@@ -75,16 +66,15 @@ class ModulatedAttention(nn.Module):
 
     def spatial_weights(self, x: Tensor) -> Tensor:
         """Returns m, (N, 1, H, W)."""
-        height, width = x.shape[2], x.shape[3]
-        if not self.linear:
-            weights: Tensor = self.spatial(x).flatten(1).softmax(1).to(x.dtype)
-            return (height * width / 49 * weights).view(-1, 1, height, width)
-        if height != 7 or width != 7:
+        height, width = x.shape[2:]
+        if self.linear and (height, width) != (7, 7):
             raise UsageError(
                 f"spatial='linear' only takes 7×7 maps (images of 224 pixels), got "
                 f"{height}×{width}; use spatial='convolution'"
             )
-        weights = self.spatial(x.flatten(1)).softmax(1).to(x.dtype)
+        scores: Tensor = self.spatial(x.flatten(1) if self.linear else x).flatten(1)
+        # The factor is 1 for 7×7 maps.
+        weights = height * width / 49 * scores.softmax(1).to(x.dtype)
         return weights.view(-1, 1, height, width)
 
 
@@ -136,18 +126,15 @@ def attach_attention(
     # The CIFAR ResNet has no fourth stage.
     last: dict[str, Any] = model.feature_info[-1]
     stage = model.get_submodule(last["module"])
-    if hasattr(stage, ATTENTION):
-        raise UsageError(f"the model already has {last['module']}.{ATTENTION}")
+    if hasattr(stage, "attention"):
+        raise UsageError(f"the model already has {last['module']}.attention")
     attention = ModulatedAttention(last["num_chs"], reduction=reduction, spatial=spatial)
-    stage.add_module(ATTENTION, attention.to(next(stage.parameters())).train(model.training))
+    stage.add_module("attention", attention.to(next(stage.parameters())).train(model.training))
     return model
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut "option A" without parameters: every second pixel, and channels of zeros around.
-
-    Shape: (N, C, H, W) to (N, C + 2 padding, ceil(H / 2), ceil(W / 2)).
-    """
+    """Shortcut "option A" without parameters, to (N, C + 2 padding, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, padding: int) -> None:
         super().__init__()
@@ -163,9 +150,8 @@ class CifarResNet(ResNet):
 
     A 3x3 convolution with 16 channels and no max pooling, three stages of n basic blocks with 16,
     32 and 64 channels and strides 1, 2 and 2, pooling, and the linear classifier ``fc``: depth
-    6n + 2. LDAM and BBN use ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10
-    classes). The weights of the convolutions are drawn from N(0, 2 / fan_in). There are four
-    features (stem and stages) at strides 1, 1, 2 and 4. ``options`` are those of timm's ``ResNet``.
+    6n + 2, with n = 5 the ResNet-32 of LDAM and BBN. The weights of the convolutions are drawn from
+    N(0, 2 / fan_in). The four features (stem and stages) have strides 1, 1, 2 and 4.
 
     References:
         He, Zhang, Ren, Sun. Deep residual learning for image recognition. CVPR 2016.
@@ -329,8 +315,7 @@ def create_bilateral(
     Their logits are ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``, which the loss
     ``bilateral`` mixes to ``α z_c + (1 - α) z_r``. As in the authors' code, the two streams pass
     the shared trunk one after the other: batch norm normalises each by its own statistics, and
-    updates its running ones twice. (``forward_intermediates`` does not separate the streams before
-    the last block.)
+    updates its running ones twice; but not in ``forward_intermediates``.
 
     Args:
         model: A ``ResNet`` of timm, with any of its blocks, or an ``lt_resnet32``.
@@ -370,8 +355,7 @@ def create_bilateral(
         raise UsageError(f"a bilateral network is made from a ResNet of timm or CIFAR, {problem}")
     copied = copy.deepcopy(last)
     if fresh:
-        # Initialises the modules of the block as the model does. Last batch norms that start at 0
-        # are copied.
+        # As the model does, but for last batch norms that start at 0, which are copied.
         KINDS[type(model)].init_weights(copied, zero_init_last=False)
     path = next(path for path, module in model.named_modules() if module is last)
     model.set_submodule(path, BilateralBlock(last, copied, scale).train(last.training))
