@@ -123,39 +123,34 @@ def test_files_of_a_folder(folder, heads):
 
 
 def test_config_is_timms_with_one_block_more(folder):
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architecture"] == "test_resnet"
-    assert config["num_classes"] == 4
-    assert config["label_names"] == NAMES
+    config, info = json.loads((folder / "config.json").read_text()), read_checkpoint(str(folder))
+    assert (config["architecture"], config["num_classes"]) == ("test_resnet", 4)
+    assert (config["label_names"], config["timm_lt"]["version"]) == (NAMES, 1)
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
-    assert "file" not in config["pretrained_cfg"]
-    assert config["timm_lt"]["version"] == 1
-    info = read_checkpoint(str(folder))
     assert (info.folder, info.class_counts, info.label_names) == (folder, COUNTS, NAMES)
     assert list(info.heads) == list(HEAD_OPTIONS)
     assert info.heads["crt"].metrics == {"all": 0.5, "few_shot": None}
     assert info.heads["crt"].sha256 == sha256((folder / "heads/crt.safetensors").read_bytes())
     assert info.heads["lws"].options == {"scale_bias": False}
-    assert info.heads["tau_norm"].file is None
 
 
-def test_plain_timm_loads_the_folder_without_timm_lt(plain_server, folder, model, images, tmp_path):
-    np.save(tmp_path / "images.npy", images.numpy())
-    program = f"""
+PLAIN = """
 import sys
 import numpy as np, timm, torch
 torch.set_num_threads(1)
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-assert type(model.get_classifier()) is torch.nn.Linear
+model = timm.create_model("local-dir:{0}", pretrained=True).eval()
 with torch.no_grad():
-    logits = model(torch.from_numpy(np.load(r"{tmp_path / "images.npy"}")))
-np.save(r"{tmp_path / "logits.npy"}", logits.numpy())
+    np.save(r"{0}/logits.npy", model(torch.from_numpy(np.load(r"{0}/images.npy"))).numpy())
 assert "timm_lt" not in sys.modules
 """
-    plain = plain_server.python(program)
+
+
+def test_plain_timm_loads_the_folder_without_timm_lt(plain_server, folder, model, images):
+    np.save(folder / "images.npy", images.numpy())
+    plain = plain_server.python(PLAIN.format(folder))
     assert plain.status == 0, plain.err
     with torch.no_grad():
-        assert (np.load(tmp_path / "logits.npy") == model(images).numpy()).all()
+        assert (np.load(folder / "logits.npy") == model(images).numpy()).all()
 
 
 ARGUMENTS = [
@@ -203,8 +198,12 @@ def test_half_precision(tmp_path, model, heads, features, dtype):
 def test_options_take_the_place_of_stored_ones(folder, model, features):
     head = load_head(folder, "tau_norm", get_head(model), tau=0.0, keep_bias=False)
     assert torch.equal(head(features), features @ model.fc.weight.T)
-    assert get_head(load(folder, "tau_norm", tau=0.25)).options()["tau"] == 0.25
     assert get_head(load(folder, "ncm", metric="cosine")).metric == "cosine"
+    selection = {"tau": 0.7, "split": "val"}
+    edit_config(folder, "heads", "tau_norm", selection=selection)
+    for tau, kept in ((0.7, selection), (0.9, {})):
+        head = load_head(folder, "tau_norm", get_head(model), tau=tau)
+        assert (head.tau, head.selection) == (tau, kept)
 
 
 def test_free_heads_come_from_every_checkpoint(tmp_path, model, features):
@@ -216,15 +215,6 @@ def test_free_heads_come_from_every_checkpoint(tmp_path, model, features):
     assert get_head(load(folder, "tau_norm")).tau == 1.0
     with pytest.raises(UsageError, match=r"'lws'.*choose one of: linear, logit_adjusted, tau_norm"):
         load(folder, "lws")
-
-
-def test_selection_is_kept_unless_the_caller_chooses(tmp_path, model):
-    head = HEADS["tau_norm"].from_classifier(get_head(model), tau=0.5)
-    head.selection = {"tau": 0.5, "split": "val"}
-    folder = save_checkpoint(tmp_path, model, heads={"tau_norm": head}, class_counts=COUNTS)
-    assert load_head(folder, "tau_norm", get_head(model)).selection == head.selection
-    assert load_head(folder, "tau_norm", get_head(model), tau=0.5).selection == head.selection
-    assert load_head(folder, "tau_norm", get_head(model), tau=0.9).selection == {}
 
 
 def test_registered_architecture_loads_the_checkpoint_of_its_configuration(folder, heads, features):
@@ -332,10 +322,7 @@ CRT, TAU = ("heads", "crt"), ("heads", "tau_norm")
 BAD_BLOCKS = [
     ((), {"version": 2}, r"timm_lt\.version must be 1 for this timm_lt, found 2"),
     ((), {"class_counts": "many"}, "class_counts must be null or 4 integers >= 0"),
-    ((), {"class_counts": [0, 0, 0, 0]}, "class_counts must be"),
     ((), {"class_counts": [1, 2, 3, -4]}, "class_counts must be"),
-    ((), {"class_counts": [1, 2, 3, True]}, "class_counts must be"),
-    ((), {"label_names": ["a"]}, "label_names must be null or 4 strings"),
     ((), {"label_names": [1, 2, 3, 4]}, "label_names must be null or 4 strings"),
     ((), {"weights_sha256": "0" * 63}, "weights_sha256 must be the 64 hexadecimal digits"),
     ((), {"seed": -1}, "seed must be null or an integer >= 0"),
@@ -344,16 +331,13 @@ BAD_BLOCKS = [
     ((), {"heads": []}, "heads must be an object"),
     ((), {"heads": {"crt": 5}}, r"heads\.crt must be an object"),
     ((), {"heads": {"../../evil": {"kind": "crt"}}}, "ASCII letters"),
-    ((), {"heads": {"": {"kind": "crt"}}}, "ASCII letters"),
     (CRT, {"kind": "os.system"}, r"heads\.crt\.kind must be one of .*, found 'os.system'"),
-    (CRT, {"kind": ["crt"]}, r"heads\.crt\.kind"),
     (CRT, {"options": [1]}, r"heads\.crt\.options must be an object"),
     (CRT, {"metrics": {"all": "high"}}, r"metrics\.all must be a number or null"),
     (CRT, {"backbone_statistics": "yes"}, "backbone_statistics must be true or false"),
     (CRT, {"sha256": 5}, r"heads\.crt\.sha256 must be the 64"),
     (CRT, {"file": None}, r"file must be \"heads/crt.safetensors\", found None"),
     (CRT, {"file": "../crt.safetensors"}, r'heads\.crt\.file must be "heads/crt'),
-    (CRT, {"file": "/etc/passwd"}, r"heads\.crt\.file must be"),
     (TAU, {"file": "heads/tau_norm.safetensors"}, "file must be null, found"),
     (TAU, {"options": {"tau": "big"}}, "tau must be a number"),
     (TAU, {"options": {"taux": 1}}, "has no option 'taux'.*valid options: tau"),
@@ -366,8 +350,8 @@ def test_a_checkpoint_of_the_first_version_loads(folder, heads, features):
     """Without the fields that later versions record."""
     config = json.loads((folder / "config.json").read_text())
     block = config["timm_lt"]
-    required = {"version", "weights_sha256", "class_counts", "heads"}
-    config["timm_lt"] = {key: block[key] for key in required}
+    for key in block.keys() - {"version", "weights_sha256", "class_counts", "heads"}:
+        del block[key]
     for entry in block["heads"].values():
         for key in ("selection", "metrics", "backbone_statistics"):
             del entry[key]

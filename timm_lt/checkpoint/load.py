@@ -43,12 +43,10 @@ FREE_ADAPTED = 10**6
 def load_head(folder: str | Path, name: str, classifier: nn.Module, **options: Any) -> Head:
     """Loads a head of a checkpoint whose model has one classifier.
 
-    Every checkpoint has the heads that need nothing but the joint classifier (``linear``,
-    ``tau_norm``, ``logit_adjusted``).
-
     Args:
         folder: Folder of the checkpoint.
-        name: Name of the head in the checkpoint.
+        name: Name of the head in the checkpoint; every checkpoint has the heads that need nothing
+            but the joint classifier (``linear``, ``tau_norm``, ``logit_adjusted``).
         classifier: The joint classifier (C, D) of the checkpoint, as returned by
             ``model.get_classifier()``, or a head that keeps its weight.
         **options: Options of the head; the stored ones are the defaults.

@@ -58,8 +58,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a model with its joint classifier and any number of fitted heads into one folder.
 
-    Everything is checked before anything is written. The old ``config.json`` is removed first and
-    the new one written last, so a folder with a config is complete.
+    Everything is checked before anything is written. A folder with a ``config.json`` is complete:
+    the old one is removed first, and the new one written last.
 
     Args:
         folder: The folder; made if missing.
@@ -77,15 +77,14 @@ def save_checkpoint(
         seed: Seed of the run.
         background: Colour behind transparent pixels of the training images, such as ``"black"``;
             None is that of the checkpoint from which the model was loaded, or white.
-        dtype: Floating-point type of the stored tensors; batch-norm statistics of a head are
-            float32.
+        dtype: Floating-point type of the stored tensors; but a head's statistics are float32.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If a head does not belong to the model, is not fitted, not finite or beyond the
-            range of the type, or another argument is not valid.
+        UsageError: If a head does not belong to the model, is not fitted, or not finite in the
+            type, or another argument is not valid.
     """
     folder, metrics = Path(folder), metrics or {}
     for name in metrics:
@@ -119,9 +118,8 @@ def save_checkpoint(
         "seed": seed,
         "background": check_background(background or background_of(model)),
         "heads": entries,
+        **({} if protocol is None else {"protocol": protocol}),
     }
-    if protocol is not None:
-        block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
     parse_text(Path(), config)
     (folder / CONFIG).unlink(missing_ok=True)

@@ -61,8 +61,7 @@ def create_model(
             with the same, followed by ``@REVISION`` for a branch, tag or commit.
         pretrained: Load weights; None means yes for a checkpoint and no otherwise.
         head: One of :func:`timm_lt.list_heads`, or the name of a head of the checkpoint; None
-            leaves the joint classifier. With ``features_only=True`` there is no classifier, and
-            only the options of the head are checked.
+            leaves the joint classifier. With ``features_only=True`` only its options are checked.
         token: Token of the Hub for ``hf-hub:``; None is that of the login or of ``HF_TOKEN``.
         **options: Options of the head (the stored ones are the defaults), and anything that
             ``timm.create_model`` takes, such as ``cache_dir``.
@@ -71,9 +70,8 @@ def create_model(
         The model, in training mode as timm's.
 
     Raises:
-        UsageError: For an unknown architecture or head, one without pretrained weights, a wrong
-            option, a head on a model with ``num_classes=0``, a checkpoint that is damaged or does
-            not match its config, or a repo that cannot be read.
+        UsageError: For an unknown architecture or head, a wrong option, weights that do not exist,
+            or a checkpoint or repo that cannot be read or is damaged.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
@@ -226,11 +224,10 @@ def with_overlay(options: dict[str, Any]) -> dict[str, Any]:
     >>> with_overlay({"std": 0.5, "crop_pct": 0.9, "global_pool": "max"})
     {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}}
     """
-    key = "pretrained_cfg_overlay"
     overlay = {k: _preprocessing(k, v) for k, v in options.items() if k in FIELDS}
-    overlay |= options.get(key) or {}
-    others = {k: v for k, v in options.items() if k not in (key, *FIELDS)}
-    return others | ({key: overlay} if overlay else {})
+    others = {k: v for k, v in options.items() if k not in FIELDS}
+    overlay |= others.pop("pretrained_cfg_overlay", None) or {}
+    return others | ({"pretrained_cfg_overlay": overlay} if overlay else {})
 
 
 def _preprocessing(field: str, value: Any) -> Any:  # noqa: ANN401
@@ -248,10 +245,7 @@ def _preprocessing(field: str, value: Any) -> Any:  # noqa: ANN401
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:
-    """Returns size, normalisation and crop of a model's images, as arguments of timm's transforms.
-
-    The size with which the model was created takes precedence over that of its configuration.
-    """
+    """Returns size, normalisation and crop of a model's images, for timm's transforms."""
     config: dict[str, Any] = timm.data.resolve_data_config(model=model)
     config["input_size"] = input_size(model)
     channels = config["input_size"][0]
@@ -264,7 +258,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Returns channels, height and width of a model's images."""
+    """Returns channels, height and width of the images for which a model was created."""
     arguments: dict[str, Any] = getattr(model, "_model_args", {})
     channels, height, width = timm.data.resolve_data_config(model=model)["input_size"]
     # With dynamic_img_size, the embeddings may have another size than the images.
@@ -289,10 +283,10 @@ def label_names(model: nn.Module) -> list[str] | None:
 def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
     """Returns whether a model's classes have these names, in any order; None if unknown.
 
-    Names of ImageNet's classes are WordNet ids, or one or all words of their synset. The numbers 0
-    to C - 1 are not names.
+    Names of ImageNet's classes are WordNet ids, or one or all words of their synset.
     """
     own = label_names(model)
+    # The numbers 0 to C - 1 are not names.
     if own is None or not names or [*names] == [str(label) for label in range(len(names))]:
         return None
     imagenet = _imagenet(model)
