@@ -181,17 +181,3 @@ def test_a_checkpoint_brings_the_attention_back(form, tmp_path):
             loaded = load(f"local-dir:{tmp_path}", pretrained=True).eval()
             assert torch.equal(loaded(images), model(images))
             assert loaded.layer4.attention.linear is (form == "linear")
-
-
-def test_all_of_timm_works_with_it():
-    model = timm.create_model("lt_oltr_resnet10", num_classes=3, head="cosine").eval()
-    images = torch.randn(2, 3, 96, 64)
-    assert torch.equal(copy.deepcopy(model)(images), model(images))
-    assert timm.utils.ModelEmaV3(model).module(images).shape == (2, 3)
-    maps = timm.create_model("lt_oltr_resnet10", features_only=True)(images)
-    assert [m.shape[1] for m in maps] == [64, 64, 128, 256, 512]
-    exported = torch.export.export(model, (images,)).module()
-    torch.testing.assert_close(exported(images), model(images))
-    groups = timm.optim.create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.5).param_groups
-    moved = {id(p) for group in groups for p in group["params"]}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == moved

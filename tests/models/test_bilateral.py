@@ -202,19 +202,6 @@ def test_features_only_takes_images_one_by_one(base):
 
 
 @torch.no_grad()
-def test_heads_and_resets():
-    model, x = create().eval(), images(4, dtype=torch.float32)
-    features = model.forward_head(model.forward_features(x), pre_logits=True)
-    taken = timm_lt.extract_features(model.train(), [(x, torch.zeros(4).long())])
-    torch.testing.assert_close(taken.values, features)
-    timm_lt.set_head(model, "tau_norm", tau=1.0).eval()
-    torch.testing.assert_close(model(x), features @ F.normalize(model.fc.weight, dim=1).T)
-    torch.testing.assert_close(timm_lt.fold_head(copy.deepcopy(model))(x), model(x))
-    model.reset_classifier(3)
-    assert (model.fc.kind, model.fc.in_features, model(x).shape) == ("tau_norm", 192, (4, 3))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("index", "width"), [(0, 32), (2, 48), (4, 192)])
 def test_pruning(index, width):
     model = create().train()

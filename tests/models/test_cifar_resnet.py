@@ -148,10 +148,3 @@ def test_head_of_timm(pool):
     torch.testing.assert_close(model(x), pooled["max"])
     model = create(num_classes=0, in_chans=1, global_pool=pool)
     assert not [name for name in model.state_dict() if name.startswith("fc")]
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_script_gives_the_logits():
-    model = create()
-    torch.testing.assert_close(torch.jit.script(model)(images()), model(images()))

@@ -103,16 +103,6 @@ def test_a_file_with_scales_alone_has_both_classifiers(files, tmp_path):
     assert torch.equal(equal.argmax(1), head_logits(tmp_path / "net", None).argmax(1))
 
 
-def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
-    folder, _ = files
-    arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--head"]
-    for name in ("tau_norm", "linear", "lws"):
-        assert main(["convert", *arguments, f"{name}={folder}/crt.pth"]) == 2
-        assert f"'{name}' is the name of another kind" in capsys.readouterr().err
-    assert main(["convert", *arguments, f"balanced={folder}/crt.pth"]) == 0
-    assert read_checkpoint(tmp_path / "net").heads["balanced"].kind == "crt"
-
-
 BIASED = {"fc.bias": torch.ones(10)}
 FOREIGN = {
     "another conv1.weight than": lambda _: authors_file(random_state("lt_resnet32", 10, seed=9)),
@@ -142,6 +132,7 @@ MISTAKES = [
     (["joint.pth", "--model", "resnet5"], "unknown architecture 'resnet5'"),
     (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], "with 100 classes"),
     (["joint.pth", "--head", "crt"], "NAME=URL_OR_FILE"),
+    (["joint.pth", "--head", "lws=crt.pth"], "'lws' is the name of another kind"),
     (["joint.pth", "--head", "a/b=crt.pth"], "heads.a/b may have ASCII"),
     (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], "each NAME once"),
     (["joint.pth", "--class-counts", "joint.pth"], "cannot be read"),

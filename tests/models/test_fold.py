@@ -205,19 +205,6 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_program_is_an_error_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    """Writes another model's program on purpose: the command must notice by itself."""
-    save = torch.export.save
-    other = timm.create_model("test_resnet", num_classes=100).eval()
-
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(other, (images(),), dynamic_shapes=shapes)
-    monkeypatch.setattr(torch.export, "save", lambda _, path: save(program, path))
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--program"]) == 2
-    assert "model.pt2 for one image gives other logits" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
     class Odd(type(timm.create_model("test_resnet"))):
         def forward(self, x):
