@@ -114,10 +114,11 @@ def test_timm_extracts_features(feature_cls):
     torch.testing.assert_close(model.eval()(images()), expected)
 
 
+INDICES = [(2, [2, 3]), ([-1], [3]), ([0, -2], [0, 2]), (None, [0, 1, 2, 3])]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("indices", "positions"), [(2, [2, 3]), ([-1], [3]), ([0, -2], [0, 2]), (None, [0, 1, 2, 3])]
-)
+@pytest.mark.parametrize(("indices", "positions"), INDICES)
 def test_intermediate_features_and_pruning(indices, positions):
     model = create()
     expected = [reference(model, images())[position] for position in positions]
@@ -147,12 +148,3 @@ def test_head_of_timm(pool):
     torch.testing.assert_close(model(x), pooled["max"])
     model = create(num_classes=0, in_chans=1, global_pool=pool)
     assert not [name for name in model.state_dict() if name.startswith("fc")]
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_script_and_compile_give_the_logits():
-    model = create()
-    torch.testing.assert_close(torch.jit.script(model)(images()), model(images()))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images()), model(images()))

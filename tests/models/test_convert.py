@@ -46,10 +46,9 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
 def head_logits(folder, head, **options):
-    model = timm_lt.create_model(f"local-dir:{folder}", head=head, **options).eval()
-    with torch.no_grad():
-        return model(images())
+    return timm_lt.create_model(f"local-dir:{folder}", head=head, **options).eval()(images())
 
 
 def test_joint_file_and_heads_with_their_statistics(files, tmp_path, capsys):
@@ -63,11 +62,8 @@ def test_joint_file_and_heads_with_their_statistics(files, tmp_path, capsys):
     assert "lt_resnet32.cifar10_lt (by shape), 10 classes, heads linear, crt, lws" in out
     info = read_checkpoint(tmp_path / "net")
     assert info.class_counts == list(range(10, 20))
-    assert [info.heads[name].backbone_statistics for name in ("linear", "crt", "lws")] == [
-        False,
-        True,
-        True,
-    ]
+    own = {name for name, entry in info.heads.items() if entry.backbone_statistics}
+    assert own == {"crt", "lws"}
     close = {"rtol": 1e-5, "atol": 1e-5}
     for name, state, scales in (
         (None, states["joint"], None),
@@ -107,34 +103,19 @@ def test_a_file_with_scales_alone_has_both_classifiers(files, tmp_path):
     assert torch.equal(equal.argmax(1), head_logits(tmp_path / "net", None).argmax(1))
 
 
-def test_a_head_is_not_called_what_it_is_not(files, tmp_path, capsys):
-    folder, _ = files
-    arguments = [f"{folder}/joint.pth", str(tmp_path / "net"), "--head"]
-    for name in ("tau_norm", "linear", "lws"):
-        assert main(["convert", *arguments, f"{name}={folder}/crt.pth"]) == 2
-        assert f"'{name}' is the name of another kind" in capsys.readouterr().err
-    assert main(["convert", *arguments, f"balanced={folder}/crt.pth"]) == 0
-    assert read_checkpoint(tmp_path / "net").heads["balanced"].kind == "crt"
-
-
+BIASED = {"fc.bias": torch.ones(10)}
 FOREIGN = {
-    "another conv1.weight than the checkpoint": lambda states: authors_file(
-        random_state("lt_resnet32", 10, seed=9)
-    ),
-    "fc.weight is (100, 64), not (10, 64)": lambda states: authors_file(
-        random_state("lt_resnet32", 100)
-    ),
-    "another fc.bias than the checkpoint": lambda states: authors_file(
-        {**states["lws"], "fc.bias": torch.ones(10)}, SCALES
-    ),
-    "scales is (5,), not (10,)": lambda states: authors_file(states["lws"], SCALES[:5]),
+    "another conv1.weight than": lambda _: authors_file(random_state("lt_resnet32", 10, seed=9)),
+    "is (100, 64), not (10, 64)": lambda _: authors_file(random_state("lt_resnet32", 100)),
+    "another fc.bias than the checkpoint": lambda lws: authors_file({**lws, **BIASED}, SCALES),
+    "scales is (5,), not (10,)": lambda lws: authors_file(lws, SCALES[:5]),
 }
 
 
 @pytest.mark.parametrize("message", FOREIGN)
 def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys):
     folder, states = files
-    (tmp_path / "other.pth").write_bytes(FOREIGN[message](states))
+    (tmp_path / "other.pth").write_bytes(FOREIGN[message](states["lws"]))
     arguments = [f"{folder}/joint.pth", str(tmp_path / "net")]
     assert main(["convert", *arguments, "--head", f"x={tmp_path / 'other.pth'}"]) == 2
     error = capsys.readouterr().err
@@ -143,30 +124,29 @@ def test_a_head_that_does_not_belong_is_refused(message, files, tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nothing.pth"], "nothing.pth cannot be read"),
-        (["vit.pth"], "name its architecture with --model"),
-        (["lt_resnet10.imagenet_lt"], "no files to convert"),
-        (["joint.pth", "--model", "resnet50"], "does not fit resnet50"),
-        (["joint.pth", "--model", "resnet5"], "unknown architecture 'resnet5'"),
-        (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], "with 100 classes"),
-        (["joint.pth", "--head", "crt"], "NAME=URL_OR_FILE"),
-        (["joint.pth", "--head", "a/b=crt.pth"], "heads.a/b may have ASCII"),
-        (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], "each NAME once"),
-        (["joint.pth", "--class-counts", "joint.pth"], "cannot be read"),
-        (["joint.pth", "--class-counts", "few.json"], "class_counts has 3 classes, expected 10"),
-        (["joint.pth", "--class-counts", "names.json"], "must be the labels 0 to 9"),
-        (["ftp://host/x.pth"], "http"),
-    ],
-)
+MISTAKES = [
+    (["nothing.pth"], "nothing.pth cannot be read"),
+    (["vit.pth"], "name its architecture with --model"),
+    (["lt_resnet10.imagenet_lt"], "no files to convert"),
+    (["joint.pth", "--model", "resnet50"], "does not fit resnet50"),
+    (["joint.pth", "--model", "resnet5"], "unknown architecture 'resnet5'"),
+    (["joint.pth", "--model", "lt_resnet32.cifar100_lt"], "with 100 classes"),
+    (["joint.pth", "--head", "crt"], "NAME=URL_OR_FILE"),
+    (["joint.pth", "--head", "lws=crt.pth"], "'lws' is the name of another kind"),
+    (["joint.pth", "--head", "a/b=crt.pth"], "heads.a/b may have ASCII"),
+    (["joint.pth", "--head", "a=crt.pth", "--head", "a=lws.pth"], "each NAME once"),
+    (["joint.pth", "--class-counts", "joint.pth"], "cannot be read"),
+    (["joint.pth", "--class-counts", "few.json"], "class_counts has 3 classes, expected 10"),
+    (["ftp://host/x.pth"], "http"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
 def test_mistakes_are_one_line(arguments, words, files, tmp_path, capsys, monkeypatch):
     folder, _ = files
     monkeypatch.chdir(folder)
     torch.save(timm.create_model("test_vit").state_dict(), folder / "vit.pth")
     (folder / "few.json").write_text("[1, 2, 3]")
-    (folder / "names.json").write_text('{"01": 3, "2": 3}')
     source, *options = arguments
     assert main(["convert", source, str(tmp_path / "net"), *options]) == 2
     error = capsys.readouterr().err

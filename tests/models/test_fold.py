@@ -13,6 +13,7 @@ from conftest import fill
 from torch import nn
 
 import timm_lt
+from timm_lt.checkpoint import find_entry, read_checkpoint
 from timm_lt.cli import main
 from timm_lt.heads import HEADS, find_classifiers, get_heads
 from timm_lt.models.fold import write_folded
@@ -25,6 +26,10 @@ PACKAGED = CHECKPOINTS / "lt_test_resnet.glyph_lt"
 def images(channels=3, pixels=32, number=5):
     generator = torch.Generator().manual_seed(3)
     return torch.randn(number, channels, pixels, pixels, generator=generator)
+
+
+def plain_timm(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def logits_elsewhere(server, script, path, x):
@@ -77,44 +82,41 @@ def test_the_command_writes_what_plain_timm_loads_and_onnxruntime(plain_server, 
     assert len(config["label_names"]) == 100
 
 
+@torch.no_grad()
 def test_several_heads_get_a_folder_each(tmp_path, capsys):
     heads = ["crt", "lws", "ncm", "logit_adjusted"]
     assert main(["fold", "lt_test_resnet.glyph_lt", str(tmp_path), "--head", *heads]) == 0
     assert capsys.readouterr().out.count("\n") == 4
     for head in heads:
-        model = timm_lt.create_model(f"local-dir:{PACKAGED}", head=head).eval()
-        plain = timm.create_model(f"local-dir:{tmp_path / head}", pretrained=True).eval()
+        plain = plain_timm(tmp_path / head)
         assert type(plain.fc) is nn.Linear
-        with torch.no_grad():
-            logits, expected = plain(images()), model(images())
+        logits = plain(images())
+        expected = timm_lt.create_model(f"local-dir:{PACKAGED}", head=head).eval()(images())
         assert torch.equal(logits.argmax(1), expected.argmax(1))
         if head != "ncm":
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        UsageError, match=r"unknown head of x: 'nope'.*: linear, crt, tau_norm, lws"
+    ):
+        find_entry(read_checkpoint(PACKAGED), "nope", "x")
 
 
-@pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_a_folder_is_folded_by_its_names(prefix, tmp_path, capsys):
-    source, ship = f"{prefix}{PACKAGED}", tmp_path / "ship"
-    assert main(["fold", source, str(ship), "--head", "crt"]) == 0
-    expected = timm_lt.create_model(f"local-dir:{PACKAGED}", head="crt").eval()
-    plain = timm.create_model(f"local-dir:{ship}", pretrained=True).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(plain(images()), expected(images()), rtol=1e-4, atol=1e-4)
-    # What was folded is a checkpoint of timm's own, from which heads that need no fit can be made.
-    again = [f"{prefix}{ship}", str(tmp_path / "again"), "--head"]
-    assert main(["fold", *again, "tau_norm", "--option", "tau=0.0"]) == 0
-    weights = [timm.create_model(f"local-dir:{f}", pretrained=True) for f in (ship, again[1])]
-    assert torch.equal(weights[0].fc.weight, weights[1].fc.weight)
-    names = [json.loads((Path(f) / "config.json").read_text()) for f in (ship, again[1])]
+def test_a_folded_folder_is_folded_again(tmp_path, capsys):
+    ship, again = str(tmp_path / "ship"), str(tmp_path / "again")
+    assert main(["fold", str(PACKAGED), ship, "--head", "crt"]) == 0
+    # It is a checkpoint of timm's own, from which heads that need no fit can be made.
+    arguments = ["--head", "tau_norm", "--option", "tau=0.0"]
+    assert main(["fold", f"local-dir:{ship}", again, *arguments]) == 0
+    assert torch.equal(plain_timm(ship).fc.weight, plain_timm(again).fc.weight)
+    names = [json.loads((Path(f) / "config.json").read_text()) for f in (ship, again)]
     assert names[0]["label_names"] == names[1]["label_names"]
     capsys.readouterr()
-    assert main(["fold", f"{prefix}{ship}", str(ship), "--overwrite"]) == 2
+    assert main(["fold", ship, ship, "--overwrite"]) == 2
     assert "same folder" in capsys.readouterr().err
 
 
-def test_a_background_that_a_folded_folder_does_not_record_is_said(tmp_path, capsys):
-    source = tmp_path / "run"
-    shutil.copytree(PACKAGED, source)
+def test_a_background_that_a_folded_folder_does_not_record_is_logged(tmp_path, capsys):
+    source = shutil.copytree(PACKAGED, tmp_path / "run")
     config = json.loads((source / "config.json").read_text())
     for background, said in (("#ffffff", False), ("#000000", True)):
         config["timm_lt"]["background"] = background
@@ -123,71 +125,52 @@ def test_a_background_that_a_folded_folder_does_not_record_is_said(tmp_path, cap
         assert ("pass it to predict: --background '#000000'" in capsys.readouterr().out) == said
 
 
-def test_a_wrong_head_lists_the_others(tmp_path, capsys):
-    for source in (str(PACKAGED), "lt_test_resnet.glyph_lt"):
-        assert main(["fold", source, str(tmp_path / "x"), "--head", "nope"]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: unknown head of {source}: 'nope'")
-        names = error.strip().partition("choose one of: ")[2].split(", ")
-        assert names == ["linear", "crt", "tau_norm", "lws", "ncm", "logit_adjusted"]
-
-
 def test_an_option_goes_to_the_heads_that_have_it(tmp_path):
-    arguments = ["--head", "crt", "tau_norm", "--option", "tau=0.0"]
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 0
-    joint = timm.create_model(f"local-dir:{PACKAGED}", pretrained=True).eval()
-    tau = timm.create_model(f"local-dir:{tmp_path / 'ship' / 'tau_norm'}", pretrained=True).eval()
-    assert torch.equal(tau.fc.weight, joint.fc.weight)
+    ship, heads = tmp_path / "ship", ["--head", "crt", "tau_norm"]
+    arguments = ["fold", str(PACKAGED), str(ship)]
+    assert main([*arguments, *heads, "--option", "tau=0.0"]) == 0
+    assert torch.equal(plain_timm(ship / "tau_norm").fc.weight, plain_timm(PACKAGED).fc.weight)
     # All or nothing: the second replaces the first as a whole.
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *arguments]) == 2
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--overwrite"]) == 2
-    again = ["--head", "crt", "tau_norm", "--overwrite"]
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), *again]) == 0
-    assert sorted(path.name for path in (tmp_path / "ship").iterdir()) == ["crt", "tau_norm"]
+    assert main([*arguments, *heads]) == 2
+    assert main([*arguments, "--overwrite"]) == 2
+    assert main([*arguments, *heads, "--overwrite"]) == 0
+    assert sorted(path.name for path in ship.iterdir()) == ["crt", "tau_norm"]
 
 
 DEIT = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
-RESNETV2 = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 32)}
+CLASSIFIERS = [
+    ("deit_tiny_distilled_patch16_224", DEIT),
+    ("repvit_m0_9", {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 1, 1)}),
+    ("resnetv2_18", {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 32)}),
+    ("test_resnet", {"in_chans": 1}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("deit_tiny_distilled_patch16_224", DEIT),
-        ("repvit_m0_9", {"embed_dim": (8, 16, 24, 32), "depth": (1, 1, 1, 1)}),
-        ("resnetv2_18", RESNETV2),
-        ("test_resnet", {"in_chans": 1}),
-    ],
-)
+@pytest.mark.parametrize(("name", "arguments"), CLASSIFIERS)
 @pytest.mark.parametrize("head", ["lws", "ncm"])
+@torch.no_grad()
 def test_every_kind_of_classifier_goes_through_checkpoint_and_fold(
     name, arguments, head, tmp_path, capsys
 ):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=6, **arguments).eval()
+    model, cls = timm.create_model(name, num_classes=6, **arguments).eval(), HEADS[head]
     for classifier in find_classifiers(model).values():
         classifier.reset_parameters()
-    fitted = {
-        path: fill(HEADS[head].from_classifier(classifier))
-        for path, classifier in get_heads(model).items()
-    }
+    fitted = {path: fill(cls.from_classifier(joint)) for path, joint in get_heads(model).items()}
     only = next(iter(fitted.values())) if len(fitted) == 1 else fitted
-    timm_lt.save_checkpoint(tmp_path / "run", model, heads={"x": only}, class_counts=[5] * 6)
-    timm_lt.set_head(model, fitted)
-    loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'run'}", head="x").eval()
+    run, ship = tmp_path / "run", tmp_path / "ship"
+    timm_lt.save_checkpoint(run, model, heads={"x": only}, class_counts=[5] * 6)
     pixels = arguments.get("img_size", model.pretrained_cfg["input_size"][-1])
     x = images(arguments.get("in_chans", 3), pixels, number=2)
-    with torch.no_grad():
-        expected = model(x)
-        assert torch.equal(loaded(x), expected)
-        assert main(["fold", str(tmp_path / "run"), str(tmp_path / "ship"), "--head", "x"]) == 0
-        plain = timm.create_model(f"local-dir:{tmp_path / 'ship'}", pretrained=True).eval()
-        if head == "ncm":
-            assert "the same predictions" in capsys.readouterr().out
-            # Cosines of two classifiers are not weighted as their folded logits are.
-            assert len(fitted) > 1 or torch.equal(plain(x).argmax(1), expected.argmax(1))
-        else:
-            torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
+    expected = timm_lt.set_head(model, fitted)(x)
+    assert torch.equal(timm_lt.create_model(f"local-dir:{run}", head="x").eval()(x), expected)
+    assert main(["fold", str(run), str(ship), "--head", "x"]) == 0
+    if head == "ncm":
+        assert "the same predictions" in capsys.readouterr().out
+        # Cosines of two classifiers are not weighted as their folded logits are.
+        assert len(fitted) > 1 or torch.equal(plain_timm(ship)(x).argmax(1), expected.argmax(1))
+    else:
+        torch.testing.assert_close(plain_timm(ship)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def reversed_classes(self, fold):
@@ -222,19 +205,6 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_program_is_an_error_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    """Writes another model's program on purpose: the command must notice by itself."""
-    save = torch.export.save
-    other = timm.create_model("test_resnet", num_classes=100).eval()
-
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(other, (images(),), dynamic_shapes=shapes)
-    monkeypatch.setattr(torch.export, "save", lambda _, path: save(program, path))
-    assert main(["fold", str(PACKAGED), str(tmp_path / "ship"), "--program"]) == 2
-    assert "model.pt2 for one image gives other logits" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
     class Odd(type(timm.create_model("test_resnet"))):
         def forward(self, x):
@@ -254,18 +224,17 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ([str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"], "no option 'in_chans'"),
-        ([str(PACKAGED), "x" * 300], "cannot be written"),
-        (["nowhere", "x"], "no such folder"),
-        (["lt_resnet10", "x"], "unknown checkpoint"),
-        ([str(PACKAGED), "x", "--head", "nc"], "did you mean 'ncm'"),
-        ([str(PACKAGED), str(PACKAGED), "--overwrite"], "same folder"),
-        ([str(PACKAGED), "thesis", "--overwrite"], "holds more than a checkpoint"),
-    ],
-)
+MISTAKES = [
+    ([str(PACKAGED), "x", "--head", "crt", "--option", "in_chans=1"], "no option 'in_chans'"),
+    ([str(PACKAGED), "x" * 300], "cannot be written"),
+    (["nowhere", "x"], "no such folder"),
+    (["lt_resnet10", "x"], "unknown checkpoint"),
+    ([str(PACKAGED), "x", "--head", "nc"], "did you mean 'ncm'"),
+    ([str(PACKAGED), "thesis", "--overwrite"], "holds more than a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "word"), MISTAKES)
 def test_mistakes_are_one_line(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis").mkdir()

@@ -27,15 +27,7 @@ from timm_lt.data import create_splits
 from timm_lt.models.convert import convert_checkpoint
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
 from timm_lt.models.networks import CifarResNet
-from timm_lt.models.pretrained import (
-    CHECKPOINTS,
-    PUBLISHED,
-    PublishedHead,
-    cached_name,
-    hub_configs,
-    read_published,
-    read_url,
-)
+from timm_lt.models.pretrained import CHECKPOINTS, PUBLISHED, PublishedHead, cached_name, read_url
 from timm_lt.utils.checks import UsageError
 
 HOST = "https://dl.fbaipublicfiles.com/classifier-balancing"
@@ -62,20 +54,12 @@ OFFICIAL_HEADS = {
     "lt_resnet152.inat2018": "iNaturalist18/clslearn/resnet152_{}_uni2bal",
     "lt_resnet152.places_lt": "Places_LT/clslearn/resnet152_{}_uni2bal",
 }
-WITHOUT_WEIGHTS = [
-    "lt_resnet10.imagenet_lt",
-    "lt_resnet32.cifar10_lt",
-    "lt_resnet32.cifar100_lt",
-    "lt_oltr_resnet10.imagenet_lt",
-    "lt_bbn_resnet32.cifar10_lt",
-    "lt_bbn_resnet32.cifar100_lt",
-    "lt_bbn_resnet50.inat2018",
-    "lt_bbn_resnet50.inat2018_e90",
-]
+WITHOUT_WEIGHTS = {
+    *("lt_resnet10.imagenet_lt", "lt_resnet32.cifar10_lt", "lt_resnet32.cifar100_lt"),
+    *("lt_oltr_resnet10.imagenet_lt", "lt_bbn_resnet32.cifar10_lt", "lt_bbn_resnet32.cifar100_lt"),
+    *("lt_bbn_resnet50.inat2018", "lt_bbn_resnet50.inat2018_e90"),
+}
 PACKAGED = "lt_test_resnet.glyph_lt"
-
-
-# ---- names --------------------------------------------------------------------------------------
 
 
 def test_every_published_file_has_a_name_and_a_cached_name_of_its_own():
@@ -104,18 +88,6 @@ def test_the_registry_has_what_hub_configs_states():
         timm_lt.create_model("lt_resnet50.inat")
 
 
-def test_a_file_of_hub_configs_is_read_by_its_name(tmp_path):
-    path = tmp_path / "lt_resnet50.mine.yaml"
-    good = next(p for p in hub_configs() if p.stem == "lt_resnet50.inat2018").read_text()
-    path.write_text(good)
-    entry = PUBLISHED["lt_resnet50.inat2018"]
-    assert read_published(path) == dataclasses.replace(entry, name="lt_resnet50.mine")
-    path.write_text(good.replace("training:", "trained:"))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'trained'"):
-        read_published(path)
-    assert all(name.startswith(f"{entry.architecture}.") for name, entry in PUBLISHED.items())
-
-
 def reference(name):
     """torchvision's model of the same paper, whose keys are the published files'."""
     own = {
@@ -135,9 +107,6 @@ def test_architectures_are_torchvisions(name):
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in reference(name)().state_dict().items()}
     assert {k: tuple(v.shape) for k, v in expected_state(name, 1000).items()} == expected
-
-
-# ---- weights ------------------------------------------------------------------------------------
 
 
 def publish(monkeypatch, name, urls):
@@ -193,37 +162,18 @@ def logits(network, state, images, head, scales=None):
 def test_a_published_head_computes_what_the_authors_files_say(head, small, cache):
     server, states, scales, paths = small
     options = {"tau": 0.7} if head == "tau_norm" else {}
-    model = timm.create_model(NAME, pretrained=True, head=head, **options).eval()
-    own = head if head in paths else "linear"
-    images = torch.randn(4, 3, 32, 32)
+    own, images = head if head in paths else "linear", torch.randn(4, 3, 32, 32)
+    first, again = (
+        timm.create_model(NAME, pretrained=True, head=head, **options).eval() for _ in range(2)
+    )
+    expected = logits(CifarResNet(), states[own], images, head, scales)
     with torch.no_grad():
-        expected = logits(CifarResNet(), states[own], images, head, scales)
-        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    # Exactly one file went over the wire.
+        torch.testing.assert_close(first(images), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(again(images), first(images))
+    # Exactly one file went over the wire, once.
     assert server.requests == [paths[own]]
     assert [p.name for p in cache.glob("*.pth")] == [cached_name(server.url(paths[own]))]
-    assert "state_dict" not in model.pretrained_cfg
-    again = timm.create_model(NAME, pretrained=True, head=head, **options).eval()
-    with torch.no_grad():
-        assert torch.equal(again(images), model(images))
-    assert len(server.requests) == 1
-
-
-@pytest.mark.slow
-def test_the_call_of_the_readme_at_full_size(monkeypatch, cache):
-    """``lt_resnext50.imagenet_lt``, 1,000 classes, 100 MB files in the authors' old format."""
-    name, state = "lt_resnext50.imagenet_lt", random_state("lt_resnext50", 1000)
-    states = {"linear": state, "crt": moved(state, 1)}
-    files = {f"/{head}.pth": authors_file(s, old=True) for head, s in states.items()}
-    images = torch.randn(2, 3, 64, 64)
-    oracle = torchvision.models.resnext50_32x4d()
-    with FileServer(files) as server:
-        publish(monkeypatch, name, {head: server.url(f"/{head}.pth") for head in states})
-        for head, options in (("tau_norm", {"tau": 0.7}), ("crt", {})):
-            model = timm.create_model(name, pretrained=True, head=head, **options).eval()
-            expected = logits(oracle, states["crt" if head == "crt" else "linear"], images, head)
-            with torch.no_grad():
-                torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
+    assert "state_dict" not in first.pretrained_cfg
 
 
 def test_a_head_with_its_own_statistics_is_not_swapped_for_another(small):
@@ -280,7 +230,7 @@ class Evil:
 
 
 STATE = random_state("lt_resnet32", 10)
-GOOD, GREY = authors_file(STATE), STATE["conv1.weight"][:, :1]
+GOOD = authors_file(STATE)
 
 
 def changed(name, value):
@@ -304,23 +254,12 @@ BAD_FILES = {
     "a class": (lambda: authors_file(STATE, best_acc=Evil()), "asks for .*mkdir"),
     "a class, old": (lambda: authors_file(STATE, best_acc=Evil(), old=True), "asks for .*mkdir"),
     "bare pickle": (lambda: pickle.dumps({"state_dict_best": Evil()}), "asks for .*mkdir|only"),
-    "other classes": (
-        lambda: authors_file(random_state("lt_resnet32", 100)),
-        r"with 10 classes: fc.weight is \(100, 64\)",
-    ),
     "width": (lambda: changed("fc.weight", torch.zeros(10, 65)), r"\(10, 65\), not \(10, 64\)"),
     "type": (lambda: changed("fc.weight", torch.zeros(10, 64).long()), "int64, not torch.float32"),
     "complex": (lambda: changed("fc.bias", torch.ones(10) * 1j), "a torch.complex64 tensor"),
     "sparse": (lambda: changed("fc.bias", torch.ones(10).to_sparse()), "a .*sparse"),
-    "a scalar": (lambda: changed("fc.bias", torch.tensor(1.0)), r"fc.bias is \(\), not \(10,\)"),
     "infinite": (lambda: changed("fc.bias", torch.full((10,), torch.inf)), "fc.bias has values"),
     "text": (lambda: changed("conv1.weight", "much"), "conv1.weight is a str, not a tensor"),
-    "no classifier": (
-        lambda: authors_file(
-            STATE, state_dict_best={"feat_model": {"conv1.weight": torch.ones(1)}}
-        ),
-        "lacks ",
-    ),
 }
 
 
@@ -343,17 +282,14 @@ def test_a_bad_file_by_url_is_not_kept(how, small, cache, tmp_path, monkeypatch)
     server, states, _, paths = small
     monkeypatch.setenv("TIMM_LT_EVIL", str(tmp_path / "evil"))
     content, message = BAD_FILES[how]
-    server.files[paths["linear"]] = content()
+    server.files[paths["linear"]] = server.files[paths["crt"]] = content()
     with pytest.raises(UsageError, match=message) as caught:
         timm.create_model(NAME, pretrained=True, head="tau_norm")
     assert server.url(paths["linear"]) in str(caught.value)
     assert not (tmp_path / "evil").exists()
     assert not [p for p in cache.iterdir() if p.suffix != ".lock"]
-    # The right file is taken as soon as it is there.
+    # The right file is taken as soon as it is there, and the file of a head is not kept either.
     server.files[paths["linear"]] = authors_file(states["linear"])
-    timm.create_model(NAME, pretrained=True, head="tau_norm")
-    # The file of a head, too.
-    server.files[paths["crt"]] = content()
     with pytest.raises(UsageError, match=message):
         convert_checkpoint(NAME, tmp_path / "net")
     assert cached_name(server.url(paths["crt"])) not in [path.name for path in cache.iterdir()]
@@ -385,8 +321,6 @@ def test_the_scales_of_a_local_file_need_the_lws_head(tmp_path):
     assert torch.equal(model.fc.scale, torch.ones(10))
 
 
-# ---- the packaged checkpoint ---------------------------------------------------------------------
-
 FOLDER = CHECKPOINTS / PACKAGED
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 
@@ -414,13 +348,6 @@ def test_its_table_still_holds(test_split, head):
     assert right[counts < 20].mean().item() == pytest.approx(figures["few_shot"], abs=0.006)
 
 
-def test_its_heads_are_better_than_the_joint_classifier():
-    joint = METRICS["heads"]["linear"]
-    for name in ("crt", "tau_norm", "lws", "ncm", "logit_adjusted"):
-        assert METRICS["heads"][name]["all"] >= joint["all"] + 0.06
-        assert METRICS["heads"][name]["few_shot"] >= joint["few_shot"] + 0.20
-
-
 def test_it_is_a_small_decoupled_checkpoint_in_fp16():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 1_500_000
@@ -441,19 +368,11 @@ def test_stored_tau_is_the_default_and_other_classes_get_a_fresh_head():
         seven.eval()(torch.zeros(1, 3, 32, 32))
 
 
-# ---- files by URL -------------------------------------------------------------------------------
-
 URLS = (
-    "https://a.org/m/x.pth",
-    "http://a.org/m/x.pth",
-    "https://a.org/M/x.pth",
-    "https://a.org/m/x.pth?v=1",
-    "https://a.org/m/" + "a" * 300 + ".pth",
-    "https://a.org/../../../etc/passwd",
-    "https://a.org/x.a%2F..%2F..%2Fetc",
-    "https://a.org/é ü:*?.pth",
-    "https://a.org/%00%0a.pth",
-    "https://a.org/",
+    *("https://a.org/m/x.pth", "http://a.org/m/x.pth", "https://a.org/M/x.pth", "https://a.org/"),
+    *("https://a.org/m/x.pth?v=1", "https://a.org/m/" + "a" * 300 + ".pth"),
+    *("https://a.org/../../../etc/passwd", "https://a.org/x.a%2F..%2F..%2Fetc"),
+    *("https://a.org/é ü:*?.pth", "https://a.org/%00%0a.pth"),
 )
 
 
@@ -526,9 +445,6 @@ def test_messages_name_the_file_in_the_cache(tmp_path):
         read_url(url, read, tmp_path)
     path.write_bytes(CONTENT)
     assert read_url(url, read, tmp_path) == CONTENT
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=f"cannot be downloaded: .*{tmp_path}"):
-        read_url(url, read, tmp_path / "file")
     for url in ("file:///etc/passwd", "/models/x.pth", "data:,x", ""):
         with pytest.raises(UsageError, match="is not an http:// or https:// URL"):
             read_url(url, read, tmp_path)

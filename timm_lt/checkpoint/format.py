@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
@@ -41,23 +41,15 @@ RESERVED = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
     *("checkpoint_path", "cache_dir", "model_name", "head"),
 }
-# Fields of pretrained_cfg that name another source of weights.
-SOURCES = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")
+# Fields of pretrained_cfg that name another source of weights, or move the labels.
+FOREIGN = {
+    *("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load", "label_offset"),
+}
 HEAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-# Check of a field's value, and the valid values in words.
-Rule = tuple[Callable[[Any], object], str]
 
 
-@dataclass(frozen=True)
-class TimmBase:
-    """The model of plain timm that a registered ``lt_*`` model is.
-
-    A bilateral model, which timm lacks, has a registered ``lt_*`` model here.
-
-    Attributes:
-        architecture: Name in timm's registry.
-        model_args: Further arguments of ``timm.create_model``.
-    """
+class TimmBase(NamedTuple):
+    """Name and arguments with which ``timm.create_model`` builds an ``lt_*`` model."""
 
     architecture: str
     model_args: dict[str, Any]
@@ -174,6 +166,52 @@ def parse_text(folder: Path, text: str) -> CheckpointInfo:
     return _parse(folder, json.loads(text))
 
 
+# Check of a field's value, and the valid values in words.
+Rule = tuple[Callable[[Any], object], str]
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_counts(value: object) -> bool:
+    # Their sum must fit 64 bits.
+    counts = value if isinstance(value, list) else []
+    return all(type(n) is int and 0 <= n < 2**40 for n in counts) and sum(counts) > 0
+
+
+def _is_metric(value: object) -> bool:
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(number is None or type(number) in (int, float) for number in values)
+
+
+def _matches(pattern: str) -> Callable[[Any], object]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+
+
+def _one_of(names: Iterable[str]) -> Rule:
+    choices = list(names)
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+def _optional(is_valid: Callable[[Any], object], expected: str) -> Rule:
+    return lambda value: value is None or is_valid(value), f"null or {expected}"
+
+
+STRING: Rule = (lambda value: isinstance(value, str), "a string")
+FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
+OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
+ABSENT: Rule = (lambda value: not value, "absent")
+POSITIVE: Rule = (lambda value: type(value) is int and value > 0, "an integer >= 1")
+METRIC: Rule = (_is_metric, "a number or null, or an object of these")
+DIGEST: Rule = (_matches(r"[0-9a-f]{64}"), "the 64 hexadecimal digits of a SHA-256")
+COLOR: Rule = (_matches(r"#[0-9a-f]{6}"), "a colour '#rrggbb'")
+NAMES: Rule = (
+    lambda value: _are_texts(value if isinstance(value, list) else [value or ""]),
+    "a string or a list of strings",
+)
+
+
 class _Fields:
     """Fields of a JSON object; ``where`` is the file and the object's path for messages."""
 
@@ -190,61 +228,26 @@ class _Fields:
 
     def read_object(self, key: str, default: object = None) -> "_Fields":
         """Returns the fields of an object inside of this one."""
-        content = self.read(key, (lambda v: isinstance(v, dict), "an object"), default)
-        return _Fields(f"{self.where}{key}.", content)
+        return _Fields(f"{self.where}{key}.", self.read(key, OBJECT, default))
 
     def refuse(self, keys: Iterable[str]) -> None:
         """Refuses fields that have a value."""
         for key in sorted(keys):
-            self.read(key, (lambda value: not value, "absent"))
+            self.read(key, ABSENT)
 
 
-def _optional(is_valid: Callable[[Any], object], expected: str) -> Rule:
-    return lambda value: value is None or is_valid(value), f"null or {expected}"
-
-
-def _one_of(names: Iterable[str]) -> Rule:
-    choices = list(names)
-    return lambda value: value in choices, f"one of {', '.join(choices)}"
-
-
-def _are_counts(value: object) -> bool:
-    # Their sum must fit 64 bits.
-    counts = value if isinstance(value, list) else []
-    return all(type(n) is int and 0 <= n < 2**40 for n in counts) and sum(counts) > 0
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _is_metric(value: object) -> bool:
-    values = value.values() if isinstance(value, dict) else [value]
-    return all(number is None or type(number) in (int, float) for number in values)
-
-
-DIGEST: Rule = (
-    lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v),
-    "the 64 hexadecimal digits of a SHA-256",
-)
-COLOR: Rule = (
-    lambda v: isinstance(v, str) and re.fullmatch(r"#[0-9a-f]{6}", v),
-    "a colour '#rrggbb'",
-)
-
-
-def _block_rules(num_classes: int) -> dict[str, Rule]:
+def _block_rules(classes: int) -> dict[str, Rule]:
     """Returns the fields of the block, but for the heads, by their name in CheckpointInfo."""
     return {
         "weights_sha256": DIGEST,
         "class_counts": _optional(
-            lambda v: _are_counts(v) and len(v) == num_classes,
-            f"{num_classes} integers >= 0, not all 0",
+            lambda value: _are_counts(value) and len(value) == classes,
+            f"{classes} integers >= 0, not all 0",
         ),
         "label_names": _optional(
-            lambda v: _are_texts(v) and len(v) == num_classes, f"{num_classes} strings"
+            lambda value: _are_texts(value) and len(value) == classes, f"{classes} strings"
         ),
-        "dataset": _optional(lambda v: isinstance(v, str), "a string"),
+        "dataset": _optional(*STRING),
         "shot_rule": _optional(*_one_of(get_args(ShotRule))),
         "protocol": _optional(*_one_of(get_args(SelectionProtocol))),
         "seed": _optional(lambda v: type(v) is int and 0 <= v < 2**63, "an integer >= 0"),
@@ -256,13 +259,12 @@ def _parse(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
     config = _timm_fields(folder / CONFIG, content)
     block = config.read_object(BLOCK)
     block.read("version", (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION} for this timm_lt"))
-    positive: Rule = (lambda v: type(v) is int and v > 0, "an integer >= 1")
-    num_classes = config.read("num_classes", positive)
+    num_classes = config.read("num_classes", POSITIVE)
     # With another number, timm would drop the classifier.
     same: Rule = (lambda v: v == num_classes, f"{num_classes} as in the checkpoint")
     for part in ("model_args", "pretrained_cfg"):
         config.read_object(part, {}).read("num_classes", same, num_classes)
-    config.read_object("pretrained_cfg", {}).refuse((*SOURCES, "label_offset"))
+    config.read_object("pretrained_cfg", {}).refuse(FOREIGN)
     heads = block.read_object("heads")
     return CheckpointInfo(
         folder=folder,
@@ -278,13 +280,9 @@ def _parse(folder: Path, content: dict[str, Any]) -> CheckpointInfo:
 def _timm_fields(path: Path, content: dict[str, Any]) -> _Fields:
     """Returns a config after checking the fields that timm reads."""
     config = _Fields(f"{path}: ", content)
-    config.read("architecture", (lambda v: isinstance(v, str), "a string"))
+    config.read("architecture", STRING)
     config.read_object("model_args", {}).refuse(RESERVED)
-    names = (
-        lambda v: _are_texts(v if isinstance(v, list) else [v or ""]),
-        "a string or a list of strings",
-    )
-    config.read_object("pretrained_cfg", {}).read("classifier", names)
+    config.read_object("pretrained_cfg", {}).read("classifier", NAMES)
     return config
 
 
@@ -297,9 +295,8 @@ def _read_entry(name: str, entry: _Fields) -> HeadEntry:
     with user_errors(options.where.removesuffix("."), UsageError):
         check_head_options(kind, options.content)
     for key in metrics.content:
-        metrics.read(key, (_is_metric, "a number or null, or an object of these"))
-    flag: Rule = (lambda v: isinstance(v, bool), "true or false")
-    statistics = entry.read("backbone_statistics", flag, default=False)
+        metrics.read(key, METRIC)
+    statistics = entry.read("backbone_statistics", FLAG, default=False)
     has_file = bool(HEADS[kind].own_state or statistics)
     file = f"heads/{name}.safetensors" if has_file else None
     return HeadEntry(

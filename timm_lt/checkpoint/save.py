@@ -58,16 +58,15 @@ def save_checkpoint(
 ) -> Path:
     """Writes a model with its joint classifier and any number of fitted heads into one folder.
 
-    Everything is checked before anything is written. Each file is written atomically. An older
-    ``config.json`` is removed first and the new one written last, so a folder with a config is
-    complete.
+    Everything is checked before anything is written. A folder with a ``config.json`` is complete:
+    the old one is removed first, and the new one written last.
 
     Args:
         folder: The folder; made if missing.
         model: The model with its joint classifier: a plain one or a ``linear`` head.
         heads: Fitted heads (C, D) by name; for a model with several classifiers, a mapping of their
-            paths to heads of one kind. A head that starts from the joint classifier must start from
-            that of this model, and one with class counts must have these.
+            paths to heads of one kind. Heads that start from the joint classifier or the class
+            counts must start from these.
         class_counts: Training images per class, (C,), in label order or by label or class name;
             None if unknown.
         metrics: Metrics of each head on the test split, by head.
@@ -78,22 +77,25 @@ def save_checkpoint(
         seed: Seed of the run.
         background: Colour behind transparent pixels of the training images, such as ``"black"``;
             None is that of the checkpoint from which the model was loaded, or white.
-        dtype: Floating-point type of the stored tensors; batch-norm statistics of a head are
-            float32.
+        dtype: Floating-point type of the stored tensors; but a head's statistics are float32.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: If a head does not belong to the model, is not fitted, not finite or beyond the
-            range of the type, or another argument is not valid.
+        UsageError: If a head does not belong to the model, is not fitted, or not finite in the
+            type, or another argument is not valid.
     """
-    folder = Path(folder)
-    metrics = metrics or {}
+    folder, metrics = Path(folder), metrics or {}
     for name in metrics:
         if name not in heads:
             raise unknown_name("head in metrics:", name, list(heads))
     joint = next(iter(get_heads(model).values()))
+    if isinstance(joint, Head) and not isinstance(joint, LinearHead):
+        raise UsageError(
+            f"the model carries a {joint.kind!r} head; save it with its joint classifier, and pass "
+            "other heads in heads="
+        )
     counts: list[int] | None = None
     if class_counts is not None:
         counts = check_class_counts(class_counts, joint.out_features, label_names).tolist()
@@ -104,11 +106,6 @@ def save_checkpoint(
         )
         if content is not None:
             files[entries[name]["file"]] = content
-    if isinstance(joint, Head) and not isinstance(joint, LinearHead):
-        raise UsageError(
-            f"the model carries a {joint.kind!r} head; save it with its joint classifier, and pass "
-            "other heads in heads="
-        )
     plain = plain_copy(model)
     files[WEIGHTS] = safetensors.torch.save(_in_type(plain.state_dict(), dtype, "the model"))
     block = {
@@ -121,9 +118,8 @@ def save_checkpoint(
         "seed": seed,
         "background": check_background(background or background_of(model)),
         "heads": entries,
+        **({} if protocol is None else {"protocol": protocol}),
     }
-    if protocol is not None:
-        block["protocol"] = protocol
     config = config_text(plain, label_names, {BLOCK: block})
     parse_text(Path(), config)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -142,15 +138,18 @@ def head_entry(
     metrics: Mapping[str, Any] | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Any], bytes | None]:
-    """Returns the entry of a head in the config, and the content of its file, if it has one.
-
-    The arguments are those of :func:`save_checkpoint`, for one head.
-    """
-    joint = get_heads(model)
-    parts = _by_classifier(name, head, model)
+    """Returns the entry of a head in the config, and the content of its file, if it has one."""
+    joint, parts = get_heads(model), _by_classifier(name, head, model)
     for path, part in parts.items():
         _check_restorable(name, part, joint[path], class_counts)
-    stored, statistics = _stored_tensors(name, parts, dtype)
+    statistics = {
+        f"{STATISTICS}{key}": value
+        for part in parts.values()
+        for key, value in (part.backbone_statistics or {}).items()
+    }
+    # A small variance could become 0 in half precision.
+    own = _in_type(own_tensors(parts), dtype, f"head {name!r}", finite=True)
+    stored = own | _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
     content = safetensors.torch.save(stored) if stored else None
     first = next(iter(parts.values()))
     entry: dict[str, Any] = {
@@ -158,7 +157,7 @@ def head_entry(
         "options": first.options(),
         "file": None if content is None else f"heads/{name}.safetensors",
         "sha256": None if content is None else sha256(content),
-        "backbone_statistics": statistics,
+        "backbone_statistics": bool(statistics),
         "selection": first.selection,
         "metrics": dict(metrics or {}),
     }
@@ -216,21 +215,6 @@ def _by_classifier(
             f"with the same options; got {found or 'none'}"
         )
     return parts
-
-
-def _stored_tensors(
-    name: str, parts: dict[str, Head], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], bool]:
-    """Returns the tensors of a head's file, and whether there are batch-norm statistics."""
-    statistics = {
-        f"{STATISTICS}{key}": value
-        for part in parts.values()
-        for key, value in (part.backbone_statistics or {}).items()
-    }
-    own = _in_type(own_tensors(parts), dtype, f"head {name!r}", finite=True)
-    # A small variance could become 0 in half precision.
-    stored = _in_type(statistics, torch.float32, f"head {name!r}", finite=True)
-    return {**own, **stored}, bool(statistics)
 
 
 def _check_restorable(name: str, head: Head, joint: nn.Linear, counts: list[int] | None) -> None:

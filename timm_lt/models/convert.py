@@ -12,8 +12,7 @@ from timm_lt.checkpoint import is_statistic, save_checkpoint
 from timm_lt.heads import HEADS, Head, classifier_name, get_head
 from timm_lt.models.lt_resnet import ARCHITECTURES, expected_state
 from timm_lt.models.pretrained import PUBLISHED, batch_norm_statistics, read_url, set_scale
-from timm_lt.models.third_party import Weights, WeightsFile, read_weights
-from timm_lt.models.weights_file import build
+from timm_lt.models.weights_file import Weights, WeightsFile, build, read_weights
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import ClassCounts
 
@@ -28,7 +27,7 @@ class Conversion:
         name: Name of the model.
         num_classes: Number of classes C.
         heads: Heads of the checkpoint; ``linear`` is the joint classifier.
-        found: Origin of the name: "given", "published", "in the file" or "by shape".
+        found: Origin of the name: "given", "in the file" or "by shape".
     """
 
     name: str
@@ -53,11 +52,11 @@ def convert_checkpoint(
 
     Args:
         source: A published name (``lt_resnext50.imagenet_lt``, with all of its heads), a URL, or a
-            file as for :func:`timm_lt.models.third_party.read_weights`.
+            file: a checkpoint of timm's ``train.py``, or any pickle or safetensors with tensors by
+            name.
         folder: The folder to write; made if missing.
-        model: The architecture, with a tag for its normalisation; None finds it: for a published
-            URL and for files of timm's ``train.py`` it is known, and registered architectures are
-            recognised by the shapes of their tensors.
+        model: The architecture, with a tag for its normalisation. None finds it: files of timm's
+            ``train.py`` name it, and registered ones are recognised by the shapes of their tensors.
         heads: URL or path of further files by the name of their head. Each has the same backbone
             and a re-trained classifier (``crt``) or learned scales (``lws``). Other batch-norm
             statistics in that file become part of the head.
@@ -73,26 +72,19 @@ def convert_checkpoint(
         UsageError: If a file cannot be read, is of another architecture or another number of
             classes, or the file of a head has another backbone; nothing is written then.
     """
-    if source in PUBLISHED or not source:
-        urls = PUBLISHED[source].urls if source else {}
+    for entry in PUBLISHED.values():
+        if source == entry.urls.get("crt"):
+            raise UsageError(
+                f"{source} is the crt head of {entry.name}; convert {entry.name}, which includes it"
+            )
+    if source in PUBLISHED:
+        urls = PUBLISHED[source].urls
         if not urls:
             raise UsageError(f"{source!r} has no files to convert")
         model, source, heads = model or source, urls.pop("linear"), {**urls, **(heads or {})}
-    name, found = (model, "given") if model is not None else (_published_name(source), "published")
-    published = PUBLISHED.get(name or "")
-
-    def read(path: Path) -> WeightsFile:
-        file = read_weights(path, source)
-        if published is not None:
-            expected = expected_state(published.name, published.num_classes)
-            file.select(expected, published.name, key=key).fit(expected, published.name)
-        return file
-
-    file = _fetch(source, cache_dir, read)
-    if name is None:
-        name, found = _name_of_file(file)
-    published = PUBLISHED.get(name)
-    classes = None if published is None else published.num_classes
+    file = _fetch(source, cache_dir, lambda path: read_weights(path, source))
+    name, found = (model, "given") if model is not None else _name_of_file(file)
+    classes = PUBLISHED[name].num_classes if name in PUBLISHED else None
     network, weights = build(
         file, name, num_classes=classes, key=key, image_size=image_size, **(options or {})
     )
@@ -100,22 +92,17 @@ def convert_checkpoint(
     fitted: dict[str, Head] = {"linear": HEADS["linear"].from_classifier(joint)}
     if weights.scale is not None:
         fitted["lws"] = set_scale(HEADS["lws"].from_classifier(joint), weights.scale)
+    path, expected = classifier_name(network), network.state_dict()
     for head, location in (heads or {}).items():
-        fitted[head] = _other_head(head, location, name, cache_dir, weights, network)
+
+        def read_head(file: Path, location: str = location) -> Weights:
+            state = read_weights(file, location).select(expected, name, path)
+            return state.fit(expected, name, path)
+
+        other = _fetch(location, cache_dir, read_head)
+        fitted[head] = _other_head(f"head {head!r} of {location}", weights, other, network)
     save_checkpoint(folder, network, heads=fitted, class_counts=class_counts)
     return Conversion(name, joint.out_features, list(fitted), found)
-
-
-def _published_name(url: str) -> str | None:
-    """Returns the published name of a URL with a joint classifier; None if it is not published."""
-    for entry in PUBLISHED.values():
-        if url == entry.urls.get("crt"):
-            raise UsageError(
-                f"{url} is the crt head of {entry.name}; convert {entry.name}, which includes it"
-            )
-        if url in entry.urls.values():
-            return entry.name
-    return None
 
 
 def _fetch(location: str, cache_dir: str | Path | None, read: Callable[[Path], T]) -> T:
@@ -144,29 +131,13 @@ def _name_of_file(file: WeightsFile) -> tuple[str, str]:
     )
 
 
-def _other_head(
-    head: str,
-    location: str,
-    name: str,
-    cache_dir: str | Path | None,
-    weights: Weights,
-    network: nn.Module,
-) -> Head:
-    """Makes a head from a file whose backbone must be that of the checkpoint."""
-    joint, path, expected = get_head(network), classifier_name(network), network.state_dict()
-
-    def read(file: Path) -> Weights:
-        state = read_weights(file, location).select(expected, name, path)
-        return state.fit(expected, name, path)
-
-    other = _fetch(location, cache_dir, read)
+def _other_head(what: str, weights: Weights, other: Weights, network: nn.Module) -> Head:
+    """Makes a head from weights whose backbone must be that of the checkpoint."""
+    joint, path = get_head(network), classifier_name(network)
     own = () if other.scale is not None else (f"{path}.weight", f"{path}.bias")
     for key, value in weights.tensors.items():
         if not is_statistic(key) and key not in own and not torch.equal(value, other.tensors[key]):
-            raise UsageError(
-                f"head {head!r} of {location} has another {key} than the checkpoint; convert it on "
-                "its own"
-            )
+            raise UsageError(f"{what} has another {key} than the checkpoint; convert it on its own")
     if other.scale is not None:
         new: Head = set_scale(HEADS["lws"].from_classifier(joint), other.scale)
     else:

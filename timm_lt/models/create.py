@@ -1,7 +1,4 @@
-"""Models with a chosen head: any timm architecture, a registered one, or a decoupled checkpoint.
-
-Also the images that a model takes (size, normalisation and crop) and the names of its classes.
-"""
+"""Models with a chosen head, the images that they take, and the names of their classes."""
 
 import difflib
 import logging
@@ -55,8 +52,8 @@ def create_model(
 ) -> nn.Module:
     """Creates a timm model with a head.
 
-    From the Hub, only the config, the backbone and the file of the one head are downloaded, unless
-    they are in the cache. No pickle is read.
+    From the Hub, exactly the config, the backbone and the file of the one head are downloaded, into
+    the cache. No pickle is read.
 
     Args:
         name: Any timm architecture, a registered ``lt_*`` one, ``"local-dir:FOLDER"`` (or just the
@@ -64,8 +61,7 @@ def create_model(
             with the same, followed by ``@REVISION`` for a branch, tag or commit.
         pretrained: Load weights; None means yes for a checkpoint and no otherwise.
         head: One of :func:`timm_lt.list_heads`, or the name of a head of the checkpoint; None
-            leaves the joint classifier. With ``features_only=True`` there is no classifier, and
-            only the options of the head are checked.
+            leaves the joint classifier. With ``features_only=True`` only its options are checked.
         token: Token of the Hub for ``hf-hub:``; None is that of the login or of ``HF_TOKEN``.
         **options: Options of the head (the stored ones are the defaults), and anything that
             ``timm.create_model`` takes, such as ``cache_dir``.
@@ -74,9 +70,8 @@ def create_model(
         The model, in training mode as timm's.
 
     Raises:
-        UsageError: For an unknown architecture or head, one without pretrained weights, a wrong
-            option, a head on a model with ``num_classes=0``, a checkpoint that is damaged or does
-            not match its config, or a repo that cannot be read.
+        UsageError: For an unknown architecture or head, a wrong option, weights that do not exist,
+            or a checkpoint or repo that cannot be read or is damaged.
 
     >>> create_model("test_resnet", num_classes=3, head="cosine").get_classifier()
     CosineHead(in_features=96, out_features=3, bias=True, scale=16.0, learn_scale=False)
@@ -84,17 +79,17 @@ def create_model(
     source = ModelSource.parse(name, cache_dir=options.get("cache_dir"), token=token)
     if token is not None and source.repo is None:
         raise UsageError(f"token only applies to names that start with hf-hub:, not to {name!r}")
+    folder, weights = source.folder, pretrained is not False
     if source.repo is not None:
-        folder = source.repo.download(weights=pretrained is not False, head=head)
-        model = _create_from_folder(folder, pretrained is not False, head, options)
+        folder = source.repo.download(weights=weights, head=head)
+    if folder is not None:
+        model = _create_from_folder(folder, weights, head, options)
         config = getattr(model, "pretrained_cfg", None)
-        if isinstance(config, dict):
+        if source.repo is not None and isinstance(config, dict):
             # The same as timm sets for a model from the Hub.
             config |= {"source": "hf-hub", "hf_hub_id": str(source.repo)}
             config.pop("file", None)
         return model
-    if source.folder is not None:
-        return _create_from_folder(source.folder, pretrained is not False, head, options)
     name, pretrained = source.name, bool(pretrained)
     architecture, _, tag = name.partition(".")
     module = find_entrypoint(architecture).__module__
@@ -136,10 +131,10 @@ def _timm_errors(name: str, head: str | None) -> Iterator[None]:
         # timm passes options that it does not know to the constructor of the architecture.
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is not None:
-            problem = f"has no option {found[1]!r}; is head= missing?"
+            hint = "is head= missing?"
             if head is not None and head in HEADS:
-                names = ", ".join(head_option_names(head)) or "none"
-                problem = f"has no option {found[1]!r}; options of head {head!r}: {names}"
+                hint = f"options of head {head!r}: {', '.join(head_option_names(head)) or 'none'}"
+            problem = f"has no option {found[1]!r}; {hint}"
         elif "No pretrained weights exist" in str(error):
             problem = "has no pretrained weights; load a file of weights, or remove pretrained"
         else:
@@ -151,9 +146,10 @@ def split_options(
     head: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into those of the head and the others."""
-    names = head_option_names(head) if head else []
-    ours = {key: value for key, value in options.items() if key in names}
-    return ours, {key: value for key, value in options.items() if key not in names}
+    ours = {
+        key: options[key] for key in (head_option_names(head) if head else []) if key in options
+    }
+    return ours, {key: value for key, value in options.items() if key not in ours}
 
 
 def _create_from_folder(
@@ -175,11 +171,9 @@ def _create_from_folder(
         raise load_error(folder, error) from error
     if info is not None:
         model.__dict__[BACKGROUND] = info.background
-    if head is not None:
-        if info is not None:
-            return set_head(model, load_heads(folder, head, model, **ours))
-        for new in get_heads(set_head(model, head, **ours)).values():
-            assert isinstance(new, Head)
+        return model if head is None else set_head(model, load_heads(folder, head, model, **ours))
+    for new in get_heads(model if head is None else set_head(model, head, **ours)).values():
+        if isinstance(new, Head):
             new.check_fitted()
     return model
 
@@ -192,14 +186,11 @@ def create_sized_model(
     head: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Creates a model for images of a given size and preprocessing.
+    """Creates a model for images of a given size (side, or height and width) and preprocessing.
 
     An architecture that takes ``img_size``, such as a ViT, is built for that size, and timm
-    resamples the position embeddings of pretrained weights. The size becomes part of the model's
-    configuration.
-
-    The size is a side, or height and width, in pixels; None is that of the model. The other
-    arguments are those of :func:`timm_lt.create_model`, and any of ``FIELDS``.
+    resamples the position embeddings of pretrained weights. The options are those of
+    :func:`timm_lt.create_model`, and any of ``FIELDS``.
     """
     options = with_overlay(options)
     # With dynamic_img_size, the embeddings are fitted to each image.
@@ -220,11 +211,9 @@ def create_sized_model(
         size = "" if image_size is None else f" for images of {image_size} pixels"
         raise UsageError(f"{name} cannot be built{size} with {options}: {reason}") from error
     if image_size is not None:
-        shape = (options.get("in_chans", 3), *to_2tuple(image_size))
-        config = {**_config(model), "input_size": shape}
-        # Otherwise timm would prefer these for testing.
-        for key in ("test_input_size", "test_crop_pct"):
-            config.pop(key, None)
+        # timm would prefer the size and crop for testing.
+        config = {key: v for key, v in _config(model).items() if not key.startswith("test_")}
+        config["input_size"] = (options.get("in_chans", 3), *to_2tuple(image_size))
         model.__dict__["pretrained_cfg"] = model.__dict__["default_cfg"] = config
     return model
 
@@ -235,32 +224,28 @@ def with_overlay(options: dict[str, Any]) -> dict[str, Any]:
     >>> with_overlay({"std": 0.5, "crop_pct": 0.9, "global_pool": "max"})
     {'global_pool': 'max', 'pretrained_cfg_overlay': {'std': (0.5, 0.5, 0.5), 'crop_pct': 0.9}}
     """
-    key = "pretrained_cfg_overlay"
     overlay = {k: _preprocessing(k, v) for k, v in options.items() if k in FIELDS}
-    overlay |= options.get(key) or {}
-    others = {k: v for k, v in options.items() if k not in (key, *FIELDS)}
-    return others | ({key: overlay} if overlay else {})
+    others = {k: v for k, v in options.items() if k not in FIELDS}
+    overlay |= others.pop("pretrained_cfg_overlay", None) or {}
+    return others | ({"pretrained_cfg_overlay": overlay} if overlay else {})
 
 
 def _preprocessing(field: str, value: Any) -> Any:  # noqa: ANN401
-    if field == "crop_pct":
-        return check_number(field, value, "(0, inf)")
     if field in CHOICES:
         check_choice(f"{field}:", value, CHOICES[field])
         return value
-    values = [*value] if isinstance(value, list | tuple) else [value]
-    span = "(0, inf)" if field == "std" else "(-inf, inf)"
-    numbers = tuple(check_number(field, number, span) for number in values)
+    is_list = isinstance(value, list | tuple) and field != "crop_pct"
+    span = "(-inf, inf)" if field == "mean" else "(0, inf)"
+    numbers = tuple(check_number(field, number, span) for number in (value if is_list else [value]))
+    if field == "crop_pct":
+        return numbers[0]
     if len(numbers) not in (1, 3):
         raise UsageError(f"{field} must be 1 or 3 numbers, got {len(numbers)}")
     return numbers * (3 // len(numbers))
 
 
 def image_config(model: nn.Module) -> dict[str, Any]:
-    """Returns size, normalisation and crop of a model's images, as arguments of timm's transforms.
-
-    Arguments with which the model was created take precedence over its configuration.
-    """
+    """Returns size, normalisation and crop of a model's images, for timm's transforms."""
     config: dict[str, Any] = timm.data.resolve_data_config(model=model)
     config["input_size"] = input_size(model)
     channels = config["input_size"][0]
@@ -273,7 +258,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Returns channels, height and width of a model's images."""
+    """Returns channels, height and width of the images for which a model was created."""
     arguments: dict[str, Any] = getattr(model, "_model_args", {})
     channels, height, width = timm.data.resolve_data_config(model=model)["input_size"]
     # With dynamic_img_size, the embeddings may have another size than the images.
@@ -298,27 +283,26 @@ def label_names(model: nn.Module) -> list[str] | None:
 def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
     """Returns whether a model's classes have these names, in any order; None if unknown.
 
-    Names of ImageNet's classes are WordNet ids, or one or all words of their synset. The numbers 0
-    to C - 1 are not names.
+    Names of ImageNet's classes are WordNet ids, or one or all words of their synset.
     """
     own = label_names(model)
+    # The numbers 0 to C - 1 are not names.
     if own is None or not names or [*names] == [str(label) for label in range(len(names))]:
         return None
     imagenet = _imagenet(model)
     if sorted(own) == sorted(names) or imagenet is None:
         return sorted(own) == sorted(names)
-    same = 0
-    for synset, text, name in zip(imagenet.label_names(), own, names, strict=False):
-        words = {_plain(text), *map(_plain, text.split(","))}
-        same += name == synset or _plain(name) in words
-    return same >= SHARE * len(names)
+    same = [
+        name == synset or _plain(name) in {_plain(text), *map(_plain, text.split(","))}
+        for synset, text, name in zip(imagenet.label_names(), own, names, strict=False)
+    ]
+    return sum(same) >= SHARE * len(names)
 
 
 def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:
     """Returns whether to keep the classifier of a model with as many classes as the data.
 
-    If that is unclear, the log says so, with ``what`` as the name of the model and ``cure`` as the
-    option that fits another classifier.
+    If that is unclear, it is kept, and the log names the option ``cure`` that fits another.
     """
     known = is_for(model, names)
     if known is None:

@@ -1,10 +1,8 @@
 """ResNets and ResNeXts of the long-tail papers, registered with timm under ``lt_*`` names.
 
-Each is one of timm's ResNets, so its weights load into plain timm. The exceptions, which timm
-lacks, are ``lt_resnet32`` of the CIFAR papers, the bilateral ``lt_bbn_*``, and ``lt_oltr_resnet10``
-with its attention. ``timm.create_model`` takes ``head=`` and its options in addition to its usual
-arguments. ``hub_configs/`` lists the published weights. timm shows the name of this module in
-``list_modules``, so it must differ from those of timm.
+Each is one of timm's ResNets, so its weights load into plain timm, or one of
+:mod:`timm_lt.models.networks`, which timm lacks. ``timm.create_model`` takes ``head=`` and its
+options, too. timm shows the name of this module in ``list_modules``: it must not be one of timm's.
 """
 
 from collections.abc import Callable
@@ -39,15 +37,9 @@ from timm_lt.models.pretrained import PUBLISHED, PretrainedSource, Published
 
 @dataclass(frozen=True)
 class Architecture:
-    """A registered architecture.
+    """A registered architecture: the ``base`` of timm, or what ``make`` makes of its arguments.
 
-    Attributes:
-        doc: Description, as timm's docstrings of architectures.
-        base: Architecture of timm that it is, with further arguments, or that it is made from.
-        make: Function that makes an architecture which timm lacks, from timm's usual arguments.
-        first_conv: Path of the first convolution.
-        reduction: Image size divided by the size of the last feature map.
-        feature_cfg: timm's settings of ``features_only``.
+    ``reduction`` is the image size divided by that of the last feature map.
     """
 
     doc: str
@@ -81,21 +73,28 @@ def _bilateral(
     return model
 
 
-CIFAR_FEATURES = {"out_indices": (0, 1, 2, 3)}
+def _plain(doc: str, architecture: str, *layers: int, **more: Any) -> Architecture:
+    """Describes a ResNet of timm, with other numbers of blocks per stage if there are any."""
+    return Architecture(
+        doc, TimmBase(architecture, {"layers": [*layers]} if layers else {}), **more
+    )
+
+
+CIFAR: dict[str, Any] = {"reduction": 4, "feature_cfg": {"out_indices": (0, 1, 2, 3)}}
 # Fields of a pretrained configuration about the images.
 IMAGE_KEYS = (
     *("input_size", "pool_size", "first_conv", "interpolation", "crop_pct", "crop_mode"),
     *("mean", "std"),
 )
 ARCHITECTURES = {
-    "lt_test_resnet": Architecture(
+    "lt_test_resnet": _plain(
         "timm's ``test_resnet`` (0.4 M parameters): the model of the embedded data set.",
-        TimmBase("test_resnet", {}),
+        "test_resnet",
         first_conv="conv1.0",
     ),
-    "lt_resnet10": Architecture(
+    "lt_resnet10": _plain(
         "ResNet-10 as in OLTR and Kang et al.: a ResNet-18 with one block per stage.",
-        TimmBase("resnet18", {"layers": [1, 1, 1, 1]}),
+        *("resnet18", 1, 1, 1, 1),
     ),
     "lt_oltr_resnet10": Architecture(
         "ResNet-10 with the modulated attention of OLTR behind its last stage. "
@@ -105,27 +104,21 @@ ARCHITECTURES = {
     "lt_resnet32": Architecture(
         "ResNet-32 for CIFAR as in LDAM and BBN; timm has no such architecture.",
         make=CifarResNet,
-        reduction=4,
-        feature_cfg=CIFAR_FEATURES,
+        **CIFAR,
     ),
-    "lt_resnet50": Architecture("ResNet-50 as in Kang et al.", TimmBase("resnet50", {})),
-    "lt_resnet101": Architecture("ResNet-101 as in Kang et al.", TimmBase("resnet101", {})),
-    "lt_resnet152": Architecture("ResNet-152 as in Kang et al.", TimmBase("resnet152", {})),
-    "lt_resnext50": Architecture(
-        "ResNeXt-50 32x4d as in Kang et al.", TimmBase("resnext50_32x4d", {})
-    ),
-    "lt_resnext101": Architecture(
-        "ResNeXt-101 32x4d as in Kang et al.", TimmBase("resnext101_32x4d", {})
-    ),
-    "lt_resnext152": Architecture(
+    "lt_resnet50": _plain("ResNet-50 as in Kang et al.", "resnet50"),
+    "lt_resnet101": _plain("ResNet-101 as in Kang et al.", "resnet101"),
+    "lt_resnet152": _plain("ResNet-152 as in Kang et al.", "resnet152"),
+    "lt_resnext50": _plain("ResNeXt-50 32x4d as in Kang et al.", "resnext50_32x4d"),
+    "lt_resnext101": _plain("ResNeXt-101 32x4d as in Kang et al.", "resnext101_32x4d"),
+    "lt_resnext152": _plain(
         "ResNeXt-152 32x4d as in Kang et al.: blocks 3, 8, 36 and 3.",
-        TimmBase("resnext50_32x4d", {"layers": [3, 8, 36, 3]}),
+        *("resnext50_32x4d", 3, 8, 36, 3),
     ),
     "lt_bbn_resnet32": Architecture(
         "Bilateral ResNet-32 for CIFAR as in BBN; trained with sampler and loss ``bilateral``.",
         make=partial(_bilateral, base="lt_resnet32"),
-        reduction=4,
-        feature_cfg=CIFAR_FEATURES,
+        **CIFAR,
     ),
     "lt_bbn_resnet50": Architecture(
         "Bilateral ResNet-50 as in BBN; trained with sampler and loss ``bilateral``.",

@@ -19,46 +19,12 @@ from timm_lt.heads import Head
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
 
 SpatialAttention = Literal["convolution", "linear"]
-# Name of the attention in the last stage, e.g. layer4.attention.
-ATTENTION = "attention"
 # Height and width of a ResNet's last feature map for images of 224 pixels.
 PUBLISHED_SIZE = 7
 
 
 class ModulatedAttention(nn.Module):
-    """Adds spatially weighted self-attention to a feature map: ``y = x + m ⊙ SA(x)``.
-
-    ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)`` over the P = H W positions, where θ, φ and
-    g are 1×1 convolutions to ``channels // reduction`` channels. ``m`` has one weight per position:
-
-    - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, for any map size. The factor is
-      1 for the 7×7 map of the paper and keeps the mean weight at 1/49 for other image sizes.
-    - ``spatial="linear"``: ``m = softmax_p(A vec(x) + b)_p`` with A (49, 49 channels), as
-      published, for 7×7 maps only.
-
-    ``W_o`` starts at zero, so the untrained block is the identity. φ and a have no bias, since
-    softmax cancels it.
-
-    Args:
-        channels: Channels of the map, >= 2.
-        reduction: Divisor of the channels inside the self-attention, from 1 to ``channels``.
-        spatial: Form of the spatial weights.
-
-    Shape:
-        (N, channels, H, W) to (N, channels, H, W).
-
-    Raises:
-        UsageError: If a number is out of range, or ``spatial="linear"`` gets a map that is not 7×7.
-
-    References:
-        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
-        https://arxiv.org/abs/1904.05160; self-attention: Wang et al., Non-local Neural Networks,
-        CVPR 2018, https://arxiv.org/abs/1711.07971
-
-    >>> x = torch.randn(2, 8, 5, 4)
-    >>> torch.equal(ModulatedAttention(8)(x), x)
-    True
-    """
+    """Spatially weighted self-attention, ``y = x + m ⊙ SA(x)`` of :func:`attach_attention`."""
 
     def __init__(
         self, channels: int, *, reduction: int = 2, spatial: SpatialAttention = "convolution"
@@ -100,21 +66,16 @@ class ModulatedAttention(nn.Module):
 
     def spatial_weights(self, x: Tensor) -> Tensor:
         """Returns m, (N, 1, H, W)."""
-        height, width = x.shape[2], x.shape[3]
-        if not self.linear:
-            weights: Tensor = self.spatial(x).flatten(1).softmax(1).to(x.dtype)
-            return (height * width / 49 * weights).view(-1, 1, height, width)
-        if height != 7 or width != 7:
+        height, width = x.shape[2:]
+        if self.linear and (height, width) != (7, 7):
             raise UsageError(
                 f"spatial='linear' only takes 7×7 maps (images of 224 pixels), got "
                 f"{height}×{width}; use spatial='convolution'"
             )
-        weights = self.spatial(x.flatten(1)).softmax(1).to(x.dtype)
+        scores: Tensor = self.spatial(x.flatten(1) if self.linear else x).flatten(1)
+        # The factor is 1 for 7×7 maps.
+        weights = height * width / 49 * scores.softmax(1).to(x.dtype)
         return weights.view(-1, 1, height, width)
-
-    def extra_repr(self) -> str:
-        """Shows the form of the spatial weights when the module is printed."""
-        return f"spatial={'linear' if self.linear else 'convolution'!r}"
 
 
 def attach_attention(
@@ -122,20 +83,35 @@ def attach_attention(
 ) -> nn.Module:
     """Puts modulated attention behind the last stage of a ResNet or ResNeXt, in place.
 
-    It becomes the last module of the stage, such as ``layer4.attention``, so it also applies to the
-    features of timm's ``features_only``. Predictions do not change until it is trained. To train
-    only it and the classifier, give its name to ``model.trained`` in a recipe.
+    The feature map becomes ``y = x + m ⊙ SA(x)`` with self-attention
+    ``SA(x)_p = W_o Σ_q softmax_q(θ(x_p)·φ(x_q)) g(x_q)`` over the P = H W positions. θ, φ and g are
+    1×1 convolutions to ``channels // reduction`` channels. ``m`` has one weight per position:
+
+    - ``spatial="convolution"``: ``m = P / 49 · softmax_p(a·x_p)``, for any map size. The factor is
+      1 for the 7×7 map of the paper and keeps the mean weight at 1/49 for other image sizes.
+    - ``spatial="linear"``: ``m = softmax_p(A vec(x) + b)_p`` with A (49, 49 channels), as
+      published, for 7×7 maps only.
+
+    ``W_o`` starts at zero, so predictions do not change until the attention is trained. φ and a
+    have no bias, since softmax cancels it. The attention becomes the last module of the stage, such
+    as ``layer4.attention``, the name for ``model.trained`` in a recipe. It also applies to the
+    features of timm's ``features_only``.
 
     Args:
         model: A ``ResNet`` of timm, of any depth and kind of block.
-        reduction: Divisor of the channels, see :class:`ModulatedAttention`.
-        spatial: Form of the spatial weights, see :class:`ModulatedAttention`.
+        reduction: Divisor of the channels inside the self-attention, from 1 to their number.
+        spatial: Form of the spatial weights.
 
     Returns:
         The same model.
 
     Raises:
         UsageError: If the model is not a ``ResNet``, is bilateral, or already has the attention.
+
+    References:
+        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
+        https://arxiv.org/abs/1904.05160; self-attention: Wang et al., Non-local Neural Networks,
+        CVPR 2018, https://arxiv.org/abs/1711.07971
 
     >>> import timm
     >>> model = attach_attention(timm.create_model("test_resnet", num_classes=3))
@@ -150,22 +126,15 @@ def attach_attention(
     # The CIFAR ResNet has no fourth stage.
     last: dict[str, Any] = model.feature_info[-1]
     stage = model.get_submodule(last["module"])
-    if hasattr(stage, ATTENTION):
-        raise UsageError(f"the model already has {last['module']}.{ATTENTION}")
+    if hasattr(stage, "attention"):
+        raise UsageError(f"the model already has {last['module']}.attention")
     attention = ModulatedAttention(last["num_chs"], reduction=reduction, spatial=spatial)
-    stage.add_module(ATTENTION, attention.to(next(stage.parameters())).train(model.training))
+    stage.add_module("attention", attention.to(next(stage.parameters())).train(model.training))
     return model
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut "option A" without parameters: halves the resolution and adds channels of zeros.
-
-    Args:
-        padding: Channels of zeros before and after the input channels.
-
-    Shape:
-        (N, C, H, W) to (N, C + 2 padding, ceil(H / 2), ceil(W / 2)).
-    """
+    """Shortcut "option A" without parameters, to (N, C + 2 padding, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, padding: int) -> None:
         super().__init__()
@@ -181,23 +150,8 @@ class CifarResNet(ResNet):
 
     A 3x3 convolution with 16 channels and no max pooling, three stages of n basic blocks with 16,
     32 and 64 channels and strides 1, 2 and 2, pooling, and the linear classifier ``fc``: depth
-    6n + 2. LDAM and BBN use ``layers=(5, 5, 5)``, their ResNet-32 (464,154 parameters with 10
-    classes). The weights of the convolutions are drawn from N(0, 2 / fan_in) (He et al., ICCV
-    2015). There are four features (stem and stages) at strides 1, 1, 2 and 4, so timm's
-    ``features_only`` needs ``feature_cfg={"out_indices": (0, 1, 2, 3)}``.
-
-    Args:
-        layers: Basic blocks per stage, three numbers.
-        num_classes: Outputs of ``fc``; with 0 the model returns its features.
-        in_chans: Channels of the images.
-        global_pool: timm's name of the pooling, ``"avg"`` in the papers.
-        **options: Further arguments of timm's ``ResNet``, such as ``drop_rate``.
-
-    Shape:
-        images (N, in_chans, H, W); features (N, 64, ceil(H / 4), ceil(W / 4)); logits (N, C).
-
-    Raises:
-        UsageError: If ``layers`` has not three numbers.
+    6n + 2, with n = 5 the ResNet-32 of LDAM and BBN. The weights of the convolutions are drawn from
+    N(0, 2 / fan_in). The four features (stem and stages) have strides 1, 1, 2 and 4.
 
     References:
         He, Zhang, Ren, Sun. Deep residual learning for image recognition. CVPR 2016.
@@ -214,7 +168,6 @@ class CifarResNet(ResNet):
         layers: Sequence[int] = (5, 5, 5),
         num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
         **options: Any,
     ) -> None:
         if len(layers) != 3:
@@ -224,7 +177,6 @@ class CifarResNet(ResNet):
             tuple(layers),
             num_classes=num_classes,
             in_chans=in_chans,
-            global_pool=global_pool,
             # timm's plain stem always has 64 channels, the deep one 2 * stem_width. The deep one
             # gives bn1 and the stages the right width; its convolutions are replaced below.
             stem_type="deep",
@@ -278,21 +230,9 @@ class BilateralBlock(nn.Module):
     """One residual block per branch; widens the features from d to 2 d channels.
 
     In evaluation mode, or if ``paired`` is False, every image passes both branches and gives
-    ``s / 2 (f_c, f_r)``. In training mode the rows of a batch are pairs: even rows pass the
-    conventional branch and give ``s (f_c, 0)``, odd rows pass the re-balancing branch and give
-    ``s (0, f_r)``.
-
-    Args:
-        conventional: Block of the conventional branch.
-        rebalancing: Block of the re-balancing branch.
-        scale: s, > 0.
-
-    Attributes:
-        paired: Whether rows are pairs in training mode. Set it to False to train with single
-            images, as in fine-tuning with another loop.
-
-    Shape:
-        (N, C, H, W) to (N, 2 d, H', W'), N even where rows are pairs.
+    ``s / 2 (f_c, f_r)`` with ``scale`` s. In training mode the rows of a batch are pairs: even rows
+    pass the conventional branch and give ``s (f_c, 0)``, odd rows pass the re-balancing branch and
+    give ``s (0, f_r)``. Shape: (N, C, H, W) to (N, 2 d, H', W').
     """
 
     def __init__(self, conventional: nn.Module, rebalancing: nn.Module, scale: float) -> None:
@@ -375,11 +315,10 @@ def create_bilateral(
     Their logits are ``z_c = s W_c f_c + b`` and ``z_r = s W_r f_r + b``, which the loss
     ``bilateral`` mixes to ``α z_c + (1 - α) z_r``. As in the authors' code, the two streams pass
     the shared trunk one after the other: batch norm normalises each by its own statistics, and
-    updates its running ones twice. (``forward_intermediates`` does not separate the streams before
-    the last block.)
+    updates its running ones twice; but not in ``forward_intermediates``.
 
     Args:
-        model: A ``ResNet`` of timm, with any of its blocks, or a :class:`CifarResNet`.
+        model: A ``ResNet`` of timm, with any of its blocks, or an ``lt_resnet32``.
         branch_scale: s, > 0; 1 as in equation 1 of the paper. With 2, as in the authors' code,
             features keep their size in evaluation, and the classifier learns four times as fast.
         fresh: Draw the re-balancing block and the classifier anew, for training from scratch.
@@ -413,14 +352,10 @@ def create_bilateral(
     elif not hasattr(last, "conv1"):
         problem = f"whose last module is a residual block, not a {type(last).__name__}"
     if problem is not None:
-        raise UsageError(
-            "a bilateral network is made from timm's ResNet or ResNeXt, or from a CifarResNet, "
-            f"{problem}"
-        )
+        raise UsageError(f"a bilateral network is made from a ResNet of timm or CIFAR, {problem}")
     copied = copy.deepcopy(last)
     if fresh:
-        # Initialises the modules of the block as the model does. Last batch norms that start at 0
-        # are copied.
+        # As the model does, but for last batch norms that start at 0, which are copied.
         KINDS[type(model)].init_weights(copied, zero_init_last=False)
     path = next(path for path, module in model.named_modules() if module is last)
     model.set_submodule(path, BilateralBlock(last, copied, scale).train(last.training))
@@ -456,11 +391,6 @@ def _share(joint: nn.Linear, both: nn.Linear, parts: int, scale: float) -> None:
         part.copy_(weight.repeat(1, 2) / scale)
     if joint.bias is not None:
         both.bias.copy_(joint.bias)
-
-
-def takes_pairs(model: nn.Module) -> bool:
-    """Returns whether the rows of a batch are pairs for a model in training mode."""
-    return any(isinstance(m, BilateralBlock) and m.paired for m in model.modules())
 
 
 def unpair(model: nn.Module) -> None:

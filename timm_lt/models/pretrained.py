@@ -32,25 +32,22 @@ from timm_lt.checkpoint import (
 )
 from timm_lt.heads import HEADS, Head, check_head_options, get_head, set_head
 from timm_lt.models.repo import Repo
-from timm_lt.models.third_party import Weights, read_weights
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.models.weights_file import Weights, read_weights
+from timm_lt.utils.checks import UsageError, unknown_name, user_errors
 from timm_lt.utils.console import console, log
 from timm_lt.utils.files import read_yaml, sha256
 
 T = TypeVar("T")
 PUBLISHED_BLOCK = "published"
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+PACKAGE = Path(__file__).parents[1]
+CHECKPOINTS = PACKAGE / "checkpoints"
 
 
 @dataclass(frozen=True)
 class PublishedHead:
-    """A head of a published backbone.
+    """A head of a published backbone, with test accuracies (fractions by shot group and "all").
 
-    Attributes:
-        url: A file with the whole model that has this head; None for a head without a file of its
-            own, in the packaged checkpoint, or to be fitted.
-        quoted: Test accuracy from ``quoted_from``, fractions by shot group and "all".
-        measured: Test accuracy measured by this project, likewise.
+    ``url`` is a file with the whole model that has this head; None for a head without own file.
     """
 
     url: str | None = None
@@ -60,20 +57,10 @@ class PublishedHead:
 
 @dataclass(frozen=True)
 class Published:
-    """A published name; the fields of the images are those of timm's ``PretrainedCfg``.
+    """A published name ``<architecture>.<tag>``; the fields of the images are timm's.
 
-    Attributes:
-        name: ``<architecture>.<tag>``, the file's name.
-        architecture: A registered ``lt_*`` architecture.
-        data: The training data.
-        training: Training of the representation, in words.
-        heads: The published or quoted heads; ``linear`` is the joint classifier.
-        packaged: The weights are a decoupled checkpoint in this package.
-        hf_hub_id: Hub repo of the decoupled checkpoint, ``namespace/name`` or
-            ``namespace/name@revision``. It has precedence over URLs.
-        origin: URL of the publisher.
-        quoted_from: Source of the quoted figures.
-        measured_with: Protocol of the measured figures.
+    ``packaged`` means that the weights are a decoupled checkpoint in this package. A repo of the
+    Hub (``namespace/name``, with or without ``@revision``) has precedence over URLs.
     """
 
     name: str
@@ -100,15 +87,14 @@ class Published:
 
     @property
     def urls(self) -> dict[str, str]:
-        """URLs by head."""
+        """URLs by head; ``linear`` is the joint classifier."""
         return {name: head.url for name, head in self.heads.items() if head.url}
 
 
 def hub_configs(inside: str = "") -> list[Path]:
     """Returns the YAML files of ``hub_configs/``, or of a folder inside of it."""
-    package = Path(__file__).parents[1]
-    packaged = package / "hub_configs"
-    folder = packaged if packaged.is_dir() else package.parent / "hub_configs"
+    packaged = PACKAGE / "hub_configs"
+    folder = packaged if packaged.is_dir() else PACKAGE.parent / "hub_configs"
     return sorted((folder / inside).glob("*.yaml"), key=lambda path: path.stem)
 
 
@@ -118,10 +104,8 @@ def read_published(path: Path) -> Published | None:
     if block is None:
         return None
     heads = {name: PublishedHead(**(part or {})) for name, part in block.pop("heads", {}).items()}
-    fields: dict[str, Any] = dict(block)
-    for key in ("input_size", "mean", "std"):
-        fields[key] = tuple(fields[key])
-    return Published(name=path.stem, heads=heads, **fields)
+    block |= {key: tuple(block[key]) for key in ("input_size", "mean", "std")}
+    return Published(name=path.stem, heads=heads, **block)
 
 
 PUBLISHED = {
@@ -149,20 +133,19 @@ def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None =
         raise UsageError(f"{url!r} is not an http:// or https:// URL")
     path = Path(cache_dir or get_cache_dir(), "timm_lt", cached_name(url))
     is_new = not path.is_file()
-    try:
-        if is_new:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown = console.is_terminal and log.isEnabledFor(logging.INFO)
-            # Processes that start together download the file once.
-            with FileLock(f"{path}.lock"):
-                log.info("downloading %s to %s", url, path)
-                download_cached_file((url, path.name), False, shown, cache_dir=path.parent)
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, HTTPError):
+    kinds, cure = (OSError, HTTPException, ValueError), f"try again, or put the file at {path}"
+    with user_errors(f"{url} cannot be downloaded", *kinds, cure=cure):
+        try:
+            if is_new:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shown = console.is_terminal and log.isEnabledFor(logging.INFO)
+                # Processes that start together download the file once.
+                with FileLock(f"{path}.lock"):
+                    log.info("downloading %s to %s", url, path)
+                    download_cached_file((url, path.name), False, shown, cache_dir=path.parent)
+        except HTTPError as error:
             error.close()
-        raise UsageError(
-            f"{url} cannot be downloaded: {error}; try again, or put the file at {path}"
-        ) from error
+            raise
     try:
         return read(path)
     except UsageError as error:
@@ -175,10 +158,9 @@ def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None =
 class PretrainedSource:
     """Source of the weights of a pretrained model: a URL, a file, a repo, or timm's own.
 
-    Args:
-        variant: A registered architecture.
-        head: Name of the requested head; None is the joint classifier.
-        options: Arguments of ``timm.create_model``.
+    ``head`` is the requested head, None for the joint classifier; ``options`` are those of
+    ``timm.create_model``. In ``folder`` is a decoupled checkpoint, once it is local. ``own_head``
+    says whether the file has the requested head instead of the joint classifier.
     """
 
     def __init__(self, variant: str, head: str | None, options: dict[str, Any]) -> None:
@@ -189,10 +171,8 @@ class PretrainedSource:
         self.head, self.cache_dir = head, options.get("cache_dir")
         self.url: str | None = None
         self.repo: Repo | None = None
-        # Decoupled checkpoint with the weights, once it is local, and the weights, once read.
         self.folder: Path | None = None
         self.weights: Weights | None = None
-        # Whether the file has the requested head instead of the joint classifier.
         self.own_head = False
         self.file = Path(config.file) if config.file and not config.source else None
         if self.file and self.file.name == WEIGHTS and (self.file.parent / CONFIG).is_file():
@@ -210,13 +190,10 @@ class PretrainedSource:
         """Kind of the requested head, which a decoupled checkpoint may have under another name."""
         if self.head is None or self.head in HEADS:
             return self.head
-        if self.repo is not None:
-            info = self.repo.read_info()
-        elif self.folder is not None:
-            info = read_checkpoint(self.folder)
-        else:
+        folder = self.folder if self.repo is None else self.repo.download(weights=False)
+        if folder is None:
             raise unknown_name("head", self.head, list(HEADS))
-        return find_entry(info, self.head, str(self.repo or self.folder)).kind
+        return find_entry(read_checkpoint(folder), self.head, str(self.repo or folder)).kind
 
     def choose_url(self, options: dict[str, Any]) -> None:
         """Chooses the published file for the requested head, which must have these options."""
@@ -242,15 +219,16 @@ class PretrainedSource:
     def read(self, expected: Mapping[str, Tensor]) -> Weights | None:
         """Reads the weights, with the names and shapes of ``expected``; None if timm reads them."""
 
-        def load(path: Path, place: str | None = None) -> Weights:
-            return read_weights(path, place).select(expected, self.name).fit(expected, self.name)
+        def load(path: Path) -> Weights:
+            file = read_weights(path, self.url)
+            return file.select(expected, self.name).fit(expected, self.name)
 
         if self.repo is not None:
             folder = self.repo.download(head=self.head)
             self.folder = folder if BLOCK in read_config(folder) else None
             self.weights = load(folder / WEIGHTS)
         elif self.url is not None:
-            self.weights = read_url(self.url, lambda path: load(path, self.url), self.cache_dir)
+            self.weights = read_url(self.url, load, self.cache_dir)
         elif self.file is not None:
             self.weights = load(self.file)
         if self.weights is not None and self.weights.scale is not None and self.head != "lws":
@@ -262,8 +240,7 @@ class PretrainedSource:
         """Sets the head of a model whose weights are loaded."""
         if self.folder is not None:
             return set_head(model, load_heads(self.folder, head, model, **options))
-        set_head(model, head, **options)
-        new = get_head(model)
+        new = get_head(set_head(model, head, **options))
         if self.weights is not None and isinstance(new, Head):
             if self.weights.scale is not None:
                 set_scale(new, self.weights.scale)

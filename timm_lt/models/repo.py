@@ -23,7 +23,7 @@ from timm_lt.checkpoint import (
     find_info,
     read_checkpoint,
 )
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.files import file_sha256
 from timm_lt.utils.hub import HF_HUB, hub_errors, split_revision
 
@@ -35,11 +35,8 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 class Repo:
     """A model repo of the Hub, and the options for reading it.
 
-    Attributes:
-        repo_id: ``namespace/name``.
-        revision: Branch, tag or commit; None is the main branch.
-        cache_dir: Folder of downloads; None is the cache of the Hub's libraries.
-        token: Token of the Hub; None is that of the login or of ``HF_TOKEN``.
+    The defaults are the main branch, the cache of the Hub's libraries, and the token of the login
+    or of ``HF_TOKEN``.
     """
 
     repo_id: str
@@ -61,18 +58,12 @@ class Repo:
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
-    def read_info(self) -> CheckpointInfo:
-        """Downloads the config of a decoupled checkpoint and reads it."""
-        return read_checkpoint(self.download(weights=False))
-
     def download(self, *, weights: bool = True, head: str | None = None) -> Path:
         """Downloads the config of a checkpoint, and optionally its weights and one head.
 
         Cached files are not downloaded again. A file with another digest than the config records is
-        downloaded once more, and removed from the cache if that does not help.
-
-        Returns:
-            The folder of the commit in the cache; all files are of that commit.
+        downloaded once more, and removed from the cache if that does not help. Returns the folder
+        of the commit in the cache; all files are of that commit.
         """
         folder = self.fetch(CONFIG, limit=TEXT_LIMIT).parent
         info = find_info(folder)
@@ -108,24 +99,19 @@ class Repo:
 
     def _fetch_again(self, file: str, digest: str) -> None:
         """Replaces a file in the cache that is not the one that the config describes."""
-        cure = "load it once while online"
-        if not constants.is_offline_mode():
-            try:
-                path = self.fetch(file, force=True)
-                if file_sha256(path) == digest:
-                    return
-                cure = "it was not kept in the cache"
-                blob = path.resolve()
-                path.unlink(missing_ok=True)
-                # A blob named by its own digest is intact, and may belong to another commit.
-                if blob.is_file() and file_sha256(blob) != blob.name:
-                    blob.unlink()
-            except UsageError as error:
-                cure = f"fetching it again: {error}"
-        raise UsageError(
-            f"{file} of {self.repo_id} is not the one that {CONFIG} describes (SHA-256 differs); "
-            f"{cure}"
-        )
+        fault = f"{file} of {self.repo_id} is not the one that {CONFIG} describes (SHA-256 differs)"
+        if constants.is_offline_mode():
+            raise UsageError(f"{fault}; load it once while online")
+        with user_errors(f"{fault}; fetching it again", UsageError):
+            path = self.fetch(file, force=True)
+        if file_sha256(path) == digest:
+            return
+        blob = path.resolve()
+        path.unlink(missing_ok=True)
+        # A blob named by its own digest is intact, and may belong to another commit.
+        if blob.is_file() and file_sha256(blob) != blob.name:
+            blob.unlink()
+        raise UsageError(f"{fault}; it was not kept in the cache")
 
 
 @dataclass(frozen=True)
@@ -153,10 +139,8 @@ class ModelSource:
         'birds'
         """
         name, path = str(given), Path(given).expanduser()
-        if isinstance(given, Path) or not (
-            ":" in name or timm.models.is_model(name.partition(".")[0])
-        ):
-            is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
+        is_path = isinstance(given, Path) or name.startswith(("./", "../", "/", "~"))
+        if is_path or not (":" in name or timm.models.is_model(name.partition(".")[0])):
             if (path / CONFIG).is_file():
                 return cls(f"{LOCAL_DIR}{path}", path)
             if path.is_file():
@@ -179,7 +163,7 @@ class ModelSource:
     def find(cls, given: str) -> "ModelSource":
         """Finds the folder with the config of a checkpoint; that of a repo is downloaded.
 
-        The id of a repo needs no ``hf-hub:``. The result names the commit of a repo; it has no
+        The id of a repo needs no ``hf-hub:``. The result names the commit of a repo. It has no
         folder for an architecture or for pretrained weights that are not on this disk.
         """
         source = cls.parse(given, bare_repo=True)
@@ -207,17 +191,15 @@ class ModelSource:
 def list_repo_heads(
     repo_id: str, *, cache_dir: str | Path | None = None, token: str | bool | None = None
 ) -> dict[str, HeadEntry]:
-    """Lists the heads of a Hub repo with options and metrics; downloads its config only.
+    """Lists the heads of a Hub repo by name, with options and metrics; downloads its config only.
 
     Args:
         repo_id: ``namespace/name`` or ``namespace/name@revision``.
         cache_dir: Folder of downloads; None is the cache of the Hub's libraries.
         token: Token of the Hub; None is that of the login or of ``HF_TOKEN``.
 
-    Returns:
-        The heads by name.
-
     Raises:
         UsageError: If the repo cannot be read or has no decoupled checkpoint.
     """
-    return Repo.parse(repo_id, cache_dir=cache_dir, token=token).read_info().heads
+    repo = Repo.parse(repo_id, cache_dir=cache_dir, token=token)
+    return read_checkpoint(repo.download(weights=False)).heads

@@ -27,8 +27,7 @@ from timm_lt.models.create import (
     split_options,
 )
 from timm_lt.models.repo import LOCAL_DIR
-from timm_lt.models.third_party import read_weights
-from timm_lt.models.weights_file import classes_of_file, create_from_file
+from timm_lt.models.weights_file import classes_of_file, create_from_file, read_weights
 from timm_lt.run.recipe import ClassOrder, ModelRecipe, Recipe, prefixed
 from timm_lt.samplers import create_sampler
 from timm_lt.training import start_classifier

@@ -10,7 +10,7 @@ from torch import nn
 from timm_lt.checkpoint import is_statistic
 from timm_lt.data.images import Images
 from timm_lt.heads import Head, find_classifiers, get_head, get_heads
-from timm_lt.models.networks import BilateralBlock, ModulatedAttention, takes_pairs
+from timm_lt.models.networks import BilateralBlock, ModulatedAttention
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.checks import UsageError, check_choice, unknown_name, user_errors
 
@@ -188,6 +188,11 @@ def check_model(model: nn.Module, images: Images) -> None:
             classifier.fold()
         with torch.inference_mode():
             model.eval()(next(model.parameters()).new_zeros(1, *size))
+
+
+def takes_pairs(model: nn.Module) -> bool:
+    """Returns whether the rows of a batch are pairs for a model in training mode."""
+    return any(isinstance(m, BilateralBlock) and m.paired for m in model.modules())
 
 
 def check_loss(loss: nn.Module, model: nn.Module, sampler: ClassSampler, epochs: int) -> None:
