@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from timm_lt.data import Splits
-from timm_lt.data.columns import image_column, label_column
 from timm_lt.data.hub import choose_splits
+from timm_lt.data.items import image_column, label_column
 from timm_lt.data.sources import find_splits
 from timm_lt.utils.checks import UsageError
 
@@ -405,7 +405,6 @@ def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
         ({}, "needs either repo, .* or root"),
         ({"repo": REPO, "root": "."}, "needs either repo, .* or root"),
         ({"repo": "flowers"}, "'flowers' is not a valid repo id; expected 'namespace/name'"),
-        ({"repo": REPO, "test_fraction": 1}, r"test_fraction .* must be a number in \(0, 1\)"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

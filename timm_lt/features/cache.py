@@ -27,14 +27,8 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
-from timm_lt.data.fingerprint import (
-    dataset_fingerprint,
-    described,
-    digest,
-    plain_options,
-    qualified_name,
-    tensor_fingerprint,
-)
+from timm_lt.data.fingerprint import described, digest, plain_options, tensor_fingerprint
+from timm_lt.data.items import dataset_fingerprint
 from timm_lt.data.loader import InOrder, Loader
 from timm_lt.features.values import Features, check_views
 from timm_lt.utils.checks import UsageError, user_errors
@@ -264,7 +258,7 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
     state = {name: tensor_fingerprint(tensor) for name, tensor in tensors if outside(name)}
     # Strides, the kind of pooling and the like are in no tensor.
     parts = {
-        name: [qualified_name(type(part)), part.extra_repr(), plain_options(part)]
+        name: [str(type(part)), part.extra_repr(), plain_options(part)]
         for name, part in model.named_modules()
         if outside(name)
     }
@@ -275,7 +269,7 @@ def samples_fingerprint(loader: object, key: str | None = None) -> str:
     """Returns a digest of the samples of a loader in their order, with their transform.
 
     A key stands for samples that cannot be identified, see
-    :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+    :func:`~timm_lt.data.items.dataset_fingerprint`.
     """
     layers, (batches, _) = layers_of(loader), batch_sampler_of(loader)
     if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
