@@ -147,15 +147,10 @@ def _drawn(dataset: Any, rows: NDArray[np.int64], column: str | None) -> Labels:
                 labels = candidate.numpy()[rows]
                 firsts = np.unique(labels, return_index=True)[1]
                 sample = np.concatenate([some, firsts])
-                if all(_is_equal(label_of(int(rows[n])), int(labels[n])) for n in sample):
+                if all(np.array_equal(label_of(int(rows[n])), labels[n]) for n in sample):
                     return labels
             log.info("drawing all %d items of a %s for their labels", len(rows), kind)
         return [label_of(row) for row in rows.tolist()]
-
-
-def _is_equal(drawn: object, label: int) -> bool:
-    is_number = isinstance(drawn, int | np.integer | Tensor | np.ndarray) and np.ndim(drawn) == 0
-    return is_number and bool(drawn == label)
 
 
 def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any class
@@ -181,22 +176,12 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
 
 
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
-    """Returns a data set of any kind as splits with the columns ``image`` and ``label``.
+    """Returns a data set, or a mapping of them by split, with the columns ``image`` and ``label``.
 
     Files stay files, which are opened when they are drawn: those of torchvision's ``ImageFolder``
     and of timm's ``ImageDataset`` of a folder, also in a ``Subset`` or ``ConcatDataset``. Their
     transforms are not used. Every other data set, such as one with a ``__getitem__`` or ``loader=``
     of its own, has its items drawn here, and their images are kept in memory as PNG.
-
-    >>> from PIL import Image
-    >>> pairs = [(Image.new("RGB", (4, 4)), 0), ("bee.jpg", 1)]
-    >>> given_splits({"train": pairs, "validation": pairs})["val"]["label"][:]
-    [0, 1]
-
-    Args:
-        data: The training images: a ``datasets.Dataset``, or items of an image (of PIL, uint8
-            pixels, or the path of a file) and its label. Or a mapping of ``train``, ``val`` and
-            ``test``, or other usual names of splits, to such data sets.
     """
     splits: dict[str, datasets.Dataset] = {}
     problems = Problems()

@@ -112,10 +112,10 @@ class Images(TorchDataset[Any], ABC):
 
 
 class ImageTensors(Images):
-    """An image-classification data set as one tensor, with augmentation and normalisation.
+    """Images (N, 3, H, W), uint8, in memory, which are augmented and normalised when drawn.
 
     Args:
-        images: All images, (N, 3, H, W) uint8.
+        images: All images.
         labels: Their labels, (N,) int64.
         mean: Mean of each channel, fractions of full scale, (3,).
         std: Standard deviation of each channel, (3,).
@@ -144,16 +144,12 @@ class ImageTensors(Images):
         self._missing[list(missing)] = True
         self._targets = labels.masked_fill(self._missing, UNREADABLE)
 
-    def without_augmentation(self) -> "ImageTensors":
-        """Returns the same images without augmentation, sharing their memory."""
-        plain = copy.copy(self)
-        plain.augmentation = NoAugmentation()
-        return plain
-
     def _loader(
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> Loader:
-        data = self.without_augmentation() if purpose == "eval" else self
+        data = copy.copy(self)
+        if purpose == "eval":
+            data.augmentation = NoAugmentation()
         # The result of __getitems__ is a batch already.
         loader: DataLoader[Batch] = DataLoader(
             data, batch_size, sampler=sampler, drop_last=purpose == "train", collate_fn=tuple
@@ -271,7 +267,7 @@ def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | N
 
 
 class StoredImages(Images):
-    """An image-classification data set whose images are decoded and transformed when drawn.
+    """Images of a data set, which are decoded and transformed by timm when drawn.
 
     Random numbers of timm's transforms are a function of (seed, draw), in any process and worker.
 
@@ -312,9 +308,8 @@ class StoredImages(Images):
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
         try:
-            for option in self._augmentation:
-                if option in RESERVED:
-                    raise ValueError(f"{option!r} is set automatically; remove it")
+            if reserved := self._augmentation.keys() & RESERVED:
+                raise ValueError(f"{min(reserved)!r} is set automatically; remove it")
             options = self._preprocessing | self._augmentation
             create_loader(copy.copy(self), (3, *size), 1, is_training=True, **options)
         except (AssertionError, TypeError, ValueError, KeyError) as error:

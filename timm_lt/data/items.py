@@ -52,9 +52,7 @@ ACCEPTED = (
     "its label"
 )
 # Attributes of torchvision's folders and of timm's ImageDataset that change their items.
-ITEM_OPTIONS = (
-    *("transform", "target_transform", "transforms", "loader", "input_img_mode", "load_bytes"),
-)
+OPTIONS = "transform", "target_transform", "transforms", "loader", "input_img_mode", "load_bytes"
 
 
 def check_dataset(data: object, *, streams: bool = False) -> None:
@@ -68,9 +66,6 @@ def check_dataset(data: object, *, streams: bool = False) -> None:
         raise UsageError(
             f"a {_name(data)} is not a data set with a length and random access; {cure}"
         )
-
-
-# Columns of a datasets.Dataset
 
 
 @dataclass
@@ -165,9 +160,6 @@ def type_name(feature: object) -> str:
     return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-# Known classes of data sets
-
-
 def reads_as(data: object, *known: type) -> bool:
     """Tells whether a data set has the items of a known class that it is derived from."""
     methods = ("__getitem__", "__getitems__", "__len__")
@@ -179,7 +171,7 @@ def reads_as(data: object, *known: type) -> bool:
 
 
 def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
-    """Returns the data sets that a ``Subset``, ``ConcatDataset`` or wrapper takes its items from.
+    """Returns the data sets inside a ``Subset``, ``ConcatDataset`` or wrapper.
 
     And for each item the number of its data set and its row there, (N,).
     """
@@ -202,10 +194,7 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
 
 
 def folder_samples(data: Any) -> list[tuple[str, Any]] | None:  # noqa: ANN401 - of any class
-    """Returns the files and labels of a folder of torchvision or timm, which its items are read of.
-
-    None for any other data set.
-    """
+    """Returns the files and labels of a folder of torchvision or timm; None for others."""
     if reads_as(data, DatasetFolder):
         return list(data.samples)
     # Other readers of timm may read anything.
@@ -219,12 +208,7 @@ def dataset_fingerprint(data: object) -> str:
 
     Supported are data sets with a method ``fingerprint() -> str``, timm's ``ImageDataset`` of a
     folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them; not
-    classes derived from these with a ``__getitem__`` of their own. Files are identified by path,
-    size and modification time.
-
-    Raises:
-        UsageError: If the data set is none of these, its transform cannot be hashed, or a file is
-            missing.
+    classes derived from these with a ``__getitem__`` of their own.
     """
     fingerprint = getattr(data, "fingerprint", None)
     if callable(fingerprint):
@@ -237,10 +221,7 @@ def dataset_fingerprint(data: object) -> str:
     if samples is None:
         raise UsageError(f"the samples of a {_name(data)} have no fingerprint; {KEY}")
     files = [[file_fingerprint(path), int(target)] for path, target in samples]
-    return digest(files, described([getattr(data, name, None) for name in ITEM_OPTIONS]))
-
-
-# Samples and batches
+    return digest(files, described([getattr(data, name, None) for name in OPTIONS]))
 
 
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
@@ -255,9 +236,6 @@ def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of an
 
 def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
     """Returns image and label of a sample, or images and labels of a batch.
-
-    >>> image_and_label({"image": "ant.png", "label": 3}, "item 0")
-    ('ant.png', 3)
 
     It is a tuple or list that begins with image and label, whatever follows; or a mapping with one
     of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
@@ -276,10 +254,7 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
 
 
 def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
-    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch.
-
-    They are tensors, NumPy arrays, or lists of either, in a layout of :func:`image_and_label`.
-    """
+    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch."""
     given, targets = image_and_label(batch, noun)
     images, labels = as_tensor(given), as_tensor(targets)
     is_batch = images is not None and images.ndim == 4 and images.is_floating_point()
@@ -328,10 +303,7 @@ def _name(value: object) -> str:
 
 
 def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
-    """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged.
-
-    Pixels are a tensor (C, H, W) or an array (H, W, C), either also without channels.
-    """
+    """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged."""
     if isinstance(given, str | Path):
         return {"path": str(given), "bytes": None}
     is_pixels = isinstance(given, Tensor | np.ndarray) and str(given.dtype).endswith("uint8")
@@ -346,41 +318,6 @@ def _is_label(label: object) -> bool:
     if isinstance(label, Tensor | np.ndarray):
         return label.ndim > 0 or isinstance(label.item(), int)
     return isinstance(label, int | np.integer)
-
-
-# Data sets whose items a loader transforms
-
-
-class ImageRows(Dataset[tuple[Any, Any]]):
-    """Rows of a ``datasets.Dataset`` as pairs of a transformed image and its label.
-
-    Attributes:
-        transform: Applied to each RGB image; None leaves it a PIL image.
-    """
-
-    def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
-        self.transform: Callable[[Image.Image], Any] | None = None
-        self._image, self._label = image_column(rows), label_column(rows)
-        self.rows = as_rgb(rows, column=self._image, background=background)
-        self._column = self.rows.features[self._image]
-        self._stored = self.rows
-        if is_plain(self.rows):
-            stored = self.rows.with_format(None).select_columns([self._image, self._label])
-            self._stored = stored.cast_column(self._image, datasets.Image(decode=False))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        row = self._stored[index]
-        image = read_image(row[self._image], index, self._column)
-        return (self.transform(image) if self.transform else image), row[self._label]
-
-    def fingerprint(self) -> str:
-        """Returns a digest of the images in their order, the labels and the transform."""
-        labels = [int(label) for label in self.rows.with_format("numpy")[self._label][:]]
-        images = images_fingerprint(self.rows, self._image)
-        return digest(images, labels, described(self.transform))
 
 
 class TransformedItems(Dataset[tuple[Any, Any]]):
@@ -425,9 +362,32 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
         return digest(dataset_fingerprint(self.items), described(self.transform))
 
 
+class ImageRows(TransformedItems):
+    """Rows of a ``datasets.Dataset`` as pairs of a transformed image and its label."""
+
+    def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
+        self._image, self._label = image_column(rows), label_column(rows)
+        super().__init__(as_rgb(rows, column=self._image, background=background))
+        self._column, self._stored = self.items.features[self._image], self.items
+        if is_plain(self.items):
+            stored = self.items.with_format(None).select_columns([self._image, self._label])
+            self._stored = stored.cast_column(self._image, datasets.Image(decode=False))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        row = self._stored[index]
+        image = read_image(row[self._image], index, self._column)
+        return (self.transform(image) if self.transform else image), row[self._label]
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        labels = [int(label) for label in self.items.with_format("numpy")[self._label][:]]
+        images = images_fingerprint(self.items, self._image)
+        return digest(images, labels, described(self.transform))
+
+
 # Data sets that have the items of another, and the attribute with that other.
 WRAPPERS = {
-    ImageRows: "rows",
+    ImageRows: "items",
     TransformedItems: "items",
     AugMixDataset: "dataset",
     ScheduledTransformDataset: "dataset",
