@@ -18,7 +18,6 @@ from torchvision.datasets import ImageFolder
 import timm_lt
 from timm_lt.checkpoint import background_of, read_checkpoint
 from timm_lt.cli.predict import ImageFiles, predict_files
-from timm_lt.data.columns import ImageRows, as_rgb
 from timm_lt.data.decode import (
     ImageError,
     check_classes_left,
@@ -31,6 +30,7 @@ from timm_lt.data.decode import (
 )
 from timm_lt.data.given import given_splits
 from timm_lt.data.images import StoredImages, decode_images
+from timm_lt.data.items import ImageRows, as_rgb
 from timm_lt.data.sources import dataset_from_files
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError, check_background

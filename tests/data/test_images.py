@@ -21,6 +21,9 @@ from timm_lt.samplers import create_sampler
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 
+ARRAYS = np.random.default_rng(0).integers(0, 256, (7, 6, 8, 3), dtype=np.uint8)
+ROWS = list(range(7))
+
 
 @pytest.fixture
 def accelerator():
@@ -29,95 +32,76 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def arrays(n=7, height=6, width=8):
-    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
-
-
 def tensors(**options):
-    images = torch.from_numpy(arrays()).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(ARRAYS).permute(0, 3, 1, 2).contiguous()
     return ImageTensors(images, torch.arange(7) % 3, **options)
 
 
-def test_decoding_gives_the_pixels_back_or_resizes_them_as_pillow_does():
-    dataset = dataset_from_arrays(arrays(), np.zeros(7, np.int64), ["a"])
+def test_decoding_gives_the_pixels_back_or_resizes_them_as_pillow_does(monkeypatch):
+    dataset = dataset_from_arrays(ARRAYS, np.zeros(7, np.int64), ["a"])
+    monkeypatch.setattr(images_module, "MAX_BYTES", 7 * 6 * 8 * 3)
     decoded = decode_images(dataset)
     assert decoded.dtype == torch.uint8
     assert decoded.is_contiguous()
-    assert (decoded.permute(0, 2, 3, 1).numpy() == arrays()).all()
+    assert (decoded.permute(0, 2, 3, 1).numpy() == ARRAYS).all()
     small = decode_images(dataset, size=(4, 5))
     assert small.shape == (7, 3, 4, 5)
-    for row, pixels in enumerate(arrays()):
+    for row, pixels in enumerate(ARRAYS):
         expected = Pillow.fromarray(pixels).resize((5, 4), Pillow.Resampling.BILINEAR)
         assert (small[row].permute(1, 2, 0).numpy() == np.asarray(expected)).all()
-
-
-def test_a_data_set_too_large_for_the_memory_is_refused(monkeypatch):
-    dataset = dataset_from_arrays(arrays(), np.zeros(7, np.int64), ["a"])
-    monkeypatch.setattr(images_module, "MAX_BYTES", 7 * 6 * 8 * 3)
-    assert len(decode_images(dataset)) == 7
     with pytest.raises(UsageError, match=r"7 images of 7x8 need more than .* GiB .* smaller"):
         decode_images(dataset, size=(7, 8))
 
 
 def test_labels_and_names_of_a_data_set():
-    dataset = dataset_from_arrays(arrays(), np.arange(7) % 3, ["a", "b", "c"])
-    assert label_tensor(dataset).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert label_tensor(dataset).dtype == torch.int64
-    assert label_names(dataset) == ["a", "b", "c"]
+    dataset = dataset_from_arrays(ARRAYS, np.arange(7) % 3, ["a", "b", "c"])
     plain = dataset.cast_column("label", Value("int32"))
-    assert label_names(plain) is None
-    assert label_tensor(plain).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    for rows, names in ((dataset, ["a", "b", "c"]), (plain, None)):
+        assert label_tensor(rows).equal(torch.arange(7) % 3)
+        assert label_names(rows) == names
     assert label_tensor(dataset.select([5, 0])).tolist() == [2, 0]
     for labels in ([0.0, 1.5], ["cat", "dog"]):
         with pytest.raises(UsageError, match="is not an integer"):
             label_tensor(Dataset.from_dict({"label": labels}))
 
 
-# Images in memory --------------------------------------------------------------------------------
-
-
 def test_a_batch_is_normalised_as_by_hand_and_an_item_is_its_row():
-    mean, std = (0.1, 0.5, 0.9), (0.2, 0.25, 0.5)
-    data = tensors(mean=mean, std=std)
+    mean, std = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.25, 0.5])
+    data = tensors(mean=mean.tolist(), std=std.tolist())
     images, targets = data.__getitems__([4, 0])
     assert images.dtype == torch.float32
-    for row, index in enumerate([4, 0]):
-        for c in range(3):
-            expected = (arrays()[index, :, :, c] / 255 - mean[c]) / std[c]
-            np.testing.assert_allclose(images[row, c].numpy(), expected, atol=1e-5)
+    expected = (ARRAYS[[4, 0]] / 255 - mean) / std
+    np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, atol=1e-5)
     assert targets.tolist() == [1, 0]
     assert data[4][0].equal(images[0])
-    # Any integer is a draw; going through the data set ends all the same.
+    # Any integer is a draw; iterating over the data set ends all the same.
     assert [int(target) for _, target in data] == data.labels.tolist()
 
 
 def test_draw_and_seed_choose_the_augmentation():
     one, two = (tensors(augmentation=create_augmentation("affine"), seed=s) for s in (0, 1))
-    rows = list(range(7))
-    first, targets = one.__getitems__(rows)
-    assert not first.equal(two.__getitems__(rows)[0])
+    first, targets = one.__getitems__(ROWS)
+    assert not first.equal(two.__getitems__(ROWS)[0])
     # Draws 21 to 27 are the same images again.
-    later, later_targets = one.__getitems__([21 + row for row in rows])
+    later, later_targets = one.__getitems__([21 + row for row in ROWS])
     assert later_targets.equal(targets)
-    for row in rows:
+    for row in ROWS:
         assert not first[row].equal(later[row])
         assert one[row][0].equal(first[row])
-    assert first.equal(one.__getitems__(rows)[0])
+    assert first.equal(one.__getitems__(ROWS)[0])
 
 
 def test_loaders_of_images_in_memory(accelerator):
     data = tensors(augmentation=create_augmentation("affine"))
-    plain = data.without_augmentation()
-    assert plain.images.data_ptr() == data.images.data_ptr()
     images, targets = zip(*data.eval_loader(3, accelerator), strict=True)
     assert [len(batch) for batch in images] == [3, 3, 1]
-    expected = tensors().__getitems__(list(range(7)))
+    expected = tensors().__getitems__(ROWS)
     assert torch.cat(images).equal(expected[0])
     assert torch.cat(targets).equal(expected[1])
     views = data.views_loader(3, accelerator)
     views.set_epoch(2)
     shown = torch.cat([images for images, _ in views])
-    assert shown.equal(data.__getitems__([14 + row for row in range(7)])[0])
+    assert shown.equal(data.__getitems__([14 + row for row in ROWS])[0])
     sampler = NumberedSampler(create_sampler("instance_balanced", data.labels), 7, 7)
     drawn, _ = zip(*data.train_loader(3, sampler, accelerator), strict=True)
     assert [len(batch) for batch in drawn] == [3, 3]
@@ -128,12 +112,8 @@ def test_loaders_of_images_in_memory(accelerator):
 
 N, SIDE = 12, 24
 LABELS = torch.arange(N) % 3
-PREPROCESSING = {
-    "mean": (0.4, 0.5, 0.6),
-    "std": (0.2, 0.3, 0.4),
-    "interpolation": "bicubic",
-    "crop_pct": 0.8,
-}
+PREPROCESSING = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+PREPROCESSING |= {"interpolation": "bicubic", "crop_pct": 0.8}
 RANDOM = {"auto_augment": "rand-m9-mstd0.5", "scale": (0.3, 1.0), "color_jitter": 0.3}
 
 
@@ -144,9 +124,9 @@ def png(seed):
     return buffer.getvalue()
 
 
-def rows(files=None):
-    files = [{"bytes": png(row), "path": None} for row in range(N)] if files is None else files
-    columns = Columns({"image": Image(), "label": Value("int64")})
+def rows(files=None, mode=None):
+    files = files or [{"bytes": png(row), "path": None} for row in range(N)]
+    columns = Columns({"image": Image(mode), "label": Value("int64")})
     return Dataset.from_dict({"image": files, "label": LABELS[: len(files)]}, columns)
 
 
@@ -177,13 +157,12 @@ def test_evaluation_is_timms_transform(accelerator, workers):
 
 def test_a_draw_is_augmented_the_same_in_every_batch_and_worker(accelerator):
     first, targets = epoch(stored(augmentation=RANDOM), accelerator)
-    for workers, batch_size in ((0, 6), (1, 4), (2, 3)):
+    for workers, batch_size in ((0, 6), (2, 3)):
         data = stored(augmentation=RANDOM, workers=workers)
         images, again = epoch(data, accelerator, batch_size=batch_size)
         assert again.equal(targets)
         assert images.equal(first)
     # Of 24 draws of 12 images, no two look the same, nor do those of another epoch or seed.
-    assert len(first.flatten(1).unique(dim=0)) == 24
     later, _ = epoch(stored(augmentation=RANDOM), accelerator, number=1)
     other, _ = epoch(stored(augmentation=RANDOM, seed=2), accelerator)
     assert len(torch.cat([first, later, other]).flatten(1).unique(dim=0)) == 3 * 24
@@ -209,35 +188,28 @@ def test_images_are_decoded_as_datasets_does(tmp_path, mode, by_path):
     turned = Pillow.Exif()
     turned[Pillow.ExifTags.Base.Orientation] = 6
     files = []
-    for number, (stored_mode, options) in enumerate(
-        [("RGB", {}), ("L", {}), ("RGBA", {}), ("P", {}), ("CMYK", {}), ("RGB", {"exif": turned})]
-    ):
-        image = Pillow.open(io.BytesIO(png(number))).convert(stored_mode)
-        path = tmp_path / f"{number}.{'jpg' if stored_mode == 'CMYK' else 'png'}"
-        image.save(path, **options)
-        content = None if by_path else path.read_bytes()
-        files.append({"bytes": content, "path": str(path) if by_path else None})
-    columns = Columns({"image": Image(mode), "label": Value("int64")})
-    labels = torch.zeros(len(files), dtype=torch.int64)
-    dataset = Dataset.from_dict({"image": files, "label": labels}, columns)
-    sizes = set()
-    for row, image in enumerate(StoredImages(dataset, labels, size=(8, 8), preprocessing={})):
-        assert np.array_equal(image[0], dataset[row]["image"].convert("RGB"))
-        sizes.add(image[0].size)
-    assert sizes == {(40, 30), (30, 40)}
+    for number, kind in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "RGB")):
+        path = tmp_path / f"{number}.{'jpg' if kind == 'CMYK' else 'png'}"
+        image = Pillow.open(io.BytesIO(png(number))).convert(kind)
+        image.save(path, **{"exif": turned} if number == 5 else {})
+        file = {"bytes": None, "path": str(path)}
+        files.append(file if by_path else {"bytes": path.read_bytes(), "path": None})
+    dataset = rows(files, mode)
+    found = [image for image, _ in stored(dataset)]
+    assert {image.size for image in found} == {(40, 30), (30, 40)}
+    for row, image in enumerate(found):
+        assert np.array_equal(image, dataset[row]["image"].convert("RGB"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", [b"", b"no image", png(3)[:-200]])
+@pytest.mark.parametrize("damage", [b"", png(3)[:-200]])
 def test_unreadable_images_are_skipped_and_counted(accelerator, workers, damage):
     files = [{"bytes": png(row), "path": None} for row in range(N)]
     files[5]["bytes"] = damage
     data = stored(rows(files), workers=workers, unreadable="skip")
     assert data.unreadable_rows() == []
     targets = torch.cat([targets for _, targets in data.eval_loader(5, accelerator)])
-    expected = LABELS.clone()
-    expected[5] = -1
-    assert targets.equal(expected)
+    assert targets.equal(LABELS.where(torch.arange(N) != 5, -1))
     assert data.unreadable_rows() == [5]
     with pytest.raises(UsageError, match=r"the split: image 5 cannot be decoded: .* --data.unread"):
         stored(rows(files), name="the split")[5]
@@ -249,7 +221,6 @@ def test_unreadable_images_are_skipped_and_counted(accelerator, workers, damage)
         ({"auto_augmet": "rand-m9"}, "'auto_augmet' .did you mean 'auto_augment'"),
         ({"auto_augment": "rind-m9"}, "augmentation .*rind-m9.* is not valid: .*Unknown"),
         ({"sampler": None}, "'sampler' is set automatically; remove it"),
-        ({"interpolation": "cubical"}, "augmentation .*cubical.* is not valid"),
     ],
 )
 def test_wrong_augmentation_options_are_named(options, message):

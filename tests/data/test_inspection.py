@@ -16,9 +16,9 @@ from PIL import Image
 
 from timm_lt.cli import main
 from timm_lt.data import inspect_splits
-from timm_lt.data.columns import as_rgb
 from timm_lt.data.inspection import DuplicateImage as Copy
 from timm_lt.data.inspection import find_duplicates
+from timm_lt.data.items import as_rgb
 from timm_lt.utils.console import pillow_warnings_ignored
 
 NAMES = ["a", "b", "c"]

@@ -25,9 +25,9 @@ from timm_lt.cli.common import (
     parse_options,
     show_result,
 )
-from timm_lt.data.columns import as_rgb
 from timm_lt.data.folder import list_folder
 from timm_lt.data.inspection import SHOWN, Duplicates, Inspection, Sizes, inspect_splits
+from timm_lt.data.items import as_rgb
 from timm_lt.data.list_files import read_image_list
 from timm_lt.data.lists import located
 from timm_lt.data.sources import checked_source, dataset_from_files, find_root, find_splits

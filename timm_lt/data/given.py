@@ -13,19 +13,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_hfds import ReaderHfds
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import default_loader, pil_loader
 
-from timm_lt.data.columns import image_column, label_column
 from timm_lt.data.decode import read_image, upright, with_alpha
-from timm_lt.data.fingerprint import reads_as
 from timm_lt.data.images import MAX_BYTES
-from timm_lt.data.items import ACCEPTED, as_image, check_dataset, drawn_item, flattened, is_plain
+from timm_lt.data.items import (
+    ACCEPTED,
+    as_image,
+    check_dataset,
+    drawn_item,
+    flattened,
+    folder_samples,
+    image_column,
+    is_plain,
+    label_column,
+    reads_as,
+)
 from timm_lt.data.list_files import note_unused
-from timm_lt.data.sources import SPLIT_WORDS, dataset_from_images
+from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files, dataset_from_images
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import Problems, UsageError, unknown_name
 from timm_lt.utils.console import log
@@ -72,41 +80,37 @@ def dataset_labels(dataset: Dataset[Any] | datasets.Dataset, column: str | None 
     for number, part in enumerate(parts):
         here = np.flatnonzero(part_of == number)
         if len(here):
-            stored, rows = _stored_labels(part, column), row_of[here]
+            stored, rows = _labels_of_items(part, column), row_of[here]
             values = _drawn(part, rows, column) if stored is None else check_labels(stored)[rows]
             labels[here] = check_labels(values).numpy()
     return check_labels(labels)
 
 
-def _stored_labels(dataset: Any, column: str | None = None) -> Any:  # noqa: ANN401
-    """Returns the labels of a data set whose class says where they are; None for others."""
-    match dataset:
-        case datasets.Dataset() if is_plain(dataset):
-            return _column(dataset, label_column(dataset, column))
-        case TensorDataset() if reads_as(dataset, TensorDataset) and len(dataset.tensors) > 1:
-            return dataset.tensors[1]
-        case ImageDataset() if reads_as(dataset, ImageDataset):
-            return _transformed(_reader_labels(dataset.reader), dataset.target_transform)
-        case DatasetFolder() if reads_as(dataset, DatasetFolder):
-            return _transformed([label for _, label in dataset.samples], dataset.target_transform)
-    return None
-
-
-def _column(dataset: datasets.Dataset, column: str) -> Labels:
-    values: Labels = dataset.with_format("numpy")[column][:]
-    return values
-
-
-def _reader_labels(reader: Any) -> Labels | None:  # noqa: ANN401 - timm's readers have no types
-    """Returns the labels of a reader of timm, if it keeps them."""
-    if not type(reader).__module__.startswith("timm.data.readers."):
+def _labels_of_items(data: Any, column: str | None) -> Any:  # noqa: ANN401 - of any class
+    """Returns the labels of the items of a known class; None for others."""
+    if isinstance(data, datasets.Dataset):
+        return _stored_labels(data, column) if is_plain(data) else None
+    if not reads_as(data, TensorDataset, ImageDataset, DatasetFolder):
         return None
-    if isinstance(reader, ReaderHfds):
-        return list(reader.iter_targets())
-    labels: Labels | None = getattr(reader, "targets", None)
-    if labels is None and hasattr(reader, "samples"):
-        return [label for _, label in reader.samples]
-    return labels
+    return _transformed(_stored_labels(data), getattr(data, "target_transform", None))
+
+
+def _stored_labels(data: Any, column: str | None = None) -> Any:  # noqa: ANN401 - of any class
+    """Returns the labels that a data set stores where its class does, before a transform."""
+    match data:
+        case datasets.Dataset():
+            return data.with_format("numpy")[label_column(data, column)][:]
+        case TensorDataset() if len(data.tensors) > 1:
+            return data.tensors[1]
+        case DatasetFolder():
+            return [label for _, label in data.samples]
+        case ImageDataset(reader=ReaderHfds()):
+            return list(data.reader.iter_targets())
+        case ImageDataset() if type(data.reader).__module__.startswith("timm.data.readers."):
+            if hasattr(data.reader, "targets") or not hasattr(data.reader, "samples"):
+                return getattr(data.reader, "targets", None)
+            return [label for _, label in data.reader.samples]
+    return None
 
 
 def _transformed(labels: Any, transform: Any) -> Any:  # noqa: ANN401 - of any class
@@ -143,15 +147,10 @@ def _drawn(dataset: Any, rows: NDArray[np.int64], column: str | None) -> Labels:
                 labels = candidate.numpy()[rows]
                 firsts = np.unique(labels, return_index=True)[1]
                 sample = np.concatenate([some, firsts])
-                if all(_is_equal(label_of(int(rows[n])), int(labels[n])) for n in sample):
+                if all(np.array_equal(label_of(int(rows[n])), labels[n]) for n in sample):
                     return labels
             log.info("drawing all %d items of a %s for their labels", len(rows), kind)
         return [label_of(row) for row in rows.tolist()]
-
-
-def _is_equal(drawn: object, label: int) -> bool:
-    is_number = isinstance(drawn, int | np.integer | Tensor | np.ndarray) and np.ndim(drawn) == 0
-    return is_number and bool(drawn == label)
 
 
 def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any class
@@ -161,7 +160,7 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
     names = dict.fromkeys(("targets", "labels", *getattr(dataset, "__dict__", ())))
     kept: list[Any] = [getattr(dataset, name, None) for name in names]
     if isinstance(dataset, datasets.Dataset):
-        kept = [_column(dataset, label_column(dataset))]
+        kept = [_stored_labels(dataset)]
     for values in kept:
         columns = [values]
         if hasattr(values, "iloc"):
@@ -177,27 +176,12 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
 
 
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
-    """Returns a data set of any kind as splits with the columns ``image`` and ``label``.
+    """Returns a data set, or a mapping of them by split, with the columns ``image`` and ``label``.
 
     Files stay files, which are opened when they are drawn: those of torchvision's ``ImageFolder``
     and of timm's ``ImageDataset`` of a folder, also in a ``Subset`` or ``ConcatDataset``. Their
     transforms are not used. Every other data set, such as one with a ``__getitem__`` or ``loader=``
     of its own, has its items drawn here, and their images are kept in memory as PNG.
-
-    >>> from PIL import Image
-    >>> pairs = [(Image.new("RGB", (4, 4)), 0), ("bee.jpg", 1)]
-    >>> given_splits({"train": pairs, "validation": pairs})["val"]["label"][:]
-    [0, 1]
-
-    Args:
-        data: The training images: a ``datasets.Dataset``, or items of an image (of PIL, uint8
-            pixels as a tensor or array, or the path of a file) and its label (tuples, or mappings
-            with keys such as ``"image"`` and ``"label"``). Or a mapping of ``train``, ``val`` and
-            ``test``, or other usual names of splits, to such data sets.
-
-    Raises:
-        UsageError: If it is none of these, images are tensors or do not fit in memory, or a label
-            is not an integer from 0 to the number of classes.
     """
     splits: dict[str, datasets.Dataset] = {}
     problems = Problems()
@@ -220,72 +204,65 @@ def _as_dataset(data: Any) -> datasets.Dataset:  # noqa: ANN401 - of any class
         plain = data.with_format(None)
         return plain.rename_columns({old: new for old, new in columns.items() if old != new})
     parts, part_of, row_of = flattened(data)
-    files = [known for part in parts if (known := _files(part)) is not None]
-    if len(files) == len(parts):
-        rows = zip(part_of.tolist(), row_of.tolist(), strict=True)
-        samples = [files[part][row] for part, row in rows]
-    else:
+    files = [_files(part) for part in parts]
+    images: list[dict[str, Any]] = []
+    if None in files:
         with _drawing():
-            samples = _drawn_samples(data)
-    labels = check_labels([label for _, label in samples])
+            images, drawn = _drawn_samples(data)
+        labels = check_labels(drawn)
+    else:
+        labels = dataset_labels(data)
     found = {
         tuple(_class_names(part, row_of[part_of == number], labels[part_of == number]) or ())
         for number, part in enumerate(parts)
     }
-    names = found.pop() if len(found) == 1 else ()
+    names = list(found.pop()) if len(found) == 1 else []
     check_labels(labels, len(names) or None)
-    images = [image for image, _ in samples]
-    return dataset_from_images(images, labels.numpy(), list(names) or None)
+    if images:
+        return dataset_from_images(images, labels.numpy(), names or None)
+    paths = [(files[part] or [])[row] for part, row in zip(part_of, row_of, strict=True)]
+    return dataset_from_files(paths, labels.numpy(), names or None)
 
 
-def _files(data: object) -> list[tuple[dict[str, Any], Any]] | None:
-    """Returns the files of a data set and their labels, if its items are nothing else."""
-    if isinstance(data, DatasetFolder) and reads_as(data, DatasetFolder):
-        samples = data.samples if data.loader in LOADERS else None
-    elif isinstance(data, ImageDataset) and reads_as(data, ImageDataset):
-        is_folder = type(data.reader) is ReaderImageFolder and data.input_img_mode in MODES
-        samples = data.reader.samples if is_folder else None
-    else:
+def _files(data: Any) -> list[str] | None:  # noqa: ANN401 - of any class
+    """Returns the files of a data set, if its images are nothing else."""
+    samples = folder_samples(data)
+    loader, mode = getattr(data, "loader", default_loader), getattr(data, "input_img_mode", None)
+    if samples is None or loader not in LOADERS or mode not in MODES:
         return None
-    transform = data.target_transform or (lambda label: label)
-    return samples and [
-        ({"bytes": None, "path": str(path)}, transform(label)) for path, label in samples
-    ]
+    return [str(path) for path, _ in samples]
 
 
 def _class_names(data: Any, rows: NDArray[np.int64], labels: Tensor) -> list[str] | None:  # noqa: ANN401
     """Returns the class names of a data set, unless it stores other labels of the rows."""
-    stored: Any = None
+    names: Any = getattr(data, "classes", None)
     if isinstance(data, datasets.Dataset):
-        column = label_column(data)
-        names = getattr(data.features[column], "names", None)
-        stored = data.with_format(None)[column][:]
+        names = getattr(data.features[label_column(data)], "names", None)
     elif isinstance(data, ImageDataset):
         numbers = getattr(data.reader, "class_to_idx", None) or {}
-        names, stored = sorted(numbers, key=numbers.__getitem__), _reader_labels(data.reader)
-    else:
-        names = getattr(data, "classes", None)
-        stored = [label for _, label in data.samples] if isinstance(data, DatasetFolder) else None
-    if stored is not None and [stored[row] for row in rows] != labels.tolist():
+        names = sorted(numbers, key=numbers.__getitem__)
+    stored = _stored_labels(data)
+    if stored is not None and not np.array_equal(np.asarray(stored)[rows], labels):
         return None
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         return None
     return list(names) if 0 < len(names) == len(set(names)) else None
 
 
-def _drawn_samples(items: Any) -> list[tuple[dict[str, Any], Any]]:  # noqa: ANN401 - of any class
-    """Draws all items, whose images are encoded without loss."""
-    samples, size, kind = [], 0, type(items).__name__
+def _drawn_samples(items: Any) -> tuple[list[dict[str, Any]], list[Any]]:  # noqa: ANN401
+    """Draws all items, whose images are encoded without loss; returns images and labels."""
+    images, labels, size, kind = [], [], 0, type(items).__name__
     for row in range(len(items)):
         image, label = drawn_item(items, row)
-        samples.append((_encoded(image, row, kind), label))
-        size += len(samples[-1][0]["bytes"] or b"")
+        images.append(_encoded(image, row, kind))
+        labels.append(label)
+        size += len(images[-1]["bytes"] or b"")
         if size > MAX_BYTES:
             raise UsageError(
                 f"the images of a {kind} need more than {MAX_BYTES / 2**30:.0f} GiB of memory; "
                 "pass the paths of their files instead of images"
             )
-    return samples
+    return images, labels
 
 
 def _encoded(given: object, row: int, kind: str) -> dict[str, Any]:

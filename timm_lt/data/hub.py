@@ -6,21 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from timm_lt.data.columns import UNLABELLED, arrow_column, image_column, label_column, read_labels
 from timm_lt.data.decode import is_remote
 from timm_lt.data.folder import visible_files
-from timm_lt.data.images import label_names, label_tensor, relabelled
+from timm_lt.data.items import image_column, label_column, label_kind, type_name
 from timm_lt.data.list_files import note_unused
-from timm_lt.data.sources import SPLIT_WORDS, Split, register_dataset
-from timm_lt.data.splits import hold_out_split, leave_out_small
-from timm_lt.utils.checks import Problems, UsageError, check_choice, check_number, shown_names
+from timm_lt.data.sources import SPLIT_WORDS, Split, label_feature, register_dataset
+from timm_lt.data.splits import LabelArray, hold_out_split, leave_out_small
+from timm_lt.utils.checks import Problems, UsageError, check_choice, shown_names
 from timm_lt.utils.hub import hub_errors, split_revision
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 # Files of save_to_disk.
 SAVED = ("state.json", "dataset_dict.json")
 SHARD = re.compile(r"-\d+-of-\d+$")
+UNLABELLED = -1
 
 Incomplete = Literal["raise", "drop"]
 
@@ -52,9 +52,8 @@ def hub(
 ) -> "dict[Split, Dataset]":
     """Builds the splits of a data set of the Hub, or of local files.
 
-    Splits are found by name, see :func:`choose_splits`, and columns by type and name, see
-    :func:`~timm_lt.data.columns.image_column` and :func:`~timm_lt.data.columns.label_column`. With
-    a training split alone, a part of each class becomes the test split. No code of a repo is run.
+    Splits are found by name, and columns by type and name. With a training split alone, a part of
+    each class becomes the test split. No code of a repo is run.
 
     Args:
         repo: ``namespace/name`` or ``namespace/name@revision`` of a data set on the Hub.
@@ -84,7 +83,6 @@ def hub(
             if rows have no label or image; or if the labels are not those of classes.
     """
     check_choice("incomplete of data set 'hub':", incomplete, get_args(Incomplete))
-    check_number("test_fraction of data set 'hub'", test_fraction, "(0, 1)")
     if (repo is None) == (root is None) or (revision and (root or "@" in str(repo))):
         raise UsageError(
             "data set 'hub' needs either repo, NAMESPACE/NAME on the Hub with at most one "
@@ -94,31 +92,41 @@ def hub(
         tables = _read_local(Path(root).expanduser(), config, cache_dir)
     else:
         tables = _read_repo(str(repo), revision, config, cache_dir)
-    names = choose_splits(list(tables), train=train, val=val, test=test)
+    chosen = choose_splits(list(tables), train=train, val=val, test=test)
+    is_held_out = chosen["test"] == chosen["train"]
+    if is_held_out:
+        del chosen["test"]
     problems = Problems(str(repo or root))
-    tables = {name: tables[name] for name in dict.fromkeys(names.values())}
-    for name, table in tables.items():
+    columns: dict[Split, Dataset] = {}
+    for split, name in chosen.items():
+        table = tables[name]
         with problems.collected(f"split {name!r}: "):
             image, label = image_column(table, image), label_column(table, label)
+            columns[split] = table.with_format(None).select_columns([image, label])
     problems.check()
-    unused = {*tables[names["train"]].column_names} - {image, label}
+    unused = {*tables[chosen["train"]].column_names} - {image, label}
     note_unused(problems.owner, sorted(unused))
     with _readable(f"column {label!r}"):
-        labels, class_names = read_labels(tables, str(label))
-        rows = {
-            name: _labelled(table, str(image), labels[name], class_names)
-            for name, table in tables.items()
-        }
-    for name in rows:
-        split = next(split for split in names if names[split] == name)
+        labels, class_names = _read_labels(columns, str(label))
+        rows = {split: _images(table, str(image)) for split, table in columns.items()}
+    kept: dict[Split, LabelArray] = {}
+    for split, name in chosen.items():
         with problems.collected(f"split {name!r} "):
-            rows[name] = _complete(rows[name], labels[name], split, incomplete)
+            kept[split] = _complete(rows[split], labels[split], split, incomplete)
     problems.check()
-    splits = _without_small({split: rows[name] for split, name in names.items()}, min_images)
-    if names["test"] == names["train"]:
-        del splits["test"]
-        return hold_out_split(splits, "test", test_fraction, root=root)
-    return splits
+    if min_images is not None:
+        complete = {split: labels[split][kept[split]] for split in kept}
+        large, numbers, class_names = leave_out_small(complete, class_names, min_images)
+        for split in kept:
+            kept[split] = kept[split][large[split]]
+            labels[split] = np.full_like(labels[split], UNLABELLED)
+            labels[split][kept[split]] = numbers[split]
+    feature = label_feature(class_names)
+    splits = {
+        split: rows[split].add_column("label", labels[split], feature=feature).select(kept[split])
+        for split in rows
+    }
+    return hold_out_split(splits, "test", test_fraction, root=root) if is_held_out else splits
 
 
 def choose_splits(
@@ -128,21 +136,13 @@ def choose_splits(
     val: str | None = None,
     test: str | None = None,
 ) -> dict[Split, str]:
-    """Chooses the splits for training, validation and testing.
+    """Chooses the splits for training, validation and testing, by their names unless given.
 
-    A split without a given name is found by :data:`~timm_lt.data.sources.SPLIT_WORDS`. Without a
-    test split, the validation split is the test split, unless its name is given; without either,
-    the training split is (a part of it is then held out). ``"val"`` is missing where validation
-    images are held out of the training split.
+    Without a test split, it is the validation split, else the training split, of which a part is
+    then held out. ``"val"`` is missing where validation images are held out of train.
 
     >>> choose_splits(["train", "validation"])
     {'train': 'train', 'test': 'validation'}
-    >>> choose_splits(["train", "validation", "test"], val="train")
-    {'train': 'train', 'test': 'test'}
-
-    Raises:
-        UsageError: If a name is unknown, several splits could be meant, there is no training split,
-            or one split would be both validation and test.
     """
     trained = _find_split("train", train, available)
     validated, tested = _find_split("val", val, available), _find_split("test", test, available)
@@ -156,9 +156,10 @@ def choose_splits(
             f"split {tested!r} cannot be validation and test at once: name another one with val= "
             f"or test=, or {trained!r} to hold out a part of it"
         )
-    if validated in (None, trained):
-        return {"train": str(trained), "test": str(tested)}
-    return {"train": str(trained), "val": str(validated), "test": str(tested)}
+    chosen: dict[Split, str | None] = {"train": trained, "val": validated, "test": tested}
+    if validated == trained:
+        del chosen["val"]
+    return {split: name for split, name in chosen.items() if name is not None}
 
 
 def _find_split(split: Split, name: str | None, available: Sequence[str]) -> str | None:
@@ -185,13 +186,9 @@ def _read_repo(
     repo_id, own_revision = split_revision(repo)
     revision = own_revision or revision
     with hub_errors(repo), _readable(repo):
-        builder = load_dataset_builder(
-            # Without hf://, a local folder of this name would be read instead.
-            f"hf://datasets/{repo_id}",
-            config,
-            revision=revision,
-            cache_dir=cache_dir and str(cache_dir),
-        )
+        # Without hf://, a local folder of this name would be read instead.
+        path = f"hf://datasets/{repo_id}"
+        builder = load_dataset_builder(path, config, revision=revision, cache_dir=cache_dir)
         if revision is not None and isinstance(builder, Cache):
             # The Hub cannot be reached, and the library takes any commit in its cache.
             card = try_to_load_from_cache(
@@ -220,7 +217,7 @@ def _read_local(
         with _readable(folder):
             saved = load_from_disk(str(folder))
             return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    files = {"train": [folder]} if folder.is_file() else find_tables(folder)
+    files = {"train": [folder]} if folder.is_file() else _find_tables(folder)
     kind = next((paths[0].suffix for paths in files.values()), "")
     if kind not in (".parquet", ".arrow"):
         raise UsageError(
@@ -229,19 +226,16 @@ def _read_local(
         )
     tables = {}
     for split, paths in files.items():
-        _check_class_names(map(str, paths))
         with _readable(paths[0]):
+            _check_class_names(map(str, paths))
             # The library takes the paths for patterns.
-            tables[split] = load_dataset(
-                kind[1:],
-                data_files=[glob.escape(str(path.absolute())) for path in paths],
-                split="train",
-                cache_dir=cache_dir and str(cache_dir),
-            )
+            patterns = [glob.escape(str(path.absolute())) for path in paths]
+            options = {"split": "train", "cache_dir": cache_dir}
+            tables[split] = load_dataset(kind[1:], data_files=patterns, **options)
     return tables
 
 
-def find_tables(root: Path) -> dict[str, list[Path]]:
+def _find_tables(root: Path) -> dict[str, list[Path]]:
     """Finds the parquet files of a folder, or else its arrow files, by split.
 
     The split of a file is a folder that is named like a split, or its own name without the number
@@ -261,17 +255,13 @@ def _check_class_names(files: Iterable[str], filesystem: object = None) -> None:
     """Checks that parquet files have the same class names; the library takes the first ones."""
     from datasets import ClassLabel, Features
 
-    first: dict[str, tuple[str, list[str]]] = {}
-    for file in files:
-        if not file.endswith(".parquet"):
-            continue
+    first: dict[str, tuple[str, object]] = {}
+    for file in (file for file in files if file.endswith(".parquet")):
         with _readable(file):
             features = Features.from_arrow_schema(pq.read_schema(file, filesystem=filesystem))
         for column, feature in features.items():
-            if not isinstance(feature, ClassLabel):
-                continue
-            other, names = first.setdefault(column, (file, feature.names))
-            if feature.names != names:
+            other, kind = first.setdefault(column, (file, feature))
+            if isinstance(feature, ClassLabel) and feature != kind:
                 raise UsageError(
                     f"{file} and {other} have different class names in column {column!r}; write "
                     "both files with the same ClassLabel"
@@ -288,52 +278,88 @@ def _readable(name: object) -> Iterator[None]:
     except UsageError:
         raise
     except (DatasetsError, OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
-        cause: BaseException = error
-        while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
-            cause = cause.__cause__
+        is_general = isinstance(error, DatasetGenerationError) and error.__cause__ is not None
+        cause = error.__cause__ if is_general else error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise UsageError(f"{name} cannot be read: {reason}") from error
 
 
-def _labelled(
-    table: "Dataset", image: str, labels: NDArray[np.int64], names: list[str] | None
-) -> "Dataset":
-    """Returns a table with the columns image and label alone."""
-    from datasets import ClassLabel, Image, Value
+def _read_labels(
+    tables: "Mapping[Split, Dataset]", column: str
+) -> tuple[dict[Split, LabelArray], list[str] | None]:
+    """Reads the labels of all splits as integers, -1 where there is none, and the class names.
 
-    rows = table.with_format(None).select_columns(image)
-    rows = rows if image == "image" else rows.rename_column(image, "image")
-    feature = Value("int64") if names is None else ClassLabel(names=names)
-    return rows.cast_column("image", Image(mode="RGB")).add_column("label", labels, feature=feature)
+    The names of a ``ClassLabel`` are those of the training split; splits with another order are
+    renumbered. Texts are names, sorted over all splits. Integers have no names.
+    """
+    expected = tables["train"].features[column]
+    names: list[str] | None = getattr(expected, "names", None)
+    values = {}
+    for split, table in tables.items():
+        feature, array = table.features[column], _arrow_column(table, column)
+        own: list[str] | None = getattr(feature, "names", None)
+        other = sorted({*(own or ())} - {*(names or ())})
+        if other or label_kind(feature) != label_kind(expected):
+            raise UsageError(
+                f"the labels of split {split!r}, {shown_names(other) or type_name(feature)}, are "
+                f"not among those of split 'train' ({type_name(expected)})"
+            )
+        if own is not None:
+            numbers = pc.if_else(pc.less(array, 0), None, array)
+            array = pa.chunked_array([pa.array(own, pa.string())]).take(numbers)
+        values[split] = array
+    if label_kind(expected) != "integers":
+        texts = {text for array in values.values() for text in pc.unique(array).to_pylist()}
+        names = names or sorted(text for text in texts if text and text.strip())
+        known = pa.array(names, pa.string())
+        for split, array in values.items():
+            values[split] = pc.index_in(array.cast(pa.string()), value_set=known)
+    labels = {
+        split: np.array(array.cast(pa.int64()).fill_null(UNLABELLED))
+        for split, array in values.items()
+    }
+    return labels, names
+
+
+def _arrow_column(table: "Dataset", column: str) -> pa.ChunkedArray:
+    """Returns a column as it is stored."""
+    return cast(pa.Table, table.select_columns(column).with_format("arrow")[:]).column(0)
+
+
+def _images(table: "Dataset", column: str) -> "Dataset":
+    """Returns the column of images alone, as ``image``."""
+    from datasets import Image
+
+    rows = table.select_columns(column)
+    rows = rows if column == "image" else rows.rename_column(column, "image")
+    return rows.cast_column("image", Image(mode="RGB"))
 
 
 def _complete(
-    rows: "Dataset", labels: NDArray[np.int64], split: Split, incomplete: Incomplete
-) -> "Dataset":
-    """Returns a split without its incomplete rows, or raises if there are any."""
+    rows: "Dataset", labels: LabelArray, split: Split, incomplete: Incomplete
+) -> LabelArray:
+    """Returns the rows with an image and a label, or raises if others are an error."""
     unlabelled = np.flatnonzero(labels == UNLABELLED).tolist()
-    without_image = rows_without_image(rows)
-    problems = Problems()
-    if unlabelled and len(unlabelled) == len(labels):
-        problems.add(
+    without_image = _rows_without_image(rows)
+    if len(unlabelled) == len(labels) > 0:
+        raise UsageError(
             f"has no labels, so it cannot be the {split} split; name another one with {split}=, or "
             "the training split to hold out a part of it"
         )
-    elif incomplete == "raise":
-        for noun, found in (("a label", unlabelled), ("an image", without_image)):
-            if found:
-                problems.add(
-                    f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; "
-                    "add what is missing, or leave out these rows with incomplete=drop"
-                )
+    problems = Problems()
+    for noun, found in (("a label", unlabelled), ("an image", without_image)):
+        if found and incomplete == "raise":
+            problems.add(
+                f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; add "
+                "what is missing, or leave out these rows with incomplete=drop"
+            )
     problems.check()
-    dropped = unlabelled + without_image
-    return rows.select(np.setdiff1d(np.arange(len(rows)), dropped)) if dropped else rows
+    return np.setdiff1d(np.arange(len(rows)), unlabelled + without_image)
 
 
-def rows_without_image(rows: "Dataset") -> list[int]:
+def _rows_without_image(rows: "Dataset") -> list[int]:
     """Finds the rows without an image, with an empty one, or with a file that does not exist."""
-    images = arrow_column(rows, "image")
+    images = _arrow_column(rows, "image")
     sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
     paths = pc.struct_field(images, "path").to_pylist()
     return [
@@ -341,17 +367,3 @@ def rows_without_image(rows: "Dataset") -> list[int]:
         for row, (size, path) in enumerate(zip(sizes, paths, strict=True))
         if not size and (size == 0 or path is None or not (is_remote(path) or Path(path).is_file()))
     ]
-
-
-def _without_small(
-    splits: "Mapping[Split, Dataset]", min_images: int | None
-) -> "dict[Split, Dataset]":
-    """Returns the splits without the classes that have too few training images."""
-    if min_images is None:
-        return dict(splits)
-    labels = {split: label_tensor(rows).numpy() for split, rows in splits.items()}
-    kept, labels, names = leave_out_small(labels, label_names(splits["train"]), min_images)
-    return {
-        split: relabelled(rows.select(kept[split]), labels[split], names)
-        for split, rows in splits.items()
-    }

@@ -3,15 +3,16 @@
 import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, DatasetInfo, Value
+from datasets import ClassLabel, Dataset, DatasetInfo
+from datasets.fingerprint import generate_random_fingerprint
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -31,7 +32,8 @@ from timm_lt.data.decode import (
     unreadable_images,
 )
 from timm_lt.data.fingerprint import described, digest, images_fingerprint, tensor_fingerprint
-from timm_lt.data.loader import InOrder, create_loader, prepared_loader
+from timm_lt.data.loader import InOrder, Loader, create_loader
+from timm_lt.data.sources import label_feature
 from timm_lt.samplers.streams import keyed
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError
@@ -52,26 +54,11 @@ Order = Sampler[int] | None
 Purpose = Literal["train", "eval", "views"]
 
 
-class TrainLoader(Protocol):
-    """Yields the batches of an epoch on the device, normalised."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the 0-based epoch of the next iteration."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields (images (B, 3, H, W), targets (B,))."""
-
-
 class Images(TorchDataset[Any], ABC):
     """An image data set for training, in memory or not; its items are draws.
 
     A draw is ``t N + i``: draw t of image i, of N. It is augmented the same in every batch, process
-    and worker.
-
-    Attributes:
-        labels: (N,) int64.
-        size: (H, W) of the images in a batch.
-        unreadable: Whether an image that cannot be read is an error or has the target -1.
+    and worker. An image that cannot be read is an error, or has the target -1.
     """
 
     def __init__(self, labels: Tensor, size: tuple[int, int], unreadable: Unreadable) -> None:
@@ -83,15 +70,15 @@ class Images(TorchDataset[Any], ABC):
 
     def train_loader(
         self, batch_size: int, sampler: Sampler[int], accelerator: Accelerator
-    ) -> TrainLoader:
+    ) -> Loader:
         """Creates a loader of augmented images, in whole batches over all processes."""
         return self._loader("train", batch_size, sampler, accelerator)
 
-    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Iterable[Batch]:
+    def eval_loader(self, batch_size: int, accelerator: Accelerator) -> Loader:
         """Creates a loader of all images in order, not augmented."""
         return self._loader("eval", batch_size, None, accelerator)
 
-    def views_loader(self, batch_size: int, accelerator: Accelerator) -> TrainLoader:
+    def views_loader(self, batch_size: int, accelerator: Accelerator) -> Loader:
         """Creates a loader of all images in order, augmented; each epoch is another view.
 
         View v of image i is draw ``v N + i``, whatever the batches and the processes.
@@ -101,7 +88,7 @@ class Images(TorchDataset[Any], ABC):
     @abstractmethod
     def _loader(
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
-    ) -> TrainLoader:
+    ) -> Loader:
         """Creates a loader; in training, a last batch that is not full is dropped."""
 
     @abstractmethod
@@ -110,13 +97,11 @@ class Images(TorchDataset[Any], ABC):
 
     def unreadable_rows(self) -> list[int]:
         """Returns the rows of the images that this process and its workers could not read."""
-        rows: list[int] = self._missing.nonzero().flatten().tolist()
-        return rows
+        return [int(row) for row in self._missing.nonzero()]
 
     def huge_rows(self) -> list[int]:
         """Returns the rows of the images read from files that Pillow warns of for their size."""
-        rows: list[int] = self._huge.nonzero().flatten().tolist()
-        return rows
+        return [int(row) for row in self._huge.nonzero()]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,19 +112,16 @@ class Images(TorchDataset[Any], ABC):
 
 
 class ImageTensors(Images):
-    """An image-classification data set as one tensor, with augmentation and normalisation.
+    """Images (N, 3, H, W), uint8, in memory, which are augmented and normalised when drawn.
 
     Args:
-        images: All images, (N, 3, H, W) uint8.
+        images: All images.
         labels: Their labels, (N,) int64.
         mean: Mean of each channel, fractions of full scale, (3,).
         std: Standard deviation of each channel, (3,).
         augmentation: Applied to each batch before normalisation.
         seed: Seed of the augmentation.
         missing: Rows of images that could not be read; their target is -1.
-
-    Shape:
-        A batch is (images (B, 3, H, W) float32, targets (B,) int64).
     """
 
     def __init__(
@@ -162,22 +144,17 @@ class ImageTensors(Images):
         self._missing[list(missing)] = True
         self._targets = labels.masked_fill(self._missing, UNREADABLE)
 
-    def without_augmentation(self) -> "ImageTensors":
-        """Returns the same images without augmentation, sharing their memory."""
-        plain = copy.copy(self)
-        plain.augmentation = NoAugmentation()
-        return plain
-
     def _loader(
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
-    ) -> TrainLoader:
-        data, whole = self.without_augmentation() if purpose == "eval" else self, purpose == "train"
+    ) -> Loader:
+        data = copy.copy(self)
+        if purpose == "eval":
+            data.augmentation = NoAugmentation()
         # The result of __getitems__ is a batch already.
         loader: DataLoader[Batch] = DataLoader(
-            data, batch_size, sampler=sampler, drop_last=whole, collate_fn=tuple
+            data, batch_size, sampler=sampler, drop_last=purpose == "train", collate_fn=tuple
         )
-        prepared: TrainLoader = prepared_loader(loader, accelerator)
-        return prepared
+        return Loader(loader, None, accelerator)
 
     def fingerprint(self) -> str:
         """Returns a digest of the images in their order, the labels and the transform."""
@@ -209,23 +186,22 @@ def decode_images(
 
     Images of another size (H, W) are resized, bilinear; without one, it is that of the first image.
     The list ``missing`` receives the rows of images that cannot be decoded, which become black.
-
-    Raises:
-        UsageError: If the data set is too large for the memory, no image can be decoded, or one
-            cannot be and there is no ``missing``; names all such rows.
     """
     images: NDArray[np.uint8] | None = None
-    reasons: dict[int, tuple[str, str]] = {}
+    reasons: dict[str, str] = {}
+    unread: list[int] = []
     column = dataset.features["image"]
     huge: list[str] = []
     for row, encoded in enumerate(encoded_images(dataset)):
+        name = image_name(encoded["image"], row)
         try:
             image = decode_column(encoded["image"], column)
         except ImageError as error:
-            reasons[row] = image_name(encoded["image"], row), str(error)
+            reasons[name] = str(error)
+            unread.append(row)
             continue
         if is_huge(image.size):
-            huge.append(image_name(encoded["image"], row))
+            huge.append(name)
         if images is None:
             height, width = size or (image.height, image.width)
             images = _empty_images(len(dataset), height, width)
@@ -234,11 +210,11 @@ def decode_images(
     if huge:
         log.info("%s", describe_huge(len(huge), len(dataset), huge))
     if reasons and missing is None:
-        raise unreadable_images(dict(reasons.values()), len(dataset))
+        raise unreadable_images(reasons, len(dataset))
     if images is None:
         raise UsageError(f"none of the {len(dataset)} images can be read")
     if missing is not None:
-        missing += reasons
+        missing += unread
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -271,22 +247,18 @@ def label_names(dataset: Dataset) -> list[str] | None:
 
 def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | None) -> Dataset:
     """Returns a data set with other labels (N,) and class names (C,); images are not copied."""
-    rows = np.arange(len(dataset))
-    if dataset._indices is not None:
-        rows = dataset._indices.column(0).to_numpy()
-    whole = np.zeros(len(dataset.data), np.int64)
-    whole[rows] = labels
+    whole, selected = np.zeros(len(dataset.data), np.int64), dataset._indices
+    whole[slice(None) if selected is None else selected.column(0).to_numpy()] = labels
     features = dataset.features.copy()
-    features["label"] = Value("int64") if names is None else ClassLabel(names=names)
+    features["label"] = label_feature(names)
     index = dataset.data.column_names.index("label")
     table = dataset.data.table.set_column(index, "label", pa.array(whole))
     found = Dataset(
         table.replace_schema_metadata(None),
         info=DatasetInfo(features=features),
-        split=dataset.split,
-        indices_table=dataset._indices,
+        indices_table=selected,
         # Otherwise all bytes of the table are hashed.
-        fingerprint=digest(dataset._fingerprint, labels.tolist(), names)[:16],
+        fingerprint=generate_random_fingerprint(),
     )
     form = dataset.format
     return found.with_format(
@@ -295,7 +267,7 @@ def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | N
 
 
 class StoredImages(Images):
-    """An image-classification data set whose images are decoded and transformed when drawn.
+    """Images of a data set, which are decoded and transformed by timm when drawn.
 
     Random numbers of timm's transforms are a function of (seed, draw), in any process and worker.
 
@@ -336,9 +308,8 @@ class StoredImages(Images):
         self._key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
         self._workers = workers
         try:
-            for option in self._augmentation:
-                if option in RESERVED:
-                    raise ValueError(f"{option!r} is set automatically; remove it")
+            if reserved := self._augmentation.keys() & RESERVED:
+                raise ValueError(f"{min(reserved)!r} is set automatically; remove it")
             options = self._preprocessing | self._augmentation
             create_loader(copy.copy(self), (3, *size), 1, is_training=True, **options)
         except (AssertionError, TypeError, ValueError, KeyError) as error:
@@ -347,7 +318,7 @@ class StoredImages(Images):
 
     def _loader(
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
-    ) -> TrainLoader:
+    ) -> Loader:
         options = self._preprocessing | ({} if purpose == "eval" else self._augmentation)
         if purpose != "train":
             # Workers for evaluation would stay alive, and idle, during training.

@@ -1,10 +1,11 @@
-"""Images and labels of any data set or batch, in whatever layout they come."""
+"""Images and labels of any data set or batch: their columns, their layout, and their decoding."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from warnings import catch_warnings
 
 import datasets
@@ -13,19 +14,31 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import AugMixDataset, ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import to_pil_image
 
-from timm_lt.data.columns import ImageRows
-from timm_lt.data.decode import read_image
-from timm_lt.data.fingerprint import dataset_fingerprint, described, digest, reads_as
+from timm_lt.data.decode import decode_column, read_image
+from timm_lt.data.fingerprint import (
+    KEY,
+    described,
+    digest,
+    file_fingerprint,
+    images_fingerprint,
+    tensor_fingerprint,
+)
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError
+from timm_lt.utils.checks import WHITE, UsageError, check_background
 from timm_lt.utils.longtail import check_labels
 
+# Names of columns of labels, compared without case.
+LABEL_NAMES = (
+    *("label", "labels", "target", "targets", "class", "classes", "class_name", "class_label"),
+    *("category", "fine_label", "label_name", "species", "y"),
+)
 # Keys of images and of labels in a sample or batch that is a mapping; the first present is used.
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
@@ -38,14 +51,12 @@ ACCEPTED = (
     "any other data set or list of pairs of an image (of PIL, uint8, or the path of a file) and "
     "its label"
 )
+# Attributes of torchvision's folders and of timm's ImageDataset that change their items.
+OPTIONS = "transform", "target_transform", "transforms", "loader", "input_img_mode", "load_bytes"
 
 
 def check_dataset(data: object, *, streams: bool = False) -> None:
-    """Checks that a data set has a length and random access, or is an ``IterableDataset`` of torch.
-
-    Raises:
-        UsageError: If it has not, or is one although ``streams`` is False.
-    """
+    """Checks that a data set has a length and random access, or is a stream of torch if allowed."""
     is_stream = isinstance(data, IterableDataset)
     known = isinstance(data, Dataset | datasets.Dataset | Sequence) and not isinstance(data, str)
     if not known or (is_stream and not streams) or not (is_stream or hasattr(data, "__len__")):
@@ -57,13 +68,110 @@ def check_dataset(data: object, *, streams: bool = False) -> None:
         )
 
 
+@dataclass
+class RGBImage(datasets.Image):  # type: ignore[misc]
+    """A column of images that timm_lt decodes to RGB, on the colour ``background`` (#rrggbb)."""
+
+    background: str = WHITE
+
+    def decode_example(self, value: dict[str, Any], **_: object) -> Image.Image:
+        """Decodes an image as a run does."""
+        return decode_column(value, self)
+
+
+def as_rgb(
+    dataset: datasets.Dataset, *, column: str = "image", background: object = None
+) -> datasets.Dataset:
+    """Returns a data set whose images are always decoded by timm_lt, on a background.
+
+    None keeps the background of the column, or takes white; then a data set with a transform of its
+    own is returned unchanged.
+    """
+    old = dataset.features.get(column)
+    if not isinstance(old, datasets.Image) or (background is None and not is_plain(dataset)):
+        return dataset
+    color = getattr(old, "background", WHITE)
+    color = color if background is None else check_background(background)
+    new = RGBImage(mode=old.mode, background=color)
+    return dataset if old == new else dataset.cast_column(column, new)
+
+
 def is_plain(rows: datasets.Dataset) -> bool:
     """Tells whether a ``datasets.Dataset`` has no transform of its own."""
     return bool(rows.format["type"] != "custom")
 
 
+def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
+    """Finds the column of images: of type ``Image``, else a struct of bytes and path, else binary.
+
+    Of several columns of a type, the one called ``image`` is taken. A given column is checked.
+    """
+    kinds = rows.features.items()
+    images = [name for name, kind in kinds if isinstance(kind, datasets.Image)]
+    encoded = [n for n, kind in kinds if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
+    binary = [name for name, kind in kinds if type_name(kind) in ("binary", "large_binary")]
+    return _choose("image", rows, column, images + encoded + binary, images, encoded, binary)
+
+
+def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
+    """Finds the column of labels: ``label`` or ``labels`` with integers, else a ``ClassLabel``.
+
+    Otherwise it is a column of integers or texts with a usual name such as ``target`` or ``class``.
+    Of several columns, the one called ``label`` is taken. A given column is checked.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        raise UsageError(f"a {_name(rows)} is not a datasets.Dataset, so has no columns")
+    kinds = {name: label_kind(kind) for name, kind in rows.features.items()}
+    accepted = [name for name, kind in kinds.items() if kind]
+    integers = [name for name in ("label", "labels") if kinds.get(name) in ("names", "integers")]
+    classes = [name for name in accepted if kinds[name] == "names"]
+    named = [name for name in accepted if name.casefold() in LABEL_NAMES]
+    return _choose("label", rows, column, accepted, integers[:1], classes, named)
+
+
+def _choose(
+    noun: str, rows: datasets.Dataset, column: str | None, accepted: list[str], *found: list[str]
+) -> str:
+    """Returns the named column if it is accepted, or the only one of the first non-empty list."""
+    if column in accepted:
+        return column
+    names = next(filter(None, found), [])
+    if column is None and (noun in names or len(names) == 1):
+        return noun if noun in names else names[0]
+    problem = f"no column {column!r} of {noun}s" if column else f"no column of {noun}s"
+    if column is None and names:
+        problem = f"several columns could be the {noun}: {', '.join(names)}; name one"
+    columns = [f"{name} ({type_name(kind)})" for name, kind in rows.features.items()]
+    raise UsageError(f"{problem}; the columns are {', '.join(columns) or 'none'}")
+
+
+def label_kind(feature: object) -> Literal["names", "integers", "texts"] | None:
+    """Returns the kind of labels in a column of this type; None for a type without labels."""
+    if isinstance(feature, datasets.ClassLabel):
+        return "names"
+    kind = type_name(feature)
+    if isinstance(feature, datasets.Value) and "int" in kind:
+        return "integers"
+    return "texts" if kind in ("string", "large_string", "string_view") else None
+
+
+def type_name(feature: object) -> str:
+    """Returns the name of a column's type, for messages."""
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def reads_as(data: object, *known: type) -> bool:
+    """Tells whether a data set has the items of a known class that it is derived from."""
+    methods = ("__getitem__", "__getitems__", "__len__")
+    return any(
+        isinstance(data, cls)
+        and all(getattr(type(data), name, None) is getattr(cls, name, None) for name in methods)
+        for cls in known
+    )
+
+
 def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
-    """Returns the data sets that a ``Subset``, ``ConcatDataset`` or wrapper takes its items from.
+    """Returns the data sets inside a ``Subset``, ``ConcatDataset`` or wrapper.
 
     And for each item the number of its data set and its row there, (N,).
     """
@@ -85,6 +193,37 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
     return [data], np.zeros(len(data), np.int64), np.arange(len(data))
 
 
+def folder_samples(data: Any) -> list[tuple[str, Any]] | None:  # noqa: ANN401 - of any class
+    """Returns the files and labels of a folder of torchvision or timm; None for others."""
+    if reads_as(data, DatasetFolder):
+        return list(data.samples)
+    # Other readers of timm may read anything.
+    if reads_as(data, ImageDataset) and type(data.reader) is ReaderImageFolder:
+        return list(data.reader.samples)
+    return None
+
+
+def dataset_fingerprint(data: object) -> str:
+    """Returns a digest of the samples of a data set in their order, and of its transform.
+
+    Supported are data sets with a method ``fingerprint() -> str``, timm's ``ImageDataset`` of a
+    folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them; not
+    classes derived from these with a ``__getitem__`` of their own.
+    """
+    fingerprint = getattr(data, "fingerprint", None)
+    if callable(fingerprint):
+        return str(fingerprint())
+    if isinstance(data, Subset) and reads_as(data, Subset):
+        return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
+    if isinstance(data, TensorDataset) and reads_as(data, TensorDataset):
+        return digest(*map(tensor_fingerprint, data.tensors))
+    samples = folder_samples(data)
+    if samples is None:
+        raise UsageError(f"the samples of a {_name(data)} have no fingerprint; {KEY}")
+    files = [[file_fingerprint(path), int(target)] for path, target in samples]
+    return digest(files, described([getattr(data, name, None) for name in OPTIONS]))
+
+
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
     """Returns image and label of a data set's item."""
     noun = f"item {row} of a {_name(items)}"
@@ -98,14 +237,8 @@ def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of an
 def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
     """Returns image and label of a sample, or images and labels of a batch.
 
-    >>> image_and_label({"image": "ant.png", "label": 3}, "item 0")
-    ('ant.png', 3)
-
     It is a tuple or list that begins with image and label, whatever follows; or a mapping with one
     of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
-
-    Raises:
-        UsageError: If image or label is missing; says what was found.
     """
     if isinstance(sample, Mapping):
         names = {str(name).lower(): name for name in reversed(list(sample))}
@@ -121,13 +254,7 @@ def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
 
 
 def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
-    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch.
-
-    They are tensors, NumPy arrays, or lists of either, in a layout of :func:`image_and_label`.
-
-    Raises:
-        UsageError: If they have another shape or type, or their numbers differ.
-    """
+    """Returns images (B, C, H, W), floating point, and labels (B,), integers, of a batch."""
     given, targets = image_and_label(batch, noun)
     images, labels = as_tensor(given), as_tensor(targets)
     is_batch = images is not None and images.ndim == 4 and images.is_floating_point()
@@ -175,16 +302,31 @@ def _name(value: object) -> str:
     return type(value).__name__
 
 
-class TransformedItems(Dataset[tuple[Any, Any]]):
-    """Items of a data set as pairs of a transformed image and its label.
+def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
+    """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged."""
+    if isinstance(given, str | Path):
+        return {"path": str(given), "bytes": None}
+    is_pixels = isinstance(given, Tensor | np.ndarray) and str(given.dtype).endswith("uint8")
+    # Pixels with another number of channels or dimensions stay as they are.
+    with suppress(ValueError, TypeError):
+        return to_pil_image(given) if is_pixels else given
+    return given
 
-    Args:
-        items: A data set whose items have an image (of PIL, the path of a file, or uint8 as a
-            tensor or array) and a label; see :func:`image_and_label`.
-        takes_tensors: Whether floating-point tensors pass unchanged, without the transform.
+
+def _is_label(label: object) -> bool:
+    """Tells whether a label is an integer, or dense; timm's loader would truncate a fraction."""
+    if isinstance(label, Tensor | np.ndarray):
+        return label.ndim > 0 or isinstance(label.item(), int)
+    return isinstance(label, int | np.integer)
+
+
+class TransformedItems(Dataset[tuple[Any, Any]]):
+    """Items of any data set as pairs of a transformed image and its label.
+
+    With ``takes_tensors``, floating-point tensors pass unchanged, without the transform.
 
     Attributes:
-        transform: Applied to each image, RGB; None leaves it a PIL image.
+        transform: Applied to each RGB image; None leaves it a PIL image.
     """
 
     def __init__(self, items: Any, *, takes_tensors: bool = False) -> None:  # noqa: ANN401
@@ -220,27 +362,36 @@ class TransformedItems(Dataset[tuple[Any, Any]]):
         return digest(dataset_fingerprint(self.items), described(self.transform))
 
 
+class ImageRows(TransformedItems):
+    """Rows of a ``datasets.Dataset`` as pairs of a transformed image and its label."""
+
+    def __init__(self, rows: datasets.Dataset, *, background: object = None) -> None:
+        self._image, self._label = image_column(rows), label_column(rows)
+        super().__init__(as_rgb(rows, column=self._image, background=background))
+        self._column, self._stored = self.items.features[self._image], self.items
+        if is_plain(self.items):
+            stored = self.items.with_format(None).select_columns([self._image, self._label])
+            self._stored = stored.cast_column(self._image, datasets.Image(decode=False))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        row = self._stored[index]
+        image = read_image(row[self._image], index, self._column)
+        return (self.transform(image) if self.transform else image), row[self._label]
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the images in their order, the labels and the transform."""
+        labels = [int(label) for label in self.items.with_format("numpy")[self._label][:]]
+        images = images_fingerprint(self.items, self._image)
+        return digest(images, labels, described(self.transform))
+
+
 # Data sets that have the items of another, and the attribute with that other.
 WRAPPERS = {
-    ImageRows: "rows",
+    ImageRows: "items",
     TransformedItems: "items",
     AugMixDataset: "dataset",
     ScheduledTransformDataset: "dataset",
 }
-
-
-def as_image(given: Any) -> Any:  # noqa: ANN401 - of any class
-    """Returns uint8 pixels as a PIL image, a path as an encoded image, and all else unchanged.
-
-    Pixels are a tensor (C, H, W) or an array (H, W, C), either also without channels.
-    """
-    if isinstance(given, str | Path):
-        return {"path": str(given), "bytes": None}
-    is_pixels = isinstance(given, Tensor | np.ndarray) and str(given.dtype).endswith("uint8")
-    # Pixels with another number of channels or dimensions stay as they are.
-    with suppress(ValueError, TypeError):
-        return to_pil_image(given) if is_pixels else given
-    return given
 
 
 def with_transform(data: Any, *, takes_tensors: bool) -> Any:  # noqa: ANN401 - of any class
@@ -265,10 +416,3 @@ def _uses_transform(data: Any) -> bool:  # noqa: ANN401 - of any class
         return False
     is_pair = isinstance(item, tuple) and len(item) == 2
     return is_pair and item[0] is made and _is_label(item[1])
-
-
-def _is_label(label: object) -> bool:
-    """Tells whether a label is an integer, or dense; timm's loader would truncate a fraction."""
-    if isinstance(label, Tensor | np.ndarray):
-        return label.ndim > 0 or isinstance(label.item(), int)
-    return isinstance(label, int | np.integer)

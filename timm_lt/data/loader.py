@@ -21,9 +21,8 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_lt.data.columns import ImageRows
 from timm_lt.data.decode import CAUGHT, is_worker_death
-from timm_lt.data.items import check_dataset, is_plain, with_transform
+from timm_lt.data.items import ImageRows, check_dataset, is_plain, with_transform
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
 from timm_lt.utils.checks import UsageError, unknown_name

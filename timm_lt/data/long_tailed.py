@@ -10,9 +10,8 @@ from timm_lt.utils.checks import UsageError, check_integer, shown_names
 from timm_lt.utils.files import sha256
 from timm_lt.utils.longtail import Labels, Profile, check_labels, class_counts, long_tailed_counts
 
-from .columns import label_column
 from .given import dataset_labels
-from .items import check_dataset
+from .items import check_dataset, label_column
 
 if TYPE_CHECKING:
     from datasets import Dataset

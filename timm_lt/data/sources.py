@@ -76,11 +76,7 @@ def list_datasets() -> list[str]:
 
 
 def check_protocol(name: str, protocol: str) -> None:
-    """Checks that a data set may be used under a protocol, ``"standard"`` or ``"paper"``.
-
-    Raises:
-        UsageError: If either is unknown, or no paper selected on the test split of the data set.
-    """
+    """Checks that a data set may be used under a protocol, ``"standard"`` or ``"paper"``."""
     check_choice("data set", name, tuple(DATASETS))
     check_choice("protocol", protocol, get_args(SelectionProtocol))
     if protocol == "paper" and name not in SELECTED_ON_TEST:
@@ -135,8 +131,7 @@ def find_splits(
 def _build(
     name: str, splits: Sequence[str], root: str | Path | None, options: dict[str, Any]
 ) -> "dict[str, Dataset]":
-    """Builds those of the splits that a data set has."""
-    from timm_lt.data.columns import as_rgb
+    from timm_lt.data.items import as_rgb
 
     source = checked_source(name, root, options)
     parameters = inspect.signature(source).parameters.values()
@@ -159,11 +154,7 @@ def checked_source(
 
 
 def find_root(root: str | Path) -> str:
-    """Returns the absolute path of a folder that holds files; symbolic links are kept.
-
-    Raises:
-        UsageError: If it does not exist or is not a folder.
-    """
+    """Returns the absolute path of a folder after checking that it exists; links are kept."""
     path = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() follows links
     if not Path(path).is_dir():
         fault = "is not a folder" if Path(path).exists() else "does not exist"
@@ -174,9 +165,7 @@ def find_root(root: str | Path) -> str:
 class Paths(Sequence[str]):
     """Paths of files in an Arrow array, which takes the bytes of each and 4 or 8 more.
 
-    Args:
-        strings: The paths.
-        step: Every ``step``-th string of each chunk of an Arrow array is a path.
+    Only every ``step``-th string of each chunk of an Arrow array is a path.
     """
 
     def __init__(self, strings: "Iterable[str] | pa.ChunkedArray", step: int = 1) -> None:
@@ -223,11 +212,7 @@ class Paths(Sequence[str]):
 def dataset_from_files(
     paths: Sequence[str], labels: NDArray[np.int64], names: list[str] | None
 ) -> "Dataset":
-    """Makes a data set of image files, which are opened when an item is read.
-
-    Shape:
-        ``paths (N,)``; ``labels (N,)``; ``names (C,)``, if the classes have names.
-    """
+    """Makes a data set of image files (N,), which are opened when an item is read."""
     content = pa.scalar(None, pa.binary())
     images = pc.make_struct(content, pa.array(paths, pa.string()), field_names=["bytes", "path"])
     return dataset_from_images(images, labels, names)
@@ -236,11 +221,7 @@ def dataset_from_files(
 def dataset_from_arrays(
     images: NDArray[np.uint8], labels: NDArray[np.int64], names: list[str]
 ) -> "Dataset":
-    """Makes a data set of images in memory, encoded as BMP files.
-
-    Shape:
-        ``images (N, H, W, 3)``, RGB; ``labels (N,)``, in [0, len(names)).
-    """
+    """Makes a data set of RGB images in memory, (N, H, W, 3), encoded as BMP files."""
     encoded = []
     for pixels in images:
         file = io.BytesIO()
@@ -255,13 +236,19 @@ def dataset_from_images(
     names: list[str] | None,
 ) -> "Dataset":
     """Makes a data set of encoded images: mappings of bytes and path, or a column of them."""
-    from datasets import ClassLabel, Dataset, Features, Image, Value
+    from datasets import Dataset, Features, Image
 
-    label = Value("int64") if names is None else ClassLabel(names=names)
-    schema = Features({"image": Image(mode="RGB"), "label": label}).arrow_schema
+    schema = Features({"image": Image(mode="RGB"), "label": label_feature(names)}).arrow_schema
     if not isinstance(images, pa.Array | pa.ChunkedArray):
         kind = schema.field("image").type
         # One array holds up to 2 GiB.
         chunks = [images[row : row + ROWS] for row in range(0, len(images), ROWS)]
         images = pa.chunked_array([pa.array(chunk, kind) for chunk in chunks], kind)
     return Dataset(pa.table({"image": images, "label": labels}).cast(schema))
+
+
+def label_feature(names: list[str] | None) -> Any:  # noqa: ANN401 - datasets has no types
+    """Returns the type of a column of labels with class names (C,), or without."""
+    from datasets import ClassLabel, Value
+
+    return Value("int64") if names is None else ClassLabel(names=names)

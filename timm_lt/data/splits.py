@@ -18,7 +18,6 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_lt.data.columns import as_rgb
 from timm_lt.data.decode import Unreadable, note_damaged_files, shown_path
 from timm_lt.data.images import (
     ImageTensors,
@@ -28,7 +27,7 @@ from timm_lt.data.images import (
     label_tensor,
     relabelled,
 )
-from timm_lt.data.items import check_dataset
+from timm_lt.data.items import as_rgb, check_dataset
 from timm_lt.data.sources import (
     SPLIT_WORDS,
     Paths,
@@ -44,6 +43,7 @@ from timm_lt.utils.checks import (
     check_integer,
     check_number,
     shown_names,
+    user_errors,
 )
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import Labels, SelectionProtocol, check_labels, class_counts
@@ -134,8 +134,7 @@ def hold_out_split(
 ) -> dict[Any, Dataset]:
     """Returns the splits of a data set; a missing validation or test split is held out of train.
 
-    The same images are held out whatever the order of the files and the folder above ``root``; see
-    :func:`hold_out` and :func:`image_keys`.
+    The same images are held out whatever the order of the files and the folder above ``root``.
     """
     if split in datasets:
         return dict(datasets)
@@ -157,12 +156,8 @@ def leave_out_small(
 ) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str]]:
     """Leaves out the classes with fewer than ``min_images`` training images, and logs them.
 
-    Returns:
-        The remaining rows by split, their new labels, and the remaining class names; classes
-        without names are named by their labels.
-
-    Raises:
-        UsageError: If ``min_images`` is not a positive integer, or no class has so many images.
+    Returns the remaining rows by split, their new labels, and the remaining class names, which are
+    the labels of classes without names.
     """
     check_integer("min_images", min_images, minimum=1)
     counts = Counter(labels["train"].tolist())
@@ -230,15 +225,7 @@ def _class_titles(classes: LabelArray, names: Sequence[str] | None) -> str:
 
 @dataclass
 class ImageFiles:
-    """Image files with labels, and all problems that keep a run from training on them.
-
-    Attributes:
-        root: Folder of the files; the hold-out depends on their paths below it.
-        problems: The problems so far.
-        files: The files by split.
-        labels: Their labels by split, (N,).
-        names: Class names, (C,), if known.
-    """
+    """Image files below a root with labels, and all problems that keep a run from training."""
 
     root: str
     problems: Problems
@@ -251,10 +238,7 @@ class ImageFiles:
     ) -> None:
         """Leaves out small classes, if ``min_images`` is given, and notes problems of the others.
 
-        Args:
-            held_out: The splits that will be held out of train.
-            min_images: See :func:`leave_out_small`.
-            num_classes: Least number of classes C, for labels without names.
+        ``num_classes`` is the least number of classes C, for labels without names.
         """
         if min_images is not None:
             rows, self.labels, self.names = leave_out_small(self.labels, self.names, min_images)
@@ -274,10 +258,7 @@ class ImageFiles:
         note_classes(self.problems, self.labels, number, self.names, held_out)
 
     def splits(self, *, test_fraction: float = 0.2, seed: int = 0) -> dict[Any, Dataset]:
-        """Returns the splits, or raises all problems, to which damaged files are then added.
-
-        A missing test split is held out; see :func:`hold_out`.
-        """
+        """Returns the splits, or raises all problems, to which damaged files are then added."""
         if self.problems.found:
             note_damaged_files(self.problems, self.files)
         self.problems.check()
@@ -292,8 +273,8 @@ class ImageFiles:
 def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | bytes] | None:
     """Returns a key for each image that depends on no other image, to hold images out by.
 
-    The key of a file is its path, see :func:`path_keys`; that of an image stored in the data set
-    is the end of its bytes and their number. None if the images are stored in another way.
+    It is the path of a file, or the end of an image's bytes and their number. None if the images
+    are stored in another way.
     """
     column = dataset.data.column("image")
     if not pa.types.is_struct(column.type):
@@ -475,10 +456,8 @@ class Splits:
             UsageError: If an image cannot be read, unless such images are to be skipped.
         """
         missing: list[int] | None = None if unreadable == "raise" else []
-        problems = Problems()
-        with problems.collected(f"{split} split: "):
+        with user_errors(f"{split} split", UsageError):
             images = decode_images(self.datasets[split], size, missing=missing)
-        problems.check()
         return ImageTensors(images, self.labels[split], missing=missing or (), **options)
 
     def stored_images(self, split: Split, **options: Any) -> StoredImages:

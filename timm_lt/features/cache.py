@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
 from timm_lt.data.fingerprint import (
-    dataset_fingerprint,
     described,
     digest,
     plain_options,
     qualified_name,
     tensor_fingerprint,
 )
+from timm_lt.data.items import dataset_fingerprint
 from timm_lt.data.loader import InOrder
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
@@ -252,7 +252,7 @@ def backbone_fingerprint(model: nn.Module, classifier: str) -> str:
     state = {name: tensor_fingerprint(tensor) for name, tensor in tensors if outside(name)}
     # Strides, the kind of pooling and the like are in no tensor.
     parts = {
-        name: [qualified_name(type(part)), part.extra_repr(), plain_options(part)]
+        name: [str(type(part)), part.extra_repr(), plain_options(part)]
         for name, part in model.named_modules()
         if outside(name)
     }
@@ -265,7 +265,7 @@ def samples_fingerprint(
     """Returns a digest of the samples of a loader in their order, with their transform.
 
     The loader is given by its layers, its batch sampler and its number of images. A key stands for
-    samples that cannot be identified, see :func:`~timm_lt.data.fingerprint.dataset_fingerprint`.
+    samples that cannot be identified, see :func:`~timm_lt.data.items.dataset_fingerprint`.
     """
     if batches is not None and not isinstance(batches.sampler, SequentialSampler | InOrder):
         raise UsageError(

@@ -211,7 +211,7 @@ def extract_features(
             ``views_loader``, view v of an image has the same augmentation whatever came before.
         key: Stands for the samples in their order with their transform where these cannot be
             identified, as for a list of batches; see
-            :func:`~timm_lt.data.fingerprint.dataset_fingerprint`. It must change with the samples.
+            :func:`~timm_lt.data.items.dataset_fingerprint`. It must change with the samples.
 
     Returns:
         Features on the CPU: values (K N, D) in ``dtype``, and targets (K N,).
