@@ -226,7 +226,7 @@ JSON_FAULTS = {
     "image": (coco(images=[{"id": 5, "file_name": "y"}]), "no image has the id 7$"),
     "category": (coco(categories=[{"id": "90", "name": "a"}]), "no category has the id 90, 1$"),
     "two": (coco(annotations=TWICE), r"1 images have annotations of different categories: y\.jpg"),
-    "bare": (coco(annotations=[]), "is empty: it names no image with a label"),
+    "bare": (coco(annotations=[]), "is empty: it has no image with a label"),
     "id": (coco(images=[{"id": 5.5, "file_name": "y"}]), "an integer or a text; .* 5.5"),
     "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "several have the image id 5"),
 }
