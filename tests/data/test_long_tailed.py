@@ -102,7 +102,7 @@ def test_the_column_of_labels_can_be_named():
         (
             # int(20 * 2^(-i/3)) = 20, 15, 12, 10
             datasets.Dataset.from_dict({"label": [0] * 3 + [1] * 20 + [2] * 20 + [3]}),
-            "2 of 4 classes .*: class 0 has 3, not 20, class 3 has 1, not 10; .* class has, 20",
+            "2 of 4 classes .*: class 0 has 3, not 20, class 3 has 1, not 10; .* balanced",
         ),
         (balanced(3, 10).to_iterable_dataset(), "IterableDataset is not a data set with a length"),
         (datasets.DatasetDict(train=balanced(3, 10)), "pass one of its splits"),
