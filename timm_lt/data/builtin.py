@@ -149,8 +149,8 @@ def smooth_noise(
 ) -> Floats:
     """Draws coarse noise within ``amplitude`` of 0 and interpolates it to (N, channels, 32, 32)."""
     coarse = rng.uniform(-amplitude, amplitude, (number, channels, knots, knots))
-    coarse = torch.from_numpy(coarse.astype(np.float32))
-    return np.asarray(F.interpolate(coarse, size=SIZE, mode="bilinear", align_corners=True))
+    grid = torch.from_numpy(coarse.astype(np.float32))
+    return np.asarray(F.interpolate(grid, size=SIZE, mode="bilinear", align_corners=True))
 
 
 def pixel_grid() -> tuple[Floats, Floats]:

@@ -188,17 +188,16 @@ def _read(
     with user_errors(name, OSError, RuntimeError, ValueError, UsageError, cure=expected):
         folder = None if root is None else Path(root).expanduser()
         copy = _read_any(spec, folder, cache_dir)
-    problems = Problems(name)
     for split, number in spec.per_class.items():
         names = label_names(copy[split])
         counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
-        if names != spec.names:
-            problems.add(f"{split} has the classes {shown_names(names or [])}")
-        elif counts != [number] * len(spec.names):
-            pairs = zip(spec.names, counts, strict=False)
-            wrong = [f"{n} of {name}" for name, n in pairs if n != number]
-            problems.add(f"{split} needs {number} images of each class, found {shown_names(wrong)}")
-    problems.check()
+        found = dict(zip(names or [], counts, strict=False))
+        if found != dict.fromkeys(spec.names, number) or names != spec.names:
+            wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
+            raise UsageError(
+                f"{name}: {split} needs {number} images of {shown_names(spec.names)}, found "
+                f"{shown_names(wrong or list(found))}"
+            )
     return copy
 
 

@@ -403,22 +403,16 @@ def verify_images(
     Each process checks its share of the files.
     """
     first, step = accelerator.process_index, accelerator.num_processes
-    ours = [
-        (split, image)
-        for split, data in datasets.items()
-        for image in find_damaged(data, range(first, len(data), step))
-    ]
-    damaged: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
-    for split, image in sorted(gather_object(ours)):
-        damaged[split].append(image)
-    problems = Problems()
-    for split, images in damaged.items():
+    problems, rows = Problems(), {}
+    for split, data in datasets.items():
+        images = sorted(gather_object(find_damaged(data, range(first, len(data), step))))
         if images and unreadable == "skip":
-            log.info("%d of %d %s images cannot be read", len(images), len(datasets[split]), split)
+            log.info("%d of %d %s images cannot be read", len(images), len(data), split)
         else:
-            note_damaged(problems, split, images, len(datasets[split]))
+            note_damaged(problems, split, images, len(data))
+        rows[split] = [image.row for image in images]
     problems.check()
-    return {split: [image.row for image in images] for split, images in damaged.items()}
+    return rows
 
 
 def note_damaged(

@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 # Beginning of an absolute path: a slash, or on Windows a drive or a share.
 ABSOLUTE = r"^(/|[A-Za-z]:[/\\]|\\\\)"
-# Parts of a path that can be spelled in another way.
-UNTIDY = r"(^|/)\.{0,2}/|/\.{1,2}$"
 # Data sets of published lists, each with a file of its name in FACTS.
 PUBLISHED = ("imagenet_lt", "places_lt", "inat2018")
 FACTS = Path(__file__).parent / "facts"
@@ -87,29 +86,19 @@ def note_repeats(
     problems: Problems, files: Mapping[Split, Paths], labels: Mapping[Split, LabelArray]
 ) -> None:
     """Notes images that are listed more than once, in one list or in several."""
-    chunks = [chunk for paths in files.values() for chunk in _tidy(paths).chunks]
-    every = pa.chunked_array(chunks, pa.string())
-    counts = pc.value_counts(every)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated) == 0:
+    counts = Counter(os.path.normpath(path) for paths in files.values() for path in paths)
+    repeated = {path: list[str]() for path, number in counts.items() if number > 1}
+    if not repeated:
         return
-    lines = [f"{split} {label}" for split in files for label in labels[split].tolist()]
-    shown = []
-    for path in repeated[:6]:
-        rows = pc.indices_nonzero(pc.equal(every, path)).to_pylist()
-        shown.append(f"{path} ({shown_names([lines[row] for row in rows])})")
+    for split, paths in files.items():
+        for path, label in zip(map(os.path.normpath, paths), labels[split].tolist(), strict=True):
+            if path in repeated:
+                repeated[path].append(f"{split} {label}")
+    shown = [f"{path} ({shown_names(lines)})" for path, lines in islice(repeated.items(), 6)]
     problems.add(
         f"{len(repeated):,} images are listed more than once, here with their splits and labels: "
         f"{shown_names(shown)}; keep one line for each"
     )
-
-
-def _tidy(files: Paths) -> pa.ChunkedArray:
-    """Returns absolute paths with one spelling each, for comparison."""
-    untidy = pc.match_substring_regex(pc.utf8_slice_codeunits(files.arrow, 1), UNTIDY)
-    if not pc.any(untidy).as_py():
-        return files.arrow
-    return Paths([os.path.normpath(path) for path in files]).arrow
 
 
 def _listed_images(
@@ -428,9 +417,8 @@ def _find_list(known: PublishedList, root: str) -> Path:
 
 
 def _find_images(known: PublishedList, found: ImageList, root: str) -> Paths | None:
-    """Returns the files of a list in the layout that a sample of them has, if it has any."""
-    rows = np.unique(np.linspace(0, len(found.labels) - 1, SAMPLE).astype(np.int64))
-    sample = found.select(rows)
+    """Returns the files of a list in the layout of most files of a sample, if any exists."""
+    sample = found.select(np.linspace(0, len(found.labels) - 1, SAMPLE).astype(np.int64))
     hits = {
         layout: sum(map(os.path.isfile, _laid_out(known, layout, sample, root)))
         for layout in ("", *known.layouts)
