@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from timm_lt.data import Splits, cifar_manifest
 from timm_lt.data.cifar import SPECS, official_rows
+from timm_lt.data.long_tailed import long_tailed_indices
 from timm_lt.data.sources import dataset_from_arrays, find_splits
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import long_tailed_counts
@@ -73,22 +74,6 @@ def hub_copies(tmp_path_factory):
     return copies
 
 
-def naive_subset(labels, factor, profile, num_classes):
-    """LDAM-DRW's procedure, with NumPy's global generator."""
-    n_max, mu, half = len(labels) / num_classes, 1 / factor, num_classes // 2
-    if profile == "exponential":
-        counts = [int(n_max * mu ** (i / (num_classes - 1.0))) for i in range(num_classes)]
-    else:
-        counts = [int(n_max)] * half + [int(n_max * mu)] * (num_classes - half)
-    np.random.seed(0)  # noqa: NPY002
-    chosen = []
-    for label, count in enumerate(counts):
-        indices = np.where(labels == label)[0]
-        np.random.shuffle(indices)  # noqa: NPY002
-        chosen.extend(indices[:count].tolist())
-    return chosen
-
-
 @pytest.mark.parametrize(
     ("name", "factor", "profile"),
     [
@@ -103,7 +88,8 @@ def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
 ):
     (root, labels), facts = hub_copies[name], SPECS[name]
     found = find_splits(name, root=root, imbalance_factor=factor, profile=profile)
-    expected = naive_subset(labels, factor, profile, len(facts.names))
+    # test_long_tailed compares this with LDAM-DRW's procedure.
+    expected = long_tailed_indices(labels, imbalance_factor=factor, profile=profile).tolist()
     # The images are the numbers of their rows.
     encoded = found["train"].cast_column("image", datasets.Image(decode=False))["image"]
     assert [int(image["bytes"]) for image in encoded] == expected
@@ -220,7 +206,7 @@ def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_pat
         {"binary": write_binary, "parquet": write_parquet}[layout](folder, name, parts)
     found = find_splits(name, root=folder if within else tmp_path, imbalance_factor=5)
     images, labels = parts["train"]
-    chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+    chosen = long_tailed_indices(labels, imbalance_factor=5)
     assert found["train"]["label"][:] == labels[chosen].tolist()
     shown = np.stack([np.asarray(image) for image in found["train"]["image"]])
     assert (shown == images[chosen]).all()
@@ -252,19 +238,19 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(small, name, tmp
 
 
 def test_a_binary_copy_that_is_cut_off_or_incomplete(small, tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    write_binary(folder, "cifar10_lt", small["cifar10_lt"])
-    file = folder / "data_batch_3.bin"
+    write_binary(tmp_path / "cifar-10-batches-bin", "cifar10_lt", small["cifar10_lt"])
+    file = tmp_path / "cifar-10-batches-bin/data_batch_3.bin"
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(UsageError, match=r"is not CIFAR-10 as published: .*3073"):
-        find_splits("cifar10_lt", root=tmp_path)
-    file.write_bytes(whole[:-3073])
-    with pytest.raises(UsageError, match=r"train needs 10 images of airplane, .*, found 9 of "):
-        find_splits("cifar10_lt", root=tmp_path)
-    file.unlink()
-    with pytest.raises(UsageError, match=r"No such file .*data_batch_3\.bin"):
-        find_splits("cifar10_lt", root=tmp_path)
+    for length, fault in (
+        (-1, "is not CIFAR-10 as published: .*3073"),
+        (-3073, "train needs 10 images of airplane, .*, found 9 of "),
+        (None, r"No such file .*data_batch_3\.bin"),
+    ):
+        file.write_bytes(whole[:length])
+        if length is None:
+            file.unlink()
+        with pytest.raises(UsageError, match=fault):
+            find_splits("cifar10_lt", root=tmp_path)
 
 
 def test_a_folder_without_a_copy_or_with_another_data_set_is_refused(hub_copies, small, tmp_path):
@@ -299,7 +285,7 @@ def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_pa
         options = {"imbalance_factor": 5, "cache_dir": tmp_path / "prepared"}
         found = find_splits(name, **options)["train"]
         images, labels = parts["train"]
-        chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+        chosen = long_tailed_indices(labels, imbalance_factor=5)
         assert (np.stack([np.asarray(i) for i in found["image"]]) == images[chosen]).all()
 
 
@@ -311,7 +297,7 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monke
     # A tilde is the home directory.
     monkeypatch.setenv("HOME", str(root.parent))
     manifest = cifar_manifest("cifar10_lt", root=f"~/{root.name}", imbalance_factor=50)
-    chosen = np.array(naive_subset(labels, 50, "exponential", 10), "<i8")
+    chosen = long_tailed_indices(labels, imbalance_factor=50).astype("<i8")
     assert manifest["indices"] == chosen.tolist()
     assert manifest["indices_sha256"] == hashlib.sha256(chosen.tobytes()).hexdigest()
     content = labels[chosen].astype("<i8").tobytes()
@@ -322,13 +308,12 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     found = find_splits("cifar10_lt", root=root, imbalance_factor=50, manifest="~/manifest.json")
     assert len(found["train"]) == 13996
-    options = {"imbalance_factor": 50, "seed": 1, "manifest": path}
-    with pytest.raises(UsageError, match=r"differs from .*manifest\.json: indices_sha256 is"):
-        find_splits("cifar10_lt", root=root, **options)
-    with pytest.raises(UsageError, match="num_images is 12406, not 13996"):
-        find_splits("cifar10_lt", root=root, manifest=path)
+    for options, fault in (
+        ({"imbalance_factor": 50, "seed": 1}, r"differs from .*manifest\.json: indices_sha256 is"),
+        ({}, "num_images is 12406, not 13996"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            find_splits("cifar10_lt", root=root, manifest=path, **options)
     path.write_text("{}")
     with pytest.raises(UsageError, match="not a manifest: it has none of num_images"):
         find_splits("cifar10_lt", root=root, manifest=path)
-    with pytest.raises(UsageError, match=r"must be a number in \[1, 500\], got 501"):
-        find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], imbalance_factor=501)

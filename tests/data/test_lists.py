@@ -220,16 +220,16 @@ def listed_with_splits(root, kind, values):
         lines = [f"{path},{v},{c}" for path, c, v in rows]
         (root / "all.csv").write_text("\n".join(["path,Split,label", *lines]))
         return "all.csv", rows
-    key = {"bbn": "path", "coco": "file_name"}[kind]
-    entries = [{key: p, "split": v, "category_id": int(c == "bee")} for p, c, v in rows]
-    content = {"annotations": entries}
-    if kind == "coco":
-        content = {
-            "images": [{"id": "bare", "file_name": "bare.png", "split": "test"}]
-            + [{"id": p, "file_name": p, "split": v} for p, _, v in rows],
-            "annotations": [{"image_id": p, "category_id": int(c == "bee")} for p, c, _ in rows],
-            "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
-        }
+    labels = [{"image_id": p, "category_id": int(c == "bee")} for p, c, _ in rows]
+    images = [{"id": p, "file_name": p, "split": v} for p, _, v in rows]
+    content = {
+        "images": [{"id": "bare", "file_name": "bare.png", "split": "test"}, *images],
+        "annotations": labels,
+        "categories": [{"id": 0, "name": "ant"}, {"id": 1, "name": "bee"}],
+    }
+    if kind == "bbn":
+        entries = [{"path": p, "split": v, "category_id": int(c == "bee")} for p, c, v in rows]
+        content = {"annotations": entries}
     (root / "all.json").write_text(json.dumps(content))
     return "all.json", rows
 
@@ -250,8 +250,7 @@ def test_a_column_of_splits_is_used(tmp_path, kind, values):
     for path, _, value in rows:
         assert f"{tmp_path}/{path}" in found[split[value]]
     # The same list for each split is the same.
-    same = find_splits("list", root=tmp_path, train=name, val=name, test=name)
-    assert files(same) == found
+    assert files(find_splits("list", root=tmp_path, train=name, val=name, test=name)) == found
 
 
 @pytest.mark.parametrize(
