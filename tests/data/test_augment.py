@@ -66,24 +66,6 @@ def test_the_numbers_are_uniform():
         assert stats.chisquare(counts).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("seeds", "offset"),
-    [((0, 1), 0), ((0, 0), 1), ((0, 0), 10**12)],
-)
-def test_streams_are_unrelated(seeds, offset):
-    draws = torch.arange(10_000)
-    one = random_uniforms(seeds[0], draws, 6).double().numpy()
-    two = random_uniforms(seeds[1], draws + offset, 6).double().numpy()
-    limit = 5 / math.sqrt(len(draws))
-    assert np.abs(np.corrcoef(one.T) - np.eye(6)).max() < limit
-    for column in range(6):
-        for other in range(6):
-            assert abs(np.corrcoef(one[:, column], two[:, other])[0, 1]) < limit
-    # Not only uncorrelated: pairs fill the square.
-    cells = np.histogram2d(one[:, 0], two[:, 0], bins=8, range=[(0, 1)] * 2)[0]
-    assert stats.chisquare(cells.ravel()).pvalue > 1e-4
-
-
 def test_a_draw_has_its_numbers_whatever_else_is_in_the_batch():
     whole = random_uniforms(1, torch.arange(50), 6)
     some = torch.tensor([40, 3, 3, 17])
@@ -130,50 +112,53 @@ def test_wrong_options_are_refused(name, options, message):
 # Crop --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 9)])
-def test_crop_is_a_slice_of_the_padded_image(padding, height, width):
-    images = torch.rand(40, 3, height, width)
-    augmentation = create_augmentation("crop", padding=padding)
-    uniforms = random_uniforms(0, torch.arange(40), 2)
-    out = augmentation(images, uniforms).numpy()
-    pad = (padding, padding)
-    padded = np.pad(images.numpy(), [(0, 0), (0, 0), pad, pad], mode="reflect")
-    places = set()
-    for i, (u, v) in enumerate(uniforms.tolist()):
-        top, left = int(u * (2 * padding + 1)), int(v * (2 * padding + 1))
-        assert (out[i] == padded[i, :, top : top + height, left : left + width]).all()
-        places |= {("top", top), ("left", left)}
-    assert len(places) == 2 * (2 * padding + 1)
-
-
-def test_crop_of_cifar_is_a_slice_of_the_image_with_a_black_border_or_its_mirror_image():
-    images = torch.rand(200, 3, 8, 8) + 0.1
-    augmentation = create_augmentation("crop", padding=4, border="zero", hflip=0.5)
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"padding": 1}, "reflect"),
+        ({"padding": 3}, "reflect"),
+        ({"padding": 4, "border": "zero", "hflip": 0.5}, "constant"),
+    ],
+)
+def test_crop_is_a_slice_of_the_padded_image_or_its_mirror_image(options, mode, height, width):
+    images, padding = torch.rand(200, 3, height, width) + 0.1, options["padding"]
+    augmentation = create_augmentation("crop", **options)
     uniforms = random_uniforms(0, torch.arange(200), augmentation.count)
     out = augmentation(images, uniforms).numpy()
-    padded = np.zeros((200, 3, 16, 16), np.float32)
-    padded[:, :, 4:12, 4:12] = images.numpy()
-    mirrored = 0
-    for i, (u, v, w) in enumerate(uniforms.tolist()):
-        crop = padded[i, :, int(9 * u) : int(9 * u) + 8, int(9 * v) : int(9 * v) + 8]
-        assert (out[i] == (crop[:, :, ::-1] if w < 0.5 else crop)).all()
-        mirrored += w < 0.5
-    assert 70 < mirrored < 130
-    with pytest.raises(UsageError, match="padding must be an integer from 1 to 7, got 8"):
-        create_augmentation("crop", padding=8)(images, uniforms)
+    pad = (padding, padding)
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), pad, pad], mode=mode)
+    tops, mirrored = set(), 0
+    for i, (u, v, *w) in enumerate(uniforms.tolist()):
+        top, left = int(u * (2 * padding + 1)), int(v * (2 * padding + 1))
+        crop, is_mirrored = padded[i, :, top : top + height, left : left + width], w and w[0] < 0.5
+        assert (out[i] == (crop[:, :, ::-1] if is_mirrored else crop)).all()
+        tops.add(top)
+        mirrored += bool(is_mirrored)
+    assert len(tops) == 2 * padding + 1
+    assert 70 < mirrored < 130 or "hflip" not in options
+    with pytest.raises(UsageError, match=f"padding must be an integer from 1 to {height - 1}, got"):
+        create_augmentation("crop", padding=height)(images, uniforms)
 
 
 # Affine ------------------------------------------------------------------------------------------
 
+sizes = pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
 
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
-def test_affine_with_zero_ranges_is_the_identity(height, width):
+
+@sizes
+def test_affine_is_the_identity_in_the_middle_and_shifts_by_whole_pixels(height, width):
     images = smooth_images(height=height, width=width)
-    out = create_augmentation("affine", **ZERO)(images, torch.rand(len(images), 6))
-    torch.testing.assert_close(out, images, atol=1e-2, rtol=0)
     middle = create_augmentation("affine")(images, uniforms_for(len(images)))
     torch.testing.assert_close(middle, images, atol=1e-2, rtol=0)
+    augmentation = create_augmentation("affine", **{**ZERO, "shift": 3.0})
+    for place, axis in (("shift_y", 2), ("shift_x", 3)):
+        out = augmentation(images, uniforms_for(len(images), **{place: END})).numpy()
+        pad = [(0, 3) if dimension == axis else (0, 0) for dimension in range(4)]
+        # Reflected about the edge of the last pixel, which numpy calls symmetric.
+        padded = np.pad(images.numpy(), pad, mode="symmetric")
+        expected = np.take(padded, np.arange(3, 3 + images.shape[axis]), axis)
+        np.testing.assert_allclose(out, expected, atol=0.05)
 
 
 @pytest.mark.parametrize("angle", [0.25, 1.0])
@@ -183,33 +168,14 @@ def test_rotation_is_that_of_torchvision_in_pixels(angle, height, width):
     images = smooth_images(height=height, width=width)
     augmentation = create_augmentation("affine", **{**ZERO, "rotation": angle})
     out = augmentation(images, uniforms_for(len(images), rotation=END))
-    expected = affine(
-        images,
-        angle=-math.degrees(angle),
-        translate=[0, 0],
-        scale=1.0,
-        shear=[0.0],
-        interpolation=InterpolationMode.BILINEAR,
-    )
+    rest = {"translate": [0, 0], "scale": 1.0, "shear": [0.0]}
+    rest["interpolation"] = InterpolationMode.BILINEAR
+    expected = affine(images, angle=-math.degrees(angle), **rest)
     # torchvision fills the corners with zeros: compare what comes from inside.
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     inside = torch.hypot(y - (height - 1) / 2, x - (width - 1) / 2) < min(height, width) / 2 - 1
     torch.testing.assert_close(out[:, :, inside], expected[:, :, inside], atol=0.1, rtol=0)
     assert (out - images)[:, :, inside].abs().max() > 10
-
-
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
-@pytest.mark.parametrize(("place", "axis"), [("shift_y", 2), ("shift_x", 3)])
-def test_shift_moves_by_whole_pixels_and_reflects_the_border(place, axis, height, width):
-    images = smooth_images(height=height, width=width)
-    augmentation = create_augmentation("affine", **{**ZERO, "shift": 3.0})
-    out = augmentation(images, uniforms_for(len(images), **{place: END})).numpy()
-    pad = [(0, 0)] * 4
-    pad[axis] = (0, 3)
-    # Reflected about the edge of the last pixel, which numpy calls symmetric.
-    padded = np.pad(images.numpy(), pad, mode="symmetric")
-    expected = np.take(padded, np.arange(3, 3 + images.shape[axis]), axis)
-    np.testing.assert_allclose(out, expected, atol=0.05)
 
 
 def naive_bilinear(image, source):
@@ -236,12 +202,11 @@ def naive_bilinear(image, source):
         ({"shear": 0.5}, "shear", lambda y, x: (y, x + 0.5 * y)),
     ],
 )
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 24)])
+@sizes
 def test_scale_aspect_and_shear_are_the_explicit_loop(options, place, source, height, width):
     images = smooth_images(1, height=height, width=width)
-    out = create_augmentation("affine", **{**ZERO, **options})(
-        images, uniforms_for(1, **{place: END})
-    )
+    augmentation = create_augmentation("affine", **{**ZERO, **options})
+    out = augmentation(images, uniforms_for(1, **{place: END}))
     expected = naive_bilinear(images[0, 0].double().numpy(), source)
     known = ~np.isnan(expected)
     assert known.mean() > 0.4

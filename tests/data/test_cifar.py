@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import pickle  # noqa: TID251
 
@@ -13,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torchvision
 from huggingface_hub import constants
-from PIL import Image
 
 from timm_lt.data import Splits, cifar_manifest
 from timm_lt.data.cifar import SPECS, official_rows
-from timm_lt.data.sources import find_splits
+from timm_lt.data.long_tailed import long_tailed_indices
+from timm_lt.data.sources import dataset_from_arrays, find_splits
 from timm_lt.utils.checks import UsageError
 from timm_lt.utils.longtail import long_tailed_counts
 
@@ -41,9 +40,11 @@ def labels_of(batch, seed):
 def parquet(path, facts, labels, rows):
     """Writes a table of the Hub's layout, whose images are the numbers of their rows."""
     images = [{"bytes": str(row).encode(), "path": None} for row in rows]
-    kinds = {"img": datasets.Image(), facts.label: datasets.ClassLabel(names=list(facts.names))}
-    kinds = datasets.Features(kinds)
-    table = pa.table({"img": images, facts.label: labels}).cast(kinds.arrow_schema)
+    # The Hub's copy has a class misspelt.
+    names = [{"crab": "cra"}.get(name, name) for name in facts.names]
+    kinds = {"img": datasets.Image(), facts.label: datasets.ClassLabel(names=names)}
+    schema = datasets.Features(kinds).arrow_schema
+    table = pa.table({"img": images, facts.label: labels}).cast(schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
@@ -73,23 +74,6 @@ def hub_copies(tmp_path_factory):
     return copies
 
 
-def naive_subset(labels, factor, profile, num_classes):
-    """LDAM-DRW's procedure, with NumPy's global generator."""
-    n_max, mu, counts = len(labels) / num_classes, 1 / factor, []
-    for i in range(num_classes):
-        if profile == "exponential":
-            counts.append(int(n_max * mu ** (i / (num_classes - 1.0))))
-        else:
-            counts.append(int(n_max) if i < num_classes // 2 else int(n_max * mu))
-    np.random.seed(0)  # noqa: NPY002
-    chosen = []
-    for label, count in enumerate(counts):
-        indices = np.where(labels == label)[0]
-        np.random.shuffle(indices)  # noqa: NPY002
-        chosen.extend(indices[:count].tolist())
-    return chosen
-
-
 @pytest.mark.parametrize(
     ("name", "factor", "profile"),
     [
@@ -104,7 +88,8 @@ def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
 ):
     (root, labels), facts = hub_copies[name], SPECS[name]
     found = find_splits(name, root=root, imbalance_factor=factor, profile=profile)
-    expected = naive_subset(labels, factor, profile, len(facts.names))
+    # test_long_tailed compares this with LDAM-DRW's procedure.
+    expected = long_tailed_indices(labels, imbalance_factor=factor, profile=profile).tolist()
     # The images are the numbers of their rows.
     encoded = found["train"].cast_column("image", datasets.Image(decode=False))["image"]
     assert [int(image["bytes"]) for image in encoded] == expected
@@ -114,6 +99,9 @@ def test_the_subset_of_a_copy_in_the_order_of_the_hub_is_that_of_ldam_drw(
     assert list(found) == ["train", "test"]
     if profile == "exponential":
         assert len(expected) == SIZES[name][factor]
+    largest = facts.per_class["train"]
+    for factor, size in SIZES[name].items():
+        assert sum(long_tailed_counts(len(facts.names), largest, factor, "exponential")) == size
 
 
 def test_the_order_of_the_files_is_recognised_or_refused(hub_copies):
@@ -124,27 +112,12 @@ def test_the_order_of_the_files_is_recognised_or_refused(hub_copies):
         assert (rows[official_rows(CIFAR10, labels[rows])] == np.arange(50_000)).all()
     with pytest.raises(UsageError, match=r"unknown order .* CIFAR-10: 0 of 5 blocks are official"):
         official_rows(CIFAR10, np.sort(labels))
-    # Two images of the first file change places with two of the second: the counts differ.
-    mine = np.flatnonzero(labels[:10_000] == 0)[-2:]
-    other = 10_000 + np.flatnonzero(labels[10_000:20_000] == 1)[-2:]
+    # Two labels of the first file are exchanged with two of the second: the counts differ.
     labels = labels.copy()
-    labels[mine], labels[other] = 1, 0
+    labels[np.flatnonzero(labels[:10_000] == 0)[-2:]] = 1
+    labels[10_000 + np.flatnonzero(labels[10_000:20_000] == 1)[-2:]] = 0
     with pytest.raises(UsageError, match="3 of 5 blocks are official files"):
         official_rows(CIFAR10, labels)
-
-
-def test_the_facts_agree_with_the_published_sizes():
-    assert np.sum([batch["counts"] for batch in CIFAR10.batches], 0).tolist() == [5000] * 10
-    assert [sum(batch["counts"]) for batch in CIFAR10.batches] == [10_000] * 5
-    assert CIFAR10.per_class == {"train": 5000, "test": 1000}
-    assert CIFAR100.per_class == {"train": 500, "test": 100}
-    assert len(set(CIFAR100.names)) == 100
-    assert CIFAR100.names == sorted(CIFAR100.names)
-    for name, sizes in SIZES.items():
-        spec = SPECS[name]
-        for factor, size in sizes.items():
-            largest = spec.per_class["train"]
-            assert sum(long_tailed_counts(len(spec.names), largest, factor, "exponential")) == size
 
 
 # Local copies in the other layouts, of ten training images a class and two test images.
@@ -156,19 +129,17 @@ def small(monkeypatch):
     made = {}
     rng = np.random.default_rng(0)
     for name, facts in BOTH:
-        classes = len(facts.names)
-        labels = rng.permutation(np.repeat(np.arange(classes), 10))
-        parts = labels.reshape(len(facts.batches), -1)
-        batches = [
-            {"first": p[:5].tolist(), "counts": np.bincount(p, minlength=classes).tolist()}
-            for p in parts
-        ]
+        classes = np.arange(len(facts.names))
+        labels = {"train": rng.permutation(np.repeat(classes, 10)), "test": np.repeat(classes, 2)}
+        parts = np.split(labels["train"], len(facts.batches))
+        counts = [np.bincount(part, minlength=len(classes)).tolist() for part in parts]
+        pairs = zip(parts, counts, strict=True)
+        batches = [{"first": part[:5].tolist(), "counts": number} for part, number in pairs]
         changed = dataclasses.replace(facts, batches=batches, test_per_class=2)
         monkeypatch.setitem(SPECS, name, changed)
-        test = np.repeat(np.arange(classes), 2)
         made[name] = {
-            "train": (rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8), labels),
-            "test": (rng.integers(0, 256, (len(test), 32, 32, 3), np.uint8), test),
+            split: (rng.integers(0, 256, (len(values), 32, 32, 3), np.uint8), values)
+            for split, values in labels.items()
         }
     return made
 
@@ -181,9 +152,8 @@ def pixels(images):
 def write_binary(folder, name, parts):
     facts = SPECS[name]
     folder.mkdir(parents=True)
-    files = dict.fromkeys(facts.binary_train, "train") | {facts.binary_test: "test"}
     for part, (images, labels) in parts.items():
-        mine = [file for file in files if files[file] == part]
+        mine = {"train": facts.binary_train, "test": [facts.binary_test]}[part]
         rows = np.zeros((len(labels), facts.label_bytes + 3072), np.uint8)
         rows[:, facts.label_bytes - 1], rows[:, facts.label_bytes :] = labels, pixels(images)
         for file, content in zip(mine, np.split(rows, len(mine)), strict=True):
@@ -216,15 +186,11 @@ def write_python(folder, name, parts, monkeypatch):
 
 def write_parquet(root, name, parts):
     facts = SPECS[name]
+    root.mkdir(parents=True, exist_ok=True)
     for part, (images, labels) in parts.items():
-        files = []
-        for image in images:
-            files.append(io.BytesIO())
-            Image.fromarray(image).save(files[-1], "png")
-        encoded = pa.array([{"bytes": file.getvalue(), "path": None} for file in files])
+        encoded = dataset_from_arrays(images, labels, facts.names).data.column("image")
         # Without names, as some tools write it; those of the Hub are checked elsewhere.
         table = pa.table({"img": encoded, facts.label: labels})
-        root.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, root / f"{part}-00000-of-00001.parquet")
 
 
@@ -234,15 +200,13 @@ def write_parquet(root, name, parts):
 def test_every_layout_gives_the_same_images(small, name, layout, within, tmp_path, monkeypatch):
     parts, facts = small[name], SPECS[name]
     folder = tmp_path / {"binary": facts.binary, "python": facts.python}.get(layout, "data")
-    if layout == "binary":
-        write_binary(folder, name, parts)
-    elif layout == "python":
+    if layout == "python":
         write_python(folder, name, parts, monkeypatch)
     else:
-        write_parquet(folder, name, parts)
+        {"binary": write_binary, "parquet": write_parquet}[layout](folder, name, parts)
     found = find_splits(name, root=folder if within else tmp_path, imbalance_factor=5)
     images, labels = parts["train"]
-    chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+    chosen = long_tailed_indices(labels, imbalance_factor=5)
     assert found["train"]["label"][:] == labels[chosen].tolist()
     shown = np.stack([np.asarray(image) for image in found["train"]["image"]])
     assert (shown == images[chosen]).all()
@@ -274,19 +238,19 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(small, name, tmp
 
 
 def test_a_binary_copy_that_is_cut_off_or_incomplete(small, tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    write_binary(folder, "cifar10_lt", small["cifar10_lt"])
-    file = folder / "data_batch_3.bin"
+    write_binary(tmp_path / "cifar-10-batches-bin", "cifar10_lt", small["cifar10_lt"])
+    file = tmp_path / "cifar-10-batches-bin/data_batch_3.bin"
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(UsageError, match=r"is not CIFAR-10 as published: .*3073"):
-        find_splits("cifar10_lt", root=tmp_path)
-    file.write_bytes(whole[:-3073])
-    with pytest.raises(UsageError, match="train needs 10 images of each class, found 9 of "):
-        find_splits("cifar10_lt", root=tmp_path)
-    file.unlink()
-    with pytest.raises(UsageError, match=r"No such file .*data_batch_3\.bin"):
-        find_splits("cifar10_lt", root=tmp_path)
+    for length, fault in (
+        (-1, "is not CIFAR-10 as published: .*3073"),
+        (-3073, "train needs 10 images of airplane, .*, found 9 of "),
+        (None, r"No such file .*data_batch_3\.bin"),
+    ):
+        file.write_bytes(whole[:length])
+        if length is None:
+            file.unlink()
+        with pytest.raises(UsageError, match=fault):
+            find_splits("cifar10_lt", root=tmp_path)
 
 
 def test_a_folder_without_a_copy_or_with_another_data_set_is_refused(hub_copies, small, tmp_path):
@@ -299,11 +263,13 @@ def test_a_folder_without_a_copy_or_with_another_data_set_is_refused(hub_copies,
     facts = dataclasses.replace(CIFAR10, names=CIFAR10.names[::-1])
     for split in ("train", "test"):
         parquet(tmp_path / f"{split}.parquet", facts, [0], [0])
-    with pytest.raises(UsageError, match=r"as published: .*\n- train has the classes truck, ship"):
+    with pytest.raises(
+        UsageError, match=r"as published: train needs 10 images of airplane, .* truck"
+    ):
         find_splits("cifar10_lt", root=tmp_path)
     test_only = small["cifar10_lt"]["test"]
     write_parquet(tmp_path / "b", "cifar10_lt", {"train": test_only, "test": test_only})
-    with pytest.raises(UsageError, match="train needs 10 images of each class, found 2 of airpla"):
+    with pytest.raises(UsageError, match=r"train needs 10 images of airplane, .* found 2"):
         find_splits("cifar10_lt", root=tmp_path / "b")
 
 
@@ -319,18 +285,8 @@ def test_the_copy_of_the_hub_is_taken_without_a_root(small, loopback_hub, tmp_pa
         options = {"imbalance_factor": 5, "cache_dir": tmp_path / "prepared"}
         found = find_splits(name, **options)["train"]
         images, labels = parts["train"]
-        chosen = naive_subset(labels, 5, "exponential", len(facts.names))
+        chosen = long_tailed_indices(labels, imbalance_factor=5)
         assert (np.stack([np.asarray(i) for i in found["image"]]) == images[chosen]).all()
-
-
-def test_the_misspelt_class_of_the_hub_is_known(hub_copies, tmp_path):
-    _, labels = hub_copies["cifar100_lt"]
-    names = [{"crab": "cra"}.get(name, name) for name in CIFAR100.names]
-    facts = dataclasses.replace(CIFAR100, names=names)
-    parquet(tmp_path / "train.parquet", facts, labels, range(50_000))
-    parquet(tmp_path / "test.parquet", facts, np.repeat(np.arange(100), 100), range(10_000))
-    found = find_splits("cifar100_lt", root=tmp_path)
-    assert found["train"].features["label"].names[26] == "crab"
 
 
 # Manifests.
@@ -341,7 +297,7 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monke
     # A tilde is the home directory.
     monkeypatch.setenv("HOME", str(root.parent))
     manifest = cifar_manifest("cifar10_lt", root=f"~/{root.name}", imbalance_factor=50)
-    chosen = np.array(naive_subset(labels, 50, "exponential", 10), "<i8")
+    chosen = long_tailed_indices(labels, imbalance_factor=50).astype("<i8")
     assert manifest["indices"] == chosen.tolist()
     assert manifest["indices_sha256"] == hashlib.sha256(chosen.tobytes()).hexdigest()
     content = labels[chosen].astype("<i8").tobytes()
@@ -352,13 +308,12 @@ def test_a_manifest_says_which_images_and_is_checked(hub_copies, tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     found = find_splits("cifar10_lt", root=root, imbalance_factor=50, manifest="~/manifest.json")
     assert len(found["train"]) == 13996
-    options = {"imbalance_factor": 50, "seed": 1, "manifest": path}
-    with pytest.raises(UsageError, match=r"differs from .*manifest\.json: indices_sha256 is"):
-        find_splits("cifar10_lt", root=root, **options)
-    with pytest.raises(UsageError, match="num_images is 12406, not 13996"):
-        find_splits("cifar10_lt", root=root, manifest=path)
+    for options, fault in (
+        ({"imbalance_factor": 50, "seed": 1}, r"differs from .*manifest\.json: indices_sha256 is"),
+        ({}, "num_images is 12406, not 13996"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            find_splits("cifar10_lt", root=root, manifest=path, **options)
     path.write_text("{}")
     with pytest.raises(UsageError, match="not a manifest: it has none of num_images"):
         find_splits("cifar10_lt", root=root, manifest=path)
-    with pytest.raises(UsageError, match=r"must be a number in \[1, 500\], got 501"):
-        find_splits("cifar100_lt", root=hub_copies["cifar100_lt"][0], imbalance_factor=501)

@@ -87,21 +87,21 @@ def test_the_test_part_is_stratified_and_stays_the_same(three, monkeypatch):
     assert not set(paths(first["test"])) <= set(paths(other["test"]))
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
-def test_directories_of_splits_go_by_several_names(tmp_path, name):
-    fill(tmp_path, {"Train/a": 2, "Train/b": 1, f"{name}/a": 1, f"{name}/b": 1, "TEST/a": 1})
+@pytest.mark.parametrize(
+    ("counts", "sizes", "names"),
+    [
+        ({"Train/a": 2, "Train/b": 1, "val/a": 1, "val/b": 1, "TEST/a": 1}, [3, 2, 1], "ab"),
+        ({"train/a": 2, "train/b": 2, "Validation/a": 1, "Validation/b": 1}, [2, 2, 2], "ab"),
+        ({"train": 4, "test": 4, "bus": 4}, [9, 0, 3], ["bus", "test", "train"]),
+    ],
+)
+def test_directories_of_splits_go_by_several_names_and_may_be_classes(
+    tmp_path, counts, sizes, names
+):
+    fill(tmp_path, counts)
     splits = find_splits("folder", root=tmp_path)
-    assert {split: len(dataset) for split, dataset in splits.items()} == {
-        "train": 3,
-        "val": 2,
-        "test": 1,
-    }
-
-
-def test_classes_may_be_called_as_splits_are(tmp_path):
-    fill(tmp_path, {"train": 4, "test": 4, "bus": 4})
-    splits = find_splits("folder", root=tmp_path)
-    assert splits["train"].features["label"].names == ["bus", "test", "train"]
+    assert [len(splits.get(split, ())) for split in ("train", "val", "test")] == sizes
+    assert splits["train"].features["label"].names == list(names)
 
 
 ODD = ["a b", "ü", "日本", "new\nline", "#1", "50%", "a:", "--x", "*?[", "q'\"", "{y}", "\\", "  "]
@@ -154,11 +154,8 @@ def test_links_are_followed_but_each_directory_once(tmp_path):
 def test_all_problems_are_reported_together(tmp_path):
     fill(tmp_path, {"train/cat": 2, "train/Cat": 2, "train/dog": 1, "train/empty": 0})
     fill(tmp_path, {"train/extra": 2, "val/cat": 1, "val/dog": 0, "val/fox": 1, "val/Cat": 1})
-    (tmp_path / "train/dog/notes.txt").touch()
-    (tmp_path / "train/dog/table.csv").touch()
-    (tmp_path / "train/dog/more.csv").touch()
-    (tmp_path / "train/dog/photo.HEIC").touch()
-    (tmp_path / "train/cat/zero.png").touch()
+    for name in ("dog/notes.txt", "dog/a.csv", "dog/b.csv", "dog/photo.HEIC", "cat/zero.png"):
+        (tmp_path / "train" / name).touch()
     (tmp_path / "val/cat/text.jpg").write_text("no image")
     PICTURE.save(tmp_path / "train" / "loose.png")
     found = problems(tmp_path)
@@ -215,10 +212,8 @@ def test_small_classes_are_left_out_and_logged(three, caplog):
     with caplog.at_level("INFO", "timm_lt"):
         splits = find_splits("folder", root=three, min_images=3)
     assert splits["test"].features["label"].names == ["Emu", "cat", "dog"]
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        "min_images 3 leaves out 3 of 6 classes: none (0), one (1), 'two\\n' (2)"
-    )
+    left_out = "none (0), one (1), 'two\\n' (2)"
+    assert caplog.messages == [f"min_images 3 leaves out 3 of 6 classes: {left_out}"]
 
 
 SYSTEM = [
@@ -252,7 +247,7 @@ def test_other_files_can_be_skipped_and_are_counted(three, caplog):
     with caplog.at_level("INFO", "timm_lt"):
         splits = find_splits("folder", root=three, other_files="skip")
     assert sum(map(len, splits.values())) == 35
-    loose, others = (record.getMessage() for record in caplog.records)
+    loose, others = caplog.messages
     assert loose == "images in no class, left out: 1 (loose.png)"
     assert others.endswith("(1 .heic, 1 .txt), left out: 2 (cat/notes.txt, cat/photo.heic)")
 

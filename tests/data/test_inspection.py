@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from timm_lt.data import inspect_splits
 from timm_lt.data.inspection import DuplicateImage as Copy
 from timm_lt.data.inspection import find_duplicates
 from timm_lt.data.items import as_rgb
+from timm_lt.data.sources import dataset_from_images
 from timm_lt.utils.console import pillow_warnings_ignored
 
 NAMES = ["a", "b", "c"]
@@ -32,11 +32,8 @@ def png(color, size=(4, 3), mode="RGB"):
 
 
 def split_of(files, labels, names=NAMES):
-    columns = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    )
     images = [{"bytes": file, "path": None} for file in files]
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, columns)
+    return dataset_from_images(images, np.array(labels), names)
 
 
 @pytest.fixture
@@ -65,29 +62,28 @@ def test_counts_and_imbalance(three_splits):
 
 @pytest.mark.parametrize("large", [3_000_000, 2**63 - 1])
 def test_labels_far_apart_are_counted_by_name(large):
-    train = split_of([png(n) for n in range(6)], [0] * 6)
-    train = train.remove_columns("label").add_column("label", [0, 0, 7, 7, large, large])
+    train = split_of([png(n) for n in range(6)], [0, 0, 7, 7, large, large], None)
     found = inspect_splits({"train": train, "test": train})
     assert found.label_names == ["0", "7", str(large)]
     assert found.class_counts == {"train": [2, 2, 2], "test": [2, 2, 2]}
     assert any(f"of {large + 1:,} classes have no image" in problem for problem in found.problems)
 
 
-def test_what_is_damaged_and_how_large_the_others_are(three_splits):
+def test_damage_and_sizes(three_splits):
     seen = []
     found = inspect_splits(three_splits, on_image=lambda: seen.append(1))
     assert len(seen) == 24
-    assert [(one.row, one.reason[:9]) for one in found.unreadable["train"]] == [
-        (14, "0 bytes"),
-        (16, "it is not"),
-    ]
+    train = [(one.row, one.reason[:9]) for one in found.unreadable["train"]]
+    assert train == [(14, "0 bytes"), (16, "it is not")]
     assert found.unreadable["val"] == found.unreadable["test"] == []
-    assert found.sizes.modes == {"RGB": 21, "L": 1}
-    assert found.sizes.formats == {"PNG": 22}
+    assert (found.sizes.modes, found.sizes.formats) == ({"RGB": 21, "L": 1}, {"PNG": 22})
     assert (found.sizes.width, found.sizes.height) == ((4, 4, 9), (2, 3, 3))
     assert found.sizes.most_frequent == [(4, 3, 21), (9, 2, 1)]
     (problem,) = found.problems
     assert problem.startswith("train split: 2 of 17 images cannot be decoded: image 14: 0 bytes, ")
+    found = inspect_splits(three_splits, quick=True, on_image=pytest.fail)
+    assert (found.duplicates, found.sizes) == (None, None)
+    assert [one.row for one in found.unreadable["train"]] == [14, 16]
 
 
 def test_transparency_levels_and_images_of_one_colour_are_counted(monkeypatch):
@@ -128,12 +124,6 @@ def test_duplicates_are_counted_within_and_across(three_splits):
     assert found.pairs["train, test"] == [(Copy("train", "image 3", 0), Copy("test", "image 0", 0))]
 
 
-def test_quick_decodes_nothing_and_compares_nothing(three_splits):
-    found = inspect_splits(three_splits, quick=True, on_image=pytest.fail)
-    assert (found.duplicates, found.sizes) == (None, None)
-    assert [one.row for one in found.unreadable["train"]] == [14, 16]
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -144,25 +134,19 @@ def test_counts_of_duplicates_are_those_of_a_naive_loop(images):
     images.sort(key=lambda image: SPLITS.index(image[1]))
     given = [(c, Copy(split, str(n), label)) for n, (c, split, label) in enumerate(images)]
     found = find_duplicates(given, SPLITS)
+    contents = {split: [c for c, copy in given if copy.split == split] for split in SPLITS}
     for split in SPLITS:
-        contents = [content for content, copy in given if copy.split == split]
-        assert found.within[split] == len(contents) - len(set(contents))
+        assert found.within[split] == len(contents[split]) - len(set(contents[split]))
     for one, other in itertools.combinations(SPLITS, 2):
-        there = {content for content, copy in given if copy.split == one}
-        repeated = [copy for content, copy in given if copy.split == other and content in there]
-        assert found.across[f"{one}, {other}"] == len(repeated)
-    conflicts = 0
-    for number, (content, copy) in enumerate(given):
-        earlier = [other for same, other in given[:number] if same == content]
-        conflicts += bool(earlier) and earlier[0].label != copy.label
-    assert found.conflicts == conflicts
+        number = sum(content in contents[one] for content in contents[other])
+        assert found.across[f"{one}, {other}"] == number
+    firsts = {content: copy.label for content, copy in given[::-1]}
+    assert found.conflicts == sum(firsts[content] != copy.label for content, copy in given)
 
 
 def test_whatever_can_be_is_inspected_of_splits_that_cannot_be_trained_on():
-    columns = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    images = [{"bytes": png(n), "path": None} for n in range(4)]
-    bad = datasets.Dataset.from_dict({"image": images, "label": [0, 0, -1, 3]}, columns)
-    good = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 2, 3]}, columns)
+    files = [png(n) for n in range(4)]
+    bad, good = (split_of(files, labels, None) for labels in ([0, 0, -1, 3], [0, 0, 2, 3]))
     found = inspect_splits({"train": good, "val": bad})
     assert found.class_counts == {"train": [2, 0, 1, 1]}
     assert found.imbalance_factor == 2
@@ -196,38 +180,32 @@ def inspect(capsys, *arguments, status=0):
 
 def test_a_folder_is_inspected_as_a_run_takes_it(photos, capsys):
     text = inspect(capsys, "photos", "--json", "figures.json")
-    assert "photos: 21 images of 3 classes" in text
-    assert "val (held out of train by a run)" in text
-    assert "duplicates (images with the same bytes): none" in text
-    assert "unreadable images (all were decoded): none" in text
-    assert "width 6 / 6 / 6, height 5 / 5 / 5" in text
+    for words in (
+        "photos: 21 images of 3 classes",
+        "val (held out of train by a run)",
+        "duplicates (images with the same bytes): none",
+        "unreadable images (all were decoded): none",
+        "width 6 / 6 / 6, height 5 / 5 / 5",
+        "imbalance factor 8 (",
+        "imbalance ratio 3.667 (mean",
+    ):
+        assert words in text
     assert text.endswith("none of this keeps a run from training\n")
     folder = photos.parent / "inspect_photos"
     with (folder / "classes.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows == [
-        ["label", "name", "train", "val", "test", "shot"],
-        ["0", "[b]dog\n", "4", "1", "1", "few"],
-        ["1", "cat", "8", "2", "2", "few"],
-        ["2", "owl", "1", "1", "1", "few"],
-    ]
+        assert list(csv.reader(file)) == [
+            ["label", "name", "train", "val", "test", "shot"],
+            ["0", "[b]dog\n", "4", "1", "1", "few"],
+            ["1", "cat", "8", "2", "2", "few"],
+            ["2", "owl", "1", "1", "1", "few"],
+        ]
     with Image.open(folder / "classes.png") as plot:
         assert plot.width > 500
     figures = json.loads((photos.parent / "figures.json").read_text())
     assert figures["imbalance_factor"] == 8
     assert figures["imbalance_ratio"] == pytest.approx((8 / 4 + 1 + 8) / 3)
-    assert "imbalance factor 8 (" in text
-    assert "imbalance ratio 3.667 (mean" in text
     assert figures["class_counts"]["train"] == [4, 8, 1]
-
-
-def test_the_source_folder_is_inspected_as_its_root_is(photos, capsys):
-    assert inspect(capsys, "folder", "--root", "photos") == inspect(capsys, "photos")
-    (photos / "empty").mkdir()
-    assert "1 problem would" in inspect(capsys, "folder", "--root", "photos", "--quick")
-    assert "does not exist" in inspect(capsys, "folder", "--root", "gone", status=2)
-    photos.rename("folder")
-    assert "folder: 21 images of 4 classes" in inspect(capsys, "folder", "--quick")
+    assert inspect(capsys, "folder", "--root", "photos") == text
 
 
 def test_a_bad_folder_is_inspected_and_its_problems_come_last(photos, capsys):
@@ -237,13 +215,16 @@ def test_a_bad_folder_is_inspected_and_its_problems_come_last(photos, capsys):
     shutil.copy(photos / "cat" / "3.png", photos / "owl" / "9.png")
     (photos / "owl" / "notes.txt").touch()
     text = inspect(capsys, "photos", "--output", "here")
-    assert "photos: 22 images of 4 classes" in text
-    assert "train (nothing is held out yet)" in text
-    assert "  within train: 1\n" in text
-    assert "  under two labels: 1\n" in text
-    assert "unreadable images (all were decoded): 2\n" in text
     body, problems = text.split("3 problems would keep a run from training:\n")
-    assert "[b]dog" in body
+    for words in (
+        "photos: 22 images of 4 classes",
+        "train (nothing is held out yet)",
+        "[b]dog",
+        "  within train: 1\n",
+        "  under two labels: 1\n",
+        "unreadable images (all were decoded): 2\n",
+    ):
+        assert words in body
     assert [line[:38] for line in problems.splitlines()] == [
         "- train split: 1 of 4 classes have no ",
         "- files that are not images by their s",
@@ -254,62 +235,48 @@ def test_a_bad_folder_is_inspected_and_its_problems_come_last(photos, capsys):
     text = inspect(capsys, "photos", *options)
     assert "duplicates: not looked for" in text
     assert "(by header and end of the files): 1\n" in text
-    assert "val (held out of train by a run)" in text
     assert "empty" not in text
-    assert "would keep a run from training:\n- " in text
 
 
 def test_a_list_and_a_name_are_inspected(photos, capsys):
     lines = [f"{path.relative_to(photos)} {n % 2}" for n, path in enumerate(photos.glob("c*/*"))]
     (photos / "train.txt").write_text("\n".join(lines))
     assert "train: 12 images of 2 classes" in inspect(capsys, photos / "train.txt")
-    lines += ["gone/1.png 0", "gone/2.png 1"]
-    (photos.parent / "all.txt").write_text("\n".join(lines))
+    (photos.parent / "all.txt").write_text("\n".join([*lines, "gone/1.png 0", "gone/2.png 1"]))
     text = inspect(capsys, "all.txt", "--root", "photos")
     assert "all: 14 images of 2 classes" in text
     assert "gone/1.png): No such file or directory" in text
     assert "1 problem would keep" in text
     assert "2 of 14 files do not exist" in text
     name = ("list", "--option", "train=../all.txt", "--root", "photos", "--output", "named")
-    named = inspect(capsys, *name)
-    assert named.replace("named", "inspect_all") == text
+    assert inspect(capsys, *name).replace("named", "inspect_all") == text
     text = inspect(capsys, "digits_lt", "--shot-rule", "oltr", "--option", "seed=1")
     assert "imbalance factor 24 (" in text
     assert "<= 20" in text
-    assert (photos.parent / "inspect_digits_lt" / "classes.png").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "unknown data set .and no such folder or list.: 'nothing'; choose one of"),
-        (["photos", "--root", "photos"], "a folder is its own root"),
-        (["photos", "--option", "min_image=3"], "did you mean 'min_images'"),
-        (["bad", "--option", "test_fraction=2"], "test_fraction must be"),
-        (["photos/cat"], "no images in directories of classes, 12 directly in it"),
-        (["x.parquet"], r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
-        (["photos", "--output", "file/here"], "--output: file is not a folder; choose another"),
-        (["digits_lt", "--root", "photos"], "has no option .root."),
+        ("nothing", "unknown data set .and no such folder or list.: 'nothing'; choose one of"),
+        ("photos --root photos", "a folder is its own root"),
+        ("photos --option min_image=3", "did you mean 'min_images'"),
+        ("bad --option test_fraction=2", "test_fraction must be"),
+        ("folder --root gone", "does not exist"),
+        ("photos/cat", "no images in directories of classes, 12 directly in it"),
+        ("x.parquet", r"x\.parquet is a table, not a list: give hub, with --root x\.parquet"),
+        ("photos --output file/here", "--output: file is not a folder; choose another"),
+        ("photos --output photos/here", "would lie in the folder photos"),
+        ("digits_lt --root photos", "has no option .root."),
     ],
 )
-def test_mistakes_are_told(photos, capsys, arguments, message):
+def test_mistakes_are_told_and_nothing_is_written(photos, capsys, arguments, message):
     (photos.parent / "bad" / "empty").mkdir(parents=True)
     shutil.copytree(photos / "cat", photos.parent / "bad" / "cat")
     for name in ("x.parquet", "file"):
         (photos.parent / name).touch()
-    error = inspect(capsys, *arguments, status=2)
+    before = sorted(photos.parent.rglob("*"))
+    error = inspect(capsys, *arguments.split(), status=2)
     assert error.startswith("error: ")
     assert re.search(message, error), error
-    assert not list(photos.parent.glob("inspect_*"))
-
-
-@pytest.mark.parametrize("arguments", [["."], ["folder", "--root", "."], ["../photos/."]])
-def test_nothing_is_written_among_the_images(photos, capsys, monkeypatch, arguments):
-    monkeypatch.chdir(photos)
-    before = sorted(photos.rglob("*"))
-    error = inspect(capsys, *arguments, status=2)
-    assert "inspect_photos would lie in the folder" in error
-    assert f"--output {photos.parent}/inspect_photos" in error
-    assert sorted(photos.rglob("*")) == before
-    inspect(capsys, *arguments, "--quick", "--output", "../here")
-    assert (photos.parent / "here" / "classes.csv").exists()
+    assert sorted(photos.parent.rglob("*")) == before

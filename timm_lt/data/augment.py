@@ -1,7 +1,4 @@
-"""Augmentations of batches of small images, each a function of (seed, draw) alone.
-
-Training is therefore the same on any number of processes, and a resumed epoch repeats exactly.
-"""
+"""Augmentations of batches of small images, each a function of (seed, draw) alone."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -43,17 +40,10 @@ def create_augmentation(name: str, **options: Any) -> "Augmentation":
 
 
 def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
-    """Returns pseudorandom numbers, uniform in [0, 1), that depend on (seed, draw, column) alone.
+    """Returns uniform numbers in [0, 1), (B, count), a function of (seed, draw, column) alone.
 
-    They are counter-based: the finaliser of SplitMix64 over a key per draw.
-
-    Shape:
-        draws (B,) int64, see :class:`~timm_lt.data.loader.NumberedSampler`; returns (B, count)
-        float32.
-
-    References:
-        Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014,
-        https://doi.org/10.1145/2660193.2660195
+    The finaliser of SplitMix64 over the draws (B,) of a sampler; see Steele, Lea and Flood, Fast
+    Splittable Pseudorandom Number Generators, OOPSLA 2014, https://doi.org/10.1145/2660193.2660195.
     """
     key = np.random.SeedSequence(seed).generate_state(1, np.uint64).astype(np.uint64)
     first = draws.numpy().astype(np.uint64) * np.uint64(count)
@@ -62,11 +52,14 @@ def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
 
 
 class Augmentation(nn.Module):
-    """Base of all augmentations.
+    """Base of all augmentations, which does not change the images.
+
+    Attributes:
+        count: Random numbers per image.
 
     Shape:
         - images: (B, 3, H, W) float
-        - uniforms: (B, count) in [0, 1), from :func:`random_uniforms`
+        - uniforms: (B, count) in [0, 1), a function of seed and draw
         - output: (B, 3, H, W)
     """
 
@@ -78,28 +71,24 @@ class Augmentation(nn.Module):
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the augmented images."""
-        raise NotImplementedError
+        return images
 
 
 @register_augmentation("none")
 class NoAugmentation(Augmentation):
     """Does not change the images."""
 
-    def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        """Returns the images."""
-        return images
-
 
 @register_augmentation("crop")
 class RandomCrop(Augmentation):
-    """Pads, crops at a random position, and mirrors.
+    """Pads, crops at a random position, and flips.
 
     With ``padding`` 4, ``border`` zero and ``hflip`` 0.5 it is the usual augmentation of CIFAR.
 
     Args:
         padding: Pixels on each side, >= 1 and below the image's size.
-        border: ``"reflect"`` mirrors the image about its outermost pixels; ``"zero"`` is black.
-        hflip: Probability of mirroring an image, left to right, in [0, 1].
+        border: ``"reflect"`` about the outermost pixels, or ``"zero"``, which is black.
+        hflip: Probability of a horizontal flip, in [0, 1].
     """
 
     def __init__(self, *, padding: int = 3, border: Border = "reflect", hflip: float = 0.0) -> None:
@@ -108,7 +97,7 @@ class RandomCrop(Augmentation):
         check_choice("border", border, get_args(Border))
         self.border = border
         self.hflip = check_number("hflip", hflip, "[0, 1]")
-        # No number is drawn without a flip, so that crops are those of earlier versions.
+        # Without flips, crops are those of earlier versions.
         self.count = 3 if self.hflip else 2
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:

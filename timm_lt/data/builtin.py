@@ -49,23 +49,14 @@ def glyph_lt(split: Split, *, seed: int = 0) -> "Dataset":
 
 
 def glyph_counts(split: Split) -> list[int]:
-    """Returns the number of images per class in a split, (C,).
-
-    >>> counts = glyph_counts("train")
-    >>> counts[0], counts[99], sum(counts)
-    (500, 5, 10847)
-    """
+    """Returns the number of images per class in a split, (C,)."""
     if split == "train":
         return long_tailed_counts(NUM_CLASSES, 500, 100.0, "exponential")
     return [EVALUATION_IMAGES[split]] * NUM_CLASSES
 
 
 def glyph_names() -> list[str]:
-    """Returns the class names; a class's index is its rank by frequency.
-
-    >>> len(glyph_names()), "digit_seven" in glyph_names()
-    (100, True)
-    """
+    """Returns the class names, (C,), by descending frequency."""
     text = (resources.files("timm_lt.data") / "glyph_atlas" / "classes.json").read_text("utf-8")
     return [entry["name"] for entry in json.loads(text)["classes"]]
 
@@ -80,10 +71,9 @@ def glyph_atlas() -> Floats:
 
 
 def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Generates the images (N, 32, 32, 3) and labels (N,) of a split.
+    """Generates the images (N, 32, 32, 3) and labels (N,) of a split of glyph_lt.
 
-    The same arguments give the same bytes for any number of threads: numpy works element by
-    element, and torch only interpolates, pixel by pixel.
+    The same arguments give the same bytes for any number of threads.
 
     Raises:
         UsageError: If there is no such split or the seed is not a non-negative integer.
@@ -101,10 +91,9 @@ def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArra
 
 
 def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Draws one image per label: labels (N,), images (N, 3, 32, 32).
+    """Draws images (N, 3, 32, 32) of the glyphs of labels (N,).
 
-    Two background colours, two distractor glyphs at the border, the glyph itself, an occluding bar,
-    blur, noise.
+    Two background colours, two distractors at the border, the glyph, an occluding bar, blur, noise.
     """
     number = len(labels)
     first, second, ink = draw_colours(rng, number)
@@ -124,7 +113,7 @@ def draw_images(rng: np.random.Generator, labels: NDArray[np.int64]) -> NDArray[
 
 
 def add_distractor(rng: np.random.Generator, image: Floats) -> Floats:
-    """Draws another glyph across the border of three out of four images (N, 3, 32, 32)."""
+    """Draws another glyph across the border of three in four images (N, 3, 32, 32)."""
     number = len(image)
     others = rng.integers(NUM_CLASSES, size=number)
     present = (rng.random((number, 1, 1, 1)) < 0.75).astype(np.float32)
@@ -141,10 +130,7 @@ def per_image(rng: np.random.Generator, low: float, high: float, number: int) ->
 
 
 def draw_colours(rng: np.random.Generator, number: int) -> tuple[Floats, Floats, Floats]:
-    """Draws two related background colours and an ink of another luma, (N, 3, 1, 1) each.
-
-    The contrast is .28 to .78, clipped at black and white.
-    """
+    """Draws two related background colours and an ink of another luma, (N, 3, 1, 1) each."""
     first = rng.uniform(0, 1, (number, 3))
     second = np.clip(first + rng.uniform(-0.25, 0.25, (number, 3)), 0, 1)
     luma = (first + second) @ LUMA / 2
@@ -163,10 +149,8 @@ def smooth_noise(
 ) -> Floats:
     """Draws coarse noise within ``amplitude`` of 0 and interpolates it to (N, channels, 32, 32)."""
     coarse = rng.uniform(-amplitude, amplitude, (number, channels, knots, knots))
-    field = F.interpolate(
-        torch.from_numpy(coarse.astype(np.float32)), size=SIZE, mode="bilinear", align_corners=True
-    )
-    return np.asarray(field.numpy())
+    grid = torch.from_numpy(coarse.astype(np.float32))
+    return np.asarray(F.interpolate(grid, size=SIZE, mode="bilinear", align_corners=True))
 
 
 def pixel_grid() -> tuple[Floats, Floats]:
@@ -185,8 +169,7 @@ def draw_glyphs(
 ) -> Floats:
     """Draws the coverage of pixels, (N, 1, 32, 32), by glyphs in a random face, pose and weight.
 
-    Their size is within ``scale``, where 1 is a glyph of 27 pixels; their centres (N, 2) are from
-    (-1, -1) to (1, 1) over the image.
+    At ``scale`` 1, a glyph has 27 pixels; centres (N, 2) range from -1 to 1 over the image.
     """
     number = len(labels)
     glyphs = glyph_atlas()[labels, rng.integers(NUM_FACES, size=number)]
@@ -196,15 +179,11 @@ def draw_glyphs(
     shift = centre.astype(np.float32)[:, :, None, None]
     dx, dy = x - shift[:, 0], y - shift[:, 1]
     m = inverse[:, :, :, None, None]
-    grid = np.stack(
-        [
-            m[:, 0, 0] * dx + m[:, 0, 1] * dy + elastic[:, 0],
-            m[:, 1, 0] * dx + m[:, 1, 1] * dy + elastic[:, 1],
-        ],
-        axis=-1,
-    )
+    grid = [m[:, i, 0] * dx + m[:, i, 1] * dy + elastic[:, i] for i in range(2)]
     sampled = F.grid_sample(
-        torch.from_numpy(glyphs[:, None]), torch.from_numpy(grid), align_corners=False
+        torch.from_numpy(glyphs[:, None]),
+        torch.from_numpy(np.stack(grid, axis=-1)),
+        align_corners=False,
     )
     threshold = per_image(rng, 0.3, 0.7, number)
     coverage = (sampled.numpy() - threshold) / np.float32(0.4) + np.float32(0.5)
@@ -214,7 +193,7 @@ def draw_glyphs(
 def draw_poses(
     rng: np.random.Generator, number: int, scale: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Draws the linear part of the poses, (N, 2, 2): rotation after shear after stretching."""
+    """Draws the linear part of poses, (N, 2, 2): rotation after shear after stretching."""
     angle = rng.uniform(-0.30, 0.30, number)
     size = rng.uniform(*scale, number)
     aspect = np.exp(rng.uniform(-0.18, 0.18, number))
@@ -252,8 +231,8 @@ def blur(image: Floats, amount: Floats) -> Floats:
 def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
     """Builds a split of digits_lt: train 120 to 5 images per class, val 20 and test 30.
 
-    The splits are disjoint. The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB. One class is
-    many-shot, five are medium-shot and four few-shot.
+    The digits of 8 x 8 pixels are enlarged to 32 x 32 RGB. One class is many-shot, five are
+    medium-shot and four few-shot.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
@@ -284,7 +263,7 @@ def digits_lt(split: Split, *, seed: int = 0) -> "Dataset":
 
 
 def split_digits(labels: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Splits the images of each class into test, val and the pool of train; returns indices."""
+    """Returns the indices of test, val and the pool of train, disjoint, class by class."""
     rng = np.random.default_rng(seed)
     ends = np.cumsum([*DIGITS.values()])
     parts = []

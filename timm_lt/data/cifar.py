@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CifarName = Literal["cifar10_lt", "cifar100_lt"]
-# Papers that select the epoch on the test split, as their code does.
+# Papers whose code selects the epoch on the test split.
 BEST_TEST_EPOCH = "Cao et al., NeurIPS 2019, and Zhou et al., CVPR 2020"
 ORDER = "torchvision's: the training files one after the other, data_batch_1 to 5 for CIFAR-10"
 PIXELS = 3 * 32 * 32
@@ -39,7 +39,7 @@ class CifarSpec:
     # Copy on the Hub, and its column of labels.
     repo: str
     label: str
-    # Class names, (C,), in the order of the labels.
+    # Class names, (C,).
     names: list[str]
     # First labels ("first") and images per class ("counts") of each training file.
     batches: list[dict[str, list[int]]]
@@ -49,7 +49,7 @@ class CifarSpec:
     binary: str
     binary_train: list[str]
     binary_test: str
-    # Bytes before the pixels of an image in a binary file; the last is the label.
+    # Bytes before the pixels of an image in a binary file; the last one is the label.
     label_bytes: int
 
     @property
@@ -82,12 +82,10 @@ def cifar_lt(
 
     Args:
         name: ``"cifar10_lt"`` or ``"cifar100_lt"``.
-        root: Local copy: the folder that contains the Python version (``cifar-10-batches-py``,
+        root: Folder of a local copy: the Python version (``cifar-10-batches-py``,
             ``cifar-100-python``), the binary version (``cifar-10-batches-bin``,
-            ``cifar-100-binary``) or the parquet files of ``uoft-cs/cifar10`` or ``cifar100``. None
-            loads the copy on the Hub.
-        imbalance_factor: Largest class over smallest class, from 1, the balanced set, to the number
-            of images of the first class.
+            ``cifar-100-binary``) or the parquet files of the Hub. None loads the copy on the Hub.
+        imbalance_factor: Largest class over smallest class, from 1 to the images of a class.
         profile: ``"exponential"``, ``"step"`` or ``"pareto"``.
         seed: Seed of the choice of images, a non-negative integer below 2^32.
         manifest: JSON file of :func:`cifar_manifest` that the subset must agree with.
@@ -128,12 +126,12 @@ def cifar_manifest(
 ) -> dict[str, Any]:
     """Describes the training images of ``cifar10_lt`` or ``cifar100_lt``, ready for JSON.
 
-    The arguments are those of :func:`cifar_lt`. The indices count in the official order, whatever
-    the order of the copy. Two people with the same ``indices_sha256`` and ``all_labels_sha256``
-    train on the same images.
+    The arguments are those of :func:`cifar_lt`. Indices count in the official order, whatever the
+    order of the copy: with the same ``indices_sha256`` and ``all_labels_sha256``, images are the
+    same.
 
     Returns:
-        The result of :func:`~timm_lt.data.long_tailed.subset_manifest`, and the options.
+        The result of :func:`~timm_lt.data.subset_manifest`, and the options.
     """
     check_choice("data set", name, get_args(CifarName))
     options = {"imbalance_factor": imbalance_factor, "profile": profile, "seed": seed}
@@ -157,10 +155,8 @@ def _subset(
 def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Returns the row of each image of the official order, (N,), given the labels as stored, (N,).
 
-    The subset of LDAM-DRW depends on the order of the rows, which is that of torchvision,
-    ``data_batch_1`` to ``data_batch_5``. The Hub's copy of CIFAR-10 has the order of the archive's
-    members: ``data_batch_4``, 3, 2, 5, 1. A file is recognised by its first labels and its images
-    per class; a UsageError says that one is not.
+    The official order is torchvision's, ``data_batch_1`` to 5; the Hub's CIFAR-10 has the order 4,
+    3, 2, 5, 1. A file is recognised by its first labels and its images per class.
     """
     blocks = np.arange(len(labels)).reshape(len(spec.batches), -1)
     counts = [np.bincount(labels[rows], minlength=len(spec.names)).tolist() for rows in blocks]
@@ -173,8 +169,8 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
     if len(order) != len(blocks):
         raise UsageError(
             f"unknown order of the training images of {spec.name}: {len(order)} of {len(blocks)} "
-            "blocks are official files, and the subset would not be the published one; use the "
-            "official files, or data set 'hub' with make_long_tailed"
+            "blocks are official files; use the official files, or data set 'hub' with "
+            "make_long_tailed"
         )
     return np.concatenate(order)
 
@@ -192,34 +188,27 @@ def _read(
     with user_errors(name, OSError, RuntimeError, ValueError, UsageError, cure=expected):
         folder = None if root is None else Path(root).expanduser()
         copy = _read_any(spec, folder, cache_dir)
-    problems = Problems(name)
     for split, number in spec.per_class.items():
         names = label_names(copy[split])
         counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
-        if names != spec.names:
-            problems.add(f"{split} has the classes {shown_names(names or [])}")
-        elif counts != [number] * len(spec.names):
-            pairs = zip(spec.names, counts, strict=False)
-            wrong = [f"{n} of {name}" for name, n in pairs if n != number]
-            problems.add(f"{split} needs {number} images of each class, found {shown_names(wrong)}")
-    problems.check()
+        found = dict(zip(names or [], counts, strict=False))
+        if found != dict.fromkeys(spec.names, number) or names != spec.names:
+            wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
+            raise UsageError(
+                f"{name}: {split} needs {number} images of {shown_names(spec.names)}, found "
+                f"{shown_names(wrong or list(found))}"
+            )
     return copy
 
 
 def _read_any(
     spec: CifarSpec, root: Path | None, cache_dir: str | Path | None
 ) -> "dict[Split, Dataset]":
-    """Reads the layout that is in a folder, or the copy on the Hub."""
-    source: dict[str, Any] = {"repo": spec.repo}
-    if root is not None:
-        source = {"root": root}
-        python, binary = (
-            root / name if root.name != name else root for name in (spec.python, spec.binary)
-        )
-        if python.is_dir():
-            return _read_python(spec, python)
-        if binary.is_dir():
-            return _read_binary(spec, binary)
+    """Reads the version in a folder, or the copy on the Hub."""
+    for name, read in ((spec.python, _read_python), (spec.binary, _read_binary)):
+        if root is not None and (folder := root if root.name == name else root / name).is_dir():
+            return read(spec, folder)
+    source: dict[str, Any] = {"repo": spec.repo} if root is None else {"root": root}
     copy = hub(**source, label=spec.label, train="train", test="test", cache_dir=cache_dir)
     for split, rows in copy.items():
         names = [MISSPELT.get(name, name) for name in label_names(rows) or spec.names]
@@ -228,7 +217,7 @@ def _read_any(
 
 
 def _read_python(spec: CifarSpec, folder: Path) -> "dict[Split, Dataset]":
-    """Reads the Python version through torchvision, which unpickles no file with another MD5."""
+    """Reads the Python version by torchvision, which unpickles no file with another MD5."""
     from torchvision import datasets as torchvision
 
     loader: Any = getattr(torchvision, spec.name.replace("-", ""))

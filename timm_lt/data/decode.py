@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -34,15 +34,14 @@ from timm_lt.utils.checks import (
 from timm_lt.utils.console import ignore_pillow_warnings, log
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
-# Floats beyond 1 are levels of 8 or 16 bits only if the largest is at least this: a wrong guess
-# about fractions beyond 1, or about a nearly black image, could lose everything.
+# Least maximum of floats that are levels of 8 or 16 bits. A smaller one, above 1, is ambiguous:
+# fractions beyond 1, or a nearly black image.
 DARK = 16
-
-# Whether an unreadable image stops a run or is left out.
+# Whether an unreadable image stops a run or is skipped.
 Unreadable = Literal["raise", "skip"]
 # Target of an image that could not be read.
 UNREADABLE = -1
-# Errors of Pillow and its decoders about damaged files; AVIF raises RuntimeError.
+# Errors of Pillow's decoders for damaged files.
 DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
@@ -59,9 +58,9 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# Images whose headers are read together.
+# Images per batch of header reads.
 ROWS = 500
-# Start of torch's message about an error that a worker raised.
+# Start of torch's message for an error raised in a worker.
 CAUGHT = "Caught "
 
 
@@ -72,10 +71,9 @@ class ImageError(ValueError):
 def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
     """Returns an image in RGB; an RGB image without a transparent colour is not copied.
 
-    Grey levels with more than 8 bits are scaled to 8 bits by the range of the file's type, such as
-    0 to 65535 for 16 bits. Types without a usual range (integers and floats with 32 bits) are
-    scaled by their values: floats from 0 to 1 are multiplied by 255; other values up to 255 are
-    levels of 8 bits, and up to 65535 levels of 16 bits. No value is ever clipped.
+    Grey levels with more than 8 bits are scaled by the range of the file's type, such as 0 to 65535
+    for 16 bits. 32-bit types have no usual range: floats from 0 to 1 are multiplied by 255; other
+    values up to 255 are levels of 8 bits, and up to 65535 levels of 16 bits. No value is clipped.
 
     Args:
         image: In any mode that Pillow converts.
@@ -95,7 +93,7 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
-    """Returns an image that has any kind of transparency as RGBA with 8 bits."""
+    """Returns an image with any kind of transparency as RGBA with 8 bits."""
     if image.mode == "La":
         image = image.convert("LA")
     elif _is_deep(image):
@@ -107,17 +105,17 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def loses_levels(image: Image.Image) -> bool:
-    """Tells whether an image that is opened but not loaded has more than 8 bits per channel."""
+    """Tells whether an opened image that is not loaded has more than 8 bits per channel."""
     return _is_deep(image) or ";16" in _raw_mode(image)
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Tells whether Pillow keeps grey levels of an image with more than 8 bits."""
+    """Tells whether Pillow keeps more than 8 bits of the grey levels of an image."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Returns an image without its transparency, with grey levels of more than 8 bits scaled."""
+    """Returns an image with grey levels of more than 8 bits scaled, without its transparency."""
     if not _is_deep(image):
         return image
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
@@ -129,7 +127,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     if is_float and fractions.min() >= 0 and fractions.max() <= 255:
         levels = fractions
     elif not is_float and bits < 32 and low >= 0:
-        # Pillow inverts 8 bits where white is zero, but not more.
+        # Where white is zero, Pillow inverts 8 bits only.
         white_is_zero = tags.get(PHOTOMETRIC) == 0
         levels = ((1 << bits) - 1 - values if white_is_zero else values) >> (bits - 8)
     elif (bits == 32 or is_float) and low >= 0 and (DARK if is_float else 0) <= high <= 65535:
@@ -153,45 +151,35 @@ def _scale_transparency(image: Image.Image) -> None:
 
 def _raw_mode(image: Image.Image) -> str:
     """Returns the layout of an image's pixels in its file; empty once it is loaded."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0].args if tiles else ""
-    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+    for tile in getattr(image, "tile", ()):
+        return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
+    return ""
 
 
 def encoded_images(dataset: Dataset) -> Dataset:
-    """Returns a data set of the stored images: bytes, or the path of a file.
-
-    A data set with a transform of its own is returned unchanged.
-    """
+    """Returns a data set of images as stored; unchanged if it has a transform of its own."""
     if dataset.format["type"] == "custom":
         return dataset
-    # Reading a decoded row costs as much again as decoding a small image.
+    # Rows with a decoded image take twice as long for small images.
     images = dataset.with_format(None).select_columns("image")
     return images.cast_column("image", ImageColumn(decode=False))
 
 
 def source_of(encoded: dict[str, Any] | None) -> str | bytes | None:
     """Returns the bytes of a stored image, else its path; None if there is no image."""
-    if encoded is None:
-        return None
-    source: str | bytes | None = encoded["bytes"]
-    return encoded["path"] if source is None else source
+    content, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
+    return path if content is None else content
 
 
 def is_remote(source: object) -> bool:
-    """Tells whether the source of an image is a URL, such as that of a file on the Hub.
-
-    >>> is_remote("hf://datasets/me/birds/a.jpg"), is_remote("/data/a://b.jpg")
-    (True, False)
-    """
+    """Tells whether the source of an image is a URL, such as that of a file on the Hub."""
     return isinstance(source, str) and REMOTE.match(source) is not None
 
 
 def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> Image.Image:
     """Reads an image file as timm_lt does everywhere: in RGB, upright by its EXIF orientation.
 
-    Can be the ``loader=`` of torchvision's ``ImageFolder``. For grey levels with more than 8 bits
-    see :func:`timm_lt.data.decode.to_rgb`.
+    Works as the ``loader=`` of torchvision's ``ImageFolder``.
 
     Args:
         path: The file.
@@ -206,11 +194,7 @@ def load_image(path: str | Path, *, background: str | Sequence[int] = WHITE) -> 
 
 
 def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageColumn) -> Image.Image:
-    """Decodes an image of :func:`encoded_images`, given its row and the column of the data set.
-
-    Raises:
-        UsageError: If the image cannot be decoded; names its row and file.
-    """
+    """Decodes an image of :func:`encoded_images`; a UsageError names its row and file."""
     try:
         return decode_column(encoded, column)
     except ImageError as error:
@@ -218,7 +202,7 @@ def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageCol
 
 
 def decode_column(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
-    """Decodes an image of a column with the column's background and mode."""
+    """Decodes an image with the background and mode of its column."""
     background = getattr(column, "background", WHITE)
     return decode_image(encoded, background=background, mode=column.mode)
 
@@ -231,8 +215,10 @@ def decode_image(
 ) -> Image.Image:
     """Decodes an image to RGB, upright by its EXIF orientation; every image is read here.
 
-    It is a PIL image, or ``path`` and ``bytes``, one of which may be None. A mode is that before
-    RGB, such as L to remove colours.
+    Args:
+        encoded: A PIL image, or ``path`` and ``bytes``, one of which may be None.
+        background: See :func:`to_rgb`.
+        mode: Mode before RGB, such as L to remove colours.
 
     Raises:
         ImageError: If the image is damaged or has values in an unknown range.
@@ -248,7 +234,7 @@ def decode_image(
         if isinstance(source, Image.Image):
             rgb = to_rgb(source, background)
         else:
-            # Without `with`, Pillow leaves damaged files and those with several frames open.
+            # Otherwise Pillow leaves damaged files and those with several frames open.
             with open_image(source) as image:
                 rgb = upright(to_rgb(image, background), image)
         return rgb if mode in (None, "RGB") else rgb.convert(mode).convert("RGB")
@@ -259,11 +245,11 @@ _ignore_warnings_once = cache(ignore_pillow_warnings)
 
 @contextmanager
 def damage_explained() -> Iterator[None]:
-    """Turns every error of Pillow about a damaged image into :class:`ImageError`."""
+    """Turns Pillow's errors for damaged images into :class:`ImageError`."""
     try:
         yield
     except DAMAGE as error:
-        # Torch reports the death of a worker wherever the main process happens to be.
+        # torch reports the death of a worker wherever the main process is.
         if is_worker_death(error):
             raise
         raise ImageError(_reason(error)) from error
@@ -273,7 +259,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or has a format that Pillow does not read"
     if isinstance(error, Image.DecompressionBombError):
-        # Pillow warns above its limit, and refuses above twice that.
+        # Pillow warns above its limit, and refuses above twice its limit.
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
@@ -284,7 +270,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_image(source: str | bytes) -> Image.Image:
-    """Opens an image, given its path or its bytes."""
+    """Opens an image by its path or its bytes."""
     try:
         return Image.open(source if isinstance(source, str) else io.BytesIO(source))
     except UnidentifiedImageError:
@@ -294,26 +280,22 @@ def open_image(source: str | bytes) -> Image.Image:
 
 
 def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Returns pixels turned by the EXIF orientation of a loaded image, if that can be read.
-
-    ``ImageOps.exif_transpose`` would also rewrite all EXIF data, and fail on any odd entry.
-    """
-    try:
-        with damage_explained():
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except ImageError:
-        return pixels
+    """Returns pixels turned by the EXIF orientation of a loaded image, if that can be read."""
+    turn = None
+    # ImageOps.exif_transpose would rewrite all EXIF data, and fail on any odd entry.
+    with suppress(ImageError), damage_explained():
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return pixels if turn is None else pixels.transpose(turn)
 
 
 def is_huge(size: tuple[int, int]) -> bool:
-    """Tells whether Pillow warns that an image of this width and height may be malicious."""
+    """Tells whether Pillow warns of an image of this width and height."""
     limit = Image.MAX_IMAGE_PIXELS
     return limit is not None and size[0] * size[1] > limit
 
 
 def describe_huge(number: int, total: int, names: Sequence[str], split: str = "") -> str:
-    """Returns the message about all images that Pillow would warn of one by one."""
+    """Returns one message about all images that Pillow would warn of."""
     limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
     return (
         f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read "
@@ -322,7 +304,7 @@ def describe_huge(number: int, total: int, names: Sequence[str], split: str = ""
 
 
 def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
-    """Returns the name of an image in messages: its row and, if it has one, its file."""
+    """Returns the name of an image in messages: its row and its file, if known."""
     path = encoded["path"] if isinstance(encoded, dict) else None
     return f"image {row}" + (f" ({shown_path(path)})" if path else "")
 
@@ -337,11 +319,8 @@ def shown_path(path: str) -> str:
 
 
 def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> UsageError:
-    """Returns the error about images that cannot be read, given the reasons by their names.
-
-    The number of all images is not needed for a single unreadable one.
-    """
-    # Only training stops at such images; other commands skip them.
+    """Returns the error for images, of so many, that cannot be read: reasons by image name."""
+    # Other commands than training skip such images.
     fix = "train without such images with --data.unreadable skip"
     if len(reasons) == 1:
         ((name, reason),) = reasons.items()
@@ -353,11 +332,7 @@ def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> 
 
 
 def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces the images of a batch that could not be read, target -1, with others of the batch.
-
-    Raises:
-        UsageError: If no image of the batch could be read.
-    """
+    """Replaces unreadable images of a batch, whose target is -1, with others of the batch."""
     missing = targets == UNREADABLE
     if not missing.any():
         return images, targets
@@ -378,10 +353,10 @@ class UnreadableImage(NamedTuple):
 
 
 def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[UnreadableImage]:
-    """Finds empty files, files that are not images, and JPEG files that are cut off.
+    """Finds empty files, files that are not images, and truncated JPEG files.
 
-    Pillow reads the header of each file. A JPEG that does not end with its marker is decoded to be
-    sure. Remote files, and data sets with a transform of their own, are not checked.
+    Reads headers, and decodes a JPEG without its end marker to be sure. Does not check remote files
+    and data sets with a transform of their own.
     """
     encoded = encoded_images(dataset)
     if encoded.format["type"] == "custom":
@@ -402,7 +377,7 @@ def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[Un
 
 
 def _damage(encoded: dict[str, Any] | None) -> str | None:
-    """Returns the reason why an image cannot be read, if its header or its end shows one."""
+    """Returns why an image cannot be read, if its header or its end shows it."""
     source = source_of(encoded)
     if source is None:
         return "there is no image"
@@ -423,40 +398,34 @@ def _damage(encoded: dict[str, Any] | None) -> str | None:
 def verify_images(
     datasets: Mapping[str, Dataset], accelerator: Accelerator, *, unreadable: Unreadable = "raise"
 ) -> dict[str, list[int]]:
-    """Returns the rows of the damaged images by split; the processes share the files among them.
+    """Returns the rows of damaged images by split; unless skipped, these are a UsageError.
 
-    With ``unreadable="skip"`` their number is logged, otherwise they are a UsageError.
+    Each process checks its share of the files.
     """
     first, step = accelerator.process_index, accelerator.num_processes
-    ours = [
-        (split, image)
-        for split, data in datasets.items()
-        for image in find_damaged(data, range(first, len(data), step))
-    ]
-    damaged: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
-    for split, image in sorted(gather_object(ours)):
-        damaged[split].append(image)
-    problems = Problems()
-    for split, images in damaged.items():
+    problems, rows = Problems(), {}
+    for split, data in datasets.items():
+        images = sorted(gather_object(find_damaged(data, range(first, len(data), step))))
         if images and unreadable == "skip":
-            log.info("%d of %d %s images cannot be read", len(images), len(datasets[split]), split)
+            log.info("%d of %d %s images cannot be read", len(images), len(data), split)
         else:
-            note_damaged(problems, split, images, len(datasets[split]))
+            note_damaged(problems, split, images, len(data))
+        rows[split] = [image.row for image in images]
     problems.check()
-    return {split: [image.row for image in images] for split, images in damaged.items()}
+    return rows
 
 
 def note_damaged(
     problems: Problems, split: str, damaged: Sequence[UnreadableImage], number: int
 ) -> None:
-    """Adds the damaged images of a split of so many images to the problems, if there are any."""
+    """Adds the damaged images of a split, of so many images, to the problems."""
     if damaged:
         reasons = {image.name: image.reason for image in damaged}
         problems.add(f"{split} split: {unreadable_images(reasons, number)}")
 
 
 def note_damaged_files(problems: Problems, files: Mapping[Split, Sequence[str]]) -> None:
-    """Adds the damaged files of all splits to the problems; missing files are ignored."""
+    """Adds the damaged files of all splits to the problems, but not missing ones."""
     for split, paths in files.items():
         dataset = dataset_from_files(list(paths), np.zeros(len(paths), np.int64), None)
         damaged = [image for image in find_damaged(dataset) if Path(paths[image.row]).is_file()]
@@ -466,19 +435,14 @@ def note_damaged_files(problems: Problems, files: Mapping[Split, Sequence[str]])
 def log_exceptional(
     split: str, dataset: Dataset, left_out: int, unreadable: Sequence[int], huge: Sequence[int]
 ) -> None:
-    """Logs the images of a split that were left out, and those that Pillow would warn of.
-
-    The rows of those left out may be unknown.
-    """
+    """Logs the images of a split that were left out, if known by row, and the huge ones."""
     encoded = encoded_images(dataset)
-    # The data set's own transform may fail on the image.
-    has_transform = encoded.format["type"] == "custom"
 
     def names(rows: Sequence[int]) -> list[str]:
-        return [
-            f"image {row}" if has_transform else image_name(encoded[row]["image"], row)
-            for row in rows
-        ]
+        # The data set's own transform may fail on the image.
+        if encoded.format["type"] == "custom":
+            return [f"image {row}" for row in rows]
+        return [image_name(encoded[row]["image"], row) for row in rows]
 
     if left_out:
         shown = f": {shown_names(names(unreadable))}" if unreadable else ""
@@ -493,21 +457,16 @@ def log_exceptional(
 def check_classes_left(
     labels: Mapping[str, Tensor], unreadable: Mapping[str, list[int]], names: list[str] | None
 ) -> None:
-    """Checks that every class keeps an image that can be read, in train and in val.
-
-    Raises:
-        UsageError: If a split, or a class of train or val, has no image left; names all of them.
-    """
+    """Checks that every split, and every class of train and val, has a readable image."""
     problems = Problems()
     for split, rows in unreadable.items():
-        readable = torch.ones(len(labels[split]), dtype=torch.bool)
-        readable[rows] = False
-        left = set(labels[split][readable].tolist())
-        lost = [c for c in labels[split].unique().tolist() if c not in left]
+        values = labels[split].tolist()
+        left = {*np.delete(values, rows).tolist()}
+        lost = sorted({*values} - left)
         if not left:
-            problems.add(f"{split} split: none of the {len(readable)} images can be read")
+            problems.add(f"{split} split: none of the {len(values)} images can be read")
         elif lost and split != "test":
-            # A class without a test image has no accuracy, which the report says.
+            # A class without a test image has no accuracy, as the report says.
             shown = shown_names([f"{c} ({names[c]})" if names else c for c in lost])
             problems.add(
                 f"{split} split: {len(lost)} classes have no image that can be read: {shown}; "
@@ -517,7 +476,7 @@ def check_classes_left(
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Tells whether torch reports the death of a worker, wherever the main process was."""
+    """Tells whether an error is torch's report of the death of a worker."""
     text = str(error)
     dead = isinstance(error, RuntimeError) and "DataLoader worker" in text
     return dead and not text.startswith(CAUGHT)

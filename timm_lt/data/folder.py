@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OtherFiles = Literal["raise", "skip"]
-# Formats that Pillow decodes, without those that share a suffix with other kinds of files (.ps,
-# .pdf, .h5, .mpg).
+# Formats that Pillow decodes, without suffixes of other kinds of files (.ps, .pdf, .h5, .mpg).
 IMAGE_SUFFIXES = frozenset(
     (
         *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "webp", "avif", "bmp", "dib"),
@@ -31,8 +30,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 # Photos of phones, which Pillow does not decode.
 HEIC_SUFFIXES = frozenset(("heic", "heif"))
-# Directories and files of operating systems, network storages and photo programs, in lower case:
-# thumbnails, recycle bins, settings. Others begin with a dot.
+# Directories and files of operating systems, network storages and photo programs, in lower case;
+# others begin with a dot.
 SYSTEM_NAMES = frozenset(
     (
         *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db"),
@@ -42,8 +41,7 @@ SYSTEM_NAMES = frozenset(
         *("network trash folder", "temporary items"),
     )
 )
-# Sidecars of cameras and editors: previews and settings. a.jpg:Zone.Identifier is where Windows
-# notes that a file was downloaded.
+# Sidecars of cameras and editors, and of downloads on Windows (a.jpg:Zone.Identifier).
 SIDECAR_SUFFIXES = frozenset(
     ("thm", "lrv", "lrf", "aae", "xmp", "ctg", "pp3", "dop", "nksc", "identifier")
 )
@@ -51,24 +49,18 @@ SIDECAR_SUFFIXES = frozenset(
 
 @dataclass
 class Found:
-    """Contents of a directory and of those below it, without hidden files.
-
-    Attributes:
-        directories: The directories.
-        images: Image files by their suffix, in the order of torchvision's ``ImageFolder``.
-        others: Files with other suffixes.
-        broken: Entries that cannot be used, with the reason: links to nothing or to a directory
-            that was listed already, directories that cannot be listed, names that are not UTF-8.
-    """
+    """Contents of a directory and of those below it, without hidden files."""
 
     directories: list[str] = field(default_factory=list)
+    # Files with the suffix of an image, in the order of torchvision's ImageFolder.
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    # Entries that cannot be read, such as links to nothing, with the reason.
     broken: dict[str, str] = field(default_factory=dict)
 
 
 def find_images(directory: str) -> Found:
-    """Lists the image files in a directory and in those below it; links are followed."""
+    """Lists a directory and those below it; links are followed."""
     found = Found()
     _walk(directory, found, {})
     found.images.sort(key=os.path.split)
@@ -93,7 +85,7 @@ def _walk(directory: str, found: Found, listed: dict[tuple[int, int], str]) -> N
             else:
                 found.others.append(entry.path)
         except OSError as error:
-            # For example, links that lead to each other.
+            # E.g. links that lead to each other.
             found.broken[entry.path] = error.strerror or str(error)
 
 
@@ -110,23 +102,18 @@ def _entries(directory: str, broken: dict[str, str]) -> list["os.DirEntry[str]"]
     # Bytes that are not UTF-8 are surrogates in the name, which cannot be encoded.
     unnamed = [e for e in visible if e.name.encode(errors="ignore").decode() != e.name]
     for entry in unnamed:
-        shown = entry.path.encode(errors="backslashreplace").decode()
-        broken[shown] = "its name is not UTF-8"
+        broken[entry.path.encode(errors="backslashreplace").decode()] = "its name is not UTF-8"
     return [entry for entry in visible if entry not in unnamed]
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a file or directory belongs to a system, a storage or a camera.
-
-    >>> is_hidden("@eaDir"), is_hidden("._1.jpg"), is_hidden("IMG_1.XMP"), is_hidden("1.jpg")
-    (True, True, True, False)
-    """
+    """Tells whether a file or directory belongs to a system, a storage or a camera."""
     is_system = name.startswith(".") or name.lower() in SYSTEM_NAMES
     return is_system or suffix(name) in SIDECAR_SUFFIXES
 
 
 def visible_files(root: Path, pattern: str) -> list[Path]:
-    """Returns the files below a directory whose names match, sorted, without hidden ones."""
+    """Returns the files below a directory that match, sorted, without hidden ones."""
     return [
         path
         for path in sorted(root.rglob(pattern))
@@ -135,22 +122,13 @@ def visible_files(root: Path, pattern: str) -> list[Path]:
 
 
 def suffix(path: str) -> str:
-    """Returns the suffix of a file name in lower case without its dot.
-
-    >>> suffix("a/b.JPG"), suffix("a.b/c")
-    ('jpg', '')
-    """
-    name = path.rpartition("/")[2]
-    _, dot, end = name.rpartition(".")
+    """Returns the suffix of a file name in lower case without its dot."""
+    _, dot, end = path.rpartition("/")[2].rpartition(".")
     return end.lower() if dot else ""
 
 
 def counted_suffixes(paths: Iterable[str]) -> str:
-    """Returns how many files there are of each suffix, the most frequent first.
-
-    >>> counted_suffixes(["a.txt", "b.csv", "c.txt", "d"])
-    '2 .txt, 1 .csv, 1 without suffix'
-    """
+    """Returns the number of files of each suffix: ``"2 .txt, 1 .csv, 1 without suffix"``."""
     counts = Counter(map(suffix, paths))
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0] == "", item[0]))
     return ", ".join(f"{n} .{end}" if end else f"{n} without suffix" for end, n in order)
@@ -159,10 +137,7 @@ def counted_suffixes(paths: Iterable[str]) -> str:
 def list_folder(
     root: str | Path, *, min_images: int | None = None, other_files: OtherFiles = "raise"
 ) -> ImageFiles:
-    """Lists a folder of images, and collects all problems that keep a run from training on it.
-
-    For the options see :func:`folder`.
-    """
+    """Lists a folder of images with all problems that keep a run from training on it."""
     check_choice("other_files", other_files, get_args(OtherFiles))
     root = find_root(root)
     problems = Problems(f"folder {shown_path(root)}")
@@ -170,7 +145,7 @@ def list_folder(
     splits = _split_directories(problems, root, found)
     class_of = {path: _class_of(path, root, splits) for path in [*found.images, *found.others]}
     images = _labelled(problems, root, found, splits, class_of)
-    # Other files beside the classes, such as a licence, do no harm.
+    # Files beside the classes, such as a licence, are ignored.
     others = [path for path in found.others if class_of[path]]
     shapes = IMAGE_SUFFIXES | HEIC_SUFFIXES
     loose = [path for path, place in class_of.items() if not place and suffix(path) in shapes]
@@ -208,10 +183,10 @@ def list_folder(
 
 
 def _split_directories(problems: Problems, root: str, found: Found) -> dict[str, Split]:
-    """Returns the directories of the splits in the root; none if the root has the classes."""
+    """Returns the directories of the splits in the root; {"": "train"} if it has the classes."""
     below = [directory.removeprefix(f"{root}/") for directory in found.directories[1:]]
     names = [name for name in below if "/" not in name]
-    # A class may be called train, too, if others are not named like splits.
+    # A class may be called train if not all are named like splits.
     if not names or any(name.lower() not in SPLIT_WORDS for name in names):
         return {"": "train"}
     splits = {name: SPLIT_WORDS[name.lower()] for name in names}
@@ -225,7 +200,7 @@ def _split_directories(problems: Problems, root: str, found: Found) -> dict[str,
 
 
 def _class_of(path: str, root: str, splits: Mapping[str, Split]) -> tuple[Split, str] | None:
-    """Returns the split and the class of a file; None if it lies beside the classes."""
+    """Returns the split and the class of a file; None if it is in no class."""
     below = path.removeprefix(f"{root}/")
     first, _, rest = ("", "", below) if "" in splits else below.partition("/")
     name, _, file = rest.partition("/")
@@ -275,22 +250,20 @@ def folder(
     """Builds the splits of a folder with a directory of images for each class.
 
     The classes are directories of the root, or of its directories ``train`` and, optionally,
-    ``val`` (or ``valid``, ``validation``, ``dev``) and ``test``. They are sorted by name, as
-    torchvision's ``ImageFolder`` does; a directory within a class belongs to it. Hidden files and
-    those of systems, network storages and cameras are ignored, links are followed, and no image is
-    opened.
+    ``val`` (or ``valid``, ``validation``, ``dev``) and ``test``, sorted by name as in torchvision's
+    ``ImageFolder``; a directory within a class belongs to it. Hidden files and those of systems,
+    network storages and cameras are ignored, links are followed, and no image is opened.
 
-    A test split that is missing is held out of each class, the same in every run. A validation
-    split that is missing is held out by the run.
+    A missing test split is held out of each class, the same in every run; a missing validation
+    split is held out by the run.
 
     Args:
         root: The folder.
-        test_fraction: Part of each class that is held out for the test, in (0, 1).
-        min_images: Leaves out classes with fewer training images, and names them in the log; None
+        test_fraction: Fraction of each class that is held out for the test, in (0, 1).
+        min_images: Removes classes with fewer training images, and names them in the log; None
             keeps all.
-        other_files: ``"skip"`` leaves out files in class directories that are not images by their
-            suffix, entries that cannot be used, and images outside the class directories;
-            ``"raise"`` refuses them.
+        other_files: ``"raise"`` refuses files in class directories without an image suffix, entries
+            that cannot be read, and images outside class directories; ``"skip"`` ignores them.
         seed: Seed of the choice of the test images, a non-negative integer.
 
     Raises:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median_low
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from datasets import Dataset
@@ -34,21 +34,22 @@ from timm_lt.data.decode import (
     source_of,
 )
 from timm_lt.data.images import label_names, label_tensor
+from timm_lt.data.sources import Split
 from timm_lt.data.splits import Splits
 from timm_lt.utils.checks import Problems
 from timm_lt.utils.longtail import ShotRule, describe_shots, shot_groups
 
 # Pairs of duplicates and image sizes that are listed.
 SHOWN = 5
-# Labels without an image that are counted as classes, next to those that occur.
+# Gaps between labels above which only labels that occur are classes.
 GAPS = 1000
-# Images that are decoded together.
+# Images per batch of decoding.
 ROWS = 256
 MISSING = os.strerror(errno.ENOENT)
 
 
 class DuplicateImage(NamedTuple):
-    """One of several images with the same content: its split, name in messages, and label."""
+    """One of several images with the same content."""
 
     split: str
     name: str
@@ -76,13 +77,7 @@ class Duplicates:
 def find_duplicates(
     images: Iterable[tuple[Hashable, DuplicateImage]], splits: Sequence[str]
 ) -> Duplicates:
-    """Counts images with the same content, given a digest of each, split by split.
-
-    >>> images = [("x", DuplicateImage("train", "a", 0)), ("x", DuplicateImage("test", "b", 1))]
-    >>> found = find_duplicates(images, ["train", "test"])
-    >>> found.within, found.across, found.conflicts
-    ({'train': 0, 'test': 0}, {'train, test': 1}, 1)
-    """
+    """Counts images with the same content, given a digest of each, split by split."""
     groups: dict[Hashable, list[DuplicateImage]] = {}
     for content, image in images:
         groups.setdefault(content, []).append(image)
@@ -119,7 +114,7 @@ class Sizes:
         formats: Images of each format.
         transparent: Images with an alpha channel or a transparent colour.
         deep: Images with more than 8 bits per channel, of which 8 are kept.
-        one_color: Images that have a single colour once they are decoded.
+        one_color: Images of a single colour after decoding.
         huge: Images that Pillow warns of for their size.
     """
 
@@ -139,17 +134,17 @@ class Inspection:
     """Figures of a data set.
 
     Attributes:
-        name: Its name.
+        name: Name of the data set.
         class_counts: Images of each class, (C,), by split. With more than 1,000 gaps between the
             labels, only those that occur are classes, named by their labels.
         label_names: Class names, (C,), if known.
         val_source: Source of validation, ``"val"`` or ``"train"``; None if there is none.
         shot_rule: The rule of the shot groups.
         shots: Number of classes, training images and rule of each group.
-        imbalance_factor: Training images of the largest class over those of the smallest that has
-            any; None without training images.
-        imbalance_ratio: Mean over the classes with training images of the largest class over the
-            class: the MeanIR of Charte et al.
+        imbalance_factor: Training images of the largest over those of the smallest non-empty class;
+            None without training images.
+        imbalance_ratio: Mean over the non-empty classes of the largest class over the class: the
+            MeanIR of Charte et al.
         sizes: None if the images were not decoded, or none can be read.
         duplicates: None if the contents were not compared.
         unreadable: Images that cannot be read, by split.
@@ -194,7 +189,7 @@ def inspect_splits(
 ) -> Inspection:
     """Inspects all splits of a data set: class counts, duplicates, unreadable images, sizes.
 
-    Without a split for validation, one is held out as in a run.
+    A missing validation split is held out as in a run.
 
     Args:
         datasets: The splits by name.
@@ -202,10 +197,10 @@ def inspect_splits(
         quick: Decode no image and compare no contents.
         shot_rule: Rule of the shot groups.
         problems: Known problems. With any, no validation split is held out.
-        on_image: Called for each image that has been decoded.
+        on_image: Called for each decoded image.
 
     Returns:
-        The figures; whatever would keep a run from training is among its problems.
+        The figures, with all problems that would keep a run from training.
     """
     wrong = Problems()
     wrong.found += problems
@@ -217,18 +212,17 @@ def inspect_splits(
     labels: dict[str, Tensor] = {}
     for split, dataset in datasets.items():
         names = names or label_names(dataset)
-        # The reason why a split has no labels is among the problems already.
+        # The problems have the reason why a split has no labels.
         with Problems().collected():
             labels[split] = label_tensor(dataset)
-    datasets = {split: datasets[split] for split in ("train", "val", "test") if split in labels}
+    datasets = {split: datasets[split] for split in get_args(Split) if split in labels}
     if quick:
-        found: dict[str, Any] = {
-            "unreadable": {split: find_damaged(data) for split, data in datasets.items()}
-        }
+        damaged = {split: find_damaged(data) for split, data in datasets.items()}
+        found: dict[str, Any] = {"unreadable": damaged}
     else:
         found = _inspect_images(datasets, labels, on_image)
     for split, images in found["unreadable"].items():
-        # The known problems have missing files, with better advice.
+        # Known problems have missing files, with better advice.
         noted = [image for image in images if not problems or image.reason != MISSING]
         note_damaged(wrong, split, noted, len(datasets[split]))
     names, counts = _class_counts(names, labels)
@@ -247,7 +241,7 @@ def inspect_splits(
 def _class_counts(
     names: list[str] | None, labels: Mapping[str, Tensor]
 ) -> tuple[list[str] | None, dict[str, Tensor]]:
-    """Returns class names and counts; of labels far apart, those that occur become the classes."""
+    """Returns class names and counts; labels far apart are numbered anew."""
     if not labels:
         return names, {}
     present = torch.cat(list(labels.values())).unique()
@@ -290,29 +284,21 @@ def _inspect_images(
     datasets: Mapping[str, Dataset], labels: Mapping[str, Tensor], on_image: Callable[[], None]
 ) -> dict[str, Any]:
     """Decodes every image and compares their contents."""
-    stats: dict[str, list[ImageStats]] = {split: [] for split in datasets}
+    unreadable: dict[str, list[UnreadableImage]] = {split: [] for split in datasets}
+    copies: list[tuple[bytes, DuplicateImage]] = []
+    decoded: list[ImageStats] = []
     for split, dataset in datasets.items():
-        for image in _image_stats(dataset):
+        pairs = zip(_image_stats(dataset), labels[split].tolist(), strict=True)
+        for row, (image, label) in enumerate(pairs):
             on_image()
-            stats[split].append(image)
-    copies = (
-        (image.digest, DuplicateImage(split, image.name, label))
-        for split, images in stats.items()
-        for image, label in zip(images, labels[split].tolist(), strict=True)
-        if image.digest
-    )
-    return {
-        "unreadable": {
-            split: [
-                UnreadableImage(row, image.name, image.reason)
-                for row, image in enumerate(images)
-                if image.reason
-            ]
-            for split, images in stats.items()
-        },
-        "duplicates": find_duplicates(copies, list(datasets)),
-        "sizes": _sizes([image for images in stats.values() for image in images if image.mode]),
-    }
+            if image.digest:
+                copies.append((image.digest, DuplicateImage(split, image.name, label)))
+            if image.reason:
+                unreadable[split].append(UnreadableImage(row, image.name, image.reason))
+            elif image.mode:
+                decoded.append(image)
+    duplicates = find_duplicates(copies, list(datasets))
+    return {"unreadable": unreadable, "duplicates": duplicates, "sizes": _sizes(decoded)}
 
 
 def _image_stats(dataset: Dataset) -> Iterator[ImageStats]:

@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import csv as arrow_csv
 
 from timm_lt.data.folder import IMAGE_SUFFIXES, suffix
 from timm_lt.data.sources import SPLIT_WORDS, Paths, Split
 from timm_lt.utils.checks import UsageError, shown_names, user_errors
 from timm_lt.utils.console import log, one_line
 
-# Column names, compared without case; the first that a table has is used.
+# Column names, compared without case. The first one that a table has is used.
 TABLE_COLUMNS = {
     "path": ("path", "image", "filename", "file_name", "filepath"),
     "label": ("label", "target", "class", "category"),
@@ -33,13 +31,13 @@ LABEL_KEYS = ("category_id", "label", "target")
 # A label has at most 18 digits, so it fits an int64.
 MAX_DIGITS = 18
 INTEGER = rf"^[0-9]{{1,{MAX_DIGITS}}}$"
-# Texts that are meant as numbers, not as class names.
+# Labels that are meant as numbers, not as class names.
 NUMBER = r"^[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?$"
 BOM = b"\xef\xbb\xbf"
 SPACE, TAB, RETURN, NEWLINE, ZERO = b" \t\r\n0"
-# Bytes parsed at a time, so that intermediate arrays stay in the processor's cache.
+# Bytes parsed at a time: intermediate arrays stay in the processor's cache.
 BLOCK = 2**19
-# Bytes at the beginning of a file that tell its format.
+# Bytes at the beginning of a file that are read to find its format.
 START = 4096
 
 
@@ -48,7 +46,7 @@ class ImageList:
     """Paths of images with their labels; unpacks as ``paths, labels``.
 
     Attributes:
-        paths: Paths as the list has them, (N,).
+        paths: Paths as listed, (N,).
         labels: Labels from 0, (N,) int64.
         names: Class names, (C,), if the list has them.
         num_classes: Number of classes C, if the list states it.
@@ -67,7 +65,7 @@ class ImageList:
         yield self.labels
 
     def select(self, rows: NDArray[Any]) -> "ImageList":
-        """Returns the list with the images at some positions only."""
+        """Returns the list of the images at some positions."""
         splits = None if self.splits is None else self.splits[rows]
         return replace(self, paths=self.paths.take(rows), labels=self.labels[rows], splits=splits)
 
@@ -96,15 +94,14 @@ def read_image_list(path: str | Path) -> ImageList:
     - Text: a path, which may contain blanks, then blanks or tabs and an integer label on each line.
     - CSV (``.csv``; ``.tsv`` with tabs), or text whose first line names the columns: ``path``,
       ``image``, ``filename``, ``file_name`` or ``filepath``; ``label``, ``target``, ``class`` or
-      ``category``; optionally ``split``. The header may be missing if the only columns are a path
-      and a label, and either the first label is an integer or the first path ends as images do.
-      Labels that are words become the sorted class names.
-    - JSON as BBN's: ``annotations`` with a path (``fpath``, ``im_path``, ...) and a
+      ``category``; optionally ``split``. Two columns of image files or integer labels need no
+      header. Labels that are words become the sorted class names.
+    - JSON in BBN's format: ``annotations`` with a path (``fpath``, ``im_path``, ...) and a
       ``category_id``, and optionally ``num_classes``.
-    - JSON as COCO's, COCO Camera Traps' and iNaturalist's: ``images`` with ``id`` and
-      ``file_name``, ``annotations`` with ``image_id`` and ``category_id``, ``categories`` with
-      ``id`` and ``name``. The categories become labels 0 to C - 1 in the order of their ids. Images
-      without an annotation are left out and counted in the log.
+    - JSON in the format of COCO, COCO Camera Traps and iNaturalist: ``images`` (``id``,
+      ``file_name``), ``annotations`` (``image_id``, ``category_id``), ``categories`` (``id``,
+      ``name``), which become labels 0 to C - 1 in the order of their ids. Images without an
+      annotation are dropped and counted in the log.
 
     A split, also beside a path in JSON, is a usual name such as ``train``, ``val`` or ``test``.
 
@@ -117,7 +114,7 @@ def read_image_list(path: str | Path) -> ImageList:
     with user_errors(f"list {path} cannot be read", *invalid):
         found = _read(path)
     if len(found.paths) == 0:
-        raise UsageError(f"list {path} is empty: it names no image with a label")
+        raise UsageError(f"list {path} is empty: it has no image with a label")
     return found
 
 
@@ -135,7 +132,7 @@ def _read(path: Path) -> ImageList:
     delimiter = "\t" if kind == ".tsv" else ","
     fields = next(csv.reader([line.decode(errors="replace").strip()], delimiter=delimiter), [])
     if kind in (".csv", ".tsv") or {"path", "label"} <= _used_columns(fields).keys():
-        return _read_table(path, fields, delimiter) if fields else _read_lines(path)
+        return _read_table(path, delimiter) if fields else _read_lines(path)
     return _read_text(path)
 
 
@@ -152,7 +149,7 @@ def read_utf8(path: Path) -> str:
 
 
 def _read_text(path: Path) -> ImageList:
-    """Reads lines of a path, a blank and a label; the paths stay where they are in the bytes."""
+    """Reads lines of a path, a blank and a label; the paths are not copied."""
     content = np.fromfile(path, np.uint8)
     if content[-1:].tobytes() != b"\n":
         content = np.append(content, np.uint8(NEWLINE))
@@ -179,9 +176,9 @@ def _read_text(path: Path) -> ImageList:
 
 
 def _parse_lines(block: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
-    """Returns the beginnings and ends of the paths in a block of lines, and the labels.
+    """Returns the starts and ends of the paths in a block of lines, and the labels.
 
-    None if a line is not a path, one blank and a label: :func:`_read_lines` reads it.
+    None if a line is not a path, one blank and a label.
     """
     newlines = np.flatnonzero(block == NEWLINE)
     # The shortest line is a path, a blank and a label of one byte each.
@@ -210,7 +207,7 @@ def _parse_lines(block: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[n
 
 
 def _read_lines(path: Path) -> ImageList:
-    """Reads a text list line by line; names the line of the first mistake."""
+    """Reads a text list line by line."""
     paths, labels = [], []
     for number, line in enumerate(io.StringIO(read_utf8(path), newline=None), 1):
         fields = line.rsplit(None, 1)
@@ -228,7 +225,7 @@ def _read_lines(path: Path) -> ImageList:
 
 
 def _used_columns(fields: Sequence[str]) -> dict[str, int]:
-    """Returns the positions of path, label and split in the header of a table."""
+    """Returns the positions of path, label and split in a header."""
     names = [field.strip().lower() for field in fields]
     return {
         use: next(names.index(word) for word in words if word in names)
@@ -237,67 +234,45 @@ def _used_columns(fields: Sequence[str]) -> dict[str, int]:
     }
 
 
-def _read_table(path: Path, fields: list[str], delimiter: str) -> ImageList:
-    """Reads a table whose first line has some fields."""
-    used = _used_columns(fields)
-    has_header = {"path", "label"} <= used.keys()
-    if not has_header:
-        used = {"path": 0, "label": 1}
-        is_row = len(fields) == 2 and (fields[1].isdecimal() or suffix(fields[0]) in IMAGE_SUFFIXES)
-        if not is_row:
-            raise UsageError(
-                f"{path} has no header that names a column of paths and one of labels: its first "
-                f"line is {', '.join(map(repr, fields))}; expected one of "
-                f"{', '.join(TABLE_COLUMNS['path'])} and one of {', '.join(TABLE_COLUMNS['label'])}"
-            )
-    names = [str(position) for position in range(len(fields))]
-    types = {names[position]: pa.string() for position in used.values()}
-    try:
-        table = arrow_csv.read_csv(
-            path,
-            arrow_csv.ReadOptions(column_names=names, skip_rows_after_names=int(has_header)),
-            arrow_csv.ParseOptions(delimiter=delimiter),
-            arrow_csv.ConvertOptions(include_columns=[*types], column_types=types),
-        )
-    except pa.ArrowInvalid:
-        _raise_fault(path, delimiter, used, has_header)
-        raise
-    paths, texts, *splits = table.columns
-    texts = pc.utf8_trim_whitespace(texts)
-    is_integer = pc.all(pc.match_substring_regex(texts, INTEGER)).as_py()
-    has_number = pc.any(pc.match_substring_regex(texts, NUMBER)).as_py()
-    has_gap = pc.any(pc.or_(pc.equal(paths, ""), pc.equal(texts, ""))).as_py()
-    if has_gap or (has_number and not is_integer):
-        _raise_fault(path, delimiter, used, has_header)
-    if has_header:
-        note_unused(path, [name for n, name in enumerate(fields) if n not in used.values()])
-    class_names: list[str] | None = None
-    if is_integer:
-        labels = texts.cast(pa.int64()).to_numpy()
-    else:
-        words = texts.combine_chunks().dictionary_encode()
-        classes, ranks = np.unique(words.dictionary.to_numpy(False), return_inverse=True)
-        labels, class_names = ranks[words.indices.to_numpy()], classes.tolist()
-    found = _as_splits(path, splits[0].to_pylist()) if splits else None
-    return ImageList(Paths(paths), labels, class_names, splits=found)
-
-
-def _raise_fault(path: Path, delimiter: str, used: Mapping[str, int], has_header: bool) -> None:
-    """Reads a table row by row, and names the first line that is wrong."""
+def _read_table(path: Path, delimiter: str) -> ImageList:
+    """Reads a table, with or without a header."""
     rows = csv.reader(io.StringIO(read_utf8(path), newline=None), delimiter=delimiter)
     lines = [(rows.line_num, row) for row in rows if row]
-    width = len(lines[0][1])
-    lines = lines[has_header:]
-    labels = [row[used["label"]].strip() if len(row) == width else "" for _, row in lines]
-    are_integers = any(re.match(NUMBER, label) for label in labels)
-    for (line, row), label in zip(lines, labels, strict=True):
-        if not label or not row[used["path"]] or (are_integers and not re.match(INTEGER, label)):
+    fields = lines[0][1]
+    used = _used_columns(fields)
+    if {"path", "label"} <= used.keys():
+        lines = lines[1:]
+        note_unused(path, [name for n, name in enumerate(fields) if n not in used.values()])
+    elif len(fields) == 2 and (fields[1].isdecimal() or suffix(fields[0]) in IMAGE_SUFFIXES):
+        used = {"path": 0, "label": 1}
+    else:
+        raise UsageError(
+            f"{path} has no header that names a column of paths and one of labels: its first line "
+            f"is {', '.join(map(repr, fields))}; expected one of "
+            f"{', '.join(TABLE_COLUMNS['path'])} and one of {', '.join(TABLE_COLUMNS['label'])}"
+        )
+    width = len(fields)
+    texts = [row[used["label"]].strip() if len(row) == width else "" for _, row in lines]
+    are_integers = any(re.match(NUMBER, text) for text in texts)
+    for (line, row), text in zip(lines, texts, strict=True):
+        if not text or not row[used["path"]] or (are_integers and not re.match(INTEGER, text)):
             kind = "a non-negative integer" if are_integers else "a class name"
             raise UsageError(
                 f"{path}, line {line}: expected {width} fields with a path and {kind} as the "
                 f"label, found {one_line(repr(delimiter.join(row)))}; a field with a "
                 f"{delimiter!r} in it needs quotes, and labels are all integers or all names"
             )
+    names, labels = np.unique(texts, return_inverse=True)
+    if are_integers:
+        labels = names.astype(np.int64)[labels]
+    return ImageList(
+        Paths(row[used["path"]] for _, row in lines),
+        labels,
+        None if are_integers else names.tolist(),
+        splits=_as_splits(path, [row[used["split"]] for _, row in lines])
+        if "split" in used
+        else None,
+    )
 
 
 def _as_splits(path: Path, values: Sequence[str]) -> NDArray[np.str_]:

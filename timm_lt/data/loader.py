@@ -1,4 +1,4 @@
-"""timm's loader with any sampler, in one process or several, and the errors of its workers."""
+"""timm's loader with any sampler, in one process or several, and errors of its workers."""
 
 import inspect
 import itertools
@@ -28,31 +28,31 @@ from timm_lt.utils.accelerator import default_device
 from timm_lt.utils.checks import UsageError, unknown_name
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
-# Options that do not go with a sampler, or with an accelerator.
+# Options that conflict with a sampler or an accelerator.
 CONFLICTS = {
     "sampler": ("num_aug_repeats",),
     "accelerator": ("distributed", "use_multi_epochs_loader", "num_aug_repeats", "device"),
 }
-# Settings of a DataLoader, and of a schedule of sizes, that stay with another sampler.
+# Settings of a DataLoader, and of a schedule of sizes, that are kept with another sampler.
 SETTINGS = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "persistent_workers")
 SCHEDULE = (
     *("batch_sizes", "choice_weights", "seed", "drop_last", "choice_schedule"),
     *("schedule_epochs", "schedule_spread", "schedule_random_mix"),
 )
 RESUME = "go on with --resume"
-# Errors in the main process when a worker goes away while it hands over a batch.
+# Errors in the main process when a worker dies while it sends a batch.
 CUT_OFF = (EOFError, ConnectionError, FileNotFoundError)
 
 T = TypeVar("T")
 
 
 class Loader:
-    """The result of :func:`create_loader`: timm's loader, whose epoch can be set.
+    """timm's loader with a sampler; see :func:`create_loader`.
 
     Attributes:
         loader: timm's ``PrefetchLoader``, or a ``DataLoader`` if ``use_prefetcher`` is False; with
             an accelerator, the loader that it prepared.
-        sampler: The order of the images.
+        sampler: Order of the images.
     """
 
     def __init__(
@@ -79,12 +79,10 @@ class Loader:
         self._prepared = accelerator is not None
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the 0-based epoch of the next iteration.
+        """Sets the 0-based epoch of the next iteration, also of sampler, schedule and data set.
 
-        It is passed on to the sampler, the schedule of sizes, the data set, and accelerate's
-        loader, if they have epochs. ``use_multi_epochs_loader`` draws ahead: its epochs follow one
-        another from the first that was set. Persistent workers keep copies of the data set, which
-        are not changed.
+        With ``use_multi_epochs_loader``, which draws ahead, only the first epoch can be set.
+        Persistent workers keep copies of the data set, whose epoch does not change.
         """
         parts: tuple[Any, ...] = (self.sampler, self.batch_sampler, self.dataset, self.loader)
         for part in parts:
@@ -100,7 +98,7 @@ class Loader:
                 "accelerator= to create_loader"
             )
         for batch in self.loader:
-            # Accelerate computes it from the length of the data set, not of the sampler.
+            # accelerate computes it from the length of the data set, not of the sampler.
             shard = isinstance(self.loader, DataLoaderShard) and self.loader.remainder >= 0
             if shard and hasattr(self.sampler, "__len__"):
                 self.loader.remainder = len(self.sampler) % self.loader.total_batch_size
@@ -130,7 +128,7 @@ class Loader:
         mixup = self._inner.collate_fn
         if isinstance(mixup, FastCollateMixup) and mixup.mixup_enabled != enabled:
             mixup.mixup_enabled = enabled
-            # Persistent workers have a copy of their own: the next iteration starts new ones.
+            # Persistent workers have copies: the next iteration starts new ones.
             self._inner._iterator = None
 
 
@@ -146,41 +144,37 @@ def create_loader(
 ) -> Loader:
     """Creates timm's loader, with all of its options, over any sampler.
 
-    Augmentation, mixup (``collate_fn=timm.data.FastCollateMixup(...)``), prefetcher, persistent
-    workers, scheduled sizes and the rest are timm's own. With ``is_training=True`` a last batch
-    that is not full is dropped, as in timm; otherwise every image of the sampler is loaded.
-
-    Several processes need one of:
+    With ``is_training=True`` a last batch that is not full is dropped, as in timm; otherwise every
+    image of the sampler is loaded. Several processes need one of:
 
     - ``accelerator=``: each process loads its share of the batches. The batch size counts images
-      over all processes if the accelerator splits batches (``split_batches=True``, as in timm_lt's
-      own training), and the images of each process if not (accelerate's default). Call
-      ``loader.set_epoch``, not that of the sampler, before each epoch. ``gather_for_metrics``
-      yields each image of an evaluation once.
-    - ``distributed=True`` with torch.distributed and without accelerate: the batch size is that of
-      each process. A timm_lt sampler is sharded here (``sampler.shard``); any other must be sharded
-      already, as torch's DistributedSampler is.
+      over all processes if the accelerator splits batches (``split_batches=True``), else the images
+      of each process (accelerate's default). Call ``loader.set_epoch`` before each epoch, not that
+      of the sampler. ``gather_for_metrics`` yields each image of an evaluation once.
+    - ``distributed=True`` with torch.distributed, without accelerate: the batch size is that of
+      each process. A timm_lt sampler is sharded here; any other must be sharded already, as torch's
+      DistributedSampler is.
 
     Args:
-        dataset: With random access and a ``transform`` that timm sets, such as timm's
-            ``ImageDataset`` or one of torchvision; a ``datasets.Dataset`` of images and labels; or
-            any other whose items have an image (of PIL, a path, or uint8) and its label, such as a
-            ``Subset`` or a list of pairs. The loader transforms the images of the latter two; with
-            ``use_prefetcher=False``, floating-point tensors are not changed.
+        dataset: A data set with a ``transform`` that timm sets, such as timm's ``ImageDataset`` or
+            torchvision's ``ImageFolder``; a ``datasets.Dataset`` of images and labels; or any other
+            with random access whose items have an image (of PIL, a path, or uint8) and its label.
+            Images of the latter two are transformed here; with ``use_prefetcher=False``,
+            floating-point tensors are not changed.
         input_size: Size of the images, (channels, height, width), (height, width) or the side.
         batch_size: Images per batch.
         sampler: Order of the images; None is timm's own: random in training, else in order.
         accelerator: Prepares the loader; do not prepare it again.
         background: Colour behind transparent pixels of a ``datasets.Dataset``, such as ``"black"``
-            or ``"#808080"``; None is white. Other data sets decode their images themselves:
-            torchvision's ``ImageFolder`` as a run does with ``loader=timm_lt.load_image``.
+            or ``"#808080"``; None is white. Other data sets decode their images themselves, e.g.
+            with ``loader=timm_lt.load_image``.
         **options: Those of ``timm.data.create_loader``. ``device`` defaults to the device that
             accelerate would compute on; with an accelerator it is the accelerator's.
 
     Raises:
-        UsageError: If an option is unknown or conflicts with another, the sampler is not of this
-            data set, is not shared among the processes, or is too short for one batch; or if the
-            data set has no random access.
+        UsageError: If an option is unknown or conflicts with another; the sampler is not of this
+            data set, is not shared among the processes, or is too short for one batch; or the data
+            set has no random access.
     """
     parts = {"sampler": sampler, "accelerator": accelerator}
     for name, value in options.items():
@@ -220,7 +214,7 @@ def create_loader(
 
 
 def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> None:  # noqa: ANN401
-    """Checks that a sampler is of a data set, and shards it if the processes are distributed."""
+    """Checks that a sampler is of a data set; shards it among distributed processes."""
     if isinstance(sampler, ClassSampler):
         num_labels = int(sampler.class_counts.sum())
         if num_labels != len(dataset):
@@ -242,7 +236,7 @@ def _fit_sampler(sampler: Sampler[Any], dataset: Any, *, distributed: bool) -> N
 def _with_sampler(
     loader: DataLoader[Any], sampler: Sampler[Any], num_batches: int | None
 ) -> DataLoader[Any]:
-    """Returns a new loader of timm with another order of its images."""
+    """Returns timm's loader with another sampler."""
     batches: Any = loader.batch_sampler
     order: dict[str, Any]
     if isinstance(batches, ScheduledBatchSampler):
@@ -250,12 +244,9 @@ def _with_sampler(
             # A schedule restarts the epoch when it needs more images than there are.
             sampler.warns_of_repetition = False
         schedule: dict[str, Any] = {name: getattr(batches, name) for name in SCHEDULE}
-        schedule["choice_weights"] = batches.choice_weights.tolist()
-        order = {
-            "batch_sampler": ScheduledBatchSampler(sampler, num_batches=num_batches, **schedule)
-        }
+        schedule |= {"choice_weights": batches.choice_weights.tolist(), "num_batches": num_batches}
+        order = {"batch_sampler": ScheduledBatchSampler(sampler, **schedule)}
     else:
-        # A view of all images is whole.
         drop_last = loader.drop_last and not isinstance(sampler, InOrder)
         order = {"sampler": sampler, "batch_size": loader.batch_size, "drop_last": drop_last}
     settings: dict[str, Any] = {name: getattr(loader, name) for name in SETTINGS}
@@ -268,7 +259,7 @@ def prepared_loader(loader: DataLoader[Any], accelerator: Accelerator) -> Any:  
     if isinstance(batches, ScheduledBatchSampler):
         if processes > 1:
             raise UsageError("input_size_choices does not go with several processes of accelerate")
-        # Accelerate asks for it when it splits batches.
+        # accelerate reads it when it splits batches.
         batches.batch_size = max(batches.batch_sizes)  # type: ignore[attr-defined]
     group, share = getattr(loader.sampler, "group", 1), loader.batch_size or 1
     share //= processes if accelerator.split_batches else 1
@@ -282,13 +273,11 @@ def prepared_loader(loader: DataLoader[Any], accelerator: Accelerator) -> Any:  
 
 
 class NumberedSampler(Sampler[int]):
-    """Numbers every draw of a sampler, so that its augmentation can depend on the draw.
+    """Numbers the draws of a sampler, so that each draw of an image is augmented differently.
 
-    A class-balanced epoch draws a rare image many times: each of these draws is augmented
-    differently, but the same on every process and after a restart. A draw is one integer,
-    ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch on.
-
-    An epoch has ``length`` draws; the rest of each epoch of the sampler is dropped.
+    A draw is ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch
+    on, the same on every process and after a restart. An epoch has ``length`` draws; the rest of
+    each epoch of the sampler is dropped.
 
     >>> from timm_lt.samplers import create_sampler
     >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
@@ -317,15 +306,7 @@ class NumberedSampler(Sampler[int]):
 
 
 class InOrder(Sampler[int]):
-    """Yields every image once, in the order of the data set; each epoch is another view of them.
-
-    View v of image i, of N, is draw ``v N + i``, so that its augmentation depends on nothing else.
-
-    >>> sampler = InOrder(3)
-    >>> sampler.set_epoch(2)
-    >>> list(sampler)
-    [6, 7, 8]
-    """
+    """Yields every image once, in order; in epoch v, image i of N is draw ``v N + i``."""
 
     def __init__(self, num_images: int) -> None:
         self.num_images, self.view = num_images, 0
@@ -343,10 +324,7 @@ class InOrder(Sampler[int]):
 
 
 def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
-    """Yields batches; an error of a worker process becomes a UsageError in one line.
-
-    The message ends with the advice how to continue ``again``.
-    """
+    """Yields batches; an error of a worker becomes a UsageError with advice how to continue."""
     begun = False
     try:
         for batch in batches:
@@ -371,7 +349,7 @@ def loaded(batches: Iterable[T], *, again: str = RESUME) -> Iterator[T]:
 
 def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
     """Returns the message about the death of a worker; see :func:`loaded`."""
-    # The first that torch noticed has the signal.
+    # The first report of torch has the signal.
     first = error.__cause__ if error.__cause__ and is_worker_death(error.__cause__) else error
     reason = _last_line(first).strip().rstrip(".")
     if "killed by signal: Killed" in reason:
@@ -380,7 +358,7 @@ def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
 
 
 def _is_cut_off(error: BaseException) -> bool:
-    """Tells whether a worker went away while it handed over a batch."""
+    """Tells whether a worker died while it sent a batch."""
     frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
     return isinstance(error, CUT_OFF) and any(
         name.startswith("multiprocessing.") for name in frames
@@ -388,7 +366,7 @@ def _is_cut_off(error: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    """Returns the message of a worker's error, without the traceback that torch puts before it."""
+    """Returns the message of a worker's error without the traceback in front."""
     text = str(error)
     if not text.startswith(CAUGHT):
         return text

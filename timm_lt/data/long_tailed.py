@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.utils.checks import UsageError, check_integer, shown_names
+from timm_lt.utils.console import one_line
 from timm_lt.utils.files import sha256
 from timm_lt.utils.longtail import Labels, Profile, check_labels, class_counts, long_tailed_counts
 
@@ -27,9 +28,9 @@ def make_long_tailed(
 ) -> "Dataset":
     """Returns a long-tailed subset: class 0 keeps all of its images, the last class the fewest.
 
-    The images are chosen by :func:`long_tailed_indices`. With seed 0, the subset of CIFAR is the
-    one that most papers report on if the rows are in the official order. Imbalance factor 1 keeps
-    every image.
+    The indices of each class in turn are shuffled, and the first ones are kept. With seed 0, the
+    subset of CIFAR is that of LDAM-DRW if the rows are in the official order. Imbalance factor 1
+    keeps every image.
 
     Args:
         dataset: A ``datasets.Dataset`` with a column of labels and images of every class.
@@ -69,16 +70,7 @@ def long_tailed_indices(
     seed: int = 0,
     num_classes: int | None = None,
 ) -> NDArray[np.int64]:
-    """Returns the indices of a long-tailed subset, class by class, chosen as LDAM-DRW does.
-
-    The counts ``n_c`` are those of :func:`~timm_lt.utils.longtail.long_tailed_counts` with
-    ``n_max`` the largest class. The indices of each class in turn are shuffled, and the first
-    ``n_c`` are taken. The arguments are those of :func:`make_long_tailed`; without ``num_classes``,
-    it is the largest label plus one.
-
-    >>> long_tailed_indices([0, 1] * 4, imbalance_factor=4).tolist()
-    [4, 6, 2, 0, 1]
-    """
+    """Returns the indices of the subset of :func:`make_long_tailed`, chosen as LDAM-DRW does."""
     check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
     available = class_counts(labels, num_classes)
     counts = long_tailed_counts(len(available), int(available.max()), imbalance_factor, profile)
@@ -87,8 +79,7 @@ def long_tailed_indices(
     if short:
         raise UsageError(
             f"{len(short)} of {len(counts)} classes have fewer images than they should keep: "
-            f"{shown_names(short)}; make_long_tailed needs a balanced data set, as a class may "
-            f"keep as many images as the largest class has, {int(available.max())}"
+            f"{shown_names(short)}; make_long_tailed needs a balanced data set"
         )
     values = check_labels(labels).numpy()
     # LDAM-DRW's generator: gives the published subset.
@@ -119,12 +110,8 @@ def subset_manifest(
         description: Further entries, e.g. how the subset was made.
 
     Returns:
-        The description, ``num_images``, ``class_counts`` (C,), ``indices_sha256``,
-        ``labels_sha256`` of the subset, ``all_labels_sha256`` of the whole, and ``indices``. A hash
-        is the SHA-256 of 64-bit little-endian integers.
-
-    Raises:
-        UsageError: If an index is out of range.
+        The description, ``num_images``, ``class_counts`` (C,), the SHA-256 of ``indices``,
+        ``labels`` and ``all_labels`` as 64-bit little-endian integers, and ``indices``.
     """
     everything = check_labels(labels)
     rows = check_labels(indices, len(everything), noun="indices")
@@ -142,18 +129,14 @@ def subset_manifest(
 
 
 def manifest_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Returns how a manifest differs from another one, whose missing entries are ignored."""
+    """Returns the differences of a manifest from the entries of another one."""
     if not set(COMPARED) & set(expected):
         return [f"that is not a manifest: it has none of {', '.join(COMPARED)}"]
     return [
-        f"{name} is {_brief(found[name])}, not {_brief(expected[name])}"
+        f"{name} is {one_line(str(found[name]))}, not {one_line(str(expected[name]))}"
         for name in COMPARED
         if name in expected and expected[name] != found[name]
     ]
-
-
-def _brief(value: object) -> str:
-    return f"[{shown_names(value)}]" if isinstance(value, list) else str(value)
 
 
 def _digest(values: Labels) -> str:
