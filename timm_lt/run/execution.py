@@ -41,7 +41,7 @@ from timm_lt.report import (
     save_plots,
     write_report,
 )
-from timm_lt.report.tables import JOINT, TEST_SELECTION, recommend, shot_table
+from timm_lt.report.tables import JOINT, recommend, shot_table
 from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions, head_kind, stage_heads
@@ -82,18 +82,13 @@ def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
     return run_to_exit(command)
 
 
-def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
-    """Runs a recipe, writes its folder, and returns the test figures by head.
-
-    Raises:
-        UsageError: For any mistake in the recipe, the data or the folder, before training.
-    """
+def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> None:
+    """Runs a recipe, writes its folder, and shows and pushes it."""
     with open_run(name, recipe, options) as run:
         if run is not None:
             run_stages(run)
-    reports = show(name, options)
+    show(name, options)
     push(name, options)
-    return reports
 
 
 @contextmanager
@@ -135,7 +130,7 @@ def train(run: Run) -> None:
     training = run.trainer.run(TrainingState(run.folder / STATE, run.accelerator))
     # The memory format of a loaded model: another may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
-    # A cosine head, say, becomes the linear classifier with its normalised weights.
+    # A cosine head becomes the linear classifier with its normalised weights.
     fold_head(run.model)
     run.kept_epoch, run.history = training.kept, training.history
     run.seconds["representation"] = representation_seconds(training.history)
@@ -164,16 +159,8 @@ def extract(run: Run) -> None:
 def _extract(run: Run, images: Images, views: int | None = None) -> Features:
     create_loader = images.eval_loader if views is None else images.views_loader
     loader: Iterable[Any] = create_loader(EVAL_BATCH_SIZE, run.accelerator)
-    recipe = run.recipe.features
-    return extract_features(
-        run.model,
-        loader,
-        accelerator=run.accelerator,
-        views=views or 1,
-        cache_dir=recipe.cache_dir,
-        dtype=recipe.dtype,
-        compute_dtype=recipe.compute_dtype,
-    )
+    own = {**vars(run.recipe.features), "views": views or 1}
+    return extract_features(run.model, loader, accelerator=run.accelerator, **own)
 
 
 def fit(run: Run) -> None:
@@ -184,15 +171,13 @@ def fit(run: Run) -> None:
     heads = _train_on_images(run)
     if not run.accelerator.is_main_process:
         return
-    seconds, on_features = run.seconds["heads"], stage_heads(run.recipe, "features")
-    classifier = get_head(run.model)
+    on_features, classifier = stage_heads(run.recipe, "features"), get_head(run.model)
     with progress("fitting heads", len(on_features), unit="heads") as bar:
         for name, options in on_features.items():
             advance(bar, 0, f"fitting {name}")
-            started = time.perf_counter()
             kind = head_kind(run.recipe, name)
-            heads[name] = _fit_on_features(run, kind, classifier=classifier, **options)
-            seconds[name] = time.perf_counter() - started
+            with _timed(run, name):
+                heads[name] = _fit_on_features(run, kind, classifier=classifier, **options)
             advance(bar)
             if kind == "linear":
                 heads[name].selection = dict(run.joint_selection)
@@ -200,11 +185,17 @@ def fit(run: Run) -> None:
         if head.selection:
             head.selection["split"] = run.val_name
     if AUTO in run.recipe.heads:
-        started = time.perf_counter()
-        heads[AUTO] = _best_on_validation(run, heads)
+        with _timed(run, AUTO):
+            heads[AUTO] = _best_on_validation(run, heads)
         _log_comparison(heads[AUTO].selection)
-        seconds[AUTO] = time.perf_counter() - started
     run.heads = {name: heads[name] for name in run.recipe.heads}
+
+
+@contextmanager
+def _timed(run: Run, head: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    run.seconds["heads"][head] = time.perf_counter() - started
 
 
 def _fit_on_features(run: Run, kind: str, **options: Any) -> Head:
@@ -232,11 +223,10 @@ def _fit_joint(run: Run) -> None:
         head = _fit_on_features(run, "linear")
         fitted = [(head.state_dict(), head.selection)]
     state, run.joint_selection = broadcast_object_list(fitted)[0]
+    # A classifier without a bias takes the weight alone.
     classifier = get_head(run.model)
-    with torch.no_grad():
-        classifier.weight.copy_(state["weight"])
-        if classifier.bias is not None:
-            classifier.bias.copy_(state["bias"])
+    own = classifier.state_dict()
+    classifier.load_state_dict(own | {key: state[key] for key in ("weight", "bias") if key in own})
     run.seconds["representation"] = time.perf_counter() - started
 
 
@@ -244,16 +234,10 @@ def _train_on_images(run: Run) -> dict[str, Head]:
     """Trains the heads with stage images, and extracts features with batch norm as they have it."""
     heads: dict[str, Head] = {}
     for name, options in stage_heads(run.recipe, "images").items():
-        started = time.perf_counter()
-        heads[name] = train_head_on_images(
-            head_kind(run.recipe, name),
-            run.model,
-            run.images["train"],
-            accelerator=run.accelerator,
-            seed=run.recipe.seed,
-            **options,
-        )
-        run.seconds["heads"][name] = time.perf_counter() - started
+        kind, images = head_kind(run.recipe, name), run.images["train"]
+        own = {"accelerator": run.accelerator, "seed": run.recipe.seed, **options}
+        with _timed(run, name):
+            heads[name] = train_head_on_images(kind, run.model, images, **own)
     started = time.perf_counter()
     extract_own(run, heads, ["val", "test"])
     run.seconds["features"] += time.perf_counter() - started
@@ -281,17 +265,14 @@ def _best_on_validation(run: Run, heads: dict[str, Head]) -> Head:
 
 
 def _log_comparison(record: dict[str, Any]) -> None:
-    """Logs how far each head lies behind the best."""
+    """Logs how far each head lies behind the best on validation."""
     for name, value in record["compared"]:
-        if name == record["head"]:
-            log.info("%s on validation: %s %.1f %%", record["objective"], name, 100 * value)
-            continue
-        (low, high), (least, most) = record["intervals"][name], record["behind"][name]
-        log.info(
-            "%s on validation: %s %.1f %% (%.1f to %.1f), %.1f to %.1f behind %s",
-            *(record["objective"], name, 100 * value, 100 * low, 100 * high),
-            *(100 * least, 100 * most, record["head"]),
-        )
+        text = f"{record['objective']} on validation: {name} {100 * value:.1f} %"
+        if name != record["head"]:
+            (low, high), (least, most) = record["intervals"][name], record["behind"][name]
+            text += f" ({100 * low:.1f} to {100 * high:.1f}), "
+            text += f"{100 * least:.1f} to {100 * most:.1f} behind {record['head']}"
+        log.info("%s", text)
 
 
 def evaluate(run: Run, split: Split = "test") -> None:
@@ -361,7 +342,7 @@ def _report(run: Run) -> Report:
     heads = {name: head for name, head in run.heads.items() if name != AUTO}
     auto = run.heads.get(AUTO) or _best_on_validation(run, heads)
     test, rows = run.features["test"], run.unreadable_rows.get("test", [])
-    evaluated = evaluated_rows(len(splits.labels["test"]), rows, test.num_images)
+    joint, val = get_head(run.model), run.features["val"]
     return Report(
         title=run.name,
         reports={name: run.evaluations[name].report for name in heads},
@@ -369,9 +350,7 @@ def _report(run: Run) -> Report:
         targets=test.targets,
         predictions={name: run.evaluations[name].predictions for name in heads},
         label_names=splits.label_names,
-        curves=head_curves(
-            get_head(run.model), heads, run.features["val"], counts, recipe.shot_rule
-        ),
+        curves=head_curves(joint, heads, val, counts, recipe.shot_rule),
         selections={name: head.selection for name, head in heads.items()},
         seconds=run.seconds["heads"] | {JOINT: run.seconds["representation"]},
         recommended=str(auto.selection["head"]),
@@ -379,7 +358,7 @@ def _report(run: Run) -> Report:
             train=splits.datasets["train"],
             train_labels=splits.labels["train"],
             test=splits.datasets["test"],
-            test_rows=evaluated,
+            test_rows=evaluated_rows(len(splits.labels["test"]), rows, test.num_images),
         ),
         history=run.history,
         kept_epoch=run.kept_epoch or None,
@@ -390,7 +369,7 @@ def _report(run: Run) -> Report:
             "Validation": f"{run.val_name}, objective {run.objective}",
             "Seed": str(recipe.seed),
         },
-        warning=TEST_SELECTION if recipe.protocol == "paper" else None,
+        warning=run.note,
     )
 
 
@@ -411,7 +390,7 @@ def _metrics(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "protocol": recipe.protocol,
         "validation": run.val_name,
-        "note": TEST_SELECTION if recipe.protocol == "paper" else None,
+        "note": run.note,
         "kept_epoch": run.kept_epoch,
         "unreadable_images": run.unreadable,
         "num_processes": run.accelerator.num_processes,
@@ -422,16 +401,16 @@ def _metrics(run: Run) -> dict[str, Any]:
     }
 
 
-def show(name: str, options: RunOptions) -> dict[str, ShotReport]:
-    """Prints the table of a finished run, or its metrics, and returns its figures by head."""
+def show(name: str, options: RunOptions) -> None:
+    """Prints the table of a finished run, or its metrics."""
+    if process_rank() > 0:
+        return
     folder = options.folder(name)
     metrics = read_json(folder / METRICS)
-    reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
-    if process_rank() > 0:
-        return reports
     if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
     else:
+        reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
         seconds = metrics["seconds"]
         table = shot_table(
             reports,
@@ -447,7 +426,6 @@ def show(name: str, options: RunOptions) -> dict[str, ShotReport]:
         if AUTO in metrics["selection"]:
             result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
-    return reports
 
 
 def push(name: str, options: RunOptions) -> None:

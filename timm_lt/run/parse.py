@@ -203,8 +203,8 @@ def _value(text: str, hint: Any) -> Any:  # noqa: ANN401
 
 def _options(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:  # noqa: ANN401
     """Yields key, type, value and explanation of each option in a dataclass and its parts."""
-    docstring = docstring_parser.parse(type(part).__doc__ or "")
-    texts = {argument.arg_name: argument.description for argument in docstring.params}
+    described = docstring_parser.parse_from_object(type(part)).params
+    texts = {field.arg_name: field.description for field in described}
     for name, hint in _hints(type(part)).items():
         value = getattr(part, name)
         if dataclasses.is_dataclass(value):
