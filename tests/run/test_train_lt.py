@@ -251,7 +251,7 @@ def test_a_run_does_not_go_on_with_other_images(capsys, tmp_path, monkeypatch):
     def stop(run):
         raise UsageError("stopped after the data were made")
 
-    monkeypatch.setattr(train_lt, "train", stop)
+    monkeypatch.setattr(timm_lt.run, "train", stop)
     for more in ([], ["--resume"]):
         assert "stopped" in failing(capsys, *arguments, *more)
     added = tmp_path / "photos" / "b" / "added.png"

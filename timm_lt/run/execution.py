@@ -73,13 +73,8 @@ INTERRUPTED = "interrupted; run it again with --resume and without --overwrite t
 
 def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
     """Runs the command line and returns its exit status."""
-
-    def command() -> None:
-        parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
-        if parsed is not None:
-            run_recipe(*parsed)
-
-    return run_to_exit(command)
+    given = sys.argv[1:] if argv is None else argv
+    return run_to_exit(lambda: run_recipe(*parse_command_line(prog, given)))
 
 
 def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> None:

@@ -162,9 +162,9 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
 def load_splits(recipe: Recipe) -> Splits:
     """Creates the splits of a recipe's data."""
     data = recipe.data
-    own = {"root": data.root, "val_fraction": data.val_fraction, "protocol": recipe.protocol}
+    own: dict[str, Any] = {"root": data.root, "protocol": recipe.protocol}
     with prefixed("data"):
-        return create_splits(data.name, **own, **data.options)
+        return create_splits(data.name, val_fraction=data.val_fraction, **own, **data.options)
 
 
 def complete_run(
@@ -231,7 +231,8 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
 def create_trainer(run: Run) -> RepresentationTrainer:
     """Creates the representation stage; its parts refuse what is wrong with the recipe."""
     recipe, splits = run.recipe, run.splits
-    seed, counts, options = {"seed": recipe.seed}, splits.class_counts, recipe.sampler.arguments()
+    seed: dict[str, Any] = {"seed": recipe.seed}
+    counts, options = splits.class_counts, recipe.sampler.arguments()
     with prefixed("sampler"):
         own = seed | {"num_classes": splits.num_classes, "rank": 0, "num_replicas": 1}
         # A schedule is as long as the training.
