@@ -22,22 +22,10 @@ from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
 # 2 and 10 change places, and so do a and B.
-COLOURS = {
-    "1": (250, 0, 0),
-    "10": (0, 250, 0),
-    "2": (0, 0, 250),
-    "B": (250, 250, 0),
-    "a": (9, 9, 9),
-}
+COLOURS = {"1": (250, 0, 0), "10": (0, 250, 0), "2": (0, 0, 250), "B": (250, 250, 0), "a": (9,) * 3}
 COUNTS = {"1": 10, "10": 12, "2": 8, "B": 9, "a": 9}
 GIVEN = Recipe(model=ModelRecipe("x", pretrained=True), epochs=0)
 TIMM, SORTED = ["1", "2", "10", "a", "B"], ["1", "10", "2", "B", "a"]
-
-
-@pytest.fixture(autouse=True)
-def _anew():
-    """Commands of one process have types of their own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +74,33 @@ def saved(made, path, **more):
     return str(path)
 
 
-def evaluated(folder, photos, capsys, *arguments):
-    """Evaluates a checkpoint; returns the accuracy of each class by its name, and what was said."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    capsys.readouterr()
-    table = folder / "classes.csv"
-    command = ["evaluate", *arguments, "--per-class", str(table), "--workers", "0"]
-    assert main([*command[:2], str(photos), *command[2:]]) == 0
-    rows = list(csv.DictReader(table.read_text().splitlines()))
-    said = " ".join(capsys.readouterr().err.split())
-    return {row["name"]: float(row["accuracy_linear"]) for row in rows}, said
+@pytest.fixture
+def run(capsys):
+    """Returns a function: arguments of timm-lt -> exit status, output, messages in one line."""
+
+    def command(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return command
+
+
+@pytest.fixture
+def evaluated(run, photos, tmp_path):
+    """Returns a function: a model -> the accuracy of each class by its name, and messages."""
+
+    def command(model, *options):
+        table = tmp_path / "classes.csv"
+        more = ("--per-class", table, "--workers", "0")
+        status, _, said = run("evaluate", model, photos, *options, *more)
+        assert status == 0, said
+        rows = csv.DictReader(table.read_text().splitlines())
+        return {row["name"]: float(row["accuracy_linear"]) for row in rows}, said
+
+    return command
 
 
 def test_orders_are_those_of_timm_and_torchvision(photos):
@@ -120,33 +125,28 @@ def test_images_tell_the_order_of_weights(photos, model, names, caplog):
     assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in caplog.text
 
 
-def test_evaluate_finds_the_order_of_a_file(photos, model, tmp_path, capsys):
-    file = saved(model(TIMM), tmp_path / "best.pth")
-    found, _ = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
-    assert found == dict.fromkeys(TIMM, 1.0)
-    assert list(found) == TIMM
-
-
-def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys):
-    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
-    command = ["heads", str(photos), "--model", "test_resnet", "--checkpoint", file]
-    command += ["--heads", "ncm", "--workers", "0", "--output", str(run)]
-    assert main(command) == 0
-    assert " ".join(capsys.readouterr().err.split()).count("has no names for its 5 classes") == 1
-    metrics = json.loads((run / "metrics.json").read_text())
+def test_commands_find_the_order_of_a_file(photos, model, tmp_path, run, evaluated):
+    file, folder = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
+    right = dict.fromkeys(TIMM, 1.0)
+    found, _ = evaluated("test_resnet", "--checkpoint", file)
+    assert list(found.items()) == list(right.items())
+    given = ("--model", "test_resnet", "--checkpoint", file, "--heads", "ncm", "--workers", "0")
+    status, _, said = run("heads", photos, *given, "--output", folder)
+    assert (status, said.count("has no names for its 5 classes")) == (0, 1)
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["label_names"] == TIMM
     assert metrics["heads"]["linear"]["all"] == 1
     # Without the images that are held out for test and val.
     assert metrics["class_counts"] == [6, 5, 8, 6, 6]
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     assert config["timm_lt"]["label_names"] == TIMM
     # Names decide, whatever the order of the data.
-    found, said = evaluated(tmp_path, photos, capsys, str(run), "--head", "linear")
-    assert found == dict.fromkeys(TIMM, 1.0)
+    found, said = evaluated(folder, "--head", "linear")
+    assert found == right
     assert "training images" not in said
-    command = ["evaluate", str(run), str(photos), "--class-order", "sorted", "--workers", "0"]
-    assert main(command) == 2
-    assert "has no class names, and" in capsys.readouterr().err
+    status, _, said = run("evaluate", folder, photos, "--class-order", "sorted", "--workers", "0")
+    assert status == 2
+    assert "has no class names, and" in said
 
 
 @pytest.mark.parametrize("of_folder", [str, ImageFolder])
@@ -158,24 +158,21 @@ def test_rebalance_finds_the_order(photos, model, of_folder):
     assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
 
 
-def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, capsys):
+def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, run):
     file = saved(model(TIMM), tmp_path / "best.pth")
     (tmp_path / "names.txt").write_text("\n".join(SORTED))
-    images = [str(photos / name / "0.png") for name in TIMM]
-    command = ["predict", "test_resnet", *images, "--checkpoint", file, "--json", "--top", "1"]
-    command += ["--names", str(tmp_path / "names.txt")]
-    assert main(command) == 0
-    captured = capsys.readouterr()
-    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == SORTED
-    assert "if they number the classes as timm does, say --class-order timm" in " ".join(
-        captured.err.split()
-    )
-    assert main([*command, "--class-order", "timm"]) == 0
-    captured = capsys.readouterr()
-    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == TIMM
-    assert "class-order" not in captured.err
-    assert main([*command[:-2], "--class-order", "timm"]) == 2
-    assert "--class-order is for the names of --names" in capsys.readouterr().err
+    images = [photos / name / "0.png" for name in TIMM]
+    command = ("predict", "test_resnet", *images, "--checkpoint", file, "--json", "--top", "1")
+    names, order = ("--names", tmp_path / "names.txt"), ("--class-order", "timm")
+    for options, expected in ((names, SORTED), ((*names, *order), TIMM)):
+        status, out, said = run(*command, *options)
+        assert status == 0
+        assert [entry["classes"][0]["name"] for entry in json.loads(out)] == expected
+        advice = "if they number the classes as timm does, say --class-order timm"
+        assert (advice in said) is (expected == SORTED)
+    status, _, said = run(*command, *order)
+    assert status == 2
+    assert "--class-order is for the names of --names" in said
 
 
 def test_names_of_the_model_decide(photos, model):
@@ -208,23 +205,23 @@ def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog)
 
 
 @pytest.mark.parametrize("label", [1, 3])
-def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
+def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, run, evaluated):
     """A model that always gives the same answer is right as often in both orders."""
     made = constant(label)
     with pytest.raises(UsageError, match="choose --class-order timm or --class-order sorted"):
         timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     file = tmp_path / "bare.safetensors"
     safetensors.torch.save_file(made.state_dict(), file)
-    command = ["evaluate", "test_resnet", str(photos), "--checkpoint", str(file), "--workers", "0"]
-    assert main(command) == 2
-    assert "it is not clear in which order" in " ".join(capsys.readouterr().err.split())
+    weights = ("test_resnet", "--checkpoint", file)
+    status, _, said = run("evaluate", weights[0], photos, *weights[1:], "--workers", "0")
+    assert status == 2
+    assert "it is not clear in which order" in said
     for order, names in (("timm", TIMM), ("sorted", SORTED)):
-        arguments = ["test_resnet", "--checkpoint", str(file), "--class-order", order]
-        found, _ = evaluated(tmp_path, photos, capsys, *arguments)
+        found, _ = evaluated(*weights, "--class-order", order)
         assert found == {name: float(place == label) for place, name in enumerate(names)}
     # As timm's train.py leaves it.
     file = saved(made, tmp_path / "best.pth.tar", arch="test_resnet", epoch=3)
-    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
+    found, said = evaluated("test_resnet", "--checkpoint", file)
     assert found[TIMM[label]] == 1
     assert "numbered in timm's natural order, as timm's train.py does" in said
 
@@ -247,10 +244,9 @@ def test_a_clear_difference_is_needed(photos, model):
 
 def test_a_large_class_does_not_outweigh_a_small_one():
     """The same answer for all images is that of the large class in one of the orders."""
-    labels = [0] * 4 + [1] * 70 + [2] * 4
+    labels = np.repeat([0, 1, 2], [4, 70, 4])
     black = np.zeros((len(labels), 32, 32, 3), np.uint8)
-    rows = dataset_from_arrays(black, np.array(labels), ["1", "10", "2"])
-    splits = Splits.from_datasets({"train": rows})
+    splits = Splits.from_datasets({"train": dataset_from_arrays(black, labels, ["1", "10", "2"])})
     with pytest.raises(UsageError, match="it is not clear in which order"):
         match_data(GIVEN, splits, constant(1), kept=True)
 
@@ -269,12 +265,11 @@ def test_splits_in_another_order_are_the_same_images(photos):
     splits = create_splits("folder", root=str(photos))
     order = ["a", "1", "10", "2", "B"]
     other = splits.in_order(order)
-    assert other.class_counts.tolist() == [
-        splits.class_counts[SORTED.index(name)] for name in order
-    ]
+    counts = splits.class_counts.tolist()
+    assert other.class_counts.tolist() == [counts[SORTED.index(name)] for name in order]
     for split, rows in splits.datasets.items():
-        names = [rows.features["label"].names[label] for label in rows["label"]]
         there = other.datasets[split]
+        names = [rows.features["label"].names[label] for label in rows["label"]]
         assert [there.features["label"].names[label] for label in there["label"]] == names
         assert other.labels[split].tolist() == there["label"][:]
         for before, after in zip(rows, there, strict=True):
