@@ -134,9 +134,6 @@ def load_grid(name: str) -> Grid:
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
     with prefixed(f"grid {path}"):
-        for key in ("representations", "heads"):
-            parts = check_mapping(key, values.get(key))
-            values[key] = {name: {} if part is None else part for name, part in parts.items()}
         grid: Grid = parse_values(Grid, values)
     return grid
 

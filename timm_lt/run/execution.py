@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from timm_lt import hub
+from timm_lt import hub, metrics
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.data.decode import is_worker_death, log_exceptional
 from timm_lt.data.images import Images
@@ -26,13 +26,6 @@ from timm_lt.fitting import AUTO, fit_head, head_curves, take_best
 from timm_lt.fitting.base import predictions
 from timm_lt.heads import Head, fold_head, get_head, head_statistics
 from timm_lt.hub.card import write_card
-from timm_lt.metrics import (
-    ShotMetrics,
-    ShotReport,
-    compare_per_class,
-    confidence_intervals,
-    write_per_class,
-)
 from timm_lt.report import (
     ExampleImages,
     Predictions,
@@ -46,13 +39,8 @@ from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions, head_kind, stage_heads
 from timm_lt.run.setup import Evaluation, Run, create_run
-from timm_lt.training import (
-    EVAL_BATCH_SIZE,
-    TrainingState,
-    describe_history,
-    representation_seconds,
-    train_head_on_images,
-)
+from timm_lt.training import EVAL_BATCH_SIZE, TrainingState, train_head_on_images
+from timm_lt.training.state import describe_history, representation_seconds
 from timm_lt.utils.accelerator import fresh_accelerate, is_lost_process, process_rank
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import (
@@ -88,11 +76,7 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> None:
 
 @contextmanager
 def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | None]:
-    """Yields the run of a recipe with all its parts; None if the run in the folder is finished.
-
-    Raises:
-        UsageError: For any mistake in the recipe, the data or the folder.
-    """
+    """Yields the run of a recipe with all its parts; None if the run in the folder is finished."""
     folder = options.folder(name)
     check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:
@@ -278,7 +262,7 @@ def evaluate(run: Run, split: Split = "test") -> None:
 
 def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
     """Evaluates a head batch by batch, so that the logits of all images are never in memory."""
-    metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
+    counted = metrics.ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
     digest = hashlib.sha256()
     preds, confidences = [], []
     # In the batches of the loaded model: from float32 features come the same bits.
@@ -286,20 +270,16 @@ def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
     for values, targets in zip(*batches, strict=True):
         with torch.inference_mode():
             logits = head(values.float())
-        outcomes = metrics.update_logits(logits, targets)
+        outcomes = counted.update_logits(logits, targets)
         preds.append(outcomes.preds.int())
         confidences.append(outcomes.confidences.float())
         digest.update(logits.numpy().tobytes())
     predicted = Predictions(torch.cat(preds), torch.cat(confidences))
-    return Evaluation(metrics.compute(), predicted, digest.hexdigest())
+    return Evaluation(counted.compute(), predicted, digest.hexdigest())
 
 
 def save(run: Run) -> None:
-    """Writes the checkpoint, tables, plots, the model card, the report and the metrics.
-
-    Raises:
-        UsageError: If they cannot be written.
-    """
+    """Writes the checkpoint, tables, plots, the model card, the report and the metrics."""
     if not run.accelerator.is_main_process or run.folder is None:
         return
     cure = "the training state is complete: make room and go on with --resume"
@@ -324,7 +304,9 @@ def _write(run: Run, folder: Path) -> None:
         seed=recipe.seed,
         background=splits.background,
     )
-    write_per_class(folder / PER_CLASS, compare_per_class(run.reports, counts, splits.label_names))
+    metrics.write_per_class(
+        folder / PER_CLASS, metrics.compare_per_class(run.reports, counts, splits.label_names)
+    )
     report = _report(run)
     save_plots(folder / PLOTS, report)
     write_card(folder, name=run.name)
@@ -374,7 +356,7 @@ def _metrics(run: Run) -> dict[str, Any]:
     chosen = heads[AUTO].selection if AUTO in heads else None
     return {
         "heads": {name: report.to_dict() for name, report in reports.items()},
-        "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
+        "intervals": {name: metrics.confidence_intervals(r, counts) for name, r in reports.items()},
         "recommendation": None if chosen is None else recommend(reports, chosen),
         "label_names": run.splits.label_names,
         "class_counts": counts.tolist(),
@@ -401,25 +383,25 @@ def show(name: str, options: RunOptions) -> None:
     if process_rank() > 0:
         return
     folder = options.folder(name)
-    metrics = read_json(folder / METRICS)
+    written = read_json(folder / METRICS)
     if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
     else:
-        reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
-        seconds = metrics["seconds"]
+        heads, seconds = written["heads"], written["seconds"]
+        reports = {head: metrics.ShotReport.from_dict(found) for head, found in heads.items()}
         table = shot_table(
             reports,
-            torch.tensor(metrics["class_counts"]),
+            torch.tensor(written["class_counts"]),
             seconds=seconds["heads"] | {JOINT: seconds["representation"]},
-            selections=metrics["selection"],
-            title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
-            note=metrics.get("note"),
+            selections=written["selection"],
+            title=f"{name}, test accuracy in percent, seed {written['seed']}",
+            note=written.get("note"),
             # Without training, the comparison of heads is the result.
-            intervals=metrics["kept_epoch"] == 0,
+            intervals=written["kept_epoch"] == 0,
         )
         result_console().print(table)
-        if AUTO in metrics["selection"]:
-            result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
+        if AUTO in written["selection"]:
+            result_console().print(recommend(reports, written["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
 
 

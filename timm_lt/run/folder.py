@@ -33,12 +33,7 @@ CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
 def check_run_folder(
     folder: Path | None, recipe: Recipe, *, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Checks that a run may write its folder (None: nothing) and the cache of its features.
-
-    Raises:
-        UsageError: If the folder has another run in it, or anything else than a run, either lies
-            among images, or the cache cannot be written.
-    """
+    """Checks that a run may write its folder (None: nothing) and the cache of its features."""
     problems, root = Problems(), recipe.data.root if recipe.data.name == "folder" else None
     cache = None if recipe.features.cache_dir is None else Path(recipe.features.cache_dir)
     for name, path in {"--output": folder, "features.cache_dir": cache}.items():
@@ -101,10 +96,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises a UsageError if a resumed run has other images than it was trained on.
+    """Raises a UsageError if a resumed run has other images, some of which were held out before.
 
-    Images that were held out might be trained on. They are described by
-    :func:`~timm_lt.data.splits.split_digests`.
+    They are described by :func:`~timm_lt.data.splits.split_digests`.
     """
     if not (folder / STATE / IMAGES).is_file():
         return

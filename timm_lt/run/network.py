@@ -181,12 +181,7 @@ def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
     {'timm': ['2', '10', 'A', 'b'], 'sorted': ['10', '2', 'A', 'b']}
     """
     by_code_point = sorted(names)
-    try:
-        natural = sorted(by_code_point, key=natural_key)
-    except ValueError:
-        # timm takes superscripts for numbers, which int() refuses.
-        natural = by_code_point
-    return {"timm": natural, "sorted": by_code_point}
+    return {"timm": sorted(by_code_point, key=natural_key), "sorted": by_code_point}
 
 
 def _order_of_weights(

@@ -39,12 +39,7 @@ def find_recipe(name: str | None) -> Path:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe.
-
-    Raises:
-        UsageError: If the file is not a YAML mapping, or a key is unknown, given twice, or has a
-            value of the wrong type; the message names the file and the key.
-    """
+    """Reads a recipe; messages name the file and the key."""
     values = read_yaml(path, "recipe")
     # Published weights are not part of the experiment.
     values.pop(PUBLISHED_BLOCK, None)
@@ -58,11 +53,6 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
     """Creates a recipe from the mapping in its file, which messages call ``noun``."""
-    heads = values.get("heads")
-    if isinstance(heads, dict):
-        # `tau_norm:` with nothing behind it is a head without options.
-        heads = {name: {} if given is None else given for name, given in heads.items()}
-        values = {**values, "heads": heads}
     with prefixed(noun):
         recipe: Recipe = parse_values(Recipe, values)
     return recipe
@@ -86,6 +76,9 @@ def _parse(value: Any, hint: Any, name: str) -> Any:  # noqa: ANN401
     if isinstance(value, list) and dataclasses.is_dataclass(inner):
         return [_parse(item, inner, f"{name}[{number}]") for number, item in enumerate(value)]
     is_part = dataclasses.is_dataclass(hint)
+    if isinstance(value, dict) and hint == dict[str, dict[str, Any]]:
+        # `tau_norm:` with nothing behind it is a head without options.
+        value = {key: {} if given is None else given for key, given in value.items()}
     if fits(value, dict if is_part else hint):
         return parse_values(hint, value, f"{name}.") if is_part else value
     if choices := _choices(hint):
@@ -123,14 +116,9 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
 
 
 def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions]:
-    """Parses ``[RECIPE] [--option value ...]``, the arguments of a program.
+    """Parses ``[RECIPE] [--option value ...]``; exits after ``--help`` and ``--print_config``.
 
-    Returns:
-        The recipe's name, the recipe with the overrides, and the options of the run.
-
-    Raises:
-        UsageError: For any mistake in the recipe or the arguments.
-        SystemExit: After ``--help`` and ``--print_config``.
+    Returns the recipe's name, the recipe with the overrides, and the options of the run.
     """
     if "--verbose" in argv:
         # Before anything can go wrong.

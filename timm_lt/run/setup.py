@@ -66,14 +66,12 @@ class Run:
         joint: Whether the model's classifier has weights for these classes, before training.
         trainer: The representation stage; None if nothing but heads is trained.
         plans: How heads are trained on images, by name.
-        lock: Lock on the folder, on the main process.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
-        features: Features by split, from the backbone as it was trained.
         own_features: By head and split, for heads with batch-norm statistics of their own.
         unreadable: Number of images that could not be read, by split.
         unreadable_rows: Their rows; unknown for features from the cache.
         joint_selection: How the options of the joint classifier were selected, if it was fitted.
-        heads: All fitted heads by name, on the main process, as are their evaluations.
+        heads: All fitted heads, on the main process, as are their evaluations.
     """
 
     name: str
