@@ -17,7 +17,6 @@ import torch
 from damaged import DAMAGE
 
 import timm_lt
-from timm_lt.data import create_splits
 from timm_lt.data.loader import loaded
 from timm_lt.training.state import find_damage
 
@@ -290,26 +289,6 @@ def test_damaged_images_are_left_out_and_counted(server, tmp_path):
             assert re.search(line, run.err)
     # With workers and without.
     assert bits(tmp_path / "1") == bits(tmp_path / "2")
-
-
-def test_accuracy_is_over_the_images_that_can_be_read(server, tmp_path):
-    clean, damaged = tmp_path / "clean", tmp_path / "damaged"
-    finish(server, clean, *FAST)
-    skip = ("--data.unreadable", "skip", "--data.options", "{damaged: test}")
-    finish(server, damaged, *DAMAGED, *skip)
-    # Of what is trained nothing is missing.
-    assert bits(damaged)["model.safetensors"] == bits(clean)["model.safetensors"]
-    normalized = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    images = create_splits("digits_lt").images("test", size=(32, 32), **normalized)
-    readable = [row for row in range(len(images)) if row not in DAMAGE["test"]]
-    inputs, targets = images.__getitems__(readable)
-    for head, figures in metrics(damaged)["heads"].items():
-        model = timm_lt.create_model(f"local-dir:{clean}", head=head).eval()
-        with torch.inference_mode():
-            right = (model(inputs).argmax(1) == targets).double()
-        assert figures["all"] == pytest.approx(right.mean().item(), abs=1e-9)
-        # Of its thirty images, 29 can be read.
-        assert figures["per_class"][4] == pytest.approx(right[targets == 4].mean().item())
 
 
 # Losses that are not finite ----------------------------------------------------------------------
