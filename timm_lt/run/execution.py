@@ -197,14 +197,11 @@ def _fit_joint(run: Run) -> None:
         *(run.recipe.model.name, run.splits.num_classes),
     )
     started = time.perf_counter()
-    fitted: list[Any] = [None]
-    if run.accelerator.is_main_process:
-        head = _fit_on_features(run, "linear")
-        fitted = [(head.state_dict(), head.selection)]
-    state, run.joint_selection = broadcast_object_list(fitted)[0]
+    fitted = _fit_on_features(run, "linear") if run.accelerator.is_main_process else None
+    head: Head = broadcast_object_list([fitted])[0]
+    run.joint_selection, classifier = head.selection, get_head(run.model)
     # A classifier without a bias takes the weight alone.
-    classifier = get_head(run.model)
-    own = classifier.state_dict()
+    own, state = classifier.state_dict(), head.state_dict()
     classifier.load_state_dict(own | {key: state[key] for key in ("weight", "bias") if key in own})
     run.seconds["representation"] = time.perf_counter() - started
 

@@ -85,11 +85,6 @@ class DataRecipe:
         own = self.root is not None and self.name in ("folder", "list", "hub")
         return Path(self.root or "").resolve().name if own else self.name
 
-    def __post_init__(self) -> None:
-        check_number("data.val_fraction", self.val_fraction, "(0, 1)")
-        if self.image_size is not None:
-            check_integer("data.image_size", self.image_size, minimum=1)
-
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -189,10 +184,6 @@ class MixupRecipe(_Part):
     options: dict[str, Any] = field(default_factory=dict)
     """More arguments of timm.data.Mixup, e.g. prob, switch_prob, mode."""
 
-    def __post_init__(self) -> None:
-        if self.off_epoch is not None:
-            check_integer("mixup.off_epoch", self.off_epoch, minimum=1)
-
     def mixes(self) -> bool:
         """Returns whether images are mixed at all."""
         return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
@@ -221,10 +212,6 @@ class FeaturesRecipe:
     cache_dir: str | None = None
     """Folder for files of features, which later runs with the same backbone and images read; null
     keeps features in memory."""
-
-    def __post_init__(self) -> None:
-        if self.views is not None:
-            check_integer("features.views", self.views, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -280,6 +267,11 @@ class Recipe:
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=0)
         check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        check_number("data.val_fraction", self.data.val_fraction, "(0, 1)")
+        counts = {"data.image_size": self.data.image_size, "mixup.off_epoch": self.mixup.off_epoch}
+        for key, count in {**counts, "features.views": self.features.views}.items():
+            if count is not None:
+                check_integer(key, count, minimum=1)
         if self.objective is not None:
             check_choice("objective", self.objective, OBJECTIVES)
         model, file, mixup = self.model, self.model.checkpoint, self.mixup

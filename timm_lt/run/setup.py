@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
@@ -258,23 +258,19 @@ def create_trainer(run: Run) -> RepresentationTrainer:
 def training_options(recipe: Recipe) -> TrainingOptions:
     """Returns the hyper-parameters of the representation stage."""
     mixup = recipe.mixup.arguments()
-    return TrainingOptions(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer.arguments("opt"),
-        scheduler=recipe.scheduler.arguments("sched"),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-        max_norm=recipe.max_norm,
-        mixup_off_epoch=mixup.pop("off_epoch", None),
-        mixup=mixup,
-        ema=recipe.ema.arguments(),
-        validate_every=recipe.validate_every,
-        keep=recipe.keep,
-        trained=recipe.model.trained,
-        bn=recipe.model.bn,
-        seed=recipe.seed,
-    )
+    own = {
+        "optimizer": recipe.optimizer.arguments("opt"),
+        "scheduler": recipe.scheduler.arguments("sched"),
+        "mixup_off_epoch": mixup.pop("off_epoch", None),
+        "mixup": mixup,
+        "ema": recipe.ema.arguments(),
+        "trained": recipe.model.trained,
+        "bn": recipe.model.bn,
+    }
+    # The others are keys of the recipe.
+    names = {field.name for field in fields(TrainingOptions)}
+    same = {key: value for key, value in vars(recipe).items() if key in names}
+    return TrainingOptions(**same | own)
 
 
 def _log_data(run: Run) -> None:
