@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm.data
 import torch
 from accelerate.state import AcceleratorState
@@ -88,21 +87,6 @@ def run(capsys):
     return command
 
 
-@pytest.fixture
-def evaluated(run, photos, tmp_path):
-    """Returns a function: a model -> the accuracy of each class by its name, and messages."""
-
-    def command(model, *options):
-        table = tmp_path / "classes.csv"
-        more = ("--per-class", table, "--workers", "0")
-        status, _, said = run("evaluate", model, photos, *options, *more)
-        assert status == 0, said
-        rows = csv.DictReader(table.read_text().splitlines())
-        return {row["name"]: float(row["accuracy_linear"]) for row in rows}, said
-
-    return command
-
-
 def test_orders_are_those_of_timm_and_torchvision(photos):
     orders = class_orders(list(COLOURS))
     reader = timm.data.create_dataset("", str(photos)).reader
@@ -123,26 +107,25 @@ def test_images_tell_the_order_of_weights(photos, model, names, caplog):
     assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in caplog.text
 
 
-def test_commands_find_the_order_of_a_file(photos, model, tmp_path, run, evaluated):
-    file, folder = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
-    right = dict.fromkeys(TIMM, 1.0)
-    found, _ = evaluated("test_resnet", "--checkpoint", file)
-    assert list(found.items()) == list(right.items())
-    given = ("--model", "test_resnet", "--checkpoint", file, "--heads", "ncm", "--workers", "0")
-    status, _, said = run("heads", photos, *given, "--output", folder)
+def test_commands_find_the_order_of_a_file(photos, model, tmp_path, run):
+    weights = ("--checkpoint", saved(model(TIMM), tmp_path / "best.pth"), "--workers", "0")
+    folder, table = tmp_path / "run", tmp_path / "classes.csv"
+    given = ("--model", "test_resnet", *weights, "--heads", "ncm", "--output", folder)
+    status, _, said = run("heads", photos, *given)
     assert (status, said.count("has no names for its 5 classes")) == (0, 1)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["label_names"] == TIMM
     assert metrics["heads"]["linear"]["all"] == 1
     # Without the images that are held out for test and val.
-    assert metrics["class_counts"] == [6, 5, 8, 6, 6]
+    assert (metrics["label_names"], metrics["class_counts"]) == (TIMM, [6, 5, 8, 6, 6])
     config = json.loads((folder / "config.json").read_text())
     assert config["timm_lt"]["label_names"] == TIMM
-    # Names decide, whatever the order of the data.
-    found, said = evaluated(folder, "--head", "linear")
-    assert found == right
-    assert "training images" not in said
-    status, _, said = run("evaluate", folder, photos, "--class-order", "sorted", "--workers", "0")
+    # Names decide for the folder, whatever the order of the data.
+    for evaluated, looks in ((["test_resnet", photos, *weights], True), ([folder, photos], False)):
+        status, _, said = run("evaluate", *evaluated, "--per-class", table)
+        assert (status, "training images" in said) == (0, looks)
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        assert [(row["name"], row["accuracy_linear"]) for row in rows] == [(n, "1.0") for n in TIMM]
+    status, _, said = run("evaluate", folder, photos, "--class-order", "sorted")
     assert status == 2
     assert "has no class names, and" in said
 
@@ -185,34 +168,25 @@ def test_names_of_the_model_decide(photos, model):
             timm_lt.rebalance(made, photos, class_order="timm", workers=0, **more)
 
 
-def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog):
-    data = timm.data.create_dataset("", str(photos))
-    found = timm_lt.rebalance(constant(1), data, heads="ncm", workers=0)
-    assert found.reports["linear"].per_class.tolist() == [0, 1, 0, 0, 0]
-    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
-    assert "images do not tell the order of the weights" in caplog.text
-
-
 @pytest.mark.parametrize("label", [1, 3])
-def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, run, evaluated):
+def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, caplog):
     """A model that always gives the same answer is right as often in both orders."""
-    made = constant(label)
-    with pytest.raises(UsageError, match="choose --class-order timm or --class-order sorted"):
-        timm_lt.rebalance(made, photos, heads="ncm", workers=0)
-    file = tmp_path / "bare.safetensors"
-    safetensors.torch.save_file(made.state_dict(), file)
-    weights = ("test_resnet", "--checkpoint", file)
-    status, _, said = run("evaluate", weights[0], photos, *weights[1:], "--workers", "0")
-    assert status == 2
-    assert "it is not clear in which order" in said
+    splits, made = create_splits("folder", root=str(photos)), constant(label)
+
+    def order_of(model, splits=splits):
+        recipe = dataclasses.replace(GIVEN, model=model)
+        return match_data(recipe, splits, made, kept=True)[0].label_names
+
+    message = "it is not clear in which order.*choose --class-order timm or --class-order sorted"
+    with pytest.raises(UsageError, match=message):
+        order_of(GIVEN.model)
     for order, names in (("timm", TIMM), ("sorted", SORTED)):
-        found, _ = evaluated(*weights, "--class-order", order)
-        assert found == {name: float(place == label) for place, name in enumerate(names)}
-    # As timm's train.py leaves it.
+        assert order_of(ModelRecipe("x", True, class_order=order)) == names
+    # Data in the order of timm keep it, and so does a file as timm's train.py leaves it.
+    assert order_of(GIVEN.model, splits.in_order(TIMM)) == TIMM
     file = saved(made, tmp_path / "best.pth.tar", arch="test_resnet", epoch=3)
-    found, said = evaluated("test_resnet", "--checkpoint", file)
-    assert found[TIMM[label]] == 1
-    assert "numbered in timm's natural order, as timm's train.py does" in said
+    assert order_of(ModelRecipe("test_resnet", checkpoint=file)) == TIMM
+    assert caplog.text.count("numbered in timm's natural order, as timm's train.py does") == 2
 
 
 def test_a_clear_difference_is_needed(photos, model):
