@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm.data
 import torch
 from accelerate.state import AcceleratorState
@@ -22,22 +21,10 @@ from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
 # 2 and 10 change places, and so do a and B.
-COLOURS = {
-    "1": (250, 0, 0),
-    "10": (0, 250, 0),
-    "2": (0, 0, 250),
-    "B": (250, 250, 0),
-    "a": (9, 9, 9),
-}
+COLOURS = {"1": (250, 0, 0), "10": (0, 250, 0), "2": (0, 0, 250), "B": (250, 250, 0), "a": (9,) * 3}
 COUNTS = {"1": 10, "10": 12, "2": 8, "B": 9, "a": 9}
 GIVEN = Recipe(model=ModelRecipe("x", pretrained=True), epochs=0)
 TIMM, SORTED = ["1", "2", "10", "a", "B"], ["1", "10", "2", "B", "a"]
-
-
-@pytest.fixture(autouse=True)
-def _anew():
-    """Commands of one process have types of their own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +73,18 @@ def saved(made, path, **more):
     return str(path)
 
 
-def evaluated(folder, photos, capsys, *arguments):
-    """Evaluates a checkpoint; returns the accuracy of each class by its name, and what was said."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    capsys.readouterr()
-    table = folder / "classes.csv"
-    command = ["evaluate", *arguments, "--per-class", str(table), "--workers", "0"]
-    assert main([*command[:2], str(photos), *command[2:]]) == 0
-    rows = list(csv.DictReader(table.read_text().splitlines()))
-    said = " ".join(capsys.readouterr().err.split())
-    return {row["name"]: float(row["accuracy_linear"]) for row in rows}, said
+@pytest.fixture
+def run(capsys):
+    """Returns a function: arguments of timm-lt -> exit status, output, messages in one line."""
+
+    def command(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return command
 
 
 def test_orders_are_those_of_timm_and_torchvision(photos):
@@ -103,8 +92,6 @@ def test_orders_are_those_of_timm_and_torchvision(photos):
     reader = timm.data.create_dataset("", str(photos)).reader
     assert orders["timm"] == sorted(reader.class_to_idx, key=reader.class_to_idx.get) == TIMM
     assert orders["sorted"] == ImageFolder(photos).classes == SORTED
-    # A number to str.isdigit, which int refuses.
-    assert class_orders(["²", "1"])["timm"] == ["1", "²"]
 
 
 @pytest.mark.parametrize("names", [TIMM, SORTED], ids=["timm", "sorted"])
@@ -120,33 +107,27 @@ def test_images_tell_the_order_of_weights(photos, model, names, caplog):
     assert f"{hits[1]} are right in sorted order (1, 10, 2, B, a)" in caplog.text
 
 
-def test_evaluate_finds_the_order_of_a_file(photos, model, tmp_path, capsys):
-    file = saved(model(TIMM), tmp_path / "best.pth")
-    found, _ = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
-    assert found == dict.fromkeys(TIMM, 1.0)
-    assert list(found) == TIMM
-
-
-def test_heads_are_built_on_the_order_of_a_file(photos, model, tmp_path, capsys):
-    file, run = saved(model(TIMM), tmp_path / "best.pth"), tmp_path / "run"
-    command = ["heads", str(photos), "--model", "test_resnet", "--checkpoint", file]
-    command += ["--heads", "ncm", "--workers", "0", "--output", str(run)]
-    assert main(command) == 0
-    assert " ".join(capsys.readouterr().err.split()).count("has no names for its 5 classes") == 1
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["label_names"] == TIMM
+def test_commands_find_the_order_of_a_file(photos, model, tmp_path, run):
+    weights = ("--checkpoint", saved(model(TIMM), tmp_path / "best.pth"), "--workers", "0")
+    folder, table = tmp_path / "run", tmp_path / "classes.csv"
+    given = ("--model", "test_resnet", *weights, "--heads", "ncm", "--output", folder)
+    status, _, said = run("heads", photos, *given)
+    assert (status, said.count("has no names for its 5 classes")) == (0, 1)
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["heads"]["linear"]["all"] == 1
     # Without the images that are held out for test and val.
-    assert metrics["class_counts"] == [6, 5, 8, 6, 6]
-    config = json.loads((run / "config.json").read_text())
+    assert (metrics["label_names"], metrics["class_counts"]) == (TIMM, [6, 5, 8, 6, 6])
+    config = json.loads((folder / "config.json").read_text())
     assert config["timm_lt"]["label_names"] == TIMM
-    # Names decide, whatever the order of the data.
-    found, said = evaluated(tmp_path, photos, capsys, str(run), "--head", "linear")
-    assert found == dict.fromkeys(TIMM, 1.0)
-    assert "training images" not in said
-    command = ["evaluate", str(run), str(photos), "--class-order", "sorted", "--workers", "0"]
-    assert main(command) == 2
-    assert "has no class names, and" in capsys.readouterr().err
+    # Names decide for the folder, whatever the order of the data.
+    for evaluated, looks in ((["test_resnet", photos, *weights], True), ([folder, photos], False)):
+        status, _, said = run("evaluate", *evaluated, "--per-class", table)
+        assert (status, "training images" in said) == (0, looks)
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        assert [(row["name"], row["accuracy_linear"]) for row in rows] == [(n, "1.0") for n in TIMM]
+    status, _, said = run("evaluate", folder, photos, "--class-order", "sorted")
+    assert status == 2
+    assert "has no class names, and" in said
 
 
 @pytest.mark.parametrize("of_folder", [str, ImageFolder])
@@ -158,24 +139,21 @@ def test_rebalance_finds_the_order(photos, model, of_folder):
     assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
 
 
-def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, capsys):
+def test_predict_takes_names_in_the_order_of_the_weights(photos, model, tmp_path, run):
     file = saved(model(TIMM), tmp_path / "best.pth")
     (tmp_path / "names.txt").write_text("\n".join(SORTED))
-    images = [str(photos / name / "0.png") for name in TIMM]
-    command = ["predict", "test_resnet", *images, "--checkpoint", file, "--json", "--top", "1"]
-    command += ["--names", str(tmp_path / "names.txt")]
-    assert main(command) == 0
-    captured = capsys.readouterr()
-    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == SORTED
-    assert "if they number the classes as timm does, say --class-order timm" in " ".join(
-        captured.err.split()
-    )
-    assert main([*command, "--class-order", "timm"]) == 0
-    captured = capsys.readouterr()
-    assert [entry["classes"][0]["name"] for entry in json.loads(captured.out)] == TIMM
-    assert "class-order" not in captured.err
-    assert main([*command[:-2], "--class-order", "timm"]) == 2
-    assert "--class-order is for the names of --names" in capsys.readouterr().err
+    images = [photos / name / "0.png" for name in TIMM]
+    command = ("predict", "test_resnet", *images, "--checkpoint", file, "--json", "--top", "1")
+    names, order = ("--names", tmp_path / "names.txt"), ("--class-order", "timm")
+    for options, expected in ((names, SORTED), ((*names, *order), TIMM)):
+        status, out, said = run(*command, *options)
+        assert status == 0
+        assert [entry["classes"][0]["name"] for entry in json.loads(out)] == expected
+        advice = "if they number the classes as timm does, say --class-order timm"
+        assert (advice in said) is (expected == SORTED)
+    status, _, said = run(*command, *order)
+    assert status == 2
+    assert "--class-order is for the names of --names" in said
 
 
 def test_names_of_the_model_decide(photos, model):
@@ -185,48 +163,30 @@ def test_names_of_the_model_decide(photos, model):
     found = timm_lt.rebalance(made, photos, heads="ncm", workers=0)
     assert found.reports["linear"].all == 1
     assert torch.equal(found.heads["linear"].weight, made.fc.weight)
-    with pytest.raises(UsageError, match="has no class names, and"):
-        timm_lt.rebalance(made, photos, heads="ncm", class_order="timm", workers=0)
-
-
-def test_an_order_for_a_classifier_that_is_not_kept_is_refused(photos):
-    made = constant(0)
-    message = "class order timm only applies to a classifier that is kept"
-    with pytest.raises(UsageError, match=message):
-        timm_lt.rebalance(made, photos, class_order="timm", fresh_classifier=True, workers=0)
-    made.pretrained_cfg["label_names"] = list("vwxyz")
-    with pytest.raises(UsageError, match=message):
-        timm_lt.rebalance(made, photos, class_order="timm", workers=0)
-
-
-def test_data_in_the_order_of_timm_keep_it_if_images_do_not_tell(photos, caplog):
-    data = timm.data.create_dataset("", str(photos))
-    found = timm_lt.rebalance(constant(1), data, heads="ncm", workers=0)
-    assert found.reports["linear"].per_class.tolist() == [0, 1, 0, 0, 0]
-    assert found.reports["ncm"].test_images.tolist() == [round(COUNTS[name] / 5) for name in TIMM]
-    assert "images do not tell the order of the weights" in caplog.text
+    for more in ({}, {"fresh_classifier": True}):
+        with pytest.raises(UsageError, match="class order timm only applies to a classifier that"):
+            timm_lt.rebalance(made, photos, class_order="timm", workers=0, **more)
 
 
 @pytest.mark.parametrize("label", [1, 3])
-def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, capsys):
+def test_an_order_that_images_do_not_tell_is_asked_for(photos, label, tmp_path, caplog):
     """A model that always gives the same answer is right as often in both orders."""
-    made = constant(label)
-    with pytest.raises(UsageError, match="choose --class-order timm or --class-order sorted"):
-        timm_lt.rebalance(made, photos, heads="ncm", workers=0)
-    file = tmp_path / "bare.safetensors"
-    safetensors.torch.save_file(made.state_dict(), file)
-    command = ["evaluate", "test_resnet", str(photos), "--checkpoint", str(file), "--workers", "0"]
-    assert main(command) == 2
-    assert "it is not clear in which order" in " ".join(capsys.readouterr().err.split())
+    splits, made = create_splits("folder", root=str(photos)), constant(label)
+
+    def order_of(model, splits=splits):
+        recipe = dataclasses.replace(GIVEN, model=model)
+        return match_data(recipe, splits, made, kept=True)[0].label_names
+
+    message = "it is not clear in which order.*choose --class-order timm or --class-order sorted"
+    with pytest.raises(UsageError, match=message):
+        order_of(GIVEN.model)
     for order, names in (("timm", TIMM), ("sorted", SORTED)):
-        arguments = ["test_resnet", "--checkpoint", str(file), "--class-order", order]
-        found, _ = evaluated(tmp_path, photos, capsys, *arguments)
-        assert found == {name: float(place == label) for place, name in enumerate(names)}
-    # As timm's train.py leaves it.
+        assert order_of(ModelRecipe("x", True, class_order=order)) == names
+    # Data in the order of timm keep it, and so does a file as timm's train.py leaves it.
+    assert order_of(GIVEN.model, splits.in_order(TIMM)) == TIMM
     file = saved(made, tmp_path / "best.pth.tar", arch="test_resnet", epoch=3)
-    found, said = evaluated(tmp_path, photos, capsys, "test_resnet", "--checkpoint", file)
-    assert found[TIMM[label]] == 1
-    assert "numbered in timm's natural order, as timm's train.py does" in said
+    assert order_of(ModelRecipe("test_resnet", checkpoint=file)) == TIMM
+    assert caplog.text.count("numbered in timm's natural order, as timm's train.py does") == 2
 
 
 def test_a_clear_difference_is_needed(photos, model):
@@ -247,10 +207,9 @@ def test_a_clear_difference_is_needed(photos, model):
 
 def test_a_large_class_does_not_outweigh_a_small_one():
     """The same answer for all images is that of the large class in one of the orders."""
-    labels = [0] * 4 + [1] * 70 + [2] * 4
+    labels = np.repeat([0, 1, 2], [4, 70, 4])
     black = np.zeros((len(labels), 32, 32, 3), np.uint8)
-    rows = dataset_from_arrays(black, np.array(labels), ["1", "10", "2"])
-    splits = Splits.from_datasets({"train": rows})
+    splits = Splits.from_datasets({"train": dataset_from_arrays(black, labels, ["1", "10", "2"])})
     with pytest.raises(UsageError, match="it is not clear in which order"):
         match_data(GIVEN, splits, constant(1), kept=True)
 
@@ -269,12 +228,11 @@ def test_splits_in_another_order_are_the_same_images(photos):
     splits = create_splits("folder", root=str(photos))
     order = ["a", "1", "10", "2", "B"]
     other = splits.in_order(order)
-    assert other.class_counts.tolist() == [
-        splits.class_counts[SORTED.index(name)] for name in order
-    ]
+    counts = splits.class_counts.tolist()
+    assert other.class_counts.tolist() == [counts[SORTED.index(name)] for name in order]
     for split, rows in splits.datasets.items():
-        names = [rows.features["label"].names[label] for label in rows["label"]]
         there = other.datasets[split]
+        names = [rows.features["label"].names[label] for label in rows["label"]]
         assert [there.features["label"].names[label] for label in there["label"]] == names
         assert other.labels[split].tolist() == there["label"][:]
         for before, after in zip(rows, there, strict=True):

@@ -50,8 +50,7 @@ def test_a_run_on_another_system(server, tmp_path):
 
 
 SPAWNED = """
-import multiprocessing
-import sys
+import multiprocessing, sys
 from pathlib import Path
 
 import timm
@@ -72,10 +71,9 @@ if __name__ == "__main__":
     assert first == second
     dataset = timm.data.ImageDataset(str(root))
     sampler = timm_lt.create_sampler("class_balanced", timm_lt.dataset_labels(dataset))
-    loader = timm_lt.create_loader(
-        dataset, (3, 16, 16), 3, sampler=sampler, is_training=True, num_workers=1, device="cpu"
-    )
-    targets = [label for _, labels in loader for label in labels.tolist()]
+    options = {"sampler": sampler, "is_training": True, "num_workers": 1, "device": "cpu"}
+    batches = timm_lt.create_loader(dataset, (3, 16, 16), 3, **options)
+    targets = [label for _, labels in batches for label in labels.tolist()]
     assert targets == [index // 6 for index in sampler.epoch_indices(0).tolist()]
 """
 
@@ -83,7 +81,6 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_workers_can_be_spawned(server, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SPAWNED)
-    done = server.run(tmp_path / "photos", script=script)
+    (tmp_path / "script.py").write_text(SPAWNED)
+    done = server.run(tmp_path / "photos", script=tmp_path / "script.py")
     assert done.status == 0, done.err

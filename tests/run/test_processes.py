@@ -86,16 +86,12 @@ def gradients():
     targets = torch.randint(4, (24,), generator=generator)
     size = len(inputs) // accelerator.num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    by_weights = {"normalization": "weights"}
-    variants = [
-        *((name, options) for name, options, _ in BY_HAND),
-        ("inverse_frequency", by_weights),
-        ("class_balanced", by_weights),
-        ("class_balanced_focal", by_weights),
-        ("deferred_reweighting", {"start": 0}),
-        ("bilateral", {}),
-        ("bilateral", {"loss": "deferred_reweighting", "loss_options": {"start": 0}}),
-    ]
+    by_weights, late = {"normalization": "weights"}, {"start": 0}
+    names = ("inverse_frequency", "class_balanced", "class_balanced_focal")
+    variants = [(name, options) for name, options, _ in BY_HAND]
+    variants += [(name, by_weights) for name in names]
+    variants += [("deferred_reweighting", late), ("bilateral", {})]
+    variants += [("bilateral", {"loss": "deferred_reweighting", "loss_options": late})]
     found = {}
     for name, options in variants:
         weight = torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5).requires_grad_()
@@ -114,15 +110,10 @@ def in_memory(labels=labels):
 
 def decoded(labels=labels):
     rows = dataset_from_arrays(arrays[: len(labels)], labels.numpy(), [str(c) for c in range(N)])
-    return StoredImages(
-        rows,
-        labels,
-        size=(SIDE, SIDE),
-        preprocessing={"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
-        augmentation={"auto_augment": "rand-m9-mstd0.5", "scale": (0.5, 1.0)},
-        seed=5,
-        workers=1,
-    )
+    options = {"size": (SIDE, SIDE), "seed": 5, "workers": 1}
+    options["preprocessing"] = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    augmentation = {"auto_augment": "rand-m9-mstd0.5", "scale": (0.5, 1.0)}
+    return StoredImages(rows, labels, augmentation=augmentation, **options)
 
 
 def with_attention():
@@ -134,13 +125,8 @@ def with_attention():
 
 
 def run(
-    data,
-    criterion=nn.CrossEntropyLoss(),
-    sampler="class_balanced",
-    given=None,
-    network=InFloat64,
-    epochs=3,
-    **options,
+    data, criterion=nn.CrossEntropyLoss(), sampler="class_balanced", given={}, network=InFloat64,
+    epochs=3, **options,
 ):
     seen, losses = [], []
 
@@ -168,19 +154,11 @@ def run(
     if isinstance(data, ImageTensors):
         data.__class__ = Noting
     accelerator.free_memory()
-    model = network()
+    model, sampler = network(), timm_lt.create_sampler(sampler, data.labels, seed=3, **given)
+    sgd = {"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
+    options = TrainingOptions(epochs=epochs, batch_size=8, optimizer=sgd, **options)
     training = train_representation(
-        model,
-        data,
-        timm_lt.create_sampler(sampler, data.labels, seed=3, **(given or {})),
-        Loss(),
-        TrainingOptions(
-            epochs=epochs,
-            batch_size=8,
-            optimizer={"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3},
-            **options,
-        ),
-        accelerator=accelerator,
+        model, data, sampler, Loss(), options, accelerator=accelerator
     )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     epochs = [record.loss for record in training.history]
@@ -307,104 +285,96 @@ def results(server, tmp_path_factory):
     return Results(server, tmp_path_factory.mktemp("ranks"))
 
 
-FOUR = pytest.param(4, marks=pytest.mark.exhaustive)
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def ranks(results, request):
+    return results[request.param]
+
+
+@pytest.fixture
+def alone(results):
+    return results[1][0]
+
+
 @pytest.mark.parametrize("kind", ["in_memory", "deferred"])
-def test_every_global_batch_is_the_same_images(results, processes, kind):
-    assert [rank["num_processes"] for rank in results[processes]] == [processes] * processes
-    alone = results[1][0][kind]["seen"]
-    ranks = [rank[kind]["seen"] for rank in results[processes]]
+def test_every_global_batch_is_the_same_images(ranks, alone, kind):
+    processes, batches = len(ranks), alone[kind]["seen"]
+    assert [rank["num_processes"] for rank in ranks] == [processes] * processes
     # 42 images in batches of 8, three times; each rank takes an equal share of every batch.
-    assert len(alone) == 3 * 5
-    for batch, *parts in zip(alone, *ranks, strict=True):
+    assert len(batches) == 3 * 5
+    for batch, *parts in zip(batches, *(rank[kind]["seen"] for rank in ranks), strict=True):
         assert [len(part) for part in parts] == [8 // processes] * processes
         assert sorted(itertools.chain(*parts)) == batch
         # Numbered draws: one image twice in a batch is two draws.
         assert len(set(batch)) == 8
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
+def means_of(found):
+    return [sum(losses) / len(losses) for losses in zip(*(r["losses"] for r in found), strict=True)]
+
+
 @pytest.mark.parametrize(
     "kind", ["in_memory", "decoded", "partly", "deferred", "bilateral", "attention"]
 )
-def test_the_loss_curve_is_the_same(results, processes, kind):
+def test_the_loss_curve_is_the_same(ranks, alone, kind):
     """In float64 and without batch normalisation the runs differ by rounding only.
 
     The augmentation is part of it: it would show if a draw's depended on its process.
     """
-    alone = results[1][0][kind]
-    ranks = [rank[kind] for rank in results[processes]]
-    means = [sum(losses) / processes for losses in zip(*(r["losses"] for r in ranks), strict=True)]
+    found, alone = [rank[kind] for rank in ranks], alone[kind]
+    means = means_of(found)
     assert means == pytest.approx(alone["losses"], abs=1e-9)
     epochs = [sum(means[first : first + 5]) / 5 for first in (0, 5, 10)]
-    assert ranks[0]["epochs"] == pytest.approx(epochs, abs=1e-9)
-    assert [rank["norm"] for rank in ranks] == pytest.approx([alone["norm"]] * processes, rel=1e-9)
+    assert found[0]["epochs"] == pytest.approx(epochs, abs=1e-9)
+    assert [rank["norm"] for rank in found] == pytest.approx([alone["norm"]] * len(ranks), rel=1e-9)
     # The runs are not trivially equal: the curve moves.
     assert max(means) - min(means) > 0.01
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_every_loss_has_the_gradient_of_the_whole_batch(results, processes):
-    alone = results[1][0]["gradients"]
+def test_every_loss_has_the_gradient_of_the_whole_batch(ranks, alone):
     others = {"range", "lifted_structure"}
-    assert {name.split()[0] for name in alone} == set(list_losses()) - others
-    for rank in results[processes]:
+    assert {name.split()[0] for name in alone["gradients"]} == set(list_losses()) - others
+    for rank in ranks:
         for name, gradient in rank["gradients"].items():
-            assert gradient == pytest.approx(alone[name], rel=1e-6, abs=1e-9), name
+            assert gradient == pytest.approx(alone["gradients"][name], rel=1e-6, abs=1e-9), name
             assert max(map(abs, gradient)) > 1e-3
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_losses_of_features_are_those_of_the_parts_of_a_batch(results, processes):
+def test_losses_of_features_are_those_of_the_parts_of_a_batch(ranks, alone):
     """Each process pairs the images that it takes, and the gradients are averaged."""
-    alone = results[1][0]["of_features"]
-    ranks = [rank["of_features"]["1"] for rank in results[processes]]
-    means = [sum(losses) / processes for losses in zip(*(r["losses"] for r in ranks), strict=True)]
-    assert means == pytest.approx(alone[str(processes)]["losses"], abs=1e-9)
-    for rank in ranks:
-        assert rank["norm"] == pytest.approx(alone[str(processes)]["norm"], rel=1e-9)
+    found, parts = [rank["of_features"]["1"] for rank in ranks], alone["of_features"]
+    expected = parts[str(len(ranks))]
+    assert means_of(found) == pytest.approx(expected["losses"], abs=1e-9)
+    for rank in found:
+        assert rank["norm"] == pytest.approx(expected["norm"], rel=1e-9)
     # The parts matter.
-    assert alone["2"]["losses"] != pytest.approx(alone["4"]["losses"], rel=0.01)
+    assert parts["2"]["losses"] != pytest.approx(parts["4"]["losses"], rel=0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2, FOUR])
-def test_every_image_is_evaluated_once_and_in_order(results, processes):
+def test_every_image_is_evaluated_once_and_in_order(ranks, alone):
     expected = [list(range(number)) for number in (1, 3, 8, 13, 42) for _ in range(2)]
-    for rank in results[processes]:
+    for rank in (alone, *ranks):
         assert rank["targets"] == expected
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_every_process_ends_with_the_same_model(results, processes):
-    """Averaged batch-norm statistics too, which each process takes of its own images."""
-    first, *others = (rank["batch_norm"] for rank in results[processes])
-    assert all(other == first for other in others)
-
-
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_a_head_on_images_is_the_same(results, processes):
-    alone = results[1][0]["head"]
-    for rank in results[processes]:
+def test_every_process_ends_with_the_same_model_and_heads(ranks, alone):
+    for rank in ranks:
+        # Averaged batch-norm statistics too, which each process takes of its own images.
+        for key in ("batch_norm", "moved"):
+            assert rank[key] == ranks[0][key]
         # Trained in float64 and returned in float32.
-        assert rank["head"] == pytest.approx(alone, abs=1e-6)
+        assert rank["head"] == pytest.approx(alone["head"], abs=1e-6)
+        for found, expected in zip(rank["fitted"], alone["fitted"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-6)
+    assert ranks[0]["moved"] != pytest.approx(alone["moved"], rel=1e-6)
 
 
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_every_process_has_the_same_moved_statistics(results, processes):
-    first, *others = (rank["moved"] for rank in results[processes])
-    assert all(other == first for other in others)
-    assert first != pytest.approx(results[1][0]["moved"], rel=1e-6)
-
-
-@pytest.mark.parametrize("processes", [1, 2, FOUR])
-def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results, processes):
-    alone = results[1][0]["cached"]
-    for rank in results[processes]:
+def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(ranks, alone):
+    for rank in (alone, *ranks):
         assert rank["equal"] == [[True] * 3] * 2
-        for (targets, norms), (_, expected) in zip(rank["cached"], alone, strict=True):
+        for (targets, norms), (_, expected) in zip(rank["cached"], alone["cached"], strict=True):
             assert targets == [*range(13)] * 2
             assert norms == pytest.approx(expected, rel=1e-7)
             # The two views are not the same.
@@ -412,21 +382,13 @@ def test_features_in_a_cache_are_those_in_memory_whatever_the_processes(results,
         assert "ranks.py cannot be written" in rank["error"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, FOUR])
-def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(results, processes):
+def test_metrics_of_all_processes_are_those_of_one_to_the_last_bit(ranks):
     generator = torch.Generator().manual_seed(1)
     logits, classes = torch.randn(301, 7, generator=generator), torch.arange(301) % 6
     expected = evaluate_logits(logits, classes, [500, 200, 100, 60, 15, 3, 1]).to_dict()
-    assert all(rank["metrics"] == expected for rank in results[processes])
-    assert sum(rank["own_images"] for rank in results[processes]) == 301
+    assert all(rank["metrics"] == expected for rank in ranks)
+    assert sum(rank["own_images"] for rank in ranks) == 301
     assert 0 < expected["ece"] < 1
     expected = open_set_report(logits, torch.where(classes == 5, -1, classes), threshold=0.4)
-    assert all(rank["open_set"] == expected.to_dict() for rank in results[processes])
+    assert all(rank["open_set"] == expected.to_dict() for rank in ranks)
     assert 0 < expected.open < 1
-
-
-@pytest.mark.parametrize("processes", [2, FOUR])
-def test_fits_on_features_do_not_depend_on_the_processes(results, processes):
-    for rank in results[processes]:
-        for found, alone in zip(rank["fitted"], results[1][0]["fitted"], strict=True):
-            assert found == pytest.approx(alone, rel=1e-6)

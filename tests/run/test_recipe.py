@@ -26,8 +26,7 @@ def read(tmp_path):
     def parse(text, *argv):
         path = tmp_path / "mine.yaml"
         path.write_bytes(text.encode())
-        parsed = parse_command_line("train_lt.py", [str(path), *argv])
-        return parsed[1:] if parsed else None
+        return parse_command_line("train_lt.py", [str(path), *argv])[1:]
 
     return parse
 
@@ -50,17 +49,12 @@ def test_a_quoted_text_stays_a_text(text, read):
     assert changed.data.root is None
 
 
-def test_an_almost_empty_recipe_has_the_defaults(read):
+def test_defaults_and_the_embedded_recipe(read):
     recipe, options = read("seed: 0")
     assert (recipe, options) == (Recipe(), RunOptions())
     assert list(recipe.heads) == list(DEFAULT_HEADS)
-    assert set(DEFAULT_HEADS) < set(list_heads())
-
-
-def test_without_a_name_it_is_the_embedded_recipe():
     name, recipe, _ = parse_command_line("train_lt.py", ["--seed", "2"])
     assert (name, recipe.data.name, recipe.seed) == (DEFAULT_RECIPE, "glyph_lt", 2)
-    # DESIGN section 7, the default recipe.
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer.weight_decay) == (30, 128, 2e-3)
 
 
@@ -83,7 +77,6 @@ def test_shipped_recipes_are_found_by_any_of_their_names():
 def test_values_of_a_file(read):
     recipe, _ = read(
         """
-        epochs: 5
         optimizer: {name: adamw, lr: 5e-4, weight_decay: 1E-2, options: {betas: [0.9, 0.95]}}
         data: {name: digits_lt, root: /data/é, options: {imbalance_factor: 20, note: null}}
         model: {pretrained: true, trained: [layer4.2, norm], options: {drop_rate: .5}}
@@ -91,8 +84,8 @@ def test_values_of_a_file(read):
         """
     )
     assert recipe.optimizer == OptimizerRecipe("adamw", 0.0005, 0.01, 0.9, {"betas": [0.9, 0.95]})
-    assert recipe.data.root == "/data/é"
-    assert recipe.data.options == {"imbalance_factor": 20, "note": None}
+    options = {"imbalance_factor": 20, "note": None}
+    assert (recipe.data.root, recipe.data.options) == ("/data/é", options)
     assert (recipe.model.pretrained, recipe.model.options) == (True, {"drop_rate": 0.5})
     assert recipe.model.trained == ["layer4.2", "norm"]
     heads = {"tau_norm": {}, "crt": {"weight_decay": 0.001}, "ncm": {"metric": "euclidean"}}
@@ -131,7 +124,9 @@ def test_print_config_reads_back_to_the_same_recipe(read, capsys):
     text = "optimizer: {lr: 3e-5}\nheads: {crt: {weight_decay: 1e-10}, tau_norm:}\nepochs: 2"
     arguments = ["--seed", "5", "--heads.tau_norm.tau", "0.5", "--data.root", "a b: #c"]
     recipe, _ = read(text, *arguments)
-    assert read(text, *arguments, "--print_config") is None
+    with pytest.raises(SystemExit) as caught:
+        read(text, *arguments, "--print_config")
+    assert not caught.value.code
     printed = capsys.readouterr().out
     assert "lr: 3.0e-05" in printed
     assert read(printed)[0] == recipe
@@ -142,22 +137,16 @@ BAD_FILES = [
     ("model: {nmae: x}", r"'model.nmae'.*did you mean 'model.name'.*model.pretrained"),
     ("epochs: 5\nseed: 1\nepochs: 6", r"key 'epochs' is given twice, the second time in line 3"),
     ("epochs: 1.5", "epochs must be int, got 1.5"),
-    ("epochs: true", "epochs must be int, got True"),
-    ("epochs: -1", "epochs must be an integer >= 0, got -1"),
     ("epochs: 0", "epochs 0 needs the weights of model.pretrained"),
     ("seed: -1", "seed must be an integer from 0"),
     ("data: {image_size: 0}", r"data\.image_size must be an integer >= 1"),
     ("data: {val_fraction: 1}", r"data\.val_fraction must be a number in \(0, 1\)"),
-    ("features: {views: 0}", r"features\.views must be an integer >= 1"),
     ("objective: f1", "unknown objective 'f1'.*worst_class"),
-    ("optimizer: {lr: fast}", "optimizer.lr must be float, got 'fast'"),
     ("protocol:", "unknown protocol None.*standard, paper"),
     ("model: {trained: layer4.2}", r"model.trained must be list\[str\] | None, got 'layer4.2'"),
-    ("model: 5", "model must be a mapping, got 5"),
     ("heads: {crt: 5}", "heads must be a mapping"),
-    ("- a", "must be a mapping of keys to values"),
-    ("a: [1", "is not valid YAML"),
     ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ("- a", "must be a mapping of keys to values"),
     ("{[a]: 1}", "key in line 1 must be a word"),
     # Keys that would have no effect.
     ("model: {fresh_classifier: true}", "model.fresh_classifier has no effect without weights"),

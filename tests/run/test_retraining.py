@@ -18,28 +18,27 @@ from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.training.loop import RepresentationTrainer, Training
 from timm_lt.training.state import EpochRecord
 
-DIGITS = "lt_test_resnet.digits_lt"
 FEW = ["--epochs", "1", "--quiet", "--heads", "{linear: {}}", "--mixed_precision", "no"]
 
 
-def main(capsys, *arguments):
+def run(folder, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
-    status = train_lt.main([DIGITS, *map(str, arguments)])
-    return status, capsys.readouterr().err
+    given = ["lt_test_resnet.digits_lt", "--output", folder, *FEW, *arguments]
+    return train_lt.main(list(map(str, given)))
 
 
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "joint"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train_lt.main([DIGITS, "--output", str(folder), *FEW]) == 0
+    assert run(folder) == 0
     return folder
 
 
-def parts(folder):
-    """The weights by what they belong to: the statistics of batch norm, the rest by module."""
+def results(folder):
+    """The weights but batch norm's counters, and the digests of the logits."""
     weights = load_file(folder / "model.safetensors")
-    return {key: value for key, value in weights.items() if "num_batches" not in key}
+    weights = {key: value for key, value in weights.items() if "num_batches" not in key}
+    return weights, json.loads((folder / "metrics.json").read_text())["logits_sha256"]
 
 
 @pytest.mark.slow
@@ -53,36 +52,30 @@ def test_a_run_goes_on_from_a_finished_one_offline(
 ):
     # Whoever asks the network is refused.
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asks the network"))
-    options = [*FEW, "--model.name", f"local-dir:{joint}", "--model.pretrained", "true"]
+    options = ["--model.name", f"local-dir:{joint}", "--model.pretrained", "true"]
     options += ["--model.trained", json.dumps(trained), "--sampler.name", "class_balanced"]
-    folder = tmp_path / "run"
-    assert main(capsys, "--output", folder, *options, "--model.fresh_classifier", "true")[0] == 0
-    before, after = parts(joint), parts(folder)
+    folder, fresh = tmp_path / "run", "--model.fresh_classifier"
+    assert run(folder, *options, fresh, "true") == 0
+    before, (after, digests) = results(joint)[0], results(folder)
     changed = {key for key, value in after.items() if not value.equal(before[key])}
     assert changed == {key for key in before if key.startswith(moving)}
     # The same again, from its state, and no other recipe.
-    metrics = (folder / "metrics.json").read_bytes()
     (folder / "metrics.json").unlink()
     (folder / "model.safetensors").unlink()
-    again = ["--output", folder, *options, "--resume", "--model.fresh_classifier"]
-    assert main(capsys, *again, "true")[0] == 0
-    assert parts(folder).keys() == after.keys()
-    assert all(value.equal(after[key]) for key, value in parts(folder).items())
-    assert (
-        json.loads(metrics)["logits_sha256"]
-        == json.loads((folder / "metrics.json").read_text())["logits_sha256"]
-    )
-    status, error = main(capsys, *again, "false")
-    assert status == 2
-    assert "model.fresh_classifier True there, False now" in error
+    assert run(folder, *options, "--resume", fresh, "true") == 0
+    again = results(folder)
+    assert all(value.equal(after[key]) for key, value in again[0].items())
+    assert (again[0].keys(), again[1]) == (after.keys(), digests)
+    assert run(folder, *options, "--resume", fresh, "false") == 2
+    assert "model.fresh_classifier True there, False now" in capsys.readouterr().err
 
 
 def test_a_fresh_classifier_is_drawn_from_the_seed():
-    name = "lt_test_resnet.glyph_lt"
+    def model(**options):
+        return ModelRecipe("lt_test_resnet.glyph_lt", True, **options)
 
     def network(seed, *, fresh):
-        recipe = Recipe(model=ModelRecipe(name, True, fresh_classifier=fresh), seed=seed)
-        return create_network(recipe, 100)
+        return create_network(Recipe(model=model(fresh_classifier=fresh), seed=seed), 100)
 
     stored, first = network(0, fresh=False), network(0, fresh=True)
     for key, value in first.state_dict().items():
@@ -94,13 +87,13 @@ def test_a_fresh_classifier_is_drawn_from_the_seed():
     assert 0.99 * bound < first.fc.weight.abs().max() <= bound
     assert first.fc.bias.abs().max() <= bound
     # And starts where the loss has it start, as a classifier from scratch.
-    recipe = Recipe(model=ModelRecipe(name, True, fresh_classifier=True))
+    recipe = Recipe(model=model(fresh_classifier=True))
     start_network(recipe, timm_lt.create_loss("focal", form="sigmoid"), first, 100)
     torch.testing.assert_close(first.fc.bias, torch.full((100,), -math.log(99)))
 
 
 @pytest.mark.slow
-def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, capsys, monkeypatch):
+def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, monkeypatch):
     """Its checkpoint has the folded classifier, whose directions are those of the head."""
     models = []
 
@@ -111,8 +104,8 @@ def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, ca
 
     monkeypatch.setattr(RepresentationTrainer, "run", untrained)
     cosine = {"head": "cosine", "scale": 1.0}
-    options = [*FEW, "--model.options", json.dumps(cosine), "--loss.name", "ldam"]
-    assert main(capsys, "--output", tmp_path / "run", *options)[0] == 0
+    options = ["--model.options", json.dumps(cosine), "--loss.name", "ldam"]
+    assert run(tmp_path / "run", *options) == 0
     name = f"local-dir:{tmp_path / 'run'}"
     weight = normalize(models[0].get_classifier().weight)
     for given in ({}, cosine):
@@ -120,5 +113,4 @@ def test_what_was_trained_with_a_cosine_head_goes_on_with_a_new_one(tmp_path, ca
         head = create_network(recipe, 10).get_classifier()
         torch.testing.assert_close(normalize(head.weight), weight)
     assert (head.kind, head.options()) == ("cosine", {"scale": 1.0, "learn_scale": False})
-    plain = timm.create_model(name, pretrained=True).get_classifier()
-    assert plain.bias.eq(0).all()
+    assert timm.create_model(name, pretrained=True).get_classifier().bias.eq(0).all()

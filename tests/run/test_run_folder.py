@@ -21,10 +21,7 @@ def run(tmp_path):
     return folder
 
 
-FLAGS = [{}, {"resume": True}, {"overwrite": True}]
-
-
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
 def test_new_folders_may_be_used_and_others_are_left_alone(tmp_path, flags):
     check_run_folder(tmp_path / "new" / "run", FIRST, **flags)
     assert not (tmp_path / "new").exists()
@@ -35,7 +32,6 @@ def test_new_folders_may_be_used_and_others_are_left_alone(tmp_path, flags):
         check_run_folder(tmp_path, FIRST, **flags)
     with pytest.raises(UsageError, match="is a file"):
         check_run_folder(tmp_path / "thesis.tex", FIRST, **flags)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_run_is_only_touched_by_resume(run):
@@ -54,12 +50,13 @@ def test_resume_refuses_another_recipe_and_names_the_differences(run):
     (run / "metrics.json").touch()
     with pytest.raises(UsageError, match="run of another recipe") as caught:
         check_run_folder(run, OTHER, resume=True)
-    message = str(caught.value)
-    assert "epochs 3 there, 4 now" in message
-    assert "seed 0 there, 1 now" in message
-    assert "heads.ncm.metric None there, 'euclidean' now" in message
-    assert "heads.crt {} there, None now" in message
-    assert "optimizer" not in message
+    for words in ("epochs 3 there, 4 now", "seed 0 there, 1 now", "heads.crt {} there, None now"):
+        assert words in str(caught.value)
+    assert "heads.ncm.metric None there, 'euclidean' now" in str(caught.value)
+    assert "optimizer" not in str(caught.value)
+    (run / RECIPE).write_bytes(b"a: [1")
+    with pytest.raises(UsageError, match=r"recipe\.yaml is not valid YAML"):
+        check_run_folder(run, FIRST, resume=True)
 
 
 def test_resume_refuses_other_images_and_names_the_splits(run):
@@ -81,46 +78,30 @@ def test_overwrite_deletes_only_when_prepared(run):
     assert (run / RECIPE).read_text() == OTHER.to_yaml()
 
 
-@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\xff"])
-def test_resume_of_a_broken_recipe_says_so(run, content):
-    (run / RECIPE).write_bytes(content)
-    with pytest.raises(UsageError, match=r"recipe\.yaml is not valid YAML"):
-        check_run_folder(run, FIRST, resume=True)
-    check_run_folder(run, FIRST, overwrite=True)
-
-
 def test_nothing_is_written_among_the_images(tmp_path):
-    recipe = Recipe(data=DataRecipe("folder", str(tmp_path)), features=FeaturesRecipe())
-    cached = dataclasses.replace(recipe, features=FeaturesRecipe(cache_dir=str(tmp_path / "cache")))
+    cache = FeaturesRecipe(cache_dir=str(tmp_path / "cache"))
+    recipe = Recipe(data=DataRecipe("folder", str(tmp_path)), features=cache)
     with pytest.raises(UsageError) as caught:
-        check_run_folder(tmp_path / "run", cached)
+        check_run_folder(tmp_path / "run", recipe)
     assert f"--output {tmp_path}/run lies in data.root {tmp_path}, where" in str(caught.value)
     assert f"features.cache_dir {tmp_path}/cache lies in data.root" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(
-    tmp_path, monkeypatch
-):
-    folder = tmp_path / "run"
-    prepare_run_folder(folder, FIRST)
-    (folder / "heads").mkdir()
-    (folder / "heads" / "crt.safetensors").write_bytes(b"")
-
+def test_a_kill_while_overwriting_or_starting_leaves_a_folder_that_can_be_used(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_run_folder(folder, OTHER, overwrite=True)
-    check_run_folder(folder, OTHER)
+            prepare_run_folder(run, OTHER, overwrite=True)
+    check_run_folder(run, OTHER)
     # A kill in the middle of the first write leaves a temporary file only.
-    folder.mkdir()
-    (folder / ".recipe.yaml.x1y2").write_text("epo")
-    check_run_folder(folder, OTHER, resume=True)
-    prepare_run_folder(folder, OTHER)
-    assert {path.name for path in folder.iterdir()} == {RECIPE, LOCK}
-    (tmp_path / "file").write_text("")
+    run.mkdir()
+    (run / ".recipe.yaml.x1y2").write_text("epo")
+    check_run_folder(run, OTHER, resume=True)
+    prepare_run_folder(run, OTHER)
+    assert {path.name for path in run.iterdir()} == {RECIPE, LOCK}
     with pytest.raises(UsageError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", FIRST)
+        prepare_run_folder(run / RECIPE / "run", FIRST)

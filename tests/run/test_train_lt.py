@@ -36,60 +36,45 @@ def digits_run(server, tmp_path_factory):
     return folder, run(server, folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def digits_test_images():
-    images = create_splits("digits_lt").images(
-        "test", size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
-    )
+    normalized = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    images = create_splits("digits_lt").images("test", size=(32, 32), **normalized)
     return images.__getitems__(list(range(len(images))))
-
-
-@pytest.mark.slow
-def test_only_the_training_state_has_pickles(digits_run):
-    folder, _ = digits_run
-    # torch.save writes a zip archive, pickle a protocol of 2 or later.
-    pickles = {
-        path.relative_to(folder).parts[0]: path.name
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
-    }
-    assert pickles == {"state": "random_states_0.pkl"}
-    names = {path.name for path in (folder / "state").glob("*/*") if path.read_bytes()[:2] == b"PK"}
-    assert names == {"optimizer.bin", "random_states_0.pkl"}
 
 
 @pytest.mark.slow
 def test_writes_the_folder_and_prints_the_table(digits_run):
     folder, finished = digits_run
-    for name in ("config.json", "model.safetensors", "metrics.json", "recipe.yaml", "README.md"):
-        assert (folder / name).is_file()
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert set(HEADS) <= set(re.findall(r"</svg>(\w+)", report))
     assert report.count("<img ") > 10
     assert {path.stem for path in (folder / "heads").iterdir()} == {"crt", "lws", "ncm"}
     assert all(path.read_bytes()[1:4] == b"PNG" for path in (folder / "plots").iterdir())
+    assert (folder / "README.md").is_file()
+    # torch.save writes a zip archive, pickle a protocol of 2 or later: in the training state alone.
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    pickles = [file for file in files if file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
+    assert {file.relative_to(folder).parts[0] for file in pickles} == {"state"}
+    assert {file.name for file in pickles} == {"optimizer.bin", "random_states_0.pkl"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["heads"]) == HEADS
-    assert metrics["class_counts"][0] == 120
-    facts = metrics["protocol"], metrics["validation"], metrics["note"]
-    assert facts == ("standard", "val", None)
+    facts = metrics["protocol"], metrics["validation"], metrics["note"], metrics["class_counts"][0]
+    assert facts == ("standard", "val", None, 120)
     # Not those of the packaged checkpoint.
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == ("test_resnet", 10)
     assert "tag" not in config["pretrained_cfg"]
     assert metrics["shots"]["few_shot"]["rule"] == "< 20"
-    for head in HEADS:
-        line = next(line for line in finished.out.splitlines() if line.strip().startswith(head))
-        shown = [float(number) for number in re.findall(r"\d+\.\d", line)[:4]]
-        figures = metrics["heads"][head]
-        expected = [figures[k] for k in ("many_shot", "medium_shot", "few_shot", "all")]
-        assert shown == [round(100 * value, 1) for value in expected]
     with (folder / "per_class.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["training_images"]) for row in rows] == metrics["class_counts"]
-    for head in HEADS:
-        found = [float(row[f"accuracy_{head}"]) for row in rows]
-        assert found == metrics["heads"][head]["per_class"]
+    for head, figures in metrics["heads"].items():
+        line = next(line for line in finished.out.splitlines() if line.strip().startswith(head))
+        shown = [float(number) for number in re.findall(r"\d+\.\d", line)[:4]]
+        expected = [figures[k] for k in ("many_shot", "medium_shot", "few_shot", "all")]
+        assert shown == [round(100 * value, 1) for value in expected]
+        assert [float(row[f"accuracy_{head}"]) for row in rows] == figures["per_class"]
 
 
 @pytest.mark.slow
@@ -131,22 +116,19 @@ def test_loaded_heads_give_the_bits_that_the_run_evaluated(digits_run, digits_te
 def test_plain_timm_loads_the_joint_classifier(
     plain_server, digits_run, digits_test_images, tmp_path
 ):
-    folder, _ = digits_run
-    images, _ = digits_test_images
-    np.save(tmp_path / "images.npy", images[:8].numpy())
-    script = (
+    folder, images = digits_run[0], digits_test_images[0][:8]
+    np.save(tmp_path / "images.npy", images.numpy())
+    plain = plain_server.python(
         "import sys, numpy, timm, torch\n"
         f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
         f"images = torch.from_numpy(numpy.load(r'{tmp_path}/images.npy'))\n"
         f"numpy.save(r'{tmp_path}/logits.npy', model(images).detach().numpy())\n"
         "assert not any(name.startswith('timm_lt') for name in sys.modules)\n"
     )
-    plain = plain_server.python(script)
     assert plain.status == 0, plain.err
     model = timm_lt.create_model(f"local-dir:{folder}", head="linear").eval()
     with torch.inference_mode():
-        expected = model(images[:8]).numpy()
-    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+        np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), model(images).numpy())
 
 
 @pytest.mark.slow
@@ -185,12 +167,11 @@ TIMM = ["--data.augmentation", "timm"]
 
 def failing(capsys, *arguments):
     """Runs the command in this process; returns its error message."""
-    status = train_lt.main(list(arguments))
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
+    assert train_lt.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    return said
 
 
 # One of each part: the refusal of its constructor, with the recipe's key.
@@ -203,26 +184,15 @@ MISTAKES = [
     (["--heads", "{ncm: {kind: crt}}"], ["'ncm' is a 'crt' head, but 'ncm' is the name of"]),
     (["--heads", "{../mine: {kind: crt}}"], ["ASCII letters"]),
     (["--sampler.name", "balanced"], ["sampler: unknown sampler", "class_balanced"]),
-    (["--sampler.options.seed", "2"], ["sampler: got multiple values", "'seed'"]),
     (["--loss.name", "CE"], ["loss: unknown loss", "cross_entropy"]),
-    (["--loss.options.smoothing", "1"], ["smoothing", "[0, 1)"]),
-    (["--loss.options.reduction", "sum"], ["loss: ", "'reduction'"]),
-    (["--data.name", "cifar"], ["cifar", "glyph_lt", "digits_lt"]),
-    (["--data.augmentation", "flip"], ["flip", "affine", "crop"]),
     ([*TIMM, "--data.augmentation_options.mean", "[0, 0, 0]"], ["mean", "set automatically"]),
     (["--data.background", "blurple"], ["data: background 'blurple'"]),
-    (["--model.name", "lt_resnet51"], ["model: ", "lt_resnet51"]),
-    (["--model.options.norm_lair", "x"], ["model: ", "norm_lair"]),
     (["--model.options", "{'head': 'lws'}"], ["'lws' is not fitted yet"]),
     (["--optimizer.name", "sdg"], ["sdg", "sgd"]),
     (["--optimizer.options.lr", "0.001"], ["optimizer.options: ", "'lr'"]),
-    (["--scheduler.name", "cosin"], ["cosin", "cosine"]),
     (["--batch_size", "100000"], ["batch_size", "389"]),
-    (["--validate_every", "0"], ["validate_every must be an integer >= 1"]),
-    (["--accumulation_steps", "3"], ["accumulation_steps", "multiple of 3"]),
     (["--mixup.mixup_alpha", "-1"], ["mixup_alpha", "[0, inf)"]),
     (["--ema.decay", "1"], ["ema.decay", "[0, 1)"]),
-    (["--clip_mode", "agc"], ["clip_mode agc", "no effect without clip_grad"]),
     (["--tracker", "tensorbord"], ["tensorbord", "tensorboard"]),
     (["--mixed_precision", "fp16"], ["fp16", "GPU"]),
     (["--workers", "2"], ["--workers", "augmentation timm"]),
@@ -235,8 +205,7 @@ MISTAKES = [
 def test_a_mistake_is_named_before_anything_is_written(capsys, tmp_path, arguments, words):
     folder = tmp_path / "run"
     message = failing(capsys, DIGITS, "--output", str(folder), *arguments)
-    for word in words:
-        assert word in message
+    assert all(word in message for word in words), message
     assert not folder.exists()
 
 
@@ -245,13 +214,13 @@ def test_a_run_does_not_go_on_with_other_images(capsys, tmp_path, monkeypatch):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(5):
             Image.new("RGB", (8, 8)).save(tmp_path / "photos" / label / f"{number}.png")
-    options = ["--data.name", "folder", "--data.root", str(tmp_path / "photos"), "--batch_size"]
-    arguments = [DIGITS, "--output", str(tmp_path / "run"), *options, "6", "--quiet"]
+    data = ["--data.name", "folder", "--data.root", str(tmp_path / "photos"), "--batch_size", "6"]
+    arguments = [DIGITS, "--output", str(tmp_path / "run"), *data, "--quiet"]
 
     def stop(run):
         raise UsageError("stopped after the data were made")
 
-    monkeypatch.setattr(train_lt, "train", stop)
+    monkeypatch.setattr(timm_lt.run, "train", stop)
     for more in ([], ["--resume"]):
         assert "stopped" in failing(capsys, *arguments, *more)
     added = tmp_path / "photos" / "b" / "added.png"

@@ -53,12 +53,12 @@ def compare(argv: list[str]) -> list[str]:
     for label in arguments.only or ():
         check_choice(f"row of {grid.name}", label, labels)
     rows = [row for row in grid.rows if row.label in (arguments.only or labels)]
-    parsed = parse_command_line(PROG, [arguments.recipe or grid.recipe, *rest])
-    if parsed is None or parsed[2] != RunOptions():
+    _, base, options = parse_command_line(PROG, [arguments.recipe or grid.recipe, *rest])
+    if options != RunOptions():
         raise UsageError(f"{PROG} takes options of the recipe and its own (--help), no others")
     given = [text[2:].partition("=")[0] for text in rest if text.startswith("--")]
     folder = Path(arguments.output or Path("output") / grid.name)
-    runs = make_runs(grid, rows, parsed[1], folder, seeds=arguments.seeds, given=given)
+    runs = make_runs(grid, rows, base, folder, seeds=arguments.seeds, given=given)
     devices = len(visible_devices()) or int(torch.accelerator.is_available())
     jobs = arguments.jobs or devices or max(available_cores() // arguments.threads, 1)
     log.info("%s: %d runs in %s, %d side by side", grid.name, len(runs), folder, jobs)

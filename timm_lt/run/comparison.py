@@ -22,7 +22,7 @@ from timm_lt.models.pretrained import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend
-from timm_lt.run.folder import check_run_folder, is_running
+from timm_lt.run.folder import check_run_folder
 from timm_lt.run.network import create_images, create_network
 from timm_lt.run.parse import parse_recipe, parse_values
 from timm_lt.run.recipe import Recipe, prefixed
@@ -34,7 +34,7 @@ from timm_lt.utils.accelerator import (
     fresh_accelerate,
     visible_devices,
 )
-from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_number, shown_names
+from timm_lt.utils.checks import UsageError, check_choice, check_mapping, check_number
 from timm_lt.utils.console import log, one_line
 from timm_lt.utils.files import read_json, read_yaml, write_atomic, write_json
 
@@ -48,7 +48,8 @@ CLASS_MEAN = "class_mean"
 # Seconds between two looks at the processes.
 POLL_SECONDS = 0.2
 RESULTS, MARKDOWN = "results.json", "results.md"
-OUTPUTS = {RESULTS, MARKDOWN, PLOTS, "logs", "recipes", "runs"}
+# Mean and sample standard deviation of a figure over the seeds, where they exist.
+Spread = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,6 @@ class Grid:
 
     Attributes:
         name: Name of the file without ``.yaml``.
-        title: Line above the table.
         source: Table or figure of a paper.
         recipe: File or name of the recipe that all runs share.
         representations: By name, the keys of the recipe that each changes, e.g. ``loss.name``; and
@@ -80,8 +80,6 @@ class Grid:
         heads: Heads under names of their own, as in a recipe.
         metric: Figure over all test images in the cells of a table with columns.
         plot: Show and draw all shot groups of a table with columns.
-        rows_title: Heading of the rows.
-        columns_title: Heading of the columns.
         quoted_from: Source of the quoted accuracies.
     """
 
@@ -106,16 +104,16 @@ class Grid:
         for row in self.rows:
             check_choice(f"representation of {row.label!r}:", row.representation, names)
             check_number(f"quoted of {row.label!r}", row.quoted or 0.0, "[0, 1]")
-        labels = {(row.label, row.column) for row in self.rows}
-        mistakes = {
+        fault = ""
+        if not all(map(str.isidentifier, names)):
             # They become names of folders.
-            "names must be letters, digits and underscores": not all(map(str.isidentifier, names)),
-            "rows must differ in label or column": len(labels) < len(self.rows),
-            "plot and metric error need columns": not self.columns
-            and (self.plot or self.metric == "error"),
-        }
-        for mistake in (mistake for mistake, is_made in mistakes.items() if is_made):
-            raise UsageError(mistake)
+            fault = "names must be letters, digits and underscores"
+        elif len({(row.label, row.column) for row in self.rows}) < len(self.rows):
+            fault = "rows must differ in label or column"
+        elif (self.plot or self.metric == "error") and not self.columns:
+            fault = "plot and metric error need columns"
+        if fault:
+            raise UsageError(fault)
 
     @property
     def columns(self) -> list[str]:
@@ -136,9 +134,6 @@ def load_grid(name: str) -> Grid:
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
     with prefixed(f"grid {path}"):
-        for key in ("representations", "heads"):
-            parts = check_mapping(key, values.get(key))
-            values[key] = {name: {} if part is None else part for name, part in parts.items()}
         grid: Grid = parse_values(Grid, values)
     return grid
 
@@ -175,12 +170,6 @@ class Run:
         """Whether the run has figures."""
         return (self.folder / METRICS).is_file()
 
-    @property
-    def can_start(self) -> bool:
-        """Whether its source is finished, and no process of a killed comparison still runs it."""
-        ready = self.after is None or self.after.is_finished
-        return ready and not is_running(self.folder)
-
 
 def make_runs(
     grid: Grid,
@@ -193,23 +182,13 @@ def make_runs(
 ) -> list[Run]:
     """Creates the runs that some rows need, each after its source, and checks them without data.
 
-    Args:
-        grid: The grid.
-        rows: Rows of the grid.
-        base: The shared recipe, with the changes of the command line.
-        folder: Folder of the comparison.
-        seeds: Seeds with which each representation is trained.
-        given: Keys of the recipe that the command line sets, e.g. ``"optimizer.lr"``.
-
-    Raises:
-        UsageError: If a recipe is wrong, the command line sets a key that the grid sets, or the
-            folder has other files, results of another grid or runs of other recipes.
+    ``base`` is the shared recipe with the changes of the command line, whose keys are ``given``.
     """
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
-    if other := _foreign_files(folder, grid):
-        files = shown_names(other, 3)
-        raise UsageError(f"{folder} has files of something else ({files}); choose another --output")
+    results = folder / RESULTS
+    if results.is_file() and read_json(results).get("name") != grid.name:
+        raise UsageError(f"{results} is of another grid; choose another --output")
     after = {name: str(own.get(AFTER)) for name, own in grid.representations.items()}
     needed = {row.representation for row in rows}
     for name in reversed(after):
@@ -228,14 +207,6 @@ def make_runs(
             check_run_folder(run.folder, own, resume=True)
     # Sources first: a run that waits for one keeps a job idle.
     return sorted(runs.values(), key=lambda run: run.after is not None)
-
-
-def _foreign_files(folder: Path, grid: Grid) -> list[str]:
-    """Returns the files in a folder that are not of a comparison, or of that of another grid."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    other = sorted(name for name in names - OUTPUTS if not name.startswith("."))
-    is_other = RESULTS in names and read_json(folder / RESULTS).get("name") != grid.name
-    return [*other, RESULTS] if is_other else other
 
 
 def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe:
@@ -272,18 +243,17 @@ def _try_out(recipe: Recipe) -> None:
     check_heads(recipe)
     if not recipe.epochs or recipe.model.name.startswith(LOCAL_DIR):
         return
-    number = 2 * recipe.batch_size
-    arrays = np.zeros((number, 8, 8, 3), np.uint8), np.arange(number) % 2
-    split = dataset_from_arrays(*arrays, ["first", "second"])
+    labels = np.arange(2 * recipe.batch_size) % 2
+    images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+    split = dataset_from_arrays(images, labels, ["first", "second"])
     splits = Splits.from_datasets(dict.fromkeys(get_args(Split), split))
     model = replace(recipe.model, pretrained=False, fresh_classifier=False)
     trial = replace(recipe, model=model, heads={JOINT: {}}, objective=None)
     with fresh_accelerate():
         accelerator = create_accelerator(accumulation_steps=recipe.accumulation_steps)
-        run = TrainingRun(
-            "trial", trial, None, accelerator, splits, create_network(trial, 2), False
-        )
-        run.images = create_images(trial, splits, run.model, workers=0)
+        network = create_network(trial, 2)
+        run = TrainingRun("trial", trial, None, accelerator, splits, network, False)
+        run.images = create_images(trial, splits, network, workers=0)
         create_trainer(run)
 
 
@@ -308,7 +278,7 @@ def run_all(runs: Sequence[Run], *, jobs: int, threads: int) -> dict[Run, str]:
                 if run.after in failures:
                     failures[run] = f"left out, since {run.after} failed"
                     waiting.remove(run)
-                elif len(active) < jobs and run.can_start:
+                elif len(active) < jobs and (run.after is None or run.after.is_finished):
                     used = [device for _, device in active.values()]
                     device = min(visible_devices(), key=used.count, default=None)
                     active[run] = _start(run, threads, device), device
@@ -352,27 +322,23 @@ def _failure(run: Run, status: int) -> str | None:
 def measure(
     grid: Grid, rows: Sequence[Row], runs: Sequence[Run], failures: Mapping[Run, str]
 ) -> dict[str, Any]:
-    """Returns the record of a comparison: the test figures by seed of the runs that did not fail.
+    """Returns the record of a comparison: test figures by row and seed, without failed runs.
 
     Figures are accuracies, fractions; None for an empty shot group.
     """
-    metrics = {
-        (run.representation, run.seed): read_json(run.folder / METRICS)
-        for run in runs
-        if run not in failures
-    }
-    heads = [head for found in metrics.values() for head in found["heads"].values()]
+    measured = [(run, read_json(run.folder / METRICS)) for run in runs if run not in failures]
+    heads = [head for _, found in measured for head in found["heads"].values()]
     balanced = all(abs(head["all"] - head[CLASS_MEAN]) < 1e-9 for head in heads)
     figures = [*GROUPS, "all", *([] if balanced else [CLASS_MEAN])]
     records = []
     for row in rows:
         by_seed = {
-            seed: {key: found["heads"][row.head][key] for key in figures}
-            for (representation, seed), found in metrics.items()
-            if representation == row.representation
+            run.seed: {key: found["heads"][row.head][key] for key in figures}
+            for run, found in measured
+            if run.representation == row.representation
         }
         records.append({**vars(row), "by_seed": by_seed})
-    one: Mapping[str, Any] = next(iter(metrics.values()), {})
+    one: Mapping[str, Any] = measured[0][1] if measured else {}
     quoted = any(row.quoted is not None for row in rows)
     return {
         "title": f"{grid.title}, test {grid.metric} in percent",
@@ -398,14 +364,13 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
     text = [f"{record['title']}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
     write_atomic(folder / MARKDOWN, "\n".join(text))
     if grid.plot:
-        path = folder / PLOTS / f"{grid.name}.png"
         spreads = {
             group_word(key): {
                 (row["label"], row["column"]): spread(row, key) for row in record["rows"]
             }
             for key in record["figures"]
         }
-        save_spread_plot(path, spreads, title=grid.rows_title)
+        save_spread_plot(folder / PLOTS / f"{grid.name}.png", spreads, title=grid.rows_title)
 
 
 def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
@@ -420,32 +385,32 @@ def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
 
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the texts of the table, headings first: shot groups, or one figure a cell."""
+    """Returns the texts of the table, headings first: a matrix, or shot groups by row."""
     rows, number = record["rows"], len(record["seeds"])
-    is_matrix = bool(grid.columns) and not grid.plot
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        few = len(row["by_seed"])
-        missing = "" if few == number else f" ({few} of {number} seeds)"
-        if is_matrix:
+    missing = [
+        f" ({len(row['by_seed'])} of {number} seeds)" if len(row["by_seed"]) < number else ""
+        for row in rows
+    ]
+    if grid.columns and not grid.plot:
+        lines = {row["label"]: [row["label"], *([""] * len(grid.columns))] for row in rows}
+        for row, note in zip(rows, missing, strict=True):
             mean, sd = spread(row, "all")
             mean = 1 - mean if grid.metric == "error" and mean is not None else mean
-            texts = lines.setdefault((row["label"],), [""] * len(grid.columns))
-            texts[grid.columns.index(row["column"])] = spread_text((mean, sd)) + missing
-        else:
-            label = row["label"] + missing, *([row["column"]] if grid.columns else [])
-            texts = [spread_text(spread(row, key)) for key in record["figures"]]
-            texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
-            if record["quoted_from"]:
-                texts.append("" if row["quoted"] is None else percent(row["quoted"]))
-            lines[label] = texts
-    if is_matrix:
-        headings = [f"{grid.rows_title} / {grid.columns_title}", *grid.columns]
-    else:
-        headings = [grid.rows_title, *([grid.columns_title] if grid.columns else [])]
-        headings += [group_word(key).replace("_", " ") for key in record["figures"]]
-        headings += ["all, to the first row", *(["quoted"] if record["quoted_from"] else [])]
-    return [headings, *([*label, *texts] for label, texts in lines.items())]
+            texts = lines[row["label"]]
+            texts[1 + grid.columns.index(row["column"])] = spread_text((mean, sd)) + note
+        return [[f"{grid.rows_title} / {grid.columns_title}", *grid.columns], *lines.values()]
+    columns, quoted = bool(grid.columns), bool(record["quoted_from"])
+    table = [[grid.rows_title, *([grid.columns_title] if columns else [])]]
+    table[0] += [group_word(key).replace("_", " ") for key in record["figures"]]
+    table[0] += ["all, to the first row", *(["quoted"] if quoted else [])]
+    for row, note in zip(rows, missing, strict=True):
+        texts = [row["label"] + note, *([row["column"]] if columns else [])]
+        texts += [spread_text(spread(row, key)) for key in record["figures"]]
+        texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
+        if quoted:
+            texts.append("" if row["quoted"] is None else percent(row["quoted"]))
+        table.append(texts)
+    return table
 
 
 def legend(record: Mapping[str, Any]) -> list[str]:
@@ -456,13 +421,8 @@ def legend(record: Mapping[str, Any]) -> list[str]:
     return [*lines, *filter(None, [record["note"]])]
 
 
-def spread(
-    row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None
-) -> tuple[float | None, float | None]:
-    """Returns the mean of a figure over the seeds, and its sample standard deviation.
-
-    With ``minus``, of the difference to another row, paired by seed.
-    """
+def spread(row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None) -> Spread:
+    """Returns mean and deviation of a figure, or of its difference to another row by seed."""
     values = []
     for seed, figures in row["by_seed"].items():
         other = {key: 0.0} if minus is None else minus["by_seed"].get(seed, {key: None})
@@ -472,7 +432,7 @@ def spread(
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def spread_text(spread: tuple[float | None, float | None], form: str = ".1f") -> str:
+def spread_text(spread: Spread, form: str = ".1f") -> str:
     """Returns a mean and its standard deviation, fractions, in percent.
 
     >>> spread_text((0.5, 0.0123)), spread_text((-0.02, None), "+.1f"), spread_text((None, None))

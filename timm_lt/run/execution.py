@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from timm_lt import hub
+from timm_lt import hub, metrics
 from timm_lt.checkpoint import METRICS, PLOTS, save_checkpoint
 from timm_lt.data.decode import is_worker_death, log_exceptional
 from timm_lt.data.images import Images
@@ -26,13 +26,6 @@ from timm_lt.fitting import AUTO, fit_head, head_curves, take_best
 from timm_lt.fitting.base import predictions
 from timm_lt.heads import Head, fold_head, get_head, head_statistics
 from timm_lt.hub.card import write_card
-from timm_lt.metrics import (
-    ShotMetrics,
-    ShotReport,
-    compare_per_class,
-    confidence_intervals,
-    write_per_class,
-)
 from timm_lt.report import (
     ExampleImages,
     Predictions,
@@ -41,7 +34,7 @@ from timm_lt.report import (
     save_plots,
     write_report,
 )
-from timm_lt.report.tables import JOINT, TEST_SELECTION, recommend, shot_table
+from timm_lt.report.tables import JOINT, recommend, shot_table
 from timm_lt.run.folder import PER_CLASS, REPORT, STATE, check_run_folder
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import Recipe, RunOptions, head_kind, stage_heads
@@ -72,36 +65,22 @@ INTERRUPTED = "interrupted; run it again with --resume and without --overwrite t
 
 def main(argv: list[str] | None = None, prog: str = "timm-lt train") -> int:
     """Runs the command line and returns its exit status."""
-
-    def command() -> None:
-        parsed = parse_command_line(prog, sys.argv[1:] if argv is None else argv)
-        if parsed is not None:
-            run_recipe(*parsed)
-
-    return run_to_exit(command)
+    given = sys.argv[1:] if argv is None else argv
+    return run_to_exit(lambda: run_recipe(*parse_command_line(prog, given)))
 
 
-def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> dict[str, ShotReport]:
-    """Runs a recipe, writes its folder, and returns the test figures by head.
-
-    Raises:
-        UsageError: For any mistake in the recipe, the data or the folder, before training.
-    """
+def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> None:
+    """Runs a recipe, writes its folder, and shows and pushes it."""
     with open_run(name, recipe, options) as run:
         if run is not None:
             run_stages(run)
-    reports = show(name, options)
+    show(name, options)
     push(name, options)
-    return reports
 
 
 @contextmanager
 def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | None]:
-    """Yields the run of a recipe with all its parts; None if the run in the folder is finished.
-
-    Raises:
-        UsageError: For any mistake in the recipe, the data or the folder.
-    """
+    """Yields the run of a recipe with all its parts; None if the run in the folder is finished."""
     folder = options.folder(name)
     check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:
@@ -134,7 +113,7 @@ def train(run: Run) -> None:
     training = run.trainer.run(TrainingState(run.folder / STATE, run.accelerator))
     # The memory format of a loaded model: another may round differently.
     run.model = training.model.to(memory_format=torch.contiguous_format)
-    # A cosine head, say, becomes the linear classifier with its normalised weights.
+    # A cosine head becomes the linear classifier with its normalised weights.
     fold_head(run.model)
     run.kept_epoch, run.history = training.kept, training.history
     run.seconds["representation"] = representation_seconds(training.history)
@@ -163,16 +142,8 @@ def extract(run: Run) -> None:
 def _extract(run: Run, images: Images, views: int | None = None) -> Features:
     create_loader = images.eval_loader if views is None else images.views_loader
     loader: Iterable[Any] = create_loader(EVAL_BATCH_SIZE, run.accelerator)
-    recipe = run.recipe.features
-    return extract_features(
-        run.model,
-        loader,
-        accelerator=run.accelerator,
-        views=views or 1,
-        cache_dir=recipe.cache_dir,
-        dtype=recipe.dtype,
-        compute_dtype=recipe.compute_dtype,
-    )
+    own = {**vars(run.recipe.features), "views": views or 1}
+    return extract_features(run.model, loader, accelerator=run.accelerator, **own)
 
 
 def fit(run: Run) -> None:
@@ -183,15 +154,13 @@ def fit(run: Run) -> None:
     heads = _train_on_images(run)
     if not run.accelerator.is_main_process:
         return
-    seconds, on_features = run.seconds["heads"], stage_heads(run.recipe, "features")
-    classifier = get_head(run.model)
+    on_features, classifier = stage_heads(run.recipe, "features"), get_head(run.model)
     with progress("fitting heads", len(on_features), unit="heads") as bar:
         for name, options in on_features.items():
             advance(bar, 0, f"fitting {name}")
-            started = time.perf_counter()
             kind = head_kind(run.recipe, name)
-            heads[name] = _fit_on_features(run, kind, classifier=classifier, **options)
-            seconds[name] = time.perf_counter() - started
+            with _timed(run, name):
+                heads[name] = _fit_on_features(run, kind, classifier=classifier, **options)
             advance(bar)
             if kind == "linear":
                 heads[name].selection = dict(run.joint_selection)
@@ -199,11 +168,17 @@ def fit(run: Run) -> None:
         if head.selection:
             head.selection["split"] = run.val_name
     if AUTO in run.recipe.heads:
-        started = time.perf_counter()
-        heads[AUTO] = _best_on_validation(run, heads)
+        with _timed(run, AUTO):
+            heads[AUTO] = _best_on_validation(run, heads)
         _log_comparison(heads[AUTO].selection)
-        seconds[AUTO] = time.perf_counter() - started
     run.heads = {name: heads[name] for name in run.recipe.heads}
+
+
+@contextmanager
+def _timed(run: Run, head: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    run.seconds["heads"][head] = time.perf_counter() - started
 
 
 def _fit_on_features(run: Run, kind: str, **options: Any) -> Head:
@@ -226,16 +201,12 @@ def _fit_joint(run: Run) -> None:
         *(run.recipe.model.name, run.splits.num_classes),
     )
     started = time.perf_counter()
-    fitted: list[Any] = [None]
-    if run.accelerator.is_main_process:
-        head = _fit_on_features(run, "linear")
-        fitted = [(head.state_dict(), head.selection)]
-    state, run.joint_selection = broadcast_object_list(fitted)[0]
-    classifier = get_head(run.model)
-    with torch.no_grad():
-        classifier.weight.copy_(state["weight"])
-        if classifier.bias is not None:
-            classifier.bias.copy_(state["bias"])
+    fitted = _fit_on_features(run, "linear") if run.accelerator.is_main_process else None
+    head: Head = broadcast_object_list([fitted])[0]
+    run.joint_selection, classifier = head.selection, get_head(run.model)
+    # A classifier without a bias takes the weight alone.
+    own, state = classifier.state_dict(), head.state_dict()
+    classifier.load_state_dict(own | {key: state[key] for key in ("weight", "bias") if key in own})
     run.seconds["representation"] = time.perf_counter() - started
 
 
@@ -243,9 +214,8 @@ def _train_on_images(run: Run) -> dict[str, Head]:
     """Trains the heads with stage images, and extracts features with batch norm as they have it."""
     heads: dict[str, Head] = {}
     for name, trainer in run.head_trainers.items():
-        started = time.perf_counter()
-        heads[name] = trainer.run(run.model, run.recipe.seed)
-        run.seconds["heads"][name] = time.perf_counter() - started
+        with _timed(run, name):
+            heads[name] = trainer.run(run.model, run.recipe.seed)
     started = time.perf_counter()
     extract_own(run, heads, ["val", "test"])
     run.seconds["features"] += time.perf_counter() - started
@@ -273,17 +243,14 @@ def _best_on_validation(run: Run, heads: dict[str, Head]) -> Head:
 
 
 def _log_comparison(record: dict[str, Any]) -> None:
-    """Logs how far each head lies behind the best."""
+    """Logs how far each head lies behind the best on validation."""
     for name, value in record["compared"]:
-        if name == record["head"]:
-            log.info("%s on validation: %s %.1f %%", record["objective"], name, 100 * value)
-            continue
-        (low, high), (least, most) = record["intervals"][name], record["behind"][name]
-        log.info(
-            "%s on validation: %s %.1f %% (%.1f to %.1f), %.1f to %.1f behind %s",
-            *(record["objective"], name, 100 * value, 100 * low, 100 * high),
-            *(100 * least, 100 * most, record["head"]),
-        )
+        text = f"{record['objective']} on validation: {name} {100 * value:.1f} %"
+        if name != record["head"]:
+            (low, high), (least, most) = record["intervals"][name], record["behind"][name]
+            text += f" ({100 * low:.1f} to {100 * high:.1f}), "
+            text += f"{100 * least:.1f} to {100 * most:.1f} behind {record['head']}"
+        log.info("%s", text)
 
 
 def evaluate(run: Run, split: Split = "test") -> None:
@@ -294,7 +261,7 @@ def evaluate(run: Run, split: Split = "test") -> None:
 
 def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
     """Evaluates a head batch by batch, so that the logits of all images are never in memory."""
-    metrics = ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
+    counted = metrics.ShotMetrics(run.splits.class_counts, run.recipe.shot_rule)
     digest = hashlib.sha256()
     preds, confidences = [], []
     # In the batches of the loaded model: from float32 features come the same bits.
@@ -302,20 +269,16 @@ def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
     for values, targets in zip(*batches, strict=True):
         with torch.inference_mode():
             logits = head(values.float())
-        outcomes = metrics.update_logits(logits, targets)
+        outcomes = counted.update_logits(logits, targets)
         preds.append(outcomes.preds.int())
         confidences.append(outcomes.confidences.float())
         digest.update(logits.numpy().tobytes())
     predicted = Predictions(torch.cat(preds), torch.cat(confidences))
-    return Evaluation(metrics.compute(), predicted, digest.hexdigest())
+    return Evaluation(counted.compute(), predicted, digest.hexdigest())
 
 
 def save(run: Run) -> None:
-    """Writes the checkpoint, tables, plots, the model card, the report and the metrics.
-
-    Raises:
-        UsageError: If they cannot be written.
-    """
+    """Writes the checkpoint, tables, plots, the model card, the report and the metrics."""
     if not run.accelerator.is_main_process or run.folder is None:
         return
     cure = "the training state is complete: make room and go on with --resume"
@@ -340,7 +303,9 @@ def _write(run: Run, folder: Path) -> None:
         seed=recipe.seed,
         background=splits.background,
     )
-    write_per_class(folder / PER_CLASS, compare_per_class(run.reports, counts, splits.label_names))
+    metrics.write_per_class(
+        folder / PER_CLASS, metrics.compare_per_class(run.reports, counts, splits.label_names)
+    )
     report = _report(run)
     save_plots(folder / PLOTS, report)
     write_card(folder, name=run.name)
@@ -353,7 +318,7 @@ def _report(run: Run) -> Report:
     heads = {name: head for name, head in run.heads.items() if name != AUTO}
     auto = run.heads.get(AUTO) or _best_on_validation(run, heads)
     test, rows = run.features["test"], run.unreadable_rows.get("test", [])
-    evaluated = evaluated_rows(len(splits.labels["test"]), rows, test.num_images)
+    joint, val = get_head(run.model), run.features["val"]
     return Report(
         title=run.name,
         reports={name: run.evaluations[name].report for name in heads},
@@ -361,9 +326,7 @@ def _report(run: Run) -> Report:
         targets=test.targets,
         predictions={name: run.evaluations[name].predictions for name in heads},
         label_names=splits.label_names,
-        curves=head_curves(
-            get_head(run.model), heads, run.features["val"], counts, recipe.shot_rule
-        ),
+        curves=head_curves(joint, heads, val, counts, recipe.shot_rule),
         selections={name: head.selection for name, head in heads.items()},
         seconds=run.seconds["heads"] | {JOINT: run.seconds["representation"]},
         recommended=str(auto.selection["head"]),
@@ -371,7 +334,7 @@ def _report(run: Run) -> Report:
             train=splits.datasets["train"],
             train_labels=splits.labels["train"],
             test=splits.datasets["test"],
-            test_rows=evaluated,
+            test_rows=evaluated_rows(len(splits.labels["test"]), rows, test.num_images),
         ),
         history=run.history,
         kept_epoch=run.kept_epoch or None,
@@ -382,7 +345,7 @@ def _report(run: Run) -> Report:
             "Validation": f"{run.val_name}, objective {run.objective}",
             "Seed": str(recipe.seed),
         },
-        warning=TEST_SELECTION if recipe.protocol == "paper" else None,
+        warning=run.note,
     )
 
 
@@ -392,7 +355,7 @@ def _metrics(run: Run) -> dict[str, Any]:
     chosen = heads[AUTO].selection if AUTO in heads else None
     return {
         "heads": {name: report.to_dict() for name, report in reports.items()},
-        "intervals": {name: confidence_intervals(r, counts) for name, r in reports.items()},
+        "intervals": {name: metrics.confidence_intervals(r, counts) for name, r in reports.items()},
         "recommendation": None if chosen is None else recommend(reports, chosen),
         "label_names": run.splits.label_names,
         "class_counts": counts.tolist(),
@@ -403,7 +366,7 @@ def _metrics(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "protocol": recipe.protocol,
         "validation": run.val_name,
-        "note": TEST_SELECTION if recipe.protocol == "paper" else None,
+        "note": run.note,
         "kept_epoch": run.kept_epoch,
         "unreadable_images": run.unreadable,
         "num_processes": run.accelerator.num_processes,
@@ -414,32 +377,31 @@ def _metrics(run: Run) -> dict[str, Any]:
     }
 
 
-def show(name: str, options: RunOptions) -> dict[str, ShotReport]:
-    """Prints the table of a finished run, or its metrics, and returns its figures by head."""
-    folder = options.folder(name)
-    metrics = read_json(folder / METRICS)
-    reports = {head: ShotReport.from_dict(fields) for head, fields in metrics["heads"].items()}
+def show(name: str, options: RunOptions) -> None:
+    """Prints the table of a finished run, or its metrics."""
     if process_rank() > 0:
-        return reports
+        return
+    folder = options.folder(name)
+    written = read_json(folder / METRICS)
     if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
     else:
-        seconds = metrics["seconds"]
+        heads, seconds = written["heads"], written["seconds"]
+        reports = {head: metrics.ShotReport.from_dict(found) for head, found in heads.items()}
         table = shot_table(
             reports,
-            torch.tensor(metrics["class_counts"]),
+            torch.tensor(written["class_counts"]),
             seconds=seconds["heads"] | {JOINT: seconds["representation"]},
-            selections=metrics["selection"],
-            title=f"{name}, test accuracy in percent, seed {metrics['seed']}",
-            note=metrics.get("note"),
+            selections=written["selection"],
+            title=f"{name}, test accuracy in percent, seed {written['seed']}",
+            note=written.get("note"),
             # Without training, the comparison of heads is the result.
-            intervals=metrics["kept_epoch"] == 0,
+            intervals=written["kept_epoch"] == 0,
         )
         result_console().print(table)
-        if AUTO in metrics["selection"]:
-            result_console().print(recommend(reports, metrics["selection"][AUTO]), highlight=False)
+        if AUTO in written["selection"]:
+            result_console().print(recommend(reports, written["selection"][AUTO]), highlight=False)
     log.info("wrote %s", folder)
-    return reports
 
 
 def push(name: str, options: RunOptions) -> None:

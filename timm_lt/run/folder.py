@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be written, who is writing it, and what is in it."""
+"""The folder of a run: whether it may be written, which process runs in it, and its files."""
 
 import shutil
 import tempfile
@@ -20,7 +20,6 @@ PER_CLASS = "per_class.csv"
 REPORT = "report.html"
 # In the training state: number and digest of the images that it was trained on.
 IMAGES = "images.json"
-# Lock file of the process that runs in the folder.
 LOCK = ".lock"
 # Keys of the recipe that a resumed run may change: if all images were read, they had no effect.
 MAY_DIFFER = {"data.unreadable", "data.verify"}
@@ -34,12 +33,7 @@ CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
 def check_run_folder(
     folder: Path | None, recipe: Recipe, *, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Checks that a run may write its folder (None: nothing) and the cache of its features.
-
-    Raises:
-        UsageError: If the folder has another run in it, or anything else than a run, either lies
-            among images, or the cache cannot be written.
-    """
+    """Checks that a run may write its folder (None: nothing) and the cache of its features."""
     problems, root = Problems(), recipe.data.root if recipe.data.name == "folder" else None
     cache = None if recipe.features.cache_dir is None else Path(recipe.features.cache_dir)
     for name, path in {"--output": folder, "features.cache_dir": cache}.items():
@@ -80,15 +74,15 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 
 def _other_keys(folder: Path, recipe: Recipe) -> list[str]:
-    """Returns the keys of the recipe in a folder that a run to be resumed has other values of."""
-    finished = METRICS in _entries(folder)
+    """Returns the keys of the recipe in a folder that a resumed run may not change, but would."""
+    free = () if (folder / METRICS).exists() else AFTER_TRAINING
     there, here = (_flat(values) for values in (read_yaml(folder / RECIPE), asdict(recipe)))
     return [
         f"{key} {there.get(key)!r} there, {here.get(key)!r} now"
         for key in dict.fromkeys([*there, *here])
         if there.get(key) != here.get(key)
         and key not in MAY_DIFFER
-        and (finished or key.split(".")[0] not in AFTER_TRAINING)
+        and key.split(".")[0] not in free
     ]
 
 
@@ -102,12 +96,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that a resumed run has the images of :func:`~timm_lt.data.splits.split_digests`.
+    """Raises a UsageError if a resumed run has other images, some of which were held out before.
 
-    With others, images that were held out before might be trained on.
-
-    Raises:
-        UsageError: If a split has other images; names the splits.
+    They are described by :func:`~timm_lt.data.splits.split_digests`.
     """
     if not (folder / STATE / IMAGES).is_file():
         return
@@ -131,16 +122,10 @@ def prepare_run_folder(
     overwrite: bool = False,
     images: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> FileLock:
-    """Creates the folder that :func:`check_run_folder` allowed and writes the recipe into it.
+    """Locks the folder that :func:`check_run_folder` allowed and writes the recipe into it.
 
     A run that is to be deleted is renamed first, so that a kill leaves no half of it. ``images``
     are for :func:`check_images` when the run is resumed.
-
-    Returns:
-        The lock on the folder, for :func:`release_run_folder`; it ends with this process, too.
-
-    Raises:
-        UsageError: If the folder cannot be written, or another process runs in it.
     """
     with user_errors(f"{folder} cannot be written"):
         folder = folder.resolve()
@@ -160,11 +145,7 @@ def prepare_run_folder(
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Creates a folder and locks it, until :func:`release_run_folder` or the process ends.
-
-    Raises:
-        UsageError: If another process has locked it.
-    """
+    """Creates a folder and locks it, until :func:`release_run_folder` or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -183,17 +164,6 @@ def release_run_folder(lock: FileLock) -> None:
     lock.release()
 
 
-def is_running(folder: Path) -> bool:
-    """Returns whether a process runs in a folder."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        release_run_folder(lock_folder(folder))
-    except UsageError:
-        return True
-    return False
-
-
 def _temporaries(folder: Path) -> list[Path]:
     """Returns the files of atomic writes that a kill cut off."""
     patterns = [f".{name}.*" for name in ENTRIES]
@@ -202,7 +172,5 @@ def _temporaries(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        return set()
-    temporaries = {path.name for path in _temporaries(folder)}
-    return {path.name for path in folder.iterdir()} - temporaries - {LOCK}
+    temporaries = {LOCK, *(path.name for path in _temporaries(folder))}
+    return {path.name for path in folder.iterdir()} - temporaries if folder.is_dir() else set()

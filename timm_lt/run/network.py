@@ -4,7 +4,7 @@ timm numbers class directories in natural order without regard to case (1, 2, 10
 timm_lt by code point (1, 10, 2). The same weights are right in only one of the two orders.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,20 +54,13 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     given, size = recipe.model, recipe.data.image_size
     head, ours, theirs = _new_head(given)
     with prefixed("model"):
+        options = dict(num_classes=num_classes, **theirs)
         if given.checkpoint is None:
-            model = create_sized_model(
-                given.name, given.pretrained, size, num_classes=num_classes, **theirs
-            )
+            model = create_sized_model(given.name, given.pretrained, size, **options)
         else:
-            model = create_from_file(
-                given.name,
-                given.checkpoint,
-                num_classes=num_classes,
-                classifier=False if given.fresh_classifier else None,
-                key=given.checkpoint_key,
-                image_size=size,
-                **theirs,
-            )
+            options |= {"classifier": False if given.fresh_classifier else None}
+            options |= {"key": given.checkpoint_key, "image_size": size}
+            model = create_from_file(given.name, given.checkpoint, **options)
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
@@ -76,15 +69,11 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def _new_head(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """Returns a new head for the classifier of a finished run, its options, and the model's.
-
-    A head that the run has fitted is loaded with the model instead.
-    """
-    head = str(given.options.get("head"))
-    if not given.name.startswith(LOCAL_DIR) or head not in HEADS or not HEADS[head].own_state:
-        return None, {}, given.options
-    info = find_info(Path(given.name.removeprefix(LOCAL_DIR)))
-    if info is not None and head in info.heads:
+    """Returns a head that a finished run has not fitted, its options, and those of the model."""
+    head, folder = str(given.options.get("head")), Path(given.name.removeprefix(LOCAL_DIR))
+    is_new = given.name.startswith(LOCAL_DIR) and head in HEADS and HEADS[head].own_state
+    info = find_info(folder) if is_new else None
+    if not is_new or (info is not None and head in info.heads):
         return None, {}, given.options
     ours, theirs = split_options(head, given.options)
     return head, ours, {key: value for key, value in theirs.items() if key != "head"}
@@ -109,36 +98,34 @@ def create_images(
 ) -> dict[Split, Images]:
     """Creates the images of every split as the model takes them; only train is augmented."""
     data, config = recipe.data, image_config(model)
-    size = (data.image_size, data.image_size) if data.image_size else config["input_size"][1:]
-    common: dict[str, Any] = {"size": size, "seed": recipe.seed, "unreadable": data.unreadable}
+    create: Callable[..., Images] = splits.images
+    augmentation: object
+    common = {"size": _size(recipe, model), "seed": recipe.seed, "unreadable": data.unreadable}
     if data.augmentation == TIMM:
         # Without a number, as many for each training process as it has cores.
         number = torch.get_num_threads() if workers is None else workers
         check_integer("workers", number, minimum=0, maximum=64 * available_cores())
-        preprocessing = {key: config[key] for key in FIELDS}
-        return {
-            split: splits.stored_images(
-                split,
-                preprocessing=preprocessing,
-                augmentation=data.augmentation_options if split == "train" else None,
-                workers=number,
-                **common,
-            )
-            for split in get_args(Split)
-        }
-    if workers:
+        create, augmentation = splits.stored_images, data.augmentation_options
+        common |= {"workers": number, "preprocessing": {key: config[key] for key in FIELDS}}
+    elif workers:
         raise UsageError("--workers only applies with data.augmentation timm; remove it")
-    check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
-    augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
-    common |= {"mean": config["mean"], "std": config["std"]}
+    else:
+        check_choice("augmentation", data.augmentation, (*list_augmentations(), TIMM))
+        augmentation = create_augmentation(data.augmentation, **data.augmentation_options)
+        common |= {"mean": config["mean"], "std": config["std"]}
     images: dict[Split, Images] = {}
     problems = Problems()
     for split in get_args(Split):
         own = augmentation if split == "train" else None
         with problems.collected():
-            images[split] = splits.images(split, augmentation=own, **common)
+            images[split] = create(split, augmentation=own, **common)
     problems.check()
     return images
+
+
+def _size(recipe: Recipe, model: nn.Module) -> Any:  # noqa: ANN401
+    size = recipe.data.image_size
+    return image_config(model)["input_size"][1:] if size is None else (size, size)
 
 
 def has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bool:
@@ -161,24 +148,8 @@ def match_data(
 ) -> tuple[Splits, bool]:
     """Fits the data to a model: the background of its images, and the order of its classes.
 
-    If names come with the weights of a classifier, they decide. Otherwise it is the order that the
-    recipe asks for; or, where timm's and torchvision's differ, the one in which the model is right
-    about clearly more training images. If neither is clear, it is timm's for data in that order
-    and for a file that names its architecture, as those of timm's ``train.py`` do; else the user
-    is asked. If the classifier is trained further, the order of the data stays instead.
-
-    Args:
-        recipe: The recipe.
-        splits: The data.
-        model: The model.
-        kept: Whether the model has weights of a classifier for as many classes.
-        named: The model with the names of its classes, if that is another.
-
-    Returns:
-        The data, and whether the classifier is for their classes.
-
-    Raises:
-        UsageError: If the order cannot be determined, or is asked for without a choice.
+    Class names in the weights (of ``named`` if given) decide the order, then the recipe, then
+    training images. Also returns whether a classifier, which is kept, is for these classes.
     """
     given, background = recipe.model, recipe.data.background
     weights, named = given.checkpoint or given.name, named or model
@@ -186,21 +157,20 @@ def match_data(
         splits = splits.on_background(background_of(model) if background == AUTO else background)
     names, own = splits.label_names, label_names(named)
     kept = kept and keeps_classifier(named, names, weights, FRESH)
+    orders, order = class_orders(names or ()), names
     if given.class_order is not None:
         check_choice("class order", given.class_order, get_args(ClassOrder))
-        if kept and names and not own:
-            return splits.in_order(class_orders(names)[given.class_order]), kept
-        raise UsageError(
-            f"class order {given.class_order} only applies to a classifier that is kept and has no "
-            "class names, and to data that have; remove it"
-        )
-    if kept and names and own:
-        return splits.in_order(own) if sorted(own) == sorted(names) else splits, kept
-    orders = class_orders(names or ())
-    if not kept or names not in orders.values() or orders["timm"] == orders["sorted"]:
-        return splits, kept
-    order = _order_of_weights(recipe, splits, model, orders)
-    return splits if order is None else splits.in_order(orders[order]), kept
+        if own or not (kept and names):
+            raise UsageError(
+                f"class order {given.class_order} only applies to a classifier that is kept and "
+                "has no class names, and to data that have; remove it"
+            )
+        order = orders[given.class_order]
+    elif kept and names and own:
+        order = own if sorted(own) == sorted(names) else names
+    elif kept and names in orders.values() and orders["timm"] != orders["sorted"]:
+        order = _order_of_weights(recipe, splits, model, orders)
+    return splits if order in (names, None) else splits.in_order(order or []), kept
 
 
 def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
@@ -210,87 +180,82 @@ def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
     {'timm': ['2', '10', 'A', 'b'], 'sorted': ['10', '2', 'A', 'b']}
     """
     by_code_point = sorted(names)
-    try:
-        natural = sorted(by_code_point, key=natural_key)
-    except ValueError:
-        # timm takes superscripts for numbers, which int() refuses.
-        natural = by_code_point
-    return {"timm": natural, "sorted": by_code_point}
+    return {"timm": sorted(by_code_point, key=natural_key), "sorted": by_code_point}
 
 
 def _order_of_weights(
     recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
-) -> ClassOrder | None:
-    """Returns the order of the classes in weights; None for that of the data."""
-    given = recipe.model
-    name = given.checkpoint or given.name
-    log.info("determining the order of the classes in the weights of %s", name)
-    order, seen = _order_by_images(recipe, splits, model, orders)
-    if order is not None:
-        say = log.info if orders[order] == splits.label_names else log.warning
-        say("classes are numbered as in the weights, in %s: of %s", WORDS[order], seen)
-        return order
+) -> list[str]:
+    """Returns the classes in the order in which clearly more training images are right.
+
+    If it is not clear, the order is that of the data if the classifier is trained further; timm's
+    for data in that order and files of timm's ``train.py``, which name their architecture; else an
+    error.
+    """
+    given, names = recipe.model, splits.label_names or []
+    weights = given.checkpoint or given.name
+    log.info("determining the order of the classes in the weights of %s", weights)
+    labels, hits = _hits(recipe, splits, model, orders)
+    seen = f"of {len(labels)} training images, " + " and ".join(
+        f"{int(right.sum())} are right in {WORDS[order]} ({shown_names(orders[order])})"
+        for order, right in hits.items()
+    )
+    if order := _clearly_better(labels, hits):
+        say = log.info if orders[order] == names else log.warning
+        say("classes are numbered as in the weights, in %s: %s", WORDS[order], seen)
+        return orders[order]
     if recipe.epochs:
-        log.info("the order of the classes in the weights of %s is not clear: of %s", name, seen)
-        return None
+        log.info("the order of the classes in the weights of %s is not clear: %s", weights, seen)
+        return names
     is_file = given.checkpoint not in (None, GIVEN_MODEL)
-    from_timm = is_file and read_weights(name).architecture is not None
-    if splits.label_names == orders["timm"] or from_timm:
+    if names == orders["timm"] or (is_file and read_weights(weights).architecture is not None):
         log.warning(
             "classes are numbered in %s, as timm's train.py does, since images do not tell the "
-            "order of the weights: of %s; if it is wrong, choose %s",
+            "order of the weights: %s; if it is wrong, choose %s",
             *(WORDS["timm"], seen, ORDER),
         )
-        return "timm"
+        return orders["timm"]
     raise UsageError(
-        f"it is not clear in which order the weights of {name} have the classes: of {seen}; choose "
+        f"it is not clear in which order the weights of {weights} have the classes: {seen}; choose "
         f"{ORDER}, or fit a new classifier with {FRESH}"
     )
 
 
-def _order_by_images(
-    recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
-) -> tuple[ClassOrder | None, str]:
-    """Returns the order in which clearly more training images are right, if any, and the numbers.
+def _clearly_better(labels: Tensor, hits: Mapping[ClassOrder, Tensor]) -> ClassOrder | None:
+    """Returns the order in which clearly more images (N,) are right, each class counting the same.
 
-    Each class counts the same, and no image is right in both orders. A model that always gives the
-    same answer is as good in one as in the other.
+    A model that always gives the same answer is as good in one as in the other.
     """
-    labels, names = splits.labels["train"], splits.label_names or []
+    _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
+    shares = (hits["timm"].double() - hits["sorted"].double()) / counts[classes] / len(counts)
+    difference, spread = float(shares.sum()), float(shares.square().sum().sqrt())
+    if abs(difference) < max(MIN_DIFFERENCE, MIN_Z * spread):
+        return None
+    return "timm" if difference > 0 else "sorted"
+
+
+def _hits(
+    recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
+) -> tuple[Tensor, dict[ClassOrder, Tensor]]:
+    """Returns labels of training images, and for each order which of them the model gets right.
+
+    The images are of classes that differ in the two orders, so none is right in both.
+    """
     index = {}
     for order, found in orders.items():
         label_of = {name: label for label, name in enumerate(found)}
-        index[order] = torch.tensor([label_of[name] for name in names])
+        index[order] = torch.tensor([label_of[name] for name in splits.label_names or []])
+    labels = splits.labels["train"]
     rows = (index["timm"] != index["sorted"])[labels].nonzero().flatten()
     if len(rows) > NUM_IMAGES:
         classes = labels[rows].unique(return_inverse=True)[1]
         drawn = create_sampler("class_balanced", classes, num_samples=NUM_IMAGES)
         rows = rows[torch.tensor(list(drawn)).unique()]
-    labels, preds = _predictions(recipe, splits, model, rows)
-    hits = {order: preds == of_order[labels] for order, of_order in index.items()}
-    seen = " and ".join(
-        f"{int(right.sum())} are right in {WORDS[order]} ({shown_names(orders[order])})"
-        for order, right in hits.items()
-    )
-    _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
-    shares = (hits["timm"].double() - hits["sorted"].double()) / counts[classes]
-    difference = float(shares.sum()) / len(counts)
-    spread = float(shares.square().sum().sqrt()) / len(counts)
-    seen = f"{len(labels)} training images, {seen}"
-    if abs(difference) < max(MIN_DIFFERENCE, MIN_Z * spread):
-        return None, seen
-    return "timm" if difference > 0 else "sorted", seen
-
-
-def _predictions(
-    recipe: Recipe, splits: Splits, model: nn.Module, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the labels of the training images that can be read, and the model's predictions."""
-    config, size = image_config(model), recipe.data.image_size
+    config = image_config(model)
     images = StoredImages(
         splits.datasets["train"].select(rows.numpy()),
-        splits.labels["train"][rows],
-        size=config["input_size"][1:] if size is None else (size, size),
+        labels[rows],
+        size=_size(recipe, model),
         preprocessing={key: config[key] for key in FIELDS},
         unreadable="skip",
     )
@@ -299,5 +264,5 @@ def _predictions(
         model.to(accelerator.device)
         features = extract_features(model, loader, accelerator=accelerator)
         with torch.inference_mode():
-            logits = get_head(model)(features.values.to(accelerator.device))
-    return features.targets, logits.argmax(dim=1).cpu()
+            preds = get_head(model)(features.values.to(accelerator.device)).argmax(dim=1).cpu()
+    return features.targets, {order: preds == of[features.targets] for order, of in index.items()}

@@ -26,30 +26,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str | None) -> Path:
-    """Returns the file of a recipe: a path, or a shipped name; None is the embedded one.
-
-    Raises:
-        UsageError: If there is no such file; lists the shipped recipes.
-    """
+    """Returns the file of a recipe: a path, or a shipped name; None is the embedded one."""
     # Including those that only describe published weights: reading one says how to load them.
     shipped = {path.stem: path for path in hub_configs()}
-    if name is None:
-        return shipped[DEFAULT_RECIPE]
-    if Path(name).is_file():
-        return Path(name)
-    stem = Path(name).name.removesuffix(".yaml")
-    if stem in shipped and Path(name).parent in (Path(), Path("hub_configs")):
+    path = Path(name or DEFAULT_RECIPE)
+    stem = path.name.removesuffix(".yaml")
+    if name is not None and path.is_file():
+        return path
+    if stem in shipped and path.parent in (Path(), Path("hub_configs")):
         return shipped[stem]
     raise unknown_name("recipe (and no such file):", name, list(shipped_recipes()))
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe.
-
-    Raises:
-        UsageError: If the file is not a YAML mapping, or a key is unknown, given twice, or has a
-            value of the wrong type; the message names the file and the key.
-    """
+    """Reads a recipe; messages name the file and the key."""
     values = read_yaml(path, "recipe")
     # Published weights are not part of the experiment.
     values.pop(PUBLISHED_BLOCK, None)
@@ -62,16 +52,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
-    """Creates a recipe from the mapping in its file, which messages call ``noun``.
-
-    Raises:
-        UsageError: If a key is unknown, or has a value of the wrong type; the message names it.
-    """
-    heads = values.get("heads")
-    if isinstance(heads, dict):
-        # `tau_norm:` with nothing behind it is a head without options.
-        heads = {name: {} if given is None else given for name, given in heads.items()}
-        values = {**values, "heads": heads}
+    """Creates a recipe from the mapping in its file, which messages call ``noun``."""
     with prefixed(noun):
         recipe: Recipe = parse_values(Recipe, values)
     return recipe
@@ -80,9 +61,7 @@ def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
 def parse_values(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
     """Creates a dataclass from values of a file, whose keys messages begin with ``prefix``.
 
-    Raises:
-        UsageError: If a key is unknown, or a value has the wrong type.
-        TypeError: If a required key is missing.
+    A required key that is missing is a TypeError.
     """
     hints = _hints(cls)
     for key in values:
@@ -97,14 +76,16 @@ def _parse(value: Any, hint: Any, name: str) -> Any:  # noqa: ANN401
     if isinstance(value, list) and dataclasses.is_dataclass(inner):
         return [_parse(item, inner, f"{name}[{number}]") for number, item in enumerate(value)]
     is_part = dataclasses.is_dataclass(hint)
-    if not fits(value, dict if is_part else hint):
-        choices = _choices(hint)
-        if choices:
-            raise unknown_name(name, value, choices)
-        mapping = is_part or get_origin(hint) is dict
-        kind = "a mapping" if mapping else inspect.formatannotation(hint)
-        raise UsageError(f"{name} must be {kind}, got {value!r}")
-    return parse_values(hint, value, f"{name}.") if is_part else value
+    if isinstance(value, dict) and hint == dict[str, dict[str, Any]]:
+        # `tau_norm:` with nothing behind it is a head without options.
+        value = {key: {} if given is None else given for key, given in value.items()}
+    if fits(value, dict if is_part else hint):
+        return parse_values(hint, value, f"{name}.") if is_part else value
+    if choices := _choices(hint):
+        raise unknown_name(name, value, choices)
+    is_mapping = is_part or get_origin(hint) is dict
+    kind = "a mapping" if is_mapping else inspect.formatannotation(hint)
+    raise UsageError(f"{name} must be {kind}, got {value!r}")
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
@@ -119,10 +100,8 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
     (True, False)
     """
     kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return True
-    if kind is Literal:
-        return value in inner
+    if kind is Any or kind is Literal:
+        return kind is Any or value in inner
     if kind in (Union, UnionType):
         return any(fits(value, part) for part in inner)
     # In Python, true and false are integers.
@@ -136,16 +115,10 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
     return True
 
 
-def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions] | None:
-    """Parses ``[RECIPE] [--option value ...]``, the arguments of a program.
+def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions]:
+    """Parses ``[RECIPE] [--option value ...]``; exits after ``--help`` and ``--print_config``.
 
-    Returns:
-        The recipe's name, the recipe with the overrides, and the options of the run; None if the
-        arguments asked for the resolved recipe, which has then been printed.
-
-    Raises:
-        UsageError: For any mistake in the recipe or the arguments.
-        SystemExit: After ``--help``.
+    Returns the recipe's name, the recipe with the overrides, and the options of the run.
     """
     if "--verbose" in argv:
         # Before anything can go wrong.
@@ -168,7 +141,7 @@ def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOpti
     recipe = parse_values(Recipe, values)
     if print_config:
         print(recipe.to_yaml(), end="")  # noqa: T201
-        return None
+        raise SystemExit
     return path.stem, recipe, RunOptions(**run | {"resume": bool(run["resume"])})
 
 
@@ -203,8 +176,8 @@ def _value(text: str, hint: Any) -> Any:  # noqa: ANN401
 
 def _options(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:  # noqa: ANN401
     """Yields key, type, value and explanation of each option in a dataclass and its parts."""
-    docstring = docstring_parser.parse(type(part).__doc__ or "")
-    texts = {argument.arg_name: argument.description for argument in docstring.params}
+    described = docstring_parser.parse_from_object(type(part)).params
+    texts = {field.arg_name: field.description for field in described}
     for name, hint in _hints(type(part)).items():
         value = getattr(part, name)
         if dataclasses.is_dataclass(value):
@@ -222,6 +195,13 @@ class _Parser(argparse.ArgumentParser):
 
 def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentParser:
     """Creates the parser of the options of a recipe, with its values as defaults, and of a run."""
+    examples = [
+        prog,
+        f"{prog} resnet18.folder --data.root photos --output birds",
+        f"{prog} --epochs 5 --heads.tau_norm.tau 0.7 --loss.name balanced_softmax",
+        f"{prog} --resume --json",
+        f"{prog} lt_test_resnet.glyph_lt_quick --print_config",
+    ]
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [RECIPE] [--option value ...]",
@@ -230,15 +210,7 @@ def create_parser(prog: str, recipe: Recipe | None = None) -> argparse.ArgumentP
             "them. RECIPE is a YAML file or the name of a shipped one; options take the place of "
             "its values. Without a recipe it runs the embedded one, without a network."
         ),
-        epilog=epilog(
-            [
-                prog,
-                f"{prog} resnet18.folder --data.root photos --output birds",
-                f"{prog} --epochs 5 --heads.tau_norm.tau 0.7 --loss.name balanced_softmax",
-                f"{prog} --resume --json",
-                f"{prog} lt_test_resnet.glyph_lt_quick --print_config",
-            ]
-        ),
+        epilog=epilog(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

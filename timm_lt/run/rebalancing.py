@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Images: TypeAlias = datasets.Dataset | Dataset[Any] | Sequence[tuple[Any, int]]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Rebalanced:
     """Result of :func:`rebalance`.
 
@@ -58,21 +58,17 @@ class Rebalanced:
         folder: Decoupled checkpoint with all heads, if one was written.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     head: str
-    heads: dict[str, Head]
-    reports: dict[str, ShotReport]
-    recommendation: str
+    heads: dict[str, Head] = field(repr=False)
+    reports: dict[str, ShotReport] = field(repr=False)
+    recommendation: str = field(repr=False)
     folder: Path | None
 
     @property
     def report(self) -> Path | None:
         """The file ``report.html`` in that folder."""
         return None if self.folder is None else self.folder / REPORT
-
-    def __repr__(self) -> str:
-        folder = None if self.folder is None else str(self.folder)
-        return f"Rebalanced(head={self.head!r}, heads={[*self.heads]}, folder={folder!r})"
 
 
 @pillow_warnings_ignored()
@@ -104,11 +100,11 @@ def rebalance(
             DataParallel or torch.compile. It is not changed. If its number of classes or their
             names are not those of the data, a linear classifier is fitted first.
         dataset: A folder with a directory of images per class, or with ``train``, ``val`` and
-            ``test`` above them. Or a ``datasets.Dataset`` with a column of images and one
-            ``label``, torchvision's ``ImageFolder``, timm's ``ImageDataset``, or any pairs of an
-            image (of PIL, uint8 pixels, or the path of a file) and its label. Or data sets by the
-            names ``train``, ``val`` and ``test``. The transform of a folder's data set is not
-            applied, since the model's own is; other data sets must not normalize.
+            ``test`` above them. Or a ``datasets.Dataset`` with columns of images and ``label``,
+            torchvision's ``ImageFolder``, timm's ``ImageDataset``, or any pairs of an image (of
+            PIL, uint8 pixels, or a path) and its label. Or such data sets by the names ``train``,
+            ``val`` and ``test``. The transform of a folder's data set is not applied, since the
+            model's own is; other data sets must not normalize.
         options: Options of the data source ``folder``, e.g. ``{"other_files": "skip"}``.
         heads: Names out of :func:`timm_lt.list_heads`, or options of each by name. ``linear``, with
             which the others are compared, is always included.
@@ -118,8 +114,7 @@ def rebalance(
         fresh_classifier: Fit a new linear classifier, even if the model has one of as many classes.
         objective: Objective on validation, see :func:`timm_lt.fit_head`; None is ``"all"``, or
             ``"class_mean"`` if validation is as long-tailed as the training images.
-        output: Folder for a decoupled checkpoint with figures, plots, report and card, which say
-            that the weights are those of a model given in Python; None writes nothing.
+        output: Folder for a decoupled checkpoint with figures, plots, report and card, or None.
         overwrite: Replace a run in that folder.
         cache_dir: Folder for the features, for the next call; None keeps them in memory.
         background: Colour behind transparent pixels: a name such as ``"black"``, ``"#rrggbb"``, or
@@ -139,14 +134,11 @@ def rebalance(
     to_fit = _to_fit(heads)
     data, splits = _find_data(dataset, check_mapping("options", options), background)
     config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = str(config.get("architecture") or type(model).__name__)
+    order: dict[str, Any] = {"class_order": class_order, "fresh_classifier": fresh_classifier}
     recipe = Recipe(
         data=data,
-        model=ModelRecipe(
-            name=str(config.get("architecture") or type(model).__name__),
-            checkpoint=GIVEN_MODEL,
-            class_order=class_order,
-            fresh_classifier=fresh_classifier,
-        ),
+        model=ModelRecipe(architecture, checkpoint=GIVEN_MODEL, **order),
         epochs=0,
         features=FeaturesRecipe(cache_dir=None if cache_dir is None else str(cache_dir)),
         heads=to_fit,
@@ -197,19 +189,20 @@ def _find_data(
 ) -> tuple[DataRecipe, Splits]:
     """Returns the data's part of the recipe, and their splits."""
     how: dict[str, Any] = {"augmentation": TIMM, "background": background, "unreadable": "skip"}
-    if not isinstance(dataset, str | Path):
-        if options:
-            raise UsageError(
-                f"options ({', '.join(options)}) only apply when `dataset` is a folder; apply them "
-                "to the data set yourself"
-            )
-        splits = Splits.from_datasets(given_splits(dataset), root=folder_of(dataset))
-        return DataRecipe(GIVEN_DATA, **how), splits
-    root = str(dataset)
-    with prefixed("options"):
-        # create_splits has arguments of its own, which are not options of the folder.
-        checked_source("folder", None, dict(root=root, **options))
-    return DataRecipe("folder", root, options, **how), create_splits("folder", root=root, **options)
+    if isinstance(dataset, str | Path):
+        root = str(dataset)
+        with prefixed("options"):
+            # create_splits has arguments of its own, which are not options of the folder.
+            checked_source("folder", None, dict(root=root, **options))
+        splits = create_splits("folder", root=root, **options)
+        return DataRecipe("folder", root, options, **how), splits
+    if options:
+        raise UsageError(
+            f"options ({', '.join(options)}) only apply when `dataset` is a folder; apply them to "
+            "the data set yourself"
+        )
+    splits = Splits.from_datasets(given_splits(dataset), root=folder_of(dataset))
+    return DataRecipe(GIVEN_DATA, **how), splits
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -217,7 +210,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     copied: nn.Module = copy.deepcopy(model)
     # Remove the forward that accelerate wrapped in its mixed precision.
     copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
-    config = {**(getattr(model, "pretrained_cfg", None) or {})}
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
     for key in ("tag", "license", "origin_url"):
         config.pop(key, None)
     copied.__dict__["pretrained_cfg"] = copied.__dict__["default_cfg"] = config

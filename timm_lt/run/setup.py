@@ -1,9 +1,9 @@
 """From a recipe to objects: all parts are created before anything is trained or written."""
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -34,7 +34,7 @@ from timm_lt.run.network import (
     start_network,
 )
 from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
-from timm_lt.samplers import SAMPLERS, ClassSampler, create_sampler
+from timm_lt.samplers import SAMPLERS, create_sampler
 from timm_lt.training import (
     EpochRecord,
     HeadTrainer,
@@ -45,11 +45,11 @@ from timm_lt.training import (
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import Problems, UsageError, check_choice
 from timm_lt.utils.console import log, progress, start_logging
-from timm_lt.utils.longtail import ClassCounts, Labels, shot_groups
+from timm_lt.utils.longtail import shot_groups
 
 
 class Evaluation(NamedTuple):
-    """Results of a head on the test images: its figures, predictions, and digest of the logits."""
+    """Results of a head on the test images."""
 
     report: ShotReport
     predictions: Predictions
@@ -65,16 +65,12 @@ class Run:
         joint: Whether the model's classifier has weights for these classes, before training.
         trainer: The representation stage; None if nothing but heads is trained.
         head_trainers: Trainers of the heads with stage images, by name.
-        lock: Lock on the folder, on the main process.
-        seconds: Wall times.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
-        features: Features by split, from the backbone as it was trained.
         own_features: By head and split, for heads with batch-norm statistics of their own.
         unreadable: Number of images that could not be read, by split.
         unreadable_rows: Their rows; unknown for features from the cache.
         joint_selection: How the options of the joint classifier were selected, if it was fitted.
-        heads: All fitted heads by name, on the main process.
-        evaluations: Their results on the test images, by name.
+        heads: All fitted heads, on the main process, as are their evaluations.
     """
 
     name: str
@@ -113,6 +109,11 @@ class Run:
         return "train, held out" if source == "train" else source
 
     @property
+    def note(self) -> str | None:
+        """Note on all results that were selected on the test images, as in some papers."""
+        return TEST_SELECTION if self.recipe.protocol == "paper" else None
+
+    @property
     def reports(self) -> dict[str, ShotReport]:
         """Test figures by head."""
         return {name: evaluation.report for name, evaluation in self.evaluations.items()}
@@ -128,11 +129,7 @@ class Run:
 
 
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
-    """Creates all parts of a recipe, and claims its folder when all of them are right.
-
-    Raises:
-        UsageError: For any mistake in the recipe or the data.
-    """
+    """Creates all parts of a recipe, and claims its folder when all of them are right."""
     accelerator = create_accelerator(
         mixed_precision=recipe.mixed_precision,
         accumulation_steps=recipe.accumulation_steps,
@@ -162,24 +159,17 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
 def load_splits(recipe: Recipe) -> Splits:
     """Creates the splits of a recipe's data."""
     data = recipe.data
+    own: dict[str, Any] = {"root": data.root, "protocol": recipe.protocol}
     with prefixed("data"):
-        return create_splits(
-            data.name,
-            root=data.root,
-            val_fraction=data.val_fraction,
-            protocol=recipe.protocol,
-            **data.options,
-        )
+        return create_splits(data.name, val_fraction=data.val_fraction, **own, **data.options)
 
 
 def complete_run(
     run: Run, options: RunOptions, digests: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Creates the other parts of a run, from its data and model, and claims its folder.
+    """Creates the other parts of a run from its data and model, and claims its folder.
 
-    Raises:
-        UsageError: For any mistake in the recipe, the data or the folder; if several things are
-            wrong with the data, for all of them together.
+    Problems of the heads and of the data are reported together.
     """
     recipe, splits, accelerator = run.recipe, run.splits, run.accelerator
     problems = Problems()
@@ -210,40 +200,45 @@ def complete_run(
 
 
 def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
-    """Checks the heads of a recipe and their options, and whether they fit the data if given.
-
-    Raises:
-        UsageError: For a wrong head or option, or if the data have too few classes.
-    """
+    """Checks the heads of a recipe and their options, and whether they fit the data if given."""
     if not set(recipe.heads) - {AUTO} or recipe.heads.get(AUTO):
         raise UsageError(
             "heads: give at least one; head 'auto' is the best of the others and takes no options"
         )
+    if splits is not None and splits.num_classes < 2:
+        raise UsageError("training needs at least 2 classes; found 1")
     for name, options in recipe.heads.items():
         check_choice(f"stage of head {name!r}:", options.get("stage", "features"), get_args(Stage))
         check_head_name(f"head name {name!r}", name, head_kind(recipe, name))
-    for name, options in stage_heads(recipe, "features").items():
-        create_fit(head_kind(recipe, name), **options)
-    if splits is None:
-        return
-    counts, rule, views = splits.class_counts, recipe.shot_rule, recipe.features.views or 1
-    if len(counts) < 2:
-        raise UsageError("training needs at least 2 classes; found 1")
+    rule, views = recipe.shot_rule, recipe.features.views or 1
     for name, options in stage_heads(recipe, "features").items():
         fit = create_fit(head_kind(recipe, name), **options)
-        fit.check_classes(counts, rule=rule, views=views)
-    few = shot_groups(counts, rule)["few_shot"]
-    if recipe.objective == "few_shot" and not few[splits.labels["val"]].any():
-        raise UsageError(
-            "objective few_shot: the data have no few-shot class; take class_mean, or worst_class"
-        )
+        if splits is not None:
+            fit.check_classes(splits.class_counts, rule=rule, views=views)
+    if splits is not None and recipe.objective == "few_shot":
+        few = shot_groups(splits.class_counts, rule)["few_shot"]
+        if not few[splits.labels["val"]].any():
+            raise UsageError(
+                "objective few_shot: the data have no few-shot class; take class_mean, or "
+                "worst_class"
+            )
 
 
 def create_trainer(run: Run) -> RepresentationTrainer:
     """Creates the representation stage; its parts refuse what is wrong with the recipe."""
     recipe, splits = run.recipe, run.splits
-    sampler = create_training_sampler(recipe, splits.labels["train"], splits.num_classes)
-    loss = create_training_loss(recipe, splits.class_counts)
+    seed: dict[str, Any] = {"seed": recipe.seed}
+    counts, options = splits.class_counts, recipe.sampler.arguments()
+    with prefixed("sampler"):
+        own = seed | {"num_classes": splits.num_classes, "rank": 0, "num_replicas": 1}
+        # A schedule is as long as the training.
+        if "epochs" in signature(SAMPLERS[recipe.sampler.name]).parameters:
+            own["epochs"] = recipe.epochs
+        sampler = create_sampler(labels=splits.labels["train"], **own, **options)
+    options = recipe.loss.arguments()
+    with prefixed("loss"):
+        own = seed if "seed" in signature(LOSSES[recipe.loss.name]).parameters else {}
+        loss = create_loss(class_counts=counts, reduction="mean", **own | options)
     if not run.joint:
         start_network(recipe, loss, run.model, splits.num_classes)
     return RepresentationTrainer(
@@ -254,53 +249,29 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         training_options(recipe),
         run.accelerator,
         run.images["val"],
-        splits.class_counts,
+        counts,
     )
-
-
-def create_training_sampler(recipe: Recipe, labels: Labels, num_classes: int) -> ClassSampler:
-    """Creates the sampler of a recipe; a schedule is as long as the training."""
-    own: dict[str, Any] = {"seed": recipe.seed, "num_classes": num_classes}
-    with prefixed("sampler"):
-        if "epochs" in inspect.signature(SAMPLERS[recipe.sampler.name]).parameters:
-            own["epochs"] = recipe.epochs
-        options = recipe.sampler.arguments()
-        return create_sampler(labels=labels, rank=0, num_replicas=1, **own, **options)
-
-
-def create_training_loss(recipe: Recipe, class_counts: ClassCounts) -> nn.Module:
-    """Creates the loss of a recipe, with the recipe's seed if it draws anything."""
-    options = recipe.loss.arguments()
-    with prefixed("loss"):
-        if "seed" in inspect.signature(LOSSES[recipe.loss.name]).parameters:
-            options = {"seed": recipe.seed} | options
-        return create_loss(class_counts=class_counts, reduction="mean", **options)
 
 
 def training_options(recipe: Recipe) -> TrainingOptions:
     """Returns the hyper-parameters of the representation stage."""
     mixup = recipe.mixup.arguments()
-    return TrainingOptions(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        optimizer=recipe.optimizer.arguments("opt"),
-        scheduler=recipe.scheduler.arguments("sched"),
-        clip_grad=recipe.clip_grad,
-        clip_mode=recipe.clip_mode,
-        max_norm=recipe.max_norm,
-        mixup_off_epoch=mixup.pop("off_epoch", None),
-        mixup=mixup,
-        ema=recipe.ema.arguments(),
-        validate_every=recipe.validate_every,
-        keep=recipe.keep,
-        trained=recipe.model.trained,
-        bn=recipe.model.bn,
-        seed=recipe.seed,
-    )
+    own = {
+        "optimizer": recipe.optimizer.arguments("opt"),
+        "scheduler": recipe.scheduler.arguments("sched"),
+        "mixup_off_epoch": mixup.pop("off_epoch", None),
+        "mixup": mixup,
+        "ema": recipe.ema.arguments(),
+        "trained": recipe.model.trained,
+        "bn": recipe.model.bn,
+    }
+    # The others are keys of the recipe.
+    names = {field.name for field in fields(TrainingOptions)}
+    same = {key: value for key, value in vars(recipe).items() if key in names}
+    return TrainingOptions(**same | own)
 
 
 def _log_data(run: Run) -> None:
-    """Logs data and model."""
     splits, counts = run.splits, run.splits.class_counts
     log.info(
         "%s: %s training images of %d classes, %d to %d per class; %s with %s parameters",
