@@ -17,7 +17,6 @@ from timm_lt.checkpoint import HeadEntry, read_checkpoint
 from timm_lt.hub.card import (
     folder_card,
     is_edited,
-    merge_cards,
     render_card,
     update_card,
     write_card,
@@ -507,21 +506,6 @@ def test_writing_a_card_keeps_the_licence_and_edits(tmp_path):
     (folder / "recipe.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match=r"recipe\.yaml is not valid UTF-8"):
         folder_card(folder, name="x")
-
-
-def test_the_card_to_push_is_the_one_that_somebody_edited(info, fresh):
-    local = render_card(info, name="the_run", plots=PLOTS)
-    for here in (None, local, fresh):
-        for there in (None, fresh, local):
-            assert headings(merge_cards(here, there, fresh)) == headings(fresh)
-    ours, theirs = local + "\nOurs.\n", fresh + "\nTheirs.\n"
-    assert merge_cards(local, theirs, fresh).endswith("\nTheirs.\n")
-    assert merge_cards(ours, theirs, fresh).endswith("\nOurs.\n")
-    assert ModelCard(merge_cards(ours, None, fresh)).data.license == "mit"
-    # A licence alone is metadata.
-    merged = ModelCard(merge_cards(None, "---\nlicense: gpl\nlanguage: en\n---\n", fresh))
-    assert (merged.data.license, merged.data.language) == ("mit", "en")
-    assert headings(str(merged)) == headings(fresh)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from timm_lt.utils.longtail import ShotRule, shot_groups
 # Heads compared with the joint classifier; more would make the report large.
 MAX_COMPARED = 8
 NAME_LENGTH = 40
-
 # At most so many classes that gained or lost, pictures of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
 # With fewer test images a class gains or loses by chance.
@@ -56,8 +55,7 @@ class ExampleImages:
         train: Training images, with a column ``image``.
         train_labels: Their labels, (M,) int64.
         test: Test images, with a column ``image``.
-        test_rows: Row in ``test`` of each evaluated image, (N,) int64; with None the report has no
-            test images.
+        test_rows: Row in ``test`` of each evaluated image, (N,) int64; None shows no test images.
     """
 
     train: Dataset
@@ -68,9 +66,7 @@ class ExampleImages:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
-    """Figures of several heads on the same test images.
-
-    Only the first five arguments are required; sections for missing ones are left out.
+    """Figures of several heads on the same test images; a report omits what is missing.
 
     Args:
         title: Name of the run.
@@ -187,7 +183,7 @@ class Picture(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Class with its test images, those that the joint classifier (before) and a head get right.
+    """Class with its test images, and those right by the joint classifier (before) and a head.
 
     The pictures are test images on which the two differ.
     """
@@ -209,7 +205,7 @@ class Comparison(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """Frequent confusion: true and predicted class, its test images, and their share of the class.
+    """Frequent confusion: true and predicted class, its test images and their share of the class.
 
     The pictures are a confused test image, and a training image of the predicted class.
     """
@@ -222,7 +218,7 @@ class Mistake(NamedTuple):
 
 
 class Thumbnails:
-    """Small pictures of example images, each decoded once; None has no pictures."""
+    """Small pictures of example images as data URIs; None for an image that cannot be shown."""
 
     def __init__(self, images: ExampleImages | None) -> None:
         self._images = images
@@ -230,13 +226,12 @@ class Thumbnails:
         self._uri = functools.cache(self._encode)
 
     def test(self, image: int) -> str | None:
-        """Returns the data URI of an evaluated image; None if it is unreadable or unknown."""
-        if self._images is None or self._images.test_rows is None:
-            return None
-        return self._uri("test", int(self._images.test_rows[image]))
+        """Returns the picture of an evaluated image."""
+        rows = None if self._images is None else self._images.test_rows
+        return None if rows is None else self._uri("test", int(rows[image]))
 
     def of_class(self, label: int) -> str | None:
-        """Returns the data URI of the first training image of a class, if it has one."""
+        """Returns the picture of the first training image of a class."""
         if self._images is None:
             return None
         rows = (self._images.train_labels == label).nonzero()
@@ -264,11 +259,7 @@ def data_uri(image: Image.Image) -> str | None:
 
 
 def evaluated_rows(size: int, unreadable: list[int], evaluated: int) -> Tensor | None:
-    """Returns the evaluated rows of a data set, None if not all unreadable rows are known.
-
-    >>> evaluated_rows(4, [1], 3)
-    tensor([0, 2, 3])
-    """
+    """Returns the evaluated rows of a data set, None if not all unreadable rows are known."""
     readable = torch.ones(size, dtype=torch.bool)
     readable[unreadable] = False
     rows = readable.nonzero().flatten()
@@ -297,11 +288,9 @@ def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
         """Returns the classes with the largest gain; among equals, those with more images."""
         classes: list[int] = ((gain > 0) & enough).nonzero().flatten().tolist()
         classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
+        numbers = torch.stack([before, after, images], 1).int().tolist()
         return [
-            Change(
-                *(c, int(before[c]), int(after[c]), int(images[c])),
-                _differing(report, c, right, wrong, thumbnails),
-            )
+            Change(c, *numbers[c], _differing(report, c, right, wrong, thumbnails))
             for c in classes[:CHANGES]
         ]
 
@@ -318,16 +307,13 @@ def _differing(
 ) -> list[Picture]:
     """Returns images of a class on which one head is right and the other wrong."""
     who = "the joint classifier" if wrong == report.joint else "this head"
-    preds = report.preds(wrong)
+    preds, name = report.preds(wrong), report.names[label]
     rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
     pictures = []
     for row in rows.nonzero().flatten()[:PICTURES].tolist():
         if (uri := thumbnails.test(row)) is not None:
-            pred = report.names[int(preds[row])]
-            sure = _confidence(report, wrong, row)
-            pictures.append(
-                Picture(uri, f"{report.names[label]}, which {who} takes for {pred}{sure}", pred)
-            )
+            pred, sure = report.names[int(preds[row])], _confidence(report, wrong, row)
+            pictures.append(Picture(uri, f"{name}, which {who} takes for {pred}{sure}", pred))
     return pictures
 
 
