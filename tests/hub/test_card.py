@@ -14,13 +14,7 @@ from markdown_it import MarkdownIt
 
 import timm_lt
 from timm_lt.checkpoint import HeadEntry, read_checkpoint
-from timm_lt.hub.card import (
-    folder_card,
-    is_edited,
-    render_card,
-    update_card,
-    write_card,
-)
+from timm_lt.hub.card import folder_card, is_edited, render_card, update_card, write_card
 from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.utils.checks import UsageError
 

@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import timm.data
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.checkpoint import background_of
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
-from timm_lt.data.decode import ImageError, decode_image, describe_huge, is_huge, shown_path
+from timm_lt.data.decode import ImageError, decode_image, shown_path
 from timm_lt.data.folder import Found, counted_suffixes, find_images, suffix
 from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
@@ -44,12 +44,8 @@ SHOWN_OTHERS = 100
 FORMATS = ("table", "csv", "json")
 
 
-class Prediction(NamedTuple):
-    """The most probable classes of an image with their probabilities, or why it is not read."""
-
-    image: str
-    classes: list[tuple[str, float]]
-    error: str | None
+# An image, its most probable classes with their probabilities, or why it cannot be read.
+Prediction: TypeAlias = tuple[str, list[tuple[str, float]], str | None]
 
 
 def add_predict(commands: Commands) -> None:
@@ -70,8 +66,7 @@ def add_predict(commands: Commands) -> None:
     add("--top", type=positive, default=3, metavar="N", help="classes of each image; 3 by default")
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
-    same = {"action": "store_const", "const": "json", "dest": "format"}
-    form.add_argument("--json", **same, help="--format json")
+    form.add_argument("--json", action="store_const", const="json", dest="format", help="JSON")
     add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     inputs.add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
@@ -154,8 +149,6 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
     ) -> None:
         self.paths, self.background, self.errors = paths, background, errors
         self.transform: Any = timm.data.create_transform(**image_config(model))
-        # Whether Pillow would warn of the size of a file, (N,); shared with the workers.
-        self.huge = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -168,7 +161,6 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
             image = decode_image({"path": path, "bytes": None}, background=self.background)
         except ImageError as error:
             return torch.empty(0), str(error)
-        self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 
 
@@ -219,10 +211,7 @@ def predict_files(
         for _, error in batch:
             pairs = [] if error else zip(*next(best), strict=True)
             classes = [(names[label] if names else str(label), share) for share, label in pairs]
-            found.append(Prediction(files.paths[len(found)], classes, error or None))
-    huge = [shown_path(files.paths[row]) for row in files.huge.nonzero().flatten().tolist()]
-    if huge:
-        log.warning("%s", describe_huge(len(huge), len(files), huge))
+            found.append((files.paths[len(found)], classes, error or None))
     return found
 
 

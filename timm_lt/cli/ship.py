@@ -78,7 +78,8 @@ def new_folder(
         elif inside and not arguments.overwrite:
             reason = "exists; replace it with --overwrite"
         elif foreign or not is_whole:
-            reason = f"is not just a checkpoint: {shown_names(foreign, 3) or f'no {CONFIG}'}"
+            culprits = shown_names(foreign, 3) or f"no {CONFIG}"
+            reason = f"holds more than a checkpoint, or none: {culprits}"
         if reason is not None:
             raise UsageError(f"{destination} {reason}")
         parent = next(parent for parent in target.parents if parent.is_dir())
@@ -153,19 +154,20 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
 def _options_by_head(
     arguments: argparse.Namespace, info: CheckpointInfo | None
 ) -> dict[str, dict[str, Any]]:
-    """Returns the options of each head; an option that no head takes is refused by each of them."""
+    """Returns the options of each head; an option that no head takes is refused."""
     source, heads = arguments.source, arguments.head
     options = parse_options(arguments.option, "tau=0.7")
     published = PUBLISHED[source].heads if info is None and source in PUBLISHED else ()
-    accepted = {
+    names = {
         head: head_option_names(head if head in published else find_entry(info, head, source).kind)
         for head in heads
     }
-    others = options.keys() - {name for names in accepted.values() for name in names}
-    return {
-        head: {key: value for key, value in options.items() if key in (*names, *others)}
-        for head, names in accepted.items()
-    }
+    known = sorted({name for accepted in names.values() for name in accepted})
+    for option in options.keys() - known:
+        raise UsageError(
+            f"head {', '.join(heads)} has no option {option!r}; options: {shown_names(known)}"
+        )
+    return {head: {key: options[key] for key in options if key in names[head]} for head in heads}
 
 
 def _described(report: FoldReport) -> str:

@@ -82,11 +82,7 @@ def plain(value: object) -> str:
 
 
 def code(value: str) -> str:
-    """Formats text as inline code.
-
-    >>> code("tau_norm"), code("a`b")
-    ('`tau_norm`', '<code>a&#96;b</code>')
-    """
+    """Formats text as inline code."""
     line = one_line(value)
     return f"`{line}`" if line and SIMPLE.fullmatch(line) else f"<code>{plain(line)}</code>"
 
@@ -101,18 +97,14 @@ def fenced(text: str, language: str) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(undefined=StrictUndefined)
-    environment.filters |= {
-        "brief": brief,
-        "code": code,
-        "fenced": fenced,
-        "known_fraction": known_fraction,
-        "group_word": group_word,
-        "number": "{:,}".format,
-        "percent": percent,
-        "plain": plain,
-        "source_name": _source_name,
+    filters = (brief, code, fenced, group_word, known_fraction, percent, plain)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters["number"] = "{:,}".format
+    environment.globals |= {
+        "EXACT": EXACT,
+        "GIVEN": (GIVEN_MODEL, GIVEN_DATA),
+        "OBJECTIVE_WORDS": OBJECTIVE_WORDS,
     }
-    environment.globals |= {"EXACT": EXACT, "OBJECTIVE_WORDS": OBJECTIVE_WORDS}
     text = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
     return environment.from_string(text)
 
@@ -258,11 +250,6 @@ def _kept_backbone(recipe: str | None) -> str | None:
         return None
 
 
-def _source_name(name: str) -> str:
-    """Formats a name as code, except for the words for an object that was passed in Python."""
-    return name if name in (GIVEN_MODEL, GIVEN_DATA) else code(name)
-
-
 def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelCardData:
     dataset = one_line(info.dataset) if info.dataset else None
     # Nobody else can look up the name of a folder.
@@ -314,8 +301,11 @@ def _results(info: CheckpointInfo) -> dict[str, list[str]]:
         for key, values in figures.items()
         if any(value is not None for value in values)
     }
-    words = {"options": map(_options, heads), "selected": map(_selected, heads)}
-    return columns | {key: texts for key, cells in words.items() if any(texts := list(cells))}
+    words = {
+        "options": [_options(entry) for entry in heads],
+        "selected": [plain(describe_selection(entry.selection)) for entry in heads],
+    }
+    return columns | {heading: texts for heading, texts in words.items() if any(texts)}
 
 
 def _best_in_bold(key: str, values: list[float | None]) -> list[str]:
@@ -328,13 +318,8 @@ def _best_in_bold(key: str, values: list[float | None]) -> list[str]:
 def _options(entry: HeadEntry) -> str:
     """Returns the options of a head that were not selected."""
     chosen = selected_option(entry.selection)
-    return ", ".join(
-        code(f"{key}={brief(value)}") for key, value in entry.options.items() if key != chosen
-    )
-
-
-def _selected(entry: HeadEntry) -> str:
-    return plain(describe_selection(entry.selection))
+    given = {key: value for key, value in entry.options.items() if key != chosen}
+    return ", ".join(code(f"{key}={brief(value)}") for key, value in given.items())
 
 
 def _shots(info: CheckpointInfo) -> Mapping[str, dict[str, Any]]:

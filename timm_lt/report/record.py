@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -169,52 +169,9 @@ class Report:
         return self.predictions[head].preds.long()
 
     def objective(self, head: str) -> Objective | None:
-        """Returns the objective that a head's tau maximises; None for a tau that was given."""
+        """Returns the objective that a head's tau maximises; None if the tau was given."""
         selection = self.selections.get(head, {})
         return selection.get("objective") if "tau" in selection else None
-
-
-class Picture(NamedTuple):
-    """Small picture: its data URI, its alternative text, and a note to show below it."""
-
-    uri: str
-    text: str
-    note: str
-
-
-class Change(NamedTuple):
-    """Class with its test images, and those right by the joint classifier (before) and a head.
-
-    The pictures are test images on which the two differ.
-    """
-
-    label: int
-    before: int
-    after: int
-    images: int
-    pictures: list[Picture]
-
-
-class Comparison(NamedTuple):
-    """Classes that gained and lost most, and the numbers of all that gained and that lost."""
-
-    gained: list[Change]
-    lost: list[Change]
-    better: int
-    worse: int
-
-
-class Mistake(NamedTuple):
-    """Frequent confusion: true and predicted class, its test images and their share of the class.
-
-    The pictures are a confused test image, and a training image of the predicted class.
-    """
-
-    label: int
-    pred: int
-    images: int
-    share: float
-    pictures: list[Picture]
 
 
 class Thumbnails:
@@ -276,44 +233,55 @@ def min_images(report: Report) -> dict[str, int]:
     return {group: min(FEW_IMAGES, int(n.max())) for group, n in of_groups.items() if n.any()}
 
 
-def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
-    """Compares a head with the joint classifier class by class."""
+def compare(report: Report, head: str, thumbnails: Thumbnails) -> dict[str, Any]:
+    """Compares a head with the joint classifier class by class.
+
+    Returns the numbers of classes that are ``better`` and ``worse``, and those that ``gained`` and
+    ``lost`` most: label, test images, those right ``before`` (joint classifier) and ``after``, and
+    pictures of images on which the two differ.
+    """
     before, images = report.reports[report.joint].right_and_images()
     after, _ = report.reports[head].right_and_images()
     change = ((after - before) / images.double()).nan_to_num(0)
     needed = min_images(report)
     enough = images >= torch.tensor([needed.get(g, 0) for g in GROUPS])[report.group_of]
 
-    def most(gain: Tensor, right: str, wrong: str) -> list[Change]:
+    def most(gain: Tensor, right: str, wrong: str) -> list[dict[str, Any]]:
         """Returns the classes with the largest gain; among equals, those with more images."""
         classes: list[int] = ((gain > 0) & enough).nonzero().flatten().tolist()
         classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
-        numbers = torch.stack([before, after, images], 1).int().tolist()
         return [
-            Change(c, *numbers[c], _differing(report, c, right, wrong, thumbnails))
+            {
+                "label": c,
+                "before": int(before[c]),
+                "after": int(after[c]),
+                "images": int(images[c]),
+                "pictures": _differing(report, c, right, wrong, thumbnails),
+            }
             for c in classes[:CHANGES]
         ]
 
-    return Comparison(
-        gained=most(change, head, report.joint),
-        lost=most(-change, report.joint, head),
-        better=int((change > 0).sum()),
-        worse=int((change < 0).sum()),
-    )
+    return {
+        "gained": most(change, head, report.joint),
+        "lost": most(-change, report.joint, head),
+        "better": int((change > 0).sum()),
+        "worse": int((change < 0).sum()),
+    }
 
 
 def _differing(
     report: Report, label: int, right: str, wrong: str, thumbnails: Thumbnails
-) -> list[Picture]:
-    """Returns images of a class on which one head is right and the other wrong."""
+) -> list[dict[str, str]]:
+    """Returns pictures of a class's images on which one head is right and the other wrong."""
     who = "the joint classifier" if wrong == report.joint else "this head"
     preds, name = report.preds(wrong), report.names[label]
     rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
     pictures = []
     for row in rows.nonzero().flatten()[:PICTURES].tolist():
         if (uri := thumbnails.test(row)) is not None:
-            pred, sure = report.names[int(preds[row])], _confidence(report, wrong, row)
-            pictures.append(Picture(uri, f"{name}, which {who} takes for {pred}{sure}", pred))
+            pred = report.names[int(preds[row])]
+            text = f"{name}, which {who} takes for {pred}{_confidence(report, wrong, row)}"
+            pictures.append({"uri": uri, "text": text, "note": pred})
     return pictures
 
 
@@ -339,8 +307,8 @@ def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, floa
     }
 
 
-def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[Mistake]:
-    """Returns the most frequent confusions of a head.
+def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+    """Returns the most frequent confusions of a head, with two pictures of each.
 
     Only pairs of classes that occur are counted, so memory does not grow with C².
     """
@@ -354,11 +322,13 @@ def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list
         test, train = thumbnails.test(row), thumbnails.of_class(pred)
         pictures = []
         if test is not None and train is not None:
-            sure = _confidence(report, head, row)
+            text = f"{names[label]}, taken for {names[pred]}{_confidence(report, head, row)}"
+            like = f"a training image of {names[pred]}"
             pictures = [
-                Picture(test, f"{names[label]}, taken for {names[pred]}{sure}", "test"),
-                Picture(train, f"a training image of {names[pred]}", "train"),
+                {"uri": test, "text": text, "note": "test"},
+                {"uri": train, "text": like, "note": "train"},
             ]
         share = int(times[k]) / int(report.images_per_class[label])
-        mistakes.append(Mistake(label, pred, int(times[k]), share, pictures))
+        mistake = {"label": label, "pred": pred, "images": int(times[k]), "share": share}
+        mistakes.append(mistake | {"pictures": pictures})
     return mistakes

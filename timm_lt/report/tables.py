@@ -141,9 +141,9 @@ def head_table(info: CheckpointInfo) -> Table:
 
 def new_table(title: str, caption: str | None, figures: Sequence[str] = ()) -> Table:
     """Creates an empty table; that of heads has columns for their names and for each figure."""
-    left = {"title_justify": "left", "caption_justify": "left"}
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 0, 0, 1)}
-    table = Table(title=escape(title), caption=caption, title_style="bold", **left, **look)
+    look |= {"title_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    table = Table(title=escape(title), caption=caption, **look)
     if figures:
         table.add_column("head", no_wrap=True)
     for name in figures:
