@@ -71,10 +71,11 @@ def test_the_package_has_the_names_that_type_checkers_see():
 def test_importing_the_package_registers_architectures(tmp_path):
     for code in ("import timm, timm_lt", "import timm_lt, timm"):
         assert python("-c", f"{code}; assert timm.is_model('lt_resnext50')").returncode == 0
-    package = tmp_path / "theirs"
-    package.mkdir()
-    (package / "__init__.py").write_text("import timm_lt")
-    (package / "__main__.py").write_text("import timm; print('lt_resnet50' in timm.list_models())")
+    # Also in a package that is run by its own __main__.
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import timm_lt")
+    code = "import timm; print('lt_resnet50' in timm.list_models())"
+    (tmp_path / "theirs" / "__main__.py").write_text(code)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = python("-m", "theirs", stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
@@ -83,17 +84,12 @@ def test_importing_the_package_registers_architectures(tmp_path):
 # ---- help ----------------------------------------------------------------------------------------
 
 
-def shown_help(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
-    assert stopped.value.code == 0
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_argument_and_its_examples_parse(command, capsys, monkeypatch):
-    text = shown_help(command, capsys, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
     (block,) = re.findall(r"^examples:\n(.*?)\n\n", text, re.M | re.S)
     # A shell may take the output, or what follows be a comment.
     examples = re.findall(r"\b(timm-lt .*?)(?:\)\"| >.*| +#.*)?$", block, re.M)
@@ -118,9 +114,8 @@ def test_help_explains_every_argument_and_its_examples_parse(command, capsys, mo
 
 @pytest.mark.parametrize("arguments", [["pak"], [], ["pack"], ["list", "--quiet", "--verbose"]])
 def test_a_wrong_command_line_exits_with_2_and_shows_the_right_one(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert stopped.value.code == 2
     assert "usage: timm-lt" in capsys.readouterr().err
 
 
@@ -152,18 +147,16 @@ def test_list_names_every_part_and_the_heads_of_a_checkpoint(tmp_path, capsys):
         assert ", ".join(names) in shown
     assert "lt_test_resnet.glyph_lt_quick" in shown
     assert main(["list", "--json"]) == 0
-    names = json.loads(capsys.readouterr().out)
-    assert names["heads"] == timm_lt.list_heads()
-    assert names["data_sets"] == timm_lt.list_datasets()
-    tables = []
+    assert json.loads(capsys.readouterr().out)["data_sets"] == timm_lt.list_datasets()
+    tables, file = [], tmp_path / "heads.json"
     for name in (str(PACKAGED), f"local-dir:{PACKAGED}", "lt_test_resnet.glyph_lt"):
-        assert main(["list", name, "--json", str(tmp_path / "heads.json")]) == 0
+        assert main(["list", name, "--json", str(file)]) == 0
         tables.append(capsys.readouterr().out)
     assert "crt" in tables[0] == tables[1] == tables[2]
-    found = json.loads((tmp_path / "heads.json").read_text())["heads"]
+    found = json.loads(file.read_text())["heads"]
     config = json.loads((PACKAGED / "config.json").read_text())["timm_lt"]["heads"]
-    assert {name: head["metrics"] for name, head in found.items()} == {
-        name: head["metrics"] for name, head in config.items()
+    assert {n: head["metrics"] for n, head in found.items()} == {
+        n: head["metrics"] for n, head in config.items()
     }
 
 
@@ -226,32 +219,30 @@ def test_a_full_disk_is_one_line_and_a_reader_that_has_enough_no_error():
 # ---- pack ----------------------------------------------------------------------------------------
 
 
-def test_pack_halves_the_weights_and_keeps_heads_and_reports(tmp_path, capsys):
-    assert main(["pack", str(PACKAGED), str(tmp_path / "wide"), "--dtype", "float32"]) == 0
-    assert main(["pack", str(tmp_path / "wide"), str(tmp_path / "half")]) == 0
-    wide, half, first = (
-        load_file(folder / "model.safetensors")
-        for folder in (tmp_path / "wide", tmp_path / "half", PACKAGED)
-    )
+def test_pack_halves_the_weights_and_keeps_heads_and_reports(tmp_path):
+    wide, half = tmp_path / "wide", tmp_path / "half"
+    assert main(["pack", str(PACKAGED), str(wide), "--dtype", "float32"]) == 0
+    assert main(["pack", str(wide), str(half)]) == 0
+    large, small, first = (load_file(f / "model.safetensors") for f in (wide, half, PACKAGED))
+    assert large["fc.weight"].dtype == torch.float32
     for key, tensor in first.items():
-        assert torch.equal(half[key], tensor)
-        assert torch.equal(wide[key], tensor.to(wide[key].dtype))
-    assert wide["fc.weight"].dtype == torch.float32
+        assert torch.equal(small[key], tensor)
+        assert torch.equal(large[key], tensor.to(large[key].dtype))
     for name in ("recipe.yaml", "README.md", "heads/crt.safetensors"):
-        assert (tmp_path / "half" / name).read_bytes() == (PACKAGED / name).read_bytes()
-    config = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert config == json.loads((PACKAGED / "config.json").read_text())
+        assert (half / name).read_bytes() == (PACKAGED / name).read_bytes()
+    config, expected = (json.loads((f / "config.json").read_text()) for f in (half, PACKAGED))
+    assert config == expected
 
 
 def test_pack_replaces_nothing_but_a_checkpoint(tmp_path, capsys):
-    assert main(["pack", str(PACKAGED), str(tmp_path / "run")]) == 0
-    assert main(["pack", str(tmp_path / "run"), str(tmp_path / "run"), "--overwrite"]) == 2
+    run = tmp_path / "run"
+    assert main(["pack", str(PACKAGED), str(run)]) == 0
+    assert main(["pack", str(run), str(run), "--overwrite"]) == 2
     assert "same folder" in capsys.readouterr().err
-    assert main(["pack", str(tmp_path / "nothing"), str(tmp_path / "new")]) == 2
-    (tmp_path / "run" / "photo.jpg").write_bytes(b"precious")
+    (run / "photo.jpg").write_bytes(b"precious")
     before = sorted(tmp_path.rglob("*"))
     for options in ([], ["--overwrite"]):
-        assert main(["pack", str(PACKAGED), str(tmp_path / "run"), *options]) == 2
+        assert main(["pack", str(PACKAGED), str(run), *options]) == 2
     assert "photo.jpg" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -261,16 +252,13 @@ def test_pack_replaces_nothing_but_a_checkpoint(tmp_path, capsys):
 
 def completed(script, words):
     """What bash offers for the last of some words."""
-    quoted = " ".join(map(shlex.quote, words))
     (function,) = re.findall(r"complete .*-F (\S+) timm-lt", script)
+    quoted = " ".join(map(shlex.quote, words))
     asked = (
         f"{script}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; COMP_LINE={quoted!r}\n"
         f'{function} timm-lt; printf "%s\\n" "${{COMPREPLY[@]}}"'
     )
-    done = subprocess.run(
-        ["bash", "--norc"], input=asked, capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
+    return subprocess.check_output(["bash", "--norc"], input=asked, text=True).split()
 
 
 def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, monkeypatch):
@@ -295,8 +283,7 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, mon
     assert "lt_test_resnet.glyph_lt_quick" in recipes
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_have_a_script(shell, capsys):
-    assert main(["completion", shell]) == 0
+def test_fish_has_a_script(capsys):
+    assert main(["completion", "fish"]) == 0
     script = capsys.readouterr().out
     assert all(command in script for command in COMMANDS)

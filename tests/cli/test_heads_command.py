@@ -53,13 +53,14 @@ def metrics(run):
 def shares(model, paths):
     """Softmax of a plain model for image files, with timm's transform, one image at a time."""
     transform = create_transform(**resolve_data_config(model=model))
+    images = (transform(Image.open(path).convert("RGB"))[None] for path in paths)
     with torch.inference_mode():
-        return torch.cat(
-            [
-                model.eval()(transform(Image.open(path).convert("RGB"))[None]).softmax(1)
-                for path in paths
-            ]
-        )
+        return torch.cat([model.eval()(image).softmax(1) for image in images])
+
+
+def accuracy(model, photos):
+    paths, labels = images_of_test(photos)
+    return pytest.approx((shares(model, paths).argmax(1) == labels).float().mean().item())
 
 
 def images_of_test(photos):
@@ -72,31 +73,24 @@ def images_of_test(photos):
 def test_figures_are_those_of_the_written_model(photos, run, metrics):
     """Plain timm, image by image, has the accuracy that the run found from its features."""
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
-    paths, labels = images_of_test(photos)
-    found = (shares(model, paths).argmax(1) == labels).float().mean()
-    assert metrics["heads"]["linear"]["all"] == pytest.approx(float(found))
+    assert metrics["heads"]["linear"]["all"] == accuracy(model, photos)
     for head in ("crt", "tau_norm", "auto"):
         model = timm_lt.create_model(f"local-dir:{run}", head=head)
-        found = (shares(model, paths).argmax(1) == labels).float().mean()
-        assert metrics["heads"][head]["all"] == pytest.approx(float(found))
+        assert metrics["heads"][head]["all"] == accuracy(model, photos)
 
 
 def test_nothing_but_the_classifier_is_trained(run, metrics):
     whole = timm.create_model(MODEL, pretrained=True).state_dict()
     written = load_file(run / "model.safetensors")
-    assert {key for key in whole if not torch.equal(whole[key], written[key])} == {
-        "fc.weight",
-        "fc.bias",
-    }
+    changed = {key for key in whole if not torch.equal(whole[key], written[key])}
+    assert changed == {"fc.weight", "fc.bias"}
     assert metrics["kept_epoch"] == 0
     report = (run / "report.html").read_text(encoding="utf-8")
     assert 'id="training"' not in report
     assert "best on validation" in report
     assert report.count("<img ") > 4
-    names = sorted(COUNTS)
-    held_out = 1 - 0.2
-    for name, count in zip(names, metrics["class_counts"], strict=True):
-        assert count == pytest.approx(held_out * COUNTS[name], abs=1)
+    for name, count in zip(sorted(COUNTS), metrics["class_counts"], strict=True):
+        assert count == pytest.approx(0.8 * COUNTS[name], abs=1)
 
 
 def test_the_table_says_how_sure_and_which_head(photos, run, metrics, capsys):
@@ -124,27 +118,22 @@ def test_evaluate_finds_what_the_run_found(photos, run, metrics, tmp_path, capsy
 
 
 def test_evaluate_takes_heads_with_batch_norm_of_their_own(photos, run, tmp_path, capsys):
-    model = timm_lt.create_model(f"local-dir:{run}")
+    model, two = timm_lt.create_model(f"local-dir:{run}"), tmp_path / "two"
     heads = {
         name: timm_lt.create_model(f"local-dir:{run}", head=name).get_classifier()
         for name in ("ncm", "crt")
     }
-    heads["crt"].backbone_statistics = {
-        key: 0.5 * value
-        for key, value in model.state_dict().items()
-        if key.endswith(("_mean", "_var"))
+    state = model.state_dict().items()
+    statistics = {key: 0.5 * value for key, value in state if key.endswith(("_mean", "_var"))}
+    heads["crt"].backbone_statistics = statistics
+    timm_lt.save_checkpoint(two, model, heads=heads, class_counts=[40, 30, 12, 10, 10])
+    expected = {
+        name: accuracy(timm_lt.create_model(f"local-dir:{two}", head=name), photos)
+        for name in ("linear", "ncm", "crt")
     }
-    timm_lt.save_checkpoint(tmp_path / "two", model, heads=heads, class_counts=[40, 30, 12, 10, 10])
-    paths, labels = images_of_test(photos)
-    expected = {}
-    for name in ("linear", "ncm", "crt"):
-        given = None if name == "linear" else name
-        loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'two'}", head=given)
-        right = shares(loaded, paths).argmax(1) == labels
-        expected[name] = pytest.approx(right.float().mean().item())
     # In any order: the backbone has its own statistics again after each head.
     for names in (("crt", "ncm", "linear"), ("linear", "crt", "ncm")):
-        arguments = ["evaluate", str(tmp_path / "two"), str(photos), "--workers", "0", "--json"]
+        arguments = ["evaluate", str(two), str(photos), "--workers", "0", "--json"]
         assert main([*arguments, "--head", *names]) == 0
         found = json.loads(capsys.readouterr().out)["heads"]
         assert {name: part["all"] for name, part in found.items()} == expected
@@ -171,25 +160,21 @@ def test_evaluate_compares_the_names_of_classes(photos, run, metrics, tmp_path, 
 
 def test_predict_has_the_models_probabilities(photos, run, tmp_path, capsys):
     paths, _ = images_of_test(photos)
-    model = timm_lt.create_model(f"local-dir:{run}", head="crt")
-    expected = shares(model, paths)
+    expected = shares(timm_lt.create_model(f"local-dir:{run}", head="crt"), paths)
     assert main(["predict", str(run), *map(str, paths), "--head", "crt", "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found, names = json.loads(capsys.readouterr().out), sorted(COUNTS)
     assert [entry["image"] for entry in found] == list(map(str, paths))
-    names = sorted(COUNTS)
     for entry, row in zip(found, expected, strict=True):
-        assert [c["name"] for c in entry["classes"]] == [names[i] for i in row.topk(3).indices]
-        assert [c["probability"] for c in entry["classes"]] == pytest.approx(
-            row.topk(3).values.tolist(), abs=1e-5
-        )
+        top = row.topk(3)
+        assert [c["name"] for c in entry["classes"]] == [names[i] for i in top.indices]
+        values = [c["probability"] for c in entry["classes"]]
+        assert values == pytest.approx(top.values.tolist(), abs=1e-5)
     file = tmp_path / "best.csv"
     arguments = ["predict", str(run), str(photos / "test"), "--head", "crt", "--format", "csv"]
     assert main([*arguments, "--top", "1", "--output", str(file)]) == 0
-    rows = list(csv.DictReader(file.read_text().splitlines()))
-    by_path = {row["image"]: row["class_1"] for row in rows}
-    assert by_path == {
-        str(path): names[row.argmax()] for path, row in zip(paths, expected, strict=True)
-    }
+    rows = csv.DictReader(file.read_text().splitlines())
+    best = {str(path): names[row.argmax()] for path, row in zip(paths, expected, strict=True)}
+    assert {row["image"]: row["class_1"] for row in rows} == best
 
 
 def test_rebalance_is_the_command(photos, metrics, tmp_path):
@@ -200,9 +185,8 @@ def test_rebalance_is_the_command(photos, metrics, tmp_path):
     assert found.head == metrics["selection"]["auto"]["head"]
     for name, report in found.reports.items():
         assert report.to_dict() == metrics["heads"][name]
-    paths, labels = images_of_test(photos)
-    right = (shares(found.model, paths).argmax(1) == labels).float().mean()
-    assert found.reports[found.head].all == pytest.approx(float(right))
+    assert found.reports[found.head].all == accuracy(found.model, photos)
+    paths, _ = images_of_test(photos)
     loaded = timm_lt.create_model(f"local-dir:{tmp_path / 'run'}", head=found.head)
     torch.testing.assert_close(shares(loaded, paths[:3]), shares(found.model, paths[:3]))
 
@@ -224,11 +208,9 @@ def test_weights_of_ones_own(photos, run, kind, tmp_path, metrics):
     assert main([*arguments, "--heads", "linear", "ncm", "--output", str(folder)]) == 0
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert torch.equal(model.fc.bias.detach(), weights["fc.bias"])
-    figures = json.loads((folder / "metrics.json").read_text())
-    paths, labels = images_of_test(photos)
-    right = (shares(model, paths).argmax(1) == labels).float().mean()
-    assert figures["heads"]["linear"]["all"] == pytest.approx(float(right))
-    assert figures["heads"]["ncm"]["all"] == metrics["heads"]["ncm"]["all"]
+    figures = json.loads((folder / "metrics.json").read_text())["heads"]
+    assert figures["linear"]["all"] == accuracy(model, photos)
+    assert figures["ncm"]["all"] == metrics["heads"]["ncm"]["all"]
 
 
 @pytest.mark.slow

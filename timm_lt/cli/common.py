@@ -38,14 +38,7 @@ STDOUT = "-"
 def add_command(
     commands: Commands, name: str, command: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
-    """Adds one of :data:`COMMANDS`.
-
-    Args:
-        commands: Commands of the whole program.
-        name: Name of the command.
-        command: Function that runs it. Its docstring is the help, with whole command lines below
-            ``Examples:``.
-    """
+    """Adds one of :data:`COMMANDS`; the docstring of its function is its help."""
     text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
     parser = commands.add_parser(
         name,
@@ -60,13 +53,8 @@ def add_command(
 
 def add_output_options(parser: argparse.ArgumentParser, *, quiet: str) -> None:
     """Adds ``--json``, ``--quiet`` and ``--verbose`` to a command that ends in `show_result`."""
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const=STDOUT,
-        metavar="FILE.json",
-        help="for machines: print JSON and nothing else on standard output, or write it to a file",
-    )
+    text = "for machines: print JSON and nothing else on standard output, or write it to a file"
+    parser.add_argument("--json", nargs="?", const=STDOUT, metavar="FILE.json", help=text)
     add_log_options(parser, quiet=quiet)
 
 
@@ -86,11 +74,7 @@ def positive(text: str) -> int:
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Starts the log, and checks that JSON can be written before there is any.
-
-    Raises:
-        UsageError: If not.
-    """
+    """Starts the log, and checks that JSON can be written before there is any."""
     given = vars(arguments)
     start_logging(quiet=given.get("quiet", False), verbose=given.get("verbose", False))
     file = given.get("json")
@@ -105,11 +89,7 @@ def start(arguments: argparse.Namespace) -> None:
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Checks that a folder can be created.
-
-    Raises:
-        UsageError: If it, or a folder above it, is a file.
-    """
+    """Checks that neither a folder nor one above it is a file."""
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{option}: {path} is not a folder; choose another")
@@ -118,13 +98,7 @@ def check_folder(option: str, folder: Path) -> None:
 def show_result(
     arguments: argparse.Namespace, result: object, shown: str | RenderableType | None
 ) -> None:
-    """Prints the result of a command, as text or as JSON.
-
-    Args:
-        arguments: Arguments of the command.
-        result: The result for JSON.
-        shown: The same as a line or a table; None if it has been printed.
-    """
+    """Prints the result of a command as text (None if it has been printed) or as JSON."""
     if arguments.json == STDOUT:
         say(as_json(result))
         return
@@ -148,11 +122,7 @@ def say(line: str) -> None:
 
 
 def parse_options(texts: list[str], example: str, option: str = "--option") -> dict[str, Any]:
-    """Parses ``KEY=VALUE`` arguments, whose values are YAML.
-
-    Raises:
-        UsageError: If an argument has another form; the message has the example.
-    """
+    """Parses ``KEY=VALUE`` arguments, whose values are YAML."""
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")

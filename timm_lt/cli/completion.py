@@ -37,11 +37,12 @@ def print_script(arguments: argparse.Namespace) -> None:
     """
     program = create_parser()
     parsers = subparsers(program)
+    options = parse.create_parser("timm-lt train")
     parsers["train"].add_argument("recipe", nargs="?", choices=list(parse.shipped_recipes()))
     parsers["compare"].add_argument("grid", nargs="?", choices=list(shipped_grids()))
+    _add_options(parsers["train"], options)
     _add_options(parsers["compare"], compare.create_parser())
-    for name in ("train", "compare"):
-        _add_options(parsers[name], parse.create_parser("timm-lt train"))
+    _add_options(parsers["compare"], options)
     for parser in parsers.values():
         for action in parser._actions:
             _complete(action)
@@ -61,8 +62,7 @@ def _add_options(parser: argparse.ArgumentParser, other: argparse.ArgumentParser
         names = [name for name in action.option_strings if name.startswith("--")]
         if names and not known.intersection(names):
             kind = "store_true" if action.nargs == 0 else "store"
-            added = parser.add_argument(*names, action=kind)
-            added.choices = action.choices
+            parser.add_argument(*names, action=kind).choices = action.choices
 
 
 def _complete(action: argparse.Action) -> None:

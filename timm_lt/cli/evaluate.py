@@ -38,12 +38,8 @@ def add_evaluate(commands: Commands) -> None:
     add("--head", nargs="+", metavar="NAME", help="heads of the checkpoint; all by default")
     inputs.add_weights_options(parser, "weights for that architecture")
     inputs.add_data_options(parser)
-    add(
-        "--split",
-        choices=get_args(Split),
-        default="test",
-        help="split to evaluate on; by default test, which is held out of a folder without splits",
-    )
+    split = "split to evaluate on; by default test, which is held out of a folder without splits"
+    add("--split", choices=get_args(Split), default="test", help=split)
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
     add("--per-class", type=Path, metavar="FILE", help="write a CSV of classes")
     inputs.add_compute_options(parser)
@@ -106,18 +102,16 @@ def evaluate_model(arguments: argparse.Namespace) -> None:
 
 
 def _same_split(data: DataRecipe, folder: Path | None) -> DataRecipe:
-    """Reuses the splits of the run that produced the model, if it used the same data.
+    """Reuses the splits of the model's run on the same data: heads have seen the other images."""
 
-    Otherwise images that a head was fitted on could be among those that are held out now.
-    """
+    def source(own: DataRecipe) -> tuple[object, ...]:
+        root = own.root and Path(own.root).resolve()
+        return own.name, root, own.options.get("train"), own.options.get("repo")
+
     if folder is None or not (folder / RECIPE).is_file():
         return data
     run = load_recipe(folder / RECIPE).data
-    sources = [
-        (own.name, own.root and Path(own.root).resolve(), *map(own.options.get, ("train", "repo")))
-        for own in (run, data)
-    ]
-    if sources[0] != sources[1]:
+    if source(run) != source(data):
         return data
     options = {**run.options, **data.options}
     if options != run.options:
@@ -156,8 +150,7 @@ def _log_other_names(splits: Splits, model: nn.Module, name: str) -> None:
     for label, (own, their) in enumerate(zip(shown_as(model, theirs) or [], theirs, strict=False)):
         if own != their:
             log.warning(
-                "class %d is %r in %s and %r in the data; figures are right only if such classes "
-                "mean the same",
+                "class %d is %r in %s and %r in the data; check that they mean the same",
                 *(label, own, name, their),
             )
             return

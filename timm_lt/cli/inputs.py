@@ -52,35 +52,22 @@ def add_background(parser: argparse.ArgumentParser, default: str, explained: str
 
 
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
-    """Adds the options of how a model is created, and of its images and classes.
-
-    Args:
-        parser: Parser of the command.
-        checkpoint: Help of ``--checkpoint``; None adds only what creates a model.
-    """
+    """Adds the options of a model and its images; with a help for ``--checkpoint``, that too."""
     add = parser.add_argument
     if checkpoint is not None:
         add("--checkpoint", metavar="FILE", help=checkpoint)
-        add(
-            "--class-order",
-            choices=get_args(ClassOrder),
-            help="order of the classes in weights without class names: timm (1, 2, 10) or sorted "
-            "(1, 10, 2); by default determined from training images, in predict that of --names",
+        order = (
+            "order of the classes in weights without class names: timm (1, 2, 10) or sorted "
+            "(1, 10, 2); by default determined from training images, in predict that of --names"
         )
+        add("--class-order", choices=get_args(ClassOrder), help=order)
         add_background(parser, "auto", "that of the model's checkpoint, or white")
-    add(
-        "--checkpoint-key",
-        metavar="KEY",
-        help="key or prefix of the weights in that file, e.g. teacher, if it has several networks",
-    )
+    key = "key or prefix of the weights in that file, e.g. teacher, if it has several networks"
+    add("--checkpoint-key", metavar="KEY", help=key)
     size = "by default that of the file or model"
     add("--image-size", type=positive, metavar="PIXELS", help=size)
-    add_option(
-        parser,
-        "argument of the model, e.g. global_pool=max, or mean, std, interpolation, crop_pct, "
-        f"crop_mode of its images; {size}",
-        "--model-option",
-    )
+    options = "global_pool=max, or mean, std, interpolation, crop_pct, crop_mode of its images"
+    add_option(parser, f"argument of the model, e.g. {options}; {size}", "--model-option")
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -89,12 +76,7 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
-    """Returns the model with the options of :func:`add_weights_options`.
-
-    Args:
-        arguments: Arguments of the command.
-        name: Name of the model, of :class:`timm_lt.models.repo.ModelSource`.
-    """
+    """Returns a model, by its name in :class:`ModelSource`, with :func:`add_weights_options`."""
     return ModelRecipe(
         name,
         pretrained=arguments.checkpoint is None,
@@ -120,45 +102,19 @@ def data_recipe(arguments: argparse.Namespace) -> DataRecipe:
 def load_model(
     recipe: ModelRecipe, image_size: int | None, *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """Loads a model in evaluation mode.
-
-    Args:
-        recipe: The model.
-        image_size: Side of its images in pixels; None is that of the file or model.
-        head: A head of its checkpoint; None is the joint classifier.
-        **options: Further options of :func:`timm_lt.create_model`.
-
-    Raises:
-        UsageError: If there is no such model, head or file, or they do not fit together.
-    """
+    """Loads a model, with a head or else its joint classifier, in evaluation mode."""
+    options |= recipe.options
     with prefixed("model"):
         if recipe.checkpoint is None:
-            return create_sized_model(
-                recipe.name, True, image_size, head=head, **options, **recipe.options
-            ).eval()
+            return create_sized_model(recipe.name, True, image_size, head=head, **options).eval()
         if head is not None:
             raise UsageError("--head is for a model with its own heads, not for --checkpoint")
-        return create_from_file(
-            recipe.name,
-            recipe.checkpoint,
-            key=recipe.checkpoint_key,
-            image_size=image_size,
-            **options,
-            **recipe.options,
-        ).eval()
+        options |= {"key": recipe.checkpoint_key, "image_size": image_size}
+        return create_from_file(recipe.name, recipe.checkpoint, **options).eval()
 
 
 def find_data(data: str, root: str | None, options: dict[str, Any]) -> DataRecipe:
-    """Finds the data that a user means by a folder, a list or a name.
-
-    Args:
-        data: A folder of images, a list of images, a data set's name, or NAMESPACE/NAME on the Hub.
-        root: Folder with the files of a list or a data set, or None.
-        options: Options of the data set.
-
-    Raises:
-        UsageError: If there is no such thing.
-    """
+    """Finds the data that a user means by a folder, a list, a data set's name or a repo id."""
     path = Path(data).expanduser()
     if path.is_dir():
         if (path / CONFIG).is_file():

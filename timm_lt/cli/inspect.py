@@ -1,23 +1,20 @@
 """``timm-lt inspect``: figures of a data set before training."""
 
 import argparse
-import csv
-import io
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from timm_lt.cli import inputs
 from timm_lt.cli.common import (
-    STDOUT,
     Commands,
     add_command,
     add_output_options,
@@ -26,17 +23,17 @@ from timm_lt.cli.common import (
     show_result,
 )
 from timm_lt.data.folder import list_folder
-from timm_lt.data.inspection import SHOWN, Duplicates, Inspection, Sizes, inspect_splits
+from timm_lt.data.inspection import SHOWN, Inspection, inspect_splits
 from timm_lt.data.items import as_rgb
 from timm_lt.data.list_files import read_image_list
 from timm_lt.data.lists import located
 from timm_lt.data.sources import checked_source, dataset_from_files, find_root, find_splits
+from timm_lt.metrics import write_per_class
 from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
 from timm_lt.run.recipe import DataRecipe
 from timm_lt.utils.checks import UsageError, check_background, check_integer, check_number
 from timm_lt.utils.console import advance, error_text, one_line, progress, result_console
-from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
 if TYPE_CHECKING:
@@ -49,7 +46,7 @@ def add_inspect(commands: Commands) -> None:
     """Adds the command to the parser."""
     inspect = add_command(commands, "inspect", inspect_data)
     add = inspect.add_argument
-    add("data", help="folder of images, list of images, or a data set's name")
+    add("data", help=inputs.DATA_HELP)
     inputs.add_data_options(inspect)
     inputs.add_background(inspect, "white", "white")
     add("--output", type=Path, help="folder for table and plot; inspect_NAME by default")
@@ -96,18 +93,13 @@ def inspect_data(arguments: argparse.Namespace) -> None:
             on_image=lambda: advance(bar),
         )
     written = _write_files(output, found)
-    if arguments.json != STDOUT:
-        _print_report(result_console(), found, written)
-    show_result(arguments, found.to_dict(), None)
+    show_result(arguments, found.to_dict(), _report(found, written))
 
 
 def _load(data: DataRecipe) -> "tuple[dict[str, Dataset], list[str]]":
     """Returns the splits of a data set, and the problems that would keep a run from training.
 
     A folder or list that a run would refuse is inspected all the same.
-
-    Raises:
-        UsageError: If an option is wrong, or there are no images to inspect.
     """
     source, root, options = data.name, data.root, dict(data.options)
     if source in ("folder", "list"):
@@ -144,70 +136,56 @@ def _write_files(output: Path, found: Inspection) -> list[Path]:
     """Writes the table of all classes and the plot of their training images."""
     train = torch.tensor(found.class_counts.get("train", []), dtype=torch.int64)
     groups = [""] * found.num_classes
-    if train.any():
-        for group, mask in shot_groups(train, found.shot_rule).items():
-            for label in mask.nonzero().flatten().tolist():
-                groups[label] = group_word(group)
+    for group, mask in shot_groups(train, found.shot_rule).items() if train.any() else ():
+        for label in mask.nonzero().flatten().tolist():
+            groups[label] = group_word(group)
     names = found.label_names or [""] * found.num_classes
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["label", "name", *found.class_counts, "shot"])
-    counts = found.class_counts.values()
-    rows.writerows(zip(range(found.num_classes), names, *counts, groups, strict=True))
-    write_atomic(output / TABLE, text.getvalue())
+    columns = ("label", "name", *found.class_counts, "shot")
+    rows = zip(range(found.num_classes), names, *found.class_counts.values(), groups, strict=True)
+    write_per_class(output / TABLE, [dict(zip(columns, row, strict=True)) for row in rows])
     if not train.any():
         return [output / TABLE]
     save_count_plot(output / PLOT, train, found.shot_rule)
     return [output / TABLE, output / PLOT]
 
 
-def _print_report(console: Console, found: Inspection, written: list[Path]) -> None:
-    """Prints the figures, and last the problems that would keep a run from training."""
-
-    def say(*lines: str) -> None:
-        for line in lines:
-            console.print(line, soft_wrap=True, highlight=False)
-
-    total = sum(map(sum, found.class_counts.values()))
-    say(f"[bold]{_plain(found.name)}[/]: {total:,} images of {found.num_classes} classes")
-    splits = ("split", "images", "classes", "largest", "smallest")
-    console.print(_table(splits, _split_rows(found)))
-    if found.shots:
-        say(
-            f"imbalance factor {found.imbalance_factor:.4g} (largest / smallest class of train); "
-            f"imbalance ratio {found.imbalance_ratio:.4g} (mean over the classes of largest / "
-            "class: MeanIR of Charte et al., 2015)",
-        )
-        shots = (
+def _report(found: Inspection, written: list[Path]) -> str:
+    """Returns the figures, and last the problems that would keep a run from training."""
+    environment = Environment(undefined=StrictUndefined)
+    environment.filters |= {
+        "one_line": one_line,
+        "error_text": error_text,
+        "number": "{:,}".format,
+    }
+    template = Path(__file__).with_name("inspect.txt").read_text(encoding="utf-8")
+    text: str = environment.from_string(template).render(
+        found=found,
+        written=written,
+        total=sum(map(sum, found.class_counts.values())),
+        table=_table,
+        split_rows=_split_rows(found),
+        shot_rows=[
             (group_word(group), shot["rule"], shot["classes"], shot["images"])
             for group, shot in found.shots.items()
-        )
-        groups = ("shot group", "training images of a class", "classes", "images")
-        console.print(_table(groups, shots))
-        console.print(_table(("class", "label", *found.class_counts), _class_rows(found)))
-    say(*_duplicates(found.duplicates, found.label_names), *_unreadable(found))
-    say(*_sizes(found.sizes) if found.sizes else ())
-    say(f"written: {', '.join(_plain(str(path)) for path in written)}")
-    number = len(found.problems)
-    if not number:
-        say("[bold]none of this keeps a run from training[/]")
-        return
-    say(f"[bold]{number} problem{'s' * (number > 1)} would keep a run from training:[/]")
-    say(*(f"- {escape(error_text(problem))}" for problem in found.problems))
+        ],
+        class_rows=_class_rows(found),
+        limit=SHOWN,
+        pixels=(Image.MAX_IMAGE_PIXELS or 0) / 1e6,
+    )
+    return text
 
 
-def _plain(text: str, limit: int = 60) -> str:
-    """Returns a name that comes from a file, safe for a terminal."""
-    return escape(one_line(text, limit)) or "''"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str | int]]) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
+    """Returns a table as text for standard output."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
-    return table
+        table.add_row(*(escape(cell) if isinstance(cell, str) else f"{cell:,}" for cell in row))
+    console = result_console()
+    with console.capture() as text:
+        console.print(table)
+    return text.get()
 
 
 def _split_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
@@ -223,67 +201,11 @@ def _split_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
 
 def _class_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
     """Yields the largest and the smallest classes of train."""
-    train = torch.tensor(found.class_counts["train"])
+    train = torch.tensor(found.class_counts.get("train", []))
     order = train.argsort(descending=True, stable=True).tolist()
     for rank, label in enumerate(order):
         if not SHOWN <= rank < len(order) - SHOWN:
-            name = _plain(found.label_names[label], 40) if found.label_names else "-"
+            name = one_line(found.label_names[label], 40) if found.label_names else "-"
             yield name, str(label), *(counts[label] for counts in found.class_counts.values())
         elif rank == SHOWN:
             yield ("...",)
-
-
-def _duplicates(found: Duplicates | None, names: list[str] | None) -> Iterator[str]:
-    if found is None:
-        yield "duplicates: not looked for"
-        return
-    numbers = {f"within {split}": (split, number) for split, number in found.within.items()}
-    for key, number in found.across.items():
-        first, second = key.split(", ")
-        numbers[f"of {second} also in {first}"] = (key, number)
-    numbers["under two labels"] = ("conflicts", found.conflicts)
-    any_found = any(number for _, number in numbers.values())
-    yield f"duplicates (images with the same bytes){'' if any_found else ': none'}"
-    for words, (key, number) in numbers.items():
-        if number:
-            yield f"  {words}: {number:,}"
-        for pair in found.pairs.get(key, []):
-            labels = [names[image.label] if names else f"label {image.label}" for image in pair]
-            yield "    " + " = ".join(
-                f"{image.split} {_plain(image.name, 200)}, {_plain(label, 40)}"
-                for image, label in zip(pair, labels, strict=True)
-            )
-        if number > SHOWN:
-            yield "    ..."
-
-
-def _unreadable(found: Inspection) -> Iterator[str]:
-    how = "by header and end of the files" if found.duplicates is None else "all were decoded"
-    number = sum(map(len, found.unreadable.values()))
-    yield f"unreadable images ({how}): {number or 'none'}"
-    for split, images in found.unreadable.items():
-        for image in images[:SHOWN]:
-            yield f"  {split} {_plain(image.name, 200)}: {_plain(image.reason, 100)}"
-        if len(images) > SHOWN:
-            yield f"  {split}: ... {len(images):,} in all"
-
-
-def _sizes(sizes: Sizes) -> Iterator[str]:
-    width, height = (" / ".join(f"{n:,}" for n in side) for side in (sizes.width, sizes.height))
-    yield f"sizes (smallest / median / largest): width {width}, height {height}"
-    frequent = (f"{width}x{height} ({number:,})" for width, height, number in sizes.most_frequent)
-    yield f"  most frequent, width x height: {', '.join(frequent)}"
-    modes, formats = (
-        ", ".join(f"{_plain(name)} ({number:,})" for name, number in numbers.items())
-        for numbers in (sizes.modes, sizes.formats)
-    )
-    yield f"  modes: {modes}; formats: {formats}"
-    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-    for words, number in {
-        "with transparency (composited onto --background)": sizes.transparent,
-        "with more than 8 bits per channel, of which 8 are kept": sizes.deep,
-        "of a single colour when decoded": sizes.one_color,
-        f"of more than {limit:.0f} million pixels, read all the same": sizes.huge,
-    }.items():
-        if number:
-            yield f"  {words}: {number:,}"

@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import timm.data
 import torch
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from timm_lt.checkpoint import background_of
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
-from timm_lt.data.decode import ImageError, decode_image, describe_huge, is_huge, shown_path
-from timm_lt.data.folder import HEIC_SUFFIXES, Found, counted_suffixes, find_images, suffix
+from timm_lt.data.decode import ImageError, decode_image, shown_path
+from timm_lt.data.folder import Found, counted_suffixes, find_images, suffix
 from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.network import class_orders
@@ -33,26 +33,19 @@ BATCH_SIZE = 32
 # Images that no folder of a run has, since Pillow does not decode them, or only a preview.
 UNUSUAL_SUFFIXES = frozenset(
     (
-        *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "fff", "iiq", "k25", "kdc"),
-        *("mef", "mos", "mrw", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "rwl", "sr2"),
-        *("srf", "srw", "x3f"),
-        *(*HEIC_SUFFIXES, "hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr", "hdp", "wdp"),
-        *("jpm", "jls", "psd", "psb", "xcf", "kra", "svg", "svgz", "exr", "hdr", "dcm", "ico"),
-        *("cur", "icns", "dds", "sgi", "bpg", "flif"),
+        *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "iiq", "kdc", "mef", "mrw"),
+        *("nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "sr2", "srf", "srw", "x3f", "heic"),
+        *("heif", "hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr", "psd", "svg", "exr"),
+        *("hdr", "dcm", "ico", "icns", "dds"),
     )
 )
-DECODED = Image.registered_extensions()
 # Number of files that are named in the log because they are not images.
 SHOWN_OTHERS = 100
 FORMATS = ("table", "csv", "json")
 
 
-class Prediction(NamedTuple):
-    """The most probable classes of an image with their probabilities, or why it is not read."""
-
-    image: str
-    classes: list[tuple[str, float]]
-    error: str | None
+# An image, its most probable classes with their probabilities, or why it cannot be read.
+Prediction: TypeAlias = tuple[str, list[tuple[str, float]], str | None]
 
 
 def add_predict(commands: Commands) -> None:
@@ -63,25 +56,17 @@ def add_predict(commands: Commands) -> None:
     add("images", nargs="+", metavar="IMAGE", help="files and folders; skipped files are named")
     add("--head", metavar="NAME", help="the joint classifier by default")
     inputs.add_weights_options(predict, "weights for that architecture")
-    add(
-        "--classes",
-        type=int,
-        metavar="C",
-        help="number of classes; by default that in the file of --checkpoint",
+    number = "number of classes; by default that in the file of --checkpoint"
+    add("--classes", type=int, metavar="C", help=number)
+    names = (
+        "UTF-8 text file with one class name per line, the first that of class 0, in place of the "
+        "model's own names; without either, classes are numbers"
     )
-    add(
-        "--names",
-        type=Path,
-        metavar="FILE",
-        help="UTF-8 text file with one class name per line, the first that of class 0, in place of "
-        "the model's own names; without either, classes are numbers",
-    )
+    add("--names", type=Path, metavar="FILE", help=names)
     add("--top", type=positive, default=3, metavar="N", help="classes of each image; 3 by default")
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--format", choices=FORMATS, help="table, or the ending of --output")
-    form.add_argument(
-        "--json", action="store_const", const="json", dest="format", help="--format json"
-    )
+    form.add_argument("--json", action="store_const", const="json", dest="format", help="JSON")
     add("--output", type=Path, metavar="FILE", help="write CSV or JSON there")
     inputs.add_compute_options(predict, workers=0)
     add_log_options(predict, quiet="the predictions")
@@ -97,11 +82,10 @@ def predict_images(arguments: argparse.Namespace) -> None:
         timm-lt predict resnet50 a.jpg --checkpoint own.pth --names names.txt
     """
     set_cpu_threads(arguments.threads)
-    output = arguments.output
+    output, given = arguments.output, arguments.background
     form = arguments.format or ("table" if output is None else output.suffix[1:].lower())
     if output is not None and form not in FORMATS[1:]:
         raise UsageError(f"--output {output}: give --format csv or --format json")
-    given = arguments.background
     background = None if given == "auto" else check_background(given)
     paths, errors = find_files(arguments.images)
     options = {} if arguments.classes is None else {"num_classes": arguments.classes}
@@ -111,12 +95,13 @@ def predict_images(arguments: argparse.Namespace) -> None:
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)
+    text = {"csv": _csv, "json": _json}[form](found) if form != "table" else ""
     if form == "table":
         result_console().print(_table(found))
     elif output is None:
-        say(_json(found) if form == "json" else _csv(found))
+        say(text)
     else:
-        write_atomic(output, f"{_json(found) if form == 'json' else _csv(found)}\n")
+        write_atomic(output, f"{text}\n")
         log.info("wrote %s", output)
     damaged = [f"{image} ({error})" for image, _, error in found if error is not None]
     if damaged:
@@ -126,27 +111,20 @@ def predict_images(arguments: argparse.Namespace) -> None:
 
 
 def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the files among the arguments, and the images in the folders among them, sorted.
+    """Returns the images among files and in folders, sorted, and why some cannot be read, by path.
 
     Other files of a folder are logged.
-
-    Returns:
-        The files, and by file why some cannot be read: links to nothing, names that are not UTF-8,
-        formats that Pillow does not decode.
-
-    Raises:
-        UsageError: If a file does not exist, or a folder has no images.
     """
     paths: list[str] = []
     others: list[str] = []
     errors: dict[str, str] = {}
     for path in (Path(text).expanduser() for text in given):
+        if not (path.is_dir() or path.is_file()):
+            raise UsageError(f"{path} does not exist; expected an image or a folder of images")
         found = find_images(str(path)) if path.is_dir() else Found(images=[str(path)])
         photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
         images = sorted([*found.images, *photos, *found.broken])
-        if not images or not (path.is_dir() or path.is_file()):
-            if not path.is_dir():
-                raise UsageError(f"{path} does not exist; expected an image or a folder of images")
+        if not images:
             only = f"; found only {counted_suffixes(found.others)}" if found.others else ""
             raise UsageError(f"no images in {path}{only}")
         errors |= found.broken
@@ -154,29 +132,23 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         others += [other for other in found.others if other not in photos]
     if others:
         names = shown_names([shown_path(other) for other in others], SHOWN_OTHERS)
-        log.warning(
-            "not images by their suffix, skipped: %d (%s): %s",
-            *(len(others), counted_suffixes(others), names),
-        )
-    for path_ in paths:
-        if (end := suffix(path_)) in UNUSUAL_SUFFIXES and f".{end}" not in DECODED:
-            errors[path_] = f"Pillow does not decode .{end}; convert it to JPEG"
+        count = counted_suffixes(others)
+        log.warning("not images by their suffix, skipped: %d (%s): %s", len(others), count, names)
+    undecoded = UNUSUAL_SUFFIXES - {end[1:] for end in Image.registered_extensions()}
+    for text in paths:
+        if (end := suffix(text)) in undecoded:
+            errors[text] = f"Pillow does not decode .{end}; convert it to JPEG"
     return paths, errors
 
 
 class ImageFiles(Dataset[tuple[Tensor, str]]):
-    """Image files as a model takes them, or why they cannot be read.
-
-    Attributes:
-        huge: Whether Pillow would warn of the size of a file, (N,); shared with the workers.
-    """
+    """Image files as a model takes them, or why they cannot be read."""
 
     def __init__(
         self, paths: Sequence[str], model: nn.Module, background: str, errors: Mapping[str, str]
     ) -> None:
         self.paths, self.background, self.errors = paths, background, errors
         self.transform: Any = timm.data.create_transform(**image_config(model))
-        self.huge = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -189,22 +161,11 @@ class ImageFiles(Dataset[tuple[Tensor, str]]):
             image = decode_image({"path": path, "bytes": None}, background=self.background)
         except ImageError as error:
             return torch.empty(0), str(error)
-        self.huge[index] = is_huge(image.size)
         return self.transform(image), ""
 
 
 def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -> list[str] | None:
-    """Returns the names of a model's classes, (C,); None if they are unknown.
-
-    Args:
-        model: The model.
-        file: UTF-8 text file with a name per line, in place of the model's own; or None.
-        order: Order of these names in the weights; None is that of the file, with a warning if it
-            is not timm's.
-
-    Raises:
-        UsageError: If the file cannot be read, or has not a name for each class.
-    """
+    """Returns the names of a model's classes, (C,), from a file or the model; None if unknown."""
     if file is None:
         if order is not None:
             raise UsageError("--class-order is for the names of --names; remove it, or give these")
@@ -212,15 +173,14 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
         return None if own is None else [one_line(name, 200) for name in own]
     with prefixed("--names"):
         text = read_text(file.expanduser())
-    if text is None:
-        raise UsageError(f"--names: {file} does not exist")
-    lines = text.removeprefix("\ufeff").rstrip().splitlines()
+    lines = (text or "").removeprefix("\ufeff").rstrip().splitlines()
     names = [one_line(line, 200) for line in lines]
     if len(names) != model.num_classes or "" in names:
         empty = f" (line {names.index('') + 1} is empty)" if "" in names else ""
+        found = "does not exist" if text is None else f"has {len(names)} lines{empty}"
         raise UsageError(
-            f"--names: {file} has {len(names)} lines{empty}, and the model has "
-            f"{model.num_classes} classes; write a name for each, in the order of the classes"
+            f"--names: {file} {found}; write a line with the name of each of the model's "
+            f"{model.num_classes} classes, in their order"
         )
     orders = class_orders(names)
     if order is None and names == orders["sorted"] != orders["timm"]:
@@ -235,15 +195,7 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
 def predict_files(
     model: nn.Module, files: ImageFiles, *, names: list[str] | None, top: int, workers: int
 ) -> list[Prediction]:
-    """Returns the most probable classes of each image, by softmax.
-
-    Args:
-        model: A model in evaluation mode.
-        files: The images.
-        names: Names of the classes, (C,); None gives their numbers.
-        top: Number of classes; all if there are fewer.
-        workers: Processes that decode.
-    """
+    """Returns the most probable classes of each image, by softmax; without names, their numbers."""
     loader: DataLoader[Any] = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     device = default_device()
     model = model.to(device)
@@ -259,10 +211,7 @@ def predict_files(
         for _, error in batch:
             pairs = [] if error else zip(*next(best), strict=True)
             classes = [(names[label] if names else str(label), share) for share, label in pairs]
-            found.append(Prediction(files.paths[len(found)], classes, error or None))
-    huge = [shown_path(files.paths[row]) for row in files.huge.nonzero().flatten().tolist()]
-    if huge:
-        log.warning("%s", describe_huge(len(huge), len(files), huge))
+            found.append((files.paths[len(found)], classes, error or None))
     return found
 
 
@@ -279,14 +228,13 @@ def _table(found: Sequence[Prediction]) -> Table:
 
 
 def _csv(found: Sequence[Prediction]) -> str:
-    """Returns a row for each image; a column ``error`` if some cannot be read."""
+    """Returns a row for each image, with a column ``error`` if some cannot be read."""
     rows = []
     for image, classes, error in found:
         rows.append({"image": image} | ({"error": error} if error else {}))
         for rank, (name, share) in enumerate(classes, 1):
             rows[-1] |= {f"class_{rank}": name, f"probability_{rank}": f"{share:.6f}"}
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    columns.sort(key=lambda column: column == "error")
+    columns = sorted(dict.fromkeys(key for row in rows for key in row), key="error".__eq__)
     text = io.StringIO()
     table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     table.writeheader()
@@ -295,13 +243,8 @@ def _csv(found: Sequence[Prediction]) -> str:
 
 
 def _json(found: Sequence[Prediction]) -> str:
-    return as_json(
-        [
-            {
-                "image": image,
-                "classes": [{"name": name, "probability": share} for name, share in classes],
-                **({} if error is None else {"error": error}),
-            }
-            for image, classes, error in found
-        ]
-    )
+    rows: list[dict[str, Any]] = []
+    for image, classes, error in found:
+        pairs = [{"name": name, "probability": share} for name, share in classes]
+        rows.append({"image": image, "classes": pairs} | ({"error": error} if error else {}))
+    return as_json(rows)

@@ -6,7 +6,7 @@ import inspect
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,8 @@ SAMPLER = "--sampler"
 def add_run(commands: Commands) -> None:
     """Adds the command to the parser."""
     run = add_command(commands, "run", run_script)
-    run.add_argument(
-        SAMPLER,
-        help="sampler of the training images: a name, or YAML with options, as '{name: power, q: "
-        "0.5}'",
-    )
+    sampler = "a name, or YAML with options, as '{name: power, q: 0.5}'"
+    run.add_argument(SAMPLER, help=f"sampler of the training images: {sampler}")
     run.add_argument("script", metavar="SCRIPT", help="a Python file")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
 
@@ -56,23 +53,21 @@ def run_script(arguments: argparse.Namespace) -> None:
             "clone it, and give the path of the script"
         )
     if rest and rest[0].partition("=")[0] == SAMPLER:
-        # Also directly behind the script.
         own = argparse.ArgumentParser()
         own.add_argument(SAMPLER)
         number = 1 if "=" in rest[0] else 2
         sampler, rest = own.parse_args(rest[:number]).sampler, rest[number:]
-    scope: AbstractContextManager[list[EpochsInTurn]] = nullcontext([])
-    if sampler is not None:
-        scope = training_sampler(*parse_sampler(sampler))
     before = sys.argv, sys.path[:]
-    with scope as used:
+    with (
+        nullcontext(None) if sampler is None else training_sampler(*parse_sampler(sampler)) as used
+    ):
         sys.argv = [str(path), *rest]
         sys.path.insert(0, str(path.resolve().parent))
         try:
             runpy.run_path(str(path), run_name="__main__")
         finally:
             sys.argv, sys.path[:] = before
-    if sampler is not None and not used:
+    if used == []:
         raise UsageError(
             f"{SAMPLER} had no effect: {path} created no training loader with "
             "timm.data.create_loader"
@@ -80,11 +75,7 @@ def run_script(arguments: argparse.Namespace) -> None:
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
-    """Returns the name and the options of a sampler, from its name or YAML with both.
-
-    Raises:
-        UsageError: If it is neither, or there is no such sampler or option.
-    """
+    """Returns the name and the options of a sampler, from its name or YAML with both."""
     with prefixed(SAMPLER):
         try:
             options = parse_yaml(text)
@@ -99,8 +90,7 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
         name = options.pop("name")
         # A number of classes is for the script's own labels.
         own = {key: value for key, value in options.items() if key != "num_classes"}
-        sampler = create_sampler(name, [0, 1], **own)
-        if getattr(sampler, "unit", 1) > 1:
+        if getattr(create_sampler(name, [0, 1], **own), "unit", 1) > 1:
             raise UsageError(
                 f"sampler {name!r} draws pairs, and timm's train.py has no loss for them; use "
                 "timm-lt train"
@@ -112,12 +102,7 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
 def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["EpochsInTurn"]]:
     """Makes ``timm.data.create_loader`` draw training images with a sampler while the block runs.
 
-    Args:
-        name: Name of the sampler.
-        options: Its options.
-
-    Yields:
-        The samplers of the training loaders that the block has created.
+    Yields the samplers of the training loaders that the block has created.
     """
     used: list[EpochsInTurn] = []
 
@@ -149,14 +134,16 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
             module.create_loader = timm_create_loader
 
 
+def _set_epochs(setters: Sequence[Callable[[int], object]], epoch: int) -> None:
+    for setter in setters:
+        setter(epoch)
+
+
 class EpochsInTurn(Sampler[int]):
     """A sampler that moves on to the next epoch whenever it is iterated again.
 
     train.py sets the epoch of a sampler only in several processes, and old versions set none of the
     data set.
-
-    Attributes:
-        epoch: The epoch that the next iteration draws.
     """
 
     def __init__(self, sampler: ClassSampler) -> None:
@@ -176,8 +163,3 @@ class EpochsInTurn(Sampler[int]):
         self.sampler.set_epoch(self.epoch)
         self.epoch += 1
         yield from self.sampler
-
-
-def _set_epochs(setters: Sequence[Callable[[int], object]], epoch: int) -> None:
-    for setter in setters:
-        setter(epoch)

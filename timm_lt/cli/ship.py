@@ -43,6 +43,8 @@ from timm_lt.utils.longtail import ClassCounts
 
 DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# Fields of the description that a packed checkpoint has, too.
+KEPT = ("class_counts", "label_names", "dataset", "shot_rule", "protocol", "seed")
 SOURCE_HELP = (
     "folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME, or a "
     "pretrained name"
@@ -50,7 +52,7 @@ SOURCE_HELP = (
 
 
 def add_destination(parser: argparse.ArgumentParser, kind: str) -> None:
-    """Adds the argument ``destination`` and ``--overwrite`` of a checkpoint of some kind there."""
+    """Adds the argument ``destination``, and ``--overwrite`` for a checkpoint of that kind."""
     parser.add_argument("destination", type=Path, help="folder to write; must not exist")
     parser.add_argument("--overwrite", action="store_true", help=f"replace {kind} there")
 
@@ -61,14 +63,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yields a folder to fill, which becomes the destination when the block ends without error.
 
-    Args:
-        arguments: Arguments with ``destination`` and ``overwrite``.
-        names: Files and folders that the command writes. A destination with anything else, or
-            without a checkpoint, is not replaced.
-        source: Folder that is read meanwhile, which must be another.
-
-    Raises:
-        UsageError: If the destination exists and may not be replaced, or cannot be written.
+    A destination that is the source, or has other files than ``names``, is not replaced.
     """
     destination: Path = arguments.destination
     # A symbolic link stays: the folder that it points to is replaced.
@@ -129,8 +124,7 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
         noun = "checkpoint (no such folder, nor a pretrained model of timm):"
         raise unknown_name(noun, name, timm.list_pretrained("lt_*"))
     info = source.read_info()
-    kinds = {head: _kind(head, arguments.source, info) for head in heads}
-    options = _options_by_head(parse_options(arguments.option, "tau=0.7"), kinds)
+    options = _options_by_head(arguments, info)
     models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
     single = len(models) == 1
     lines, written = [], []
@@ -157,26 +151,23 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     show_result(arguments, written, "\n".join(lines))
 
 
-def _kind(head: str, given: str, info: CheckpointInfo | None) -> str:
-    """Returns the registered kind of a head of a checkpoint, or of a published name."""
-    if info is None and given in PUBLISHED and head in PUBLISHED[given].heads:
-        return head
-    return find_entry(info, head, given).kind
-
-
-def _options_by_head(options: dict[str, Any], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns the options of each head; an option that no head takes raises UsageError."""
-    names = {head: head_option_names(kind) for head, kind in kinds.items()}
-    known = sorted({name for accepted in names.values() for name in accepted})
-    for option in options:
-        if not known:
-            raise UsageError(f"head {', '.join(kinds)} has no option {option!r}; it has none")
-        if option not in known:
-            raise unknown_name(f"option of head {', '.join(kinds)}:", option, known)
-    return {
-        head: {key: value for key, value in options.items() if key in accepted}
-        for head, accepted in names.items()
+def _options_by_head(
+    arguments: argparse.Namespace, info: CheckpointInfo | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the options of each head; an option that no head takes is refused."""
+    source, heads = arguments.source, arguments.head
+    options = parse_options(arguments.option, "tau=0.7")
+    published = PUBLISHED[source].heads if info is None and source in PUBLISHED else ()
+    names = {
+        head: head_option_names(head if head in published else find_entry(info, head, source).kind)
+        for head in heads
     }
+    known = sorted({name for accepted in names.values() for name in accepted})
+    for option in options.keys() - known:
+        raise UsageError(
+            f"head {', '.join(heads)} has no option {option!r}; options: {shown_names(known)}"
+        )
+    return {head: {key: options[key] for key in options if key in names[head]} for head in heads}
 
 
 def _described(report: FoldReport) -> str:
@@ -209,14 +200,9 @@ def pack_checkpoint(arguments: argparse.Namespace) -> None:
             folder,
             model,
             heads={name: load_heads(source, name, model) for name in info.heads},
-            class_counts=info.class_counts,
             metrics={name: entry.metrics for name, entry in info.heads.items()},
-            label_names=info.label_names,
-            dataset=info.dataset,
-            shot_rule=info.shot_rule,
-            protocol=info.protocol,
-            seed=info.seed,
             dtype=DTYPES[arguments.dtype],
+            **{key: getattr(info, key) for key in KEPT},
         )
         if (source / METRICS).is_file():
             # The digests are those of the logits in full precision.
@@ -240,13 +226,8 @@ def add_convert(commands: Commands) -> None:
     add("--model", help="the architecture; found by itself where it can be")
     heads = "a head from a file with the same backbone; may be repeated"
     add("--head", action="append", default=[], metavar="NAME=URL_OR_FILE", help=heads)
-    add(
-        "--class-counts",
-        type=Path,
-        metavar="FILE",
-        help="JSON with the training images of each class: a list in label order, or an object by "
-        "label",
-    )
+    counts = "JSON with the training images per class: a list in label order, or an object by label"
+    add("--class-counts", type=Path, metavar="FILE", help=counts)
     inputs.add_weights_options(convert, None)
     add_output_options(convert, quiet="what was written")
 
@@ -276,15 +257,10 @@ def convert_weights(arguments: argparse.Namespace) -> None:
             image_size=arguments.image_size,
             options=inputs.model_options(arguments),
         )
-    result = {
-        "folder": str(destination),
-        "model": done.name,
-        "found": done.found,
-        "num_classes": done.num_classes,
-        "heads": done.heads,
-    }
-    shown = f"{done.num_classes} classes, heads {', '.join(done.heads)}"
-    show_result(arguments, result, f"{destination}: {done.name} ({done.found}), {shown}")
+    name, found, number, written = done.name, done.found, done.num_classes, done.heads
+    result = {"folder": str(destination), "model": name, "found": found, "num_classes": number}
+    shown = f"{name} ({found}), {number} classes, heads {', '.join(written)}"
+    show_result(arguments, result | {"heads": written}, f"{destination}: {shown}")
 
 
 def _class_counts(path: Path) -> ClassCounts:

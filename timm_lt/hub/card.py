@@ -70,7 +70,7 @@ METRICS = {
 
 
 def plain(value: object) -> str:
-    """Escapes text for Markdown, including table cells, and HTML.
+    """Escapes text for Markdown, its table cells, and HTML.
 
     >>> plain("tau 1.05"), plain("a|b")
     ('tau 1.05', 'a&#124;b')
@@ -82,11 +82,7 @@ def plain(value: object) -> str:
 
 
 def code(value: str) -> str:
-    """Formats text as inline code.
-
-    >>> code("tau_norm"), code("a`b")
-    ('`tau_norm`', '<code>a&#96;b</code>')
-    """
+    """Formats text as inline code."""
     line = one_line(value)
     return f"`{line}`" if line and SIMPLE.fullmatch(line) else f"<code>{plain(line)}</code>"
 
@@ -101,13 +97,13 @@ def fenced(text: str, language: str) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(undefined=StrictUndefined)
-    environment.filters |= {
-        "code": code,
-        "fenced": fenced,
-        "group_word": group_word,
-        "number": "{:,}".format,
-        "plain": plain,
-        "source_name": _source_name,
+    filters = (brief, code, fenced, group_word, known_fraction, percent, plain)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters["number"] = "{:,}".format
+    environment.globals |= {
+        "EXACT": EXACT,
+        "GIVEN": (GIVEN_MODEL, GIVEN_DATA),
+        "OBJECTIVE_WORDS": OBJECTIVE_WORDS,
     }
     text = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
     return environment.from_string(text)
@@ -124,15 +120,7 @@ def render_card(
 ) -> str:
     """Renders the model card of a checkpoint, without sections for missing information.
 
-    All text that the checkpoint may choose freely is escaped.
-
-    Args:
-        info: Description of the checkpoint.
-        name: Title of the card.
-        repo_id: ``namespace/name`` on the Hub, for the examples; None is the folder itself.
-        plots: Names of files in the checkpoint's ``plots/``; unknown ones are ignored.
-        recipe: Resolved recipe, as YAML.
-        license: Licence of the weights, by its identifier on the Hub.
+    All text from the checkpoint is escaped. The examples load the repo, or else the folder itself.
     """
     heads, counts = list(info.heads.values()), info.class_counts
     classes = [] if counts is None else zip(info.label_names or (), counts, strict=False)
@@ -150,7 +138,7 @@ def render_card(
         shots=_shots(info),
         plots=[plot for plot in PLOT_FILES if plot in plots],
         classes=sorted(classes, key=lambda pair: -pair[1]),
-        selections=[_describe_choice(e) for e in heads if selected_option(e.selection)],
+        selected=[(e, option) for e in heads if (option := selected_option(e.selection))],
         unselected=[entry.name for entry in heads if not selected_option(entry.selection)],
         recipe=recipe,
         license=license,
@@ -174,9 +162,7 @@ def folder_card(
 
 
 def write_card(folder: str | Path, *, name: str, license: str | None = None) -> None:
-    """Writes the model card of a checkpoint folder.
-
-    If somebody edited the card, only its metadata is updated.
+    """Writes the model card of a checkpoint folder; of an edited card, only the metadata.
 
     Args:
         folder: The checkpoint's folder.
@@ -211,15 +197,6 @@ def update_card(old: str | None, fresh: str) -> str:
         text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
         front = f"---\n{text}---\n"
     return front + (body if is_edited(old) else fresh_body)
-
-
-def merge_cards(local: str | None, remote: str | None, fresh: str) -> str:
-    """Returns the card to push, given the cards in the folder and on the Hub, if any.
-
-    A card that was edited in the folder is pushed; else one that was edited on the Hub stays.
-    """
-    mine = update_card(local, fresh)
-    return mine if local is not None and is_edited(local) else update_card(remote, mine)
 
 
 def is_edited(card: str) -> bool:
@@ -266,18 +243,11 @@ def _kept_backbone(recipe: str | None) -> str | None:
     """Returns the backbone of a run that only fitted heads to it, None for other runs."""
     try:
         values = yaml.safe_load(recipe or "")
-        if values["epochs"] != 0:
-            return None
         model = values["model"]
-        return str(model["checkpoint"] or model["name"])
+        return None if values["epochs"] else str(model["checkpoint"] or model["name"])
     except (*YAML_ERRORS, KeyError):
         # The file may have any content.
         return None
-
-
-def _source_name(name: str) -> str:
-    """Formats a name as code, except for the words for an object that was passed in Python."""
-    return name if name in (GIVEN_MODEL, GIVEN_DATA) else code(name)
 
 
 def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelCardData:
@@ -318,8 +288,8 @@ def _example_head(info: CheckpointInfo) -> str:
     return best.name if best else "linear"
 
 
-def _results(info: CheckpointInfo) -> str | None:
-    """Returns the table of the heads' figures; None if there are none."""
+def _results(info: CheckpointInfo) -> dict[str, list[str]]:
+    """Returns the columns of the table of heads, without those that are empty."""
     heads, shots = info.heads.values(), _shots(info)
     figures = {key: [known_fraction(e.metrics.get(key)) for e in heads] for key in HEADINGS}
     pairs = zip(figures["all"], figures["class_mean"], strict=True)
@@ -331,33 +301,25 @@ def _results(info: CheckpointInfo) -> str | None:
         for key, values in figures.items()
         if any(value is not None for value in values)
     }
-    if not columns:
-        return None
     words = {
         "options": [_options(entry) for entry in heads],
         "selected": [plain(describe_selection(entry.selection)) for entry in heads],
     }
-    cells = {"head": [code(entry.name) for entry in heads], **columns}
-    cells |= {heading: texts for heading, texts in words.items() if any(texts)}
-    rules = ["---:" if heading in columns else "---" for heading in cells]
-    rows = [list(cells), rules, *map(list, zip(*cells.values(), strict=True))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return columns | {heading: texts for heading, texts in words.items() if any(texts)}
 
 
 def _best_in_bold(key: str, values: list[float | None]) -> list[str]:
     """Formats figures in percent, the best of several in bold; equal texts are equally good."""
     known = [percent(value) for value in values if value is not None]
     best = (min if key == "ece" else max)(known, key=float) if len(known) > 1 else None
-    texts = map(percent, values)
-    return [f"**{text}**" if text == best else text for text in texts]
+    return [f"**{text}**" if text == best else text for text in map(percent, values)]
 
 
 def _options(entry: HeadEntry) -> str:
     """Returns the options of a head that were not selected."""
     chosen = selected_option(entry.selection)
-    return ", ".join(
-        code(f"{key}={brief(value)}") for key, value in entry.options.items() if key != chosen
-    )
+    given = {key: value for key, value in entry.options.items() if key != chosen}
+    return ", ".join(code(f"{key}={brief(value)}") for key, value in given.items())
 
 
 def _shots(info: CheckpointInfo) -> Mapping[str, dict[str, Any]]:
@@ -366,28 +328,12 @@ def _shots(info: CheckpointInfo) -> Mapping[str, dict[str, Any]]:
         return {}
     if info.class_counts is None:
         texts = shot_rule_texts(info.shot_rule).items()
-        return {group: {"rule": text, "note": f" ({text})"} for group, text in texts}
-    groups = shot_groups(info.class_counts, info.shot_rule)
-    shots: dict[str, dict[str, Any]] = describe_shots(info.class_counts, info.shot_rule)
+        return {group: {"note": f" ({text})"} for group, text in texts}
+    counts = torch.tensor(info.class_counts)
+    masks = shot_groups(counts, info.shot_rule)
+    shots: dict[str, dict[str, Any]] = describe_shots(counts, info.shot_rule)
     for group, shot in shots.items():
-        shot["images"] = int(torch.tensor(info.class_counts)[groups[group]].sum())
         plural = "class" if shot["classes"] == 1 else "classes"
         shot["note"] = f" ({shot['rule']}, {shot['classes']:,} {plural})"
+        shot["images"] = int(counts[masks[group]].sum())
     return shots
-
-
-def _describe_choice(entry: HeadEntry) -> str:
-    """Returns how an option of a head was selected."""
-    record, option = entry.selection, selected_option(entry.selection) or ""
-    compared, objective = record.get("compared"), record.get("objective")
-    exact = entry.kind in EXACT and option == "tau"
-    how = "the best of all values" if exact else "selected"
-    if isinstance(compared, list) and (len(compared) > 1 or option == "head"):
-        how = f"the best of {len(compared):,} {'heads' if option == 'head' else 'values'}"
-    text = f"{code(entry.name)}: {plain(option)} = {plain(brief(record[option], 4))}, {how}"
-    if isinstance(objective, str):
-        text += f" for {OBJECTIVE_WORDS.get(objective) or code(objective)}"
-    if isinstance(record.get("split"), str):
-        text += f" on {plain(record['split'])}"
-    accuracy = known_fraction(record.get("val_accuracy"))
-    return text if accuracy is None else f"{text} ({percent(accuracy)} %)"

@@ -1,5 +1,6 @@
 """Pushing to the Hugging Face Hub: a checkpoint folder, or one more head of a repo."""
 
+import fnmatch
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from timm_lt.checkpoint import (
     read_checkpoint,
     read_shapes,
 )
-from timm_lt.hub.card import folder_card, merge_cards, render_card, stated_license, update_card
+from timm_lt.hub.card import folder_card, is_edited, render_card, stated_license, update_card
 from timm_lt.metrics import ShotReport
 from timm_lt.models.create import create_model
 from timm_lt.models.repo import Repo
@@ -66,16 +67,14 @@ def push_to_hub(
 ) -> Pushed:
     """Pushes a checkpoint folder to a model repo of the Hub in one commit.
 
-    A missing repo is created. Only safetensors, JSON, YAML, Markdown and PNG files of the
-    checkpoint are pushed, and of these only those that changed. The recipe becomes public
-    unaltered, with its paths. A push that fails leaves the repo unchanged, and a new one empty.
-
-    The examples in the model card name the repo. A card that somebody edited, in the folder or else
-    on the Hub, keeps its text; then only its metadata is updated.
+    Only the changed safetensors, JSON, YAML, Markdown and PNG files of the checkpoint are uploaded.
+    The recipe becomes public unaltered, with its paths. A push that fails leaves the repo
+    unchanged, and a new one empty. A card that somebody edited, in the folder or else on the Hub,
+    keeps its text; then only its metadata is updated.
 
     Args:
         folder: A decoupled checkpoint, such as the folder of a run.
-        repo_id: ``namespace/name``.
+        repo_id: ``namespace/name``; created if missing.
         private: Whether a new repo is private; None is the namespace's default. An existing repo
             must agree.
         revision: Branch to push to, created if missing; None is the main branch.
@@ -83,7 +82,7 @@ def push_to_hub(
             ``"apache-2.0"``; None keeps the licence that the card states.
         overwrite: Remove heads of the repo that the folder does not have.
         commit_message: Title of the commit.
-        token: A token of the Hub; None takes the one that is logged in or set.
+        token: A token of the Hub; None is the one that is logged in or set.
 
     Raises:
         UsageError: If the folder is incomplete, the repo has heads that the folder lacks or a
@@ -108,25 +107,15 @@ def push_to_hub(
             "overwrite=True, or --overwrite of timm-lt push"
         )
     files[CARD] = _merged_card(folder, repo_id, branch.read(CARD), license).encode()
-    stale = [path for path in branch.files if _is_optional(path) and path not in files]
+    optional = [METRICS, RECIPE, *PLOT_PATHS, *fnmatch.filter(branch.files, "heads/*.safetensors")]
+    stale = [path for path in branch.files if path in optional and path not in files]
     message = commit_message or f"Push {repo_id.rpartition('/')[2]} with timm_lt"
     return branch.commit(files, stale, message)
 
 
-def check_push(
-    repo_id: str, *, private: bool | None = None, token: str | bool | None = None
-) -> None:
-    """Checks, without pushing, that :func:`push_to_hub` may write to the repo.
-
-    Args:
-        repo_id: ``namespace/name``.
-        private: As for the push.
-        token: As for the push.
-
-    Raises:
-        UsageError: If it may not, or the Hub cannot be reached.
-    """
-    api = _client(repo_id, token)
+def check_push(repo_id: str, *, private: bool | None = None) -> None:
+    """Checks, without pushing, that :func:`push_to_hub` may write to the repo."""
+    api = _client(repo_id, None)
     with hub_errors(repo_id):
         # The client checks the name before it asks the Hub.
         exists = api.repo_exists(repo_id)
@@ -154,8 +143,7 @@ def add_head(
 ) -> Pushed:
     """Publishes one more head of a repo: its file, its entry in the config and its row in the card.
 
-    The backbone is only read, to check that the head belongs to it. A card that somebody edited
-    keeps its text; then only its metadata is updated.
+    The backbone is only read, to check that the head belongs to it.
 
     Args:
         repo_id: ``namespace/name``, or ``namespace/name@branch``.
@@ -167,12 +155,12 @@ def add_head(
         dtype: Type of the stored tensors.
         commit_message: Title of the commit.
         cache_dir: Folder for downloads; None is the cache of the Hub's libraries.
-        token: A token of the Hub; None takes the one that is logged in or set.
+        token: A token of the Hub; None is the one that is logged in or set.
 
     Raises:
         UsageError: If the head does not belong to the repo's backbone, the name is taken, the
             metrics have other shot groups than the repo's, the repo changed meanwhile, or the Hub
-            refuses; the repo stays unchanged.
+            refuses. The repo stays unchanged.
     """
     repo = Repo.parse(repo_id, cache_dir=cache_dir, token=token)
     branch = _Branch(_client(repo.repo_id, token), repo)
@@ -195,23 +183,28 @@ def add_head(
     config = read_json(folder / CONFIG)
     config[BLOCK]["heads"][name] = entry
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    card = branch.render_card(parse_text(folder, text))
-    additions: dict[str, Path | bytes] = {CONFIG: text.encode(), CARD: card.encode()}
+    old_card = branch.read(CARD)
+    card = render_card(
+        parse_text(folder, text),
+        name=repo.repo_id.rpartition("/")[2],
+        repo_id=repo.repo_id,
+        plots=[path.removeprefix(f"{PLOTS}/") for path in branch.files],
+        recipe=branch.read(RECIPE),
+        license=stated_license(old_card),
+    )
+    files: dict[str, Path | bytes] = {
+        CONFIG: text.encode(),
+        CARD: update_card(old_card, card).encode(),
+    }
     replaced = info.heads[name].file if name in info.heads else None
     removed = [replaced] if replaced is not None and content is None else []
     if content is not None:
-        additions[entry["file"]] = content
-    return branch.commit(additions, removed, commit_message or f"Add head {name}")
+        files[entry["file"]] = content
+    return branch.commit(files, removed, commit_message or f"Add head {name}")
 
 
 class _Branch:
-    """A branch of a repo at its newest commit: its files, and commits on top of it.
-
-    Attributes:
-        repo: The repo at that commit.
-        files: Paths of the files.
-        private: Whether the repo is private.
-    """
+    """A branch of a repo at its newest commit."""
 
     def __init__(self, api: HfApi, repo: Repo) -> None:
         self._api, self._revision = api, repo.revision
@@ -240,19 +233,6 @@ class _Branch:
         except UsageError:
             return []
 
-    def render_card(self, info: CheckpointInfo) -> str:
-        """Returns the repo's card for a new config."""
-        old = self.read(CARD)
-        fresh = render_card(
-            info,
-            name=self.repo.repo_id.rpartition("/")[2],
-            repo_id=self.repo.repo_id,
-            plots=[path.removeprefix(f"{PLOTS}/") for path in self.files],
-            recipe=self.read(RECIPE),
-            license=stated_license(old),
-        )
-        return update_card(old, fresh)
-
     def commit(
         self, additions: Mapping[str, Path | bytes], removed: Iterable[str], message: str
     ) -> Pushed:
@@ -274,15 +254,11 @@ class _Branch:
 
 
 def _checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
-    """Returns the files to push by their path in the repo, without the card.
-
-    A file that is missing, altered, of a wrong type, or a link to elsewhere is refused.
-    """
+    """Returns the files to push by their path in the repo, without the card, all checked."""
     read_shapes(folder, info)
-    if (folder / METRICS).is_file():
-        read_json(folder / METRICS)
-    if (folder / RECIPE).is_file():
-        read_yaml(folder / RECIPE)
+    for name, read in ((METRICS, read_json), (RECIPE, read_yaml)):
+        if (folder / name).is_file():
+            read(folder / name)
     digests = {entry.file: entry.sha256 for entry in info.heads.values() if entry.file is not None}
     optional = [p for p in (METRICS, RECIPE, *PLOT_PATHS) if (folder / p).is_file()]
     files = {path: folder / path for path in (CONFIG, WEIGHTS, *digests, *optional)}
@@ -300,17 +276,13 @@ def _checkpoint_files(folder: Path, info: CheckpointInfo) -> dict[str, Path]:
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Returns False for a link to elsewhere, whose target would become public.
-
-    The Hub's cache has links to its blobs.
-    """
+    """Returns False for a link to elsewhere; the Hub's cache has links to its blobs."""
     root, target = folder.resolve(), path.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     return target.is_relative_to(root) or target.is_relative_to(blobs)
 
 
 def _client(repo_id: str, token: str | bool | None) -> HfApi:
-    """Returns the client of the Hub for a repo."""
     if repo_id.startswith(HF_HUB) or Repo.parse(repo_id).revision is not None:
         raise UsageError(f"{repo_id!r} must be NAMESPACE/NAME; a branch is given by revision")
     return HfApi(token=token, library_name="timm_lt")
@@ -324,17 +296,10 @@ def _check_private(repo_id: str, private: bool | None, *, now: bool | None) -> N
         )
 
 
-def _is_optional(path: str) -> bool:
-    """Returns whether a file of a repo is one that a checkpoint may lack."""
-    return path in (METRICS, RECIPE, *PLOT_PATHS) or (
-        path.startswith("heads/") and path.endswith(".safetensors")
-    )
-
-
 def _merged_card(folder: Path, repo_id: str, remote: str | None, license_id: str | None) -> str:
-    """Returns the card for the repo; see :func:`merge_cards`."""
+    """Returns the card for the repo. An edit in the folder comes before one on the Hub."""
     local = read_text(folder / CARD)
     license_id = license_id or stated_license(local) or stated_license(remote)
     name = repo_id.rpartition("/")[2]
-    fresh = folder_card(folder, name=name, repo_id=repo_id, license=license_id)
-    return merge_cards(local, remote, fresh)
+    card = update_card(local, folder_card(folder, name=name, repo_id=repo_id, license=license_id))
+    return card if local is not None and is_edited(local) else update_card(remote, card)

@@ -39,8 +39,6 @@ FOLDER = Path(__file__).parent
 MAX_CLASSES = 10_000
 # Rows on a page of the table of classes. Without a script there is only the first page.
 PAGE = 100
-# Stands for a missing figure.
-NONE = "\N{EN DASH}"
 CHARTS = {
     "frequency": draw_frequency,
     "tau": draw_curves,
@@ -61,29 +59,41 @@ def render_report(report: Report) -> str:
     style, script = (
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
+    heads, counts, joint = report.reports, report.class_counts, report.base
     thumbnails, compared = Thumbnails(report.images), report.compared
-    bases = [] if report.base is None else [report.base]
     shown = report.recommended if report.recommended in compared else next(iter(compared), None)
+    columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
+    if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
+        columns["class_mean"] = "class mean"
     page: str = (
         _environment()
         .get_template("report.html")
         .render(
             report=report,
             title=one_line(report.title, 200),
-            shots=describe_shots(report.class_counts, report.rule),
+            shots=describe_shots(counts, report.rule),
             groups=GROUPS,
             group_of=[GROUPS[k] for k in report.group_of.tolist()],
-            counts=report.class_counts.tolist(),
-            **_heads(report),
+            counts=counts.tolist(),
+            columns=columns,
+            # The largest value of each figure as it is displayed.
+            best={
+                key: percent(max(getattr(shot, key) or 0.0 for shot in heads.values()))
+                for key in columns
+            },
+            intervals={n: confidence_intervals(shot, counts) for n, shot in heads.items()},
+            gains={n: _gain(report, n, joint) for n in heads if joint and n != joint},
+            selected={n: describe_selection(report.selections.get(n, {})) for n in heads},
+            swatches={name: _swatch(style) for name, style in head_styles(report).items()},
             shown=shown,
             min_images=min_images(report),
-            comparisons={name: compare(report, name, thumbnails) for name in compared if bases},
+            comparisons={name: compare(report, name, thumbnails) for name in compared if joint},
             confusions={
                 name: (confused_groups(report, name), frequent_mistakes(report, name, thumbnails))
-                for name in (*bases, *compared)
+                for name in dict.fromkeys([*filter(None, [joint]), *compared])
             },
             charts={name: _charts(report, name) for name in CHARTS},
-            table=_table(report, shown if bases else None),
+            table=_table(report, shown if joint else None),
             page=PAGE,
             style=Markup(_palette() + style),
             script=Markup(script),
@@ -96,26 +106,6 @@ def render_report(report: Report) -> str:
 def write_report(path: str | Path, report: Report) -> None:
     """Writes a report atomically as one HTML file; see :func:`render_report`."""
     write_atomic(Path(path), render_report(report))
-
-
-def _heads(report: Report) -> dict[str, Any]:
-    """Returns the values for the table of heads."""
-    heads, joint = report.reports, report.base
-    columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
-    if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
-        columns["class_mean"] = "class mean"
-    return {
-        "columns": columns,
-        # The largest value of each figure as it is displayed.
-        "best": {
-            key: percent(max(getattr(shot, key) or 0.0 for shot in heads.values()))
-            for key in columns
-        },
-        "intervals": {n: confidence_intervals(r, report.class_counts) for n, r in heads.items()},
-        "gains": {n: _gain(report, n, joint) for n in heads if joint and n != joint},
-        "selected": {n: describe_selection(report.selections.get(n, {})) for n in heads},
-        "swatches": {name: _swatch(style) for name, style in head_styles(report).items()},
-    }
 
 
 def _gain(report: Report, head: str, joint: str) -> PairedDifference:
@@ -136,7 +126,7 @@ def _environment() -> Environment:
     # More compact than the default, and in the order of the columns.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {
-        "percent": _percent,
+        "percent": percent,
         "points": _points,
         "group_word": group_word,
         # A name may be broken after an underscore.
@@ -146,20 +136,14 @@ def _environment() -> Environment:
     return environment
 
 
-def _percent(fraction: float | None) -> str:
-    return NONE if fraction is None else percent(fraction)
-
-
 def _points(difference: float | None) -> str:
     """Returns a difference of fractions in percentage points, with its sign.
 
     >>> _points(0.123), _points(-0.02), _points(0.0001)
     ('+12.3', '−2.0', '0.0')
     """
-    if difference is None:
-        return NONE
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text[1:] == "0.0" else text.replace("-", "−")
+    text = "-" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def _palette() -> str:
@@ -200,14 +184,14 @@ def _table(report: Report, compared: str | None) -> dict[str, Any]:
         "shots": [GROUPS[k] for k in report.group_of[classes].tolist()],
         "test images": report.images_per_class[classes].tolist(),
     }
-    accuracies = {name: shot.per_class[classes] for name, shot in report.reports.items()}
-    figures = list(accuracies.values())
+    figures = [shot.per_class[classes] for shot in report.reports.values()]
     if compared is not None:
-        figures.append(accuracies[compared] - accuracies[report.joint])
+        gain = report.reports[compared].per_class - report.reports[report.joint].per_class
+        figures.append(gain[classes])
     cells = [[None if a != a else round(a, 4) for a in column.tolist()] for column in figures]
     return {
-        "columns": [*columns, *accuracies],
+        "columns": [*columns, *report.reports],
         "change": compared,
         "rows": list(map(list, zip(*columns.values(), *cells, strict=True))),
-        "heads": len(accuracies),
+        "heads": len(report.reports),
     }

@@ -18,8 +18,8 @@ from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
 
-# Every colour of the charts, for light pages and PNG files and for dark pages. The report has them
-# as variables of its style sheet, so no two light ones may be equal, and none black.
+# Colours for light pages and PNG files, and for dark pages. The report has them as variables of its
+# style sheet, so no two light ones may be equal, and none black.
 PALETTE: Mapping[str, tuple[str, str]] = {
     "text": ("#1b1d22", "#e8e9ed"),
     "muted": ("#5b606b", "#a6abb8"),
@@ -100,8 +100,7 @@ def write_figure(path: Path, figure: Any) -> None:  # noqa: ANN401
 def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
     """Returns a matplotlib figure as SVG for a page that defines the palette.
 
-    A ``gid`` that begins with ``tip:`` becomes the text that a browser shows over the artist. The
-    salt sets the figure's ids apart from those of others in the page.
+    A ``gid`` that begins with ``tip:`` becomes a tooltip. The salt keeps ids unique in a page.
     """
     file = io.StringIO()
     with chart_style(**{"svg.hashsalt": salt}):
@@ -119,11 +118,7 @@ def figure_svg(figure: Any, salt: str) -> str:  # noqa: ANN401
 
 
 def page_colors(text: str) -> str:
-    """Replaces the palette's colours by the variables of the report's style sheet.
-
-    >>> page_colors("stroke: #1b1d22")
-    'stroke: var(--text)'
-    """
+    """Replaces the palette's colours by the variables of the report's style sheet."""
     names = {light: f"var(--{name})" for name, light in LIGHT.items()}
     return re.sub(r"#[0-9a-f]{6}", lambda color: names.get(color[0], color[0]), text)
 
@@ -140,8 +135,7 @@ def panels(
 ) -> tuple[Any, list[Any]]:
     """Creates a figure with panels, as many in a row as fit; returns it and its axes.
 
-    ``width`` is the largest one of the figure in inches; ``size`` has the least and the largest
-    width of a panel, and its height.
+    All sizes are in inches: the largest width, and a panel's least and largest width and height.
     """
     from matplotlib.figure import Figure
 
@@ -172,10 +166,7 @@ def line_style(color: str, dashes: Any = "-", width: float = 1.5) -> dict[str, A
 
 
 def head_styles(report: Report) -> dict[str, dict[str, Any]]:
-    """Returns the style of each head's line in all charts.
-
-    The joint classifier has the colour of text, and is last so that it lies above the others.
-    """
+    """Returns the style of each head's line; that of the joint classifier is last, so on top."""
     styles = {}
     for number, name in enumerate(name for name in report.reports if name != report.base):
         turn, k = divmod(number, len(COLORS))
@@ -336,9 +327,8 @@ def draw_training(report: Report, width: float) -> Any:  # noqa: ANN401
     validated = [record for record in report.history if record.val]
     epochs, kept = [record.epoch for record in report.history], report.kept_epoch
     figure, axes = panels(2 + bool(validated), width, (2.3, 4.0, 2.6))
-    for panel, title, name in (
-        (axes[0], "training loss", "loss"),
-        (axes[-1], "learning rate", "lr"),
+    for panel, title, name in zip(
+        (axes[0], axes[-1]), ("training loss", "learning rate"), ("loss", "lr"), strict=True
     ):
         values = [getattr(record, name) for record in report.history]
         panel.plot(epochs, values, color=LIGHT["text"], gid=f"tip:{title}")
@@ -416,7 +406,7 @@ def draw_confusions(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-# The files of a run, in the order in which the card shows them.
+# Files of a run, in the order of the card.
 PLOTS: Mapping[str, Callable[[Report, float], Any]] = {
     "accuracy_by_frequency.png": draw_frequency,
     "gains.png": draw_gains,
@@ -429,20 +419,15 @@ PLOT_FILES: Sequence[str] = tuple(PLOTS)
 
 
 def save_plots(folder: Path, report: Report) -> list[Path]:
-    """Draws a run's charts as PNG files, and returns their paths.
-
-    Files for which the report has no figures are deleted.
-    """
-    paths = []
-    for name, draw in PLOTS.items():
-        figure = draw(report, WIDTH)
+    """Draws a run's charts as PNG files, and returns their paths; deletes those without figures."""
+    figures = {folder / name: draw(report, WIDTH) for name, draw in PLOTS.items()}
+    for path, figure in figures.items():
         if figure is None:
             # Left by an earlier run with other heads.
-            (folder / name).unlink(missing_ok=True)
-            continue
-        write_figure(folder / name, figure)
-        paths.append(folder / name)
-    return paths
+            path.unlink(missing_ok=True)
+        else:
+            write_figure(path, figure)
+    return [path for path, figure in figures.items() if figure is not None]
 
 
 @chart_style()
@@ -465,8 +450,7 @@ def save_spread_plot(
 ) -> None:
     """Draws a panel for each shot group: columns along the axis, a marker for each row.
 
-    The spreads are the mean accuracy and its standard deviation, fractions or None, by shot group,
-    then by row and column; the title is the heading of the rows.
+    ``spreads[group][row, column]`` has the mean accuracy and its standard deviation, or None.
     """
     cells = next(iter(spreads.values()))
     labels, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))

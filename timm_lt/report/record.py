@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,7 +25,6 @@ from timm_lt.utils.longtail import ShotRule, shot_groups
 # Heads compared with the joint classifier; more would make the report large.
 MAX_COMPARED = 8
 NAME_LENGTH = 40
-
 # At most so many classes that gained or lost, pictures of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
 # With fewer test images a class gains or loses by chance.
@@ -56,8 +55,7 @@ class ExampleImages:
         train: Training images, with a column ``image``.
         train_labels: Their labels, (M,) int64.
         test: Test images, with a column ``image``.
-        test_rows: Row in ``test`` of each evaluated image, (N,) int64; with None the report has no
-            test images.
+        test_rows: Row in ``test`` of each evaluated image, (N,) int64; None shows no test images.
     """
 
     train: Dataset
@@ -68,9 +66,7 @@ class ExampleImages:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
-    """Figures of several heads on the same test images.
-
-    Only the first five arguments are required; sections for missing ones are left out.
+    """Figures of several heads on the same test images; a report omits what is missing.
 
     Args:
         title: Name of the run.
@@ -173,56 +169,13 @@ class Report:
         return self.predictions[head].preds.long()
 
     def objective(self, head: str) -> Objective | None:
-        """Returns the objective that a head's tau maximises; None for a tau that was given."""
+        """Returns the objective that a head's tau maximises; None if the tau was given."""
         selection = self.selections.get(head, {})
         return selection.get("objective") if "tau" in selection else None
 
 
-class Picture(NamedTuple):
-    """Small picture: its data URI, its alternative text, and a note to show below it."""
-
-    uri: str
-    text: str
-    note: str
-
-
-class Change(NamedTuple):
-    """Class with its test images, those that the joint classifier (before) and a head get right.
-
-    The pictures are test images on which the two differ.
-    """
-
-    label: int
-    before: int
-    after: int
-    images: int
-    pictures: list[Picture]
-
-
-class Comparison(NamedTuple):
-    """Classes that gained and lost most, and the numbers of all that gained and that lost."""
-
-    gained: list[Change]
-    lost: list[Change]
-    better: int
-    worse: int
-
-
-class Mistake(NamedTuple):
-    """Frequent confusion: true and predicted class, its test images, and their share of the class.
-
-    The pictures are a confused test image, and a training image of the predicted class.
-    """
-
-    label: int
-    pred: int
-    images: int
-    share: float
-    pictures: list[Picture]
-
-
 class Thumbnails:
-    """Small pictures of example images, each decoded once; None has no pictures."""
+    """Small pictures of example images as data URIs; None for an image that cannot be shown."""
 
     def __init__(self, images: ExampleImages | None) -> None:
         self._images = images
@@ -230,13 +183,12 @@ class Thumbnails:
         self._uri = functools.cache(self._encode)
 
     def test(self, image: int) -> str | None:
-        """Returns the data URI of an evaluated image; None if it is unreadable or unknown."""
-        if self._images is None or self._images.test_rows is None:
-            return None
-        return self._uri("test", int(self._images.test_rows[image]))
+        """Returns the picture of an evaluated image."""
+        rows = None if self._images is None else self._images.test_rows
+        return None if rows is None else self._uri("test", int(rows[image]))
 
     def of_class(self, label: int) -> str | None:
-        """Returns the data URI of the first training image of a class, if it has one."""
+        """Returns the picture of the first training image of a class."""
         if self._images is None:
             return None
         rows = (self._images.train_labels == label).nonzero()
@@ -264,11 +216,7 @@ def data_uri(image: Image.Image) -> str | None:
 
 
 def evaluated_rows(size: int, unreadable: list[int], evaluated: int) -> Tensor | None:
-    """Returns the evaluated rows of a data set, None if not all unreadable rows are known.
-
-    >>> evaluated_rows(4, [1], 3)
-    tensor([0, 2, 3])
-    """
+    """Returns the evaluated rows of a data set, None if not all unreadable rows are known."""
     readable = torch.ones(size, dtype=torch.bool)
     readable[unreadable] = False
     rows = readable.nonzero().flatten()
@@ -285,49 +233,55 @@ def min_images(report: Report) -> dict[str, int]:
     return {group: min(FEW_IMAGES, int(n.max())) for group, n in of_groups.items() if n.any()}
 
 
-def compare(report: Report, head: str, thumbnails: Thumbnails) -> Comparison:
-    """Compares a head with the joint classifier class by class."""
+def compare(report: Report, head: str, thumbnails: Thumbnails) -> dict[str, Any]:
+    """Compares a head with the joint classifier class by class.
+
+    Returns the numbers of classes that are ``better`` and ``worse``, and those that ``gained`` and
+    ``lost`` most: label, test images, those right ``before`` (joint classifier) and ``after``, and
+    pictures of images on which the two differ.
+    """
     before, images = report.reports[report.joint].right_and_images()
     after, _ = report.reports[head].right_and_images()
     change = ((after - before) / images.double()).nan_to_num(0)
     needed = min_images(report)
     enough = images >= torch.tensor([needed.get(g, 0) for g in GROUPS])[report.group_of]
 
-    def most(gain: Tensor, right: str, wrong: str) -> list[Change]:
+    def most(gain: Tensor, right: str, wrong: str) -> list[dict[str, Any]]:
         """Returns the classes with the largest gain; among equals, those with more images."""
         classes: list[int] = ((gain > 0) & enough).nonzero().flatten().tolist()
         classes.sort(key=lambda c: (-float(gain[c]), -int(images[c])))
         return [
-            Change(
-                *(c, int(before[c]), int(after[c]), int(images[c])),
-                _differing(report, c, right, wrong, thumbnails),
-            )
+            {
+                "label": c,
+                "before": int(before[c]),
+                "after": int(after[c]),
+                "images": int(images[c]),
+                "pictures": _differing(report, c, right, wrong, thumbnails),
+            }
             for c in classes[:CHANGES]
         ]
 
-    return Comparison(
-        gained=most(change, head, report.joint),
-        lost=most(-change, report.joint, head),
-        better=int((change > 0).sum()),
-        worse=int((change < 0).sum()),
-    )
+    return {
+        "gained": most(change, head, report.joint),
+        "lost": most(-change, report.joint, head),
+        "better": int((change > 0).sum()),
+        "worse": int((change < 0).sum()),
+    }
 
 
 def _differing(
     report: Report, label: int, right: str, wrong: str, thumbnails: Thumbnails
-) -> list[Picture]:
-    """Returns images of a class on which one head is right and the other wrong."""
+) -> list[dict[str, str]]:
+    """Returns pictures of a class's images on which one head is right and the other wrong."""
     who = "the joint classifier" if wrong == report.joint else "this head"
-    preds = report.preds(wrong)
+    preds, name = report.preds(wrong), report.names[label]
     rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
     pictures = []
     for row in rows.nonzero().flatten()[:PICTURES].tolist():
         if (uri := thumbnails.test(row)) is not None:
             pred = report.names[int(preds[row])]
-            sure = _confidence(report, wrong, row)
-            pictures.append(
-                Picture(uri, f"{report.names[label]}, which {who} takes for {pred}{sure}", pred)
-            )
+            text = f"{name}, which {who} takes for {pred}{_confidence(report, wrong, row)}"
+            pictures.append({"uri": uri, "text": text, "note": pred})
     return pictures
 
 
@@ -353,8 +307,8 @@ def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, floa
     }
 
 
-def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[Mistake]:
-    """Returns the most frequent confusions of a head.
+def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+    """Returns the most frequent confusions of a head, with two pictures of each.
 
     Only pairs of classes that occur are counted, so memory does not grow with C².
     """
@@ -368,11 +322,13 @@ def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list
         test, train = thumbnails.test(row), thumbnails.of_class(pred)
         pictures = []
         if test is not None and train is not None:
-            sure = _confidence(report, head, row)
+            text = f"{names[label]}, taken for {names[pred]}{_confidence(report, head, row)}"
+            like = f"a training image of {names[pred]}"
             pictures = [
-                Picture(test, f"{names[label]}, taken for {names[pred]}{sure}", "test"),
-                Picture(train, f"a training image of {names[pred]}", "train"),
+                {"uri": test, "text": text, "note": "test"},
+                {"uri": train, "text": like, "note": "train"},
             ]
         share = int(times[k]) / int(report.images_per_class[label])
-        mistakes.append(Mistake(label, pred, int(times[k]), share, pictures))
+        mistake = {"label": label, "pred": pred, "images": int(times[k]), "share": share}
+        mistakes.append(mistake | {"pictures": pictures})
     return mistakes

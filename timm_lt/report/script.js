@@ -38,9 +38,9 @@
   };
 
   const number = (value) => value.toLocaleString("en");
-  const percent = (value) => (value === null ? "–" : (100 * value).toFixed(1));
+  const percent = (value) => (value === null ? "-" : (100 * value).toFixed(1));
   const points = (value) => {
-    if (value === null) return "–";
+    if (value === null) return "-";
     const text = (100 * Math.abs(value)).toFixed(1);
     return (text === "0.0" ? "" : value > 0 ? "+" : "−") + text;
   };

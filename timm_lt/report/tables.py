@@ -25,7 +25,6 @@ OBJECTIVE_WORDS: Mapping[str, str] = {
     "harmonic_mean": "the harmonic mean of the shot groups",
     "worst_class": "the accuracy of the worst class",
 }
-
 # Note beside the figures of a run under the protocol "paper".
 TEST_SELECTION = (
     "protocol paper: hyper-parameters and the epoch were selected on the test split, as in the "
@@ -34,11 +33,7 @@ TEST_SELECTION = (
 
 
 def percent(fraction: float | None) -> str:
-    """Returns a fraction in percent with one decimal; None, a group without classes, as a dash.
-
-    >>> percent(0.5), percent(None)
-    ('50.0', '-')
-    """
+    """Returns a fraction in percent with one decimal; None, a group without classes, as a dash."""
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
@@ -73,21 +68,13 @@ def selected_option(selection: Mapping[str, Any]) -> str | None:
 
 
 def describe_selection(selection: Mapping[str, Any]) -> str:
-    """Returns the option that was selected for a head, with its value.
-
-    >>> describe_selection({"tau": 0.8125, "objective": "all", "split": "val"})
-    'tau 0.812'
-    """
+    """Returns the option that was selected for a head, with its value, such as ``tau 0.812``."""
     option = selected_option(selection)
     return "" if option is None else f"{one_line(option, 30)} {brief(selection[option])}"
 
 
 def group_word(group: str) -> str:
-    """Returns the word for a shot group in a table.
-
-    >>> group_word("many_shot")
-    'many'
-    """
+    """Returns the word for a shot group in a table, such as ``many``."""
     return group.removesuffix("_shot")
 
 
@@ -101,10 +88,9 @@ def shot_table(
     note: str | None = None,
     intervals: bool = False,
 ) -> Table:
-    """Builds the table of heads by shot group, in percent.
+    """Builds the table of heads by shot group, in percent, with 95 % intervals if asked.
 
-    Seconds and selections are by head; if empty, the table has no such column. The note is below
-    the legend. With ``intervals`` each accuracy has its 95 % confidence interval.
+    Seconds and selections are by head; if empty, the table has no such column.
     """
     legend = shot_legend(describe_shots(class_counts, next(iter(reports.values())).rule))
     if intervals:
@@ -154,20 +140,10 @@ def head_table(info: CheckpointInfo) -> Table:
 
 
 def new_table(title: str, caption: str | None, figures: Sequence[str] = ()) -> Table:
-    """Creates an empty table in the style of all tables.
-
-    A table of heads has a column for their names, and one for each of the figures.
-    """
-    table = Table(
-        title=escape(title),
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 0, 0, 1),
-    )
+    """Creates an empty table; that of heads has columns for their names and for each figure."""
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 0, 0, 1)}
+    look |= {"title_style": "bold", "title_justify": "left", "caption_justify": "left"}
+    table = Table(title=escape(title), caption=caption, **look)
     if figures:
         table.add_column("head", no_wrap=True)
     for name in figures:
@@ -177,11 +153,7 @@ def new_table(title: str, caption: str | None, figures: Sequence[str] = ()) -> T
 
 
 def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
-    """Returns a line about the shot groups.
-
-    >>> shot_legend({"many_shot": {"rule": "> 100", "classes": 3}})
-    'shots: many > 100 (3 classes)'
-    """
+    """Returns a line about the shot groups, such as ``shots: many > 100 (3 classes)``."""
     parts = [
         f"{group_word(name)} {shot['rule']} ({shot['classes']})" for name, shot in shots.items()
     ]
@@ -189,21 +161,9 @@ def shot_legend(shots: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def recommend(reports: Mapping[str, ShotReport], record: Mapping[str, Any]) -> str:
-    """Describes the head that validation chose in a sentence or two.
+    """Describes the head that validation chose, by the selection of ``auto``, with test figures.
 
-    The figures are of the test split, which is not used for the choice. Heads are tied with the
-    recommended one if the interval of its lead on validation reaches 0.
-
-    The record is the selection of head ``auto``; see :func:`timm_lt.fit_head`.
-
-    >>> from timm_lt.metrics import shot_accuracy
-    >>> before = shot_accuracy([0, 0, 0, 1], [0, 0, 1, 1], [500, 5])
-    >>> after = shot_accuracy([0, 0, 1, 1], [0, 0, 1, 1], [500, 5])
-    >>> behind = {"linear": [0.01, 0.2], "crt": [0.0, 0.0], "lws": [-0.1, 0.1]}
-    >>> record = {"head": "crt", "objective": "all", "behind": behind}
-    >>> print(recommend({"linear": before, "crt": after}, record))
-    Recommended: crt, the best on validation. On the test images, overall accuracy rises from \
-75.0 % to 100.0 % and few-shot accuracy rises from 50.0 % to 100.0 %. lws is statistically tied.
+    Heads are tied with it if the interval of its lead on validation reaches 0.
     """
     best, report, joint = record["head"], reports[record["head"]], reports.get(JOINT)
     equals = [name for name, (low, _) in record["behind"].items() if low <= 0 and name != best]
