@@ -77,15 +77,15 @@ def test_width_of_one_class_by_hand():
     low, high = confidence_intervals(report, [500, 5], samples=4000)["all"]
     error = (0.75 * 0.25 / 1000) ** 0.5
     assert (low, high) == pytest.approx((0.75 - 1.96 * error, 0.75 + 1.96 * error), abs=2e-3)
+    right = shot_accuracy([0, 1], [0, 1], [500, 5])
+    assert set(confidence_intervals(right, [500, 5]).values()) == {(1.0, 1.0)}
 
 
-def test_empty_groups_and_certain_classes():
+def test_empty_groups():
     report = shot_accuracy([0, 0, 1], [0, 0, 0], [500, 50, 5])
     found = confidence_intervals(report, [500, 50, 5])
     assert {"medium_shot", "few_shot"}.isdisjoint(found)
     assert found["many_shot"] == found["group_harmonic_mean"]
-    right = shot_accuracy([0, 1], [0, 1], [500, 5])
-    assert set(confidence_intervals(right, [500, 5]).values()) == {(1.0, 1.0)}
 
 
 def test_draws_in_parts_are_the_same(monkeypatch):
@@ -128,12 +128,10 @@ def test_paired_against_resampled_rows(objective):
 
 def test_pairing_narrows_the_interval():
     preds, targets = predictions()
-    better = preds.copy()
-    better[:2] = targets[:2] = 0
-    better[30:36] = targets[30:36]
+    better = np.where(np.arange(len(targets)) % 15 == 0, targets, preds)
     found = paired_difference(better, preds, targets, COUNTS)
-    alone = confidence_intervals(shot_accuracy(preds, targets, COUNTS), COUNTS)["all"]
-    assert found.high - found.low < (alone[1] - alone[0]) / 2
+    low, high = confidence_intervals(shot_accuracy(preds, targets, COUNTS), COUNTS)["all"]
+    assert found.high - found.low < (high - low) / 2
     assert paired_difference(preds, preds, targets, COUNTS) == (0.0, 0.0, 0.0)
 
 
@@ -169,32 +167,16 @@ def shifted_by_hand(accuracies, counts, factor, backward):
     return correct / images
 
 
-@pytest.mark.parametrize("factor", [1, 2, 1e6])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_shifted_accuracy_against_a_loop(direction, factor):
+def test_shifted_accuracy_against_a_loop(direction):
     # Ties in the counts, which are in the order of the classes; an empty class; a NaN.
     counts = [7, 300, 7, 0, 20, 300, 7]
     accuracies = [0.1, 0.9, 0.2, 0.0, math.nan, 0.8, 0.7]
-    values = torch.tensor(accuracies, dtype=torch.float64)
-    found = shifted_accuracy(values, counts, direction, factor)
-    expected = shifted_by_hand(accuracies, counts, factor, direction == "backward")
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert shifted_accuracy(torch.tensor([0.5]), [5], direction, factor) == 0.5
-
-
-def test_shifted_accuracy_of_a_test_set_that_is_drawn():
-    # The test set of imbalance factor 10, to whole images, of 1000 per class.
-    sizes = torch.tensor(long_tailed_counts(5, 1000, 10))
-    accuracies = torch.tensor([0.95, 0.8, 0.55, 0.4, 0.25], dtype=torch.float64)
-    for direction, of_class in (("forward", sizes), ("backward", sizes.flip(0))):
-        targets = torch.arange(5).repeat_interleave(of_class)
-        preds = targets.clone()
-        for c in range(5):
-            rows = (targets == c).nonzero().flatten()
-            preds[rows[round(float(accuracies[c]) * len(rows)) :]] = (c + 1) % 5
-        drawn = shot_accuracy(preds, targets, [900, 90, 50, 20, 5])
-        expected = shifted_accuracy(accuracies, [900, 90, 50, 20, 5], direction, 10)
-        assert drawn.all == pytest.approx(expected, abs=1e-3)
+    for factor in (1, 2, 1e6):
+        found = shifted_accuracy(torch.tensor(accuracies).double(), counts, direction, factor)
+        expected = shifted_by_hand(accuracies, counts, factor, direction == "backward")
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert shifted_accuracy(torch.tensor([0.5]), [5], direction, factor) == 0.5
 
 
 def test_the_shifts_of_the_papers_tables():

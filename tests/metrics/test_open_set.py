@@ -65,12 +65,12 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("rule", ["fb", "oltr"])
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
-def test_is_the_naive_loop(rule, threshold):
+def test_is_the_naive_loop(rule):
     logits, targets = images()
-    report = open_set_report(logits, targets, threshold=threshold, rule=rule)
-    found = (report.f_measure, report.all, report.known, report.open)
-    assert found == pytest.approx(naive(logits, targets, threshold, rule), rel=1e-12)
+    for threshold in (0.0, 0.4, 0.9):
+        report = open_set_report(logits, targets, threshold=threshold, rule=rule)
+        found = (report.f_measure, report.all, report.known, report.open)
+        assert found == pytest.approx(naive(logits, targets, threshold, rule), rel=1e-12)
 
 
 def test_any_pieces_and_half_precision_are_the_same():
@@ -115,13 +115,6 @@ def test_what_cannot_be_said_is_none():
     assert (only_open.open, only_open.f_measure, only_open.recall) == (0.0, 0.0, 0.0)
     nothing = open_set_report(logits, [0, 0], threshold=1.0, rule="fb")
     assert (nothing.f_measure, nothing.precision, nothing.open) == (None, None, None)
-
-
-def test_extreme_logits_of_ten_thousand_classes():
-    logits = torch.zeros(2, 10_000, dtype=torch.float16)
-    logits[0, 7] = 6e4
-    report = open_set_report(logits, [7, -1])
-    assert (report.known, report.open) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

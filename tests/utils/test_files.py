@@ -12,33 +12,24 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("content", "stored"), [(b"\x00\xff", b"\x00\xff"), ("é\n", b"\xc3\xa9\n")]
-)
-def test_write_makes_folders_and_replaces(tmp_path, content, stored):
+def test_write_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b.txt"
-    write_atomic(path, "old and longer")
-    write_atomic(path, content)
-    assert path.read_bytes() == stored
+    for content, stored in ((b"\x00\xff", b"\x00\xff"), ("é\n", b"\xc3\xa9\n")):
+        write_atomic(path, "old and longer")
+        write_atomic(path, content)
+        assert path.read_bytes() == stored
     assert names(path.parent) == ["b.txt"]
 
 
-def test_written_files_have_the_usual_rights(tmp_path):
+def test_files_have_the_usual_rights_or_keep_theirs(tmp_path, monkeypatch):
     (tmp_path / "usual").write_text("")
     write_atomic(tmp_path / "ours", "")
     modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("usual", "ours")]  # noqa: PTH116
     assert modes[0] == modes[1]
-
-
-def test_files_that_are_replaced_keep_their_rights(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, "old")
+    path = tmp_path / "ours"
     path.chmod(0o640)
-
-    def refuse(_):
-        raise AssertionError("another thread would make its files with it")
-
-    monkeypatch.setattr(os, "umask", refuse)
+    # Another thread would make its files with a changed umask.
+    monkeypatch.delattr(os, "umask")
     write_atomic(path, "new")
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o640)
 
@@ -98,14 +89,12 @@ def test_invalid_json_is_refused_and_named(tmp_path, content, message):
         read_json(path, limit=100_000)
 
 
-def test_missing_json(tmp_path):
+def test_missing_json_and_a_digest(tmp_path):
     with pytest.raises(UsageError, match=r"x\.json does not exist"):
         read_json(tmp_path / "x.json")
     with pytest.raises(UsageError, match="is not a readable JSON file"):
         read_json(tmp_path)
-
-
-def test_sha256_of_the_standard_example():
+    # The standard's example.
     assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 

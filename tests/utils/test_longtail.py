@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -51,27 +50,20 @@ def test_class_counts_count(labels, spare):
     [
         ([0, 1, -1, -2], r"labels\[2\] = -1 is negative"),
         ([0, 3, 4], r"labels\[1\] = 3 is not below num_classes=3; valid labels are 0 to 2"),
-        (torch.tensor([0, 7]), r"labels\[1\] = 7 is not below num_classes=3"),
-        ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
         ([0, None], r"labels\[1\] = None is not an integer"),
         (np.array(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
-        (pd.Series(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
         (Counter([0, 0, 1]), "labels must be a sequence or an array of integers, got a Counter"),
-        ({0, 1}, "labels must be a sequence or an array of integers, got a set"),
         (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
-        (torch.tensor([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*torch.float32"),
         (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
         (pd.Series([1, None]), r"labels\[1\] = nan is not an integer"),
         ([0, 1, True], r"labels\[2\] = True is not an integer"),
         (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
         ([], "labels must not be empty"),
-        (torch.tensor([]), "labels must not be empty"),
         ([[0, 1], [1, 0]], r"labels must be one-dimensional, got shape \(2, 2\)"),
         ([[0, 1], [1]], r"labels\[0\] = \[0, 1\] is not an integer"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
         ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
         (pd.DataFrame({"label": [0]}), "must be one-dimensional, got shape"),
-        ("012", "got a str"),
         (5, "got a int"),
         (TensorDataset(torch.zeros(2)), r"got a TensorDataset; pass timm_lt.dataset_labels\("),
         (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
@@ -123,24 +115,14 @@ def test_profiles_fall_from_max_count_to_its_imbalanced_part(
         assert counts[-1] == smallest
 
 
-def integer_root_floor(value: Fraction, degree: int) -> int:
-    """The largest k with k ** degree <= value, in exact arithmetic."""
-    k = 0
-    while (k + 1) ** degree <= value:
-        k += 1
-    return k
-
-
 @pytest.mark.parametrize(
     ("num_classes", "max_count", "factor"), [(7, 640, 64), (4, 500, 8), (12, 300, 100), (3, 77, 7)]
 )
 def test_exponential_profile_is_exact(num_classes, max_count, factor):
-    # n_i = floor(n_max r^(-i/m)) is the largest k with k^m <= n_max^m / r^i.
+    # n_i = floor(n_max r^(-i/m)) is the largest k with k^m r^i <= n_max^m, in exact arithmetic.
     m = num_classes - 1
-    expected = [
-        integer_root_floor(Fraction(max_count**m, factor**i), m) for i in range(num_classes)
-    ]
-    assert long_tailed_counts(num_classes, max_count, factor) == expected
+    for i, k in enumerate(long_tailed_counts(num_classes, max_count, factor)):
+        assert k**m * factor**i <= max_count**m < (k + 1) ** m * factor**i
 
 
 def test_profiles_by_hand():
@@ -157,7 +139,6 @@ def test_profiles_by_hand():
     [
         ((10, 500, 0.01), r"LDAM-DRW writes the inverse.* in \[1, 500\], got 0.01"),
         ((10, 500, float("nan")), "got nan"),
-        ((10, 50, 100), r"must be a number in \[1, 50\], got 100"),
         ((0, 500, 10), "num_classes must be an integer >= 1, got 0"),
         ((10, 0, 10), "max_count must be an integer >= 1, got 0"),
         ((10, 500, 10, "exp"), "unknown profile 'exp'.*exponential, step, pareto"),
@@ -235,14 +216,10 @@ def test_counts_by_name(tmp_path):
     timm_lt.save_checkpoint(tmp_path, model, heads={}, class_counts=by_name, label_names=names)
     block = json.loads((tmp_path / "config.json").read_text())["timm_lt"]
     assert block["class_counts"] == COUNTS
-    # timm keeps the names of a folder's classes.
-    named = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    timm_lt.set_head(named, "logit_adjusted", class_counts=by_name)
-    torch.testing.assert_close(named.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
     loaded = timm_lt.create_model(
         f"local-dir:{tmp_path}", head="logit_adjusted", class_counts=by_name[::-1]
     )
-    assert torch.equal(loaded.fc.log_prior, named.fc.log_prior)
+    torch.testing.assert_close(loaded.fc.log_prior.exp(), torch.tensor(COUNTS) / sum(COUNTS))
     with pytest.raises(UsageError, match=r"must be class names \(owl, .*unknown: 'eel'"):
         check_class_counts({"owl": 1, "eel": 2}, label_names=names)
 
@@ -252,9 +229,7 @@ def test_counts_by_name(tmp_path):
     [
         ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, unknown: 2"),
         ({0: 5, 1: 4, 3: 1}, None, "missing: 2, unknown: 3"),
-        ({0: 5, -1: 4}, 3, "missing: 1, 2, unknown: -1"),
         ({"0": 5, "1": 4}, None, "unknown: '0', '1'"),
-        ({0.0: 5}, None, "unknown: 0.0"),
         ({True: 5, False: 1}, None, "unknown: True, False"),
         (Counter(torch.tensor([0, 0, 1])), None, r"unknown: tensor\(0\)"),
         ({0: 0.5, 1: 0.5}, None, r"class_counts\[0\] = 0.5 is not an integer"),
