@@ -173,7 +173,9 @@ def test_shifted_accuracy_against_a_loop(direction):
     counts = [7, 300, 7, 0, 20, 300, 7]
     accuracies = [0.1, 0.9, 0.2, 0.0, math.nan, 0.8, 0.7]
     for factor in (1, 2, 1e6):
-        found = shifted_accuracy(torch.tensor(accuracies).double(), counts, direction, factor)
+        found = shifted_accuracy(
+            torch.tensor(accuracies, dtype=torch.float64), counts, direction, factor
+        )
         expected = shifted_by_hand(accuracies, counts, factor, direction == "backward")
         assert found == pytest.approx(expected, rel=1e-12)
         assert shifted_accuracy(torch.tensor([0.5]), [5], direction, factor) == 0.5
