@@ -59,12 +59,12 @@ def test_by_hand(rule, precision, f):
 
 
 @pytest.mark.parametrize("rule", ["fb", "oltr"])
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
-def test_is_the_naive_loop(rule, threshold):
+def test_is_the_naive_loop(rule):
     logits, targets = images()
-    report = open_set_report(logits, targets, threshold=threshold, rule=rule)
-    found = (report.f_measure, report.all, report.known, report.open)
-    assert found == pytest.approx(naive(logits, targets, threshold, rule), rel=1e-12)
+    for threshold in (0.0, 0.4, 0.9):
+        report = open_set_report(logits, targets, threshold=threshold, rule=rule)
+        found = (report.f_measure, report.all, report.known, report.open)
+        assert found == pytest.approx(naive(logits, targets, threshold, rule), rel=1e-12)
 
 
 def test_any_pieces_and_half_precision_are_the_same():

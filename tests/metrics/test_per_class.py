@@ -36,18 +36,19 @@ def test_rows_against_scikit_learn():
 
 
 def test_files_read_back(tmp_path):
-    write_per_class(tmp_path / "classes.csv", rows())
-    data = (tmp_path / "classes.csv").read_bytes()
+    for ending in ("csv", "json"):
+        write_per_class(tmp_path / f"classes.{ending}", rows())
     with (tmp_path / "classes.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert [row["name"].removeprefix("'") for row in found] == NAMES
-    assert found[3]["name"] == "'=1+1"
-    assert (found[3]["accuracy"], found[3]["training_images"]) == ("", "5")
+    assert (found[3]["name"], found[3]["accuracy"], found[3]["training_images"]) == (
+        "'=1+1",
+        "",
+        "5",
+    )
     # To the last bit.
     accuracies = [float(row["accuracy"]) if row["accuracy"] else None for row in found]
     assert accuracies == [row["accuracy"] for row in rows()]
-    assert "ü".encode() in data
-    write_per_class(tmp_path / "classes.json", rows())
     assert json.loads((tmp_path / "classes.json").read_text(encoding="utf-8")) == rows()
 
 
@@ -71,7 +72,6 @@ def test_no_name_is_a_formula_in_csv(tmp_path, name):
         ("classes.csv", [{"class": 0}, {"name": "a"}], "all must have the same columns"),
         ("classes.csv", [{"name": "\ud800"}], "surrogates not allowed"),
         ("classes.json", [{"f1": 0.5}, {"f1": math.nan}], "not JSON compliant"),
-        ("classes.json", [{"f1": math.inf}], "not JSON compliant"),
         ("classes.json", [{"class": np.int64(3)}], "int64 is not JSON"),
     ],
 )
