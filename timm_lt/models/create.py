@@ -296,7 +296,7 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
         name == synset or _plain(name) in {_plain(text), *map(_plain, text.split(","))}
         for synset, text, name in zip(imagenet.label_names(), own, names, strict=False)
     ]
-    return sum(same) >= SHARE * len(names)
+    return bool(sum(same) >= SHARE * len(names))
 
 
 def keeps_classifier(model: nn.Module, names: Sequence[str] | None, what: str, cure: str) -> bool:
