@@ -361,9 +361,16 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
     headings, *rows = table_texts(grid, record)
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
     texts = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
-    table = [f"| {text} |" for text in texts]
-    text = [f"{record['title']}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
-    write_atomic(folder / MARKDOWN, "\n".join(text))
+    table = "\n".join(f"| {text} |" for text in texts)
+    quoted = record["quoted_from"]
+    below = [
+        f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation",
+        record["shots"] and shot_legend(record["shots"]),
+        quoted and f"quoted, not measured here: {quoted}",
+        record["note"],
+    ]
+    markdown = f"{record['title']}.\n\n{table}\n\n{'; '.join(filter(None, below))}.\n"
+    write_atomic(folder / MARKDOWN, markdown)
     if grid.plot:
         spreads = {
             group_word(key): {
@@ -372,7 +379,7 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
             for key in record["figures"]
         }
         save_spread_plot(folder / PLOTS / f"{grid.name}.png", spreads, title=grid.rows_title)
-    return "\n".join(text)
+    return markdown
 
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
@@ -402,14 +409,6 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             texts.append("" if row["quoted"] is None else percent(row["quoted"]))
         table.append(texts)
     return table
-
-
-def legend(record: Mapping[str, Any]) -> list[str]:
-    """Returns the lines below the table."""
-    lines = [f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation"]
-    lines += [shot_legend(record["shots"])] if record["shots"] else []
-    lines += [f"quoted, not measured here: {found}"] if (found := record["quoted_from"]) else []
-    return [*lines, *filter(None, [record["note"]])]
 
 
 def spread(row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None) -> Spread:
