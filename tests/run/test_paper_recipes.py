@@ -72,17 +72,23 @@ def test_there_is_a_recipe_for_every_result():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_header_says_what_is_quoted_and_what_is_estimated(name):
+def test_the_header_says_what_is_quoted_and_where_the_paper_selected(name):
     lines = FILES[name].read_text().splitlines()
     header = " ".join(line[2:] for line in lines if line.startswith("# "))
     for words in ("Quoted, not measured here", "Estimated", "Differs from the paper", "bf16"):
         assert words in header
-    assert (load(name).protocol == "paper") is ("protocol: paper" in header)
     (row,) = [line for line in CATALOGUE.splitlines() if line.startswith(f"| `{name}`")]
     # The same figures in three places: header, catalogue, and published block.
     quoted = header[header.index("Quoted") : header.index("Estimated")]
     for figure in re.findall(r"\d\d\.\d+", row.partition("|")[2].rpartition("|")[0]):
         assert figure in quoted
+    # The data set itself permits the protocol, or not, and takes the recipe's options.
+    data, recipe, paper = DATA[name], load(name), DATA[name] in SELECTED_BY_THE_PAPERS_ON_TEST
+    assert recipe.protocol == ("paper" if paper else "standard")
+    assert ("protocol: paper" in header) is paper
+    check_protocol(data, recipe.protocol)
+    assert (data in SELECTED_ON_TEST) is paper
+    check_options(data, DATASETS[data], {"root": "FOLDER", **recipe.data.options})
     published = PUBLISHED[name].heads if name in PUBLISHED else {}
     for head, entry in published.items():
         if entry.quoted:
@@ -193,17 +199,6 @@ def test_recipes_of_a_family_differ_in_nothing_else(family):
         for part, keys in may_differ.items():
             values[part] = keys and {k: v for k, v in values[part].items() if k not in keys}
     assert all(other == first for other in others)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_test_split_is_selected_on_where_the_paper_did_so(name):
-    paper = DATA[name] in SELECTED_BY_THE_PAPERS_ON_TEST
-    assert load(name).protocol == ("paper" if paper else "standard")
-    # The data set itself permits it, or not, and takes the recipe's options.
-    check_protocol(DATA[name], load(name).protocol)
-    assert (DATA[name] in SELECTED_ON_TEST) is paper
-    options = {"root": "FOLDER", **load(name).data.options}
-    check_options(DATA[name], DATASETS[DATA[name]], options)
 
 
 def ldam_by_hand(cosines, label, counts):

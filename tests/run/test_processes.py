@@ -16,7 +16,6 @@ import json
 import sys
 from functools import partial
 
-import datasets
 import numpy as np
 import timm
 import torch
@@ -28,9 +27,8 @@ import timm_lt
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.models.networks import attach_attention
 from timm_lt.data import create_augmentation
-from timm_lt.data.images import ImageTensors
+from timm_lt.data.images import ImageTensors, StoredImages
 from timm_lt.data.sources import dataset_from_arrays
-from timm_lt.data.images import StoredImages
 from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
 from timm_lt.training.parts import means_over_processes
 
@@ -117,8 +115,7 @@ def decoded(labels=labels):
 
 
 def with_attention():
-    norm = partial(GroupNorm, num_groups=4)
-    model = InFloat64("test_resnet", norm_layer=norm)
+    model = InFloat64("test_resnet", norm_layer=partial(GroupNorm, num_groups=4))
     attach_attention(model.model)
     nn.init.normal_(model.model.layer4.attention.output.weight, std=0.5)
     return model
@@ -135,22 +132,7 @@ def run(
             seen.append(sorted(draws))
             return super().__getitems__(draws)
 
-    class Loss(nn.Module):
-        takes_pairs = getattr(criterion, "takes_pairs", False)
-        needs_features = getattr(criterion, "needs_features", False)
-
-        def __init__(self):
-            super().__init__()
-            self.criterion = criterion
-
-        def set_epoch(self, epoch, epochs):
-            getattr(criterion, "set_epoch", lambda *_: None)(epoch, epochs)
-
-        def forward(self, *batch):
-            value = criterion(*batch)
-            losses.append(value.item())
-            return value
-
+    noting = criterion.register_forward_hook(lambda *call: losses.append(call[-1].item()))
     if isinstance(data, ImageTensors):
         data.__class__ = Noting
     accelerator.free_memory()
@@ -158,8 +140,9 @@ def run(
     sgd = {"opt": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
     options = TrainingOptions(epochs=epochs, batch_size=8, optimizer=sgd, **options)
     training = train_representation(
-        model, data, sampler, Loss(), options, accelerator=accelerator
+        model, data, sampler, criterion, options, accelerator=accelerator
     )
+    noting.remove()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     epochs = [record.loss for record in training.history]
     return {"seen": seen, "losses": losses, "epochs": epochs, "norm": weights.norm().item()}
@@ -187,20 +170,21 @@ for processes in (2, 4) if accelerator.num_processes == 1 else (1,):
     options = {"given": {"samples_per_class": 2}, "epochs": 1}
     result["of_features"][processes] = run(in_memory(), OfFeatures(processes), **options)
 accelerator.free_memory()
-model = timm.create_model("test_resnet", num_classes=C)
-options = TrainingOptions(epochs=2, batch_size=8, ema={"decay": 0.5})
-sampler = timm_lt.create_sampler("instance_balanced", labels)
-loss = timm_lt.create_loss("cross_entropy")
 training = train_representation(
-    model, in_memory(), sampler, loss, options, accelerator=accelerator, val=in_memory()
+    timm.create_model("test_resnet", num_classes=C),
+    in_memory(),
+    timm_lt.create_sampler("instance_balanced", labels),
+    timm_lt.create_loss("cross_entropy"),
+    TrainingOptions(epochs=2, batch_size=8, ema={"decay": 0.5}),
+    accelerator=accelerator,
+    val=in_memory(),
 )
 state = training.model.state_dict()
 result["batch_norm"] = [float(tensor.double().sum()) for tensor in state.values()]
 options = {"accelerator": accelerator, "steps": 6, "batch_size": 8}
 head = train_head_on_images("crt", InFloat64(), in_memory(), **options)
 result["head"] = head.weight.flatten().tolist()
-model = training.model
-head = train_head_on_images("lws", model, in_memory(), bn="shift", **options)
+head = train_head_on_images("lws", training.model, in_memory(), bn="shift", **options)
 moved = head.backbone_statistics.values()
 result["moved"] = [float(tensor.double().sum()) for tensor in moved] + head.scale.tolist()
 result["targets"] = []
@@ -240,14 +224,8 @@ result["metrics"] = metrics.reduce(accelerator).compute().to_dict()
 result["own_images"] = metrics.compute().test_images.sum().item()
 # A loss whose mean is over all processes in training, taken by one of them alone.
 if accelerator.is_main_process:
-    timm_lt.fit_head(
-        "crt",
-        timm_lt.Features(logits, classes),
-        solver="sgd",
-        steps=2,
-        loss="class_balanced",
-        loss_options={"normalization": "weights"},
-    )
+    given = {"loss": "class_balanced", "loss_options": {"normalization": "weights"}}
+    timm_lt.fit_head("crt", timm_lt.Features(logits, classes), solver="sgd", steps=2, **given)
 accelerator.wait_for_everyone()
 # And fits that draw, in every process alike.
 features, many = timm_lt.Features(logits, classes), [500, 200, 100, 60, 15, 3]

@@ -1,4 +1,4 @@
-"""The classifier stage of a run: views, the cache, what is selected, the best of the heads."""
+"""The classifier stage of a run: views, what is selected, the best of the heads."""
 
 import json
 
@@ -54,20 +54,6 @@ def test_the_best_of_the_heads_is_one_more_head_and_heads_have_names_of_their_ow
     kinds = {name: found[name].kind for name in ("half", "crt", "crt_5")}
     assert kinds == {"half": "tau_norm", "crt": "crt", "crt_5": "crt"}
     assert not torch.equal(found["crt"].weight, found["crt_5"].weight)
-
-
-@pytest.mark.slow
-def test_features_in_a_cache_give_the_same_run_and_are_read_by_the_next(run, tmp_path):
-    heads, cache = "{linear: {}, ncm: {}}", ("--features.cache_dir", str(tmp_path / "cache"))
-    plain, first = run("plain", heads), run("first", heads, *cache)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.npy")}
-    second = run("second", heads, *cache)
-    assert len(files) == 6
-    assert plain["logits_sha256"] == first["logits_sha256"] == second["logits_sha256"]
-    assert {path: path.stat().st_mtime_ns for path in files} == files
-    # Other weights have other features.
-    run("third", heads, *cache, "--seed", "1")
-    assert len([*(tmp_path / "cache").glob("*.npy")]) == 12
 
 
 @pytest.mark.slow

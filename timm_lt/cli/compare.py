@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import torch
+from rich.markdown import Markdown
 
 from timm_lt.cli.common import add_log_options, as_json, positive, say
 from timm_lt.run.comparison import (
@@ -13,7 +14,6 @@ from timm_lt.run.comparison import (
     measure,
     run_all,
     shipped_grids,
-    terminal_table,
     write_results,
 )
 from timm_lt.run.execution import run_to_exit
@@ -65,11 +65,11 @@ def compare(argv: list[str]) -> list[str]:
     failures = run_all(runs, jobs=jobs, threads=arguments.threads)
     record = measure(grid, rows, runs, failures)
     record["command"] = shlex.join(["timm-lt", "compare", *argv])
-    write_results(folder, grid, record)
+    table = write_results(folder, grid, record)
     if arguments.json:
         say(as_json(record))
     else:
-        result_console().print(terminal_table(grid, record))
+        result_console().print(Markdown(table))
     log.info("wrote %s", folder)
     for run, failure in failures.items():
         log.error("%s has no figures: %s", run, failure)

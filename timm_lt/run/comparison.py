@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from timm_lt.checkpoint import METRICS, PLOTS
 from timm_lt.data import Splits
@@ -21,7 +19,7 @@ from timm_lt.data.sources import Split, check_protocol, checked_source, dataset_
 from timm_lt.models.pretrained import hub_configs
 from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.report.plots import save_spread_plot
-from timm_lt.report.tables import GROUPS, JOINT, group_word, new_table, percent, shot_legend
+from timm_lt.report.tables import GROUPS, JOINT, group_word, percent, shot_legend
 from timm_lt.run.folder import check_run_folder
 from timm_lt.run.network import create_images, create_network
 from timm_lt.run.parse import parse_recipe, parse_values
@@ -354,15 +352,25 @@ def measure(
     }
 
 
-def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
-    """Writes the record of a comparison, its table in Markdown, and its plot if it has one."""
+def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
+    """Writes the record of a comparison, its table and its plot, and returns the table's Markdown.
+
+    Only a grid with ``plot`` has a plot.
+    """
     write_json(folder / RESULTS, record)
     headings, *rows = table_texts(grid, record)
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
     texts = [" | ".join(text.replace("|", "\\|") for text in line) for line in lines]
-    table = [f"| {text} |" for text in texts]
-    text = [f"{record['title']}.", "", *table, "", f"{'; '.join(legend(record))}.", ""]
-    write_atomic(folder / MARKDOWN, "\n".join(text))
+    table = "\n".join(f"| {text} |" for text in texts)
+    quoted = record["quoted_from"]
+    below = [
+        f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation",
+        record["shots"] and shot_legend(record["shots"]),
+        quoted and f"quoted, not measured here: {quoted}",
+        record["note"],
+    ]
+    markdown = f"{record['title']}.\n\n{table}\n\n{'; '.join(filter(None, below))}.\n"
+    write_atomic(folder / MARKDOWN, markdown)
     if grid.plot:
         spreads = {
             group_word(key): {
@@ -371,17 +379,7 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> None:
             for key in record["figures"]
         }
         save_spread_plot(folder / PLOTS / f"{grid.name}.png", spreads, title=grid.rows_title)
-
-
-def terminal_table(grid: Grid, record: Mapping[str, Any]) -> Table:
-    """Returns the table for the terminal."""
-    headings, *rows = table_texts(grid, record)
-    table = new_table(record["title"], escape("\n".join(legend(record))))
-    for number, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+    return markdown
 
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
@@ -411,14 +409,6 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             texts.append("" if row["quoted"] is None else percent(row["quoted"]))
         table.append(texts)
     return table
-
-
-def legend(record: Mapping[str, Any]) -> list[str]:
-    """Returns the lines below the table."""
-    lines = [f"seeds {', '.join(map(str, record['seeds']))}: mean ± standard deviation"]
-    lines += [shot_legend(record["shots"])] if record["shots"] else []
-    lines += [f"quoted, not measured here: {found}"] if (found := record["quoted_from"]) else []
-    return [*lines, *filter(None, [record["note"]])]
 
 
 def spread(row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None) -> Spread:

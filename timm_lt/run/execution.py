@@ -80,7 +80,11 @@ def run_recipe(name: str, recipe: Recipe, options: RunOptions) -> None:
 
 @contextmanager
 def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | None]:
-    """Yields the run of a recipe with all its parts; None if the run in the folder is finished."""
+    """Yields the run of a recipe with all its parts; None if the run in the folder is finished.
+
+    Raises:
+        UsageError: For any mistake in the recipe, the data or the folder.
+    """
     folder = options.folder(name)
     check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:

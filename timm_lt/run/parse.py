@@ -116,9 +116,14 @@ def fits(value: object, hint: Any) -> bool:  # noqa: ANN401
 
 
 def parse_command_line(prog: str, argv: list[str]) -> tuple[str, Recipe, RunOptions]:
-    """Parses ``[RECIPE] [--option value ...]``; exits after ``--help`` and ``--print_config``.
+    """Parses ``[RECIPE] [--option value ...]``, the arguments of a program.
 
-    Returns the recipe's name, the recipe with the overrides, and the options of the run.
+    Returns:
+        The recipe's name, the recipe with the overrides, and the options of the run.
+
+    Raises:
+        UsageError: For any mistake in the recipe or the arguments.
+        SystemExit: After ``--help`` and ``--print_config``.
     """
     if "--verbose" in argv:
         # Before anything can go wrong.

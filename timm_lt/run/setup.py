@@ -115,7 +115,7 @@ class Run:
 
     @property
     def reports(self) -> dict[str, ShotReport]:
-        """Test figures by head."""
+        """Figures by head."""
         return {name: evaluation.report for name, evaluation in self.evaluations.items()}
 
     def features_of(self, head: str, split: Split) -> Features:
