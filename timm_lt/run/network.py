@@ -5,6 +5,7 @@ timm_lt by code point (1, 10, 2). The same weights are right in only one of the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -179,8 +180,11 @@ def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
     >>> class_orders(["2", "10", "b", "A"])
     {'timm': ['2', '10', 'A', 'b'], 'sorted': ['10', '2', 'A', 'b']}
     """
-    by_code_point = sorted(names)
-    return {"timm": sorted(by_code_point, key=natural_key), "sorted": by_code_point}
+    by_code_point = natural = sorted(names)
+    # timm takes superscripts for numbers, which int() refuses.
+    with suppress(ValueError):
+        natural = sorted(by_code_point, key=natural_key)
+    return {"timm": natural, "sorted": by_code_point}
 
 
 def _order_of_weights(
