@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import timm
@@ -34,43 +33,32 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint
 IMAGES, LABELS = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).contiguous(), torch.arange(4) % 2
 
 
-# Models -------------------------------------------------------------------------------------------
-
-
 def vit(**options):
     torch.manual_seed(0)
     return timm.create_model("test_vit", num_classes=3, **options)
 
 
-def with_pooling(pooling):
-    model = vit()
-    model.reset_classifier(3, global_pool=pooling)
-    return model
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        (lambda: vit(num_heads=2), lambda: vit(num_heads=4)),
-        (lambda: vit(global_pool="avg"), lambda: vit(global_pool="max")),
-        (lambda: with_pooling("token"), lambda: with_pooling("avg")),
-    ],
+    [({"num_heads": 2}, {"num_heads": 4}), ({"global_pool": "avg"}, {"global_pool": "max"})],
 )
 def test_what_is_in_no_weight_of_a_model_is_in_its_key(one, other):
-    weights, others = (dict(make().named_parameters()) for make in (one, other))
+    weights, others = (dict(vit(**options).named_parameters()) for options in (one, other))
     shared = weights.keys() & others.keys() - {"head.weight", "head.bias"}
     assert len(shared) > 50
     assert all(weights[name].equal(others[name]) for name in shared)
-    keys = [backbone_fingerprint(make(), "head") for make in (one, one, other)]
+    keys = [backbone_fingerprint(vit(**options), "head") for options in (one, one, other)]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_the_mode_and_the_classes_of_a_model_are_not_in_its_key():
+def test_the_mode_and_the_classes_of_a_model_are_not_in_its_key_but_its_pooling_is():
     model = vit().train()
     key = backbone_fingerprint(model, "head")
     model.blocks[0].eval()
     model.reset_classifier(7)
     assert backbone_fingerprint(model, "head") == key
+    model.reset_classifier(7, global_pool="avg")
+    assert backbone_fingerprint(model, "head") != key
 
 
 def test_functions_tensors_and_classes_of_a_model_are_in_its_key():
@@ -90,17 +78,6 @@ def test_functions_tensors_and_classes_of_a_model_are_in_its_key():
     assert key(_cache=1) == key() == key(unknown=object())
 
 
-# Data sets ----------------------------------------------------------------------------------------
-
-
-def item_of_its_own(known, *arguments):
-    class Changed(known):
-        def __getitem__(self, index):
-            return super().__getitem__(index)
-
-    return Changed(*arguments)
-
-
 @pytest.fixture
 def folder(tmp_path):
     for row, pixels in enumerate(PIXELS):
@@ -111,24 +88,20 @@ def folder(tmp_path):
 
 
 def test_a_data_set_with_an_item_of_its_own_needs_a_key(folder):
+    def changed(known):
+        return type("Changed", (known,), {"__getitem__": lambda data, row: ("image", row)})
+
     known = TensorDataset(IMAGES, LABELS)
-
-    class Batches(Subset):
-        def __getitems__(self, indices):
-            return super().__getitems__(indices)
-
-    class NoMethod(list):
-        fingerprint = "a"
-
+    batches = type("Batches", (Subset,), {"__getitems__": lambda data, rows: rows})
     dataset_fingerprint(Subset(known, [0, 1]))
     dataset_fingerprint(ImageDataset(folder))
     for data in (
-        item_of_its_own(TensorDataset, IMAGES, LABELS),
-        Subset(item_of_its_own(TensorDataset, IMAGES, LABELS), [0]),
-        item_of_its_own(ImageDataset, folder),
-        item_of_its_own(DatasetFolder, folder, default_loader, (".png",)),
-        Batches(known, [0, 1]),
-        NoMethod(),
+        changed(TensorDataset)(IMAGES, LABELS),
+        Subset(changed(TensorDataset)(IMAGES, LABELS), [0]),
+        changed(ImageDataset)(folder),
+        changed(DatasetFolder)(folder, default_loader, (".png",)),
+        batches(known, [0, 1]),
+        type("NoMethod", (list,), {"fingerprint": "a"})(),
     ):
         with pytest.raises(UsageError, match=r"samples of a \w+ have no fingerprint; pass key="):
             dataset_fingerprint(data)
@@ -140,29 +113,22 @@ def open_in_grey(path):
 
 def test_the_loader_of_a_folder_is_in_its_key(folder):
     loaders = default_loader, open_in_grey, lambda path: Image.open(path).convert("1")
-    keys = [
-        dataset_fingerprint(DatasetFolder(folder, loader, (".png",)))
-        for loader in (*loaders, *loaders)
-    ]
+    keys = [dataset_fingerprint(DatasetFolder(folder, one, (".png",))) for one in loaders * 2]
     assert keys[:3] == keys[3:]
     assert len(set(keys)) == 3
 
 
 def test_what_happens_to_unreadable_images_is_in_the_key():
     rows = dataset_from_arrays(PIXELS, LABELS.numpy(), ["a", "b"])
-    assert isinstance(rows, datasets.Dataset)
-
-    def fingerprint(unreadable):
-        preprocessing = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        options = {"size": (32, 32), "preprocessing": preprocessing, "unreadable": unreadable}
-        return StoredImages(rows, LABELS, **options).fingerprint()
-
-    assert fingerprint("raise") == fingerprint("raise") != fingerprint("skip")
+    keys = [
+        StoredImages(
+            rows, LABELS, size=(32, 32), preprocessing={}, unreadable=unreadable
+        ).fingerprint()
+        for unreadable in ("raise", "raise", "skip")
+    ]
+    assert keys[0] == keys[1] != keys[2]
     # In memory, what cannot be read is known from the start.
-    assert ImageTensors(IMAGES, LABELS).fingerprint() != in_memory(None, missing=[1])
-
-
-# Transforms ---------------------------------------------------------------------------------------
+    assert in_memory(None) != in_memory(None, missing=[1])
 
 
 def normalize(mean):
@@ -216,15 +182,10 @@ def test_descriptions_are_equal_in_every_process():
         "import json, sys; sys.path.insert(0, sys.argv[1]); import test_fingerprint as tests; "
         "print(json.dumps({n: tests.described(make()) for n, make in tests.HASHED.items()}))"
     )
-    for seed in ("1", "2"):
-        run = subprocess.run(
-            [sys.executable, "-c", program, str(Path(__file__).parent)],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert json.loads(run.stdout) == here
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == here
 
 
 def test_a_transform_that_cannot_be_hashed_needs_a_key():
@@ -236,21 +197,16 @@ def test_a_transform_that_cannot_be_hashed_needs_a_key():
         described(transforms.Compose([Refuses()]))
 
 
-# Augmentations ------------------------------------------------------------------------------------
-
-
-class Bright(Augmentation):
-    """Without random numbers; what it does is in one of three places."""
-
-    def __init__(self, factor, place):
-        super().__init__()
-        if place == "buffer":
-            self.register_buffer("factor", torch.tensor(factor))
-        elif place == "private":
-            self._factor = factor
-        else:
-            self.factor = np.full(5000, 1.0)
-            self.factor[2500] = factor
+def bright(factor, place):
+    """An augmentation whose effect is in one of three places."""
+    augmentation = Augmentation()
+    if place == "buffer":
+        augmentation.register_buffer("factor", torch.tensor(factor))
+    elif place == "private":
+        augmentation._factor = factor
+    else:
+        augmentation.factor = np.append(np.ones(5000), factor)
+    return augmentation
 
 
 def in_memory(augmentation, **options):
@@ -259,7 +215,7 @@ def in_memory(augmentation, **options):
 
 @pytest.mark.parametrize("place", ["buffer", "private", "array"])
 def test_an_augmentation_is_known_by_all_that_it_holds(place):
-    one, same, other = (in_memory(Bright(factor, place)) for factor in (1.0, 1.0, 0.5))
+    one, same, other = (in_memory(bright(factor, place)) for factor in (1.0, 1.0, 0.5))
     assert one == same != other
     assert one != in_memory(None)
 

@@ -36,16 +36,18 @@ def three(*, named=True, **changed):
     return {split: dataset_of(values, named=named) for split, values in labels.items()}
 
 
-def test_splits_know_labels_counts_and_names():
+def test_splits_know_labels_counts_and_names_and_decode_their_images():
     splits = Splits.from_datasets(three())
     assert splits.class_counts.tolist() == [3, 2, 1]
-    assert splits.num_classes == 3
-    assert splits.label_names == NAMES
-    assert {split: labels.tolist() for split, labels in splits.labels.items()} == {
-        "train": [0, 0, 0, 1, 1, 2],
-        "val": [0, 1, 2],
-        "test": [0, 1, 2, 2],
-    }
+    assert (splits.num_classes, splits.label_names) == (3, NAMES)
+    labels = {split: values.tolist() for split, values in splits.labels.items()}
+    assert labels == {"train": [0, 0, 0, 1, 1, 2], "val": [0, 1, 2], "test": [0, 1, 2, 2]}
+    images = splits.images("test", size=None, mean=(0, 0, 0), std=(1, 1, 1))
+    assert images.images.shape == (4, 3, 4, 6)
+    assert images.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    batch, targets = images.__getitems__([3])
+    torch.testing.assert_close(batch, torch.full((1, 3, 4, 6), 3 / 255))
+    assert targets.tolist() == [2]
 
 
 def test_a_missing_or_empty_split_is_named():
@@ -89,17 +91,14 @@ HUGE = {"train": [0, 0, 0, 1, 1, 1, *[2 * 10**18] * 3]}
     [
         (three(train=[0, 0, 2]), "train split: 1 of 3 classes have no image: bee; add images, or"),
         (three(val=[0, 1]), "val split: 1 of 3 classes have no image: cat; add"),
-        (
-            three(train=[0, 1], val=[2]),
-            r"2 problems\n- train split: 1 of 3 .*: cat;.*\n- val split: 2 of 3 .*: ant, bee;",
-        ),
+        (three(train=[0, 1], val=[2]), r"2 problems\n- train .*: cat;.*\n- val .*: ant, bee;"),
         (
             {"train": dataset_of([0, 0, 0, 1, 1, 2])},
             "train split: 2 of 3 .* fewer than 3 images, one each for train, val, test: bee, cat;",
         ),
         (
             three(named=False, **HUGE),
-            r"train split: 1,999,999,999,999,999,998 of 2,000,.* image: 2, 3, 4, 5, 6, \.\.\.;",
+            r": 1,999,999,999,999,999,998 of 2.* image: 2, 3, 4, 5, 6,",
         ),
         (three(named=False, val=[3, 0, 1, 2]), "val split: label 3 is not below the number of"),
         (three(named=False, test=[3, 0, 1, 2]), "test split: label 3 is not below the number of"),
@@ -114,32 +113,11 @@ def test_splits_that_cannot_be_trained_on_are_refused(found, message):
         Splits.from_datasets(found)
 
 
-def test_class_names_of_a_table_may_differ_in_case_only():
+def test_names_that_differ_in_case_and_a_class_without_test_image_are_allowed():
     names = ["a", "A", "b"]
-    parts = {split: dataset_of([0, 1, 2], names) for split in ("train", "val", "test")}
-    assert Splits.from_datasets(parts).label_names == names
-
-
-def test_a_class_without_test_image_is_allowed():
-    assert Splits.from_datasets(three(test=[0, 0])).num_classes == 3
-
-
-def test_images_of_a_split_are_decoded_with_its_labels():
-    splits = Splits.from_datasets(three())
-    images = splits.images("test", size=None, mean=(0, 0, 0), std=(1, 1, 1))
-    assert images.images.shape == (4, 3, 4, 6)
-    assert images.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert images.labels.tolist() == [0, 1, 2, 2]
-    batch, targets = images.__getitems__([3])
-    torch.testing.assert_close(batch, torch.full((1, 3, 4, 6), 3 / 255))
-    assert targets.tolist() == [2]
-
-
-def test_create_splits_makes_all_three_of_a_data_set():
-    splits = create_splits("digits_lt")
-    assert (splits.num_classes, splits.val_source, len(splits.datasets["val"])) == (10, "val", 200)
-    assert set(splits.datasets) == {"train", "val", "test"}
-    assert splits.class_counts.equal(torch.bincount(splits.labels["train"]))
+    parts = {split: dataset_of([0, 1, 2], names) for split in ("train", "val")}
+    splits = Splits.from_datasets(parts | {"test": dataset_of([0, 0], names)})
+    assert splits.label_names == names
 
 
 def test_digests_tell_which_split_has_other_images_wherever_the_files_lie():
@@ -163,14 +141,16 @@ def test_digests_tell_which_split_has_other_images_wherever_the_files_lie():
 def test_digests_and_keys_of_images_in_memory():
     images = np.zeros((3, 4, 4, 3), np.uint8)
     other = images + np.array([0, 1, 2], np.uint8)[:, None, None, None]
-    digests = []
+    digests = set()
     for part in (images, images[:2], np.zeros((3, 4, 8, 3), np.uint8), other):
         dataset = dataset_from_arrays(part, np.zeros(len(part), np.int64), ["a"])
-        assert len({*image_keys(dataset)}) == (3 if part is other else 1)
-        assert image_keys(dataset.select([1, 0])) == [image_keys(dataset)[i] for i in (1, 0)]
-        digests.append(split_digests({"train": dataset}, {"train": label_tensor(dataset)})["train"])
-    assert [digest["images"] for digest in digests] == [3, 2, 3, 3]
-    assert len({digest["sha256"] for digest in digests}) == 4
+        keys = image_keys(dataset)
+        assert len({*keys}) == (3 if part is other else 1)
+        assert image_keys(dataset.select([1, 0])) == [keys[1], keys[0]]
+        found = split_digests({"train": dataset}, {"train": label_tensor(dataset)})["train"]
+        assert found["images"] == len(part)
+        digests.add(found["sha256"])
+    assert len(digests) == 4
 
 
 def test_keys_are_the_same_on_windows(monkeypatch):
@@ -212,9 +192,7 @@ def test_with_keys_an_added_image_moves_one_other_at_most_and_rows_do_not_matter
     before = held(keys, labels)
     order = torch.randperm(143).tolist()
     assert held([keys[row] for row in order], [labels[row] for row in order]) == before
-    assert torch.bincount(torch.tensor([int(key[0]) for key in before])).tolist() == [
-        *(20, 6, 2, 1, 1)
-    ]
+    assert [sum(key.startswith(str(c)) for key in before) for c in range(5)] == [20, 6, 2, 1, 1]
     for number in range(20):
         new = f"1/new {number}.jpg"
         # Of 31 images 6 are held out too, so a new one among them takes the place of one.
@@ -245,26 +223,19 @@ def test_what_cannot_be_held_out_is_refused(labels, fraction, message):
         hold_out(labels, fraction)
 
 
-@pytest.fixture
-def without_val():
-    """A registered data set that has no validation split."""
-
+def test_a_data_set_without_validation_split_gives_a_part_of_train():
     @register_dataset("without_val")
     def source(split, *, rows=40):
-        if split == "val":
-            return None
-        column = datasets.Features(
-            {"image": datasets.Value("int64"), "label": datasets.ClassLabel(2)}
-        )
+        column = datasets.Features(image=datasets.Value("int64"), label=datasets.ClassLabel(2))
         given = {"image": list(range(rows)), "label": [i % 2 for i in range(rows)]}
-        return datasets.Dataset.from_dict(given, column)
+        return None if split == "val" else datasets.Dataset.from_dict(given, column)
 
-    yield "without_val"
-    del DATASETS._parts["without_val"]
-
-
-def test_a_data_set_without_validation_split_gives_a_part_of_train(without_val):
-    splits = create_splits(without_val, val_fraction=0.25)
+    try:
+        splits = create_splits("without_val", val_fraction=0.25)
+        with pytest.raises(UsageError, match="has no val split: hold out a part of train"):
+            create_dataset("without_val", split="val")
+    finally:
+        del DATASETS._parts["without_val"]
     assert splits.val_source == "train"
     rows = {split: splits.datasets[split]["image"][:] for split in ("train", "val", "test")}
     assert len(rows["val"]) == 10
@@ -272,8 +243,6 @@ def test_a_data_set_without_validation_split_gives_a_part_of_train(without_val):
     # Class counts are those that are trained on.
     assert splits.class_counts.tolist() == [15, 15]
     assert splits.labels["val"].tolist() == [row % 2 for row in rows["val"]]
-    with pytest.raises(UsageError, match="has no val split: hold out a part of train"):
-        create_dataset(without_val, split="val")
 
 
 def _held_out(door, root, tmp_path):
@@ -302,15 +271,8 @@ def _held_out(door, root, tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("door", "added"),
-    [
-        ("folder", "2019/dog/new.png"),
-        ("list", "2020/dog/new.png"),
-        ("table", "2019/dog/new.png"),
-    ],
-)
-def test_an_image_of_another_class_or_folder_moves_nothing(tmp_path, door, added):
+@pytest.mark.parametrize(("door", "year"), [("folder", 2019), ("list", 2020), ("table", 2019)])
+def test_an_image_of_another_class_or_folder_moves_nothing(tmp_path, door, year):
     root = tmp_path / "photos"
     noise = np.random.default_rng(0)
 
@@ -323,7 +285,7 @@ def test_an_image_of_another_class_or_folder_moves_nothing(tmp_path, door, added
             save(f"2019/{name}/{name} {number}.png")
     before = _held_out(door, root, tmp_path)
     for number in range(8):
-        place = added.replace("new", f"new {number}")
+        place = f"{year}/dog/new {number}.png"
         save(place)
         after = _held_out(door, root, tmp_path)
         (root / place).unlink()

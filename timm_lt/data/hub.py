@@ -341,14 +341,15 @@ def _complete(
     """Returns the rows with an image and a label, or raises if others are an error."""
     unlabelled = np.flatnonzero(labels == UNLABELLED).tolist()
     without_image = _rows_without_image(rows)
-    if len(unlabelled) == len(labels) > 0:
-        raise UsageError(
+    problems = Problems()
+    has_labels = len(unlabelled) < len(labels) or len(labels) == 0
+    if not has_labels:
+        problems.add(
             f"has no labels, so it cannot be the {split} split; name another one with {split}=, or "
             "the training split to hold out a part of it"
         )
-    problems = Problems()
     for noun, found in (("a label", unlabelled), ("an image", without_image)):
-        if found and incomplete == "raise":
+        if found and has_labels and incomplete == "raise":
             problems.add(
                 f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; add "
                 "what is missing, or leave out these rows with incomplete=drop"

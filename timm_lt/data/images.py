@@ -148,8 +148,7 @@ class ImageTensors(Images):
         self, purpose: Purpose, batch_size: int, sampler: Order, accelerator: Accelerator
     ) -> Loader:
         data = copy.copy(self)
-        if purpose == "eval":
-            data.augmentation = NoAugmentation()
+        data.augmentation = NoAugmentation() if purpose == "eval" else self.augmentation
         # The result of __getitems__ is a batch already.
         loader: DataLoader[Batch] = DataLoader(
             data, batch_size, sampler=sampler, drop_last=purpose == "train", collate_fn=tuple
@@ -189,9 +188,7 @@ def decode_images(
     """
     images: NDArray[np.uint8] | None = None
     reasons: dict[str, str] = {}
-    unread: list[int] = []
-    column = dataset.features["image"]
-    huge: list[str] = []
+    unread, huge, column = [], [], dataset.features["image"]
     for row, encoded in enumerate(encoded_images(dataset)):
         name = image_name(encoded["image"], row)
         try:
@@ -260,10 +257,8 @@ def relabelled(dataset: Dataset, labels: NDArray[np.int64], names: list[str] | N
         # Otherwise all bytes of the table are hashed.
         fingerprint=generate_random_fingerprint(),
     )
-    form = dataset.format
-    return found.with_format(
-        form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"]
-    )
+    form = dict(dataset.format)
+    return found.with_format(**form.pop("format_kwargs"), **form)
 
 
 class StoredImages(Images):
@@ -276,8 +271,7 @@ class StoredImages(Images):
         labels: Their labels, (N,) int64.
         size: (H, W) of the images in a batch.
         preprocessing: timm's data config of the model: mean, std, interpolation, crop_pct.
-        augmentation: Further arguments of ``timm.data.create_loader`` for training, e.g.
-            ``{"auto_augment": "rand-m9-mstd0.5"}``.
+        augmentation: More arguments of ``timm.data.create_loader`` for training.
         seed: Seed of the augmentation.
         workers: Processes that decode, for each process that trains; 0 decodes in that one.
         unreadable: ``"raise"`` or ``"skip"`` images that cannot be read.

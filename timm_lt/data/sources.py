@@ -163,10 +163,7 @@ def find_root(root: str | Path) -> str:
 
 
 class Paths(Sequence[str]):
-    """Paths of files in an Arrow array, which takes the bytes of each and 4 or 8 more.
-
-    Only every ``step``-th string of each chunk of an Arrow array is a path.
-    """
+    """Paths of files: every ``step``-th string of each chunk of an Arrow array."""
 
     def __init__(self, strings: "Iterable[str] | pa.ChunkedArray", step: int = 1) -> None:
         if not isinstance(strings, pa.ChunkedArray):

@@ -132,10 +132,7 @@ def hold_out_split(
     root: str | Path | None = None,
     seed: int = 0,
 ) -> dict[Any, Dataset]:
-    """Returns the splits of a data set; a missing validation or test split is held out of train.
-
-    The same images are held out whatever the order of the files and the folder above ``root``.
-    """
+    """Returns the splits of a data set; a missing validation or test split is held out of train."""
     if split in datasets:
         return dict(datasets)
     whole = datasets["train"]
@@ -156,8 +153,7 @@ def leave_out_small(
 ) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str]]:
     """Leaves out the classes with fewer than ``min_images`` training images, and logs them.
 
-    Returns the remaining rows by split, their new labels, and the remaining class names, which are
-    the labels of classes without names.
+    Returns the remaining rows by split, their labels, and the class names: the old labels, if none.
     """
     check_integer("min_images", min_images, minimum=1)
     counts = Counter(labels["train"].tolist())
@@ -187,10 +183,9 @@ def note_classes(
     names: Sequence[str] | None,
     held_out: Sequence[Split] = (),
 ) -> None:
-    """Adds the classes that keep a run from training to the problems.
+    """Notes the classes that keep a run from training; a class without a test image does not.
 
-    A class without a test image does not: its accuracy is NaN. ``held_out`` has the splits that
-    will be held out of train.
+    ``held_out`` has the splits that will be held out of train.
     """
     for split, values in labels.items():
         if int(values.max(initial=0)) >= num_classes:
@@ -236,9 +231,9 @@ class ImageFiles:
     def note_classes(
         self, held_out: Sequence[Split], min_images: int | None = None, num_classes: int = 0
     ) -> None:
-        """Leaves out small classes, if ``min_images`` is given, and notes problems of the others.
+        """Leaves out classes below ``min_images``, and notes problems of the others.
 
-        ``num_classes`` is the least number of classes C, for labels without names.
+        There are at least ``num_classes`` classes, if they have no names.
         """
         if min_images is not None:
             rows, self.labels, self.names = leave_out_small(self.labels, self.names, min_images)
@@ -295,8 +290,8 @@ def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | b
 def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> list[str]:
     """Returns the paths of image files below the root, without the directory of their split.
 
-    They stay the same when the data are moved or other images are added. Files outside the root
-    keep their absolute paths. Without a root, the key is the file name with its directory.
+    Files outside the root keep their absolute paths. Without a root, the key of a file is its name
+    with its directory.
 
     >>> path_keys(["/photos/cat/1.jpg", "/photos/train/cat/2.jpg"], "/photos")
     ['cat/1.jpg', 'cat/2.jpg']
@@ -309,12 +304,12 @@ def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> li
         return ["/".join(path.split("/")[-2:]) for path in files]
     start = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() follows links
     start = f"{start.replace(os.sep, '/').rstrip('/')}/"
-    keys = []
-    for path in files:
-        below = path.removeprefix(start)
-        first, _, rest = below.partition("/")
-        keys.append(rest if "/" in rest and first.lower() in SPLIT_WORDS else below)
-    return keys
+    below = [path.removeprefix(start) for path in files]
+    parts = [path.partition("/") for path in below]
+    return [
+        rest if "/" in rest and first.lower() in SPLIT_WORDS else path
+        for path, (first, _, rest) in zip(below, parts, strict=True)
+    ]
 
 
 def split_digests(
@@ -325,8 +320,7 @@ def split_digests(
     for split, values in labels.items():
         state = sha256(values.numpy().astype("<i8").tobytes())
         for key in image_keys(datasets[split], root) or ():
-            state.update(key.encode() if isinstance(key, str) else key)
-            state.update(b"\0")
+            state.update((key.encode() if isinstance(key, str) else key) + b"\0")
         digests[split] = {"images": len(values), "sha256": state.hexdigest()}
     return digests
 
@@ -387,19 +381,18 @@ class Splits:
         names = label_names(found["train"]) if "train" in found else None
         labels: dict[Split, LabelArray] = {}
         for split in get_args(Split):
-            with problems.collected(f"{split} split: "):
-                if len(found.get(split, ())):
-                    labels[split] = label_tensor(found[split]).numpy()
-                    own = label_names(found[split])
-                    if own and names and own != names:
-                        pairs = enumerate(zip_longest(own, names))
-                        label, (name, other) = next(pair for pair in pairs if len({*pair[1]}) > 1)
-                        problems.add(
-                            f"{split} split: label {label} is class {name!r}, not {other!r} as in "
-                            "train"
-                        )
-                elif split not in held_out:
+            if not len(found.get(split, ())):
+                if split not in held_out:
                     problems.add(f"the {split} split has no images")
+                continue
+            with problems.collected(f"{split} split: "):
+                labels[split] = label_tensor(found[split]).numpy()
+                own = label_names(found[split])
+                if own and names and own != names:
+                    pairs = enumerate(zip_longest(own, names))
+                    label, (name, other) = next(pair for pair in pairs if len({*pair[1]}) > 1)
+                    problem = f"label {label} is class {name!r}, not {other!r} as in train"
+                    problems.add(f"{split} split: {problem}")
         if "train" not in labels:
             problems.check()
         num_classes = len(names) if names else int(labels["train"].max()) + 1
@@ -486,8 +479,7 @@ def create_splits(
         options: The data set's own options.
 
     Raises:
-        UsageError: As :func:`~timm_lt.data.sources.create_dataset`,
-            :func:`~timm_lt.data.sources.check_protocol` and :meth:`Splits.from_datasets`.
+        UsageError: If the data set cannot be created under this protocol, or not be trained on.
     """
     check_protocol(name, protocol)
     datasets = find_splits(name, root=root, **options)
