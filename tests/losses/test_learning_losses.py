@@ -99,14 +99,6 @@ def test_losses_of_a_classifier_learn_the_tail(name, options, gain, joint_few_sh
     assert retrained(name, loss_options=options) > joint_few_shot + gain
 
 
-@exhaustive
-def test_focal_loss_gains_a_little():
-    """The claims of its paper are about two classes; long-tail papers find little or nothing."""
-    gains = [retrained("focal", seed=s) - retrained("cross_entropy", seed=s) for s in range(3)]
-    # Measured: .03, .03 and .04.
-    assert 0.01 < sum(gains) / 3 < 0.08
-
-
 def test_label_aware_smoothing_learns_the_tail():
     """Compared with cross-entropy on balanced classes, as the second stage of MiSLAS has them."""
     sampled = {"sampler": "class_balanced"}
@@ -121,3 +113,20 @@ def test_label_aware_smoothing_learns_the_tail():
 def test_balanced_rows_learn_the_tail(options, joint_few_shot):
     # Measured with seeds 0 to 2: 0.54 to 0.58.
     assert retrained("cross_entropy", **options) > joint_few_shot + 0.05
+
+
+def test_losses_of_features_learn_the_tail(joint_few_shot):
+    """With the sampler that the losses need, which is responsible for the gain here."""
+
+    def by_fours(name):
+        labels = small_glyphs()[0].labels
+        sampler = timm_lt.create_sampler("class_balanced", labels, samples_per_class=4)
+        return learned(create_loss(name, COUNTS), sampler=sampler)["few_shot"]
+
+    plain = by_fours("cross_entropy")
+    for name in ("range", "lifted_structure"):
+        few_shot = by_fours(name)
+        # Measured: 0.55 and 0.54; cross-entropy 0.47, by fours 0.58.
+        assert few_shot > joint_few_shot + 0.03
+        assert few_shot > plain - 0.1
+        assert few_shot != plain

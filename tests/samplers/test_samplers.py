@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from timm_lt import samplers
 from timm_lt.data.loader import NumberedSampler, prepared_loader
@@ -171,20 +170,6 @@ def test_iterators_do_not_disturb_each_other(name, options):
     sampler.set_epoch(1)
     assert list(sampler) == expected[1]
     assert drawn + list(first) == expected[0]
-
-
-@contract
-@pytest.mark.parametrize("split_batches", [False, True])
-def test_loaders_draw_the_same_stream(name, options, split_batches):
-    def create():
-        return create_sampler(name, LABELS, num_samples=96, **options)
-
-    stream = create().epoch_indices(0)
-    assert torch.equal(torch.cat(list(DataLoader(range(N), 5, sampler=create()))), stream)
-    # accelerate divides the batches among two processes, and keeps groups together.
-    batches = [BatchSampler(create(), 16, drop_last=False) for _ in range(2)]
-    shards = [BatchSamplerShard(b, 2, rank, split_batches) for rank, b in enumerate(batches)]
-    assert list(itertools.chain.from_iterable(together(shards))) == stream.tolist()
 
 
 # Ranks and states ---------------------------------------------------------------------------------
@@ -465,18 +450,12 @@ def test_a_short_block_is_filled_up_on_several_ranks(num_samples, num_replicas):
     assert blocks == (filled * num_replicas)[: len(blocks)]
 
 
-@pytest.mark.parametrize(
-    ("start", "epochs", "first"), [(160, 200, 160), (0.8, 200, 160), (2, None, 2), (0.5, 3, 1)]
-)
-def test_deferred_changes_in_its_epoch(start, epochs, first):
-    options = {"start": start, "epochs": epochs, "second": "reversed"}
-    sampler = create_sampler("deferred", LABELS, num_classes=6, **options)
-    for epoch in (0, first - 1, first, first + 1):
-        expected = power_by_hand(-1 if epoch >= first else 1)
-        assert sampler.class_probabilities(epoch).tolist() == pytest.approx(expected, abs=1e-15)
-
-
-def test_deferred_draws_as_its_parts_do():
+def test_deferred_changes_in_its_epoch_and_draws_as_its_parts_do():
+    for start, epochs, first in [(160, 200, 160), (0.8, 200, 160), (2, None, 2), (0.5, 3, 1)]:
+        sampler = create_sampler("deferred", LABELS, start=start, epochs=epochs, second="reversed")
+        for epoch in (0, first - 1, first, first + 1):
+            p = create_sampler("reversed" if epoch >= first else "instance_balanced", LABELS)
+            assert torch.equal(sampler.class_probabilities(epoch), p.class_probabilities())
     size = {"num_samples": 60, "seed": 5}
     options = {"start": 2, "second_options": {"samples_per_class": 5}}
     sampler = create_sampler("deferred", LABELS, **options, **size)
