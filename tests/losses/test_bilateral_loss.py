@@ -61,22 +61,15 @@ def test_at_alpha_1_it_is_the_conventional_branch():
     assert not logits.grad[1::2].any()
 
 
-@pytest.mark.parametrize(
-    ("divisor", "epochs", "last"),
-    [
-        # From the authors' code: never 0.
-        ("code", 90, 0.208),
-        ("code", 100, 0.020),
-        ("code", 180, 0.199),
-        ("code", 200, 0.010),
-        # From the paper: 1 - (89 / 90)^2 and so on.
-        ("epochs", 90, 0.022),
-        ("epochs", 180, 0.011),
-    ],
-)
-def test_the_last_alpha(divisor, epochs, last):
+# From the authors' code, where alpha is never 0, and from the paper: 1 - (89 / 90)^2 and so on.
+LAST = {("code", 90): 0.208, ("code", 100): 0.020, ("code", 180): 0.199, ("code", 200): 0.010}
+LAST |= {("epochs", 90): 0.022, ("epochs", 180): 0.011}
+
+
+@pytest.mark.parametrize(("divisor", "epochs"), LAST)
+def test_the_last_alpha(divisor, epochs):
     loss = at(epochs - 1, epochs, divisor=divisor)
-    assert loss.alpha == pytest.approx(last, abs=5e-4)
+    assert loss.alpha == pytest.approx(LAST[divisor, epochs], abs=5e-4)
     loss.set_epoch(0, epochs)
     assert loss.alpha == 1
 
