@@ -121,21 +121,18 @@ def test_the_beta_adaptor_draws_for_each_batch():
     assert again == first
 
 
-def test_half_precision_extremes_and_many_classes():
+def test_half_precision_and_extremes():
     confident = torch.tensor([[8.0, 0, 0, 0, 0], [8, 0, 0, 0, 0]])
     for dtype in (torch.float16, torch.bfloat16):
         found = at(3, 4, reduction="none")(confident.to(dtype), torch.tensor([0, 0]))
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(math.log(1 + 4 * math.exp(-8)), rel=1e-3)
-    loss = create_loss("bilateral")
-    loss.set_epoch(3, 4)
-    many = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0))
-    for logits in (torch.tensor([[6e4, -6e4], [-6e4, 6e4]], dtype=torch.float16), many):
-        value = loss(logits.requires_grad_(), torch.tensor([1, 0]))
-        value.backward()
-        assert logits.grad.isfinite().all()
-        exact = loss(logits.detach().double(), torch.tensor([1, 0])).item()
-        assert value.item() == pytest.approx(exact, rel=1e-5)
+    loss, targets = at(3, 4), torch.tensor([1, 0])
+    extreme = torch.tensor([[6e4, -6e4, 0, 0, 0], [-6e4, 6e4, 0, 0, 0]], dtype=torch.float16)
+    value = loss(extreme.requires_grad_(), targets)
+    value.backward()
+    assert extreme.grad.isfinite().all()
+    assert value.item() == pytest.approx(loss(extreme.double(), targets).item(), rel=1e-5)
 
 
 def test_wrapped_losses_get_options_and_epochs():

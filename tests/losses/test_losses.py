@@ -46,9 +46,6 @@ def own_losses(monkeypatch):
     monkeypatch.setattr(losses.LOSSES, "_parts", dict(losses.LOSSES._parts))
 
 
-# Values -------------------------------------------------------------------------------------------
-
-
 @variants
 def test_values_and_gradients(name, options, by_hand):
     logits, targets = batch()
@@ -79,15 +76,10 @@ CONSTANTS = [
     ("logit_adjustment", [3, 1], {"tau": 2}, [0, 0], 1, math.log(10)),
     # The largest class is smoothed by 1/2, the smallest by 0.
     ("label_aware_smoothing", [3, 1], {"head": 0.5}, [LN3, 0], 0, 2 * LN2 - LN3 / 2),
-    ("label_aware_smoothing", [3, 1], {"head": 0.5}, [LN3, 0], 1, math.log(4)),
-    # 1/3 and 1/1, of mean 2/3: weights 1/2 and 3/2.
-    ("inverse_frequency", [3, 1], {}, [0, 0], 0, LN2 / 2),
     ("inverse_frequency", [9, 1], {"exponent": 0.5}, [0, 0], 1, 1.5 * LN2),
     # E = (1 - 1/4) / (1/2) = 3/2 and 1; 1/E = 2/3 and 1: weights 4/5 and 6/5.
-    ("class_balanced", [2, 1], {"beta": 0.5}, [0, 0], 0, 0.8 * LN2),
     ("class_balanced", [2, 1], {"beta": 0.5, "form": "sigmoid"}, [0, 0], 1, 1.2 * 2 * LN2),
     ("class_balanced", [2, 1], {"beta": 0.5, "form": "focal"}, [0, 0], 1, 1.2 * LN2),
-    ("class_balanced_focal", [2, 1], {"beta": 0.5, "gamma": 2}, [0, 0], 1, 0.3 * 2 * LN2),
     # exp(-1.5 log 2) is 2^-1.5.
     ("class_balanced_focal", [3, 1], WEIGHTED, [0, 0], 1, 1.5 * (1 - 2**-1.5) * LN2),
     ("deferred_reweighting", [2, 1], DEFERRED, [0, 0], 0, 0.8 * LN2),
@@ -96,12 +88,9 @@ CONSTANTS = [
     ("focal", [2, 1], {"form": "sigmoid"}, [LN3, 0], 0, ((2 * LN2 - LN3) / 4 + LN2) / 4),
     # Margins 1/2 and 1/4.
     ("ldam", [16, 1], {"scale": 4}, [0.5, 0], 0, math.log(1 + math.exp(-1))),
-    ("ldam", [16, 1], {"scale": 4}, [0, 0.5], 1, LN2),
     ("ldam", [16, 1], {"scale": 4, "logits": "scaled"}, [0, 2], 1, LN2),
     ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 0, math.log(1.25)),
-    ("seesaw", [16, 1], {"mitigation": 0.5, "compensation": 0}, [0, 0], 1, LN2),
     ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [0, LN2], 0, math.log(5)),
-    ("seesaw", [16, 1], {"mitigation": 0, "compensation": 1}, [LN2, 0], 0, math.log(1.5)),
 ]
 
 
@@ -129,9 +118,6 @@ def test_weights_are_stable_and_have_a_mean_of_one(beta):
     for found in (weights, by_frequency, inverse_frequency_weights(counts, 80.0)):
         assert found.mean().item() == pytest.approx(1)
         assert torch.isfinite(found).all()
-
-
-# Numerics -----------------------------------------------------------------------------------------
 
 
 @variants
@@ -183,8 +169,6 @@ def test_state_dict_is_empty_and_buffers_move(name):
         targets = torch.zeros(2, device="meta", dtype=torch.long)
         assert loss.to("meta")(torch.zeros(2, 5, device="meta"), targets).is_meta
 
-
-# Identities ---------------------------------------------------------------------------------------
 
 CROSS_ENTROPY = [
     ("logit_adjustment", {"tau": 0.0}),
@@ -248,9 +232,6 @@ def test_more_identities():
     same("label_aware_smoothing", {"head": 0.2, "spread": "all"}, smoothed, [9] * 5)
 
 
-# Weighted means -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["inverse_frequency", "class_balanced"])
 def test_weighted_means_are_those_of_torch(name):
     logits, targets = batch(9, seed=3)
@@ -272,9 +253,6 @@ def test_weighted_means_are_those_of_torch(name):
         (by_weights(*one), F.cross_entropy(*one)),
     ]:
         torch.testing.assert_close(found, expected)
-
-
-# Deferred re-weighting ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,9 +312,6 @@ def test_the_wrapped_loss_decides_on_its_input():
         assert (loss.needs_features, loss.takes_soft_targets) == (False, soft)
 
 
-# Models -------------------------------------------------------------------------------------------
-
-
 def test_ldam_with_a_cosine_classifier():
     x, targets = batch(4)[0][:, :3], torch.tensor([0, 4, 2, 4])
     head = timm_lt.create_head("cosine", 3, 5, scale=1.0).double()
@@ -385,9 +360,6 @@ def test_a_sigmoid_starts_at_one_in_c():
         start_classifier(create_loss(name, COUNTS, **options), model, 5)
         # Sigmoid of -log 4 is 1/5.
         assert model.fc.bias.tolist() == pytest.approx([-math.log(4)] * 5 if biased else before)
-
-
-# Mistakes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

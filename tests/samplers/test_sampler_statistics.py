@@ -66,8 +66,6 @@ def shares_without_shift(monkeypatch):
     monkeypatch.setattr(streams, "keyed", lambda key, numbers: np.zeros_like(numbers, np.uint64))
 
 
-# Within a class -----------------------------------------------------------------------------------
-
 # Class c has c + 1 images, which follow each other in the data.
 SIZES = [1, 2, 3, 4, 5, 6]
 FIRST = [0, 1, 3, 6, 10, 15]
@@ -119,8 +117,6 @@ def test_all_orders_within_a_class_are_equally_likely(over, monkeypatch):
     assert max(p_values_of_orders(orders_over(**{over: 1000}))[1:]) < ABSURD
 
 
-# Over positions -----------------------------------------------------------------------------------
-
 LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
 
 
@@ -157,9 +153,6 @@ def test_without_arranging_positions_are_not_equally_likely(monkeypatch):
     several_chunks(monkeypatch, chunk_size=20)
     without_arranging(monkeypatch)
     assert p_values_of_positions("class_balanced", 500).min() < ABSURD
-
-
-# Pairs and single draws ---------------------------------------------------------------------------
 
 
 def consecutive_orders(runs):

@@ -101,9 +101,6 @@ def together(ranks):
     return [part for turn in zip(*ranks, strict=True) for part in turn]
 
 
-# The contract -------------------------------------------------------------------------------------
-
-
 @single
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("num_samples", [1, 36, 331])
@@ -170,9 +167,6 @@ def test_iterators_do_not_disturb_each_other(name, options):
     sampler.set_epoch(1)
     assert list(sampler) == expected[1]
     assert drawn + list(first) == expected[0]
-
-
-# Ranks and states ---------------------------------------------------------------------------------
 
 
 @contract
@@ -278,9 +272,6 @@ def test_batches_that_divide_groups_are_refused(split_batches):
             prepare(refused, size, 2)
 
 
-# Wrong arguments ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -314,9 +305,6 @@ def test_bad_labels_and_epochs_are_refused(monkeypatch):
         create_sampler("class_balanced", np.array([0, 1, 0, -2, 1]))
     with pytest.raises(UsageError, match="epoch must be an integer >= 0, got -1"):
         create_sampler("class_balanced", LABELS).set_epoch(-1)
-
-
-# Probabilities, against the formulas in plain Python ----------------------------------------------
 
 
 def power_by_hand(q):
@@ -402,9 +390,6 @@ def test_targets_are_met_exactly(name, target, expected):
     for epoch in range(20):
         drawn = torch.tensor(LABELS)[sampler.epoch_indices(epoch)]
         assert torch.bincount(drawn, minlength=6).tolist() == expected
-
-
-# Order --------------------------------------------------------------------------------------------
 
 
 def test_instance_balanced_epoch_is_a_permutation():
@@ -536,9 +521,6 @@ def test_a_new_sampler_defines_class_probabilities(monkeypatch):
     check_epoch(sampler, list(sampler), LABELS)
     with pytest.raises(UsageError, match="must be 0 for a class without images"):
         iter(create_sampler("only_class", LABELS, num_classes=6, label=2))
-
-
-# Epochs that are not set --------------------------------------------------------------------------
 
 
 def warned(action):
