@@ -11,6 +11,12 @@ import torch
 COUNTS = [500, 120, 30, 8, 5]
 
 
+def batch(n=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(n, len(COUNTS), generator=generator, dtype=torch.float64)
+    return logits, torch.randint(len(COUNTS), (n,), generator=generator)
+
+
 def slopes(function, x):
     """Returns the gradient of a function of a tensor, by differences."""
     x = torch.as_tensor(x, dtype=torch.float64).detach()

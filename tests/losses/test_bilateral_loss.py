@@ -4,17 +4,11 @@ import math
 
 import pytest
 import torch
-from losses_by_hand import COUNTS, effective_number_weight, slopes
+from losses_by_hand import COUNTS, batch, effective_number_weight, slopes
 from torch.nn import functional as F
 
 from timm_lt.losses import create_loss
 from timm_lt.utils.checks import UsageError
-
-
-def batch(seed=0, pairs=4):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(2 * pairs, len(COUNTS), generator=generator, dtype=torch.float64)
-    return logits, torch.randint(len(COUNTS), (2 * pairs,), generator=generator)
 
 
 def at(epoch, epochs, **options):
@@ -98,7 +92,7 @@ def test_adaptors_of_table_4(adaptor, alphas):
 def test_the_beta_adaptor_draws_for_each_batch():
     options = {"adaptor": "beta", "reduction": "none"}
     loss, same, other = at(3, 4, **options), at(3, 4, **options), at(3, 4, seed=1, **options)
-    logits, targets = batch(pairs=1)
+    logits, targets = batch(2)
     state = torch.get_rng_state()
     draws = [loss.alpha]
     for number in range(2000):

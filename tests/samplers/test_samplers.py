@@ -494,16 +494,6 @@ def test_shares_of_chunks_follow_the_definition():
         assert streams.drawn_before(draws, chunk, num_chunks, key).tolist() == naive
 
 
-@pytest.mark.exhaustive
-def test_more_images_than_a_float_counts():
-    """torch.multinomial, and with it WeightedRandomSampler, is limited to 2^24 images."""
-    labels = torch.zeros(2**24 + 5, dtype=torch.long)
-    labels[2**24 :] = 1
-    sampler = create_sampler("class_balanced", labels, num_samples=20, seed=1)
-    rare = sorted(index - 2**24 for index in sampler if index >= 2**24)
-    assert rare == sorted(2 * list(range(5)))
-
-
 def test_a_new_sampler_defines_class_probabilities(monkeypatch):
     # Register it in a copy, which other tests do not see.
     monkeypatch.setattr(samplers.SAMPLERS, "_parts", dict(samplers.SAMPLERS._parts))
