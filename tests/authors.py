@@ -35,8 +35,10 @@ def authors_file(state, scales=None, *, old=False, **changes):
         "centroids": None,
         **changes,
     }
+    buffer = io.BytesIO()
     # The files are from 2019: before torch saved zip archives.
-    return saved(content, _use_new_zipfile_serialization=not old)
+    torch.save(content, buffer, _use_new_zipfile_serialization=not old)
+    return buffer.getvalue()
 
 
 def moved(state, seed):
@@ -51,9 +53,3 @@ def moved(state, seed):
         key: other[key] if "running" in key or key.startswith("fc.") else value
         for key, value in state.items()
     }
-
-
-def saved(content, **options):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()

@@ -116,24 +116,20 @@ def drain(pipe):
         os.close(pipe)
 
 
-def import_all():
-    """Imports what a run would, and makes what its first figure would."""
-    import damaged  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    import torch
-
-    import train_lt  # noqa: F401
-    from timm_lt.report.plots import save_count_plot
-
-    with tempfile.TemporaryDirectory() as scratch:
-        save_count_plot(Path(scratch) / "plot.png", torch.tensor([9, 3, 1]))
-
-
 def serve():
-    if sys.argv[1] == "plain":
-        import timm  # noqa: F401
-    else:
-        import_all()
+    """Imports what a run would, makes what its first figure would, and forks on request."""
+    import timm  # noqa: F401
+
+    if sys.argv[1] == "all":
+        import damaged  # noqa: F401
+        import sklearn.datasets  # noqa: F401
+        import torch
+
+        import train_lt  # noqa: F401
+        from timm_lt.report.plots import save_count_plot
+
+        with tempfile.TemporaryDirectory() as scratch:
+            save_count_plot(Path(scratch) / "plot.png", torch.tensor([9, 3, 1]))
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

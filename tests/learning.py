@@ -3,14 +3,13 @@
 import functools
 
 import torch
-from accelerate.state import AcceleratorState
 
 import timm_lt
 from timm_lt.data import create_splits
 from timm_lt.data.images import ImageTensors
 from timm_lt.training import TrainingOptions, train_representation
 from timm_lt.training.loop import EVAL_BATCH_SIZE, validate
-from timm_lt.utils.accelerator import create_accelerator
+from timm_lt.utils.accelerator import create_accelerator, fresh_accelerate
 
 # From 160 to 4 images of 20 classes: 3 are many-shot, 8 medium-shot and 9 few-shot.
 COUNTS = [int(160 * 40 ** (-c / 19)) for c in range(20)]
@@ -47,17 +46,7 @@ def joint():
     return model, accuracies(model)
 
 
-def train(
-    loss,
-    *,
-    sampler="instance_balanced",
-    model=None,
-    epochs=4,
-    batch_size=32,
-    seed=0,
-    lr=OPTIMIZER["lr"],
-    trained=None,
-):
+def train(loss, *, sampler="instance_balanced", model=None, seed=0, **options):
     """Trains a model with 20 classes, :func:`pretrained` by default, and returns it."""
     images, _ = small_glyphs()
     torch.manual_seed(seed)
@@ -65,29 +54,22 @@ def train(
         model = pretrained()
     if isinstance(sampler, str):
         sampler = timm_lt.create_sampler(sampler, images.labels, seed=seed)
-    options = TrainingOptions(
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer={**OPTIMIZER, "lr": lr},
-        scheduler={"sched": "cosine", "warmup_epochs": min(1, epochs - 1)},
-        trained=trained,
-        seed=seed,
-    )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = create_accelerator(mixed_precision="no")
-    found = train_representation(model, images, sampler, loss, options, accelerator=accelerator)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {"epochs": 4, "batch_size": 32, "optimizer": OPTIMIZER, "seed": seed} | options
+    schedule = {"sched": "cosine", "warmup_epochs": min(1, settings["epochs"] - 1)}
+    plan = TrainingOptions(scheduler=schedule, **settings)
+    with fresh_accelerate():
+        accelerator = create_accelerator(mixed_precision="no")
+        found = train_representation(model, images, sampler, loss, plan, accelerator=accelerator)
     return found.model
 
 
 def accuracies(model):
     """Returns the test accuracies of a model, fractions: all and by shot group."""
     _, test = small_glyphs()
-    accelerator = create_accelerator(mixed_precision="no")
-    loader = test.eval_loader(EVAL_BATCH_SIZE, accelerator)
-    found = validate(model, loader, accelerator, torch.tensor(COUNTS))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return found
+    with fresh_accelerate():
+        accelerator = create_accelerator(mixed_precision="no")
+        loader = test.eval_loader(EVAL_BATCH_SIZE, accelerator)
+        return validate(model, loader, accelerator, torch.tensor(COUNTS))
 
 
 @functools.cache

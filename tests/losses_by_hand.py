@@ -11,6 +11,12 @@ import torch
 COUNTS = [500, 120, 30, 8, 5]
 
 
+def batch(n=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(n, len(COUNTS), generator=generator, dtype=torch.float64)
+    return logits, torch.randint(len(COUNTS), (n,), generator=generator)
+
+
 def slopes(function, x):
     """Returns the gradient of a function of a tensor, by differences."""
     x = torch.as_tensor(x, dtype=torch.float64).detach()
@@ -135,23 +141,19 @@ def deferred_reweighting(z, y, start=0.8, loss="cross_entropy", weights="", beta
     return weight * {"cross_entropy": cross_entropy, "ldam": ldam}[loss](z, y)
 
 
-def apart(one, two):
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one, two, strict=True)))
-
-
 def range_by_hand(x, targets, *, k=2, margin=0.1, alpha=0.5, beta=0.5, power=2):
     groups = {}
     for row, y in zip(x.tolist(), targets.tolist(), strict=True):
         groups.setdefault(y, []).append(row)
     intra = 0.0
     for rows in groups.values():
-        pairs = [apart(a, b) ** power for a, b in itertools.combinations(rows, 2)]
+        pairs = [math.dist(a, b) ** power for a, b in itertools.combinations(rows, 2)]
         largest = sorted(pairs, reverse=True)[:k]
         if largest:
             intra += len(largest) / sum(1 / d for d in largest)
     columns = [zip(*rows, strict=True) for rows in groups.values()]
     centers = [[sum(column) / len(column) for column in center] for center in columns]
-    gaps = [apart(a, b) ** power for a, b in itertools.combinations(centers, 2)]
+    gaps = [math.dist(a, b) ** power for a, b in itertools.combinations(centers, 2)]
     inter = max(0.0, margin - min(gaps)) if gaps else 0.0
     return alpha * intra + beta * inter
 
@@ -165,11 +167,11 @@ def lifted_by_hand(x, targets, *, neg_margin=1.0, pos_margin=0.0, normalize=Fals
         negatives = [n for n in range(len(rows)) if labels[n] != labels[i]]
         if labels[i] == labels[j] and negatives:
             pushed = sum(
-                math.exp(neg_margin - apart(rows[i], rows[n]))
-                + math.exp(neg_margin - apart(rows[j], rows[n]))
+                math.exp(neg_margin - math.dist(rows[i], rows[n]))
+                + math.exp(neg_margin - math.dist(rows[j], rows[n]))
                 for n in negatives
             )
-            j_ij = math.log(pushed) + apart(rows[i], rows[j]) - pos_margin
+            j_ij = math.log(pushed) + math.dist(rows[i], rows[j]) - pos_margin
             hinges.append(max(0.0, j_ij) ** 2)
     return sum(hinges) / (2 * len(hinges)) if hinges else 0.0
 

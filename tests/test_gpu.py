@@ -102,9 +102,9 @@ def check_heads(device, _):
             timm_lt.fit_head(
                 name,
                 given,
-                classifier=linear.to(given.values.device),
-                class_counts=timm_lt.class_counts(TARGETS.to(given.values.device)),
                 val=given,
+                classifier=linear.to(given.values.device),
+                class_counts=timm_lt.class_counts(given.targets),
                 **OPTIONS.get(name, {}),
             )
             for given in (here, there)
@@ -178,10 +178,8 @@ def check_loader(device, folder):
         loader = timm_lt.create_loader(dataset, (3, 32, 32), 4, **options)
         for shown, labels in loader:
             assert shown.device.type == labels.device.type == device
-    labels = TARGETS.to(device)
-    assert list(timm_lt.create_sampler("reversed", labels)) == list(
-        timm_lt.create_sampler("reversed", TARGETS)
-    )
+    here, there = (timm_lt.create_sampler("reversed", TARGETS.to(d)) for d in ("cpu", device))
+    assert list(here) == list(there)
 
 
 def check_resume(device, folder):

@@ -66,28 +66,20 @@ def shares_without_shift(monkeypatch):
     monkeypatch.setattr(streams, "keyed", lambda key, numbers: np.zeros_like(numbers, np.uint64))
 
 
-# Within a class -----------------------------------------------------------------------------------
-
 # Class c has c + 1 images, which follow each other in the data.
 SIZES = [1, 2, 3, 4, 5, 6]
 FIRST = [0, 1, 3, 6, 10, 15]
 SMALL_CLASSES = [label for label, size in enumerate(SIZES) for _ in range(size)]
 
 
-def orders_over_seeds(runs):
-    """Yields the orders of the images of each class in the first epoch of many seeds."""
+def orders_over(seeds=1, epochs=1):
+    """Returns the orders of the images of each class in first epochs, or in those of one seed."""
     sampler = create_sampler("instance_balanced", SMALL_CLASSES)
-    return [epoch_of(sampler, seed) for seed in range(runs)]
-
-
-def orders_over_epochs(runs):
-    """Yields the same over the epochs of one seed."""
-    sampler = create_sampler("instance_balanced", SMALL_CLASSES)
-    return [epoch_of(sampler, 0, epoch) for epoch in range(runs)]
+    return [epoch_of(sampler, seed, epoch) for seed in range(seeds) for epoch in range(epochs)]
 
 
 def orders_of_cycles_in_pieces(runs):
-    """Yields the same over cycles that begin and end anywhere in an epoch, and in its chunks."""
+    """Returns the same over cycles that begin and end anywhere in an epoch, and in its chunks."""
     sampler = create_sampler("class_balanced", SMALL_CLASSES, num_samples=6 * 50)
     drawn = [[] for _ in SIZES]
     for epoch in range(runs * 6 // 50):
@@ -110,29 +102,20 @@ def p_values_of_orders(epochs):
     return [p_value(observed[n - 1], itertools.permutations(range(n))) for n in SIZES[1:]]
 
 
-@pytest.mark.parametrize(
-    ("orders", "in_chunks"),
-    [
-        (orders_over_seeds, False),
-        (orders_over_epochs, False),
-        (orders_of_cycles_in_pieces, False),
-        (orders_of_cycles_in_pieces, True),
-    ],
-)
-def test_all_orders_within_a_class_are_equally_likely(orders, in_chunks, monkeypatch):
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_all_orders_of_cycles_are_equally_likely(in_chunks, monkeypatch):
     if in_chunks:
         several_chunks(monkeypatch)
     # 6! = 720 orders of the largest class, five each.
-    assert min(p_values_of_orders(orders(3600))) > PLAUSIBLE
+    assert min(p_values_of_orders(orders_of_cycles_in_pieces(3600))) > PLAUSIBLE
 
 
-@pytest.mark.parametrize("orders", [orders_over_seeds, orders_over_epochs])
-def test_without_mixing_orders_are_not_equally_likely(orders, monkeypatch):
+@pytest.mark.parametrize("over", ["seeds", "epochs"])
+def test_all_orders_within_a_class_are_equally_likely(over, monkeypatch):
+    assert min(p_values_of_orders(orders_over(**{over: 3600}))) > PLAUSIBLE
     without_mixing(monkeypatch)
-    assert max(p_values_of_orders(orders(1000))[1:]) < ABSURD
+    assert max(p_values_of_orders(orders_over(**{over: 1000}))[1:]) < ABSURD
 
-
-# Over positions -----------------------------------------------------------------------------------
 
 LABELS = [0] * 10 + [1] * 5 + [2] * 3 + [3]
 
@@ -170,9 +153,6 @@ def test_without_arranging_positions_are_not_equally_likely(monkeypatch):
     several_chunks(monkeypatch, chunk_size=20)
     without_arranging(monkeypatch)
     assert p_values_of_positions("class_balanced", 500).min() < ABSURD
-
-
-# Pairs and single draws ---------------------------------------------------------------------------
 
 
 def consecutive_orders(runs):
