@@ -178,8 +178,7 @@ def set_head(
     module. In a model with several classifiers (distilled, multi-scale) each gets the named head.
 
     Args:
-        model: A timm model with a classifier (C, D): an ``nn.Linear``, alone or inside of a module,
-            or a 1×1 convolution.
+        model: A timm model whose classifier has an ``nn.Linear`` or a 1×1 convolution (C, D).
         head: Name of a head; or a fitted head (or any ``nn.Linear``) of the same shape; or such
             modules by path, one for each classifier.
         **options: Options of the named head.
@@ -260,10 +259,7 @@ def fold_head(model: nn.Module) -> nn.Module:
     """Replaces the model's heads by plain classifiers with the same predictions, in place.
 
     Each becomes an ``nn.Linear`` or a 1×1 convolution, as in timm, with a bias of zeros if the head
-    has none. The state dict loads strictly into timm's own model.
-
-    Returns:
-        The same model; its ``reset_classifier`` is timm's own again.
+    has none. The state dict loads strictly into timm's own model. Returns the same model.
 
     Raises:
         UsageError: If a head is not fitted, or not linear in the features.

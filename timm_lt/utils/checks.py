@@ -21,11 +21,7 @@ WHITE = "#ffffff"
 class UsageError(ValueError):
     """An error in the user's input: the message says what is wrong and how to fix it.
 
-    timm_lt raises it for all invalid input; the command line prints the message without a traceback
-    and exits with status 2.
-
-    Attributes:
-        problems: The problems, one sentence each; see :class:`Problems`.
+    timm_lt raises it for all invalid input. ``problems`` has one sentence for each mistake.
     """
 
     def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
