@@ -121,18 +121,6 @@ def test_uses_bias_says_whether_the_logits_depend_on_it(name, features):
 
 
 @every_head
-@torch.no_grad()
-def test_half_precision_has_the_logits_up_to_rounding(name, features):
-    for dtype in (torch.float16, torch.bfloat16):
-        head, x = usable(name).to(dtype), features.to(dtype)
-        exact = copy.deepcopy(head).double()(x.double())
-        found = head(x)
-        assert found.dtype is dtype
-        error = (found.double() - exact).abs().max() / exact.abs().max()
-        assert error < 4 * torch.finfo(dtype).eps
-
-
-@every_head
 def test_a_head_that_needs_a_fit_raises_until_it_is_fitted(name, features):
     head = create_head(name, 6, 4)
     assert head.is_fitted() == (name not in NEED_A_FIT)

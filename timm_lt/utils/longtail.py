@@ -145,7 +145,7 @@ def _in_label_order(by_label: Any, num_classes: int | None, names: list[str]) ->
     by_name = bool(names) and all(isinstance(key, str) for key in keys)
     size = num_classes or len(names) or len(keys)
     labels: dict[Any, None] = dict.fromkeys(names if by_name else range(size))
-    unknown = [key for key in keys if key not in labels or not (by_name or _is_integer(key))]
+    unknown = [repr(k) for k in keys if k not in labels or not (by_name or _is_integer(k))]
     missing = [label for label in labels if label not in counts]
     incomplete = bool(missing) and num_classes is None and not names
     if unknown or incomplete or len(counts) < len(keys):
@@ -153,8 +153,7 @@ def _in_label_order(by_label: Any, num_classes: int | None, names: list[str]) ->
         raise UsageError(
             f"the keys of class_counts must be {valid}, each once, with 0 images for an empty "
             f"class; missing: {shown_names(missing) or 'none'}, unknown: "
-            f"{shown_names([repr(key) for key in unknown]) or 'none'}; or pass the counts in label "
-            "order"
+            f"{shown_names(unknown) or 'none'}; or pass the counts in label order"
         )
     return [counts.get(label, 0) for label in labels]
 
