@@ -1,8 +1,4 @@
-"""Finding the classifiers of a timm model, and replacing them by heads.
-
-Most architectures have one ``nn.Linear``. In some it is inside a module, or a 1×1 convolution.
-Distilled and multi-scale models have several classifiers, whose logits they combine.
-"""
+"""Finding the classifiers of a timm model, one or several, and replacing them by heads."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -309,8 +305,8 @@ def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Ten
 def head_statistics(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     """Gives a model the batch-norm statistics of a head while the block runs.
 
-    Extract the features of a head with ``backbone_statistics`` inside of it. Afterwards the model
-    has its own statistics again, bit for bit. The head is not put on the model.
+    Extract the features of a head with ``backbone_statistics`` inside the block. The head is not
+    put on the model.
     """
     statistics = statistics_of([head], model)
     state = model.state_dict()

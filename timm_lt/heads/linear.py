@@ -177,11 +177,7 @@ BATCH_SIZE = 512
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """Default length of the training of a head by SGD, on features or on images.
-
-    The epochs are those of the reference code on ImageNet-LT; since an epoch of a small data set
-    has few updates, ``min_updates`` is a lower bound.
-    """
+    """Default length of the training of a head by SGD: epochs of the reference code, if enough."""
 
     epochs: int
     min_updates: int

@@ -146,7 +146,7 @@ class OpenSetMetrics:
 def open_set_report(
     logits: Tensor, targets: Labels, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
 ) -> OpenSetReport:
-    """Computes the report of :class:`OpenSetMetrics` in one call; same arguments and errors."""
+    """Computes the report of :class:`OpenSetMetrics`, with the same arguments, in one call."""
     metrics = OpenSetMetrics(logits.shape[-1], threshold=threshold, rule=rule)
     metrics.update(logits, targets)
     return metrics.compute()
@@ -155,10 +155,7 @@ def open_set_report(
 def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "oltr") -> float:
     """Returns the threshold with the highest F measure, exactly; the lowest of ties.
 
-    Args:
-        logits: Finite validation scores of the known classes, (N, C), of all processes.
-        targets: True classes in [0, C), and -1 for open images, (N,).
-        rule: See :class:`OpenSetMetrics`.
+    The arguments are those of :func:`open_set_report`, on validation, of all processes.
 
     Raises:
         UsageError: Without open images or right known ones, or as :class:`OpenSetMetrics`.

@@ -185,8 +185,7 @@ def process_rank() -> int:
 def set_cpu_threads(threads: int | None = None) -> int:
     """Sets and returns the number of threads that torch uses in this process.
 
-    None is this process's share of the cores under ``accelerate launch``, which would give it one
-    thread, and torch's own default elsewhere.
+    None is its share of the cores under ``accelerate launch``, and torch's own default elsewhere.
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
         threads = max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
