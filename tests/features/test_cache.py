@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
@@ -244,14 +242,6 @@ def test_a_loader_that_draws_is_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=r"in the order of the data set, not as a \w*Sampler"):
             extract_features(small_model(), loader, cache_dir=tmp_path, key="a")
-
-
-def test_a_loader_that_dispatches_needs_a_key(tmp_path, accelerator):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = DataLoaderConfiguration(dispatch_batches=True)
-    loader = Accelerator(cpu=True, dataloader_config=config).prepare(DataLoader(tensors(), 2))
-    with pytest.raises(UsageError, match=r"samples of a DataLoaderDispatcher .* cannot be"):
-        extract_features(small_model(), loader, cache_dir=tmp_path)
 
 
 # Kills and faults ---------------------------------------------------------------------------------

@@ -63,13 +63,11 @@ def split(*sizes, images=IMAGES, labels=LABELS):
     ("values", "targets", "message"),
     [
         (torch.zeros(3), torch.zeros(3).long(), r"\(N, D\) matrix .* got a Tensor .* shape \(3,\)"),
-        (torch.zeros(3, 2).long(), torch.zeros(3).long(), "floating-point"),
         (torch.zeros(3, 2), torch.zeros(2).long(), r"shape \(3, 2\) with 2 targets"),
         (torch.zeros(3, 2), torch.tensor([0, -1, 0]), r"targets\[1\] = -1 is negative"),
         (torch.zeros(0, 2), torch.zeros(0).long(), "must not be empty"),
         (torch.tensor([[1.0, 0.0], [0.0, torch.nan]]), [0, 1], "row 1 has nan in column 1"),
         (None, [0], r"floating-point \(N, D\) matrix .* got a NoneType"),
-        ([[1.0], [1.0, 2.0]], [0, 1], "got a list"),
         (np.eye(2), None, "targets must be a sequence or an array of integers"),
     ],
 )
@@ -319,14 +317,13 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_several_processes_need_a_prepared_loader(accelerators):
-    two = SimpleNamespace(num_processes=2)
-    for loader in (DataLoader(DATA, 4), [(IMAGES, LABELS)], create_loader(DATA, 32, 4)):
+    two, plain = SimpleNamespace(num_processes=2), DataLoader(DATA, 4)
+    for loader in (plain, [(IMAGES, LABELS)], create_loader(DATA, 32, 4)):
         with pytest.raises(UsageError, match=r"runs 2 processes, .* prepare it"):
             extract_features(small_model(), loader, accelerator=two)
     accelerator = accelerators(mixed_precision="no")
-    prepared = [accelerator.prepare(DataLoader(DATA, 4))]
-    prepared += [create_loader(DATA, 32, 4, accelerator=accelerator, use_prefetcher=False)]
-    for loader in prepared:
+    options = {"accelerator": accelerator, "use_prefetcher": False}
+    for loader in (accelerator.prepare(plain), create_loader(DATA, 32, 4, **options)):
         # Behind the check, there is no such device.
         with pytest.raises(AttributeError, match="gather_for_metrics"):
             extract_features(small_model(), loader, accelerator=two)
@@ -440,7 +437,6 @@ def test_batches_of_any_layout_give_the_same_features(layout):
             r"labels a Tensor of shape \(10,\), .*expected one integer for each",
         ),
         ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
-        ((IMAGES[:2], ["cat", "dog"]), "begins with a str; expected one integer for each"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

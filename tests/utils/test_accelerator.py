@@ -153,8 +153,8 @@ def test_runs_of_two_precisions_in_one_process(monkeypatch):
         raise timm_lt.UsageError("stop")
 
     monkeypatch.setattr(train_lt, "open_run", open_run)
-    for precision in ("no", "bf16"):
-        assert train_lt.main(["resnet18.folder", "--mixed_precision", precision]) == 2
+    runs = [["resnet18.folder", "--mixed_precision", precision] for precision in ("no", "bf16")]
+    assert [train_lt.main(arguments) for arguments in runs] == [2, 2]
     assert found == ["no", "bf16"]
     assert not AcceleratorState._shared_state
 
@@ -207,9 +207,7 @@ import timm_lt
 sys.path.insert(0, FOLDER)
 from test_accelerator import PAIRS, small_model
 
-torch.set_num_threads(2)
-ended = threading.Event()
-matrix = torch.randn(500, 500)
+ended, matrix = threading.Event(), torch.randn(500, 500)
 
 def compute():
     while not ended.is_set():
@@ -219,14 +217,12 @@ async def cells():
     act = lambda: timm_lt.rebalance(small_model(), PAIRS, heads="ncm", workers=2).head
     return act(), await asyncio.get_running_loop().run_in_executor(None, act)
 
-thread = threading.Thread(target=compute)
-thread.start()
+threading.Thread(target=compute).start()
 try:
     first, second = asyncio.run(cells())
     assert first == second
 finally:
     ended.set()
-    thread.join()
 """
 
 
@@ -258,10 +254,10 @@ def double_by_default():
 
 
 MODES = {
-    "inference": torch.inference_mode,
-    "float64": double_by_default,
-    "meta device": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode(),
+    "float64": double_by_default(),
+    "meta device": torch.device("meta"),
+    "autocast": torch.autocast("cpu", torch.bfloat16),
 }
 
 
@@ -269,7 +265,7 @@ MODES = {
 def test_the_callers_modes_do_not_matter(mode):
     model = small_model()
     expected = timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)
-    with MODES[mode]():
+    with MODES[mode]:
         found = timm_lt.rebalance(model, PAIRS, heads="crt", workers=0)
     assert torch.equal(found.heads["crt"].weight, expected.heads["crt"].weight)
     # Neither weights nor caches are tensors of inference mode.

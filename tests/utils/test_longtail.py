@@ -10,7 +10,6 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
 
 import timm_lt
 from timm_lt.utils.checks import UsageError
@@ -53,23 +52,17 @@ def test_class_counts_count(labels, spare):
         ([0, 3, 4], r"labels\[1\] = 3 is not below num_classes=3; valid labels are 0 to 2"),
         (torch.tensor([0, 7]), r"labels\[1\] = 7 is not below num_classes=3"),
         ([0, 1.0, 2], r"labels\[1\] = 1.0 is not an integer"),
-        ([0, None], r"labels\[1\] = None is not an integer"),
         (np.array(["cat", "dog"]), r"labels\[0\] = 'cat' is not an integer; number the classes"),
         (Counter([0, 0, 1]), "labels must be a sequence or an array of integers, got a Counter"),
         (np.array([0.0, 1.0, np.nan, 0.5]), r"labels\[2\] = nan is not an integer.*float64"),
         (torch.tensor([0.0, 1.0]), r"labels\[0\] = 0.0 is not an integer.*torch.float32"),
         (torch.tensor([1.5], dtype=torch.bfloat16), r"labels\[0\] = 1.5.*torch.bfloat16"),
-        (pd.Series([1, None]), r"labels\[1\] = nan is not an integer"),
         ([0, 1, True], r"labels\[2\] = True is not an integer"),
-        (torch.tensor([True, False]), r"labels\[0\] = True is not an integer.*torch.bool"),
         ([], "labels must not be empty"),
         ([[0, 1], [1, 0]], r"labels must be one-dimensional, got shape \(2, 2\)"),
         ([[0, 1], [1]], r"labels\[0\] = \[0, 1\] is not an integer"),
         (torch.tensor(1), r"labels must be one-dimensional, got shape \(\)"),
-        ([torch.tensor(1.0)], r"labels\[0\] = 1.0 is not an integer"),
-        (pd.DataFrame({"label": [0]}), "must be one-dimensional, got shape"),
         (5, "got a int"),
-        (TensorDataset(torch.zeros(2)), r"got a TensorDataset; pass timm_lt.dataset_labels\("),
         (datasets.Dataset.from_dict({"label": [0]}), r"pass timm_lt.dataset_labels\(dataset\)"),
     ],
 )
@@ -100,24 +93,6 @@ def test_exponential_profile_has_the_published_sizes(num_classes, max_count, siz
         assert sum(long_tailed_counts(num_classes, max_count, factor)) == size
 
 
-@given(
-    num_classes=st.integers(1, 40),
-    smallest=st.integers(1, 50),
-    factor=st.integers(1, 300),
-    profile=st.sampled_from(["exponential", "step", "pareto"]),
-)
-def test_profiles_fall_from_max_count_to_its_imbalanced_part(
-    num_classes, smallest, factor, profile
-):
-    counts = long_tailed_counts(num_classes, smallest * factor, factor, profile)
-    assert len(counts) == num_classes
-    assert all(type(count) is int for count in counts)
-    assert counts[0] == smallest * factor
-    assert counts == sorted(counts, reverse=True)
-    if num_classes > 1:
-        assert counts[-1] == smallest
-
-
 @pytest.mark.parametrize(
     ("num_classes", "max_count", "factor"), [(7, 640, 64), (4, 500, 8), (12, 300, 100), (3, 77, 7)]
 )
@@ -134,17 +109,17 @@ def test_profiles_by_hand():
     assert long_tailed_counts(4, 500, 10, "step") == [500, 500, 50, 50]
     # r = 2^6: the base falls from 1 to 2 in equal steps, 1, 1.5, 2.
     assert long_tailed_counts(3, 6400, 64, "pareto") == [6400, int(6400 / 1.5**6), 100]
-    assert long_tailed_counts(6, 12, 1, "pareto") == [12] * 6
+    for profile in ("exponential", "step", "pareto"):
+        assert long_tailed_counts(6, 12, 1, profile) == [12] * 6
+        assert long_tailed_counts(1, 500, 100, profile) == [500]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((10, 500, 0.01), r"LDAM-DRW writes the inverse.* in \[1, 500\], got 0.01"),
-        ((10, 500, float("nan")), "got nan"),
         ((10, 50, 100), r"must be a number in \[1, 50\], got 100"),
         ((0, 500, 10), "num_classes must be an integer >= 1, got 0"),
-        ((10, 0, 10), "max_count must be an integer >= 1, got 0"),
         ((10, 500, 10, "exp"), "unknown profile 'exp'.*exponential, step, pareto"),
     ],
 )
@@ -171,9 +146,7 @@ def test_groups_of_cifar100_lt_are_the_published_ones():
         "medium_shot": {"classes": 35, "rule": "20 to 100"},
         "few_shot": {"classes": 30, "rule": "< 20"},
     }
-    oltr, fb50 = describe_shots(counts, "oltr"), describe_shots(long_tailed_counts(100, 500, 50))
-    assert [group["classes"] for group in oltr.values()] == [35, 34, 31]
-    assert [group["classes"] for group in fb50.values()] == [41, 41, 18]
+    assert [group["classes"] for group in describe_shots(counts, "oltr").values()] == [35, 34, 31]
     with pytest.raises(UsageError, match=r"unknown shot rule 'FB'.*fb, oltr"):
         describe_shots([1, 2], "FB")
 
@@ -205,19 +178,15 @@ def test_counts_by_label_or_name():
     ("counts", "num_classes", "message"),
     [
         ({1: 5, 2: 3}, None, "must be the labels 0 to 1, .*; missing: 0, unknown: 2"),
-        ({0: 5, 1: 4, 3: 1}, None, "missing: 2, unknown: 3"),
         ({0: 5, -1: 4}, 3, "missing: 1, 2, unknown: -1"),
         ({"0": 5, "1": 4}, None, "unknown: '0', '1'"),
-        ({0.0: 5}, None, "unknown: 0.0"),
         ({True: 5, False: 1}, None, "unknown: True, False"),
         (Counter(torch.tensor([0, 0, 1])), None, r"unknown: tensor\(0\)"),
-        ({0: 0.5, 1: 0.5}, None, r"class_counts\[0\] = 0.5 is not an integer"),
         (pd.Series([5, 4], index=[0, 0]), None, "each once"),
         ({}, None, "class_counts must not be empty"),
         ({0: 0}, None, "must not be all 0"),
         (Counter(TAIL_FIRST).most_common(), None, "class_counts must be one-dimensional"),
         (Counter(TAIL_FIRST).values(), None, "got a dict_values"),
-        (pd.DataFrame({"n": COUNTS}), None, "one-dimensional, got shape"),
     ],
 )
 def test_invalid_counts_by_label_are_refused(counts, num_classes, message):

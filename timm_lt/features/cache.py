@@ -64,9 +64,8 @@ class Progress:
 class FeatureCache:
     """Files of one key in a folder; if they cannot be written, methods fail with a UsageError.
 
-    The key is a digest of the ``description``, everything that decides the features but rounding,
-    and of type and number of views. Rounding depends on the ``settings``, which divide the images
-    into batches.
+    The key is a digest of the ``description``, of type and number of views. The ``settings`` divide
+    the images into batches, on which rounding depends.
     """
 
     def __init__(

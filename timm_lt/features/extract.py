@@ -413,10 +413,7 @@ def layers_of(loader: Any) -> list[Any]:  # noqa: ANN401
 
 
 def batch_sampler_of(loader: object) -> tuple[BatchSampler | None, int]:
-    """Returns the batch sampler of a loader, and how many of its batches the processes take.
-
-    The sampler is None for loaders with batches of their own, such as a list.
-    """
+    """Returns a loader's batch sampler, if known, and how many of its batches are taken at once."""
     layers, at_once = layers_of(loader), 1
     batches = getattr(layers[-1], "batch_sampler", None)
     while isinstance(batches, BatchSamplerShard):
@@ -457,8 +454,7 @@ class _BeforeClassifier(Exception):  # noqa: N818
 class FeatureTap:
     """Keeps the input of a timm model's classifier, forward pass by forward pass.
 
-    The classifier is given by its path, or the only one. With ``ends``, a forward pass ends before
-    it.
+    With ``ends``, a forward pass ends before the classifier.
 
     >>> import timm, torch
     >>> model = timm.create_model("test_resnet", num_classes=3)

@@ -10,7 +10,6 @@ from timm_lt.heads.attach import head_statistics as head_statistics
 from timm_lt.heads.attach import set_head as set_head
 from timm_lt.heads.base import HEADS as HEADS
 from timm_lt.heads.base import Head as Head
-from timm_lt.heads.base import as_linear as as_linear
 from timm_lt.heads.base import check_head_options as check_head_options
 from timm_lt.heads.base import create_head as create_head
 from timm_lt.heads.base import head_option_names as head_option_names

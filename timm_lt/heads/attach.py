@@ -1,8 +1,4 @@
-"""Finding the classifiers of a timm model, and replacing them by heads.
-
-Most architectures have one ``nn.Linear``. In some it is inside a module, or a 1×1 convolution.
-Distilled and multi-scale models have several classifiers, whose logits they combine.
-"""
+"""Finding the classifiers of a timm model, one or several, and replacing them by heads."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -178,8 +174,7 @@ def set_head(
     module. In a model with several classifiers (distilled, multi-scale) each gets the named head.
 
     Args:
-        model: A timm model with a classifier (C, D): an ``nn.Linear``, alone or inside of a module,
-            or a 1×1 convolution.
+        model: A timm model whose classifier has an ``nn.Linear`` or a 1×1 convolution (C, D).
         head: Name of a head; or a fitted head (or any ``nn.Linear``) of the same shape; or such
             modules by path, one for each classifier.
         **options: Options of the named head.
@@ -260,10 +255,7 @@ def fold_head(model: nn.Module) -> nn.Module:
     """Replaces the model's heads by plain classifiers with the same predictions, in place.
 
     Each becomes an ``nn.Linear`` or a 1×1 convolution, as in timm, with a bias of zeros if the head
-    has none. The state dict loads strictly into timm's own model.
-
-    Returns:
-        The same model; its ``reset_classifier`` is timm's own again.
+    has none. The state dict loads strictly into timm's own model. Returns the same model.
 
     Raises:
         UsageError: If a head is not fitted, or not linear in the features.
@@ -313,8 +305,8 @@ def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Ten
 def head_statistics(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     """Gives a model the batch-norm statistics of a head while the block runs.
 
-    Extract the features of a head with ``backbone_statistics`` inside of it. Afterwards the model
-    has its own statistics again, bit for bit. The head is not put on the model.
+    Extract the features of a head with ``backbone_statistics`` inside the block. The head is not
+    put on the model.
     """
     statistics = statistics_of([head], model)
     state = model.state_dict()

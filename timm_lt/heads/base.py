@@ -8,8 +8,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,7 @@ def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
 PLAIN = (Tensor, nn.Parameter)
 
 
-@dataclass(frozen=True, eq=False)
-class _Cached:
+class _Cached(NamedTuple):
     """Effective weights, and the state that they were computed from."""
 
     state: tuple[Tensor, ...]
@@ -57,9 +55,7 @@ class Head(nn.Linear):
     changes, so inference costs as much as with an ``nn.Linear``. A change through ``.data`` or
     NumPy is not noticed until ``train()`` or ``eval()`` is called or a gradient is needed.
 
-    Args:
-        in_features, out_features, bias, device, dtype: As for ``nn.Linear``, positional; the
-            options of a head are keyword-only.
+    The arguments of ``nn.Linear`` come first; the options of a head are keyword-only.
 
     Attributes:
         spatial: Whether the head replaces a 1×1 convolution: features are (N, D, H, W), logits
@@ -68,8 +64,7 @@ class Head(nn.Linear):
             Logit adjustment is then applied to the main one only.
         uses_bias: Whether the logits depend on ``bias``, which timm expects in the state dict.
         backbone_statistics: Batch-norm statistics with which the head was trained, by key of the
-            model's state dict. :func:`timm_lt.set_head` copies them into the model. None for most
-            heads.
+            model's state dict, or None; :func:`timm_lt.set_head` copies them into the model.
         selection: How the options were selected, e.g. ``{"tau": 0.8, "split": "val"}``.
 
     Shape:
@@ -152,8 +147,8 @@ class Head(nn.Linear):
         """Returns a plain ``nn.Linear`` with the same argmax for every feature vector.
 
         The logits are the same too, up to rounding, unless the head normalises its input. A
-        ``spatial`` head gives a 1×1 convolution. The bias is zeros if the head has none but its
-        classifier had, so that the state dict has the keys that timm expects.
+        ``spatial`` head gives a 1×1 convolution. The state dict has the keys that timm expects: the
+        bias is zeros if the head does not use the one of its classifier.
 
         Raises:
             UsageError: If the head is not linear in the features, even up to a positive factor.
@@ -339,14 +334,8 @@ def create_head(
 ) -> Head:
     """Creates a head with a freshly initialised classifier.
 
-    Args:
-        name: One of :func:`list_heads`.
-        in_features: Width D of the features.
-        num_classes: Number of classes C.
-        bias: As for ``nn.Linear``, like the next two.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-        **options: Options of the head.
+    The name is one of :func:`list_heads`, the features have the width ``in_features``, and the
+    options are those of the head; the others are arguments of ``nn.Linear``.
 
     Raises:
         UsageError: For an unknown head or option, or a value out of its range.

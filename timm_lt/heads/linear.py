@@ -100,14 +100,8 @@ def limit_norms(classifier: nn.Linear, max_norm: float) -> None:
     """Limits the norm of each class's weights in place: ``w_c ← w_c · min(1, max_norm / ‖w_c‖)``.
 
     References:
-        Alshammari, Wang, Ramanan, Kong. Long-tailed recognition via weight balancing. CVPR 2022,
-        section 3.3. https://arxiv.org/abs/2203.14197
-
-    >>> classifier = seeded_linear(2, 2)
-    >>> _ = classifier.weight.data.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
-    >>> limit_norms(classifier, 1.0)
-    >>> classifier.weight.tolist()
-    [[0.6000000238418579, 0.800000011920929], [0.0, 0.5]]
+        Alshammari et al., Long-Tailed Recognition via Weight Balancing, CVPR 2022, section 3.3,
+        https://arxiv.org/abs/2203.14197
     """
     classifier.weight.renorm_(2, 0, max_norm)
 
@@ -183,11 +177,7 @@ BATCH_SIZE = 512
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """Default length of the training of a head by SGD, on features or on images.
-
-    The epochs are those of the reference code on ImageNet-LT; since an epoch of a small data set
-    has few updates, ``min_updates`` is a lower bound.
-    """
+    """Default length of the training of a head by SGD: epochs of the reference code, if enough."""
 
     epochs: int
     min_updates: int

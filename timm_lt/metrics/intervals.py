@@ -68,8 +68,7 @@ def confidence_intervals(
         (low, high) by figure; without shot groups that have no images.
 
     Raises:
-        UsageError: If the sizes differ, a value is out of range, or the report of an older version
-            lacks the images per class.
+        UsageError: If the sizes differ, or a value is out of range.
     """
     counts = report.right_and_images()
     present = counts[1] > 0
@@ -118,8 +117,7 @@ def paired_difference(
         seed: Seed of the draws.
 
     Raises:
-        UsageError: If the shapes differ, a label or a value is out of range, or the objective's
-            shot group has no images.
+        UsageError: If the shapes differ, a value is out of range, or the objective has none.
     """
     field = objective_field(objective)
     a, b = (
@@ -191,20 +189,17 @@ def shifted_accuracy(
     With the classes sorted by training images, most frequent first (``i`` = 0, ..., C - 1; ties by
     class), the share of class i is ``p_i ~ r^(-i / (C - 1))``, r being the imbalance factor;
     ``"backward"`` reverses the order. The accuracy is ``sum_c p_c a_c / sum_c p_c`` over the
-    classes with a known accuracy ``a_c``: the expectation over test sets drawn from the one at hand
-    (the papers round class sizes to whole images). At r = 1 it is the mean over the classes.
+    classes with a known accuracy ``a_c``: the mean over test sets drawn from this one.
 
     >>> a = torch.tensor([0.9, 0.6, 0.3])
     >>> [round(shifted_accuracy(a, [500, 50, 5], d, 4), 3) for d in ("forward", "backward")]
     [0.729, 0.471]
-    >>> round(shifted_accuracy(a, [500, 50, 5], "uniform"), 3)
-    0.6
 
     Args:
         accuracies: A report, or the accuracy of each class, (C,); NaN where unknown.
         class_counts: Training images per class, (C,).
         direction: ``"forward"`` has the order of the training set, ``"backward"`` the reverse.
-        imbalance_factor: Largest over smallest class of the test set, at least 1; 1 for uniform.
+        imbalance_factor: Largest over smallest class of the test set, r >= 1; 1 for uniform.
 
     Raises:
         UsageError: If a value is out of range, the sizes differ, or no accuracy is known.

@@ -76,9 +76,8 @@ class OpenSetMetrics:
     >>> metrics = OpenSetMetrics(2, threshold=0.6)
     >>> logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.1, 0.0], [0.0, 0.0]])
     >>> metrics.update(logits, [0, 0, 0, -1])  # right, wrong, rejected, an open one rejected
-    >>> report = metrics.compute()
-    >>> report.precision, report.recall, report.all
-    (0.3333333333333333, 1.0, 0.5)
+    >>> metrics.compute().recall, metrics.compute().all
+    (1.0, 0.5)
     """
 
     def __init__(
@@ -99,8 +98,7 @@ class OpenSetMetrics:
             targets: True classes, (N,), integers in [0, C), and -1 for open images.
 
         Raises:
-            UsageError: If the shapes do not match, a target is out of range, or a logit is not
-                finite.
+            UsageError: If the shapes do not match, or a value is out of range.
         """
         confidences, right, known = _judged(logits, targets, self.num_classes)
         accepted = confidences >= self.threshold
@@ -148,7 +146,7 @@ class OpenSetMetrics:
 def open_set_report(
     logits: Tensor, targets: Labels, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
 ) -> OpenSetReport:
-    """Computes the report of :class:`OpenSetMetrics` in one call; same arguments and errors."""
+    """Computes the report of :class:`OpenSetMetrics`, with the same arguments, in one call."""
     metrics = OpenSetMetrics(logits.shape[-1], threshold=threshold, rule=rule)
     metrics.update(logits, targets)
     return metrics.compute()
@@ -157,10 +155,7 @@ def open_set_report(
 def choose_threshold(logits: Tensor, targets: Labels, *, rule: OpenSetRule = "oltr") -> float:
     """Returns the threshold with the highest F measure, exactly; the lowest of ties.
 
-    Args:
-        logits: Finite validation scores of the known classes, (N, C), of all processes.
-        targets: True classes in [0, C), and -1 for open images, (N,).
-        rule: See :class:`OpenSetMetrics`.
+    The arguments are those of :func:`open_set_report`, on validation, of all processes.
 
     Raises:
         UsageError: Without open images or right known ones, or as :class:`OpenSetMetrics`.

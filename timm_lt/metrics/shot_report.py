@@ -127,14 +127,9 @@ def objective_field(objective: Objective) -> str:
 def objective_value(report: ShotReport, objective: Objective) -> float:
     """Returns a report's value of an objective; larger is better.
 
-    Args:
-        report: Report on validation.
-        objective: ``"all"`` (accuracy over images), ``"class_mean"``, ``"few_shot"``,
-            ``"harmonic_mean"`` (of the many-, medium- and few-shot accuracies) or
-            ``"worst_class"``.
-
-    Raises:
-        UsageError: If the objective is unknown, or the report has no value for it.
+    The objective is ``"all"`` (accuracy over images), ``"class_mean"``, ``"few_shot"``,
+    ``"harmonic_mean"`` (of the many-, medium- and few-shot accuracies) or ``"worst_class"``. It is
+    a UsageError if the report has no value for it.
     """
     value: float | None = getattr(report, objective_field(objective))
     if value is None:
@@ -171,8 +166,7 @@ def per_class_table(
         class without predictions, F1 for a class without both.
 
     Raises:
-        UsageError: If the sizes differ, or the report of an older version lacks the images per
-            class.
+        UsageError: If the sizes differ, or an older version wrote the report.
     """
     right, images = report.right_and_images()
     predicted = torch.as_tensor(report.predicted)
@@ -203,7 +197,7 @@ def compare_per_class(
         label_names: Names of the classes, (C,); without them the rows have no name.
 
     Raises:
-        UsageError: As :func:`per_class_table`, or if the reports are on different splits.
+        UsageError: If the reports are on different splits.
     """
     columns: dict[str, list[Any]] = {}
     for name, report in reports.items():
@@ -260,8 +254,7 @@ def write_per_class(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         rows: At least one; all with the keys of the first, the columns.
 
     Raises:
-        UsageError: If the suffix is another, there are no rows, rows have other keys, a text is not
-            valid UTF-8, or JSON cannot represent a value, such as NaN.
+        UsageError: If the suffix is another, there are no rows, or a value cannot be written.
     """
     path = Path(path)
     with user_errors(f"{path} cannot be written", TypeError, ValueError):

@@ -52,20 +52,17 @@ def check_logits(logits: object, num_images: int, num_classes: int) -> None:
     suspects = (~logits.sum(1).isfinite()).nonzero().flatten()
     wrong: list[int] = suspects[~logits[suspects].isfinite().all(1)].tolist()
     if wrong:
-        raise UsageError(
-            f"logits must be finite: row {wrong[0]} is not ({len(wrong)} of {len(logits)} rows)"
-        )
+        raise UsageError(f"logits must be finite: row {wrong[0]} is not")
 
 
 def judge(logits: Tensor, targets: Tensor) -> Outcomes:
     """Computes predictions, confidences and top-5 hits from logits (N, C) and targets (N,)."""
     rows = max(BLOCK // logits.shape[1], 1)
-    parts = zip(logits.detach().split(rows), targets.to(logits.device).split(rows), strict=True)
-    return Outcomes(*(torch.cat(column).cpu() for column in zip(*map(_judge, parts), strict=True)))
+    parts = map(_judge, logits.detach().split(rows), targets.to(logits.device).split(rows))
+    return Outcomes(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
-def _judge(part: tuple[Tensor, Tensor]) -> Outcomes:
-    logits, targets = part
+def _judge(logits: Tensor, targets: Tensor) -> Outcomes:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, preds = logits.max(dim=1)
     # Softmax probability of the prediction, without an (N, C) tensor.
@@ -148,8 +145,8 @@ class ShotMetrics:
             targets: True classes, (N,), integers in [0, C).
 
         Raises:
-            UsageError: If the shapes do not match, a label is not an integer in [0, C), a logit is
-                not finite, or updates mix predictions and logits.
+            UsageError: If the shapes do not match, a label is not in [0, C), or a logit is not
+                finite.
         """
         if len(outputs) == len(targets) == 0:
             return
@@ -162,7 +159,7 @@ class ShotMetrics:
             raise UsageError(
                 f"preds {tuple(preds.shape)} and targets {tuple(targets.shape)} must have one shape"
             )
-        self._count(preds, targets, scored=False)
+        self._count(preds, targets)
 
     def update_logits(self, logits: Tensor, targets: Labels) -> Outcomes:
         """Counts logits (N, C) as :meth:`update` does and returns their predictions.
@@ -174,19 +171,14 @@ class ShotMetrics:
         check_logits(logits, len(targets), self.num_classes)
         outcomes = judge(logits, targets)
         preds, confidences, in_top = outcomes
-        self._count(preds, targets, scored=True)
+        self._count(preds, targets)
         self._counts[3].scatter_add_(0, targets, in_top.long())
         first_bin = ECE_BINS * self._groups.int().argmax(0)[targets]
         self._bins += bin_sums(confidences, preds == targets, first_bin, self._bins.shape[1])
         return outcomes
 
-    def _count(self, preds: Tensor, targets: Tensor, *, scored: bool) -> None:
-        """Counts the images in O(N), not O(C), if all updates have logits or none has."""
-        had_logits = bool(self._bins.any())
-        if had_logits != scored and (had_logits or self._counts.any()):
-            raise UsageError(
-                "some updates have logits and others predictions: pass logits in all or in none"
-            )
+    def _count(self, preds: Tensor, targets: Tensor) -> None:
+        """Counts the images in O(N), not O(C)."""
         ones = torch.ones_like(targets)
         # NumPy is faster than torch with integers.
         cells = np.multiply(preds.numpy() == targets.numpy(), self.num_classes, dtype=np.int64)
@@ -214,7 +206,7 @@ class ShotMetrics:
         """Returns the report on all counted images.
 
         Raises:
-            UsageError: If there are none, or only some had logits (after a merge or reduce).
+            UsageError: If there are none, or only some of them had logits.
         """
         wrong, right, predicted, _ = self._counts.double()
         images = wrong + right
@@ -271,8 +263,7 @@ def shot_accuracy(
 
     A group's accuracy is the mean of the class accuracies over the group's classes in the split.
     Macro F1 is the mean of ``2 TP_c / (2 TP_c + FP_c + FN_c)`` over the classes in the targets or
-    the predictions, macro precision the mean of ``TP_c / (TP_c + FP_c)``, 0 for a class without
-    predictions. The cost is O(N + C).
+    the predictions, macro precision that of ``TP_c / (TP_c + FP_c)``, or 0 without predictions.
 
     >>> print(shot_accuracy([0, 0, 1, 1], [0, 0, 1, 2], class_counts=[500, 50, 5]))
     all 75.0 %, many_shot (> 100) 100.0 %, medium_shot (20 to 100) 100.0 %,
@@ -285,7 +276,7 @@ def shot_accuracy(
         rule: Bounds of the shot groups.
 
     Raises:
-        UsageError: If the shapes differ or a label is not an integer in [0, C).
+        UsageError: If the shapes differ or a label is out of range.
 
     References:
         Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
@@ -306,8 +297,7 @@ def evaluate_logits(
     finite scores, (N, C); the other arguments are those of :func:`shot_accuracy`.
 
     Raises:
-        UsageError: If the shapes do not match, a logit is not finite (names the row), or a target
-            is not an integer in [0, C).
+        UsageError: If the shapes do not match, a logit is not finite, or a target is out of range.
     """
     num_classes = logits.shape[1] if are_logits(logits) else None
     metrics = ShotMetrics(check_class_counts(class_counts, num_classes), rule)
@@ -319,7 +309,7 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
     """Computes the accuracy of predictions in each confidence bin, JSON-ready.
 
     With 15 bins, bin b has the images with a confidence in ``((b - 1) / 15, b / 15]``; confidence 0
-    is in the first. Confidences are rounded to multiples of 2^-32.
+    is in the first.
 
     >>> reliability(torch.tensor([0.25, 1.0, 0.75]), torch.tensor([1, 1, 0]), bins=2)
     [{'images': 1, 'confidence': 0.25, 'accuracy': 1.0},
@@ -331,8 +321,7 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
         bins: Number of bins of equal width.
 
     Returns:
-        Number of images, mean confidence and accuracy of each bin; the last two are None for an
-        empty bin.
+        Images, mean confidence and accuracy of each bin; the last two are None for an empty one.
 
     Raises:
         UsageError: If there are no images, the shapes differ, or a value is out of range.

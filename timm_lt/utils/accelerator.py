@@ -47,8 +47,8 @@ def create_accelerator(
     """
     from accelerate.tracking import get_available_trackers
 
-    installed = map(str, get_available_trackers())
-    check_choice("or not installed tracker", tracker, ("none", *installed))
+    trackers = ("none", *map(str, get_available_trackers()))
+    check_choice("or not installed tracker", tracker, trackers)
     precision = mixed_precision
     if mixed_precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -161,11 +161,7 @@ def _kept_worker_settings() -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """Returns the device that accelerate computes on, without initializing accelerate.
-
-    The first of: the device of the process's accelerator, the environment variables
-    ``ACCELERATE_TORCH_DEVICE`` and ``ACCELERATE_USE_CPU``, a GPU (CUDA, MPS, XPU, ...), the CPU.
-    """
+    """Returns the device that accelerate computes on, without initializing accelerate."""
     if is_initialized():
         return torch.device(PartialState().device)
     if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
@@ -189,8 +185,7 @@ def process_rank() -> int:
 def set_cpu_threads(threads: int | None = None) -> int:
     """Sets and returns the number of threads that torch uses in this process.
 
-    None is this process's share of the cores under ``accelerate launch``, which would give it one
-    thread, and torch's own default elsewhere.
+    None is its share of the cores under ``accelerate launch``, and torch's own default elsewhere.
     """
     if threads is None and "ACCELERATE_MIXED_PRECISION" in os.environ:
         threads = max(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

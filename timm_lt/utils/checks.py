@@ -22,11 +22,7 @@ WHITE = "#ffffff"
 class UsageError(ValueError):
     """An error in the user's input: the message says what is wrong and how to fix it.
 
-    timm_lt raises it for all invalid input; the command line prints the message without a traceback
-    and exits with status 2.
-
-    Attributes:
-        problems: The problems, one sentence each; see :class:`Problems`.
+    timm_lt raises it for all invalid input. ``problems`` has one sentence for each mistake.
     """
 
     def __init__(self, message: str = "", *, problems: Sequence[str] = ()) -> None:
@@ -128,11 +124,10 @@ def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]
     hints = typing.get_type_hints(part)
     for name in options.keys() & hints.keys():
         is_literal = typing.get_origin(hints[name]) is typing.Literal
-        parts = (hints[name],) if is_literal else typing.get_args(hints[name])
-        closed = [part for part in parts if part is not NoneType]
-        # Not a union of a Literal and numbers.
-        is_closed = [typing.get_origin(part) for part in closed] == [typing.Literal]
-        if is_closed and (options[name] is not None or NoneType not in parts):
+        kinds = (hints[name],) if is_literal else typing.get_args(hints[name])
+        closed = [kind for kind in kinds if kind is not NoneType]
+        is_closed = [typing.get_origin(kind) for kind in closed] == [typing.Literal]
+        if is_closed and (options[name] is not None or NoneType not in kinds):
             check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
 
 
