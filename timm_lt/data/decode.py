@@ -1,6 +1,7 @@
 """Decoding of images of every kind to RGB, and images that cannot be decoded."""
 
 import io
+import math
 import os
 import re
 import struct
@@ -290,16 +291,15 @@ def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
 
 def is_huge(size: tuple[int, int]) -> bool:
     """Tells whether Pillow warns of an image of this width and height."""
-    limit = Image.MAX_IMAGE_PIXELS
-    return limit is not None and size[0] * size[1] > limit
+    return size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 def describe_huge(number: int, total: int, names: Sequence[str], split: str = "") -> str:
     """Returns one message about all images that Pillow would warn of."""
-    limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
+    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
     return (
-        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read "
-        f"all the same: {shown_names(names)}"
+        f"{number} of {total} {split}{' ' * bool(split)}images have more than {limit:.0f} million "
+        f"pixels, and were read all the same: {shown_names(names)}"
     )
 
 
@@ -310,11 +310,7 @@ def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
 
 
 def shown_path(path: str) -> str:
-    r"""Returns a path as messages show it: in quotes if it has unprintable characters.
-
-    >>> shown_path("my cat.jpg"), shown_path("my\ncat.jpg")
-    ('my cat.jpg', "'my\\ncat.jpg'")
-    """
+    """Returns a path as messages show it: in quotes if it has unprintable characters."""
     return path if path.isprintable() else repr(path)
 
 
@@ -358,31 +354,26 @@ def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[Un
     Reads headers, and decodes a JPEG without its end marker to be sure. Does not check remote files
     and data sets with a transform of their own.
     """
-    encoded = encoded_images(dataset)
+    encoded, found = encoded_images(dataset), []
     if encoded.format["type"] == "custom":
         return []
-    rows = range(len(dataset)) if rows is None else rows
-    found = []
+    left = iter(range(len(dataset)) if rows is None else rows)
     with ThreadPoolExecutor() as threads:
-        batches = encoded.select(rows).with_format("arrow").iter(ROWS)
-        for number, batch in enumerate(batches):
+        batches = encoded if rows is None else encoded.select(rows)
+        for batch in batches.with_format("arrow").iter(ROWS):
             images = batch.column("image").to_pylist()
-            checked = zip(rows[number * ROWS :], images, threads.map(_damage, images), strict=False)
-            found += [
-                UnreadableImage(row, image_name(image, row), reason)
-                for row, image, reason in checked
-                if reason is not None
-            ]
+            for image, reason in zip(images, threads.map(_damage, images), strict=True):
+                row = next(left)
+                if reason is not None:
+                    found.append(UnreadableImage(row, image_name(image, row), reason))
     return found
 
 
 def _damage(encoded: dict[str, Any] | None) -> str | None:
     """Returns why an image cannot be read, if its header or its end shows it."""
     source = source_of(encoded)
-    if source is None:
-        return "there is no image"
-    if is_remote(source):
-        return None
+    if source is None or is_remote(source):
+        return "there is no image" if source is None else None
     try:
         with damage_explained(), open_image(source) as image:
             if image.format in ("JPEG", "MPO"):

@@ -26,7 +26,7 @@ from timm_lt.data.decode import CAUGHT, is_worker_death
 from timm_lt.data.items import check_dataset, is_plain, with_transform
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
 # Options that conflict with a sampler or an accelerator.
@@ -177,12 +177,10 @@ def create_loader(
             data set, is not shared among the processes, or is too short for one batch; or the data
             set has no random access.
     """
-    parts = {"sampler": sampler, "accelerator": accelerator}
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise unknown_name("option of create_loader:", name, list(OPTIONS))
-        for part, conflicts in CONFLICTS.items():
-            if value and parts[part] is not None and name in conflicts:
+        check_choice("option of create_loader:", name, OPTIONS)
+        for part, given in (("sampler", sampler), ("accelerator", accelerator)):
+            if value and given is not None and name in CONFLICTS[part]:
                 raise UsageError(f"{name}= does not go with {part}=; remove one of them")
     device = accelerator.device if accelerator else options.get("device") or default_device()
     options["device"] = torch.device(device)
