@@ -82,16 +82,15 @@ def balanced(**options):
     return create_sampler("class_balanced", LABELS, **{"num_samples": 40, **options})
 
 
+def accelerator_of(**options):
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
+
+
 @pytest.fixture
 def one_process():
     """Makes an accelerator of one process."""
-
-    def create(**options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = DataLoaderConfiguration(**options)
-        return Accelerator(cpu=True, dataloader_config=config)
-
-    yield create
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerator_of
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -420,8 +419,7 @@ from test_loader import ranks_of_accelerate, ranks_of_torch
 def ranks_of_accelerate(folder):
     found = {}
     for split in (True, False):
-        config = DataLoaderConfiguration(split_batches=split)
-        accelerator = Accelerator(cpu=True, dataloader_config=config)
+        accelerator = accelerator_of(split_batches=split)
         assert accelerator.num_processes == 2
         found["rank"] = accelerator.process_index
         options = {**TRAINING, "accelerator": accelerator, "sampler": balanced()}
