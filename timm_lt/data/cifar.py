@@ -160,12 +160,13 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
     """
     blocks = np.arange(len(labels)).reshape(len(spec.batches), -1)
     counts = [np.bincount(labels[rows], minlength=len(spec.names)).tolist() for rows in blocks]
-    order = []
-    for batch in spec.batches:
-        first = batch["first"]
-        for rows, count in zip(blocks, counts, strict=True):
-            if count == batch["counts"] and labels[rows[: len(first)]].tolist() == first:
-                order.append(rows)
+    order = [
+        rows
+        for batch in spec.batches
+        for rows, count in zip(blocks, counts, strict=True)
+        if count == batch["counts"]
+        and labels[rows[: len(batch["first"])]].tolist() == batch["first"]
+    ]
     if len(order) != len(blocks):
         raise UsageError(
             f"unknown order of the training images of {spec.name}: {len(order)} of {len(blocks)} "

@@ -92,8 +92,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         processes = PartialState().num_processes if is_initialized() else 1
-        is_shared = self._prepared or getattr(self.sampler, "num_replicas", 1) > 1
-        if processes > 1 and not is_shared and isinstance(self.sampler, ClassSampler):
+        is_whole = isinstance(self.sampler, ClassSampler) and self.sampler.num_replicas == 1
+        if processes > 1 and is_whole and not self._prepared:
             raise UsageError(
                 f"accelerate runs {processes} processes, each of which would draw all images; pass "
                 "accelerator= to create_loader"
@@ -359,9 +359,8 @@ def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
 def _is_cut_off(error: BaseException) -> bool:
     """Tells whether a worker died while it sent a batch."""
     frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, CUT_OFF) and any(
-        name.startswith("multiprocessing.") for name in frames
-    )
+    from_worker = any(name.startswith("multiprocessing.") for name in frames)
+    return isinstance(error, CUT_OFF) and from_worker
 
 
 def _last_line(error: BaseException) -> str:
