@@ -228,10 +228,10 @@ def decode_image(
         _ignore_warnings_once()
     source = encoded if isinstance(encoded, Image.Image) else source_of(encoded)
     with damage_explained():
-        if source is None:
-            raise ValueError("there is no image")
         if is_remote(source):
             source = ImageColumn().decode_example({"path": source, "bytes": None})
+        if source is None:
+            raise ValueError("there is no image")
         if isinstance(source, Image.Image):
             rgb = to_rgb(source, background)
         else:
@@ -263,10 +263,9 @@ def _reason(error: Exception) -> str:
         # Pillow warns above its limit, and refuses above twice its limit.
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     if isinstance(error, OSError | ValueError | SyntaxError | EOFError):
-        return str(error).removesuffix(".") or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return str(reason).removesuffix(".")
     return f"Pillow cannot decode it ({type(error).__name__}: {error})"
 
 
@@ -341,7 +340,7 @@ def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 class UnreadableImage(NamedTuple):
-    """An image that cannot be read: its row, its name in messages, and the reason."""
+    """An image that cannot be read, its name in messages, and the reason."""
 
     row: int
     name: str
@@ -469,5 +468,5 @@ def check_classes_left(
 def is_worker_death(error: BaseException) -> bool:
     """Tells whether an error is torch's report of the death of a worker."""
     text = str(error)
-    dead = isinstance(error, RuntimeError) and "DataLoader worker" in text
-    return dead and not text.startswith(CAUGHT)
+    is_death = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    return is_death and not text.startswith(CAUGHT)
