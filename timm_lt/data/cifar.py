@@ -189,16 +189,16 @@ def _read(
     with user_errors(name, OSError, RuntimeError, ValueError, UsageError, cure=expected):
         folder = None if root is None else Path(root).expanduser()
         copy = _read_any(spec, folder, cache_dir)
-    for split, number in spec.per_class.items():
-        names = label_names(copy[split])
-        counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
-        found = dict(zip(names or [], counts, strict=False))
-        if found != dict.fromkeys(spec.names, number) or names != spec.names:
-            wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
-            raise UsageError(
-                f"{name}: {split} needs {number} images of {shown_names(spec.names)}, found "
-                f"{shown_names(wrong or list(found))}"
-            )
+        for split, number in spec.per_class.items():
+            names = label_names(copy[split])
+            counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
+            found = dict(zip(names or [], counts, strict=False))
+            if found != dict.fromkeys(spec.names, number) or names != spec.names:
+                wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
+                raise ValueError(
+                    f"{split} needs {number} images of {shown_names(spec.names)}, found "
+                    f"{shown_names(wrong or list(found))}"
+                )
     return copy
 
 
