@@ -100,16 +100,6 @@ def test_the_atlas_has_another_glyph_in_every_class_ink_in_every_cell_and_its_li
     assert "STIX" in (ATLAS / "LICENSE_STIX").read_text("utf-8")
 
 
-def test_class_names_are_distinct_and_no_class_is_a_lookalike_accent_or_punctuation():
-    classes = json.loads((ATLAS / "classes.json").read_text("utf-8"))["classes"]
-    names = glyph_names()
-    assert len(set(names)) == 100
-    assert all(name.isascii() and name.islower() and name.isidentifier() for name in names)
-    by_char = {entry["char"]: entry for entry in classes}
-    assert by_char["€"] == {"name": "euro_sign", "char": "€", "code_point": "U+20AC"}
-    assert not set("Oocsvxz!\u0391\u0440\u00e9") & set(by_char)
-
-
 def test_the_script_reproduces_the_packaged_atlas(tmp_path):
     about = json.loads((ATLAS / "classes.json").read_text("utf-8"))
     fonts = render_glyph_atlas.font_folder()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from timm_lt.data import create_dataset, create_splits
+from timm_lt.data import create_splits
 from timm_lt.data.decode import encoded_images
 from timm_lt.data.folder import find_images
 from timm_lt.data.sources import find_splits
@@ -174,22 +174,10 @@ def test_all_problems_are_reported_together(tmp_path):
         assert problem.startswith(start.format(tmp_path)), problem
 
 
-def test_a_root_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"root .*/none' does not exist"):
-        create_dataset("folder", root=tmp_path / "none")
-    file = tmp_path / "file.zip"
-    file.touch()
-    with pytest.raises(UsageError, match=r"root .*file\.zip' is not a folder"):
-        create_dataset("folder", root=file)
-    file.unlink()
-    PICTURE.save(tmp_path / "a.jpg")
-    (problem,) = problems(tmp_path)
-    assert problem.startswith("no images in directories of classes, 1 directly in it: make a")
-
-
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
+        ({".": 1}, "no images in directories of classes, 1 directly in it: make a"),
         ({"test/a": 1, "val/a": 1}, "there is no directory train beside test, val"),
         ({"train/a": 3, "val/a": 1, "valid/a": 1}, "2 directories are for val: val and valid"),
         ({"train/a": 3, "train/b": 3, "c": 3}, "train has directories and no images of its own"),

@@ -215,12 +215,15 @@ JSON_FAULTS = {
     "deep": ("[" * 100_000, "cannot be read: maximum recursion depth"),
     "half": (entry(path="\ud800", category_id=0), "cannot be read: .*surrogates not allowed"),
     "list": ({"annotations": [3]}, r"annotations\[0\] must have"),
-    "image": (coco(images=[{"id": 5, "file_name": "y"}]), "no image has the id 7$"),
-    "category": (coco(categories=[{"id": "90", "name": "a"}]), "no category has the id 90, 1$"),
+    "image": (coco(images=[{"id": 5, "file_name": "y"}]), "not exactly one image has the id 7$"),
+    "category": (coco(categories=[{"id": "90", "name": "a"}]), "one category has the id 90, 1$"),
     "two": (coco(annotations=TWICE), r"1 images have annotations of different categories: y\.jpg"),
     "bare": (coco(annotations=[]), "is empty: it has no image with a label"),
     "id": (coco(images=[{"id": 5.5, "file_name": "y"}]), "an integer or a text; .* 5.5"),
-    "image ids": (coco(images=[{"id": 5, "file_name": "y"}] * 2), "several have the image id 5"),
+    "image ids": (
+        coco(images=[{"id": 5, "file_name": "y"}] * 2),
+        "not exactly one image has the id",
+    ),
 }
 
 

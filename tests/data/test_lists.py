@@ -268,11 +268,10 @@ def test_a_column_of_splits_that_does_not_fit_is_refused(root, values, options, 
     assert f"the split column of {root}/{owner} has images of {present}: give" in problem
 
 
-def camera_traps(root):
-    """A list as COCO Camera Traps has it."""
+def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
     counts = {"empty": 5, "deer": 4, "lynx": 2}
     images = [(f"{c}\\{i}.png", f"id-{c}-{i}", c) for c, n in counts.items() for i in range(n)]
-    save(root, [file.replace("\\", "/") for file, _, _ in images] + ["bare.png"])
+    save(tmp_path, [file.replace("\\", "/") for file, _, _ in images] + ["bare.png"])
     extra = {"seq_id": "s1", "seq_num_frames": 3, "location": 7, "license": 1, "width": 4}
     content = {
         "info": {"version": "1"},
@@ -286,11 +285,7 @@ def camera_traps(root):
         ],
         "categories": [{"id": k, "name": c} for k, c in enumerate([*counts, "wolf", "bear"])],
     }
-    (root / "train.json").write_text(json.dumps(content))
-
-
-def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
-    camera_traps(tmp_path)
+    (tmp_path / "train.json").write_text(json.dumps(content))
     splits = create_splits("list", root=str(tmp_path), train="train.json", min_images=3)
     assert splits.label_names == ["empty", "deer"]
     for rows in splits.datasets.values():
@@ -307,23 +302,25 @@ def test_annotations_of_camera_traps_are_read_as_they_are(tmp_path, caplog):
     assert listed.names == ["empty", "deer", "lynx", "wolf", "bear"]
 
 
-@pytest.mark.parametrize("names", [False, True])
-def test_small_classes_are_left_out(root, caplog, names):
-    if names:
-        (root / "names.txt").write_text("Ant\nBee\nCat\nDog\n")
-    options = {"label_names": "names.txt"} if names else {}
+@pytest.mark.parametrize(
+    ("given", "names", "left_out"),
+    [
+        ("", ["0", "1"], "1 of 3 classes: 2 (3)"),
+        ("Ant\nBee\nCat\nDog\n", ["Ant", "Bee"], "2 of 4 classes: Cat (3), Dog (0)"),
+    ],
+)
+def test_small_classes_are_left_out(root, caplog, given, names, left_out):
+    (root / "names.txt").write_text(given)
+    options = {"label_names": "names.txt"} if given else {}
     lists = {split: f"{split}.txt" for split in ("train", "val", "test")}
     caplog.set_level("INFO", "timm_lt")
     splits = create_splits("list", root=str(root), min_images=4, **lists, **options)
     assert splits.class_counts.tolist() == [6, 4]
-    assert splits.label_names == (["Ant", "Bee"] if names else ["0", "1"])
+    assert splits.label_names == names
     assert splits.labels["test"].tolist() == [0, 1]
-    left_out = "Cat (3), Dog (0)" if names else "2 (3)"
-    number = "2 of 4" if names else "1 of 3"
-    assert f"min_images 4 leaves out {number} classes: {left_out}" in caplog.text
+    assert f"min_images 4 leaves out {left_out}" in caplog.text
     # Labels 0 and 2 are closed up.
     lines = (root / "train.txt").read_text().splitlines(keepends=True)
     (root / "gap.txt").write_text("".join(line for line in lines if not line.endswith("1\n")))
     splits = create_splits("list", root=str(root), train="gap.txt", min_images=1)
     assert splits.label_names == ["0", "2"]
-    assert problems_of(root, min_images=50) == ["no class has 50 images, as min_images requires"]

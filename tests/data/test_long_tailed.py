@@ -5,14 +5,10 @@ import random
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from timm_lt.data import make_long_tailed
-from timm_lt.data.long_tailed import long_tailed_indices
 from timm_lt.utils.checks import UsageError
-from timm_lt.utils.longtail import long_tailed_counts
 
 
 def balanced(num_classes, per_class):
@@ -96,22 +92,3 @@ def test_the_column_of_labels_can_be_named():
 def test_data_sets_without_labels_or_enough_images_are_refused(dataset, message):
     with pytest.raises(UsageError, match=message):
         make_long_tailed(dataset, imbalance_factor=2)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.integers(10, 30),
-    st.floats(1, 10),
-    st.sampled_from(["exponential", "step", "pareto"]),
-    st.integers(0, 2**32 - 1),
-)
-def test_rows_are_distinct_of_the_right_class_and_as_many_as_the_profile_says(
-    num_classes, per_class, factor, profile, seed
-):
-    labels = np.random.default_rng(seed).permutation(np.arange(num_classes * per_class))
-    labels %= num_classes
-    chosen = long_tailed_indices(labels, imbalance_factor=factor, profile=profile, seed=seed)
-    counts = long_tailed_counts(num_classes, per_class, factor, profile)
-    assert len(set(chosen.tolist())) == len(chosen)
-    assert labels[chosen].tolist() == [c for c, n in enumerate(counts) for _ in range(n)]

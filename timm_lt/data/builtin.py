@@ -30,6 +30,8 @@ SPLITS = {"train": 0, "val": 1, "test": 2}  # second part of the seed
 EVALUATION_IMAGES = {"val": 20, "test": 50}  # per class
 DIGITS = {"test": 30, "val": 20, "train": 120}  # per class; the digit 8 has 174 images in all
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# x and y of the pixel centres, (32, 32) each, from -1 to 1 over the image.
+PIXELS = np.meshgrid(*[((np.arange(SIZE) * 2 + 1) / SIZE - 1).astype(np.float32)] * 2)
 CHUNK = 256  # images drawn together, for the CPU cache; the images depend on it
 
 
@@ -153,13 +155,6 @@ def smooth_noise(
     return np.asarray(F.interpolate(grid, size=SIZE, mode="bilinear", align_corners=True))
 
 
-def pixel_grid() -> tuple[Floats, Floats]:
-    """Returns x and y of the pixel centres, (32, 32) each, from -1 to 1 over the image."""
-    line = ((np.arange(SIZE) * 2 + 1) / SIZE - 1).astype(np.float32)
-    x, y = np.meshgrid(line, line)
-    return x, y
-
-
 def draw_glyphs(
     rng: np.random.Generator,
     labels: NDArray[np.int64],
@@ -175,7 +170,7 @@ def draw_glyphs(
     glyphs = glyph_atlas()[labels, rng.integers(NUM_FACES, size=number)]
     inverse = np.linalg.inv(draw_poses(rng, number, scale)).astype(np.float32)
     elastic = smooth_noise(rng, 0.13, number, 2, 5)
-    x, y = pixel_grid()
+    x, y = PIXELS
     shift = centre.astype(np.float32)[:, :, None, None]
     dx, dy = x - shift[:, 0], y - shift[:, 1]
     m = inverse[:, :, :, None, None]
@@ -210,7 +205,7 @@ def draw_poses(
 
 def draw_bars(rng: np.random.Generator, number: int) -> Floats:
     """Draws the coverage of pixels by a bar in half of the images, (N, 1, 32, 32)."""
-    x, y = pixel_grid()
+    x, y = PIXELS
     angle = rng.uniform(0, np.pi, (number, 1, 1, 1))
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     distance = np.abs(x * cosine + y * sine - per_image(rng, -0.5, 0.5, number))

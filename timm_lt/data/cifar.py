@@ -160,12 +160,13 @@ def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int6
     """
     blocks = np.arange(len(labels)).reshape(len(spec.batches), -1)
     counts = [np.bincount(labels[rows], minlength=len(spec.names)).tolist() for rows in blocks]
-    order = []
-    for batch in spec.batches:
-        first = batch["first"]
-        for rows, count in zip(blocks, counts, strict=True):
-            if count == batch["counts"] and labels[rows[: len(first)]].tolist() == first:
-                order.append(rows)
+    order = [
+        rows
+        for batch in spec.batches
+        for rows, count in zip(blocks, counts, strict=True)
+        if count == batch["counts"]
+        and labels[rows[: len(batch["first"])]].tolist() == batch["first"]
+    ]
     if len(order) != len(blocks):
         raise UsageError(
             f"unknown order of the training images of {spec.name}: {len(order)} of {len(blocks)} "
@@ -188,16 +189,16 @@ def _read(
     with user_errors(name, OSError, RuntimeError, ValueError, UsageError, cure=expected):
         folder = None if root is None else Path(root).expanduser()
         copy = _read_any(spec, folder, cache_dir)
-    for split, number in spec.per_class.items():
-        names = label_names(copy[split])
-        counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
-        found = dict(zip(names or [], counts, strict=False))
-        if found != dict.fromkeys(spec.names, number) or names != spec.names:
-            wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
-            raise UsageError(
-                f"{name}: {split} needs {number} images of {shown_names(spec.names)}, found "
-                f"{shown_names(wrong or list(found))}"
-            )
+        for split, number in spec.per_class.items():
+            names = label_names(copy[split])
+            counts = np.bincount(label_tensor(copy[split]), minlength=len(spec.names)).tolist()
+            found = dict(zip(names or [], counts, strict=False))
+            if found != dict.fromkeys(spec.names, number) or names != spec.names:
+                wrong = [f"{n} of {title}" for title, n in found.items() if n != number]
+                raise ValueError(
+                    f"{split} needs {number} images of {shown_names(spec.names)}, found "
+                    f"{shown_names(wrong or list(found))}"
+                )
     return copy
 
 

@@ -1,6 +1,7 @@
 """Decoding of images of every kind to RGB, and images that cannot be decoded."""
 
 import io
+import math
 import os
 import re
 import struct
@@ -227,10 +228,10 @@ def decode_image(
         _ignore_warnings_once()
     source = encoded if isinstance(encoded, Image.Image) else source_of(encoded)
     with damage_explained():
-        if source is None:
-            raise ValueError("there is no image")
         if is_remote(source):
             source = ImageColumn().decode_example({"path": source, "bytes": None})
+        if source is None:
+            raise ValueError("there is no image")
         if isinstance(source, Image.Image):
             rgb = to_rgb(source, background)
         else:
@@ -262,10 +263,9 @@ def _reason(error: Exception) -> str:
         # Pillow warns above its limit, and refuses above twice its limit.
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"it has more than {limit:.0f} million pixels, the most that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     if isinstance(error, OSError | ValueError | SyntaxError | EOFError):
-        return str(error).removesuffix(".") or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return str(reason).removesuffix(".")
     return f"Pillow cannot decode it ({type(error).__name__}: {error})"
 
 
@@ -290,16 +290,15 @@ def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
 
 def is_huge(size: tuple[int, int]) -> bool:
     """Tells whether Pillow warns of an image of this width and height."""
-    limit = Image.MAX_IMAGE_PIXELS
-    return limit is not None and size[0] * size[1] > limit
+    return size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 def describe_huge(number: int, total: int, names: Sequence[str], split: str = "") -> str:
     """Returns one message about all images that Pillow would warn of."""
-    limit, noun = (Image.MAX_IMAGE_PIXELS or 0) / 1e6, f"{split} images" if split else "images"
+    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
     return (
-        f"{number} of {total} {noun} have more than {limit:.0f} million pixels, and were read "
-        f"all the same: {shown_names(names)}"
+        f"{number} of {total} {split}{' ' * bool(split)}images have more than {limit:.0f} million "
+        f"pixels, and were read all the same: {shown_names(names)}"
     )
 
 
@@ -310,11 +309,7 @@ def image_name(encoded: dict[str, Any] | Image.Image, row: int) -> str:
 
 
 def shown_path(path: str) -> str:
-    r"""Returns a path as messages show it: in quotes if it has unprintable characters.
-
-    >>> shown_path("my cat.jpg"), shown_path("my\ncat.jpg")
-    ('my cat.jpg', "'my\\ncat.jpg'")
-    """
+    """Returns a path as messages show it: in quotes if it has unprintable characters."""
     return path if path.isprintable() else repr(path)
 
 
@@ -345,7 +340,7 @@ def without_unreadable(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 class UnreadableImage(NamedTuple):
-    """An image that cannot be read: its row, its name in messages, and the reason."""
+    """An image that cannot be read, its name in messages, and the reason."""
 
     row: int
     name: str
@@ -358,31 +353,26 @@ def find_damaged(dataset: Dataset, rows: Sequence[int] | None = None) -> list[Un
     Reads headers, and decodes a JPEG without its end marker to be sure. Does not check remote files
     and data sets with a transform of their own.
     """
-    encoded = encoded_images(dataset)
+    encoded, found = encoded_images(dataset), []
     if encoded.format["type"] == "custom":
         return []
-    rows = range(len(dataset)) if rows is None else rows
-    found = []
+    left = iter(range(len(dataset)) if rows is None else rows)
     with ThreadPoolExecutor() as threads:
-        batches = encoded.select(rows).with_format("arrow").iter(ROWS)
-        for number, batch in enumerate(batches):
+        batches = encoded if rows is None else encoded.select(rows)
+        for batch in batches.with_format("arrow").iter(ROWS):
             images = batch.column("image").to_pylist()
-            checked = zip(rows[number * ROWS :], images, threads.map(_damage, images), strict=False)
-            found += [
-                UnreadableImage(row, image_name(image, row), reason)
-                for row, image, reason in checked
-                if reason is not None
-            ]
+            for image, reason in zip(images, threads.map(_damage, images), strict=True):
+                row = next(left)
+                if reason is not None:
+                    found.append(UnreadableImage(row, image_name(image, row), reason))
     return found
 
 
 def _damage(encoded: dict[str, Any] | None) -> str | None:
     """Returns why an image cannot be read, if its header or its end shows it."""
     source = source_of(encoded)
-    if source is None:
-        return "there is no image"
-    if is_remote(source):
-        return None
+    if source is None or is_remote(source):
+        return "there is no image" if source is None else None
     try:
         with damage_explained(), open_image(source) as image:
             if image.format in ("JPEG", "MPO"):
@@ -478,5 +468,5 @@ def check_classes_left(
 def is_worker_death(error: BaseException) -> bool:
     """Tells whether an error is torch's report of the death of a worker."""
     text = str(error)
-    dead = isinstance(error, RuntimeError) and "DataLoader worker" in text
-    return dead and not text.startswith(CAUGHT)
+    is_death = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    return is_death and not text.startswith(CAUGHT)

@@ -74,9 +74,19 @@ def _walk(directory: str, found: Found, listed: dict[tuple[int, int], str]) -> N
     if first != directory:
         found.broken[directory] = f"the same directory as {first}, by a link"
         return
-    for entry in _entries(directory, found.broken):
+    try:
+        with os.scandir(directory) as entries:
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as error:
+        found.broken[directory] = error.strerror or str(error)
+        return
+    for entry in sorted(visible, key=lambda entry: entry.name):
         try:
-            if entry.is_dir():
+            # Bytes that are not UTF-8 are surrogates in the name, which cannot be encoded.
+            if entry.name.encode(errors="ignore").decode() != entry.name:
+                shown = entry.path.encode(errors="backslashreplace").decode()
+                found.broken[shown] = "its name is not UTF-8"
+            elif entry.is_dir():
                 _walk(entry.path, found, listed)
             elif not entry.is_file():
                 found.broken[entry.path] = "neither a file nor a directory"
@@ -87,23 +97,6 @@ def _walk(directory: str, found: Found, listed: dict[tuple[int, int], str]) -> N
         except OSError as error:
             # E.g. links that lead to each other.
             found.broken[entry.path] = error.strerror or str(error)
-
-
-def _entries(directory: str, broken: dict[str, str]) -> list["os.DirEntry[str]"]:
-    """Returns the entries of a directory that are not hidden, sorted by name."""
-    try:
-        with os.scandir(directory) as entries:
-            visible = sorted(
-                (entry for entry in entries if not is_hidden(entry.name)), key=lambda e: e.name
-            )
-    except OSError as error:
-        broken[directory] = error.strerror or str(error)
-        return []
-    # Bytes that are not UTF-8 are surrogates in the name, which cannot be encoded.
-    unnamed = [e for e in visible if e.name.encode(errors="ignore").decode() != e.name]
-    for entry in unnamed:
-        broken[entry.path.encode(errors="backslashreplace").decode()] = "its name is not UTF-8"
-    return [entry for entry in visible if entry not in unnamed]
 
 
 def is_hidden(name: str) -> bool:

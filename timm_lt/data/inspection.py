@@ -4,7 +4,7 @@ import errno
 import hashlib
 import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -78,22 +78,20 @@ def find_duplicates(
     images: Iterable[tuple[Hashable, DuplicateImage]], splits: Sequence[str]
 ) -> Duplicates:
     """Counts images with the same content, given a digest of each, split by split."""
-    groups: dict[Hashable, list[DuplicateImage]] = {}
-    for content, image in images:
-        groups.setdefault(content, []).append(image)
     across = [f"{one}, {other}" for one, other in itertools.combinations(splits, 2)]
     pairs: dict[str, list[tuple[DuplicateImage, DuplicateImage]]] = {
         key: [] for key in (*splits, *across, "conflicts")
     }
-    for group in groups.values():
-        first: dict[str, DuplicateImage] = {}
-        for image in group:
-            for split, earlier in first.items():
-                key = split if split == image.split else f"{split}, {image.split}"
-                pairs[key].append((earlier, image))
-            if image.label != group[0].label:
-                pairs["conflicts"].append((group[0], image))
-            first.setdefault(image.split, image)
+    # The first image of each content in each split.
+    firsts: dict[Hashable, dict[str, DuplicateImage]] = defaultdict(dict)
+    for content, image in images:
+        for split, earlier in firsts[content].items():
+            key = split if split == image.split else f"{split}, {image.split}"
+            pairs[key].append((earlier, image))
+        first = next(iter(firsts[content].values()), image)
+        if image.label != first.label:
+            pairs["conflicts"].append((first, image))
+        firsts[content].setdefault(image.split, image)
     return Duplicates(
         within={split: len(pairs[split]) for split in splits},
         across={key: len(pairs[key]) for key in across},

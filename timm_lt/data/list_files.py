@@ -265,14 +265,11 @@ def _read_table(path: Path, delimiter: str) -> ImageList:
     names, labels = np.unique(texts, return_inverse=True)
     if are_integers:
         labels = names.astype(np.int64)[labels]
-    return ImageList(
-        Paths(row[used["path"]] for _, row in lines),
-        labels,
-        None if are_integers else names.tolist(),
-        splits=_as_splits(path, [row[used["split"]] for _, row in lines])
-        if "split" in used
-        else None,
-    )
+    splits = None
+    if "split" in used:
+        splits = _as_splits(path, [row[used["split"]] for _, row in lines])
+    paths = Paths(row[used["path"]] for _, row in lines)
+    return ImageList(paths, labels, None if are_integers else names.tolist(), splits=splits)
 
 
 def _as_splits(path: Path, values: Sequence[str]) -> NDArray[np.str_]:
@@ -319,9 +316,8 @@ def _of_paths(path: Path, content: Mapping[str, Any]) -> ImageList:
     paths = Paths(_column(path, content, where, PATH_KEYS, str))
     labels = np.array(_column(path, content, where, LABEL_KEYS, int), np.int64)
     splits = _other_columns(path, content[where], *PATH_KEYS, *LABEL_KEYS)
-    return ImageList(
-        paths, labels, num_classes=number if isinstance(number, int) else None, splits=splits
-    )
+    stated = number if isinstance(number, int) else None
+    return ImageList(paths, labels, num_classes=stated, splits=splits)
 
 
 def _of_images(path: Path, content: Mapping[str, Any]) -> ImageList:
@@ -395,10 +391,8 @@ def _positions(
     path: Path, noun: str, wanted: Sequence[Hashable], ids: Sequence[Hashable]
 ) -> NDArray[np.int64]:
     """Returns the position of each wanted id among unique ids."""
-    positions = {one: position for position, one in enumerate(ids)}
-    repeated = [one for one, count in Counter(ids).items() if count > 1]
-    unknown = [one for one in dict.fromkeys(wanted) if one not in positions]
-    if repeated or unknown:
-        fault = f"several have the {noun} id" if repeated else f"no {noun} has the id"
-        raise UsageError(f"{path}: {fault} {shown_names([repr(i) for i in repeated or unknown])}")
+    counts, positions = Counter(ids), {one: position for position, one in enumerate(ids)}
+    wrong = [repr(one) for one in dict.fromkeys([*wanted, *ids]) if counts[one] != 1]
+    if wrong:
+        raise UsageError(f"{path}: not exactly one {noun} has the id {shown_names(wrong)}")
     return np.array([positions[one] for one in wanted], np.int64)

@@ -25,7 +25,7 @@ from timm_lt.data.decode import CAUGHT, is_worker_death
 from timm_lt.data.items import ImageRows, check_dataset, is_plain, with_transform
 from timm_lt.samplers import ClassSampler
 from timm_lt.utils.accelerator import default_device
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice
 
 OPTIONS = tuple(inspect.signature(timm_create_loader).parameters)[3:]
 # Options that conflict with a sampler or an accelerator.
@@ -91,8 +91,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         processes = PartialState().num_processes if is_initialized() else 1
-        is_shared = self._prepared or getattr(self.sampler, "num_replicas", 1) > 1
-        if processes > 1 and not is_shared and isinstance(self.sampler, ClassSampler):
+        is_whole = isinstance(self.sampler, ClassSampler) and self.sampler.num_replicas == 1
+        if processes > 1 and is_whole and not self._prepared:
             raise UsageError(
                 f"accelerate runs {processes} processes, each of which would draw all images; pass "
                 "accelerator= to create_loader"
@@ -176,12 +176,10 @@ def create_loader(
             data set, is not shared among the processes, or is too short for one batch; or the data
             set has no random access.
     """
-    parts = {"sampler": sampler, "accelerator": accelerator}
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise unknown_name("option of create_loader:", name, list(OPTIONS))
-        for part, conflicts in CONFLICTS.items():
-            if value and parts[part] is not None and name in conflicts:
+        check_choice("option of create_loader:", name, OPTIONS)
+        for part, given in (("sampler", sampler), ("accelerator", accelerator)):
+            if value and given is not None and name in CONFLICTS[part]:
                 raise UsageError(f"{name}= does not go with {part}=; remove one of them")
     device = accelerator.device if accelerator else options.get("device") or default_device()
     options["device"] = torch.device(device)
@@ -360,9 +358,8 @@ def describe_worker_death(error: BaseException, again: str = RESUME) -> str:
 def _is_cut_off(error: BaseException) -> bool:
     """Tells whether a worker died while it sent a batch."""
     frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, CUT_OFF) and any(
-        name.startswith("multiprocessing.") for name in frames
-    )
+    from_worker = any(name.startswith("multiprocessing.") for name in frames)
+    return isinstance(error, CUT_OFF) and from_worker
 
 
 def _last_line(error: BaseException) -> str:
