@@ -189,13 +189,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
 
 
 def _split_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
+    notes = {"val": " (held out of train by a run)"} if found.val_source == "train" else {}
+    if list(found.class_counts) == ["train"]:
+        notes = {"train": " (nothing is held out yet)"}
     for split, counts in found.class_counts.items():
         present = [count for count in counts if count] or [0]
-        words = split
-        if split == "val" and found.val_source == "train":
-            words = "val (held out of train by a run)"
-        elif split == "train" and len(found.class_counts) == 1:
-            words = "train (nothing is held out yet)"
+        words = split + notes.get(split, "")
         yield words, sum(counts), sum(map(bool, counts)), max(present), min(present)
 
 
