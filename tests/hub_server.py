@@ -276,8 +276,9 @@ class LoopbackHub:
 
         The expressions match the whole method and any part of the path, which is unquoted and has
         no query. ``status`` answers an error instead of doing anything; ``headers`` are set on any
-        answer. A body may have one bit flipped (``corrupt``). ``drop`` closes the connection: "request" while half of the request's body is
-        read, "answer" when the work is done but nobody is told.
+        answer. A body may have one bit flipped (``corrupt``). ``drop`` closes the connection:
+        "request" while half of the request's body is read, "answer" when the work is done but
+        nobody is told.
         """
         self.faults.append(Fault(method, path_regex, **what))
 

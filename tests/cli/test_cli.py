@@ -175,18 +175,10 @@ def test_json_never_takes_another_argument_for_its_file(tmp_path, capsys, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["fold", str(PACKAGED), "nowhere", "--head", "nosuch"],
-        ["train", "nosuch"],
-        ["compare", "kang_table2", "--only", "x"],
-    ],
-)
-def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(arguments, capsys):
-    assert main([*arguments, "--quiet"]) == 2
+def test_verbose_says_where_an_error_arose_and_quiet_nothing_more(capsys):
+    assert main(["compare", "kang_table2", "--only", "x", "--quiet"]) == 2
     quiet = capsys.readouterr().err
-    assert main([*arguments, "--verbose"]) == 2
+    assert main(["compare", "kang_table2", "--only", "x", "--verbose"]) == 2
     loud = capsys.readouterr().err
     assert quiet.count("\n") == 1
     assert loud.endswith(quiet)

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -156,17 +155,3 @@ def test_pillows_warnings_are_not_shown(predict, tmp_path, monkeypatch):
     assert error.endswith("more than 0 million pixels, the most that Pillow reads)\n")
     unread = [entry["image"] for entry in json.loads(out) if "error" in entry]
     assert unread == ["large/too large.png"]
-
-
-@pytest.mark.parametrize("background", ["white", "#ff0000"])
-def test_transparent_pixels_are_on_the_background(predict, tmp_path, background):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
-    icon = Image.fromarray(pixels)
-    icon.save(tmp_path / "icon.png")
-    canvas = Image.new("RGBA", icon.size, background)
-    canvas.alpha_composite(icon)
-    canvas.convert("RGB").save(tmp_path / "opaque.png")
-    given = () if background == "white" else ("--background", background)
-    status, out, _ = predict("icon.png", "opaque.png", "--json", *given)
-    first, second = json.loads(out)
-    assert (status, first["classes"]) == (0, second["classes"])

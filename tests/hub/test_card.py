@@ -191,15 +191,6 @@ def test_existing_plots_the_chosen_head_and_the_repo_are_named(info):
     assert "local-dir" not in card
 
 
-def test_long_lists_of_classes_are_cut(info):
-    names = [f"class_{i}" for i in range(1501)]
-    many = replace(info, class_counts=[3] * 1500 + [7], label_names=names, num_classes=1501)
-    card = render_card(many, name="x")
-    assert "`class_1500` 7,\n`class_0` 3,\n" in card
-    assert "and 501 more in `config.json`" in card
-    assert "`class_999`" not in card
-
-
 # Missing information ------------------------------------------------------------------------------
 
 
