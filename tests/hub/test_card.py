@@ -254,14 +254,6 @@ def test_the_examples_run_as_they_stand(plain_server, tmp_path, monkeypatch, inf
     assert (swapped.kind, swapped.tau) == ("tau_norm", 0.5)
 
 
-def test_the_examples_run_for_a_bare_backbone(plain_server, tmp_path, monkeypatch, capsys):
-    card = folder_card(bare_checkpoint(tmp_path), name="x")
-    scope, swapped, plain, shown = run_snippets(card, tmp_path, monkeypatch, plain_server)
-    torch.testing.assert_close(scope["logits"], plain)
-    assert shown == capsys.readouterr().out.strip() == str(int(plain.argmax()))
-    assert swapped.kind == "tau_norm"
-
-
 def test_a_card_says_that_timm_lacks_the_architecture(tmp_path, monkeypatch):
     folder = bare_checkpoint(tmp_path, "lt_bbn_resnet", base="test_resnet")
     card = folder_card(folder, name="x")

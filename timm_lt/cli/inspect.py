@@ -152,11 +152,7 @@ def _write_files(output: Path, found: Inspection) -> list[Path]:
 def _report(found: Inspection, written: list[Path]) -> str:
     """Returns the figures, and last the problems that would keep a run from training."""
     environment = Environment(undefined=StrictUndefined)
-    environment.filters |= {
-        "one_line": one_line,
-        "error_text": error_text,
-        "number": "{:,}".format,
-    }
+    environment.filters |= {"one_line": one_line, "error_text": error_text, "number": "{:,}".format}
     template = Path(__file__).with_name("inspect.txt").read_text(encoding="utf-8")
     text: str = environment.from_string(template).render(
         found=found,
