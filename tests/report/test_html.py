@@ -114,7 +114,7 @@ def test_confusions_gains_and_losses_are_counted():
 
 
 def rare_classes(*right):
-    """A report on classes of 9, 9, 4, 4 and 1 test images, with those right by each of two heads."""
+    """A report on classes of 9, 9, 4, 4 and 1 test images, with those right by two heads."""
     targets = torch.arange(5).repeat_interleave(torch.tensor([9, 9, 4, 4, 1]))
     preds = {n: right_in_order(r, targets) for n, r in zip(("linear", "crt"), right, strict=True)}
     names = ["gull", "kite", "owl", "crow", "ibis"]
