@@ -248,7 +248,7 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     assert main(["completion", "fish"]) == 0
-    assert "--fresh-classifier" in capsys.readouterr().out
+    assert "fresh-classifier" in capsys.readouterr().out
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     for words, offered in (
