@@ -3,7 +3,6 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -33,21 +32,17 @@ def predict(tmp_path, monkeypatch, capsys):
 
 
 def test_names_of_ones_own_stand_in_table_csv_and_json(predict):
-    images = ["0.png", "1.png", "2.png", "--top", "4"]
+    images, own = ["0.png", "1.png", "2.png", "--top", "4"], ("--names", "names.txt")
     numbers = json.loads(predict(*images, "--json")[1])
-    assert all(sorted(c["name"] for c in e["classes"]) == list("0123") for e in numbers)
+    named = json.loads(predict(*images, *own, "--json")[1])
     expected = [[NAMES[int(c["name"])] for c in entry["classes"]] for entry in numbers]
-    found = json.loads(predict(*images, "--names", "names.txt", "--json")[1])
-    assert [[c["name"] for c in entry["classes"]] for entry in found] == expected
-    for entry, number in zip(found, numbers, strict=True):
-        assert [c["probability"] for c in entry["classes"]] == [
-            c["probability"] for c in number["classes"]
-        ]
-    rows = list(
-        csv.DictReader(predict(*images, "--names", "names.txt", "--format", "csv")[1].splitlines())
-    )
+    assert [[c["name"] for c in entry["classes"]] for entry in named] == expected
+    assert [[c["probability"] for c in entry["classes"]] for entry in named] == [
+        [c["probability"] for c in entry["classes"]] for entry in numbers
+    ]
+    rows = csv.DictReader(predict(*images, *own, "--format", "csv")[1].splitlines())
     assert [[row[f"class_{k}"] for k in (1, 2, 3, 4)] for row in rows] == expected
-    shown = predict(*images, "--names", "names.txt")[1].splitlines()[1:]
+    shown = predict(*images, *own)[1].splitlines()[1:]
     for line, name in zip(shown, [name for names in expected for name in names], strict=True):
         assert name in line
 
@@ -90,12 +85,11 @@ def test_an_image_that_cannot_be_read_is_there_with_its_reason(predict):
 
 
 def test_there_are_no_more_columns_than_classes(predict):
-    status, out, _ = predict("0.png", "1.png", "--format", "csv", "--top", "99")
-    columns = ["image", *(f"{kind}_{k}" for k in (1, 2, 3, 4) for kind in ("class", "probability"))]
+    _, out, _ = predict("0.png", "1.png", "--format", "csv", "--top", "99")
     header, *rows = csv.reader(out.splitlines())
-    assert (status, header) == (0, columns)
+    pairs = [f"{kind}_{k}" for k in (1, 2, 3, 4) for kind in ("class", "probability")]
+    assert header == ["image", *pairs]
     for row in rows:
-        assert len(row) == len(columns)
         assert sum(map(float, row[2::2])) == pytest.approx(1, abs=1e-5)
 
 
@@ -146,36 +140,18 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
     assert predict("mixed/e.NEF", "--format", "csv")[0] == 2
 
 
-def test_pillows_warnings_are_one_line(predict, tmp_path, monkeypatch):
+def test_pillows_warnings_are_not_shown(predict, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     (tmp_path / "large").mkdir()
     # EXIF data that are cut off, and a palette with transparency in bytes.
     exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0" + bytes(4)
-    for k in range(3):
-        Image.new("RGB", (180, 180)).save(tmp_path / "large" / f"{k}.jpg", exif=exif)
+    Image.new("RGB", (180, 180)).save(tmp_path / "large" / "0.jpg", exif=exif)
     palette = Image.new("P", (7, 7))
     palette.putpalette([1, 2, 3, 4, 5, 6])
     palette.save(tmp_path / "large" / "palette.png", transparency=b"\x00\x80")
     Image.new("RGB", (300, 300)).save(tmp_path / "large" / "too large.png")
     _, out, error = predict("large", "--json", "--workers", "1")
-    line, last = error.splitlines()
-    assert "3 of 5 images have more than 0 million pixels, and were read all the same" in line
-    assert last.startswith("error: 1 of 5 images cannot be read: large/too large.png (it has ")
-    assert "more than 0 million pixels, the most that Pillow reads" in last
-    assert [entry["image"] for entry in json.loads(out) if "error" in entry] == [
-        "large/too large.png"
-    ]
-
-
-@pytest.mark.parametrize("background", ["white", "#ff0000"])
-def test_transparent_pixels_are_on_the_background(predict, tmp_path, background):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
-    icon = Image.fromarray(pixels)
-    icon.save(tmp_path / "icon.png")
-    canvas = Image.new("RGBA", icon.size, background)
-    canvas.alpha_composite(icon)
-    canvas.convert("RGB").save(tmp_path / "opaque.png")
-    given = () if background == "white" else ("--background", background)
-    status, out, _ = predict("icon.png", "opaque.png", "--json", *given)
-    first, second = json.loads(out)
-    assert (status, first["classes"]) == (0, second["classes"])
+    assert error.startswith("error: 1 of 3 images cannot be read: large/too large.png (it has ")
+    assert error.endswith("more than 0 million pixels, the most that Pillow reads)\n")
+    unread = [entry["image"] for entry in json.loads(out) if "error" in entry]
+    assert unread == ["large/too large.png"]

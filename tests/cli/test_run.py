@@ -87,26 +87,20 @@ WORKERS = (
     {"num_workers": 0, "use_multi_epochs_loader": True},
     {"num_workers": 1, "use_multi_epochs_loader": True},
 )
-
-
 COMMAND = "import sys; from timm_lt.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(server, folder, sampler, processes=1, loaders=WORKERS):
-    """Runs the script by the command, on several processes."""
+def results(server, folder, sampler, processes=1, loaders=WORKERS):
+    """Runs the script by the command, on several processes; returns what each has drawn."""
     script, command = folder.parent / "train.py", folder.parent / "command.py"
     script.write_text(SCRIPT)
     command.write_text(COMMAND)
-    chosen = () if sampler is None else ("--sampler", sampler)
-    arguments = ("run", script, *chosen, folder, json.dumps(loaders))
+    arguments = ("run", script, "--sampler", sampler, folder, json.dumps(loaders))
     if processes == 1:
-        return [server.run(*arguments, script=command)]
-    return server.on_ranks(processes, *arguments, script=command)
-
-
-def results(server, folder, sampler, processes=1, **options):
-    for rank in launch(server, folder, sampler, processes, **options):
-        assert rank.status == 0, rank.err
+        done = [server.run(*arguments, script=command)]
+    else:
+        done = server.on_ranks(processes, *arguments, script=command)
+    assert all(rank.status == 0 for rank in done), done[0].err
     ranks = [folder.parent / f"rank_{rank}.json" for rank in range(processes)]
     return [json.loads(rank.read_text()) for rank in ranks]
 
@@ -171,19 +165,21 @@ with open(sys.argv[2], "w") as file:
 """
 
 
-@pytest.mark.parametrize("place", ["before", "behind", "with ="])
-def test_the_option_may_be_before_or_behind_the_script(folder, tmp_path, place):
-    script = tmp_path / "script.py"
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sampler", "class_balanced", "SCRIPT"],
+        ["SCRIPT", "--sampler", "class_balanced"],
+        ["SCRIPT", "--sampler=class_balanced"],
+    ],
+)
+def test_the_option_may_be_before_or_behind_the_script(folder, tmp_path, words):
+    script, drawn, original = tmp_path / "s.py", tmp_path / "drawn", timm.data.create_loader
     script.write_text(SHUFFLED)
-    own, original = [str(folder), str(tmp_path / "drawn")], timm.data.create_loader
-    words = {
-        "before": ["--sampler", "class_balanced", str(script)],
-        "behind": [str(script), "--sampler", "class_balanced"],
-        "with =": [str(script), "--sampler=class_balanced"],
-    }
-    assert main(["run", *words[place], *own]) == 0
-    drawn = create_sampler("class_balanced", LABELS).epoch_indices(0).tolist()
-    assert json.loads((tmp_path / "drawn").read_text()) == [LABELS[image] for image in drawn]
+    words = [str(script) if word == "SCRIPT" else word for word in words]
+    assert main(["run", *words, str(folder), str(drawn)]) == 0
+    expected = create_sampler("class_balanced", LABELS).epoch_indices(0).tolist()
+    assert json.loads(drawn.read_text()) == [LABELS[image] for image in expected]
     assert timm.data.create_loader is timm.data.loader.create_loader is original
 
 

@@ -114,10 +114,7 @@ def test_confusions_gains_and_losses_are_counted():
 
 
 def rare_classes(*right):
-    """A report on two classes of nine test images and rare ones of 4, 4 and 1.
-
-    ``right`` has the test images of each class that the joint classifier and a head have right.
-    """
+    """A report on classes of 9, 9, 4, 4 and 1 test images, with those right by two heads."""
     targets = torch.arange(5).repeat_interleave(torch.tensor([9, 9, 4, 4, 1]))
     preds = {n: right_in_order(r, targets) for n, r in zip(("linear", "crt"), right, strict=True)}
     names = ["gull", "kite", "owl", "crow", "ibis"]
@@ -129,20 +126,14 @@ def test_rare_classes_are_among_those_that_gained():
     # One image says nothing about a class; four are the most of a few-shot class.
     assert min_images(report) == {"many_shot": 5, "medium_shot": 5, "few_shot": 4}
     found = compare(report, "crt", NO_PICTURES)
-    moved = [
-        (report.names[c["label"]], c["before"], c["after"])
-        for c in (*found["gained"], *found["lost"])
-    ]
+    changes = [*found["gained"], *found["lost"]]
+    moved = [(report.names[c["label"]], c["before"], c["after"]) for c in changes]
     assert moved == [("owl", 0, 4), ("crow", 1, 3), ("kite", 5, 6), ("gull", 9, 8)]
     # All changes are counted.
     assert (found["better"], found["worse"]) == (4, 1)
     text = " ".join("".join(Page(render_report(report)).texts).split())
     assert "of those with at least 5 (many), 5 (medium), 4 (few) test images." in text
     assert "25.0 → 75.0 % (1 → 3 of 4 images)" in text
-    few = render_report(rare_classes([9, 5, 0, 1, 1], [9, 5, 0, 1, 0]))
-    assert "0 classes are better than under the joint classifier, 1 worse." in few
-    assert "No class gained." in few
-    assert "No class with so many test images lost." in few
 
 
 def test_the_mean_over_classes_is_shown_where_the_test_split_has_a_tail_too(page):

@@ -62,11 +62,9 @@ def _run(argv: list[str]) -> int:
 
 
 def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """Creates the parser of ``timm-lt``.
+    """Creates the parser of ``timm-lt``, with the arguments of some commands.
 
-    Args:
-        names: Commands whose arguments it parses; the others are only listed. ``train`` and
-            ``compare`` have parsers of their own.
+    The others are only listed; ``train`` and ``compare`` have parsers of their own.
     """
     parser = argparse.ArgumentParser(
         prog="timm-lt",

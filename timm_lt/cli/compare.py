@@ -8,14 +8,7 @@ import torch
 from rich.markdown import Markdown
 
 from timm_lt.cli.common import add_log_options, as_json, positive, say
-from timm_lt.run.comparison import (
-    load_grid,
-    make_runs,
-    measure,
-    run_all,
-    shipped_grids,
-    write_results,
-)
+from timm_lt.run import comparison
 from timm_lt.run.execution import run_to_exit
 from timm_lt.run.parse import parse_command_line
 from timm_lt.run.recipe import RunOptions
@@ -44,11 +37,11 @@ def compare(argv: list[str]) -> list[str]:
     arguments, rest = create_parser().parse_known_args(argv)
     start_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     if arguments.grid is None:
-        titles = {name: load_grid(name).title for name in shipped_grids()}
+        titles = {name: comparison.load_grid(name).title for name in comparison.shipped_grids()}
         lines = [f"{name}: {title}" for name, title in titles.items()]
         say(as_json(titles) if arguments.json else "\n".join(["grids:", *lines]))
         return []
-    grid = load_grid(arguments.grid)
+    grid = comparison.load_grid(arguments.grid)
     labels = tuple(row.label for row in grid.rows)
     for label in arguments.only or ():
         check_choice(f"row of {grid.name}", label, labels)
@@ -58,14 +51,14 @@ def compare(argv: list[str]) -> list[str]:
         raise UsageError(f"{PROG} takes options of the recipe and its own (--help), no others")
     given = [text[2:].partition("=")[0] for text in rest if text.startswith("--")]
     folder = Path(arguments.output or Path("output") / grid.name)
-    runs = make_runs(grid, rows, base, folder, seeds=arguments.seeds, given=given)
+    runs = comparison.make_runs(grid, rows, base, folder, seeds=arguments.seeds, given=given)
     devices = len(visible_devices()) or int(torch.accelerator.is_available())
     jobs = arguments.jobs or devices or max(available_cores() // arguments.threads, 1)
     log.info("%s: %d runs in %s, %d side by side", grid.name, len(runs), folder, jobs)
-    failures = run_all(runs, jobs=jobs, threads=arguments.threads)
-    record = measure(grid, rows, runs, failures)
+    failures = comparison.run_all(runs, jobs=jobs, threads=arguments.threads)
+    record = comparison.measure(grid, rows, runs, failures)
     record["command"] = shlex.join(["timm-lt", "compare", *argv])
-    table = write_results(folder, grid, record)
+    table = comparison.write_results(folder, grid, record)
     if arguments.json:
         say(as_json(record))
     else:

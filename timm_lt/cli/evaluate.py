@@ -145,7 +145,7 @@ def _load(
 
 
 def _log_other_names(splits: Splits, model: nn.Module, name: str) -> None:
-    """Warns of the first class that has other names in a model and in the data."""
+    """Warns of the first class with other names in a model and in the data."""
     theirs = splits.label_names or []
     for label, (own, their) in enumerate(zip(shown_as(model, theirs) or [], theirs, strict=False)):
         if own != their:

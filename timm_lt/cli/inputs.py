@@ -70,11 +70,6 @@ def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None)
     add_option(parser, f"argument of the model, e.g. {options}; {size}", "--model-option")
 
 
-def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of ``--model-option``."""
-    return parse_options(arguments.model_option, "global_pool=max", "--model-option")
-
-
 def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
     """Returns a model, by its name in :class:`ModelSource`, with :func:`add_weights_options`."""
     return ModelRecipe(
@@ -83,7 +78,7 @@ def model_recipe(arguments: argparse.Namespace, name: str) -> ModelRecipe:
         checkpoint=arguments.checkpoint,
         checkpoint_key=arguments.checkpoint_key,
         class_order=arguments.class_order,
-        options=model_options(arguments),
+        options=parse_options(arguments.model_option, "global_pool=max", "--model-option"),
     )
 
 

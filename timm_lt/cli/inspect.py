@@ -152,11 +152,7 @@ def _write_files(output: Path, found: Inspection) -> list[Path]:
 def _report(found: Inspection, written: list[Path]) -> str:
     """Returns the figures, and last the problems that would keep a run from training."""
     environment = Environment(undefined=StrictUndefined)
-    environment.filters |= {
-        "one_line": one_line,
-        "error_text": error_text,
-        "number": "{:,}".format,
-    }
+    environment.filters |= {"one_line": one_line, "error_text": error_text, "number": "{:,}".format}
     template = Path(__file__).with_name("inspect.txt").read_text(encoding="utf-8")
     text: str = environment.from_string(template).render(
         found=found,
@@ -189,13 +185,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str | int]]) -> str:
 
 
 def _split_rows(found: Inspection) -> Iterator[tuple[str | int, ...]]:
+    notes = {"val": " (held out of train by a run)"} if found.val_source == "train" else {}
+    if list(found.class_counts) == ["train"]:
+        notes = {"train": " (nothing is held out yet)"}
     for split, counts in found.class_counts.items():
         present = [count for count in counts if count] or [0]
-        words = split
-        if split == "val" and found.val_source == "train":
-            words = "val (held out of train by a run)"
-        elif split == "train" and len(found.class_counts) == 1:
-            words = "train (nothing is held out yet)"
+        words = split + notes.get(split, "")
         yield words, sum(counts), sum(map(bool, counts)), max(present), min(present)
 
 

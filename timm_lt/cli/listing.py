@@ -6,7 +6,7 @@ import timm
 from rich.table import Table
 
 import timm_lt
-from timm_lt.checkpoint import CheckpointInfo, read_checkpoint
+from timm_lt.checkpoint import read_checkpoint
 from timm_lt.cli.common import Commands, add_command, add_output_options, show_result
 from timm_lt.data import list_augmentations
 from timm_lt.models.repo import ModelSource
@@ -43,7 +43,12 @@ def list_parts(arguments: argparse.Namespace) -> None:
         if folder is None:
             raise UsageError(f"{given} is not a folder, nor a repo id or a packaged checkpoint")
         info = read_checkpoint(folder)
-        show_result(arguments, _describe(info), head_table(info))
+        figures = {key: getattr(info, key) for key in ("dataset", "num_classes", "class_counts")}
+        figures["heads"] = {
+            name: {key: getattr(head, key) for key in ("kind", "options", "metrics", "selection")}
+            for name, head in info.heads.items()
+        }
+        show_result(arguments, figures, head_table(info))
         return
     rows: dict[str, list[str]] = {
         "models": timm.list_models("lt_*"),
@@ -61,16 +66,3 @@ def list_parts(arguments: argparse.Namespace) -> None:
         more = ["and any other timm architecture"] if kind == "models" else []
         table.add_row(f"[bold]{kind.replace('_', ' ')}", ", ".join([*names, *more]))
     show_result(arguments, rows, table)
-
-
-def _describe(info: CheckpointInfo) -> dict[str, object]:
-    fields = ("kind", "options", "metrics", "selection")
-    return {
-        "dataset": info.dataset,
-        "num_classes": info.num_classes,
-        "class_counts": info.class_counts,
-        "heads": {
-            name: {field: getattr(head, field) for field in fields}
-            for name, head in info.heads.items()
-        },
-    }

@@ -117,27 +117,22 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
         timm-lt fold output/birds ship --head tau_norm --option tau=0.7 --onnx
         timm-lt fold hf-hub:me/birds ship --head crt lws --program
     """
-    destination, heads = arguments.destination, arguments.head
-    source = ModelSource.find(arguments.source)
+    destination, source = arguments.destination, ModelSource.find(arguments.source)
     name, folder = source.name, source.folder
     if folder is None and not timm.models.is_model_pretrained(name):
         noun = "checkpoint (no such folder, nor a pretrained model of timm):"
         raise unknown_name(noun, name, timm.list_pretrained("lt_*"))
     info = source.read_info()
     options = _options_by_head(arguments, info)
-    models = {head: timm_lt.create_model(name, True, head=head, **options[head]) for head in heads}
+    models = {h: timm_lt.create_model(name, True, head=h, **given) for h, given in options.items()}
     single = len(models) == 1
     lines, written = [], []
-    with new_folder(arguments, FOLDED_ENTRIES if single else set(heads), folder) as new:
+    with new_folder(arguments, FOLDED_ENTRIES if single else set(models), folder) as new:
         for head, model in models.items():
             part = "" if single else head
-            report = write_folded(
-                new / part,
-                model,
-                onnx=arguments.onnx,
-                program=arguments.program,
-                label_names=label_names(model) if info is None else info.label_names,
-            )
+            names = label_names(model) if info is None else info.label_names
+            files = {"onnx": arguments.onnx, "program": arguments.program}
+            report = write_folded(new / part, model, label_names=names, **files)
             lines.append(f"{destination / part}: {head} folded, {_described(report)}")
             written.append({"folder": str(destination / part), "head": head, **asdict(report)})
         architecture = read_config(new / part)["architecture"]
@@ -245,17 +240,16 @@ def convert_weights(arguments: argparse.Namespace) -> None:
     if len(heads) < len(arguments.head) or not all([*heads, *heads.values()]):
         raise UsageError(f"--head takes NAME=URL_OR_FILE, each NAME once; got {arguments.head}")
     path, destination = arguments.class_counts, arguments.destination
-    counts = None if path is None else _class_counts(path)
     with new_folder(arguments, CHECKPOINT_ENTRIES) as folder:
         done = convert_checkpoint(
             arguments.source,
             folder,
             model=arguments.model,
             heads=heads,
-            class_counts=counts,
+            class_counts=None if path is None else _class_counts(path),
             key=arguments.checkpoint_key,
             image_size=arguments.image_size,
-            options=inputs.model_options(arguments),
+            options=parse_options(arguments.model_option, "global_pool=max", "--model-option"),
         )
     name, found, number, written = done.name, done.found, done.num_classes, done.heads
     result = {"folder": str(destination), "model": name, "found": found, "num_classes": number}
@@ -294,15 +288,10 @@ def push_checkpoint(arguments: argparse.Namespace) -> None:
     Examples:
         timm-lt push output/lt_test_resnet.glyph_lt me/glyphs --license apache-2.0
     """
+    names = ("private", "revision", "license", "overwrite")
+    options = {name: getattr(arguments, name) for name in names}
     pushed = push_to_hub(
-        arguments.folder,
-        arguments.repo,
-        private=arguments.private,
-        revision=arguments.revision,
-        license=arguments.license,
-        overwrite=arguments.overwrite,
-        commit_message=arguments.message,
+        arguments.folder, arguments.repo, commit_message=arguments.message, **options
     )
     done = f"pushed to {pushed.url}" if pushed.changed else f"{pushed.url} has it all already"
-    result = {"url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}
-    show_result(arguments, result, f"{done}, commit {pushed.commit[:8]}")
+    show_result(arguments, asdict(pushed), f"{done}, commit {pushed.commit[:8]}")

@@ -192,10 +192,8 @@ def add_head(
         recipe=branch.read(RECIPE),
         license=stated_license(old_card),
     )
-    files: dict[str, Path | bytes] = {
-        CONFIG: text.encode(),
-        CARD: update_card(old_card, card).encode(),
-    }
+    card = update_card(old_card, card)
+    files: dict[str, Path | bytes] = {CONFIG: text.encode(), CARD: card.encode()}
     replaced = info.heads[name].file if name in info.heads else None
     removed = [replaced] if replaced is not None and content is None else []
     if content is not None:
@@ -225,11 +223,9 @@ class _Branch:
 
     def head_names(self) -> list[str]:
         """Returns the heads; none if the repo has no checkpoint that this version can read."""
-        if CONFIG not in self.files:
-            return []
-        config = self.repo.fetch(CONFIG, limit=TEXT_LIMIT)
+        config = self.read(CONFIG)
         try:
-            return list(read_checkpoint(config.parent).heads)
+            return [] if config is None else list(parse_text(Path(), config).heads)
         except UsageError:
             return []
 
@@ -237,19 +233,14 @@ class _Branch:
         self, additions: Mapping[str, Path | bytes], removed: Iterable[str], message: str
     ) -> Pushed:
         """Makes one commit if the branch has not moved; unchanged files are not uploaded."""
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path, content) for path, content in additions.items()
+        operations: list[Any] = [
+            *(CommitOperationAdd(path, content) for path, content in additions.items()),
+            *map(CommitOperationDelete, removed),
         ]
-        operations += [CommitOperationDelete(path) for path in removed]
         repo_id, before = self.repo.repo_id, self.repo.revision
+        at: dict[str, Any] = {"revision": self._revision, "parent_commit": before}
         with hub_errors(repo_id, self._revision):
-            done = self._api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                revision=self._revision,
-                parent_commit=before,
-            )
+            done = self._api.create_commit(repo_id, operations, commit_message=message, **at)
         return Pushed(f"{self._api.endpoint}/{repo_id}", done.oid, changed=done.oid != before)
 
 

@@ -327,10 +327,11 @@ def draw_training(report: Report, width: float) -> Any:  # noqa: ANN401
     validated = [record for record in report.history if record.val]
     epochs, kept = [record.epoch for record in report.history], report.kept_epoch
     figure, axes = panels(2 + bool(validated), width, (2.3, 4.0, 2.6))
-    for panel, title, name in zip(
-        (axes[0], axes[-1]), ("training loss", "learning rate"), ("loss", "lr"), strict=True
+    losses, rates = zip(*((record.loss, record.lr) for record in report.history), strict=True)
+    for panel, title, values in (
+        (axes[0], "training loss", losses),
+        (axes[-1], "learning rate", rates),
     ):
-        values = [getattr(record, name) for record in report.history]
         panel.plot(epochs, values, color=LIGHT["text"], gid=f"tip:{title}")
         panel.set_title(title)
         panel.set_ylim(bottom=0)
