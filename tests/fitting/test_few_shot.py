@@ -10,6 +10,7 @@ from conftest import usable_head
 from gaussian_features import COUNTS, JOINT, TRAIN, VAL, C, draw_rows, few_shot, fit
 from learning import COUNTS as GLYPH_COUNTS
 from learning import features as glyph_features
+from naive_sgd import naive_sgd
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -42,9 +43,6 @@ def dot(x, y):
 
 def draw(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# The generator of FSLwF ---------------------------------------------------------------------------
 
 
 def generated_by_hand(generator, features, weight, base):
@@ -109,9 +107,6 @@ def test_gradients_of_the_generator(generator):
     assert all(parameter.grad.isfinite().all() for parameter in (weight, *generator.parameters()))
 
 
-# The fit of FSLwF ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def seen(monkeypatch):
     """Arguments of the generator and the loss, in order."""
@@ -138,19 +133,15 @@ def test_the_first_stage_is_nesterov_sgd_on_the_base_classes(seen):
     y, rows = TRAIN.targets[base], base.nonzero().flatten()
     weight = JOINT.weight[:3].detach().double().requires_grad_()
     scale = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
-    velocity = [torch.zeros_like(weight), torch.zeros_like(scale)]
-    for step, (drawn, _, labels) in enumerate(seen["loss"][:20]):
+
+    def loss(call):
+        drawn, _, labels = call
         assert TRAIN.targets[drawn].equal(labels)
         batch = torch.searchsorted(rows, drawn)
         cosines = x[batch] @ (weight / weight.norm(dim=1, keepdim=True)).T
-        loss = nn.functional.cross_entropy(scale * cosines, y[batch])
-        gradients = torch.autograd.grad(loss, (weight, scale))
-        lr = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 20))
-        with torch.no_grad():
-            for p, v, g in zip((weight, scale), velocity, gradients, strict=True):
-                decayed = g + 0.01 * p
-                v.mul_(0.9).add_(decayed)
-                p.sub_(lr * (decayed + 0.9 * v))
+        return nn.functional.cross_entropy(scale * cosines, y[batch])
+
+    naive_sgd([weight, scale], loss, seen["loss"][:20], 0.1, 0.01, nesterov=True)
     (_, _, start, shown), *_ = seen["generator"]
     torch.testing.assert_close(start.double(), weight[shown], rtol=1e-4, atol=1e-5)
     # As the rows are distributed: 175 of them, of which 120 are of class 0.
@@ -245,8 +236,6 @@ def test_which_classes_are_base(counts, base, rule, expected, seen):
     assert len(seen["loss"][0][1]) == expected
 
 
-# The head of OLTR ---------------------------------------------------------------------------------
-
 VARIANTS = [(1.0, "squared"), (10.0, "linear"), (1.0, "linear"), (10.0, "squared")]
 
 
@@ -326,9 +315,6 @@ def test_oltr_is_not_folded_and_not_trained_as_a_joint_classifier():
         check_model(model, SimpleNamespace(size=(32, 32)))
 
 
-# The loss of the centroids, and the fit of OLTR ---------------------------------------------------
-
-
 def naive_losses(x, y, centroids, repulsion, margin, hinge):
     def squares(a, b):
         return sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
@@ -401,9 +387,8 @@ def test_the_fit_of_oltr_is_naive_sgd(centroids, reach, squash):
     w, hw, hb, sw, sb = (getattr(first, k).detach().double().requires_grad_() for k in names)
     c = first.centroids.double().requires_grad_()
     trained = [w, hw, hb, sw, sb] + [c] * (centroids == "learned")
-    velocity = [torch.zeros_like(p) for p in trained]
-    drawn = draw_rows(steps, 3, batch_size=128, samples_per_class=4)
-    for step, batch in enumerate(drawn):
+
+    def loss(batch):
         x, y, m = TRAIN.values[batch].double(), TRAIN.targets[batch], c.detach()
         v = x + (x @ sw.T + sb).tanh() * ((x @ hw.T + hb).softmax(1) @ m)
         distances = torch.stack([(x - row).square().sum(1).sqrt() for row in m], 1)
@@ -413,25 +398,21 @@ def test_the_fit_of_oltr_is_naive_sgd(centroids, reach, squash):
         v = v / size * size**power / (1 + size**power)
         z = 8.0 * v @ (w / w.square().sum(1, keepdim=True).sqrt()).T
         value = -z.log_softmax(1)[torch.arange(128), y].mean()
-        if centroids == "learned":
-            every = torch.stack([(x - row).square().sum(1) for row in c], 1)
-            own = every[torch.arange(128), y]
-            repelled = (10 - ((every.sum(1) - own) / C).mean()).clamp_min(0)
-            value = value + 0.5 * (own.mean() / 2 + 0.01 * repelled)
-        gradients = torch.autograd.grad(value, trained)
-        now = lr * 0.1 ** (3 * step // steps)
-        with torch.no_grad():
-            for p, u, g in zip(trained, velocity, gradients, strict=True):
-                u.mul_(0.9).add_(g + (0 if p is c else decay) * p)
-                p.sub_(now * u)
+        if centroids == "means":
+            return value
+        every = torch.stack([(x - row).square().sum(1) for row in c], 1)
+        own = every[torch.arange(128), y]
+        repelled = (10 - ((every.sum(1) - own) / C).mean()).clamp_min(0)
+        return value + 0.5 * (own.mean() / 2 + 0.01 * repelled)
+
+    drawn = draw_rows(steps, 3, batch_size=128, samples_per_class=4)
+    decays = [decay] * 5 + [0.0] * (centroids == "learned")
+    naive_sgd(trained, loss, drawn, lr, decays, rate=lambda step, steps: 0.1 ** (3 * step // steps))
     for key, value in zip(names, (w, hw, hb, sw, sb), strict=True):
         torch.testing.assert_close(getattr(head, key).double(), value, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(head.centroids.double(), c, rtol=1e-4, atol=1e-5)
     moved = (head.centroids - first.centroids).abs().max()
     assert (moved.item() > 1e-3) == (centroids == "learned")
-
-
-# Bad input, and learning --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

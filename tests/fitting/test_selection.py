@@ -35,9 +35,6 @@ def by_hand(head, objective):
     return objective_by_hand(head(VAL.values).argmax(1).numpy(), TARGETS, objective)
 
 
-# Selection ----------------------------------------------------------------------------------------
-
-
 @by_objective
 def test_crt_selects_the_weight_decay_by_the_objective_and_records_it(objective):
     head = fit("crt", objective=objective)
@@ -109,13 +106,6 @@ def test_the_rule_moves_the_groups_of_an_objective():
     assert head.selection["val_accuracy"] == pytest.approx(report.few_shot)
 
 
-def test_logit_adjusted_takes_the_prior_of_the_class_counts():
-    counts = torch.tensor([1000, 10, 10, 10])
-    head = fit("logit_adjusted", tau=0.5, class_counts=counts)
-    logits = JOINT(TEST.values) - 0.5 * torch.log(counts / 1030)
-    torch.testing.assert_close(head(TEST.values), logits)
-
-
 def test_counts_are_those_of_the_images_and_views_count_once():
     views = Features(TRAIN.values.repeat(3, 1), TRAIN.targets.repeat(3), views=3)
     given = fit("logit_adjusted", objective="few_shot")
@@ -135,8 +125,6 @@ def test_where_an_objective_is_the_same_for_all_the_mean_over_the_classes_decide
     assert heads[0].selection["val_accuracy"] == 0
     assert reports[0].class_mean == pytest.approx(reports[1].class_mean)
 
-
-# The best of several heads ------------------------------------------------------------------------
 
 HEADS = {name: fit(name) for name in ("linear", "tau_norm", "crt")}
 PREDS = {name: head(VAL.values).argmax(1) for name, head in HEADS.items()}
@@ -197,9 +185,6 @@ def test_a_choice_keeps_what_was_selected_before_and_the_heads_as_they_are():
     assert best.weight.equal(HEADS["crt"].weight)
 
 
-# The solver of crt --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{"steps": 5}, {"epochs": 5, "loss": "focal"}])
 def test_options_of_sgd_choose_it(options):
     options = {"seed": 3, **options}
@@ -233,9 +218,6 @@ def test_a_schedule_that_starts_after_the_training_is_refused(smote, views, rows
             fit.check_classes(COUNTS, views=views)
     with pytest.raises(UsageError, match=rf"an epoch is {rows} rows\): start {epochs} is not with"):
         fit.check_classes(COUNTS, views=views)
-
-
-# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
