@@ -8,8 +8,6 @@ import timm
 import torch
 from conftest import usable_head
 from gaussian_features import COUNTS, JOINT, TRAIN, VAL, C, draw_rows, few_shot, fit
-from learning import COUNTS as GLYPH_COUNTS
-from learning import features as glyph_features
 from naive_sgd import naive_sgd
 from torch import nn
 from torch.autograd import gradcheck
@@ -19,10 +17,8 @@ from timm_lt.features import Features
 from timm_lt.fitting import FitData, create_fit
 from timm_lt.fitting import few_shot as fits
 from timm_lt.fitting.few_shot import WeightGenerator
-from timm_lt.fitting.solvers import train_head
-from timm_lt.heads import create_head, set_head
+from timm_lt.heads import set_head
 from timm_lt.losses import DiscriminativeCentroids
-from timm_lt.metrics import open_set_report, shot_accuracy
 from timm_lt.training import check_model
 from timm_lt.utils.checks import UsageError
 
@@ -287,23 +283,7 @@ def test_a_feature_at_a_centroid_and_far_from_all_of_them(squash, dtype):
     z.sum().backward()
     assert near.grad.isfinite().all()
     assert head.transform(torch.full((1, 6), 4e3, dtype=dtype)).isfinite().all()
-
-
-@torch.no_grad()
-def test_of_two_features_in_one_direction_the_farther_has_the_flatter_softmax():
-    head = usable_head("oltr", scale=9.0)
-    # Without memory: the direction is that of x alone.
-    head.selector_weight.zero_()
-    head.selector_bias.zero_()
-    assert head(torch.zeros(1, 6)).equal(torch.zeros(1, 4))
-    head.centroids.copy_(torch.eye(4, 6))
-    x = torch.tensor([[1.2, 0, 0, 0, 0, 0], [0.1, 0, 0, 0, 0, 0]])
-    # γ / ‖x‖ is 0.2 / 1.2 and 0.9 / 0.1, so the squared lengths are 36 / 37 and 1 / 82.
-    torch.testing.assert_close(head.transform(x)[:, 0], torch.tensor([36 / 37, 1 / 82]))
-    near, far = head(x).softmax(1).amax(1).tolist()
-    assert near > far
-    report = open_set_report(head(x), [int(head(x)[0].argmax()), -1], threshold=(near + far) / 2)
-    assert (report.known, report.open, report.f_measure) == (1.0, 1.0, 1.0)
+    assert head(torch.zeros(1, 6, dtype=dtype)).isfinite().all()
 
 
 def test_oltr_is_not_folded_and_not_trained_as_a_joint_classifier():
@@ -423,13 +403,10 @@ def test_the_fit_of_oltr_is_naive_sgd(centroids, reach, squash):
         ("fslwf", {"exemplars": 0}, "exemplars of head 'fslwf' must be an integer from 1"),
         ("fslwf", {"queries": 1}, "queries of head 'fslwf' must be an integer from 2"),
         ("fslwf", {"novel_share": 1.0}, r"novel_share of head 'fslwf' must be a number in \(0, 1"),
-        ("fslwf", {"dropout": 1}, r"dropout of head 'fslwf' must be a number in \[0, 1\)"),
-        ("fslwf", {"gamma": 0}, "gamma of head 'fslwf'"),
         ("fslwf", {"fake_novel": 2}, "below the number of base classes, which is 2; got 2"),
         ("fslwf", {"lr": 1e30}, r"'fslwf' became infinite or NaN.* below 1e\+30"),
         ("oltr", {"reach": -1}, r"reach must be a number in \(0, inf\), got -1"),
         ("oltr", {"squash": "norm"}, "unknown squash of head 'oltr'.* 'norm'.*squared, linear"),
-        ("oltr", {"loss_weight": -1}, r"loss_weight of head 'oltr' must be a number in \[0, inf"),
         ("oltr", {"centroids": "means", "hinge": "batch"}, "hinge of head 'oltr' have no effect"),
     ],
 )
@@ -440,20 +417,3 @@ def test_wrong_options_are_refused(name, options, message):
 
 def test_oltr_is_better_than_the_joint_classifier_on_few_shot_gaussians():
     assert few_shot(fit("oltr")) > few_shot(fit("linear")) + 0.05
-
-
-@pytest.mark.slow
-def test_fslwf_is_better_on_few_shot_glyphs_than_the_joint_classifier():
-    # Of the packaged backbone, for which these twenty classes were many-shot.
-    train, test = glyph_features()
-    counts = torch.tensor(GLYPH_COUNTS)
-    torch.manual_seed(0)
-    joint = create_head("linear", train.num_features, len(counts))
-    train_head(joint, train, seed=0, steps=200, lr=0.05, batch_size=64, sampler="instance_balanced")
-    head = timm_lt.fit_head("fslwf", train, classifier=joint, base="many_and_medium")
-    with torch.no_grad():
-        preds = [h(test.values).argmax(1) for h in (joint, head)]
-    before, after = (shot_accuracy(given, test.targets, counts) for given in preds)
-    # Measured: 0.82 and 0.94.
-    assert after.few_shot > before.few_shot + 0.05
-    assert after.all > before.all

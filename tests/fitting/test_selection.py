@@ -185,12 +185,6 @@ def test_a_choice_keeps_what_was_selected_before_and_the_heads_as_they_are():
     assert best.weight.equal(HEADS["crt"].weight)
 
 
-@pytest.mark.parametrize("options", [{"steps": 5}, {"epochs": 5, "loss": "focal"}])
-def test_options_of_sgd_choose_it(options):
-    options = {"seed": 3, **options}
-    assert fit("crt", **options).weight.equal(fit("crt", solver="sgd", **options).weight)
-
-
 def test_the_solver_goes_by_the_size_of_the_problem(monkeypatch):
     exact, by_sgd = (fit("crt", solver=s, weight_decay=1e-2) for s in ("lbfgs", "sgd"))
     assert fit("crt", weight_decay=1e-2).weight.equal(exact.weight)
@@ -203,6 +197,7 @@ def test_the_solver_goes_by_the_size_of_the_problem(monkeypatch):
     assert fit("crt", weight_decay=1e-2).weight.equal(by_sgd.weight)
     lbfgs = {"weight_decay": 1e-2, "max_iterations": 3}
     assert fit("crt", **lbfgs).weight.equal(fit("crt", solver="lbfgs", **lbfgs).weight)
+    assert fit("crt", steps=5).weight.equal(fit("crt", steps=5, solver="sgd").weight)
 
 
 @pytest.mark.parametrize(
@@ -227,19 +222,15 @@ def test_a_schedule_that_starts_after_the_training_is_refused(smote, views, rows
         *((name, {"tua": 1}, f"head '{name}' has no option 'tua'.*valid") for name in list_heads()),
         ("cosine", {"scale": 0.0}, "scale of head 'cosine' must be"),
         ("tau_norm", {"tau": -0.1}, r"tau must be a number in \[0, inf\)"),
-        ("ncm", {"metric": "manhattan"}, "choose one of: cosine, euclidean"),
         ("ncm", {"metric": None}, "unknown metric of head 'ncm'.* None"),
         ("lws", {"steps": 0}, "steps of head 'lws' must be an integer from 1"),
         ("lws", {"lr": None}, r"lr of head 'lws' must be a number in \(0, inf\), got None"),
-        ("lws", {"steps": 10**12}, "steps of head 'lws' must be an integer from 1 to"),
         ("lws", {"steps": 5, "epochs": 5}, "give one of them"),
-        ("crt", {"max_norm": 0}, r"max_norm of head 'crt' must be .* \(0, inf\)"),
         ("crt", {"smote": "all"}, "or 'largest', must be an integer from 1"),
         ("crt", {"loss": "ldam"}, "loss of head 'crt', a linear classifier: .*cosine"),
         ("crt", {"loss": "bilateral"}, "'bilateral' takes pairs"),
         ("crt", {"loss_options": {"tau": 1}}, "loss of head 'crt'.*has no option 'tau'"),
         ("crt", {"loss_options": {"reduction": "sum"}}, "reduction in loss_options"),
-        ("crt", {"sampler_options": {"q": 1}}, "of head 'crt'.*has no option 'q'"),
         ("crt", {"sampler": "deferred", "sampler_options": {"start": 3}}, "from epoch to epoch"),
         ("crt", LBFGS | {"keep": "best"}, "keep of head .crt. has no effect with the solver"),
         ("crt", {"steps": 5, "max_iterations": 9}, "steps of head .crt. has no effect"),
