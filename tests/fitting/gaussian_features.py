@@ -1,7 +1,5 @@
 """Features of four Gaussian classes with a long tail, a joint classifier, and textbook SGD."""
 
-import math
-
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -92,17 +90,3 @@ def draw_rows(steps, seed, sampler="class_balanced", batch_size=512, **options):
         sampler, TRAIN.targets, num_samples=steps * batch_size, seed=seed, **options
     )
     return torch.tensor(list(draws)).view(steps, batch_size)
-
-
-def naive_sgd(parameters, loss, rows, lr, weight_decay, after=None):
-    """Textbook SGD with momentum and a cosine, in float64."""
-    velocity = [torch.zeros_like(p) for p in parameters]
-    for step, batch in enumerate(rows):
-        gradients = torch.autograd.grad(loss(batch), parameters)
-        now = lr * 0.5 * (1 + math.cos(math.pi * step / len(rows)))
-        with torch.no_grad():
-            for p, v, g in zip(parameters, velocity, gradients, strict=True):
-                v.mul_(0.9).add_(g + weight_decay * p)
-                p.sub_(now * v)
-            if after is not None:
-                after()

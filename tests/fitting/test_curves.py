@@ -185,16 +185,6 @@ def test_ties_at_tau_1_go_to_the_lower_index(dtype, scale):
             assert right_by_curve(curve, tau).equal(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_bias_that_is_the_log_prior_ties_at_tau_1(dtype):
-    log_prior = (COUNTS / COUNTS.sum()).double().log().float().to(dtype)
-    classifier = classifier_of(torch.zeros(6, 2, dtype=dtype), log_prior)
-    features = Features(torch.ones(6, 2, dtype=dtype), torch.arange(6))
-    curve = tau_curve(classifier, features, adjust="prior", class_counts=COUNTS)
-    for tau, winner in ((0.0, 0), (0.99, 0), (1.0, 0), (1.01, 5), (3.0, 5)):
-        assert right_by_curve(curve, tau).nonzero().tolist() == [[winner]]
-
-
 integers = st.integers(-3, 3)
 
 
@@ -262,22 +252,20 @@ def test_every_objective_is_what_the_heads_have(objective):
         assert float(values[edges <= tau][-1]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_best_tau_is_in_the_middle_of_the_widest_best_stretch():
-    # Right on [0, 1], [.2, .3] and [.5, .9]: two of three on two stretches, the second is wider.
-    curve = AccuracyCurve(torch.tensor([0.0, 0.2, 0.5]), torch.tensor([1.0, 0.3, 0.9]))
-    assert curve.best_tau == pytest.approx(0.7, abs=1e-6)
-
-
 INF = math.inf
 
 
 @pytest.mark.parametrize(
     ("low", "high", "best"),
-    # The last: taus beyond 10 are out of reach.
-    [(0.0, INF, 0.5), (0.0, 1e9, 0.5), (3.0, INF, 3.5), (INF, -INF, 0.5), (1e6, INF, 0.5)],
+    # The last two: taus beyond 10 are out of reach, and the wider of two best stretches.
+    [
+        *(([0.0], [INF], 0.5), ([0.0], [1e9], 0.5), ([3.0], [INF], 3.5), ([INF], [-INF], 0.5)),
+        *(([1e6], [INF], 0.5), ([0.0, 0.2, 0.5], [1.0, 0.3, 0.9], 0.7)),
+    ],
 )
 def test_best_tau_is_always_a_usable_number(low, high, best):
-    assert AccuracyCurve(torch.tensor([low]), torch.tensor([high])).best_tau == best
+    best_tau = AccuracyCurve(torch.tensor(low), torch.tensor(high)).best_tau
+    assert best_tau == pytest.approx(best, abs=1e-6)
 
 
 @pytest.mark.parametrize(("block", "part"), [(1, 2**18), (2**21, 7 * 6), (1, 1)])

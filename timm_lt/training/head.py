@@ -82,10 +82,7 @@ class HeadOptions:
 
 
 class HeadTrainer:
-    """The training of a head on images, checked before anything is trained.
-
-    Args and errors are those of :func:`train_head_on_images`; the model need not be trained yet.
-    """
+    """The training of a head on images, checked before the model need be trained."""
 
     def __init__(
         self, name: str, model: nn.Module, train: Images, accelerator: Accelerator, **options: Any
@@ -175,10 +172,7 @@ class HeadTrainer:
         return head.to("cpu", torch.float32).eval()
 
     def _frozen_copy(self, model: nn.Module, seed: int) -> tuple[nn.Module, Head]:
-        """Returns a copy of the model that carries the head, which alone has gradients.
-
-        So autograd keeps nothing of the backbone, as under ``no_grad``.
-        """
+        """Returns a copy of the model that carries the head, which alone has gradients."""
         joint = get_head(model)
         head: Head
         if self.name == "crt":
@@ -243,10 +237,7 @@ def train_head_on_images(
 
 @contextmanager
 def _forgotten(accelerator: Accelerator) -> Iterator[None]:
-    """Makes the accelerator forget the parts prepared in the block, of which it would keep copies.
-
-    Its count of the batches of the caller's update is restored too.
-    """
+    """Restores the accelerator's lists of prepared parts, and its count of batches, afterwards."""
     prepared = (accelerator._models, accelerator._optimizers, accelerator._dataloaders)
     before, step = [len(parts) for parts in prepared], accelerator.step
     try:

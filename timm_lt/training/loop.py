@@ -309,11 +309,7 @@ class RepresentationTrainer:
         return record
 
     def train_epoch(self, epoch: int, bar: Progress, owner: str, advice: str) -> float:
-        """Trains for one epoch, 0-based, and returns the mean loss over all processes.
-
-        The message about a loss that is not finite names the owner, an epoch or a head, and gives
-        the advice.
-        """
+        """Trains for one epoch, 0-based; returns the mean loss. Errors have owner and advice."""
         options, accelerator = self.options, self.accelerator
         if (set_epoch := getattr(self.loss, "set_epoch", None)) is not None:
             set_epoch(epoch, options.epochs)

@@ -146,10 +146,7 @@ def means_over_processes(loss: nn.Module) -> Iterator[None]:
 
 
 class Losses:
-    """Losses of an epoch, kept on the device between two checks that they are finite.
-
-    An error names the owner, an epoch or a head, and gives the advice.
-    """
+    """Losses of an epoch, kept on the device between two checks that they are finite."""
 
     def __init__(self, accelerator: Accelerator, owner: str, advice: str) -> None:
         self._accelerator, self._message = accelerator, f"of {owner}: {advice}"
@@ -192,10 +189,7 @@ class Losses:
 
 
 class Schedule:
-    """timm's scheduler over a number of epochs, including cooldown, warm-up and cycles.
-
-    Plateau, too, has a warm-up update by update.
-    """
+    """timm's scheduler over epochs with cooldown, warm-up (update by update) and cycles."""
 
     def __init__(
         self, optimizer: Optimizer, options: Mapping[str, Any], epochs: int, updates_per_epoch: int
@@ -276,10 +270,7 @@ def share_buffers(buffers: Iterable[Tensor], accelerator: Accelerator) -> None:
 
 
 def seed_epoch(seed: int, epoch: int, process: int) -> None:
-    """Seeds Python, NumPy and torch as a function of the run's seed, the epoch and the process.
-
-    Dropout, mixup and the like draw from them; each process has its own images.
-    """
+    """Seeds Python, NumPy and torch from the run's seed, the epoch and the process."""
     words = np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> np.uint64(1)))
     np.random.seed(int(words[0] & np.uint64(0xFFFFFFFF)))  # noqa: NPY002

@@ -128,7 +128,11 @@ class TrainingState:
         return sorted(int(name[6:]) for name in names if re.fullmatch(r"epoch_\d+", name))
 
     def save(
-        self, history: Sequence[EpochRecord], *, ema: Weights | None, best: Weights | None
+        self,
+        history: Sequence[EpochRecord],
+        *,
+        ema: Weights | None = None,
+        best: Weights | None = None,
     ) -> None:
         """Saves the state after the last epoch of the history; the one before it is kept too.
 
