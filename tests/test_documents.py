@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 
 import timm_lt
 from timm_lt import cli
-from timm_lt.cli import compare
 from timm_lt.cli.common import COMMANDS
 from timm_lt.cli.run import parse_sampler
 from timm_lt.data.sources import DATASETS
@@ -119,7 +118,7 @@ def check_timm_lt(command, *arguments):
     if command == "train":
         parsed(parse_command_line, "train_lt.py", arguments)
     elif command == "compare":
-        own, others = parsed(compare.create_parser().parse_known_args, arguments)
+        own, others = parsed(cli.create_parser([command]).parse_known_args, [command, *arguments])
         if own.grid is not None:
             grid = load_grid(own.grid)
             assert {*(own.only or [])} <= {row.label for row in grid.rows}

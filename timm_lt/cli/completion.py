@@ -4,7 +4,7 @@ import argparse
 
 import shtab
 
-from timm_lt.cli import compare, create_parser
+from timm_lt.cli import create_parser
 from timm_lt.cli.common import Commands, add_command, say
 from timm_lt.fitting import AUTO
 from timm_lt.heads import list_heads
@@ -39,9 +39,7 @@ def print_script(arguments: argparse.Namespace) -> None:
     parsers = subparsers(program)
     options = parse.create_parser("timm-lt train")
     parsers["train"].add_argument("recipe", nargs="?", choices=list(parse.shipped_recipes()))
-    parsers["compare"].add_argument("grid", nargs="?", choices=list(shipped_grids()))
     _add_options(parsers["train"], options)
-    _add_options(parsers["compare"], compare.create_parser())
     _add_options(parsers["compare"], options)
     for parser in parsers.values():
         for action in parser._actions:
@@ -69,6 +67,8 @@ def _complete(action: argparse.Action) -> None:
     """Offers recipes, kinds of heads (by which most heads of checkpoints are called), or files."""
     if action.option_strings == ["--recipe"]:
         action.choices = list(parse.shipped_recipes())
+    elif action.dest == "grid":
+        action.choices = list(shipped_grids())
     elif action.dest in ("head", "heads") and action.metavar in HEADS:
         action.choices = [*list_heads(), AUTO]
     elif action.choices is None and (

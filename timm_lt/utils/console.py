@@ -89,10 +89,10 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
 
 
-def epilog(examples: Sequence[str], status: str = STATUS) -> str:
+def epilog(examples: Sequence[str]) -> str:
     """Returns the text below the options in the help of a command: examples and exit status."""
     lines = [f"  {example}" for example in examples]
-    return "\n".join(["examples:", *lines, "", wrapped(status)])
+    return "\n".join(["examples:", *lines, "", wrapped(STATUS)])
 
 
 def one_line(text: str, limit: int = 80) -> str:
