@@ -434,7 +434,7 @@ def test_writing_a_card_keeps_the_licence_and_edits(tmp_path):
 @pytest.mark.parametrize(
     "metadata",
     ["a: &a [1]\nb: *a", "a: &a {x: 1}\nb: {<<: *a}", "x: !!int ''", "x: " + "[" * 1000,
-     "x: " + "y" * 2**18, "x: 0x" + "f" * 6000, "a: [b", "- a\n- b"],
+     "x: 0x" + "f" * 6000, "a: [b", "- a\n- b"],
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_invalid_and_harmful_metadata_is_refused(fresh, metadata):
