@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import timm_lt
 from timm_lt.cli import create_parser, main
 from timm_lt.cli.common import COMMANDS
-from timm_lt.cli.completion import subparsers
+from timm_lt.cli.listing import subparsers
 from timm_lt.models.pretrained import CHECKPOINTS
 from timm_lt.run.parse import parse_command_line
 

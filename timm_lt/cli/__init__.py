@@ -15,7 +15,8 @@ from timm_lt.cli.common import COMMANDS, Commands, start
 from timm_lt.utils.console import epilog, error_text, log_traceback, wrapped
 
 # Modules of commands that are not named as the command.
-MODULES = {"list": "listing", **dict.fromkeys(("fold", "pack", "convert", "push"), "ship")}
+MODULES = dict.fromkeys(("list", "completion"), "listing")
+MODULES |= dict.fromkeys(("fold", "pack", "convert", "push"), "ship")
 # Exit status of a program whose reader has closed the pipe.
 BROKEN_PIPE = 141
 
