@@ -21,14 +21,7 @@ from timm_lt.report.plots import (
     head_styles,
     page_colors,
 )
-from timm_lt.report.record import (
-    Report,
-    Thumbnails,
-    compare,
-    confused_groups,
-    frequent_mistakes,
-    min_images,
-)
+from timm_lt.report.record import Report, compare, confused_groups, frequent_mistakes, min_images
 from timm_lt.report.tables import GROUPS, describe_selection, group_word, percent
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import write_atomic
@@ -60,7 +53,7 @@ def render_report(report: Report) -> str:
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
     heads, counts, joint = report.reports, report.class_counts, report.base
-    thumbnails, compared = Thumbnails(report.images), report.compared
+    compared = report.compared
     shown = report.recommended if report.recommended in compared else next(iter(compared), None)
     columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
     if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
@@ -87,9 +80,9 @@ def render_report(report: Report) -> str:
             swatches={name: _swatch(style) for name, style in head_styles(report).items()},
             shown=shown,
             min_images=min_images(report),
-            comparisons={name: compare(report, name, thumbnails) for name in compared if joint},
+            comparisons={name: compare(report, name) for name in compared if joint},
             confusions={
-                name: (confused_groups(report, name), frequent_mistakes(report, name, thumbnails))
+                name: (confused_groups(report, name), frequent_mistakes(report, name))
                 for name in dict.fromkeys([*filter(None, [joint]), *compared])
             },
             charts={name: _charts(report, name) for name in CHARTS},
