@@ -41,7 +41,7 @@ from timm_lt.report.tables import (
 from timm_lt.utils.checks import user_errors
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import YAML_ERRORS, read_text, write_atomic
-from timm_lt.utils.longtail import describe_shots, shot_groups, shot_rule_texts
+from timm_lt.utils.longtail import describe_shots, shot_groups
 
 # Text that Markdown leaves as it is. An underscore at the edge of a word could be emphasis.
 SIMPLE = re.compile(r"(?:(?!\b_|_\b)[\w .,+=%/-])*")
@@ -271,24 +271,22 @@ def _metadata(info: CheckpointInfo, name: str, license_id: str | None) -> ModelC
 
 
 def _example_head(info: CheckpointInfo) -> str:
-    """Returns the head that validation chose, or else the most accurate one that was fitted."""
-    if AUTO in info.heads:
-        return AUTO
-    fitted = [entry for entry in info.heads.values() if entry.kind != "linear"]
-    best = max(fitted, key=lambda e: known_fraction(e.metrics.get("all")) or 0.0, default=None)
-    return best.name if best else "linear"
+    """Returns the head that validation chose, or else the most accurate one."""
+    accuracy = {n: known_fraction(e.metrics.get("all")) or 0.0 for n, e in info.heads.items()}
+    return AUTO if AUTO in info.heads else max(accuracy, key=accuracy.__getitem__, default="linear")
 
 
 def _results(info: CheckpointInfo) -> dict[str, list[str]]:
     """Returns the columns of the table of heads, without those that are empty."""
-    heads, shots = info.heads.values(), _shots(info)
+    heads = info.heads.values()
     figures = {key: [known_fraction(e.metrics.get(key)) for e in heads] for key in HEADINGS}
     pairs = zip(figures["all"], figures["class_mean"], strict=True)
     if all(a is None or b is None or abs(a - b) < 1e-9 for a, b in pairs):
         # On a balanced test split it is the accuracy over all images.
         del figures["class_mean"]
+    rules = {group: f" ({shot['rule']})" for group, shot in _shots(info).items()}
     columns = {
-        HEADINGS[key] + (shots[key]["note"] if key in shots else ""): _best_in_bold(key, values)
+        HEADINGS[key] + rules.get(key, ""): _best_in_bold(key, values)
         for key, values in figures.items()
         if any(value is not None for value in values)
     }
@@ -314,17 +312,12 @@ def _options(entry: HeadEntry) -> str:
 
 
 def _shots(info: CheckpointInfo) -> Mapping[str, dict[str, Any]]:
-    """Returns the rule of each shot group, and its classes and images if the counts are known."""
-    if info.shot_rule is None:
+    """Returns the rule, the classes and the images of each shot group; none if unknown."""
+    if info.shot_rule is None or info.class_counts is None:
         return {}
-    if info.class_counts is None:
-        texts = shot_rule_texts(info.shot_rule).items()
-        return {group: {"note": f" ({text})"} for group, text in texts}
     counts = torch.tensor(info.class_counts)
     masks = shot_groups(counts, info.shot_rule)
-    shots: dict[str, dict[str, Any]] = describe_shots(counts, info.shot_rule)
-    for group, shot in shots.items():
-        plural = "class" if shot["classes"] == 1 else "classes"
-        shot["note"] = f" ({shot['rule']}, {shot['classes']:,} {plural})"
-        shot["images"] = int(counts[masks[group]].sum())
-    return shots
+    return {
+        group: {**shot, "images": int(counts[masks[group]].sum())}
+        for group, shot in describe_shots(counts, info.shot_rule).items()
+    }
