@@ -224,12 +224,6 @@ def made(kind, model, **options):
     return {"heads": {"a": HEADS[kind].from_classifier(model.fc, **options)}}
 
 
-def with_selection(model):
-    arguments = made("tau_norm", model)
-    arguments["heads"]["a"].selection = {"tau": torch.zeros(2)}
-    return arguments
-
-
 OTHER_COUNTS = {"class_counts": [9, 9, 9, 9]}
 REFUSED = {
     "unfitted": (lambda m: made("lws", m), "not fitted"),
@@ -262,13 +256,11 @@ REFUSED = {
     ),
     "integer type": (lambda m: {"dtype": torch.int8}, "dtype must be a floating-point type"),
     "counts": (lambda m: {"class_counts": [1, 2]}, "class_counts has 2 classes, expected 4"),
-    "labels": (lambda m: {"label_names": ["a"]}, "label_names must be null or 4 strings"),
     "metrics": (lambda m: {"metrics": {"ctr": {"all": 1.0}}}, "unknown head in metrics: 'ctr'"),
     "nan metrics": (
         lambda m: {**made("crt", m), "metrics": {"a": {"b": np.nan}}},
         "cannot be JSON",
     ),
-    "selection": (with_selection, "cannot be JSON"),
 }
 
 

@@ -105,15 +105,13 @@ def test_the_reference_agrees_with_an_untouched_folder(copied, head):
     assert check_loads_or_refuses(copied(), head)
 
 
-# ---- the config ----------------------------------------------------------------------------------
-
 NUMBERS = st.sampled_from(
     [0, 1, -1, 2, 7, 0.5, 1e308, 10**9, 2**63, 2**70, -(10**12), 1e-320, 10**400]
 )
 WORDS = st.sampled_from(
-    ["", "a", "avg", "max", "crt", "raw", "l2", "euclidean", "resnet18", "../../x", "/etc/passwd",
-     "os.system", "heads/crt.safetensors", "heads/../model.safetensors", "\x00", "ü" * 50,
-     "{{ 7*7 }}", "timm_lt", "oltr", "false"]
+    [*("", "a", "avg", "crt", "raw", "l2", "euclidean", "resnet18", "../../x", "/etc/passwd"),
+     *("os.system", "heads/crt.safetensors", "heads/../model.safetensors", "\x00", "ü" * 50),
+     *("{{ 7*7 }}", "timm_lt", "oltr", "false")]
 )  # fmt: skip
 LEAVES = st.none() | st.booleans() | NUMBERS | WORDS | st.integers() | st.floats(allow_nan=False)
 VALUES = st.recursive(
@@ -184,9 +182,6 @@ def test_any_other_content_is_refused(copied, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UsageError):
         timm_lt.create_model(f"local-dir:{folder}", head="tau_norm")
-
-
-# ---- the tensors ---------------------------------------------------------------------------------
 
 
 def sign(folder, file):
@@ -265,15 +260,14 @@ def lie(header, body=b""):
     return struct.pack("<Q", len(text)) + text + body
 
 
+SCALE = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 LIES = {
     "length beyond the file": struct.pack("<Q", 2**60) + b"{}",
     "header no JSON": lie(b"\xff" * 16),
-    "shape of 2^60": lie({"scale": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 16]}}),
-    "offsets beyond": lie({"scale": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**40]}}),
-    "offsets backwards": lie(
-        {"scale": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, bytes(16)
-    ),
-    "unknown type": lie({"scale": {"dtype": "PKL", "shape": [4], "data_offsets": [0, 4]}}, b"abcd"),
+    "shape of 2^60": lie({"scale": {**SCALE, "shape": [2**60]}}),
+    "offsets beyond": lie({"scale": {**SCALE, "data_offsets": [0, 2**40]}}),
+    "offsets backwards": lie({"scale": {**SCALE, "data_offsets": [16, 0]}}, bytes(16)),
+    "unknown type": lie({"scale": {**SCALE, "dtype": "PKL", "data_offsets": [0, 4]}}, b"abcd"),
     "a pickle": b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system",
     "nothing": b"",
 }

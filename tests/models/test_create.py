@@ -11,12 +11,9 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_for_hf
 
 import timm_lt
-from timm_lt.data import Splits
 from timm_lt.heads import get_head
 from timm_lt.models.create import is_for, keeps_classifier, label_names
 from timm_lt.models.weights_file import create_from_file
-from timm_lt.run.network import has_classifier, match_data
-from timm_lt.run.recipe import ModelRecipe, Recipe
 from timm_lt.utils.checks import UsageError
 
 
@@ -141,19 +138,19 @@ def test_timms_own_models_are_for_the_classes_of_their_imagenet(subset):
     assert is_for(model, [f"own {label}" for label in range(SUBSETS[subset])]) is False
 
 
-@pytest.mark.parametrize(
-    ("names", "same"),
-    [
-        (IMAGENET.label_names(), True),
-        (WORDS, True),
-        ([text.split(",")[0].replace(" ", "_") for text in WORDS], True),
-        ([text.split(",")[-1].strip().title() for text in WORDS], True),
-        (IMAGENET.label_names()[::-1], False),
-        (OWN, False),
-        ([str(label) for label in range(1000)], None),
-        (None, None),
-    ],
-)
+SPELLINGS = [
+    (IMAGENET.label_names(), True),
+    (WORDS, True),
+    ([text.split(",")[0].replace(" ", "_") for text in WORDS], True),
+    ([text.split(",")[-1].strip().title() for text in WORDS], True),
+    (IMAGENET.label_names()[::-1], False),
+    (OWN, False),
+    ([str(label) for label in range(1000)], None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("names", "same"), SPELLINGS)
 def test_names_decide(names, same):
     assert is_for(timms(), names) is same
     # Names of its own come first, and have no other spelling.
@@ -167,6 +164,7 @@ def test_names_by_label_are_read_as_timm_writes_them(tmp_path):
     save_for_hf(timms(3), tmp_path / "m", model_config=by_label, safe_serialization=True)
     model = timm_lt.create_model(str(tmp_path / "m"))
     assert label_names(model) == ["class 0", "class 1", "class 2"]
+    assert timm_lt.create_model(tmp_path / "m", num_classes=0).num_classes == 0
     assert label_names(timms(3, label_names={1: "a", 2: "b", 3: "c"})) is None
 
 
@@ -187,18 +185,6 @@ def test_other_models_of_a_thousand_classes_are_not_imagenets(tmp_path):
 def from_file(folder):
     torch.save(timms().state_dict(), folder / "w.pth")
     return create_from_file("test_resnet", folder / "w.pth")
-
-
-KEPT = [(IMAGENET.label_names(), True), (OWN, False), (None, True)]
-
-
-@pytest.mark.parametrize(("names", "kept"), KEPT)
-def test_a_pretrained_classifier_of_as_many_classes_is_kept_for_the_same_ones(names, kept):
-    recipe = Recipe(model=ModelRecipe("test_resnet", pretrained=True))
-    model, counts = timms(), torch.ones(1000, dtype=torch.int64)
-    assert has_classifier(recipe.model, model, 1000)
-    # No images are needed: the names decide.
-    assert match_data(recipe, Splits({}, {}, counts, names), model, kept=True)[1] is kept
 
 
 REPO = {"source": "hf-hub", "hf_hub_id": "me/birds"}

@@ -204,23 +204,20 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_torch_cannot_export_is_one_line(tmp_path):
+def test_exports_that_are_not_possible_are_one_line(tmp_path, monkeypatch):
     class Odd(type(timm.create_model("test_resnet"))):
         def forward(self, x):
             logits = super().forward(x)
             return logits + float(logits.sum()) * 0  # needs a number, not a symbol
 
     model = timm.create_model("test_resnet", num_classes=4).eval()
+    monkeypatch.setattr("timm_lt.models.fold.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'timm_lt\[onnx\]'"):
+        write_folded(tmp_path, model, onnx=True)
+    assert list(tmp_path.iterdir()) == []
     model.__class__ = Odd
     with pytest.raises(UsageError, match=r"^torch cannot export Odd to model.pt2: "):
         write_folded(tmp_path, model, program=True)
-
-
-def test_onnx_without_its_packages_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_lt.models.fold.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'timm_lt\[onnx\]'"):
-        write_folded(tmp_path, timm_lt.create_model("test_resnet"), onnx=True)
-    assert list(tmp_path.iterdir()) == []
 
 
 MISTAKES = [

@@ -176,19 +176,15 @@ def test_a_published_head_computes_what_the_authors_files_say(head, small, cache
     assert "state_dict" not in first.pretrained_cfg
 
 
+@torch.no_grad()
 def test_a_head_with_its_own_statistics_is_not_swapped_for_another(small):
-    model = timm.create_model(NAME, pretrained=True, head="crt")
-    joint = timm.create_model(NAME, pretrained=True)
-    other = timm_lt.create_head("linear", 64, 10)
-    with pytest.raises(UsageError, match=r"those of its crt head.*create the model again"):
-        timm_lt.set_head(model, other)
-    lws = timm.create_model(NAME, pretrained=True, head="lws")
-    with pytest.raises(UsageError, match=r"those of its lws head.*create the model again"):
-        timm_lt.set_head(lws, "tau_norm")
-    timm_lt.set_head(joint, model.get_classifier())
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(joint.eval()(images), model.eval()(images))
+    crt, lws = (timm.create_model(NAME, pretrained=True, head=head) for head in ("crt", "lws"))
+    for model, other in ((crt, timm_lt.create_head("linear", 64, 10)), (lws, "tau_norm")):
+        with pytest.raises(UsageError, match=r"those of its \w+ head.*create the model again"):
+            timm_lt.set_head(model, other)
+    joint, images = timm.create_model(NAME, pretrained=True), torch.randn(2, 3, 32, 32)
+    timm_lt.set_head(joint, crt.get_classifier())
+    assert torch.equal(joint.eval()(images), crt.eval()(images))
 
 
 def test_other_uses_of_a_published_name(small):
@@ -203,9 +199,6 @@ def test_other_uses_of_a_published_name(small):
     torch.testing.assert_close(grey.conv1.weight, expected)
     seven = timm.create_model(NAME, pretrained=True, num_classes=7, head="lws")
     assert seven.get_classifier().weight.shape == (7, 64)
-    counts = list(range(1, 11))
-    model = timm.create_model(NAME, pretrained=True, head="logit_adjusted", class_counts=counts)
-    assert model.get_classifier().is_fitted()
 
 
 def test_a_mistake_shows_before_anything_is_downloaded(small, monkeypatch):
@@ -296,15 +289,13 @@ def test_a_bad_file_by_url_is_not_kept(how, small, cache, tmp_path, monkeypatch)
     assert not (tmp_path / "net").exists()
 
 
-def test_a_published_name_is_converted_with_all_of_its_heads(small, cache, tmp_path, capsys):
+def test_a_published_name_is_converted_with_all_of_its_heads(small, tmp_path, capsys):
     server, states, scales, paths = small
     assert main(["convert", NAME, str(tmp_path / "net")]) == 0
     assert "heads linear, crt, lws" in capsys.readouterr().out
     assert sorted(server.requests) == sorted(paths.values())
-    for head in ("linear", "crt", "lws"):
-        model = timm_lt.create_model(f"local-dir:{tmp_path / 'net'}", head=head)
-        assert torch.equal(model.fc.weight, states[head]["fc.weight"])
-        assert torch.equal(model.bn1.running_mean, states[head]["bn1.running_mean"])
+    model = timm_lt.create_model(f"local-dir:{tmp_path / 'net'}", head="lws")
+    assert torch.equal(model.bn1.running_mean, states["lws"]["bn1.running_mean"])
     assert torch.equal(model.fc.scale, scales)
     # The re-trained classifier is not a joint one.
     assert main(["convert", server.url(paths["crt"]), str(tmp_path / "crt")]) == 2

@@ -25,14 +25,9 @@ from timm_lt.checkpoint.format import is_statistic as is_statistic
 from timm_lt.checkpoint.format import parse_text as parse_text
 from timm_lt.checkpoint.format import read_checkpoint as read_checkpoint
 from timm_lt.checkpoint.format import read_config as read_config
-from timm_lt.checkpoint.load import check_build as check_build
-from timm_lt.checkpoint.load import check_sizes as check_sizes
 from timm_lt.checkpoint.load import find_entry as find_entry
-from timm_lt.checkpoint.load import load_error as load_error
 from timm_lt.checkpoint.load import load_head as load_head
 from timm_lt.checkpoint.load import load_heads as load_heads
 from timm_lt.checkpoint.load import read_shapes as read_shapes
-from timm_lt.checkpoint.save import config_text as config_text
 from timm_lt.checkpoint.save import head_entry as head_entry
-from timm_lt.checkpoint.save import plain_copy as plain_copy
 from timm_lt.checkpoint.save import save_checkpoint as save_checkpoint

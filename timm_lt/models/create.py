@@ -16,15 +16,8 @@ from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
-from timm_lt.checkpoint import (
-    BACKGROUND,
-    check_build,
-    find_entry,
-    find_info,
-    load_error,
-    load_heads,
-    read_config,
-)
+from timm_lt.checkpoint.format import BACKGROUND, find_info, read_config
+from timm_lt.checkpoint.load import check_build, find_entry, load_error, load_heads
 from timm_lt.heads import HEADS, Head, check_head_options, get_heads, head_option_names, set_head
 from timm_lt.models.repo import LOCAL_DIR, ModelSource
 from timm_lt.utils.checks import UsageError, check_choice, check_number, unknown_name
@@ -146,9 +139,8 @@ def split_options(
     head: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into those of the head and the others."""
-    ours = {
-        key: options[key] for key in (head_option_names(head) if head else []) if key in options
-    }
+    names = head_option_names(head) if head else []
+    ours = {key: options[key] for key in names if key in options}
     return ours, {key: value for key, value in options.items() if key not in ours}
 
 
@@ -171,10 +163,13 @@ def _create_from_folder(
         raise load_error(folder, error) from error
     if info is not None:
         model.__dict__[BACKGROUND] = info.background
-        return model if head is None else set_head(model, load_heads(folder, head, model, **ours))
-    for new in get_heads(model if head is None else set_head(model, head, **ours)).values():
-        if isinstance(new, Head):
-            new.check_fitted()
+    if head is None:
+        return model
+    if info is not None:
+        return set_head(model, load_heads(folder, head, model, **ours))
+    for new in get_heads(set_head(model, head, **ours)).values():
+        assert isinstance(new, Head)
+        new.check_fitted()
     return model
 
 
@@ -186,11 +181,10 @@ def create_sized_model(
     head: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Creates a model for images of a given size (side, or height and width) and preprocessing.
+    """Creates a model for images of a given size; its options can be any of ``FIELDS``, too.
 
     An architecture that takes ``img_size``, such as a ViT, is built for that size, and timm
-    resamples the position embeddings of pretrained weights. The options are those of
-    :func:`timm_lt.create_model`, and any of ``FIELDS``.
+    resamples the position embeddings of pretrained weights.
     """
     options = with_overlay(options)
     # With dynamic_img_size, the embeddings are fitted to each image.
@@ -292,7 +286,7 @@ def is_for(model: nn.Module, names: Sequence[str] | None) -> bool | None:
     imagenet = _imagenet(model)
     if sorted(own) == sorted(names) or imagenet is None:
         return sorted(own) == sorted(names)
-    same = [
+    same: list[bool] = [
         name == synset or _plain(name) in {_plain(text), *map(_plain, text.split(","))}
         for synset, text, name in zip(imagenet.label_names(), own, names, strict=False)
     ]

@@ -17,7 +17,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import CONFIG, WEIGHTS, config_text, plain_copy
+from timm_lt.checkpoint import CONFIG, WEIGHTS
+from timm_lt.checkpoint.save import config_text, plain_copy
 from timm_lt.heads import Head, get_heads
 from timm_lt.models.create import input_size
 from timm_lt.utils.checks import UsageError

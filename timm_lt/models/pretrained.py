@@ -20,16 +20,8 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import download_cached_file, get_cache_dir
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import (
-    BLOCK,
-    CONFIG,
-    WEIGHTS,
-    find_entry,
-    is_statistic,
-    load_heads,
-    read_checkpoint,
-    read_config,
-)
+from timm_lt.checkpoint import find_entry, load_heads, read_checkpoint
+from timm_lt.checkpoint.format import BLOCK, CONFIG, WEIGHTS, is_statistic, read_config
 from timm_lt.heads import HEADS, Head, check_head_options, get_head, set_head
 from timm_lt.models.repo import Repo
 from timm_lt.models.weights_file import Weights, read_weights
@@ -158,9 +150,8 @@ def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None =
 class PretrainedSource:
     """Source of the weights of a pretrained model: a URL, a file, a repo, or timm's own.
 
-    ``head`` is the requested head, None for the joint classifier; ``options`` are those of
-    ``timm.create_model``. In ``folder`` is a decoupled checkpoint, once it is local. ``own_head``
-    says whether the file has the requested head instead of the joint classifier.
+    ``folder`` is a decoupled checkpoint, once it is local; ``own_head`` says whether the file has
+    the requested head instead of the joint classifier.
     """
 
     def __init__(self, variant: str, head: str | None, options: dict[str, Any]) -> None:

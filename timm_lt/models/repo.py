@@ -13,16 +13,8 @@ import timm
 from huggingface_hub import constants, hf_hub_download
 from timm.models import parse_model_name
 
-from timm_lt.checkpoint import (
-    CONFIG,
-    TEXT_LIMIT,
-    WEIGHTS,
-    CheckpointInfo,
-    HeadEntry,
-    find_entry,
-    find_info,
-    read_checkpoint,
-)
+from timm_lt.checkpoint import CheckpointInfo, HeadEntry, find_entry, read_checkpoint
+from timm_lt.checkpoint.format import CONFIG, TEXT_LIMIT, WEIGHTS, find_info
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.files import file_sha256
 from timm_lt.utils.hub import HF_HUB, hub_errors, split_revision
@@ -61,9 +53,8 @@ class Repo:
     def download(self, *, weights: bool = True, head: str | None = None) -> Path:
         """Downloads the config of a checkpoint, and optionally its weights and one head.
 
-        Cached files are not downloaded again. A file with another digest than the config records is
-        downloaded once more, and removed from the cache if that does not help. Returns the folder
-        of the commit in the cache; all files are of that commit.
+        A file with another digest than the config records is downloaded once more, and removed from
+        the cache if that does not help. Returns the folder of the commit that all files are of.
         """
         folder = self.fetch(CONFIG, limit=TEXT_LIMIT).parent
         info = find_info(folder)
@@ -163,8 +154,8 @@ class ModelSource:
     def find(cls, given: str) -> "ModelSource":
         """Finds the folder with the config of a checkpoint; that of a repo is downloaded.
 
-        The id of a repo needs no ``hf-hub:``. The result names the commit of a repo. It has no
-        folder for an architecture or for pretrained weights that are not on this disk.
+        The result names the commit of a repo. It has no folder for an architecture, or for
+        pretrained weights that are not on this disk.
         """
         source = cls.parse(given, bare_repo=True)
         if timm.models.is_model_pretrained(source.name):

@@ -21,8 +21,8 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from timm_lt.checkpoint import check_sizes
 from timm_lt.checkpoint.format import RESERVED
+from timm_lt.checkpoint.load import check_sizes
 from timm_lt.heads import classifier_name
 from timm_lt.models.create import FIELDS, create_sized_model, with_overlay
 from timm_lt.utils.checks import UsageError, shown_names, user_errors
