@@ -50,9 +50,9 @@ def test_names_of_ones_own_stand_in_table_csv_and_json(predict):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\nb\nc\n", "has 3 lines; write a line with the name of each of the model's 4 classes"),
-        ("", "has 0 lines"),
-        ("a\n\nc\nd", "(line 2 is empty)"),
+        ("a\nb\nc\n", "has 3 names; write a line with the name of each of the model's 4 classes"),
+        ("", "has 0 names"),
+        ("a\n\nc\nd", "has 3 names"),
         ("a\nb\nc\n\udcff", "UTF-8"),
         (None, "does not exist"),
     ],

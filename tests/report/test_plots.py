@@ -154,12 +154,6 @@ def test_the_calibration_plot_has_the_bins_that_have_images():
     assert large.get_gid() == "tip:5 images of confidence 75 %: 40.0 % right"
     # ECE: 5/6 · |2/5 − .75| + 1/6 · .9 = .4417
     assert axes.get_title(loc="left") == "crt\nECE 44.2 %"
-    # A bin of one image in a thousand is a point, but the line does not go through it.
-    repeated = logits.repeat_interleave(torch.tensor([200] * 5 + [1]), 0)
-    many = evaluate_logits(repeated, [0] * 1001, [5, 5])
-    _, line, *points = draw_calibration(report_of({"crt": many}), 7).axes[0].get_lines()
-    assert line.get_xdata() == pytest.approx([75])
-    assert len(points) == 2
 
 
 def test_each_head_has_a_look_of_its_own_in_all_charts():

@@ -161,8 +161,7 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
     lines = (text or "").removeprefix("\ufeff").rstrip().splitlines()
     names = [one_line(line, 200) for line in lines]
     if len(names) != model.num_classes or "" in names:
-        empty = f" (line {names.index('') + 1} is empty)" if "" in names else ""
-        found = "does not exist" if text is None else f"has {len(names)} lines{empty}"
+        found = "does not exist" if text is None else f"has {len([*filter(None, names)])} names"
         raise UsageError(
             f"--names: {file} {found}; write a line with the name of each of the model's "
             f"{model.num_classes} classes, in their order"

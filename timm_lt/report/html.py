@@ -46,8 +46,7 @@ def render_report(report: Report) -> str:
     """Renders a report as one HTML page with its styles, scripts, charts and pictures in it.
 
     All text is escaped, and the page's own policy allows neither requests nor other scripts. Its
-    size is bounded: the table has the 10,000 rarest classes, at most eight heads are compared with
-    the joint classifier, and pictures have at most 3 kB each.
+    size is bounded: the table has the 10,000 rarest classes, and pictures have at most 3 kB each.
     """
     style, script = (
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")

@@ -71,8 +71,6 @@ STYLE: dict[Any, Any] = {
 }
 # Width of a PNG file and least width of any figure, in inches.
 WIDTH, LEAST_WIDTH = 7.5, 3.6
-# Share of the images that a bin of confidences needs for the line to go through it.
-SURE_SHARE = 0.005
 RANKS = "classes, from the most to the least frequent"
 DASHED_LINE = {"color": LIGHT["muted"], "linestyle": "--", "linewidth": 1}
 DOTTED_LINE = DASHED_LINE | {"linestyle": ":"}
@@ -301,9 +299,7 @@ def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
         bins = [part for part in shot.reliability or () if part["images"]]
         total = sum(part["images"] for part in bins)
         panel.plot([0, 100], [0, 100], **DOTTED_LINE)
-        # Bins of few images are noise, and would draw the line away from the others.
-        sure = [part for part in bins if part["images"] >= SURE_SHARE * total]
-        points = [[100 * part[key] for part in sure] for key in ("confidence", "accuracy")]
+        points = [[100 * part[key] for part in bins] for key in ("confidence", "accuracy")]
         panel.plot(*points, **{**styles[name], "linewidth": 1.2})
         for part in bins:
             size = 3 + 8 * (part["images"] / total) ** 0.5

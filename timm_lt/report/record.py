@@ -21,8 +21,6 @@ from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
-# Heads compared with the joint classifier; more would make the report large.
-MAX_COMPARED = 8
 NAME_LENGTH = 40
 # At most so many classes that gained or lost, pictures of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
@@ -153,11 +151,8 @@ class Report:
 
     @cached_property
     def compared(self) -> list[str]:
-        """Heads that are compared with the joint classifier, including the recommended one."""
-        others = [name for name in self.reports if name != self.base]
-        if self.recommended in others[MAX_COMPARED:]:
-            return [*others[: MAX_COMPARED - 1], self.recommended]
-        return others[:MAX_COMPARED]
+        """Heads that are compared with the joint classifier."""
+        return [name for name in self.reports if name != self.base]
 
     @cached_property
     def by_frequency(self) -> Tensor:
