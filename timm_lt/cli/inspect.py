@@ -1,10 +1,9 @@
 """``timm-lt inspect``: figures of a data set before training."""
 
 import argparse
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -48,7 +47,7 @@ def add_inspect(commands: Commands) -> None:
     add = inspect.add_argument
     add("data", help=inputs.DATA_HELP)
     inputs.add_data_options(inspect)
-    inputs.add_background(inspect, "white", "white")
+    add("--background", default="white", metavar="COLOR", help=f"{inputs.BACKGROUND_HELP} white")
     add("--output", type=Path, help="folder for table and plot; inspect_NAME by default")
     add("--quick", action="store_true", help="decode no image and look for no duplicates")
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
@@ -74,10 +73,9 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     check_folder("--output", output)
     root = None if data.root is None else Path(data.root).expanduser().resolve()
     if data.name == "folder" and root and output.resolve().is_relative_to(root):
-        beside = shlex.quote(str(root.parent / f"inspect_{name}"))
         raise UsageError(
-            f"{output} would lie in the folder {data.root} and be taken for a class; choose a "
-            f"folder elsewhere, e.g. --output {beside}"
+            f"{output} would lie in the folder {data.root} and be taken for a class; choose an "
+            "--output elsewhere"
         )
     background = check_background(arguments.background)
     splits, problems = _load(data)
@@ -116,7 +114,7 @@ def _load(data: DataRecipe) -> "tuple[dict[str, Dataset], list[str]]":
         # Otherwise an option is wrong, or there is nothing to inspect.
         if not (problems and images.files["train"]):
             raise refusal
-        found = {
+        found: dict[str, Any] = {
             split: (images.files[split], images.labels[split], images.names)
             for split in images.files
         }

@@ -8,7 +8,7 @@ from rich.table import Table
 
 import timm_lt
 from timm_lt.checkpoint import read_checkpoint
-from timm_lt.cli import create_parser
+from timm_lt.cli import create_parser, inputs
 from timm_lt.cli.common import Commands, add_command, add_output_options, say, show_result
 from timm_lt.data import list_augmentations
 from timm_lt.fitting import AUTO
@@ -28,11 +28,7 @@ OUTPUTS = ("cache_dir", "destination", "output")
 def add_list(commands: Commands) -> None:
     """Adds the command to the parser."""
     listing = add_command(commands, "list", list_parts)
-    listing.add_argument(
-        "checkpoint",
-        nargs="?",
-        help="folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME",
-    )
+    listing.add_argument("checkpoint", nargs="?", help=inputs.CHECKPOINT_HELP)
     add_output_options(listing, quiet="the names")
 
 

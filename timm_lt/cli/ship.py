@@ -40,10 +40,6 @@ DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Fields of the description that a packed checkpoint has, too.
 KEPT = ("class_counts", "label_names", "dataset", "shot_rule", "protocol", "seed")
-SOURCE_HELP = (
-    "folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME, or a "
-    "pretrained name"
-)
 
 
 def add_destination(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -92,7 +88,7 @@ def add_fold(commands: Commands) -> None:
     """Adds the command to the parser."""
     fold = add_command(commands, "fold", fold_checkpoint)
     add = fold.add_argument
-    add("source", help=SOURCE_HELP)
+    add("source", help=f"{inputs.CHECKPOINT_HELP}, or a pretrained name")
     add_destination(fold, "a folded checkpoint")
     which = "head to fold, the joint classifier unless given; several go to DESTINATION/NAME"
     add("--head", nargs="+", default=["linear"], metavar="NAME", help=which)

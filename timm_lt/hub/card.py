@@ -227,7 +227,8 @@ def _parse(card: str) -> tuple[str, dict[str, Any], str]:
         parsed = RepoCard(card)
         # Some values can be read but not written.
         parsed.data.to_yaml()
-    return block[0], parsed.data.to_dict(), parsed.text
+        metadata = parsed.data.to_dict()  # type: ignore[no-untyped-call]
+    return block[0], metadata, parsed.text
 
 
 def _kept_backbone(recipe: str | None) -> str | None:
@@ -286,7 +287,7 @@ def _results(info: CheckpointInfo) -> dict[str, list[str]]:
         del figures["class_mean"]
     rules = {group: f" ({shot['rule']})" for group, shot in _shots(info).items()}
     columns = {
-        HEADINGS[key] + rules.get(key, ""): _best_in_bold(key, values)
+        HEADINGS[key] + rules.get(key, ""): list(map(percent, values))
         for key, values in figures.items()
         if any(value is not None for value in values)
     }
@@ -295,13 +296,6 @@ def _results(info: CheckpointInfo) -> dict[str, list[str]]:
         "selected": [plain(describe_selection(entry.selection)) for entry in heads],
     }
     return columns | {heading: texts for heading, texts in words.items() if any(texts)}
-
-
-def _best_in_bold(key: str, values: list[float | None]) -> list[str]:
-    """Formats figures in percent, the best of several in bold; equal texts are equally good."""
-    known = [percent(value) for value in values if value is not None]
-    best = (min if key == "ece" else max)(known, key=float) if len(known) > 1 else None
-    return [f"**{text}**" if text == best else text for text in map(percent, values)]
 
 
 def _options(entry: HeadEntry) -> str:

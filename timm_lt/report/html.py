@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from timm_lt.metrics import PairedDifference, confidence_intervals, paired_difference
+from timm_lt.metrics import confidence_intervals, paired_difference
 from timm_lt.report.plots import (
     PALETTE,
     draw_calibration,
@@ -52,7 +52,7 @@ def render_report(report: Report) -> str:
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
     heads, counts, joint = report.reports, report.class_counts, report.base
-    compared = report.compared
+    compared, truth = report.compared, (report.targets, counts)
     shown = report.recommended if report.recommended in compared else next(iter(compared), None)
     columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
     if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
@@ -74,7 +74,11 @@ def render_report(report: Report) -> str:
                 for key in columns
             },
             intervals={n: confidence_intervals(shot, counts) for n, shot in heads.items()},
-            gains={n: _gain(report, n, joint) for n in heads if joint and n != joint},
+            gains={
+                n: paired_difference(report.preds(n), report.preds(joint), *truth, rule=report.rule)
+                for n in compared
+                if joint
+            },
             selected={n: describe_selection(report.selections.get(n, {})) for n in heads},
             swatches={name: _swatch(style) for name, style in head_styles(report).items()},
             shown=shown,
@@ -98,12 +102,6 @@ def render_report(report: Report) -> str:
 def write_report(path: str | Path, report: Report) -> None:
     """Writes a report atomically as one HTML file; see :func:`render_report`."""
     write_atomic(Path(path), render_report(report))
-
-
-def _gain(report: Report, head: str, joint: str) -> PairedDifference:
-    """Returns by how much a head exceeds the joint classifier, with its interval."""
-    preds, others = report.preds(head), report.preds(joint)
-    return paired_difference(preds, others, report.targets, report.class_counts, rule=report.rule)
 
 
 @cache
