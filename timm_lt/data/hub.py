@@ -1,20 +1,16 @@
 """hub: any image-classification data set of the Hub, or local parquet and arrow files."""
 
 import glob
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from timm_lt.data.decode import is_remote
-from timm_lt.data.folder import visible_files
 from timm_lt.data.items import image_column, label_column, label_kind, type_name
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, Split, label_feature, register_dataset
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
 
 # Files of save_to_disk.
 SAVED = ("state.json", "dataset_dict.json")
-SHARD = re.compile(r"-\d+-of-\d+$")
 UNLABELLED = -1
 
 Incomplete = Literal["raise", "drop"]
@@ -181,7 +176,7 @@ def _read_repo(
     """Reads all splits of a data set of the Hub, which are downloaded unless they are cached."""
     from datasets import load_dataset_builder
     from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub import HfFileSystem, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     repo_id, own_revision = split_revision(repo)
     revision = own_revision or revision
@@ -199,9 +194,6 @@ def _read_repo(
                     f"the Hub cannot be reached, and the cache has commit {builder.hash} of "
                     f"{repo_id}, which may not be {revision}"
                 )
-        if not Path(builder.cache_dir).is_dir():
-            files = [str(paths[0]) for paths in (builder.config.data_files or {}).values()]
-            _check_class_names(files, HfFileSystem())
         builder.download_and_prepare()
         return dict(builder.as_dataset())
 
@@ -211,61 +203,40 @@ def _read_local(
 ) -> "dict[str, Dataset]":
     """Reads all splits of a parquet or arrow file, a folder of them, or of save_to_disk."""
     from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.data_files import DataFilesDict, get_data_patterns
 
     folder = root / (config or "")
-    if any((folder / name).is_file() for name in SAVED):
-        with _readable(folder):
+    with _readable(folder):
+        if any((folder / name).is_file() for name in SAVED):
             saved = load_from_disk(str(folder))
             return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    files = {"train": [folder]} if folder.is_file() else _find_tables(folder)
-    kind = next((paths[0].suffix for paths in files.values()), "")
-    if kind not in (".parquet", ".arrow"):
-        raise UsageError(
-            f"root {str(folder)!r} does not exist or has no parquet or arrow file; a folder of "
-            "images is data set 'folder'"
-        )
-    tables = {}
-    for split, paths in files.items():
-        with _readable(paths[0]):
-            _check_class_names(map(str, paths))
-            # The library takes the paths for patterns.
-            patterns = [glob.escape(str(path.absolute())) for path in paths]
-            options = {"split": "train", "cache_dir": cache_dir}
-            tables[split] = load_dataset(kind[1:], data_files=patterns, **options)
-    return tables
-
-
-def _find_tables(root: Path) -> dict[str, list[Path]]:
-    """Finds the parquet files of a folder, or else its arrow files, by split.
-
-    The split of a file is a folder that is named like a split, or its own name without the number
-    of the shard. If no name is that of a split, all files are ``train``.
-    """
-    files = visible_files(root, "*.parquet") or visible_files(root, "*.arrow")
-    splits: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        folders = [f for f in file.relative_to(root).parts[:-1] if f.lower() in SPLIT_WORDS]
-        splits[folders[-1] if folders else SHARD.sub("", file.stem)].append(file)
-    if files and not any(split.lower() in SPLIT_WORDS for split in splits):
-        return {"train": files}
-    return dict(splits)
-
-
-def _check_class_names(files: Iterable[str], filesystem: object = None) -> None:
-    """Checks that parquet files have the same class names; the library takes the first ones."""
-    from datasets import ClassLabel, Features
-
-    first: dict[str, tuple[str, object]] = {}
-    for file in (file for file in files if file.endswith(".parquet")):
-        with _readable(file):
-            features = Features.from_arrow_schema(pq.read_schema(file, filesystem=filesystem))
-        for column, feature in features.items():
-            other, kind = first.setdefault(column, (file, feature))
-            if isinstance(feature, ClassLabel) and feature != kind:
-                raise UsageError(
-                    f"{file} and {other} have different class names in column {column!r}; write "
-                    "both files with the same ClassLabel"
+        # The library takes paths for patterns.
+        base = glob.escape(str(folder.absolute()))
+        files = {}
+        with suppress(FileNotFoundError):
+            patterns = {"train": [base]} if folder.is_file() else get_data_patterns(base)
+            files = DataFilesDict.from_patterns(patterns, base_path=base)
+        for kind in ("parquet", "arrow"):
+            paths = {
+                str(split): [p for p in files[split] if p.endswith(f".{kind}")] for split in files
+            }
+            # One by one: splits may have their class names in another order.
+            tables = {
+                split: load_dataset(
+                    kind,
+                    data_files=[glob.escape(path) for path in found],
+                    split="train",
+                    cache_dir=cache_dir,
                 )
+                for split, found in paths.items()
+                if found
+            }
+            if tables:
+                return tables
+    raise UsageError(
+        f"root {str(folder)!r} does not exist or has no parquet or arrow file; a folder of "
+        "images is data set 'folder'"
+    )
 
 
 @contextmanager
