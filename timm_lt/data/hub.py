@@ -59,24 +59,24 @@ def hub(
             class names.
         train: Name of the training split.
         val: Name of the validation split; that of ``train`` holds out a part of it.
-        test: Name of the test split; that of ``train`` takes ``test_fraction`` of it.
+        test: Name of the test split; that of ``train`` holds out ``test_fraction`` of it.
         root: Local files in place of a repo: a parquet or arrow file, a folder of them with the
             names of the Hub (``train.parquet``, ``data/train-00000-of-00001.parquet``,
             ``train/0000.parquet``), or a folder written by ``save_to_disk``.
-        test_fraction: Fraction of the training images of each class for a missing test split, in
-            (0, 1).
+        test_fraction: Part of each class in (0, 1) for a missing test split.
         min_images: Classes with fewer training images are left out; None leaves out none.
-        incomplete: Rows without a label or an image are an error (``"raise"``) or left out
-            (``"drop"``).
+        incomplete: ``"raise"`` or ``"drop"`` rows without a label or an image.
         cache_dir: Cache of the ``datasets`` library; None is its own.
 
     Returns:
         The splits, each with the columns ``image`` and ``label``.
 
     Raises:
-        UsageError: If the data set cannot be read; if a split or column is missing or ambiguous;
-            if rows have no label or image; or if the labels are not those of classes.
+        UsageError: If the data set cannot be read, a split or column is missing or ambiguous, rows
+            have no label or image, or labels are not those of classes.
     """
+    from datasets import Image
+
     check_choice("incomplete of data set 'hub':", incomplete, get_args(Incomplete))
     if (repo is None) == (root is None) or (revision and (root or "@" in str(repo))):
         raise UsageError(
@@ -103,7 +103,12 @@ def hub(
     note_unused(problems.owner, sorted(unused))
     with _readable(f"column {label!r}"):
         labels, class_names = _read_labels(columns, str(label))
-        rows = {split: _images(table, str(image)) for split, table in columns.items()}
+        rows = {
+            split: table.select_columns(image)
+            .rename_columns({image: "image"})
+            .cast_column("image", Image(mode="RGB"))
+            for split, table in columns.items()
+        }
     kept: dict[Split, LabelArray] = {}
     for split, name in chosen.items():
         with problems.collected(f"split {name!r} "):
@@ -135,9 +140,6 @@ def choose_splits(
 
     Without a test split, it is the validation split, else the training split, of which a part is
     then held out. ``"val"`` is missing where validation images are held out of train.
-
-    >>> choose_splits(["train", "validation"])
-    {'train': 'train', 'test': 'validation'}
     """
     trained = _find_split("train", train, available)
     validated, tested = _find_split("val", val, available), _find_split("test", test, available)
@@ -217,20 +219,12 @@ def _read_local(
             patterns = {"train": [base]} if folder.is_file() else get_data_patterns(base)
             files = DataFilesDict.from_patterns(patterns, base_path=base)
         for kind in ("parquet", "arrow"):
-            paths = {
-                str(split): [p for p in files[split] if p.endswith(f".{kind}")] for split in files
-            }
+            tables = {}
             # One by one: splits may have their class names in another order.
-            tables = {
-                split: load_dataset(
-                    kind,
-                    data_files=[glob.escape(path) for path in found],
-                    split="train",
-                    cache_dir=cache_dir,
-                )
-                for split, found in paths.items()
-                if found
-            }
+            for split, paths in files.items():
+                if found := [glob.escape(path) for path in paths if path.endswith(f".{kind}")]:
+                    options = {"split": "train", "cache_dir": cache_dir}
+                    tables[str(split)] = load_dataset(kind, data_files=found, **options)
             if tables:
                 return tables
     raise UsageError(
@@ -258,10 +252,9 @@ def _readable(name: object) -> Iterator[None]:
 def _read_labels(
     tables: "Mapping[Split, Dataset]", column: str
 ) -> tuple[dict[Split, LabelArray], list[str] | None]:
-    """Reads the labels of all splits as integers, -1 where there is none, and the class names.
+    """Reads the labels of all splits as integers, -1 where one is missing, and the class names.
 
-    The names of a ``ClassLabel`` are those of the training split; splits with another order are
-    renumbered. Texts are names, sorted over all splits. Integers have no names.
+    Splits whose ``ClassLabel`` has another order than train are renumbered.
     """
     expected = tables["train"].features[column]
     names: list[str] | None = getattr(expected, "names", None)
@@ -293,17 +286,7 @@ def _read_labels(
 
 
 def _arrow_column(table: "Dataset", column: str) -> pa.ChunkedArray:
-    """Returns a column as it is stored."""
     return cast(pa.Table, table.select_columns(column).with_format("arrow")[:]).column(0)
-
-
-def _images(table: "Dataset", column: str) -> "Dataset":
-    """Returns the column of images alone, as ``image``."""
-    from datasets import Image
-
-    rows = table.select_columns(column)
-    rows = rows if column == "image" else rows.rename_column(column, "image")
-    return rows.cast_column("image", Image(mode="RGB"))
 
 
 def _complete(
@@ -311,16 +294,15 @@ def _complete(
 ) -> LabelArray:
     """Returns the rows with an image and a label, or raises if others are an error."""
     unlabelled = np.flatnonzero(labels == UNLABELLED).tolist()
-    without_image = _rows_without_image(rows)
-    problems = Problems()
-    has_labels = len(unlabelled) < len(labels) or len(labels) == 0
-    if not has_labels:
-        problems.add(
+    if 0 < len(unlabelled) == len(labels):
+        raise UsageError(
             f"has no labels, so it cannot be the {split} split; name another one with {split}=, or "
             "the training split to hold out a part of it"
         )
+    without_image = _rows_without_image(rows)
+    problems = Problems()
     for noun, found in (("a label", unlabelled), ("an image", without_image)):
-        if found and has_labels and incomplete == "raise":
+        if found and incomplete == "raise":
             problems.add(
                 f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; add "
                 "what is missing, or leave out these rows with incomplete=drop"
