@@ -171,8 +171,7 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
     """Returns a data set, or a mapping of them by split, with the columns ``image`` and ``label``.
 
-    The files of folders of torchvision and timm stay files, and their transforms are not used. The
-    items of every other data set are drawn here, and their images are kept in memory as PNG.
+    Folders stay files, without a transform; other items are drawn and kept in memory as PNG.
     """
     splits: dict[str, datasets.Dataset] = {}
     problems = Problems()

@@ -105,10 +105,7 @@ def is_plain(rows: datasets.Dataset) -> bool:
 
 
 def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
-    """Finds the column of images: of type ``Image``, else a struct of bytes and path, else binary.
-
-    Of several columns of a type, the one called ``image`` is taken.
-    """
+    """Finds the column of images: ``Image``, else a struct of bytes and path, else binary."""
     kinds = rows.features.items()
     images = [name for name, kind in kinds if isinstance(kind, datasets.Image)]
     encoded = [n for n, kind in kinds if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
@@ -362,10 +359,7 @@ def _is_label(label: object) -> bool:
 
 
 class TransformedItems(Dataset[tuple[Any, Any]]):
-    """Items of any data set as pairs of a transformed image and its label.
-
-    With ``takes_tensors``, floating-point tensors pass unchanged, without the transform.
-    """
+    """Pairs of image and label; with ``takes_tensors``, float tensors are not transformed."""
 
     def __init__(self, items: Any, *, takes_tensors: bool = False) -> None:  # noqa: ANN401
         self.items, self.takes_tensors = items, takes_tensors

@@ -248,10 +248,7 @@ class ImageFiles:
 
 
 def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | bytes] | None:
-    """Returns a key for each image: its path, or the end of its bytes and their number.
-
-    None if the images are stored in another way.
-    """
+    """Returns the path of each image, or the end of its bytes and their number; else None."""
     column = dataset.data.column("image")
     if not pa.types.is_struct(column.type):
         return None
@@ -269,13 +266,7 @@ def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | b
 
 
 def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> list[str]:
-    """Returns the paths of image files below the root, without the directory of their split.
-
-    Without a root, it is the name of a file with its directory.
-
-    >>> path_keys(["/photos/cat/1.jpg", "/photos/train/cat/2.jpg"], "/photos")
-    ['cat/1.jpg', 'cat/2.jpg']
-    """
+    """Returns the paths of image files below the root, without the directory of their split."""
     # Windows separates by backslashes.
     files = [(path or "").replace(os.sep, "/") for path in paths]
     if root is None:
