@@ -26,8 +26,13 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
-from timm_lt.data.fingerprint import described, digest, plain_options, tensor_fingerprint
-from timm_lt.data.items import dataset_fingerprint
+from timm_lt.data.items import (
+    dataset_fingerprint,
+    described,
+    digest,
+    plain_options,
+    tensor_fingerprint,
+)
 from timm_lt.data.loader import InOrder
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
