@@ -109,10 +109,7 @@ class HeadTrainer:
                 f"carries a {classifier.kind!r} head: create it without head="
             )
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise UsageError(
-                f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
-                "features"
-            )
+            raise UsageError(f"head {name!r} cannot be trained on images under FSDP: remove stage")
         number = len(train)
         parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
@@ -208,9 +205,8 @@ def train_head_on_images(
     along a cosine, update by update. :func:`timm_lt.fit_head` with ``solver="sgd"`` does the same
     on features.
 
-    Everything random is a function of the seed, so on one CPU process a second call gives the same
-    bits; the random states of Python, NumPy and torch are restored. A call that is interrupted
-    starts again.
+    On one CPU process a second call gives the same bits; the random states of Python, NumPy and
+    torch are restored.
 
     Args:
         name: ``"crt"`` or ``"lws"``.

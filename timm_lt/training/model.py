@@ -23,10 +23,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def last_block(model: nn.Module) -> str:
     """Returns the path of the last block of a timm model's backbone, e.g. ``"layer4.1"``.
 
-    timm's ``feature_info`` names the module that gives the last features. If that is a stage, its
-    last block is returned. If it is a single layer, such as the norm or the 1×1 convolution at the
-    end of some architectures, the last block before it is returned; a block has at least two layers
-    with a weight matrix.
+    timm's ``feature_info`` names the module of the last features: a stage, whose last block is
+    returned, or a single layer, such as a norm, after the last block.
     """
     try:
         path = str(list(model.feature_info)[-1]["module"])  # type: ignore[arg-type]
@@ -72,11 +70,8 @@ def _innermost(model: nn.Module, path: str) -> str:
         if isinstance(children.get("blocks"), CONTAINERS):
             path = f"{path}.blocks"
             continue
-        blocks = [
-            name
-            for name, child in children.items()
-            if _is_block(child) and not isinstance(child, ModulatedAttention)
-        ]
+        no_attention = {k: m for k, m in children.items() if not isinstance(m, ModulatedAttention)}
+        blocks = [name for name, child in no_attention.items() if _is_block(child)]
         alike = len({type(child) for child in children.values()}) == 1
         if not blocks or not (isinstance(module, CONTAINERS) or alike):
             return path
@@ -86,13 +81,10 @@ def _innermost(model: nn.Module, path: str) -> str:
 class FrozenParts:
     """Freezes a model except for some modules and its classifier.
 
-    Frozen parameters have no gradient, so no optimiser moves or decays them. With ``bn="frozen"``
-    frozen modules are in evaluation mode: batch norm normalises by its statistics, which stay. With
-    ``bn="shift"`` they are in training mode, as in the code of Kang et al.: batch norm normalises
-    by the batch, its running statistics move to those of the training data, and dropout is active.
-
-    ``trained`` are the paths of the modules to train, with everything in them; ``"last_block"`` is
-    the path that :func:`last_block` finds. None trains all.
+    Frozen modules are in evaluation mode with ``bn="frozen"``. With ``bn="shift"`` they are in
+    training mode, as in the code of Kang et al.: batch norm normalises by the batch, its running
+    statistics move, and dropout is active. ``trained`` are the paths of the modules to train;
+    ``"last_block"`` is the path from :func:`last_block`; None trains all.
     """
 
     def __init__(
@@ -163,11 +155,7 @@ def _nearest(modules: Mapping[str, nn.Module], name: str) -> list[str]:
 def _beside(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the modules that are not in a chosen one and do not contain one."""
     inside = {id(part) for module in chosen for part in module.modules()}
-    return [
-        module
-        for module in model.modules()
-        if not any(id(part) in inside for part in module.modules())
-    ]
+    return [m for m in model.modules() if not any(id(part) in inside for part in m.modules())]
 
 
 def start_classifier(loss: nn.Module, model: nn.Module, num_classes: int) -> None:

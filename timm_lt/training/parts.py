@@ -105,10 +105,7 @@ class Remix(Mixup):
 def create_mixup(
     options: Mapping[str, Any] | None, class_counts: Tensor, batch: int
 ) -> Mixup | None:
-    """Creates timm's mixup and cutmix, or remix, from their arguments; None without an alpha.
-
-    Label smoothing is an option of the loss. ``batch`` images are mixed with each other.
-    """
+    """Creates mixup, cutmix or remix for batches of ``batch`` images; None without an alpha."""
     given = {name: value for name, value in (options or {}).items() if value is not None}
     check_choice("mixup.mode", given.get("mode", "batch"), ("batch", "pair", "elem"))
     sizes = {"label_smoothing": 0.0, "num_classes": len(class_counts)}
@@ -160,11 +157,7 @@ class Losses:
             self._flush()
 
     def finish(self, model: nn.Module) -> float:
-        """Returns the mean over all batches and processes.
-
-        Also checks the weights after the last update, whose effect no loss has shown yet. On an
-        error every process stops.
-        """
+        """Returns the mean over all batches and processes; checks the weights too."""
         self._flush()
         tensors = [*model.parameters(), *model.buffers()]
         # Under FSDP each process has a part of each tensor.
