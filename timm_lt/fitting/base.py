@@ -328,9 +328,7 @@ def take_best(
     """
     if not preds:
         raise UsageError("auto needs at least one head to choose from; heads is empty")
-    reports = {
-        name: shot_accuracy(given, targets, class_counts, rule) for name, given in preds.items()
-    }
+    reports = {k: shot_accuracy(p, targets, class_counts, rule) for k, p in preds.items()}
     values = {name: objective_value(report, objective) for name, report in reports.items()}
     # The class mean breaks ties, e.g. where the worst class is 0 for all.
     best = max(values, key=lambda name: (values[name], reports[name].class_mean))

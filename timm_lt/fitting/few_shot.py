@@ -144,8 +144,8 @@ class FSLwFFit(TrainedFit):
         fake_novel = max(number // 4, 1) if self.fake_novel is None else self.fake_novel
         if fake_novel >= number:
             raise UsageError(
-                f"fake_novel of head 'fslwf' must be below {number}, the base classes; "
-                f"got {fake_novel}"
+                "fake_novel of head 'fslwf' must be below the number of base classes, which is "
+                f"{number}; got {fake_novel}"
             )
         return mask, fake_novel
 

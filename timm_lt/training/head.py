@@ -27,8 +27,7 @@ from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.models.networks import unpair
 from timm_lt.samplers import check_sampler, create_sampler
 from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_of_batch
-from timm_lt.training.model import BatchNorm, FrozenParts
-from timm_lt.training.parts import cpu_copy
+from timm_lt.training.parts import BatchNorm, FrozenParts, cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError, check_integer, check_number, unknown_name, user_errors
 from timm_lt.utils.console import log, progress

@@ -27,11 +27,13 @@ from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
 from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.model import BatchNorm, FrozenParts, check_loss
 from timm_lt.training.parts import (
+    BatchNorm,
     ClipMode,
+    FrozenParts,
     Losses,
     Schedule,
+    check_loss,
     cpu_copy,
     create_mixup,
     create_optimizer,
@@ -84,7 +86,7 @@ class TrainingOptions:
         keep: Weights to keep: of the ``"last"`` epoch, or of that with the ``"best"`` overall
             accuracy on validation (the first of equals).
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
-            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
+            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.parts.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
             ``"shift"`` in training mode, so their statistics move.
         seed: Seed of everything random but the sampler and the augmentation.
