@@ -142,10 +142,7 @@ class LinearFit(Fit):
     def _fit(self, data: FitData) -> LinearHead:
         if data.classifier is not None:
             if self.solver is not None or self.weight_decay is not None:
-                raise UsageError(
-                    "solver and weight_decay of head 'linear' have no effect with a joint "
-                    "classifier; remove them"
-                )
+                raise UsageError("head 'linear' takes no solver or weight_decay with a classifier")
             return LinearHead.from_classifier(data.classifier)
         features = data.features
         linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
@@ -376,9 +373,8 @@ def add_smote_rows(
 ) -> Features:
     """Appends synthetic rows until each class has ``target`` rows, or those of the largest class.
 
-    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
-    of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
-    is repeated. The result is in memory.
+    A synthetic row is ``x + u (x' − x)``, with ``x'`` one of the ``min(5, n − 1)`` nearest of the n
+    rows of the class and ``u`` uniform in [0, 1]. A single row of a class is repeated.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,

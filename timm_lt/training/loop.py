@@ -27,11 +27,13 @@ from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
 from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.model import BatchNorm, FrozenParts, check_loss
 from timm_lt.training.parts import (
+    BatchNorm,
     ClipMode,
+    FrozenParts,
     Losses,
     Schedule,
+    check_loss,
     cpu_copy,
     create_mixup,
     create_optimizer,
@@ -84,7 +86,7 @@ class TrainingOptions:
         keep: Weights to keep: of the ``"last"`` epoch, or of that with the ``"best"`` overall
             accuracy on validation (the first of equals).
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
-            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
+            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.parts.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
             ``"shift"`` in training mode, so their statistics move.
         seed: Seed of everything random but the sampler and the augmentation.
@@ -243,12 +245,8 @@ class RepresentationTrainer:
         """Trains, and saves to a state after each epoch; see :func:`train_representation`."""
         if state is not None and len(state.accelerator._models) > 1:
             raise UsageError("an accelerator saves one run: make a new one for each")
-        epochs = self.options.epochs
-        keeps_best = self.options.keep == "best"
-        history: list[EpochRecord] = []
-        best: dict[str, Tensor] | None = None
-        if state is not None:
-            history, best = self._resume(state)
+        epochs, keeps_best = self.options.epochs, self.options.keep == "best"
+        history, best = ([], None) if state is None else self._resume(state)
         with ExitStack() as stack:
             bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
             stack.enter_context(means_over_processes(self.loss))
@@ -283,8 +281,7 @@ class RepresentationTrainer:
 
     def _epoch(self, epoch: int, bar: Progress) -> EpochRecord:
         """Trains for one epoch, 0-based, and validates."""
-        started = time.perf_counter()
-        options = self.options
+        started, options = time.perf_counter(), self.options
         kept = f"; the state after epoch {epoch} is kept" if epoch else ""
         advice = (
             "start again, in another folder or with --overwrite, with a lower learning rate "
@@ -413,11 +410,7 @@ def validate(
 
 
 def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
-    """Returns the number of images that a process takes at once.
-
-    ``batch_size`` images make an update over all processes and accumulated batches, ``draws`` an
-    epoch; ``unit`` images belong together, 2 for the pairs of a bilateral sampler.
-    """
+    """Returns the images per process and batch; ``unit`` images stay together, 2 for BBN."""
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parts = processes * steps * unit
     if batch_size % parts or not 1 <= batch_size <= draws:
