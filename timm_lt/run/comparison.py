@@ -22,7 +22,7 @@ from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, percent, shot_legend
 from timm_lt.run.folder import check_run_folder
 from timm_lt.run.network import create_images, create_network
-from timm_lt.run.parse import parse_recipe, parse_values
+from timm_lt.run.parse import parse_values
 from timm_lt.run.recipe import Recipe, prefixed
 from timm_lt.run.setup import Run as TrainingRun
 from timm_lt.run.setup import check_heads, create_trainer
@@ -52,10 +52,7 @@ Spread = tuple[float | None, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table, or one cell of a row where the table has columns.
-
-    ``quoted`` is the overall accuracy in the paper, a fraction.
-    """
+    """A row of the table, or one cell of a row if it has columns; ``quoted`` is a fraction."""
 
     label: str
     column: str | None = None
@@ -66,20 +63,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table to measure, as a YAML file describes it.
-
-    Attributes:
-        name: Name of the file without ``.yaml``.
-        source: Table or figure of a paper.
-        recipe: File or name of the recipe that all runs share.
-        representations: By name, the keys of the recipe that each changes, e.g. ``loss.name``; and
-            ``after``, an earlier representation whose model it starts from, and ``lr_factor``.
-        rows: The rows from top to bottom, or their cells row by row.
-        heads: Heads under names of their own, as in a recipe.
-        metric: Figure over all test images in the cells of a table with columns.
-        plot: Show and draw all shot groups of a table with columns.
-        quoted_from: Source of the quoted accuracies.
-    """
+    """A table to measure, as a YAML file describes it; docs/comparison.md explains the keys."""
 
     name: str
     title: str
@@ -102,16 +86,15 @@ class Grid:
         for row in self.rows:
             check_choice(f"representation of {row.label!r}:", row.representation, names)
             check_number(f"quoted of {row.label!r}", row.quoted or 0.0, "[0, 1]")
-        fault = ""
-        if not all(map(str.isidentifier, names)):
-            # They become names of folders.
-            fault = "names must be letters, digits and underscores"
-        elif len({(row.label, row.column) for row in self.rows}) < len(self.rows):
-            fault = "rows must differ in label or column"
-        elif (self.plot or self.metric == "error") and not self.columns:
-            fault = "plot and metric error need columns"
-        if fault:
-            raise UsageError(fault)
+        cells, matrix = {(row.label, row.column) for row in self.rows}, self.metric == "error"
+        for is_wrong, fault in (
+            # Names of representations become names of folders.
+            (not all(map(str.isidentifier, names)), "names must be letters, digits, underscores"),
+            (len(cells) < len(self.rows), "rows must differ in label or column"),
+            ((self.plot or matrix) and not self.columns, "plot and metric error need columns"),
+        ):
+            if is_wrong:
+                raise UsageError(fault)
 
     @property
     def columns(self) -> list[str]:
@@ -138,11 +121,7 @@ def load_grid(name: str) -> Grid:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A representation trained with a seed: one run of the main job.
-
-    ``output`` is the absolute path of the folder of the comparison, and ``after`` the run that this
-    one starts from.
-    """
+    """A representation trained with a seed, starting from the model of run ``after``."""
 
     representation: str
     seed: int
@@ -180,7 +159,7 @@ def make_runs(
 ) -> list[Run]:
     """Creates the runs that some rows need, each after its source, and checks them without data.
 
-    ``base`` is the shared recipe with the changes of the command line, whose keys are ``given``.
+    ``given`` are the keys of ``base``, the shared recipe, that the command line has changed.
     """
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
@@ -226,7 +205,7 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
     for key in given:
         if key.startswith(("seed", "heads", *changes)):
             raise UsageError(f"--{key} is set by the grid (seeds by --seeds); remove it")
-    recipe = parse_recipe(values, "the recipe")
+    recipe = parse_values(Recipe, values)
     known = {**base.heads, **grid.heads}
     heads = [JOINT, *(row.head for row in grid.rows if row.representation == name)]
     return replace(
@@ -320,10 +299,7 @@ def _failure(run: Run, status: int) -> str | None:
 def measure(
     grid: Grid, rows: Sequence[Row], runs: Sequence[Run], failures: Mapping[Run, str]
 ) -> dict[str, Any]:
-    """Returns the record of a comparison: test figures by row and seed, without failed runs.
-
-    Figures are accuracies, fractions; None for an empty shot group.
-    """
+    """Returns the record of a comparison: accuracies by row and seed, without failed runs."""
     measured = [(run, read_json(run.folder / METRICS)) for run in runs if run not in failures]
     heads = [head for _, found in measured for head in found["heads"].values()]
     balanced = all(abs(head["all"] - head[CLASS_MEAN]) < 1e-9 for head in heads)
@@ -353,10 +329,7 @@ def measure(
 
 
 def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
-    """Writes the record of a comparison, its table and its plot, and returns the table's Markdown.
-
-    Only a grid with ``plot`` has a plot.
-    """
+    """Writes the record of a comparison, its table and its plot, and returns the Markdown."""
     write_json(folder / RESULTS, record)
     headings, *rows = table_texts(grid, record)
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]

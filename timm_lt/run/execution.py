@@ -137,8 +137,8 @@ def extract(run: Run) -> None:
         run.unreadable[split] = len(images) - run.features[split].num_images
         # If the features of a split came from the cache, its images were not read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
-        run.unreadable_rows[split] = rows
         huge = sorted(set(gather_object(images.huge_rows())))
+        run.unreadable_rows[split] = rows
         if run.accelerator.is_main_process:
             log_exceptional(split, run.splits.datasets[split], run.unreadable[split], rows, huge)
 

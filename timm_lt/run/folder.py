@@ -96,10 +96,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises a UsageError if a resumed run has other images, some of which were held out before.
-
-    They are described by :func:`~timm_lt.data.splits.split_digests`.
-    """
+    """Refuses to resume a run on other images, since some of them were held out before."""
     if not (folder / STATE / IMAGES).is_file():
         return
     stored = read_json(folder / STATE / IMAGES)
@@ -122,15 +119,12 @@ def prepare_run_folder(
     overwrite: bool = False,
     images: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> FileLock:
-    """Locks the folder that :func:`check_run_folder` allowed and writes the recipe into it.
-
-    A run that is to be deleted is renamed first, so that a kill leaves no half of it. ``images``
-    are for :func:`check_images` when the run is resumed.
-    """
+    """Locks a folder and writes the recipe into it, and ``images`` for :func:`check_images`."""
     with user_errors(f"{folder} cannot be written"):
         folder = folder.resolve()
         lock = lock_folder(folder)
         if overwrite and _entries(folder):
+            # Renamed first, so that a kill leaves no half of the old run.
             doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.deleted."))
             folder.rename(doomed / folder.name)
             shutil.rmtree(doomed)
@@ -145,7 +139,7 @@ def prepare_run_folder(
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Creates a folder and locks it, until :func:`release_run_folder` or the process ends."""
+    """Creates a folder and locks it until the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -155,13 +149,6 @@ def lock_folder(folder: Path) -> FileLock:
             f"another process runs in {folder}: wait for it, or choose another --output"
         ) from error
     return lock
-
-
-def release_run_folder(lock: FileLock) -> None:
-    """Unlocks a folder."""
-    # Delete the file while it is locked: nobody waits for it, and the next process makes a new one.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
 
 
 def _temporaries(folder: Path) -> list[Path]:

@@ -26,8 +26,7 @@ def prefixed(name: str) -> Iterator[None]:
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
     except TypeError as error:
-        # Python's own, for an argument that is unknown, missing or given twice: without the name
-        # of the function.
+        # Python's own, for a wrong argument: without the name of the function.
         raise UsageError(f"{name}: {str(error).rpartition('() ')[2]}") from error
 
 
@@ -299,10 +298,7 @@ def head_kind(recipe: Recipe, name: str) -> str:
 
 
 def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
-    """Returns the options of the heads that are fitted on features, or trained on images, by name.
-
-    The stage itself and the kind are not options of a fit.
-    """
+    """Returns by name the options of the fits of all heads with a stage."""
     return {
         name: {key: value for key, value in options.items() if key not in ("stage", "kind")}
         for name, options in recipe.heads.items()
